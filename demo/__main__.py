@@ -23,7 +23,7 @@ from rich.table import Table
 import veneer
 from demo import pronounce, report
 from veneer import models
-from veneer.attach.summary import size
+from veneer.attach.summary import format_bytes
 from veneer.train.config import TrainConfig, make_config
 from veneer.train.generate import generate
 from veneer.train.run import fit
@@ -95,9 +95,9 @@ def main() -> int:
     adapter_bytes = sum(file.stat().st_size for file in result.adapter.iterdir())
     told = (
         f"{result.steps} steps in {result.seconds:.0f} s trained {summary.trainable:,} numbers beside the base's "
-        f"{summary.total:,} ({summary.percent:.2f} %): an adapter of {size(adapter_bytes)} for a model of "
-        f"{size(weights)}. Merged, {agree:.1%} of the answers are the adapter's own (logits within {drift:.1%}), at "
-        f"{ratio:.2f} × the base's time."
+        f"{summary.total:,} ({summary.percent:.2f} %): an adapter of {format_bytes(adapter_bytes)} for a model of "
+        f"{format_bytes(weights)}. Merged, {agree:.1%} of the answers are the adapter's own (logits within "
+        f"{drift:.1%}), at {ratio:.2f} × the base's time."
     )
     console.print(told, highlight=False)
     console.print(merged.summary, highlight=False)
@@ -119,7 +119,7 @@ def main() -> int:
                 f"words exact, from {scores['base, 8 examples'].exact:.0%}",
             ),
             (f"{summary.percent:.1f} %", f"of the model's numbers trained ({summary.trainable:,})"),
-            (size(adapter_bytes), f"adapter, beside a model of {size(weights)}"),
+            (format_bytes(adapter_bytes), f"adapter, beside a model of {format_bytes(weights)}"),
             (f"{result.seconds:.0f} s", "of training"),
             (f"{ratio:.2f} ×", "the base's time, once merged"),
         ],

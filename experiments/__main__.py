@@ -1,62 +1,44 @@
-"""python -m experiments [NAME ...]: run experiments and record what came out; docs/paper/ is
-written from it by `make docs`. Without a name: all that can run here."""
+"""python -m experiments [NAME ...]: run what is missing of some experiments, one after the other on
+one thread, and record it in experiments/results/. `make docs` writes docs/paper/ from the records.
+
+Without a name all experiments run but latency, which needs a machine without other work: run
+`python -m experiments latency` by itself."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from experiments import NAMES, find
-from experiments.run import alone, record
+from experiments import NAMES, RUN_ORDER, load_experiment, study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--smoke", action="store_true", help="seconds, on tiny models: does it run")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where a run that was stopped is"
-    )
-    parser.add_argument(
-        "--at-once", type=int, default=len(os.sched_getaffinity(0)), help="processes at one time"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the result (default: experiments/results)"
-    )
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
     options = parser.parse_args(arguments)
-    if options.cell:
-        with contextlib.redirect_stdout(sys.stderr):
-            found = alone(options.names[0], json.loads(options.cell))
-        print(json.dumps(found))
-        return 0
-    lacking = {}
-    for name in options.names or NAMES:
-        experiment = find(name)
-        lack = None if options.smoke else experiment.data()
-        if lack:
-            lacking[name] = lack
-            print(f"{name}: left out. {lack}", file=sys.stderr)
+    failed = False
+    for name in options.names or RUN_ORDER:
+        experiment = load_experiment(name)
+        if missing := experiment.missing_data():
+            print(f"{name} is left out. {missing}", file=sys.stderr)
+            failed = True
             continue
         print(f"{name}: {experiment.title}", flush=True)
-        result = record(
-            name,
-            smoke=options.smoke,
-            resume=options.resume,
-            at_once=options.at_once,
-            out=options.out,
-        )
-        print(experiment.tables(result["runs"]))
-        for claim in experiment.claims(result["runs"]):
-            print(f"- {claim.what} ({claim.source}): {claim.found} [{claim.held}]", flush=True)
-    return 1 if lacking else 0
+        try:
+            path = study.record(name, experiment, fresh=options.fresh)
+        except Exception:  # the next experiment does not depend on this one
+            traceback.print_exc()
+            failed = True
+            continue
+        print(f"{name} is complete: {path}", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,62 @@
-"""LoRA forgets less than full fine-tuning: at the same loss on the task?"""
+"""Does LoRA forget less than full fine-tuning, at the same loss of the task?"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
-from experiments import loop, plots, smollm2
-from experiments.experiment import Cell, Claim, Experiment, Run, table
+from experiments import plots, training, words
+from experiments.study import (
+    SEEDS,
+    Cell,
+    Claim,
+    Experiment,
+    Run,
+    Tuned,
+    differences,
+    exceeds,
+    show,
+    show_runs,
+)
 
-SOURCE = "[Biderman et al. 2024](https://arxiv.org/abs/2405.09673), section 4.2 and 4.3"
-RATES = {"lora": (1e-3, 3e-3), "full": (1e-4, 3e-4)}
-ABOUT = """
-Biderman et al. 2024 find that LoRA learns less and forgets less than full fine-tuning; whether it forgets less at the
-same gain is their section 4.3. Here SmolLM2-135M learns letters → phonemes (the task of `make demo`), by
-LoRA of rank 8 and alpha 16 on all linear layers, its base in bfloat16, and by full fine-tuning, float32 weights under
-autocast to bfloat16. The same loop, rows, order and steps for both: 60 steps of 8 words, AdamW, linear warm-up and
-decay, two rates each, ten times lower for full fine-tuning. The loss on 100 held-out words and that on general text
-(1,536 tokens each of Python's language reference, licence texts and descriptions of data sets) are taken on the way, so
-that both can be compared at the same loss of the task, whatever the rate.
+SOURCE = "[Biderman et al. 2024](https://arxiv.org/abs/2405.09673), section 4.3"
+LORA, FULL = "LoRA, rank 8", "full fine-tuning"
+STEPS, BATCH, EVERY, TARGET = 40, 8, 8, 2.0
+#: a rate counts if its last loss aside is this much below the target, so that its results reach it
+MARGIN = 0.15
+#: added to the loss of a run that does not reach the target, so that it scores behind all that do
+UNREACHED = 100.0
+PLAN = Tuned(
+    arms={LORA: {"method": "lora"}, FULL: {"method": "full"}},
+    rates={LORA: [2.5e-4, 5e-4, 1e-3], FULL: [2.5e-5, 5e-5, 1e-4]},
+    shared={"steps": STEPS, "batch": BATCH, "every": EVERY, "target": TARGET},
+    score=f"forgetting (–: {TARGET:g} is not reached)",
+    worst=UNREACHED,
+)
+ABOUT = f"""
+Biderman et al. 2024 find that LoRA learns less and forgets less than full fine-tuning; their
+section 4.3 asks whether it forgets less at the same gain. Here SmolLM2-135M learns letters →
+phonemes (the task of `make demo`) by LoRA of rank 8 and alpha 16 on all linear layers, with the
+base in bfloat16, and by full fine-tuning of float32 weights under autocast to bfloat16. Both have
+the same loop, rows, order and {STEPS} steps of {BATCH} words: AdamW without weight decay, a rate
+that rises over a tenth of the steps and then falls to 0, gradients clipped to a norm of 1.
 
-Decided before the run: LoRA forgets less if, at each task loss that both reach, interpolated between the points of the
-rate that forgets least there, its loss on general text is the lower one.
+Every {EVERY} steps two losses are taken: of the phonemes of 40 words that did not train, and of 768
+tokens of general text (Python's language reference, licence texts, descriptions of data sets).
+Forgetting is the rise of the second when the first falls to {TARGET:g}, interpolated between the
+two points around it. The rate of each method is the one that forgets least on words and texts
+aside, of the rates that come to {TARGET - MARGIN:g} or less there within {STEPS} steps; results are
+of other words, other texts and {len(SEEDS)} other seeds. The claim holds if full fine-tuning
+forgets more, by the interval of the differences between runs of the same seed.
 """
-
-
-def cells(smoke: bool) -> list[Cell]:
-    if smoke:
-        return [
-            {"smoke": True, "method": name, "rate": 1e-3, "steps": 2, "batch": 4, "seed": 0}
-            for name in RATES
-        ]
-    return [
-        {"method": name, "rate": rate, "steps": 60, "batch": 8, "seed": 0}
-        for name, rates in RATES.items() for rate in rates
-    ]  # fmt: skip
+EARLIER = """
+The page had "did not hold": at the same loss LoRA forgot +1.03 beside +0.17 of full fine-tuning.
+LoRA had been tried at two high rates, 1e-3 and 3e-3, and with one seed. Outside readers then found,
+with one seed each, that LoRA at 3e-4 forgets +0.22 beside +0.17 at the same loss, and at 1e-4 with
+more steps +0.15 beside about +0.21, and +0.11 beside +0.14: the claim turns round with the rate.
+"""
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -44,109 +66,104 @@ def run(cell: Cell) -> dict[str, Any]:
     from veneer import models
     from veneer.train.evaluate import collate
 
-    full = cell["method"] == "full"
-    with smollm2.place(cell) as (folder, name):
+    full, choosing = cell["method"] == "full", cell["seed"] not in SEEDS
+    with words.workplace(cell) as (folder, name):
         base = models.load_base(name, attention="eager", precision="fp32" if full else "bf16")
-        model, (learnt, _, judging) = base.model, smollm2.words(cell)
-        learnt = smollm2.examples(learnt, base.tokenizer, folder)
-        held, general = (
-            smollm2.examples(judging[:100], base.tokenizer, folder),
-            smollm2.general(cell, base.tokenizer),
-        )
+        model: Any = base.model
+        train_words, aside_words, test_words = words.load_words(cell)
+        examples = words.tokenise_words(train_words, base.tokenizer, folder)
+        held_out = (aside_words if choosing else test_words)[:40]
+        held_out = words.tokenise_words(held_out, base.tokenizer, folder)
+        first = 0 if choosing else 2
+        texts = words.general_text(cell, base.tokenizer, first=first, rows=2)
         torch.manual_seed(cell["seed"])
-        trainable = loop.begin(model, cell["method"], lora=veneer.LoraConfig(rank=8, alpha=16))
+        lora = veneer.LoraConfig(rank=8, alpha=16)
+        count = training.make_trainable(model, cell["method"], lora=lora)
         points: list[tuple[int, float, float]] = []
 
-        def cast() -> Any:
+        def autocast() -> Any:
             return torch.autocast("cpu", torch.bfloat16) if full else contextlib.nullcontext()
 
-        def look(step: int) -> None:
+        def measure(step: int) -> None:
             model.eval()
-            with cast():
-                texts = [smollm2.loss(model, text) for text in general.values()]
-                points.append((step, smollm2.loss(model, held), sum(texts) / len(texts)))
+            with autocast():
+                task = words.loss_of(model, held_out)
+                points.append((step, task, words.general_loss(model, texts)))
             model.train()
 
         def loss(rows: list[int]) -> Any:
-            with cast():
-                return model(**collate(learnt, rows), use_cache=False).loss
+            with autocast():
+                return model(**collate(examples, rows), use_cache=False).loss
 
-        def watched(batches: Iterable[list[int]]) -> Iterator[list[int]]:
+        def measured_batches(batches: Iterable[list[int]]) -> Iterator[list[int]]:
             for step, batch in enumerate(batches):
-                if step in (0, cell["steps"] // 4, cell["steps"] // 2):
-                    look(step)
+                if step % cell["every"] == 0:
+                    measure(step)
                 yield batch
 
-        batches = loop.batches_of(len(learnt), cell["batch"], cell["seed"])
-        loop.train(
-            loop.trained(model), watched(batches), loss, steps=cell["steps"], rate=cell["rate"]
+        batches = training.draw_batches(len(examples), cell["batch"], cell["seed"])
+        training.train(
+            training.trainable(model),
+            measured_batches(batches),
+            loss,
+            steps=cell["steps"],
+            rate=cell["rate"],
         )
-        look(cell["steps"])
-    return {"points": points, "trainable": trainable}
+        measure(cell["steps"])
+    rise = rise_at(points, cell["target"])
+    last = points[-1][1]
+    counts = rise is not None and last <= cell["target"] - MARGIN
+    aside = rise if counts else UNREACHED + last
+    return {"points": points, "numbers": count, "rise": rise, "aside": aside}
 
 
-def tables(runs: Sequence[Run]) -> str:
-    rows = [
-        (run["method"], f"{run['rate']:g}", f"{run['trainable']:,}", step, f"{task:.3f}", f"{general:.3f}",
-         f"{general - run['points'][0][2]:+.3f}")
-        for run in runs for step, task, general in run["points"]
-    ]  # fmt: skip
-    return table(
-        ("method", "rate", "numbers trained", "step", "task", "general text", "forgotten"), rows
-    )
+def rise_at(points: Sequence[tuple[int, float, float]], target: float) -> float | None:
+    """How far the loss on general text has risen when the loss of the task first falls to `target`;
+    None if it never does."""
+    for before, after in pairwise(points):
+        if after[1] <= target:
+            share = (before[1] - target) / max(before[1] - after[1], 1e-9)
+            share = min(max(share, 0.0), 1.0)
+            return before[2] + share * (after[2] - before[2]) - points[0][2]
+    return None
 
 
-def _least(runs: Sequence[Run], method: str, task: float) -> float | None:
-    """The least that `method` forgets on its way to this loss of the task, or None if it does not
-    get there."""
-    found = []
-    for run in runs:
-        if run["method"] == method:
-            start = run["points"][0][2]
-            for before, after in zip(run["points"][1:], run["points"][2:], strict=False):
-                if after[1] <= task <= before[1]:
-                    share = (before[1] - task) / max(before[1] - after[1], 1e-9)
-                    found.append(before[2] + share * (after[2] - before[2]) - start)
-    return min(found, default=None)
-
-
-def _compared(runs: Sequence[Run]) -> list[tuple[float, float, float]]:
-    """(task, what LoRA forgot, what full fine-tuning forgot) at the task losses that were met by
-    either."""
-    found = []
-    for task in sorted({point[1] for run in runs for point in run["points"][1:]}, reverse=True):
-        lora, full = _least(runs, "lora", task), _least(runs, "full", task)
-        if lora is not None and full is not None:
-            found.append((task, lora, full))
-    return found
+def select_reached(arm: str, runs: Sequence[Run]) -> list[Run]:
+    return [run for run in PLAN.results(arm, runs) if run["rise"] is not None]
 
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
-    met = _compared(runs)
-    said = (
-        "; ".join(f"at {task:.2f}: {lora:+.2f} beside {full:+.2f}" for task, lora, full in met)
-        or "no common loss"
+    text = f"LoRA forgets less than full fine-tuning, at a task loss of {TARGET:g}"
+    lora, full = (select_reached(arm, runs) for arm in (LORA, FULL))
+    gaps = differences(full, lora, "rise")
+    if not gaps:
+        return [Claim(text, SOURCE, "no seed with which both reach it", exceeds(gaps))]
+    evidence = (
+        f"rise of the loss on general text: LoRA {show_runs(lora, 'rise')}, full"
+        f" {show_runs(full, 'rise')}; full less LoRA {show(gaps, sign='+')}"
     )
-    held = all(lora < full for _, lora, full in met) if met else None
-    what = "LoRA forgets less than full fine-tuning, at the same loss of the task"
-    return [
-        Claim(what, SOURCE, f"rise of the loss on general text, LoRA beside full: {said}", held)
-    ]
+    return [Claim(text, SOURCE, evidence, exceeds(gaps))]
 
 
-def drawn(runs: Sequence[Run]) -> dict[str, str]:
+def draw(runs: Sequence[Run]) -> dict[str, str]:
     series = {
-        f"{run['method']}, rate {run['rate']:g}": [
-            (task, general) for _, task, general in run["points"][1:]
-        ]
-        for run in runs
+        f"{arm}, seed {run['seed']}": [(task, general) for _, task, general in run["points"][1:]]
+        for arm in PLAN.arms
+        for run in PLAN.results(arm, runs)
     }
-    return {
-        "trade": plots.lines(series, x="loss of the task", y="loss on general text", bottom=None)
-    }
+    labels = {"x": "loss of the task", "y": "loss on general text"}
+    return {"trade": plots.lines(series, **labels, bottom=None)}
 
 
 EXPERIMENT = Experiment(
-    title="Forgetting: LoRA and full fine-tuning", about=ABOUT, cells=cells, run=run, tables=tables, claims=claims,
-    plots=drawn, data=smollm2.lacking,
-)  # fmt: skip
+    title="Forgetting: LoRA and full fine-tuning",
+    about=ABOUT,
+    plan=PLAN,
+    run=run,
+    columns={"rise": f"forgotten at {TARGET:g}"},
+    claims=claims,
+    plots=draw,
+    toy={"steps": 2, "batch": 4, "every": 1, "target": 5.5},
+    earlier=EARLIER,
+    missing_data=words.missing_data,
+)

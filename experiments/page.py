@@ -1,93 +1,147 @@
-"""docs/paper/: a page an experiment, and README.md with every claim, from what is recorded in
+"""docs/paper/: a page for each experiment and README.md with every claim, from the records in
 results/."""
 
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments import NAMES, find
-from experiments.experiment import Claim, Experiment, Run, table
-from experiments.run import RESULTS
+from experiments import NAMES, load_experiment
+from experiments.study import (
+    FAILED,
+    HELD,
+    OPEN,
+    RESULTS,
+    Claim,
+    Experiment,
+    Tuned,
+    rates_plot,
+    rates_table,
+    results_table,
+    table,
+)
 
-VERDICTS = {True: "held", False: "did not hold", None: "cannot be told here"}
-HEAD = """# What papers claim, tried here
+HEAD = """# Claims of papers, tried here
 
-Claims of papers about LoRA, tried with Veneer at a size that two cores can do; a page each has tables, seeds, spread
-and cost. What did not hold here stands here as well. A small model and a short run say little of a large one: the
+Claims of papers about LoRA, tried with Veneer at a size that two cores can do. Each page has
+tables, seeds, spread and cost. A small model and a short run say little of a large one: the
 configurations of full size are in `experiments/full/`, and the pages name them.
 
+**The rule.** The learning rate of each method is chosen on rows aside, with seeds of their own,
+from a grid that grows until its best rate lies inside. All methods get as many grid points and the
+same number of steps. Results are of other rows and of at least three other seeds. The 95 % interval
+of Student's t over these seeds decides: a claim held, did not hold, or cannot be told at this size.
+A page that breaks the rule is not written (`experiments/study.py`). Earlier pages broke it; each
+page says what it showed then, and [the corrections](../benchmarks.md#corrections) list it.
+
 ```console
-make paper                       # everything again: hours
-python -m experiments NAME       # one of them
+make paper                       # run what is missing, then write these pages
+python -m experiments NAME       # one experiment
 ```
 """
 
 
-def recorded() -> dict[str, dict]:
-    """Results by name, of the recorded size."""
-    files = {name: RESULTS / f"{name}.json" for name in NAMES}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+def load_records() -> dict[str, dict[str, Any]]:
+    """Complete records by the name of their experiment."""
+    records = {}
+    for name in NAMES:
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            content = json.loads(file.read_text())
+            if not load_experiment(name).plan.missing_cells(content["runs"]):
+                records[name] = content
+    return records
 
 
 def pages() -> dict[str, str]:
-    """Texts by their place below docs/: `paper/README.md`, `paper/NAME.md`,
+    """Texts by their path below docs/: `paper/README.md`, `paper/NAME.md`,
     `paper/NAME-PLOT.svg`."""
-    results, found, every, sections, waiting = recorded(), {}, [], [], []
+    records, texts, sections, waiting = load_records(), {}, [], []
+    verdicts: list[str] = []
     for name in NAMES:
-        experiment = find(name)
-        where = f"[{experiment.title}]({name}.md)"
-        if name not in results:
-            found[f"paper/{name}.md"] = "\n\n".join(
-                [*beginning(experiment), f"Not recorded yet: {command(name)}.\n"]
-            )
-            waiting.append(where)
+        experiment = load_experiment(name)
+        link = f"[{experiment.title}]({name}.md)"
+        if name not in records:
+            text = f"Not recorded under [the rule](README.md) yet: {command(name)}."
+            texts[f"paper/{name}.md"] = "\n\n".join([*introduction(experiment), text]) + "\n"
+            waiting.append(link)
             continue
-        claims = experiment.claims(results[name]["runs"])
-        drawings = {
-            f"{name}-{plot}.svg": text
-            for plot, text in experiment.plots(results[name]["runs"]).items()
-        }
-        found |= {f"paper/{file}": text for file, text in drawings.items()}
-        found[f"paper/{name}.md"] = page(name, experiment, results[name], claims, [*drawings])
-        sections.append(f"## {where}\n\n{told(claims)}")
-        every += [claim.held for claim in claims]
-    count = f"Of {len(every)} claims: " + ", ".join(
-        f"{every.count(held)} {said}" for held, said in VERDICTS.items()
-    )
-    count += f". Not recorded yet: {', '.join(waiting)}." if waiting else "."
-    return {**found, "paper/README.md": "\n\n".join([HEAD.rstrip(), count, *sections]) + "\n"}
+        text, drawings, claims = write_page(name, experiment, records[name])
+        texts |= {f"paper/{file}": drawing for file, drawing in drawings.items()}
+        texts[f"paper/{name}.md"] = text
+        sections.append(f"## {link}\n\n{claims_table(claims)}")
+        verdicts += [claim.verdict for claim in claims]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (HELD, FAILED, OPEN))
+    summary = f"Of {len(verdicts)} claims: {counts}."
+    if waiting:
+        summary += f"\n\nNot recorded under the rule yet: {', '.join(waiting)}."
+    blocks = [HEAD.rstrip(), *paragraphs(summary), *sections]
+    return {**texts, "paper/README.md": "\n\n".join(blocks) + "\n"}
 
 
-def page(
-    name: str, experiment: Experiment, result: dict, claims: list[Claim], drawings: list[str]
-) -> str:
-    runs: list[Run] = result["runs"]
+def write_page(
+    name: str, experiment: Experiment, content: dict[str, Any]
+) -> tuple[str, dict[str, str], list[Claim]]:
+    """The page, its plots by file name, and its claims. Raises RuleError for runs that break the
+    rule."""
+    runs = content["runs"]
+    experiment.plan.check(runs)
+    claims = experiment.claims(runs)
+    plots, tables = experiment.plots(runs), [experiment.tables(runs).strip()]
+    if isinstance(plan := experiment.plan, Tuned):
+        plots = {**plots, "rates": rates_plot(plan, runs)}
+        results = results_table(plan, runs, experiment.columns)
+        tables = [results, *filter(None, tables), rates_table(plan, runs)]
+    drawings = {f"{name}-{plot}.svg": text for plot, text in plots.items()}
+    images = [
+        f"![{experiment.title}: {Path(file).stem.removeprefix(f'{name}-')}]({file})"
+        for file in drawings
+    ]
     minutes = sum(run["cpu"] for run in runs) / 60
-    spent = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {minutes:.1f} minutes of CPU time"
-    parts = [
-        *beginning(experiment), "## Claims", told(claims), "## Measured", experiment.tables(runs).strip(),
-        *(f"![{experiment.title}: {Path(file).stem.removeprefix(f'{name}-')}]({file})" for file in drawings),
-        f"{command(name)}: {spent}, a thread each. {result['machine']}, torch {result['versions']['torch']}.",
-    ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def told(claims: list[Claim]) -> str:
-    """The table of some claims: first what came of them, as a phone has no room to the right."""
-    rows = [
-        (VERDICTS[claim.held], f"{claim.what} ({claim.source})", claim.found) for claim in claims
+    cost = (
+        f"{command(name)}: {len(runs)} runs, {minutes:.1f} minutes of CPU time on one thread."
+        f" {content['machine']}, torch {content['versions']['torch']}."
+    )
+    sections = [
+        *introduction(experiment),
+        f"## Claims\n\n{claims_table(claims)}",
+        "## Measured",
+        *tables,
+        *images,
+        cost,
     ]
-    return table(("", "claim", "found here"), rows, numbers=False)
+    return "\n\n".join(sections) + "\n", drawings, claims
 
 
-def beginning(experiment: Experiment) -> list[str]:
+def claims_table(claims: Sequence[Claim]) -> str:
+    """The verdict comes first, as a phone has no room to the right."""
+    rows = [(claim.verdict, f"{claim.text} ({claim.source})", claim.evidence) for claim in claims]
+    return table(("", "claim", "measured"), rows, numeric=False)
+
+
+def introduction(experiment: Experiment) -> list[str]:
     files = ", ".join(f"[{file}](../../experiments/full/{file})" for file in experiment.full)
-    return [
-        f"# {experiment.title}",
-        experiment.about.strip(),
-        *([f"At full size: {files}."] if files else []),
-    ]
+    sections = [f"# {experiment.title}", *paragraphs(experiment.about)]
+    if files:
+        sections += paragraphs(f"At full size: {files}.")
+    if experiment.earlier:
+        sections += ["## Shown before", *paragraphs(experiment.earlier)]
+    return sections
+
+
+def paragraphs(text: str) -> list[str]:
+    """Blocks of Markdown, prose in lines of at most 100 columns."""
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        if not block.startswith("```"):
+            block = textwrap.fill(
+                " ".join(block.split()), 100, break_long_words=False, break_on_hyphens=False
+            )
+        blocks.append(block)
+    return blocks
 
 
 def command(name: str) -> str:

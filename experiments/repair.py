@@ -1,49 +1,54 @@
-"""What a narrow adapter made its base forget, and how much of it a repair of intruder dimensions
-brings back."""
+"""How much of what a narrow adapter made its base forget a repair of intruder dimensions brings
+back."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import phonemes, plots, smollm2
-from experiments.experiment import Cell, Claim, Experiment, Run, table
+from experiments import plots, training, words
+from experiments.study import (
+    SEEDS,
+    Cell,
+    Claim,
+    Experiment,
+    Fixed,
+    Run,
+    all_of,
+    exceeds,
+    show,
+    table,
+)
 
 PAPER = "[Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228)"
-#: (cosine below which a direction is an intruder, what is left of its singular value)
-REPAIRS = ((0.5, 0.5), (0.5, 0.0), (0.7, 0.5), (0.9, 0.5))
-#: the run whose adapter is repaired
-ADAPTER: Cell = {
-    "seed": 0,
-    "recipe": {
-        "rank": 8, "alpha": 16, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 0.05, "batch_size": 8,
-        "max_steps": 400,
-    },
-}  # fmt: skip
-EVENLY = (0.95, 0.9, 0.75, 0.5, 0.25)
-ABOUT = """
-The adapter has learnt letters → phonemes (the task of `make demo`) with `veneer train`: SmolLM2-135M, rank 8
-and alpha 16 on all linear layers, 400 steps of 8 words at a peak rate of 3e-3, seed 0; its phoneme error rate over 500
-held-out words is 0.208. Forgetting is the rise of the loss on general text, which is three kinds of 1,536 tokens each:
-Python's language reference
-(`pydoc_data.topics`), licence texts of installed packages, and scikit-learn's descriptions of its data sets. The task's
-loss is that of the phonemes of 100 words that did not train.
+#: (cosine below which a direction is an intruder, factor of its singular value)
+REPAIRS = ((0.5, 0.5), (0.9, 0.5))
+SCALES = (0.9, 0.75, 0.5)
+STEPS, BATCH, RATE, WON, LOST = 80, 8, 3e-3, 0.5, 0.02
+PLAN = Fixed([{"steps": STEPS, "batch": BATCH, "rate": RATE, "seed": seed} for seed in SEEDS])
+ABOUT = f"""
+An adapter learns letters → phonemes (the task of `make demo`): SmolLM2-135M in bfloat16, rank 8 and
+alpha 16 on all linear layers, {STEPS} steps of {BATCH} words at a peak rate of {RATE:g}, which is
+high, so that it forgets. Forgetting is the rise of the loss on 768 tokens of general text (Python's
+language reference, licence texts, descriptions of data sets). The task's loss is that of the
+phonemes of 60 words that did not train. Repairs of one adapter are compared, not methods of
+training, so no rate is chosen.
 
-A repair is `veneer compose --repair`: of the 10 leading left singular vectors of each W + ΔW, those of which W has no
-like (a cosine below the threshold to each of its own) keep the factor of their singular value. Beside each stands a
-control: for each direction that the repair scales down, one of as much taken off in a random direction. And the change
-made smaller evenly, s · ΔW, as a curve: a repair is worth its name where it lies below that curve.
+A repair is `veneer compose --repair`: of the 10 leading left singular vectors of each W + ΔW, those
+that resemble none of W (a cosine below the threshold to each) keep the factor of their singular
+value. Beside each stands a control: for each direction that the repair scales down, as much is
+taken off in a random direction. The change made smaller evenly, s · ΔW, is the baseline: a repair
+is of use if it is better than that.
 
-Decided before the run: it holds if some repair wins back at least half of the rise of the loss on general text while
-the task's loss rises by at most 2 %.
+Bars: a repair wins back at least half of the rise of the loss on general text while the task's loss
+rises by at most {LOST:.0%}; the adapter has more intruders than a random change of the same
+spectrum. {len(SEEDS)} seeds.
 """
-
-
-def cells(smoke: bool) -> list[Cell]:
-    return phonemes.cells(True)[:1] if smoke else [ADAPTER]
+EARLIER = """
+The page had the same ends of its claims, with one adapter of 400 steps and one seed.
+"""
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -52,57 +57,64 @@ def run(cell: Cell) -> dict[str, Any]:
     from veneer.tools.compose import compose
     from veneer.tools.compose.repair import repair
 
-    with smollm2.place(cell) as (folder, base_name):
-        adapter = phonemes.adapter(cell, folder, base_name)
-        base = models.load_base(base_name, attention="eager")
-        judging = smollm2.words(cell)[2][:100]
-        held, general = (
-            smollm2.examples(judging, base.tokenizer, folder),
-            smollm2.general(cell, base.tokenizer),
-        )
+    with words.workplace(cell) as (folder, base_name):
+        base = models.load_base(base_name, attention="eager", precision="bf16")
+        adapter = train_adapter(cell, base, folder)
+        held_out = words.load_words(cell)[2][:60]
+        held_out = words.tokenise_words(held_out, base.tokenizer, folder)
+        texts = words.general_text(cell, base.tokenizer, first=0, rows=2)
 
         def losses(path: Path | None) -> dict[str, float]:
             handle = None if path is None else veneer.load(base.model, path)
-            found = {kind: smollm2.loss(base.model, text) for kind, text in general.items()}
-            found = {
-                "task": smollm2.loss(base.model, held),
-                "general": sum(found.values()) / len(found),
-                **found,
-            }
+            task = words.loss_of(base.model, held_out)
+            general = words.general_loss(base.model, texts)
             if handle is not None:
                 handle.detach()
-            return found
+            return {"task": task, "general": general}
 
-        rows: list[dict[str, Any]] = [{"what": "base", "scale": 0.0, **losses(None)}]
-        rows.append({"what": "evenly", "scale": 1.0, **losses(adapter)})
-        for scale in EVENLY:
-            path = compose([adapter], folder / f"evenly-{scale}", weights=[scale]).path
-            rows.append({"what": "evenly", "scale": scale, **losses(path)})
-        found = [*_intruders(adapter, base.model)]
+        rows = {"the base": losses(None), "the adapter": losses(adapter)}
+        for scale in SCALES:
+            path = compose([adapter], folder / f"scaled-{scale}", weights=[scale]).path
+            rows[f"{scale:g} · ΔW"] = losses(path)
+        weights = [*find_directions(adapter, base.model)]
         for threshold, factor in REPAIRS:
-            chosen = [_below(one, threshold) for one in found]
-            count = sum(one.count for one in chosen)
-            controls = [_random(one, seed) for seed, one in enumerate(chosen)]
-            for what, own in (("repair", chosen), ("random", controls)) if count else ():
-                name = folder / f"{what}-{threshold}-{factor}"
-                report = repair(adapter, name, base=base.model, factor=factor, found=own)
-                setting = {
-                    "threshold": threshold,
-                    "factor": factor,
-                    "count": count,
-                    "removed": report.removed,
-                }
-                rows.append({"what": what, **setting, **losses(name)})
-    cosines = sorted(cosine for one in found for cosine in one.cosines)
-    control = sorted(cosine for one in found for cosine in one.control)
-    size = math.hypot(*(one.distance for one in found)) / math.hypot(*(one.norm for one in found))
-    below = {str(at): (_count(cosines, at), _count(control, at)) for at in (0.5, 0.7, 0.9)}
-    return {"rows": rows, "size": size, "looked_at": len(cosines), "below": below}
+            below = [select_below(weight, threshold) for weight in weights]
+            controls = [randomise(weight, seed) for seed, weight in enumerate(below)]
+            label = f"cosine < {threshold:g}, × {factor:g}"
+            for name, directions in (("repair", below), ("control", controls)):
+                if any(weight.count for weight in directions):
+                    path = folder / f"{name}-{threshold}"
+                    repair(adapter, path, base=base.model, factor=factor, found=directions)
+                    rows[f"{name}: {label}"] = losses(path)
+    cosines = [cosine for weight in weights for cosine in weight.cosines]
+    control = [cosine for weight in weights for cosine in weight.control]
+    intruders = [sum(cosine < 0.5 for cosine in values) for values in (cosines, control)]
+    return {"rows": rows, "directions": len(cosines), "intruders": intruders}
 
 
-def _intruders(adapter: Path, model: Any) -> Iterator[Any]:
-    """Every leading direction of each weight: which of them count is asked afterwards, for each
-    threshold."""
+def train_adapter(cell: Cell, base: Any, folder: Path) -> Path:
+    import torch
+
+    import veneer
+    from veneer.train.evaluate import collate
+
+    examples = words.tokenise_words(words.load_words(cell)[0], base.tokenizer, folder)
+    torch.manual_seed(cell["seed"])
+    handle = veneer.attach(base.model, veneer.LoraConfig(rank=8, alpha=16))
+    training.train(
+        handle.parameters(),
+        training.draw_batches(len(examples), cell["batch"], cell["seed"]),
+        lambda rows: base.model(**collate(examples, rows), use_cache=False).loss,
+        steps=cell["steps"],
+        rate=cell["rate"],
+    )
+    path = handle.save(folder / "adapter")
+    handle.detach()
+    return path
+
+
+def find_directions(adapter: Path, model: Any) -> Iterator[Any]:
+    """Every leading direction of each weight, for all thresholds."""
     from veneer.adapter_files.folder import read
     from veneer.tools.compose.frozen_weights import FrozenWeights
     from veneer.tools.intruders import find_intruders
@@ -110,125 +122,124 @@ def _intruders(adapter: Path, model: Any) -> Iterator[Any]:
     return find_intruders(read(adapter), FrozenWeights(model), threshold=1.0, control=True)
 
 
-def _count(cosines: Sequence[float], threshold: float) -> int:
-    return sum(cosine < threshold for cosine in cosines)
-
-
-def _below(one: Any, threshold: float) -> Any:
-    """What was found of a weight, with the directions below the threshold alone."""
+def select_below(weight: Any, threshold: float) -> Any:
+    """The directions of a weight below the threshold alone."""
     import torch
 
-    near, parts = (
-        torch.tensor(one.cosines, dtype=torch.float64).split(
-            len(one.cosines) // len(one.intruders)
-        ),
-        [],
-    )
-    for cosines, triples in zip(near, one.intruders, strict=True):
+    size = len(weight.cosines) // len(weight.intruders)
+    groups = torch.tensor(weight.cosines, dtype=torch.float64).split(size)
+    intruders = [
         # `intruders` has those below 1 alone; a cosine of 1 is no intruder at any threshold
-        parts.append(triples.select(cosines[cosines < 1.0] < threshold))
-    return replace(one, intruders=tuple(parts))
+        triples.select(cosines[cosines < 1.0] < threshold)
+        for cosines, triples in zip(groups, weight.intruders, strict=True)
+    ]
+    return replace(weight, intruders=tuple(intruders))
 
 
-def _random(one: Any, seed: int) -> Any:
+def randomise(weight: Any, seed: int) -> Any:
     """As many directions of the same singular values, at random."""
     import torch
 
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def like(sides: Any) -> Any:
-        return torch.linalg.qr(torch.randn(sides.shape, generator=draw, dtype=sides.dtype))[0]
+    def random_like(sides: Any) -> Any:
+        noise = torch.randn(sides.shape, generator=generator, dtype=sides.dtype)
+        return torch.linalg.qr(noise)[0]
 
-    return replace(
-        one,
-        intruders=tuple(
-            triples._replace(U=like(triples.U), V=like(triples.V)) for triples in one.intruders
-        ),
-    )
-
-
-def _shares(run: Run, row: dict[str, Any]) -> tuple[float, float]:
-    """What a row wins back of the rise of the loss on general text, and by how much the task's loss
-    rises."""
-    base, whole = run["rows"][:2]
-    rise = whole["general"] - base["general"]
-    return (whole["general"] - row["general"]) / rise, row["task"] / whole["task"] - 1
+    intruders = [
+        triples._replace(U=random_like(triples.U), V=random_like(triples.V))
+        for triples in weight.intruders
+    ]
+    return replace(weight, intruders=tuple(intruders))
 
 
-def _named(row: dict[str, Any]) -> str:
-    if row["what"] == "base":
-        return "the base"
-    if row["what"] == "evenly":
-        return "the adapter" if row["scale"] == 1 else f"{row['scale']:g} · ΔW"
-    said = f"{row['count']} directions, cosine < {row['threshold']:g}, × {row['factor']:g}"
-    return f"repair: {said}" if row["what"] == "repair" else f"control, at random: {said}"
+def win_and_loss(run: Run, label: str) -> tuple[float, float]:
+    """The share that a row wins back of the rise of the loss on general text, and by how much the
+    task's loss rises."""
+    base, adapter, row = (run["rows"][name] for name in ("the base", "the adapter", label))
+    rise = adapter["general"] - base["general"]
+    return (adapter["general"] - row["general"]) / rise, row["task"] / adapter["task"] - 1
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    """Rows that each run has: without an intruder there is nothing to repair."""
+    return [label for label in runs[0]["rows"] if all(label in run["rows"] for run in runs)]
 
 
 def tables(runs: Sequence[Run]) -> str:
-    (run,) = runs
-    kinds = [name for name in run["rows"][0] if name not in ("what", "scale", "task", "general")]
     rows = []
-    for row in run["rows"]:
-        won, lost = _shares(run, row)
-        off = f"{row['removed']:.1%}" if "removed" in row else f"{1 - row['scale']:.0%}"
-        told = [f"{row[name]:.3f}" for name in ("task", "general", *kinds)]
-        rows.append((_named(row), off, *told, f"{won:.0%}", f"{lost:+.1%}"))
-    head = ("", "taken off ΔW", "task", "general", *kinds, "won back", "task loses")
-    below = [(f"below {at}", own, control) for at, (own, control) in run["below"].items()]
-    said = (
-        f"‖W′ − W‖ / ‖W‖ over all weights is {run['size']:.3f}. "
-        f"Of {run['looked_at']} leading singular vectors of W′:"
+    for label in labels_of(runs):
+        losses = [
+            show([run["rows"][label][name] for run in runs], 2) for name in ("task", "general")
+        ]
+        wins, costs = zip(*(win_and_loss(run, label) for run in runs), strict=True)
+        rows.append((label, *losses, show(wins, 2), show(costs, 2, "+")))
+    head = ("", "task", "general text", "share won back", "task's loss rises by")
+    shown = [show([run["intruders"][number] for run in runs], 0) for number in (0, 1)]
+    note = (
+        f"Mean ± half of the 95 % interval over {len(runs)} seeds. Of {runs[0]['directions']}"
+        f" leading directions, {shown[0]} are intruders (a cosine below 0.5); of a random change"
+        f" with the same spectrum, {shown[1]}."
     )
-    spectrum = table(
-        ("largest cosine to a singular vector of W", "the adapter", "random change, same spectrum"),
-        below,
-    )
-    return f"{table(head, rows)}\n\n{said}\n\n{spectrum}"
+    return f"{table(head, rows)}\n\n{note}"
 
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
-    (run,) = runs
-    repaired = [row for row in run["rows"] if row["what"] == "repair"]
-    kept = [row for row in repaired if _shares(run, row)[1] <= 0.02]
-    best = max(kept, key=lambda row: _shares(run, row)[0], default=None)
-    won = 0.0 if best is None else _shares(run, best)[0]
-    said = (
-        f"{won:.0%} at most, by {_named(best)}"
-        if best
-        else "nothing: no repair keeps the task within 2 %"
+    labels = labels_of(runs)
+    repairs = [label for label in labels if label.startswith("repair")]
+
+    def verdict_of(label: str) -> str:
+        wins, costs = zip(*(win_and_loss(run, label) for run in runs), strict=True)
+        return all_of([exceeds(wins, WON), exceeds([LOST - cost for cost in costs])])
+
+    def describe(label: str) -> str:
+        wins, costs = zip(*(win_and_loss(run, label) for run in runs), strict=True)
+        return f"{label}: {show(wins, 2)} won back, the task's loss {show(costs, 2, '+')}"
+
+    best = max(
+        repairs, key=lambda label: sum(win_and_loss(run, label)[0] for run in runs), default=None
     )
-    own, control = run["below"]["0.5"]
-    said_of = f"{own} of {run['looked_at']} directions; a random change of the same spectrum has {control}"
-    even = [row for row in run["rows"] if row["what"] == "evenly" and _shares(run, row)[1] <= 0.02]
-    plain = max((_shares(run, row)[0] for row in even), default=0.0)
+    extra = [run["intruders"][0] - run["intruders"][1] for run in runs]
     return [
         Claim(
-            "scaling intruder dimensions down wins back half of what was forgotten, for 2 % of the task's loss", PAPER,
-            f"{said}; evenly smaller, within the same 2 %: {plain:.0%}", won >= 0.5,
+            "scaling intruder dimensions down wins back half of what was forgotten, for 2 % of the"
+            " task's loss",
+            PAPER,
+            "; ".join(describe(label) for label in (best, f"{SCALES[0]:g} · ΔW") if label),
+            exceeds([]) if best is None else verdict_of(best),
         ),
-        Claim("LoRA's change has intruder dimensions, more than chance", PAPER, said_of, own > control),
-    ]  # fmt: skip
+        Claim(
+            "LoRA's change has intruder dimensions, more than chance",
+            PAPER,
+            f"{show(extra, 1, '+')} of {runs[0]['directions']} directions more than a random change"
+            " of the same spectrum",
+            exceeds(extra),
+        ),
+    ]
 
 
-def drawn(runs: Sequence[Run]) -> dict[str, str]:
-    """Around the adapter itself: what loses the task is left out."""
-    (run,) = runs
-    most = 2 * run["rows"][1]["task"]
+def draw(runs: Sequence[Run]) -> dict[str, str]:
+    """The trade between the task and general text; rows that lose the task are left out."""
+    run = runs[0]
+    worst = 2 * run["rows"]["the adapter"]["task"]
     series: dict[str, list[tuple[float, float]]] = {}
-    for row in run["rows"]:
-        if row["task"] <= most:
-            what = {"evenly": "s · ΔW", "repair": "repairs", "random": "controls at random"}.get(
-                row["what"], "the base"
-            )
-            series.setdefault(what, []).append((row["task"], row["general"]))
-    return {
-        "trade": plots.lines(
-            series, x="loss of the task", y="loss on general text", bottom=None, dots=True
-        )
-    }
+    for label, row in run["rows"].items():
+        kind = "s · ΔW" if "ΔW" in label else label.partition(":")[0]
+        if row["task"] <= worst:
+            series.setdefault(kind, []).append((row["task"], row["general"]))
+    labels = {"x": "loss of the task", "y": "loss on general text"}
+    return {"trade": plots.lines(series, **labels, bottom=None, dots=True)}
 
 
 EXPERIMENT = Experiment(
-    title="Forgetting, and its repair", about=ABOUT, cells=cells, run=run, tables=tables, claims=claims, plots=drawn,
-    data=smollm2.lacking,
-)  # fmt: skip
+    title="Forgetting, and its repair",
+    about=ABOUT,
+    plan=PLAN,
+    run=run,
+    tables=tables,
+    claims=claims,
+    plots=draw,
+    toy={"steps": 2, "batch": 4, "rate": 1e-1},
+    earlier=EARLIER,
+    missing_data=words.missing_data,
+)

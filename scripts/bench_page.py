@@ -49,6 +49,8 @@ TITLES = {
     "task_dpo": "Preferences (DPO)",
     "task_grpo": "Rewards (GRPO)",
     "serve": "Serving over HTTP",
+    "prefix": "A prompt that was asked before",
+    "gap": "Streams beside long prompts",
 }
 #: rows of "In short": title, case, setting that selects its column, Veneer's arm, number
 OWN_LOSS = "veneer, own loss and attention"

@@ -1,8 +1,10 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of
-variants in docs/config.md from their registry, the errors in docs/troubleshooting.md from their
-docstrings, docs/plan.md from the planner, docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md
-and blocks of README.md, docs/start.md, docs/from-peft.md and docs/trainers.md from recorded
-results, docs/paper/ from those of experiments/.
+variants in docs/config.md from their registry, that of fields in docs/serving.md from the server's
+bodies, the errors in docs/troubleshooting.md from their docstrings, docs/plan.md from the planner,
+examples/grafana.json from the table of its panels,
+docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md and blocks of README.md, docs/start.md,
+docs/from-peft.md and docs/trainers.md from recorded results, docs/paper/ from those of
+experiments/.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -24,7 +26,9 @@ from experiments.page import pages as paper_pages
 
 import bench_page
 import errors_page
+import fields_page
 import gpu_page
+import grafana_board
 import plan_page
 import readme_picture
 import torture_page
@@ -109,6 +113,7 @@ def pages_with_blocks() -> dict[str, str]:
         "docs/start.md": {"demo": demo_table()},
         "docs/from-peft.md": {"torture": torture_page.counts()},
         "docs/config.md": {"variants": variants_table()},
+        "docs/serving.md": {"fields": fields_page.table()},
         "docs/trainers.md": {"trainers": trainers.table()},
         "docs/troubleshooting.md": {"errors": errors_page.errors_section()},
     }
@@ -134,6 +139,7 @@ def main() -> int:
         **paper_pages(),
     }
     generated = {f"docs/{name}": content for name, content in pages.items()}
+    generated["examples/grafana.json"] = grafana_board.board()
     for name, content in (generated | pages_with_blocks()).items():
         path = ROOT / name
         if not path.exists() or path.read_text() != content:

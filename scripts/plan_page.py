@@ -31,7 +31,7 @@ from veneer.train.plan.hardware import (
     Hardware,
 )
 from veneer.train.plan.serving import BUSY, Load, plan_service
-from veneer.train.plan.training import Planner, Run, RunPlan
+from veneer.train.plan.training_plan import Planner, Run, RunPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,9 +17,9 @@ from tests.support.tiny import write_tiny
 
 from veneer.train.config import load_config, task_names
 from veneer.train.run import fit
-from veneer.train.sweep.run import sweep
 from veneer.train.sweep.search import Search
-from veneer.train.sweep.settings import load_sweep
+from veneer.train.sweep.sweep_run import sweep
+from veneer.train.sweep.sweep_settings import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 # : but `pronounce.yaml`, that of the demo, on its data, which test_docs.py runs, and `sweep.yaml`,

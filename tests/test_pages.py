@@ -17,7 +17,7 @@ import yaml
 from scripts import errors_page
 
 import veneer
-from veneer.attach.from_peft import METHODS
+from veneer.attach.source.from_peft import METHODS
 from veneer.errors import AdapterError
 from veneer.formats import peft_fields
 
@@ -198,16 +198,19 @@ def test_the_drawing_is_of_the_house():
         if path.suffix == ".py" or path.is_dir()
     }
     assert top == there - {"__init__.py", "__pycache__/"}
-    folder = SOURCE
+    folder = room = SOURCE
     for line in drawing.splitlines():
         if head := re.match(r"  (\w+)(/?)", line):
-            folder = SOURCE / head[1] if head[2] else SOURCE
+            folder = room = SOURCE / head[1] if head[2] else SOURCE
+        elif inner := re.match(r"    (?! )(?:(\w+)/ )?", line):  # a room of attach/
+            room = folder / (inner[1] or "")
         for file in re.findall(r"\b\w+\.py\b", line):
-            assert (folder / file).exists(), f"{folder.name}/{file} is drawn"
+            assert (room / file).exists(), f"{room.name}/{file} is drawn"
     for folder in (
         "fileio",
         "kernels",
         "attach",
+        *(f"attach/{path.name}" for path in (SOURCE / "attach").glob("[a-z]*/")),
         "models",
         "adapter_files",
         "bank",

@@ -89,10 +89,11 @@ class Decoding:
         self.slots = Slots(ROWS, length + 1, torch.device("cpu"))
         prompts = torch.randint(0, self.forward.logits, (ROWS, length)).tolist()
         with torch.inference_mode():
-            self.forward.fill(self.slots, 0, prompts)
+            self.rows: Any = [self.slots.allocate(length + 1) for _ in prompts]
+            self.forward.fill(self.slots, self.rows, prompts)
 
     def __call__(self) -> None:
-        self.forward.decode(self.slots, [1] * ROWS, [self.length] * ROWS)
+        self.forward.decode(self.slots, self.rows, [1] * ROWS, [self.length] * ROWS)
 
 
 class CachedDecoding:
@@ -224,7 +225,8 @@ def engine_arms(
     torch.manual_seed(seed)
     base = frozen_llama(layers, dtype, tiny, use_cache=True)
     prompts = torch.randint(0, base.config.vocab_size, (ROWS, prompt))
-    engine = Engine(sharing(base), Letters(), rows=ROWS, length=prompt + tokens)
+    # the others compute each prompt anew, round after round
+    engine = Engine(sharing(base), Letters(), rows=ROWS, length=prompt + tokens, prefix_cache=False)
     config = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )

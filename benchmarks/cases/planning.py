@@ -21,7 +21,7 @@ from veneer.models.load import load_head
 from veneer.models.meta import countable_model
 from veneer.train.loss import token_loss
 from veneer.train.plan.hardware import BYTES, PRODUCTS, Hardware, Network
-from veneer.train.plan.training import Planner, Run
+from veneer.train.plan.training_plan import Planner, Run
 
 #: the shape of SmolLM2-135M with fewer blocks, and others of about its width
 LLAMA = {

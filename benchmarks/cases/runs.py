@@ -226,8 +226,8 @@ def sweep_arms(
         def run() -> dict[str, Any]:
             from veneer import models
             from veneer.train.config import TrainConfig
-            from veneer.train.sweep.run import sweep
-            from veneer.train.sweep.settings import make_sweep
+            from veneer.train.sweep.sweep_run import sweep
+            from veneer.train.sweep.sweep_settings import make_sweep
 
             pronunciations(folder, models.load_tokenizer(base), rows, held_out)
             config = TrainConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -36,11 +37,20 @@ class ServerGroup:
 
 
 def command_of(
-    name: str, folder: Path, adapters: Sequence[str], rows: int, dtype: str, number: int
+    name: str,
+    folder: Path,
+    adapters: Sequence[str],
+    rows: int,
+    dtype: str,
+    number: int,
+    length: int = LENGTH,
+    cached: bool = False,
 ) -> tuple[list[str], dict[str, Any]]:
-    """A server's command, and how it is started."""
+    """A server's command, and how it is started. ``cached``: it keeps prefixes."""
     ours = [sys.executable, "-m", "veneer.cli", "serve"]
-    limits = ["--rows", str(rows), "--length", str(LENGTH)]
+    limits = ["--rows", str(rows), "--length", str(length)]
+    if name in (OURS, MERGED):  # rounds repeat their prompts
+        limits += [] if cached else ["--no-prefix-cache"]
     if name == OURS:
         more = ["--adapters", str(folder / "adapters"), "--precision", "stored"]
         return [*ours, str(folder / "base"), *more, *limits], {}
@@ -67,8 +77,8 @@ def command_of(
             "--max-num-seqs",
             str(rows),
             "--max-model-len",
-            str(LENGTH),
-            "--no-enable-prefix-caching",
+            str(length),
+            "--enable-prefix-caching" if cached else "--no-enable-prefix-caching",
             "--lora-modules",
             *(f"{name}={folder / 'adapters' / name}" for name in adapters),
         ], {"ready": "/health", "env": vllm_environment(python), "seconds": 900}
@@ -160,6 +170,107 @@ def serve_arms(
     return {name: arm(group) for name, group in groups.items()}
 
 
+class Alone:
+    """Veneer's server, and vLLM's where there is one: one of them at a time runs."""
+
+    def __init__(
+        self, stack: contextlib.ExitStack, dtype: str, layers: int, tiny: bool, cached: bool
+    ) -> None:
+        from serve_cases import place, servers
+
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        layers = 2 if tiny else layers
+        self.adapters = place.make(folder, dtype, 2, layers=layers, tiny=tiny, merged=False)
+        self.vocabulary = 96 if tiny else 49152 * layers // 30
+        self.groups: dict[str, ServerGroup] = {}
+        for name in (OURS, VLLM) if "VLLM" in os.environ else (OURS,):
+            command, options = command_of(
+                name, folder, self.adapters, 16, dtype, 0, length=2048, cached=cached
+            )
+            threads = len(os.sched_getaffinity(0))
+            server = servers.serve(command, folder / f"{name}.log", threads=threads, **options)
+            self.groups[name] = ServerGroup([stack.enter_context(server)], self.adapters)
+            self.groups[name].signal(signal.SIGSTOP)
+            stack.callback(self.groups[name].signal, signal.SIGCONT)
+
+    def run(self, name: str, work: Callable[[str], Any]) -> Any:
+        """The result of ``work``, a coroutine of the server's address."""
+        group = self.groups[name]
+        group.signal(signal.SIGCONT)
+        try:
+            return asyncio.run(work(group.url_of(self.adapters[0])))
+        finally:
+            group.signal(signal.SIGSTOP)
+
+
+def prefix_arms(
+    stack: contextlib.ExitStack, seed: int, dtype: str, layers: int, prompt: int, tiny: bool = False
+) -> Arms:
+    """Seconds to the first token: of a prompt that is new, and of one that was asked before."""
+    from serve_cases import client
+
+    alone, numbers = Alone(stack, dtype, layers, tiny, cached=True), itertools.count()
+
+    def arm(name: str, number: Callable[[], int]) -> Callable[[], Mapping[str, float]]:
+        async def ask(url: str) -> float:
+            ids = client.prompt((seed, number()), prompt, prompt, alone.vocabulary)
+            async with client.session() as http:
+                return (await client.ask(http, url, client.body(alone.adapters[0], ids, 2))).first
+
+        return lambda: {"wall": alone.run(name, ask)}
+
+    arms: dict[str, Callable[[], Mapping[str, float]]] = {}
+    for name in alone.groups:
+        arms[f"{name}, first time"] = arm(name, lambda: next(numbers))
+        arms[f"{name}, again"] = arm(name, lambda: -1)
+    return arms
+
+
+def gap_arms(
+    stack: contextlib.ExitStack,
+    seed: int,
+    dtype: str,
+    layers: int,
+    streams: int,
+    tokens: int,
+    prompt: int,
+    tiny: bool = False,
+) -> Arms:
+    """Streams by themselves, and while long prompts arrive, one when the one before is answered."""
+    from serve_cases import client
+
+    alone, numbers = Alone(stack, dtype, layers, tiny, cached=False), itertools.count()
+
+    def request(number: Any, size: int, count: int) -> dict[str, Any]:
+        ids = client.prompt((seed, number), size, size, alone.vocabulary)
+        return client.body(alone.adapters[0], ids, count)
+
+    def arm(name: str, beside: bool) -> Callable[[], Mapping[str, float]]:
+        async def stream(url: str) -> Mapping[str, float]:
+            async with client.session() as http:
+
+                async def arrive() -> None:
+                    while beside:
+                        await client.ask(http, url, request(next(numbers), prompt, 2))
+
+                arrivals = asyncio.create_task(arrive())
+                requests = [request(-1 - number, 32, tokens) for number in range(streams)]
+                answers = await asyncio.gather(*(client.ask(http, url, r) for r in requests))
+                arrivals.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await arrivals
+            gaps = client.percentiles(gap for answer in answers for gap in answer.gaps)
+            return {"gap": gaps["p95"], "gap p50": gaps["p50"], "gap p95": gaps["p95"]}
+
+        return lambda: alone.run(name, stream)
+
+    arms: dict[str, Callable[[], Mapping[str, float]]] = {}
+    for name in alone.groups:
+        arms[f"{name}, alone"] = arm(name, beside=False)
+        arms[f"{name}, beside prompts"] = arm(name, beside=True)
+    return arms
+
+
 def missing() -> str | None:
     python = os.environ.get("VLLM")
     if (
@@ -211,4 +322,51 @@ SERVE = Case(
     minutes=22,
     lacks=missing,
 )
-CASES = (SERVE,)
+PREFIX = Case(
+    "prefix",
+    "Time to the first token of a prompt of 1,800 tokens over HTTP, new and asked before; "
+    "SmolLM2-135M's shape (6 of 30 layers).",
+    "the same base, prompts and threads, one request at a time, prefix caches on; `vllm` is its CPU "
+    "build ($VLLM)",
+    f"{OURS}, first time",
+    [
+        {"threads": "default", "dtype": dtype, "layers": 6, "prompt": 1800}
+        for dtype in ("float32", "bfloat16")
+    ],
+    prefix_arms,
+    {"tiny": True, "prompt": 40},
+    shown={"wall": ("to the first token", "ratio")},
+    group="serve",
+    minutes=5,
+    lacks=missing,
+)
+GAP = Case(
+    "gap",
+    "Gaps between the tokens of 8 streams over HTTP, by themselves and while prompts of 1,800 "
+    "tokens arrive; SmolLM2-135M's shape (6 of 30 layers).",
+    "the same base, prompts and threads, 16 rows, prefix caches off; a prompt arrives when the one "
+    "before is answered; `vllm` is its CPU build ($VLLM)",
+    f"{OURS}, alone",
+    [
+        {
+            "threads": "default",
+            "dtype": dtype,
+            "layers": 6,
+            "streams": 8,
+            "tokens": 96,
+            "prompt": 1800,
+        }
+        for dtype in ("float32", "bfloat16")
+    ],
+    gap_arms,
+    {"tiny": True, "streams": 2, "tokens": 8, "prompt": 40},
+    shown={
+        "gap": ("gap p95", "ratio"),
+        "gap p50": ("between two, ms, p50", ",.0f"),
+        "gap p95": ("between two, ms, p95", ",.0f"),
+    },
+    group="serve",
+    minutes=8,
+    lacks=missing,
+)
+CASES = (SERVE, PREFIX, GAP)

@@ -1,4 +1,4 @@
-"""What `rank-for-rl.yaml` judges answers by."""
+"""The reward of `rank-for-rl.yaml`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def last_number(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """1 where the last number of what was written is the one behind GSM8K's ####."""
+    """1 if the last number of a completion is the number behind GSM8K's ####."""
     texts = [
         written if isinstance(written, str) else written[-1]["content"] for written in completions
     ]
@@ -15,5 +15,5 @@ def last_number(completions: list[Any], answer: list[str], **_: Any) -> list[flo
 
 
 def _last(text: str) -> str | None:
-    found = re.findall(r"-?\d[\d,]*\.?\d*", text)
-    return found[-1].replace(",", "").rstrip(".") if found else None
+    numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
+    return numbers[-1].replace(",", "").rstrip(".") if numbers else None

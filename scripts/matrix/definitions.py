@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from veneer.attach.change import Change
+from veneer.attach.layer.change import Change
 
 #: (numbers, scale, W [g, out, in]) -> gain ⊙ (W + ΔW)
 Meaning = Callable[[Mapping[str, Tensor], float, Tensor], Tensor]

@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     from veneer.adapter_files import UnverifiedAdapter, save
     from veneer.adapter_files.save_load import LoadedElsewhere
     from veneer.adapter_files.ties import TieBroken
-    from veneer.attach.check import check
-    from veneer.attach.first_step import NotTrained
-    from veneer.attach.fresh_weights import FreshWeights
-    from veneer.attach.install import detach
-    from veneer.attach.merge import merge, unmerge
-    from veneer.attach.merge_report import MergeReport
-    from veneer.attach.plan import SkippedLayers
-    from veneer.attach.qconfig import NotQuantized
-    from veneer.attach.select import set_default, use
-    from veneer.attach.summary import summarise
+    from veneer.attach import (
+        FreshWeights,
+        MergeReport,
+        NotQuantized,
+        NotTrained,
+        SkippedLayers,
+        check,
+        detach,
+        merge,
+        set_default,
+        summarise,
+        unmerge,
+        use,
+    )
     from veneer.bank import Bank
     from veneer.config import LoraConfig
     from veneer.errors import VeneerError
@@ -47,33 +51,33 @@ _LAZY = {
     "ComposeReport": "veneer.tools.compose",
     "Difference": "veneer.tools.compare",
     "ExtractReport": "veneer.tools.extract",
-    "FreshWeights": "veneer.attach.fresh_weights",
+    "FreshWeights": "veneer.attach",
     "Handle": "veneer.handle",
     "LoadedElsewhere": "veneer.adapter_files.save_load",
     "LoraConfig": "veneer.config",
-    "MergeReport": "veneer.attach.merge_report",
-    "NotQuantized": "veneer.attach.qconfig",
-    "NotTrained": "veneer.attach.first_step",
+    "MergeReport": "veneer.attach",
+    "NotQuantized": "veneer.attach",
+    "NotTrained": "veneer.attach",
     "Runs": "veneer.train.many",
-    "SkippedLayers": "veneer.attach.plan",
+    "SkippedLayers": "veneer.attach",
     "TensorsLeftOut": "veneer.formats.peft_targets",
     "TieBroken": "veneer.adapter_files.ties",
     "UnverifiedAdapter": "veneer.adapter_files",
     "VeneerError": "veneer.errors",
     "attach": "veneer.handle",
-    "check": "veneer.attach.check",
+    "check": "veneer.attach",
     "compare": "veneer.tools.compare",
     "compose": "veneer.tools.compose",
-    "detach": "veneer.attach.install",
+    "detach": "veneer.attach",
     "extract": "veneer.tools.extract",
     "load": "veneer.handle",
-    "merge": "veneer.attach.merge",
+    "merge": "veneer.attach",
     "save": "veneer.adapter_files",
-    "set_default": "veneer.attach.select",
-    "summarise": "veneer.attach.summary",
+    "set_default": "veneer.attach",
+    "summarise": "veneer.attach",
     "train_many": "veneer.train.many",
-    "unmerge": "veneer.attach.merge",
-    "use": "veneer.attach.select",
+    "unmerge": "veneer.attach",
+    "use": "veneer.attach",
 }
 #: submodules that are imported when first used as an attribute
 _LAZY_MODULES = (

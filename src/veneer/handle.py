@@ -11,27 +11,35 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.change import Change
-from veneer.attach.data_init import Loss, collect_calibration_data
-from veneer.attach.fresh_weights import fresh_parameters, warn_fresh
-from veneer.attach.from_peft import METHODS
-from veneer.attach.install import detach, install
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import (
+from veneer.attach import (
+    METHODS,
+    CallPlan,
+    Change,
+    LayerAdapter,
+    Loss,
+    MergeReport,
+    Names,
+    Summary,
     adapters,
     adapters_of,
+    base_class,
+    call_plan,
     changes,
+    collect_calibration_data,
+    detach,
+    fresh_parameters,
+    install_adapter,
+    merge,
     need_adapters,
     parameter_path,
+    plan,
+    summarise,
+    unmerge,
     unwrap,
+    use,
+    warn_fresh,
+    weight_of,
 )
-from veneer.attach.merge import merge, unmerge
-from veneer.attach.merge_report import MergeReport
-from veneer.attach.plan import plan
-from veneer.attach.select import use
-from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
-from veneer.attach.targets import Names
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, MethodError, RemoteError
 
@@ -87,7 +95,7 @@ def attach(
     calibration = collect_calibration_data(
         model, plans, batches=batches, loss=loss, original=original
     )
-    install(model, name, plans, calibration=calibration)
+    install_adapter(model, name, plans, calibration=calibration)
     _cover(model)
     names = Names(model)
     in_full = {

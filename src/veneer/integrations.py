@@ -1,6 +1,6 @@
 """Veneer in the training loops of other libraries.
 
-A trainer that saves a model by the model's own ``save_pretrained`` needs nothing of this module.
+A trainer that saves a model by the model's own ``save_pretrained`` does not need this module.
 After ``veneer.attach``, transformers' ``Trainer`` and all of TRL's trainers save only the adapter,
 resume from it, and use the policy's own base as the reference. This module serves the others.
 
@@ -30,8 +30,7 @@ from veneer.adapter_files.file_names import FILES
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import refill, write_adapter
 from veneer.adapter_files.trainers import cover, disable_dropout, patch_trainers
-from veneer.attach.lookup import adapters_of, selected_name, unwrap
-from veneer.attach.reference import Reference, reference_of
+from veneer.attach import Reference, adapters_of, reference_of, selected_name, unwrap
 from veneer.config import LoraConfig
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, ConfigError
@@ -316,7 +315,7 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
     except (
         pickle.UnpicklingError,
         RuntimeError,
-    ) as error:  # what is no checkpoint, or would run code when read
+    ) as error:  # the file is no checkpoint, or would run code when read
         raise AdapterError(
             f"{checkpoint}, of which no adapter can be read ({error})", expected, do
         ) from error

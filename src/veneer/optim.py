@@ -53,38 +53,32 @@ def lora_plus(
     Raises:
         ConfigError: no trainable parameter, or a learning rate or ratio that is not above 0.
     """
-    named = [
-        (name, parameter)
-        for name, parameter in _named_parameters(named_parameters)
-        if parameter.requires_grad
-    ]
+    trainable = [pair for pair in _named_parameters(named_parameters) if pair[1].requires_grad]
     values = {"lr": lr, "ratio": ratio, "embedding_lr": embedding_lr}
     problems = [
         sentence(f"{name}={value!r}", "a number above 0", "use e.g. lr=1e-4, ratio=16")
         for name, value in values.items()
         if not value > 0
     ]
-    if not named:
+    if not trainable:
         problems.append(
             sentence(
                 "no trained parameter", "those of an adapter", "pass a handle, or named parameters"
             )
         )
     raise_all(ConfigError, "LoRA+ cannot be used", problems)
-    changes = _changes(named_parameters).values()
-    embedding_changes = [change for change in changes if change.layer.name.startswith("embedding")]
     embedding_ids = {
-        id(parameter) for change in embedding_changes for parameter in change.parameters()
+        id(parameter)
+        for change in _changes(named_parameters).values()
+        if change.layer.name.startswith("embedding")
+        for parameter in change.parameters()
     }
     groups: dict[float, list[nn.Parameter]] = {lr: [], lr * ratio: [], embedding_lr: []}
-    for name, parameter in named:
+    for name, parameter in trainable:
         parameter_name = name.rpartition(".")[2]
-        group_lr = (
-            lr
-            if parameter_name == _TOKEN_ROWS or _IN_FACTOR.fullmatch(parameter_name)
-            else lr * ratio
-        )
-        if id(parameter) in embedding_ids and parameter_name != _TOKEN_ROWS:
+        is_token_rows = parameter_name == _TOKEN_ROWS
+        group_lr = lr if is_token_rows or _IN_FACTOR.fullmatch(parameter_name) else lr * ratio
+        if id(parameter) in embedding_ids and not is_token_rows:
             group_lr = embedding_lr
         groups[group_lr].append(parameter)
     return [
@@ -245,11 +239,11 @@ class RankBudget:
 
     A triplet is a column of B, a row of A and the E between them. Its importance is s(E) + mean
     s(B) + mean s(A), with s = Ī · Ū for every number w: Ī is the moving average of the sensitivity
-    |w · ∂loss/∂w|, Ū that of |I − Ī|. The total budget of all layers is constant for ``warmup`` steps,
-    then decreases with the cube of the remaining share, and is constant for the last ``final``
-    steps, in which the choice no longer changes. The most important triplets have mask = 1; the
-    others get mask = 0 and E = 0. The gradient of E ignores the mask, so a triplet may be chosen
-    again.
+    |w · ∂loss/∂w|, Ū that of |I − Ī|. The total budget of all layers is constant for ``warmup``
+    steps, then decreases with the cube of the remaining share, and is constant for the last
+    ``final`` steps, in which the choice no longer changes. The most important triplets have mask =
+    1; the others get mask = 0 and E = 0. The gradient of E ignores the mask, so a triplet may be
+    chosen again.
 
     Args:
         source: a handle, a module that contains the layers, or the layers: modules with parameters
@@ -472,8 +466,8 @@ def _adapter_modules(source: Any) -> Iterator[tuple[str, Any]]:
         pairs = source.changes.items()
     else:
         pairs = [
-            item if isinstance(item, tuple) else (str(index), item)
-            for index, item in enumerate(source)
+            entry if isinstance(entry, tuple) else (str(index), entry)
+            for index, entry in enumerate(source)
         ]
     visited: set[int] = set()
     for path, module in pairs:
@@ -497,15 +491,10 @@ def _triplets(source: Any) -> Iterator[tuple[str, Any]]:
         elif any(hasattr(layer, name) for name in ("A", "B", "A2", "B2")):
             other_paths.append(path or "the top")
     if other_paths or not triplets:
-        problem_text = (
-            f"numbers of another variant at {listing(other_paths)}"
-            if other_paths
-            else "no layer with A, B, E and mask"
-        )
-        problem = sentence(
-            problem_text,
-            "an adapter of variant 'adalora'",
-            'attach with LoraConfig(variant="adalora")',
-        )
+        reason = "no layer with A, B, E and mask"
+        if other_paths:
+            reason = f"numbers of another variant at {listing(other_paths)}"
+        do = 'attach with LoraConfig(variant="adalora")'
+        problem = sentence(reason, "an adapter of variant 'adalora'", do)
         raise ConfigError(f"Ranks can only be allocated to adalora. {problem}")
     yield from triplets

@@ -1,5 +1,5 @@
-"""Where arithmetic in float64 runs: on the tensors' own device, or on the processor if that has
-none (MPS)."""
+"""The dtypes of exact arithmetic, and the device on which float64 runs: the tensors' own device, or
+the processor if that device has no float64 (MPS)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from torch import Tensor
 _CPU = torch.device("cpu")
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the dtype in which sums of narrower numbers are formed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def has_float64(device: torch.device) -> bool:
-    """Whether tensors of this device may be float64. Asked by making one, as devices are more than
-    this file knows."""
+    """Whether tensors of this device may be float64. A tensor is made to find out, as there are
+    more kinds of devices than this file knows."""
     if device.type in ("cpu", "meta"):
         return True
     try:

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import veneer
 from veneer.adapter_files import base_proof
 from veneer.adapter_files.verify import verify
-from veneer.attach.lookup import parameter_path
-from veneer.attach.targets import Names
+from veneer.attach.layer.lookup import parameter_path
+from veneer.attach.layer.names import Names
 from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError
 from veneer.fileio import hashing

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.adapters import CONFIG, RECORD, TENSORS, forge, put, small, small_adapter
-from tests.support.hostile import Runs, stripped
+from tests.support.hostile import Runs, remove_record
 from tests.support.models import IDS, TinyLM
 from tests.support.real_models import REAL
 from tests.support.toys import randomise
@@ -418,7 +418,7 @@ def test_changes_larger_than_the_weight(tmp_path):
 
 
 def test_an_adapter_without_a_record(tmp_path, adapter):
-    path = stripped(adapter)
+    path = remove_record(adapter)
     base = checkpoint(tmp_path / "base", language_model())
     for report in (verify(path), verify(path, base), verify(path, language_model(seed=9))):
         assert report.ok

@@ -7,7 +7,6 @@ import copy
 import functools
 import io
 import pickle
-import sys
 import warnings
 
 import pytest
@@ -18,6 +17,7 @@ from tests.support.toys import Diagonal, bits, error, randomise, works
 from torch import nn
 
 import veneer
+from veneer.attach import install as installing
 from veneer.errors import AdapterError, ConfigError, MergeError, SelectionError, TargetError
 
 LINEAR = [
@@ -1086,11 +1086,8 @@ def test_memory_that_runs_out_while_attaching_changes_nothing(monkeypatch):
             raise MemoryError
         return original(*args)
 
-    module = sys.modules[
-        "veneer.attach.install"
-    ]  # the package's attribute of that name is the function
-    original = module.make_change
-    monkeypatch.setattr(module, "make_change", failing)
+    original = installing.make_change
+    monkeypatch.setattr(installing, "make_change", failing)
     with pytest.raises(MemoryError):
         veneer.attach(model, veneer.LoraConfig(rank=2))
     assert state(model) == before

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import veneer
-from veneer.attach.state import STATE
+from veneer.attach.layer.state import STATE
 from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
 from veneer.variants import VARIANTS

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 import veneer
-from veneer.attach.state import STRAY
+from veneer.attach.layer.state import STRAY
 from veneer.errors import MergeError, VeneerError
 from veneer.layers import LAYERS
 from veneer.variants import VARIANTS

@@ -3,8 +3,6 @@ zero."""
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -13,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import veneer
 from veneer import precision
+from veneer.attach.merging import fold_weights
 from veneer.errors import MergeError
 from veneer.kernels import rounding
 from veneer.kernels.rounding import fold
@@ -20,7 +19,6 @@ from veneer.lowrank import LowRank
 from veneer.precision import double, has_float64, place
 
 META = torch.device("meta")
-merging = importlib.import_module("veneer.attach.merge")
 
 
 class Narrow(TorchDispatchMode):
@@ -50,7 +48,7 @@ def narrow(monkeypatch):
     original = precision.has_float64
     monkeypatch.setattr(precision, "has_float64", lambda device: device != META)
     monkeypatch.setattr(rounding, "has_float64", lambda device: device != META)
-    monkeypatch.setattr(merging, "has_float64", lambda device: device != META)
+    monkeypatch.setattr(fold_weights, "has_float64", lambda device: device != META)
     with Narrow():
         with pytest.raises(TypeError):  # the mode refuses
             torch.zeros(2, device=META).double()
@@ -140,7 +138,7 @@ def test_sampling_needs_no_float64_of_the_device():
 
 
 def test_a_packed_weight_on_such_a_device_is_refused(monkeypatch):
-    monkeypatch.setattr(merging, "has_float64", lambda device: False)
+    monkeypatch.setattr(fold_weights, "has_float64", lambda device: False)
     torchao = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(nn.Linear(32, 32, bias=False))
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())

@@ -10,7 +10,7 @@ from tests.support.moe import (
     IMPLEMENTATIONS,
     MODELS,
     TARGETS,
-    attached,
+    attach_adapter,
     build,
     definition,
     inputs_for,
@@ -39,7 +39,7 @@ ways = pytest.mark.parametrize(
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @ways
 def test_outputs_and_gradients_are_those_of_the_definition(name, way, dtype):
-    _, module = attached(name, way, dtype)
+    _, module = attach_adapter(name, way, dtype)
     args = inputs_for(module, dtype)
     args[0].requires_grad_()
     y = module(*args)
@@ -76,7 +76,7 @@ class _Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @ways
 def test_nothing_of_the_size_of_a_stack_is_made(name, way, dtype):
-    _, module = attached(name, way, dtype, experts=16, rank=2)
+    _, module = attach_adapter(name, way, dtype, experts=16, rank=2)
     args = inputs_for(module, dtype, tokens=1 if name == "llama4" else 3)
     args[0].requires_grad_()
     module(*args)  # what is compiled or looked up once
@@ -147,7 +147,7 @@ def test_as_many_rows_as_experts_of_a_token_are_rows():
 
 
 def test_tokens_that_are_not_a_view_of_rows_first_are_refused():
-    model, module = attached("mixtral", "eager", torch.float32)
+    model, module = attach_adapter("mixtral", "eager", torch.float32)
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=TARGETS), "b")
     hidden, index, weights = inputs_for(module, torch.float32, tokens=6)
     time_first = hidden.view(3, 2, -1).clone()
@@ -188,7 +188,7 @@ def test_a_banks_rows_reach_experts(tmp_path):
 def test_a_step_keeps_little_more_than_the_bases():
     """Of the inputs of the stacks, the tokens are kept once, not for each expert, and products as
     their factors."""
-    model, module = attached("qwen3_moe", "grouped_mm", torch.float32)
+    model, module = attach_adapter("qwen3_moe", "grouped_mm", torch.float32)
     hidden, index, weights = inputs_for(module, torch.float32, tokens=4096)
     parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
 
@@ -219,7 +219,7 @@ def test_a_step_keeps_little_more_than_the_bases():
 @needs_loop("saved_inputs")
 def test_an_eager_step_keeps_tokens_once_and_products_as_their_factors():
     """What is seen by the nodes themselves: hooks would have products kept as they are."""
-    _, module = attached("qwen3_moe", "eager", torch.float32)
+    _, module = attach_adapter("qwen3_moe", "eager", torch.float32)
     hidden, index, weights = inputs_for(module, torch.float32, tokens=64)
     x = hidden.clone().requires_grad_() * 1
     nodes, held, owned = [module(x, index, weights).grad_fn], {}, set()
@@ -248,7 +248,7 @@ def test_an_eager_step_keeps_tokens_once_and_products_as_their_factors():
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_a_blend_is_one_change_of_more_ranks(dtype):
-    model, module = attached("qwen3_moe", "grouped_mm", dtype)
+    model, module = attach_adapter("qwen3_moe", "grouped_mm", dtype)
     second = veneer.attach(model, veneer.LoraConfig(rank=3, targets=TARGETS), "b")
     for parameter in second.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -260,7 +260,7 @@ def test_a_blend_is_one_change_of_more_ranks(dtype):
 
 
 def test_dropout_is_that_of_whole_inputs_as_where_w_is_formed():
-    model, module = attached("qwen3_moe", "eager", torch.float32, dropout=0.4)
+    model, module = attach_adapter("qwen3_moe", "eager", torch.float32, dropout=0.4)
     model.train()
     args = inputs_for(module, torch.float32)
     torch.manual_seed(3)
@@ -373,7 +373,7 @@ def test_whatever_a_forward_does_it_sees_the_changed_weight(read, dtype):
 def test_a_loaded_adapter_lies_in_memory_as_a_fresh_one(tmp_path):
     """PEFT's layout of stacks is transposed; what products read and the optimiser steps over is
     not."""
-    model, _ = attached("gpt_oss", "grouped_mm", torch.float32)
+    model, _ = attach_adapter("gpt_oss", "grouped_mm", torch.float32)
     veneer.save(model, tmp_path / "adapter")
     handle = veneer.load(build("gpt_oss", torch.float32), tmp_path / "adapter", trainable=True)
     assert all(parameter.is_contiguous() for parameter in handle.parameters())

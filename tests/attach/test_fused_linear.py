@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import veneer
 from veneer import context
-from veneer.attach.source_analysis import same_input
+from veneer.attach.source.source_analysis import same_input
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 

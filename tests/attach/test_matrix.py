@@ -11,7 +11,6 @@ import torch
 from tests.support.broken import (
     first_row_decides,
     first_row_decides_for_a_bank,
-    merging,
     unmerge_loses_a_bit,
 )
 
@@ -22,9 +21,11 @@ with warnings.catch_warnings():  # of the libraries that the matrix loads
     from scripts.matrix.page import Page
 
 from veneer.adapter_files import match_parameters, save_load
-from veneer.attach import select_rows
-from veneer.attach.change import Change
-from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.layer.change import Change
+from veneer.attach.layer.layer_adapter import LayerAdapter
+from veneer.attach.merging import fold_weights, stored_weights
+from veneer.attach.merging import merge as merging
+from veneer.attach.rows import select_rows
 from veneer.bases import BASES
 from veneer.formats import peft
 from veneer.kernels import fused
@@ -159,7 +160,7 @@ def _folds(patch, folded):
         made = folded(weight, low.delta(torch.float64), spread)
         return Folded(made.to(weight.dtype), 1.0, 1.0, "nearest", True, Sums(0.0, 0.0, 0.0, 0.0))
 
-    patch.setattr(merging, "fold", fold)
+    patch.setattr(fold_weights, "fold", fold)
 
 
 def merge_rounds_twice(patch):
@@ -177,12 +178,12 @@ def merge_is_off(patch):
 
 
 def merge_writes_nothing(patch):
-    patch.setattr(merging._StoredWeight, "write", lambda self, stored: None)
+    patch.setattr(stored_weights.StoredWeight, "write", lambda self, stored: None)
 
 
 def unmerge_subtracts(patch):
     """W' − (W' − W), where it should put back W."""
-    original = merging._keep
+    original = merging.back_up
 
     def keep(weight, stored, **options):
         original(weight, stored, **options)
@@ -190,7 +191,7 @@ def unmerge_subtracts(patch):
             new = stored[key]
             old.copy_(new - (new - old))
 
-    patch.setattr(merging, "_keep", keep)
+    patch.setattr(merging, "back_up", keep)
 
 
 def save_loses_alpha(patch):
@@ -199,7 +200,7 @@ def save_loses_alpha(patch):
 
 
 def load_loses_alpha(patch):
-    original = save_load.install
+    original = save_load.install_adapter
 
     def install(*args, **kwargs):
         done = original(*args, **kwargs)
@@ -207,7 +208,7 @@ def load_loses_alpha(patch):
             change.scale = change.variant.scale(32, change.rank)
         return done
 
-    patch.setattr(save_load, "install", install)
+    patch.setattr(save_load, "install_adapter", install)
 
 
 def load_is_off_by_a_bit(patch):
@@ -221,13 +222,13 @@ def load_is_off_by_a_bit(patch):
 
 
 def rows_lose_their_order(patch):
-    original = select_rows.Parts.__init__
+    original = select_rows.RowAdapters.__init__
 
     def init(self, *args):
         original(self, *args)
         self.order = torch.arange(self.count)
 
-    patch.setattr(select_rows.Parts, "__init__", init)
+    patch.setattr(select_rows.RowAdapters, "__init__", init)
 
 
 def rows_cannot_be_taken(patch):
@@ -389,12 +390,12 @@ def weight_is_written_wrong(patch):
 
 
 def report_is_wrong(patch):
-    original = merging._report
+    original = fold_weights.measure_change
 
     def report(path, old, exact, rounded, rounding):
         return original(path, old, exact, exact, rounding)
 
-    patch.setattr(merging, "_report", report)
+    patch.setattr(fold_weights, "measure_change", report)
 
 
 report_is_wrong.only = ["gguf"]

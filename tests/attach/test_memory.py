@@ -4,7 +4,6 @@ as it was."""
 from __future__ import annotations
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -14,11 +13,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import veneer
-from veneer.attach.lookup import need_adapters
+from veneer.attach.layer.lookup import need_adapters
 from veneer.bases import BASES
 from veneer.errors import MergeError
 
-checking = importlib.import_module("veneer.attach.check")
 SIZE, LAYERS = 1024, 8
 
 

@@ -16,8 +16,8 @@ from tests.support.toys import bits, error, randomise
 from torch import nn
 
 import veneer
-from veneer.attach.lookup import need_adapters
-from veneer.attach.qconfig import NotQuantized
+from veneer.attach.layer.lookup import need_adapters
+from veneer.attach.layer.qconfig import NotQuantized
 from veneer.bases import storage_of
 from veneer.errors import ConfigError, MergeError, SelectionError
 from veneer.kernels.error_feedback import neighbours
@@ -376,7 +376,8 @@ def test_an_interrupt_at_any_line_loses_nothing(operation):
     randomise(handle)
     before, x = bits(model), torch.randn(2, 2)
     expected = model(x)
-    own, lines = sys.modules["veneer.attach.merge"].__file__, 0
+    modules = ("merge", "unmerge", "stored_weights", "fold_weights")
+    files, lines = {sys.modules[f"veneer.attach.merging.{name}"].__file__ for name in modules}, 0
 
     def interrupted(at):
         seen = 0
@@ -389,7 +390,7 @@ def test_an_interrupt_at_any_line_loses_nothing(operation):
                     raise KeyboardInterrupt
             return line
 
-        sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename == own else None)
+        sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename in files else None)
         try:
             getattr(handle, operation)()
         except KeyboardInterrupt:

@@ -18,8 +18,8 @@ from tests.support.tiny import tiny_model
 from torch import nn
 
 import veneer
-from veneer.attach.from_peft import METHODS
-from veneer.attach.qconfig import NotQuantized
+from veneer.attach.layer.qconfig import NotQuantized
+from veneer.attach.source.from_peft import METHODS
 from veneer.errors import AdapterError, ConfigError, MethodError, TargetError
 from veneer.formats import peft as peft_format
 

@@ -106,7 +106,7 @@ def test_a_call_without_a_selection_stays_an_error():
 
 def test_no_weight_is_formed_where_a_layer_is_linear_in_it(monkeypatch):
     """It was, for every layer of a step, and kept for backward."""
-    from veneer.attach.change import Change
+    from veneer.attach.layer.change import Change
 
     def formed(*_, **__):
         raise AssertionError("W + ΔW was formed")

@@ -16,7 +16,7 @@ from tests.support.toys import error
 from torch import Tensor, nn
 
 import veneer
-from veneer.attach.lookup import parameter_path
+from veneer.attach.layer.lookup import parameter_path
 from veneer.fileio.hashing import digest
 
 CASES = {"weights": {}, "weights-and-biases": {"bias": "all"}}

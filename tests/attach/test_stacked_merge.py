@@ -16,7 +16,7 @@ from torch import nn
 
 import veneer
 from veneer.adapter_files.save_pretrained import LoadedElsewhere
-from veneer.attach.state import STATE
+from veneer.attach.layer.state import STATE
 from veneer.errors import BaseMismatchError, CheckError, MergeError, SelectionError, VeneerError
 from veneer.tools.compare import compare
 

@@ -25,7 +25,7 @@ from veneer.variants import VARIANTS
 import transformers.pytorch_utils  # noqa: F401  # isort: skip
 
 from tests.support.rows import ROWS, rows_of  # isort: skip
-from tests.support.banks import Linears, alone, saved
+from tests.support.banks import Linears, alone, save_adapters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -54,7 +54,7 @@ def test_mixed_rows_equal_each_adapter_alone(kind, number, variant, tmp_path):
     module, args = example(kind, number)
     module(*args)  # an embedding's max_norm writes into its rows when they are first read
     config = veneer.LoraConfig(rank=2, targets="all", variant=variant)
-    saved(module, tmp_path, "a", "b", config=config, **calibration(module, variant, args))
+    save_adapters(module, tmp_path, "a", "b", config=config, **calibration(module, variant, args))
     count, axis = rows_of(module, args)
     names = list(itertools.islice(itertools.cycle(["a", None, "b"]), count))
     whole = {name: alone(module, tmp_path, name, *args) for name in set(names)}
@@ -84,7 +84,7 @@ def test_ranks_scales_and_blends_in_one_batch(variant, tokens, tmp_path):
         targets = "all" if name != "c" else ["two", "last"]
         bias = "targets" if name == "b" else "none"
         config = veneer.LoraConfig(rank=rank, targets=targets, variant=variant, bias=bias)
-        saved(model, tmp_path, name, config=config)
+        save_adapters(model, tmp_path, name, config=config)
     x = torch.randn(6, 12) if tokens is None else torch.randn(6, tokens, 12)
     bank = veneer.Bank(model)
     for name in "abc":
@@ -119,7 +119,7 @@ def test_ranks_scales_and_blends_in_one_batch(variant, tokens, tmp_path):
 @pytest.mark.parametrize("inference", [False, True])
 def test_whole_models(make_model, inference, tmp_path):
     model = make_model().eval()
-    saved(model, tmp_path, "a", "b", "c")
+    save_adapters(model, tmp_path, "a", "b", "c")
     ids = torch.randint(3, 17, (7, 6))
     rows = ["a", None, "b", {"a": 0.5, "c": 0.5}, "b", "a", None]
     bank = veneer.Bank(model)
@@ -137,7 +137,7 @@ def test_whole_models(make_model, inference, tmp_path):
 
 
 def test_generation_with_an_adapter_for_each_row(tmp_path):
-    model = saved(tiny_model(), tmp_path, "a", "b", size=1.0)
+    model = save_adapters(tiny_model(), tmp_path, "a", "b", size=1.0)
     ids = torch.randint(3, 200, (3, 5))
     bank = veneer.Bank(model)
     bank.add(tmp_path / "a")
@@ -156,7 +156,7 @@ def test_generation_with_an_adapter_for_each_row(tmp_path):
 
 
 def test_the_model_is_untouched_outside_of_a_block(tmp_path):
-    model = saved(TinyLM(), tmp_path, "a")
+    model = save_adapters(TinyLM(), tmp_path, "a")
     before, keys = flat(model(IDS)), list(model.state_dict())
     classes = [type(module) for module in model.modules()]
     wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -175,7 +175,7 @@ def test_the_model_is_untouched_outside_of_a_block(tmp_path):
 
 
 def test_an_adapter_of_the_models_own_stands_beside_a_bank(tmp_path):
-    model = saved(TinyLM(), tmp_path, "a")
+    model = save_adapters(TinyLM(), tmp_path, "a")
     adapt(model, "own")
     with torch.no_grad():
         own = flat(model(IDS))
@@ -193,7 +193,7 @@ def test_an_adapter_of_the_models_own_stands_beside_a_bank(tmp_path):
 
 
 def test_gradients_autocast_and_odd_calls_take_the_general_way(tmp_path):
-    model = saved(Linears(), tmp_path, "a", "b")
+    model = save_adapters(Linears(), tmp_path, "a", "b")
     x = torch.randn(4, 3, 12)
     bank = veneer.Bank(model)
     bank.add(tmp_path / "a")
@@ -219,7 +219,7 @@ def test_gradients_autocast_and_odd_calls_take_the_general_way(tmp_path):
 
 
 def test_threads_and_tasks_mix_nothing_up(tmp_path):
-    model = saved(Linears(), tmp_path, *"abcd")
+    model = save_adapters(Linears(), tmp_path, *"abcd")
     bank = veneer.Bank(model)
     for name in "abcd":
         bank.register(name, tmp_path / name)
@@ -261,7 +261,7 @@ def test_threads_and_tasks_mix_nothing_up(tmp_path):
 
 
 def test_a_budget_of_bytes_decides_what_stays(tmp_path):
-    model = saved(Linears(), tmp_path, *"abcd")
+    model = save_adapters(Linears(), tmp_path, *"abcd")
     size = veneer.Bank(model)
     size.add(tmp_path / "a")
     one = size.nbytes
@@ -309,7 +309,7 @@ def test_a_budget_of_bytes_decides_what_stays(tmp_path):
 
 def test_what_waits_to_be_loaded_holds_nothing(tmp_path):
     """A blend that waits behind a load must not keep in memory what that load has to evict."""
-    model = saved(Linears(), tmp_path, *"abc")
+    model = save_adapters(Linears(), tmp_path, *"abc")
     size = veneer.Bank(model)
     one = size.add(tmp_path / "a") and size.nbytes
     size.close()
@@ -336,7 +336,7 @@ def registered_anew(bank, path):
 
 @pytest.mark.parametrize("change", [removed_and_added, registered_anew])
 def test_a_name_that_comes_again_is_another_adapter(tmp_path, change):
-    model = saved(Linears(), tmp_path, "a", "b")
+    model = save_adapters(Linears(), tmp_path, "a", "b")
     expected = {name: alone(model, tmp_path, name, torch.ones(1, 12)) for name in "ab"}
     bank = veneer.Bank(model)
     bank.add(tmp_path / "a", "x")
@@ -357,7 +357,7 @@ def test_a_name_that_comes_again_is_another_adapter(tmp_path, change):
 def test_removed_adapters_leave_no_memory(tmp_path):
     import weakref
 
-    model = saved(Linears(), tmp_path, "a", "b")
+    model = save_adapters(Linears(), tmp_path, "a", "b")
     bank = veneer.Bank(model)
     bank.add(tmp_path / "a")
     bank.add(tmp_path / "b")
@@ -374,8 +374,8 @@ def test_removed_adapters_leave_no_memory(tmp_path):
 
 
 def test_what_cannot_be_used_is_refused(tmp_path):
-    model = saved(Linears(), tmp_path, "a")
-    other = saved(Linears(), tmp_path / "of", "another")
+    model = save_adapters(Linears(), tmp_path, "a")
+    other = save_adapters(Linears(), tmp_path / "of", "another")
     assert other is not model
     bank = veneer.Bank(model)
     with pytest.raises(AdapterError, match="no folder"):
@@ -407,7 +407,7 @@ def test_what_cannot_be_used_is_refused(tmp_path):
 def test_mixed_batches_in_bfloat16(tmp_path):
     """16-bit rows are as near to float32 as those of one adapter alone are."""
     model, ids = TinyLM().eval(), torch.randint(3, 17, (4, 9))
-    saved(model, tmp_path, "a", "b")
+    save_adapters(model, tmp_path, "a", "b")
     names = ["a", "b", None, "a"]
     whole = {name: alone(model, tmp_path, name, ids) for name in ("a", "b", None)}
     model.bfloat16()
@@ -429,7 +429,7 @@ def test_kinds_are_all_here():
 def test_a_second_adapter_of_the_same_plan_is_as_exact_as_the_first(variant, tmp_path):
     model, x = Linears(), torch.randn(2, 12)
     config = veneer.LoraConfig(rank=2, targets="all", variant=variant)
-    saved(model, tmp_path, *"abc", config=config, **calibration(model, variant, (x,)))
+    save_adapters(model, tmp_path, *"abc", config=config, **calibration(model, variant, (x,)))
     bank = veneer.Bank(model)
     for name in "abc":
         bank.add(tmp_path / name)

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from tests.support.banks import Linears, alone, saved
+from tests.support.banks import Linears, alone, save_adapters
 from tests.support.toys import error, randomise
 from torch import nn
 
@@ -32,7 +32,7 @@ def bank_of(model, folder, *names, **given):
 
 
 def test_a_row_that_is_not_finite_stays_alone(tmp_path):
-    model = saved(Linears(), tmp_path, "a", "b")
+    model = save_adapters(Linears(), tmp_path, "a", "b")
     bank, x = bank_of(model, tmp_path, "a", "b"), torch.randn(3, 1, 12)
     x[0] = torch.nan
     with torch.no_grad(), bank.rows(["a", None, "b"]):
@@ -43,8 +43,8 @@ def test_a_row_that_is_not_finite_stays_alone(tmp_path):
 
 def test_a_lane_has_nothing_of_another_adapter(tmp_path):
     """Whoever was there before, or lies beside it, was of a larger rank and not finite."""
-    model = saved(Linears(), tmp_path, "a")
-    saved(model, tmp_path, "b", config=veneer.LoraConfig(rank=8, targets=["one", "two"]))
+    model = save_adapters(Linears(), tmp_path, "a")
+    save_adapters(model, tmp_path, "b", config=veneer.LoraConfig(rank=8, targets=["one", "two"]))
     bank, x = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 12)
     for part in bank._entries["b"].resident.parts.values():
         part.A.fill_(torch.nan)
@@ -58,7 +58,7 @@ def test_a_lane_has_nothing_of_another_adapter(tmp_path):
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_what_inference_mode_laid_out_serves_every_mode(variant, tmp_path):
-    model = saved(
+    model = save_adapters(
         Linears(),
         tmp_path,
         "a",
@@ -81,7 +81,7 @@ def test_what_inference_mode_laid_out_serves_every_mode(variant, tmp_path):
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_numbers_wider_than_the_base(tokens, tmp_path):
-    model = saved(Linears().bfloat16(), tmp_path, "a")
+    model = save_adapters(Linears().bfloat16(), tmp_path, "a")
     bank, x = (
         bank_of(model, tmp_path, "a", dtype=torch.float32),
         torch.randn(2, tokens, 12).bfloat16(),
@@ -101,7 +101,9 @@ class TimeFirst(nn.Module):
 
 
 def test_rows_that_may_lie_along_either_axis_are_refused(tmp_path):
-    model = saved(TimeFirst(), tmp_path, "a", config=veneer.LoraConfig(rank=2, targets=["head"]))
+    model = save_adapters(
+        TimeFirst(), tmp_path, "a", config=veneer.LoraConfig(rank=2, targets=["head"])
+    )
     bank = bank_of(model, tmp_path, "a")
     with (
         torch.no_grad(),
@@ -112,7 +114,7 @@ def test_rows_that_may_lie_along_either_axis_are_refused(tmp_path):
 
 
 def test_nothing_is_loaded_onto_merged_weights(tmp_path):
-    model, x = saved(Linears(), tmp_path, "a", "b", config=DORA), torch.randn(1, 1, 12)
+    model, x = save_adapters(Linears(), tmp_path, "a", "b", config=DORA), torch.randn(1, 1, 12)
     wanted = alone(model, tmp_path, "b", x)
     own = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"), name="own")
     randomise(own, 0.5)
@@ -127,7 +129,7 @@ def test_nothing_is_loaded_onto_merged_weights(tmp_path):
 
 
 def test_a_context_that_outlives_its_block_meets_no_other_rows(tmp_path):
-    model = saved(Linears(), tmp_path, "a", "b")
+    model = save_adapters(Linears(), tmp_path, "a", "b")
     bank, x = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 12)
     with bank.rows(["a", "a"]):
         taken = contextvars.copy_context()  # as a task that is started here has it
@@ -135,12 +137,14 @@ def test_a_context_that_outlives_its_block_meets_no_other_rows(tmp_path):
         taken.run(model, x)
 
 
-def test_an_adapter_removed_in_use_stays_laid_out_and_leaves_nothing(tmp_path, monkeypatch):
-    model = saved(Linears(128), tmp_path, "a", "b")
+def test_an_adapter_removed_in_use_keeps_its_factors_and_leaves_nothing(tmp_path, monkeypatch):
+    model = save_adapters(Linears(128), tmp_path, "a", "b")
     bank, x, made = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []
-    lay_out = Layer.laid_out
+    stack_factors = Layer.stack_factors
     monkeypatch.setattr(
-        Layer, "laid_out", lambda *given: (made.append(given[0].name), lay_out(*given))[1]
+        Layer,
+        "stack_factors",
+        lambda *given: (made.append(given[0].name), stack_factors(*given))[1],
     )
     lease = bank.acquire({"a": 1.0}).result()
     for turn in range(3):
@@ -160,7 +164,7 @@ def test_an_adapter_removed_in_use_stays_laid_out_and_leaves_nothing(tmp_path, m
 
 
 def test_an_adapter_without_a_product_leaves_nothing_when_it_is_removed_in_use(tmp_path):
-    model = saved(nn.Sequential(nn.Conv1d(3, 4, 3)), tmp_path, "a")
+    model = save_adapters(nn.Sequential(nn.Conv1d(3, 4, 3)), tmp_path, "a")
     bank, x = bank_of(model, tmp_path, "a"), torch.randn(2, 3, 8)
     lease = bank.acquire({"a": 1.0}).result()
     held = weakref.ref(lease.uses[0][0])
@@ -186,7 +190,7 @@ def slow_load(monkeypatch, begun, go):
 
 
 def test_a_bank_that_loads_is_not_closed(tmp_path, monkeypatch):
-    model = saved(Linears(), tmp_path, "a", "b")
+    model = save_adapters(Linears(), tmp_path, "a", "b")
     bank, begun, go = bank_of(model, tmp_path, "a"), threading.Event(), threading.Event()
     slow_load(monkeypatch, begun, go)
     thread = threading.Thread(target=lambda: bank.add(tmp_path / "b", "a", replace=True))
@@ -202,7 +206,7 @@ def test_a_bank_that_loads_is_not_closed(tmp_path, monkeypatch):
 
 
 def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
-    model = saved(Linears(), tmp_path, *"abcd")
+    model = save_adapters(Linears(), tmp_path, *"abcd")
     bank = bank_of(model, tmp_path, "a")
     bank.capacity = int(2.5 * bank.nbytes)
     for name in "bcd":
@@ -232,7 +236,7 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
 def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch):
     """What ``prepare`` set on a module is undone by the last of banks and adapters, whichever that
     is."""
-    model = saved(Linears(), tmp_path, "a")
+    model = save_adapters(Linears(), tmp_path, "a")
     released = []
     monkeypatch.setattr(
         type(BASES["plain"]), "release", lambda self, module: released.append(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.banks import Linears, alone, saved
+from tests.support.banks import Linears, alone, save_adapters
 from tests.support.toys import error
 
 import veneer
@@ -16,7 +16,7 @@ ROWS = ["a", None, {"a": 0.5, "b": 2.0}, "b"]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_rows_of_16_bits_are_as_close_as_each_adapter_alone(dtype, tokens, tmp_path, monkeypatch):
-    model = saved(Linears(), tmp_path, "a", "b")
+    model = save_adapters(Linears(), tmp_path, "a", "b")
     x = torch.randn(4, tokens, 12)
     exact = {name: alone(model, tmp_path, name, x) for name in ("a", "b", None)}
     model, calls, by_rows = model.to(dtype), [], batched.by_rows

@@ -95,7 +95,7 @@ class Rounding(nn.Linear):
     """The definition of W8A8's gradient: as if x had not been rounded."""
 
     def forward(self, x):
-        return F.linear(x + (compressed.rounded(x) - x).detach(), self.weight, self.bias)
+        return F.linear(x + (compressed.round_tokens(x) - x).detach(), self.weight, self.bias)
 
 
 def test_what_trains_below_a_layer_that_no_adapter_changes_has_its_gradient(library):

@@ -23,7 +23,13 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.serve import vllm
 from veneer.serve.access import hash_of, read_keys
 from veneer.serve.api import create
-from veneer.serve.settings import Settings, bytes_in, called_by_default, settings_of
+from veneer.serve.settings import (
+    Settings,
+    bytes_in,
+    called_by_default,
+    seconds_in,
+    settings_of,
+)
 
 
 def test_keygen(veneer, tmp_path):
@@ -71,6 +77,26 @@ def test_what_is_no_number_of_bytes(text):
         bytes_in(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("150ms", 0.15), ("0.2s", 0.2), (" 2 S ", 2.0), (None, None)]
+)
+def test_durations(text, seconds):
+    assert seconds_in(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "150", "0ms", "-1s", "nan", "1 minute"])
+def test_what_is_no_duration(text):
+    with pytest.raises(ConfigError, match="--gap"):
+        seconds_in(text)
+
+
+def test_memory_for_keys_and_values_is_a_number_of_bytes():
+    settings = settings_of("owner/base", cache_memory="2GiB", gap="150ms", prefix_cache=False)
+    assert (settings.cache_memory, settings.gap, settings.prefix_cache) == (2**31, 0.15, False)
+    with pytest.raises(ConfigError, match="--cache-memory 'much'"):
+        settings_of("owner/base", cache_memory="much")
+
+
 def test_a_config_file_means_what_the_command_line_means():
     written = settings_of("owner/base", precision="bfloat16", pin="french", memory=10**9, rows=3)
     assert written == settings_of(
@@ -106,6 +132,9 @@ def test_what_is_refused_before_anything_is_loaded(veneer, base, tmp_path):
             (["--keys", keys], "keygen"),
             (["--keys", tmp_path / "none"], "cannot be read"),
             (["--memory", "much"], "--memory"),
+            (["--gap", "soon"], "--gap"),
+            (["--engine", "vllm", "--cache-memory", "1GiB"], "--cache-memory"),
+            (["--engine", "vllm", "--no-prefix-cache"], "--no-prefix-cache"),
             (["--port", 70_000], "--port"),
         ):
             run = veneer(
@@ -179,19 +208,19 @@ def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
     monkeypatch.setattr("veneer.models.load._has_fast_bf16", lambda: True)
     tiny_model().to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    told = []
+    dtypes = []
 
-    def listen(service, listening, host, port, budget, *_):
-        told.append((service.dtype, service.engine._forward.model.dtype))
+    def listen(service, server_socket, listener, memory):
+        dtypes.append((service.dtype, service.engine._forward.model.dtype))
         with TestClient(create(service), base_url="http://127.0.0.1") as client:
-            told.extend(card["dtype"] for card in client.get("/v1/models").json()["data"])
-        _announce(service, host, port, budget)
+            dtypes.extend(card["dtype"] for card in client.get("/v1/models").json()["data"])
+        _announce(service, listener, memory)
         service.close()
 
     monkeypatch.setattr("veneer.cli.serve._listen", listen)
     run = veneer("serve", tmp_path / "base", "--port", 0, *asked)
     assert run.code == 0, run
-    assert told == [(served, getattr(torch, served)), served]
+    assert dtypes == [(served, getattr(torch, served)), served]
     assert f"tokens, {served})" in " ".join(run.err.split())
 
 
@@ -291,6 +320,14 @@ def test_vllm_that_is_not_installed(veneer, tmp_path, monkeypatch):
     (tmp_path / "keys.toml").write_text(veneer("keygen", "a").out)
     run = veneer("serve", "base", "--engine", "vllm", "--keys", tmp_path / "keys.toml")
     assert "--keys with --engine vllm" in run.err
+    run = veneer("serve", "base", "--engine", "vllm", "--tool-call-parser", "hermes")
+    assert "--tool-call-parser with --engine vllm" in run.err
+
+
+def test_a_parser_that_is_not_known_is_refused_before_the_base_is_loaded(veneer):
+    run = veneer("serve", "nothing", "--port", 0, "--tool-call-parser", "herms")
+    assert run.code == 2
+    assert "--tool-call-parser 'herms' (nearest: 'hermes'" in " ".join(run.err.split())
 
 
 def test_vllm_takes_the_place_of_this_process(veneer, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from tests.cuda.gpu_compare import (
     same_bits,
     wide,
 )
-from tests.support.banks import saved
+from tests.support.banks import save_adapters
 from tests.support.rows import ROWS, rows_of
 from tests.support.toys import bits, calibration, example, flat, randomise
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def rows(place: Place, kind: str, watch: Watch = no_watch) -> str:
     count, axis = rows_of(module, args)
     names = list(itertools.islice(itertools.cycle(["a", None, "b"]), count))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), full_precision():
-        saved(module, Path(folder), "a", "b")
+        save_adapters(module, Path(folder), "a", "b")
         definition = exact(module)
         for name in "ab":
             veneer.load(definition, Path(folder) / name, name=name)

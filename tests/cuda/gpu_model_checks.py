@@ -30,7 +30,7 @@ from tests.cuda.gpu_compare import (
     same_bits,
 )  # fmt: skip
 from tests.support import moe
-from tests.support.banks import saved
+from tests.support.banks import save_adapters
 from tests.support.real_models import REAL
 from tests.support.tiny import tiny_model
 from tests.support.toys import bits, randomise
@@ -207,7 +207,7 @@ def blends(place: Place) -> str:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model = tiny_model()
         for name, rank in (("a", 2), ("b", 5)):
-            saved(model, Path(folder), name, config=veneer.LoraConfig(rank=rank), size=0.1)
+            save_adapters(model, Path(folder), name, config=veneer.LoraConfig(rank=rank), size=0.1)
         definition = exact(model)
         for name in "ab":
             veneer.load(definition, Path(folder) / name, name=name)
@@ -239,11 +239,12 @@ def engine(place: Place) -> str:
     wanted = logits(exact(model), torch.tensor(ids))
     forward, slots = Forward(model), Slots(2, 64, place.device)
     with torch.inference_mode():
-        first = forward.fill(slots, 0, [row[:2] for row in ids])
+        rows: Any = [slots.allocate(64), slots.allocate(64)]
+        first = forward.fill(slots, rows, [row[:2] for row in ids])
         near("prompt", first, wanted[:, 1], 1e-4)
         for column in (2, 3):
             with place.watch(f"decode-{column}"):
-                y = forward.decode(slots, [row[column] for row in ids], [column] * 2)
+                y = forward.decode(slots, rows, [row[column] for row in ids], [column] * 2)
             near(f"column {column}", y, wanted[:, column], 1e-4)
     forward.close()
     return "2 rows"
@@ -254,7 +255,7 @@ def experts(place: Place) -> str:
     seen = 0
     for name, way in itertools.product(moe.MODELS, moe.IMPLEMENTATIONS):
         dtype = torch.bfloat16 if way == "grouped_mm" and place.kind == "cuda" else torch.float32
-        _, module = moe.attached(name, way, dtype)
+        _, module = moe.attach_adapter(name, way, dtype)
         args = moe.inputs_for(module, dtype)
         y, leaves, x = moe.definition(module, args)
         wanted = torch.autograd.grad(y.square().sum(), [*leaves, x])

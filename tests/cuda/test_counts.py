@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests.support.banks import saved
+from tests.support.banks import save_adapters
 from tests.support.emulated_device import G0, G1, count, waits_of
 from tests.support.tiny import tiny_model
 from tests.support.toys import randomise
@@ -16,6 +16,7 @@ from torch import nn
 import veneer
 from veneer.kernels import device, dropout, fused
 from veneer.serve.forward import Forward
+from veneer.serve.processors import processors_of
 from veneer.serve.requests import Sampling
 from veneer.serve.sampling import Sampler, sample
 from veneer.serve.slots import Slots
@@ -159,7 +160,7 @@ def test_rows_of_several_adapters_do_not_wait():
 @pytest.fixture
 def bank(tmp_path):
     model = tiny_model().to(HALF)
-    saved(model, tmp_path, *"01234567", config=veneer.LoraConfig(rank=4))
+    save_adapters(model, tmp_path, *"01234567", config=veneer.LoraConfig(rank=4))
     bank = veneer.Bank(model.to(G0))
     for name in "01234567":
         bank.register(name, tmp_path / name)
@@ -189,10 +190,11 @@ def test_a_step_of_the_engine_waits_for_the_tokens_alone():
     model = tiny_model().to(G0)
     forward, slots, lengths = Forward(model), Slots(4, 64, G0), [3, 2]
     with torch.inference_mode():
-        forward.fill(slots, 0, [[4, 5, 6], [4, 5]])
+        rows = [slots.allocate(64), slots.allocate(64)]
+        forward.fill(slots, rows, [[4, 5, 6], [4, 5]])
 
         def run():
-            y = forward.decode(slots, [7, 8], list(lengths))
+            y = forward.decode(slots, rows, [7, 8], list(lengths))
             sample(y, [Sampler(Sampling(max_tokens=9, temperature=0.0))] * 2)
             lengths[0], lengths[1] = lengths[0] + 1, lengths[1] + 1
 
@@ -205,6 +207,7 @@ def test_a_step_of_the_engine_waits_for_the_tokens_alone():
     [
         {"temperature": 0.8, "top_p": 0.9},
         {"temperature": 0.8, "top_k": 5},
+        {"temperature": 0.8, "min_p": 0.1},
         {"temperature": 0.8},
         {"temperature": 0.0},
     ],
@@ -215,6 +218,26 @@ def test_sampling_waits_once(sampling):
     rows = [Sampler(Sampling(max_tokens=9, seed=i, **sampling)) for i in range(15)]
     rows.append(Sampler(Sampling(max_tokens=9, temperature=0.0)))
     assert waits_of(lambda: sample(logits, rows)).total() == 1
+
+
+def test_logits_are_processed_on_the_device_as_on_the_processor():
+    sampling = Sampling(
+        9,
+        logit_bias={5: 2.0, 7: -100.0},
+        allowed_tokens=frozenset(range(90)),
+        bad_words=((3,), (4, 6)),
+        min_tokens=4,
+        repetition_penalty=1.5,
+        frequency_penalty=0.5,
+        presence_penalty=0.25,
+    )
+    logits, processed = torch.randn(100), []
+    for target in (torch.device("cpu"), G0):
+        row = Sampler(sampling, None, processors_of(sampling, (8, 9), (2,), 100, target))
+        for token in (5, 5, 4):
+            row.accept(token)
+        processed.append(row.process(logits.to(target)).cpu())
+    assert torch.equal(*processed)
 
 
 def test_a_merge_takes_as_many_launches_whatever_the_size():

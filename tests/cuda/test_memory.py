@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from tests.support.banks import saved
+from tests.support.banks import save_adapters
 from tests.support.emulated_device import G0, bytes_more
 from tests.support.tiny import tiny_model
 from tests.support.toys import randomise
@@ -72,7 +72,7 @@ def test_dropout_keeps_no_mask():
 def test_a_bank_holds_an_adapter_once(tmp_path):
     model = tiny_model().to(torch.bfloat16)
     names = "0123"
-    saved(model, tmp_path, *names, config=veneer.LoraConfig(rank=3))
+    save_adapters(model, tmp_path, *names, config=veneer.LoraConfig(rank=3))
     bank, ids = veneer.Bank(model.to(G0)), torch.randint(3, 250, (4, 9)).to(G0)
     with bytes_more() as more:
         for name in names:

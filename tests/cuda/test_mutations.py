@@ -20,8 +20,8 @@ from tests.support.emulated_device import G0, G1, without_float64
 from tests.support.toys import example
 
 from gpu_place import Place
-from veneer.attach.change import Change
-from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.layer.change import Change
+from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.kernels import device, dropout
 from veneer.kernels import grouped as grouped_
 from veneer.layers import LAYERS
@@ -159,8 +159,8 @@ def another_mask_in_backward(patch):
 def experts_are_off(patch):
     """In the products of rows in the order of their experts, and in those of single experts."""
     is_off(patch)
-    original = grouped_.elsewhere
-    patch.setattr(grouped_, "elsewhere", lambda *given: original(*given) * 1.01)
+    original = grouped_.linear_on_device
+    patch.setattr(grouped_, "linear_on_device", lambda *given: original(*given) * 1.01)
 
 
 BREAKS = {

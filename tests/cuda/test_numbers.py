@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 import torch
 from tests.cuda import gpu_checks
-from tests.support.banks import saved
+from tests.support.banks import save_adapters
 from tests.support.emulated_device import G0, without_float64
 from tests.support.quantised import IN, libraries  # noqa: F401 (a fixture)
 from tests.support.rows import ROWS
@@ -71,7 +71,9 @@ def logits(model, place):
 def test_blends_of_a_bank(dtype, tokens, variant, tmp_path):
     model = tiny_model().to(dtype)
     for name, rank in (("a", 2), ("b", 5)):
-        saved(model, tmp_path, name, config=veneer.LoraConfig(rank=rank, variant=variant), size=0.1)
+        save_adapters(
+            model, tmp_path, name, config=veneer.LoraConfig(rank=rank, variant=variant), size=0.1
+        )
     model.to(G0)
     choices = ["a", None, {"a": 0.5, "b": 0.25}, "b", "a", None]
     ids = torch.randint(3, 250, (6, tokens)).to(G0)

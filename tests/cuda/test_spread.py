@@ -83,8 +83,9 @@ def test_it_serves_rows(spread, tmp_path):
             rows = logits(one, place)
         forward, slots = Forward(one), Slots(4, 64, torch.device(place))
         with torch.inference_mode(), bank.rows(["a", None]):
-            forward.fill(slots, 0, [[4, 5, 6], [4, 5]])
-            served = forward.decode(slots, [7, 8], [3, 2])
+            served_rows = [slots.allocate(64), slots.allocate(64)]
+            forward.fill(slots, served_rows, [[4, 5, 6], [4, 5]])
+            served = forward.decode(slots, served_rows, [7, 8], [3, 2])
         forward.close()
         bank.close()
         answers.append((rows.cpu(), served.cpu()))

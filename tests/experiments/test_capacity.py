@@ -1,4 +1,4 @@
-"""The rows to remember, and which pairs of a rank and a size each claim is about."""
+"""The rows to remember, and the arms that each claim is about."""
 
 from __future__ import annotations
 
@@ -7,62 +7,86 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from experiments.capacity import BITS, KEY, LENGTH, SYMBOLS, claims, loss_of, rows_of
+from experiments.capacity import (
+    BITS,
+    KEY,
+    LENGTH,
+    PLAN,
+    SYMBOLS,
+    arm_name,
+    claims,
+    draw_rows,
+    loss_of,
+)
+from experiments.study import FAILED, HELD, OPEN, cell_id
 
 
 def test_keys_differ_and_completions_are_of_other_symbols():
-    rows = rows_of(500, 3)
+    rows = draw_rows(500, 3)
     assert rows.shape == (500, KEY + LENGTH)
     assert len(rows[:, :KEY].unique(dim=0)) == 500
     assert rows[:, :KEY].min() >= SYMBOLS > rows[:, KEY:].max()
-    assert torch.equal(rows, rows_of(500, 3))
-    assert not torch.equal(rows[:, KEY:], rows_of(500, 4)[:, KEY:])
+    assert torch.equal(rows, draw_rows(500, 3))
+    assert not torch.equal(rows[:, KEY:], draw_rows(500, 4)[:, KEY:])
 
 
-@pytest.mark.parametrize(("sure", "bits"), [(0.0, 5.0), (1e3, 0.0)])
-def test_the_loss_is_that_of_completions_alone(sure, bits):
-    """Of a model that gives each next symbol of a completion `sure`, and chance to the keys."""
-    rows = rows_of(7, 0)
+@pytest.mark.parametrize(("logit", "bits"), [(0.0, 5.0), (1e3, 0.0)])
+def test_the_loss_is_that_of_completions_alone(logit, bits):
+    """Of a model that gives each next symbol of a completion `logit`, and chance to the keys."""
+    rows = draw_rows(7, 0)
 
     def model(input_ids):
         logits = torch.zeros(*input_ids.shape, SYMBOLS)
-        known = rows[:, 1:].clamp(max=SYMBOLS - 1)
-        logits[:, KEY - 1 :].scatter_(2, known[:, KEY - 1 :, None], sure)
+        targets = rows[:, 1:].clamp(max=SYMBOLS - 1)
+        logits[:, KEY - 1 :].scatter_(2, targets[:, KEY - 1 :, None], logit)
         return SimpleNamespace(logits=logits)
 
     assert loss_of(model, rows).item() / math.log(2) == pytest.approx(bits)
 
 
-def run(rows, rank, share, *, of_bits=1.0, longer=None):
-    numbers = round(of_bits * rows * BITS)
-    found = {
-        "rows": rows,
-        "rank": rank,
-        "numbers": numbers,
-        "judged": [{"share": share}],
-        "steps": 1,
-        "rate": 1e-3,
-    }
-    return {**found, "longer": [{"share": longer}] if longer is not None else []}
+def make_runs(shares, longer=0.6):
+    """Runs with these shares by arm; the middle rate is the best. `longer`: of the arm that goes
+    on."""
+    numbers = {0: 115_008, 1: 2_560, 4: 10_240}
+    runs = []
+    for arm, setting in PLAN.arms.items():
+        cells = [PLAN.cell(arm, rate, 100) for rate in PLAN.rates[arm]]
+        cells += [PLAN.cell(arm, PLAN.rates[arm][1], seed) for seed in PLAN.seeds]
+        for cell in cells:
+            share = shares[arm] + 0.0001 * (cell["seed"] % 3)
+            aside = abs(cell["rate"] - PLAN.rates[arm][1])
+            extra = {"longer_share": longer + 0.001 * cell["seed"]} if setting["longer"] else {}
+            result = {"share": share, "aside": aside, "numbers": numbers[setting["rank"]], **extra}
+            runs.append({**cell, **result, "cell": cell_id(cell)})
+    return runs
 
 
-def test_a_claim_is_about_its_own_pairs():
-    full = [run(64, 0, 1.0), run(256, 0, 0.99), run(1024, 0, 0.5)]
-    runs = [
-        *full, run(64, 1, 0.96), run(256, 1, 0.7, of_bits=0.25), run(1024, 4, 0.1), run(256, 4, 0.98, longer=0.99),
-    ]  # fmt: skip
-    enough, few, tokens, floor = claims(runs)
-    assert enough.held  # 64 and 256 rows; what full fine-tuning did not learn is left out
-    assert "1,024" not in enough.found
-    assert few.held
-    assert few.found == "rank 1, 256 rows: 0.290 less"
-    assert tokens.held is False  # a quarter of the bits is more than the tokens, a fifth
-    assert floor.held
+SHARES = {
+    arm_name(0, 64): 0.999,
+    arm_name(1, 64): 0.98,
+    arm_name(4, 64): 0.995,
+    arm_name(0, 256): 0.998,
+    arm_name(1, 256): 0.4,
+    arm_name(4, 256): 0.97,
+}
 
 
-def test_a_gap_at_enough_numbers_is_told():
-    enough, few, _, floor = claims([run(64, 0, 1.0), run(64, 1, 0.9)])
-    assert enough.held is False
-    assert few.held is None
-    assert floor.held is None
-    assert claims([run(64, 0, 0.5), run(64, 1, 0.5)])[0].held is None
+def test_a_claim_is_about_its_arms():
+    enough, few, tokens, floor = claims(make_runs(SHARES))
+    assert [claim.verdict for claim in (enough, few, tokens, floor)] == [HELD, HELD, FAILED, HELD]
+    assert "rank 1, 256 rows" not in enough.evidence
+    assert few.evidence.startswith("LoRA, rank 1, 256 rows: 0.598")
+    assert "rank 1, 256 rows" in tokens.evidence  # a quarter of the bits is more than the tokens
+
+
+def test_sizes_that_full_fine_tuning_does_not_learn_tell_nothing():
+    runs = make_runs({**SHARES, arm_name(0, 256): 0.9})
+    assert [claim.verdict for claim in claims(runs)] == [OPEN, OPEN, OPEN, HELD]
+
+
+def test_a_gap_at_enough_numbers_is_reported():
+    runs = make_runs({**SHARES, arm_name(4, 256): 0.8}, longer=0.401)
+    enough, _, _, floor = claims(runs)
+    assert enough.verdict == FAILED
+    assert floor.verdict == FAILED
+    assert BITS == 40

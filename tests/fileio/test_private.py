@@ -32,7 +32,7 @@ def test_the_journal_of_the_training_service(tmp_path, there):
         folder.mkdir(mode=0o755)
     store = Store(folder)
     try:
-        store.of_base("base", "mark")
+        store.require_base("base", "mark")
         assert mode(folder) == 0o700
         data = [path for path in folder.iterdir() if path.name.startswith(INDEX)]
         assert len(data) == 3, "SQLite's log lies beside it"

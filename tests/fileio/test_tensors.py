@@ -41,7 +41,7 @@ READERS = {
     "a checkpoint": lambda folder: {
         name: checkpoint.read(name)
         for checkpoint in (open_checkpoint(folder),)
-        for name in checkpoint.where
+        for name in checkpoint.file_of
     },
 }
 

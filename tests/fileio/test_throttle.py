@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from tests.support.banks import Linears, saved
+from tests.support.banks import Linears, save_adapters
 
 import veneer
 from veneer.fileio import throttle
@@ -49,7 +49,7 @@ def test_pauses(busy):
 
 
 def test_a_bank_loads_slowly_beside_calls_and_fast_alone(tmp_path, monkeypatch):
-    model, pauses = saved(Linears(), tmp_path, "a", "b", "c"), []
+    model, pauses = save_adapters(Linears(), tmp_path, "a", "b", "c"), []
     bank = veneer.Bank(model)
     for name in "abc":
         bank.register(name, tmp_path / name)

@@ -29,7 +29,7 @@ from tests.support.adapters import (
     small,
     small_adapter,
 )
-from tests.support.hostile import Runs, stripped
+from tests.support.hostile import Runs, remove_record
 
 import veneer
 from veneer.adapter_files.record import PARAMETERS
@@ -427,7 +427,7 @@ def test_pickles_of_a_training_run_are_none_of_the_adapters(tmp_path):
 def test_a_field_of_another_type_is_refused(tmp_path, field, value, foreign):
     path = small_adapter(tmp_path / "adapter")
     forge(path, config=put([field], value))
-    path = stripped(path) if foreign else path
+    path = remove_record(path) if foreign else path
     refused(small(), path, rf"{field}[ =].*")
 
 
@@ -488,11 +488,11 @@ A, B = "base_model.model.linear.lora_A.weight", "base_model.model.linear.lora_B.
 def test_numbers_that_no_adapter_has(tmp_path, tensors, words, foreign):
     path = small_adapter(tmp_path / "adapter", model=small(), targets=["linear"])
     forge(path, tensors=tensors)
-    refused(small(), stripped(path) if foreign else path, words)
+    refused(small(), remove_record(path) if foreign else path, words)
 
 
 def test_a_change_too_large_by_its_alpha(tmp_path):
-    path = stripped(small_adapter(tmp_path / "adapter", targets=["linear"]))
+    path = remove_record(small_adapter(tmp_path / "adapter", targets=["linear"]))
     config = json.loads((path / CONFIG).read_text())
     (path / CONFIG).write_text(json.dumps({**config, "lora_alpha": 1e300}))
     refused(small(), path, "a change of norm up to .* at 'linear'")
@@ -507,13 +507,13 @@ def test_a_variance_below_zero(tmp_path, foreign):
     )
     path = handle.save(tmp_path / "adapter")
     forge(path, tensors=put(["base_model.model.norm.running_var"], -torch.ones(6)))
-    path = stripped(path) if foreign else path
+    path = remove_record(path) if foreign else path
     with pytest.raises(AdapterError, match=r"a variance below zero in norm\.running_var"):
         veneer.load(ConvNet(), path)
 
 
 def test_a_message_is_never_longer_than_one_reads(tmp_path):
-    path = stripped(small_adapter(tmp_path / "adapter", targets=["linear"]))
+    path = remove_record(small_adapter(tmp_path / "adapter", targets=["linear"]))
     with safe_open(path / TENSORS, framework="pt") as opened:
         names = opened.keys()
         tensors = {name: opened.get_tensor(name) for name in names}
@@ -540,7 +540,7 @@ def test_a_message_is_never_longer_than_one_reads(tmp_path):
 def test_an_expression_that_never_ends_ends(tmp_path, monkeypatch, field, pattern):
     """Each takes Python's ``re`` years on this model's paths."""
     monkeypatch.setattr("veneer.formats.patterns.SECONDS", 0.05)
-    path = stripped(small_adapter(tmp_path / "adapter", model=long(), targets=["linear"]))
+    path = remove_record(small_adapter(tmp_path / "adapter", model=long(), targets=["linear"]))
     config = json.loads((path / CONFIG).read_text())
     value = {pattern: 2} if field in ("rank_pattern", "alpha_pattern") else pattern
     (path / CONFIG).write_text(
@@ -582,7 +582,7 @@ def long():
     ],
 )
 def test_an_expression_that_cannot_be_used_is_refused(tmp_path, pattern, words):
-    path = stripped(small_adapter(tmp_path / "adapter", targets=["linear"]))
+    path = remove_record(small_adapter(tmp_path / "adapter", targets=["linear"]))
     config = json.loads((path / CONFIG).read_text())
     (path / CONFIG).write_text(json.dumps({**config, "rank_pattern": {pattern: 2}}))
     refused(small(), path, words)

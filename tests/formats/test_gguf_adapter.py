@@ -297,7 +297,7 @@ def test_trained_tokens_ask_for_a_base_that_has_their_rows(tmp_path):
     cases = (
         (
             None,
-            "no base from whose rows 'gguf'.*Expected: the base with all 67 rows.*Do: give the base",
+            "no base, from whose rows 'gguf'.*Expected: the base with all 67 rows.*Do: give the base",
         ),
         (llama(), r"a base of 64 rows.*resize_token_embeddings\(67\).*merge"),
         (llama(vocab_size=70), "which has 70 in this model"),

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from veneer import models
-from veneer.kernels import attention
+from veneer.kernels import cpu_attention
 from veneer.models.attention import PRODUCTS
 
 few = st.integers(1, 4)
@@ -43,13 +43,13 @@ def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale, pi
     if mask == "boolean":
         given_mask[..., 0] = True
     alone = mask == "causal" and s == k
-    bias = None if alone else attention.bias_of(given_mask, mask == "causal", query, key)
+    bias = None if alone else cpu_attention.bias_of(given_mask, mask == "causal", query, key)
     plain = torch.ones(s, k, dtype=torch.bool).tril() if mask == "causal" else given_mask
     wide = [one.repeat_interleave(group, dim=1) for one in (key, value)]
     wanted = F.scaled_dot_product_attention(query, *wide, attn_mask=plain, scale=scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "PIECE", piece)
-        found = attention.products(query, key, value, bias, scale, causal=alone)
+        patch.setattr(cpu_attention, "PIECE", piece)
+        found = cpu_attention.products(query, key, value, bias, scale, causal=alone)
     assert error(found, wanted) < 1e-12
     weight = torch.randn(found.shape, dtype=torch.float64)
     inputs = (query, key, value)
@@ -91,8 +91,8 @@ def test_a_few_rows_and_heads_at_a_time(b, heads, group, s, d, e, scale, size, s
             "SCORES": scores,
             "PIECE": 2,
         }.items():
-            patch.setattr(attention, name, value)
-        found = attention.causal(*inputs, scale)
+            patch.setattr(cpu_attention, name, value)
+        found = cpu_attention.causal(*inputs, scale)
         raw = inputs[0] @ wide[0].mT * (d**-0.5 if scale is None else scale)
         wanted = raw.masked_fill(hidden, -torch.inf).softmax(-1) @ wide[1]
         assert found.shape == wanted.shape
@@ -115,7 +115,7 @@ def near(one, other):
     return error(one, other) < 1e-10 or (one - other).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize("length", [attention.VECTOR - 12, 200])
+@pytest.mark.parametrize("length", [cpu_attention.VECTOR - 12, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_the_dtypes_that_models_have(dtype, length):
     """Errors against float64, next to those of torch's fused kernel."""
@@ -133,7 +133,10 @@ def test_in_the_dtypes_that_models_have(dtype, length):
 
     narrow = [one.detach().to(dtype).requires_grad_() for one in exact]
     triples = zip(
-        values(attention.causal, narrow), values(fused, narrow), values(fused, exact), strict=True
+        values(cpu_attention.causal, narrow),
+        values(fused, narrow),
+        values(fused, exact),
+        strict=True,
     )
     for one, theirs, wanted in triples:
         assert one.dtype == dtype
@@ -144,23 +147,24 @@ def test_in_the_dtypes_that_models_have(dtype, length):
 
 def test_under_autocast_and_transforms_it_is_the_products():
     inputs = [torch.randn(1, heads, 150, 4).requires_grad_() for heads in (4, 2, 2)]
-    wanted = attention.causal(*inputs)
+    wanted = cpu_attention.causal(*inputs)
     assert "Causal" in wanted.grad_fn.next_functions[0][0].name()
     assert (
-        error(torch.func.vmap(attention.causal)(*(one[None] for one in inputs))[0], wanted) < 1e-6
+        error(torch.func.vmap(cpu_attention.causal)(*(one[None] for one in inputs))[0], wanted)
+        < 1e-6
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert error(attention.causal(*inputs).float(), wanted) < 0.05
+        assert error(cpu_attention.causal(*inputs).float(), wanted) < 0.05
         known = torch.autograd.grad(
             wanted.sum(), inputs
         )  # a backward under autocast is in the dtype of forward
     assert all(one.dtype == torch.float32 for one in known)
-    assert not attention.pays(*(one.double() for one in inputs[:2]), True)
+    assert not cpu_attention.is_faster(*(one.double() for one in inputs[:2]), True)
 
 
 def test_many_gradients_at_once_checkpointed_and_of_gradients_under_autocast():
     inputs = [torch.randn(1, heads, 150, 4).requires_grad_() for heads in (4, 2, 2)]
-    y = attention.causal(*inputs)
+    y = cpu_attention.causal(*inputs)
     weights = torch.randn(3, *y.shape)
     many = torch.autograd.grad(y, inputs, weights, is_grads_batched=True, retain_graph=True)
     for place in range(3):
@@ -168,7 +172,7 @@ def test_many_gradients_at_once_checkpointed_and_of_gradients_under_autocast():
         assert all(
             error(a[place].double(), b.double()) < 1e-5 for a, b in zip(many, one, strict=True)
         )
-    again = checkpoint(attention.causal, *inputs, use_reentrant=False)
+    again = checkpoint(cpu_attention.causal, *inputs, use_reentrant=False)
     one = torch.autograd.grad(y, inputs, weights[0], retain_graph=True)
     pairs = zip(torch.autograd.grad(again, inputs, weights[0]), one, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -182,8 +186,8 @@ def test_many_gradients_at_once_checkpointed_and_of_gradients_under_autocast():
 def test_a_compiled_call_has_no_break(dtype):
     def run(query):
         return (
-            attention.causal(query, query, query)
-            if attention.pays(query, query, True)
+            cpu_attention.causal(query, query, query)
+            if cpu_attention.is_faster(query, query, True)
             else query * 2
         )
 
@@ -192,7 +196,7 @@ def test_a_compiled_call_has_no_break(dtype):
     wanted = (
         query * 2
         if dtype is torch.float32
-        else attention.products(query, query, query, None, causal=True)
+        else cpu_attention.products(query, query, query, None, causal=True)
     )
     assert error(found.double(), wanted.double()) < 1e-2
 
@@ -217,7 +221,7 @@ def test_no_scores_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda one: kept.append(one.numel()) or one, lambda one: one
     ):
-        attention.causal(*inputs)
+        cpu_attention.causal(*inputs)
     assert sum(kept) == sum(one.numel() for one in inputs)
 
 
@@ -258,11 +262,11 @@ def test_models_give_what_they_gave(name, mask, monkeypatch):
     ids, rows = torch.randint(40, (2, 6)), MASKS[mask]
     wanted = model(ids, attention_mask=rows).logits
     used = []
-    products = attention.products
+    products = cpu_attention.products
     monkeypatch.setattr(
-        attention, "products", lambda *args, **how: used.append(args) or products(*args, **how)
+        cpu_attention, "products", lambda *args, **how: used.append(args) or products(*args, **how)
     )
-    monkeypatch.setattr(attention, "pays", lambda query, key, causal: query.shape[2] > 1)
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda query, key, causal: query.shape[2] > 1)
     models.use_products(model)
     found = model(ids, attention_mask=rows).logits
     assert len(used) == 2
@@ -279,9 +283,9 @@ def test_a_model_whose_rows_are_long_enough(monkeypatch):
     """Grouped heads, in two layers, with the gradient of what is embedded."""
     torch.manual_seed(0)
     model = MODELS["llama"]().eval()
-    embedded, calls = torch.randn(2, attention.SHORTEST, 16), []
-    causal = attention.causal
-    monkeypatch.setattr(attention, "causal", lambda *args: calls.append(args) or causal(*args))
+    embedded, calls = torch.randn(2, cpu_attention.SHORTEST, 16), []
+    causal = cpu_attention.causal
+    monkeypatch.setattr(cpu_attention, "causal", lambda *args: calls.append(args) or causal(*args))
 
     def values():
         x = embedded.clone().requires_grad_()
@@ -298,7 +302,7 @@ def test_a_model_whose_rows_are_long_enough(monkeypatch):
 def test_packed_rows_do_not_see_each_other(monkeypatch):
     torch.manual_seed(0)
     model = MODELS["llama"]().double().eval()
-    monkeypatch.setattr(attention, "pays", lambda query, key, causal: True)
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda query, key, causal: True)
     models.use_products(model)
     ids = torch.randint(40, (1, 7))
     packed = model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False).logits
@@ -330,11 +334,11 @@ def test_packed_rows_whose_lengths_are_known_are_taken_apart(name, pays, monkeyp
             [model(inputs_embeds=one, use_cache=False).logits for one in x.split(lengths, 1)], 1
         )
     )
-    packed = attention.is_packed
+    packed = cpu_attention.is_packed
     monkeypatch.setattr(
-        attention, "is_packed", lambda *args: calls.append(packed(*args)) or calls[-1]
+        cpu_attention, "is_packed", lambda *args: calls.append(packed(*args)) or calls[-1]
     )
-    monkeypatch.setattr(attention, "pays", lambda query, key, causal: pays)
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda query, key, causal: pays)
     models.use_products(model)
     found = values(
         lambda x: model(inputs_embeds=x, position_ids=positions, use_cache=False, **rows).logits
@@ -347,72 +351,74 @@ def test_packed_rows_whose_lengths_are_known_are_taken_apart(name, pays, monkeyp
 def test_packed_rows_are_taken_apart_where_fewer_scores_remain():
     query, mask = torch.empty(1, 2, 12, 4), torch.ones(1, 1, 12, 12, dtype=torch.bool)
     starts = torch.tensor([0, 6, 12])
-    assert attention.is_packed(query, query, mask, starts, 6)
-    assert not attention.is_packed(query, query, mask, torch.tensor([0, 3, 12]), 9)
+    assert cpu_attention.is_packed(query, query, mask, starts, 6)
+    assert not cpu_attention.is_packed(query, query, mask, torch.tensor([0, 3, 12]), 9)
     for others in (
         (mask, None, None),
         (None, starts, 6),
         (mask.float(), starts, 6),
         (mask[:, :, 1:], starts, 6),
     ):
-        assert not attention.is_packed(query, query, *others)
-    assert not attention.is_packed(query.to("meta"), query.to("meta"), mask, starts, 6)
+        assert not cpu_attention.is_packed(query, query, *others)
+    assert not cpu_attention.is_packed(query.to("meta"), query.to("meta"), mask, starts, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not attention.is_packed(query, query, mask, starts, 6)
+        assert not cpu_attention.is_packed(query, query, mask, starts, 6)
 
 
 @pytest.mark.parametrize(
     ("dtype", "length", "keys", "causal", "kept", "chosen"),
     [
         (torch.bfloat16, 64, 64, False, True, True),
-        (torch.bfloat16, attention.LONGEST + 1, attention.LONGEST + 1, True, True, False),
-        (torch.bfloat16, attention.LONGEST + 1, attention.LONGEST + 1, False, False, False),
+        (torch.bfloat16, cpu_attention.LONGEST + 1, cpu_attention.LONGEST + 1, True, True, False),
+        (torch.bfloat16, cpu_attention.LONGEST + 1, cpu_attention.LONGEST + 1, False, False, False),
         (
             torch.bfloat16,
-            attention.LONGEST_PIECES[2],
-            attention.LONGEST_PIECES[2],
+            cpu_attention.LONGEST_PIECES[2],
+            cpu_attention.LONGEST_PIECES[2],
             True,
             False,
             True,
         ),
         (
             torch.bfloat16,
-            attention.LONGEST_PIECES[2] + 1,
-            attention.LONGEST_PIECES[2] + 1,
+            cpu_attention.LONGEST_PIECES[2] + 1,
+            cpu_attention.LONGEST_PIECES[2] + 1,
             True,
             False,
             False,
         ),
         (torch.bfloat16, 1, 64, True, False, False),
         (torch.bfloat16, 32, 64, True, False, False),
-        (torch.float32, attention.SHORTEST, attention.SHORTEST, True, True, True),
-        (torch.float32, attention.SHORTEST - 1, attention.SHORTEST - 1, True, True, False),
+        (torch.float32, cpu_attention.SHORTEST, cpu_attention.SHORTEST, True, True, True),
+        (torch.float32, cpu_attention.SHORTEST - 1, cpu_attention.SHORTEST - 1, True, True, False),
         (
             torch.float32,
-            attention.LONGEST_PIECES[4] + 1,
-            attention.LONGEST_PIECES[4] + 1,
+            cpu_attention.LONGEST_PIECES[4] + 1,
+            cpu_attention.LONGEST_PIECES[4] + 1,
             True,
             True,
             False,
         ),
-        (torch.float32, attention.SHORTEST, attention.SHORTEST, False, False, False),
+        (torch.float32, cpu_attention.SHORTEST, cpu_attention.SHORTEST, False, False, False),
         (torch.int32, 200, 200, True, False, False),
     ],
 )
 def test_only_where_it_pays(dtype, length, keys, causal, kept, chosen, monkeypatch):
     """On a processor with matrix units, where a backward of long rows in 16 bits does not."""
-    monkeypatch.setattr(attention, "has_tiles", lambda: True)
+    monkeypatch.setattr(cpu_attention, "has_tiles", lambda: True)
     query, key = torch.empty(1, 2, length, 4, dtype=dtype), torch.empty(1, 1, keys, 4, dtype=dtype)
     query = query.requires_grad_(kept) if kept else query
-    assert attention.pays(query, key, causal) is chosen
-    assert not attention.pays(query.to("meta"), key.to("meta"), causal)
-    longer = causal and dtype is torch.bfloat16 and length == keys == attention.LONGEST + 1
+    assert cpu_attention.is_faster(query, key, causal) is chosen
+    assert not cpu_attention.is_faster(query.to("meta"), key.to("meta"), causal)
+    longer = causal and dtype is torch.bfloat16 and length == keys == cpu_attention.LONGEST + 1
     with torch.no_grad():
-        assert attention.pays(query, key, causal) is (chosen or longer)
-    monkeypatch.setattr(attention, "has_tiles", lambda: False)
-    assert attention.pays(query, key, causal) is (chosen or longer)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: attention.THREADS + 1)
-    assert attention.pays(query, key, causal) is ((chosen or longer) and dtype is torch.bfloat16)
+        assert cpu_attention.is_faster(query, key, causal) is (chosen or longer)
+    monkeypatch.setattr(cpu_attention, "has_tiles", lambda: False)
+    assert cpu_attention.is_faster(query, key, causal) is (chosen or longer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cpu_attention.THREADS + 1)
+    assert cpu_attention.is_faster(query, key, causal) is (
+        (chosen or longer) and dtype is torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -149,7 +149,7 @@ def test_ranks_are_filled_up_for_the_grouped_products_of_a_gpu():
     tested here."""
     (x, A, B), W, _, ids = made(([2, 0, 3], 0, 8, 16, 3), torch.float32, torch.float32, False)
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    y = grouped.elsewhere(
+    y = grouped.linear_on_device(
         x, W, A, B, 0.5, ends, lambda x, W, ends: torch._grouped_mm(x, W, offs=ends)
     )
     expected = dense(x, W, A, B, 0.5, ids)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.compiled import needs_loop
 from tests.support.forked import printed
-from tests.support.rounding import exact, made, same_bits, ties
+from tests.support.rounding import exact, make_change, same_bits, ties
 
 from veneer.kernels import round_nearest, rounding
 from veneer.kernels.reference import round_once
@@ -75,7 +75,7 @@ def weights(draw):
     )
     rank, seed = draw(st.integers(1, 20)), draw(st.integers(0, 2**20))
     generator = torch.Generator().manual_seed(seed)
-    weight, low = made(
+    weight, low = make_change(
         shape,
         draw(st.sampled_from([1e-4, 1e-2, 1.0, 100.0])),
         rank=rank,
@@ -151,7 +151,7 @@ def test_a_nan_with_every_bit_set_stays_one():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_several_slabs_and_threads(threads, monkeypatch):
-    weight, low = made((2, 900, 700), 0.3, rank=9)
+    weight, low = make_change((2, 900, 700), 0.3, rank=9)
     monkeypatch.setattr(rounding, "SLAB", 1 << 16)
     before = torch.get_num_threads()
     try:
@@ -164,7 +164,7 @@ def test_several_slabs_and_threads(threads, monkeypatch):
 
 
 def test_what_is_in_doubt_must_be_computed_again(monkeypatch):
-    weight, low = made((1, 512, 512), 0.3, rank=16)
+    weight, low = make_change((1, 512, 512), 0.3, rank=16)
     expected = round_once(exact(weight, low), torch.bfloat16)
     rounded = round_nearest.round_slab
 
@@ -178,7 +178,7 @@ def test_what_is_in_doubt_must_be_computed_again(monkeypatch):
 
 
 def test_a_result_that_lies_elsewhere():
-    weight, low = made((2, 30, 600))
+    weight, low = make_change((2, 30, 600))
     place = torch.zeros(2, 60, 700, dtype=torch.bfloat16)
     out = place[:, ::2, 50:650]
     folded, _ = both(weight, low, out=out)
@@ -189,7 +189,9 @@ def test_a_result_that_lies_elsewhere():
 
 @pytest.mark.parametrize("case", ["float16", "float64", "columns apart", "small"])
 def test_what_the_loop_is_not_for_goes_through_torch(case, monkeypatch):
-    weight, low = made((1, 30, 40), dtype=torch.float64 if case == "float64" else torch.bfloat16)
+    weight, low = make_change(
+        (1, 30, 40), dtype=torch.float64 if case == "float64" else torch.bfloat16
+    )
     target = torch.float16 if case == "float16" else torch.bfloat16
     if case == "columns apart":
         weight = torch.stack([weight, weight], 3)[..., 0]

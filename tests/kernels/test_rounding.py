@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from tests.support.forked import printed
-from tests.support.rounding import HALF, exact, made, same_bits, ties
+from tests.support.rounding import HALF, exact, make_change, same_bits, ties
 
 from veneer.errors import ConfigError
 from veneer.kernels import rounding
@@ -36,7 +36,7 @@ def test_nearest_is_rounded_once(dtype, target, gained, transposed):
     for shape, ratio in itertools.product(
         [(1, 300, 260), (3, 70, 9), (200, 1, 9), (1, 3, 9000), (1, 1, 1)], [1e-3, 1.0]
     ):
-        weight, low = made(shape, ratio, dtype=dtype)
+        weight, low = make_change(shape, ratio, dtype=dtype)
         if transposed:
             weight = weight.mT.contiguous().mT
         gain = 1 + 0.1 * torch.randn(shape[0] * shape[1]) if gained else None
@@ -86,7 +86,7 @@ def test_every_number_of_the_type(dtype):
 def test_the_bound_is_needed_and_the_float32_path_is_taken(monkeypatch):
     """Without the numbers that are computed again some are wrong; with them, the definition is not
     asked for."""
-    weight, low = made((1, 512, 512), 0.3, rank=16)
+    weight, low = make_change((1, 512, 512), 0.3, rank=16)
     expected = round_once(exact(weight, low), weight.dtype)
     monkeypatch.setattr(rounding, "_in_float64", None)
     assert torch.equal(fold(weight, low, rounding="nearest").weight, expected)
@@ -97,7 +97,7 @@ def test_the_bound_is_needed_and_the_float32_path_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("name", ["nearest", "faithful"])
 def test_defaults_of_the_caller_change_no_bit(name):
-    weight, low = made((1, 64, 300), 1e-3)
+    weight, low = make_change((1, 64, 300), 1e-3)
     expected = fold(weight, low, rounding=name).weight
     try:
         torch.set_default_dtype(torch.float64)
@@ -109,7 +109,7 @@ def test_defaults_of_the_caller_change_no_bit(name):
 
 @pytest.mark.parametrize("low_precision", ["autocast", "products"])
 def test_settings_of_the_caller_change_no_bit(low_precision):
-    weight, low = made((1, 64, 300), 0.1)
+    weight, low = make_change((1, 64, 300), 0.1)
     expected = round_once(exact(weight, low), weight.dtype)
     setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
@@ -124,7 +124,7 @@ def test_settings_of_the_caller_change_no_bit(low_precision):
 
 def test_sums_that_float32_cannot_hold():
     for size in (1e-25, 1e25):
-        weight, low = made((1, 40, 50), 1e-2)
+        weight, low = make_change((1, 40, 50), 1e-2)
         weight = (weight.double() * size).bfloat16()
         low = LowRank(low.A, low.B, low.scale * size)
         folded = fold(weight, low, rounding="nearest")
@@ -135,7 +135,7 @@ def test_sums_that_float32_cannot_hold():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("rounding", ["nearest", "faithful", "auto"])
 def test_what_is_not_finite_is_told(value, rounding):
-    weight, low = made((1, 30, 40))
+    weight, low = make_change((1, 30, 40))
     low.B[0, 3, 1] = value
     folded = fold(weight, low, dtype=torch.float16, rounding=rounding)
     assert not folded.finite
@@ -145,7 +145,7 @@ def test_what_is_not_finite_is_told(value, rounding):
 
 
 def test_nothing_changes_nothing():
-    weight, low = made((2, 30, 40))
+    weight, low = make_change((2, 30, 40))
     for rounding_ in ("nearest", "faithful", "auto"):
         folded = fold(weight, LowRank(low.A, torch.zeros_like(low.B), 1.0), rounding=rounding_)
         assert same_bits(folded.weight, weight)
@@ -153,7 +153,7 @@ def test_nothing_changes_nothing():
 
 
 def test_the_result_goes_where_the_caller_says():
-    weight, low = made((1, 100, 60))
+    weight, low = make_change((1, 100, 60))
     place = torch.empty(2, 60, 100, dtype=torch.bfloat16)
     for name in ("nearest", "faithful"):
         expected = fold(weight, low, rounding=name).weight
@@ -221,7 +221,7 @@ def errors(folded, weight, low, gain=None, seed=1):
 )
 @pytest.mark.parametrize("shape", [(1, 384, 256), (1, 256, 384)])
 def test_what_an_adapter_reads_survives(ratio, dtype, bound, shape):
-    weight, low = made(shape, ratio, rank=4, dtype=dtype)
+    weight, low = make_change(shape, ratio, rank=4, dtype=dtype)
     near, true = (fold(weight, low, rounding=name) for name in ("nearest", "faithful"))
     assert true.rounding == "faithful"
     assert abs(true.retention - 1) < bound
@@ -250,7 +250,7 @@ def cells(values, dtype):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("gained", [False, True])
 def test_only_the_two_neighbours_are_taken(dtype, gained):
-    weight, low = made((2, 60, 70), 1e-2, dtype=dtype)
+    weight, low = make_change((2, 60, 70), 1e-2, dtype=dtype)
     low.B[:, 5] = 0
     gain = None if not gained else 1 + 0.01 * torch.randn(120)
     if gain is not None:
@@ -313,7 +313,7 @@ def test_subnormals():
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 @pytest.mark.parametrize("gained", [False, True])
 def test_any_shape(shape, side, gained):
-    weight, low = made(shape, 1e-3, rank=2)
+    weight, low = make_change(shape, 1e-3, rank=2)
     gain = 1 + 0.01 * torch.randn(shape[0] * shape[1]) if gained else None
     for base in (weight, weight.mT.contiguous().mT):
         folded = fold(base, low, gain, rounding="faithful", side=side)
@@ -325,7 +325,7 @@ def test_any_shape(shape, side, gained):
 
 
 def test_the_outputs_side_protects_what_B_writes():
-    weight, low = made((1, 300, 200), 1e-3)
+    weight, low = make_change((1, 300, 200), 1e-3)
     values, B = exact(weight, low), low.B[0].double()
     near, true = (
         fold(weight, low, rounding=name, side="outputs") for name in ("nearest", "faithful")
@@ -337,7 +337,7 @@ def test_the_outputs_side_protects_what_B_writes():
 
 def test_a_gain_is_protected_too():
     """A gain of 1.001 is less than half a step everywhere: to nearest, nothing of it is left."""
-    weight, low = made((1, 200, 300), 1e-4)
+    weight, low = make_change((1, 200, 300), 1e-4)
     gain = torch.full((200,), 1.0008)
     near, true = (fold(weight, low, gain, rounding=name) for name in ("nearest", "faithful"))
     assert near.retention < 0.3
@@ -352,7 +352,7 @@ def test_a_gain_is_protected_too():
 
 
 def test_rows_of_A_that_depend_on_each_other():
-    weight, low = made((2, 60, 80), 1e-3)
+    weight, low = make_change((2, 60, 80), 1e-3)
     low.A[0, 1], low.A[0, 2], low.A[1] = low.A[0, 0], 0, 0
     assert [int((row.norm(dim=1) > 0.5).sum()) for row in basis(low.A.double())] == [2, 0]
     folded = fold(weight, low, rounding="faithful")
@@ -365,7 +365,7 @@ def test_rows_of_A_that_depend_on_each_other():
 def test_a_stack_of_any_width_and_type_is_rounded_faithfully(source, side):
     """Widths that are no multiple of a chunk, where the last chunk of a stack lies apart in its
     buffers."""
-    weight, low = made((3, 45, 50))
+    weight, low = make_change((3, 45, 50))
     expected = fold(weight, low, rounding="faithful", side=side)
     folded = fold(weight.to(source), low, dtype=torch.bfloat16, rounding="faithful", side=side)
     assert folded.rounding == "faithful"
@@ -374,7 +374,7 @@ def test_a_stack_of_any_width_and_type_is_rounded_faithfully(source, side):
 
 
 def test_inputs_are_protected():
-    weight, low = made((1, 200, 150), 1e-3)
+    weight, low = make_change((1, 200, 150), 1e-3)
     directions = torch.linalg.qr(torch.randn(150, 5, dtype=torch.float64))[0]
     x = (
         directions
@@ -391,12 +391,12 @@ def test_inputs_are_protected():
 
 
 def test_auto_takes_what_is_needed():
-    assert [fold(*made((1, 200, 300), ratio)).rounding for ratio in (1e-4, 1e-3, 1e-1)] == [
+    assert [fold(*make_change((1, 200, 300), ratio)).rounding for ratio in (1e-4, 1e-3, 1e-1)] == [
         "faithful",
         "faithful",
         "nearest",
     ]
-    weight, low = made((1, 200, 300), 1e-3, dtype=torch.float32)
+    weight, low = make_change((1, 200, 300), 1e-3, dtype=torch.float32)
     assert fold(weight, low).rounding == "nearest"
     assert fold(weight, low, rounding="faithful").rounding == "nearest"  # float32 has no need of it
     folded = fold(
@@ -413,7 +413,7 @@ def test_auto_takes_what_is_needed():
 
 @pytest.mark.parametrize("name", ["nearest", "faithful"])
 def test_threads_and_strides_change_no_bit(name):
-    weight, low = made((1, 700, 500), 1e-3)
+    weight, low = make_change((1, 700, 500), 1e-3)
     before = torch.get_num_threads()
     try:
         results = []
@@ -431,7 +431,7 @@ def test_threads_and_strides_change_no_bit(name):
 
 def test_another_rounding_is_an_error():
     with pytest.raises(ConfigError, match="rounding='stochastic'"):
-        fold(*made((1, 4, 5)), rounding="stochastic")
+        fold(*make_change((1, 4, 5)), rounding="stochastic")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import veneer
 from veneer import context
-from veneer.kernels import conv, cost_model, dropout
+from veneer.kernels import cost_model, dropout, fused_conv
 
 CASES = {
     "3x3": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 8)),
@@ -25,13 +25,13 @@ CASES = {
     "3d": (lambda: nn.Conv3d(4, 6, (1, 2, 2)), (2, 4, 2, 4, 5)),
 }
 CASES |= {
-    f"{name}, last": case for name, case in CASES.items() if len(case[1]) in conv.LAST
+    f"{name}, last": case for name, case in CASES.items() if len(case[1]) in fused_conv.LAST
 }  # channels, in memory
 
 
 @pytest.fixture(autouse=True)
 def _any_size(monkeypatch):
-    monkeypatch.setattr(conv, "SMALL", 0)
+    monkeypatch.setattr(fused_conv, "SMALL", 0)
 
 
 @pytest.fixture(params=[True, False], ids=["formed", "factored"])
@@ -47,7 +47,7 @@ def formed(request, monkeypatch):
 def calls(monkeypatch):
     """The settings of the kernel's calls, and of those that it hands on as linear layers."""
     seen = []
-    for where, name in ((conv._Conv, "apply"), (conv.fused, "linears")):
+    for where, name in ((fused_conv._Conv, "apply"), (fused_conv.fused, "linears")):
         inner = getattr(where, name)
 
         def noted(settings, *tensors, inner=inner):
@@ -63,7 +63,7 @@ def adapted(name, dtype=torch.float64, **fields):
     torch.manual_seed(0)
     model, memory = (
         nn.Sequential(make()).to(dtype),
-        conv.LAST[len(shape)] if "last" in name else None,
+        fused_conv.LAST[len(shape)] if "last" in name else None,
     )
     model = model if memory is None else model.to(memory_format=memory)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"], **fields))
@@ -188,10 +188,10 @@ def test_a_pointwise_layer_with_strides_saves_what_it_reads():
 
 def test_a_small_call_goes_the_general_way(calls, monkeypatch):
     model, _, x = adapted("3x3")
-    monkeypatch.setattr(conv, "SMALL", x.numel())
+    monkeypatch.setattr(fused_conv, "SMALL", x.numel())
     model(x)
     assert calls == []
-    monkeypatch.setattr(conv, "SMALL", x.numel() - 1)
+    monkeypatch.setattr(fused_conv, "SMALL", x.numel() - 1)
     model(x)
     assert len(calls) == 1
 

@@ -25,7 +25,7 @@ def test_every_tensor_is_found_in_the_model_and_nothing_is_missed(name, tmp_path
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     checkpoint, empty = open_checkpoint(tmp_path), models.meta_model(tmp_path)
     assert type(empty) is type(model)
-    map_checkpoint_names = models.map_checkpoint_names(empty, checkpoint.where)
+    map_checkpoint_names = models.map_checkpoint_names(empty, checkpoint.file_of)
     state, seen = model.state_dict(), {}
     for tensor, (name, index, within) in (
         (tensor, place) for tensor, own in map_checkpoint_names.items() for place in own
@@ -117,7 +117,7 @@ def test_the_body_s_files_are_found_in_a_model_with_a_head(tmp_path):
     """A checkpoint of LlamaModel has no "model." before its names."""
     tiny_model().model.save_pretrained(tmp_path)
     map_checkpoint_names = models.map_checkpoint_names(
-        models.meta_model(tmp_path, "LlamaForCausalLM"), open_checkpoint(tmp_path).where
+        models.meta_model(tmp_path, "LlamaForCausalLM"), open_checkpoint(tmp_path).file_of
     )
     assert map_checkpoint_names["layers.0.mlp.up_proj.weight"] == (
         models.ParamSlice("model.layers.0.mlp.up_proj.weight"),
@@ -160,7 +160,7 @@ def write_sharded(folder, tensors, weight_map):
 
 def test_shards_are_one_checkpoint(tmp_path):
     checkpoint = open_checkpoint(shards(tmp_path))
-    assert dict(checkpoint.where) == {"a": "x.safetensors", "b": "y.safetensors"}
+    assert dict(checkpoint.file_of) == {"a": "x.safetensors", "b": "y.safetensors"}
     assert torch.equal(checkpoint.read("a"), torch.ones(3))
 
 

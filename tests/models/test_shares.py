@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import write_tiny
 
-from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.targets import Names
+from veneer.attach.layer.names import Names
+from veneer.attach.planning.fresh_weights import fresh_parameters
 from veneer.errors import ConfigError
 from veneer.models import load_head
 from veneer.models.safetensors_dir import Checkpoint

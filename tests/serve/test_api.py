@@ -292,9 +292,11 @@ def test_completion_logprobs(client, stream):
     ("field", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]), ("audio", {"voice": "alloy", "format": "wav"}),
-        ("functions", [{"name": "f"}]), ("frequency_penalty", 0.5), ("presence_penalty", 1), ("logit_bias", {"5": 1}),
+        ("functions", [{"name": "f"}]), ("use_beam_search", True), ("length_penalty", 0.5), ("early_stopping", True),
         ("modalities", ["text", "audio"]), ("reasoning_effort", "low"), ("prediction", {"type": "content"}),
         ("web_search_options", {}), ("tool_choice", "required"), ("nonsense", 1), ("service_tier", "flex"),
+        ("skip_special_tokens", False), ("include_stop_str_in_output", True), ("chat_template", "{{ messages }}"),
+        ("documents", [{"text": "a"}]), ("logits_processors", ["a"]), ("vllm_xargs", {"a": 1}),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(client, field, value):
@@ -376,7 +378,7 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
         ({"adapters": {"a": "x"}}, "Found: a text of 1 character in adapters.a. Expected: a valid number."),
         ({"messages": []}, "Found: a list of 0 items in messages. Expected: at least 1 item."),
         ({"messages": [{"role": "user"}]}, "Found: no field 'messages.0.content'."),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role. Expected: 'system', 'developer', 'user'"),
+        ({"messages": [{"role": "data", "content": "a"}]}, "messages.0.role. Expected: 'system', 'developer', 'user'"),
         ({"messages": [{"role": "user", "content": PICTURE}]}, "messages.0.content.0.type. Expected: 'text'."),
         ({"messages": [{"role": "user", "content": []}]}, "in messages.0.content. Expected: at least 1 item."),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
@@ -497,8 +499,6 @@ def test_tokens_and_prompts_that_cannot_be(it, client):
             client.completions.create(model=BASE, prompt=prompt, max_tokens=1)
     with pytest.raises(openai.BadRequestError, match="answers"):
         client.completions.create(model=BASE, prompt=["a"] * 64, n=2)
-    with pytest.raises(openai.BadRequestError, match="echo"):
-        client.completions.create(model=BASE, prompt="a", echo=True, logprobs=1)
     with pytest.raises(openai.BadRequestError, match="encoder"):
         client.embeddings.create(model=BASE, input="a")
 

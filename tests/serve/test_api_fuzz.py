@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from tests.support.api_server import BASE, serving
+from tests.support.tool_models import TEMPLATE
 
 FEW = {"max_examples": 40, "deadline": None, "suppress_health_check": list(HealthCheck)}
 
@@ -30,12 +31,62 @@ TEXT = {
     "n": 1,
     "stream": True,
 }
+FIELDS = {
+    "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "min_p": 0.1, "logit_bias": {"5": 1},
+    "min_tokens": 1, "stop_token_ids": [5], "bad_words": ["a"], "allowed_token_ids": [5], "prompt_logprobs": 1,
+    "truncate_prompt_tokens": 9, "return_token_ids": True, "request_id": "a", "priority": 1, "echo": False,
+    "structured_outputs": {"regex": "a"}, "guided_choice": ["a"], "skip_special_tokens": True,
+}  # fmt: skip
+TEMPLATE_FIELDS = {
+    "chat_template_kwargs": {"a": False},
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+}
+TOOL = {
+    "type": "function", "function": {"name": "f", "description": "a", "parameters": {"type": "object"}, "strict": True},
+}  # fmt: skip
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+TOOLS = {
+    "model": BASE, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "stream": True,
+    "messages": [
+        {"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "a", "content": "b"},
+    ],
+}  # fmt: skip
+RESPONSES = {
+    "model": BASE, "instructions": "a", "max_output_tokens": 3, "stream": True, "text": {"format": {"type": "text"}},
+    "tools": [{"type": "function", "name": "f", "parameters": {}}], "tool_choice": {"type": "function", "name": "f"},
+    "store": False, "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": "b"},
+    ],
+}  # fmt: skip
+MESSAGES = {
+    "model": BASE, "max_tokens": 3, "system": "a", "stop_sequences": ["w1"], "stream": True, "top_k": 2,
+    "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "auto"}, "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "b"}]},
+    ],
+}  # fmt: skip
 VECTORS = {"model": BASE, "input": "a", "encoding_format": "base64", "dimensions": 3}
 LOAD = {"lora_name": "new", "lora_path": "french", "load_inplace": True, "pin": True}
 BODIES = {
     "/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/v1/embeddings": VECTORS, "/v1/load_lora_adapter": LOAD,
-    "/v1/unload_lora_adapter": {"lora_name": "new"},
+    "/v1/unload_lora_adapter": {"lora_name": "new"}, "/tokenize": {"prompt": "a", "add_special_tokens": True},
+    "/detokenize": {"model": BASE, "tokens": [5, 6]}, "/score": {"model": BASE, "text_1": "a", "text_2": ["b", "c"]},
+    "/rerank": {"model": BASE, "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1},
+    "/v1/responses": RESPONSES, "/v1/messages": MESSAGES,
+    "/v1/messages/count_tokens": {name: MESSAGES[name] for name in ("model", "messages", "tools")},
 }  # fmt: skip
+#: a body with all of the fields is none that is right, but each of them is looked at
+MORE = {
+    "/v1/chat/completions": {**CHAT, **FIELDS, **TEMPLATE_FIELDS},
+    "/v1/completions": {**TEXT, **FIELDS},
+}
+#: routes, and bodies of each that are right but for what the tests change
+PAIRS = [*BODIES.items(), ("/v1/chat/completions", TOOLS)]
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 anything = st.recursive(
@@ -63,7 +114,8 @@ def mutated(draw, value):
 @pytest.fixture(scope="module")
 def it(tmp_path_factory):
     with serving(tmp_path_factory.mktemp("fuzz") / "dir", "french", words=3) as served:
-        served.service.length = 64
+        served.service.length = 512
+        served.service.tokenizer.chat_template = TEMPLATE
         yield served
 
 
@@ -83,8 +135,21 @@ def survives(answer):
         assert answer.json()["error"]["message"]
 
 
-cases = st.sampled_from(sorted(BODIES)).flatmap(
-    lambda route: st.tuples(st.just(route), mutated(BODIES[route]))
+@st.composite
+def with_some_fields(draw, route):
+    """A right body with some of the other fields, of which one is mutated."""
+    body = MORE[route]
+    names = draw(st.lists(st.sampled_from(sorted(body)), min_size=1, max_size=4, unique=True))
+    base = {name: BODIES[route][name] for name in ("model", "messages", "prompt") if name in body}
+    changed = draw(st.sampled_from(names))
+    return {**base, **{name: body[name] for name in names}, changed: draw(mutated(body[changed]))}
+
+
+cases = st.sampled_from(PAIRS).flatmap(
+    lambda pair: st.tuples(
+        st.just(pair[0]),
+        mutated(pair[1]) | with_some_fields(pair[0]) if pair[0] in MORE else mutated(pair[1]),
+    )
 )
 
 

@@ -36,10 +36,10 @@ def test_requests_go_where_their_adapter_is(running):
     where, place = running
     asked = fleet.by_zipf(place.names, 600)
     drive(where, asked, clients=12, tokens=4)
-    loads, first = where.counted("veneer_adapter_loads_total"), len(set(asked))
+    loads, first = where.sum_counter("veneer_adapter_loads_total"), len(set(asked))
     assert loads >= first
     assert 1 - (loads - first) / (len(asked) - first) >= 0.95, loads
-    assert where.counted("veneer_requests_total") == len(asked)
+    assert where.sum_counter("veneer_requests_total") == len(asked)
 
 
 def test_a_changed_adapter_is_seen_by_all_and_mixed_by_none(running):
@@ -99,7 +99,7 @@ def test_a_killed_server_costs_no_request_that_has_not_begun(running):
     assert all(answer.streamed and answer.text for answer in broken)
     assert len(broken) <= 16  # those that this server was writing
     until = time.monotonic() + 200
-    while where.replaces and (len(where.pids()) < 3 or where.counted("veneer_ready") < 3):
+    while where.replaces and (len(where.pids()) < 3 or where.sum_counter("veneer_ready") < 3):
         assert time.monotonic() < until, where.pids()
         time.sleep(1)
 
@@ -110,7 +110,9 @@ def test_the_config_file_of_the_docs_is_one_of_ray_serve(tmp_path):
 
     from veneer.serve.cluster import app
 
-    described = schema.ServeDeploySchema.model_validate(yaml.safe_load(fleet.documented("yml")))
+    described = schema.ServeDeploySchema.model_validate(
+        yaml.safe_load(fleet.documented_configuration("yml"))
+    )
     (application,) = described.applications
     assert application.import_path == f"{app.__module__}:app"
     with pytest.raises(ConfigError, match=r"keys\.toml"):  # before a process is started for it

@@ -59,12 +59,11 @@ def opened(tokenizer):
 
 def clean(engine) -> bool:
     """No number of a row that left is in the slots."""
-    both = (engine._slots, engine._aside)
     return all(
-        not one.abs().sum()
-        for slots in both
-        for layer in slots.kept
-        for one in (layer.keys, layer.values)
+        not stored.abs().sum()
+        for size_class in engine._batch.memory.slots.classes.values()
+        for layer in size_class.layers
+        for stored in (layer.keys, layer.values)
     )
 
 
@@ -148,14 +147,20 @@ def test_no_call_is_larger_than_prefill_and_two_of_them_have_a_decode_call_betwe
     sizes = []
     fill, decode = engine._forward.fill, engine._forward.decode
 
-    def filling(slots, first, some, start=0):
+    def filling(slots, rows, some, starts):
         sizes.append(("fill", len(some) * max(map(len, some))))
-        return fill(slots, first, some, start)
+        return fill(slots, rows, some, starts)
 
-    def decoding(slots, tokens, lengths):
+    def decoding(slots, rows, tokens, lengths):
         sizes.append(("decode", len(tokens)))
-        return decode(slots, tokens, lengths)
+        return decode(slots, rows, tokens, lengths)
 
+    def computing(slots, rows, tokens, lengths, pieces):
+        sizes.append(("fill", sum(len(piece) for *_, piece in pieces)))
+        sizes.append(("decode", len(tokens)))
+        return together(slots, rows, tokens, lengths, pieces)
+
+    together, engine._forward.together = engine._forward.together, computing
     engine._forward.fill, engine._forward.decode = filling, decoding
     clients = [
         Client(engine, asked(ask, 30, ignore_eos=True)) for ask in [(5,) * 4, *prompts(12, 60)]
@@ -256,12 +261,13 @@ def test_rotary_frequencies_that_change_with_the_longest_row_end_the_length(kind
 
 def test_each_row_of_each_call_runs_with_its_lease(opened):
     bank = Recorder()
-    engine = opened(bank=bank, rows=3, prefill=64)
+    engine = opened(bank=bank, rows=3, prefill=64, start=False)
     bank.calls.clear()  # of the trial
     blends = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.5}]
     clients = [
         Client(engine, asked((5, 6, 7), 4, blend=blend, ignore_eos=True)) for blend in blends
     ]
+    engine.start()
     for client in clients:
         assert client.wait().finish == "length"
     assert not bank.held
@@ -449,10 +455,10 @@ def test_a_request_is_cancelled_in_every_state(state, opened):
         reached, go = threading.Event(), threading.Event()
         fill = engine._forward.fill
 
-        def filling(slots, first, some, start=0):
+        def filling(*args):
             reached.set()
             assert go.wait(30)
-            return fill(slots, first, some, start)
+            return fill(*args)
 
         engine._forward.fill = filling
         client = Client(engine, asked((5,) * 100, 5, blend={"a": 1.0}))
@@ -508,7 +514,11 @@ def test_an_exception_in_a_call_ends_the_requests_of_that_call_alone(call, opene
             raise RuntimeError("out of luck")
         return logits
 
+    def together(*args):
+        raise RuntimeError("in calls of their own it is seen whose failure it is")
+
     setattr(engine._forward, call, failing)
+    engine._forward.together = together
     running = Client(engine, asked((5, 6), 60, ignore_eos=True))
     assert running.first.wait(30)
     fails.set()
@@ -529,11 +539,11 @@ def test_an_exception_in_a_call_ends_the_requests_of_that_call_alone(call, opene
 
 def test_a_failure_between_calls_ends_what_ran_and_the_engine_goes_on(opened, monkeypatch):
     engine = opened(rows=2)
-    leave = engine._slots.leave
-    engine._slots.leave = lambda *a: (_ for _ in ()).throw(RuntimeError("no memory"))
+    monkeypatch.setattr(
+        engine._batch.memory, "release", lambda *a: (_ for _ in ()).throw(RuntimeError("no memory"))
+    )
     broken = Client(engine, asked((5, 6), 3))
     assert broken.wait().finish == "error"
-    assert leave is not None
     assert Client(engine, asked((5, 6), 3)).wait().finish in ("stop", "length")
     assert engine.running == 0
 
@@ -632,14 +642,10 @@ def test_the_observer_is_told(opened):
     engine.close()
     names = [one[0] for one in told]
     assert [
-        names.index(name) for name in ("queued", "started", "tokens", "first_token", "finished")
-    ] == [
-        0,
-        1,
-        2,
-        3,
-        len(names) - 1,
-    ]
+        names.index(name)
+        for name in ("queued", "started", "looked_up", "tokens", "first_token", "finished")
+    ] == [0, 1, 2, 3, 4, len(names) - 1]
+    assert ("looked_up", {"a": 1.0}, 3, 0) in told
     assert sum(one[2] for one in told if one[0] == "tokens") == 3
     assert sum(one[3] for one in told if one[0] == "tokens") == 40
     assert told[-1][1:3] == ({"a": 1.0}, "length")

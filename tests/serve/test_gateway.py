@@ -15,7 +15,7 @@ from tests.support.api_server import fake_service
 from veneer.serve.access import Keyring
 from veneer.serve.api import create
 from veneer.serve.cluster import gateway, routing
-from veneer.serve.cluster.gateway import Gateway, messages, whole
+from veneer.serve.cluster.gateway import Gateway, complete_answer, messages
 from veneer.serve.metrics import merged
 
 REPLICAS = ("one", "two", "three")
@@ -94,7 +94,9 @@ class Fleet:
 
     async def ask_all(self, request, body):
         named = zip("ab", self.applications, strict=True)
-        return [await whole(name, application, request, body) for name, application in named]
+        return [
+            await complete_answer(name, application, request, body) for name, application in named
+        ]
 
     async def send(self, method, path, **options):
         transport = httpx.ASGITransport(self.gateway.app)

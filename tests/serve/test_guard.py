@@ -27,6 +27,7 @@ from veneer.serve import limits, page
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.guard import LOOPBACK
 from veneer.serve.listen import bind, is_loopback
+from veneer.serve.metrics import Metrics
 from veneer.serve.training.registration import TrainingExtension
 from veneer.store.catalogue import Location
 
@@ -309,6 +310,8 @@ def test_metrics(it):
     it.service.metrics.event("load", "french", 0.5)
     it.service.metrics.event("evict", "french", 0.0)
     it.service.metrics.event("fail", "french", 0.0)
+    it.service.metrics.looked_up({}, 30, 16)
+    it.service.metrics.preempted({})
     with it.http() as http:
         page = http.get("/metrics").text
     for line in (
@@ -316,8 +319,12 @@ def test_metrics(it):
         'veneer_requests_total{adapter="base",outcome="stop"} 1.0',
         'veneer_prompt_tokens_total{adapter="french"} 6.0',
         'veneer_generated_tokens_total{adapter="french"} 16.0',
-        "veneer_queue_seconds_count 3.0",
-        "veneer_first_token_seconds_count 3.0",
+        'veneer_request_queue_time_seconds_bucket{le="0.3"} 3.0',
+        'veneer_time_to_first_token_seconds_bucket{le="0.01"} 0.0',
+        'veneer_time_to_first_token_seconds_bucket{le="0.02"} 3.0',
+        'veneer_inter_token_latency_seconds_bucket{le="0.025"} 0.0',
+        'veneer_inter_token_latency_seconds_bucket{le="0.05"} 21.0',  # of 24 tokens
+        'veneer_e2e_request_latency_seconds_bucket{le="0.3"} 3.0',
         'veneer_adapter_loads_total{adapter="french"} 1.0',
         'veneer_adapter_evictions_total{adapter="french"} 1.0',
         'veneer_adapter_load_failures_total{adapter="french"} 1.0',
@@ -325,6 +332,11 @@ def test_metrics(it):
         "veneer_waiting 0.0",
         "veneer_registered_adapters 1.0",
         "veneer_resident_bytes 0.0",
+        "veneer_prefix_cache_queries_total 30.0",
+        "veneer_prefix_cache_hits_total 16.0",
+        "veneer_num_preemptions_total 1.0",
+        "veneer_kv_cache_bytes 0.0",
+        "veneer_kv_cache_usage_perc 0.0",
         "veneer_ready 1.0",
         'veneer_http_responses_total{status="404"} 1.0',
     ):
@@ -351,14 +363,77 @@ def test_metrics_grow_little_with_adapters_and_not_at_all_without_their_names(it
             summed = http.get("/metrics?adapters=0").text
     assert sizes[300][0] < 100_000
     assert sizes[300][1] < sizes[10][1] + 200
-    assert sizes[300][1] < 8_000
+    assert sizes[300][1] < 12_000
     assert "customer" not in summed
     assert "_created" not in summed
     for line in (
         "veneer_generated_tokens_total 4340.0", 'veneer_requests_total{outcome="stop"} 310.0',
-        'veneer_queue_seconds_bucket{le="0.1"} 620.0', "veneer_queue_seconds_count 620.0", "veneer_ready 1.0",
+        'veneer_request_queue_time_seconds_bucket{le="0.3"} 620.0', "veneer_request_queue_time_seconds_count 620.0",
+        "veneer_ready 1.0",
     ):  # fmt: skip
         assert line in summed.splitlines(), line
+
+
+def use(metrics, name, times=1):
+    for _ in range(times):
+        metrics.tokens({name: 1.0}, 5, 7)
+        metrics.finished({name: 1.0}, "stop", 0.2)
+
+
+def samples(page):
+    """The samples of a page, by name and labels."""
+    lines = [line for line in page.decode().splitlines() if not line.startswith("#")]
+    return {sample: float(value) for sample, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_few_adapters_have_series_of_their_own_and_the_others_are_one():
+    metrics = Metrics(most=3)
+    for name in "abcde":
+        use(metrics, name)
+    counts = {
+        label: count
+        for label, count in samples(metrics.page()).items()
+        if label.startswith("veneer_generated_tokens_total")
+    }
+    assert counts == {
+        **{f'veneer_generated_tokens_total{{adapter="{name}"}}': 7.0 for name in "abc"},
+        'veneer_generated_tokens_total{adapter="other"}': 14.0,
+    }
+
+
+def test_an_adapter_that_is_asked_for_more_takes_a_place_and_no_sum_goes_down():
+    metrics, sums = Metrics(most=2), []
+    use(metrics, "seldom", 2)
+    use(metrics, "often", 9)
+    for _ in range(5):
+        use(metrics, "new")
+        sums.append(samples(metrics.page(adapters=False))["veneer_generated_tokens_total"])
+    page = samples(metrics.page())
+    assert sums == [7.0 * (11 + number) for number in range(1, 6)]
+    assert 'veneer_generated_tokens_total{adapter="seldom"}' not in page
+    assert page['veneer_generated_tokens_total{adapter="often"}'] == 63.0
+    # from when it had twice the requests of the one whose place it took
+    new, others = (
+        page[f'veneer_requests_total{{adapter="{name}",outcome="stop"}}']
+        for name in ("new", "other")
+    )
+    assert (new, others) == (2.0, 3.0)
+
+
+def test_memory_is_shown_by_adapter_and_what_has_no_place_together():
+    metrics = Metrics(most=2)
+    entries = [
+        SimpleNamespace(name=name, resident=name != "cold", bytes=size)
+        for name, size in (("a", 10), ("cold", 0), ("b", 20), ("c", 30), ("d", 40))
+    ]
+    engine = SimpleNamespace(running=0, waiting=0)
+    metrics.watch(engine, SimpleNamespace(status=lambda: entries))
+    page = samples(metrics.page())
+    sizes = {name: page.get(f'veneer_adapter_resident_bytes{{adapter="{name}"}}') for name in (
+        "a", "b", "c", "other", "cold")}  # fmt: skip
+    assert sizes == {"a": 10, "b": 20, "c": None, "other": 70, "cold": None}
+    assert page["veneer_resident_bytes"] == 100
+    assert samples(metrics.page(adapters=False))["veneer_adapter_resident_bytes"] == 100
 
 
 def test_adapters_are_listed_by_name(tmp_path):
@@ -387,6 +462,8 @@ def test_labels_of_blends_and_of_names_like_ours(it):
     assert metrics.label({"a": 1, "b": 1}) == "blend"
     it.service.catalogue._adapters.accept("blend", Location(Path()))
     assert metrics.label({"blend": 1}) == "adapter:blend"
+    it.service.catalogue._adapters.accept("other", Location(Path()))
+    assert metrics.label({"other": 1}) == "adapter:other"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -417,7 +494,7 @@ def test_a_port_that_is_taken():
 def process(folder, pause, grace):
     """A server in a process of its own: (the process, its address)."""
     code = f"import sys; sys.argv[1:] = {[str(folder), str(pause), str(grace)]}; from tests.support import api_server\n"
-    code += "from veneer.serve import listen; listen.CLOSING = 0.5; api_server.main()"
+    code += "api_server.main()"
     child = Program(code, *LARGE, folder=Path(__file__).parents[2])
     try:
         child.until(lambda: re.search(r"^http://.*\n", child.said, re.MULTILINE) or not child.alive)

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 
 import pytest
 from playwright import sync_api
-from tests.support.browser import QUIET, answer, column, ended, expect, load, send
-from tests.support.fake_server import BYTES, HTML, Fake, served
+from tests.support.browser import QUIET, answer, column, expect, expect_states, load, send
+from tests.support.fake_server import BYTES, HTML, Fake, serve_fake
 
 from veneer.serve import page as files
 
@@ -43,7 +43,7 @@ def show(browser: sync_api.Browser) -> Iterator[Open]:
             wrong.append(message.text)
 
     def show(fake: Fake, **options: object) -> sync_api.Page:
-        address = stack.enter_context(served(fake))
+        address = stack.enter_context(serve_fake(fake))
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         stack.callback(context.close)  # before the server stops: it waits for streams
         page = context.new_page()
@@ -78,10 +78,10 @@ def test_two_adapters_and_the_base_answer_side_by_side(show: Open):
     send(page, tokens=30)
     for place in range(3):  # none waits for another to end
         expect(answer(page, place)).to_contain_text("three")
-    ended(page, "streaming", "streaming", "streaming")
+    expect_states(page, "streaming", "streaming", "streaming")
     expect(page.locator("#send")).to_have_attribute("aria-disabled", "true")
     server.held = False
-    ended(page, "done", "done", "done")
+    expect_states(page, "done", "done", "done")
     assert answer(page, 0).text_content() == "one two three " * 10
     expect(answer(page, 1)).to_contain_text("french:one french:two")
     for place in range(3):
@@ -103,7 +103,7 @@ def test_what_is_sent_before_the_models_are_known_goes_out_when_they_are(show: O
     page.wait_for_timeout(50)
     assert held
     page.unroute("**/v1/models")  # which lets go of what it held
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
 
 
 def test_what_is_asked_is_what_was_set(show: Open):
@@ -113,7 +113,7 @@ def test_what_is_asked_is_what_was_set(show: Open):
     page.get_by_label("Seed").fill("7")
     page.get_by_role("radio", name="Completion").check()
     send(page, "Once upon a time", tokens=5)
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
     expect(column(page, 1).locator(".answer")).to_contain_text("Once upon a timefrench:Once")
     asked = {body["model"]: body for body in server.asked}
     assert asked.keys() == {"tiny-base", "french"}
@@ -133,9 +133,135 @@ def test_what_is_asked_is_what_was_set(show: Open):
     page.get_by_role("radio", name="Chat").check()
     page.get_by_label("Seed").fill("")
     send(page, "hello")
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
     assert server.asked[0]["messages"] == [{"role": "user", "content": "hello"}]
     assert "seed" not in server.asked[0]
+
+
+def test_a_system_prompt_and_stop_strings_are_sent(show: Open):
+    server = fake("french")
+    page = show(server)
+    expect(page.locator(".column")).to_have_count(2)
+    expect(page.get_by_label("System prompt")).to_be_hidden()
+    page.get_by_role("button", name="Add a system prompt").click()
+    expect(page.get_by_label("System prompt")).to_be_focused()
+    page.keyboard.type("Be brief.")
+    page.get_by_label("Stop at").fill("User:\n\\n\\n\n\\\\n")
+    send(page)
+    expect_states(page, "done", "done")
+    sent = server.asked[0]
+    assert sent["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one two three"},
+    ]
+    assert sent["stop"] == ["User:", "\n\n", "\\n"]
+    server.asked.clear()
+    page.get_by_role("radio", name="Completion").check()
+    expect(page.get_by_label("System prompt")).to_be_hidden()  # a text has none
+    page.get_by_label("Stop at").fill("")
+    send(page)
+    expect_states(page, "done", "done")
+    assert not server.asked[0].keys() & {"messages", "stop"}
+
+
+def test_the_page_opens_as_the_first_adapter_was_trained(show: Open):
+    trained = {"mode": "completion", "example": "3 + 5 ="}
+    page = show(fake("sums", "other", prompts={"sums": trained, "other": {"mode": "chat"}}))
+    expect(page.get_by_role("radio", name="Completion")).to_be_checked()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("3 + 5 =")
+    expect(page.get_by_role("button", name="Add a system prompt")).to_be_hidden()
+
+    trained = {"mode": "chat", "system": "You are a pirate.", "example": "Hello"}
+    server = fake("pirate", prompts={"pirate": trained})
+    page = show(server)
+    expect(page.get_by_label("System prompt")).to_have_value("You are a pirate.")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("Hello")
+    page.get_by_role("button", name="Send").click()
+    expect_states(page, "done", "done")
+    assert [message["role"] for message in server.asked[0]["messages"]] == ["system", "user"]
+
+
+def test_what_somebody_chose_or_typed_stays(show: Open):
+    trained = {"mode": "completion", "example": "3 + 5 ="}
+    page = show(fake("sums", prompts={"sums": trained}))
+    held: list[sync_api.Route] = []
+    page.route("**/v1/models/sums", lambda route: held.append(route))  # noqa: PLW0108 (playwright looks at the handler)
+    page.reload()
+    expect(page.locator(".column")).to_have_count(2)
+    page.get_by_role("radio", name="Completion").check()
+    page.get_by_role("radio", name="Chat").check()
+    page.get_by_label("Prompt", exact=True).fill("mine")
+    assert held
+    with page.expect_response("**/v1/models/sums"):
+        page.unroute("**/v1/models/sums")  # which lets go of what it held
+    expect(page.locator("#adapters .adapter")).to_have_count(1)  # asked for after it
+    expect(page.get_by_role("radio", name="Chat")).to_be_checked()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("mine")
+
+
+def test_a_link_reproduces_a_comparison_and_asks_nothing(show: Open):
+    server = fake("french", "german", "__proto__")
+    page = show(server)
+    expect(page.locator(".column")).to_have_count(3)
+    column(page, 0).get_by_label("Model of this column").select_option("Blend of two")
+    column(page, 0).get_by_label("First adapter").select_option("german")
+    column(page, 0).get_by_label("Second adapter").select_option("__proto__")
+    column(page, 0).get_by_label("Weight of german").fill("0.25")
+    column(page, 2).get_by_role("button", name="Remove").click()
+    page.get_by_role("button", name="Add a system prompt").click()
+    page.get_by_label("System prompt").fill("Be brief. & #")
+    page.get_by_label("Temperature").fill("0.25")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Stop at").fill("\\n")
+    send(page, "Grüße & more #1\nsecond line", tokens=5)
+    expect_states(page, "done", "done")
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.locator("#link-words")).to_contain_text("no key")
+    link, first = page.url, list(server.asked)
+    assert "#mode=chat&" in link
+    server.asked.clear()
+    page = page.context.new_page()  # as somebody else opens it
+    page.goto(link)
+    expect(page.locator(".column")).to_have_count(2)
+    expect(page.get_by_role("article", name="0.25 german + 0.5 __proto__")).to_be_visible()
+    expect(page.get_by_label("System prompt")).to_have_value("Be brief. & #")
+    assert server.asked == []
+    page.get_by_role("button", name="Send").click()
+    expect_states(page, "done", "done")
+    by_model = lambda bodies: sorted(bodies, key=str)  # noqa: E731
+    assert by_model(server.asked) == by_model(first)
+
+    page.evaluate("location.hash = '#mode=completion&model=gone&model=french&temperature=0'")
+    expect(page.get_by_role("radio", name="Completion")).to_be_checked()
+    expect(column(page, 0).locator(".model option:checked")).to_have_text(
+        "gone (not on the server)"
+    )
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("")
+    expect(page.get_by_label("Temperature")).to_have_value("0")
+    page.evaluate("location.hash = '#prompt'")  # where the link that skips leads
+    expect(column(page, 1).locator(".model option:checked")).to_have_text("french")
+
+
+LINKS = """async ([path, fragments]) => {
+    const { read, write } = await import(path);
+    return fragments.map((fragment) => {
+        const linked = read(fragment);
+        return linked && [linked, read(write(linked))];
+    });
+}"""
+
+
+def test_fragments_that_are_no_link(show: Open):
+    page = show(fake())
+    fragments = [
+        "", "#", "#prompt", "#mode=other", "#model=a", "#mode=chat&x=1&model=&model=a",
+        '#mode=completion&blend=[["a",1],["b",-0.5]]&blend=[["a",1]]&blend=7&blend={&blend=[["a","1"],["b",2]]',
+    ]  # fmt: skip
+    linked = page.evaluate(LINKS, [f"/web/{files.DIGEST}/link.js", fragments])
+    assert linked[:5] == [None] * 5
+    assert linked[5] == [{"settings": {"mode": "chat"}, "columns": ["a"]}] * 2
+    blend = {"settings": {"mode": "completion"}, "columns": [[["a", 1], ["b", -0.5]]]}
+    assert linked[6] == [blend] * 2
 
 
 def test_a_field_that_is_wrong_stops_the_sending(show: Open):
@@ -156,14 +282,14 @@ def test_a_column_may_be_a_blend(show: Open):
     column(page, 0).get_by_label("Weight of french").fill("0.7")
     column(page, 0).get_by_label("Weight of __proto__").fill("0.3")
     send(page)
-    ended(page, "done", "done", "done")
+    expect_states(page, "done", "done", "done")
     blend = next(body for body in server.asked if "adapters" in body)
     assert blend["model"] == "tiny-base"
     assert blend["adapters"] == {"french": 0.7, "__proto__": 0.3}
     expect(page.get_by_role("article", name="0.7 french + 0.3 __proto__")).to_be_visible()
     column(page, 0).get_by_label("Second adapter").select_option("french")
     send(page)
-    ended(page, "failed", "done", "done")
+    expect_states(page, "failed", "done", "done")
     expect(column(page, 0).get_by_role("alert")).to_contain_text("two different adapters")
 
 
@@ -189,7 +315,7 @@ def test_stop_stops_here_and_there(show: Open):
     for place in range(2):  # a stream that has not begun is not left
         expect(answer(page, place)).to_contain_text("two")
     page.get_by_role("button", name="Stop").click()
-    ended(page, "stopped", "stopped")
+    expect_states(page, "stopped", "stopped")
     expect(column(page, 1).locator(".ending")).to_have_text("Stopped by you")
     expect(page.locator("#send")).to_be_focused()  # not lost with the button that went grey
     for _ in range(100):
@@ -198,7 +324,7 @@ def test_stop_stops_here_and_there(show: Open):
         page.wait_for_timeout(50)
     assert (server.running, server.vanished) == (0, 2)
     send(page, "four five", tokens=2)
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
     expect(answer(page, 1)).to_have_text("french:four french:five ")
 
 
@@ -208,7 +334,7 @@ def test_stop_stops_here_and_there(show: Open):
 def test_an_adapter_that_fails_in_the_middle_leaves_the_others_alone(show: Open):
     page = show(fake("broken", "french"))
     send(page, tokens=40)
-    ended(page, "done", "failed", "done")
+    expect_states(page, "done", "failed", "done")
     expect(column(page, 1).get_by_role("alert")).to_have_text(
         "The adapter gave numbers that are not finite."
     )
@@ -221,7 +347,7 @@ def test_an_adapter_that_fails_in_the_middle_leaves_the_others_alone(show: Open)
 def test_a_connection_that_closes_early_is_no_finished_answer(show: Open):
     page = show(fake("cut", "french"))
     send(page, tokens=40)
-    ended(page, "done", "failed", "done")
+    expect_states(page, "done", "failed", "done")
     expect(column(page, 1).get_by_role("alert")).to_contain_text(
         "closed before the answer was finished"
     )
@@ -231,14 +357,14 @@ def test_a_full_server_says_when_to_try_again(show: Open):
     server = fake("french", refuse={"french": (429, "The queue is full.")})
     page = show(server)
     send(page)
-    ended(page, "done", "failed")
+    expect_states(page, "done", "failed")
     expect(column(page, 1).get_by_role("alert")).to_have_text(
         "The queue is full. Try again in 3 s."
     )
     server.refuse.clear()
     server.asked.clear()
     column(page, 1).get_by_role("button", name="Try again").click()
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
     assert [body["model"] for body in server.asked] == ["french"]
     expect(column(page, 1).get_by_role("alert")).to_be_hidden()
 
@@ -246,7 +372,7 @@ def test_a_full_server_says_when_to_try_again(show: Open):
 def test_characters_and_lines_that_chunks_split(show: Open):
     page = show(fake("bytes"))
     send(page)
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
     assert answer(page, 1).text_content() == BYTES
 
 
@@ -312,7 +438,7 @@ def test_a_server_that_drains_or_dies(show: Open, browser: sync_api.Browser):
     page.context.set_offline(True)
     expect(page.get_by_text("Not reachable")).to_be_visible()
     send(page)
-    ended(page, "failed", "failed")
+    expect_states(page, "failed", "failed")
     expect(column(page, 0).get_by_role("alert")).to_contain_text("cannot be reached")
     server.ready = True
     page.context.set_offline(False)
@@ -326,7 +452,7 @@ def test_nothing_that_is_said_becomes_html(show: Open, where: str):
         server.refuse["french"] = (400, HTML)
     page = show(server)
     send(page)
-    ended(page, "done", "failed" if where == "error" else "done")
+    expect_states(page, "done", "failed" if where == "error" else "done")
     if where == "answer":
         assert answer(page, 1).text_content() == HTML
     if where == "error":
@@ -393,7 +519,7 @@ def test_the_numbers_of_the_server(show: Open):
     ).to_be_visible()
     expect(page.locator("#rate")).to_have_text("0.0")
     server.held = False
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
     assert page.locator("#spark .line").get_attribute("d").startswith("M")
 
 
@@ -436,7 +562,7 @@ def test_a_server_with_keys_is_asked_for_one(show: Open):
     expect(dialog).to_be_hidden()
     expect(page.locator("#notice")).to_be_hidden()
     send(page)
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
     assert page.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie]") == [
         {"veneer-key": "sk-right"}, {}, "",
     ]  # fmt: skip
@@ -464,7 +590,7 @@ def test_a_key_that_may_not_manage(show: Open):
     expect(page.locator(".model").first).not_to_contain_text("base")
     column(page, 0).get_by_label("Model of this column").select_option("Blend of two")
     send(page)
-    ended(page, "done", "done")
+    expect_states(page, "done", "done")
     assert {body["model"] for body in server.asked} == {"tiny-base", "german"}
 
 
@@ -521,7 +647,7 @@ def test_by_keyboard_alone(show: Open):
     page.keyboard.press("Control+Enter")
     expect(answer(page, 0)).to_contain_text("french:two")
     page.keyboard.press("Escape")
-    ended(page, "stopped", "stopped", "stopped")
+    expect_states(page, "stopped", "stopped", "stopped")
 
 
 SMALL = """[...document.querySelectorAll("button, input:not([type=checkbox]), select, textarea, summary")]
@@ -545,13 +671,28 @@ def test_on_a_phone(show: Open, width: int):
     expect(page.locator(".answers").get_by_role("button", name="Stop")).to_be_in_viewport()
     assert page.evaluate(fits)
     server.held = False
-    ended(page, "done", "done", "failed")
+    expect_states(page, "done", "done", "failed")
     page.get_by_text("Load an adapter").tap()
+    page.get_by_role("button", name="Add a system prompt").tap()
     assert page.evaluate(fits)
     assert page.evaluate(SMALL) == []
-    column(page, 2).scroll_into_view_if_needed()  # swiped to, within the row of columns
+    column(page, 2).scroll_into_view_if_needed()
     expect(column(page, 2)).to_be_in_viewport(ratio=0.4)
     assert page.evaluate("scrollX") == 0
+
+
+def test_two_answers_stand_under_one_another_on_a_phone(show: Open):
+    page = show(fake("french", pace=0.001), **PHONE)
+    expect(page.locator(".column")).to_have_count(2)
+    send(page, "some words that fill a line of a phone", tokens=120)
+    expect_states(page, "done", "done")
+    for place in range(2):  # both are there to be read, without a swipe
+        expect(column(page, place).locator(".answer")).to_be_in_viewport(ratio=1)
+    first, second = (column(page, place).bounding_box() for place in range(2))
+    assert first is not None
+    assert second is not None
+    assert first["x"] == second["x"]
+    assert second["y"] >= first["y"] + first["height"]
 
 
 CONTRAST = """() => {
@@ -584,13 +725,13 @@ def test_words_are_readable_and_nothing_moves_unasked(show: Open, scheme: str):
     page = show(server, color_scheme=scheme, reduced_motion="reduce")
     page.get_by_text("Load an adapter").click()
     send(page, tokens=30)
-    ended(page, "streaming", "failed", "streaming")
+    expect_states(page, "streaming", "failed", "streaming")
     assert page.evaluate("document.getAnimations().length") == 0
     assert page.evaluate(CONTRAST) == []
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 21, 19)"
     assert dark == (scheme == "dark")
     server.held = False
-    ended(page, "done", "failed", "done")
+    expect_states(page, "done", "failed", "done")
     assert page.evaluate(CONTRAST) == []
 
 
@@ -607,7 +748,7 @@ def fetch(url: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
 
 
 def test_files_are_served_with_their_headers():
-    with served(Fake()) as address:
+    with serve_fake(Fake()) as address:
         status, headers, html = fetch(f"{address}/")
         assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
         assert headers["cache-control"] == "no-cache"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from playwright import sync_api
 from tests.support.api_server import FakeEngine, adapter_at, fake_service, listening
-from tests.support.browser import answer, column, ended, load, send
+from tests.support.browser import answer, column, expect_states, load, send
 
 from veneer.serve import page as files
 from veneer.serve.access import Key, Keyring, hash_of
@@ -21,7 +23,7 @@ KEYS = Keyring(
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Opens the page; no script may fail on the way."""
+    """Opens the page; no script may fail on the way, and nothing may be asked that is not there."""
     opened, wrong = [], []
 
     def show(keys=None):
@@ -34,6 +36,7 @@ def show(browser, tmp_path):
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("response", lambda answer: answer.status == 404 and wrong.append(answer.url))
         page.goto(url)
         return page, service
 
@@ -49,7 +52,7 @@ def test_answers_stream_side_by_side(show):
     expect(page.locator(".column")).to_have_count(3)
     expect(page.locator("#training")).to_be_hidden()  # it trains nothing
     send(page, "hello", tokens=5)
-    ended(page, "done", "done", "done")
+    expect_states(page, "done", "done", "done")
     for place in range(3):
         expect(answer(page, place)).to_contain_text("w0 w1 w2 w3 w4")
     assert isinstance(service.engine, FakeEngine)
@@ -58,8 +61,18 @@ def test_answers_stream_side_by_side(show):
     ]  # fmt: skip
     column(page, 0).get_by_label("Model of this column").select_option("Blend of two")
     send(page, "hello", tokens=2)
-    ended(page, "done", "done", "done")
+    expect_states(page, "done", "done", "done")
     assert {"french", "german"} in [set(request.blend) for request in service.engine.seen]
+
+
+def test_the_page_opens_as_the_record_of_the_adapter_says(show, tmp_path):
+    folder = adapter_at(tmp_path / "dir" / "a-first")
+    prompt = {"mode": "completion", "example": "3 + 5 ="}
+    (folder / "veneer.json").write_text(json.dumps({"provenance": {"prompt": prompt}}))
+    page, _ = show()
+    expect(page.locator(".column")).to_have_count(3)
+    expect(page.get_by_role("radio", name="Completion")).to_be_checked()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("3 + 5 =")
 
 
 def test_a_full_queue_is_told(show):
@@ -67,7 +80,7 @@ def test_a_full_queue_is_told(show):
     expect(page.locator(".column")).to_have_count(3)
     service.engine.full = True
     send(page)
-    ended(page, "failed", "failed", "failed")
+    expect_states(page, "failed", "failed", "failed")
     expect(column(page, 0).get_by_role("alert")).to_contain_text("full queue")
 
 
@@ -98,6 +111,6 @@ def test_keys(show):
             expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text(said)
     expect(page.locator(".column")).to_have_count(1)
     send(page, "hello", tokens=2)
-    ended(page, "done")
+    expect_states(page, "done")
     expect(page.get_by_text("Load an adapter")).to_be_hidden()
     assert [dict(request.blend) for request in service.engine.seen] == [{"french": 1.0}]

@@ -4,6 +4,7 @@ schemas."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.tiny import tiny_tokenizer
 
-from veneer.serve.requests import RequestError, Sampling
-from veneer.serve.sampling import Sampler, Schemas, sample
+from veneer.serve.grammars import Schemas
+from veneer.serve.requests import Grammar, GrammarLimitError, RequestError, Sampling
+from veneer.serve.sampling import Sampler, sample
 
 
 def sampler(matcher=None, **options) -> Sampler:
@@ -226,6 +228,28 @@ def test_a_model_that_loves_whitespace_gets_on_with_it(schema, theirs):
     json.loads(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
+def test_whitespace_takes_no_more_than_its_share_of_an_answer():
+    """A model that prefers it everywhere ends within 60 tokens what takes 25 without it, and the
+    whitespace in its strings is its own."""
+    pytest.importorskip("llguidance")
+    tokenizer = tiny_tokenizer()
+    schema = {**SCHEMA, "properties": {**SCHEMA["properties"], "name": {"const": 'a   " b'}}}
+    schemas = Schemas(tokenizer, 259, [2])
+    row = Sampler(Sampling(60, temperature=0.0), schemas.matcher(schema), (), schemas.layout(60))
+    logits, tokens = torch.zeros(1, 259), []
+    for text, liking in ((" ", 9.0), ("\t", 8.0), ("\n", 7.0), ("}", 3.0)):
+        logits[0, tokenizer(text)["input_ids"][0]] = liking
+    logits[0, 2] = 9.5
+    for _ in range(60):
+        tokens.append(sample(logits, [row])[0].token)
+        if row.accept(tokens[-1]):
+            break
+    assert row.matcher.is_stopped()
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert json.loads(text)["name"] == schema["properties"]["name"]["const"]
+    assert 8 <= sum(map(str.isspace, text)) - 4 <= 15
+
+
 @pytest.mark.parametrize(
     "layout", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": "\t"}], ids=str
 )
@@ -255,6 +279,73 @@ def test_a_schema_that_is_not_understood_is_refused(schema):
     pytest.importorskip("llguidance")
     with pytest.raises(RequestError, match="schema that is not understood"):
         Schemas(tiny_tokenizer(), 259, [2]).matcher(schema)
+
+
+FORMS = [
+    (Grammar("regex", "[ab]{2,4}c"), r"[ab]{2,4}c"),
+    (Grammar("choice", json.dumps(["yes", 'no "x"', "naïve\n"])), r'yes|no "x"|naïve\n'),
+    (Grammar("grammar", 'root ::= item ("," item)*\nitem ::= [0-9]{1,2}'), r"\d{1,2}(,\d{1,2})*"),
+    (Grammar("grammar", 'start: "a" word\nword: /[xyz]+/'), r"a[xyz]+"),
+]
+
+
+@pytest.mark.parametrize(("grammar", "wanted"), FORMS, ids=lambda value: str(value)[:30])
+def test_an_answer_follows_its_grammar(grammar, wanted):
+    pytest.importorskip("llguidance")
+    tokenizer = tiny_tokenizer()
+    schemas, texts = Schemas(tokenizer, 259, [2]), set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        row, tokens = sampler(schemas.matcher(grammar), seed=seed), []
+        for _ in range(60):
+            logits = torch.randn(1, 259)
+            logits[0, 2] += 2  # the end
+            (choice,) = sample(logits, [row])
+            tokens.append(choice.token)
+            if row.accept(choice.token):
+                break
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if row.matcher.is_stopped():
+            texts.add(text)
+            assert re.fullmatch(wanted, text)
+    assert len(texts) >= 3
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("regex", "(a"),
+        Grammar("grammar", "nonsense"),
+        Grammar("grammar", "root ::= other"),
+        Grammar("grammar", "start: /(/"),
+        Grammar("grammar", "(" * 5000),
+    ],
+    ids=lambda grammar: grammar.text[:20],
+)
+def test_a_grammar_that_is_not_understood_is_refused(grammar):
+    pytest.importorskip("llguidance")
+    with pytest.raises(RequestError, match="a grammar"):
+        Schemas(tiny_tokenizer(), 259, [2]).matcher(grammar)
+
+
+def test_a_grammar_that_needs_more_than_the_limits_is_told_so():
+    """And its row ends alone."""
+    pytest.importorskip("llguidance")
+    options = [{"type": "object", "properties": {str(i): {"type": "string"}}} for i in range(500)]
+    schemas = Schemas(tiny_tokenizer(), 259, [2])
+    try:
+        row = sampler(schemas.matcher({"anyOf": options}), temperature=0.0)
+    except GrammarLimitError:
+        return
+    logits = torch.randn(2, 259)
+    with pytest.raises(GrammarLimitError, match="limits"):
+        for _ in range(9):
+            limited, other = sample(logits, [row, sampler(temperature=0.0)])
+            assert other.token == int(logits[1].argmax())
+            if limited.token is None:
+                assert limited.cause == "grammar_limit"
+                raise GrammarLimitError(limited.error)
+            row.accept(limited.token)
 
 
 def test_without_llguidance_a_schema_is_refused(monkeypatch):

@@ -26,7 +26,7 @@ def test_what_a_config_says():
         model_of(do_sample=True, temperature=0.6, top_k=20, repetition_penalty=1.1, min_p=0.05)
     )
     assert (said.samples, said.temperature, said.top_k, said.top_p) == (True, 0.6, 20, None)
-    assert (said.repetition_penalty, said.others) == (1.1, {"min_p": 0.05})
+    assert (said.repetition_penalty, said.further_fields) == (1.1, {"min_p": 0.05})
     neutral = model_of(
         repetition_penalty=1.0, min_p=0.0, num_beams=1, no_repeat_ngram_size=0, suppress_tokens=[]
     )

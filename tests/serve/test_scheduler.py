@@ -19,6 +19,7 @@ class RequestState:
     blend: dict
     number: int = 0
     owner: str = ""
+    priority: int = 0
     key: tuple = field(init=False)
     flow: str = field(init=False)
 
@@ -136,6 +137,18 @@ def test_a_mix_can_be_left_out_and_an_entry_put_back():
     assert queue.take(without={first.key}) is other
     assert queue.take(without={first.key, other.key}) is None
     assert [queue.take(), queue.take(), queue.take()] == [first, second, None]
+
+
+def test_a_lower_priority_goes_first_among_requests_of_one_key_and_adapter():
+    queue: Scheduler[RequestState] = Scheduler(100)
+    for number, priority in enumerate([0, 5, 0, -1, 5]):
+        queue.add(RequestState({"a": 1.0}, number, priority=priority))
+    queue.add(RequestState({"b": 1.0}, 9, priority=7))
+    order = []
+    while (taken := queue.take()) is not None:
+        order.append(taken.number)
+        queue.charge(taken, 10)
+    assert order == [3, 9, 0, 2, 1, 4]  # another adapter's turn comes as it did
 
 
 def test_what_waits_can_be_removed_once():

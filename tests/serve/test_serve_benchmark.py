@@ -184,6 +184,15 @@ def test_it_runs():
         assert min(unit[name] for name in ("wall", "rate", "first p50", "gap p95", "memory")) > 0
 
 
+@pytest.mark.slow
+def test_prompts_that_are_cached_and_prompts_beside_streams_run():
+    for case, number in ((serving.PREFIX, "wall"), (serving.GAP, "gap")):
+        (result,) = runner.smoke(case, 1)["cases"]
+        rounds = result["processes"][0]["rounds"]
+        assert len(rounds) == 2
+        assert all(unit[number] > 0 for (unit,) in rounds.values())
+
+
 def test_a_server_that_ends_says_what_it_printed(tmp_path):
     import sys
 

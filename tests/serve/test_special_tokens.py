@@ -22,8 +22,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from veneer.serve import prompts
+from veneer.serve.chat_messages import Message
 from veneer.serve.refusal import Refusal
-from veneer.serve.schemas import Message
 
 WORDS = [
     "hello there, system user assistant",

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tests.support.checkpoints import trained
 from tests.support.forked import printed
-from tests.support.hostile import stripped
+from tests.support.hostile import remove_record
 from tests.support.tiny import tiny_model, write_tiny
 
 import veneer
@@ -44,7 +44,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
     for name, config in {"first": {}, "second": {"rank": 3}, "dora": {"variant": "dora"}}.items():
         made[name] = trained(tiny_model(), folder / name, **{"targets": ["q_proj"], **config})
     made["stranger"] = trained(tiny_model(7), folder / "stranger", targets=["q_proj"])
-    made["foreign"] = stripped(Path(shutil.copytree(made["second"], folder / "foreign")))
+    made["foreign"] = remove_record(Path(shutil.copytree(made["second"], folder / "foreign")))
     return made
 
 

@@ -467,7 +467,7 @@ def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "mine"))
     assert default_folder() == tmp_path / "mine"
     monkeypatch.setenv("VENEER_LIBRARY", "s3://bucket/adapters")
-    with pytest.raises(LibraryError, match=r"s3://bucket/adapters, a remote place.*--library"):
+    with pytest.raises(LibraryError, match=r"s3://bucket/adapters, a remote library.*--library"):
         default_folder()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tests.support import hub
 from tests.support.forked import printed
-from tests.support.hostile import stripped
+from tests.support.hostile import remove_record
 from tests.support.toys import randomise
 from torch import nn
 
@@ -214,7 +214,7 @@ def test_pushing_again_is_seen_by_no_reader(tmp_path, adapters, cache, monkeypat
 def test_what_was_altered_in_the_cache_is_fetched_again(store, adapters, cache, tmp_path):
     """An adapter of another library has no hashes of its own that would tell: the revision is
     one."""
-    path = stripped(shutil.copytree(adapters[0], tmp_path / "theirs"))
+    path = remove_record(shutil.copytree(adapters[0], tmp_path / "theirs"))
     found = pull(push(path, store))
     with (found / "adapter_model.safetensors").open("r+b") as file:
         file.seek(-1, 2)

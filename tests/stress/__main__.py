@@ -23,7 +23,7 @@ from tests.support.tiny import tiny_model, write_tiny
 
 import veneer
 from veneer.serve.access import hash_of
-from veneer.serve.training.trainer import OPTIMIZER
+from veneer.serve.training.run_trainer import OPTIMIZER
 
 DISK = 400 * 2**20
 STABLE, REPLACED, FLEETING = 8, 3, 2

@@ -75,12 +75,12 @@ VENEER = Library("Veneer", _veneer, _integration, _bare)
 PEFT = Library("PEFT", _peft, _nothing, _peft_bare)
 
 
-def loaded(bases: Path, run: Run) -> Any:
+def load_model(bases: Path, run: Run) -> Any:
     return HEADS[run.head].from_pretrained(bases / run.head, dtype=torch.float32)
 
 
-def attached(library: Library, bases: Path, run: Run, seed: int) -> Any:
-    model = loaded(bases, run)
+def attach_adapter(library: Library, bases: Path, run: Run, seed: int) -> Any:
+    model = load_model(bases, run)
     torch.manual_seed(seed)
     return library.attach(model, run)
 
@@ -132,7 +132,7 @@ def files_of(path: Path) -> list[Path]:
 def holds_the_base(path: Path, bases: Path, run: Run) -> bool:
     """Whether the bytes of a weight that no adapter touches lie in a checkpoint: formats of torch
     do not compress."""
-    state = loaded(bases, run).state_dict()
+    state = load_model(bases, run).state_dict()
     name = next(name for name in state if name.endswith(("down_proj.weight", "fc1.weight")))
     sought = state[name].numpy().tobytes()
     return any(sought in file.read_bytes() for file in files_of(path))

@@ -43,6 +43,9 @@ BASE = "tiny"
 class Ticket:
     request: Request
     cancelled: threading.Event = field(default_factory=threading.Event)
+    submitted: float = 1.0
+    started_at: float | None = None
+    cached: int = 0
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -77,9 +80,11 @@ class FakeEngine:
     def _write(self, ticket: Ticket, deliver: Any) -> None:
         request, finish = ticket.request, "length"
         sampling, text, generated = request.sampling, "", 0
-        blend = request.blend
+        blend, ticket.started_at = request.blend, ticket.submitted + 0.01
         if self.observer:
             self.observer.started(blend, 0.01)
+        if sampling.prompt_logprobs is not None:
+            deliver(Piece("", prompt=_scored(request.prompt, sampling.prompt_logprobs)))
         for number in range(min(self.words, sampling.max_tokens)):
             if ticket.cancelled.wait(self.pause):
                 finish = "cancelled"
@@ -103,6 +108,8 @@ class FakeEngine:
             self.running -= 1
         if self.observer:
             self.observer.first_token(blend, 0.02)
+            for _ in range(1, generated):
+                self.observer.next_token(blend, 0.03)
             self.observer.tokens(blend, len(request.prompt), generated)
             self.observer.finished(blend, finish, 0.1)
         deliver(Piece("", (), finish, self.fails or None, self.cause if self.fails else None))
@@ -118,6 +125,15 @@ class FakeEngine:
             ticket.cancel()
         for thread in self.threads:
             thread.join(timeout=10)
+
+
+def _scored(prompt: tuple[int, ...], alternatives: int) -> tuple[Token, ...]:
+    """A prompt's tokens "p0", "p1", …: the second has -0.2 and rank 2, the third -0.3 and rank 3."""
+    top = tuple((9 + i, f"x{i}", -1.0 - i) for i in range(alternatives))
+    return tuple(
+        Token(id, f"p{i}", -(i + 1) / 10, top, i + 1) if i else Token(id, "p0")
+        for i, id in enumerate(prompt)
+    )
 
 
 class FakeBank:
@@ -181,7 +197,7 @@ class FakeBank:
 
 
 def adapter_at(path: Path, **fields: Any) -> Path:
-    """What looks like an adapter folder to whoever does not read it."""
+    """A folder that looks like an adapter folder unless its tensors are read."""
     path.mkdir(parents=True)
     (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, **fields}))
     (path / "adapter_model.safetensors").write_bytes(b"")

@@ -12,7 +12,7 @@ import veneer
 import transformers.pytorch_utils  # noqa: F401  # isort: skip
 
 
-def saved(model, folder, *names, config=None, size=0.3, **given):
+def save_adapters(model, folder, *names, config=None, size=0.3, **given):
     """Adapters of a model, each in a folder of its own; the model is as it was."""
     for name in names:
         handle = veneer.attach(
@@ -25,7 +25,7 @@ def saved(model, folder, *names, config=None, size=0.3, **given):
 
 
 def alone(model, folder, name, *args, **kwargs):
-    """What a model answers under one adapter that is attached to it."""
+    """The output of a model under one adapter, attached without a bank."""
     if name is None:
         with torch.no_grad():
             return model(*args, **kwargs)

@@ -3,25 +3,23 @@ common."""
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
-from veneer.attach import select, select_rows
+from veneer.attach import select
+from veneer.attach.merging import stored_weights
+from veneer.attach.rows import select_rows
 from veneer.bank.batch_state import BatchState
-
-merging = importlib.import_module("veneer.attach.merge")  # the package has a function of this name
 
 
 def unmerge_loses_a_bit(patch):
-    original = merging._kept
+    original = stored_weights.backup_of
 
-    def kept(weight):
+    def corrupt_backup(weight):
         for tensor in original(weight).values():
             tensor.view(torch.uint8).view(-1)[0] ^= 1
         return original(weight)
 
-    patch.setattr(merging, "_kept", kept)
+    patch.setattr(stored_weights, "backup_of", corrupt_backup)
 
 
 def first_row_decides(patch):

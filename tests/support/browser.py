@@ -75,6 +75,6 @@ def load(page: sync_api.Page, folder: str, name: str | None = None) -> None:
     page.get_by_role("button", name="Load", exact=True).click()
 
 
-def ended(page: sync_api.Page, *states: str) -> None:
+def expect_states(page: sync_api.Page, *states: str) -> None:
     for index, state in enumerate(states):
         expect(column(page, index)).to_have_attribute("data-state", state)

@@ -37,22 +37,22 @@ def merged(model, path):
     return twin.state_dict()
 
 
-def written(model, folder, **options):
+def save_model(model, folder, **options):
     model.save_pretrained(folder, **options)
     return folder
 
 
 def in_memory(model, adapter, folder):
-    """What the live merge and save_pretrained make of it."""
+    """The tensors that merge() in memory and save_pretrained write."""
     handle = veneer.load(model, adapter)
     handle.merge(keep=False)
     veneer.detach(model, keep_merged=True)
-    return tensors(written(model, folder))
+    return tensors(save_model(model, folder))
 
 
 def tensors(folder):
     checkpoint = open_checkpoint(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.where}
+    return {name: checkpoint.read(name) for name in checkpoint.file_of}
 
 
 def equal(first, second):
@@ -67,7 +67,7 @@ def tiny(folder, dtype=torch.bfloat16, **options):
 
     write_tiny(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    written(model, folder, max_shard_size="30KB", **options)
+    save_model(model, folder, max_shard_size="30KB", **options)
     (folder / "model.safetensors").unlink(missing_ok=True)
     tiny_tokenizer().save_pretrained(folder)
     return model.eval(), folder

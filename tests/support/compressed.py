@@ -48,7 +48,7 @@ def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
     def quantized_forward(self, input):
         weight = self.weight  # none while it is packed: an AttributeError, as there
         if self.quantization_scheme.input_activations:
-            input = rounded(input)
+            input = round_tokens(input)
         data, weight.data = weight.data, weight.data
         try:
             return self.__class__.forward(self, input)
@@ -60,7 +60,7 @@ def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
 
 
 @torch.no_grad()
-def rounded(x: Tensor) -> Tensor:
+def round_tokens(x: Tensor) -> Tensor:
     """To int8 by the largest number of each token; it has no gradient."""
     scale = x.abs().amax(-1, keepdim=True) / 127
     return (x / scale).round() * scale
@@ -89,8 +89,8 @@ def decompress_module(module: Any) -> None:
 
 
 class Cache(MutableMapping):
-    """What stands in the place of a module's table of parameters: not a dict, and so nothing that
-    updates one."""
+    """A replacement for a module's table of parameters that is no dict, as accelerate's hooks
+    use."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values_ = values
@@ -111,7 +111,7 @@ class Cache(MutableMapping):
         return len(self.values_)
 
 
-def _moved(module: Any) -> None:
+def _move_tables(module: Any) -> None:
     module._parameters, module._buffers = Cache(module._parameters), Cache(module._buffers)
     module._original_forward_func = module.forward.__func__
 
@@ -126,7 +126,7 @@ def packed_model(model: nn.Module) -> nn.Module:
     def first(model: nn.Module, args: Any) -> None:
         handle.remove()
         for module in list(model.modules()):
-            _moved(module)
+            _move_tables(module)
         for module in model.modules():
             if "quantization_scheme" in module.__dict__:
                 decompress_module(module)

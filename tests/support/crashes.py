@@ -108,7 +108,7 @@ def die_at(operation: str, folder: Path, number: int, step: int) -> None:
     fewer."""
     remaining = itertools.count(step, -1)
 
-    def counted(function: Any) -> Any:
+    def count_calls(function: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
             if next(remaining) == 0:
                 os._exit(DIED)
@@ -117,9 +117,9 @@ def die_at(operation: str, folder: Path, number: int, step: int) -> None:
         return call
 
     for name in STEPS:
-        setattr(os, name, counted(getattr(os, name)))
-    atomic._rename = counted(atomic._rename)
-    veneer.adapter_files.folder.save_file = counted(veneer.adapter_files.folder.save_file)
+        setattr(os, name, count_calls(getattr(os, name)))
+    atomic._rename = count_calls(atomic._rename)
+    veneer.adapter_files.folder.save_file = count_calls(veneer.adapter_files.folder.save_file)
     OPERATIONS[operation](folder, number)
 
 
@@ -170,14 +170,14 @@ def work(folder: Path, worker: int, count: int, failed: Any) -> None:
 
 def look(folder: Path, stop: Any, observed: Any, failed: Any) -> None:
     """A reader beside the writers: every index that it reads is whole."""
-    library, counted = _library(folder), 0
+    library, reads = _library(folder), 0
     try:
         while not stop.is_set():
             entries = library.list()
             assert {"kept"} <= {entry.name for entry in entries}
             veneer.adapter_files.read(library.get("kept"))
-            counted += 1
-        observed.put(counted)
+            reads += 1
+        observed.put(reads)
     except BaseException as error:
         failed.put(f"reader: {error!r}")
         raise

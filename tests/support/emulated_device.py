@@ -85,7 +85,7 @@ def built() -> Path:
     return library
 
 
-def loaded() -> Any:
+def load_library() -> Any:
     """The library in this process, below a torch that has not been imported yet."""
     library = built()
     for name in ("libc10.so", "libtorch_cpu.so"):
@@ -99,7 +99,7 @@ def loaded() -> Any:
 missing = why_not()
 if missing and os.environ.get("CI"):
     raise RuntimeError(missing)
-DEVICE: Any = None if missing else loaded()
+DEVICE: Any = None if missing else load_library()
 
 import torch  # noqa: E402 (what is loaded above must be there first)
 import torch.cuda.random  # noqa: E402
@@ -120,7 +120,7 @@ class _Device:
 
 
 def _pretend() -> None:
-    """What torch asks a CUDA library for in Python."""
+    """Replace the functions of torch.cuda that torch calls in Python."""
     compiler, torch.compile = (
         torch.compile,
         lambda function=None, **_: function or (lambda function: function),
@@ -194,7 +194,7 @@ if DEVICE is not None:
 
 
 class Seen:
-    """What the devices were asked for within a block."""
+    """The requests to the devices within a block."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []

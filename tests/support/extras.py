@@ -1,5 +1,5 @@
-"""What a test needs beyond torch, pytest and hypothesis. Where it is not installed the test is
-skipped and says why; in CI, where all of it is meant to be there, it fails."""
+"""Optional dependencies of tests beyond torch, pytest and hypothesis. If one is missing, the test
+is skipped with the reason; in CI, where all should be installed, it fails."""
 
 from __future__ import annotations
 

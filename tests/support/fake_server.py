@@ -33,7 +33,7 @@ HTML = '<img src=x onerror="window.pwned = 1"><script>window.pwned = 1</script><
 
 @dataclass
 class Fake:
-    """What the server holds, and what it was asked."""
+    """The state of the server, and the requests that it got."""
 
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     key: str | None = None  # asked for, if given
@@ -48,6 +48,9 @@ class Fake:
     refuse: dict[str, tuple[int, str]] = field(
         default_factory=dict
     )  # model → what a completion answers instead
+    prompts: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # model → how it is prompted; chat, if it is not here
 
     def add(self, name: str, pinned: bool = False, resident: bool = True) -> None:
         size = (4 + len(self.adapters)) * MEBIBYTE
@@ -152,7 +155,8 @@ def application(fake: Fake) -> FastAPI:
 
     @app.get("/ready")
     def ready() -> Response:
-        return PlainTextResponse("ready") if fake.ready else error(503, "Draining.")
+        ready = {"status": "ready", "extensions": []}
+        return JSONResponse(ready) if fake.ready else error(503, "Draining.")
 
     @app.get("/metrics")
     def numbers() -> Response:
@@ -166,6 +170,11 @@ def application(fake: Fake) -> FastAPI:
             for name in fake.adapters
         ]
         return {"object": "list", "data": [*([base] if fake.admin else []), *adapters]}
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        form = {"mode": "chat", "system": None, "example": None, **fake.prompts.get(name, {})}
+        return {"id": name, "object": "model", "prompt": form}
 
     @app.get("/v1/adapters")
     def statuses() -> list[dict[str, Any]]:
@@ -209,7 +218,7 @@ def application(fake: Fake) -> FastAPI:
 
 
 @contextmanager
-def served(fake: Fake) -> Iterator[str]:
+def serve_fake(fake: Fake) -> Iterator[str]:
     """The server in a thread: its address."""
     config = uvicorn.Config(
         application(fake), port=0, ws="none", log_level="error", timeout_graceful_shutdown=1

@@ -33,7 +33,7 @@ BASE = "tiny"
 
 
 def missing(front: str) -> str:
-    """What this machine lacks for a front; "" if nothing."""
+    """The programs that this machine lacks for a front; "" if none."""
     if front == "ray":
         return "" if importlib.util.find_spec("ray") else "Ray"
     return "" if program(front) else front
@@ -84,7 +84,7 @@ class Fleet:
     headers: Callable[[str], dict[str, str]]
     replaces: bool  # whether a server that dies is replaced
 
-    def counted(self, metric: str) -> float:
+    def sum_counter(self, metric: str) -> float:
         """A counter of all servers, with what those had counted that are gone."""
         total = 0.0
         for page in self.pages:
@@ -177,7 +177,7 @@ def _behind(front: str, command: list[str], folder: Path, replicas: int) -> Iter
         )
 
 
-def documented(front: str) -> str:
+def documented_configuration(front: str) -> str:
     """The configuration that docs/serving.md shows."""
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     (block,) = re.findall(rf"```{front}\n(.*?)```", text, re.DOTALL)
@@ -187,7 +187,7 @@ def documented(front: str) -> str:
 def configuration(front: str, port: int, behind: Sequence[int], folder: Path) -> str:
     """The documented configuration at these ports, and what a run without root's folders needs
     around it."""
-    text = documented(front)
+    text = documented_configuration(front)
     addresses = iter(behind)
     text, count = re.subn(r"10\.0\.0\.\d:8000", lambda _: f"127.0.0.1:{next(addresses)}", text)
     assert count == len(behind)
@@ -235,8 +235,8 @@ def _process(command: Sequence[str], log: Path, port: int) -> Iterator[servers.S
 
 @dataclass
 class Answer:
-    """What a client got. ``finish`` is None for a stream that broke off; ``failed`` says what went
-    wrong otherwise."""
+    """The answer that a client got. ``finish`` is None for a stream that broke off; ``failed`` is
+    the error otherwise."""
 
     adapter: str
     began: float

@@ -39,8 +39,8 @@ LARGE = (
 
 
 def printed(code: str, **environment: str) -> str:
-    """What a program prints that succeeds; torch is imported before it begins, and nothing else
-    that is large."""
+    """The output of a program that succeeds. torch is imported before it begins, and no other large
+    library."""
     program = Program(code, "torch", **environment)
     assert program.wait() == 0, program.said
     return program.said
@@ -76,7 +76,7 @@ class Program:
 
     @property
     def said(self) -> str:
-        """What it has printed so far, on both streams."""
+        """The output so far, of both streams."""
         return (self._files / "output").read_text()
 
     @property
@@ -143,12 +143,12 @@ def _watch(files: str, **wanted: Any) -> NoReturn:
     child = os.fork()
     if child == 0:
         _run(output=f"{files}/output", **wanted)
-    _tell(files, "pid", child)
-    _tell(files, "status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    _write_status(files, "pid", child)
+    _write_status(files, "status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     os._exit(0)
 
 
-def _tell(files: str, name: str, number: int) -> None:
+def _write_status(files: str, name: str, number: int) -> None:
     hidden = Path(files, f".{name}")
     hidden.write_text(str(number))
     hidden.rename(Path(files, name))

@@ -21,7 +21,7 @@ class Runs:
 # types and magnitudes
 
 
-def stripped(path: Path) -> Path:
+def remove_record(path: Path) -> Path:
     """As another library's: without a record."""
     with safe_open(path / TENSORS, framework="pt") as opened:
         names = opened.keys()

@@ -71,8 +71,9 @@ def reach(program: Program, output: Path, step: int, delay: float = 0.0) -> None
     time.sleep(delay)
 
 
-def ended(programs: list[Program], *expected: int) -> str:
-    """What they printed, after all ended with one of these codes (0 if none is named)."""
+def wait_for_all(programs: list[Program], *expected: int) -> str:
+    """Wait until all programs have ended with one of these exit codes (by default 0); return their
+    output."""
     codes = [program.wait() for program in programs]
     output = "\n".join(f"--- rank {rank}\n{program.said}" for rank, program in enumerate(programs))
     assert {*codes} <= {*(expected or (0,))}, f"exit codes {codes}\n{output}"

@@ -1,4 +1,4 @@
-"""What a layer computes, by its definition."""
+"""The output of a layer with a change, by definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.toys import cast, definition, flat
 from torch.utils import _pytree as pytree
 
 import veneer
-from veneer.attach.adapted_module import weight_of
+from veneer.attach.layer.adapted_module import weight_of
 
 # transformers' Conv1D is a kind only once transformers has been imported
 import transformers.pytorch_utils  # noqa: F401  # isort: skip

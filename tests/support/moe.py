@@ -89,7 +89,7 @@ def experts_of(model):
     )
 
 
-def attached(name, path, dtype, experts=4, rank=2, dropout=0.0):
+def attach_adapter(name, path, dtype, experts=4, rank=2, dropout=0.0):
     model = build(name, dtype, experts)
     set_way(model, path)
     config = veneer.LoraConfig(rank=rank, targets=TARGETS, dropout=dropout)

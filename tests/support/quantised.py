@@ -51,7 +51,7 @@ def packed(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def unpacked(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+def unpack_words(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     numbers = torch.empty(*words.shape, 8, dtype=torch.int64, device=words.device)
     for nibble, source in enumerate(order):
         numbers[..., source] = words.long() >> 4 * nibble & 15
@@ -59,7 +59,7 @@ def unpacked(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
 
 
 class BaseQuantLinear(nn.Module):
-    """What the classes of gptqmodel have in common: sizes, and buffers instead of parameters."""
+    """The common part of gptqmodel's classes: sizes, and buffers instead of parameters."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class BaseQuantLinear(nn.Module):
         self.register_buffer("bias", torch.randn(OUT).half() if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.dequantized().to(x.dtype).mT
+        y = x @ self.dequantized_weight().to(x.dtype).mT
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
@@ -82,10 +82,10 @@ class GptqLinear(BaseQuantLinear):
         self.register_buffer("scales", scale.mT.contiguous())
         self.register_buffer("g_idx", torch.arange(IN) // GROUP)
 
-    def dequantized(self) -> Tensor:
+    def dequantized_weight(self) -> Tensor:
         zeros, numbers = (
-            unpacked(self.qzeros)[self.g_idx],
-            unpacked(self.qweight.mT).mT,
+            unpack_words(self.qzeros)[self.g_idx],
+            unpack_words(self.qweight.mT).mT,
         )  # [in, out]
         return ((numbers - zeros) * self.scales[self.g_idx]).mT
 
@@ -103,8 +103,11 @@ class AwqLinear(BaseQuantLinear):
         self.register_buffer("qzeros", packed(zero.mT, self.ORDER))
         self.register_buffer("scales", scale.mT.contiguous())
 
-    def dequantized(self) -> Tensor:
-        zeros, numbers = unpacked(self.qzeros, self.ORDER), unpacked(self.qweight, self.ORDER)
+    def dequantized_weight(self) -> Tensor:
+        zeros, numbers = (
+            unpack_words(self.qzeros, self.ORDER),
+            unpack_words(self.qweight, self.ORDER),
+        )
         groups = torch.arange(IN) // GROUP
         return ((numbers - zeros[groups]) * self.scales[groups]).mT
 
@@ -208,13 +211,13 @@ def _float8(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
 
 
 @torch.no_grad()
-def _multiplied(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _scaled_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The product of a kernel without a gradient, with scales that lie beside the weight's rows."""
     return F.linear(x.float(), weight.float() * scale.float().view(-1, 1), bias).to(x.dtype)
 
 
 @torch.no_grad()
-def _compressed(weight: Tensor, bias: bool, kind: str, real: bool) -> nn.Module:
+def _compress_layer(weight: Tensor, bias: bool, kind: str, real: bool) -> nn.Module:
     linear = nn.Linear(IN, OUT, bias=bias)
     linear.weight.data = weight
     if not real:
@@ -261,13 +264,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
             unrounded = lambda x, scale_ub=None: (x, torch.ones(len(x)))  # noqa: E731 (rows that are not rounded)
             monkeypatch.setattr(fbgemm, "quantize_fp8_per_row", unrounded, raising=False)
             monkeypatch.setattr(tensors, "quantize_fp8_per_row", unrounded, raising=False)
-            rowwise = lambda x, w, sx, sw, **_: _multiplied(x, w, sw, None)  # noqa: E731
+            rowwise = lambda x, w, sx, sw, **_: _scaled_product(x, w, sw, None)  # noqa: E731
             monkeypatch.setattr(
                 torch.ops, "fbgemm", SimpleNamespace(f8f8bf16_rowwise=rowwise), raising=False
             )
 
             def product(x, w, scale_a, scale_b, out_dtype, bias):
-                return _multiplied(x, w.mT, scale_b, bias)
+                return _scaled_product(x, w.mT, scale_b, bias)
 
             monkeypatch.setattr(tensors, "_scaled_mm_rowwise", product)
             return
@@ -290,13 +293,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
             module = _hqq(weight, bias) if real else HQQLinear(weight, bias)
             dense = module.dequantize()
         elif kind in COMPRESSED:
-            module = _compressed(weight, bias, kind, real)
+            module = _compress_layer(weight, bias, kind, real)
             dense = module.weight.detach()
         elif real:
             module, dense = _gptqmodel(weight, bias, kind)
         else:
             module = GptqLinear(weight, bias) if kind == "gptq" else AwqLinear(weight, bias)
-            dense = module.dequantized()
+            dense = module.dequantized_weight()
         return module, dense.double()
 
     return layer

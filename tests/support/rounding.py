@@ -15,7 +15,7 @@ def exact(weight, low, gain=None):
     return values if gain is None else values * gain.double().view(*weight.shape[:2], 1)
 
 
-def made(shape, ratio=1e-3, rank=4, dtype=torch.bfloat16, seed=0):
+def make_change(shape, ratio=1e-3, rank=4, dtype=torch.bfloat16, seed=0):
     """A weight on the grid of dtype and a change of ``ratio`` times its norm."""
     generator = torch.Generator().manual_seed(seed)
     groups, out, in_ = shape

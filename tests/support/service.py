@@ -15,7 +15,9 @@ from veneer.serve.training.registration import TrainingPlugin
 def make_adapter(path, seed, base_seed=0, **config):
     """An adapter with random numbers large enough for answers to differ."""
     model = tiny_model(base_seed)
-    handle = veneer.attach(model, veneer.LoraConfig(**config))
+    with torch.random.fork_rng():  # A begins with random numbers
+        torch.manual_seed(seed)
+        handle = veneer.attach(model, veneer.LoraConfig(**config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in handle.parameters():

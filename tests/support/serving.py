@@ -1,4 +1,4 @@
-"""What the tests of the engine share: tiny models of several architectures, a bank that only
+"""Shared by the tests of the engine: tiny models of several architectures, a bank that only
 records, a client."""
 
 from __future__ import annotations
@@ -147,9 +147,19 @@ class Client:
         return self.pieces[-1].error
 
 
+class Adapter:
+    """An adapter in memory."""
+
+    def __init__(self, name: str) -> None:
+        self.uid = name
+
+
 class Lease:
     def __init__(self, bank: Recorder, blend) -> None:
         self.bank, self.blend = bank, dict(blend)
+        self.uses = [
+            (bank.adapters.setdefault(name, Adapter(name)), w) for name, w in blend.items()
+        ]
 
     def release(self) -> None:
         self.bank.held.remove(self)
@@ -167,6 +177,7 @@ class Recorder:
     def __init__(self, slow=(), failing=None) -> None:
         self.slow, self.failing = set(slow), dict(failing or {})
         self.held: list[Lease] = []
+        self.adapters: dict[str, Adapter] = {}
         self.calls: list[list[object]] = []
         self.pending: queue.Queue[tuple[Future, dict]] = queue.Queue()
 

@@ -123,7 +123,7 @@ def numbers(model, name="a"):
 
 
 def selected(model, name, *args):
-    """What a model answers with this adapter, without gradients."""
+    """The output of a model with this adapter, without gradients."""
     with veneer.use(model, name), torch.no_grad():
         return model(*args)
 
@@ -180,7 +180,7 @@ def error(actual, expected) -> float:
 
 
 def calibration(model, variant, args=(), loss=None) -> dict:
-    """What ``attach`` must be given so that ``variant`` can start on ``model``; ``args`` are those
+    """The arguments of ``attach`` that ``variant`` needs to start on ``model``; ``args`` are those
     of a call."""
     needs, calibration = VARIANTS[variant].needs, {}
     if needs & {"inputs", "gradient"}:

@@ -20,8 +20,8 @@ from tests.support.adapter_libraries import (
     PEFT,
     VENEER,
     Library,
-    attached,
-    loaded,
+    attach_adapter,
+    load_model,
     outputs,
     same,
     size,
@@ -41,7 +41,7 @@ class Case:
         self.library, self.run, self.bases, self.folder = library, run, bases, folder
 
     def model(self, seed: int) -> Any:
-        return attached(self.library, self.bases, self.run, seed)
+        return attach_adapter(self.library, self.bases, self.run, seed)
 
     def train(self, model: Any, name: str, **options: Any) -> Outcome:
         options.setdefault("integration", self.library.integration(self.run))
@@ -90,7 +90,7 @@ class Case:
     def bare(self) -> str:
         """The same, of a base that the trainer attaches the adapter to."""
         model, _ = self.first
-        base = loaded(self.bases, self.run)
+        base = load_model(self.bases, self.run)
         resumed = self.folder / "first"
         outcome = self.train(base, "bare", resume=resumed, integration=self.library.bare(self.run))
         return YES if same(trained(outcome.model), trained(model)) else "no: the base is trained"
@@ -117,7 +117,7 @@ class Case:
             HEADS[self.run.head].from_pretrained(self.folder / "saved", dtype=torch.float32)
         )
         distance = float((results - expected).abs().max())
-        if torch.equal(expected, outputs(loaded(self.bases, self.run))):
+        if torch.equal(expected, outputs(load_model(self.bases, self.run))):
             return "no: the base"
         return YES if distance < 1e-5 else f"no: {distance:.0e} away"
 
@@ -150,13 +150,13 @@ CELLS: dict[str, str] = {
 }
 
 
-def asked(run: Run, cell: str) -> bool:
+def has_cell(run: Run, cell: str) -> bool:
     return cell not in run.lacks and (cell != "reference" or run.compares)
 
 
 def answer(case: Case, cell: str) -> str:
-    """What a cell says: `YES`, `NOT_OFFERED`, or no and why."""
-    if not asked(case.run, cell):
+    """The text of a cell: `YES`, `NOT_OFFERED`, or no and the reason."""
+    if not has_cell(case.run, cell):
         return NOT_OFFERED
     try:
         with warnings.catch_warnings():

@@ -212,7 +212,7 @@ def _preferences() -> list[dict[str, Any]]:
     ]
 
 
-def _judged() -> list[dict[str, Any]]:
+def _labelled_prompts() -> list[dict[str, Any]]:
     rows = enumerate(sums(24))
     return [
         {
@@ -235,7 +235,7 @@ def _sums() -> list[dict[str, Any]]:
 DRAWN: dict[str, Any] = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
 BUILD = {
     "DPO": of_trl("DPO", _preferences),
-    "KTO": of_trl("KTO", _judged),
+    "KTO": of_trl("KTO", _labelled_prompts),
     "GRPO": of_trl("GRPO", _prompts, **DRAWN),
     "RLOO": of_trl("RLOO", _prompts, **DRAWN),
     "Reward": of_trl("Reward", _preferences),

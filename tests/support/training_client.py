@@ -48,7 +48,7 @@ class Client:
         return response.json()
 
     def result(self, promised: dict[str, Any], kind: str | None = None) -> Any:
-        """What a promise comes to: JSON, or a message."""
+        """Wait for a promise; return its JSON, or a message."""
         while (
             response := self.http.post(
                 "/retrieve_future", json={"request_id": promised["request_id"]}
@@ -157,7 +157,7 @@ class Run:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def passed(self, promised: dict[str, Any]) -> Any:
+    def wait_for_pass(self, promised: dict[str, Any]) -> Any:
         """The loss, and the log-probabilities of each datum."""
         message = self.client.result(promised, "ForwardBackwardOutput")
         logprobs = []
@@ -177,7 +177,7 @@ class Run:
     def pass_(
         self, data: Sequence[dict[str, Any]], loss: str = "cross_entropy", **options: Any
     ) -> Any:
-        return self.passed(self.ask_pass(data, loss, **options))
+        return self.wait_for_pass(self.ask_pass(data, loss, **options))
 
     def ask(self, route: str, **fields: Any) -> dict[str, Any]:
         return self.client.post(route, model_id=self.id, seq_id=self.next(), **fields)

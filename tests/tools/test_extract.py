@@ -23,7 +23,7 @@ from torch import nn
 
 import veneer
 from veneer import models
-from veneer.attach.adapted_module import weight_of
+from veneer.attach.layer.adapted_module import weight_of
 from veneer.bases import BASES
 from veneer.errors import CheckpointError, ConfigError, ExtractError, OutputExistsError, TargetError
 from veneer.fileio.hashing import fingerprint, fingerprint_of
@@ -391,7 +391,7 @@ def _delta(change):
 
 
 def _changes(model):
-    from veneer.attach.lookup import changes
+    from veneer.attach.layer.lookup import changes
 
     return {f"{path}.{weight}": change for path, _, weight, change in changes(model, "a")}
 
@@ -609,7 +609,8 @@ def test_only_vectors_changed(tmp_path):
     veneer.load(base, tmp_path / "a")
     assert torch.equal(base(WORDS).logits, tuned(WORDS).logits)
     with pytest.raises(
-        ExtractError, match=r"changes of model.norm.weight alone, which nothing asks for"
+        ExtractError,
+        match=r"changes of model.norm.weight only, which neither targets nor keep cover",
     ):
         veneer.extract(base, tuned, tmp_path / "c", rank=4, keep="none")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained, written
+from tests.support.checkpoints import equal, in_memory, save_model, tensors, tiny, trained
 from tests.support.real_models import REAL, transformers_models
 
 import veneer
@@ -55,7 +55,7 @@ def test_whatever_is_drawn_is_right(name, tmp_path):
     """In every architecture: where a skeleton is drawn, the merge with it is the merge in
     memory."""
     model = REAL[name].build()[0].to(torch.bfloat16)
-    base = written(model, tmp_path / "base")
+    base = save_model(model, tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets="all-linear")
     drawn = linear_stub_model(open_checkpoint(base), [read(adapter)])
     if name in ("llama", "qwen3", "gemma3"):
@@ -106,7 +106,7 @@ def test_another_base_is_asked_about_and_refused(tmp_path, asked):
     _, other = tiny(tmp_path / "other")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] += 1
-    written(model, other, max_shard_size="30KB")
+    save_model(model, other, max_shard_size="30KB")
     with pytest.raises(BaseMismatchError, match="up_proj"):
         merge_checkpoint(other, [adapter], tmp_path / "out")
     assert len(asked) == 1
@@ -164,7 +164,9 @@ def test_names_that_no_model_has(weight, tmp_path):
     from types import SimpleNamespace
 
     (tmp_path / "config.json").write_text("{}")
-    checkpoint = SimpleNamespace(folder=tmp_path, where={weight: "file"}, shape=lambda name: (3, 4))
+    checkpoint = SimpleNamespace(
+        folder=tmp_path, file_of={weight: "file"}, shape=lambda name: (3, 4)
+    )
     record = {"base": {"weights": {weight: "0"}}, "changes": {weight: {"kind": "linear"}}}
     assert linear_stub_model(checkpoint, [SimpleNamespace(metadata=record, full={})]) is None
 
@@ -177,8 +179,8 @@ def test_a_layer_of_the_same_name_and_shape_may_be_the_same(other, drawn, tmp_pa
     from types import SimpleNamespace
 
     (tmp_path / "config.json").write_text("{}")
-    where = dict.fromkeys(["a.q.weight", other], "file")
-    checkpoint = SimpleNamespace(folder=tmp_path, where=where, shape=lambda name: (3, 4))
+    file_of = dict.fromkeys(["a.q.weight", other], "file")
+    checkpoint = SimpleNamespace(folder=tmp_path, file_of=file_of, shape=lambda name: (3, 4))
     record = {
         "base": {"weights": {"a.q.weight": "0"}},
         "changes": {"a.q.weight": {"kind": "linear"}},

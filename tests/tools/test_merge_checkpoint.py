@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained, written
+from tests.support.checkpoints import equal, in_memory, save_model, tensors, tiny, trained
 from tests.support.forked import LARGE, Program, printed
 from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import write_tiny
@@ -63,7 +63,7 @@ def test_the_bits_are_those_of_a_merge_in_memory(variant, tmp_path):
     equal(tensors(tmp_path / "out"), in_memory(model, tmp_path / "adapter", tmp_path / "memory"))
     assert len(done.report.layers) == 14
     proven = prove(base, [tmp_path / "adapter"], tmp_path / "out", model=model)
-    assert proven == len(open_checkpoint(base).where)
+    assert proven == len(open_checkpoint(base).file_of)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -72,7 +72,7 @@ def test_every_architecture(name, variant, tmp_path):
     """Ties, fused weights, stacks that the files hold expert by expert, convolutions, norms,
     running statistics."""
     model = REAL[name].build()[0].to(torch.bfloat16)
-    base = written(model, tmp_path / "base", max_shard_size="40KB")
+    base = save_model(model, tmp_path / "base", max_shard_size="40KB")
     # a weight that is computed from others in the files
     computed = {"wav2vec2": "pos_conv_embed.conv"}.get(name, ())
     adapter = trained(model, tmp_path / "adapter", variant=variant, exclude=computed)
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_one_error(tmp_path):
 
 def test_a_weight_that_the_files_hold_as_others_is_refused(tmp_path):
     model = REAL["wav2vec2"].build()[0]
-    base, adapter = written(model, tmp_path / "base"), trained(model, tmp_path / "adapter")
+    base, adapter = save_model(model, tmp_path / "base"), trained(model, tmp_path / "adapter")
     with pytest.raises(MergeError, match=r"pos_conv_embed.conv.weight.*computed"):
         merge_checkpoint(base, [adapter], tmp_path / "out", model=model)
 
@@ -266,10 +266,12 @@ def test_proving_finds_one_flipped_bit_and_a_changed_file(tmp_path):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
     merge_checkpoint(base, [adapter], tmp_path / "out", model=model)
-    assert prove(base, [adapter], tmp_path / "out", model=model) == len(open_checkpoint(base).where)
+    assert prove(base, [adapter], tmp_path / "out", model=model) == len(
+        open_checkpoint(base).file_of
+    )
     checkpoint = open_checkpoint(tmp_path / "out")
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
-        path, start = tmp_path / "out" / checkpoint.where[name], checkpoint.start(name)
+        path, start = tmp_path / "out" / checkpoint.file_of[name], checkpoint.start(name)
         whole = path.read_bytes()
         path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
         with pytest.raises(MergeError, match=name):
@@ -477,7 +479,7 @@ def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, t
     """Checkpoints whose largest tensor has 24 or 128 MiB, with every linear weight changed. The
     second has room for numba's own code."""
     model = large(num_hidden_layers=blocks, vocab_size=vocabulary)
-    base = written(model, tmp_path / "base", max_shard_size="150MB")
+    base = save_model(model, tmp_path / "base", max_shard_size="150MB")
     adapter = trained(model, tmp_path / "adapter", targets="all-linear", rank=4)
     del model
     code = f"""
@@ -492,9 +494,9 @@ def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, t
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )  # fmt: skip
     checkpoint = open_checkpoint(base)
-    largest = max(map(checkpoint.bytes, checkpoint.where))
+    largest = max(map(checkpoint.bytes, checkpoint.file_of))
     used, peak = done.stdout.split()
-    assert compiled or sum(map(checkpoint.bytes, checkpoint.where)) > 12 * largest
+    assert compiled or sum(map(checkpoint.bytes, checkpoint.file_of)) > 12 * largest
     assert int(peak) * 1024 < 2 * largest + 300 * 2**20
     assert used == str(compiled and on("round_nearest"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1

@@ -23,8 +23,8 @@ def test_a_source_that_ends_too_early(tmp_path, monkeypatch):
     write = CheckpointWriter.write
 
     def truncate_and_write(self, progress):
-        name = next(name for name in self.job.checkpoint.where if self.job.is_copied(name))
-        file = base / self.job.checkpoint.where[name]
+        name = next(name for name in self.job.checkpoint.file_of if self.job.is_copied(name))
+        file = base / self.job.checkpoint.file_of[name]
         with file.open("ab") as stream:
             stream.truncate(self.job.checkpoint.start(name) + 8)
         return write(self, progress)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.checkpoints import tiny, trained, written
+from tests.support.checkpoints import save_model, tiny, trained
 from tests.support.tiny import tiny_tokenizer
 from tests.support.toys import randomise
 from torch import nn
@@ -40,7 +40,7 @@ def given(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("given")
     model, base = tiny(folder / "base", torch.float32)
     adapter = trained(model, folder / "adapter", targets=["q_proj"])
-    tuned = written(merged_into(model, adapter), folder / "tuned")
+    tuned = save_model(merged_into(model, adapter), folder / "tuned")
     return {"model": model, "base": base, "adapter": adapter, "tuned": tuned}
 
 

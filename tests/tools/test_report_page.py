@@ -10,7 +10,7 @@ from tests.support.toys import randomise
 
 import veneer
 from veneer.tools.report import examine
-from veneer.tools.report.page import page
+from veneer.tools.report.report_page import page
 
 browser = chromium.browser  # a fixture
 

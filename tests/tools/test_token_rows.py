@@ -130,7 +130,7 @@ def test_what_has_no_place_for_tokens_says_so(tmp_path):
             "a base of 259 rows",
             lambda: convert(adapter, tmp_path / "out", to="dense", base=tmp_path / "base"),
         ),
-        ("no base from whose rows", lambda: convert(adapter, tmp_path / "out", to="dense")),
+        ("no base, from whose rows", lambda: convert(adapter, tmp_path / "out", to="dense")),
         (
             "embed_tokens.*embedding",
             lambda: convert(adapter, tmp_path / "out", to="kohya", base=handle.model),

@@ -102,7 +102,7 @@ def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(
     assert sweep.rates[-1] <= HIGH * 1.001
     assert len(sweep.rates) == len(sweep.losses)
     assert len(sweep.lines()) == 17
-    losses = fit(make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0, learning_rate=sweep.suggested),
+    losses = fit(make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0, learning_rate=sweep.suggested_rate),
                  quiet=True).losses  # fmt: skip
     assert sum(losses[-5:]) / 5 < sum(losses[:3]) / 3 - 0.1
 
@@ -114,10 +114,10 @@ def sweep_of(loss: Callable[[float], float]) -> RateSweep:
 
 def test_a_suggestion_is_a_tenth_of_the_rate_at_the_lowest_loss() -> None:
     valley = sweep_of(lambda rate: 3 + 0.2 * (math.log10(rate) + 2) ** 2)
-    assert 1e-3 <= valley.suggested <= 4e-3  # the mean lags behind
+    assert 1e-3 <= valley.suggested_rate <= 4e-3  # the mean lags behind
     with pytest.raises(TrainingError, match="no rate from 1e-06 to 1e\\+00 brings down"):
-        sweep_of(lambda rate: 3 + rate).suggested  # noqa: B018
-    assert valley.smoothed[0] == pytest.approx(valley.losses[0])
+        sweep_of(lambda rate: 3 + rate).suggested_rate  # noqa: B018
+    assert valley.smoothed_losses[0] == pytest.approx(valley.losses[0])
 
 
 @pytest.mark.parametrize("name", ["classify images", "classify words", "dpo", "embed", "seq2seq"])

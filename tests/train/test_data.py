@@ -68,7 +68,7 @@ def test_a_text_file_is_one_example_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\r\n")
     rows = data.read(tmp_path / "a.txt")
     assert rows.rows == [{"text": "one"}, {"text": "two"}]
-    assert rows.places == ["line 1", "line 3"]
+    assert rows.locations == ["line 1", "line 3"]
     examples = tokens.tokenise(rows, TOKENIZER, max_length=10)
     assert learnt(examples) == "one<|im_end|>"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.support.launched import ended, train
+from tests.support.launched import train, wait_for_all
 from tests.support.tiny import write_rows
 from tests.train.conftest import config_of
 
@@ -88,7 +88,7 @@ def finished(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The configuration of a run that two processes have ended, and what they printed."""
     folder = tmp_path_factory.mktemp("finished")
     config = config_of(base, rows, folder / "two", **CHANGES, **SHORT)
-    return config, ended(train(config, folder, 2, before=COUNTED))
+    return config, wait_for_all(train(config, folder, 2, before=COUNTED))
 
 
 def test_two_processes_train_what_one_does(make: Make, finished: tuple[Any, str]) -> None:
@@ -136,8 +136,8 @@ def test_any_number_of_processes_trains_what_one_does(
 ) -> None:
     changes = {**CHANGES, "batch_size": 12, "learning_rate": 1e-3, **changes}
     config, whole = make("several", **changes), make("one", **changes)
-    ended(train(config, tmp_path, processes))
-    ended(train(whole, tmp_path, 1))
+    wait_for_all(train(config, tmp_path, processes))
+    wait_for_all(train(whole, tmp_path, 1))
     equals(config.output, whole.output)
 
 
@@ -163,7 +163,7 @@ def test_tasks(base: Path, tmp_path: Path, task: str) -> None:
         for name in ("two", "one")
     ]
     for config, processes in zip(configs, (2, 1), strict=True):
-        ended(train(config, tmp_path, processes))
+        wait_for_all(train(config, tmp_path, processes))
     equals(configs[0].output, configs[1].output)
     logs = [checkpoint.read_log(config.output) for config in configs]
     for first, second in zip(*logs, strict=True):
@@ -174,17 +174,17 @@ def test_tasks(base: Path, tmp_path: Path, task: str) -> None:
 def test_what_is_refused_is_refused_once(
     make: Make, tmp_path: Path, finished: tuple[Any, str]
 ) -> None:
-    said = ended(train(finished[0], tmp_path, 2), 2)
+    said = wait_for_all(train(finished[0], tmp_path, 2), 2)
     assert said.count("holds a finished run") == 1
     other = make("other", batch_size=3)
-    said = ended(train(other, tmp_path, 2), 2)
+    said = wait_for_all(train(other, tmp_path, 2), 2)
     assert said.count("batch_size 3 × grad_accum 1 = 3 examples a step, over 2 processes") == 1
     assert not other.output.exists()
 
 
 @pytest.mark.slow
 def test_no_rehearsal_in_several_processes(make: Make, tmp_path: Path) -> None:
-    said = ended(train(make("run"), tmp_path, 2, "--dry-run"), 2)
+    said = wait_for_all(train(make("run"), tmp_path, 2, "--dry-run"), 2)
     assert said.count("run it without a launcher") == 1
 
 
@@ -229,7 +229,7 @@ TOLD = {
 def test_an_error_of_one_process_ends_all(make: Make, tmp_path: Path, where: str) -> None:
     config = make("run", **{**CHANGES, "save_every": 2})
     programs = train(config, tmp_path, 2, before=FAILS[where])
-    said = ended(programs, 1, 2, -signal.SIGKILL)
+    said = wait_for_all(programs, 1, 2, -signal.SIGKILL)
     assert TOLD[where] in said
     assert ("is gone" in said) == (where == "gone")
     assert not list(config.output.glob(".*.tmp"))
@@ -249,10 +249,10 @@ def test_a_signal_to_one_stops_all_and_any_number_goes_on(make: Make, tmp_path: 
     stop += "    if rank == 1 and state.global_step == 7:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
     stop += "    return begins(self, args, state, *rest, **kwargs)\n"
     stop += "watch.StopOnNan.on_log = on_log"
-    said = ended(train(config, tmp_path, 2, before=stop), 130)
+    said = wait_for_all(train(config, tmp_path, 2, before=stop), 130)
     assert said.count("Stopped at step 8 with a checkpoint") == 1
     assert checkpoint.newest(config.output)[1] == 8
-    ended(train(config, tmp_path, 1))
+    wait_for_all(train(config, tmp_path, 1))
     fit(whole, quiet=True)
     equals(config.output, whole.output)
 
@@ -346,7 +346,7 @@ def test_a_base_that_is_spread_or_cut_trains_what_one_process_does(
     spread, whole = make("spread", **changes, parallel="fsdp"), make("one", **changes)
     cut = make("cut", **changes, parallel="tp")
     (tmp_path / "cut.yaml").write_text(yaml.safe_dump(cut.content()))
-    said = ended(
+    said = wait_for_all(
         train(spread, tmp_path, 2, before=SPREAD.format(cut=str(tmp_path / "cut.yaml")) + READ)
     )
     assert re.search(r"\nMemory .* in each\n", said)
@@ -388,9 +388,9 @@ WHOLE = ("gradients", "tokens")
 def test_fsdp_begins_as_one_process_does(make: Make, tmp_path: Path, name: str) -> None:
     changes = {**CHANGES, **SHORT, "batch_size": 6, **BEGINNINGS[name]}
     config, whole = make("several", **changes, parallel="fsdp"), make("one", **changes)
-    said = ended(train(config, tmp_path, 3))
+    said = wait_for_all(train(config, tmp_path, 3))
     assert ("each process reads the whole base" in said) is (name in WHOLE)
-    ended(train(whole, tmp_path, 1))
+    wait_for_all(train(whole, tmp_path, 1))
     equals(config.output, whole.output)
 
 
@@ -410,7 +410,7 @@ def test_fsdp_with_a_new_head(base: Path, tmp_path: Path) -> None:
         for name, _ in both
     ]
     for config, (_, processes) in zip(configs, both, strict=True):
-        ended(train(config, tmp_path, processes))
+        wait_for_all(train(config, tmp_path, processes))
     equals(configs[0].output, configs[1].output)
 
 
@@ -425,8 +425,8 @@ def test_checkpoints_are_whole_whoever_wrote_them(make: Make, tmp_path: Path) ->
     stop += "    if len(seen) == 4:\n        self.stop.requested = True\n        self.stop.stopped = self.stop.alone\n"
     stop += "    return step(self, *args, **kwargs)\nTrainer.training_step = stopping"
     for processes, parallel in ((4, "fsdp"), (2, "ddp"), (1, "ddp")):
-        ended(train(config, tmp_path, processes, "--parallel", parallel, before=stop), 130)
-    ended(train(config, tmp_path, 3, "--parallel", "fsdp"))
+        wait_for_all(train(config, tmp_path, processes, "--parallel", parallel, before=stop), 130)
+    wait_for_all(train(config, tmp_path, 3, "--parallel", "fsdp"))
     fit(whole, quiet=True)
     equals(config.output, whole.output)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.support.launched import ended, reach, steps, train
+from tests.support.launched import reach, steps, train, wait_for_all
 from tests.support.runs import same_folders
 
 from veneer.train import checkpoint
@@ -35,12 +35,12 @@ def killed_run(config: Any, folder: Path, processes: int, kills: int, seed: int)
         target = last + moments.randint(1, max(1, (end - last) // 2))
         reach(programs[0], config.output, target, moments.random() * 0.03)
         moments.choice(programs).kill()
-        said = ended(programs, 1, 2, -signal.SIGKILL)
+        said = wait_for_all(programs, 1, 2, -signal.SIGKILL)
         newest = checkpoint.newest(config.output)
         assert steps(config.output) - (newest[1] if newest else 0) <= 5 + 1, (
             f"more was lost than since it\n{said}"
         )
-    ended(train(config, folder, processes))
+    wait_for_all(train(config, folder, processes))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def killed_run(config: Any, folder: Path, processes: int, kills: int, seed: int)
 )
 def test_a_process_is_killed(make: Make, tmp_path: Path, parallel: str, kills: int) -> None:
     whole, config = (make(name, **CHANGES, parallel=parallel) for name in ("whole", "killed"))
-    ended(train(whole, tmp_path, 2))
+    wait_for_all(train(whole, tmp_path, 2))
     killed_run(config, tmp_path, processes=2, kills=kills, seed=4)
     same_folders(config.output, whole.output)
 
@@ -61,7 +61,7 @@ def test_a_process_is_killed(make: Make, tmp_path: Path, parallel: str, kills: i
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_process_again(make: Make, tmp_path: Path) -> None:
     whole, config = (make(name, **CHANGES) for name in ("whole", "killed"))
-    ended(train(whole, tmp_path, 2))
+    wait_for_all(train(whole, tmp_path, 2))
     file = tmp_path / "killed.yaml"
     file.write_text(yaml.safe_dump(config.content()))
     dies = tmp_path / "dies.py"

@@ -19,7 +19,7 @@ from tests.support.tiny import tiny_model
 
 import veneer
 from veneer.adapter_files import read
-from veneer.attach.lookup import need_adapters
+from veneer.attach.layer.lookup import need_adapters
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError
 from veneer.train.config import make_config
 from veneer.train.processes import must_divide

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.support.forked import Program
-from tests.support.launched import ended, steps, train
+from tests.support.launched import steps, train, wait_for_all
 from tests.support.runs import same_folders
 from tests.train.conftest import config_of
 
@@ -45,7 +45,7 @@ def undisturbed(
     def run(processes: int) -> Path:
         if processes not in outputs:
             folder = tmp_path_factory.mktemp("undisturbed")
-            ended(train(config_of(base, rows, folder / "run", **CHANGES), folder, processes))
+            wait_for_all(train(config_of(base, rows, folder / "run", **CHANGES), folder, processes))
             outputs[processes] = folder / "run"
         return outputs[processes]
 
@@ -70,7 +70,7 @@ def kill(programs: list[Program], when: Callable[[], bool], delay: float, victim
         end = time.monotonic() + patience
         while any(program.alive for program in programs) and time.monotonic() < end:
             time.sleep(0.01)
-    ended(programs, 1, 2, 130, -signal.SIGTERM, -signal.SIGKILL)
+    wait_for_all(programs, 1, 2, 130, -signal.SIGTERM, -signal.SIGKILL)
 
 
 def must_be_whole(output: Path, processes: int) -> int:
@@ -120,7 +120,7 @@ def test_a_run_whose_processes_are_killed_ends_as_if_they_were_not(
         f"seed {seed}: {processes} processes, at step {step}, then within {saved}: {second} is there"
     )
 
-    said = ended(train(config, tmp_path, processes))
+    said = wait_for_all(train(config, tmp_path, processes))
     assert f"Resuming from step {second} " in said if second else "Resuming" not in said
     assert not saves(output)
     same_folders(output, undisturbed(processes))

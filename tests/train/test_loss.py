@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import veneer
-from veneer.attach.source_analysis import submodule_calls
+from veneer.attach.source.source_analysis import submodule_calls
 from veneer.errors import ConfigError
 from veneer.train import head_split
 from veneer.train import loss as lean

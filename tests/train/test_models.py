@@ -93,7 +93,7 @@ def test_a_gguf_file_is_converted_once_and_exactly(
     ids = [AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), first.tokenizer]
     assert ids[0]("Hello there")["input_ids"] == ids[1]("Hello there")["input_ids"]
     monkeypatch.setattr(
-        "veneer.models.gguf._read_gguf", lambda file: pytest.fail("converted again")
+        "veneer.models.gguf_conversion._read_gguf", lambda file: pytest.fail("converted again")
     )
     models.load_base(file, device="cpu")
     shutil.rmtree(tmp_path / "veneer")

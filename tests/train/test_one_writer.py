@@ -19,8 +19,8 @@ from veneer.train import checkpoint
 from veneer.train.dry_run import dry_run
 from veneer.train.processes import Processes
 from veneer.train.run import fit
-from veneer.train.sweep.run import sweep
-from veneer.train.sweep.settings import make_sweep
+from veneer.train.sweep.sweep_run import sweep
+from veneer.train.sweep.sweep_settings import make_sweep
 
 Make = Callable[..., Any]
 

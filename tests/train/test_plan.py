@@ -25,7 +25,7 @@ from veneer.train.config import make_config
 from veneer.train.plan import count, memory
 from veneer.train.plan.hardware import CONTEXT, DEVICES, LAUNCH, LINKS, PRODUCTS, find_hardware
 from veneer.train.plan.serving import Load, plan_service
-from veneer.train.plan.training import Planner, Run, plan_all, recommend
+from veneer.train.plan.training_plan import Planner, Run, plan_all, recommend
 
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 300}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

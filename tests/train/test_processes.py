@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.launched import ended, train
+from tests.support.launched import train, wait_for_all
 from torch._C._distributed_c10d import HashStore, TCPStore
 from transformers import TrainerCallback
 
@@ -91,7 +91,7 @@ def test_one_process_of_torchrun_is_alone(make: Callable[..., Any], tmp_path: Pa
     alone = "import torch.distributed as dist\ndef join(*args, **kwargs):\n    raise RuntimeError('a group of one')\n"
     before = launched(1, world=1) + alone + "dist.init_process_group = join\n"
     config = make("run", max_steps=2, save_every=1000, eval_every=1000)
-    ended(train(config, tmp_path, 1, before=before))
+    wait_for_all(train(config, tmp_path, 1, before=before))
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_processes_whose_launcher_is_gone_end(make: Callable[..., Any], tmp_path
     gone += "    os.getppid = lambda: parent if self.state.global_step < 3 else 1\n"
     gone += "    return step(self, *args, **kwargs)\nTrainer.training_step = orphaned\n"
     config = make("run", save_every=1000)
-    assert "the launcher of this process is gone" in ended(
+    assert "the launcher of this process is gone" in wait_for_all(
         train(config, tmp_path, 2, before=gone), 1, 2
     )
     assert len(checkpoint.read_log(config.output)) == 3
@@ -117,8 +117,8 @@ def test_a_run_that_is_finished_is_not_refused_where_a_process_failed_later(
     failing += "    if rank == 1:\n        os.kill(os.getpid(), 9)\ncommand.leave = fails\n"
     config = make("run", max_steps=2, save_every=1000, eval_every=1000)
     again = launched(store.port)
-    ended(train(config, tmp_path, 2, before=again + failing), 0, -signal.SIGKILL)
-    assert f"The run in {config.output} is finished." in ended(
+    wait_for_all(train(config, tmp_path, 2, before=again + failing), 0, -signal.SIGKILL)
+    assert f"The run in {config.output} is finished." in wait_for_all(
         train(config, tmp_path, 2, before=again)
     )
-    assert "holds a finished run" in ended(train(config, tmp_path, 2), 2)
+    assert "holds a finished run" in wait_for_all(train(config, tmp_path, 2), 2)

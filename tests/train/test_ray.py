@@ -18,7 +18,7 @@ import yaml
 from tests.cli.conftest import Run
 from tests.support.commands import refused
 from tests.support.extras import needs
-from tests.support.launched import ended, steps, train
+from tests.support.launched import steps, train, wait_for_all
 from tests.support.runs import same_folders
 from tests.train.test_elastic import CHANGES
 
@@ -233,7 +233,7 @@ def test_a_worker_that_is_killed_is_replaced(
     make: Make, tmp_path: Path, run_on_ray: Callable[..., Driver]
 ) -> None:
     whole, config = (make(name, **CHANGES) for name in ("whole", "killed"))
-    ended(train(whole, tmp_path, 2))
+    wait_for_all(train(whole, tmp_path, 2))
     driver, moments = run_on_ray(config), random.Random(time.time())
     target = moments.randint(6, 25)
     driver.until(lambda: steps(config.output) >= target)
@@ -260,7 +260,7 @@ def test_ctrl_c_ends_with_a_checkpoint(
 ) -> None:
     changes = {**CHANGES, "max_steps": 400, "save_every": 300}
     whole, config = (make(name, **changes) for name in ("whole", "stopped"))
-    ended(train(whole, tmp_path, 2))
+    wait_for_all(train(whole, tmp_path, 2))
     driver = run_on_ray(config)
     driver.until(lambda: steps(config.output) >= 10)
     driver.process.send_signal(signal.SIGINT)
@@ -273,5 +273,5 @@ def test_ctrl_c_ends_with_a_checkpoint(
     newest = checkpoint.newest(config.output)
     assert newest is not None
     assert 10 <= newest[1] < 300
-    ended(train(config, tmp_path, 2))  # whoever started it
+    wait_for_all(train(config, tmp_path, 2))  # whoever started it
     same_folders(config.output, whole.output)

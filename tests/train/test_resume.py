@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tests.support.launched import ended, reach, steps, train
+from tests.support.launched import reach, steps, train, wait_for_all
 from tests.support.runs import Crash, same, same_folders
 from transformers import TrainerCallback
 
@@ -270,7 +270,7 @@ def killed_run(make: Make, folder: Path, kills: int, seed: int, epochs: int) -> 
         assert steps(config.output) - (newest[1] if newest else 0) <= 7 + 1, (
             "more was lost than the steps since the checkpoint"
         )
-    ended(train(config, folder, 1))
+    wait_for_all(train(config, folder, 1))
     same_folders(config.output, whole.output)
 
 

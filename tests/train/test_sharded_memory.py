@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.support.launched import ended, start, train
+from tests.support.launched import start, train, wait_for_all
 from tests.support.tiny import tiny_config, tiny_tokenizer
 from tests.train.conftest import config_of
 
@@ -90,15 +90,15 @@ def test_a_process_holds_its_share_and_a_block(rows: Path, tmp_path: Path) -> No
         return LIMITED.format(limit=limit, load=load)
 
     own = peaks(
-        ended(train(config(small, "of-small"), tmp_path, 2, before=before()))
+        wait_for_all(train(config(small, "of-small"), tmp_path, 2, before=before()))
     )  # of imports, buffers, …
-    held = peaks(ended(train(config(large, "of-large"), tmp_path, 2, before=before())))
+    held = peaks(wait_for_all(train(config(large, "of-large"), tmp_path, 2, before=before())))
     assert len(own) == len(held) == 2
     for here, other in zip(held, own, strict=True):
         assert here - other <= (FULL / 2 + BLOCK) * 1.15
     whole = config(large, "whole")
-    said = ended(train(whole, tmp_path, 2, before=before(WHOLE)), 1, 2)
+    said = wait_for_all(train(whole, tmp_path, 2, before=before(WHOLE)), 1, 2)
     assert "can't allocate memory" in said or "Cannot allocate memory" in said
     merge = ["merge", str(large), str(tmp_path / "of-large" / "adapter"), str(tmp_path / "merged")]
-    assert peaks(ended(start(merge, 1, before())))[0] <= (FULL / 2 + BLOCK) * 1.15
+    assert peaks(wait_for_all(start(merge, 1, before())))[0] <= (FULL / 2 + BLOCK) * 1.15
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > FULL

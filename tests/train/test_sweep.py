@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from tests.support.forked import Program
-from tests.support.launched import ended, start
+from tests.support.launched import start, wait_for_all
 from tests.support.tiny import write_rows
 from tests.train.conftest import config_of
 
@@ -28,14 +28,14 @@ from veneer.train import checkpoint
 from veneer.train.config import load_config
 from veneer.train.evaluate import evaluate
 from veneer.train.run import fit
-from veneer.train.sweep import cohort, held_out, run
+from veneer.train.sweep import cohort, held_out, sweep_run
 from veneer.train.sweep.cohort import Cohort
 from veneer.train.sweep.conclusions import find_edges
 from veneer.train.sweep.held_out import evaluate_runs
-from veneer.train.sweep.record import FINISHED, Candidate, State
-from veneer.train.sweep.run import sweep
 from veneer.train.sweep.search import Search
-from veneer.train.sweep.settings import make_sweep
+from veneer.train.sweep.sweep_record import FINISHED, Candidate, State
+from veneer.train.sweep.sweep_run import sweep
+from veneer.train.sweep.sweep_settings import make_sweep
 from veneer.train.sweep.table import Progress
 
 Make = Callable[..., Any]
@@ -184,11 +184,11 @@ def test_the_best_folder_is_one_of_train(make: Make) -> None:
         make, "sweep", {"learning_rate": [1e-3, 5e-3], "seed": [0, 1]}, {"rungs": []}, max_steps=4
     )
     alone = fit(make("alone", max_steps=4), quiet=True)
-    run, other = (
+    summary, other = (
         json.loads((folder / "run.json").read_text()) for folder in (found.best, alone.output)
     )
-    assert run.keys() == other.keys()
-    assert run["status"] == "finished"
+    assert summary.keys() == other.keys()
+    assert summary["status"] == "finished"
     metrics, others = (
         json.loads((folder / "metrics.json").read_text()) for folder in (found.best, alone.output)
     )
@@ -424,7 +424,7 @@ def test_what_it_took_is_of_the_whole_sweep(make: Make, monkeypatch: pytest.Monk
             time.sleep(1)
             super().__init__(*args)
 
-    monkeypatch.setattr(run, "Cohort", Slow)
+    monkeypatch.setattr(sweep_run, "Cohort", Slow)
     began = time.perf_counter()
     found = ran(make, "sweep", {"rank": [1, 2]}, {"at_once": 1, "rungs": []}, max_steps=1)
     assert 2 < found.facts["seconds"] <= time.perf_counter() - began
@@ -534,8 +534,8 @@ def test_a_rung_judges_by_training_if_asked(make: Make, monkeypatch: pytest.Monk
         better = sorted(losses, key=losses.__getitem__)[:left]
         assert {*better} == {name for name, one in told.items() if len(one["losses"]) > step}
     assert [step for step, _ in told[found.facts["best"]]["evaluations"]] == [8]
-    ended = next(one for one in told.values() if one["status"] == "ended")
-    assert ended["loss"] == ended["judged"][-1][1]
+    ended_candidate = next(one for one in told.values() if one["status"] == "ended")
+    assert ended_candidate["loss"] == ended_candidate["judged"][-1][1]
     with pytest.raises(
         ConfigError, match=r"a rung at step 40 and an epoch of \d+, after which rows come again"
     ):
@@ -630,7 +630,7 @@ def test_killed_five_times_it_ends_the_same(
         return config.output, program
 
     whole, program = begun("whole")
-    ended([program])
+    wait_for_all([program])
     moments, killed = random.Random(seed), 0
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         output, program = begun("killed")
@@ -641,7 +641,7 @@ def test_killed_five_times_it_ends_the_same(
         program.wait()
     assert killed == 5
     output, program = begun("killed")
-    assert "Resuming from" in ended([program])
+    assert "Resuming from" in wait_for_all([program])
     same(output, whole)
 
 

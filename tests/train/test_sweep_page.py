@@ -8,8 +8,8 @@ import re
 import pytest
 from tests.support import browser as chromium
 
-from veneer.train.sweep.page import page
-from veneer.train.sweep.record import ENDED, FAILED, FINISHED, Candidate, State
+from veneer.train.sweep.sweep_page import page
+from veneer.train.sweep.sweep_record import ENDED, FAILED, FINISHED, Candidate, State
 
 browser = chromium.browser  # a fixture
 

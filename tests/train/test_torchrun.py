@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from tests.support.forked import Program
-from tests.support.launched import ended, steps, train
+from tests.support.launched import steps, train, wait_for_all
 from tests.support.runs import same_folders
 from tests.train.test_distributed import equals
 
@@ -124,7 +124,7 @@ def reach(config: Any, step: int, *running: subprocess.Popen[bytes]) -> None:
 
 
 def undisturbed(config: Any, folder: Path) -> Path:
-    ended(train(config, folder, 2))
+    wait_for_all(train(config, folder, 2))
     return config.output
 
 

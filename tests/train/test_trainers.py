@@ -18,8 +18,8 @@ from tests.support.adapter_libraries import (
     PEFT,
     VENEER,
     Library,
-    attached,
-    loaded,
+    attach_adapter,
+    load_model,
     outputs,
     same,
     trained,
@@ -92,7 +92,7 @@ ASKED = [
     )
     for run in RUNS
     for cell in CELLS
-    if trainer_cells.asked(run, cell)
+    if trainer_cells.has_cell(run, cell)
 ]
 
 
@@ -135,8 +135,8 @@ def with_the_same_numbers(bases: Path, start: float = 0.0, dropout: float = 0.0)
     run = RUN["DPOTrainer"]
     torch.manual_seed(1)
     config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, lora_dropout=dropout)
-    theirs: Any = peft.get_peft_model(loaded(bases, run), config)
-    ours = loaded(bases, run)
+    theirs: Any = peft.get_peft_model(load_model(bases, run), config)
+    ours = load_model(bases, run)
     handle = veneer.attach(
         ours, veneer.LoraConfig(rank=16, alpha=16, targets=LINEAR, dropout=dropout)
     )
@@ -188,7 +188,7 @@ def test_another_adapter_can_be_the_reference(bases: Path, tmp_path: Path):
 
 
 def test_a_reference_that_should_move_is_refused(bases: Path, tmp_path: Path):
-    model = attached(VENEER, bases, RUN["DPOTrainer"], 1)
+    model = attach_adapter(VENEER, bases, RUN["DPOTrainer"], 1)
     trainer = BUILD["DPO"](model, tmp_path, [], {"sync_ref_model": True})
     with pytest.raises(
         ConfigError,
@@ -198,7 +198,7 @@ def test_a_reference_that_should_move_is_refused(bases: Path, tmp_path: Path):
 
 
 def test_texts_of_vllm_would_be_those_of_the_base(bases: Path, tmp_path: Path):
-    trainer = BUILD["GRPO"](attached(VENEER, bases, RUN["GRPOTrainer"], 1), tmp_path, [], {})
+    trainer = BUILD["GRPO"](attach_adapter(VENEER, bases, RUN["GRPOTrainer"], 1), tmp_path, [], {})
     trainer.args.use_vllm = True
     with pytest.raises(ConfigError, match="TRL would send vLLM the base"):
         trainer.train()
@@ -209,7 +209,7 @@ def test_an_adapter_that_trls_forward_would_pass_by_is_refused(
     target: str, bases: Path, tmp_path: Path
 ):
     """The two are tied, so the change of one is that of both."""
-    model = loaded(bases, RUN["DPOTrainer"])
+    model = load_model(bases, RUN["DPOTrainer"])
     veneer.attach(model, veneer.LoraConfig(rank=4, targets=["q_proj", target]))
     trainer = BUILD["DPO"](model, tmp_path, [], {})
     for call in (trainer.train, trainer.evaluate):
@@ -218,7 +218,7 @@ def test_an_adapter_that_trls_forward_would_pass_by_is_refused(
         ):
             call()
     veneer.save(model, tmp_path / "checkpoint")
-    bare = loaded(bases, RUN["DPOTrainer"])
+    bare = load_model(bases, RUN["DPOTrainer"])
     trainer = BUILD["DPO"](bare, tmp_path, [], {})
     before = dict(bare.named_modules())
     with pytest.raises(TargetError, match="an adapter of the output layer for TRL's DPOTrainer"):
@@ -244,7 +244,7 @@ def test_one_script_starts_a_run_and_resumes_it(bases: Path, tmp_path: Path):
 
     def script(folder: Path, resume: bool) -> Any:
         trainer = plain(
-            loaded(bases, RUN["Trainer"]), folder, callbacks=[integrations.callback(config)]
+            load_model(bases, RUN["Trainer"]), folder, callbacks=[integrations.callback(config)]
         )
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -260,7 +260,7 @@ def test_an_adapter_that_a_trainer_attaches_drops_nothing_if_told_so(
 ):
     run = RUN[f"{name}Trainer"]
     config = veneer.LoraConfig(rank=2, dropout=0.5, targets=LINEAR)
-    trainer = BUILD[name](loaded(bases, run), tmp_path, [integrations.callback(config)], {})
+    trainer = BUILD[name](load_model(bases, run), tmp_path, [integrations.callback(config)], {})
     assert trainer.args.disable_dropout
     assert {
         change.dropout for change in veneer.Handle(trainer.model, "default").changes.values()
@@ -268,7 +268,7 @@ def test_an_adapter_that_a_trainer_attaches_drops_nothing_if_told_so(
 
 
 def test_the_callback_leaves_an_adapter_that_is_there(bases: Path, tmp_path: Path):
-    model = attached(VENEER, bases, RUN["Trainer"], 1)
+    model = attach_adapter(VENEER, bases, RUN["Trainer"], 1)
     before = trained(model)
     plain(model, tmp_path, callbacks=[integrations.callback(veneer.LoraConfig(rank=2))])
     assert same(trained(model), before)
@@ -282,9 +282,11 @@ def test_a_model_that_would_be_trained_whole_is_refused(again: bool, bases: Path
         "callbacks": [integrations.callback(veneer.LoraConfig(rank=2) if again else None)]
     }
     if again:
-        trainer = plain(None, tmp_path, model_init=lambda: loaded(bases, RUN["Trainer"]), **given)
+        trainer = plain(
+            None, tmp_path, model_init=lambda: load_model(bases, RUN["Trainer"]), **given
+        )
     else:
-        trainer = plain(loaded(bases, RUN["Trainer"]), tmp_path, **given)
+        trainer = plain(load_model(bases, RUN["Trainer"]), tmp_path, **given)
     with pytest.raises(ConfigError, match="a model without an adapter as training begins"):
         trainer.train()
 
@@ -310,7 +312,7 @@ def test_optimisers_of_adapters_in_a_trainer(
     optimiser: Callable[..., dict[str, Any]], bases: Path, tmp_path: Path
 ):
     def run(seed: int, resume: Path | None) -> tuple[Any, Any]:
-        model = attached(VENEER, bases, RUN["Trainer"], seed)
+        model = attach_adapter(VENEER, bases, RUN["Trainer"], seed)
         handle = veneer.Handle(model, "default")
         before = {name: value.detach().clone() for name, value in handle.named_parameters()}
         trainer = plain(model, tmp_path / str(seed), **optimiser(handle))
@@ -339,7 +341,7 @@ def test_optimisers_of_adapters_in_a_trainer(
 
 def test_a_trainer_pushes_the_adapter_alone(bases: Path, tmp_path: Path, monkeypatch):
     """At the end, and after each checkpoint."""
-    model = attached(VENEER, bases, RUN["Trainer"], 1)
+    model = attach_adapter(VENEER, bases, RUN["Trainer"], 1)
     pushed: list[dict[str, bytes]] = []
 
     class Job:
@@ -373,9 +375,11 @@ def test_a_trainer_pushes_the_adapter_alone(bases: Path, tmp_path: Path, monkeyp
         folder.mkdir()
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        veneer.load(loaded(bases, RUN["Trainer"]), folder)
+        veneer.load(load_model(bases, RUN["Trainer"]), folder)
     expected = outputs(model)
-    assert torch.equal(outputs(veneer.load(loaded(bases, RUN["Trainer"]), folder).model), expected)
+    assert torch.equal(
+        outputs(veneer.load(load_model(bases, RUN["Trainer"]), folder).model), expected
+    )
 
 
 def test_a_quantised_base_with_an_adapter_may_be_trained(tmp_path: Path, bases: Path):
@@ -444,15 +448,17 @@ def test_a_lightning_checkpoint_holds_the_rest_of_the_module(
     run = RUN["Lightning"]
     config = veneer.LoraConfig(rank=4, targets=LINEAR)
     own = [integrations.lightning_callback(config, module="net")]
-    tuned = lightning_run(loaded(bases, run), tmp_path, own, save_weights_only=weights_only)
+    tuned = lightning_run(load_model(bases, run), tmp_path, own, save_weights_only=weights_only)
     content = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
     assert content["state_dict"] == {"temperature": tuned.temperature}
     adapter = integrations.unpack(tmp_path / "epoch=1.ckpt", tmp_path / "adapter")
-    assert torch.equal(outputs(veneer.load(loaded(bases, run), adapter).model), outputs(tuned.net))
+    assert torch.equal(
+        outputs(veneer.load(load_model(bases, run), adapter).model), outputs(tuned.net)
+    )
     with pytest.raises(OutputExistsError):
         integrations.unpack(tmp_path / "epoch=1.ckpt", tmp_path / "adapter")
     if not weights_only:
-        bare = loaded(bases, run)
+        bare = load_model(bases, run)
         again = lightning_run(bare, tmp_path / "again", [integrations.lightning_callback(module="net")],
                               str(tmp_path / "epoch=0.ckpt"))  # fmt: skip
         assert same(trained(again), trained(tuned))
@@ -552,12 +558,14 @@ def test_what_lightning_cannot_do_is_said(bases: Path, tmp_path: Path):
     run = RUN["Lightning"]
     with pytest.raises(ConfigError, match=r"no module 'model' in Tuned.*\(there is net"):
         lightning_run(
-            loaded(bases, run),
+            load_model(bases, run),
             tmp_path,
             [integrations.lightning_callback(veneer.LoraConfig(rank=2))],
         )
     with pytest.raises(ConfigError, match="a model without an adapter as training begins"):
-        lightning_run(loaded(bases, run), tmp_path, [integrations.lightning_callback(module="net")])
+        lightning_run(
+            load_model(bases, run), tmp_path, [integrations.lightning_callback(module="net")]
+        )
     torch.save({"state_dict": {}}, tmp_path / "whole.ckpt")
     torch.save({integrations.KEY: 3}, tmp_path / "number.ckpt")
     torch.save(pytest.raises, tmp_path / "code.ckpt")
@@ -576,8 +584,8 @@ def test_accelerate_saves_other_models_as_ever(bases: Path, tmp_path: Path):
 
     accelerator = Accelerator(cpu=True)
     remove = integrations.accelerate_hooks(accelerator)
-    model, other = attached(VENEER, bases, RUN["accelerate"], 1), nn.Linear(2, 2)
-    second = attached(VENEER, bases, RUN["accelerate"], 2)
+    model, other = attach_adapter(VENEER, bases, RUN["accelerate"], 1), nn.Linear(2, 2)
+    second = attach_adapter(VENEER, bases, RUN["accelerate"], 2)
     accelerator.prepare(model, other, second)
     accelerator.save_state(str(tmp_path / "state"))
     assert veneer.adapter_files.read(tmp_path / "state" / "veneer").config.rank == 16

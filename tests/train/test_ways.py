@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from tests.support.launched import code, ended
+from tests.support.launched import code, wait_for_all
 from tests.support.tasks import rows_of, write_vit
 from tests.support.tiny import sums, tiny_config, tiny_tokenizer, write_rows, write_tiny
 from tests.train.conftest import config_of
@@ -153,7 +153,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
             files.append(folder / f"{way}-{processes}-{passes}-{kind}.yaml")
             files[-1].write_text(yaml.safe_dump(configs[kind].content()))
         known[way, processes, passes] = configs
-        ended(code(PROGRAM.format(files=[*map(str, files)]), processes))
+        wait_for_all(code(PROGRAM.format(files=[*map(str, files)]), processes))
         return configs
 
     return of

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
-from veneer.attach.adapted_module import state_of
+from veneer.attach import state_of
 from veneer.bases import Storage
 from veneer.fileio import hashing
 from veneer.fileio.hashing import XXH3, fingerprint, memory_of
@@ -104,7 +104,7 @@ def fingerprints_of(
     """The fingerprint of each tensor, from the cache where the tensor has not changed.
 
     Args:
-        bits: the values of merged weights before the merge, by identity (``merge.kept_bits``).
+        bits: the values of merged weights before the merge, by identity (``stored_weights.bits_before_merge``).
         kind: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
         as_loaded: as in ``Content.dense``.
     """

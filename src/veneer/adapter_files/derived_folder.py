@@ -2,9 +2,9 @@
 
     sources: the source adapters        low: path in PEFT's file -> PeftLayer        full: path -> tensors
 
-The result inherits the proof of its sources: the fingerprints of their base, which must be one
-base, and the weights that they change. If a source has no record, as another library wrote it, the
-result has none. If a record covers the adapted layers alone, so does that of the result.
+The result inherits the record of its sources: the fingerprints of their common base and the weights
+that they change. If a source has no record, because another library wrote it, the result has none.
+If a record covers the adapted layers only, so does the record of the result.
 """
 
 from __future__ import annotations
@@ -54,21 +54,7 @@ def write_derived(
         raise AdapterError("no change at all", "at least one", "check what was left out")
     # ``read`` would refuse such a folder
     raise_all(AdapterError, f"{path} was not written", list(change_problems(low)))
-    tensors = {
-        peft.key(path_in_file, suffix): file_tensor(tensor)
-        for path_in_file, layer in low.items()
-        for suffix, tensor in (
-            (layer.suffixes[0], layer.A),
-            (layer.suffixes[1], layer.B),
-            *layer.extras.items(),
-        )
-    }
-    for path_in_file, parameters in full.items():
-        # PEFT's wrapper of an adapted module has the module's parameters below it
-        inside = f"{path_in_file}.base_layer".lstrip(".") if path_in_file in low else path_in_file
-        tensors |= {
-            peft.key(inside, name): file_tensor(tensor) for name, tensor in parameters.items()
-        }
+    tensors = _file_tensors(low, full)
     config = _config(sources, low, full, variant)
     base = merged_base(sources)
     changes = None if base is None else _changes(sources, low)
@@ -109,11 +95,32 @@ def write_derived(
     return path
 
 
+def _file_tensors(
+    low: Mapping[str, peft.PeftLayer], full: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of the adapter's file by their keys in PEFT's layout."""
+    tensors = {
+        peft.key(path_in_file, suffix): file_tensor(tensor)
+        for path_in_file, layer in low.items()
+        for suffix, tensor in (
+            (layer.suffixes[0], layer.A),
+            (layer.suffixes[1], layer.B),
+            *layer.extras.items(),
+        )
+    }
+    for path_in_file, parameters in full.items():
+        # PEFT's wrapper of an adapted module holds the module as ``base_layer``
+        inner = f"{path_in_file}.base_layer".lstrip(".") if path_in_file in low else path_in_file
+        for name, tensor in parameters.items():
+            tensors[peft.key(inner, name)] = file_tensor(tensor)
+    return tensors
+
+
 def _narrow_base(
     base: Mapping[str, Any], changes: Mapping[str, Any], full: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """The base's part of the record for the changes that are left. Weights whose change was dropped
-    belong to "rest" again; tensors that are trained in full do not."""
+    """The record's "base" for the remaining changes. Weights whose change was dropped return to
+    "rest"; tensors that are trained in full do not."""
     trained = {
         f"{peft_paths.strip_wrappers(path_in_file)[0]}.{name}".lstrip(".")
         for path_in_file, tensors in full.items()
@@ -143,13 +150,13 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
     if any(source.record is None for source in sources):
         return None
     bases = [source.metadata["base"] for source in sources]
-    old = [
+    sha_paths = [
         source.path
         for source, base in zip(sources, bases, strict=True)
         if recorded_hash_kind(base) != XXH3
     ]
-    if 0 < len(old) < len(bases):
-        problem = f"SHA-256 fingerprints in {listing(map(str, old))}, and XXH3 in the others"
+    if 0 < len(sha_paths) < len(bases):
+        problem = f"SHA-256 fingerprints in {listing(map(str, sha_paths))}, and XXH3 in the others"
         do = "load and save those of an earlier Veneer again, on their base"
         raise AdapterError(problem, "fingerprints of one kind, which can be compared", do)
     fingerprints_by_name: dict[str, str] = {}
@@ -194,8 +201,8 @@ def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer])
             recorded = changes.get(weight, change)
             if recorded.get("module_only", False) != change.get("module_only", False):
                 problem = (
-                    f"a change of {weight!r} that some of them make to what its module gives, as"
-                    " PEFT does, alone"
+                    f"a change of {weight!r} that some of them, as PEFT does, make to the output of"
+                    " its module alone"
                 )
                 raise AdapterError(
                     problem, "changes of one kind", "leave those out, or compose the others"

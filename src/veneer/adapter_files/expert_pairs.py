@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.refusals import GENERAL_KIND, kind_for
-from veneer.attach.targets import Names
+from veneer.attach import GENERAL_KIND, Names, kind_for
 from veneer.errors import sentence
 from veneer.formats import peft
 from veneer.formats._base import PAIR

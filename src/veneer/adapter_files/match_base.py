@@ -17,7 +17,7 @@ from veneer.adapter_files.base_proof import (
     was_modified_by_call,
 )
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.targets import Names
+from veneer.attach import Names
 from veneer.errors import BaseMismatchError, listing, sentence
 from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
 from veneer.formats import peft_paths

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files import token_rows
+from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.expert_pairs import stack_experts
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
@@ -37,23 +37,34 @@ from veneer.adapter_files.peft_mapping import (
 )
 from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.dtypes import at_least_float32
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import parameter_path
-from veneer.attach.plan import LowRankPlan, Plans, TargetSpec, changed_refs, full_readers, plan_low
-from veneer.attach.refusals import check_full, kind_for
-from veneer.attach.shared_memory import overlaps
-from veneer.attach.targets import Names, ParamRef, own_parameters
-from veneer.attach.token_rows import ROWS
-from veneer.attach.weight_readers import has_forward
-from veneer.attach.weight_tying import apart
+from veneer.attach import (
+    ROWS,
+    LayerAdapter,
+    LowRankPlan,
+    Names,
+    ParamRef,
+    Plans,
+    TargetSpec,
+    base_class,
+    changed_refs,
+    check_full,
+    full_readers,
+    has_forward,
+    kind_for,
+    overlaps,
+    own_parameters,
+    parameter_path,
+    plan_low,
+    split_tie_refs,
+    weight_of,
+)
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.fileio.hashing import fingerprint_without_rows
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft, peft_behaviour, peft_fields, peft_paths, peft_tokens
 from veneer.layers import kind_of
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ class _Match:
             if path not in self.names.modules:
                 self.add_missing_module(path, path)
         if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
-            self.tokens = token_rows.match_tokens(
+            self.tokens = saved_token_rows.match_tokens(
                 self.names, self.saved, self.problems, self.by_peft_rules
             )
 
@@ -343,11 +354,13 @@ class _Match:
         """The trained token rows of one planned weight, under their parameter name; empty if it
         has none."""
         tokens = self.tokens.get(entry.ref)
-        if self.saved.record is not None and token_rows.differs_from_record(
-            self.saved, entry.where, tokens
+        if self.saved.record is not None and saved_token_rows.differs_from_record(
+            self.saved, entry.full_path, tokens
         ):
             self.add_problem(
-                f"other trained tokens of {entry.where!r} than its record says", "the same", COPY
+                f"other trained tokens of {entry.full_path!r} than its record says",
+                "the same",
+                COPY,
             )
         return {} if tokens is None else {ROWS: tokens.rows}
 
@@ -444,6 +457,11 @@ class _Match:
         )
         readers = full_readers(names, self.full_names)
         plans = Plans(
-            self.saved.config, self.low, self.full_names, with_buffers, readers, apart(names, full)
+            self.saved.config,
+            self.low,
+            self.full_names,
+            with_buffers,
+            readers,
+            split_tie_refs(names, full),
         )
         return LoadPlan(self.saved, plans, self.adapter_parameters, full)

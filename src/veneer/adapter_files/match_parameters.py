@@ -19,11 +19,15 @@ from torch import Tensor
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import means_parameter
 from veneer.adapter_files.record import PARAMETERS
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import parameter_path
-from veneer.attach.plan import LowRankPlan
-from veneer.attach.refusals import GENERAL_KIND, kind_for
-from veneer.attach.targets import Names, ParamRef
+from veneer.attach import (
+    GENERAL_KIND,
+    LowRankPlan,
+    Names,
+    ParamRef,
+    kind_for,
+    parameter_path,
+    weight_of,
+)
 from veneer.errors import listing, sentence
 from veneer.formats import peft
 from veneer.lowrank import LowRank

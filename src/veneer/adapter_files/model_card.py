@@ -61,6 +61,7 @@ _ELSEWHERE = {
     "overwrite",
     "save_every",
     "keep_checkpoints",
+    "record_example",
 }
 
 

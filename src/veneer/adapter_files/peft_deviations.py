@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.refusals import kind_for
-from veneer.attach.targets import Names, ParamRef
-from veneer.attach.views import view
-from veneer.attach.weight_readers import weight_readers
+from veneer.attach import Names, ParamRef, base_class, kind_for, view, weight_of, weight_readers
 from veneer.bases import storage_of
 from veneer.distributed import full_tensor, is_sharded
 from veneer.formats import peft, peft_behaviour, peft_tuners
@@ -31,7 +27,7 @@ def outside_reader(names: Names, ref: ParamRef, nested: str | None = None) -> st
     """
     reader_paths = [
         weight_reader.path
-        for weight_reader in weight_readers(names, *ref, now=True)
+        for weight_reader in weight_readers(names, *ref, reachable_only=True)
         if weight_reader.path != nested
     ]
     return (

@@ -24,17 +24,25 @@ from veneer.adapter_files.peft_deviations import (
     is_zero,
     outside_reader,
 )
-from veneer.attach.adapted_module import base_class, layer_states, weight_of
-from veneer.attach.change import Change
-from veneer.attach.dtypes import at_least_float32
-from veneer.attach.lookup import adapters, parameter_path
-from veneer.attach.refusals import GENERAL_KIND, kind_for
-from veneer.attach.targets import Names, ParamRef, own_parameters
-from veneer.attach.weight_readers import asked
+from veneer.attach import (
+    GENERAL_KIND,
+    Change,
+    Names,
+    ParamRef,
+    adapters,
+    attributes_read_above,
+    base_class,
+    kind_for,
+    layer_states,
+    own_parameters,
+    parameter_path,
+    weight_of,
+)
 from veneer.config import LoraConfig
 from veneer.formats import peft, peft_behaviour, peft_paths
 from veneer.layers import kind_of
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
 
@@ -309,7 +317,7 @@ def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
             )
         if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
             reason = "PEFT rescales the outputs of modules alone"
-        for above, attribute in asked(names, entry.path) if reason is None else ():
+        for above, attribute in attributes_read_above(names, entry.path) if reason is None else ():
             if peft_behaviour.wrapper_lacks(attribute):  # then the forward fails
                 problem = f"{above or 'the model'!r} reads its {attribute!r}, which"
                 reason = f"{problem} the module that PEFT puts around it lacks"

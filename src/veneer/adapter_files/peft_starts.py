@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.targets import Names, ParamRef
+from veneer.attach import Names, ParamRef, weight_of
 from veneer.bases import storage_of
 from veneer.formats import peft
 from veneer.lowrank import LowRank

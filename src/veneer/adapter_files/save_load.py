@@ -11,22 +11,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapter_files import token_rows
+from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.base_proof import base_record, fingerprint_without_rows, fingerprints_of
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import match
 from veneer.adapter_files.peft_mapping import file_tensor, peft_config, peft_entries, tensors_of
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.ties import untie_for
-from veneer.attach.adapted_module import base_class, walk, weight_of, with_values
-from veneer.attach.change import Change
-from veneer.attach.fresh_weights import fresh_parameters, has_head, warn_fresh
-from veneer.attach.install import install
-from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
-from veneer.attach.merge import kept_bits, unkept
-from veneer.attach.refusals import name_problems
-from veneer.attach.targets import Names
-from veneer.attach.weight_tying import tie_again
+from veneer.attach import (
+    Change,
+    Names,
+    adapters,
+    base_class,
+    bits_before_merge,
+    changes,
+    fresh_parameters,
+    has_head,
+    install_adapter,
+    name_problems,
+    need_adapters,
+    only_name,
+    parameter_path,
+    tie_again,
+    unwrap,
+    walk,
+    warn_fresh,
+    weight_of,
+    with_values,
+    without_backup,
+)
 from veneer.distributed import full_tensors, has_fsdp1, meet_ranks, reshard
 from veneer.errors import AdapterError, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json
@@ -222,10 +235,13 @@ def _content(
     }
     exact = {id(entry.change): entry.exact for entry in peft_form}
     return {
-        "tensors": {**tensors_of(model, name, peft_form), **token_rows.tensors_of(names, name)},
+        "tensors": {
+            **tensors_of(model, name, peft_form),
+            **saved_token_rows.tensors_of(names, name),
+        },
         "peft_config": (
             peft_config(names, name, config, base_name, peft_form)
-            | token_rows.config_fields(names, name)
+            | saved_token_rows.config_fields(names, name)
         ),
         "base": {
             "name": base_name,
@@ -269,7 +285,7 @@ def _proof(
     lost = {key: ref for key, ref in fresh_parameters(names).items() if key not in replaced | held}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
     # the output of a model without a head does not depend on its pooler, which may be random
-    gone = unkept(model, name) if fingerprints is None else frozenset()
+    gone = without_backup(model, name) if fingerprints is None else frozenset()
     left_out = replaced.union(gone, () if has_head(model) else lost)
 
     def of(tensors: Sequence[ModuleWeight]) -> Sequence[str | None]:
@@ -281,7 +297,7 @@ def _proof(
         sources = sources_of(model)
         return [
             sources.get(computed, computed)
-            for computed in fingerprints_of(tensors, kept_bits(model, name))
+            for computed in fingerprints_of(tensors, bits_before_merge(model, name))
         ]
 
     unknown = [weight_path for weight_path, (held, _) in weights.items() if id(held) in gone]
@@ -303,7 +319,7 @@ def _proof(
         if change.tokens is not None:
             ids = change.tokens.tolist()
             record["weights"][weight_path] = fingerprint_without_rows(
-                by_identity[id(held)], ids, kept_bits(model, name)
+                by_identity[id(held)], ids, bits_before_merge(model, name)
             )
     return {
         **record,
@@ -331,12 +347,12 @@ def install_from(
             their own (``ties.untie_for``).
         grow: first grow the vocabulary of the model to that of the adapter's base.
     """
-    with token_rows.grow_vocabulary(model, path) if grow else nullcontext():
+    with saved_token_rows.grow_vocabulary(model, path) if grow else nullcontext():
         untied = untie_for(model, path, untie)
         try:
             problems = list(name_problems(model, name))
             load_plan = match(model, path, problems, verify_base=verify_base, of_weights=of_weights)
-            install(
+            install_adapter(
                 model,
                 name,
                 load_plan.plans,

@@ -25,23 +25,27 @@ from veneer import context
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import LoadPlan, match
 from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, labels_of, save_by
-from veneer.attach.adapted_module import base_class, layer_states, with_values
-from veneer.attach.change import Change
-from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import (
+from veneer.attach import (
+    STATE,
+    Change,
+    LayerAdapter,
+    ModelAdapters,
+    Names,
+    ParamRef,
     adapters,
     adapters_of,
+    base_class,
     changes,
+    fresh_parameters,
+    layer_states,
     need_adapters,
     parameter_path,
+    require_attached_base,
     selected_name,
     unwrap,
+    with_values,
+    without_adapters,
 )
-from veneer.attach.merge import must_stand
-from veneer.attach.method_overrides import without_adapters
-from veneer.attach.state import STATE, ModelAdapters
-from veneer.attach.targets import Names, ParamRef
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
@@ -278,7 +282,7 @@ def refill(model: nn.Module, folder: str | Path) -> None:
     """
     model = unwrap(model)
     name = selected_name(model, SAVE)
-    must_stand(need_adapters(model), name, "a checkpoint for")
+    require_attached_base(need_adapters(model), name, "a checkpoint for")
     load_plan = match(model, folder, [])
     attached_changes = {(path, weight): change for path, _, weight, change in changes(model, name)}
     layer_adapters = {path: layer_adapter for path, _, layer_adapter in adapters(model, name)}

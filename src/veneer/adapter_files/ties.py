@@ -1,5 +1,5 @@
 """Tied weights whose names a folder changes differently: these names need separate weights
-(``attach/weight_tying.py``).
+(``attach/planning/weight_tying.py``).
 
 PEFT adapts modules one by one. Its adapter may change one name of a tied weight at a low rank, in
 full or in some rows, and leave the other name unchanged. That is no change of one shared weight.
@@ -14,15 +14,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from veneer.adapter_files import token_rows
+from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import module_at, ref_at
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import adapters_of, parameter_path
-from veneer.attach.refusals import holders
-from veneer.attach.targets import Names, ParamRef
-from veneer.attach.weight_tying import Untied, apart, untie
+from veneer.attach import (
+    Names,
+    ParamRef,
+    Untied,
+    adapters_of,
+    holders,
+    parameter_path,
+    split_tie_refs,
+    untie,
+    weight_of,
+)
 from veneer.errors import AdapterError, listing
 from veneer.formats import peft
 
@@ -96,7 +102,7 @@ def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
         full.setdefault(module_path, {}).update(
             {name: value for name, value in tensors.items() if (module_path, name) not in low}
         )
-    more = [ref for ref in apart(names, full) if _fits(names, ref, full)]
+    more = [ref for ref in split_tie_refs(names, full) if _fits(names, ref, full)]
     more += _token_refs(names, saved)
     # full values replace a packed weight and need no copy of it
     plain = [
@@ -119,17 +125,17 @@ def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
         tensor_name for kind in ("weights", "rest") for tensor_name in recorded.get(kind) or ()
     }
     for module_path in saved.tokens:
-        owner = token_rows.owner_at(names, module_path, by_identity)
+        owner = saved_token_rows.owner_at(names, module_path, by_identity)
         if owner is None:
             continue
-        ref = token_rows.ref_of(names, module_path)
+        ref = saved_token_rows.ref_of(names, module_path)
         tied_refs = [
             tied_ref
             for tied_ref in by_identity[id(weight_of(names.modules[owner[0]], owner[1]))]
             if tied_ref != ref
         ]
         if saved.record is None:
-            apart = token_rows.trains_one_name(names, ref, by_identity, {*saved.tokens})
+            apart = saved_token_rows.trains_one_name(names, ref, by_identity, {*saved.tokens})
             entries = [saved.tokens[path] for path, _ in tied_refs if path in saved.tokens]
             entry = saved.tokens[module_path]
             apart |= any(

@@ -33,13 +33,20 @@ from veneer.adapter_files import model_card
 from veneer.adapter_files.file_names import copy_files
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
-from veneer.attach.adapted_module import state_of, walk
-from veneer.attach.change import Change
-from veneer.attach.from_peft import override_peft_methods
-from veneer.attach.install import detach
-from veneer.attach.lookup import adapters_of, selected_name, unwrap
-from veneer.attach.method_overrides import put, stands
-from veneer.attach.reference import Reference, reference_of
+from veneer.attach import (
+    Change,
+    Reference,
+    adapters_of,
+    detach,
+    is_overridden,
+    override_method,
+    override_peft_methods,
+    reference_of,
+    selected_name,
+    state_of,
+    unwrap,
+    walk,
+)
 from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
@@ -54,7 +61,7 @@ def cover(model: nn.Module) -> None:
     are or will be imported."""
     for _, module in walk(model):
         if callable(getattr(module, SAVE, None)):
-            put(module, SAVE, save_pretrained)
+            override_method(module, SAVE, save_pretrained)
     override_peft_methods(model)
     if "transformers" in sys.modules:
         patch_trainers()
@@ -118,7 +125,7 @@ def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return False
     if _has_adapter(model):
-        if not stands(unwrap(model), SAVE):
+        if not is_overridden(unwrap(model), SAVE):
             return False
         refill(model, folder)
         return True

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.peft_mapping import config_fields
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.targets import Names, own_parameters
+from veneer.attach import Names, own_parameters, weight_of
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, raise_all, sentence

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.adapter_files.findings import FindingLog
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.weight_tying import UNTIE, same
+from veneer.attach import UNTIE, equal_values
 from veneer.errors import listing, sentence
 from veneer.fileio.hashing import fingerprint, fingerprint_without_rows
 from veneer.formats import peft_paths
@@ -186,7 +186,7 @@ def _check_tied_values(log: FindingLog, full: Mapping[str, Tensor], weights: Bas
         first, *further = values.values()
         if len(names) < 2 or any(value.shape != first.shape for value in further):
             continue
-        if len(values) < len(names) or not all(same(value, first) for value in further):
+        if len(values) < len(names) or not all(equal_values(value, first) for value in further):
             problem = (
                 f"values of their own for {listing(values)} of {listing(names)}, one weight of the"
                 " base"

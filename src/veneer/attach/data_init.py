@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.adapted_module import weight_of
 from veneer.attach.install import Calibration
-from veneer.attach.lookup import adapters_of, parameter_path
-from veneer.attach.plan import LowRankPlan, Plans
-from veneer.attach.state import BASE
-from veneer.attach.targets import Names, ParamRef
+from veneer.attach.layer.adapted_module import weight_of
+from veneer.attach.layer.lookup import adapters_of, parameter_path
+from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.state import BASE
+from veneer.attach.planning.plan import LowRankPlan, Plans
 from veneer.errors import ConfigError, raise_all, sentence
 from veneer.layers import LAYERS, Layer, kind_of
 from veneer.precision import double
@@ -86,7 +86,7 @@ def _problems(
                 f"no {name}=", f"{name}, from which the variant starts", f"pass {name}= to attach"
             )
     for entry in filter(_has_low_rank, plans.low):
-        path = entry.where
+        path = entry.full_path
         if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
             problem = f"{path}, of kind {entry.layer.name!r}, whose inputs cannot be read"
             expected = ", ".join(
@@ -229,7 +229,7 @@ def _original_weights(
     state = original.state_dict() if isinstance(original, nn.Module) else original
     problems, weights = [], {}
     for entry in filter(_has_low_rank, plans.low):
-        path = entry.where
+        path = entry.full_path
         weight = state.get(path)
         if weight is None:
             problems.append(
@@ -257,7 +257,9 @@ def _planned_rows(entry: LowRankPlan, dense: Tensor) -> Tensor:
 
 def _require_all(plans: Plans, data: Mapping[ParamRef, Tensor], kind: str) -> None:
     """Raise a ConfigError if the batches gave no data of this kind for some planned weights."""
-    missing = [entry.where for entry in filter(_has_low_rank, plans.low) if entry.ref not in data]
+    missing = [
+        entry.full_path for entry in filter(_has_low_rank, plans.low) if entry.ref not in data
+    ]
     do = "exclude it"
     problems = [
         sentence(f"no {kind} of {path!r} in the batches", "batches that reach it", do)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from veneer.attach.adapted_module import layer_states
+from veneer.attach.layer.adapted_module import layer_states
 from veneer.errors import sentence, warn_caller
 
 

@@ -1,9 +1,8 @@
-"""Install planned adapters in a model, and detach them again.
+"""Install planned adapters in a model. ``uninstall.py`` detaches them.
 
-install                 creates all adapter parameters, then adds them to the layers of a model
-build_layer_adapters    the first step of ``install``; a bank stores the layer adapters itself
-adapt_modules           the second step: gives modules their adapted class
-detach                  restores the model: classes, modules, parameters, ``requires_grad``
+install_adapter         creates all adapter parameters, then adds them to the layers of a model
+build_layer_adapters    its first step; a bank stores the layer adapters itself
+adapt_modules           its second step: gives modules their adapted class
 """
 
 from __future__ import annotations
@@ -16,47 +15,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import (
+from veneer.attach.first_step import watch_first_step
+from veneer.attach.layer.adapted_module import (
     adapt_methods,
+    adapt_module,
     base_class,
-    layer_states,
     set_child,
     state_of,
-    uninstall,
-    walk,
     weight_of,
 )
-from veneer.attach.adapted_module import install as make_adapted
-from veneer.attach.change import Change
-from veneer.attach.dtypes import at_least_float32
-from veneer.attach.first_step import watch_first_step
-from veneer.attach.fused_linear import SharedInputLayers
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import adapters_of, need_adapters, parameter_path, unwrap
-from veneer.attach.method_overrides import take_back
-from veneer.attach.plan import LowRankPlan, Plans
-from veneer.attach.refusals import kind_for, name_problems
-from veneer.attach.source_analysis import same_input
-from veneer.attach.state import ADAPTERS, ActiveAdapter, LayerState, ModelAdapters, in_turn
-from veneer.attach.targets import Names, ParamRef
-from veneer.attach.token_rows import ROWS, start
-from veneer.attach.weight_readers import bound, switched, switches
-from veneer.attach.weight_tying import tie_again
+from veneer.attach.layer.change import Change
+from veneer.attach.layer.fused_linear import SharedInputLayers
+from veneer.attach.layer.layer_adapter import LayerAdapter
+from veneer.attach.layer.lookup import adapters_of, parameter_path
+from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.state import (
+    ADAPTERS,
+    ActiveAdapter,
+    LayerState,
+    ModelAdapters,
+    one_thread_at_a_time,
+)
+from veneer.attach.layer.token_rows import ROWS, start
+from veneer.attach.planning.plan import LowRankPlan, Plans
+from veneer.attach.planning.refusals import kind_for, name_problems
+from veneer.attach.source.source_analysis import same_input
+from veneer.attach.source.weight_readers import bound, fast_path_switches, modules_with_fast_path
 from veneer.bases import BASES, storage_of, without_gradient
 from veneer.config import LoraConfig, torch_dtype
 from veneer.distributed import full_tensor
-from veneer.errors import MergeError, TargetError, raise_all
+from veneer.errors import TargetError, raise_all
 from veneer.layers import kind_of
 from veneer.layers._base import factors
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext
 
 #: for one planned weight, functions that read the data from which its variant starts, by name
 Calibration = Callable[[LowRankPlan], Mapping[str, Callable[[], Tensor]]]
 
 
-@in_turn
+@one_thread_at_a_time
 @torch.inference_mode(False)  # the parameters can be trained later, wherever this is called
-def install(
+def install_adapter(
     model: nn.Module,
     name: str,
     plans: Plans,
@@ -148,7 +148,7 @@ def build_layer_adapters(
         else:
             layer_adapter.entries.setdefault(reader.method, {})[reader.below] = below
     for path in list(layer_adapters):
-        for above in switched(names, path):
+        for above in modules_with_fast_path(names, path):
             layer_adapters[above]  # the defaultdict creates it
     for path, module in modules.items():
         if without_gradient(module):
@@ -181,7 +181,7 @@ def _copy_full(
         for name, parameter in module._parameters.items():
             if name not in parameters:
                 continue
-            is_unique = parameter is None or (path, name) in plans.apart
+            is_unique = parameter is None or (path, name) in plans.split_ties
             key: Any = (path, name) if is_unique else id(parameter)
             source: Any = _zero_bias(module) if parameter is None else parameter
             if key not in copies:
@@ -192,7 +192,7 @@ def _copy_full(
                 )
             full.register_parameter(name, copies[key])
         for name, buffer in (
-            module._buffers.items() if path in plans.whole or path in moving else ()
+            module._buffers.items() if path in plans.full_modules or path in moving else ()
         ):
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 full.register_buffer(name, buffer.detach().clone())
@@ -226,11 +226,11 @@ def adapt_modules(
     """Give the modules their adapted class; return the layer adapters by the keys of an
     ``ActiveAdapter``. They are not added to the layer states."""
     modules = names.modules
-    holders = [(entry, path) for entry in plans.low for path, _ in entry.holders]
     transposed = {
-        holder_path
-        for entry, holder_path in holders
-        if kind_for(modules[holder_path], entry.weight).out_axis != entry.layer.out_axis
+        path
+        for entry in plans.low
+        for path, _ in entry.holders
+        if kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
     }
     selected: dict[Any, LayerAdapter] = {}
     for path, layer_adapter in layer_adapters.items():
@@ -242,13 +242,13 @@ def adapt_modules(
             storage_modules = storage.modules() if storage is not None else ()
             factored = kind is not None and factors(kind, module, type(module), storage_modules)
             product = factored and kind.product and storage is not None and storage.name == "plain"
-            layer_state = LayerState(attached, kind, factored, switches(module), product)
+            layer_state = LayerState(attached, kind, factored, fast_path_switches(module), product)
             attached.paths[layer_state.key] = path
             layer_state.stock = kind is not None and base_class(module) in kind.types()
             layer_state.train(module.training)
             is_opaque = storage is not None and storage.opaque
             layer_state.opaque = BASES["opaque"] if is_opaque or without_gradient(module) else None
-            make_adapted(module, layer_state)
+            adapt_module(module, layer_state)
             layer_state.bound = tuple(bound(module))
         layer_state.transposed = layer_state.transposed or path in transposed
         layer_adapter.finalize(module, layer_state)
@@ -298,7 +298,7 @@ def _read_initial_data(
     values = read()
     if values.is_meta or values.isfinite().all():
         return values
-    problem = f"the {'weight' if kind == 'base' else f'{kind} of'} {entry.where!r}"
+    problem = f"the {'weight' if kind == 'base' else f'{kind} of'} {entry.full_path!r}"
     do = (
         "repair the base or the data, exclude the layer, or use a variant that starts from neither,"
         " such as lora"
@@ -391,7 +391,9 @@ def _variant_parameters(
             parameters = {name: value.to(device) for name, value in initial.items()} | parameters
         # finite numbers that are too large for a decomposition
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            problem = f"{entry.where!r}, from which variant {variant.name!r} cannot start ({error})"
+            problem = (
+                f"{entry.full_path!r}, from which variant {variant.name!r} cannot start ({error})"
+            )
             do = "exclude the layer, or use a variant that does not start from it, such as lora"
             raise _InitializationError(problem, "numbers that have a decomposition", do) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
@@ -406,89 +408,3 @@ def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
     """The dtype of the parameters that are trained for a weight of dtype ``base``: that of the
     config, else float32, or float64 if ``base`` is."""
     return torch_dtype(config.dtype) if config.dtype else at_least_float32(base)
-
-
-@in_turn
-def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
-    """Remove the adapter ``name`` (None: all adapters). When the last one is removed, the model has
-    the same objects as before ``attach``: classes, modules, parameters, ``requires_grad``.
-
-    Args:
-        keep_merged: keep the weights of a merged adapter merged, so that the plain model has them.
-
-    Raises:
-        SelectionError: there is no such adapter.
-        MergeError: the adapter is merged and ``keep_merged`` is False; or it is merged on top of
-            another adapter that stays; or an adapter that stays was attached while it was merged,
-            and it is no longer merged. The model is not changed.
-    """
-    model = unwrap(model)
-    attached = need_adapters(model, name)
-    names = list(attached.configs) if name is None else [name]
-    _require_detachable(attached, names, keep_merged)
-    if any(map(names.__contains__, attached.merges())):
-        attached.untied = ()  # weights that were untied for the merge stay untied
-    for adapter in names:
-        attached.selections[adapter].parts = None  # an error for calls that still select it
-    for _, _, layer_state in layer_states(model):
-        for adapter in names:
-            set_child(layer_state, adapter, None)
-    remaining = [key for key in attached.configs if key not in names]
-    for selected in attached.selections.values():
-        if selected.on in names:  # the merged weights are the base weights from now on
-            selected.on = None
-    attached.chain = tuple(merged for merged in attached.chain if merged not in names)
-    attached.set_adapters(
-        {key: attached.configs[key] for key in remaining},
-        {key: attached.selections[key] for key in remaining},
-    )
-    for _, module in walk(model) if not remaining else ():
-        take_back(module)
-    release_layers(model, attached)
-
-
-def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
-    """Raise a MergeError if some of these adapters cannot be detached now."""
-    merged = attached.merges()
-    for number, name in enumerate(merged):
-        if name not in names:
-            continue
-        below = next((lower for lower in merged[number + 1 :] if lower not in names), None)
-        if not keep_merged:
-            do = (
-                "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the"
-                " merged weights"
-            )
-            raise MergeError(f"{name!r} is merged into the weights", "an unmerged model", do)
-        if below is not None:
-            problem = f"{name!r} merged on top of {below!r}, which stays"
-            do = f"detach {below!r} with keep_merged=True first, or call veneer.unmerge(model)"
-            raise MergeError(problem, "the adapter that was merged first", do)
-    for adapter, selected in attached.selections.items():
-        if selected.on in names and selected.on not in merged and adapter not in names:
-            problem = (
-                f"{adapter!r}, attached while {selected.on!r} was merged, which is to be detached"
-            )
-            raise MergeError(
-                problem, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first"
-            )
-
-
-def release_layers(model: nn.Module, attached: ModelAdapters) -> None:
-    """Restore the class and storage of modules without an adapter, and the ``requires_grad`` of a
-    model without adapters. Do nothing while a bank uses the model."""
-    if attached.banks:
-        return
-    for _, module, layer_state in list(layer_states(model)):
-        if not layer_state._modules:
-            uninstall(module)
-            for name in layer_state.layer.weights(module) if layer_state.layer is not None else ():
-                storage = storage_of(weight_of(module, name))
-                if storage is not None:
-                    storage.release(module)
-    if not attached.configs:
-        for untied in reversed(attached.untied):
-            tie_again(model, untied)
-        for path, parameter in model.named_parameters():
-            parameter.requires_grad = attached.required_grad.get(path, parameter.requires_grad)
-        del model.__dict__[ADAPTERS]

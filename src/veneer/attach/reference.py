@@ -1,15 +1,15 @@
 """The reference model of DPO, KTO, GRPO and RLOO: the policy's own weights under another selection.
 
-    reference = Reference(model)              calls of it compute the base alone
-    reference = Reference(model, "before")    or another adapter of the model: what an earlier run left
-    reference = reference_of(model)           or what the model computes now, whatever it learns after this
+    reference = Reference(model)              computes the base alone
+    reference = Reference(model, "before")    computes another adapter, from an earlier run
+    reference = reference_of(model)           computes what the model computes now, for good
 
-Such a loss compares the policy with a model that does not move. A policy that is a frozen base and
-an adapter holds that model already, so a second copy of the weights is memory for nothing.
-``Reference`` is a module without parameters, children or state of its own, whose calls run the
-policy's modules inside ``veneer.use(model, name)``, in evaluation mode. Rejected: a second tree of
-modules over the same parameters. Methods that libraries put on a module (accelerate's hooks of a
-``device_map``, FSDP's) are bound to the first tree, and would compute the policy without a word.
+These losses compare the policy with a fixed model. A policy of a frozen base and an adapter
+contains that model already, so a second copy of the weights would waste memory. ``Reference`` is a
+module without parameters, children or state of its own. Its calls run the policy's modules inside
+``veneer.use(model, name)``, in evaluation mode. Rejected: a second tree of modules over the same
+parameters. Methods that libraries set on a module (accelerate's hooks of a ``device_map``, FSDP's)
+are bound to the first tree, and would silently compute the policy.
 """
 
 from __future__ import annotations
@@ -23,30 +23,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import weight_of, with_values
-from veneer.attach.lookup import adapters, changes, need_adapters, selected_name, unwrap
-from veneer.attach.method_overrides import without_adapters
+from veneer.attach.layer.adapted_module import weight_of, with_values
+from veneer.attach.layer.lookup import adapters, changes, need_adapters, selected_name, unwrap
 from veneer.attach.select import use
+from veneer.attach.source.method_overrides import without_adapters
 from veneer.errors import MergeError
 
 
 class Reference(nn.Module):
-    """``model`` as it computes with the adapter ``name``, or without any (None), whoever trains its
-    adapters meanwhile.
+    """``model`` with the adapter ``name``, or without any adapter (None), also while its adapters
+    are trained.
 
-    Give it to a trainer as its reference model. It is called as the model is, and answers for the
-    model's attributes: what is a module or a method there runs under the same selection. Its
-    ``state_dict()`` has the model's own tensors (for None, those of the base), so that whoever
-    hashes it sees which model it is; ``parameters()`` is empty, as there is nothing here to move,
-    shard, count or train.
+    Pass it to a trainer as its reference model. It is called like the model and has the model's
+    attributes; modules and methods among these run under the same selection. Its ``state_dict()``
+    holds the model's own tensors (for None, those of the base), so that a hash identifies the
+    model. ``parameters()`` is empty, as there is nothing to move, shard, count or train.
 
-    A call puts the modules of the model in evaluation mode until it ends, so nothing is dropped and
-    no random number drawn; no other thread may train the model meanwhile.
+    During a call the modules of the model are in evaluation mode, so there is no dropout and no
+    random number is drawn. No other thread may train the model during a call.
 
     Raises:
         SelectionError: the model has no adapter, or none of this name.
-        MergeError: an adapter is merged into the weights, which are therefore not the base's; also
-            in a call.
+        MergeError: an adapter is merged into the weights, so they are not the base's. Calls raise
+            it too.
     """
 
     def __init__(self, model: nn.Module, name: str | None = None) -> None:
@@ -54,10 +53,12 @@ class Reference(nn.Module):
         self._set(unwrap(model), name, {}, unwrap(model))
 
     def _set(
-        self, root: nn.Module, name: str | None, values: Mapping[int, Tensor], part: nn.Module
+        self, root: nn.Module, name: str | None, values: Mapping[int, Tensor], submodule: nn.Module
     ) -> Reference:
-        # past nn.Module's own attributes: a registered child would be trained, moved and saved
-        self.__dict__.update(_root=root, _adapter=name, _values=values, _part=part, training=False)
+        # not by nn.Module.__setattr__: a registered child would be trained, moved and saved
+        self.__dict__.update(
+            _root=root, _adapter=name, _values=values, _submodule=submodule, training=False
+        )
         self._check()
         return self
 
@@ -69,7 +70,7 @@ class Reference(nn.Module):
 
     @contextmanager
     def selected(self) -> Iterator[None]:
-        """A block in which the model is this one."""
+        """A block in which the model computes as this reference."""
         self._check()
         training = [module for module in self._root.modules() if module.training]
         try:
@@ -85,68 +86,67 @@ class Reference(nn.Module):
                 module.training = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # not in ``forward``: trainers put others in its place, which go to the parts of the model
-        # by themselves
+        # not in ``forward``: trainers replace that method by one that calls submodules directly
         with self.selected():
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._part(*args, **kwargs)
+        return self._submodule(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Reference:
         """It stays in evaluation mode."""
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The tensors of the model, in the model's own memory; for None without those of
-        adapters."""
+        """The tensors of the model, which share its memory; for None without the adapters'."""
         if self._adapter is None:
-            return without_adapters(self._part).state_dict(*args, **kwargs)
+            return without_adapters(self._submodule).state_dict(*args, **kwargs)
         with self.selected():
-            return self._part.state_dict(*args, **kwargs)
+            return self._submodule.state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_root", "_adapter", "_values", "_part"):
-            raise AttributeError(name)  # while a copy of this is being made
-        return self._seen(getattr(self._part, name))
+        if name in ("_root", "_adapter", "_values", "_submodule"):
+            raise AttributeError(name)  # while this object is being copied
+        return self._under_selection(getattr(self._submodule, name))
 
-    def _seen(self, value: Any) -> Any:
-        """An attribute of the model, or what a method gave, as it is under this selection."""
+    def _under_selection(self, value: Any) -> Any:
+        """An attribute of the model, or the result of a method, under this selection."""
         if isinstance(value, nn.Module):
-            part = object.__new__(Reference)
-            nn.Module.__init__(part)
-            return part._set(self._root, self._adapter, self._values, value)
+            reference = object.__new__(Reference)
+            nn.Module.__init__(reference)
+            return reference._set(self._root, self._adapter, self._values, value)
         if not isinstance(value, MethodType):
             return value
 
         @functools.wraps(value.__func__)
         def method(*args: Any, **kwargs: Any) -> Any:
             with self.selected():
-                return self._seen(value(*args, **kwargs))
+                return self._under_selection(value(*args, **kwargs))
 
         return method
 
 
 def reference_of(model: nn.Module) -> Reference:
-    """What ``model`` computes now, for good: the base while its adapter changes nothing yet, as it
-    does before the first step, else with a copy of the adapter's parameters as they are (a few MB;
-    the base stays shared).
+    """A reference that always computes what ``model`` computes now.
+
+    It is the base alone if the adapter changes nothing yet, as before the first training step. Else
+    it has a copy of the adapter's parameters (a few MB); the base is shared.
 
     Raises:
-        SelectionError: no adapter, or several and none selected.
+        SelectionError: there is no adapter, or there are several and none is selected.
         MergeError: an adapter is merged into the weights.
     """
     model = unwrap(model)
     name = selected_name(model)
     if _changes_nothing(model, name):
         return Reference(model)
-    held = [
+    adapter_tensors = [
         value
         for holder in _holders(model, name)
-        for value in (*_own(holder._parameters), *_own(holder._buffers))
+        for value in (*_tensors(holder._parameters), *_tensors(holder._buffers))
     ]
     values: dict[int, Tensor] = {}
-    for value in held:
+    for value in adapter_tensors:
         copied = value.detach().clone()
         frozen = (
             nn.Parameter(copied, requires_grad=False) if isinstance(value, nn.Parameter) else copied
@@ -155,28 +155,33 @@ def reference_of(model: nn.Module) -> Reference:
     return Reference(model, name)._set(model, name, values, model)
 
 
-def _own(table: Mapping[str, Tensor | None]) -> list[Tensor]:
+def _tensors(table: Mapping[str, Tensor | None]) -> list[Tensor]:
     return [value for value in table.values() if value is not None]
 
 
 def _holders(model: nn.Module, name: str | None) -> list[nn.Module]:
-    """The modules that hold what the adapter trains."""
-    parts = [] if name is None else [part for _, _, part in adapters(model, name)]
-    return [module for part in parts for module in part.modules()]
+    """The modules that hold the adapter's parameters and buffers."""
+    if name is None:
+        return []
+    return [
+        module
+        for _, _, layer_adapter in adapters(model, name)
+        for module in layer_adapter.modules()
+    ]
 
 
 def _changes_nothing(model: nn.Module, name: str) -> bool:
-    """Whether every change is 0, and what is trained in full (or kept, as running statistics)
-    equals the base's."""
-    for _, module, part in adapters(model, name):
+    """Whether every low-rank change is 0, and every parameter that is trained in full, and every
+    buffer of the adapter (running statistics), equals the base's."""
+    for _, module, layer_adapter in adapters(model, name):
         base = {**module._parameters, **module._buffers}
-        for key, value in part.full.state_dict().items():
-            own = base[key]  # None: a bias for a layer without one
-            if bool(value.any()) if own is None else not torch.equal(value.to(own.dtype), own):
+        for key, value in layer_adapter.full.state_dict().items():
+            old = base[key]  # None: a bias for a layer without one
+            if bool(value.any()) if old is None else not torch.equal(value.to(old.dtype), old):
                 return False
     for _, module, weight, change in changes(model, name):
         low, gain = change.resolve(weight_of(module, weight))
-        # a column of B and its row of A
+        # some column of B and the row of A that belongs to it are both not 0
         if gain is not None or bool((low.B.any(1) & low.A.any(2)).any()):
             return False
     return True

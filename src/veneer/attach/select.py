@@ -1,9 +1,9 @@
-"""Which adapter a call uses: ``with veneer.use(model, "a"): model(x)``, or the model's default,
-which ``veneer.set_default(model, "a")`` sets.
+"""Select the adapter of a call: ``with veneer.use(model, "a"): model(x)``, or the model's default
+adapter, which ``veneer.set_default(model, "a")`` sets.
 
-The selection belongs to the ``with`` block in its thread or asyncio task, and in a generator to the
-steps of that (see ``veneer.context``). Activation checkpointing runs layers again during backward,
-so keep the backward pass inside the block too.
+A selection holds in its ``with`` block in the same thread or asyncio task, and for a block in a
+generator during the generator's steps (see ``veneer.context``). Activation checkpointing runs
+layers again during backward, so the backward pass belongs inside the block too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from veneer import context
-from veneer.attach.blend import blend_adapters, require_finite_weights
-from veneer.attach.lookup import need_adapters, unwrap
-from veneer.attach.select_rows import by_rows
-from veneer.attach.state import BASE, ActiveAdapter, OutsideGenerator, in_turn
+from veneer.attach.layer.lookup import need_adapters, unwrap
+from veneer.attach.layer.state import BASE, ActiveAdapter, OutsideGenerator, one_thread_at_a_time
+from veneer.attach.rows.blend import blend_adapters, require_finite_weights
+from veneer.attach.rows.select_rows import by_rows
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 
-#: what a call or a row uses: an adapter, the base alone, or a blend {name: weight}
+#: the choice for a call or a row: an adapter, None for the base alone, or a blend {name: weight}
 Choice = str | Mapping[str, float] | None
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,29 +34,29 @@ class use:
     """A context manager that selects the adapter ``name`` of ``model``, or the base alone with
     None.
 
-    A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight, and for each
-    parameter that is trained in full, whatever the adapters' layers, variants and ranks are. The
+    A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight and for each
+    parameter that is trained in full. The adapters may differ in layers, variants and ranks. The
     blended weights are formed in every call, and gradients reach each of the adapters. A weight of
     0 leaves an adapter out.
 
     A sequence of such choices selects one for each row of the batch: ``with veneer.use(model, ["a",
     None, {"a": 0.7, "b": 0.3}]):``. Every layer then runs once for each distinct choice.
 
-    A block in a generator holds while the generator runs. Between two steps, a call that selects
-    nothing for itself is an error, as its caller may mean the block or not. As a decorator,
-    ``@veneer.use(model, "a")`` selects in each call of a function, and of a generator, asynchronous
-    or not, in its steps alone: nothing holds between them.
+    A block in a generator holds while the generator runs. Between two of its steps, a call without
+    a selection of its own is an error, as the caller may or may not expect the block to hold. As a
+    decorator, ``@veneer.use(model, "a")`` selects in each call of a function; for a generator,
+    asynchronous or not, it selects during the steps only.
 
     Args:
-        path: "factored" or "materialised" overrides what ``Handle.plan`` says for the layers that
-            have both; None leaves it to the plan.
+        path: "factored" or "materialised" overrides the choice of ``Handle.plan`` for layers that
+            support both; None follows the plan.
 
     Raises:
-        SelectionError: there is no such adapter, or no such path; a blend of nothing, a weight that
-            is no finite number. In a call: a blend in training mode at a module with running
-            statistics, which belong to one adapter; between two steps of a generator with an open
-            block. As the block ends: blocks that were entered by hand are left in another order, or
-            in another thread or task.
+        SelectionError: there is no such adapter or path, a blend is empty, or a weight is not a
+            finite number. In a call: a blend in training mode at a module with running statistics,
+            which belong to one adapter; or a call between two steps of a generator with an open
+            block. At the end of the block: blocks that were entered by hand are left in another
+            order, thread or task.
     """
 
     def __init__(
@@ -70,12 +70,11 @@ class use:
         self._uid = attached.uid
         self._name = name
         if name is None or isinstance(name, str | Mapping):
-            self._selected = selected(model, name)
+            self._selected = active_adapter(model, name)
         elif isinstance(name, Iterable) and not isinstance(name, Set):
-            distinct: dict[
-                str | None, ActiveAdapter
-            ] = {}  # a blend's name says its weights to the last digit
-            rows = [selected(model, choice) for choice in name]
+            # by name: that of a blend contains its exact weights
+            distinct: dict[str | None, ActiveAdapter] = {}
+            rows = [active_adapter(model, choice) for choice in name]
             rows = [distinct.setdefault(active.name, active) for active in rows]
             self._selected = by_rows(unwrap(model), attached, rows)
         else:
@@ -100,15 +99,15 @@ class use:
         return OutsideGenerator(f"veneer.use(…, {self._name!r})")
 
     def __call__(self, function: Function) -> Function:
-        """``function`` with this selection in its calls, or in the steps of the generators that it
-        returns."""
+        """A function that calls ``function`` with this selection; for a generator function, during
+        the generator's steps."""
         self._entered = True
         return stepwise(
             lambda: context.override({self._uid: self._selected}, **self._path), function
         )
 
     def __del__(self) -> None:
-        # A bare call looks like a switch that stays on, and would silently do nothing.
+        # `veneer.use(…)` without `with` looks like a switch that stays on, and would do nothing.
         if not getattr(self, "_entered", True):
             warnings.warn(
                 f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did"
@@ -117,15 +116,15 @@ class use:
             )
 
 
-@in_turn
+@one_thread_at_a_time
 def set_default(model: nn.Module, name: str | None) -> None:
-    """Let calls of ``model`` that select nothing use the adapter ``name``; None: as without a
-    default, the only adapter, or an error if there are several.
+    """Set the adapter that calls of ``model`` without a selection use. None removes the default:
+    such calls then use the only adapter, and are an error if there are several.
 
-    The default is a property of the model: it holds in every thread, in copies and pickles, and
-    until the adapter is detached, which clears it (an adapter that is attached under the same name
-    later is not the default). Functions that take the name of an adapter take the default where
-    none is given. Every ``use`` overrides it, ``veneer.use(model, None)`` with the base alone.
+    The default is a property of the model. It holds in every thread, and in copies and pickles.
+    Detaching the adapter clears it (an adapter that is attached under the same name later is not
+    the default). Functions that take an adapter's name use the default if none is given. Every
+    ``use`` overrides it; ``veneer.use(model, None)`` selects the base alone.
 
     Raises:
         SelectionError: there is no such adapter.
@@ -135,8 +134,8 @@ def set_default(model: nn.Module, name: str | None) -> None:
     attached.set_chain(attached.chain)
 
 
-def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
-    """The ``ActiveAdapter`` of a choice; a SelectionError if the choice is not possible."""
+def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:
+    """The ``ActiveAdapter`` of a choice. Raises a SelectionError if the choice is not possible."""
     if choice is None:
         return BASE
     if not isinstance(choice, Mapping):
@@ -151,14 +150,15 @@ def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
             "names alone: what is missing to 1 is the base's anyway",
         )
         raise SelectionError(problem, expected, "leave it out")
-    uses = [(selected(model, name), weight) for name, weight in choice.items()]
+    uses = [(active_adapter(model, name), weight) for name, weight in choice.items()]
     uses = [(active, weight) for active, weight in uses if weight]
     return blend_adapters(uses) if uses else BASE
 
 
 def stepwise(block: Callable[[], AbstractContextManager[Any]], function: Any) -> Any:
-    """A function whose calls run in a new ``block`` each. Of a generator function, asynchronous or
-    not, these are the steps of the generator: no block is open while it is suspended."""
+    """A function that runs each call of ``function`` in a new ``block``. For a generator function,
+    asynchronous or not, each step of the generator runs in a new block, and none is open while the
+    generator is suspended."""
 
     @functools.wraps(function)
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ def stepwise(block: Callable[[], AbstractContextManager[Any]], function: Any) ->
                 with block():
                     generator.close()
                 raise
-            except BaseException as error:  # for the generator to see
+            except BaseException as error:  # raised in the generator by the next step
                 step, value = generator.throw, error
 
     @functools.wraps(function)
@@ -195,7 +195,7 @@ def stepwise(block: Callable[[], AbstractContextManager[Any]], function: Any) ->
                 with block():
                     await generator.aclose()
                 raise
-            except BaseException as error:  # for the generator to see
+            except BaseException as error:  # raised in the generator by the next step
                 step, value = generator.athrow, error
 
     @functools.wraps(function)

@@ -1,5 +1,5 @@
-"""The cost of an adapter: how many numbers it trains, per kind of layer, in bytes and in percent;
-and what its linear layers add to a call."""
+"""The size of an adapter: its trained parameters per kind of layer, in bytes and in percent of the
+base; and the cost of a call of its linear layers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import adapters, changes, need_adapters, only_name, unwrap
-from veneer.attach.targets import Names, left_out_of_word
+from veneer.attach.layer.adapted_module import weight_of
+from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
+from veneer.attach.layer.names import Names
+from veneer.attach.planning.targets import layers_left_out
 from veneer.bases import storage_of
 from veneer.kernels import cost_model
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of layer: how many of them, their trained numbers and bytes."""
+    """One kind of layer: the number of layers, of trained parameters, and of bytes."""
 
     kind: str
     layers: int
@@ -27,9 +28,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """``trainable`` numbers of an adapter against the ``total`` of the base. ``left_out``: the
-    layers with matrices that targets="all-linear" does not mean, by type, or an empty text.
-    ``is_default``: ``veneer.set_default`` has made it the model's default."""
+    """The size of an adapter.
+
+    Fields:
+        trainable: the number of trained parameters.
+        total: the number of parameters of the base.
+        bytes: the size of the trained parameters.
+        left_out: the layers with matrices that targets="all-linear" leaves out, by type; or "".
+        is_default: whether it is the model's default adapter (``veneer.set_default``).
+    """
 
     adapter: str
     rows: tuple[Row, ...]
@@ -47,11 +54,11 @@ class Summary:
         width = max(len(row.kind) for row in self.rows) if self.rows else 0
         lines = [
             f"  {row.kind:<{width}}  {row.layers:>5} layers  {row.parameters:>13,} numbers "
-            f" {size(row.bytes):>10}"
+            f" {format_bytes(row.bytes):>10}"
             for row in self.rows
         ]
         share = f"{self.percent:.3f} % of the base's {self.total:,}"
-        total = f"  trains {self.trainable:,} numbers ({size(self.bytes)}), {share}"
+        total = f"  trains {self.trainable:,} numbers ({format_bytes(self.bytes)}), {share}"
         default = ", the model's default" if self.is_default else ""
         lines = [f"adapter {self.adapter!r}{default}", *lines, total]
         if self.left_out:
@@ -64,7 +71,7 @@ class Summary:
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
     """The summary of one adapter (None: the default, or the only one). The base's total counts tied
-    weights once, and no adapter."""
+    weights once and leaves adapters out."""
     model = unwrap(model)
     name = only_name(model, name)
     counts: dict[str, list[int]] = {}
@@ -90,10 +97,10 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
         count("trained in full", layer.full.parameters())
     rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())
     total = sum(
-        _numbers(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
+        _element_count(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
     )
     attached = need_adapters(model, name)
-    left_out = left_out_of_word(Names(model), attached.configs[name])
+    left_out = layers_left_out(Names(model), attached.configs[name])
     return Summary(
         name,
         rows,
@@ -105,22 +112,26 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
     )
 
 
-def _numbers(weight: nn.Parameter) -> int:
-    """How many numbers a weight means, of which a packed one keeps several in an element."""
+def _element_count(weight: nn.Parameter) -> int:
+    """The number of elements of a weight; a packed one stores several in one element."""
     storage = storage_of(weight)
     return weight.numel() if storage is None else storage.shape(weight).numel()
 
 
-def size(count: float) -> str:
-    """A number of bytes for people, in powers of 1024."""
+def format_bytes(count: float) -> str:
+    """A number of bytes as text, in powers of 1024."""
     power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
     return f"{count / 1024**power:,.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 @dataclass(frozen=True)
 class CallPlan:
-    """How linear layers compute a call of some tokens: for each (out, in, rank) the layers and both
-    paths' costs."""
+    """How the linear layers compute a call of a number of tokens.
+
+    Fields:
+        rows: ((out, in, rank), the paths of the layers of that size, the costs of both paths).
+        together: groups of layers that read the same input and are computed together.
+    """
 
     tokens: int
     training: bool

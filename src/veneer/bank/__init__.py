@@ -1,8 +1,8 @@
-"""Many adapters on one base: by name, under a budget of bytes, a different one for each row of a
-batch.
+"""Many adapters on one base, by name, within a budget of memory; each row of a batch selects its
+own.
 
     bank = veneer.Bank(model, capacity_bytes=2 << 30)
-    bank.register("french", "adapters/french")      known; loaded when it is used
+    bank.register("french", "adapters/french")      loaded when it is first used
     with bank.rows(["french", None, {"french": 0.7, "german": 0.3}]):
         model(x)                                    row i of every input uses entry i
 

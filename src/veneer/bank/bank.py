@@ -1,9 +1,9 @@
-"""The adapters of one model: named, loaded when they are used, evicted when memory is needed, used
-row by row.
+"""Many adapters of one model, by name: each is loaded when it is first used and evicted when memory
+is needed, and each row of a batch selects its own.
 
-What is in use or pinned stays in memory; of the rest, what was used longest ago makes room. Nothing
-is registered with the model: its ``state_dict`` and its parameters are those of the base. Threads
-may use one bank at once: each call has a batch state to itself.
+Adapters that are in use or pinned stay in memory; of the others, the least recently used one is
+evicted first. Nothing is registered with the model: its ``state_dict`` and parameters remain those
+of the base. Several threads may use a bank at once, because each call has its own batch state.
 """
 
 from __future__ import annotations
@@ -23,15 +23,32 @@ from torch import Tensor, nn
 from veneer import context
 from veneer.adapter_files.folder import folder_problems
 from veneer.adapter_files.match_model import MatchCache
-from veneer.attach.adapted_module import layer_states, walk
-from veneer.attach.blend import require_finite_weights
-from veneer.attach.install import ensure_adapters, release_layers
-from veneer.attach.lookup import adapters_of, foreign_layers_problem, unwrap
-from veneer.attach.select_rows import time_first
-from veneer.attach.state import BASE, CHANGING, ActiveAdapter, OutsideGenerator
-from veneer.attach.targets import Names
+from veneer.attach import (
+    BASE,
+    CHANGING,
+    ActiveAdapter,
+    Names,
+    OutsideGenerator,
+    adapters_of,
+    ensure_adapters,
+    foreign_layers_problem,
+    layer_states,
+    release_layers,
+    require_finite_weights,
+    time_first,
+    unwrap,
+    walk,
+)
 from veneer.bank.batch_state import BatchState, Frame, Uses
-from veneer.bank.lease import Entry, Lease, Status, live_lease, row_weights_of, sequences_per_row
+from veneer.bank.lease import (
+    Entry,
+    Lease,
+    Status,
+    full_error,
+    row_weights_of,
+    sequences_per_row,
+    uses_of_rows,
+)
 from veneer.bank.resident import (
     Recipes,
     ResidentAdapter,
@@ -41,25 +58,24 @@ from veneer.bank.resident import (
 )
 from veneer.config import torch_dtype
 from veneer.distributed import spread_problem
-from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all
+from veneer.errors import AdapterError, SelectionError, nearest, raise_all
 from veneer.fileio import throttle
 
-#: seconds for which a load waits for memory that others use
+#: seconds for which a load waits for memory that leased adapters use
 PATIENCE = 60.0
-#: seconds after a call in which the next one is expected
+#: seconds after a call within which the next call is expected
 QUIET = 0.05
 
 
 class Bank:
-    """The adapters of one model.
+    """Many adapters of one model, by name.
 
     Args:
-        model: the base; it stays as it is, but that the class of its layers becomes an adapted one
-            and its parameters are frozen. ``close`` gives both back.
-        capacity_bytes: of the adapters in memory; None for no limit. What the running calls
-            have laid out comes on top: the factors of the adapters that they use, once more for
-            each of two sets of them.
-        dtype: of the adapters' parameters in memory, as ``LoraConfig`` takes it; None takes that
+        model: the base. Its layers get an adapted class and its parameters are frozen; ``close``
+            undoes both.
+        capacity_bytes: memory for adapters; None for no limit. The batched factors of running
+            calls come on top: copies of the factors in use, for at most two sets of adapters.
+        dtype: dtype of the adapters' parameters in memory, as in ``LoraConfig``; None takes that
             of each base weight.
         verify_base: False accepts other base weights of the same shapes.
 
@@ -95,21 +111,19 @@ class Bank:
         self._changed = threading.Condition(threading.RLock())
         self._loading = threading.Lock()
         self._loader: ThreadPoolExecutor | None = None
-        self._batch_states: list[BatchState] = []  # that no call uses
+        self._batch_states: list[BatchState] = []  # not used by a running call
         self._calls, self._ended = 0, -QUIET
-        self._clock = 0
-        self._bytes = 0
-        self._alive: set[int] = set()  # who takes these bytes, by ``ResidentAdapter.uid``
-        self._crowded = 0
-        self._closed = False
+        self._clock = self._bytes = 0
+        self._alive: set[int] = set()  # ``ResidentAdapter.uid`` of the adapters in memory
+        self._crowded, self._closed = 0, False
 
     def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
-        """Let ``name`` mean the adapter folder ``path``, which is read and verified when it is
-        first used. ``replace`` lets it take the place of what has the name already, at once; calls
-        that run end with that one.
+        """Register the adapter folder ``path`` as ``name``. It is read and verified when it is
+        first used. With ``replace``, it takes the name of another adapter at once; running calls
+        finish with the previous one.
 
         Raises:
-            SelectionError: the name is taken, or no name.
+            SelectionError: the name is taken, or is not a non-empty string.
             AdapterError: there is no adapter at the path.
         """
         path = Path(path)
@@ -117,26 +131,24 @@ class Bank:
             raise SelectionError(f"the name {name!r}", "a text", "choose one")
         raise_all(AdapterError, f"{name!r} cannot be registered", folder_problems(path))
         with self._changed:
-            self._open()
-            old = self._entries.get(name)
-            if old is not None and not replace:
+            self._require_open()
+            previous = self._entries.get(name)
+            if previous is not None and not replace:
                 problem = f"adapter name {name!r}, which is taken"
-                raise SelectionError(
-                    problem, "a new name", "choose another, or remove that one first"
-                )
+                raise SelectionError(problem, "a new name", "choose another, or remove that one")
             self._entries[name] = Entry(name, path)
-            if old is not None and not old.users:
-                self._drop(old)
+            if previous is not None and not previous.users:
+                self._drop(previous)
 
     def add(
         self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False
     ) -> str:
         """Register an adapter (by the name of its folder, unless ``name`` is given) and load it
-        now. ``replace`` lets it take the place of what has the name already, at the moment when it
-        is loaded; both are in memory until then.
+        now. With ``replace``, it takes the name of another adapter as soon as it is loaded; both
+        are in memory until then.
 
         Raises:
-            AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is as it was.
+            AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is unchanged.
         """
         name = Path(path).name if name is None else name
         if replace and name in self:
@@ -150,7 +162,7 @@ class Bank:
             with self._changed:
                 if entry is not None and self._entries.get(name) is entry:
                     del self._entries[name]
-                    if not entry.users:  # a call of another thread may have had more luck with it
+                    if not entry.users:  # another thread may have loaded it successfully
                         self._drop(entry)
             raise
         if pin:
@@ -158,44 +170,41 @@ class Bank:
         return name
 
     def put(self, name: str, path: str | Path, adapter: str) -> None:
-        """Let ``name`` mean the adapter folder ``path`` (in place of what has the name already),
-        whose numbers are now those of the model's own adapter ``adapter``: they are copied from it.
-        The folder is read when they have been evicted, where leases hold the memory now (this waits
-        for nobody), and where the adapter is not low rank everywhere.
+        """Register the adapter folder ``path`` as ``name``, replacing an adapter of that name, and
+        copy its parameters from the attached adapter ``adapter``, whose values equal the folder's.
+        The folder is read later if the copy is evicted, if leases occupy the memory now (this
+        method does not wait), or if the adapter is not low rank everywhere.
 
         Raises:
-            SelectionError, AdapterError: the bank is as it was.
+            SelectionError, AdapterError: the bank is unchanged.
         """
         resident = resident_of(self.model, Path(path), adapter, dtype=self.dtype)
         with self._changed:
             self.register(name, path, replace=True)
             if resident is not None and self._evict(resident.nbytes):
                 entry = self._entries[name]
-                self._clock += 1
-                entry.used = self._clock
+                entry.used = self._clock = self._clock + 1
                 self._keep(entry, resident)
 
     def _replace(self, name: str, path: Path, pin: bool) -> None:
-        """Load an adapter beside the one of its name, and then let the name mean the new one."""
+        """Load an adapter while the previous one of its name stays, then give it the name."""
         raise_all(AdapterError, f"{name!r} cannot be replaced", folder_problems(path))
         with self._loading:
             with self._changed:
-                self._open()
+                self._require_open()
                 new = Entry(name, path, users=1)
-                self._clock += 1
-                new.used = self._clock
+                new.used = self._clock = self._clock + 1
             lease = self._load_entries({name: 1.0}, [new])
             with self._changed:
-                old = self._entries.get(name)
+                previous = self._entries.get(name)
                 self._entries[name] = new
-                new.pinned = pin or (old is not None and old.pinned)
-                if old is not None and not old.users:
-                    self._drop(old)
+                new.pinned = pin or (previous is not None and previous.pinned)
+                if previous is not None and not previous.users:
+                    self._drop(previous)
             lease.release()
 
     def remove(self, name: str) -> None:
-        """Forget a name. Calls that use the adapter end as they began; its memory is free once the
-        last one has."""
+        """Remove a name. Running calls keep the adapter; its memory is freed after the last one."""
         with self._changed:
             entry = self._need(name)
             del self._entries[name]
@@ -204,10 +213,10 @@ class Bank:
         self._notify("remove", name)
 
     def pin(self, name: str) -> None:
-        """Keep an adapter in memory; a cold one is loaded.
+        """Load an adapter if it is not in memory, and never evict it.
 
         Raises:
-            SelectionError, AdapterError, BaseMismatchError, BankFullError: nothing has changed.
+            SelectionError, AdapterError, BaseMismatchError, BankFullError: the bank is unchanged.
         """
         with self._acquire({name: 1.0}), self._changed:
             self._need(name).pinned = True
@@ -228,30 +237,22 @@ class Bank:
 
     @property
     def crowded(self) -> bool:
-        """Whether a load waits for memory that is in use: the longer, the more leases are taken
-        meanwhile."""
+        """Whether a load is waiting for memory that is in use. New leases make it wait longer."""
         return self._crowded > 0
 
     def status(self) -> list[Status]:
         with self._changed:
-            return [
-                Status(
-                    entry.name, entry.path, entry.resident is not None, entry.resident.nbytes if entry.resident else 0,
-                    entry.pinned, entry.users, *(entry.rank_and_variant or (None, None)),
-                )
-                for entry in self._entries.values()
-            ]  # fmt: skip
+            return [entry.status() for entry in self._entries.values()]
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def acquire(self, adapter_weights: Mapping[str, float]) -> Future[Lease]:
-        """A lease on the adapters of a blend ({name: weight}; nothing is the base alone), when they
-        are in memory: at once, or once a thread has loaded those that are not.
+        """A future of a lease on the adapters of a blend ({name: weight}; an empty one is the base
+        alone). It is done at once if all are in memory, else when a thread has loaded the others.
 
         Raises:
-            SelectionError: an unknown name or a weight that is no finite number, at once. What
-                loading raises comes through the future.
+            SelectionError: an unknown name, or a weight that is not finite. The future raises others.
         """
         done: Future[Lease] = Future()
         with self._changed:
@@ -260,13 +261,11 @@ class Bank:
                 done.set_result(lease)
                 return done
             if self._loader is None:
-                self._loader = ThreadPoolExecutor(
-                    1, thread_name_prefix="veneer-bank", initializer=self.throttle_loads
-                )
+                self._loader = ThreadPoolExecutor(1, "veneer-bank", self.throttle_loads)
             return self._loader.submit(self._acquire, dict(adapter_weights))
 
     def prefetch(self, name: str) -> Future[Lease]:
-        """Load an adapter in the background, and keep it no more than any other."""
+        """Load an adapter in the background, without a lease: it may be evicted again."""
         future = self.acquire({name: 1.0})
         future.add_done_callback(lambda done: None if done.exception() else done.result().release())
         return future
@@ -274,8 +273,8 @@ class Bank:
     @contextmanager
     def rows(self, choices: Sequence[Any]) -> Iterator[None]:
         """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a
-        blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. It
-        holds for the calls of this thread or task.
+        blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. The
+        selection applies to calls of this thread or asyncio task.
 
         Raises:
             SelectionError: an unknown name, no rows.
@@ -284,26 +283,18 @@ class Bank:
         row_weights = row_weights_of(choices)
         names = {name: 1.0 for weights in row_weights if weights for name in weights}
         with self._acquire(names) as lease:
-            adapters = (adapter for adapter, _ in lease.uses)
-            resident = dict(zip(lease.adapter_weights, adapters, strict=True))
-            blends = (
-                live_lease(self, choice).uses
-                if weights is None
-                else [(resident[name], w) for name, w in weights.items()]
-                for choice, weights in zip(choices, row_weights, strict=True)
-            )
-            uses = tuple(tuple((adapter, w) for adapter, w in blend if w) for blend in blends)
-            with self._using(uses):
+            uses = uses_of_rows(self, choices, row_weights, lease)
+            with self._use_rows(uses):
                 yield
 
     def generate(
         self, inputs: Tensor | None = None, *, adapters: Sequence[Any], **kwargs: Any
     ) -> Any:
-        """``model.generate(inputs, **kwargs)`` with an adapter for each row of the inputs. Beams
-        and returned sequences of a row use what the row uses.
+        """``model.generate(inputs, **kwargs)`` with an adapter for each row of the inputs. All
+        beams and returned sequences of a row use the row's adapter.
 
         Raises:
-            SelectionError: as ``rows``; also where an encoder runs before the rows are multiplied.
+            SelectionError: as ``rows``; also if an encoder runs before the rows are repeated.
         """
         model: Any = self.model
         times = sequences_per_row(model, kwargs)
@@ -311,15 +302,15 @@ class Bank:
             return model.generate(inputs, **kwargs)
 
     def throttle_loads(self) -> None:
-        """From now on, let this thread's loads, of a second each, pause while calls run or one has
+        """From now on, pause this thread's loads (about a second each) while a call runs or has
         just ended."""
         throttle.throttle_loads(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
 
     def close(self) -> None:
-        """Forget all adapters and give the model its classes and ``requires_grad`` back.
+        """Remove all adapters and restore the model's classes and ``requires_grad``.
 
         Raises:
-            SelectionError: an adapter is in use or being loaded. Nothing has changed.
+            SelectionError: an adapter is in use or being loaded. The bank is unchanged.
         """
         if not self._loading.acquire(blocking=False):
             problem = "a bank that loads an adapter"
@@ -346,22 +337,21 @@ class Bank:
         finally:
             self._loading.release()
 
-    def _open(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise SelectionError("a bank that was closed", "an open one", "make another")
 
     def _need(self, name: str) -> Entry:
-        self._open()
+        self._require_open()
         entry = self._entries.get(name)
         if entry is None:
             problem = f"no adapter named {name!r}{nearest(str(name), self._entries)}"
-            raise SelectionError(
-                problem, "a name that is registered", "register it, or check the spelling"
-            )
+            do = "register it, or check the spelling"
+            raise SelectionError(problem, "a name that is registered", do)
         return entry
 
     def _take_entries(self, adapter_weights: Mapping[str, float]) -> list[Entry]:
-        """The entries of a blend, each with one user more: from now on none of them is evicted."""
+        """The entries of a blend, with one user added to each so that none is evicted."""
         entries = [self._need(name) for name in adapter_weights]
         self._clock += 1
         for entry in entries:
@@ -370,26 +360,24 @@ class Bank:
         return entries
 
     def _warm(self, adapter_weights: Mapping[str, float]) -> Lease | None:
-        """A lease, if all is in memory."""
+        """A lease if all adapters of the blend are in memory, else None."""
         with self._changed:
             if any(self._need(name).resident is None for name in adapter_weights):
                 return None
             return Lease(self, adapter_weights, self._take_entries(adapter_weights))
 
     def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
-        """A lease, now; this thread loads what is cold. It holds nothing while it waits: others may
-        need the room."""
+        """A lease; this thread loads adapters that are not in memory. It holds no adapter while it
+        waits for its turn to load, so that others can use the memory."""
         if (lease := self._warm(adapter_weights)) is not None:
             return lease
-        with self._loading:  # one at a time: it is work for all cores
+        with self._loading:  # one load at a time, because it uses all cores
             with self._changed:
                 entries = self._take_entries(adapter_weights)
             return self._load_entries(adapter_weights, entries)
 
-    def _load_entries(
-        self, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
-    ) -> Lease:
-        """A lease on taken entries; who calls has the turn to load."""
+    def _load_entries(self, weights: Mapping[str, float], entries: Sequence[Entry]) -> Lease:
+        """A lease on entries from ``_take_entries``. The caller holds ``_loading``."""
         try:
             for entry in entries:
                 if entry.resident is None:
@@ -398,16 +386,20 @@ class Bank:
             self._release(entries)
             raise
         with self._changed:
-            return Lease(self, adapter_weights, entries)
+            return Lease(self, weights, entries)
 
     def _load(self, entry: Entry, wanted: Sequence[Entry]) -> None:
         start = time.monotonic()
         try:
             self._room(expected_bytes(entry.path), wanted)
             resident = load_resident(
-                self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base,
-                cache=self._cache, recipes=self._recipes,
-            )  # fmt: skip
+                self.model,
+                entry.path,
+                dtype=self.dtype,
+                verify_base=self.verify_base,
+                cache=self._cache,
+                recipes=self._recipes,
+            )
             with self._changed:
                 self._room(resident.nbytes, wanted)
                 self._keep(entry, resident)
@@ -417,9 +409,8 @@ class Bank:
         self._notify("load", entry.name, time.monotonic() - start)
 
     def _keep(self, entry: Entry, resident: ResidentAdapter) -> None:
-        if any(
-            key not in self._frame.modules for key in resident.parts
-        ):  # modules that no adapter changed before
+        # modules that no adapter changed before
+        if any(key not in self._frame.modules for key in resident.parts):
             self._frame.modules = {
                 layer_state.key: module for _, module, layer_state in layer_states(self.model)
             }
@@ -428,13 +419,10 @@ class Bank:
         self._alive.add(resident.uid)
 
     def _evict(self, count: int) -> bool:
-        """Evict what is not used until ``count`` bytes fit; whether they do."""
+        """Evict unused adapters until ``count`` bytes fit; return whether they do."""
         while self.capacity is not None and self._bytes + count > self.capacity:
-            idle = [
-                e
-                for e in self._entries.values()
-                if e.resident is not None and not e.users and not e.pinned
-            ]
+            entries = self._entries.values()
+            idle = [e for e in entries if e.resident and not e.users and not e.pinned]
             if not idle:
                 return False
             oldest = min(idle, key=lambda entry: entry.used)
@@ -443,17 +431,14 @@ class Bank:
         return True
 
     def _room(self, count: int, wanted: Sequence[Entry]) -> None:
-        """Evict until ``count`` bytes fit, and wait for those that have leases."""
+        """Evict until ``count`` bytes fit; wait for leases to be released if necessary."""
         deadline = time.monotonic() + PATIENCE
         with self._changed:
             while self.capacity is not None and not self._evict(count):
                 wanted_ids = set(map(id, wanted))
                 entries = {id(e): e for e in (*self._entries.values(), *wanted) if e.resident}
-                unevictable = sum(
-                    e.resident.nbytes
-                    for key, e in entries.items()
-                    if e.resident is not None and (e.pinned or key in wanted_ids)
-                )
+                fixed = (e for key, e in entries.items() if e.pinned or key in wanted_ids)
+                unevictable = sum(e.resident.nbytes for e in fixed if e.resident is not None)
                 waits = unevictable + count <= self.capacity
                 if waits:
                     self._crowded += 1
@@ -463,18 +448,14 @@ class Bank:
                         self._crowded -= 1
                     if freed or self._bytes + count <= self.capacity:
                         continue
-                problem = f"{count:,} bytes to load beside {unevictable:,} that are pinned or "
-                problem += "asked for with it"
-                problem += f", and others in use for {PATIENCE:g} s" if waits else ""
-                do = "give the bank more, unpin adapters, or use fewer at once"
-                raise BankFullError(problem, f"at most {self.capacity:,}", do)
+                raise full_error(count, unevictable, self.capacity, PATIENCE if waits else None)
 
     def _drop(self, entry: Entry) -> None:
         resident, entry.resident, entry.pinned = entry.resident, None, False
         if resident is not None:
             self._bytes -= resident.nbytes
             self._alive.discard(resident.uid)
-            for batch_state in self._batch_states:  # those that are in use do so as they come back
+            for batch_state in self._batch_states:  # those in use follow when their call ends
                 batch_state.keep(self._alive)
             self._changed.notify_all()
 
@@ -488,27 +469,26 @@ class Bank:
                 self._changed.notify_all()
 
     @contextmanager
-    def _using(self, uses: tuple[Uses, ...]) -> Iterator[None]:
-        """A block of calls whose rows use these."""
+    def _use_rows(self, uses: tuple[Uses, ...]) -> Iterator[None]:
+        """A block of calls in which row i uses the adapters ``uses[i]``."""
         with self._changed:
-            self._open()
-            batch_state = (
-                self._batch_states.pop() if self._batch_states else BatchState(self._frame)
-            )
+            self._require_open()
+            states = self._batch_states
+            batch_state = states.pop() if states else BatchState(self._frame)
             self._calls += 1
-        selected = None
+        active = None
         try:
             if any(uses):
-                selected = ActiveAdapter("a bank's rows", batch_state.use(uses).table)
-            chosen = BASE if selected is None else selected
+                active = ActiveAdapter("a bank's rows", batch_state.use(uses).table)
             outside = partial(OutsideGenerator, "bank.rows(…)")
-            with context.override({self._attached.uid: chosen}, outside=outside):
+            selection = {self._attached.uid: BASE if active is None else active}
+            with context.override(selection, outside=outside):
                 yield
         finally:
-            if (
-                selected is not None
-            ):  # who took this context along must not meet the next call's rows
-                selected.name, selected.parts = "the rows of a bank's block that has ended", None
+            # code that copied this context must not use the rows of the next call
+            if active is not None:
+                active.name = "the rows of a bank's block that has ended"
+                active.layer_adapters = None
             batch_state.assignment = None
             with self._changed:
                 batch_state.keep(self._alive)

@@ -1,13 +1,14 @@
-"""The adapters of one call, laid out for ``kernels/batched.py``.
+"""Batched factors of the adapters that one call uses, for ``kernels/batched.py``.
 
     BatchState ─ layers         each changed by batched products
-               ─ assignments    what the rows of a call use: runs or lanes; groups of rows, gains and biases
+               ─ assignments    what each row of a call uses; groups of rows, gains and biases
 
-An assignment lays the factors of its adapters out, each in a lane of A [lanes, r, in] and B [lanes,
-r, out], for each layer and size of rank; the next call with the same adapters finds them. A layer
-that an adapter leaves alone, or changes at a smaller rank, has zeros there.
+An assignment stacks the factors of its adapters in A [lanes, r, in] and B [lanes, r, out], one lane
+for each adapter, for each layer and rounded rank. The next call with the same adapters uses the
+same tensors. Lanes of adapters that do not change a layer, or change it at a smaller rank, are
+padded with zeros.
 
-One call at a time has a batch state: nothing moves under it.
+Each running call has a batch state of its own, so none changes during a call.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.attach.blend import blend_adapters
-from veneer.attach.dtypes import at_least_float32
-from veneer.attach.select_rows import Parts
-from veneer.attach.state import BASE, ActiveAdapter
+from veneer.attach import BASE, ActiveAdapter, RowAdapters, blend_adapters
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
+from veneer.precision import at_least_float32
 
-#: ranks are rounded up to powers of two from this on: adapters that come to the same share a bucket
-SMALLEST = 8
-#: how many assignments are kept: a server's, for the rows that decode and those that begin
-KEPT = 2
-#: tokens a row up to which rows are grouped
-FEW = 4
-# : on a device: runs of rows up to which each is a product, and rows an adapter up to which each
-# has factors of its own
-RUNS, ROWS = 2, 4
+#: the smallest rounded rank: ranks are rounded up to powers of two, and adapters of the same
+#: rounded rank share a product
+LEAST_RANK = 8
+#: how many assignments to cache: a server alternates between the rows that decode and those that
+#: prefill
+CACHED = 2
+#: the most tokens per row for which rows are grouped by adapter
+FEW_TOKENS = 4
+#: on a device: the most runs of rows that are multiplied one by one, and the most rows per adapter
+#: that are multiplied with factors stacked for each row
+FEW_RUNS, ROWS_PER_ADAPTER = 2, 4
 
-#: what a row uses: adapters and their weights; nothing is the base alone
+#: the adapters of a row and their weights; empty for the base alone
 Uses = tuple[tuple[ResidentAdapter, float], ...]
 
 
 class Frame:
-    """What a bank knows of its model: the modules by the keys of their layer states, and how calls
-    are selected."""
+    """A bank's facts about its model: the modules by the keys of their layer states, the id under
+    which a selection is stored, and whether the batch is the second axis."""
 
     def __init__(self, uid: str, time_first: bool) -> None:
         self.uid, self.time_first = uid, time_first
@@ -54,34 +55,37 @@ class Frame:
 
 
 class Layer:
-    """One layer as a batch state has it."""
+    """One layer of a batch state, which runs in place of the layer's forward."""
 
     def __init__(self, batch_state: BatchState, key: Any, resolved_low: ResolvedLowRank) -> None:
         self.batch_state, self.key, self.name = batch_state, key, resolved_low.name
         weight: Any = batch_state.frame.modules[key]._parameters[resolved_low.name]
         self.flipped = resolved_low.layer.out_axis == 1
         self.in_, self.out = resolved_low.A.shape[1], resolved_low.B.shape[1]
-        self.away = not weight.is_cpu
-        self.device, self.narrow = weight.device, weight.dtype
-        self.dtype = weight.dtype if self.away else at_least_float32(weight.dtype)
+        self.on_device = not weight.is_cpu
+        self.device, self.weight_dtype = weight.device, weight.dtype
+        self.dtype = weight.dtype if self.on_device else at_least_float32(weight.dtype)
         self.time_first = batch_state.frame.time_first
-        self.factors = resolved_low.A.dtype
-        self.nothing = resolved_low.A.new_empty(0, self.in_), resolved_low.B.new_empty(0, self.out)
+        self.factor_dtype = resolved_low.A.dtype
+        self.no_factors = (
+            resolved_low.A.new_empty(0, self.in_),
+            resolved_low.B.new_empty(0, self.out),
+        )
 
-    def laid_out(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
-        """The factors of these in a lane each: A [lanes, r, in], B [lanes, r, out]."""
+    def stack_factors(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
+        """The factors of these adapters, one lane each: A [lanes, r, in], B [lanes, r, out]."""
         changes = [resident.parts.get(self.key) for resident in members]
-        if self.away:
-            A, B = self.side_by_side(
+        if self.on_device:
+            A, B = self.join_factors(
                 [[change] if type(change) is ResolvedLowRank else [] for change in changes]
             )
             return A, B
         pairs = [
-            (change.A, change.B) if type(change) is ResolvedLowRank else self.nothing
+            (change.A, change.B) if type(change) is ResolvedLowRank else self.no_factors
             for change in changes
         ]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
-        # another call, which may be an ordinary one, reads what is made here
+        # later calls, which may be outside of inference mode, use these tensors
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if len({len(factor) for factor in A}) == 1:
                 return torch.stack(A).to(self.dtype), torch.stack(B).to(self.dtype)
@@ -89,14 +93,14 @@ class Layer:
                 B, batch_first=True
             ).to(self.dtype)
 
-    def side_by_side(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
-        """A [n, r, in] and B [n, r, out] of n rows, those parts of each below each other, with
-        zeros below these: one copy each, in the dtype of the weight, that lives as long as a
-        product."""
+    def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
+        """A [n, r, in] and B [n, r, out] of n rows: the factors of each row's changes, joined along
+        the rank and padded with zeros. They are copied once, in the dtype of the weight, and freed
+        after the product."""
         ranks = [sum(len(change.A) for change in changes) for changes in rows]
         most, factors = max(ranks), []
         for name, width in (("A", self.in_), ("B", self.out)):
-            zeros = self.batch_state.zeros(most * width, self.factors, self.device).view(
+            zeros = self.batch_state.zeros(most * width, self.factor_dtype, self.device).view(
                 most, width
             )
             pieces = [
@@ -106,7 +110,7 @@ class Layer:
                 if len(piece)
             ]
             factors.append(
-                torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.narrow)
+                torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.weight_dtype)
             )
         return factors
 
@@ -126,7 +130,7 @@ class Layer:
         share=True,
         method="forward",
     ) -> Any:
-        # Each Python call here is time in every layer of a decoding step.
+        # every Python call here costs time in each layer of a decoding step
         assignment = self.batch_state.assignment
         if len(args) == 1 and not kwargs and call.path is None:
             x, parameters = args[0], module._parameters
@@ -144,21 +148,21 @@ class Layer:
                 tokens = len(flat) // assignment.count
                 if assignment.multiplies_by_row(self, tokens):
                     delta = batched.by_rows(flat, *assignment.row_factors(self))
-                elif tokens > FEW or (self.away and assignment.run_count <= RUNS):
+                elif tokens > FEW_TOKENS or (self.on_device and assignment.run_count <= FEW_RUNS):
                     delta = batched.by_runs(flat, self.out, assignment.runs(self), tokens)
                 else:
                     delta = self.multiply_groups(flat, tokens, assignment)
-                if self.key in assignment.bent:
-                    y = self.bent(delta, flat, weight, bias, assignment)
+                if self.key in assignment.with_gain_or_bias:
+                    y = self.add_gain_and_bias(delta, flat, weight, bias, assignment)
                 else:
                     y = fused.add_product(delta, flat, weight, bias)
                 return y.view(*x.shape[:-1], self.out)
-        return assignment.apart[self.key].run(
+        return assignment.row_parts[self.key].run(
             module, base, layer_state, args, kwargs, call, method=method
         )
 
     def multiply_groups(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
-        """Δ [N, out]."""
+        """ΔW x of all rows, [N, out]."""
         wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
         delta = None
         for grouping, (A, B) in assignment.groups(self, tokens):
@@ -168,7 +172,7 @@ class Layer:
             return flat.new_zeros(len(flat), self.out)
         return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
 
-    def bent(
+    def add_gain_and_bias(
         self,
         delta: Tensor,
         flat: Tensor,
@@ -176,13 +180,13 @@ class Layer:
         bias: Tensor | None,
         assignment: BatchAssignment,
     ) -> Tensor:
-        """With a gain or a bias of each row: gain ⊙ (x Wᵀ) + Δ + bias."""
+        """gain ⊙ (x Wᵀ) + Δ + bias, with a gain or a bias of each row."""
         gain, row_bias = assignment.extra(self, bias, flat)
         if gain is None:
             y = fused.add_product(delta, flat, weight, None)
         else:
-            plain, by_row = flat @ weight.mT, (assignment.count, -1, self.out)
-            y = delta.view(by_row).addcmul_(plain.view(by_row), gain[:, None])
+            base_output, shape_by_row = flat @ weight.mT, (assignment.count, -1, self.out)
+            y = delta.view(shape_by_row).addcmul_(base_output.view(shape_by_row), gain[:, None])
         if row_bias is not None:
             y = y.view(assignment.count, -1, self.out).add_(row_bias[:, None])
         elif bias is not None:
@@ -191,22 +195,25 @@ class Layer:
 
 
 class BatchAssignment:
-    """What the rows of a call use. ``table`` is what is called in the place of each layer."""
+    """The adapters of each row of a call. ``table`` maps each layer's key to the object that
+    computes the layer in this call."""
 
     def __init__(self, batch_state: BatchState, rows: tuple[Uses, ...]) -> None:
         self.batch_state, self.rows, self.count = batch_state, rows, len(rows)
         self.members = list({resident: None for uses in rows for resident, _ in uses})
-        self.lanes: dict[int, list[ResidentAdapter]] = {}
+        self.members_by_rank: dict[int, list[ResidentAdapter]] = {}
         for resident in sorted(self.members, key=lambda resident: resident.uid):
-            if resident.rank:  # rounded up, so that adapters of about one rank share a product
-                self.lanes.setdefault(
-                    max(SMALLEST, 1 << (resident.rank - 1).bit_length()), []
+            if resident.rank:  # adapters of similar rank share a product
+                self.members_by_rank.setdefault(
+                    max(LEAST_RANK, 1 << (resident.rank - 1).bit_length()), []
                 ).append(resident)
         self.groupings: dict[Any, list[Grouping]] = {}
         siblings = (
-            sibling for sibling in batch_state.assignments.values() if sibling.lanes == self.lanes
+            sibling
+            for sibling in batch_state.assignments.values()
+            if sibling.members_by_rank == self.members_by_rank
         )
-        #: laid out, by layer: for all assignments of the same adapters
+        #: stacked factors by layer, shared by all assignments of the same adapters
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
             (sibling.factors for sibling in siblings), {}
         )
@@ -231,21 +238,25 @@ class BatchAssignment:
         indices = [
             torch.tensor(row_indices, device="cpu") for row_indices in self.distinct.values()
         ]
-        self.apart = Parts(
+        self.row_parts = RowAdapters(
             batch_state.frame.uid, selections, indices, self.count, batch_state.frame.time_first
         )
         general = {key for resident in self.members for key in resident.general}
         keys = dict.fromkeys(key for resident in self.members for key in resident.parts)
         self.table = {
-            key: self.apart[key] if key in general else batch_state.layers[key] for key in keys
+            key: self.row_parts[key] if key in general else batch_state.layers[key] for key in keys
         }
-        self.bent = {
-            key for resident in self.members for key, change in resident.parts.items()
-            if isinstance(change, ResolvedLowRank) and (change.gain is not None or change.bias is not None)
-        }  # fmt: skip
+        self.with_gain_or_bias = {
+            key
+            for resident in self.members
+            for key, change in resident.parts.items()
+            if isinstance(change, ResolvedLowRank)
+            and (change.gain is not None or change.bias is not None)
+        }
 
     def runs(self, layer: Layer) -> list[batched.Run]:
-        """Neighbouring rows that use the same, with their factors of a layer."""
+        """Runs of neighbouring rows with the same adapters, and the factors of a layer for each
+        run."""
         if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
             first = 0
@@ -264,7 +275,10 @@ class BatchAssignment:
                         (
                             first,
                             row,
-                            [(A.to(layer.narrow), B.to(layer.narrow), w) for A, B, w in factors],
+                            [
+                                (A.to(layer.weight_dtype), B.to(layer.weight_dtype), w)
+                                for A, B, w in factors
+                            ],
                         )
                     )
                     first = row
@@ -276,17 +290,17 @@ class BatchAssignment:
         return 1 + sum(uses != next_uses for uses, next_uses in itertools.pairwise(self.rows))
 
     def multiplies_by_row(self, layer: Layer, tokens: int) -> bool:
-        """Whether each row is multiplied with factors of its own, laid out for the call: on a
-        device, and prompts of 16 bits on a processor, whose batched products are then one in place
-        of two an adapter."""
-        if self.run_count <= RUNS:
+        """Whether to multiply each row by factors stacked for that row. True on a device, and for
+        16-bit prompts on a CPU, where it takes one batched product in place of two for each
+        adapter."""
+        if self.run_count <= FEW_RUNS:
             return False
-        if not layer.away:
-            return tokens > FEW and layer.narrow.itemsize == 2
-        return tokens > FEW or self.count <= ROWS * max(len(self.members), 1)
+        if not layer.on_device:
+            return tokens > FEW_TOKENS and layer.weight_dtype.itemsize == 2
+        return tokens > FEW_TOKENS or self.count <= ROWS_PER_ADAPTER * max(len(self.members), 1)
 
     def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A [rows, r, in] and B [rows, r, out] of a layer, laid out for this call, and the weights
+        """A [rows, r, in] and B [rows, r, out] of a layer, stacked for this call, and the weights
         [rows, 1, r]."""
         if layer.key not in self.by_row:
             rows = [
@@ -298,40 +312,41 @@ class BatchAssignment:
                 None,
             )
             if any(weight != 1 for weighted_changes in rows for _, weight in weighted_changes):
-                each = [
+                row_weights = [
                     torch.tensor([weight for change, weight in changes for _ in change.A])
                     for changes in rows
                 ]
-                weights = pad_sequence(each, batch_first=True)[:, None]
+                weights = pad_sequence(row_weights, batch_first=True)[:, None]
                 weights = weights.to(layer.dtype).to(layer.device, non_blocking=True)
             self.by_row[layer.key] = row_changes, weights
         row_changes, weights = self.by_row[layer.key]
-        A, B = layer.side_by_side(row_changes)
+        A, B = layer.join_factors(row_changes)
         return A, B, weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
-        """For each size of rank how rows of so many tokens are grouped, and the factors of a
-        layer."""
-        key, lanes = (tokens, layer.device, layer.dtype), self.lanes
+        """For each rounded rank, the grouping of rows with this number of tokens, and the factors
+        of a layer."""
+        key, members_by_rank = (tokens, layer.device, layer.dtype), self.members_by_rank
         if key not in self.groupings:
             self.groupings[key] = [
-                _grouping(self.rows, members, *key) for members in lanes.values()
+                _grouping(self.rows, members, *key) for members in members_by_rank.values()
             ]
-        if layer.away:
+        if layer.on_device:
             return zip(
                 self.groupings[key],
-                [layer.laid_out(members) for members in lanes.values()],
+                [layer.stack_factors(members) for members in members_by_rank.values()],
                 strict=True,
             )
         if layer.key not in self.factors:
-            self.factors[layer.key] = [layer.laid_out(members) for members in lanes.values()]
+            self.factors[layer.key] = [
+                layer.stack_factors(members) for members in members_by_rank.values()
+            ]
         return zip(self.groupings[key], self.factors[layer.key], strict=True)
 
     def extra(
         self, layer: Layer, bias: Tensor | None, like: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gain and the bias of each row of a layer, [rows, out]; None where no row has its
-        own."""
+        """The gain and the bias of each row for a layer, [rows, out]; None if no row has one."""
         if layer.key not in self.extras:
             changes = {resident: resident.parts.get(layer.key) for resident in self.members}
 
@@ -360,16 +375,16 @@ def _grouping(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Grouping:
-    """The rows that use some of these adapters, by their lanes; made on the processor, as nobody
-    waits for it."""
+    """Group rows by the lanes of the adapters that they use. Computed on the CPU, so that nothing
+    waits for a device."""
     count, lane_of = len(members), {resident: lane for lane, resident in enumerate(members)}
     rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in members]
-    mine: list[list[tuple[int, int]]] = []  # for each row, (lane, number within it)
+    lanes_of_row: list[list[tuple[int, int]]] = []  # for each row, (lane, index within the lane)
     for row, uses in enumerate(rows):
-        mine.append([])
+        lanes_of_row.append([])
         for resident, weight in uses:
             if (lane := lane_of.get(resident)) is not None:
-                mine[row].append((lane, len(rows_of_lane[lane])))
+                lanes_of_row[row].append((lane, len(rows_of_lane[lane])))
                 rows_of_lane[lane].append((row, weight))
     size = max(map(len, rows_of_lane))
     padded = [lane_rows + [(0, 0.0)] * (size - len(lane_rows)) for lane_rows in rows_of_lane]
@@ -377,8 +392,9 @@ def _grouping(
     def move_to_device(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
-    def of_tokens(indices: Sequence[int]) -> Tensor | None:
-        """Indices of rows or lanes as those of their tokens; None where these are 0, 1, 2, …"""
+    def expand_to_tokens(indices: Sequence[int]) -> Tensor | None:
+        """Indices of rows or lanes, expanded to indices of their tokens; None if these are 0, 1, 2,
+        …"""
         wide = torch.tensor(indices, device="cpu")[:, None] * tokens + torch.arange(
             tokens, device="cpu"
         )
@@ -390,52 +406,57 @@ def _grouping(
             else move_to_device(flat)
         )
 
-    order = of_tokens([row for lane_rows in padded for row, _ in lane_rows])
-    strength = torch.tensor(
+    order = expand_to_tokens([row for lane_rows in padded for row, _ in lane_rows])
+    lane_weights = torch.tensor(
         [[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device="cpu"
     )
-    plain = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
-    weights = None if plain else move_to_device(strength.repeat_interleave(tokens, 1)[:, None])
-    back = []
-    for number in range(max(map(len, mine))):
-        has = [len(entries) > number for entries in mine]
-        entries = [entry[number] if some else (0, 0) for entry, some in zip(mine, has, strict=True)]
-        index = of_tokens([lane * size + within for lane, within in entries])
-        lacks = None
-        if not all(has):
-            lacks = move_to_device(
-                ~torch.tensor(has, device="cpu").repeat_interleave(tokens)[:, None]
+    unweighted = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
+    weights = (
+        None if unweighted else move_to_device(lane_weights.repeat_interleave(tokens, 1)[:, None])
+    )
+    gathers = []
+    for number in range(max(map(len, lanes_of_row))):
+        is_present = [len(entries) > number for entries in lanes_of_row]
+        entries = [
+            entry[number] if present else (0, 0)
+            for entry, present in zip(lanes_of_row, is_present, strict=True)
+        ]
+        index = expand_to_tokens([lane * size + within for lane, within in entries])
+        absent = None
+        if not all(is_present):
+            absent = move_to_device(
+                ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens)[:, None]
             )
-        back.append((index, lacks))
-    return Grouping(0, count, order, weights, tuple(back))
+        gathers.append((index, absent))
+    return Grouping(0, count, order, weights, tuple(gathers))
 
 
 class BatchState:
-    """Layers, what the rows of late calls used, and what those of the running call use."""
+    """The layers, cached assignments of recent calls, and the assignment of the running call."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
         self.layers: dict[Any, Layer] = {}
         self.assignments: dict[Any, BatchAssignment] = {}
         self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
-        self.nothing: dict[Any, Tensor] = {}
+        self.zero_buffers: dict[Any, Tensor] = {}
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """So many zeros, which nobody writes to."""
-        buffer = self.nothing.get((dtype, device))
+        """``count`` zeros, shared and never written to."""
+        buffer = self.zero_buffers.get((dtype, device))
         if buffer is None or len(buffer) < count:
             with torch.inference_mode(False):
-                buffer = self.nothing[dtype, device] = torch.zeros(
+                buffer = self.zero_buffers[dtype, device] = torch.zeros(
                     count, dtype=dtype, device=device
                 )
         return buffer[:count]
 
     def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
-        """Make what the rows use what calls of its layers mean."""
+        """Make ``rows`` the assignment of the calls that follow."""
         key = tuple(tuple((resident.uid, weight) for resident, weight in uses) for uses in rows)
         assignment = self.assignments.pop(key, None)
         if assignment is None:
-            while len(self.assignments) >= KEPT:
+            while len(self.assignments) >= CACHED:
                 del self.assignments[next(iter(self.assignments))]
             for resident in {resident for uses in rows for resident, _ in uses}:
                 for layer, part in resident.parts.items():
@@ -443,14 +464,14 @@ class BatchState:
                         self.layers[layer] = Layer(self, layer, part)
             with torch.inference_mode(
                 False
-            ):  # another call, which may be an ordinary one, uses what is made here
+            ):  # later calls, which may be outside of inference mode, use its tensors
                 assignment = BatchAssignment(self, rows)
         self.assignments[key] = self.assignment = assignment
         return assignment
 
     def keep(self, alive: set[int]) -> None:
-        """Hold nothing of adapters that are no longer in memory; ``alive`` are the ``uid`` of those
-        that are."""
+        """Drop assignments with adapters that are no longer in memory. ``alive``: the ``uid`` of
+        those that are."""
         self.assignments = {
             key: assignment
             for key, assignment in self.assignments.items()

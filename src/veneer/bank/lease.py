@@ -1,5 +1,4 @@
-"""The right to use adapters of a bank while they stay in memory, and what is known of each
-registered name."""
+"""Leases on the adapters of a bank, and the bank's entry for each registered name."""
 
 from __future__ import annotations
 
@@ -8,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.attach.blend import require_finite_weights
+from veneer.attach import require_finite_weights
 from veneer.bank.batch_state import Uses
 from veneer.bank.resident import ResidentAdapter
-from veneer.errors import SelectionError
+from veneer.errors import BankFullError, SelectionError
 
 if TYPE_CHECKING:
     from veneer.bank.bank import Bank
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Status:
-    """One name of a bank: whether it is in memory, where it takes ``bytes``, and how many leases
-    are on it (``users``). ``rank`` and ``variant`` are known once it was loaded."""
+    """One name of a bank. ``resident``: it is in memory and takes ``bytes`` there; ``users``: the
+    number of leases on it. ``rank`` and ``variant`` are None until it was loaded once."""
 
     name: str
     path: Path
@@ -34,21 +33,35 @@ class Status:
 
 @dataclass(eq=False)
 class Entry:
-    """One registered adapter. ``rank_and_variant`` is known once it was loaded."""
+    """One registered adapter. ``rank_and_variant`` is None until it was loaded once."""
 
     name: str
     path: Path
     pinned: bool = False
     resident: ResidentAdapter | None = None
     rank_and_variant: tuple[int, str] | None = None
-    #: leases on it, and those that are being made
+    #: leases on it, including those that wait for a load
     users: int = 0
+    #: the bank's clock when it was last used
     used: int = 0
+
+    def status(self) -> Status:
+        rank, variant = self.rank_and_variant or (None, None)
+        return Status(
+            self.name,
+            self.path,
+            resident=self.resident is not None,
+            bytes=0 if self.resident is None else self.resident.nbytes,
+            pinned=self.pinned,
+            users=self.users,
+            rank=rank,
+            variant=variant,
+        )
 
 
 class Lease:
-    """The right to use adapters that stay in memory until it is released: ``adapter_weights`` by
-    name, as asked for, and ``uses`` with the adapters in memory."""
+    """The right to use adapters, which stay in memory until it is released. ``adapter_weights``:
+    the requested weights by name; ``uses``: the same with the resident adapters."""
 
     def __init__(
         self, bank: Bank, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
@@ -59,7 +72,7 @@ class Lease:
         self._bank, self._entries = bank, [*entries]
 
     def release(self) -> None:
-        """Give the right back; again does nothing."""
+        """Release the adapters. Calling it again does nothing."""
         entries, self._entries = self._entries, []
         self._bank._release(entries)
 
@@ -70,8 +83,19 @@ class Lease:
         self.release()
 
 
+def full_error(count: int, unevictable: int, capacity: int, waited: float | None) -> BankFullError:
+    """The error of a load of ``count`` bytes that does not fit. ``waited``: the seconds of waiting
+    for leases to be released, if that could have helped."""
+    problem = f"{count:,} bytes to load beside {unevictable:,} that are pinned or asked for with it"
+    if waited is not None:
+        problem += f", and others in use for {waited:g} s"
+    do = "give the bank more, unpin adapters, or use fewer at once"
+    return BankFullError(problem, f"at most {capacity:,}", do)
+
+
 def live_lease(bank: Bank, lease: Any) -> Lease:
-    """A lease of the bank that was not released. ``SelectionError``: it is none."""
+    """Return ``lease`` if it is a lease of the bank that was not released, else raise
+    ``SelectionError``."""
     if (
         not isinstance(lease, Lease)
         or lease._bank is not bank
@@ -82,8 +106,29 @@ def live_lease(bank: Bank, lease: Any) -> Lease:
     return lease
 
 
+def uses_of_rows(
+    bank: Bank,
+    choices: Sequence[Any],
+    row_weights: Sequence[Mapping[str, float] | None],
+    lease: Lease,
+) -> tuple[Uses, ...]:
+    """The resident adapters and weights of each row, without weights of 0. ``lease`` holds the
+    adapters of all rows whose choice is not itself a lease."""
+    adapters = (adapter for adapter, _ in lease.uses)
+    resident = dict(zip(lease.adapter_weights, adapters, strict=True))
+    blends = (
+        live_lease(bank, choice).uses
+        if weights is None
+        else [(resident[name], weight) for name, weight in weights.items()]
+        for choice, weights in zip(choices, row_weights, strict=True)
+    )
+    return tuple(
+        tuple((adapter, weight) for adapter, weight in blend if weight) for blend in blends
+    )
+
+
 def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
-    """The weights of each row's adapters; None where the choice is a lease."""
+    """The weights of each row's adapters; None if the choice is a lease."""
     if isinstance(choices, str | Mapping) or not len(choices):
         problem = f"{choices!r} for the rows" if len(choices) else "no rows"
         do = "name an adapter or None for each row"
@@ -92,8 +137,8 @@ def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
 
 
 def sequences_per_row(model: Any, options: Mapping[str, Any]) -> int:
-    """How many sequences ``model.generate`` computes for each row of its inputs.
-    ``SelectionError``: its encoder sees each row once."""
+    """The number of sequences that ``model.generate`` computes for each row of its inputs.
+    ``SelectionError``: several for a model with an encoder, which computes each row once."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     beams, sequences = (
         options.get(name) or getattr(config, name, None) or 1
@@ -109,7 +154,7 @@ def sequences_per_row(model: Any, options: Mapping[str, Any]) -> int:
 
 
 def weights_of(choice: Any) -> dict[str, float]:
-    """The weights that a choice for one row gives to adapters, by name; none for the base."""
+    """The adapter weights of a choice for one row, by name; empty for the base."""
     if choice is None:
         return {}
     if isinstance(choice, str):

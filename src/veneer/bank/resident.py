@@ -1,12 +1,12 @@
-"""An adapter in memory: what it does at each layer, without the model's knowing it.
+"""An adapter in memory, in the form that a bank's calls need.
 
-    parts       what runs in the place of a layer's forward: by the key of its ``LayerState``
-        ResolvedLowRank     a linear layer's change, resolved once: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
-        LayerAdapter        everything else there is
+    parts       what runs instead of a layer's forward, by the key of the layer's ``LayerState``
+        ResolvedLowRank     for a linear layer: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
+        LayerAdapter        for any other change
 
-A ``ResolvedLowRank`` is a few views of one block of memory that holds all factors of the adapter in
-the dtype of the base, and gives it back at once. What is resolved here (the gain of DoRA, the
-products of PiSSA) is not resolved again in every call: the base is frozen, and nothing trains here.
+The tensors of all ``ResolvedLowRank`` of an adapter are views of one block of memory in the dtype
+of the base, which is freed at once. DoRA's gain and PiSSA's products are computed once, when the
+adapter is loaded, because neither the base nor the adapter changes afterwards.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.match_model import MatchCache, match
-from veneer.attach.adapted_module import state_of, weight_of
-from veneer.attach.dtypes import at_least_float32
-from veneer.attach.install import (
+from veneer.attach import (
+    CHANGING,
+    LayerAdapter,
+    LowRankPlan,
+    ModulePath,
+    Names,
+    ParamRef,
     adapt_modules,
+    adapters,
+    adapters_of,
     build_layer_adapters,
     ensure_adapters,
+    need_adapters,
+    run_on_view,
+    state_of,
     trained_dtype,
+    weight_of,
 )
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import adapters, adapters_of, need_adapters
-from veneer.attach.plan import LowRankPlan
-from veneer.attach.state import CHANGING, ModulePath
-from veneer.attach.targets import Names, ParamRef
-from veneer.attach.views import viewed
 from veneer.bases import BASES
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError
@@ -42,13 +46,13 @@ from veneer.fileio.throttle import throttle
 from veneer.formats import peft
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
-# : how much larger than the adapter parameters the factors that they resolve to may be: a variant
-# that trains little for
-#: a large rank stays as it is
+#: the largest ratio of the resolved factors' size to the adapter parameters' size: a variant that
+#: trains few values at a large rank stays a ``LayerAdapter``
 SWELL = 2.0
-#: bytes that Python takes for a part besides its tensors, about
+#: approximate bytes of the Python objects of one part
 OVERHEAD = 1 << 10
 
 _COUNT = itertools.count()
@@ -56,12 +60,12 @@ _COUNT = itertools.count()
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ResolvedLowRank:
-    """What an adapter does at a layer that is a matrix product: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias.
+    """The change of a layer that is a matrix product: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias.
 
     Fields:
-        A, B: [r, in] and [r, out]; B holds the scale, and the gain too.
-        gain: [out] of rows of W, None for 1.
-        bias: [out] in place of the layer's own, None for that.
+        A, B: [r, in] and [r, out]; B is multiplied by the scale and the gain.
+        gain: [out], for the rows of W; None for 1.
+        bias: [out], which replaces the layer's bias; None keeps that.
     """
 
     A: Tensor
@@ -75,7 +79,8 @@ class ResolvedLowRank:
     read_below = {}
     entries = {}
     storage = BASES["plain"]
-    run = viewed  # for calls that the batched products are not for (autocast, gradients): on W + ΔW, formed
+    # for calls without batched products (under autocast, with gradients): runs the layer on W + ΔW
+    run = run_on_view
 
     @property
     def changes(self) -> dict[str, ResolvedLowRank]:
@@ -91,7 +96,7 @@ class ResolvedLowRank:
         return {} if self.bias is None else {"bias": self.bias}
 
     def stacks(self, module: nn.Module) -> None:
-        """As ``LayerAdapter.stacks``: this is a layer of one matrix."""
+        """As ``LayerAdapter.stacks``: nothing to do for a layer with one matrix."""
 
     def changed_weights(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """As ``LayerAdapter.changed_weights``."""
@@ -106,9 +111,9 @@ class ResolvedLowRank:
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``ActiveAdapter``
-    has it. ``nbytes`` counts tensors and Python's parts, ``rank`` is the largest, ``general`` are
-    the keys of what is no ``ResolvedLowRank``."""
+    """An adapter in memory. ``uid``: never used again; ``parts``: the table of its
+    ``ActiveAdapter``; ``nbytes``: bytes of tensors and Python objects; ``rank``: the largest one;
+    ``general``: keys of the parts that are not ``ResolvedLowRank``."""
 
     path: Path
     variant: str
@@ -120,13 +125,13 @@ class ResidentAdapter:
 
 
 def expected_bytes(path: Path) -> int:
-    """Bytes that an adapter will take at least about: those of its file, of which a 16-bit base
-    keeps half."""
+    """A lower estimate of the bytes of an adapter in memory: half of its file, since a 16-bit base
+    stores a float32 adapter in half the bytes."""
     file = path / peft.TENSORS
     return file.stat().st_size // 2 if file.is_file() else 0
 
 
-@torch.inference_mode(False)  # calls of any mode use what is made here
+@torch.inference_mode(False)  # these tensors are used by calls in any mode
 def load_resident(
     model: nn.Module,
     path: Path,
@@ -136,17 +141,16 @@ def load_resident(
     cache: MatchCache,
     recipes: Recipes,
 ) -> ResidentAdapter:
-    """Verify an adapter folder against a model and make its parts; the modules that they are for
-    become adapted.
+    """Verify an adapter folder against a model and build its parts. The modules that they change
+    get an adapted class.
 
     Args:
-        dtype: of the factors; None takes that of each weight.
-        cache, recipes: what is known of the model and of such adapters already; what is found out
-            is added.
+        dtype: dtype of the factors; None takes that of each weight.
+        cache, recipes: results for this model and for earlier adapters; new results are added.
 
     Raises:
         AdapterError, BaseMismatchError: as ``veneer.load``.
-        SelectionError: an adapter is merged into the weights, which are not the base's then.
+        SelectionError: an adapter is merged into the weights, so they are not the base's.
     """
     attached = adapters_of(model)
     if attached is not None and attached.merged is not None:
@@ -154,7 +158,7 @@ def load_resident(
         raise SelectionError(problem, "an unmerged model", "call veneer.unmerge(model) first")
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
     config, low = load_plan.saved.config, load_plan.plans.low
-    recipe = recipes.get(id(low))  # that very tuple is kept in ``cache``
+    recipe = recipes.get(id(low))  # ``cache`` holds this very tuple, so its id is unique
     if recipe is not None and not load_plan.full and recipe.config == config:
         tables = recipe.table(load_plan.adapter_parameters, dtype)
         return _resident(path, config.variant, tables, [], len(tables))
@@ -182,9 +186,9 @@ def load_resident(
 def resident_of(
     model: nn.Module, path: Path, name: str, *, dtype: torch.dtype | None
 ) -> ResidentAdapter | None:
-    """What ``load_resident`` makes of an adapter folder whose numbers the model's own adapter
-    ``name`` has: copied from there. None where a part is no ``ResolvedLowRank``, which would go on
-    to follow what trains."""
+    """As ``load_resident`` of a folder whose values equal those of the attached adapter ``name``:
+    the tensors are copied from that adapter. None if a part is no ``ResolvedLowRank``, because such
+    a part would follow further training."""
     attached = need_adapters(model, name)
     layer_adapters = {
         module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)
@@ -199,8 +203,8 @@ def resident_of(
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """An adapter that was all ``ResolvedLowRank``: another of the same plan needs no modules made
-    for training."""
+    """The plan of an adapter whose parts are all ``ResolvedLowRank``. Another adapter with the same
+    plan can be loaded without building modules."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
@@ -220,9 +224,10 @@ class Recipe:
                 for name, value in parameters[entry.ref].items()
             }
             low, gain = variant.resolve(
-                trained_values, variant.scale(entry.alpha, entry.rank),
+                trained_values,
+                variant.scale(entry.alpha, entry.rank),
                 lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
-            )  # fmt: skip
+            )
             wanted = weight.dtype if dtype is None else dtype
             resolved.append((module, entry.dims, [*_flatten_factors(low, gain, wanted), None]))
         resolved_low = _in_one_block(resolved)
@@ -233,13 +238,13 @@ class Recipe:
         }
 
 
-#: by the identity of a plan
+#: by the id of ``LoadPlan.plans.low``
 Recipes = dict[int, Recipe]
 
 
 def _ordinary(entry: LowRankPlan, module: nn.Module) -> bool:
-    """Whether a change is of all outputs and inputs of its weight, which lies as its layer has
-    it."""
+    """Whether a change covers all outputs and inputs of its weight, and the weight has the layout
+    of its layer kind."""
     layer_state = state_of(module)
     lies = layer_state is not None and not layer_state.transposed
     return lies and entry.rows is entry.tokens is None and entry.layer.frozen_input(module) is None
@@ -279,8 +284,8 @@ def _resident(
 def _split_adapters(
     names: Names, layer_adapters: Mapping[str, LayerAdapter], dtype: torch.dtype | None
 ) -> tuple[dict[int, ResolvedLowRank], list[LayerAdapter]]:
-    """The ``ResolvedLowRank`` parts by the identity of what they were made of, and the parts that
-    stay."""
+    """Resolve the layer adapters that can be a ``ResolvedLowRank``. Returns these by the id of the
+    layer adapter, and the other layer adapters."""
     resolved: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
     split, general = [], []
     below = {
@@ -306,7 +311,8 @@ def _split_adapters(
 def _in_one_block(
     resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]],
 ) -> list[ResolvedLowRank]:
-    """The parts of modules with these dims and [A, B, gain, bias], whose tensors lie together."""
+    """A ``ResolvedLowRank`` for each (module, dims, [A, B, gain, bias]), with copies of the tensors
+    in one block of memory."""
     flat = _copy_together(
         [value for *_, tensors in resolved for value in tensors if value is not None]
     )
@@ -324,8 +330,8 @@ def _in_one_block(
 def _resolve_adapter(
     layer_adapter: LayerAdapter, module: nn.Module, dtype: torch.dtype | None
 ) -> list[Tensor | None] | None:
-    """[A, B, gain, bias] of a part that is one product and perhaps a bias, or None for any other
-    part."""
+    """[A, B, gain, bias] of a layer adapter that is one product and perhaps a bias; None for any
+    other."""
     layer_state = state_of(module)
     plain = layer_state is not None and layer_state.product and len(layer_adapter.changes) == 1
     if (
@@ -356,7 +362,7 @@ def _resolve_adapter(
 
 
 def _flatten_factors(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
-    """[A, B, gain] as a ``ResolvedLowRank`` has them."""
+    """[A, B, gain] in the form of a ``ResolvedLowRank``."""
     if gain is not None:
         low = low.scale_rows(gain.view(1, -1))
     B = (low.B[0].to(at_least_float32(low.B.dtype)) * low.scale).mT
@@ -366,8 +372,8 @@ def _flatten_factors(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> l
 
 
 def _copy_together(values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Copies, one after the other in one block of memory a dtype and device, each at a multiple of
-    64 bytes."""
+    """Copies of tensors, consecutive in one block of memory for each dtype and device, each aligned
+    to 64 bytes."""
     starts: dict[Any, int] = {}
     offsets = []
     for value in values:

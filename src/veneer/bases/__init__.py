@@ -1,5 +1,4 @@
-"""How a frozen weight is stored: one file a kind of storage, found through the registry
-``BASES``."""
+"""Storages: how a frozen weight is stored, one file for each kind, registered in ``BASES``."""
 
 from veneer.bases._base import BASES, GridStorage, Storage, register, storage_of
 from veneer.bases.opaque import hidden, is_opaque, unreadable, without_gradient

@@ -1,9 +1,10 @@
-"""The contract of a storage: read a frozen weight as dense numbers, and write a merged one back.
+"""The interface of a storage: read a frozen weight as dense numbers, and write a merged one back.
 
-A weight is what a module keeps under its name: a ``Parameter`` (plain or packed), or the
-``ParametrizationList`` that computes it; or the module itself, if it tells nobody (``opaque.py``).
-``stored_tensors`` gives the tensors that hold it, ``decode`` the dense weight that they represent;
-a merge writes other tensors of the same names, and an unmerge writes the old ones.
+A weight is the object that a module has under the weight's name: a ``Parameter`` (plain or packed),
+the ``ParametrizationList`` that computes it, or the module itself if nothing else can read it
+(``opaque.py``). ``stored_tensors`` returns the tensors that hold the weight, ``decode`` the dense
+weight that they represent; a merge writes other tensors of the same names, and an unmerge writes
+the original ones.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from veneer.registry import Registry
 
 
 class Storage(ABC):
-    """One way to store a weight. Final subclasses only, without state."""
+    """One way to store a weight. Subclasses are final and have no state."""
 
     name: str
-    #: nothing but the module's own forward reads or writes the weight, which is then the module
+    #: only the module's own forward can read the weight, so the weight is represented by the module
     #: itself
     opaque: bool = False
-    #: reading the weight is a computation that may change state, so that the module's own forward
-    #: must not do it
+    #: reading the weight is a computation that may change state, so the module's own forward must
+    #: not run it
     computed: bool = False
-    #: the name under which ``encode`` gives the dense values, rounded to the dtype of the dense
-    #: weight and nothing
-    #: else; None where it makes something else of them
+    #: the name under which ``encode`` returns the dense values if it only rounds them to the dtype
+    #: of the dense weight; None if it changes them further
     dense_name: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -43,7 +43,8 @@ class Storage(ABC):
 
     @abstractmethod
     def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
-        """The tensors that ``write`` replaces, by names of our own without dots; not copied."""
+        """The tensors that ``write`` replaces, by names without dots that are this storage's; not
+        copied."""
 
     @abstractmethod
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -51,7 +52,7 @@ class Storage(ABC):
 
     @abstractmethod
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        """Dense float64 ``values`` as this storage would hold them, rounded once; nothing is
+        """Dense float64 ``values`` in the form of this storage, rounded once; nothing is
         written."""
 
     @abstractmethod
@@ -60,8 +61,8 @@ class Storage(ABC):
         stored this way."""
 
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
-        """Put stored tensors into ``weight`` in place: it keeps its identity, and so its ties.
-        Writing what ``stored_tensors`` gave before restores every bit."""
+        """Write stored tensors into ``weight`` in place, so that it keeps its identity and ties.
+        Writing the earlier result of ``stored_tensors`` restores every bit."""
         tensors = self.stored_tensors(weight)
         with torch.no_grad():
             for name, values in stored.items():
@@ -72,8 +73,8 @@ class Storage(ABC):
         return self.decode(weight, self.stored_tensors(weight))
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
-        """The dense weight in about so many pieces of rows, where it can be read in pieces; else as
-        a whole."""
+        """The dense weight in about ``count`` pieces of rows if it can be read in pieces, else as
+        one."""
         yield self.dense(weight)
 
     def dtype(self, weight: Any) -> torch.dtype:
@@ -89,38 +90,40 @@ class Storage(ABC):
         return self.name
 
     def device(self, weight: Any) -> torch.device:
-        """Where the weight lies."""
+        """The device of the weight."""
         return getattr(weight, "device", None) or self.dense(weight).device
 
     def prepare(self, module: Any) -> None:  # noqa: B027 (most storages have nothing to do)
-        """Bring a module's weight into the form that the other methods read; its meaning stays.
-        Done when it is attached to and after every ``write``; doing it again does nothing."""
+        """Bring a module's weight into the form that the other methods read, without changing its
+        values. Called when an adapter is attached and after every ``write``; calling it again does
+        nothing."""
 
     def after_first_call(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The stored tensors as the library itself may leave them in a call, where it changes them
-        for good: the same before that call and after it. A fingerprint is of these."""
+        """The stored tensors in the state in which the library leaves them after a call, if a call
+        changes them permanently. Fingerprints are computed from this result, which is the same
+        before and after the call."""
         return stored
 
     def release(self, module: Any) -> None:  # noqa: B027
-        """Undo what ``prepare`` set on the module, when it is detached."""
+        """Undo ``prepare``, when the module is detached."""
 
     def misread(self, weight: Any) -> bool:
-        """Whether its library reads other numbers than those that were stored, here and in its own
-        forward."""
+        """Whether the library itself decodes other numbers than those that were stored, in
+        ``decode`` and in its own forward."""
         return False
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        """Module classes whose own forward is their stock layer's on ``dense(weight)``, so that the
-        factored form is right there: y = forward(x) + op(x; ΔW)."""
+        """Module classes whose own forward equals their stock layer's on ``dense(weight)``, so that
+        the factored form is right: y = forward(x) + op(x; ΔW)."""
         return ()
 
 
 class GridStorage(Storage):
-    """A storage of numbers that are levels times a scale: faithful rounding chooses among them."""
+    """A storage whose numbers are levels times a scale; faithful rounding chooses among them."""
 
     @abstractmethod
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
-        """The numbers, in the dense weight's shape, that can be stored under the scales of
+        """The numbers, in the dense weight's shape, that can be stored with the scales of
         ``stored_tensors``."""
 
     @abstractmethod
@@ -132,18 +135,18 @@ BASES: Registry[Storage] = Registry("storage")
 
 
 def storage_named(name: str):
-    """The registered storage of this name; a pickle holds this call, so that a copy is the one
+    """The registered storage of this name. Pickles contain this call, so that a copy is the same
     instance."""
     return BASES[name]
 
 
 def register(storage: type[Storage]) -> type[Storage]:
-    """Class decorator: put one instance into the registry. The storages that are registered last
-    are asked first."""
+    """Class decorator: register one instance. Storages that are registered later take
+    precedence."""
     BASES.add(storage.name, storage())
     return storage
 
 
 def storage_of(weight: object) -> Storage | None:
-    """The storage that holds ``weight``, the one registered last first."""
+    """The storage that holds ``weight``; a storage that was registered later takes precedence."""
     return next((storage for storage in reversed(tuple(BASES)) if storage.holds(weight)), None)

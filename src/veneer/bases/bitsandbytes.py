@@ -1,37 +1,40 @@
-"""Weights that bitsandbytes keeps in 8 or 4 bits: ``Int8Params`` (LLM.int8()) and ``Params4bit``
+"""Weights that bitsandbytes stores in 8 or 4 bits: ``Int8Params`` (LLM.int8()) and ``Params4bit``
 (QLoRA's nf4 and fp4).
 
-**8 bits.** One scale a row, the row's largest magnitude:
+**8 bits.** One scale per row, the row's largest magnitude:
 
     W[o, i] = values[o, i] · scale[o] / 127      values: int8 [out, in]    scale: float32 [out]
 
-The first call of a ``Linear8bitLt`` moves the scale out of the parameter (``weight.SCB``) into the
-module (``module.state.SCB``), where a weight alone cannot find it; ``prepare`` keeps it at both.
+The first call of a ``Linear8bitLt`` moves the scale from the parameter (``weight.SCB``) to the
+module (``module.state.SCB``), where it cannot be found from the weight; ``prepare`` keeps it at
+both.
 
-**4 bits.** The weight, flattened row by row, is cut into blocks (of 64). A block has one scale, its
-largest magnitude, and its elements are numbers of 16 levels; two lie in a byte, the earlier one in
-the upper half:
+**4 bits.** The weight is flattened by rows and divided into blocks (of 64). A block has one scale,
+its
+largest magnitude, and its elements are indices of 16 levels. A byte holds two of them, the earlier
+one in the upper half:
 
     W[64 b + j] = level[number[b, j]] · absmax[b]
     packed: bytes [out · in / 2]    absmax: float32 [blocks]
 
-With ``compress_statistics`` the scales are stored in 8 bits themselves, in blocks of 256, around
+With ``compress_statistics`` the scales are themselves stored in 8 bits, in blocks of 256, around
 their mean:
 
     absmax[256 c + k] = nested_code[byte[c, k]] · nested_absmax[c] + offset
 
-``quant_storage`` only says as which dtype the bytes are labelled; ``stored_tensors`` always gives
-bytes.
+``quant_storage`` is only the dtype with which the bytes are labelled; ``stored_tensors`` always
+returns bytes.
 
-On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place,
-which rounds the scales to bfloat16 for good, drops the nested ones, and passes no gradient to x any
-more (bitsandbytes 0.50). ``prepare`` undoes the layout and keeps the module from it. The
-fingerprint of a weight is that of its rounded scales (``settled``), which a base that ran once and
-a fresh one have in common.
+On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place.
+This permanently rounds the scales to bfloat16, drops the nested ones, and passes no gradient to x
+any more (bitsandbytes 0.50). ``prepare`` undoes the layout and prevents the module from repacking.
+The fingerprint of a weight uses the rounded scales (``after_first_call``), which are the same for a
+new base and for one that has run.
 
 **Merging** gives each row or block its old scale or its new largest magnitude, whichever comes
-closer to W + ΔW: under the old scale those numbers that did not change stay. Under these scales
-each number goes to the nearest, or to one of its two neighbours (``kernels/error_feedback.py``).
+closer
+to W + ΔW: with the old scale, unchanged numbers stay the same. With these scales, each number is
+rounded to nearest, or to one of its two neighbours (``kernels/error_feedback.py``).
 
 Dettmers et al. 2022, "LLM.int8()"; Dettmers et al. 2023, "QLoRA".
 """
@@ -56,8 +59,8 @@ NESTED_BLOCK = 256
 
 
 def _classes(*names: str) -> tuple[type, ...]:
-    """Classes of bitsandbytes that exist where it has been imported already: a model that holds one
-    has done so."""
+    """Classes of bitsandbytes, if it has been imported: a model that holds an instance has imported
+    it."""
     module = sys.modules.get("bitsandbytes.nn.modules")
     return tuple(getattr(module, name) for name in names if hasattr(module, name))
 
@@ -67,8 +70,9 @@ class Bitsandbytes8bit(GridStorage):
     name = "bitsandbytes_8bit"
 
     def holds(self, weight: object) -> bool:
-        # By its attributes, as pickling makes it a plain Parameter that keeps them. Not before it
-        # is quantised, nor with has_fp16_weights=True: there the module caches what it quantises.
+        # Test attributes, because pickling makes it a plain Parameter that keeps them. Not held: a
+        # weight that is not yet quantised, or one with has_fp16_weights=True, whose quantised form
+        # the module caches.
         return (
             isinstance(weight, nn.Parameter)
             and weight.dtype == torch.int8
@@ -76,8 +80,8 @@ class Bitsandbytes8bit(GridStorage):
         )
 
     def prepare(self, module: Any) -> None:
-        """Move the scale as the first call would, and let the weight know it too, until the next
-        ``write``."""
+        """Move the scale to the module as the first call would, and keep it at the weight too,
+        until the next ``write``."""
         weight, state = module.weight, getattr(module, "state", None)
         if state is not None and weight.CB is not None:
             module.init_8bit_state()
@@ -120,7 +124,8 @@ class Bitsandbytes8bit(GridStorage):
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             weight.data.copy_(stored["values"])
-        # As before the first call: the module takes both, in place of any that it holds already.
+        # As before the first call: the module takes both from the weight, replacing any that it
+        # holds.
         weight.CB, weight.SCB = weight.data, stored["scale"].detach().clone()
 
     def examples(self) -> Iterator[nn.Module]:
@@ -150,8 +155,8 @@ class Bitsandbytes4bit(GridStorage):
         return isinstance(weight, nn.Parameter) and getattr(weight, "quant_state", None) is not None
 
     def prepare(self, module: Any) -> None:
-        """Keep the weight in the layout that all devices share, and its module from repacking it
-        (see above)."""
+        """Keep the weight in the layout that all devices share, and prevent its module from
+        repacking it (see above)."""
         weight = module.weight
         if _is_repacked(weight.quant_state):
             self.write(weight, self.stored_tensors(weight))
@@ -181,8 +186,7 @@ class Bitsandbytes4bit(GridStorage):
         return tensors
 
     def after_first_call(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """With the scales that the layout of AVX512-BF16 has, on whatever device the weight
-        lies."""
+        """The stored tensors with the scales of the AVX512-BF16 layout, on any device."""
         return {"packed": stored["packed"], "absmax": _scales(stored).bfloat16().float()}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -206,7 +210,8 @@ class Bitsandbytes4bit(GridStorage):
         state, stored = weight.quant_state, self.stored_tensors(weight)
         rows, columns = state.shape if len(state.shape) == 2 else (1, 0)
         step = -(-rows // count)
-        while step < rows and step * columns % state.blocksize:  # a piece is of whole blocks
+        # a piece must consist of complete blocks
+        while step < rows and step * columns % state.blocksize:
             step += 1
         if not columns or step >= rows:
             yield self.dense(weight)
@@ -260,7 +265,7 @@ class Bitsandbytes4bit(GridStorage):
             _blocks(values, state.blocksize) * _inverse(_scales(stored))[:, None], state.code
         )
         old_numbers = torch.stack([old >> 4, old & 15], 1).view(-1)
-        numbers = numbers.view(-1)[: len(old_numbers)]  # a level that occurs twice keeps its number
+        numbers = numbers.view(-1)[: len(old_numbers)]  # a level that occurs twice keeps its index
         alike = state.code[numbers.int()] == state.code[old_numbers.int()]
         packed = _packed(torch.where(alike, old_numbers, numbers).view(-1, 2)).flatten()
         return {**stored, "packed": packed}

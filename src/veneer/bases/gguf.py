@@ -1,19 +1,20 @@
-"""GGUF blocks kept packed in memory: ``GGUFParameter`` of diffusers, in its ``GGUFLinear``.
+"""GGUF blocks that stay packed in memory: ``GGUFParameter`` of diffusers, in its ``GGUFLinear``.
 
-A row of the weight is cut into blocks of ``block`` elements, and each block into ``size`` bytes:
-its scales, then its numbers. For Q8_0, for example, block = 32 and size = 34:
+A row of the weight is divided into blocks of ``block`` elements, and each block is stored in
+``size`` bytes: its scales, then its numbers. For Q8_0, for example, block = 32 and size = 34:
 
     byte      0  1 | 2 … 33              W[o, 32 b + j] = d[o, b] · q[o, b, j]
     meaning   d    | q₀ … q₃₁            d: float16, q: int8
 
-The parameter is the bytes, [out, in / block · size]; ``quant_type`` says which type of GGUF they
-are. Both directions are left to the two libraries that know the types: ``gguf.quants`` (numpy) and
-the torch port of it in diffusers, which is used where it has the type, as it also runs on a GPU.
-Reading is exact in float32.
+The parameter holds the bytes, [out, in / block · size]; ``quant_type`` is their GGUF type. The two
+libraries that know the types convert in both directions: ``gguf.quants`` (numpy), and diffusers'
+torch port of it, which is preferred if it has the type, because it also runs on a GPU. Reading is
+exact in float32.
 
-**Merging** quantises W + ΔW again as the same type; a block keeps its old bytes where these come
-closer. The k-quants and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``: a merge
-refuses them.
+**Merging** quantises W + ΔW with the same type; a block keeps its old bytes if these come closer.
+The
+k-quants and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``, so a merge refuses
+them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from veneer.errors import MergeError
 
 
 def _diffusers() -> Any:
-    """The module of diffusers that has the classes, if something has imported it already."""
+    """The module of diffusers that has the classes, if it has been imported."""
     return sys.modules.get("diffusers.quantizers.gguf.utils")
 
 
@@ -67,7 +68,7 @@ class Gguf(Storage):
         kind, old = weight.quant_type, self.stored_tensors(weight)
         block, size = gguf.GGML_QUANT_SIZES[kind]
         try:
-            # what does not fit into a float16 scale becomes infinite
+            # values too large for a float16 scale become infinite
             with numpy.errstate(all="ignore"):
                 quantised = gguf.quants.quantize(values.float().cpu().numpy(), kind)
         except NotImplementedError as error:

@@ -1,25 +1,25 @@
-"""Linear layers that other libraries keep quantised, each with a forward of its own: GPTQ and AWQ
-by gptqmodel, HQQ, FP8 and compressed-tensors as transformers loads them. Their bytes are their
-library's affair; Veneer only calls forward:
+"""Linear layers that other libraries store quantised, each with its own forward: GPTQ and AWQ by
+gptqmodel, HQQ, FP8 and compressed-tensors as transformers loads them. Veneer does not read their
+bytes and only calls forward:
 
     y = forward(x) + op(x; ΔW)          forward: the module's own
-    ∂L/∂x = ∂L/∂y W                     where forward has no gradient; W is read in blocks of columns
+    ∂L/∂x = ∂L/∂y W                     if forward has no gradient; W is read in blocks of columns
 
-So the weight is here the module itself, whatever tensors it holds. Where the numbers of W are
-needed (a variant that starts from it, a gain, W + ΔW), forward is run without bias
-on the rows of the identity:
+The weight is therefore represented by the module itself. If the values of W are needed (for a
+variant that starts from it, a gain, or W + ΔW), forward is run without bias on the rows of the
+identity:
 
-    W[:, i] = forward(eᵢ)               in the dtype of the module; exact where W alone is quantised
+    W[:, i] = forward(eᵢ)               in the dtype of the module; exact if only W is quantised
 
-A forward that rounds x too has no gradient of its own: W's is the one of x as it came (a
-straight-through estimator, as FP8 training has it). Nothing can be written: a merge is refused.
-Rejected: a storage for each, as all that they have in common is what is used here, and their
-layouts change with their kernels (gptqmodel alone has 40, some of which pack the weight anew in the
-first call).
+A forward that also rounds x has no gradient; it gets the gradient of W at the unrounded x (a
+straight-through estimator, as in FP8 training). Nothing can be written, so a merge is refused.
+Rejected: a storage for each library, because the parts that they have in common are those used
+here, and their layouts change with their kernels (gptqmodel alone has 40, some of which repack the
+weight in the first call).
 
-compressed-tensors has no class but a wrapper of forward on the instance of an ``nn.Linear``, and
-one call of the model makes the weight dense. Its module is its own weight before and after that
-call: what it means stays the same.
+compressed-tensors has no class of its own: it wraps forward on the instance of an ``nn.Linear``,
+and one call of the model makes the weight dense. The module represents its weight before and after
+that call, with the same values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from veneer.bases._base import BASES, Storage, register
 from veneer.errors import MergeError, TargetError, sentence
 
-#: module and class of each, what it is called, and how to load its base in a floating-point dtype
+#: (module, class) of each: its name, and how to load its base in a floating-point dtype
 LIBRARIES = {
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): ("GPTQ or AWQ", "the checkpoint that was quantised"),
     ("hqq.core.quantize", "HQQLinear"): ("HQQ", "the checkpoint without HqqConfig"),
@@ -47,18 +47,18 @@ LIBRARIES = {
         "FP8 of compressed-tensors", "CompressedTensorsConfig(dequantize=True)",
     ),
 }  # fmt: skip
-#: those of which every forward is a kernel without a derivative
+#: libraries whose forward is always a kernel without a derivative
 WITHOUT_GRADIENT = {
     ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
     ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"),
 }
-#: of a linear layer that compressed-tensors quantised
+#: the same for a linear layer that compressed-tensors quantised
 COMPRESSED = (
     "compressed-tensors",
     "CompressedTensorsConfig(dequantize=True), which takes no more than its first call",
 )
-#: the same of modules whose weights nothing but their own forward could read, and that forward is
-#: no one product
+#: the same for modules whose weights only their own forward can read, and whose forward is more
+#: than one product
 EXPERTS = {
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): ("MXFP4", "Mxfp4Config(dequantize=True)"),
     ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
@@ -66,17 +66,17 @@ EXPERTS = {
         "FP8 of fbgemm", "the checkpoint that was quantised",
     ),
 }  # fmt: skip
-#: those of which the kernels have no derivative
+#: those whose kernels have no derivative
 EXPERTS_WITHOUT_GRADIENT = (
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"),
     ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"),
 )
-#: columns of W that one call gives
+#: how many columns of W to read in one call
 COLUMNS = 1 << 10
 
 
 def _class(path: tuple[str, str]) -> Any:
-    """A class of a module that has been imported already, as whoever holds an instance has done."""
+    """A class of a module that has been imported; without an import, there can be no instance."""
     return getattr(sys.modules.get(path[0]), path[1], None)
 
 
@@ -88,11 +88,12 @@ def _below(cls: Any) -> Iterator[Any]:
 
 
 def _base_class(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "veneer_base", type(module))  # of an adapted one, what it was
+    # the original class of an adapted module
+    return getattr(type(module), "veneer_base", type(module))
 
 
 def _kind(module: nn.Module) -> tuple[str, str] | None:
-    """The name of the format and the way out, if a module is one of ``LIBRARIES`` or of
+    """The name of the format and the advice, if a module is one of ``LIBRARIES`` or of
     compressed-tensors."""
     if is_compressed(module):
         return COMPRESSED
@@ -107,16 +108,15 @@ def _kind(module: nn.Module) -> tuple[str, str] | None:
 
 
 def is_compressed(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight compressed-tensors packed, or made dense
-    again in the first call of the model. One that it quantises anew in each call is not: the
-    gradient of its call is not that of its weight."""
+    """Whether a module is a linear layer whose weight compressed-tensors packed, or made dense in
+    the first call of the model. False for one that it quantises in each call, because the gradient
+    of its call is not that of its weight."""
     attributes = module.__dict__
     if (scheme := attributes.get("quantization_scheme")) is None or not isinstance(
         module, nn.Linear
     ):
         return False
-    # accelerate's hooks take the place of the library's wrapper, unless an adapter has taken it
-    # before
+    # accelerate's hooks replace the library's wrapper, unless an adapter has replaced it before
     hooked = "_hf_hook" in attributes and not hasattr(type(module), "veneer_base")
     stored_by_library = getattr(scheme, "weights", None) is not None and not hooked
     return stored_by_library and attributes.get("quantization_status") in (
@@ -126,8 +126,8 @@ def is_compressed(module: nn.Module) -> bool:
 
 
 def hidden(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is a part of how compressed-tensors stores the weight, and not for a
-    config to name."""
+    """Whether a parameter belongs to the storage of compressed-tensors, so that configs must not
+    name it."""
     return (
         name.startswith("weight")
         and "quantization_scheme" in module.__dict__
@@ -136,7 +136,7 @@ def hidden(module: nn.Module, name: str) -> bool:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of which only the forward is known: it is its own
+    """Whether only the forward of a linear layer is known, so that the module represents its
     weight."""
     if (cls := _class(("transformers.integrations.finegrained_fp8", "FP8Linear"))) and isinstance(
         module, cls
@@ -151,7 +151,7 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def without_gradient(module: nn.Module) -> bool:
-    """Whether forward passes no gradient on to its input, as far as class or scheme tell."""
+    """Whether forward passes no gradient to its input, as far as its class or scheme shows."""
     classes = (*WITHOUT_GRADIENT, *EXPERTS_WITHOUT_GRADIENT)
     if any((cls := _class(path)) and isinstance(module, cls) for path in classes):
         return True
@@ -160,12 +160,12 @@ def without_gradient(module: nn.Module) -> bool:
         return any(
             getattr(scheme, f"{side}_activations", None) is not None for side in ("input", "output")
         )
-    # of gptqmodel's kernels
+    # for gptqmodel's kernels
     return is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False
 
 
 def unreadable(module: nn.Module) -> tuple[str, str] | None:
-    """(what it is, what to do) of a module with quantised weights that cannot carry an adapter."""
+    """(description, advice) for a module with quantised weights that cannot carry an adapter."""
     description = next(
         (
             description
@@ -194,8 +194,8 @@ def unreadable(module: nn.Module) -> tuple[str, str] | None:
 
 
 class _Product(torch.autograd.Function):
-    """y = forward(x) of a module, with the gradient that x Wᵀ has: ∂L/∂x = ∂L/∂y W, some columns at
-    a time."""
+    """y = forward(x) of a module, with the gradient of x Wᵀ: ∂L/∂x = ∂L/∂y W, a few columns at a
+    time."""
 
     @staticmethod
     def forward(
@@ -213,7 +213,7 @@ class _Product(torch.autograd.Function):
 
 
 def _columns(module: Any) -> Iterator[Tensor]:
-    """W, COLUMNS of its columns at a time, [out, ≤ COLUMNS] each."""
+    """W in blocks of at most COLUMNS columns, [out, ≤ COLUMNS] each."""
     if is_compressed(module):
         yield from _decompress(module).split(COLUMNS, 1)
         return
@@ -224,7 +224,7 @@ def _columns(module: Any) -> Iterator[Tensor]:
             rows = torch.zeros(min(COLUMNS, in_ - first) + 1, in_, dtype=dtype, device=device)
             rows[:-1, first:].fill_diagonal_(1)
             y = forward(rows)
-            zero = y[-1]  # not of zeros where a kernel has packed the bias too
+            zero = y[-1]  # not a result of zero inputs: a kernel may have packed the bias too
             yield (y[:-1] - zero).mT
 
 
@@ -292,7 +292,8 @@ class Opaque(Storage):
         )
 
     def device(self, weight: Any) -> torch.device:
-        tensors = (*weight.buffers(False), *weight.parameters(False))  # below are adapters
+        # exclude adapters below the module
+        tensors = (*weight.buffers(False), *weight.parameters(False))
         return next(tensor.device for tensor in tensors)
 
     def shape(self, weight: Any) -> torch.Size:
@@ -304,12 +305,12 @@ class Opaque(Storage):
     def call(
         self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """y = forward(x, …), the module's own, with a gradient for x whatever forward does: one
-        that cuts the graph would leave all that is trained below with a wrong gradient, silently.
+        """y = forward(x, …) of the module, with a gradient for x whatever forward does: a forward
+        that cuts the graph would silently leave all trained layers below with a wrong gradient.
 
         Raises:
-            TargetError: x asks for a gradient, and the module is no linear layer, whose gradient is
-                known.
+            TargetError: x requires a gradient, and the module is no linear layer, so its gradient
+                is not known.
         """
         x = next(iter((*args, *kwargs.values())), None)
         if x is None or not (torch.is_grad_enabled() and x.requires_grad):
@@ -333,8 +334,8 @@ class Opaque(Storage):
 
 
 def _without_bias(module: nn.Module) -> nn.Module:
-    """A second object of a module's own class on the same tensors, but without its bias, wherever
-    that is."""
+    """A second object of a module's class with the same tensors and without its bias, under
+    whatever name it is stored."""
     view = object.__new__(_base_class(module))
     view.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers"):
@@ -344,9 +345,9 @@ def _without_bias(module: nn.Module) -> nn.Module:
         }
     if "bias" in view.__dict__:
         view.__dict__["bias"] = None
-    # below are adapters, whose mode is not to change
+    # adapters below the module must keep their mode
     view.__dict__.update(training=False, _modules={})
-    # accelerate's wrapper calls forward of ``module`` itself, with its adapter
+    # accelerate's wrapper would call the forward of ``module`` itself, with its adapter
     if "_hf_hook" in view.__dict__:
         view.__dict__.pop("forward", None)
     return view

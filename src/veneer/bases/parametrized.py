@@ -4,17 +4,19 @@ norm, orthogonal, …
     module.weight = pₙ(… p₁(p₀(original)))
     the ``ParametrizationList`` is ``module.parametrizations.weight``
 
-**Reading.** Computing the weight may change state: in training mode spectral norm moves its vectors
-u and v. The frozen weight is what the list computes in evaluation mode from its state as it is now,
-on a view of the list (the same parameters, copied buffers), as switching ``training`` in place
-would be seen by other threads.
+**Reading.** Computing the weight may change state: in training mode, spectral norm updates its
+vectors
+u and v. The frozen weight is the value that the list computes in evaluation mode from its current
+state, on a view of the list (the same parameters, copied buffers), because switching ``training``
+in place would affect other threads.
 
-**Merging.** Most parametrizations have no exact inverse. So a merge leaves the originals alone and
-gives the list another class, whose result is the buffer ``merged``, bit for bit, so that u and v
-rest; it is one more key of the state dict. Unmerging gives the class back. Torch itself refuses to
-pickle parametrized modules (it copies them); ``parametrize.remove_parametrizations`` on a merged
-one leaves the merged weight. Rejected: appending a last parametrization that ignores its input, as
-all the others would still run and move their state.
+**Merging.** Most parametrizations have no exact inverse. A merge therefore keeps the originals and
+changes the class of the list to one that returns the buffer ``merged``, bit for bit, so that u and
+v stay constant; the buffer is an additional key of the state dict. Unmerging restores the class.
+Torch itself refuses to pickle parametrized modules (it copies them);
+``parametrize.remove_parametrizations`` on a merged one leaves the merged weight. Rejected:
+appending a last parametrization that ignores its input, because all others would still run and
+change their state.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from veneer.kernels.reference import round_once
 
 
 class Merged(ParametrizationList):
-    """A list whose result is the buffer ``merged``. Never constructed: ``write`` changes a list's
+    """A list that returns the buffer ``merged``. Never constructed: ``write`` changes a list's
     class to this."""
 
     merged: Tensor
@@ -99,7 +101,8 @@ class Parametrized(Storage):
 
 def _view(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """A second object of class ``cls`` with the same parameters, copies of the buffers and views of
-    the children, in evaluation mode. Its assignments and writes do not reach ``module``."""
+    the children, in evaluation mode. Assignments and in-place changes of its buffers do not affect
+    ``module``."""
     view = object.__new__(cls)
     view.__dict__.update(module.__dict__, training=False)
     view.__dict__["_parameters"] = dict(module._parameters)

@@ -21,9 +21,9 @@ class Plain(Storage):
     dense_name = "values"
 
     def holds(self, weight: object) -> bool:
-        # torch's own kinds of tensor (DTensor of FSDP2, fake ones) mean their numbers; those of
-        # another library may be packed although their dtype is a floating-point one: another
-        # storage holds them, or none does.
+        # Tensor subclasses of torch (DTensor of FSDP2, fake tensors) hold their values; those of
+        # other libraries may be packed although their dtype is a floating-point one, so another
+        # storage must hold them.
         if not isinstance(weight, nn.Parameter) or weight.dtype not in DTYPES:
             return False
         ours = type(weight).__module__.partition(".")[0] == "torch"
@@ -33,7 +33,7 @@ class Plain(Storage):
         return {"values": weight}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        # of a DTensor the whole: outside of a forward, where FSDP2 has it gathered
+        # all of a DTensor: outside of a forward, in which FSDP2 has gathered it
         values = stored["values"]
         return values if type(values) is nn.Parameter else full_tensor(values)
 

@@ -1,23 +1,23 @@
-"""Weights that ``torchao.quantization.quantize_`` made tensor subclasses: integers or float8 with a
-scale a block.
+"""Weights that ``torchao.quantization.quantize_`` made tensor subclasses: integers or float8 with
+one scale per block.
 
     W[o, i] = (qdata[o, i] - zero_point[b]) · scale[b]
-    b: the block of [o, i]: a row, a group of a row, or all
+    b: the block of [o, i]: a row, a group of a row, or the whole weight
 
 The module stays an ``nn.Linear``; its ``Parameter`` is a ``torchao`` tensor that holds ``qdata``
-(int8 or float8, of the weight's shape) and ``scale`` (and ``zero_point``), one a block. Every such
-tensor that can be decoded can be adapted. Merging writes ``Int8Tensor``,
-``IntxUnpackedToInt8Tensor`` (1 to 8 bits) and ``Float8Tensor``; the layouts of others belong to the
-kernels of one kind of GPU, and a merge refuses them.
+(int8 or float8, of the weight's shape) and ``scale`` (and ``zero_point``), one per block. Every
+such tensor that can be decoded can be adapted. Merging writes ``Int8Tensor``,
+``IntxUnpackedToInt8Tensor`` (1 to 8 bits) and ``Float8Tensor``; other layouts belong to the kernels
+of one kind of GPU, and a merge refuses them.
 
-Weights that also quantise x as it comes (``act_quant_kwargs``, ``activation_quantization``) are not
-held: torchao's call of them passes no gradient to x, so that whatever is trained below such a layer
-would silently get a wrong one.
+Weights that also quantise x at run time (``act_quant_kwargs``, ``activation_quantization``) are not
+supported: torchao's kernel passes no gradient to x, so layers below would silently get a wrong one.
 
 **Merging** gives each block its old scale or a new one by torchao's own rule, whichever comes
-closer to W + ΔW, and rounds under it: a new scale alone would move all elements of a block, and
-shrink a decoded int4 one by a fifteenth. Faithful rounding then chooses among the numbers that
-these scales allow.
+closer to
+W + ΔW, and rounds with it: new scales everywhere would change all elements of a block, and shrink a
+decoded int4 one by a fifteenth. Faithful rounding then chooses among the numbers that these scales
+allow.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from veneer.errors import MergeError
 from veneer.kernels.grid import Grid
 
 WRITABLE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
-#: replaced by a merge; other tensors (the scales of x) stay
+#: the tensors that a merge replaces; others (the scales of x) stay
 REPLACED = ("qdata", "scale", "zero_point")
 
 
@@ -73,13 +73,13 @@ class Torchao(GridStorage):
         names, attributes = weight.__tensor_flatten__()
         tensors = {name: getattr(weight, name) for name in names} | dict(stored)
         if type(weight).__name__ in WRITABLE:
-            # what dequantize returns, so rounded once
+            # the result of dequantize, which is rounded once
             attributes = {
                 **attributes,
                 "dtype": torch.float32,
             }
         dense = type(weight).__tensor_unflatten__(tensors, attributes, None, None).dequantize()
-        # of x, so of the columns of what x is multiplied with
+        # a scale of x, and so of the columns of W
         scale = getattr(weight, "act_pre_scale", None)
         return dense if scale is None else dense * scale.float()
 
@@ -102,7 +102,7 @@ class Torchao(GridStorage):
             _sums((self.decode(weight, each) - values).square(), old["scale"].shape)
             for each in candidates
         )
-        keep = old_error <= new_error  # one a block
+        keep = old_error <= new_error  # one decision per block
         each = {name: _spread(keep, values.shape) if name == "qdata" else keep for name in old}
         return {
             name: torch.where(each[name], *(candidate[name] for candidate in candidates))
@@ -147,7 +147,7 @@ class Torchao(GridStorage):
 
 
 def _grid(shape: torch.Size, blocks: torch.Size) -> list[int]:
-    """[b₀, n₀/b₀, b₁, n₁/b₁, …]: the shape in which every second axis runs inside a block."""
+    """[b₀, n₀/b₀, b₁, n₁/b₁, …]: the shape in which every second axis is within a block."""
     return [size for n, b in zip(shape, blocks, strict=True) for size in (b, n // b)]
 
 
@@ -156,7 +156,7 @@ def _sums(values: Tensor, blocks: torch.Size) -> Tensor:
 
 
 def _spread(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """One value a block as one an element."""
+    """Expand one value per block to one per element."""
     for axis, (n, b) in enumerate(zip(shape, blocks.shape, strict=True)):
         blocks = blocks.repeat_interleave(n // b, axis)
     return blocks
@@ -170,7 +170,7 @@ def _range(weight: Any) -> tuple[int, int]:
 
 
 def _levels(weight: Any) -> Tensor:
-    """The values that ``qdata`` may hold, ascending: integers or finite float8 numbers."""
+    """The values that ``qdata`` can hold, ascending: integers or finite float8 numbers."""
     dtype = weight.qdata.dtype
     if not dtype.is_floating_point:
         low, high = _range(weight)
@@ -180,16 +180,16 @@ def _levels(weight: Any) -> Tensor:
 
 
 def _divide_by_input_scale(weight: Any, values: Tensor) -> Tensor:
-    """Dense values as ``qdata`` and its scales are to hold them: without the scale of x, if there
-    is one."""
+    """Dense values in the form that ``qdata`` and its scales represent: divided by the scale of x,
+    if there is one."""
     scale = getattr(weight, "act_pre_scale", None)
     return values if scale is None else values / scale.double()
 
 
 def _parameters(weight: Any, values: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A new scale (and zero point) a block. Integers stay symmetric, unless an old zero point says
-    that they are not; in float8 a block's largest magnitude becomes the type's largest finite
-    number."""
+    """New scales (and zero points) for all blocks. Integers stay symmetric unless an old zero point
+    shows that they are not; in float8, a block's largest magnitude becomes the type's largest
+    finite number."""
     blocks, eps = old["scale"].shape, torch.finfo(torch.float32).eps
     if old["qdata"].dtype.is_floating_point:
         inside = list(range(1, 2 * values.dim(), 2))
@@ -219,7 +219,7 @@ def _parameters(weight: Any, values: Tensor, old: Mapping[str, Tensor]) -> dict[
 
 
 def _quantised(weight: Any, values: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values under given scales (and zero points), with these."""
+    """The values quantised with these scales (and zero points), together with them."""
     dtype, zero = weight.qdata.dtype, parameters.get("zero_point")
     numbers = values / _spread(parameters["scale"], values.shape).double()
     if dtype.is_floating_point:

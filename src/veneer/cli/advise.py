@@ -1,5 +1,5 @@
-"""`veneer advise`: rank and rate to start from, with their sources, as a configuration that `veneer
-train` takes."""
+"""`veneer advise`: recommend a rank, a learning rate and other settings to start from, with their
+sources, as a configuration for `veneer train`."""
 
 from __future__ import annotations
 
@@ -67,30 +67,30 @@ def advise_command(
     console.setup_logging()
     advice, prepared = advise(settings)
     if trial is not None:
-        advice = _tried(settings, advice, prepared.steps, trial, try_out)
+        advice = _try_advice(settings, advice, prepared.steps, trial, try_out)
     settings = apply_advice(settings.model_copy(update={"overwrite": False}), advice)
     text = as_yaml(settings, advice)
     if output is not None:
         write_whole(output, text)
     if as_json:
         console.echo_json(
-            {"advice": [one._asdict() for one in advice], "config": settings.content()}
+            {"advice": [entry._asdict() for entry in advice], "config": settings.content()}
         )
     elif output is None:
         say(console.out, text.rstrip())
     else:
-        for one in advice:
-            say(console.err, f"{one.setting:<14} {one.value!s:<11} {one.why}")
-            say(console.err, f"{'':<26} {one.source}")
+        for entry in advice:
+            say(console.err, f"{entry.setting:<14} {entry.value!s:<11} {entry.why}")
+            say(console.err, f"{'':<26} {entry.source}")
         say(console.err, f"\nNext:\n  {shlex.join(['veneer', 'train', str(output)])}")
 
 
-def _tried(settings: Any, advice: Any, steps: int, folder: Path, try_out: Any) -> Any:
+def _try_advice(settings: Any, advice: Any, steps: int, folder: Path, try_out: Any) -> Any:
     from veneer.cli import console
     from veneer.train.sweep.table import Progress
 
     with Progress(console.err) as progress:
-        found = try_out(settings, advice, steps, folder, console=console.err, on_step=progress)
-    if found is None:
+        outcome = try_out(settings, advice, steps, folder, console=console.err, on_step=progress)
+    if outcome is None:
         raise Exit(130)
-    return found
+    return outcome

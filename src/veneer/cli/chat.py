@@ -1,9 +1,9 @@
-"""`veneer chat`: a conversation with a base and its adapters, which are switched, blended and
-compared on the way.
+"""`veneer chat`: a conversation with a base and its adapters, which can be switched, blended and
+compared during the conversation.
 
-Answers go to stdout as they are written, everything else to stderr. Without a terminal (a pipe)
-each line of stdin is said or done as in one, nothing else is printed beside the answers, and a
-command that is wrong ends the program.
+Answers are streamed to stdout; everything else goes to stderr. Without a terminal (a pipe), each
+line of stdin is a text or a command, nothing but the answers is printed, and a wrong command ends
+the program.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ HELP = """\
 /reset               forget what was said
 /save FILE           add the conversation to a file, as a line that `veneer train` reads
 /help                this
-/quit                end, as Ctrl-D does. Ctrl-C stops an answer. //text says a text that begins with a slash"""
+/quit                end, as Ctrl-D does. Ctrl-C stops an answer.
+//TEXT               say a text that begins with a slash"""
 
 
 def chat_command(
@@ -99,14 +100,21 @@ def chat_command(
     from veneer.cli.console import err, open_base_and_adapters, sampling_options
     from veneer.store.catalogue import name_adapters
 
-    places = name_adapters(adapter or [])
+    folders = name_adapters(adapter or [])
     loaded, _ = open_base_and_adapters(
-        base, places, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
-        attention=attention, trusted=trust_remote_code,
-    )  # fmt: skip
+        base,
+        folders,
+        verify,
+        precision=precision,
+        quantize=quantize,
+        device=device,
+        device_map=device_map,
+        attention=attention,
+        trusted=trust_remote_code,
+    )
     sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
     sampling |= sampling_options(loaded.model, temperature, top_p, top_k)
-    talk = Conversation(loaded.model, loaded.tokenizer, tuple(places), sampling)
+    talk = Conversation(loaded.model, loaded.tokenizer, tuple(folders), sampling)
     if system is not None:
         talk.system_command(system)
     terminal = sys.stdin.isatty()
@@ -140,8 +148,9 @@ def _converse(talk: Conversation, terminal: bool) -> None:
 
 
 class Conversation:
-    """What was said, and who answers. ``turns`` are (text, {label of who answered: answer}); who
-    did not answer a text goes on from the last answer to it."""
+    """The state of a conversation. ``turns`` are (text, {label: answer}), with the labels of the
+    models that answered. A model that did not answer a text continues from the last answer to
+    it."""
 
     def __init__(
         self, model: Any, tokenizer: Any, names: Sequence[str], sampling: Mapping[str, Any]
@@ -160,7 +169,7 @@ class Conversation:
 
     @property
     def label(self) -> str:
-        """Of who answers now."""
+        """The label of the current model."""
         return self.label_of(self.choice)
 
     def label_of(self, choice: str | dict[str, float] | None) -> str:
@@ -169,7 +178,7 @@ class Conversation:
         return "base" if choice is None else choice
 
     def take(self, line: str) -> bool:
-        """Do or say a line; whether the conversation goes on."""
+        """Run a command or answer a text; return whether the conversation goes on."""
         if not line.startswith("/") or line.startswith("//"):
             self.answer(line.removeprefix("/") if line.startswith("//") else line)
             return True
@@ -193,7 +202,7 @@ class Conversation:
             return
         if name not in self.names:
             problem = f"no adapter {name!r}{nearest(name, self.names)}"
-            raise SelectionError(problem, self._expected(), "choose one of these")
+            raise SelectionError(problem, self._adapter_names(), "choose one of these")
         self.choice = name
         self.note(f"{self.label} answers.")
 
@@ -209,16 +218,18 @@ class Conversation:
         for word in text.split():
             name, equals, weight = word.partition("=")
             if name not in self.names or name in blend:
-                what = "twice" if name in blend else "which there is not"
+                reason = "twice" if name in blend else "which there is not"
                 raise SelectionError(
-                    f"adapter {name!r} in {word!r}, {what}", self._expected(), "name each once"
+                    f"adapter {name!r} in {word!r}, {reason}",
+                    self._adapter_names(),
+                    "name each once",
                 )
             blend[name] = number_in(weight, word) if equals else 1.0
         if not blend:
             raise SelectionError(
                 "/blend of nothing", "names and weights", "say, for instance, /blend a=0.5 b=0.5"
             )
-        with veneer.use(self.model, blend):  # as a call will
+        with veneer.use(self.model, blend):  # raises the errors that a call would raise
             self.choice = blend
         self.note(f"{self.label} answers.")
 
@@ -247,7 +258,7 @@ class Conversation:
     def save_command(self, text: str) -> None:
         try:
             words = shlex.split(text)
-        except ValueError as error:  # a quote that is not closed
+        except ValueError as error:  # an unclosed quote
             do = "say, for instance, /save 'my chats.jsonl'"
             raise ConfigError(f"/save {text} ({error})", "a file for a conversation", do) from error
         if len(words) != 1 or not self.turns:
@@ -255,12 +266,12 @@ class Conversation:
             raise ConfigError(
                 problem, "a file for a conversation", "say, for instance, /save chats.jsonl"
             )
-        said = self.history(self.label)
-        row = {"messages": said} if self.templated else {"text": said}
+        content = self.history(self.label)
+        row = {"messages": content} if self.templated else {"text": content}
         try:
             with private_file(Path(words[0]).expanduser()).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:  # which must not end what was said
+        except OSError as error:  # must not end the conversation
             raise ConfigError(
                 f"/save {text} ({error})", "a file that can be written", "name another"
             ) from error
@@ -272,21 +283,24 @@ class Conversation:
         err.print(HELP)
 
     def history(self, label: str) -> Any:
-        """What was said, as who has this label sees it: messages, or one text for a base without a
-        template."""
+        """The conversation from the point of view of the model with this label: messages, or one
+        text for a base without a chat template."""
         pairs = [
             (text, answers.get(label, next(reversed(answers.values()), "")))
             for text, answers in self.turns
         ]
         if not self.templated:
             return "\n".join(text + answer for text, answer in pairs)
-        said = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for text, answer in pairs:
-            said += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        return said
+            messages += [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": answer},
+            ]
+        return messages
 
     def answer(self, text: str) -> None:
-        """Say a text and print the answer, or both; what Ctrl-C has left of it is kept."""
+        """Answer a text and print the answer, or both. A partial answer after Ctrl-C is kept."""
         from veneer.cli.console import err, out
 
         choices = [None, self.choice] if self.both else [self.choice]
@@ -312,7 +326,11 @@ class Conversation:
         self.turns.append((text, answers))
 
     def _write(
-        self, choice: Any, text: str, say: Callable[[str], None] | None, until: Callable[[], bool]
+        self,
+        choice: Any,
+        text: str,
+        say: Callable[[str], None] | None,
+        should_stop: Callable[[], bool],
     ) -> str:
         from contextlib import nullcontext
 
@@ -320,11 +338,11 @@ class Conversation:
         from veneer.kernels.draws import sample_seed
         from veneer.train.generate import context_of, encode, generate
 
-        said = self.history(self.label_of(choice))
+        history = self.history(self.label_of(choice))
         if self.templated:
-            prompt: Any = [*said, {"role": "user", "content": text}]
+            prompt: Any = [*history, {"role": "user", "content": text}]
         else:
-            prompt = f"{said}\n{text}" if said else text
+            prompt = f"{history}\n{text}" if history else text
         context, tokens = context_of(self.model), len(encode(prompt, self.tokenizer))
         sampling = dict(self.sampling)
         if context is not None:
@@ -336,18 +354,18 @@ class Conversation:
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - tokens)
         sampling["seed"] = sample_seed(sampling["seed"], len(self.turns))
         with veneer.use(self.model, choice) if self.names else nullcontext():
-            return generate(self.model, self.tokenizer, [prompt], say=say, until=until, **sampling)[
-                0
-            ]
+            return generate(
+                self.model, self.tokenizer, [prompt], say=say, should_stop=should_stop, **sampling
+            )[0]
 
     def note(self, text: str) -> None:
-        """Tell a person something; a pipe has no person."""
+        """Print a note for a person at a terminal; nothing if the input is a pipe."""
         from veneer.cli.console import err
 
         if sys.stdin.isatty():
             err.print(text)
 
-    def _expected(self) -> str:
+    def _adapter_names(self) -> str:
         return f"one of {', '.join(self.names)}" if self.names else "adapters, given with --adapter"
 
 
@@ -358,7 +376,8 @@ def _aloud(text: str) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed meanwhile; the second time it raises, as ever."""
+    """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C raises
+    KeyboardInterrupt."""
     pressed: list[int] = []
 
     def press(number: int, frame: Any) -> None:

@@ -26,7 +26,8 @@ class _Command(TyperCommand):
         single = [
             option.opts[0]
             for option in order
-            if option.param_type_name == "option" and not (option.multiple or option.is_eager)
+            if option.param_type_name == "option"
+            and not (option.multiple or (option.is_eager and getattr(option, "is_flag", False)))
         ]
         if repeated := [flag for flag in dict.fromkeys(single) if single.count(flag) > 1]:
             repetitions = ", ".join(

@@ -38,20 +38,39 @@ out = SafeConsole(markup=False, highlight=False, emoji=False)
 err = SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
 
+class _MessageFormatter(logging.Formatter):
+    """The message alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage()
+
+
 class _StderrHandler(logging.Handler):
-    """Veneer's log records as plain lines on stderr."""
+    """Veneer's log records as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(record.getMessage(), soft_wrap=True)
+        err.print(self.format(record), soft_wrap=True)
 
 
-def setup_logging() -> None:
-    """Print Veneer's log records (level INFO and above) on stderr. Calling it again is harmless."""
+def setup_logging(formatter: logging.Formatter | None = None) -> None:
+    """Print Veneer's log records (level INFO and above) on stderr: their messages, unless another
+    formatter is given. Calling it again is harmless."""
     logger = logging.getLogger("veneer")
-    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
-        logger.addHandler(_StderrHandler())
+    handlers = [handler for handler in logger.handlers if isinstance(handler, _StderrHandler)]
+    if not handlers:
+        handlers = [_StderrHandler()]
+        logger.addHandler(handlers[0])
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    handlers[0].setFormatter(formatter or _MessageFormatter())
+
+
+def share_log_handlers(name: str) -> None:
+    """Print the warnings and errors of another library's logger as Veneer's own records."""
+    logger = logging.getLogger(name)
+    logger.handlers = [*logging.getLogger("veneer").handlers]
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
 
 
 def sampling_options(

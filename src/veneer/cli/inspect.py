@@ -149,7 +149,7 @@ def _summary_table(facts: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.attach.summary import size
+    from veneer.attach import format_bytes
 
     config, architecture = facts["config"], facts["base"].get("architecture")
     metrics, run = facts["provenance"].get("metrics") or {}, facts["provenance"].get("config") or {}
@@ -182,7 +182,7 @@ def _summary_table(facts: dict[str, Any]) -> Any:
             ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items()) or "none"
         ),
         **({"in full": ", ".join(facts["trained_in_full"])} if facts["trained_in_full"] else {}),
-        "size": f"{facts['parameters']:,} numbers, {size(facts['bytes'])}",
+        "size": f"{facts['parameters']:,} numbers, {format_bytes(facts['bytes'])}",
         **({"training": ", ".join(training)} if training else {}),
         "written by": (
             ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

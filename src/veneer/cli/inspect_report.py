@@ -44,7 +44,7 @@ def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
     from veneer.fileio.atomic import write_whole
     from veneer.store.library import resolve
     from veneer.tools.report import examine
-    from veneer.tools.report.page import page
+    from veneer.tools.report.report_page import page
     from veneer.train.data import read as read_rows
 
     measures = {
@@ -114,7 +114,7 @@ def _losses(
     status: Any,
 ) -> dict[str, Any]:
     """Measure the loss of the base, the adapter and the derived adapters on each source of
-    examples. ``rows`` of the result: see `veneer.tools.report.page`."""
+    examples. ``rows`` of the result: see `veneer.tools.report.report_page`."""
     import veneer
     from veneer.cli.console import open_base_and_adapter
     from veneer.train.evaluate import evaluate

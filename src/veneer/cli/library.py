@@ -27,14 +27,20 @@ def list_command(
     """
     from rich.text import Text
 
-    from veneer.attach.summary import size
+    from veneer.attach import format_bytes
     from veneer.cli.console import echo_json, err, open_library, out, table_of
 
     store = open_library(library)
     entries = store.list(tag=tag, base=base)
     table = table_of("name", "base", "variant", ">rank", ">size", "tags", "added")
     for entry in entries:
-        words = entry.name, entry.base or "?", entry.variant, str(entry.rank), size(entry.size)
+        words = (
+            entry.name,
+            entry.base or "?",
+            entry.variant,
+            str(entry.rank),
+            format_bytes(entry.size),
+        )
         table.add_row(*map(Text, (*words, ", ".join(entry.tags), entry.added[:10])))
     if as_json:
         echo_json([dataclasses.asdict(entry) for entry in entries])
@@ -132,7 +138,7 @@ def gc_command(
       veneer gc
       veneer gc --grace 0
     """
-    from veneer.attach.summary import size
+    from veneer.attach import format_bytes
     from veneer.cli.console import open_library, out
     from veneer.errors import listing
 
@@ -146,7 +152,7 @@ def gc_command(
     deleted = store.gc(grace=grace)
     out.print(
         f"deleted: adapters {len(deleted.objects)}, leftovers {deleted.leftovers}, in all"
-        f" {size(deleted.freed)}"
+        f" {format_bytes(deleted.freed)}"
     )
 
 

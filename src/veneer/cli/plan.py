@@ -14,66 +14,81 @@ from veneer.errors import ConfigError
 
 GIB = 2**30
 
+RunConfig = Annotated[Path | None, Argument(help="YAML file of `veneer train`; flags win over it.")]
+Base = Annotated[
+    str | None, Option(help="Folder, hub id, package:NAME or a config.json: no weights are read.")
+]
+Rank = Annotated[int | None, Option(help="Rank r of the adapter (default: 16).")]
+Targets = Annotated[
+    list[str] | None, Option("--targets", "--target", help="Layers to adapt (default: all-linear).")
+]
+Variant = Annotated[str | None, Option(help="Adapter variant (default: lora).")]
+MaxLength = Annotated[
+    int | None,
+    Option("--max-length", "--seq", help="Tokens of a row, padding included (default: 2048)."),
+]
+BatchSize = Annotated[
+    int | None,
+    Option("--batch-size", "--batch", help="Rows in one forward pass, at most (default: 8)."),
+]
+GradAccum = Annotated[
+    int | None, Option("--grad-accum", help="Forward passes in one step (default: 1).")
+]
+PlannedPrecision = Annotated[
+    Literal["auto", "fp32", "bf16"] | None,
+    Option("--precision", "--dtype", help="Base weights (default: bf16)."),
+]
+PlannedQuantize = Annotated[
+    Literal["nf4", "fp4", "int8"] | None,
+    Option(help="Linear layers in 4 or 8 bits (not stacks of experts)."),
+]
+Optimiser = Annotated[
+    str | None, Option("--optimiser", "--optimizer", help="As `veneer train` takes it.")
+]
+Checkpointing = Annotated[
+    bool | None,
+    Option(
+        "--activation-checkpointing/--no-activation-checkpointing", help="Recompute activations."
+    ),
+]
+Devices = Annotated[int, Option(help="Plan for 1, 2, 4, … up to so many devices.", min=1)]
+HardwareName = Annotated[
+    str, Option(help="Device: l4, a10, rtx3090, rtx4090, l40s, a100, h100, h200, b200, mi300x.")
+]
+Strategy = Annotated[
+    Literal["ddp", "fsdp", "tp"] | None,
+    Option(help="How several devices share the work (default: all three)."),
+]
+Serve = Annotated[bool, Option("--serve", help="Plan a service instead of a run.")]
+Adapters = Annotated[int, Option(help="--serve: adapters that are served.", min=1)]
+Requests = Annotated[float, Option(help="--serve: requests a second.")]
+PromptTokens = Annotated[int, Option(help="--serve: tokens of a prompt.", min=1)]
+AnswerTokens = Annotated[int, Option(help="--serve: tokens of an answer.", min=1)]
+Rows = Annotated[int, Option(help="--serve: answers that a replica writes at once.", min=1)]
+
 
 def plan_command(
-    config: Annotated[
-        Path | None, Argument(help="YAML file of `veneer train`; flags win over it.")
-    ] = None,
-    base: Annotated[
-        str | None,
-        Option(help="Folder, hub id, package:NAME or a config.json: no weights are read."),
-    ] = None,
-    rank: Annotated[int | None, Option(help="Rank r of the adapter (default: 16).")] = None,
-    targets: Annotated[
-        list[str] | None,
-        Option("--targets", "--target", help="Layers to adapt (default: all-linear)."),
-    ] = None,
-    variant: Annotated[str | None, Option(help="Adapter variant (default: lora).")] = None,
-    length: Annotated[
-        int | None,
-        Option("--max-length", "--seq", help="Tokens of a row, padding included (default: 2048)."),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        Option("--batch-size", "--batch", help="Rows in one forward pass, at most (default: 8)."),
-    ] = None,
-    accumulate: Annotated[
-        int | None, Option("--grad-accum", help="Forward passes in one step (default: 1).")
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16"] | None,
-        Option("--precision", "--dtype", help="Base weights (default: bf16)."),
-    ] = None,
-    quantize: Annotated[
-        Literal["nf4", "fp4", "int8"] | None,
-        Option(help="Linear layers in 4 or 8 bits (not stacks of experts)."),
-    ] = None,
-    optimiser: Annotated[
-        str | None, Option("--optimiser", "--optimizer", help="As `veneer train` takes it.")
-    ] = None,
-    checkpointing: Annotated[
-        bool | None,
-        Option(
-            "--activation-checkpointing/--no-activation-checkpointing",
-            help="Recompute activations.",
-        ),
-    ] = None,
-    devices: Annotated[int, Option(help="Plan for 1, 2, 4, … up to so many devices.", min=1)] = 1,
-    hardware: Annotated[
-        str, Option(help="Device: l4, a10, rtx3090, rtx4090, l40s, a100, h100, h200, b200, mi300x.")
-    ] = "h100",
-    strategy: Annotated[
-        Literal["ddp", "fsdp", "tp"] | None,
-        Option(help="How several devices share the work (default: all three)."),
-    ] = None,
-    serve: Annotated[bool, Option("--serve", help="Plan a service instead of a run.")] = False,
-    adapters: Annotated[int, Option(help="--serve: adapters that are served.", min=1)] = 1,
-    requests: Annotated[float, Option(help="--serve: requests a second.")] = 1.0,
-    prompt: Annotated[int, Option(help="--serve: tokens of a prompt.", min=1)] = 512,
-    answer: Annotated[int, Option(help="--serve: tokens of an answer.", min=1)] = 256,
-    rows: Annotated[
-        int, Option(help="--serve: answers that a replica writes at once.", min=1)
-    ] = 64,
+    config: RunConfig = None,
+    base: Base = None,
+    rank: Rank = None,
+    targets: Targets = None,
+    variant: Variant = None,
+    length: MaxLength = None,
+    batch: BatchSize = None,
+    accumulate: GradAccum = None,
+    precision: PlannedPrecision = None,
+    quantize: PlannedQuantize = None,
+    optimiser: Optimiser = None,
+    checkpointing: Checkpointing = None,
+    devices: Devices = 1,
+    hardware: HardwareName = "h100",
+    strategy: Strategy = None,
+    serve: Serve = False,
+    adapters: Adapters = 1,
+    requests: Requests = 1.0,
+    prompt: PromptTokens = 512,
+    answer: AnswerTokens = 256,
+    rows: Rows = 64,
     as_json: AsJson = False,
 ) -> None:
     """Predict what a run takes before anything is rented: trained parameters, memory of each
@@ -92,54 +107,65 @@ def plan_command(
     """
     from veneer.train.plan.hardware import find_hardware
 
-    on = find_hardware(hardware)
-    given = {
-        "base": base, "rank": rank, "targets": targets, "variant": variant, "max_length": length, "batch_size": batch,
-        "grad_accum": accumulate, "precision": precision, "quantize": quantize, "optimiser": optimiser,
+    device_type = find_hardware(hardware)
+    flags = {
+        "base": base,
+        "rank": rank,
+        "targets": merge_flag_values(targets),
+        "variant": variant,
+        "max_length": length,
+        "batch_size": batch,
+        "grad_accum": accumulate,
+        "precision": precision,
+        "quantize": quantize,
+        "optimiser": optimiser,
         "activation_checkpointing": checkpointing,
-    }  # fmt: skip
-    settings = _settings(config, given)
+    }
+    settings = _settings(config, flags)
     model = _model(settings)
     if serve:
         from veneer.train.plan.serving import Load, plan_service
 
         load = Load(requests, prompt, answer, adapters, rows, devices, settings.quantize)
-        service = plan_service(model, load, on)
+        service = plan_service(model, load, device_type)
         _print(as_json, asdict(service), _service_lines(service))
         return
-    _plan_run(settings, model, strategy, devices, on, as_json)
+    _plan_run(settings, model, strategy, devices, device_type, as_json)
 
 
 def _plan_run(
-    settings: Any, model: Any, strategy: str | None, devices: int, on: Any, as_json: bool
+    settings: Any, model: Any, strategy: str | None, devices: int, device_type: Any, as_json: bool
 ) -> None:
     """Print what a training run takes, for 1 to `devices` devices."""
-    from veneer.train.plan.training import STRATEGIES, Planner, plan_all, recommend
+    from veneer.train.plan.training_plan import STRATEGIES, Planner, plan_all, recommend
 
     run, planner = _run(settings), Planner(model)
     counts = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
     counts = counts if counts[-1] == devices else [*counts, devices]
     strategies = (strategy,) if strategy else STRATEGIES
-    plans, left_out = plan_all(planner, run, counts, strategies, on)
-    advice = recommend(planner, run, counts, strategies, on)
+    plans, omissions = plan_all(planner, run, counts, strategies, device_type)
+    advice = recommend(planner, run, counts, strategies, device_type)
+    rows = [
+        {**asdict(plan), "total": plan.total, "tokens_per_second_per_device": plan.speed}
+        for plan in plans
+    ]
     facts = {
-        "trainable": planner.trainable, "total": planner.total,
-        "plans": [{**asdict(one), "total": one.total, "tokens_per_second_per_device": one.speed} for one in plans],
-        "left_out": left_out, "recommended": advice,
-    }  # fmt: skip
-    _print(as_json, facts, None if as_json else _tables(settings, planner, plans, left_out, advice))
+        "trainable": planner.trainable,
+        "total": planner.total,
+        "plans": rows,
+        "left_out": omissions,
+        "recommended": advice,
+    }
+    tables = None if as_json else _tables(settings, planner, plans, omissions, advice)
+    _print(as_json, facts, tables)
 
 
-def _settings(config: Path | None, given: dict[str, Any]) -> Any:
-    """The settings of a run; data and output, which a plan has no use for, may be missing."""
+def _settings(config: Path | None, flags: dict[str, Any]) -> Any:
+    """The settings of a run. Data and output may be missing: a plan does not use them."""
     from veneer.train.config import make_config, read_yaml
 
     fields = {} if config is None else read_yaml(config)
-    fields |= {
-        name: value
-        for name, value in {**given, "targets": merge_flag_values(given["targets"])}.items()
-        if value is not None
-    }
+    fields |= {name: value for name, value in flags.items() if value is not None}
     if "base" not in fields:
         raise ConfigError("no base", "a YAML file that names one, or --base", "give one of them")
     settings = make_config(
@@ -169,80 +195,91 @@ def _model(settings: Any) -> Any:
     ]
     with trust_remote_code(settings.base if settings.trust_remote_code else None):
         model = countable_model(settings.base, dtype)
-    # their shapes are the same
+    # a variant that needs data or weights to start has the shapes of lora
     variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"
+    adapter_dtypes = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}
     config = veneer.LoraConfig(
-        rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets,
-        exclude=settings.exclude, layers=settings.layers, train_also=settings.train_also, bias=settings.bias,
-        variant=variant, dtype={"auto": None, "fp32": "float32", "bf16": "bfloat16"}[settings.adapter_dtype],
-    )  # fmt: skip
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        targets=settings.targets,
+        exclude=settings.exclude,
+        layers=settings.layers,
+        train_also=settings.train_also,
+        bias=settings.bias,
+        variant=variant,
+        dtype=adapter_dtypes[settings.adapter_dtype],
+    )
     veneer.attach(model, config)
     return model
 
 
 def _run(settings: Any) -> Any:
-    from veneer.train.plan.training import Run
+    from veneer.train.plan.training_plan import Run
 
     return Run(
-        batch=settings.batch_size, length=settings.max_length or 2048, accumulate=settings.grad_accum,
-        optimiser=settings.optimiser, checkpointing=settings.activation_checkpointing,
-        offload=settings.offload_activations, quantize=settings.quantize,
-    )  # fmt: skip
+        batch=settings.batch_size,
+        length=settings.max_length or 2048,
+        accumulate=settings.grad_accum,
+        optimiser=settings.optimiser,
+        checkpointing=settings.activation_checkpointing,
+        offload=settings.offload_activations,
+        quantize=settings.quantize,
+    )
 
 
-def _print(as_json: bool, facts: dict[str, Any], shown: Any) -> None:
+def _print(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
+    """Print ``facts`` as JSON, or ``renderables``: texts and tables of rich."""
     from veneer.cli.console import echo_json, out
 
     if as_json:
-        echo_json(_finite(facts))
+        echo_json(_replace_non_finite(facts))
         return
-    for one in shown:
-        out.print(one, soft_wrap=isinstance(one, str))
+    for renderable in renderables:
+        out.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null."""
+def _replace_non_finite(value: Any) -> Any:
+    """Replace infinity and NaN, which JSON does not have, by None."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _replace_non_finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_replace_non_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _tables(settings: Any, planner: Any, plans: Any, left_out: list[str], advice: str) -> list[Any]:
+def _tables(
+    settings: Any, planner: Any, plans: Any, omissions: list[str], advice: str
+) -> list[Any]:
     from veneer.cli.console import table_of
 
-    rows, how = (
-        settings.batch_size * settings.grad_accum,
-        f", {settings.quantize}" if settings.quantize else "",
-    )
+    rows = settings.batch_size * settings.grad_accum
+    storage = f", {settings.quantize}" if settings.quantize else ""
     lines: list[Any] = [
-        f"Base     {settings.base} ({planner.total:,} numbers{how})",
+        f"Base     {settings.base} ({planner.total:,} numbers{storage})",
         f"Adapter  {settings.variant}, rank {settings.rank}: {planner.trainable:,} numbers train",
         f"Step     {rows} rows of {plans[0].run.length} tokens, on all devices together\n",
     ]
     heads = (">rows × passes", ">GiB", "", ">TFLOP", ">GB sent", ">s a step", ">tokens/s each")
-    table = table_of("devices", "by", *heads)
-    for one in plans:
-        cells = [f"{one.run.batch} × {one.run.accumulate}", f"{one.total / GIB:.1f}"]
-        cells += ["fits" if one.fits else "does not", f"{one.operations / 1e12:,.1f}"]
-        cells += [f"{one.sent / 1e9:,.2f}", f"{one.seconds:.3g}", f"{one.speed:,.0f}"]
-        table.add_row(
-            f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "", *cells
-        )
-    names = dict.fromkeys(name for one in plans for name in one.memory)
-    parts = table_of("GiB", "", *(f">{name}" for name in names))
-    for one in plans:
-        by = one.strategy if one.devices > 1 else ""
-        parts.add_row(
-            str(one.devices), by, *(f"{one.memory.get(name, 0) / GIB:.2f}" for name in names)
-        )
-    return [*lines, table, "", parts, "", *left_out, f"Take     {advice}"]
+    plan_table = table_of("devices", "by", *heads)
+    for plan in plans:
+        cells = [f"{plan.run.batch} × {plan.run.accumulate}", f"{plan.total / GIB:.1f}"]
+        cells += ["fits" if plan.fits else "does not", f"{plan.operations / 1e12:,.1f}"]
+        cells += [f"{plan.sent / 1e9:,.2f}", f"{plan.seconds:.3g}", f"{plan.speed:,.0f}"]
+        strategy = plan.strategy if plan.devices > 1 else ""
+        plan_table.add_row(f"{plan.devices} × {plan.hardware}", strategy, *cells)
+    names = dict.fromkeys(name for plan in plans for name in plan.memory)
+    memory_table = table_of("GiB", "", *(f">{name}" for name in names))
+    for plan in plans:
+        strategy = plan.strategy if plan.devices > 1 else ""
+        gibibytes = (f"{plan.memory.get(name, 0) / GIB:.2f}" for name in names)
+        memory_table.add_row(str(plan.devices), strategy, *gibibytes)
+    return [*lines, plan_table, "", memory_table, "", *omissions, f"Take     {advice}"]
 
 
 def _service_lines(service: Any) -> list[str]:
     load = service.load
-    where = (
+    devices = (
         f"{load.devices} × {service.hardware}" if load.devices > 1 else f"one {service.hardware}"
     )
     head = [
@@ -250,11 +287,14 @@ def _service_lines(service: Any) -> list[str]:
         f" and values of {load.prompt + load.answer} tokens {service.row / 2**20:.1f} MiB"
     ]
     if service.rows == 0:
-        return [*head, f"Take     more than {where} for a replica: the base and one row do not fit"]
+        return [
+            *head,
+            f"Take     more than {devices} for a replica: the base and one row do not fit",
+        ]
     return [
         *head,
         (
-            f"Replica  {where}: {service.rows} rows at once, {service.in_memory:,} of"
+            f"Replica  {devices}: {service.rows} rows at once, {service.in_memory:,} of"
             f" {load.adapters:,} adapters in memory"
         ),
         (

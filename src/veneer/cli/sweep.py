@@ -61,7 +61,7 @@ def sweep_command(
           seed: [0, 1]
         candidates: 16
     """
-    from veneer.train.sweep.settings import load_sweep
+    from veneer.train.sweep.sweep_settings import load_sweep
 
     changes = {"output": output, "resume": resume, "overwrite": overwrite or None}
     train, settings = load_sweep(config, **changes)
@@ -69,24 +69,26 @@ def sweep_command(
     from veneer.cli import console
     from veneer.train.callbacks import say
     from veneer.train.processes import join
-    from veneer.train.sweep.run import sweep
+    from veneer.train.sweep.sweep_run import sweep
     from veneer.train.sweep.table import Progress
 
     if join().count > 1:
         raise ConfigError("a sweep in several processes", "one process", "run it without torchrun")
     console.setup_logging()
     with Progress(console.err) as progress:
-        found = sweep(train, settings, keep_going=keep_going, console=console.err, on_step=progress)
-    if found.interrupted:
-        say(console.err, f"Stopped, with a checkpoint in {found.output}")
+        outcome = sweep(
+            train, settings, keep_going=keep_going, console=console.err, on_step=progress
+        )
+    if outcome.interrupted:
+        say(console.err, f"Stopped, with a checkpoint in {outcome.output}")
         say(console.err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
         raise Exit(130)
     if as_json:
-        console.echo_json(found.facts)
+        console.echo_json(outcome.facts)
         return
     say(console.err, "\nNext:")
-    say(console.err, f"  {shlex.join(found.facts['command'])}")
+    say(console.err, f"  {shlex.join(outcome.facts['command'])}")
     say(
         console.err,
-        f"  {shlex.join(['veneer', 'inspect', str(found.output / 'best' / 'adapter')])}",
+        f"  {shlex.join(['veneer', 'inspect', str(outcome.output / 'best' / 'adapter')])}",
     )

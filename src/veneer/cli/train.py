@@ -24,11 +24,11 @@ from veneer.train.processes import finished_before, join, leave
 if TYPE_CHECKING:
     from veneer.train.run import Result
 
-#: other spellings of a flag
+#: alternative spellings of a flag
 ALSO = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
 
 
-#: what is done instead of a run
+#: actions that replace the run
 INSTEAD = {
     "dry_run": (
         "Do everything up to the first step (data, targets, memory, an example) and write nothing."
@@ -37,9 +37,9 @@ INSTEAD = {
 }
 
 
-#: how often workers that died are started again, unless it is said
+#: default number of restarts after a worker has died
 RESTARTS = 3
-#: what starts the processes of a run, where that is not torchrun: the flag's type, help and limits
+#: options of launchers other than torchrun: type, help and limits of each flag
 LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "launcher": (
         Literal["ray"],
@@ -60,9 +60,15 @@ LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 def train_command(
-    config: Path | None, *, dry_run: bool = False, find_rate: bool = False, launcher: str | None = None,
-    workers: int | None = None, max_restarts: int | None = None, **flags: Any,
-) -> None:  # fmt: skip
+    config: Path | None,
+    *,
+    dry_run: bool = False,
+    find_rate: bool = False,
+    launcher: str | None = None,
+    workers: int | None = None,
+    max_restarts: int | None = None,
+    **flags: Any,
+) -> None:
     """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a
     flag; the flag wins.
 
@@ -129,18 +135,18 @@ def _agree(
     workers: int | None,
     max_restarts: int | None,
 ) -> None:
-    """Raise where what stands on the command line beside the settings does not go together."""
+    """Raise ``ConfigError`` for command-line options that contradict each other."""
     if dry_run and find_rate:
         raise ConfigError(
             "--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out"
         )
     if (dry_run or find_rate) and (processes > 1 or launcher):
-        found = f"--{'dry-run' if dry_run else 'find-rate'} "
-        found += f"with --launcher {launcher}" if launcher else f"in {processes} processes"
-        raise ConfigError(found, "one process", "run it without a launcher")
+        problem = f"--{'dry-run' if dry_run else 'find-rate'} "
+        problem += f"with --launcher {launcher}" if launcher else f"in {processes} processes"
+        raise ConfigError(problem, "one process", "run it without a launcher")
     if launcher and processes > 1:
-        found = f"--launcher {launcher} in {processes} processes that another launcher started"
-        raise ConfigError(found, "one launcher", "run it without torchrun")
+        problem = f"--launcher {launcher} in {processes} processes that another launcher started"
+        raise ConfigError(problem, "one launcher", "run it without torchrun")
     if launcher and workers is None:
         raise ConfigError(
             f"--launcher {launcher} without --workers", "how many to start", "add --workers N"
@@ -153,7 +159,7 @@ def _agree(
 
 
 def _ray() -> Any:
-    """The bridge to Ray, which is loaded only for it."""
+    """Import the module for Ray only if it is used."""
     try:
         from veneer.train import ray
     except ImportError as error:
@@ -163,25 +169,25 @@ def _ray() -> Any:
     return ray
 
 
-def _run(settings: TrainConfig, asked: Callable[[], bool] | None = None) -> str | None:
-    """The run, in each of its processes; where it stopped, if it was told to."""
+def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) -> str | None:
+    """Run the training in each of its processes; return a message if it was stopped."""
     from rich.console import Console
 
     from veneer.cli import console
     from veneer.train.callbacks import say
     from veneer.train.run import fit
 
-    console.setup_logging()  # a worker of Ray's begins here
+    console.setup_logging()  # a Ray worker starts here
     processes = join()
     err = console.err if processes.first else Console(quiet=True)
-    if not processes.first:  # what all would say alike, the first one says
+    if not processes.first:  # messages that all processes would print come from the first one only
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     if processes.run_on_first(lambda: finished_before(str(settings.output))):
         say(err, f"The run in {settings.output} is finished.")
         leave(str(settings.output))
         return None
-    result = fit(settings, console=err, stop_order=asked)
+    result = fit(settings, console=err, stop_order=stop_order)
     leave("" if result.interrupted else str(settings.output))
     if result.interrupted:
         return f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}"
@@ -192,14 +198,15 @@ def _run(settings: TrainConfig, asked: Callable[[], bool] | None = None) -> str 
 
 
 def _content(settings: TrainConfig) -> str:
-    from veneer.fileio.hashing import hash_json  # torch, which one process does without so early
+    # imports torch, which one process does not need this early
+    from veneer.fileio.hashing import hash_json
 
     return hash_json(settings.content())
 
 
 def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
-    """The commands that make sense after a run: who learnt from chats is talked to, who learnt to
-    continue texts is given one, and either is merged; the rest is measured."""
+    """The commands to suggest after a run: chat with an adapter that was trained on chats, generate
+    with one that continues texts, and merge either of these; evaluate adapters of other tasks."""
     from veneer.train.tasks import TASKS
 
     base, adapter, how = settings.base, ["--adapter", str(result.adapter)], []
@@ -227,12 +234,12 @@ def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
 
 
 def _room(prompt: str, result: Result) -> list[str]:
-    """How long an answer may be, where the context has no place for the usual one."""
+    """Flags for a shorter answer if the context has no room for one of the default length."""
     from veneer.train.generate import context_of, encode
 
     context = context_of(result.model)
-    left = NEW_TOKENS if context is None else context - len(encode(prompt, result.tokenizer))
-    return [] if left >= NEW_TOKENS else ["--max-new-tokens", str(left)]
+    room = NEW_TOKENS if context is None else context - len(encode(prompt, result.tokenizer))
+    return [] if room >= NEW_TOKENS else ["--max-new-tokens", str(room)]
 
 
 def _find_rate(settings: TrainConfig) -> None:
@@ -240,26 +247,30 @@ def _find_rate(settings: TrainConfig) -> None:
     from veneer.train.callbacks import say
     from veneer.train.find_rate import find_rate as sweep
 
-    found = sweep(settings, console=err)
-    rate = found.suggested
-    for line in found.lines():
+    sweep_result = sweep(settings, console=err)
+    rate = sweep_result.suggested_rate
+    for line in sweep_result.lines():
         say(out, line)
     say(out, f"suggested: --learning-rate {rate:g}")
-    given = _without("--learning-rate", [word for word in sys.argv[1:] if word != "--find-rate"])
-    say(err, f"\nNext:\n  {shlex.join(['veneer', *given, '--learning-rate', f'{rate:g}'])}")
+    arguments = _without(
+        "--learning-rate", [word for word in sys.argv[1:] if word != "--find-rate"]
+    )
+    say(err, f"\nNext:\n  {shlex.join(['veneer', *arguments, '--learning-rate', f'{rate:g}'])}")
 
 
 def _without(flag: str, words: list[str]) -> list[str]:
     """A command line without a flag and its value."""
-    kept = [word for word in words if not word.startswith(f"{flag}=")]
+    remaining = [word for word in words if not word.startswith(f"{flag}=")]
     return [
-        word for at, word in enumerate(kept) if word != flag and (at == 0 or kept[at - 1] != flag)
+        word
+        for index, word in enumerate(remaining)
+        if word != flag and (index == 0 or remaining[index - 1] != flag)
     ]
 
 
 def _value(name: str, value: Any) -> Any:
-    """What `TrainConfig` reads of a flag: lists and tables are written with commas, or as the flag
-    several times."""
+    """The value of a flag in the form that `TrainConfig` reads: lists and tables are written with
+    commas, or by repeating the flag."""
     if not isinstance(value, list):
         return value
     return ",".join(value) or None if name == "columns" else merge_flag_values(value)
@@ -307,8 +318,8 @@ def _signature() -> inspect.Signature:
 
 
 def _help(info: Any) -> str:
-    """The field's description with its default, which the flag cannot carry: a flag that is not
-    given is None."""
+    """The field's description with its default, which the flag itself lacks: an unset flag is
+    None."""
     text = info.description or ""
     if info.is_required() or info.default in (None, [], {}, "") or "(default" in text:
         return text
@@ -320,5 +331,6 @@ def _help(info: Any) -> str:
 
 train_command.__signature__ = _signature()  # type: ignore[attr-defined]
 train_command.__annotations__ = {
-    name: made.annotation for name, made in inspect.signature(train_command).parameters.items()
+    name: parameter.annotation
+    for name, parameter in inspect.signature(train_command).parameters.items()
 }

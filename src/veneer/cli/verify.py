@@ -39,7 +39,7 @@ def verify_command(
 
     adapter_folder = resolve(adapter)
     folder = None if base is None or not adapter_folder.is_dir() else Path(base).expanduser()
-    # safetensors files beside each other need no config.json
+    # a folder with only safetensors files needs no config.json
     if base is not None and folder is not None and not any(folder.glob(f"*{ENDING}")):
         folder = folder_of(base)
     report = verify(adapter_folder, folder)

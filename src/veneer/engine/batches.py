@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.attach.adapted_module import walk
-from veneer.attach.state import BASE
+from veneer.attach import BASE, walk
 from veneer.errors import DataError, SelectionError
 
 

@@ -18,8 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from veneer import context
-from veneer.attach.adapted_module import walk
-from veneer.attach.select_rows import Parts
+from veneer.attach import RowAdapters, walk
 from veneer.errors import SelectionError
 
 _DROPOUT_FUNCTIONS: Any = {
@@ -135,17 +134,17 @@ class DropoutByAdapter(TorchFunctionMode):
     """Torch function mode in which dropout on a joined batch draws for each adapter's rows from
     that adapter's stream."""
 
-    def __init__(self, assignment: Parts) -> None:
+    def __init__(self, assignment: RowAdapters) -> None:
         super().__init__()
         self.assignment = assignment
-        self.row_counts = [after - first for first, after in assignment.spans or ()]
+        self.row_counts = [after - first for first, after in assignment.row_ranges or ()]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _drops(func, args, kwargs):
             return func(*args, **kwargs)
         active = context.current.selection.get(self.assignment.uid)
-        if active is None or active.parts is not self.assignment:
+        if active is None or active.layer_adapters is not self.assignment:
             # a layer that runs for the rows of a single adapter
             return func(*args, **kwargs)
         if func in _DROPOUT_FUNCTIONS:

@@ -28,10 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.blend import common_base_adapter
-from veneer.attach.lookup import need_adapters
-from veneer.attach.select_rows import Parts, time_first
-from veneer.attach.state import ActiveAdapter
+from veneer.attach import ActiveAdapter, RowAdapters, common_base_adapter, need_adapters, time_first
 from veneer.engine.batches import (
     AdapterBatch,
     check_independent_rows,
@@ -150,7 +147,7 @@ class StepEngine:
         parameters = inspect.signature(model.forward).parameters
         self._default_inputs = {"use_cache": False} if "use_cache" in parameters else {}
         self._checked_structures: set[Any] = set()
-        self._assignments: dict[Any, tuple[list[ActiveAdapter], Parts]] = {}
+        self._assignments: dict[Any, tuple[list[ActiveAdapter], RowAdapters]] = {}
 
     def new_stream(self, seed: int) -> RandomStream:
         """Random numbers for an adapter. Attach the adapter within this context, so that its start
@@ -277,7 +274,7 @@ class StepEngine:
         if assignment is None or earlier_selections != selections:
             row_counts = [request.batch.row_count for request in group.values()]
             rows = torch.arange(sum(row_counts), device="cpu").split(row_counts)
-            assignment = Parts(
+            assignment = RowAdapters(
                 attached.uid, selections_with_streams, rows, sum(row_counts), self._time_first
             )
             if len(self._assignments) >= MOST_ASSIGNMENTS:

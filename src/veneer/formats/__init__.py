@@ -1,12 +1,12 @@
-"""Other people's file formats: how each names and lays out the factors of an adapter.
+"""File formats of other libraries: how each names and lays out the factors of an adapter.
 
-    _base       the contract of a format: what recognises a file, reads it, writes it, or says why it cannot
+    _base       the interface of a format: recognise, read and write a file, or say why that is impossible
     peft        the layout of the adapter folder itself, as PEFT 0.21 reads it; patterns: its regular expressions
-    kohya, diffusers, gguf, vllm, dense     one file a format; a new one is one new file, found through the registry
-    parts, gguf_claims      weights that a file splits or joins; sizes that a GGUF file claims
+    kohya, diffusers, gguf, vllm, dense     one file for each format; a new file registers itself
+    parts, gguf_claims      names of the models of a pipeline; sizes that a GGUF file claims
 
 In: tensors by key, and the fields beside them. Out: changes by module path, and back. A format
-knows keys and shapes; what a path means in a model is asked of whoever calls.
+works with keys and shapes; its caller maps paths to modules of a model.
 """
 
 from veneer.formats._base import (
@@ -23,7 +23,7 @@ from veneer.formats._base import (
 from veneer.formats.peft import PeftLayer
 from veneer.registry import import_all
 
-# the two forms of an adapter folder, which ``adapter_files`` reads and writes, before the others
+# first the two forms of an adapter folder, which ``adapter_files`` reads and writes
 register(Format("veneer", "an adapter folder that proves what it is", "nothing that Veneer reads"))
 _NOT_PEFT = (
     "what PEFT would compute otherwise (the folder then says so); the parameters of variants that"

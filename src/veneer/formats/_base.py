@@ -1,11 +1,11 @@
-"""The contract of a format: how one kind of file holds a low-rank adapter.
+"""The interface of a format: how one kind of file stores a low-rank adapter.
 
-    read(path, base, options)                  -> Contents    what the file says, in PEFT's terms
-    write(adapter, path, base, options)        -> [notes]     one file from a whole adapter
+    read(path, base, options)                  -> Contents    the file in PEFT's terms
+    write(adapter, path, base, options)        -> [notes]     one file from an adapter
 
-PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every
-format holds them. To add a format: a file here that calls ``register(Format(...))``. Rejected: a
-pair of functions for each pair of formats. Six formats would be thirty conversions.
+PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes that nearly every format
+uses. To add a format, add a file here that calls ``register(Format(...))``. Rejected: a pair of
+functions for each pair of formats, which would be thirty conversions for six formats.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MisreadElsewhere(UserWarning):
-    """A file that is right by its format, and that a common reader of this format takes for another
-    adapter."""
+    """A file is valid, but a common reader of its format takes it for another adapter."""
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The facts of a base that a format may use: the shape of each parameter by name,
+    """The facts about a base that a format may use: the shape of each parameter by name,
     ``config.json``, and the name of the base."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -50,10 +49,10 @@ class Options:
     """The options of a conversion that a user may set.
 
     Fields:
-        dtype: of the numbers in the new file; None keeps each as it is.
-        part: the model that an adapter without one in its paths belongs to ("unet", "text_encoder",
-            …).
-        rank, energy, whole: of dense changes, as ``convert`` takes them.
+        dtype: dtype of the tensors in the new file; None keeps each tensor's dtype.
+        part: the model of a pipeline ("unet", "text_encoder", …) to which an adapter belongs whose
+            paths do not name one.
+        rank, energy, whole: for dense changes, as in ``convert``.
     """
 
     dtype: torch.dtype | None = None
@@ -65,9 +64,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a file. ``deltas`` are dense ΔW by the name of the parameter, for formats
-    without factors; ``full`` names those of them that stay dense. ``about`` is worth keeping as
-    provenance, ``left_out`` has the reasons for what was not read."""
+    """The contents of a file.
+
+    Fields:
+        deltas: dense ΔW by the name of the parameter, for formats without factors.
+        full: names in ``deltas`` that stay dense.
+        about: facts to store as provenance.
+        left_out: reasons for changes that were not read.
+    """
 
     low: Mapping[str, PeftLayer] = field(default_factory=dict)
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
@@ -84,7 +88,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class LowRankChange:
-    """One low-rank change of an adapter that is to be written."""
+    """One low-rank change to be written."""
 
     weight: str
     layer: PeftLayer
@@ -101,14 +105,14 @@ class LowRankChange:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that is to be written.
+    """An adapter to be written.
 
     Fields:
-        changes: its low-rank changes, each once under every name that its weight has.
+        changes: its low-rank changes, one for each name of a weight.
         full: parameters that are trained in full, by path and name.
-        about: its record without hashes, or what is known of it.
-        deltas: makes every ΔW by the name of its parameter, with the reasons for those that cannot
-            be told.
+        about: its record without hashes, or other facts about it.
+        deltas: a function that computes ΔW by the name of its parameter, and the reasons for those
+            that cannot be computed.
     """
 
     changes: tuple[LowRankChange, ...]
@@ -122,15 +126,15 @@ class Format:
     """One format.
 
     Fields:
-        name, title: what the user types, and what it is in a few words.
-        lacks: what it cannot express.
+        name, title: the name that users type, and a short description.
+        lacks: what the format cannot express.
         suffix: the ending of its file; "" for a folder.
         recognises: (first bytes, keys of the tensors, header if it is safetensors) -> whether a
-            file is one.
-        parts: its names may say which model of a pipeline a layer is of.
-        peft: its loaders compute with PEFT, which leaves out what
-            ``peft_behaviour.deviation_reason`` names; other formats mean weights.
-        read, write: see the top; None where ``convert`` itself does it.
+            file has this format.
+        parts: whether its names can say to which model of a pipeline a layer belongs.
+        peft: whether its loaders compute with PEFT, with the deviations in
+            ``peft_behaviour.deviation_reason``; other formats hold changes of weights.
+        read, write: see the top of this file; None if ``convert`` itself does it.
     """
 
     name: str
@@ -150,14 +154,15 @@ FORMATS: Registry[Format] = Registry("format")
 
 
 def register(format_: Format) -> Format:
-    """Put a format into the registry, by its name."""
+    """Add a format to the registry, by its name."""
     return FORMATS.add(format_.name, format_)
 
 
 def kind_of_change(
     path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None
 ) -> str:
-    """The kind of a change of a PEFT file, as far as the file and the weight's shape tell it."""
+    """The kind of a change in a PEFT file, as far as it follows from the file and the weight's
+    shape."""
     groups, out, in_ = layer.dims
     if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
         return "attention"
@@ -184,14 +189,14 @@ def layer_of(
     magnitude: Tensor | None = None,
     suffixes: tuple[str, str] = PAIR,
 ) -> PeftLayer:
-    """A change at a module from A [r, in, …] and B [out, r, …] as a file holds them.
+    """A change of a module from A [r, in, …] and B [out, r, …] in the shapes of a file.
 
     Args:
-        alpha: None means the rank, so that the scale is 1; the sign of a negative one goes into B.
-        shape: of the weight, where it is known: A and B are put into the shapes of its layer.
+        alpha: None means the rank, so that the scale is 1. If it is negative, B changes its sign.
+        shape: of the weight, if known: A and B are reshaped for a layer with this weight.
 
     Raises:
-        AdapterError: the shapes do not fit each other, or not the weight.
+        AdapterError: the shapes do not fit each other or the weight.
     """
     rank = A.shape[0] if A.dim() > 1 else 0
     problem = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {path!r}"
@@ -215,8 +220,8 @@ def layer_of(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As it goes into a file: on the CPU, contiguous, its own memory; AdapterError where ``dtype``
-    is too narrow."""
+    """A copy of a tensor for a file: on the CPU, contiguous, in ``dtype``. AdapterError: ``dtype``
+    cannot hold its values."""
     converted = (
         tensor.detach()
         .to("cpu", dtype if tensor.is_floating_point() else None)
@@ -230,13 +235,13 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def exact_scalar(value: float) -> Tensor:
-    """A float32 scalar, or a float64 one where float32 would round."""
+    """A float32 scalar, or a float64 one if float32 would round the value."""
     short = torch.tensor(value, dtype=torch.float32)
     return short if short.item() == value else torch.tensor(value, dtype=torch.float64)
 
 
 def scalar(tensor: Tensor, key: str) -> float:
-    """The one real number that a tensor holds; AdapterError where it holds anything else."""
+    """The value of a tensor with one real number; AdapterError for any other tensor."""
     if tensor.numel() != 1 or tensor.is_complex():
         problem = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
         raise AdapterError(problem, "one number", "get the file again")
@@ -244,7 +249,7 @@ def scalar(tensor: Tensor, key: str) -> float:
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise AdapterError where a file holds NaN or infinity, or numbers of 8 bits and less."""
+    """Raise AdapterError if a file holds NaN or infinity, or tensors of 8 bits or less."""
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     if small := [key for key, tensor in floating.items() if tensor.dtype not in FLOATS]:
         problem = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
@@ -257,7 +262,7 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file; AdapterError where it is cut short, or not
+    """The tensors and the header of a safetensors file; AdapterError if it is truncated or not
     finite."""
     tensors, header = tensor_files.read_tensors(path)
     require_finite(tensors, path)

@@ -1,12 +1,12 @@
-"""Plain dense changes: one safetensors file, ΔW by the name of each parameter.
+"""Dense changes: one safetensors file with ΔW by the name of each parameter.
 
     <parameter>                 ΔW in the parameter's own shape: base[name] += file[name] is the adapted model
     header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full": […], "variant": …}
 
-The form that every tool can add, and the only one that holds any variant on any layer: DoRA's
-change is W' - W. It is as large as the weights. ``full`` names the parameters that the adapter
-trained in full; on the way back these stay whole. Rejected: the changed weights themselves. A
-change is exact where W' would be rounded.
+Every tool can add such changes, and no other format holds any variant on any layer: DoRA's change
+is W' - W. The file is as large as the weights. ``full`` names the parameters that the adapter
+trained in full; when the file is read, these are not factored. Rejected: the changed weights
+themselves, because W' would be rounded and a change is exact.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _well_formed(full: Any, base: Any, number: Any) -> bool:
-    """Whether the fields of the header have their types: names in a list, a base as Veneer's record
-    has it."""
+    """Whether the fields of the header have their types: names in a list, and a base as in Veneer's
+    record."""
     names = isinstance(full, list) and all(isinstance(name, str) for name in full)
     if not names or type(number) is not int or not isinstance(base, dict):
         return False

@@ -1,20 +1,20 @@
-"""diffusers' own safetensors: paths with their dots, and the config in the header.
+"""diffusers' own safetensors: paths with dots, and the config in the header.
 
     <part>.<path>.lora_A.weight, .lora_B.weight         A [r, in, *k], B [out, r, *1]
     <part>.<path>.lora_magnitude_vector                 DoRA's magnitude
     header "lora_adapter_metadata"                      {"<part>.r": …, "<part>.lora_alpha": …, …}, PEFT's fields
 
 Older releases wrote ``.lora.down.weight`` and ``.lora.up.weight``,
-``.lora_linear_layer.down.weight``, processors of attention (``.processor.to_q_lora.down.weight``),
-and alphas as tensors (``<part>.<path>.alpha``) or not at all, which means alpha = r. All of these
-are read; the first is written. A file of one model has paths without a part.
+``.lora_linear_layer.down.weight``, attention processors (``.processor.to_q_lora.down.weight``),
+and alphas as tensors (``<part>.<path>.alpha``) or none, which means alpha = r. All of these are
+read; the first layout is written. The paths in a file of a single model have no part.
 
-Text encoders are written by two keys of their own, which diffusers 0.42 needs and others read too:
-magnitudes under ``….weight``, since transformers' loader looks for that name and starts them anew
-where it is not, and, where no projection of attention is among the changes, factors as
-``lora_linear_layer``, by which diffusers tells the format.
+Two keys of text encoders differ, because diffusers 0.42 needs them and others also read them:
+magnitudes end in ``.weight``, since transformers' loader expects that name and otherwise
+initialises them; and if no attention projection is among the changes, factors are named
+``lora_linear_layer``, by which diffusers recognises the format.
 
-rsLoRA is written as plain LoRA with alpha' = scale · r: the flag is newer than many loaders.
+rsLoRA is written as plain LoRA with alpha' = scale · r, because many loaders do not know its flag.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    """(the module's path, what the tensor is) of a key; None for what is nothing of ours."""
+    """(path of the module, kind of the tensor) of a key; the kind is None for keys of other
+    tensors."""
     for processor, name in _PROCESSORS.items():
         key = key.replace(f".{processor}.", f".{name}.lora.")
     for suffix, side in _SIDES.items():
@@ -123,7 +124,8 @@ def _layer(
     config: Mapping[str, Any],
     base: BaseFacts,
 ) -> peft.PeftLayer:
-    """One module's change: its path in the file, in its part, and in the base."""
+    """The change of one module. Its paths: in the file, in its part of the pipeline, and in the
+    base."""
     if not {"A", "B"} <= set(group):
         raise AdapterError(
             f"half a pair at {path_in_file!r}", "both factors", "get the whole file again"
@@ -156,7 +158,7 @@ def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _config_of(config: Mapping[str, Any], component: str) -> dict[str, Any]:
-    """PEFT's fields for one part of a pipeline, checked; nothing where the header has none."""
+    """PEFT's fields for one part of a pipeline, checked; empty if the header has none."""
     fields = {
         key.removeprefix(f"{component}."): value
         for key, value in config.items()
@@ -184,7 +186,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         component: {change.magnitude is not None for change in changes}
         for component, changes in by_part.items()
     }
-    problems += [  # PEFT's flag is one for all layers
+    problems += [  # PEFT has one flag for all layers
         sentence(
             f"layers of {component} with and without DoRA", "one of both", "convert them apart"
         )
@@ -226,8 +228,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
-    """The suffixes behind a module's path in the keys of A, B and the magnitude, for a part with
-    these modules."""
+    """The suffixes of the keys of A, B and the magnitude, for a part with these modules."""
     if not component.startswith("text_encoder"):
         return PAIR[0], PAIR[1], peft.MAGNITUDE
     down, up = PAIR if any(f".{module}".endswith(ATTENTION) for module in modules) else NAMED

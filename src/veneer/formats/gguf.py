@@ -8,25 +8,25 @@
 
 llama.cpp stores some weights otherwise than transformers does, and a change of a weight follows it:
 
-- rotary embeddings turn neighbouring pairs there and halves here, so for the architectures in
-  ``ARCHITECTURES`` that say so the rows of q and k are permuted within each head, and with them the
-  rows of B;
-- ``gate_up_proj`` of experts is split into gate and up, which share A;
-- GPT-2's Conv1D is transposed to [out, in], which A and B are already.
+- Rotary embeddings rotate neighbouring pairs of rows in llama.cpp and halves of a head in
+  transformers. For architectures with ``permutes``, the rows of q and k are permuted within each
+  head, and the rows of B with them.
+- ``gate_up_proj`` of experts is split into gate and up, which share A.
+- GPT-2's Conv1D is transposed to [out, in], the layout that A and B already have.
 
-Only architectures whose conversion does nothing else to matrices are known here: another one may
-split or reorder rows in a way of its own, and its adapter would load and be wrong. alpha is stored
-in float32; a layer whose scale is another than alpha / r has the rest multiplied into B.
+Only architectures whose conversion changes matrices in no other way are supported: another one may
+split or reorder rows, and its adapter would load and compute wrong results. alpha is stored in
+float32; if a layer's scale differs from alpha / r, B is multiplied by the quotient.
 
-Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader
-skips norms without a word), and an embedding or head where both are one weight, whose change it
-would read in two orientations: a row of lora_a for a token, and lora_a as a matrix [r, d] for the
-head, of which it asserts the shape as it runs. A base that was saved with a head of its own becomes
-a GGUF with ``output.weight``, and that holds both.
+Refused, because llama.cpp cannot represent them: convolutions, DoRA, parameters trained in full
+(its loader silently skips norms), and the embedding or head of a base that ties the two.
+llama.cpp would read such a change in two orientations: a row of lora_a for each token, and lora_a
+as a matrix [r, d] for the head, whose shape it asserts at run time. A base that was saved with a
+separate head becomes a GGUF file with ``output.weight``, which supports changes of both.
 
 Read from llama.cpp's sources (as of llama-cpp-python 0.3.36). The tests run four families in it;
-all other ``ARCHITECTURES`` were compared with it once, as tiny random models of its own converter:
-logits within 1e-3.
+all other ``ARCHITECTURES`` were compared once with tiny random models from its converter: logits
+within 1e-3.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ from veneer.formats.peft import PeftLayer
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp stores a family: its name there, whether q and k are permuted, whether experts
-    are stacked, whether the head is the embedding whatever the config says."""
+    """How llama.cpp stores a family. ``name``: its architecture; ``permutes``: the rows of q and k
+    are permuted; ``experts``: experts are stacked; ``tied``: the head is always the embedding, also
+    if the config differs."""
 
     name: str
     permutes: bool = False
@@ -111,7 +112,7 @@ def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> 
 
 
 class _Names:
-    """The names of a base's tensors in llama.cpp, from its config."""
+    """llama.cpp's names for the tensors of a base, from the base's config."""
 
     def __init__(self, library: Any, base: BaseFacts) -> None:
         config = base.config
@@ -139,22 +140,21 @@ class _Names:
         self.tied = bool(tied) or self.family.tied
 
     def of(self, weight: str) -> tuple[str, ...]:
-        """The tensors that a weight becomes: two for ``gate_up_proj`` of experts, none if llama.cpp
-        has no name."""
+        """llama.cpp's tensors for a weight: two for ``gate_up_proj`` of experts, none if it has no
+        name for the weight."""
         module_path = weight.removesuffix(".weight")
         experts_path = module_path.removesuffix(".gate_up_proj")
-        both = experts_path != module_path and experts_path.endswith(".experts")
-        names = list(
-            map(
-                self.map.get_name,
-                [f"{experts_path}.gate_proj", f"{experts_path}.up_proj"] if both else [module_path],
-            )
-        )
+        is_stack = experts_path != module_path and experts_path.endswith(".experts")
+        paths = [module_path]
+        if is_stack:
+            paths = [f"{experts_path}.gate_proj", f"{experts_path}.up_proj"]
+        names = [self.map.get_name(path) for path in paths]
         return tuple(f"{name}.weight" for name in names) if all(names) else ()
 
     def order(self, weight: str, rows: int) -> Tensor | None:
-        """Which rows of transformers' weight llama.cpp's has, in its order; None for the same. A
-        head's rows are (half, pair) here and (pair, half) there."""
+        """Indices that reorder the rows of transformers' weight into llama.cpp's order; None if the
+        order is the same. A head's rows are (half, pair) in transformers, (pair, half) in
+        llama.cpp."""
         heads = (
             self.heads.get(weight.removesuffix(".weight").rpartition(".")[2])
             if self.family.permutes
@@ -170,10 +170,12 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     names = _Names(library, base)
     problems = [problem for change in adapter.changes for problem in _refusals(change, names)]
     if adapter.full:
-        adapter_problem = f"{listing([module_path or 'the model' for module_path in adapter.full], 3)} trained in full"
+        full_paths = listing([module_path or "the model" for module_path in adapter.full], 3)
         problems.append(
             sentence(
-                adapter_problem, "low-rank changes alone", "merge the adapter and convert the model"
+                f"{full_paths} trained in full",
+                "low-rank changes alone",
+                "merge the adapter and convert the model",
             )
         )
     raise_all(AdapterError, "GGUF cannot hold this adapter", problems)
@@ -237,10 +239,10 @@ def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
 def _tensors(
     change: LowRankChange, names: _Names, alpha: float
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
-    """(name, lora_a, lora_b) of each tensor that a change becomes."""
+    """(name, lora_a, lora_b) of each tensor of a change."""
     layer, low, tensor_names = change.layer, change.layer.low, names.of(change.weight)
-    A, B, factor = low.A, low.B, layer.scale * layer.rank / alpha  # [g, r, in], [g, out, r]
-    if abs(factor - 1) >= 1e-7:  # more than the rounding of alpha to float32
+    A, B, factor = low.A, low.B, layer.scale * layer.rank / alpha  # A: [g, r, in], B: [g, out, r]
+    if abs(factor - 1) >= 1e-7:  # larger than the rounding error of alpha in float32
         B = (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
     if change.kind == "embedding":
         yield tensor_names[0], A[0].mT, B[0]
@@ -256,6 +258,29 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     import numpy
 
     library = _library()
+    fields, tensors = _read_file(path, library)
+    names = _Names(library, base)
+    if not base.shapes:
+        raise AdapterError("no base", "one whose weights have names", "give the base's folder")
+    if fields.get("general.architecture") != names.name:
+        problem = (
+            f"an adapter for {fields.get('general.architecture')!r} and a base of {names.name!r}"
+        )
+        raise AdapterError(problem, "one architecture", "give the base that it was made for")
+    # the shortest decimal that float32 rounds to this: 0.1 and not 0.10000000149
+    alpha = float(str(numpy.float32(fields.get("adapter.lora.alpha") or 0.0)))
+    low = _layers(path, tensors, names, alpha, base)
+    order = {
+        weight.removesuffix(".weight"): position for position, weight in enumerate(base.shapes)
+    }
+    low = dict(sorted(low.items(), key=lambda entry: order.get(entry[1].target_path, 0)))
+    about = {"header": {key: value for key, value in fields.items() if not key.startswith("GGUF.")}}
+    return Contents(low, base_name=base.name, about=about, transposed=names.family.name == "GPT2")
+
+
+def _read_file(path: Path, library: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields and the tensors of an adapter's file. ``AdapterError``: it is damaged, or no
+    adapter."""
     gguf_claims.check(path)
     try:
         file = library.GGUFReader(path)
@@ -265,7 +290,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             for key, value in fields.items()
         }
         tensors = {tensor.name: _tensor(library, tensor) for tensor in file.tensors}
-    except Exception as error:  # the reader raises what it meets in a damaged file
+    except Exception as error:  # the reader has no exception class for damaged files
         problem = (
             f"{path}, which cannot be read as GGUF"
             f" ({str(error).splitlines()[0] if str(error) else error!r})"
@@ -278,20 +303,18 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         )
         raise AdapterError(problem, "a LoRA adapter", "a model is a base: name its adapter here")
     require_finite(tensors, path)
-    names = _Names(library, base)
-    if not base.shapes:
-        raise AdapterError("no base", "one whose weights have names", "give the base's folder")
-    if fields.get("general.architecture") != names.name:
-        problem = (
-            f"an adapter for {fields.get('general.architecture')!r} and a base of {names.name!r}"
-        )
-        raise AdapterError(problem, "one architecture", "give the base that it was made for")
+    return fields, tensors
+
+
+def _layers(
+    path: Path, tensors: Mapping[str, Tensor], names: _Names, alpha: float, base: BaseFacts
+) -> dict[str, PeftLayer]:
+    """The changes of a file by the path of their module. ``AdapterError``: some do not fit the
+    base."""
     problems: list[str] = []
     weights = {name: weight for weight in base.shapes for name in names.of(weight)}
     low: dict[str, PeftLayer] = {}
     stacks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    # the shortest decimal that float32 rounds to this: 0.1 and not 0.10000000149
-    alpha = float(str(numpy.float32(fields.get("adapter.lora.alpha") or 0.0)))
     for name in sorted({key.removesuffix(".lora_a").removesuffix(".lora_b") for key in tensors}):
         A, B, weight = (
             tensors.get(f"{name}.lora_a"),
@@ -320,13 +343,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} does not fit this base", problems)
-    low |= _stack_experts(stacks, names, alpha, base)
-    order = {
-        weight.removesuffix(".weight"): position for position, weight in enumerate(base.shapes)
-    }
-    low = dict(sorted(low.items(), key=lambda item: order.get(item[1].target_path, 0)))
-    about = {"header": {key: value for key, value in fields.items() if not key.startswith("GGUF.")}}
-    return Contents(low, base_name=base.name, about=about, transposed=names.family.name == "GPT2")
+    return low | _stack_experts(stacks, names, alpha, base)
 
 
 def _layer(
@@ -360,8 +377,8 @@ def _stack_experts(
     alpha: float,
     base: BaseFacts,
 ) -> dict[str, PeftLayer]:
-    """Changes of experts, as PEFT's file has them: A [E·r, in] and B [out, r·E], of which the first
-    of several in one module stands below a wrapper."""
+    """Changes of experts in the layout of PEFT's file: A [E·r, in] and B [out, r·E]. If a module
+    has several, the path of the first ends in ``base_layer``, because PEFT nests the wrappers."""
     low: dict[str, PeftLayer] = {}
     for weight in (weight for weight in base.shapes if weight in stacks):
         above, pairs_by_name = weight.rpartition(".")[0], stacks[weight]
@@ -389,7 +406,8 @@ def _stack_experts(
 def _join_pairs(
     pairs: list[tuple[Tensor, Tensor] | None], shape: tuple[int, ...], weight: str, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """gate and up as one change of both: with one A where they share it, else of twice the rank."""
+    """Join the changes of gate and up into one: of the same rank if they share A, else of the sum
+    of their ranks."""
     present = [pair for pair in pairs if pair is not None]
     out, fits = shape[1] // len(pairs), len(shape) == 3
     for a, B in present:  # [E, r, in], [E, out, r] of a stack [E, out, in]
@@ -403,7 +421,7 @@ def _join_pairs(
     A = present[0][0]
     if len(present) == len(pairs) and all(torch.equal(a, A) for a, _ in present):
         return A, torch.cat([B for _, B in present], 1)
-    # the scale is alpha / rank, and the rank grows: B takes what that loses
+    # the scale alpha / rank falls as the rank grows: multiply B by the quotient
     total_rank = sum(a.shape[1] for a, _ in present)
     blocks, columns = [], 0
     for pair in pairs:

@@ -1,13 +1,12 @@
-"""Check the sizes that a GGUF file claims against its size on disk, before anything is read by
-them.
+"""Check the sizes that a GGUF file claims against its size on disk, before any tensor is read.
 
     "GGUF"  version u32   tensors u64   pairs u64
     pair    key, type u32, value                    key: length u64 and its bytes; value: by the type
     tensor  name, axes u32, sizes u64 …, type u32, offset u64
     data    from the next multiple of the alignment on
 
-The gguf package goes by what the file claims: an array of 2⁶⁰ numbers makes it loop and fill the
-memory long after the file has ended. Layout:
+The gguf package trusts these sizes: a claimed array of 2⁶⁰ numbers makes it loop and fill the
+memory long after the end of the file. Layout:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -23,23 +22,23 @@ from veneer.errors import AdapterError
 #: bytes of one value, by the type's number
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, ARRAY = 8, 9
-#: pairs, tensors and values of arrays, all together: each costs the gguf package some objects
+#: the most pairs, tensors and array values in total: the gguf package creates objects for each
 MAX_COUNT = 100_000
-#: the same of a model, whose vocabulary is there as several arrays
+#: the same for a model, whose vocabulary is stored in several arrays
 MAX_MODEL_COUNT = 2_000_000
 MAX_AXES = 4
 
 
 def check(path: Path, most: int = MAX_COUNT) -> None:
-    """Go through everything in front of the numbers. ``AdapterError``: the file is cut short, or
-    claims what its size does not allow. ``most``: pairs, tensors and values of arrays."""
+    """Check everything before the tensors' data. ``AdapterError``: the file is truncated, or claims
+    sizes that exceed it. ``most``: the largest total of pairs, tensors and array values."""
     try:
         with (
             path.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             _check(data, most)
-    except (ValueError, struct.error) as error:  # of an empty file too
+    except (ValueError, struct.error) as error:  # also raised for an empty file
         why = "it ends within its header" if isinstance(error, struct.error) else str(error)
         problem = f"{path}, which cannot be read as GGUF ({why})"
         raise AdapterError(problem, "a whole GGUF file", "get the file again") from error
@@ -60,7 +59,7 @@ def _check(data: mmap.mmap, most: int) -> None:
         if axes > MAX_AXES:
             raise ValueError(f"a tensor of {axes:,} axes, of {MAX_AXES} at most")
         sizes = struct.unpack_from(f"<{axes}Q", data, offset + 4)
-        if math.prod(sizes) > 8 * len(data):  # no type has less than a bit for a number
+        if math.prod(sizes) > 8 * len(data):  # no type has less than a bit per number
             raise ValueError(f"a tensor of {list(sizes)} numbers in {len(data):,} bytes")
         offset = _end_within(data, offset + 4 + 8 * axes, 12)
 
@@ -85,7 +84,7 @@ def _end_within(data: mmap.mmap, offset: int, size: int) -> int:
 
 
 def _value(data: mmap.mmap, offset: int, kind: int, remaining: int) -> tuple[int, int]:
-    """(where a value ends, how many may follow)."""
+    """(offset of the end of a value, remaining count)."""
     if kind in SIZES:
         return _end_within(data, offset, SIZES[kind]), remaining
     if kind == TEXT:

@@ -8,20 +8,21 @@
     lora_unet_….hada_w1_a, _w1_b, _w2_a, _w2_b        (w1_a w1_b) ⊙ (w2_a w2_b)
     lora_unet_….lokr_w1 or _w1_a, _w1_b; _w2 …        w1 ⊗ w2
 
-A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. So reading asks the base for its
-paths, and a name must mean exactly one of them. Rejected: tables of known names, as other
-converters have. A name that no table foresaw would be lost or, worse, mean another layer. LoHa and
-LoKr are read as the one product that they amount to (see ``variants/loha.py`` and ``lokr.py``).
-Tucker cores (hada_t1, lokr_t2) have no short product, and are refused.
+A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. Reading therefore compares it with
+the base's paths, of which exactly one must match. Rejected: tables of known names, as in other
+converters. A name that is not in the table would be lost or, worse, taken for another layer. LoHa
+and LoKr are read as the product to which they are equal (see ``variants/loha.py`` and ``lokr.py``).
+Tucker cores (hada_t1, lokr_t2) have no product of low rank, and are refused.
 
-**DiT models.** sd-scripts trains Flux and SD3 under the block names of the models as first
-published, whose q, k and v are one weight. ComfyUI also reads OneTrainer's names of the two,
-``lora_transformer_<path in diffusers>``, and these are written, with a warning that sd-scripts
-itself does not read them. Of PixArt and all other
-transformers it reads diffusers' own format alone, so they are refused here.
+**DiT models.** sd-scripts trains Flux and SD3 under the block names of the original models, in
+which
+q, k and v are one weight. ComfyUI also reads OneTrainer's names for both models,
+``lora_transformer_<path in diffusers>``. These are written, with a warning that sd-scripts does not
+read them. For PixArt and all other transformers, ComfyUI reads diffusers' own format only, so they
+are refused here.
 
-Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own loaders the tests run
-on the files.
+Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers. The tests load the files with
+diffusers.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ from veneer.formats.parts import choose_parts, locate_modules, path_before, refu
 from veneer.formats.peft import PeftLayer
 from veneer.lowrank import LowRank
 
-#: the release of diffusers whose reading of these files was looked at
+#: the release of diffusers whose loader of these files was examined
 DIFFUSERS_KNOWN = "0.42"
 #: the projections of a text encoder's attention
 ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
-#: the parts that a prefix may mean, the likelier first
+#: the parts that a prefix may mean, the more likely one first
 PREFIXES = {
     "lora_unet": ("unet", "transformer"),
     "lora_transformer": ("transformer",),
@@ -72,7 +73,7 @@ _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
 _KNOWN = _LORA | _HADA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
 _TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
-#: block names of the models as first published, under which kohya trains SDXL and Flux
+#: block names of the original models, under which kohya trains SDXL and Flux
 _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
 
 
@@ -83,7 +84,7 @@ _MMDIT = re.compile(
     r"|proj_mlp|proj_out)|context_embedder|x_embedder|pos_embed\.proj|proj_out|norm_out\.linear"
     r"|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
 )
-#: of these, what diffusers reads of Flux
+#: the subset that diffusers reads for Flux
 _FLUX_KNOWN = re.compile(
     r".*\.attn\..*|context_embedder|x_embedder|proj_out|norm_out\.linear|time_text_embed\..*"
 )
@@ -141,8 +142,8 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _flattened(base: BaseFacts, part_name: str, start: str) -> dict[str, list[str]]:
-    """The modules of a part that each flattened name may mean; ``start`` is what stands before
-    their paths."""
+    """By flattened name, the modules of a part that it may mean. ``start``: the prefix of their
+    paths."""
     names: dict[str, list[str]] = {}
     for weight, shape in base.shapes.items():
         if weight.startswith(start) and weight.endswith(".weight") and len(shape) > 1:
@@ -189,7 +190,7 @@ def _layer(
                 f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file"
             )
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
-            problem = (  # another method
+            problem = (  # a method other than LoRA, LoHa and LoKr
                 f"dora_scale {tuple(magnitude.shape)} at {name!r}, which rescales inputs"
             )
             do = "merge it with LyCORIS (wd_on_output was off)"
@@ -203,15 +204,15 @@ def _layer(
 
 
 def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
-    """(A, B, alpha) of one change, or None where a factor is missing."""
+    """(A, B, alpha) of one change, or None if a factor is missing."""
     keys = set(group)
     alpha = scalar(group["alpha"], "alpha") if "alpha" in group else None
-    alpha = alpha or None  # 0 is no alpha to sd-scripts and to LyCORIS
+    alpha = alpha or None  # sd-scripts and LyCORIS treat 0 as no alpha
     if keys >= _LORA:
         A, B = group["lora_down.weight"], group["lora_up.weight"]
         if (
             mid := group.get("lora_mid.weight")
-        ) is not None:  # M A, of the pointwise A [r, in, 1…], is A [r, in, *k]
+        ) is not None:  # M A, with a pointwise A [r, in, 1…], has the shape of A [r, in, *k]
             wide = torch.promote_types(A.dtype, torch.float32)
             A = torch.einsum(
                 "mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()
@@ -223,7 +224,7 @@ def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | N
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
-    """In float32 at least: there a product of two 16-bit numbers is exact."""
+    """Convert to at least float32, in which a product of two 16-bit numbers is exact."""
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
@@ -238,13 +239,13 @@ def _hada(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Ten
 
 
 def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float] | None:
-    """w1 [l, m] ⊗ w2 [k, n, …] = (w1 ⊗ w2_a) (I ⊗ w2_b) = (I ⊗ w2_a) (w1 ⊗ w2_b), of which the
-    shorter."""
+    """w1 [l, m] ⊗ w2 [k, n, …] = (w1 ⊗ w2_a) (I ⊗ w2_b) = (I ⊗ w2_a) (w1 ⊗ w2_b); the product of
+    lower rank is used."""
     pairs = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
     if not all(full_key <= set(group) or both <= set(group) for full_key, both in pairs):
         return None
     rank = next((group[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in group), None)
-    # with both whole, LyCORIS takes no scale
+    # LyCORIS does not scale if neither factor is decomposed
     scale = 1.0 if rank is None or alpha is None else alpha / rank
     if "lokr_w1" in group:
         (w1,) = _wide(group["lokr_w1"])
@@ -257,15 +258,17 @@ def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Ten
     else:
         w2_a, w2_b = _wide(group["lokr_w2_a"], group["lokr_w2_b"])
     (l, m), q = w1.shape, w2_a.shape[1]  # noqa: E741
-    flat = w2_b.reshape(q, -1)  # [q, n·|k|]; w1's inputs count slower than n and the kernel
+    flat = w2_b.reshape(q, -1)  # [q, n·|k|]; w1's inputs vary slower than n and the kernel
     eye = torch.eye(min(l, m), dtype=w1.dtype)
-    left, right = (w1, eye) if m <= l else (eye, w1)
-    return _limit_rank(LowRank(torch.kron(right, flat)[None], torch.kron(left, w2_a)[None], scale))
+    left_factor, right_factor = (w1, eye) if m <= l else (eye, w1)
+    return _limit_rank(
+        LowRank(torch.kron(right_factor, flat)[None], torch.kron(left_factor, w2_a)[None], scale)
+    )
 
 
 def _limit_rank(low: LowRank) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) of a rank of at most min(out, in): where the factors have more, ΔW itself (made
-    in float64) takes the place of one and the identity that of the other."""
+    """(A, B, alpha) with a rank of at most min(out, in). If the factors have more, ΔW itself
+    (computed in float64) replaces one of them and the identity the other."""
     out, in_ = low.B.shape[1], low.A.shape[2]
     if low.rank > min(out, in_):
         delta = (low.B.double() @ low.A.double()).to(
@@ -332,8 +335,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _outside_of_mmdit(locations: Mapping[str, tuple[str, str]], base: BaseFacts) -> list[str]:
-    """The modules of a transformer, of the changed ones and of the base's own, that neither SD3 nor
-    Flux has."""
+    """The modules of a transformer, changed ones and the base's, that neither SD3 nor Flux has."""
     changed = {
         module: weight
         for weight, (part_name, module) in locations.items()
@@ -356,8 +358,8 @@ def _outside_of_mmdit(locations: Mapping[str, tuple[str, str]], base: BaseFacts)
 def _lost_in_diffusers(
     changes: Sequence[LowRankChange], locations: Mapping[str, tuple[str, str]], base: BaseFacts
 ) -> Iterator[str]:
-    """The parts of a kohya file that diffusers' converter drops when a pipeline loads it. It gives
-    the attention of a model the alpha that most layers have there, and knows that of a text
+    """Parts of a kohya file that diffusers' converter drops when a pipeline loads it. It uses one
+    alpha for the attention of a model, the one that most layers have, and finds the alpha of a text
     encoder by an out-projection."""
     transformer = [module for part_name, module in locations.values() if part_name == "transformer"]
     if any("single_transformer_blocks." in name for name in (*base.shapes, *locations)):
@@ -387,13 +389,13 @@ def _lost_in_diffusers(
 
 
 def alpha_of(layer: PeftLayer) -> float:
-    """The alpha for which alpha / rank is the scale: the layer's own, but for variants with another
-    rule."""
+    """The alpha for which alpha / rank is the scale: the layer's own alpha except for variants with
+    another rule."""
     return layer.alpha if layer.alpha / layer.rank == layer.scale else layer.scale * layer.rank
 
 
 def _header(adapter: Adapter) -> dict[str, str]:
-    """The header that kohya's tools read: the fields of the file that the adapter came from, if
+    """The header that kohya's tools read: the fields of the file that the adapter was read from, if
     any, and the sizes."""
     earlier: Mapping[str, Any] = adapter.about.get("provenance", {}).get("header", {})
     ranks = {change.layer.rank for change in adapter.changes}

@@ -1,18 +1,19 @@
-"""The names that file formats give to the models of an image pipeline.
+"""The names of the models of an image pipeline (its parts) in file formats.
 
     part              paths, and diffusers     kohya
     unet              unet.<path>              lora_unet_<path with _ for .>
     transformer       transformer.<path>       lora_transformer_… (and lora_unet_…)
-    text_encoder      text_encoder.<path>      lora_te_…, lora_te1_… where there are two
+    text_encoder      text_encoder.<path>      lora_te_…, lora_te1_… if there are two
     text_encoder_2    text_encoder_2.<path>    lora_te2_…
     model             <path>                   lycoris_…
 
-The text encoder of a first Stable Diffusion is CLIP's. Its paths began with ``text_model.`` until
-transformers 5, and do in kohya's files (``lora_te_text_model_encoder_layers_0_…``), which other
-programs read, so kohya's are written so. What is read may begin so or not (``path_in_base``).
+The text encoder of Stable Diffusion 1 is CLIP's. Its paths began with ``text_model.`` until
+transformers 5, and still do in kohya's files (``lora_te_text_model_encoder_layers_0_…``). Files are
+written with this prefix, because other programs read them, and read with or without it
+(``path_in_base``).
 
-An adapter of Veneer belongs to one module. That is either a module that holds the parts as its
-children, whose paths then begin with a part's name, or one part alone, whose paths do not.
+An adapter of Veneer belongs to one module: either a module with the parts as its children, whose
+paths begin with a part's name, or one part alone, whose paths do not.
 """
 
 from __future__ import annotations
@@ -27,27 +28,26 @@ PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_
 
 
 def part_of(path: str) -> str:
-    """The part that a path begins with, or ""."""
+    """The part at the beginning of a path, or ""."""
     first = path.partition(".")[0]
     return first if first in PARTS and first != "model" and first != path else ""
 
 
-#: what stood before the paths of CLIP's text encoder until transformers 5, and does in every file
-#: and in its twin with
-#: a projection
+#: the prefix of paths in CLIP's text encoder until transformers 5; files, and the encoder with a
+#: projection, still have it
 _CLIP, _BELOW = "text_model.", "encoder.layers."
 
 
 def path_before(part_name: str, path: str) -> str:
-    """The path of a module of a part as it was until transformers 5, and is in kohya's files."""
+    """The path of a part's module before transformers 5, which kohya's files use."""
     return (
         _CLIP + path if part_name.startswith("text_encoder") and path.startswith(_BELOW) else path
     )
 
 
 def path_in_base(part_name: str, path: str, exists: Callable[[str], bool]) -> str:
-    """The path of a module that a file names, before or since, in a base of which ``exists`` knows
-    the paths."""
+    """The path in the base of a module in a file, with or without CLIP's prefix. ``exists``:
+    whether the base has a path."""
     names = (
         path,
         path_before(part_name, path),
@@ -57,7 +57,7 @@ def path_in_base(part_name: str, path: str, exists: Callable[[str], bool]) -> st
 
 
 def refusals(adapter: Adapter) -> list[str]:
-    """Why a file with the factors of each module cannot hold an adapter."""
+    """Reasons why a file with factors for each module cannot hold an adapter."""
     expected, do = "linear layers and convolutions in one group", "leave it out, or merge"
     odd = [change for change in adapter.changes if change.kind not in ("linear", "conv")]
     problems = [
@@ -76,8 +76,8 @@ def refusals(adapter: Adapter) -> list[str]:
 def locate_modules(
     changes: Sequence[LowRankChange], part_name: str | None, kind: str
 ) -> dict[str, tuple[str, str]]:
-    """(part, the path in it) of each change's module, by its weight. ``AdapterError``: no part in
-    the paths and none given, or both."""
+    """(part, path in it) of each change's module, by its weight. ``AdapterError``: the paths name
+    no part and none is given, or the paths name a part and one is given."""
     inside = {change.weight: part_of(change.module) for change in changes}
     if part_name is None and all(inside.values()):
         return {
@@ -101,9 +101,9 @@ def locate_modules(
 def choose_parts(
     layers: Iterable[str], base: BaseFacts, part_name: str | None
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Which parts of a file to read: (what to put before the paths of each, what is left out).
-    ``layers``: the part of each layer of the file. ``AdapterError``: several parts for a base that
-    is one of them, or a part that the file lacks."""
+    """Choose the parts of a file to read: (for each part, the prefix of its paths in the base; the
+    parts that are not read). ``layers``: the part of each layer of the file. ``AdapterError``:
+    several parts for a base that is one of them, or a part that the file lacks."""
     counts = Counter(layers)
     layer_counts = {name: counts[name] for name in PARTS if name in counts}
     if part_name is not None and part_name not in layer_counts:
@@ -112,7 +112,7 @@ def choose_parts(
             listing(layer_counts),
             "choose one",
         )
-    # a language model's own child "model" is no part: that one is the base itself
+    # a child "model" of a language model is no part of a pipeline
     present = {name.partition(".")[0] for name in base.shapes} & (set(layer_counts) - {"model"})
     if part_name is None and len(layer_counts) == 1 and not present:
         return dict.fromkeys(layer_counts, ""), ()

@@ -1,13 +1,13 @@
-"""The regular expressions of a PEFT config: what ``re`` says of them, within a limit of time.
+"""The regular expressions of a PEFT config, evaluated as ``re`` does but with a time limit.
 
-A config comes from strangers, and a matcher that goes back over its choices takes 2ⁿ steps for
-``(a|a)*b`` on n letters, in which ``re`` cannot be stopped. The package ``regex`` takes a time
-limit. It reads more than ``re`` does, so ``re`` compiles each expression first, and the little that
-both compile but read differently is refused.
+Configs are untrusted, and a backtracking matcher takes 2ⁿ steps for ``(a|a)*b`` on n letters,
+during which ``re`` cannot be interrupted. The package ``regex`` supports a time limit. It accepts
+more than ``re``, so ``re`` compiles each expression first, and the few constructs that the two
+interpret differently are refused.
 
-Rejected: a matcher in linear time (RE2), as it has no look-around, which adapters in use have in
-their targets; a process of its own that runs ``re`` and can be killed, which costs each load tens
-of milliseconds.
+Rejected: a matcher in linear time (RE2), because it lacks look-around, which adapters use in their
+targets; and ``re`` in another process that can be killed, because that costs each load tens of
+milliseconds.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from typing import Any
 
 from veneer.errors import AdapterError
 
-#: characters of the expressions of one field together, and of all copies that counted repetitions
-#: make of one
+#: the most characters of all expressions of a field, and of the expression in which counted
+#: repetitions are written out
 MAX_LENGTH, MAX_COPIES = 4096, 100_000
-#: characters of an expression that is read at all: to compile one takes ``re`` a tenth of a second
-#: for so many
+#: the most characters of an expression that is compiled, which takes ``re`` a tenth of a second
 MAX_READ = 65_536
-#: seconds for the expressions of one field in all, besides those that any path may take
+#: seconds for all expressions of a field, and additional seconds for each path
 SECONDS, PER_PATH = 0.5, 1e-4
 
 _REPEAT = re.compile(r"\{(\d*)(?:,\d*)?\}")
 
 
 class TooSlowError(AdapterError):
-    """An expression that the limit of time stopped."""
+    """Matching an expression exceeded the time limit."""
 
 
 class Expressions:
-    """Several expressions that share one limit of time. ``ValueError``: one is no regular
-    expression, or none that ``regex`` reads as ``re`` does, or they are too large.
-    ``TooSlowError``: of ``matching``: they take too long."""
+    """Several expressions that share one time limit. ``ValueError``: an expression is invalid, is
+    interpreted differently by ``regex`` and ``re``, or is too large. ``matching`` raises
+    ``TooSlowError`` when the time is up."""
 
     def __init__(
         self, sources: Iterable[str], written: str = "{}", *, full_match: bool = True
@@ -53,7 +52,7 @@ class Expressions:
         self._seconds_left = SECONDS
 
     def matching(self, text: str) -> Iterator[int]:
-        """The numbers of the expressions that match a text, in their order."""
+        """The indices of the expressions that match a text, in their order."""
         return (
             number
             for number, matcher in enumerate(self._matchers)
@@ -72,7 +71,7 @@ class Expressions:
         self._seconds_left = min(
             SECONDS, self._seconds_left + PER_PATH + start - time.thread_time()
         )
-        if self._seconds_left <= PER_PATH:  # too little for one more path
+        if self._seconds_left <= PER_PATH:  # too little time for one more path
             self._seconds_left = PER_PATH
             wrong = "an expression that takes longer than any that people use"
             raise TooSlowError(
@@ -82,7 +81,7 @@ class Expressions:
 
 
 def _compile(source: str, full_match: bool) -> Callable[..., Any]:
-    """``fullmatch`` or ``match`` of an expression."""
+    """``fullmatch`` or ``match`` of an expression, with ``regex``."""
     import regex
 
     flags = readable(source)
@@ -112,31 +111,30 @@ def readable(source: str) -> int:
         RecursionError,
         OverflowError,
         FutureWarning,
-    ) as error:  # a warning, if those are errors
+    ) as error:  # a warning, if warnings are errors
         raise ValueError(f"no regular expression ({error})") from error
 
 
 @lru_cache(maxsize=256)
 def matcher_of_whole_texts(source: str) -> Callable[[str], bool]:
     """A cached test for full matches of an expression. A plain list of alternatives, which Veneer
-    writes where the ends of paths do not suffice, is a lookup. Raises ValueError as ``Expressions``
-    does.
-    """
+    writes if the ends of paths do not suffice, becomes a set. Raises ValueError as ``Expressions``
+    does."""
     words = {literal(alternative) for alternative in source.split("|")}
     return Expressions((source,)).matches if None in words else words.__contains__
 
 
 @lru_cache(maxsize=256)
 def containers(sources: tuple[str, ...]) -> Expressions:
-    """The expressions of ``layers_pattern``, each for the end of a path."""
+    """The expressions of ``layers_pattern``, each matched at the end of a path."""
     return Expressions(sources, r"(.*\.)?{}")
 
 
 class Ends:
-    """Which of several expressions first means a path, as PEFT looks a rank up:
-    ``(.*\\.)?(expression)$``. Most are whole paths. With their dots escaped, as Veneer writes them,
-    they are looked up. Without, as PEFT does, they make no choice that ``re`` could go back
-    over."""
+    r"""Find the first of several expressions that matches the end of a path, as PEFT looks up a
+    rank: ``(.*\.)?(expression)$``. Most are full paths. If their dots are escaped, as Veneer writes
+    them, they are looked up in a dict; if not, as PEFT writes them, they contain nothing over which
+    ``re`` could backtrack."""
 
     def __init__(self, sources: Iterable[str]) -> None:
         self.sources = tuple(sources)
@@ -164,7 +162,7 @@ class Ends:
         return self.sources[min(indices)] if indices else None
 
 
-#: what has neither a choice nor a repetition
+#: expressions without alternatives and repetitions
 _PLAIN = re.compile(r"\^?(?:[\w\-/. ]|\\[.\-/ ])+")
 
 
@@ -172,7 +170,7 @@ ends = lru_cache(maxsize=16)(Ends)
 
 
 def literal(source: str) -> str | None:
-    """The one text that an expression means, or None if it may mean several. A dot that is not
-    escaped means any character, as it does to PEFT."""
+    """The only text that an expression matches, or None if it may match several. An unescaped dot
+    matches any character, as in PEFT."""
     word = re.sub(r"\\(.)", r"\1", source)
     return word if re.escape(word) == source else None

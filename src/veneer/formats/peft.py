@@ -5,17 +5,17 @@
     base_model.model.<path>.lora_B.weight                 B
     base_model.model.<path>.<parameter>                   a parameter that was trained in full
     base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a low-rank change
-    base_model.model.<path>.lora_magnitude_vector         a number of a variant besides A and B
-    base_model.model.<path>.lora_B.bias                   a bias that is scaled as B is, of lora_bias
+    base_model.model.<path>.lora_magnitude_vector         a further parameter of a variant
+    base_model.model.<path>.lora_B.bias                   the bias of lora_bias, which is scaled like B
     base_model.model.<attention>.base_layer.out_proj.…    the out-projection below an adapted attention
     base_model.model.<experts>.base_layer.lora_A.weight   the last but one of several adapted parameters of one module
-    base_model.model.<block>.base_layer.<child>.…         what lies below a module with an adapted parameter
+    base_model.model.<block>.base_layer.<child>.…         a child of a module with an adapted parameter
 
 Read from PEFT 0.21's source and checked against it in the tests. ``peft_paths.py`` has the rules
 for paths and patterns, ``peft_fields.py`` the checks of the config, ``peft_behaviour.py`` the
-layers for which PEFT computes something else.
+layers for which PEFT's result differs.
 
-If PEFT would load a folder and compute something else, ``peft_type`` holds the reason: PEFT fails
+If PEFT would load a folder and compute another result, ``peft_type`` holds the reason: PEFT fails
 on an unknown type, and its error shows the text.
 """
 
@@ -41,7 +41,7 @@ MAGNITUDE = "lora_magnitude_vector"
 #: the suffix of ``lora_bias``'s bias b beside B: y = op(x; W) + bias + scale · (op(x; B A) + b)
 LORA_BIAS = "lora_B.bias"
 NOT_FOR_PEFT = "not for PEFT"
-#: PEFT's ``target_modules`` of a config without low-rank changes, which it would otherwise refuse
+#: ``target_modules`` of a config without low-rank changes, which PEFT would otherwise refuse
 NO_TARGETS = "dummy-target-modules"
 
 #: the largest valid rank; no weight has as many inputs
@@ -50,9 +50,9 @@ MAX_RANK = 2**20
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """One low-rank change as the file holds it. ``target_path`` is the path of its module, or of
-    the parameter if the config targets one, without PEFT's wrappers. ``extras``: a variant's
-    further tensors, by suffix."""
+    """One low-rank change in the layout of the file. ``target_path``: the path of its module, or of
+    the parameter if the config targets one, without PEFT's wrappers. ``extras``: further tensors of
+    a variant, by suffix."""
 
     target_path: str
     A: Tensor
@@ -65,7 +65,7 @@ class PeftLayer:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the groups of B lie along its last axis, [out, r·g], as PEFT stacks experts; else
+        """Whether the groups of B are along its last axis, [out, r·g], as PEFT stacks experts; else
         along its first axis."""
         return self.B.shape[1] != self._rank
 
@@ -91,7 +91,7 @@ class PeftLayer:
 
     @property
     def low(self) -> LowRank:
-        """The change as a low-rank product, of one group except for grouped convolutions and
+        """The change as a low-rank product, with one group except for grouped convolutions and
         stacks. ``AdapterError``: A and B are no product of this rank."""
         rank = self._rank
         groups = self.A.shape[0] // rank
@@ -111,8 +111,8 @@ class PeftLayer:
         return LowRank(A, B, self.scale)
 
     def with_low(self, low: LowRank) -> PeftLayer:
-        """The layer with another product, in the same shapes but for the rank, and with plain
-        LoRA's alpha: ``low.scale · rank``."""
+        """The layer with another product in the same layout, and with plain LoRA's alpha:
+        ``low.scale · rank``."""
         groups, rank, _ = low.A.shape
         A = low.A.reshape(groups * rank, *self.A.shape[1:])
         if self.is_stacked:
@@ -125,8 +125,8 @@ class PeftLayer:
 
 
 def not_for_peft(config: Mapping[str, Any]) -> str | None:
-    """The reason in ``peft_type`` why PEFT would compute something else with this adapter; None if
-    it would not."""
+    """The reason in ``peft_type`` why PEFT would compute another result with this adapter; None if
+    there is none."""
     type_ = str(config.get("peft_type"))
     return type_.removeprefix(NOT_FOR_PEFT).strip(": ") if type_.startswith(NOT_FOR_PEFT) else None
 
@@ -181,7 +181,7 @@ def split(
             # PEFT's bias="all" also saves the base's values
             if ".original_module" in path:
                 continue
-            # with that option PEFT saves trained biases again under the name of the adapter
+            # with modules_to_save, PEFT saves trained biases a second time under the adapter's name
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
             full.setdefault(path, {})[parameter] = tensor
@@ -214,7 +214,7 @@ def _layer(
     }
     rank, alpha, scale = strength(config, *named, strip_wrappers(attention_of(path) or path)[0])
     target_path = named[0] if named else strip_wrappers(path)[0]
-    # the number of matrices in a parameter is known from a model alone
+    # the number of matrices in a parameter is known only from a model
     if not named and B.shape[1] % rank:
         problem = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
         do = (
@@ -226,7 +226,7 @@ def _layer(
 
 
 def of_parameter(path: str, layer: PeftLayer) -> bool:
-    """Whether the config targets the entry at ``path`` as a parameter, not as a module."""
+    """Whether the config targets the entry at ``path`` as a parameter rather than as a module."""
     return layer.target_path != strip_wrappers(path)[0]
 
 

@@ -1,6 +1,5 @@
-"""Where PEFT computes something else than a change of a weight: kinds of layers, options of
-modules, and versions of PEFT.
-"""
+"""Where PEFT's result differs from a change of a weight: kinds of layers, options of modules, and
+versions of PEFT."""
 
 from __future__ import annotations
 
@@ -10,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-#: how many times PEFT adds the change of an attention's out-projection, in the releases up to
-#: LATEST_CHECKED: ``MultiheadAttention.merge`` adds it, and so does the projection's own merge,
-#: which it calls (huggingface/peft#3774)
+#: how many times PEFT adds the change of an attention's out-projection, in releases up to
+#: LATEST_CHECKED: ``MultiheadAttention.merge`` adds it, and calls the projection's own merge, which
+#: adds it again (huggingface/peft#3774)
 OUT_PROJ_REPEATS, LATEST_CHECKED = 2, "0.21"
 
 
@@ -64,7 +63,7 @@ _OF_WRAPPERS = {
     "add_zero_attn", "batch_first", "bias_k", "bias_v", "dropout", "embed_dim", "head_dim", "in_proj_bias",
     "in_proj_weight", "kdim", "num_heads", "out_proj", "vdim",
 }  # fmt: skip
-#: the kinds of layers that have a bias beside B in PEFT
+#: the kinds of layers for which PEFT supports a bias beside B
 KINDS_WITH_BIAS = ("linear", "conv1d_transformers", "conv1d", "conv2d", "conv3d")
 
 
@@ -80,8 +79,8 @@ _EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 def mistakes_for_experts(path: str, parameters: Iterable[str]) -> bool:
     """Whether PEFT may take a linear layer for an expert of transformers 4: in a model with fused
-    experts it replaces these names among the targets by the fused parameters. Such a layer must be
-    targeted by its parameter."""
+    experts, it replaces these names among the targets by the fused parameters. Such a layer must be
+    targeted as a parameter."""
     return path.rpartition(".")[2] in _EXPERTS and any(
         name.endswith(".gate_up_proj") for name in parameters
     )

@@ -1,10 +1,10 @@
-"""PEFT's ``LoraConfig`` in the fields of Veneer's.
+"""Translate PEFT's ``LoraConfig`` into the fields of Veneer's.
 
     read_fields(config)      the fields of a config object, of a mapping or of an ``adapter_config.json``
     lora_fields(fields)      the fields of ``veneer.LoraConfig`` that mean the same, and every problem
 
-A field that has no equivalent is a problem if its value would change what is computed. Fields that
-describe the file or the machine (``task_type`` aside, which adds a head) are passed over.
+A field without an equivalent is a problem if its value changes the result. Fields that describe the
+file or the machine are ignored (except ``task_type``, which adds a head).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from veneer.errors import AdapterError, ConfigError, sentence
 from veneer.fileio.untrusted import read_json
 from veneer.formats import peft
 
-#: PEFT's field -> the field of ``veneer.LoraConfig`` that takes its value as it is
+#: PEFT's field -> the field of ``veneer.LoraConfig`` with the same values
 _SAME_VALUE = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -28,9 +28,9 @@ _SAME_VALUE = {
     "trainable_token_indices": "trainable_tokens",
 }
 BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
-#: starts that are variants of the same name here
+#: starts that are variants of the same name in Veneer
 _STARTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
-#: the task heads that PEFT trains in full without being told
+#: the heads of tasks, which PEFT trains in full without being configured to
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -42,17 +42,17 @@ _TRANSLATED = {
     "modules_to_save", "peft_type", "qalora_group_size", "rank_pattern", "target_modules",
     "target_parameters", "task_type", "use_dora", "use_qalora", "use_rslora",
 }  # fmt: skip
-#: fields that change nothing of what is computed, or that ``veneer.attach`` takes as arguments
+#: fields that do not change the result, or that are arguments of ``veneer.attach``
 _IRRELEVANT = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "revision", "runtime_config",
 }  # fmt: skip
-#: group of inputs of QA-LoRA, PEFT's default and the size that the variant has
+#: group size of QA-LoRA: PEFT's default, and the size of Veneer's variant
 _GROUP_SIZE = 16
-#: rank, alpha of a ``peft.LoraConfig()``
+#: rank and alpha of a ``peft.LoraConfig()``
 _DEFAULTS = {"r": 8, "lora_alpha": 8}
-#: names of modules that would be another pattern here
+#: names of modules that Veneer would interpret as another pattern
 _SPECIAL = re.compile(r"all-linear|attention|mlp|all|.*[*?\[\]].*|re:.*")
 
 
@@ -121,7 +121,7 @@ def _targets(values: Mapping[str, Any], problems: list[str]) -> Any:
 
 
 def _patterns(modules: str | Iterable[str]) -> Any:
-    """Patterns of Veneer for names of modules, or for PEFT's regular expression over full paths."""
+    """Veneer's patterns for names of modules, or for PEFT's regular expression over full paths."""
     if isinstance(modules, str):
         return "all-linear" if modules.lower() == "all-linear" else f"re:{modules}"
     names = modules if isinstance(modules, list | tuple) else sorted(modules)
@@ -131,15 +131,15 @@ def _patterns(modules: str | Iterable[str]) -> Any:
 
 
 def _layer_pattern(key: str) -> str:
-    """A key of ``rank_pattern``, which PEFT takes for a regular expression that may begin at any
-    dot."""
+    """Veneer's pattern for a key of ``rank_pattern``, which PEFT interprets as a regular expression
+    that may begin at any dot."""
     return key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?({key})"
 
 
 def _modules_to_save(names: Iterable[str], task_type: str | None) -> tuple[str, ...]:
-    """Patterns of the modules that are trained in full: PEFT trains each whose path ends with the
-    name, also within a word. It adds every name that a task's head may have; here a pattern must
-    match something, so that these names become one expression."""
+    """Patterns of the modules that are trained in full. PEFT trains each module whose path ends
+    with a name, even within a word, and adds every name that a task's head may have. A pattern of
+    Veneer must match something, so these names become one expression."""
     heads = _HEADS.get(task_type or "", ())
     endings = [re.escape(name) for name in names if name not in heads]
     endings += [f"({'|'.join(heads)})"] if heads else []
@@ -150,7 +150,7 @@ def _variant(values: Mapping[str, Any], problems: list[str]) -> str:
     """The variant of a start and of flags; a problem if no variant combines them."""
     flags = [
         name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")
-    ]  # DoRA is named first where both are on
+    ]  # DoRA is named first if both are on
     start = values.get("init_lora_weights", True)
     name = start.partition("_niter")[0].lower() if isinstance(start, str) else ""
     if start is not True and name not in _STARTS:

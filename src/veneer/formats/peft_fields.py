@@ -1,6 +1,5 @@
-"""The checks of the fields of ``adapter_config.json``: types, ranges, and fields that would change
-what is computed in a way that Veneer does not support.
-"""
+"""Checks of the fields of ``adapter_config.json``: their types and ranges, and fields that would
+change the result in a way that Veneer does not support."""
 
 from __future__ import annotations
 
@@ -38,8 +37,8 @@ def _token_ids(value: Any) -> bool:
 
 _number, _texts = _is(int, float), _every(list, _is(str))
 _SIZE = f"a whole number from 1 to {MAX_RANK:,}"
-# The fields that Veneer honours, or that do not change the arithmetic, and the values that each may
-# have besides null: (test, description, fields).
+# The fields that Veneer supports or that do not change the result, and their valid values besides
+# null: (test, description, fields).
 _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         _is(str),
@@ -76,7 +75,7 @@ _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     ),
 )
 _FIELD_TESTS = {field: (test, words) for test, words, fields in _FIELDS for field in fields.split()}
-#: the advice for a refused field; that for all others is to use PEFT
+#: the advice for a refused field, if it is not "use PEFT"
 _ADVICE = {
     "alora_invocation_tokens": (
         'take it out, and select the adapter from these tokens on (docs/from-peft.md, "aLoRA")'
@@ -86,10 +85,10 @@ _ADVICE = {
         ' layers")'
     ),
 }
-#: starts that move part of the base's weight into the adapter, so that the file is a change of the
-#: base without that part; PEFT recomputes them when it loads the folder
+#: starts that move part of the base's weight into the adapter, so that the file holds a change of
+#: the base without that part; PEFT recomputes them when it loads the folder
 STARTS = ("pissa", "olora")
-# starts that cannot be recomputed: (beginning of the name, reason)
+# starts that cannot be recomputed: (prefix of the name, reason)
 _LOST_STARTS = (
     ("pissa", "which took a random approximation off the base's weights as it started"),
     ("corda", "which took what it found in data off the base's weights as it started"),
@@ -108,7 +107,7 @@ def starts_from_base(config: Mapping[str, Any]) -> bool:
 def check_config(
     config: Mapping[str, Any], by_veneer: bool = False, with_base: bool = False
 ) -> None:
-    """Raise AdapterError for fields that would change the arithmetic in a way that Veneer does not
+    """Raise AdapterError for fields that would change the result in a way that Veneer does not
     support.
 
     Args:
@@ -166,11 +165,11 @@ def _start_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]
 
 
 def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problems of options that are changes of weights only together with the base."""
+    """The problems of options that are changes of weights only if the base is available."""
     if config.get("lora_bias") is True and not with_base:
         do = "load it on its base, and merge or save it there"
         yield sentence("lora_bias=true, biases beside B", "changes of weights alone", do)
-    # with a group size of 1, A has all inputs, and yet PEFT scales them in a GPTQ layer
+    # with a group size of 1, A has all inputs, but PEFT scales them in a GPTQ layer
     single_inputs = config.get("qalora_group_size") == 1
     if config.get("use_qalora") is True and (single_inputs or not with_base):
         do = "load it on its base, and save it there"
@@ -198,7 +197,8 @@ def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
     """The problems of the regular expressions of a config whose fields have valid types.
-    Expressions of targets are only compiled with ``re``, since the tensors name the targets too."""
+    Expressions of targets are only compiled with ``re``, because the tensors also name the
+    targets."""
     tests: list[tuple[str, Callable[[Any], Any], Any]] = [
         (field, patterns.ends, tuple(config.get(field) or ()))
         for field in ("rank_pattern", "alpha_pattern")

@@ -1,5 +1,5 @@
-"""The paths of PEFT's files and the patterns of its config: which modules ``target_modules`` means,
-which rank and alpha a path has, and how PEFT nests the modules that it wraps.
+"""The paths of PEFT's files and the patterns of its config: which modules ``target_modules``
+matches, which rank and alpha a path has, and how PEFT nests the modules that it wraps.
 
 Every rule is read from PEFT 0.21's source and checked against it in the tests.
 """
@@ -20,8 +20,8 @@ def layers_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
-    """The paths among ``paths`` that the config's targets match, by PEFT's rules; None if that is
-    unknown: "all-linear", and expressions beyond the limits of ``patterns``."""
+    """The paths among ``paths`` that the config's targets match by PEFT's rules; None if that
+    cannot be decided: for "all-linear", and for expressions beyond the limits of ``patterns``."""
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
@@ -40,7 +40,7 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     layers = [layers] if isinstance(layers, int) else layers
     if not layers:
         return chosen
-    # PEFT adapts a full path in the list regardless of its layer index
+    # PEFT adapts a full path in the list whatever its layer index is
     full_paths = set() if isinstance(targets, str) else set(targets)
     return {path for path in chosen if path in full_paths or _layer_of(path, config) in layers}
 
@@ -72,9 +72,9 @@ def _matches_names(names: str | Iterable[str], path: str) -> bool:
 
 
 def strength(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]:
-    """(rank, alpha, scale) of a change with these paths; the first path that a pattern matches
-    counts. PEFT uses the first key of ``rank_pattern`` and ``alpha_pattern`` that matches the end
-    of the path as a regular expression."""
+    """(rank, alpha, scale) of a change with these paths, for the first path that a pattern matches.
+    PEFT uses the first key of ``rank_pattern`` and ``alpha_pattern`` that matches the end of the
+    path as a regular expression."""
 
     def value(patterned: str, default: str) -> Any:
         values = config.get(patterned) or {}
@@ -116,7 +116,7 @@ def attention_of(path: str) -> str | None:
 
 def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[str]:
     """The path of the parameter that the entry at ``path`` changes, in a list, as far as the config
-    alone tells: the last of ``target_parameters`` in that module, or an earlier one for each
+    determines it: the last of ``target_parameters`` in that module, or an earlier one for each
     wrapper. Empty if the entry changes a module."""
     bare, depth = strip_wrappers(path)
     ends = [target.rpartition(".") for target in config.get("target_parameters") or ()]
@@ -154,7 +154,7 @@ def common_size(
     ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float
 ) -> tuple[int, float]:
     """The rank and alpha for ``r`` and ``lora_alpha``: ``rank`` and ``alpha`` if a layer has both,
-    else the pair that most layers have. So if all layers have one scale, it is that of r and
+    else the pair that most layers have. If all layers have the same scale, it is then that of r and
     lora_alpha, for readers that ignore patterns (as vLLM did)."""
     pairs = [(ranks[path], alphas[path]) for path in ranks]
     return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
@@ -162,7 +162,7 @@ def common_size(
 
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
     """A rank or alpha pattern with the full path of every layer that differs from the default, so
-    that it matches no other layer with the same ending."""
+    that no key matches another layer with the same ending."""
 
     def pattern(path: str) -> str:
         alike = any(

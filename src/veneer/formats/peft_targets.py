@@ -1,10 +1,10 @@
 """The tensors of a folder that PEFT applies.
 
-PEFT wraps the modules that the config means, and passes over the tensors of all others. So a folder
-whose ``target_modules``, ``exclude_modules`` or ``layers_to_transform`` was narrowed by hand is the
-narrower adapter. Rejected: to refuse it, since PEFT loads it and a config is easier to edit than a
-file of tensors; to apply every tensor, which is another adapter than PEFT's. What is left out is
-named in a warning.
+PEFT wraps the modules that the config matches, and ignores the tensors of all others. A folder
+whose ``target_modules``, ``exclude_modules`` or ``layers_to_transform`` was narrowed by hand is
+therefore a smaller adapter. Rejected: to refuse it, because PEFT loads it, and a config is easier
+to edit than a file of tensors; to apply every tensor, because PEFT does not. A warning names the
+ignored tensors.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from veneer.errors import AdapterError, listing
 from veneer.formats import peft, peft_paths, peft_tokens
 from veneer.formats.peft_tuners import PROJECTIONS, tuner_of
 
-#: what narrows the targets of LoRA, and which of it the configs of other types do not have, which
-#: PEFT then passes over
+#: the fields that narrow LoRA's targets, and those that other types of tuners lack, so that PEFT
+#: ignores them
 _FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _LACKED = {"VERA": _FIELDS[:1], "LN_TUNING": _FIELDS[1:3], peft_tokens.TYPE: _FIELDS}
 
 
 class TensorsLeftOut(UserWarning):
-    """A folder holds tensors of modules that its config leaves out: they are no part of the
-    adapter."""
+    """A folder holds tensors of modules that its config does not match; the adapter does not
+    include them."""
 
 
 def left_out(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor | None], suffixes: Iterable[str]
 ) -> dict[str, list[str]]:
-    """The keys of tensors that PEFT passes over, by the path of their module. Nothing is left out
-    by an expression that is not run.
+    """The keys of tensors that PEFT ignores, by the path of their module. An expression that is not
+    evaluated matches everything.
 
     Args:
-        tensors: None for one of which only the key is known.
-        suffixes: those of LoRA's tensors; other tuners have their own.
+        tensors: by key; None for a tensor of which only the key is known.
+        suffixes: of LoRA's tensors; other tuners have their own.
     """
     by_module: dict[str, list[str]] = {}
     for key in tensors:
@@ -48,7 +48,7 @@ def left_out(
     config = {**config, **dict.fromkeys(_LACKED.get(str(config.get("peft_type")), ()))}
     if config.get("target_modules") == "all-linear":
         config["target_modules"] = ".*"
-    # PEFT adapts the out-projection of an attention along with it, whatever it is called
+    # PEFT adapts the out-projection of an attention together with it, whatever its name
     names = {
         path: {
             peft_paths.strip_wrappers(name)[0]
@@ -66,7 +66,7 @@ def left_out(
             config.get("ensure_weight_tying") and _are_tied(keys, inside, tensors)
         ):
             continue
-        below = (  # a trained bias of the layer, an embedding's frozen weight
+        below = (  # a trained bias of the layer, or an embedding's frozen weight
             f"{peft.PREFIX}{path}.base_layer."
         )
         keys += [
@@ -79,9 +79,9 @@ def left_out(
 def _are_tied(
     keys: Iterable[str], adapted_keys: Iterable[str], tensors: Mapping[str, Tensor | None]
 ) -> bool:
-    """Whether the factors at ``keys`` are those of others as well, as they lie there or turned:
-    those of a module that PEFT adapts because its weight is tied to a target's. Factors that are
-    not known may be."""
+    """Whether the factors at ``keys`` equal those of another module, as they are or transposed:
+    PEFT also adapts a module whose weight is tied to a target's. True if the factors are not
+    known."""
 
     def alike(factor: Tensor | None, adapted: Tensor | None) -> bool:
         if factor is None or adapted is None:
@@ -99,9 +99,9 @@ def _are_tied(
 def applied_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], suffixes: Iterable[str]
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """(the tensors of an adapter of PEFT that PEFT applies, the modules that its config leaves
-    out). ``AdapterError``: it leaves out every one, or calls for their modules in full, which the
-    file does not hold."""
+    """(the tensors that PEFT applies, the modules that the config does not match).
+    ``AdapterError``: it matches no module, or requires modules in full that the file does not
+    hold."""
     suffixes = tuple(suffixes)
     modules = left_out(config, tensors, suffixes)
     if not modules:
@@ -132,7 +132,7 @@ def applied_tensors(
 
 
 def describe(modules: Iterable[str]) -> str:
-    """A sentence that names the modules that were left out."""
+    """A sentence that names the ignored modules."""
     modules = list(modules)
     count = (
         f"tensors of {len(modules)} modules that {peft.CONFIG} leaves out ({listing(modules, 3)})"
@@ -141,12 +141,11 @@ def describe(modules: Iterable[str]) -> str:
 
 
 def _module_of(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -> str | None:
-    """The path in the file of the module that a tensor adapts, or None for a tensor of any other
-    kind."""
+    """The path in the file of the module that a tensor adapts, or None for any other tensor."""
     bare, tuner = key.removeprefix(peft.PREFIX), tuner_of(config)
     if bare == key:
         return None
-    # without targets PEFT takes the input embedding
+    # without targets, PEFT takes the input embedding
     if config.get("peft_type") == peft_tokens.TYPE:
         suffixes = (peft_tokens.ALONE,) if config.get("target_modules") else ()
     elif tuner is not None and not tuner.needs:
@@ -159,7 +158,7 @@ def _module_of(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -> 
 
 
 def _means_parameter(config: Mapping[str, Any], path: str) -> bool:
-    """Whether ``target_parameters`` may mean a parameter of the module at a path of the file."""
+    """Whether ``target_parameters`` may match a parameter of the module at a path of the file."""
     bare = peft_paths.strip_wrappers(path)[0]
     above = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
     return any(not end or bare == end or bare.endswith(f".{end}") for end in above)

@@ -1,13 +1,12 @@
-"""PEFT's layout of trained tokens: the rows of an embedding, or head, that an adapter puts in place
-of the base's.
+"""PEFT's layout of trained tokens: rows of an embedding or a head that replace the base's rows.
 
-    base_model.model.<path>.token_adapter.trainable_tokens_delta    the rows [n, d] themselves, no difference
+    base_model.model.<path>.token_adapter.trainable_tokens_delta    the rows [n, d] themselves, not a difference
     trainable_token_indices                                         their ids: a list, or {the end of a path: a list}
 
-A weight that is tied to the input embedding has the same rows, and none in the file. A folder of
-peft_type TRAINABLE_TOKENS (``token_indices``, key ``<path>.trainable_tokens_delta``) says the same
-without a low-rank change. Read from PEFT 0.21's source, which refuses a low-rank change of the same
-module.
+A weight that is tied to the input embedding uses the same rows, and the file does not repeat them.
+A folder of peft_type TRAINABLE_TOKENS (``token_indices``, key ``<path>.trainable_tokens_delta``)
+means the same without a low-rank change. Read from PEFT 0.21's source, which refuses a low-rank
+change of the same module.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class TokenRows:
 def as_lora(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """A folder of PEFT's TRAINABLE_TOKENS as the LORA that computes the same; any other as it
-    is."""
+    """Convert a folder of PEFT's TRAINABLE_TOKENS to an equivalent LORA; return any other
+    unchanged."""
     if config.get("peft_type") != TYPE:
         return config, tensors
     ends = [key.removesuffix(f".{ALONE}") for key in tensors if key.endswith(f".{ALONE}")]
@@ -61,9 +60,9 @@ def split(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
     """(the trained rows by the path of their module, the other tensors). ``AdapterError``: rows
-    without ids, or as many as there are ids of."""
+    without ids, or another number of rows than of ids."""
     rest = {key: value for key, value in tensors.items() if not key.endswith(f".{SUFFIX}")}
-    # what PEFT writes along of a vocabulary that grew: the frozen embedding below the wrapper
+    # for a vocabulary that grew, PEFT also writes the frozen embedding below the wrapper
     rest = {key.replace(".token_adapter.base_layer.", "."): value for key, value in rest.items()}
     token_rows: dict[str, TokenRows] = {}
     problems: list[str] = []
@@ -91,7 +90,7 @@ def split(
 
 
 def indices(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
-    """The ids that a config has for the module at a path, in the order of its rows."""
+    """The ids in a config for the module at a path, in the order of its rows."""
     field = config.get(FIELD) or ()
     if not isinstance(field, Mapping):
         return list(field)

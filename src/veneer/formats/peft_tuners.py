@@ -10,12 +10,11 @@ Veneer's variants.
     LN_TUNING  <path>.ln_tuning_layers.<parameter>                             the layer, trained in full
 
 Read from PEFT 0.21's source and checked against it in the tests. The core of a Tucker decomposition
-(``t``, of a convolution with use_effective_conv2d) is multiplied into the factor of the inputs, a
-w2 that is held whole is the product of itself and an identity: the ΔW is the same one.
+(``t``, for a convolution with use_effective_conv2d) is multiplied into the factor of the inputs. A
+w2 that is stored as one matrix becomes the product of itself and an identity. Neither changes ΔW.
 
-A file says nothing of the shape of a weight but what its tensors say: VeRA's leave open how many
-inputs a layer has, and those of a convolution may be flat. ``Weights`` tells, where there is a
-base.
+The tensors of a file do not always determine the shape of a weight: VeRA's leave open how many
+inputs a layer has, and a convolution's may be flat. ``Weights`` gives the shapes of a base.
 """
 
 from __future__ import annotations
@@ -30,20 +29,15 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft, peft_fields, peft_paths
+from veneer.formats.vera_projections import PROJECTIONS, Weights, layer_projections
 
-#: the shape and, where it is plain, the dtype of a base's parameter, by its path; None where the
-#: base lacks it
-Weights = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
-
-#: what PEFT adds to the rank that AdaLoRA divides by
+#: PEFT divides AdaLoRA's alpha by the rank plus this
 EPSILON = 1e-5
-#: VeRA's projections, beside all modules
-PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
 class VariantChange(NamedTuple):
-    """One change in its variant's terms: the parameters, with an axis for one group in front, and
-    the scale of the variant's product."""
+    """One change in its variant's terms: the parameters, with a leading axis for one group, and the
+    scale of the variant's product."""
 
     parameters: Mapping[str, Tensor]
     scale: float
@@ -51,8 +45,8 @@ class VariantChange(NamedTuple):
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """The tensors of one module by suffix, its rank and scale as the config says, the pattern of
-    AdaLoRA's ranks, and VeRA's projections, cut to the layer."""
+    """The tensors of one module by suffix, and its rank and scale in the config. ``pattern``:
+    AdaLoRA's mask over ranks. ``projections``: VeRA's A and B in the sizes of the layer."""
 
     module_path: str
     tensors: Mapping[str, Tensor]
@@ -69,12 +63,13 @@ class Tuner:
     Fields:
         type: ``peft_type``.
         variant: Veneer's variant whose parameters its tensors are.
-        suffixes: of a module's tensors; each of ``needs`` is one of these, or a choice of several
-            that go together.
-        fields: the tuner's own name of a field of LoRA's config.
-        extra_fields: its further fields, which change nothing that is computed from the file, with
-            the test of each.
-        read: what a file holds of one module -> its change.
+        suffixes: of a module's tensors.
+        needs: required suffixes. Each entry lists alternatives, and each alternative the suffixes
+            that belong together.
+        fields: the tuner's names for fields of LoRA's config, by LoRA's names.
+        extra_fields: further fields, which do not affect the change that a file holds, each with a
+            test of its value.
+        read: computes the change of one module.
     """
 
     type: str
@@ -110,12 +105,12 @@ def _masks(value: Any) -> bool:
 def _adalora(module: ModuleTensors) -> VariantChange:
     A, B, E = (module.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
     rank, mask = len(A), torch.ones(len(A))
-    # the masked triplets are still there
+    # the file still contains the masked triplets
     if module.pattern is not None and len(module.pattern) == rank:
         mask = torch.tensor(module.pattern, dtype=torch.float32)
     elif rank != (module.rank if module.pattern is None else sum(module.pattern)):
         raise ValueError(f"rank {rank}, which its config does not give it")
-    if not rank:  # every triplet was taken away, and PEFT keeps none
+    if not rank:  # every triplet was pruned: use one that is zero
         A, B, E, mask = (
             A.new_zeros(1, A.shape[1]),
             B.new_zeros(len(B), 1),
@@ -145,7 +140,7 @@ def _lokr(module: ModuleTensors) -> VariantChange:
     C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
-        # of a Conv1d, where PEFT aligns C with the last two axes: the product of no two matrices
+        # Conv1d: PEFT aligns C with the last two axes, which is no Kronecker product of matrices
         if w2.dim() == 3:
             out, in_ = C.shape[0] * w2.shape[0], C.shape[1] * w2.shape[1] * w2.shape[2]
             C, w2 = C.new_ones(1, 1), torch.kron(C, w2).reshape(out, in_)
@@ -170,7 +165,7 @@ def _vera(module: ModuleTensors) -> VariantChange:
     return VariantChange({"A": A[None], "B": B[None], "d": d[None], "b": b[None]}, 1.0)
 
 
-#: how many axes tensors have by their suffix, where these are not 2
+#: permitted numbers of axes by suffix, where tensors have more or fewer than 2
 _AXES = {
     **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2"), (4,)), "lokr_w2": (2, 3, 4),
     **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), (1,)),
@@ -209,9 +204,9 @@ TUNERS = {
         Tuner("LN_TUNING", "lora", ("ln_tuning_layers",), (), {}, {}, lambda module: VariantChange({}, 1.0)),
     )
 }  # fmt: skip
-#: fields of LoRA's config that would mean another adapter
+#: fields of LoRA's config that these tuners do not have
 _NOT_THEIRS = ("target_parameters", "use_dora")
-#: fields of LoRA's config that AdaLoRA's has, and does not look at
+#: fields of LoRA's config that AdaLoRA's config inherits and ignores
 _UNUSED = ("r", "use_rslora", "alpha_pattern", "init_lora_weights", "rank_pattern")
 
 
@@ -223,7 +218,7 @@ def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
 def check_config(
     config: Mapping[str, Any], by_veneer: bool = False, with_base: bool = False
 ) -> None:
-    """``peft_fields.check_config``, for the configs of these tuners too."""
+    """``peft_fields.check_config`` for these tuners' configs too."""
     tuner = None if by_veneer else tuner_of(config)
     problems = []
     for name, test in tuner.extra_fields.items() if tuner is not None else ():
@@ -252,8 +247,7 @@ def check_config(
     )
 
 
-#: how the names begin that PEFT's tuners give their tensors; only LoRA's may have ".weight" behind
-#: them
+#: prefixes of the tensor names of PEFT's tuners; only LoRA's names may end in ".weight"
 _MARKS = (
     "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l", "oft_R", "boft_",
     "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_", "c3a_kernel", "delora_", "gralora_", "hira_",
@@ -262,8 +256,8 @@ _TOKENS = "TRAINABLE_TOKENS"
 
 
 def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise AdapterError for tensors of another tuner than that of the config. ``peft.split``
-    judges LoRA's further."""
+    """Raise AdapterError for tensors of another tuner than the config's. ``peft.split`` checks
+    LoRA's tensors further."""
     type_, tuner = config.get("peft_type"), tuner_of(config)
     strange = []
     for key in keys:
@@ -289,15 +283,15 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
 
 
 def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A tuner's config in LoRA's fields: its targets, and the rank and alpha that the scale of a
-    change comes from. A field that neither knows is still there."""
-    own_fields = {
+    """A tuner's config in LoRA's fields: its targets, and the rank and alpha that determine the
+    scale of a change. Unknown fields are kept."""
+    tuner_fields = {
         *tuner.extra_fields,
         *tuner.fields.values(),
         *(_UNUSED if tuner.type == "ADALORA" else ()),
     }
-    lora = {name: value for name, value in config.items() if name not in own_fields}
-    lora |= {name: config.get(own_name) for name, own_name in tuner.fields.items()}
+    lora = {name: value for name, value in config.items() if name not in tuner_fields}
+    lora |= {name: config.get(tuner_name) for name, tuner_name in tuner.fields.items()}
     if tuner.type == "ADALORA" and _number(lora.get("lora_alpha")) and lora["lora_alpha"] <= 0:
         lora["lora_alpha"] = lora["r"]
     if tuner.type == "VERA":  # the paper's scale is 1
@@ -305,9 +299,10 @@ def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
         lora["bias"] = "lora_only" if config.get("bias") == "vera_only" else config.get("bias")
     if tuner.type == "LN_TUNING":
         targets = config.get("target_modules")
-        named = targets if isinstance(targets, list) else []
-        more = config.get("modules_to_save")
-        saved_modules = [*named, *(more if isinstance(more, list) else [])]
+        target_names = targets if isinstance(targets, list) else []
+        extra_modules = config.get("modules_to_save")
+        extra_names = extra_modules if isinstance(extra_modules, list) else []
+        saved_modules = [*target_names, *extra_names]
         lora |= {
             "r": 1,
             "lora_alpha": 1,
@@ -335,8 +330,9 @@ def changes(
             by_module.setdefault(peft_paths.strip_wrappers(path)[0], {})[suffix] = tensor
         elif key not in PROJECTIONS or tuner.type != "VERA":
             rest[key] = tensor
-    cut = (
-        _projections(config, tensors, by_module, weights, problems) if tuner.type == "VERA" else {}
+    is_vera = tuner.type == "VERA"
+    projections = (
+        layer_projections(config, tensors, by_module, weights, problems) if is_vera else {}
     )
     lora, patterns, layer_changes = as_lora(tuner, config), config.get("rank_pattern") or {}, {}
     for module_path, module_tensors in by_module.items():
@@ -345,42 +341,13 @@ def changes(
         if tuner.type == "ADALORA":
             scale, pattern = alpha / (rank + EPSILON), patterns.get(f"{module_path}.lora_E")
         pattern = None if pattern is None else tuple(pattern)
-        lacking = [
-            choice
-            for choice in tuner.needs
-            if not any(module_tensors.keys() >= {*names} for names in choice)
-        ]
-        odd = [
-            name
-            for name, tensor in module_tensors.items()
-            if tensor.dim() not in _AXES.get(name, (2,))
-        ]
-        if odd:
-            sizes = ", ".join(f"{name} {tuple(module_tensors[name].shape)}" for name in odd)
-            axes = " or ".join(map(str, _AXES.get(odd[0], (2,))))
-            problems.append(
-                sentence(
-                    f"{sizes} at {module_path!r}",
-                    f"{axes} axes in {odd[0]}",
-                    "get both files again",
-                )
-            )
-        elif lacking:
-            wanted = " and ".join(
-                " or ".join(", ".join(names) for names in choice) for choice in lacking
-            )
-            problems.append(
-                sentence(
-                    f"no {wanted} at {module_path!r}", "a whole change", "get the whole file again"
-                )
-            )
-        elif tuner.type != "VERA" or module_path in cut:
+        pair = projections.get(module_path)
+        module = ModuleTensors(module_path, module_tensors, rank, scale, pattern, pair)
+        if problem := _module_problem(tuner, module):
+            problems.append(problem)
+        elif not is_vera or pair is not None:
             try:
-                layer_changes[module_path] = tuner.read(
-                    ModuleTensors(
-                        module_path, module_tensors, rank, scale, pattern, cut.get(module_path)
-                    )
-                )
+                layer_changes[module_path] = tuner.read(module)
             except (RuntimeError, ValueError, IndexError) as error:
                 sizes = ", ".join(
                     f"{name} {tuple(tensor.shape)}" for name, tensor in module_tensors.items()
@@ -393,108 +360,49 @@ def changes(
     return layer_changes, rest
 
 
+def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
+    """Why a module's tensors are no change of this tuner: other axes, or a missing tensor."""
+    unusual = [
+        name for name, tensor in module.tensors.items() if tensor.dim() not in _AXES.get(name, (2,))
+    ]
+    if unusual:
+        sizes = ", ".join(f"{name} {tuple(module.tensors[name].shape)}" for name in unusual)
+        axes = " or ".join(map(str, _AXES.get(unusual[0], (2,))))
+        return sentence(
+            f"{sizes} at {module.module_path!r}",
+            f"{axes} axes in {unusual[0]}",
+            "get both files again",
+        )
+    missing = [
+        choice
+        for choice in tuner.needs
+        if not any(module.tensors.keys() >= {*names} for names in choice)
+    ]
+    if missing:
+        alternatives = " and ".join(
+            " or ".join(", ".join(names) for names in choice) for choice in missing
+        )
+        return sentence(
+            f"no {alternatives} at {module.module_path!r}",
+            "a whole change",
+            "get the whole file again",
+        )
+    return None
+
+
 def needs_base_shapes(tuner: Tuner, weights: Weights | None) -> bool:
-    """Whether only a base tells the shapes of the changes."""
+    """Whether the shapes of the changes are known from a base only."""
     return tuner.type == "VERA" and weights is None
 
 
-def _projections(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], by_module: Mapping[str, Mapping[str, Tensor]],
-    weights: Weights | None, problems: list[str],
-) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-    """VeRA's A [r, in] and B [out, r] of each module, cut to the layer: the file's, or those that
-    PEFT draws from the config's key."""
-    if weights is None:
-        return {}
-    sizes: dict[str, tuple[int, int, torch.dtype | None]] = {}
-    for module_path, module_tensors in by_module.items():
-        shape_and_dtype, out = (
-            weights(f"{module_path}.weight"),
-            module_tensors["vera_lambda_b"].numel() if "vera_lambda_b" in module_tensors else 0,
-        )
-        if (
-            shape_and_dtype is None
-            or not out
-            or len(shape_and_dtype[0]) != 2
-            or math.prod(shape_and_dtype[0]) % out
-        ):
-            shape = "none" if shape_and_dtype is None else tuple(shape_and_dtype[0])
-            expected = "a weight with as many outputs"
-            problems.append(
-                sentence(
-                    f"{out} outputs at {module_path!r}, where the base has {shape}",
-                    expected,
-                    "use its base",
-                )
-            )
-        else:
-            sizes[module_path] = out, math.prod(shape_and_dtype[0]) // out, shape_and_dtype[1]
-    if problems or not sizes:
-        return {}
-    out, in_ = max(out for out, _, _ in sizes.values()), max(in_ for _, in_, _ in sizes.values())
-    A, B = (tensors.get(name) for name in PROJECTIONS)
-    drawn = A is None or B is None
-    if drawn and config.get("save_projection", True):
-        problem = (
-            f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and"
-            " save_projection=True"
-        )
-        problems.append(sentence(problem, "both projections", "get the whole file again"))
-        return {}
-    if drawn and not _integer(config.get("projection_prng_key")):
-        problem = (
-            f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and no"
-            " projection_prng_key"
-        )
-        problems.append(
-            sentence(
-                problem,
-                "the projections, or what they are drawn from",
-                "get both files again",
-            )
-        )
-        return {}
-    if A is None or B is None:
-        A, B = drawn_projections(config["projection_prng_key"], config["r"], out, in_)
-    if A.dim() != 2 or B.dim() != 2 or A.shape[1] < in_ or B.shape[0] < out:
-        shape_and_dtype = f"projections {tuple(A.shape)} and {tuple(B.shape)}"
-        problems.append(
-            sentence(shape_and_dtype, f"at least {in_} inputs and {out} outputs", "use its base")
-        )
-        return {}
-    cut = {}
-    for module_path, (rows, columns, dtype) in sizes.items():
-        pair = A[:, :columns], B[:rows]
-        if drawn and dtype is not None:  # PEFT rounds what it draws to the dtype of the base
-            pair = pair[0].to(dtype).to(A.dtype), pair[1].to(dtype).to(B.dtype)
-        cut[module_path] = pair
-    return cut
-
-
-def drawn_projections(key: int, rank: int, out: int, in_: int) -> tuple[Tensor, Tensor]:
-    """A [rank, in_] and B [out, rank] as PEFT draws them for VeRA: Kaiming-uniform with gain √2,
-    from torch's generator with this seed. One dtype, float32, and one device, the CPU, as another
-    would draw other numbers."""
-    generator = torch.Generator(device="cpu").manual_seed(key)
-    A, B = (
-        torch.empty(shape, dtype=torch.float32, device="cpu")
-        for shape in ((rank, in_), (out, rank))
-    )
-    for matrix in (A, B):
-        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(matrix.shape[1]))
-        matrix.uniform_(-bound, bound, generator=generator)
-    return A, B
-
-
 def deviation_reason(kind: str, module: Any) -> str | None:
-    """As ``peft_behaviour.deviation_reason``, for these tuners: why PEFT computes something else
-    than a change of the weight gives, or why the change is none that a variant has; None if
-    neither."""
+    """As ``peft_behaviour.deviation_reason``, for these tuners: why PEFT's result differs from that
+    of a change of the weight, or why no variant can represent the change; None if neither."""
     if kind in ("conv1d", "conv2d"):  # with the layer's stride, padding, dilation and groups
         if module.groups != 1:
             return (
-                f"one product for all {module.groups} groups of a convolution, of which Veneer has"
-                " one each"
+                f"one product for all {module.groups} groups of a convolution, where Veneer has one"
+                " for each group"
             )
         return (
             None
@@ -511,8 +419,8 @@ def deviation_reason(kind: str, module: Any) -> str | None:
 def plain_shapes(
     module_path: str, A: Tensor, B: Tensor, weights: Weights | None
 ) -> Iterator[Tensor]:
-    """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file: those of the layer,
-    where a base tells them."""
+    """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file, for the layer in the
+    base if one is known."""
     shape_and_dtype = None if weights is None else weights(f"{module_path}.weight")
     shape = () if shape_and_dtype is None else shape_and_dtype[0]
     conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]

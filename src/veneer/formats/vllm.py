@@ -1,11 +1,12 @@
-"""The published rules of vLLM's loader, applied to the two files of an adapter.
+"""The rules of vLLM's loader, applied to the two files of an adapter.
 
     adapter_config.json    vllm/lora/peft_helper.py: PEFTHelper, its fields and ``validate_legal``
     the tensors' names     vllm/lora/utils.py: ``parse_fine_tuned_lora_name``
-    what holds a LoRA      vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last part of a path
+    the adapted modules    vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last part of a path
 
-Which modules of a model vLLM has layers for is known to vLLM alone: it wraps linear layers, and
-embeddings of the models that name them. What no model of its can load is known here.
+Which modules of a model vLLM can adapt is known to vLLM only: it wraps linear layers, and
+embeddings of the models that list them. This file detects adapters that vLLM cannot load for any
+model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from veneer.formats import peft, peft_paths, peft_targets
 
 __all__ = ["problems"]
 
-#: vLLM's own default of ``max_lora_rank``, and the ranks that it may be set to
+#: the default of vLLM's ``max_lora_rank``, and its valid values
 MAX_RANK = 16
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _SIDES = re.compile(
@@ -43,14 +44,14 @@ def problems(
     shapes: Mapping[str, Sequence[int]] | None = None,
     max_rank: int | None = None,
 ) -> list[str]:
-    """Why vLLM cannot load an adapter, or would compute something else with it; empty if it can.
+    """Why vLLM cannot load an adapter, or would compute another result with it; empty if it can.
 
     Args:
         config: ``adapter_config.json``.
         names: the names in ``adapter_model.safetensors``.
-        shapes: their shapes, which tell convolutions.
-        max_rank: ``max_lora_rank`` of the server; None leaves the rank open up to the largest that
-            vLLM knows.
+        shapes: the shapes of the tensors, which reveal convolutions.
+        max_rank: ``max_lora_rank`` of the server; None allows up to the largest value that vLLM
+            accepts.
     """
     names, (rank, limit) = (
         list(names),
@@ -82,23 +83,23 @@ def problems(
 
 
 def largest_rank(config: Mapping[str, Any]) -> int:
-    """The rank that a server must have room for: that of the layer with the most."""
+    """The ``max_lora_rank`` that a server needs: the largest rank of a layer."""
     return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
 
 
 def _left_out(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The modules with tensors that the config leaves out."""
+    """The modules with tensors that the config does not match."""
     ends = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
     lora = config.get("peft_type") == "LORA"
     return sorted(peft_targets.left_out(config, dict.fromkeys(names), ends)) if lora else []
 
 
 def _scales(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Releases that do not read rank_pattern and alpha_pattern give every layer the one scale of r
-    and lora_alpha."""
+    """Problems of layers with different scales: releases that do not read rank_pattern and
+    alpha_pattern give every layer the scale of r and lora_alpha."""
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
-    scale = peft_paths.strength(config)[2]  # of no path: no pattern applies
+    scale = peft_paths.strength(config)[2]  # without a path, no pattern applies
     paths = {parsed[0] for parsed in map(parse, names) if parsed is not None}
     deviating = sorted(
         path
@@ -113,9 +114,9 @@ def _scales(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def _names(names: Iterable[str]) -> list[str]:
-    """Names that vLLM refuses, and changes whose place it does not have."""
+    """Problems of names that vLLM refuses, and of changes of modules that it cannot adapt."""
     reasons = []
-    # it passes over the base's own embeddings, which PEFT may write along
+    # vLLM ignores the base's own embeddings, which PEFT may also write
     frozen_embedding = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")
     parsed = {name: parse(name) for name in names if not frozen_embedding.search(name)}
     unknown = [

@@ -1,5 +1,5 @@
-"""Which arithmetic is cheapest now: functions of tensors and shapes, which know no module and no
-config."""
+"""The arithmetic of adapted layers, as functions of tensors and shapes without modules and
+configs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _C: Any = torch._C
 
 
 def eager() -> bool:
-    """Whether functions and tensors of our own may be used now: not under ``torch.compile``,
-    ``torch.func`` or forward-mode AD. (``fused.applies`` has this in line: a call is time in every
-    layer of a decoding step.)"""
+    """Whether custom autograd functions and tensor subclasses may be used now: not under
+    ``torch.compile``, ``torch.func`` or forward-mode AD. (``fused.applies`` repeats this inline,
+    because a call costs time in every layer of a decoding step.)"""
     return (
         not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
         and _C._functorch.peek_interpreter_stack() is None
@@ -25,6 +25,6 @@ def eager() -> bool:
 
 @functools.cache
 def has_tiles() -> bool:
-    """Whether the processor has matrix units (AMX): there, one bfloat16 row is multiplied twice as
-    fast as a vector, and elsewhere half as fast again as a matrix."""
+    """Whether the processor has matrix units (AMX). With them, one bfloat16 row is multiplied twice
+    as fast as a vector; without, half as fast as in a matrix."""
     return torch.cpu._is_amx_tile_supported()

@@ -240,7 +240,7 @@ def add_change(
     return torch.add(wide, bias, out=h.new_empty(wide.shape))
 
 
-def onto(change: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def add_frozen_product(change: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return change + x Wᵀ + bias in 16 bits, in place: ``add_change`` for a computed change."""
     if not _sums_wide(change.device, change.dtype):
         return change.addmm_(tokens, weight.mT).add_(bias)
@@ -352,11 +352,8 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
         dy = dy.reshape(-1, dy.shape[-1])
         db[number] = dy.sum(0) if needs_bias[number] else None
         if gains[number] is not None:
-            dgain[number] = (
-                (dy * unscaled_outputs[number]).sum(0, dtype=gains[number].dtype)
-                if needs_gain[number]
-                else None
-            )
+            if needs_gain[number]:
+                dgain[number] = (dy * unscaled_outputs[number]).sum(0, dtype=gains[number].dtype)
             dy = torch.mul(dy, gains[number], out=torch.empty_like(dy))
         product(dy, ups[number], scale, U[:, start:end])
         dB[number] = product(dy.mT, h[:, start:end], scale) if needs_B[number] else None

@@ -1,10 +1,10 @@
-"""Random numbers of samples: those of sample i of a seed, whoever shares its batch.
+"""Random numbers for samples that do not depend on the batch: sample i of a seed has its own
+generator.
 
-    seed, i → sample_seed → a generator of the sample's own → exponential numbers E_v → argmax of
-    p_v / E_v
+    seed, i → sample_seed → the sample's generator → exponential numbers E_v → argmax of p_v / E_v
 
-The seeds of a sampler are hashed. With seed + i, sample 1 of seed 5 would be sample 0 of seed 6,
-and the answers of neighbouring seeds would not be independent.
+Seeds are hashed. With seed + i, sample 1 of seed 5 would equal sample 0 of seed 6, and the samples
+of neighbouring seeds would not be independent.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generat
 
 
 def perturb(scores: Tensor, rows: Sequence[torch.Generator]) -> Tensor:
-    """Log-probabilities [rows, vocabulary], of which the argmax is a draw: each row draws from its
-    own generator."""
+    """Perturb log-probabilities [rows, vocabulary] so that their argmax is a sample. Each row uses
+    its own generator."""
     clocks = torch.empty_like(scores, dtype=torch.float32)
     for clock, generator in zip(clocks, rows, strict=True):
         clock.exponential_(generator=generator)

@@ -1,10 +1,10 @@
-"""Dropout for a small probability: draw the entries that are dropped, not a random number for each.
+"""Dropout for a small probability: draw the dropped entries instead of a random number for each
+entry.
 
-A Poisson number of draws with replacement, with λ = -ln(1 - p) an entry, hits each entry a
-Poisson(λ) number of times, independently of the others: it is missed with probability exp(-λ) = 1 -
-p (Kingman 1993, "Poisson Processes", section
-5.1). That is exactly the distribution of a mask of independent entries, from about p · count random
-numbers.
+With λ = -ln(1 - p) per entry, a Poisson number of draws with replacement hits each entry a
+Poisson(λ) number of times, independently of the others. An entry is missed with probability exp(-λ)
+= 1 - p (Kingman 1993, "Poisson Processes", section 5.1). This is exactly the distribution of a mask
+of independent entries, and takes only about p · count random numbers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def seed() -> int:
 
 
 def draw_entries(count: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Indices (int64) of the numbers that are dropped of ``count``: each with probability p,
-    independently; in no order, some of them twice."""
+    """Indices (int64) of the dropped entries among ``count``: each is dropped with probability p,
+    independently. Unordered, with duplicates."""
     generator = torch.Generator(device).manual_seed(seed)
     if p > SPARSE:
         return (torch.rand(count, generator=generator, device=device) < p).nonzero()[:, 0]
@@ -40,32 +40,32 @@ def draw_entries(count: int, p: float, seed: int, device: torch.device) -> Tenso
 
 
 def mask(shape: Sequence[int], p: float, seed: int, device: torch.device) -> Tensor:
-    """True where a number of this shape is kept, with probability 1 - p; to be multiplied by."""
+    """A mask that is True with probability 1 - p, to multiply by."""
     keep = torch.empty(shape, dtype=torch.bool, device=device)
-    if keep.is_meta:  # which draws nothing, and has no generator
+    if keep.is_meta:  # a meta tensor holds no random numbers, and there is no generator for it
         return keep
     return keep.bernoulli_(1 - p, generator=torch.Generator(device).manual_seed(seed))
 
 
 def entries(count: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """The dropped entries of ``count`` numbers, for ``zero_entries``; on a device a mask of
-    the others. There the number of entries could not be read without waiting for all that runs."""
+    """The dropped entries of ``count`` numbers, for ``zero_entries``. On a device, a mask of the
+    kept ones, because reading the number of dropped entries would wait for the device."""
     if device.type != "cpu":
         return mask((count,), p, seed, device)
     return draw_entries(count, p, seed, device)
 
 
 def zero_entries(x: Tensor, entries: Tensor) -> Tensor:
-    """A copy of x, of any shape, with zeros in these entries, or where this mask is False;
-    differentiable."""
+    """A copy of x with zeros in these entries, or where this mask is False; differentiable."""
     if entries.dtype is torch.bool:
         return x * entries.view(x.shape)
     return x.reshape(-1).index_fill(0, entries, 0).view(x.shape)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """``F.dropout(x, p)``, and that itself where a number of draws cannot vary (a compiled graph)
-    or random numbers are under rules of their own (``torch.func``), and on a device."""
+    """``F.dropout(x, p)`` by drawn entries. Falls back to ``F.dropout`` in compiled graphs, where
+    the number of entries cannot vary, under ``torch.func``, which has rules for random numbers, and
+    on a device."""
     if (
         not x.is_cpu
         or torch.compiler.is_compiling()

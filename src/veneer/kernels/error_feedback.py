@@ -223,11 +223,11 @@ class _Rows:
         self.order = order + self.columns * torch.arange(self.groups, device=order.device)[:, None]
         self.plain = PLAIN * F.square().sum() / (self.groups * self.columns)
         self.residual = F.new_zeros(self.groups, F.shape[1], self.rows)
-        wide = min(chunk, self.columns)
-        self.lower = F.new_ones(wide, wide).tril(-1).neg_()
-        self.buffers = F.new_empty(4 if gain is None else 5, self.groups, wide, self.rows).unbind()
+        width = min(chunk, self.columns)
+        self.lower = F.new_ones(width, width).tril(-1).neg_()
+        self.buffers = F.new_empty(4 if gain is None else 5, self.groups, width, self.rows).unbind()
         # [g, 1, rows], one a column
-        self.tilts, self.mids, self.halves, *self.changes = (
+        self.slopes, self.mids, self.halves, *self.changes = (
             buffer.unsqueeze(2).unbind(1) for buffer in self.buffers[1:]
         )
 
@@ -237,11 +237,11 @@ class _Rows:
         if self.gain is not None:
             size = sum(self._exact(columns)[1].square().sum(1, keepdim=True) for columns in chunks)
             self.size = torch.as_tensor(size).sqrt()  # [g, 1, rows]
-            self.along = torch.zeros_like(self.size)
+            self.overlap = torch.zeros_like(self.size)
         for columns in chunks:
             self._chunk(columns)
         if self.gain is not None:
-            return float((self.along * self.size).sum())
+            return float((self.overlap * self.size).sum())
         rank = min(self.A.shape[1:])
         image = (self.F[:, :rank] @ self.A.mT).mT @ self.residual[:, :rank]  # A Eᵀ
         return float((self.B * image).sum())
@@ -264,22 +264,22 @@ class _Rows:
     def _chunk(self, columns: slice) -> None:
         count = columns.stop - columns.start
         value, change = self._exact(columns)
-        tilt, mid, half = (buffer[:, :count] for buffer in self.buffers[1:4])
+        slope, mid, half = (buffer[:, :count] for buffer in self.buffers[1:4])
         F = self.F[:, :, columns]
-        self.cells(self._column_index(columns), value, tilt, mid, half)
-        ahead = F.mT @ F
-        torch.mul(mid, ahead.diagonal(dim1=1, dim2=2)[:, :, None] + self.plain, out=tilt)
+        self.cells(self._column_index(columns), value, slope, mid, half)
+        coupling = F.mT @ F
+        torch.mul(mid, coupling.diagonal(dim1=1, dim2=2)[:, :, None] + self.plain, out=slope)
         if self.gain is not None:
             change /= self.size + (self.size == 0)
-            tilt += mid * change.square()
-        ahead *= self.lower[:count, :count]
+            slope += mid * change.square()
+        coupling *= self.lower[:count, :count]
         # as if all values were rounded to the middle of their cells
-        tilt.baddbmm_(F.mT, self.residual).baddbmm_(ahead, mid, alpha=-1)
+        slope.baddbmm_(F.mT, self.residual).baddbmm_(coupling, mid, alpha=-1)
         for first in range(0, count, self.block):
             last = min(first + self.block, count)
-            self._block(first, ahead[:, first:last, first:last, None], tilt[:, first:last])
+            self._block(first, coupling[:, first:last, first:last, None], slope[:, first:last])
             if last < count:
-                tilt[:, last:].baddbmm_(ahead[:, last:, first:last], half[:, first:last])
+                slope[:, last:].baddbmm_(coupling[:, last:, first:last], half[:, first:last])
         error = mid.sub_(half)
         self.residual.baddbmm_(F, error)
         self.stored.index_copy_(
@@ -288,17 +288,17 @@ class _Rows:
             value.add_(error).to(self.stored.dtype).reshape(-1, self.rows),
         )
 
-    def _block(self, first: int, ahead: Tensor, tilt: Tensor) -> None:
+    def _block(self, first: int, coupling: Tensor, slope: Tensor) -> None:
         """Round a few columns one after the other: give ``halves`` the sign with which
         e = mid - half."""
-        for column, factor in enumerate(ahead.unbind(2), first):
+        for column, factor in enumerate(coupling.unbind(2), first):
             half = self.halves[column]
             if self.gain is not None:
-                self.tilts[column].addcmul_(self.changes[0][column], self.along)
-            torch.copysign(half, self.tilts[column], out=half)
-            tilt.addcmul_(factor, half)
+                self.slopes[column].addcmul_(self.changes[0][column], self.overlap)
+            torch.copysign(half, self.slopes[column], out=half)
+            slope.addcmul_(factor, half)
             if self.gain is not None:
-                self.along.addcmul_(self.changes[0][column], self.mids[column] - half)
+                self.overlap.addcmul_(self.changes[0][column], self.mids[column] - half)
 
 
 def neighbours(value: Tensor, dtype: torch.dtype, step: Tensor, mid: Tensor, half: Tensor) -> None:

@@ -3,21 +3,21 @@
     y_i = x W_iᵀ + bias_i + s_i · (drop(x) A_iᵀ) B_iᵀ
     x: [*, in]   W_i: [out_i, in]   A_i: [r_i, in]   B_i: [out_i, r_i]
 
-Against ``reference.matmul_update`` layer by layer in autograd:
+Differences from ``reference.matmul_update`` for each layer in autograd:
 
-- h = A xᵀ for all layers is one product [R, T] (R = Σ r_i, T tokens) that reads x once; skinny
-  products are oriented (rank, tokens) in float32, which BLAS runs up to several times faster than
-  (tokens, rank);
-- ΔW's part comes first and x Wᵀ is added to it inside its own product (``addmm_``), in the gradient
-  of x too. That costs no pass of its own, and 16-bit outputs are rounded once, with the change in
-  them: added to an output that has been rounded already, a change below half a step of its grid
-  would vanish (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of it);
-- saved are x, once for all layers, or what it was made of if that is saved anyway
-  (``saved_inputs.py``), h if it is small, and the casts of A and B, which backward reads again;
-- the gradients of all A are one product and one cast, of which each gets a view;
-- dropout is a seed: backward draws the same entries again (see ``dropout.py``).
+- h = A xᵀ for all layers is one product [R, T] (R = Σ r_i, T tokens) that reads x once. Thin
+  products have the orientation (rank, tokens) in float32, which BLAS computes up to several times
+  faster than (tokens, rank).
+- The change is computed first, and x Wᵀ is added to it inside its own product (``addmm_``), also in
+  the gradient of x. This costs no pass over memory, and 16-bit outputs are rounded once, including
+  the change. Adding the change to a rounded output would lose changes below half a step of its grid
+  (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of them).
+- Saved are x, once for all layers, or the tensors from which it can be recomputed if autograd saves
+  these anyway (``saved_inputs.py``); h if it is small; and the casts of A and B for backward.
+- The gradients of all A are one product and one cast; each A gets a view.
+- Dropout is saved as a seed: backward draws the same entries again (see ``dropout.py``).
 
-The backward of the backward (``create_graph=True``) goes through the reference.
+The backward of the backward (``create_graph=True``) uses the reference.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _C: Any = torch._C
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel is right for a call: an eager one on plain dense tensors of one dtype,
-    with a frozen weight. Everything else (torch.compile, torch.func, autocast, tensor subclasses,
-    …) takes the reference, and what lies on a device ``device.py``."""
+    """Whether the kernel supports a call: an eager one on plain dense tensors of one dtype on a
+    CPU, with a frozen weight. ``device.py`` handles other devices, and the reference everything
+    else (torch.compile, torch.func, autocast, tensor subclasses, …)."""
     return (
         type(x) is Tensor
         and type(weight) is nn.Parameter
@@ -51,7 +51,7 @@ def applies(x: Tensor, weight: Tensor) -> bool:
         and x.layout is torch.strided
         and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
         and x.ndim > 0
-        # a tensor while torch.jit.trace runs, which this costs no call to ask
+        # a tensor under torch.jit.trace; testing the type needs no call
         and type(x.shape[0]) is int
         and not _C._is_any_autocast_enabled()
         and _C._functorch.peek_interpreter_stack() is None
@@ -59,9 +59,10 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-#: tokens up to which float32 is the faster dtype of a thin product
+#: the most tokens for which float32 is the faster dtype of a thin product
 FEW = 32
-#: bytes that a float32 thin product reads at a time on a CPU: they stay in its cache for the next
+#: bytes that a float32 thin product reads at a time on a CPU, so that they stay in the cache for
+#: the next product
 CACHE = 3 << 18
 
 
@@ -71,10 +72,10 @@ class Settings(NamedTuple):
     Fields:
         scales: s_i.
         dropout: probability of dropping an entry of x on the low-rank path; one draw, by ``seed``,
-            serves all layers.
-        form: x is multiplied by W_i + s_i B_i A_i, formed anew in forward and in backward, in place
-            of adding the product of the thin factors. Not with dropout, and not in 16 bits, where
-            the sum would lose a small change.
+            for all layers.
+        form: multiply x by W_i + s_i B_i A_i, formed in forward and again in backward, instead of
+            adding the product of the thin factors. Neither with dropout nor in 16 bits, where the
+            sum would lose a small change.
     """
 
     scales: tuple[float, ...]
@@ -97,8 +98,8 @@ def linears(
         x: [*, in], floating point.
         weights: [out_i, in] of the dtype of x; they get no gradient.
         biases: [out_i] or None, of the dtype of x.
-        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of one, of any
-            floating-point dtype: computed in that of x, gradients in their own.
+        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of size 1, of any
+            floating-point dtype: computed in that of x, with gradients in their own.
 
     Raises:
         ValueError: ``form`` with dropout or in 16 bits.
@@ -117,9 +118,9 @@ def dropped_entries(x: Tensor, p: float, seed: int) -> Tensor | None:
 
 
 def thin(narrow: Tensor, x: Tensor, entries: Tensor | None = None) -> Tensor:
-    """narrow [R, k] times xᵀ, with x [T, k] and zeros in its ``entries``: [R, T]. In float32 the
-    product the other way round may take a processor's library five times as long; in 16 bits this
-    way takes longer, so there the result lies transposed."""
+    """narrow xᵀ [R, T], with narrow [R, k] and x [T, k] with zeros in its ``entries``. In float32,
+    BLAS may take five times as long for x narrowᵀ; in 16 bits this orientation is slower, so the
+    result is a transposed view there."""
     if entries is not None:
         x = dropout.zero_entries(x, entries)
     if x.dtype.itemsize < 4:
@@ -134,8 +135,8 @@ def thin(narrow: Tensor, x: Tensor, entries: Tensor | None = None) -> Tensor:
 
 
 def thin_pair(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32
-    both of a chunk of tokens that is still in the processor's cache."""
+    """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]. In float32,
+    both are computed for a chunk of tokens while it is in the processor's cache."""
     chunk = _chunk_rows(dy)
     if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
         return thin(narrow, dy), torch.mm(h, dy)
@@ -155,8 +156,8 @@ def thin_pair(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def thin_gradients(
     U: Tensor, joined: Tensor, x: Tensor, entries: Tensor | None, need_x: bool, need_A: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both with
-    zeros in these ``entries``; None for what is not needed."""
+    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both results
+    with zeros in ``entries``; None for a result that is not needed."""
     dx = torch.mm(U.t(), joined) if need_x else None
     if entries is not None:
         x = dropout.zero_entries(x, entries) if need_A else x
@@ -165,34 +166,33 @@ def thin_gradients(
 
 
 def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """change + x Wᵀ + bias, in place and rounded once, where torch has a product that takes a bias
-    and a summand."""
+    """change + x Wᵀ + bias, in place; rounded once if torch has a product that adds both."""
     if bias is None:
         return change.addmm_(x, weight.mT)
     if change.dtype.itemsize >= 4:
         change += bias
         return change.addmm_(x, weight.mT)
     if not change.is_cpu:
-        return device.onto(change, x, weight, bias)
+        return device.add_frozen_product(change, x, weight, bias)
     if change.dtype is torch.bfloat16 and torch.backends.mkldnn.enabled:
         return torch.ops.mkldnn._linear_pointwise.binary(x, change, weight, bias, "add")
     return change.addmm_(x, weight.mT).add_(bias)  # rounded twice
 
 
 def as_factor(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The gradient [m, n] of a factor in its own dtype and shape."""
+    """The gradient [m, n] of a factor in the factor's dtype and shape."""
     if gradient.dtype != factor.dtype:
         gradient = gradient.to(factor.dtype, memory_format=torch.contiguous_format)
     return gradient if factor.ndim == 2 else gradient[None]
 
 
 def _chunk_rows(x: Tensor) -> int:
-    """A number of x's rows that stay in a processor's cache."""
+    """The number of rows of x that stay in a processor's cache."""
     return 1 << max(CACHE // (x.shape[1] * 4), 1).bit_length() - 1
 
 
 def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """[1, m, n] or [m, n] as [m, n] of a dtype."""
+    """[1, m, n] or [m, n] as [m, n] in a dtype."""
     factor = factor if factor.ndim == 2 else factor[0]
     return factor if factor.dtype == dtype else factor.to(dtype)
 
@@ -200,18 +200,18 @@ def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _join_factors(
     A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """The factors A below each other [R, in], and each B [out, r], in a dtype."""
+    """The factors A joined along the rank, [R, in], and each B [out, r], in a dtype."""
     joined = _matrix(A[0] if len(A) == 1 else torch.cat(tuple(A), -2), dtype)
     return joined, [_matrix(up, dtype) for up in B]
 
 
 def _split_layers(rows: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Rows [R, *] as those of each layer [r_i, *]."""
+    """Split rows [R, *] by layer, [r_i, *]."""
     return (rows,) if len(ups) == 1 else rows.split_with_sizes([up.shape[-1] for up in ups])
 
 
 def _join_layers(rows: Sequence[Tensor]) -> Tensor:
-    """Each layer's [r_i, T] below each other, laid out as ``thin`` does."""
+    """Join [r_i, T] of all layers along the rank, in the layout of ``thin``."""
     if len(rows) == 1:
         return rows[0]
     if rows[0].is_contiguous():
@@ -239,7 +239,7 @@ def _form_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tens
 
 
 def _without_autocast(gradients: Any) -> Any:
-    """A backward that runs in the dtypes of forward, which ran without autocast."""
+    """Decorate a backward to run without autocast, as forward did."""
 
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         if not _C._is_any_autocast_enabled():
@@ -275,7 +275,7 @@ class _Linears(torch.autograd.Function):
                 add_product(torch.mm(layer_h.t(), up.t()), tokens, W, bias)
                 for layer_h, up, W, bias in factors
             ]
-            # h is small beside x unless ranks are large; then it is cheaper to compute it again
+            # h is small compared with x unless ranks are large; then recomputing it is cheaper
             h = h if h.shape[0] * 8 <= x.shape[-1] else None
             if A[0].dtype != x.dtype:
                 casts = joined, *ups
@@ -283,8 +283,8 @@ class _Linears(torch.autograd.Function):
         ctx.settings, ctx.shape = settings, x.shape
         *saved, ctx.gate = input_to_save(x)
         ctx.save_for_backward(*saved, h, *casts, *tensors)
-        # `data` forgets that it is a view: those that a function makes may not be modified in
-        # place, as ``nn.ReLU(inplace=True)`` does
+        # `.data` is no view for autograd: views that a custom function creates may not be modified
+        # in place, as ``nn.ReLU(inplace=True)`` does
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     @staticmethod
@@ -313,7 +313,7 @@ class _Linears(torch.autograd.Function):
         dx, joined_dA = thin_gradients(
             U, joined, tokens, entries, need_x and not settings.form, True in need_A
         )
-        if need_x:  # dy W of all layers onto that of the thin products, or dy (W + ΔW)
+        if need_x:  # add dy W of all layers to the thin products' gradient, or compute dy (W + ΔW)
             for dy, W, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
                 if dy is not None:
                     W = _form_weight(W, down, up, scale) if settings.form else W
@@ -334,7 +334,7 @@ class _Linears(torch.autograd.Function):
 def _output_gradients(
     dys: Sequence[Tensor | None], ups: Sequence[Tensor], h: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """((dy B)ᵀ [R, T] of all layers, h dy [r, out] of each that needs it)."""
+    """((dy B)ᵀ [R, T] of all layers, h dy [r, out] of each layer that needs it)."""
     rows, gradients = [], []
     for dy, up, layer_h, need in zip(dys, ups, h, needs, strict=True):
         if dy is None:
@@ -352,8 +352,8 @@ def _output_gradients(
 
 
 class _Linear(torch.autograd.Function):
-    """The same for one layer without dropout, in as few calls as can be. Without ctx nothing is
-    saved. In 16 bits h and u lie as [T, r]; in float32 as [r, T]."""
+    """``_Linears`` for one layer without dropout, with as few Python calls as possible. If ctx is
+    None, nothing is saved. h and u are [T, r] in 16 bits, [r, T] in float32."""
 
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):
@@ -376,7 +376,7 @@ class _Linear(torch.autograd.Function):
         if ctx is not None:
             ctx.scale, ctx.shape = scale, x.shape
             h = h if down.shape[0] * 8 <= x.shape[-1] else None
-            # what ctx.save_for_backward does, without a call
+            # inline ctx.save_for_backward, to save a call
             saved, ctx.gate = (x, None, None), None
             if x.grad_fn is not None:
                 *saved, ctx.gate = input_to_save(x)
@@ -413,19 +413,19 @@ class _Linear(torch.autograd.Function):
         return None, dx, None, db, dA, None if dB is None else as_factor(dB.t(), B)
 
 
-# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here
-# (``applies``).
+# ``Function.apply`` makes a dozen Python calls for ``torch.func``, whose transforms never reach
+# this function (see ``applies``).
 _apply = cast(Any, super(torch.autograd.Function, _Linears)).apply
-#: (scale, x, weight, bias, A, B) -> y: ``linears`` of one layer without dropout, in as few Python
-#: calls as can be
+#: (scale, x, weight, bias, A, B) -> y: ``linears`` for one layer without dropout, with as few
+#: Python calls as possible
 linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
 def linear_without_graph(
     scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> Tensor:
-    """``linear`` without a graph, to the same bits but in 16 bits: few tokens with float32 factors
-    form B A x in float32, where products so small cost less."""
+    """``linear`` without a graph, with the same bits except in 16 bits: few tokens with float32
+    factors compute B A x in float32, which is cheaper for such small products."""
     dtype, width = x.dtype, x.shape[-1]
     if dtype.itemsize >= 4 or A.dtype is not torch.float32 or x.numel() > FEW * width:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
@@ -444,7 +444,7 @@ def linear_without_graph(
 
 
 def _split_tensors(tensors: Sequence) -> tuple[Any, ...]:
-    """(weights, biases, A, B) from one sequence of them all."""
+    """Split a sequence into (weights, biases, A, B)."""
     count = len(tensors) // 4
     return tuple(tensors[quarter * count : (quarter + 1) * count] for quarter in range(4))
 

@@ -4,7 +4,7 @@ represent.
     W[o, i] ∈ { (level - zero[o, i]) · scale[o, i] }
     level: one of n ≤ 256, shared by all values
 
-A stored scale belongs to a row or to a block of values; here it is expanded to the weight's shape.
+A stored scale belongs to a row or a block of values; here it is expanded to the weight's shape.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """``levels`` [n] ascend; ``scale`` (and ``zero``, if there is one) has the weight's shape. All
-    float32, as is the product, which is how such a weight is read."""
+    """``levels`` [n] ascend; ``scale`` (and ``zero`` if given) has the weight's shape. All are
+    float32, and so is their product, as when such a weight is read."""
 
     levels: Float[Tensor, " n"]
     scale: Tensor
     zero: Tensor | None = None
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Grid:
-        """The same grid for a weight of another shape, which ``change`` makes of this one's."""
+        """The same grid for a reshaped weight; ``change`` reshapes its tensors."""
         return Grid(
             self.levels, change(self.scale), None if self.zero is None else change(self.zero)
         )
 
     def cells(self, value: Tensor, mid: Tensor, half: Tensor) -> None:
-        """The cell in which each float64 ``value`` lies, a tensor of the weight's shape: half its
-        width (with either sign), and its middle less the value; both 0 for a number of the grid.
-        Beyond the last number a cell has no width: then that number is all there is."""
+        """Find the cell of the grid that contains each float64 ``value`` of a tensor of the
+        weight's shape. ``half`` gets half the cell's width (with either sign), ``mid`` its middle
+        minus the value; both are 0 for a value on the grid. Beyond the largest or smallest value of
+        the grid, the cell is that value alone."""
         levels, scale = self.levels.double(), self.scale
         scaled = torch.where(scale == 0, 0.0, value / scale)
         scaled = scaled if self.zero is None else scaled + self.zero

@@ -1,20 +1,19 @@
-"""Rows that each meet one matrix of a stack, and that matrix's low-rank change: the experts of a
-mixture.
+"""Rows that are each multiplied with one matrix of a stack, and with the matrix's low-rank change:
+the experts of a mixture.
 
     y_s = x_s W_eᵀ + scale · (x_s A_eᵀ) B_eᵀ        e: the matrix of row s
     x: [S, in]   W: [E, out, in]   A: [E, r, in]   B: [E, out, r]
 
-As in ``fused.py``: the thin part comes first and x W_eᵀ is added to it within its own product, so
-that 16-bit outputs are rounded once, with the change in them; x is all that is saved. A matrix that
-no row meets costs nothing.
+As in ``fused.py``, the change is computed first and x W_eᵀ is added to it inside its own product,
+so 16-bit outputs are rounded once, including the change; only x is saved. Matrices without rows
+cost nothing.
 
-On a processor the rows of each matrix are a segment, and each segment is a few products: a grouped
-product of torch is such a loop too there. Elsewhere the products are torch's grouped ones, which
-wait for nothing on the host; these cannot add to what is there, so 16-bit outputs are rounded
-twice.
+On a CPU, the rows of each matrix are a segment, and each segment takes a few products; torch's
+grouped product is such a loop there too. On other devices, torch's grouped products are used, which
+need no synchronisation; they cannot add to an existing tensor, so 16-bit outputs are rounded twice.
 
-Rejected: gathering A and B for each row. For a batch of training that is more memory than the rows
-take.
+Rejected: gathering A and B for each row. For a batch of training, this takes more memory than the
+rows.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from veneer.kernels.switch import on
 
 _C: Any = torch._C
 
-#: alignment of rows in torch's grouped products on a GPU, in bytes
+#: alignment in bytes that torch's grouped products require of rows on a GPU
 ALIGNED = 16
 
 
 class Segments(NamedTuple):
-    """Which rows meet which matrix, on the host.
+    """Which rows use which matrix, known on the host.
 
     Fields:
-        bounds: (matrix, first row, the one after its last), for those that any row meets, in the
-            order of the rows.
-        sizes: numbers of rows of these, and of the rest that meets none.
-        rows: the number of rows that meet a matrix.
+        bounds: (matrix, first row, row after the last) of each matrix with rows, in the order of
+            the rows.
+        sizes: numbers of rows of these, and of the remaining rows without a matrix.
+        rows: the number of rows with a matrix.
     """
 
     bounds: Sequence[tuple[int, int, int]]
@@ -52,8 +51,8 @@ class Segments(NamedTuple):
 
 
 def segments(ends: Sequence[int], rows: int) -> Segments:
-    """Of rows in the order of their matrices, of which each has rows up to its place in
-    ``ends``."""
+    """Segments of rows in the order of their matrices; ``ends[e]`` is the row after the last one of
+    matrix e."""
     bounds, first = [], 0
     for matrix, end in enumerate(ends):
         if end > first:
@@ -63,7 +62,8 @@ def segments(ends: Sequence[int], rows: int) -> Segments:
 
 
 def by_id(ids: Sequence[int], matrices: int) -> tuple[list[int], Segments]:
-    """Rows in any order, row s of matrix ids[s]: (their order by matrix, the segments of that)."""
+    """For rows in any order, row s with matrix ids[s]: (their order by matrix, the segments in that
+    order)."""
     order = sorted(range(len(ids)), key=ids.__getitem__)
     ends = [0] * matrices
     for matrix in ids:
@@ -82,20 +82,20 @@ def linear(
     row_segments: Segments | None,
     source: Tensor | None = None,
 ) -> Tensor:
-    """y [S, out] in the dtype of x, zero for rows that meet no matrix; differentiable in x, A and
-    B. On a processor.
+    """y [S, out] in the dtype of x, zero for rows without a matrix; differentiable in x, A and B.
+    On a CPU.
 
     Args:
-        row_segments: None if all rows meet one matrix, of which ``weight``, A and B then are: [out,
-            in], [r, in], [out, r].
-        source: a tensor that x may be rows of; then its rows are saved in place of x.
+        row_segments: None if all rows use one matrix; ``weight``, A and B are then that matrix's:
+            [out, in], [r, in], [out, r].
+        source: a tensor of which the rows of x may be copies; its rows are then saved instead of x.
     """
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
         return _apply(scale, row_segments, source, x, weight, A, B)
     return _forward(scale, row_segments, x, weight, A, B)
 
 
-def elsewhere(
+def linear_on_device(
     x: Tensor,
     weight: Tensor,
     A: Tensor,
@@ -104,17 +104,17 @@ def elsewhere(
     ends: Tensor,
     product: Callable[..., Tensor],
 ) -> Tensor:
-    """The same on other devices, where ``product`` is the one that the model uses for x and the
-    stack [E, in, out]."""
+    """``linear`` on other devices. ``product``: the grouped product that the model uses for x and
+    the stack [E, in, out]."""
     down, up = _aligned(A.to(x.dtype), 1), _aligned(B.to(x.dtype) * scale, 2)
     return product(x, weight.mT, ends) + product(product(x, down.mT, ends), up.mT, ends)
 
 
 def _aligned(factor: Tensor, axis: int) -> Tensor:
-    """A factor whose rank is a multiple of what the grouped products ask for."""
+    """A factor whose rank is padded to the alignment of grouped products."""
     step = ALIGNED // factor.element_size()
-    lacks = -factor.shape[axis] % step
-    return F.pad(factor, (0, lacks) if axis == 2 else (0, 0, 0, lacks)) if lacks else factor
+    missing = -factor.shape[axis] % step
+    return F.pad(factor, (0, missing) if axis == 2 else (0, 0, 0, missing)) if missing else factor
 
 
 def definition(
@@ -146,8 +146,8 @@ def _forward(
 def _pieces(
     row_segments: Segments | None, rows: tuple[Tensor, ...], stacks: tuple[Tensor, ...]
 ) -> Iterator[Any]:
-    """Of each matrix that rows meet, these rows of the first tensors and itself in the others, as a
-    tuple."""
+    """For each matrix with rows: its rows of each tensor in ``rows``, and its matrix of each tensor
+    in ``stacks``."""
     if row_segments is None:
         yield *rows, stacks
         return
@@ -159,7 +159,7 @@ def _pieces(
 def _add_product(
     change: Tensor, x: Tensor, weight: Tensor, row_segments: Segments | None
 ) -> Tensor:
-    """part + x W_eᵀ, in place; zero for the rows that meet no matrix."""
+    """change + x W_eᵀ, in place; zero for rows without a matrix."""
     if row_segments is None and x.shape[0] > 1:
         return change.addmm_(x, weight.mT)
     vectors = change.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_tiles()
@@ -199,39 +199,39 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # to turn off what is off takes as long as a thin product
+        # disabling autocast takes as long as a thin product, so test first
         if not _C._is_any_autocast_enabled():
             return _backward(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy)
 
 
-# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here
-# (``eager``).
+# ``Function.apply`` makes a dozen Python calls for ``torch.func``, whose transforms never reach
+# this function (see ``eager``).
 _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 
 
-def _source_rows(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None:
-    """The rows of ``source`` that x is, if its node says so, and those of ``source`` are fewer or
-    picked ``often``."""
+def _source_rows(x: Tensor, source: Tensor | None, always: bool) -> Tensor | None:
+    """The row indices with which x was gathered from ``source``, if autograd's node shows that;
+    None unless ``source`` has fewer rows or ``always``."""
     node: Any = x.grad_fn
     if node is None or source is None or source.grad_fn is None or not on("saved_inputs"):
         return None
     if node.name() != "IndexBackward0" or node.next_functions[0][0] is not source.grad_fn:
         return None
     try:
-        picks = node._saved_indices
-    except RuntimeError:  # a backward has freed them
+        indices = node._saved_indices
+    except RuntimeError:  # a backward has freed the saved tensors
         return None
-    fewer = (
-        len(picks) == 1
-        and picks[0] is not None
-        and picks[0].dim() == 1
-        and (often or len(source) < len(x))
+    is_gather = (
+        len(indices) == 1
+        and indices[0] is not None
+        and indices[0].dim() == 1
+        and (always or len(source) < len(x))
     )
     return (
-        picks[0]
-        if fewer and picks[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:]
+        indices[0]
+        if is_gather and indices[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:]
         else None
     )
 
@@ -263,7 +263,7 @@ def _thin_gradients(
     need_x: bool,
     need_factors: bool,
 ) -> Any:
-    """(s dy B A [S, in], that of A, that of B)."""
+    """(s dy B A [S, in], gradient of A, gradient of B)."""
     x = x if index is None else x[index]
     down, up = A.to(x.dtype), B.to(x.dtype)
     dx, make = torch.empty_like(x), torch.zeros_like if need_factors else torch.empty_like

@@ -1,4 +1,4 @@
-"""The truth that every faster kernel must equal.
+"""The definition that every faster kernel must equal.
 
     y + scale · (x Aᵀ) Bᵀ        x: [*, in]   A: [r, in]   B: [out, r]   y: [*, out]
 
@@ -24,14 +24,15 @@ def matmul_update(
     scale: float,
     y: Float[Tensor, "*tokens out"] | None = None,
 ) -> Float[Tensor, "*tokens out"]:
-    """``y + scale · (x Aᵀ) Bᵀ``, differentiable in everything; without y the second term alone."""
+    """``y + scale · (x Aᵀ) Bᵀ``, differentiable in everything; only the second term if y is
+    None."""
     h = F.linear(x, A)  # [*, r]
     if y is None:
         return F.linear(h, B * scale)
-    # Under autocast h may be of another dtype than y, as y may come from a layer that autocast
-    # leaves alone.
+    # Under autocast, h and y may have different dtypes, because y may come from a layer that
+    # autocast does not change.
     if torch.compiler.is_compiling():
-        # `alpha` is a constant of a compiled graph, which each adapter would compile anew
+        # `alpha` is a constant of a compiled graph, which would be compiled again for each adapter
         h, scale = (
             h * scale,
             1,
@@ -47,9 +48,9 @@ def gradients_of(
     gradients: Sequence[Tensor | None],
     dropout: float,
 ) -> list[Tensor | None]:
-    """The gradients of ``values`` from those of the outputs of ``function(*values)``, as functions
-    that have gradients themselves. It runs on aliases: x may itself depend on the bias, if a layer
-    is called twice, and that is not this call's part of its gradient."""
+    """The gradients of ``values`` from those of the outputs of ``function(*values)``, themselves
+    differentiable. The function runs on aliases: x may depend on the bias if a layer is called
+    twice, and that dependence is no part of this call's gradient."""
     if dropout:
         raise NotImplementedError(
             "a gradient of a gradient through dropout: call eval(), or set dropout to 0"
@@ -67,13 +68,13 @@ def gradients_of(
 
 
 def round_once(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """float64 values, correctly rounded (to nearest, ties to even) to ``dtype``.
+    """Round float64 values correctly (to nearest, ties to even) to ``dtype``.
 
     torch casts float64 to a 16-bit type through float32, which rounds twice: a value just above a
-    tie of the 16-bit grid first lands on the tie, then goes to the even side. Rounding to float32
-    "to odd" keeps the information that decides: an inexact result takes the neighbour whose last
-    bit is 1, so that it never looks like a tie (Boldo and Melquiond 2008, "Emulation of FMA and
-    correctly rounded sums: proved algorithms using rounding to odd").
+    tie of the 16-bit grid is first rounded to the tie, then to the even side. Rounding to float32
+    "to odd" avoids this: an inexact result becomes the neighbour whose last bit is 1, which is
+    never a tie (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved
+    algorithms using rounding to odd").
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)

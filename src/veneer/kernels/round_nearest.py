@@ -31,32 +31,32 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-#: a bfloat16 that is no number, by its bits
+#: the bits of a bfloat16 NaN
 NAN = np.uint16(0x7FC0)
 WORD = ir.IntType(32)
-#: columns of a block: what begins and ends one costs as much as a hundred numbers
+#: columns of a block: beginning and ending a block costs as much as a hundred numbers
 WIDE = 4096
-#: words of marks that are looked at as one, and the marks in them
+#: how many words of marks are tested together, and the marks in them
 LOOK = 4
 LINE = 4 * LOOK
-#: products that are added to a number at once; ranks are filled up to a multiple of it, by zeros
+#: how many products are added at once; ranks are padded with zeros to a multiple of it
 PRODUCTS = 8
-#: 4 · 2⁻²⁴, as ``rounding`` has it
+#: 4 · 2⁻²⁴, as in ``rounding``
 FARTHER = np.float32(2.0**-22)
 
 
 def _compile(loop: Any) -> Any:
-    """``loop``, compiled once for each machine and kind of arguments; it holds no lock."""
+    """``loop``, compiled once for each machine and signature; it runs without the GIL."""
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(loop)
-    except RuntimeError:  # there is no folder that numba can cache it in
+    except RuntimeError:  # numba has no folder for its cache
         return numba.njit(**options)(loop)
 
 
 def _raise_half(builder: Any, value: Any) -> Any:
-    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to
-    even."""
+    """The bits of a float32 plus the rounding increment, so that their upper half is the nearest
+    bfloat16, ties to even."""
     bits = builder.bitcast(value, WORD)
     odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
     return builder.add(builder.add(bits, WORD(0x7FFF)), odd)
@@ -64,7 +64,7 @@ def _raise_half(builder: Any, value: Any) -> Any:
 
 @intrinsic
 def _as_float(context: Any, bits: Any):
-    """32 bits as the float32 that they are."""
+    """Reinterpret 32 bits as a float32."""
     return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(
         args[0], ir.FloatType()
     )
@@ -72,13 +72,13 @@ def _as_float(context: Any, bits: Any):
 
 @intrinsic
 def _as_bits(context: Any, value: Any):
-    """A float32 as its 32 bits."""
+    """Reinterpret a float32 as 32 bits."""
     return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], WORD)
 
 
 @intrinsic
 def _plus(context: Any, first: Any, second: Any):
-    """A sum in float32 that may be taken in any order."""
+    """A float32 sum that the compiler may reorder."""
 
     def code(_, builder: Any, __, args: Any):
         return builder.fadd(*args, flags=("reassoc", "contract"))
@@ -88,7 +88,7 @@ def _plus(context: Any, first: Any, second: Any):
 
 @intrinsic
 def _wide(context: Any, stored: Any):
-    """A stored number (float32, or bfloat16 as its bits) as float32."""
+    """A stored number (float32, or the bits of a bfloat16) as float32."""
 
     def code(_, builder: Any, __, args: Any):
         if stored == types.float32:
@@ -101,20 +101,20 @@ def _wide(context: Any, stored: Any):
 
 @intrinsic
 def _raise_float(context: Any, value: Any):
-    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to
-    even."""
+    """The bits of a float32 plus the rounding increment, so that their upper half is the nearest
+    bfloat16, ties to even."""
     return types.uint32(types.float32), lambda _, builder, __, args: _raise_half(builder, args[0])
 
 
 @intrinsic
 def _differs(context: Any, first: Any, second: Any):
-    """The bits in which these differ."""
+    """Bitwise exclusive or."""
     return types.uint32(types.uint32, types.uint32), lambda _, builder, __, args: builder.xor(*args)
 
 
 @intrinsic
-def _either(context: Any, first: Any, second: Any):
-    """The bits that are in one of these."""
+def _or(context: Any, first: Any, second: Any):
+    """Bitwise or."""
     return first(first, first), lambda _, builder, __, args: builder.or_(*args)
 
 
@@ -130,7 +130,7 @@ def _upper(context: Any, bits: Any):
 
 @intrinsic
 def _upper_as_float(context: Any, bits: Any):
-    """The number whose upper half these bits have, with nothing below."""
+    """The float32 whose upper 16 bits are those of ``bits``, with zeros below."""
 
     def code(_, builder: Any, __, args: Any):
         return builder.bitcast(builder.and_(args[0], WORD(0xFFFF0000)), ir.FloatType())
@@ -140,8 +140,8 @@ def _upper_as_float(context: Any, bits: Any):
 
 @numba.njit(fastmath={"contract"})
 def _change(into, B, A, row, first, count):
-    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] of all k but the last
-    ``PRODUCTS``; zeros, which it has from the beginning, if there are no others."""
+    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] over all k but the last
+    ``PRODUCTS``. If there are no others, ``into`` stays zero, its initial value."""
     if B.shape[1] == PRODUCTS:
         return
     last = first + count
@@ -178,9 +178,9 @@ def _change(into, B, A, row, first, count):
 
 @numba.njit(fastmath={"contract"})
 def _round(old, change, B, A, row, first, bound, new, marks, sums):
-    """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns whether
-    any is. ``change`` has all products but the last; ``sums`` gets ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩
-    and ⟨W, W⟩."""
+    """Fill ``new``, and ``marks`` with a non-zero value where it is doubtful; return whether any
+    is. ``change`` holds all products but the last; ``sums`` gets ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and
+    ⟨W, W⟩."""
     k, last = B.shape[1] - PRODUCTS, first + len(old)
     b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
     b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
@@ -197,10 +197,10 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
         A[k + 7, first:last],
     )
     doubt = np.uint32(0)
-    realised = moved = base = np.float32(0)
+    retained = step_energy = weight_energy = np.float32(0)
     for j in range(len(old)):
         W = _wide(old[j])
-        delta = (  # from a zero on, not from the first product: that may be -0
+        delta = (  # begin with zero, not with the first product, which may be -0
             change[j]
             + b0 * a0[j]
             + b1 * a1[j]
@@ -212,22 +212,22 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
             + b7 * a7[j]
         )
         v = W + delta
-        reach = np.float32(abs(v) * FARTHER + bound)
-        upper, lower = _raise_float(v + reach), _raise_float(v - reach)
+        error = np.float32(abs(v) * FARTHER + bound)
+        upper, lower = _raise_float(v + error), _raise_float(v - error)
         differs = _differs(upper, lower)
-        doubt = _either(doubt, differs)
+        doubt = _or(doubt, differs)
         new[j], marks[j] = _upper(upper), _upper(differs)
         step = _upper_as_float(upper) - W
-        realised, moved, base = (
-            _plus(realised, delta * step),
-            _plus(moved, step * step),
-            _plus(base, W * W),
+        retained, step_energy, weight_energy = (
+            _plus(retained, delta * step),
+            _plus(step_energy, step * step),
+            _plus(weight_energy, W * W),
         )
-    sums[0] += realised
-    sums[1] += moved
-    sums[2] += base
-    # something is no number, whose marks may say anything
-    if realised != realised or moved != moved:
+    sums[0] += retained
+    sums[1] += step_energy
+    sums[2] += weight_energy
+    # a NaN, for which the marks are meaningless
+    if retained != retained or step_energy != step_energy:
         marks[: len(old)] = NAN
         return True
     return _upper(doubt) != 0
@@ -235,24 +235,24 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
 
 @numba.njit
 def _nearest(value):
-    """The bits of the bfloat16 nearest to a float64, ties to even: by way of a float32 that is
-    rounded to odd, so that rounding twice is rounding once (Boldo & Melquiond 2008, "Emulation of
-    FMA and correctly rounded sums")."""
+    """The bits of the bfloat16 nearest to a float64, ties to even, through a float32 that is
+    rounded to odd, so that rounding twice equals rounding once (Boldo & Melquiond 2008, "Emulation
+    of FMA and correctly rounded sums")."""
     if value != value:
         return NAN
-    near = np.float32(value)
-    bits = _as_bits(near)
-    if np.float64(near) != value:
-        if abs(np.float64(near)) > abs(value):
+    nearest = np.float32(value)
+    bits = _as_bits(nearest)
+    if np.float64(nearest) != value:
+        if abs(np.float64(nearest)) > abs(value):
             bits = np.uint32(bits - np.uint32(1))
         bits = np.uint32(bits | np.uint32(1))
     return _upper(_raise_float(_as_float(bits)))
 
 
 @numba.njit
-def _again(old, words, B, A, scale, row, first, new, sums):
-    """Compute in float64 what is marked; returns how many that are. Nearly nothing is: four marks
-    are looked at as one of the ``words``, and ``LOOK`` words as one."""
+def _recompute_marked(old, words, B, A, scale, row, first, new, sums):
+    """Compute the marked values in float64; return their number. Marks are rare, so four of them
+    are tested as one of the ``words``, and ``LOOK`` words together."""
     count = 0
     for begin in range(0, len(words), LOOK):
         marked_words = np.uint64(0)
@@ -283,9 +283,9 @@ def _exact(old, B, A, scale, row, first, j, new, sums):
 def _slab(
     old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums
 ):
-    """Some rows of some groups. ``old`` and ``new`` are the memory from the first number to the
-    last, with the distance from group to group and from row to row; the wide factors are float64,
-    and B there is without its scale. Returns how many numbers were in doubt."""
+    """Round some rows of some groups. ``old`` and ``new`` are memory from the first number to the
+    last, with the strides of groups and rows; the wide factors are float64, B without its scale.
+    Returns the number of doubtful values."""
     groups, rows, _ = B.shape
     columns = A.shape[2]
     change, marks = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
@@ -296,19 +296,19 @@ def _slab(
                 count = min(WIDE, columns - first)
                 _change(change, B[group], A[group], row, first, count)
                 start = group * old_group + row * old_row + first
-                into = group * new_group + row * new_row + first
+                new_start = group * new_group + row * new_row + first
                 old_block, new_block, error = (
                     old[start : start + count],
-                    new[into : into + count],
+                    new[new_start : new_start + count],
                     bound[group, row],
                 )
                 if _round(
                     old_block, change, B[group], A[group], row, first, error, new_block, marks, sums
                 ):
-                    looked = -(-count // LINE)
-                    marks[count : LINE * looked] = 0
-                    marked = words[: LOOK * looked]
-                    doubtful += _again(
+                    lines = -(-count // LINE)
+                    marks[count : LINE * lines] = 0
+                    marked = words[: LOOK * lines]
+                    doubtful += _recompute_marked(
                         old_block,
                         marked,
                         wide_B[group],
@@ -322,14 +322,14 @@ def _slab(
     return doubtful
 
 
-def able(old: Tensor, new: Tensor) -> bool:
-    """Whether the loop is for weights of these dtypes that lie in memory like this."""
+def supports(old: Tensor, new: Tensor) -> bool:
+    """Whether the loop supports weights of these dtypes and memory layouts."""
     dense = all(weight.stride(2) == 1 or weight.shape[2] == 1 for weight in (old, new))
     return dense and new.dtype == torch.bfloat16 and old.dtype in (torch.bfloat16, torch.float32)
 
 
-def padded(factor: Tensor, axis: int) -> Tensor:
-    """A or B in float32 with a rank that the loop takes."""
+def pad_rank(factor: Tensor, axis: int) -> Tensor:
+    """A or B in float32, with the rank padded for the loop."""
     shape = list(factor.shape)
     shape[axis] = -shape[axis] % PRODUCTS
     return torch.cat([factor, factor.new_zeros(shape)], axis).contiguous()
@@ -345,12 +345,12 @@ def round_slab(
     scale: float,
     new: Tensor,
 ) -> Tensor:
-    """Round a slab into ``new``; returns the sums [3] in float64.
+    """Round a slab into ``new``; return the sums [3] in float64.
 
     Args:
-        B, A: float32 and ``padded``; B with its scale.
-        wide_B, wide_A: the same in float64, as they are, but A transposed [g, in, r]: what is in
-            doubt reads a column.
+        B, A: float32 and ``padded``; B multiplied by its scale.
+        wide_B, wide_A: the original factors in float64, A transposed to [g, in, r] because a
+            doubtful value reads a column.
     """
     sums, factors = (
         np.zeros(3),
@@ -361,8 +361,8 @@ def round_slab(
 
 
 def _memory(matrix: Tensor) -> tuple[Any, int, int]:
-    """From the first number of [g, rows, columns] to the last, and how far groups and rows are
-    apart."""
+    """The memory of [g, rows, columns] from the first number to the last, and the strides of groups
+    and rows."""
     (groups, rows, columns), (group, row, _) = matrix.shape, matrix.stride()
     flat = matrix.as_strided(((groups - 1) * group + (rows - 1) * row + columns,), (1,))
     return (flat if matrix.dtype == torch.float32 else flat.view(torch.uint16)).numpy(), group, row

@@ -47,20 +47,19 @@ from veneer.precision import has_float64, place
 
 __all__ = ["Folded", "fold", "fold_onto"]
 
-#: numbers in a tile, whose buffers fit into a cache, and its columns at most in float64; numbers
-#: that a compiled loop
-#: gets at once. Fixed, so that the sums of a report do not depend on who asks
+#: numbers in a tile, whose buffers fit into a cache; the most columns of a tile in float64; numbers
+#: for one call of the compiled loop. Constants, so that the sums of a report do not depend on the
+#: number of threads
 TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
-#: of a weight on another device: the share of it that is a tile, numbers in one at least, the
-#: share of free memory that
-#: is for the temporaries of a tile, and how many bytes these are for a number, about
+#: for a weight on another device: the share of it that is a tile, the fewest numbers in a tile, the
+#: share of free memory for a tile's temporaries, and approximately their bytes per number
 SHARE, SMALLEST, FREE, WIDE = 8, 1 << 10, 16, 40
-#: numbers whose squares are summed at once: the float32 sum of more drifts
+#: how many squares to sum at once: longer float32 sums lose precision
 LINE = 256
 WORKERS = 8
-#: numbers in a weight for which numba is loaded
+#: the fewest numbers in a weight for which numba is loaded
 WORTH = 1 << 20
-#: numbers that are computed again at once
+#: how many numbers to compute again at once
 AGAIN = 1 << 15
 ROUNDINGS = ("auto", "nearest", "faithful")
 HALF = (torch.bfloat16, torch.float16)
@@ -71,8 +70,8 @@ Piece = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Sums:
-    """⟨ΔW, ΔW⟩, ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩ of rounding to nearest; those of parts
-    add up."""
+    """⟨ΔW, ΔW⟩, ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩ of rounding to nearest. The sums of
+    several slices add up."""
 
     size: float
     realised: float
@@ -100,13 +99,16 @@ class Sums:
 
 @dataclass(frozen=True)
 class Folded:
-    """A weight with a change in it, and what rounding did to the change.
+    """A weight with a change folded into it, and the effect of rounding on the change.
 
-    ``change`` is ‖ΔW‖ / ‖W‖ (Frobenius; ΔW is all that changes, a gain included), ``retention`` the
-    share of ΔW that the stored weight realises: ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩, and 1.0 where nothing
-    changes; near 1 where W is finer than the target, as W' - W then also holds the rounding of W
-    itself. ``rounding`` is what was done, "nearest" or "faithful". Unless ``finite``, the weight
-    holds infinities or NaN. ``sums`` are those of nearest.
+    Fields:
+        change: ‖ΔW‖ / ‖W‖ (Frobenius; ΔW includes a gain).
+        retention: the share of ΔW in the stored weight, ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩; 1.0 if nothing
+            changes. Near 1 if W is finer than the target, because W' - W then also contains the
+            rounding of W itself.
+        rounding: the applied one, "nearest" or "faithful".
+        finite: whether the weight holds neither infinities nor NaN.
+        sums: of rounding to nearest.
     """
 
     weight: Float[Tensor, "g out in_"]
@@ -133,9 +135,9 @@ def fold(
 
     Args:
         weight: float64, float32, bfloat16 or float16, with any strides, on any device; not changed.
-        gain: one factor a row, [g · out].
+        gain: one factor per row, [g · out].
         rounding: "nearest"; "faithful" (16-bit targets; others are rounded to nearest); "auto":
-            faithful if nearest would change ΔW by more than 1 % (see ``wanting``).
+            faithful if nearest would change ΔW by more than 1 % (see ``is_inaccurate``).
         side: what faithful rounding protects: "inputs" (read by A) or "outputs" (written by B).
         inputs: Σ xᵀx of further inputs (of that side) to protect, in any scale.
         out: tensor for the result: of ``dtype``, with any strides, not sharing memory with
@@ -148,21 +150,21 @@ def fold(
     rounded faithfully.
 
     Raises:
-        ConfigError: another rounding.
+        ConfigError: an unknown ``rounding``.
     """
     known_rounding(rounding)
     dtype = weight.dtype if dtype is None else dtype
     if out is None:
         out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     if not has_float64(weight.device):
-        home = place(weight.device)
-        low, gain = low.on(home), None if gain is None else gain.to(home)
+        wide_device = place(weight.device)
+        low, gain = low.on(wide_device), None if gain is None else gain.to(wide_device)
         options: Any = {
             "rounding": rounding,
             "side": side,
-            "inputs": None if inputs is None else inputs.to(home),
+            "inputs": None if inputs is None else inputs.to(wide_device),
         }
-        folded = fold(weight.to(home), low, gain, dtype, compiled=compiled, **options)
+        folded = fold(weight.to(wide_device), low, gain, dtype, compiled=compiled, **options)
         return replace(folded, weight=out.copy_(folded.weight))
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         old, new, exact = weight, out, low.to(torch.float64)
@@ -193,10 +195,10 @@ def fold_onto(
     """``fold`` onto the grid of a quantised weight.
 
     Args:
-        grid: the numbers that there are, if they are asked for.
-        weight: what is stored now.
-        nearest: what rounding to nearest makes of it; the result is this, or a float32 tensor of
-            its own.
+        grid: returns the representable values; called only if they are needed.
+        weight: the stored weight.
+        nearest: the result of rounding to nearest. It is returned as it is, or replaced by a new
+            float32 tensor.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         exact = low.to(torch.float64)
@@ -218,7 +220,9 @@ def fold_onto(
 
 def _needs_faithful(rounding: str, sums: Sums) -> bool:
     """Return whether the result of rounding to nearest requires faithful rounding."""
-    return sums.size > 0 and (rounding == "faithful" or (rounding == "auto" and wanting(sums)))
+    return sums.size > 0 and (
+        rounding == "faithful" or (rounding == "auto" and is_inaccurate(sums))
+    )
 
 
 def _change_and_retention(sums: Sums) -> tuple[float, float]:
@@ -228,17 +232,15 @@ def _change_and_retention(sums: Sums) -> tuple[float, float]:
 
 
 def known_rounding(rounding: str) -> None:
-    """
-    Raises:
-        ConfigError: it is none of ``ROUNDINGS``.
-    """
+    """Raises:
+    ConfigError: the value is not in ``ROUNDINGS``."""
     if rounding not in ROUNDINGS:
         raise ConfigError(
             sentence(f"rounding={rounding!r}", f"one of {', '.join(ROUNDINGS)}", "choose one")
         )
 
 
-def wanting(sums: Sums) -> bool:
+def is_inaccurate(sums: Sums) -> bool:
     """Return whether rounding to nearest is not good enough: it retains less than 99 % or more than
     101 % of ΔW, or its error is above 0.3 ‖ΔW‖.
 
@@ -274,19 +276,21 @@ def rounding_loop(old: Tensor, new: Tensor) -> Any:
     if not on("round_nearest"):
         return None
     module = importlib.import_module("veneer.kernels.round_nearest")
-    return module if module.able(old, new) else None
+    return module if module.supports(old, new) else None
 
 
-def _tile(like: Tensor) -> int:
+def _tile(weight: Tensor) -> int:
     """Return the largest number of values in a tile.
 
     On a CPU, a tile fits into the cache. On a device, each operation costs a launch, so a tile is a
     fixed share of the weight: the number of launches is the same for every weight, and the float64
     temporaries are a few times as large as a 16-bit weight. Less if memory is short."""
-    if like.device.type == "cpu":
+    if weight.device.type == "cpu":
         return TILE
-    tile = max(-(-like.numel() // SHARE), SMALLEST)
-    return min(tile, max(_free(like.device) // (FREE * WIDE), SMALLEST)) if like.is_cuda else tile
+    tile = max(-(-weight.numel() // SHARE), SMALLEST)
+    return (
+        min(tile, max(_free(weight.device) // (FREE * WIDE), SMALLEST)) if weight.is_cuda else tile
+    )
 
 
 def _free(device: torch.device) -> int:
@@ -385,7 +389,7 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any) -> Sums:
     A, B, threads, more = low.A.float(), (low.B * low.scale).float(), threads_for(old, WORKERS), 0.0
     if loop is not None:
-        A, B, columns = loop.padded(A, 1), loop.padded(B, 2), low.A.mT.contiguous()
+        A, B, columns = loop.pad_rank(A, 1), loop.pad_rank(B, 2), low.A.mT.contiguous()
 
         def in_one_loop(piece: Piece, _: None) -> Tensor:
             groups, rows, _all = piece

@@ -1,5 +1,5 @@
-"""The tensors that a function saves of its input for backward: the input, or what it was made of,
-where autograd keeps that anyway.
+"""Save an input for backward: as it is, or as the tensors from which it can be recomputed, if
+autograd saves these anyway.
 
     x = a · b          the input of a gated MLP's last layer; the product's node saves a and b
                        saved: a, b
@@ -8,10 +8,10 @@ where autograd keeps that anyway.
     x = (h · r) · w    the output of a norm; the node of h · r saves h and r, and w is frozen
                        saved: h, r, w
 
-In each x is made again in backward, to the same bits, by a pass or two over memory. In the second,
-act(g) is taken from the product's node too, which gets it from the function that has just made it
-again. It is read off the graph, whatever the model calls its modules. Small inputs are kept as they
-are.
+In each case, backward recomputes x with the same bits, by one or two passes over memory. In the
+second case, act(g) is also removed from the product's node, which gets the recomputed one. The
+cases are recognised in the autograd graph, independently of the model's module names. Small inputs
+are saved as they are.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from veneer.kernels.switch import on
 
 _C: Any = torch._C
 
-#: numbers in x above which it is worth a look
+#: the fewest numbers in x for which the graph is examined
 MANY = 1 << 16
-#: activations, by the names of nodes that keep their input
+#: activations by the names of autograd nodes that save their input
 ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "SiluBackward0": lambda node: F.silu,
     "GeluBackward0": lambda node: lambda g: F.gelu(g, approximate=node._saved_approximate),
@@ -37,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 class Gate:
-    """An activation that is recomputed in backward. ``output`` is held for the node that needs it
+    """An activation that is recomputed in backward. ``output`` is kept for the node that needs it
     next; if a backward ends before that, until the next backward or the end of the graph."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
@@ -45,7 +45,8 @@ class Gate:
         self.output: Tensor | None = None
 
     def hide(self, saved: Any, node: Any) -> None:
-        """Take act(g) from the node of the product; ``node`` is that of the activation."""
+        """Remove act(g) from the saved tensors of the product's node; ``node`` is the
+        activation's."""
 
         def recompute(_: None) -> Tensor:
             output, self.output = self.output, None
@@ -55,8 +56,8 @@ class Gate:
 
 
 class SavedInput(NamedTuple):
-    """x, or its factors from the left; the first of them is what ``gate`` makes of ``first``, if
-    there is one."""
+    """x, or its factors in order. If ``gate`` is set, it computes the first factor from
+    ``first``."""
 
     first: Tensor
     second: Tensor | None = None
@@ -65,9 +66,9 @@ class SavedInput(NamedTuple):
 
 
 def input_to_save(x: Tensor, piece: bool = False) -> SavedInput:
-    """What to keep of an x that is read by a function with a graph. ``piece``: it is one of many
-    small ones, which together are worth what one of them is not; a gate is not, as it takes longer
-    than the product."""
+    """What to save for an input of a function with a graph. ``piece``: x is one of many small
+    inputs, which together are worth saving as factors; a gate is not used for them, because it
+    takes longer than the product."""
     node: Any = x.grad_fn
     if (
         node is None
@@ -77,16 +78,18 @@ def input_to_save(x: Tensor, piece: bool = False) -> SavedInput:
     ):
         return SavedInput(x)
     if _C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return SavedInput(x)  # checkpointing would compute what autograd keeps again to show it
+        # checkpointing would recompute the tensors that autograd saved in order to read them
+        return SavedInput(x)
     try:
         factors = _plain_factors(node, x) if piece and x.numel() <= MANY else _factors(node, x)
-    except RuntimeError:  # a backward has freed them, or they have been written to since
+    except RuntimeError:  # a backward has freed the tensors, or they were modified in place
         return SavedInput(x)
     return SavedInput(x) if factors is None else factors
 
 
 def restore_input(saved: SavedInput, passed: bool) -> Tensor:
-    """x from what was kept. ``passed``: x has a gradient, which may go on to the product's node."""
+    """x from what was saved. ``passed``: whether x has a gradient, which may be passed on to the
+    product's node."""
     first, second, third, gate = saved
     if second is None:
         return first
@@ -116,7 +119,7 @@ def _plain_factors(node: Any, x: Tensor) -> SavedInput | None:
 
 
 def _factors(node: Any, x: Tensor) -> SavedInput | None:
-    if Gate in node.metadata:  # another function reads this x too
+    if Gate in node.metadata:  # another function reads the same x
         side, gate = node.metadata[Gate]
         return SavedInput(
             node.next_functions[side][0]._saved_self, _saved_factor(node, 1 - side), None, gate
@@ -128,7 +131,7 @@ def _factors(node: Any, x: Tensor) -> SavedInput | None:
             if _makes(x, first_factor, second_factor)
             else None
         )
-    # no gradient goes to it, so nothing of the rest was kept here
+    # the node's input needs no gradient, so the node saved no other factor
     weight = second_factor if first_factor is None else first_factor
     inner: Any = node.next_functions[0 if first_factor is None else 1][0]
     if weight is None or inner is None or inner.name() != "MulBackward0":
@@ -150,7 +153,7 @@ def _saved_factor(node: Any, side: int) -> Tensor | None:
 
 
 def _makes(x: Tensor, first_factor: Tensor, second_factor: Tensor) -> bool:
-    """Whether the product of these has the shape and dtype of x."""
+    """Whether the product of these factors has the shape and dtype of x."""
     try:
         shape = torch.broadcast_shapes(first_factor.shape, second_factor.shape)
     except RuntimeError:
@@ -159,7 +162,8 @@ def _makes(x: Tensor, first_factor: Tensor, second_factor: Tensor) -> bool:
 
 
 def _gate_factors(node: Any, first_factor: Tensor, second_factor: Tensor) -> SavedInput:
-    """The factors of a product; an activation's output as what that was made of."""
+    """The factors of a product, in which the output of an activation is replaced by the
+    activation's input."""
     for side, value in enumerate((second_factor, first_factor)):
         above: Any = node.next_functions[side][0]
         if (

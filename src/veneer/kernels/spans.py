@@ -34,7 +34,7 @@ _C: Any = torch._C
 
 
 class Span(NamedTuple):
-    """Tokens ``first`` up to ``after``, the rank and scale of their change, and the probability and
+    """Tokens ``first`` to ``after``; the rank and scale of their change, and the probability and
     seed of dropout."""
 
     first: int
@@ -52,8 +52,8 @@ class Span(NamedTuple):
         return x[self.first : self.after]
 
     def drop_entries(self, x: Tensor) -> Tensor | None:
-        """Indices of the entries that are dropped of the span's own tokens [t, in]: drawn as for a
-        call that holds these alone."""
+        """Indices of the dropped entries of the span's tokens [t, in], drawn as in a call on these
+        tokens alone."""
         return fused.dropped_entries(x, self.dropout, self.seed)
 
 
@@ -65,17 +65,17 @@ def linear(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
 ) -> Tensor:
-    """y [*, out] in the dtype of x; differentiable in x and all factors. Where ``fused.applies``
-    alone.
+    """y [*, out] in the dtype of x; differentiable in x and all factors. Requires
+    ``fused.applies``.
 
     Args:
-        spans: in order, none over another; tokens in no span are the base's.
+        spans: in order, without overlap; tokens outside of all spans use the base.
         A, B: [1, r_i, in] and [1, out, r_i] of each span, of any floating-point dtype: computed in
             that of x.
     """
     if not spans:
         return F.linear(x, weight, bias)
-    if alike(spans):
+    if can_batch(spans):
         return linears(x, [weight], [bias], spans, [A], [B])[0]
     downs, ups = torch.cat(tuple(A), 1)[0], torch.cat([up.mT for up in B], 1)[0]
     return _apply(tuple(spans), x, downs.to(x.dtype), ups.to(x.dtype), weight, bias)[0]
@@ -89,8 +89,8 @@ def linears(
     A: Sequence[Sequence[Tensor]],
     B: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, ...]:
-    """``linear`` of several layers that read one x, of each the factors of all spans, which are
-    ``alike``."""
+    """``linear`` for several layers that read one x. For each layer, the factors of all spans,
+    which must be adjacent and of equal length (``can_batch``)."""
     largest_rank = max(span.rank for span in spans)
     if any(span.rank != largest_rank for span in spans):
         A = [
@@ -101,17 +101,16 @@ def linears(
             [F.pad(factor, (0, largest_rank - factor.shape[2])) for factor in layer_factors]
             for layer_factors in B
         ]
-    # one node of autograd's for the factors of all, one cast, and one gradient, of which each gets
-    # a part
-    # [spans · layers, r, in]
+    # one autograd node, one cast and one gradient for the factors of all layers; each gets a view
+    # of [spans · layers, r, in]
     downs = torch.cat(tuple(itertools.chain(*zip(*A, strict=True)))).to(x.dtype)
     ups = [torch.cat(tuple(layer_factors)).to(x.dtype) for layer_factors in B]  # [spans, out, r]
     return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
 
 
-def alike(spans: Sequence[Span]) -> bool:
-    """Whether spans can be one batch: neighbours of one length, of ranks that are not far from each
-    other."""
+def can_batch(spans: Sequence[Span]) -> bool:
+    """Whether spans can be computed as one batch: adjacent, of equal length, and of similar
+    ranks."""
     start, length = spans[0].first, spans[0].after - spans[0].first
     ranks = [span.rank for span in spans]
     return (
@@ -127,9 +126,9 @@ def alike(spans: Sequence[Span]) -> bool:
 
 
 class _Linears(Function):
-    """``tensors``: of each layer what is up, weight and bias. Factors are [spans · layers, r, in]
-    and [spans, out, r] of spans that are alike, or [R, in] and [R, out], those of each span below
-    each other, of one layer."""
+    """``tensors``: for each layer, the factor B, the weight and the bias. Factors are [spans ·
+    layers, r, in] and [spans, out, r] for spans that ``can_batch``, or [R, in] and [R, out], joined
+    along the ranks, for one layer."""
 
     @staticmethod
     def forward(
@@ -153,7 +152,7 @@ class _Linears(Function):
         *made_of, ctx.gate = input_to_save(x)
         h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
         ctx.save_for_backward(*made_of, downs, *ups, *weights, *h)
-        # `data` forgets that it is a view
+        # `.data` is no view for autograd
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     @staticmethod
@@ -164,14 +163,14 @@ class _Linears(Function):
             return _gradients(ctx, dys)
 
 
-# as in ``fused.py``: what ``Function.apply`` does for ``torch.func``, whose transforms never come
-# here
+# as in ``fused.py``: skips the calls of ``Function.apply`` for ``torch.func``, whose transforms
+# never reach this function
 _apply = cast(Any, super(Function, _Linears)).apply
 
 
 class _Gradients(NamedTuple):
-    """The results of ``backward``: the low-rank summand [T, in] of dx, and the gradients of the
-    factors, laid out as these are."""
+    """The results of ``backward``: the low-rank term [T, in] of dx, and the gradients of the
+    factors in their layout."""
 
     x: Tensor | None
     downs: Tensor | None
@@ -179,8 +178,8 @@ class _Gradients(NamedTuple):
 
 
 class _Batched:
-    """All spans in one product each. float32 products are quicker with the tokens last, and so are
-    those of 16 bits."""
+    """All spans in one batched product each. Products with the tokens as the last axis are faster,
+    in float32 and in 16 bits."""
 
     @staticmethod
     def forward(
@@ -208,8 +207,8 @@ class _Batched:
         A, scales = downs.view(count, -1, x.shape[2]), _Batched.scales(spans, x)
         dys = [_Batched.of(spans, dy) for dy in dys]
         rows = [torch.bmm(up.mT, dy.mT) for up, dy in zip(ups, dys, strict=True)]
-        carried = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        carried *= scales  # s (dy B)ᵀ, [N, layers · r, t]
+        up_gradients = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        up_gradients *= scales  # s (dy B)ᵀ, [N, layers · r, t]
         dB: list[Tensor | None] = [None] * len(ups)
         if any(need_ups):
             all_h = torch.bmm(A, x.mT) * scales if h[0] is None else h[0]
@@ -217,7 +216,7 @@ class _Batched:
                 zip(all_h.split(rank, 1), dys, need_ups, strict=True)
             ):
                 dB[i] = torch.bmm(layer_h, dy).mT.contiguous() if need else None
-        dA = torch.bmm(carried, x).view(downs.shape) if need_downs else None
+        dA = torch.bmm(up_gradients, x).view(downs.shape) if need_downs else None
         dx = None
         if need_x:
             dx = (
@@ -225,12 +224,12 @@ class _Batched:
                 if x.numel() < tokens.numel()
                 else tokens.new_empty(tokens.shape)
             )
-            torch.bmm(carried.mT, A, out=_Batched.of(spans, dx))
+            torch.bmm(up_gradients.mT, A, out=_Batched.of(spans, dx))
         return _Gradients(dx, dA, dB)
 
     @staticmethod
     def of(spans: Sequence[Span], x: Tensor) -> Tensor:
-        """x [T, n] as [N, t, n], in its own memory: what is written there is x's."""
+        """View x [T, n] as [N, t, n]; writing to the result writes to x."""
         return x[spans[0].first : spans[-1].after].view(len(spans), -1, x.shape[1])
 
     @staticmethod
@@ -295,7 +294,7 @@ class _Each:
 
     @staticmethod
     def of(spans: Sequence[Span], downs: Tensor, ups: Tensor) -> Any:
-        """Each span with its own factors."""
+        """Each span with its factors."""
         ranks = [span.rank for span in spans]
         return zip(spans, downs.split(ranks), ups.split(ranks), strict=True)
 
@@ -305,21 +304,25 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     first, second, third, downs, *rest = ctx.saved_tensors
     ups, weights, h = rest[:count], rest[count : 2 * count], rest[2 * count :]
     x = restore_input(SavedInput(first, second, third, ctx.gate), needs[0])
-    without = (None,) * (2 * count)
+    no_gradients = (None,) * (2 * count)
     if torch.is_grad_enabled():
 
         def plain(x: Tensor, downs: Tensor, *ups: Tensor) -> list[Tensor]:
             return _definition(spans, x, downs, ups, weights)
 
         drops = max(span.dropout for span in spans)
-        return None, *reference.gradients_of(plain, (x, downs, *ups), needs, dys, drops), *without
+        return (
+            None,
+            *reference.gradients_of(plain, (x, downs, *ups), needs, dys, drops),
+            *no_gradients,
+        )
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     dx, dA, dB = ctx.products.backward(spans, x.reshape(-1, x.shape[-1]), dys, downs, ups, h, needs)
     if dx is not None:
         for dy, weight in zip(dys, weights, strict=True):
             dx.addmm_(dy, weight)
         dx = dx.view(ctx.shape)
-    return None, dx, dA, *dB, *without
+    return None, dx, dA, *dB, *no_gradients
 
 
 def _definition(
@@ -329,7 +332,8 @@ def _definition(
     ups: Sequence[Tensor],
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Without biases, whose gradient nobody asks for, and without dropout."""
+    """The layers by differentiable operations, without dropout and without biases, whose gradients
+    are not needed."""
     tokens, layers = x.reshape(-1, x.shape[-1]), len(weights)
     outputs = []
     for layer, (weight, up) in enumerate(zip(weights, ups, strict=True)):

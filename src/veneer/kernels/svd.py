@@ -27,20 +27,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-#: a randomised product is at most this much farther from D than the nearest one is, by the
-#: estimate from its passes
+#: the largest ratio of a randomised product's distance from D to the smallest possible one, as
+#: estimated from its passes
 FACTOR = 1.005
 PASSES = 10
-#: how many directions are tried at least: those beyond the rank make the passes converge, and
-#: MKL's QR of 24 to 30
-#: columns takes 100 times as long on two threads (576 × 30: 25 ms, 576 × 32: 0.1 ms)
+#: the fewest directions to iterate on: those beyond the rank make the passes converge, and MKL's QR
+#: of 24 to 30 columns takes 100 times as long on two threads (576 × 30: 25 ms, 576 × 32: 0.1 ms)
 FEWEST = 32
 #: how many numbers are cast to float64 at once
 PIECE = 1 << 21
 
 
 def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> tuple[Tensor, str]:
-    """Directions that hold as much of ``matrix`` [out, in] as any ``rank`` directions can.
+    """``rank`` directions that hold as large a share of ``matrix`` [out, in] as possible.
 
     Args:
         exact: never use the randomised method.
@@ -53,8 +52,8 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
     out, in_ = matrix.shape
     long, short = max(out, in_), min(out, in_)
     directions = min(short, max(FEWEST, rank + 10 + rank // 4))
-    pays = 2 * 36 * long * short * directions < 2 * long * short**2 + 10 * short**3
-    leading = _project_randomly(matrix, rank, directions, seed) if pays and not exact else None
+    is_faster = 2 * 36 * long * short * directions < 2 * long * short**2 + 10 * short**3
+    leading = _project_randomly(matrix, rank, directions, seed) if is_faster and not exact else None
     if leading is not None:
         return leading, "randomised"
     _, vectors = spectrum(matrix)
@@ -73,30 +72,35 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def smallest_rank(spectra: Sequence[Tensor], share: float) -> int:
-    """The smallest rank at which products of that rank, one for each of the matrices with these
-    squared singular values (descending), keep ``share`` of the sum of all."""
-    together = torch.stack(list(spectra)).sum(0).cumsum(0)
-    reached = together >= share * together[-1]
-    return int(reached.to(torch.uint8).argmax()) + 1
+    """The smallest rank at which products of that rank, one for each matrix with these squared
+    singular values (descending), keep ``share`` of their total."""
+    kept_energy = torch.stack(list(spectra)).sum(0).cumsum(0)
+    is_enough = kept_energy >= share * kept_energy[-1]
+    return int(is_enough.to(torch.uint8).argmax()) + 1
 
 
 def split(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] in float64, with the singular values in equal parts: the product is
-    ``matrix`` in these directions (``vectors``: [short, r], orthonormal) and zero across them."""
-    along = torch.cat([piece @ vectors for piece in _pieces(matrix)])  # [long, r]
-    root = along.norm(dim=0).sqrt()
-    along = along / torch.where(root > 0, root, 1)
-    across = vectors * root
-    return (across.mT, along) if len(along) == len(matrix) else (along.mT, across)
+    """A [r, in] and B [out, r] in float64 with the singular values split equally. The product
+    equals ``matrix`` in these directions (``vectors``: [short, r], orthonormal) and is zero in all
+    others."""
+    long_factor = torch.cat([piece @ vectors for piece in _pieces(matrix)])  # [long, r]
+    root = long_factor.norm(dim=0).sqrt()
+    long_factor = long_factor / torch.where(root > 0, root, 1)
+    short_factor = vectors * root
+    return (
+        (short_factor.mT, long_factor)
+        if len(long_factor) == len(matrix)
+        else (long_factor.mT, short_factor)
+    )
 
 
 def distance(matrix: Tensor, A: Tensor, B: Tensor) -> float:
-    """‖matrix − B A‖², summed in float64 over what A and B hold, whatever their dtype."""
+    """‖matrix − B A‖², summed in float64, with A and B in their own dtype."""
     A, B = A.to(matrix.device, torch.float64), B.to(matrix.device, torch.float64)
-    along, across = (B, A) if len(B) >= A.shape[1] else (A.mT, B.mT)
+    long_factor, short_factor = (B, A) if len(B) >= A.shape[1] else (A.mT, B.mT)
     total, start = 0.0, 0
     for piece in _pieces(matrix):
-        rest = torch.addmm(piece, along[start : start + len(piece)], across, alpha=-1)
+        rest = torch.addmm(piece, long_factor[start : start + len(piece)], short_factor, alpha=-1)
         total, start = total + rest.square().sum().item(), start + len(piece)
     return total
 
@@ -107,8 +111,9 @@ def energy(matrix: Tensor) -> float:
 
 
 def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> Tensor | None:
-    """The leading directions, or None where the passes do not come near enough to their limit."""
-    # cast once, not in each pass
+    """The leading directions by the randomised method, or None if it does not come close enough to
+    its limit."""
+    # cast a small matrix once, not in each pass
     matrix = matrix.to(torch.float64) if matrix.numel() <= PIECE else matrix
     short, total = min(matrix.shape), energy(matrix)
     generator = torch.Generator().manual_seed(seed)
@@ -123,7 +128,8 @@ def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> 
         values, turn = torch.linalg.eigh(basis.mT @ image)
         before, lost = lost, max(total - values[-rank:].sum().item(), 0.0)
         last, gain = gain, max(before - lost, 0.0)
-        to_come = gain * gain / (last - gain) if gain < last else lost  # of a geometric series
+        # the remaining gain, as the limit of a geometric series
+        to_come = gain * gain / (last - gain) if gain < last else lost
         if lost <= 1e-14 * total or (last > 0 and to_come <= (FACTOR**2 - 1) * lost):
             return basis @ turn[:, -rank:].flip(1)
         basis = torch.linalg.qr(image)[0]
@@ -131,7 +137,7 @@ def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> 
 
 
 def _pieces(matrix: Tensor) -> Iterator[Tensor]:
-    """The rows of T, some at a time, in float64."""
+    """Pieces of the rows of T, in float64."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     count = max(1, PIECE // max(1, tall.shape[1]))
     for start in range(0, len(tall), count):

@@ -1,15 +1,15 @@
-"""``VENEER_COMPILED``: turn off what replaces plain torch on a processor.
+"""``VENEER_COMPILED``: turn off optimisations that replace plain torch code on a CPU.
 
-    VENEER_COMPILED=0                none of it: plain torch throughout
-    VENEER_COMPILED=saved_inputs     this alone
-    VENEER_COMPILED=1                all of it, as without the variable
+    VENEER_COMPILED=0                plain torch throughout
+    VENEER_COMPILED=saved_inputs     this optimisation only
+    VENEER_COMPILED=1                all optimisations, the default
 
-round_nearest    W + ΔW rounded to bfloat16 by a compiled loop: the same bits as torch's
-                 operations, in a quarter of their time. It needs numba (the extra ``fast``),
-                 which takes half a second and 100 MiB to load: the first large weight that is
-                 merged loads it.
-saved_inputs     no loop, but an edit of what autograd's nodes saved: a third of the memory that a
-                 step over a frozen Llama keeps is computed again in backward, to the same bits.
+round_nearest    A compiled loop rounds W + ΔW to bfloat16, with the same bits as torch's
+                 operations, in a quarter of their time. It needs numba (the extra ``fast``), which
+                 takes half a second and 100 MiB to load: the first large merged weight loads it.
+saved_inputs     Not compiled: it edits the tensors that autograd's nodes save. A third of the
+                 memory that a step over a frozen Llama keeps is then recomputed in backward, with
+                 the same bits.
 
 The variable is read once, when veneer is imported.
 """
@@ -27,16 +27,16 @@ VARIABLE = "VENEER_COMPILED"
 #: the names that need numba, and all of them
 LOOPS = ("round_nearest",)
 NAMES = (*LOOPS, "saved_inputs")
-#: names of earlier releases, which turn nothing on any more
+#: names of earlier releases, which have no effect any more
 REMOVED = ("thin_matmul", "single_adapter_bf16", "mixed_rows", "bf16_dot", "expert_rows")
 
 
 def enabled_names(text: str) -> frozenset[str]:
-    """The names that a value of the variable turns on: "1" all of them, "0" none, else those listed
-    with commas. A name that an earlier release had is a ``DeprecationWarning``.
+    """The names that a value of the variable turns on: "1" all of them, "0" none, else the listed
+    ones, separated by commas. A name of an earlier release causes a ``DeprecationWarning``.
 
     Raises:
-        ConfigError: a name that never was one.
+        ConfigError: an unknown name.
     """
     if text in ("", "1"):
         return frozenset(NAMES)
@@ -54,7 +54,7 @@ def enabled_names(text: str) -> frozenset[str]:
     return frozenset(listed & {*NAMES})
 
 
-#: what is turned on in this process
+#: the optimisations that are on in this process
 ON = enabled_names(os.environ.get(VARIABLE, "1"))
 
 

@@ -1,10 +1,9 @@
-"""Run independent pieces of work on as many threads as torch may use, each piece on one.
+"""Run independent work on as many threads as torch may use, with one torch thread each.
 
-torch splits a single operation over its threads, and waits for all of them after each; a chain of
-short operations on a piece that fits into one core's cache is faster with a thread a piece. So each
-worker tells torch to use no other threads than itself. Threads that start later begin with the last
-such setting made anywhere: so the caller makes its own again as soon as all workers have made
-theirs.
+torch splits each operation over its threads and waits for all of them. A chain of short operations
+on data that fits into one core's cache is faster with one thread per chunk of data. So each worker
+sets torch to a single thread. New threads inherit the last such setting made by any thread, so the
+caller restores its own setting as soon as all workers have made theirs.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ Result = TypeVar("Result")
 
 
 def threads_for(tensor: Tensor, most: int) -> int:
-    """How many threads to spread work on ``tensor`` over: on a CPU torch's count, but not more than
-    ``most`` (each needs memory, and they share its bandwidth); 0, the caller itself, on another
-    device, where one stream is enough."""
+    """The number of threads for work on ``tensor``: on a CPU torch's count, at most ``most`` (each
+    needs memory, and they share its bandwidth); on another device 0, which means the calling
+    thread, because one stream suffices."""
     return min(torch.get_num_threads(), most) if tensor.device.type == "cpu" else 0
 
 
@@ -36,12 +35,12 @@ def spread(
     work: Callable[[Item, State], Result],
     threads: int,
 ) -> list[Result]:
-    """``[work(item, …) for item in items]``, in this order, over so many ``threads``, without
-    autograd. The caller does it itself where torch has one thread anyway, or if there is to be
-    none.
+    """``[work(item, …) for item in items]``, in this order, on ``threads`` threads, without
+    autograd. The calling thread does the work itself if torch has a single thread or ``threads`` is
+    0.
 
-    ``state`` makes what one thread keeps from piece to piece. The first exception ends all threads
-    and is raised.
+    ``state`` creates the object that one thread keeps for all its items. The first exception ends
+    all threads and is raised.
     """
     threads = min(threads, len(items))
     if threads == 0 or torch.get_num_threads() == 1:
@@ -53,13 +52,13 @@ def spread(
     inference, before = torch.is_inference_mode_enabled(), torch.get_num_threads()
 
     def run() -> None:
-        # the first use in a thread takes over the last setting: so it comes before ours
+        # the first call in a thread inherits the last setting, so it must precede ours
         torch.get_num_threads()
         torch.set_num_threads(1)
         ready.wait()
         with torch.inference_mode(inference), torch.no_grad():
             thread_state = state()
-            for index in order:  # `next` of a count is one step for all threads
+            for index in order:  # `next` of a counter is atomic for all threads
                 if index >= len(items) or stop.is_set():
                     return
                 results[index] = work(items[index], thread_state)
@@ -69,9 +68,9 @@ def spread(
             workers = [pool.submit(run) for _ in range(threads)]
             ready.wait()
         except BaseException:
-            # the system gives no more threads, or an interrupt: let those that wait go
+            # the system has no more threads, or an interrupt: release the threads that wait
             ready.abort()
-            pool.shutdown()  # before torch's setting is made again, as the last one counts
+            pool.shutdown()  # before torch's setting is restored, because the last setting counts
             raise
         finally:
             torch.set_num_threads(before)

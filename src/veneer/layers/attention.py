@@ -2,7 +2,7 @@
 values.
 
 The out-projection is a linear layer below it, a target of its own, whose weight this module reads
-directly (``attach/weight_readers.py``). ``in_proj_weight[:E]`` makes the queries:
+directly (``attach/source/weight_readers.py``). ``in_proj_weight[:E]`` makes the queries:
 ``LoraConfig(slices=…)`` changes those rows.
 """
 

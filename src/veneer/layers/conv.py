@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, randn
 
-from veneer.kernels import conv
+from veneer.kernels import fused_conv
 from veneer.layers._base import LAYERS, Dims, Layer
 from veneer.lowrank import LowRank
 
@@ -86,16 +86,18 @@ class Conv(_Convolution):
         low: LowRank,
         drops: float,
     ) -> Tensor | None:
-        plain = x.numel() > conv.SMALL and module.groups == 1 and module.padding_mode == "zeros"
+        plain = (
+            x.numel() > fused_conv.SMALL and module.groups == 1 and module.padding_mode == "zeros"
+        )
         contiguous = (
             x.dim() == self.spatial + 2
-            and conv.lies(x) is not None
-            and conv.lies(weight) is not None
+            and fused_conv.lies(x) is not None
+            and fused_conv.lies(weight) is not None
         )
         if not (plain and contiguous) or isinstance(module.padding, str):
             return None
-        geometry = conv.Geometry(module.stride, module.padding, module.dilation)
-        return conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)
+        geometry = fused_conv.Geometry(module.stride, module.padding, module.dilation)
+        return fused_conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
         return low.A.reshape(-1, *shape[1:]), low.B.reshape(-1, low.rank, *[1] * self.spatial)

@@ -6,7 +6,7 @@ Below train/ and serve/ only this package imports transformers, and only inside 
 
 from veneer.models.attention import use_products
 from veneer.models.encoders import Encoder, is_causal, load_encoder, must_be_causal
-from veneer.models.gguf import cache_dir
+from veneer.models.gguf_conversion import cache_dir
 from veneer.models.load import (
     Base,
     Precision,
@@ -46,4 +46,4 @@ __all__ = [
     "stored_dtype",
     "trust_remote_code",
     "use_products",
-]  # fmt: skip
+]

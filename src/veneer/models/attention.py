@@ -1,9 +1,9 @@
-"""Attention as plain matrix products, for transformers' models, in the calls in which torch's fused
+"""Attention as plain matrix products, for transformers' models, in calls for which torch's fused
 kernel is slower.
 
-On a CPU that is so for short rows in 16 bits, and under a causal mask (``kernels/attention.py``
-says when). ``use_products`` registers an attention function with transformers that chooses call by
-call, and else is transformers' own "sdpa".
+These are calls on a CPU with short rows in 16 bits, or with a causal mask (see
+``kernels/cpu_attention.py``). ``use_products`` registers an attention function with transformers
+that chooses for each call, and otherwise uses transformers' own "sdpa".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from veneer.attach.source_analysis import compares_attention
+from veneer.attach import compares_attention
 from veneer.errors import sentence
 
 if TYPE_CHECKING:
@@ -20,20 +20,19 @@ if TYPE_CHECKING:
 
 __all__ = ["use_products"]
 
-#: what a model is told of the rows that were packed into one: where each begins, and the longest
+#: arguments that describe rows packed into one: where each begins, and the length of the longest
 LENGTHS = ("cu_seq_lens_q", "max_length_q")
-#: the name under which transformers knows Veneer's attention
+#: transformers' name for Veneer's attention
 PRODUCTS = "veneer_products"
 
 
 def use_products(model: PreTrainedModel) -> None:
     """Let a model compute attention as plain matrix products (``kernels.attention``) in the calls
-    in which these are the faster way, and as transformers' "sdpa" in all others.
+    for which these are faster, and as transformers' "sdpa" in all others.
 
     Raises:
-        ValueError: as transformers says, for a model whose attention cannot be chosen; or the model
-            does something else with an attention of another name than "sdpa", such as leaving out
-            the mask of a sparse one.
+        ValueError: transformers does not support choosing the model's attention, or the model
+            depends on the name "sdpa", for example to omit the mask of a sparse attention.
     """
     if compares_attention(model):
         problem = (
@@ -56,7 +55,7 @@ def _attention() -> Callable[..., tuple[Any, None]]:
     [b, s, h, d]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from veneer.kernels import attention
+    from veneer.kernels import cpu_attention
 
     def attend(
         module: Any,
@@ -73,12 +72,12 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         has_shared_mask = kwargs.get("position_bias") is None and (
             attention_mask is None or attention_mask.shape[1] == 1
         )
-        if has_shared_mask and attention.is_packed(query, key, attention_mask, starts, longest):
-            rows = attention.Packed(starts, longest)
-            query, key, value = (rows.apart(tensor) for tensor in (query, key, value))
+        if has_shared_mask and cpu_attention.is_packed(query, key, attention_mask, starts, longest):
+            rows = cpu_attention.Packed(starts, longest)
+            query, key, value = (rows.unpack(tensor) for tensor in (query, key, value))
             options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
             return (
-                rows.together(
+                rows.pack(
                     attend(module, query, key, value, rows.row_masks(attention_mask), **options)[0]
                 ),
                 None,
@@ -86,13 +85,15 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         if query.shape[2] > 1 and has_shared_mask:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
             pure_causal = causal and attention_mask is None
-            if attention.pays(query, key, pure_causal and not dropout):
+            if cpu_attention.is_faster(query, key, pure_causal and not dropout):
                 if pure_causal and not dropout:
-                    return attention.causal(query, key, value, scaling).transpose(1, 2), None
+                    return cpu_attention.causal(query, key, value, scaling).transpose(1, 2), None
                 bias = (
-                    None if pure_causal else attention.bias_of(attention_mask, causal, query, key)
+                    None
+                    if pure_causal
+                    else cpu_attention.bias_of(attention_mask, causal, query, key)
                 )
-                output = attention.products(
+                output = cpu_attention.products(
                     query, key, value, bias, scaling, dropout, causal=pure_causal
                 )
                 return output.transpose(1, 2), None

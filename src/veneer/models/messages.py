@@ -23,10 +23,10 @@ def loading(name: str) -> Iterator[None]:
         except ConfigError:
             raise
         except Exception as error:
-            raise explained(name, error) from error
+            raise explain_error(name, error) from error
 
 
-def explained(name: str, error: Exception) -> Exception:
+def explain_error(name: str, error: Exception) -> Exception:
     """A readable error for an exception of transformers; unknown ones are returned unchanged."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error

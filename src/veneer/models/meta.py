@@ -61,7 +61,8 @@ def meta_model(
         config = transformers.AutoConfig.from_pretrained(str(folder), **code_options())
         class_names = [architecture, *(getattr(config, "architectures", None) or ())]
         candidates = (getattr(transformers, name, None) for name in class_names if name)
-        # a name may come from a file, and transformers has other classes than models too
+        # the name may come from an untrusted file, and transformers also has classes that are not
+        # models
         models = (
             cls
             for cls in candidates
@@ -88,12 +89,11 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
     is flash attention and experts are grouped products, as on a GPU. The model is in training mode.
 
     Args:
-        source: as ``load_base``, a ``config.json``, what stands in one, or a config of
-            transformers.
+        source: as in ``load_base``, a ``config.json`` or its content, or a config of transformers.
         dtype: of the weights; None takes that of the config, else bfloat16.
 
     Raises:
-        ConfigError: no configuration of a causal language model that transformers knows.
+        ConfigError: no configuration of a causal language model that transformers supports.
     """
     import torch
     import transformers
@@ -117,7 +117,7 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
 
 
 def count_attention(model: Any) -> Any:
-    """The model, whose attention is flash attention on the meta device."""
+    """The model, with flash attention on the meta device."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(COUNTED, _flash)
@@ -141,7 +141,7 @@ def _config_in(fields: Mapping[str, Any]) -> Any:
         return transformers.AutoConfig.for_model(
             kind, **{name: fields[name] for name in fields if name != "model_type"}
         )
-    except Exception as error:  # each type checks its fields in its own way
+    except Exception as error:  # config classes raise many kinds of exceptions for invalid fields
         problem = f"a configuration that is none of a {kind} ({first_line(error)})"
         raise ConfigError(problem, "what a config.json of one holds", "correct it") from error
 
@@ -166,20 +166,21 @@ def _config_at(source: str) -> Any:
     return _config_in(fields)
 
 
-#: the attention of a ``countable_model``, among those of transformers
+#: the name of a ``countable_model``'s attention in transformers
 COUNTED = "veneer_counted"
 
 
 def _flash(
     module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
 ) -> Any:
-    """Flash attention without regard to the mask. query, key, value: [b, heads, s, d], with fewer
-    heads of keys and values. Returns no attention weights."""
+    """Flash attention that ignores the mask. query, key, value: [b, heads, s, d], with fewer heads
+    of keys and values. Returns no attention weights."""
     import torch
     import torch.nn.functional as F
 
     width = value.shape[-1]
-    if width != query.shape[-1]:  # it takes one width for all: DeepSeek's values are narrower
+    # flash attention needs one width for all; DeepSeek's values are narrower
+    if width != query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
     attend = torch.ops.aten._scaled_dot_product_flash_attention.default
     causal = query.shape[2] == key.shape[2]
@@ -199,7 +200,8 @@ def materialize_meta(model: Any) -> Any:
             for name, value in table.items():
                 if value is None or not value.is_meta:
                     continue
-                if value not in materialized:  # a tensor is hashed by its identity, so ties stay
+                # tensors are hashed by identity, so ties are preserved
+                if value not in materialized:
                     tensor = torch.from_numpy(numpy.zeros(value.nbytes, numpy.uint8))
                     tensor = tensor.view(value.dtype).view(value.shape)
                     is_parameter = isinstance(value, torch.nn.Parameter)
@@ -219,9 +221,8 @@ def without_meta(model: Any) -> Any:
 def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[ParamSlice, ...]]:
     """Map the tensors of a checkpoint to slices of the parameters of ``model``, by the rules with
     which transformers renames, stacks, joins and splits tensors on loading. Tensors that the model
-    lacks, and those that it converts in another way, are left out, so callers find their parameters
-    uncovered.
-    """
+    lacks, and those that it converts in another way, are omitted, so that their parameters stay
+    uncovered."""
     state = model.state_dict()
     if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
         return {name: (ParamSlice(name),) for name in names if name in state}

@@ -1,16 +1,16 @@
-"""A base that is quantised as it is loaded, and of which weights its packed ones were made.
+"""Quantise a base while it is loaded, and record from which weights its packed ones were made.
 
-    base = load_base("folder", quantize="nf4")      bitsandbytes' Linear4bit or Linear8bitLt in all but the output head
-    sources_of(base.model)                          {fingerprint of a packed weight: that of the file's weight}
+    base = load_base("folder", quantize="nf4")      bitsandbytes' Linear4bit or Linear8bitLt, except the head
+    sources_of(base.model)                          {fingerprint of a packed weight: of the file's weight}
 
-**One base, in another precision.** A fingerprint rounds to bfloat16, so that a base in float32 and
-in bfloat16 is one. What was quantised here is the same base too, and the files it came from are at
-hand: each packed weight goes by the fingerprint of the weight in the file. So an adapter that was
-trained on nf4 proves its base against the 16-bit files (``veneer merge``), against these in nf4,
-and against int8. A packed weight is known by its own fingerprint, so that one which was merged into
-is no longer taken for the file's. Rejected: a record with both fingerprints, as each reader would
-have to choose; asking the quantiser of transformers for the weights that pass through it, as it has
-no interface for that.
+**The same base in another precision.** Fingerprints are of values rounded to bfloat16, so a base in
+float32 and in bfloat16 has the same ones. A base that is quantised on loading is the same base too,
+and its files are available, so each packed weight is identified by the fingerprint of the weight in
+the file. An adapter that was trained on nf4 is therefore verified against the 16-bit files
+(``veneer merge``), against the same files in nf4, and in int8. A packed weight is looked up by its
+own fingerprint, so a weight with a merged adapter is no longer taken for the file's. Rejected: a
+record with both fingerprints, because each reader would have to choose; reading the weights as they
+pass through transformers' quantiser, because it has no interface for that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from veneer.attach.targets import Names
+from veneer.attach import Names
 from veneer.errors import CheckpointError, ConfigError, listing
 from veneer.fileio.hashing import fingerprint
 
@@ -31,9 +31,9 @@ __all__ = ["Quantize", "quantization_in", "sources_of"]
 
 Quantize = Literal["nf4", "fp4", "int8"]
 
-#: numbers that share a scale
+#: how many numbers share a scale
 BLOCK = 64
-#: the attribute of a model that holds what ``sources_of`` gives
+#: the attribute of a model that holds the result of ``sources_of``
 _SOURCES = "veneer_quantized_from"
 
 
@@ -55,7 +55,7 @@ def quantizer(kind: Quantize, dtype: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        # which says in each call of each layer that x is rounded to float16 on its way to 8 bits
+        # it would warn in each call of each layer that x is rounded to float16 before 8 bits
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -84,8 +84,8 @@ def leave_files(model: nn.Module) -> None:
 
 
 def must_have_whole_blocks(model: nn.Module, name: str) -> None:
-    """Refuse 4-bit weights on the processor whose rows are no whole blocks of 64 numbers:
-    bitsandbytes (0.50) reads them there with the scales of other blocks."""
+    """Refuse 4-bit weights on a CPU whose rows are not multiples of 64 numbers: bitsandbytes (0.50)
+    reads them there with the scales of other blocks."""
     partial_blocks = [
         f"{path} ({module.in_features})"
         for path, module in model.named_modules()
@@ -95,8 +95,8 @@ def must_have_whole_blocks(model: nn.Module, name: str) -> None:
     ]
     if partial_blocks:
         problem = (
-            f"{name} in 4 bits on a CPU, where the rows of {listing(partial_blocks, 2)} are no multiples of"
-            f" {BLOCK}"
+            f"{name} in 4 bits on a CPU, where the rows of {listing(partial_blocks, 2)} are no"
+            f" multiples of {BLOCK}"
         )
         raise ConfigError(
             problem, "whole blocks, as bitsandbytes misreads others on a CPU", "take int8, or a GPU"

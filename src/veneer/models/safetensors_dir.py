@@ -33,7 +33,7 @@ from veneer.formats import peft
 
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
-#: torch's dtypes of the weights of models, by the names that safetensors has
+#: the dtypes of models' weights in safetensors files
 _WEIGHTS = (
     "F64",
     "F32",
@@ -50,8 +50,7 @@ _WEIGHTS = (
 )
 DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-#: patterns of the files that a whole model may consist of, and that another one in its place
-#: replaces
+#: patterns of a model's files, which another model that replaces it overwrites
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
@@ -60,8 +59,7 @@ MODEL_FILES = (
 
 
 def must_hold_no_adapter(folder: Path) -> None:
-    """``OutputExistsError`` for a folder with an adapter, into which a whole model is to be
-    written."""
+    """Raise ``OutputExistsError`` if a model is to be written to a folder with an adapter."""
     if (folder / peft.CONFIG).exists():
         problem = f"{folder}, which holds an adapter, for a whole model"
         expected = (
@@ -73,17 +71,17 @@ def must_hold_no_adapter(folder: Path) -> None:
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder of safetensors files. ``files``: their headers by name; ``index``: the parsed index
-    (None for a single file); ``where``: the file of each tensor, in the order of files and
+    (None for a single file); ``file_of``: the file of each tensor, in the order of files and
     offsets."""
 
     folder: Path
     files: Mapping[str, Header]
     index: Mapping[str, Any] | None
     index_name: str | None
-    where: Mapping[str, str]
+    file_of: Mapping[str, str]
 
     def entry(self, name: str) -> Entry:
-        return self.files[self.where[name]].tensors[name]
+        return self.files[self.file_of[name]].tensors[name]
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.entry(name).dtype]
@@ -96,11 +94,11 @@ class Checkpoint:
         return entry.stop - entry.start
 
     def start(self, name: str) -> int:
-        return self.files[self.where[name]].data_start + self.entry(name).start
+        return self.files[self.file_of[name]].data_start + self.entry(name).start
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: no such tensor.
-        ``CheckpointError``: the file is shorter than its header says."""
+        ``CheckpointError``: the file is shorter than its header claims."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
@@ -110,10 +108,10 @@ class Checkpoint:
                 (last - first) * row,
                 start + first * row,
             )
-        with (self.folder / self.where[name]).open("rb") as stream:
+        with (self.folder / self.file_of[name]).open("rb") as stream:
             flat = tensors.read_bytes(stream, start, size)
         if flat is None:
-            problem = f"{self.where[name]}, which ended within {name!r}"
+            problem = f"{self.file_of[name]}, which ended within {name!r}"
             raise CheckpointError(problem, "the file as it was", "let nobody write to it meanwhile")
         return flat.view(self.dtype(name)).reshape(shape)
 
@@ -138,7 +136,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         index_name = indices[0]
         refuse(location_problems(folder, indices))
         index = _read_checked(read_json, folder / index_name)
-        names = _named(folder / index_name, index)
+        names = _listed_files(folder / index_name, index)
     elif len(names) != 1:
         raise CheckpointError(_missing_index_problem(folder, names))
     refuse(location_problems(folder, names))
@@ -166,7 +164,7 @@ def _read_checked(reader: Any, path: Path) -> Any:
         raise CheckpointError(str(error)) from error
 
 
-def _named(path: Path, index: Mapping[str, Any]) -> list[str]:
+def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
     """The file names in an index, which must be plain names in its folder."""
     weights = index.get("weight_map")
     if (

@@ -20,7 +20,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (),
     "guidance_scale": (1,), "stop_strings": ([],), "watermarking_config": (),
 }  # fmt: skip
-#: those of them that only a sampler of transformers' own applies; `veneer generate` has another
+#: the subset that only transformers' own sampler supports; `veneer generate` has another sampler
 SAMPLER = (
     "min_p",
     "top_h",
@@ -35,19 +35,19 @@ SAMPLER = (
 @dataclass(frozen=True)
 class SamplingDefaults:
     """The fields in the file; None for missing ones. ``samples``: whether it enables sampling
-    instead of greedy decoding. ``others``: further fields that change which tokens are sampled."""
+    instead of greedy decoding. ``further_fields``: other fields that change which tokens are
+    sampled."""
 
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
     samples: bool = False
-    others: Mapping[str, Any] = field(default_factory=dict)
+    further_fields: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self, names: Iterable[str]) -> str:
-        """These fields with their values, of those that the file gives: "temperature 0.6, top_k
-        20"."""
-        values = {**vars(self), **self.others}
+        """Describe the fields in ``names`` that the file sets: "temperature 0.6, top_k 20"."""
+        values = {**vars(self), **self.further_fields}
         return ", ".join(
             f"{name} {str(values[name])[:60]}"
             for name in sorted(names)
@@ -56,7 +56,8 @@ class SamplingDefaults:
 
 
 def sampling_defaults(model: Any) -> SamplingDefaults:
-    """Of a model as transformers loads it. ``ConfigError``: a value that no sampler can take."""
+    """The sampling defaults of a model of transformers. ``ConfigError``: a value that no sampler
+    supports."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return SamplingDefaults()
@@ -82,7 +83,7 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
         if value is not None and value not in NEUTRAL[name]
     }
     return SamplingDefaults(
-        **values, samples=bool(getattr(config, "do_sample", False)), others=other_fields
+        **values, samples=bool(getattr(config, "do_sample", False)), further_fields=other_fields
     )
 
 

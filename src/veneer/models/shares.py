@@ -1,17 +1,18 @@
 """Load a base so that each process reads only its own rows of the files.
 
-    without_weights     the model of ``from_pretrained``, with tensors of the files on the meta device
+    without_weights     transformers' model, with the tensors of the files on the meta device
     spread              ``fully_shard``: parameters become DTensors, their local shards still meta
     _read_shares        reads each local shard
 
 transformers builds the model. It gets the shapes of the tensors instead of their values, so it
 renames, casts, ties and checks them and initialises missing tensors (a new head) as usual. Its
-conversion rules then give the rows of the tensors that make up a shard, also for stacks of experts
-(``base_weights.checkpoint_weights``). ``WholeOnlyError``: they build a parameter in another way.
+conversion rules then determine the rows of the tensors that form a shard, also for stacks of
+experts (``base_weights.checkpoint_weights``). ``WholeOnlyError``: they build a parameter in another
+way.
 
-Rejected: transformers' own loading into DTensors (``DistributedConfig``). It maps whole files into
-memory, slices each tensor before it joins or splits several along the sharded axis, and does not
-report which it did.
+Rejected: transformers' own loading into DTensors (``DistributedConfig``). It maps complete files
+into memory, slices each tensor before it joins or splits several along the sharded axis, and does
+not report which it did.
 """
 
 from __future__ import annotations
@@ -57,16 +58,16 @@ def load_shares(
     fields: Mapping[str, Any],
     **options: Any,
 ) -> Any:
-    """The model of a folder as transformers' class ``auto`` makes it, frozen, and spread over
+    """Load the model of a folder in transformers' class ``auto``, frozen, and spread over
     processes.
 
     Args:
-        spread: makes DTensors of its parameters, in place.
-        fields: of its config.
-        options: of ``from_pretrained``.
+        spread: turns its parameters into DTensors, in place.
+        fields: fields of its config.
+        options: arguments of ``from_pretrained``.
 
     Raises:
-        WholeOnlyError: no safetensors, packed weights, or a parameter that is not made of rows of
+        WholeOnlyError: no safetensors, packed weights, or a parameter that is not formed by rows of
             tensors.
     """
     try:
@@ -83,8 +84,8 @@ def load_shares(
 def without_weights(
     checkpoint: Checkpoint, auto: str, fields: Mapping[str, Any], dtype: Any, **options: Any
 ) -> Any:
-    """The model with its parameters and buffers on the meta device where the files hold them, and
-    as transformers initialises them where not."""
+    """The model with the tensors of the files on the meta device; transformers has initialised all
+    others."""
     import transformers
 
     folder, code = checkpoint.folder, {"trust_remote_code": options.pop("trust_remote_code", False)}
@@ -98,7 +99,7 @@ def without_weights(
         shell = getattr(transformers, auto).from_config(
             without_hub_kernel(config), dtype=weight_dtype, **code
         )
-    shapes: Any = {name: _Shape(checkpoint.shape(name)) for name in checkpoint.where}
+    shapes: Any = {name: _Shape(checkpoint.shape(name)) for name in checkpoint.file_of}
     model = type(shell).from_pretrained(
         None, config=shell.config, state_dict=shapes, dtype=weight_dtype, **code, **options
     )
@@ -110,7 +111,9 @@ def without_weights(
 
 def _dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
     """The dtype that transformers uses for "auto"."""
-    floats = (dtype for dtype in map(checkpoint.dtype, checkpoint.where) if dtype.is_floating_point)
+    floats = (
+        dtype for dtype in map(checkpoint.dtype, checkpoint.file_of) if dtype.is_floating_point
+    )
     return config.dtype or next(floats, torch.float32)
 
 
@@ -126,8 +129,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any]
 
 
 def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, BaseWeight]:
-    """The file weights of all tensors on the meta device, by every name. transformers cannot
-    compare tied weights here that are both in the files; equal ones are tied by this function."""
+    """The file weights of all tensors on the meta device, by all their names. transformers cannot
+    compare tied weights on the meta device if the files hold both; this function ties equal
+    ones."""
     values, _ = checkpoint_weights(model, checkpoint)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         target_param, source_param = model.get_parameter(target), model.get_parameter(source)
@@ -162,8 +166,8 @@ def _equal(first: BaseWeight | None, second: BaseWeight | None) -> bool:
 
 
 def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: torch.device) -> None:
-    """Read the tensors that are on the meta device: of a DTensor this process's rows, of others all
-    rows.
+    """Read the tensors that are on the meta device: this process's rows of a DTensor, all rows of
+    others.
 
     A parameter is in memory twice while it is read, if ``device`` is not the CPU or its dtype
     differs from that of the files.
@@ -195,10 +199,10 @@ def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: to
                 if isinstance(value, nn.Parameter)
                 else tensor
             )
-            tensors_by_id[
-                id(value)
-            ]._is_hf_initialized = (
-                True  # as transformers marks what it has read (``fresh_weights``)
+            tensors_by_id[id(value)]._is_hf_initialized = (
+                # the attribute by which transformers marks tensors that it has read
+                # (``fresh_weights``)
+                True
             )
         table[key] = tensors_by_id[id(value)]
 

@@ -20,18 +20,25 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import re
 import secrets
+import threading
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from veneer.errors import ConfigError, raise_all, sentence
 
+log = logging.getLogger("veneer.serve")
+
+#: seconds between two looks at a file of keys
+WATCH_SECONDS = 1.0
 PREFIX = "vnr-"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
@@ -138,6 +145,58 @@ def read_keys(path: str | Path) -> Keyring:
         ]
     raise_all(ConfigError, f"The key file {path} was not taken", problems)
     return Keyring(tuple(keys))
+
+
+class KeyHolder(Protocol):
+    """A server, as far as its keys are concerned."""
+
+    keys: Keyring
+
+
+def reload_keys(holder: KeyHolder, path: Path) -> None:
+    """Take the keys of a file from now on. A file that is wrong changes nothing, and the log says
+    so."""
+    try:
+        holder.keys = read_keys(path)
+    except ConfigError as error:
+        log.error("The keys stay as they were. %s", error)
+    else:
+        log.info("%d keys were read from %s", len(holder.keys.keys or ()), path)
+
+
+class FileWatch:
+    """A thread that calls ``changed`` when a file was written, replaced or removed, and once at
+    first: a base loads for a minute after its server has read the file."""
+
+    def __init__(self, path: Path, changed: Callable[[], None]) -> None:
+        self._path, self._changed, self._stop = path, changed, threading.Event()
+        threading.Thread(target=self._watch, name="veneer-keys", daemon=True).start()
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        before = None
+        while not self._stop.is_set():
+            state = _file_state(self._path)
+            if state != before:
+                before = state
+                self._changed()
+            self._stop.wait(WATCH_SECONDS)
+
+
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    """A value that changes when a file is written or replaced; None if it cannot be reached."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def follow_keys(holder: KeyHolder, path: Path) -> FileWatch:
+    """Let a server have the keys of a file as they are at each moment."""
+    return FileWatch(path, partial(reload_keys, holder, path))
 
 
 def _wrong(entry: Any) -> Iterable[str]:

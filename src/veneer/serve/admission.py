@@ -84,6 +84,10 @@ class Admission:
         if state in self.admitted:
             self.admitted.remove(state)
 
+    def put_back(self, state: RequestState) -> None:
+        """A request that had a row waits for another, before all others. It keeps its lease."""
+        self.admitted.insert(0, state)
+
     def release(self, state: RequestState) -> None:
         """Give a request's lease back: now, or when it arrives."""
         future, state.future, state.lease = state.future, None, None

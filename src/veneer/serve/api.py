@@ -1,17 +1,19 @@
 """The HTTP application: OpenAI's routes, vLLM's for adapters, and what an operator needs. Routes
-only.
+only; ``tokenize.py`` and ``score.py`` have those of vLLM beside OpenAI's.
 
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
-POST /v1/completions  /v1/chat/completions  /v1/embeddings
+POST /v1/completions  /v1/chat/completions  /v1/embeddings  /v1/responses
+     /v1/messages  /v1/messages/count_tokens (Anthropic's)
 POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,15 +22,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from veneer.errors import AdapterError, SelectionError, VeneerError, sentence
-from veneer.serve import limits, prompts, refusal
+from veneer.errors import VeneerError, sentence
+from veneer.serve import docs_page, limits, prompts, refusal, score, tokenize
 from veneer.serve.access import Key
-from veneer.serve.answers import Answers, Form, events, failure, of_cause, whole
+from veneer.serve.answers import Answers, Form, failure
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
+from veneer.serve.messages.answer import MessagesView
+from veneer.serve.messages.request import CountRequest, MessagesRequest
+from veneer.serve.prompt_form import prompt_form
 from veneer.serve.refusal import Refusal
-from veneer.serve.requests import Busy, cause_of
+from veneer.serve.requests import Busy
 from veneer.serve.requests import Request as Job
+from veneer.serve.responses.answer import ResponsesView
+from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.schemas import (
     Asked,
     ChatRequest,
@@ -37,6 +44,7 @@ from veneer.serve.schemas import (
     LoadRequest,
     UnloadRequest,
 )
+from veneer.serve.score import embedder_of, vectors_of
 from veneer.serve.service import (
     Admin,
     Asker,
@@ -47,6 +55,7 @@ from veneer.serve.service import (
     requested_adapters,
     unless_gone,
 )
+from veneer.serve.tools.choose import CallReading, call_reading
 
 Tokens = list[tuple[int, ...]]
 
@@ -57,22 +66,24 @@ def create(service: Service, *routers: Any) -> FastAPI:
     """The application of a service; ``routers`` are added to its own."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
-    app.include_router(router)
+    for core_router in (router, tokenize.router, score.router):
+        app.include_router(core_router)
     for extension in service.extensions:
         routers = (*extension.routers, *routers)
+    if service.docs:
+        routers = (*routers, docs_page.router)
     for added_router in routers:
         app.include_router(added_router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(VeneerError, _veneer)
-    app.add_exception_handler(Exception, _bug)
     app.add_middleware(Guard, service=service)
     return app
 
 
 def _invalid(request: Request, error: Any) -> Response:
     """Which field is wrong, and why; never what was sent."""
-    return refusal.of_body(error.errors(), error.body).response()
+    return refusal.of_body(error.errors(), error.body).response(request.url.path)
 
 
 def _http(request: Request, error: Any) -> Response:
@@ -80,7 +91,8 @@ def _http(request: Request, error: Any) -> Response:
     if error.status_code != 400:
         problem = f"{request.method} {request.url.path[:200]}"
         message = sentence(problem, "a route of this server", "see /openapi.json")
-    return Refusal(error.status_code, message, headers=error.headers).response()
+    refused = Refusal(error.status_code, message, headers=error.headers)
+    return refused.response(request.url.path)
 
 
 def _veneer(request: Request, error: Any) -> Response:
@@ -89,14 +101,7 @@ def _veneer(request: Request, error: Any) -> Response:
         isinstance(error, Busy) and not service.ready
     ):  # it ended while a prompt was read, or its engine died
         error = service.unready()
-    return refusal.of(error).response()
-
-
-def _bug(request: Request, error: Exception) -> Response:
-    """starlette raises it again when this is sent, so that it is in the log."""
-    return Refusal(
-        500, "a bug in the server", "an answer", "tell whoever runs it", code="bug"
-    ).response()
+    return refusal.of(error).response(request.url.path)
 
 
 @router.get("/health")
@@ -108,7 +113,8 @@ async def health() -> dict[str, str]:
 async def ready(service: Serving) -> Response:
     if not service.ready:
         raise service.unready()
-    return JSONResponse({"status": "ready"})
+    extensions = [extension.path_prefix for extension in service.extensions]
+    return JSONResponse({"status": "ready", "extensions": extensions})
 
 
 @router.get("/metrics")
@@ -139,7 +145,10 @@ async def models(service: Serving, key: Asker) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}")
 async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
     blend = await requested_adapters(service, key, model, None)
-    return _card(service, next(iter(blend), None))
+    name = next(iter(blend), None)
+    folder = None if name is None else service.catalogue.folder_of(name)
+    form = await asyncio.to_thread(prompt_form, folder, service.tokenizer)
+    return {**_card(service, name), "prompt": form}
 
 
 @router.get("/v1/adapters")
@@ -176,16 +185,85 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 async def chat_completions(
     body: ChatRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
-    blend = await _may_generate(service, key, body)
-    size = sum(len(message.text) for message in body.messages)
-    prompt = await in_text_thread(
-        service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length)
+    return await _answer_chat(request, body)
+
+
+@router.post("/v1/responses")
+async def responses(
+    body: ResponsesRequest, request: Request, service: Serving, key: Asker
+) -> Response:
+    names = {"messages": "input", "response_format": "text"}
+    return await _answer_chat(
+        request, body.chat(), lambda form: ResponsesView(form, body), names=names
     )
-    token_limit = (
-        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+@router.post("/v1/messages")
+async def messages(
+    body: MessagesRequest, request: Request, service: Serving, key: Asker
+) -> Response:
+    return await _answer_chat(
+        request, body.chat(), lambda form: MessagesView(form, body), prefix="toolu"
     )
-    most = prompts.room([prompt], token_limit, service.length, short=False)
-    return await _answer(request, body, blend, [prompt], most)
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict[str, int]:
+    await requested_adapters(service, key, body.model, body.adapters)
+    prompt, _ = await _read_chat(service, body.chat())
+    return {"input_tokens": len(prompt)}
+
+
+async def _answer_chat(
+    request: Request, body: ChatRequest, view: Callable[[Form], Any] = lambda form: form,
+    prefix: str = "call", names: Mapping[str, str] | None = None,
+) -> Response:  # fmt: skip
+    """The answers to a chat, in the form that ``view`` makes of OpenAI's. The ids of calls begin
+    with ``prefix``; ``names`` are those of the client's fields, by the chat's."""
+    service: Service = request.app.state.service
+    key: Key = request.state.key
+    if body.forced_tool is not None:  # whose schema is that of the answer
+        names = {**(names or {}), "response_format": "tools"}
+    try:
+        blend = await _may_generate(service, key, body)
+        prompt, reading = await _read_chat(service, body, prefix)
+        token_limit = body.token_limit()
+        prompt = prompts.cut(prompt, body.truncate_prompt_tokens, token_limit, service.length)
+        most = prompts.room([prompt], token_limit, service.length, short=False)
+        heads = [body.messages[-1].text] * body.n if body.echo else []
+        form = Form(body, [prompt], heads, key.admin, reading)
+        return await _answer(request, body, blend, [prompt], most, form, view(form))
+    except Refusal as refused:
+        refused.param = (names or {}).get(refused.param or "", refused.param)
+        raise
+
+
+async def _read_chat(
+    service: Service, body: ChatRequest, prefix: str = "call"
+) -> tuple[tuple[int, ...], CallReading | None]:
+    """The tokens of a chat, and how calls are read out of its answers, if tools may be called."""
+    callable_tools = body.callable_tools()
+    tools = [tool.plain() for tool in callable_tools]
+    readable = prompts.readable(service.length, body.truncate_prompt_tokens)
+
+    def read() -> tuple[tuple[int, ...], CallReading | None]:
+        prompt = prompts.chat(
+            service.tokenizer,
+            body.messages,
+            readable,
+            tools,
+            body.template_arguments(),
+            add_special_tokens=body.add_special_tokens,
+        )
+        if not tools:
+            return prompt, None
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in callable_tools}
+        reading = call_reading(
+            schemas, body.forced_tool, service.tokenizer, service.tool_call_parser, prefix
+        )
+        return prompt, reading
+
+    return await in_text_thread(service, prompts.chat_size(body.messages, tools), read)
 
 
 @router.post("/v1/completions")
@@ -193,35 +271,52 @@ async def completions(
     body: CompletionRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
     blend = await _may_generate(service, key, body)
-    sent = body.prompt
-    if body.echo and body.logprobs is not None:
-        message = sentence(
-            "echo with logprobs", "one of them", "probabilities of a prompt are not computed here"
-        )
-        raise Refusal(400, message, param="echo")
+    sent, truncate, length = body.prompt, body.truncate_prompt_tokens, service.length
     if len(sent) * body.n > limits.ANSWERS:
         problem = f"{len(sent)} prompts with n = {body.n}"
         raise Refusal(
             400, problem, f"at most {limits.ANSWERS} answers", "send several requests", param="n"
         )
-    tokens = await _read(service, sent, "prompt")
-    most = prompts.room(tokens, body.max_tokens, service.length, short=True)
+    read_tokens = await read_texts(
+        service, sent, "prompt", prompts.readable(length, truncate), body.add_special_tokens
+    )
+    tokens = [prompts.cut(prompt, truncate, body.max_tokens, length) for prompt in read_tokens]
+    most = prompts.room(tokens, body.max_tokens, length, short=True)
 
     def echo_texts() -> list[str]:
-        return [text if isinstance(text, str) else service.tokenizer.decode(text) for text in sent]
+        """The prompts as they were sent; of one that was cut, what is left."""
+        return [
+            text
+            if isinstance(text, str) and len(prompt) == len(uncut)
+            else service.tokenizer.decode(prompt)
+            for text, uncut, prompt in zip(sent, read_tokens, tokens, strict=True)
+        ]
 
     texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts) if body.echo else []
-    return await _answer(
-        request, body, blend, tokens, most, [text for text in texts for _ in range(body.n)]
-    )
+    form = Form(body, tokens, [text for text in texts for _ in range(body.n)], key.admin)
+    return await _answer(request, body, blend, tokens, most, form, form)
 
 
-async def _read(service: Service, sent: Sequence[Any], param: str) -> Tokens:
-    """The tokens of some texts. Others have the tokenizer between two groups of them."""
+async def read_texts(
+    service: Service,
+    sent: Sequence[Any],
+    param: str,
+    length: int,
+    add_special_tokens: bool = True,
+) -> Tokens:
+    """The tokens of some texts, each of which may have ``length``. Others have the tokenizer
+    between two groups of them."""
     tokens: Tokens = []
 
     def read(text: Any) -> tuple[int, ...]:
-        return prompts.plain(service.tokenizer, text, service.vocabulary, service.length, param)
+        return prompts.plain(
+            service.tokenizer,
+            text,
+            service.vocabulary,
+            length,
+            param,
+            add_special_tokens=add_special_tokens,
+        )
 
     for group in prompts.groups(sent):
         tokens += await in_text_thread(
@@ -241,7 +336,7 @@ async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, fl
             "an encoder", "a causal language model", "use /v1/embeddings, or serve another base"
         )
         raise Refusal(400, message, param="model", code="not_generative")
-    prompts.check_schema(body.schema_of_answer())
+    prompts.check_grammar(body.schema_of_answer(), body.grammar_of_answer())
     return blend
 
 
@@ -251,34 +346,43 @@ async def _answer(
     blend: dict[str, float],
     tokens: Tokens,
     most: int,
-    heads: Sequence[str] = (),
+    form: Form,
+    view: Any,
 ) -> Response:
-    """The answers to ``body.n`` times each prompt, of at most ``most`` tokens each; ``heads`` go
-    before them."""
+    """The answers to ``body.n`` times each prompt, of at most ``most`` tokens each, as ``view``
+    writes them."""
     service: Service = request.app.state.service
     key: Key = request.state.key
-    form = Form(body, tokens, heads, key.admin)
+    _check_prompt_logprobs(body, tokens)
+    if body.min_tokens > most:
+        problem, expected = f"min_tokens {body.min_tokens}", f"at most {most}, which there may be"
+        raise Refusal(400, problem, expected, "ask for fewer", param="min_tokens")
+    bad_words: list[tuple[int, ...]] = []
+    if body.bad_words:
+        size = sum(map(len, body.bad_words))
+        work = partial(prompts.word_tokens, service.tokenizer, body.bad_words)
+        bad_words = await in_text_thread(service, size, work)
     jobs = [
         Job(
             prompt,
             blend,
-            body.sampling(most, number, service.sampling),
+            replace(body.sampling(most, number, service.sampling, bad_words), markers=form.markers),
             service.timeout,
             f"{form.id}-{number}",
             key.owner,
+            body.cache_salt,
+            body.priority,
         )
         for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
     answers = await _submit(service, key, jobs)
     if not body.stream:
         try:
-            content = await unless_gone(request, whole(answers, form))
+            content = await unless_gone(request, view.complete(answers))
         finally:
             answers.cancel()  # also where it was never begun
         return (
-            await asyncio.to_thread(JSONResponse, content)
-            if form.logprobs
-            else JSONResponse(content)
+            await asyncio.to_thread(JSONResponse, content) if form.large else JSONResponse(content)
         )
     with ExitStack() as otherwise:
         otherwise.callback(answers.cancel)
@@ -289,7 +393,20 @@ async def _answer(
         if refused := failure(first[1], form.candid):
             raise refused
         otherwise.pop_all()
-    return _Stream(answers, events(form, first, pieces))
+    return _Stream(answers, view.events(first, pieces))
+
+
+def _check_prompt_logprobs(body: Asked, tokens: Tokens) -> None:
+    """Refuse a call that asks for more log-probabilities of its prompts than an answer may hold."""
+    alternatives = body.prompt_alternatives()
+    if alternatives is None:
+        return
+    count = (1 + alternatives) * body.n * sum(map(len, tokens))
+    if count > limits.PROMPT_LOGPROBS:
+        problem = f"{count:,} log-probabilities of prompts"
+        expected = f"at most {limits.PROMPT_LOGPROBS:,}"
+        param = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
+        raise Refusal(400, problem, expected, "send fewer prompts at once", param=param)
 
 
 async def _submit(service: Service, key: Key, jobs: list[Job]) -> Answers:
@@ -308,7 +425,7 @@ async def _submit(service: Service, key: Key, jobs: list[Job]) -> Answers:
                 charge(0)
             raise
 
-    if jobs[0].sampling.schema is None:
+    if jobs[0].sampling.schema is None and jobs[0].sampling.grammar is None:
         return submit()
     try:
         return await _submit_with_schema(service, submit)
@@ -350,33 +467,20 @@ async def embeddings(
     body: EmbeddingRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
     blend = await requested_adapters(service, key, body.model, body.adapters)
-    embedder = service.embedder
-    if embedder is None:
-        message = sentence(
-            "a causal language model",
-            "an encoder",
-            "serve one, such as a sentence-transformers model",
-        )
-        raise Refusal(400, message, param="model", code="no_embeddings")
+    embedder = embedder_of(service)
     if body.dimensions not in (None, embedder.width):
         message = sentence(
             f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out"
         )
         raise Refusal(400, message, param="dimensions")
-    tokens = await _read(service, body.input, "input")
+    tokens = await read_texts(service, body.input, "input", service.length)
     longest = max(map(len, tokens))
     if longest > service.length:
         message = sentence(
             f"an input of {longest} tokens", f"at most {service.length}", "shorten it"
         )
         raise Refusal(400, message, param="input", code="context_length_exceeded")
-    try:
-        computation = embedder.submit(tokens, blend, service.timeout, key.owner)
-        vectors = await unless_gone(request, asyncio.wrap_future(computation))
-    except (AdapterError, SelectionError, Refusal) as error:  # as the engine has it
-        if isinstance(error, Refusal) and error.code != "engine_error":
-            raise
-        raise of_cause(str(error), cause_of(error), key.admin) from error
+    vectors = await vectors_of(request, service, key, tokens, blend)
     form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
     data = [
         {"object": "embedding", "index": i, "embedding": form(vector)}

@@ -10,6 +10,7 @@ longer.
 from __future__ import annotations
 
 import base64
+import inspect
 import logging
 import sys
 import threading
@@ -28,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from veneer.errors import sentence
 from veneer.models.encoders import pool
 from veneer.serve.refusal import Refusal
+from veneer.serve.request_log import CURRENT
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import SHARE, Scheduler, counted_as, key_of
 
@@ -46,6 +48,9 @@ class _Call:
     deadline: float
     began: float
     owner: str = ""
+    types: Sequence[tuple[int, ...]] | None = None  # of each token, where the model reads them
+    head: bool = False  # logits of the classifier's head are asked for, not vectors
+    priority: int = 0
     queued: bool = False
     done: Future[list[Tensor]] = field(default_factory=Future)
     lease: Any = None
@@ -64,14 +69,18 @@ class Embedder:
     """Answers calls for embeddings in a thread of its own. ``model``: an encoder of transformers;
     ``pad`` is the token that fills short rows. ``how``, ``normal``: see ``pool``. ``rows``,
     ``tokens``: the most texts, and tokens with padding, of one batch. ``queue``: the most texts
-    that wait. ``observer``: as the engine's."""
+    that wait. ``observer``: as the engine's. ``labels``: of the head, if the model is a
+    classifier."""
 
     def __init__(
         self, model: Any, bank: Any, *, pad: int = 0, how: str = "mean", normal: bool = True, rows: int = 32,
-        tokens: int = 8192, queue: int = 1024, observer: Any = None,
+        tokens: int = 8192, queue: int = 1024, observer: Any = None, labels: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.bank, self.pad, self.how, self.normal = model, bank, pad, how, normal
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
+        self.labels = labels
+        parameters = inspect.signature(type(model).forward).parameters
+        self._reads_types = "token_type_ids" in parameters
         self.width = int(model.config.hidden_size)
         self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # texts are counted here, not calls
         self._held: Counter[tuple[str, str]] = (
@@ -89,11 +98,17 @@ class Embedder:
         blend: Mapping[str, float],
         timeout: float,
         owner: str = "",
+        types: Sequence[tuple[int, ...]] | None = None,
+        *,
+        head: bool = False,
     ) -> Future[list[Tensor]]:
-        """The vectors of some texts, later. To cancel the future drops the call. ``Busy``: too many
-        texts wait, or too many of them are of the same key (without keys: of the same adapter)."""
+        """The vectors of some texts, later; with ``head``, the logits of the classifier. ``types``:
+        the token types of each text. To cancel the future drops the call. ``Busy``: too many texts
+        wait, or too many of them are of the same key (without keys: of the same adapter)."""
         submitted_at = time.monotonic()
-        call = _Call(texts, blend, submitted_at + timeout, submitted_at, owner)
+        if (record := CURRENT.get()) is not None:
+            record.ask(blend, sum(map(len, texts)))
+        call = _Call(texts, blend, submitted_at + timeout, submitted_at, owner, types, head)
         with self._changed:
             held_calls, free_places = self._held[call.holder], self.queue - self.waiting
             crowded = self.waiting and (
@@ -169,7 +184,8 @@ class Embedder:
                 self._end(call, late)
                 continue
             length = max(longest, len(call.texts[call.next]))
-            if len(batch) == self.rows or (batch and length * (len(batch) + 1) > self.tokens):
+            full = len(batch) == self.rows or length * (len(batch) + 1) > self.tokens
+            if batch and (full or call.head != batch[0][0].head):
                 self._calls.push_back(call)
                 break
             longest = length
@@ -206,16 +222,27 @@ class Embedder:
                 self._end(call)
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
-        """[texts of the batch, width], on the CPU."""
+        """[texts of the batch, width], on the CPU; of a classifier's head [texts, labels]."""
         texts, device = (
             [torch.tensor(call.texts[index]) for call, index in batch],
             self.model.device,
         )
         ids = pad_sequence(texts, batch_first=True, padding_value=self.pad).to(device)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._reads_types and any(call.types is not None for call, _ in batch):
+            types = [
+                torch.zeros_like(text) if call.types is None else torch.tensor(call.types[index])
+                for text, (call, index) in zip(texts, batch, strict=True)
+            ]
+            inputs["token_type_ids"] = pad_sequence(types, batch_first=True).to(device)
+        head = batch[0][0].head
+        model = self.model if head or not self.labels else self.model.base_model
         with torch.inference_mode(), self.bank.rows([call.lease for call, _ in batch]):
-            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            return pool(hidden, mask, self.how, self.normal).cpu()
+            output = model(**inputs)
+            if head:
+                return output.logits.float().cpu()
+            return pool(output.last_hidden_state, mask, self.how, self.normal).cpu()
 
     def _end(self, call: _Call, error: BaseException | None = None) -> None:
         """Give the vectors or the error, and let go of the adapter; once."""

@@ -2,20 +2,21 @@
 
     schedule → prefill → decode → sample → deliver
 
-One thread computes. A step is at most one call for new prompts, of at most ``prefill`` tokens, and
-one call for a token of each running row. A longer prompt is computed in pieces, beside the running
-rows, and joins them when it is whole.
+One thread computes. A step is at most one call for new prompts and one call for a token of each
+running row. Beside running rows a prompt is computed in pieces, as many tokens a step as time
+allows (``prefill_budget.py``); a few of them are computed in the call of the rows.
 
-    submit → queue (scheduler: fair) → its adapters are loaded → prompt → row among the running →
-    end
+    submit → queue (scheduler: fair) → its adapters are loaded → row (memory: within a budget),
+    which begins with what is cached → prompt → running → end
+
+A running row for whose next token there is no memory takes that of the request that started last,
+which is computed again later: its tokens stay, and its client sees a pause.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,18 +28,27 @@ from torch import Tensor
 
 from veneer.errors import sentence
 from veneer.serve.admission import Admission
-from veneer.serve.forward import Forward, context
+from veneer.serve.batch import Batch
+from veneer.serve.forward import Forward, context, end_tokens
+from veneer.serve.grammars import Schemas
+from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
+from veneer.serve.prefill_budget import PrefillBudget
+from veneer.serve.processors import processors_of
+from veneer.serve.prompt_scores import PromptScorer
 from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
-from veneer.serve.sampling import SampledToken, Sampler, Schemas, sample
-from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
-from veneer.serve.slots import Slots
+from veneer.serve.sampling import SampledToken, Sampler, sample
+from veneer.serve.scheduler import PROMPT, Scheduler
 from veneer.serve.text import Detokenizer
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds without work after which memory that is free is given back to the system
-IDLE = 2.0
+#: seconds after which memory that nobody uses is given back to the system, and cached prefixes that
+#: nobody has asked for
+IDLE, PREFIX_IDLE = 2.0, 300.0
+
+#: requests of a call whose next tokens are to be sampled, and their logits
+Computed = tuple[list[RequestState], Tensor | None]
 
 
 class Engine:
@@ -51,20 +61,29 @@ class Engine:
         tokenizer: of the model.
         bank: the adapters; None serves the base alone.
         rows, queue: requests that run at a time, and that wait.
-        length: tokens of a prompt and its answer together; the model's own limit, if that is less.
+        length: tokens of a prompt and its answer together; less where the model's own limit or
+            ``cache_memory`` is less.
         prefill: tokens of prompts that are computed in one call.
-        observer: is told what happens: queued(blend), started(blend, waited), first_token(blend,
-            seconds), tokens(blend, prompt, generated), finished(blend, reason, seconds). Called by
-            the engine's thread, queued by the client's.
+        observer: is told what happens: queued(blend), started(blend, waited), looked_up(blend,
+            tokens, cached), first_token(blend, seconds), next_token(blend, seconds since the one
+            before), tokens(blend, prompt, generated), preempted(blend), finished(blend, reason,
+            seconds). Called by the engine's thread, queued by the client's.
         turn: a block around each step, for what must not change the model's layers meanwhile.
+        cache_memory: bytes that keys and values may take, those of rows and of cached prefixes
+            together; None is half of what is free now.
+        prefix_cache: whether requests that begin alike share what was computed.
+        gap: seconds of a step that prompts may take while rows run; None follows the time of the
+            decode calls (see ``PrefillBudget``).
 
     Raises:
-        ConfigError: an architecture that cannot be served (see ``Forward``).
+        ConfigError: an architecture that cannot be served (see ``Forward``), or a ``cache_memory``
+            that holds no row.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, bank: Any = None, rows: int = 16, length: int = 2048, prefill: int = 512,
-        queue: int = 256, observer: Any = None, turn: AbstractContextManager[Any] | None = None,
+        queue: int = 256, observer: Any = None, turn: AbstractContextManager[Any] | None = None, *,
+        cache_memory: int | None = None, prefix_cache: bool = True, gap: float | None = None,
     ) -> None:  # fmt: skip
         most = context(model.config)
         self.length, self.prefill, self.rows = min(length, most or length), prefill, rows
@@ -73,27 +92,19 @@ class Engine:
         self._forward = Forward(model.eval())
         try:
             self._forward.prove(self.length, lambda count: self._select_adapters([None] * count))
+            device = self._forward.device
+            self.cache_memory = free_bytes(device) // 2 if cache_memory is None else cache_memory
+            self.length = longest_row(self._forward.forms, self.cache_memory, self.length)
         except BaseException:
             self._forward.close()
             raise
-        self._slots, self._aside = self._new_slots()
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        sources = (
-            getattr(model, "generation_config", None),
-            model.config.get_text_config(),
-            tokenizer,
-        )
-        ends: list[Any] = [getattr(source, "eos_token_id", None) for source in sources]
-        self._eos = frozenset(
-            id
-            for eos_id in ends
-            for id in (eos_id if isinstance(eos_id, list | tuple) else [eos_id])
-        ) - {None}
+        self._eos = end_tokens(model, tokenizer)
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
+        self._scorer = PromptScorer(self._forward, prefill)
 
-        self._wake = (
-            threading.Condition()
-        )  # guards what follows; notified when there is something to do or to know
+        # guards what follows; notified when there is something to do or to know
+        self._wake = threading.Condition()
         self._scheduler: Scheduler[RequestState] = Scheduler(queue)
         self._poked = self._draining = self._closing = False
         self._live = 0
@@ -101,8 +112,8 @@ class Engine:
 
         # the engine's thread alone has these
         self._admission = Admission(bank, self._scheduler, self._wake, rows, self._poke, self._end)
-        self._long: RequestState | None = None  # whose prompt is computed in pieces
-        self._running: list[RequestState] = []  # row by row
+        self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill), prefix_cache
+        self._batch = self._new_batch()
         self._called: list[RequestState] = []  # for whom a call is made
         self._worked = False  # since memory was last given back
 
@@ -116,12 +127,9 @@ class Engine:
         no other, has ``finish``. ``RequestError``: a prompt that is empty, too long or of unknown
         tokens; a schema that is not understood. ``Busy``: the queue is full, or the engine is
         draining."""
-        size, most, schema = (
-            len(request.prompt),
-            request.sampling.max_tokens,
-            request.sampling.schema,
-        )
-        if not 0 < size < self.length:
+        sampling, size, most = request.sampling, len(request.prompt), request.sampling.max_tokens
+        scored_alone = most == 0 and sampling.prompt_logprobs is not None  # no answer needs room
+        if not 0 < size <= self.length - (not scored_alone):
             expected = f"1 to {self.length - 1}, and room for an answer"
             raise RequestError(f"a prompt of {size} tokens", expected, "shorten it")
         if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
@@ -129,11 +137,17 @@ class Engine:
             raise RequestError(
                 "a token that the model does not have", expected, "use its tokenizer"
             )
-        if most < 1:
+        if most < 1 and not scored_alone:
             raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
         limit = min(most, self.length - size)
+        grammar = sampling.schema if sampling.grammar is None else sampling.grammar
         sampler = Sampler(
-            request.sampling, None if schema is None else self._schemas.matcher(schema)
+            sampling,
+            None if grammar is None else self._schemas.matcher(grammar),
+            processors_of(
+                sampling, request.prompt, self._eos, self._forward.logits, self._forward.device
+            ),
+            None if sampling.schema is None else self._schemas.layout(limit),
         )
         state = RequestState(request, deliver, sampler, self._detokenizer, limit, self._poke)
         with self._wake:
@@ -167,12 +181,17 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self._running) + (self._long is not None)
+        return len(self._batch)
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a row or for their adapters."""
         return self._scheduler.waiting + len(self._admission.admitted)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values, those of rows and of cached prefixes."""
+        return self._batch.memory.nbytes
 
     @property
     def ready(self) -> bool:
@@ -189,9 +208,24 @@ class Engine:
         for state in self._all():
             if state.cancelled or step_start >= state.deadline:
                 self._end(state, "cancelled" if state.cancelled else "timeout")
+        self._batch.memory.trim(IDLE, PREFIX_IDLE)
         self._admission.admit(self.running)
-        self._compute(self._next_prompts(), self._fill)
-        self._compute(list(self._running), self._decode)
+        self._score_prompts()
+        self._start_requests()
+        self._widen_rows()
+        filling = self._batch.next_fill()
+        tokens = sum(state.filled - state.length for state in filling)
+        together = self._batch.running and 0 < tokens <= self._batch.together
+        if together and self._compute_together(filling, tokens):
+            return
+        if filling:
+            longest = max(state.filled - state.length for state in filling)
+            seconds = self._compute(filling, self._fill)
+            self._prefill_budget.note_fill(len(filling) * longest, seconds)
+            self._widen_rows()
+        if self._batch.running:
+            seconds = self._compute(self._batch.sort_running(), self._decode)
+            self._prefill_budget.note_decode(seconds)
 
     def _run(self) -> None:
         finish: Finish = "error"
@@ -209,131 +243,191 @@ class Engine:
         """Sleep until there is something to do; False when the engine closes."""
         with self._wake:
             while not (self._poked or self.running or self._admission.loaded):
-                until = (
-                    min((state.deadline for state in self._all()), default=math.inf)
-                    - time.monotonic()
-                )
-                if until <= 0:
+                deadline = min((state.deadline for state in self._all()), default=math.inf)
+                if deadline <= time.monotonic():
                     break
-                pause = min(until, IDLE if self._worked else threading.TIMEOUT_MAX)
-                if not self._wake.wait(pause) and self._worked:
+                expiry = self._batch.memory.expires_in(PREFIX_IDLE)
+                rest = IDLE if self._worked else threading.TIMEOUT_MAX if expiry is None else expiry
+                if not self._wake.wait(min(deadline - time.monotonic(), rest)) and (
+                    self._worked or expiry is not None
+                ):
                     self._worked = False
+                    self._batch.memory.trim(0, PREFIX_IDLE)
                     give_back()
             self._poked = False
             return not self._closing
 
     def _step_or_restart(self) -> None:
-        """A step; one that fails between its calls ends all that ran, and the slots are made
-        anew."""
+        """A step; one that fails between its calls ends all that ran, and memory is made anew."""
         try:
             with self._turn:
                 self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")
-            running = {*self._running, *self._called, *filter(None, [self._long])}
-            self._running, self._long = [], None
-            self._slots, self._aside = self._new_slots()
-            for state in running:
+            computing = {*self._batch.filling, *self._batch.running, *self._called}
+            self._batch = self._new_batch()
+            for state in computing:
                 state.row = None
                 self._end(state, "error", f"{type(error).__name__}: {error}")
 
     def _all(self) -> list[RequestState]:
         with self._wake:
             waiting = self._scheduler.waiting_requests()
-        return [*self._running, *filter(None, [self._long]), *self._admission.admitted, *waiting]
+        batch = self._batch
+        return [*batch.running, *batch.filling, *self._admission.admitted, *waiting]
 
-    def _next_prompts(self) -> list[RequestState]:
-        """Choose the prompts to prefill next: one chunk of a long prompt, or several short ones
-        within the token budget."""
-        if self._long is not None:
-            return [self._long]
-        ready = self._admission.loaded[: self.rows - len(self._running)]
-        if ready and len(ready[0].request.prompt) > self.prefill:
-            group = ready[:1]
-            self._long = ready[0]
-        else:
-            short = [state for state in ready if len(state.request.prompt) <= self.prefill]
-            group = [
-                short[i]
-                for i in fit_budget([len(state.request.prompt) for state in short], self.prefill)
-            ]
-        admitted_at = time.monotonic()
-        for state in group:
+    def _start_requests(self) -> None:
+        """Give rows to requests whose adapters are loaded, while there are rows and memory. A
+        request whose beginning another one is about to compute waits for that, and one whose
+        prompt is scored waits for its scores."""
+        for state in self._admission.loaded:
+            if state.score is not None and not state.score.done:
+                continue
+            if self.running >= self.rows:
+                return
+            try:
+                if self._batch.memory.waits_for(state, self._batch.filling):
+                    continue
+                if not self._batch.add(state):
+                    return
+            except Exception as error:
+                log.exception("request %s: no row could be made", state.request.id)
+                self._end(state, "error", f"{type(error).__name__}: {error}")
+                continue
             self._admission.remove(state)
-            self._notify_observer("started", state.request.blend, admitted_at - state.submitted)
-            with self._wake:
-                self._scheduler.began(admitted_at)
-        return group
 
     def _compute(
-        self, states: list[RequestState], call: Callable[[list[RequestState]], Tensor | None]
-    ) -> None:
-        """One call of the model for some requests, and what follows from it. A failure ends these
-        alone."""
-        if not states:
-            return
-        self._called = states
+        self, states: list[RequestState], call: Callable[[list[RequestState]], Computed]
+    ) -> float:
+        """One call of the model for some requests, and what follows from it: its seconds. A failure
+        ends these alone."""
+        self._called, start = states, time.monotonic()
         try:
             with self._select_adapters([state.lease for state in states]):
-                logits = call(states)
-            sampled_tokens = (
-                [] if logits is None else sample(logits, [state.sampler for state in states])
-            )
+                ready, logits = call(states)
         except Exception as error:
-            log.exception("a call for %d requests failed", len(states))
-            self._slots.clear(len(self._running), len(states))
-            for state in states:
-                self._end(state, "error", f"{type(error).__name__}: {error}")
-            sampled_tokens = []
-        for state, sampled in zip(
-            states, sampled_tokens, strict=False
-        ):  # none, where a prompt is not whole yet
-            self._accept(state, sampled)
+            self._end_failed(states, error)
+        else:
+            if logits is not None:
+                self._sample(ready, logits)
         self._called = []
+        return time.monotonic() - start
+
+    def _sample(self, states: list[RequestState], logits: Tensor) -> None:
+        """Give requests their next tokens, of logits [requests, vocabulary]."""
+        try:
+            sampled_tokens = sample(logits, [state.sampler for state in states])
+        except Exception as error:
+            self._end_failed(states, error)
+            return
+        for state, sampled in zip(states, sampled_tokens, strict=True):
+            self._accept(state, sampled)
+
+    def _end_failed(self, states: list[RequestState], error: Exception) -> None:
+        log.error("a call for %d requests failed", len(states), exc_info=error)
+        for state in states:
+            self._end(state, "error", f"{type(error).__name__}: {error}")
+
+    def _compute_together(self, filling: list[RequestState], tokens: int) -> bool:
+        """One call for the running rows and so many tokens of prompts. False: it failed, and ended
+        nobody; calls for either show whose failure it is."""
+        running, start = self._batch.sort_running(), time.monotonic()
+        states = [*running, *filling]
+        self._called = states
+        leases = [state.lease for state in running]
+        for state in filling:
+            leases += [state.lease] * (state.filled - state.length)
+        pieces: list[Any] = [
+            (state.row, state.length, state.ids[state.length : state.filled]) for state in filling
+        ]
+        rows: list[Any] = [state.row for state in running]
+        lengths = [state.length for state in running]
+        tokens_of_rows = [state.ids[-1] for state in running]
+        try:
+            with self._select_adapters(leases):
+                logits = self._forward.together(
+                    self._batch.memory.slots, rows, tokens_of_rows, lengths, pieces
+                )
+            finite = torch.isfinite(logits[len(running) :].amax(-1)).tolist()
+        except Exception:
+            log.warning("a call for rows and prompts failed; each is computed alone", exc_info=True)
+            return False
+        for state in running:
+            state.length += 1
+        complete = [len(running) + number for number in self._batch.note_filled(filling, finite)]
+        chosen = [*range(len(running)), *complete]
+        logits = logits[chosen] if complete else logits[: len(running)]
+        self._sample([states[number] for number in chosen], logits)
+        self._prefill_budget.note_together(tokens, time.monotonic() - start)
+        self._called = []
+        return True
 
     def _select_adapters(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
 
-    def _fill(self, states: list[RequestState]) -> Tensor | None:
-        """Prompts, of which the first tokens are sampled; they run from now on. None: a long one is
-        not whole yet."""
-        prompts, row, long = (
-            [state.request.prompt for state in states],
-            len(self._running),
-            self._long,
-        )
-        if long is None:
-            logits = self._forward.fill(self._slots, row, prompts)
-        else:  # the next piece
-            start, long.length = long.length, min(long.length + self.prefill, len(prompts[0]))
-            logits = self._forward.fill(self._aside, 0, [prompts[0][start : long.length]], start)
-            if long.length < len(prompts[0]):
-                return None
-            self._slots.adopt(row, self._aside, long.length)
-            self._long = None
-        for state in states:
-            state.length, state.row = len(state.request.prompt), len(self._running)
-            self._running.append(state)
-            self._charge(state, PROMPT * state.length)
-            self._notify_observer("tokens", state.request.blend, state.length, 0)
-        return logits
+    def _score_prompts(self) -> None:
+        """The next piece of prompts of which log-probabilities are asked for. An answer of one
+        token, or of none, ends with its prompt; others wait for a row as if theirs were new."""
+        group = self._scorer.next_group(self._admission.loaded)
+        if group:
+            self._compute(group, self._score)
+        for state in group:
+            if state.done or state.score is None or not state.score.done:
+                continue
+            state.send_prompt()
+            size, blend, ended_at = len(state.request.prompt), state.request.blend, time.monotonic()
+            last = state.score.last
+            self._charge(state, PROMPT * size)
+            if state.limit > 1:
+                continue
+            self._notify_observer("started", blend, ended_at - state.submitted)
+            self._notify_observer("tokens", blend, size, 0)
+            with self._wake:
+                self._scheduler.began(ended_at)
+            if state.limit == 0:
+                self._end(state, "length")
+            else:
+                self._compute([state], lambda states, logits=last: (states, logits))
 
-    def _decode(self, states: list[RequestState]) -> Tensor:
-        logits = self._forward.decode(
-            self._slots, [state.last for state in states], [state.length for state in states]
-        )
+    def _score(self, states: list[RequestState]) -> Computed:
+        self._scorer.compute(states)
+        return [], None
+
+    def _fill(self, states: list[RequestState]) -> Computed:
+        """Prompts, or pieces of them. Requests whose prompts are complete run from now on, and
+        their next tokens are sampled."""
+        rows: list[Any] = [state.row for state in states]
+        pieces = [state.ids[state.length : state.filled] for state in states]
+        starts = [state.length for state in states]
+        logits = self._forward.fill(self._batch.memory.slots, rows, pieces, starts)
+        complete = self._batch.note_filled(states, torch.isfinite(logits.amax(-1)).tolist())
+        if len(complete) < len(states):
+            logits = logits[complete] if complete else None
+        return [states[number] for number in complete], logits
+
+    def _widen_rows(self) -> None:
+        """Have memory for the next token of each running row. Requests that had to give theirs to
+        others are computed again later."""
+        for state in self._batch.widen():
+            self._admission.put_back(state)
+
+    def _decode(self, states: list[RequestState]) -> Computed:
+        rows: list[Any] = [state.row for state in states]
+        tokens, lengths = [state.ids[-1] for state in states], [state.length for state in states]
+        logits = self._forward.decode(self._batch.memory.slots, rows, tokens, lengths)
         for state in states:
             state.length += 1
-        return logits
+        return states, logits
 
     def _accept(self, state: RequestState, sampled: SampledToken) -> None:
         if sampled.token is None:
-            self._end(state, "error", sampled.error)
+            self._end(state, "error", sampled.error, sampled.cause)
             return
-        if not state.generated:
-            self._notify_observer(
-                "first_token", state.request.blend, time.monotonic() - state.submitted
-            )
+        before, state.sampled_at = state.sampled_at, time.monotonic()
+        event, since = (
+            ("next_token", before) if state.generated else ("first_token", state.submitted)
+        )
+        self._notify_observer(event, state.request.blend, state.sampled_at - since)
         self._charge(state, 1)
         self._notify_observer("tokens", state.request.blend, 0, 1)
         try:
@@ -358,17 +452,12 @@ class Engine:
         client knows."""
         if state.done:
             return
-        if state.row is not None:
-            row, last = state.row, self._running[-1]
-            self._slots.leave(row, len(self._running) - 1)
-            self._running[row], last.row = last, row  # the last one takes its place
-            self._running.pop()
-            state.row = None
-        if state is self._long:
-            self._aside.clear(0, 1)
-            self._long = None
+        if state.generated and finish != "error":
+            self._batch.memory.save(state)  # the answer too: a conversation goes on behind it
+        self._batch.remove(state)
         self._admission.remove(state)
         self._admission.release(state)
+        state.namespace = None
         with self._wake:
             (self._scheduler.ended if state.taken else self._scheduler.remove)(state)
         state.end(finish, error, cause)  # who sees the last piece finds the place free
@@ -384,9 +473,18 @@ class Engine:
         for state in self._all():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)
 
-    def _new_slots(self) -> tuple[Slots, Slots]:
-        device = self._forward.device
-        return Slots(self.rows, self.length, device), Slots(1, self.length, device)
+    def _new_batch(self) -> Batch:
+        memory = Memory(
+            self.rows,
+            self.length,
+            self._forward.device,
+            self._forward.forms,
+            self.cache_memory,
+            prefix_cache=self._prefix_cache,
+        )
+        return Batch(
+            memory, self._prefill_budget, self._scheduler, self._wake, self._notify_observer
+        )
 
     def _charge(self, state: RequestState, tokens: float) -> None:
         with self._wake:
@@ -399,11 +497,3 @@ class Engine:
             getattr(self._observer, event)(*values)
         except Exception:
             log.exception("the engine's observer failed at %r", event)
-
-
-def give_back() -> None:
-    """Let the C library give memory that nothing uses back to the system, where it can be told to
-    (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

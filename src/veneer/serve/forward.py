@@ -1,6 +1,6 @@
 """A causal language model of transformers, called on slots.
 
-    logits = forward.fill(slots, …) | forward.decode(slots, …)      [rows, vocabulary], of each row's last token
+    logits = forward.fill(slots, …) | forward.decode(slots, …)    [rows, vocabulary], of last tokens
 
 The model is changed in two ways while a Forward is open: its attention is taken from the slots in
 calls of the engine (and is what it was in all others), and in these calls the output head is given
@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from veneer.attach import state_of
 from veneer.errors import ConfigError
-from veneer.serve import slots as slots_
-from veneer.serve.slots import BLOCK, NOW, Slots
+from veneer.serve.attention import BLOCK, NOW, attend, round_up
+from veneer.serve.slots import LayerForm, Row, Slots
 
 PREFIX = "veneer_slots_"
 
@@ -32,13 +34,14 @@ SelectRows = Callable[[int], AbstractContextManager[Any]]
 
 class Forward:
     """Calls of one causal language model of transformers, in eval mode; ``close`` gives it back as
-    it was. A token has so many ``logits``. ``ConfigError``: an architecture that cannot be called
-    on slots."""
+    it was. A token has so many ``logits``, and each layer keys and values of one of ``forms``.
+    ``ConfigError``: an architecture that cannot be called on slots."""
 
     def __init__(self, model: Any) -> None:
         if model.training:
             raise ConfigError("a model in training mode", "one in eval mode", "call model.eval()")
         self.model, self.device = model, next(model.parameters()).device
+        self.context, self.forms = context(model.config), ()
         self.attention = model.config._attn_implementation
         parameters = inspect.signature(type(model).forward).parameters
         self.cache: Any = next(
@@ -84,32 +87,84 @@ class Forward:
             self.model.set_attn_implementation(self.attention)
 
     def fill(
-        self, slots: Slots, first: int, prompts: Sequence[Sequence[int]], start: int = 0
+        self,
+        slots: Slots,
+        rows: Sequence[Row],
+        prompts: Sequence[Sequence[int]],
+        starts: Sequence[int] = (),
     ) -> Tensor:
-        """Logits [rows, vocabulary] of the last token of each prompt, which rows first, first + 1,
-        … hold from column ``start`` on."""
-        width = max(map(len, prompts))
-        if (
-            width > BLOCK
-        ):  # fewer shapes: a processor's library keeps a kernel for each that it meets
-            width = max(width, min(-(-width // BLOCK) * BLOCK, slots.length - start))
+        """Logits [rows, vocabulary] of the last token of each of ``prompts``, which are stored in
+        the rows from columns ``starts`` on (0, if none are given)."""
+        starts = starts or [0] * len(prompts)
+        counts = [len(ids) for ids in prompts]
+        width = max(counts)
+        if width > BLOCK or any(starts):
+            # fewer shapes: a processor's library keeps a kernel for each that it meets
+            width = round_up(width)
         # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
         ids = self._to_device([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts])
-        positions = torch.arange(start, start + width, device=self.device).expand(len(prompts), -1)
-        last = self._to_device([len(ids) - 1 for ids in prompts]) if width > 1 else None
-        with slots.fill(first, len(prompts), width, start):
+        positions = torch.arange(width, device=self.device)
+        positions = positions + self._to_device(list(starts))[:, None]
+        # those of padding may lie behind the last position that the model has
+        positions.clamp_(max=min(slots.length, self.context or slots.length) - 1)
+        last = self._to_device([count - 1 for count in counts]) if width > 1 else None
+        with slots.fill(rows, starts, counts, width):
             return self._logits(slots, ids, positions, last)
 
     def _to_device(self, numbers: Any) -> Tensor:
         """Numbers on the device, by one copy, for which the processor does not wait."""
         return torch.tensor(numbers, device="cpu").to(self.device, non_blocking=True)
 
-    def decode(self, slots: Slots, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Logits [rows, vocabulary] behind one more token for each running row, of which it has
-        ``lengths``."""
+    def decode(
+        self, slots: Slots, rows: Sequence[Row], tokens: Sequence[int], lengths: Sequence[int]
+    ) -> Tensor:
+        """Logits [rows, vocabulary] behind one more token for each of the rows, which are sorted by
+        their positions and have ``lengths`` tokens."""
         ids, positions = self._to_device([tokens, lengths]).unbind()
-        with slots.decode(lengths, positions):
+        with slots.decode(rows, lengths, positions):
             return self._logits(slots, ids[:, None], positions[:, None], None)
+
+    def together(
+        self,
+        slots: Slots,
+        rows: Sequence[Row],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        pieces: Sequence[tuple[Row, int, Sequence[int]]],
+    ) -> Tensor:
+        """Logits [rows + pieces, vocabulary] of one call that is ``decode``, and computes further
+        tokens of prompts: each of ``pieces`` is a row, a column of it, and the tokens from there
+        on. In the batch each token is a row."""
+        ids, positions, wanted = [*tokens], [*lengths], list(range(len(rows)))
+        for _, start, piece in pieces:
+            ids += piece
+            positions += range(start, start + len(piece))
+            wanted.append(len(ids) - 1)
+        batch = self._to_device([ids, positions])
+        spans = [(row, start, len(piece)) for row, start, piece in pieces]
+        with slots.together(rows, lengths, batch[1, : len(rows)], spans):
+            NOW.rows = rows_wanted = self._to_device(wanted)
+            try:
+                logits = self._logits(slots, batch[0][:, None], batch[1][:, None], None)
+            finally:
+                NOW.rows = None
+        if len(logits) > len(wanted):  # a head with adapters, or one that is no module
+            logits = logits.index_select(0, rows_wanted.to(logits.device))
+        return logits
+
+    def score(self, rows: Sequence[Sequence[int]], cache: Any = None) -> Tensor:
+        """Logits [rows, width, vocabulary] behind every token of some rows, by the model's own
+        attention, beside the slots. ``cache`` (``new_cache``): one row goes on from what it
+        holds."""
+        width = max(map(len, rows))
+        # what fills a row up is behind its tokens, and none of them sees it
+        ids = self._to_device([[*ids, *[ids[-1]] * (width - len(ids))] for ids in rows])
+        options = {"use_cache": False} if cache is None else {"use_cache": True, self.cache: cache}
+        return self.model(input_ids=ids, **options).logits
+
+    def new_cache(self) -> Any:
+        """An empty cache of transformers, for ``score``."""
+        return DynamicCache(config=self.model.config)
 
     def _logits(self, slots: Slots, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         NOW.last = last
@@ -124,8 +179,8 @@ class Forward:
         return logits[:, -1]
 
     def prove(self, length: int, rows: SelectRows = lambda count: nullcontext()) -> None:
-        """Try the calls on a few tokens, beside the model's own forward. ``ConfigError``: the
-        logits differ."""
+        """Try the calls on a few tokens, beside the model's own forward; ``forms`` are known
+        afterwards. ``ConfigError``: the logits differ."""
         steps = min(9, length)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = [(37 * i + 11) % vocabulary for i in range(steps)]
@@ -135,7 +190,7 @@ class Forward:
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
             try:
-                outputs = dict(self._trial(ids, rows))
+                outputs = list(self._trial(ids, rows))
             except (
                 NotImplementedError,
                 AttributeError,
@@ -148,26 +203,39 @@ class Forward:
                 ) from error
         size = wanted.abs().amax().clamp_min(1e-3)
         allowed = 0.05 if wanted.dtype.itemsize == 2 else 1e-3
-        for column, logits in outputs.items():
+        for column, logits in outputs:
             off = float((logits - wanted[column]).abs().amax() / size)
             if not off < allowed:
                 raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
 
-    def _trial(self, ids: Sequence[int], rows: SelectRows) -> Any:
-        """Logits by column: of two rows that are filled and decode together, and of one that is
-        extended."""
+    def _trial(self, ids: Sequence[int], select: SelectRows) -> Any:
+        """Logits by column: of two rows of different size classes that are filled and decode
+        together, of one that is filled in two calls, and of one that is filled while another one
+        decodes."""
         total, half = len(ids), (len(ids) + 1) // 2
-        slots, lengths = Slots(2, total, self.device), [max(1, half - 1), half]
-        with rows(2):
-            yield half - 1, self.fill(slots, 0, [ids[:length] for length in lengths])[1]
+        slots = Slots(6, 2 * BLOCK, self.device, smallest=BLOCK)
+        lengths = [max(1, half - 1), half]
+        rows: Any = [slots.allocate(columns) for columns in (BLOCK, 2 * BLOCK)]
+        with select(2):
+            yield half - 1, self.fill(slots, rows, [ids[:length] for length in lengths])[1]
             while lengths[1] < total:
-                yield lengths[1], self.decode(slots, [ids[n] for n in lengths], lengths)[1]
+                yield lengths[1], self.decode(slots, rows, [ids[n] for n in lengths], lengths)[1]
                 lengths = [n + 1 for n in lengths]
-        slots = Slots(1, total, self.device)
-        with rows(1):
-            self.fill(slots, 0, [ids[:half]])
+        rows = [slots.allocate(BLOCK)]
+        with select(1):
+            self.fill(slots, rows, [ids[:half]])
             if half < total:
-                yield total - 1, self.fill(slots, 0, [ids[half:]], start=half)[0]
+                yield total - 1, self.fill(slots, rows, [ids[half:]], [half])[0]
+        self.forms: tuple[LayerForm, ...] = tuple(slots.forms)
+        if half > 1:
+            rows = [slots.allocate(BLOCK), slots.allocate(2 * BLOCK)]
+            with select(2):
+                self.fill(slots, rows, [ids[:-1], ids[:1]])
+            with select(half):
+                piece = [(rows[1], 1, ids[1:half])]
+                logits = self.together(slots, rows[:1], ids[-1:], [total - 1], piece)
+            yield total - 1, logits[0]
+            yield half - 1, logits[1]
 
 
 def context(config: Any) -> int | None:
@@ -189,8 +257,10 @@ def context(config: Any) -> int | None:
 
 def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """In a call of the engine: the hidden state of each row's last token, [rows, 1, width], for the
-    head to read."""
-    last = getattr(NOW, "last", None)
+    head to read; or those of some rows, where no adapter of the head expects one for each."""
+    last, rows = getattr(NOW, "last", None), getattr(NOW, "rows", None)
+    if rows is not None and inputs and state_of(head) is None:
+        return (inputs[0].index_select(0, rows.to(inputs[0].device)), *inputs[1:])
     if last is None or not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(last):
         return None
     return (_last(inputs[0], last), *inputs[1:])
@@ -209,8 +279,8 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any,
         scaling: float | None = None, **further: Any,
     ) -> tuple[Tensor, Any]:  # fmt: skip
-        if getattr(NOW, "slots", None) is not None:
-            return slots_.attend(query, key, value, scaling, further), None
+        if getattr(NOW, "call", None) is not None:
+            return attend(query, scaling, further), None
         if implementation == "eager":  # transformers keeps it beside each model
             function = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
         else:
@@ -226,8 +296,22 @@ def _mask(implementation: str) -> Callable[..., Any]:
     """No mask in calls of the engine, the one of ``own`` in all others."""
 
     def mask(*args: Any, **options: Any) -> Any:
-        if getattr(NOW, "slots", None) is not None:
+        if getattr(NOW, "call", None) is not None:
             return None
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **options)
 
     return mask
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer: those of the generation config, the config and the tokenizer."""
+    sources = (
+        getattr(model, "generation_config", None),
+        model.config.get_text_config(),
+        tokenizer,
+    )
+    ids: set[int | None] = set()
+    for source in sources:
+        end = getattr(source, "eos_token_id", None)
+        ids |= {*end} if isinstance(end, list | tuple) else {end}
+    return frozenset(id for id in ids if id is not None)

@@ -1,5 +1,5 @@
-"""Checks before every route: the key, the size of the body and its arrival in time; and a line in
-the log.
+"""Checks before every route: the key, the size of the body and its arrival in time; and what every
+answer has: an id, headers, a line in the log, a span.
 
     limits of a connection (serve/listen.py) ──▶ Guard ──▶ routes
 
@@ -10,7 +10,7 @@ body.
 A server without keys answers loopback names in the Host header alone: a web page that points a name
 of its own at
 127.0.0.1 (DNS rebinding) is refused. Bodies must be application/json, which a page of another
-origin cannot send without being asked first, and no answer allows it.
+origin cannot send without being asked first, and only ``--cors`` allows it (serve/cors.py).
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from typing import Any
 from starlette.datastructures import Headers
 
 from veneer.errors import sentence
-from veneer.serve import limits
+from veneer.serve import cors, limits
 from veneer.serve.extension import Extension
 from veneer.serve.refusal import RETRY, Refusal, draining
+from veneer.serve.request_log import CURRENT, ID_HEADER, RequestRecord, request_id_of
 
 log = logging.getLogger("veneer.serve.access")
 
 #: paths that answer while the server drains: the operator's, and the page's own files
 ALWAYS = ("/health", "/ready", "/metrics")
 #: where a key is needed, besides the paths of extensions
-KEYED = "/v1"
+KEYED = ("/v1", "/v2", "/tokenize", "/detokenize", "/score", "/rerank")
 PAGE = "/web/"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
 class Guard:
-    """ASGI middleware of a ``Service``."""
+    """ASGI middleware of a ``Service``, of which it reads keys, hosts, cors, tracer, metrics,
+    extensions and draining."""
 
     def __init__(self, app: Any, service: Any) -> None:
         self.app, self.service = app, service
@@ -53,26 +55,55 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, path = time.monotonic(), 0, scope["path"]
+        headers, path = Headers(scope=scope), scope["path"]
+        logged_path = ascii(self._mask(path)[:200])[1:-1]
+        sent_ids = headers.getlist(ID_HEADER)
+        record = RequestRecord(request_id_of(sent_ids), scope["method"], logged_path)
+        added = self._added_headers(path, record.request_id, headers.get("origin"))
+        names = {name for name, _ in added}
 
         async def reply(message: Any) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                self.service.metrics.responses.labels(str(status)).inc()
-                private = [(b"cache-control", b"no-store")] if self._is_private(path) else []
-                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS, *private]}
+                record.status = message["status"]
+                self.service.metrics.responses.labels(str(record.status)).inc()
+                # a replica behind this server has added the same ones
+                theirs = [pair for pair in message.get("headers", ()) if pair[0] not in names]
+                message = {**message, "headers": [*theirs, *added]}
             await send(message)
 
+        # what comes next, such as a replica, takes the request by the same id
+        unnamed = [pair for pair in scope["headers"] if pair[0].lower() != ID_HEADER.encode()]
+        scope["headers"] = [*unnamed, (ID_HEADER.encode(), record.request_id.encode())]
+        token = CURRENT.set(record)
         try:
             await self._pass(scope, receive, reply)
+        except Exception:
+            if not record.status:
+                await _bug().response(scope["path"])(scope, receive, reply)
+            raise  # so that it is in the log
         finally:
-            logged_path, seconds = ascii(self._mask(path)[:200])[1:-1], time.monotonic() - began
-            # what asks every few seconds is of interest when it fails
-            level = logging.DEBUG if status == 200 and path in ALWAYS else logging.INFO
-            name = getattr(scope.get("state", {}).get("key"), "name", "-")
-            line = (name, scope["method"], logged_path, status or "gone", seconds)
-            log.log(level, "%s %s %s %s %.3fs", *line)
+            CURRENT.reset(token)
+            record.key = getattr(scope.get("state", {}).get("key"), "name", None)
+            record.total_seconds = time.monotonic() - record.started
+            self._report(record, path, headers)
+
+    def _added_headers(
+        self, path: str, request_id: str, origin: str | None
+    ) -> list[tuple[bytes, bytes]]:
+        """The headers that every answer has, whoever gives it."""
+        private = [(b"cache-control", b"no-store")] if self._is_private(path) else []
+        allowed = cors.origin_headers(self.service.cors, origin)
+        return [(ID_HEADER.encode(), request_id.encode()), *_HEADERS, *private, *allowed]
+
+    def _report(self, record: RequestRecord, path: str, headers: Headers) -> None:
+        """Write the line of a request that has ended, and send its span."""
+        # what asks every few seconds is of interest when it fails
+        quiet = record.status == 200 and path in ALWAYS
+        level = logging.DEBUG if quiet else logging.INFO
+        if log.isEnabledFor(level):
+            log.log(level, "%s", record.line(), extra={"request": record.fields()})
+        if self.service.tracer is not None and not quiet:
+            self.service.tracer.send(record, headers)
 
     async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
         headers = Headers(scope=scope)
@@ -89,13 +120,18 @@ class Guard:
 
         try:
             try:
+                _check_head(scope, headers)
+                if self.service.cors and cors.is_preflight(scope["method"], headers):
+                    answer = cors.preflight_response(self.service.cors, headers)
+                    await answer(scope, receive, send)
+                    return
                 self._admit(scope, headers, key)
                 extension = self._extension_at(scope["path"])
                 most = limits.BODY if key is None or extension is None else extension.max_body
                 body = await _body(headers, receive, most, hold)
             except Refusal as refusal:
                 refusal.headers["connection"] = "close"  # what else it sends is not read
-                await refusal.response()(scope, receive, send)
+                await refusal.response(scope["path"])(scope, receive, send)
                 return
             if body is None:
                 return
@@ -127,17 +163,6 @@ class Guard:
             raise Refusal(429, message, code="too_many_bodies", headers={RETRY: "1"})
 
     def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
-        if "transfer-encoding" in headers and (
-            "content-length" in headers or scope["http_version"] == "1.0"
-        ):
-            # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the
-            # next request
-            problem = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
-            raise Refusal(400, problem, "one way to say where it ends", "send Content-Length alone")
-        if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
-            raise Refusal(
-                431, "headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer"
-            )
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         hosts = self.service.hosts
@@ -177,6 +202,26 @@ def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
     for prefix in prefixes:
         sent = sent and sent.removeprefix(prefix)
     return headers.get("authorization") or (None if sent is None else f"Bearer {sent}")
+
+
+def _check_head(scope: Any, headers: Headers) -> None:
+    """``Refusal``: a head that two readers may take differently, or that is too long."""
+    if "transfer-encoding" in headers and (
+        "content-length" in headers or scope["http_version"] == "1.0"
+    ):
+        # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the
+        # next request
+        problem = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
+        raise Refusal(400, problem, "one way to say where it ends", "send Content-Length alone")
+    if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
+        raise Refusal(
+            431, "headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer"
+        )
+
+
+def _bug() -> Refusal:
+    """The answer to an exception that is nobody's fault but ours."""
+    return Refusal(500, "a bug in the server", "an answer", "tell whoever runs it", code="bug")
 
 
 def no_key(headers: Any) -> Refusal:

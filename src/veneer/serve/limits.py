@@ -30,14 +30,26 @@ READING, READING_SCHEMA = 4 * 2**20, 64 * 2**10
 NAME = 256
 #: messages of a chat, and parts of the content of one
 MESSAGES, PARTS = 1024, 256
+#: tools of a request or calls of a message, and characters of a tool's name
+TOOLS, TOOL_NAME = 128, 128
 #: prompts of one call, answers to each, and answers to all of them
 PROMPTS, CHOICES, ANSWERS = 64, 16, 64
 #: texts of one call for embeddings
 INPUTS = 256
 #: stop strings, and characters of one
 STOPS, STOP = 16, 256
-#: alternatives told with a token
-ALTERNATIVES = 20
+#: alternatives told with a token, and log-probabilities that are told of the prompts of one call
+ALTERNATIVES, PROMPT_LOGPROBS = 20, 2**19
+#: tokens of logit_bias, of stop_token_ids and of allowed_token_ids
+BIASES, STOP_TOKENS, ALLOWED_TOKENS = 1024, 64, 2**15
+#: words of bad_words, and characters of one
+BAD_WORDS, BAD_WORD = 64, 128
+#: contexts that a prompt may fill before truncate_prompt_tokens cuts it
+TRUNCATED = 16
+#: bytes of chat_template_kwargs as JSON, and characters of a request_id
+TEMPLATE_KWARGS, REQUEST_ID = 4096, 128
+#: characters of a regular expression or a grammar, and texts of a choice
+GRAMMAR, OPTIONS = 8 * 2**10, 1024
 #: adapters in a blend, and the size of a weight
 BLEND, WEIGHT = 8, 100.0
 #: bytes of a JSON schema as text, and how deep it may nest

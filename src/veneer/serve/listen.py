@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +27,9 @@ from veneer.serve import limits
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds for connections to close when nothing runs any more
-CLOSING = 3
+#: seconds for connections to close when nothing runs any more: what still waits then, such as a
+#: client that asks whether a training run has gone on, is cut off
+CLOSING = 0.5
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -130,10 +132,24 @@ class Server(uvicorn.Server):
 
     def _stop(self) -> None:
         log.info("Draining: what runs has %g s, new requests are refused", self._grace)
+        end = time.monotonic() + self._grace
         try:
             self._drain(self._grace)
+            # an answer has ended when its client has all of it
+            while time.monotonic() < end and any(
+                map(_has_unsent, [*self.server_state.connections])
+            ):
+                time.sleep(0.02)
         finally:
             self.should_exit = True
+
+
+def _has_unsent(connection: Any) -> bool:
+    """Whether a client has yet to take a part of its answer."""
+    flow = connection.flow  # None while the connection is being made
+    return flow is not None and (
+        flow.write_paused or connection.transport.get_write_buffer_size() > 0
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -171,7 +187,7 @@ def make(
 ) -> Server:  # fmt: skip
     """A server of an application; ``run([bind(host, port)])`` serves until a signal, or
     ``should_exit``, ends it."""
-    config = uvicorn.Config(
+    config: Any = uvicorn.Config(
         app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False
     )
     config.server_header = config.proxy_headers = False

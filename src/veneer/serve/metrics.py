@@ -1,74 +1,108 @@
-"""The page that Prometheus reads at ``/metrics``: per adapter requests, tokens and loads; of the
-whole, times and memory.
+"""The page that Prometheus reads at ``/metrics``: per adapter requests, tokens, loads and memory; of
+the server, times.
 
 A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones,
 and when an adapter goes its series go with it. (An adapter that is itself called "base" or "blend"
-has the label "adapter:base".)
+has the label "adapter:base".) At most ``MOST`` adapters have series of their own, those that are
+asked for most; the others are counted together as "other", so the page has a bound.
 
 A histogram is a dozen series, and a server has hundreds of adapters; so an adapter has counters
 alone, and histograms are of all together. ``?adapters=0`` leaves the adapters' names out and gives
-sums, whose size does not grow with them.
+sums, whose size does not grow with them. Names and bounds of the histograms are vLLM's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import threading
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
-BASE, BLEND, OTHER = "base", "blend", "unloaded"
-WAITS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
+BASE, BLEND, UNLOADED, OTHER = "base", "blend", "unloaded", "other"
+#: the label of what was counted for adapters whose series are gone: in the sums, and not shown
+GONE = ""
+#: adapters that have series of their own
+MOST = 64
+#: an adapter takes the place of another when it was asked for this many times as often
+LEAD = 2
+
+LOADS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
+FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+    160, 640, 2560,
+)  # fmt: skip
+NEXT_TOKEN = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+REQUEST = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
 
 
 class Metrics:
     """An observer of the engine and of the bank. Its methods are cheap and may be called in any
-    thread."""
+    thread. ``known``: whether a name is a registered adapter; ``most``: how many of them have
+    series of their own."""
 
-    def __init__(self, known: Callable[[str], bool] = lambda name: True) -> None:
-        self.registry = CollectorRegistry()
-        self._known = known
-        adapter: Any = ["adapter"]
-        own: Any = {"registry": self.registry}
-        self.requests = Counter(
-            "veneer_requests", "Answers that ended, by outcome.", ["adapter", "outcome"], **own
+    def __init__(self, known: Callable[[str], bool] = lambda name: True, most: int = MOST) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._known, self._most = known, most
+        self._lock = threading.Lock()  # guards the places, and each series that has an adapter
+        self._places: set[str] = set()  # adapters with series of their own
+        self._uses: Counts[str] = Counts()  # requests by adapter, also of those without a place
+
+        def count(name: str, help_: str, *labels: str) -> Counter:
+            return Counter(name, help_, labels, registry=registry)
+
+        def seconds(name: str, help_: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, help_, registry=registry, buckets=buckets)
+
+        self.requests = count(
+            "veneer_requests", "Answers that ended, by outcome.", "adapter", "outcome"
         )
-        self.prompt_tokens = Counter(
-            "veneer_prompt_tokens", "Tokens of prompts that were read.", adapter, **own
+        self.prompt_tokens = count(
+            "veneer_prompt_tokens", "Tokens of prompts that were read.", "adapter"
         )
-        self.generated_tokens = Counter(
-            "veneer_generated_tokens", "Tokens of answers.", adapter, **own
+        self.generated_tokens = count("veneer_generated_tokens", "Tokens of answers.", "adapter")
+        self.queue = seconds(
+            "veneer_request_queue_time_seconds", "From a request to its start.", REQUEST
         )
-        self.queue = Histogram(
-            "veneer_queue_seconds", "From request to start.", buckets=WAITS, **own
+        self.first = seconds(
+            "veneer_time_to_first_token_seconds", "From a request to its first token.", FIRST_TOKEN
         )
-        self.first = Histogram(
-            "veneer_first_token_seconds", "To the first token.", buckets=WAITS, **own
+        self.between = seconds(
+            "veneer_inter_token_latency_seconds", "From a token to the next.", NEXT_TOKEN
         )
-        self.load_seconds = Histogram(
-            "veneer_adapter_load_seconds", "Time to load.", buckets=WAITS, **own
+        self.end_to_end = seconds(
+            "veneer_e2e_request_latency_seconds", "From a request to its end.", REQUEST
         )
+        self.load_seconds = seconds("veneer_adapter_load_seconds", "Time to load.", LOADS)
         self.events = {
-            "load": Counter("veneer_adapter_loads", "Adapters loaded into memory.", adapter, **own),
-            "evict": Counter(
-                "veneer_adapter_evictions", "Adapters put out of memory.", adapter, **own
-            ),
-            "fail": Counter("veneer_adapter_load_failures", "Loads that failed.", adapter, **own),
+            "load": count("veneer_adapter_loads", "Adapters loaded into memory.", "adapter"),
+            "evict": count("veneer_adapter_evictions", "Adapters put out of memory.", "adapter"),
+            "fail": count("veneer_adapter_load_failures", "Loads that failed.", "adapter"),
         }
-        self.responses = Counter(
-            "veneer_http_responses", "HTTP answers by status.", ["status"], **own
+        self.responses = count("veneer_http_responses", "HTTP answers by status.", "status")
+        self.prefix_queries = count(
+            "veneer_prefix_cache_queries", "Prompts' tokens that were looked up."
         )
-        self.ready = Gauge("veneer_ready", "1 if the server takes requests.", **own)
-        self._labelled = (
-            self.requests,
-            self.prompt_tokens,
-            self.generated_tokens,
-            *self.events.values(),
+        self.prefix_hits = count(
+            "veneer_prefix_cache_hits", "Prompts' tokens that were in the cache."
         )
+        self.preemptions = count(
+            "veneer_num_preemptions", "Answers that gave their memory to others for a time."
+        )
+        self.ready = Gauge("veneer_ready", "1 if the server takes requests.", registry=registry)
+        tokens = (self.prompt_tokens, self.generated_tokens)
+        self._labelled = (self.requests, *tokens, *self.events.values())
 
     def queued(self, blend: Mapping[str, float]) -> None:
         """Nothing is counted before a request ends; gauges say what waits."""
@@ -76,39 +110,101 @@ class Metrics:
     def started(self, blend: Mapping[str, float], waited: float) -> None:
         self.queue.observe(waited)
 
+    def looked_up(self, blend: Mapping[str, float], tokens: int, cached: int) -> None:
+        self.prefix_queries.inc(tokens)
+        self.prefix_hits.inc(cached)
+
+    def preempted(self, blend: Mapping[str, float]) -> None:
+        self.preemptions.inc()
+
     def first_token(self, blend: Mapping[str, float], seconds: float) -> None:
         self.first.observe(seconds)
 
+    def next_token(self, blend: Mapping[str, float], seconds: float) -> None:
+        """``seconds``: since the token before of the same answer."""
+        self.between.observe(seconds)
+
     def tokens(self, blend: Mapping[str, float], prompt: int, generated: int) -> None:
-        label = self.label(blend)
         if prompt:
-            self.prompt_tokens.labels(label).inc(prompt)
+            self._count(self.prompt_tokens, blend, prompt)
         if generated:
-            self.generated_tokens.labels(label).inc(generated)
+            self._count(self.generated_tokens, blend, generated)
 
     def finished(self, blend: Mapping[str, float], reason: str, seconds: float) -> None:
-        self.requests.labels(self.label(blend), reason).inc()
+        self.end_to_end.observe(seconds)
+        if len(blend) == 1:
+            self._count_use(next(iter(blend)))
+        self._count(self.requests, blend, 1, reason)
 
     def event(self, kind: str, name: str, seconds: float) -> None:
         """``Bank.on_event``."""
         if kind in self.events:
-            self.events[kind].labels(self.label({name: 1.0})).inc()
+            self._count(self.events[kind], {name: 1.0}, 1)
         if kind == "load":
             self.load_seconds.observe(seconds)
         if kind == "remove" and not self._known(name):
-            for metric in self._labelled:
-                metric.remove_by_labels({"adapter": _label_of(name)})
+            with self._lock:
+                self._uses.pop(name, None)
+                self._give_up_place(name)
+
+    def _count(
+        self, counter: Counter, blend: Mapping[str, float], amount: float, *labels: str
+    ) -> None:
+        with self._lock:
+            counter.labels(self._label(blend), *labels).inc(amount)
 
     def label(self, blend: Mapping[str, float]) -> str:
+        """The adapter for which a blend is counted, as a label."""
+        with self._lock:
+            return self._label(blend)
+
+    def _label(self, blend: Mapping[str, float]) -> str:
         if not blend:
             return BASE
         if len(blend) > 1:
             return BLEND
         (name,) = blend
-        return _label_of(name) if self._known(name) else OTHER
+        if not self._known(name):
+            return UNLOADED
+        if name not in self._places:
+            if len(self._places) >= self._most:
+                return OTHER
+            self._places.add(name)
+        return _label_of(name)
+
+    def _count_use(self, name: str) -> None:
+        """Count a request of an adapter. One without a place takes that of the adapter that is
+        asked for least, once it leads by a factor: a place changes hands rarely then."""
+        with self._lock:
+            if not self._known(name):
+                return
+            self._uses[name] += 1
+            if name in self._places or len(self._places) < self._most:
+                return
+            least = min(self._places, key=self._uses.__getitem__)
+            if self._uses[name] >= LEAD * max(1, self._uses[least]):
+                self._give_up_place(least)
+                self._places.add(name)
+
+    def _give_up_place(self, name: str) -> None:
+        """Take an adapter's series away. The sums keep what they counted, so that none goes
+        down."""
+        self._places.discard(name)
+        label = _label_of(name)
+        for counter in self._labelled:
+            for sample in next(iter(counter.collect())).samples:
+                if sample.labels.get("adapter") == label and sample.name.endswith("_total"):
+                    counter.labels(**{**sample.labels, "adapter": GONE}).inc(sample.value)
+            counter.remove_by_labels({"adapter": label})
 
     def watch(self, engine: Any, bank: Any) -> None:
         """Add the gauges that are read off engine and bank when somebody asks."""
+
+        def cache_bytes() -> int:  # an encoder has no keys and values to keep
+            return getattr(engine, "cache_bytes", 0)
+
+        def cache_share() -> float:
+            return cache_bytes() / getattr(engine, "cache_memory", math.inf)
 
         def resident() -> list[int]:
             return [entry.bytes for entry in bank.status() if entry.resident]
@@ -123,12 +219,33 @@ class Metrics:
             ),
             ("veneer_resident_adapters", "Adapters in memory.", lambda: len(resident())),
             ("veneer_resident_bytes", "Bytes of the adapters in memory.", lambda: sum(resident())),
+            ("veneer_kv_cache_bytes", "Bytes of keys and values, with prefixes.", cache_bytes),
+            ("veneer_kv_cache_usage_perc", "Their share of --cache-memory, 0 to 1.", cache_share),
         ):
             Gauge(name, help_, registry=self.registry).set_function(read)
+        self.registry.register(_Residency(self, bank))
 
     def page(self, *, adapters: bool = True) -> bytes:
         """In Prometheus' text format; without ``adapters``, sums over them."""
         return generate_latest(_Shown(self.registry, adapters))  # pyright: ignore[reportArgumentType]
+
+
+class _Residency(Collector):
+    """The bytes of each adapter in memory; of those without series of their own, together."""
+
+    def __init__(self, metrics: Metrics, bank: Any) -> None:
+        self._metrics, self._bank = metrics, bank
+
+    def collect(self) -> Iterator[Metric]:
+        sizes: Counts[str] = Counts()
+        for entry in self._bank.status():
+            if entry.resident:
+                sizes[self._metrics.label({entry.name: 1.0})] += entry.bytes
+        help_ = "Bytes of an adapter in memory."
+        family = GaugeMetricFamily("veneer_adapter_resident_bytes", help_, labels=["adapter"])
+        for label, size in sizes.items():
+            family.add_metric([label], size)
+        yield family
 
 
 @dataclass
@@ -144,7 +261,8 @@ class _Shown:
             shown = Metric(metric.name, metric.documentation, metric.type, metric.unit)
             sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
             for sample in metric.samples:
-                if not sample.name.endswith("_created"):
+                hidden = self.adapters and sample.labels.get("adapter") == GONE
+                if not hidden and not sample.name.endswith("_created"):
                     labels = tuple(
                         label
                         for label in sample.labels.items()
@@ -157,7 +275,7 @@ class _Shown:
 
 
 def _label_of(name: str) -> str:
-    return f"adapter:{name}" if name in (BASE, BLEND, OTHER) else name
+    return f"adapter:{name}" if name in (BASE, BLEND, UNLOADED, OTHER) else name
 
 
 def merged(pages: Mapping[str, bytes]) -> bytes:

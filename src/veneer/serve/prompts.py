@@ -11,19 +11,20 @@ first letter before the chat is rendered, and the tokens of that character are t
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateError
-
 from veneer.errors import sentence
 from veneer.serve import limits
+from veneer.serve.chat_messages import Message
 from veneer.serve.refusal import Refusal
-from veneer.serve.schemas import Message
+from veneer.serve.requests import Grammar
+from veneer.serve.tools.template import ERRORS, FRAMED, TOOL, check_template
 
 #: tokens of an answer where the client names no bound, as OpenAI's /v1/completions has it
 SHORT = 16
@@ -38,24 +39,52 @@ PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user")
 #: where the character is looked for that nobody uses: private use, plane 15
 PRIVATE = range(0xF0000, 0xFFFFE)
 
-Chat = Sequence[Mapping[str, str]]
+#: keys of messages and tools that are not the client's own
+KEYS = frozenset(
+    ("arguments", "content", "description", "function", "id", "name", "parameters", "tool_call_id",
+     "tool_calls", "type")
+)  # fmt: skip
+
+Chat = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 
-def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int, ...]:
+#: what a template is given where a request says nothing of it
+ARGUMENTS: Mapping[str, Any] = {"add_generation_prompt": True}
+#: arguments of a template that are fields of their own
+FIELDS = ("add_generation_prompt", "continue_final_message")
+
+
+def chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    length: int,
+    tools: Tools = (),
+    arguments: Mapping[str, Any] = ARGUMENTS,
+    *,
+    add_special_tokens: bool = False,
+) -> tuple[int, ...]:
     """The tokens of a chat in the base's own template; of special tokens, the template's alone.
-    ``Refusal``: the base has no template, its template takes no such chat, it cannot fit into the
-    context, which is ``length`` tokens, or a special token in a content cannot be read as ordinary
-    text."""
+    ``arguments``: what the template is given beside messages and tools. ``Refusal``: the base has
+    no template, its template takes no such chat, leaves out its tools or does not read an argument,
+    it cannot fit into the context, which is ``length`` tokens, or a special token in a content
+    cannot be read as ordinary text."""
     if not getattr(tokenizer, "chat_template", None):
         message = sentence(
             "a base without a chat template", "one that was made for chats", "use /v1/completions"
         )
         raise Refusal(400, message, param="messages", code="no_chat_template")
 
-    def render(chat: Any) -> str:
+    check_template(
+        tokenizer, tools=bool(tools), calls=any(message.tool_calls for message in messages)
+    )
+
+    def render(chat: Chat, tools: Tools, arguments: Mapping[str, Any] = arguments) -> str:
         try:
-            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            return tokenizer.apply_chat_template(
+                list(chat), tools=list(tools) or None, tokenize=False, **arguments
+            )
+        except ERRORS as error:
             message = sentence(
                 f"messages that the template refuses ({error})",
                 "a chat that it takes",
@@ -64,22 +93,92 @@ def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int,
             raise Refusal(400, message, param="messages", code="template") from error
 
     plain = [message.plain() for message in messages]
-    text = render(plain)
-    _check_fits(tokenizer, text, length, "messages")
-    special, normalized = _special_tokens(tokenizer, render)
-    sent = [value for message in plain for name, value in message.items() if name != "role"]
-    if normalized or any(token in value for token in special.values() for value in sent):
-        ids = _apart(tokenizer, plain, sent, render, special)
+    special, normalized = _special_tokens(
+        tokenizer, lambda chat, tools: render(chat, tools, ARGUMENTS)
+    )
+    _check_arguments(tokenizer, arguments, special.values())
+    text = render(plain, tools)
+    check_fits(tokenizer, text, length, "messages")
+    values = [value for message in plain for name, value in message.items() if name != "role"]
+    sent = list(_texts([values, tools]))
+    joined = "\0".join(sent)
+    if normalized or any(token in joined for token in special.values()):
+        ids = _apart(tokenizer, plain, tools, sent, render, special, add_special_tokens)
     else:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     return _some(ids, tokenizer, "messages")
+
+
+def _check_arguments(
+    tokenizer: Any, arguments: Mapping[str, Any], special: Collection[str]
+) -> None:
+    """Refuse arguments of a template that are the tokenizer's own, that the template does not read
+    (but for those that ask for nothing), that are no plain values, or that hold the text of a
+    special token."""
+    sent = {name: value for name, value in arguments.items() if name not in FIELDS}
+    if not sent:
+        return
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
+    template = str(tokenizer.chat_template)
+    for name, value in sent.items():
+        problem, expected = "", "variables of the base's chat template"
+        if name in reserved:
+            problem = "which is not the template's"
+        elif value not in (None, False) and not re.search(rf"\b{re.escape(name)}\b", template):
+            problem = "which the template does not read"
+        elif isinstance(value, list | dict):
+            problem, expected = "a list or an object", "a text, a number, true or false"
+        elif isinstance(value, str) and any(token in value for token in special):
+            problem, expected = "which holds the text of a special token", "text that is none"
+        if problem:
+            problem = f"{name[:100]!r} in chat_template_kwargs, {problem}"
+            raise Refusal(400, problem, expected, "leave it out", param="chat_template_kwargs")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, the client's own keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (key for key in value if key not in KEYS)
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for child in value:
+            yield from _texts(child)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with other texts."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            key if key in KEYS else change(key): _with_texts(child, change)
+            for key, child in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_with_texts(child, change) for child in value]
+    return value
+
+
+def chat_size(messages: Sequence[Message], tools: Tools) -> int:
+    """The number of characters that a chat has the tokenizer read, about."""
+    calls = (call for message in messages for call in message.tool_calls)
+    texts = (len(message.text) for message in messages)
+    return (
+        sum(texts)
+        + sum(len(call.function.arguments) for call in calls)
+        + sum(map(len, _texts(tools)))
+    )
 
 
 #: by tokenizer, its template and the answer of ``_special_tokens``
 _KNOWN: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKeyDictionary()
 
 
-def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict[int, str], bool]:
+def _special_tokens(
+    tokenizer: Any, render: Callable[[Chat, Tools], str]
+) -> tuple[dict[int, str], bool]:
     """Texts that may come from the template alone, by id: of tokens that the tokenizer calls
     special and of those that its template puts around turns; and whether some are also found in
     texts that only look like theirs (in another case, say)."""
@@ -87,9 +186,10 @@ def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict
     special_tokens = _KNOWN.get(tokenizer)
     if special_tokens is None or special_tokens[0] != template:
         framing: set[int] = set()
-        for roles in PROBES:
+        chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBES]
+        for probe, tools in (*chats, *((probe, [TOOL]) for probe in FRAMED)):
             with suppress(Refusal):  # this template has no such turns
-                text = render([{"role": role, "content": "a"} for role in roles])
+                text = render(probe, tools)
                 framing.update(tokenizer(text, add_special_tokens=False)["input_ids"])
         added = tokenizer.added_tokens_decoder.items()
         some = {
@@ -108,9 +208,11 @@ def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict
 def _apart(
     tokenizer: Any,
     chat: Chat,
+    tools: Tools,
     sent: Sequence[str],
-    render: Callable[[Chat], str],
+    render: Callable[[Chat, Tools], str],
     special: Mapping[int, str],
+    add_special_tokens: bool = False,
 ) -> list[int]:
     """The ids of a chat in which a client ``sent`` the texts of special tokens, as ordinary
     tokens."""
@@ -124,16 +226,19 @@ def _apart(
     starts = re.compile(
         rf"(?=(?:{texts}))(.)", re.DOTALL
     )  # each one, also where two of them overlap
-    text = render(
-        [
-            {
-                name: token if name == "role" else starts.sub(rf"\1{mark}", token)
-                for name, token in it.items()
-            }
-            for it in chat
-        ]
-    )
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+
+    def split(text: str) -> str:
+        return starts.sub(rf"\1{mark}", text)
+
+    marked = [
+        {
+            name: value if name == "role" else _with_texts(value, split)
+            for name, value in message.items()
+        }
+        for message in chat
+    ]
+    text = render(marked, _with_texts(tools, split))
+    encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     ids = []
     for id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
         span = text[start:end]
@@ -142,7 +247,8 @@ def _apart(
         strange = (
             id in special and id != tokenizer.unk_token_id
         )  # which is any letter that is not known
-        if strange and span.strip() != special[id].strip():
+        added = add_special_tokens and start == end  # by the tokenizer, around the text
+        if strange and not added and span.strip() != special[id].strip():
             raise _refusal("text that is none and does not look like one")
         ids.append(id)
     return ids
@@ -154,14 +260,21 @@ def _refusal(expected: str) -> Refusal:
 
 
 def plain(
-    tokenizer: Any, prompt: str | Sequence[int], vocabulary: int, length: int, param: str = "prompt"
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    vocabulary: int,
+    length: int,
+    param: str = "prompt",
+    *,
+    add_special_tokens: bool = True,
 ) -> tuple[int, ...]:
     """The tokens of a text, with those that the tokenizer puts around one; or tokens, checked. A
     special token that is written out in a text is that token. ``Refusal``: a token that the base
     does not have, a text without any, or one that cannot fit into the context."""
     if isinstance(prompt, str):
-        _check_fits(tokenizer, prompt, length, param)
-        return _some(tokenizer(prompt)["input_ids"], tokenizer, param)
+        check_fits(tokenizer, prompt, length, param)
+        ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        return _some(ids, tokenizer, param)
     if max(prompt) >= vocabulary:
         raise Refusal(
             400,
@@ -173,7 +286,7 @@ def plain(
     return tuple(prompt)
 
 
-def _check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
+def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
     """Refuse a text that is far too long before all of it is read, which takes a second for each MB
     or two and keeps everybody waiting: its beginning alone has too many tokens."""
     prefix_length = max(BEGINNING, 8 * length)
@@ -186,15 +299,15 @@ def _check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
         prefix_length *= 4
 
 
-def groups(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def groups(texts: Sequence[Any], size_of: Callable[[Any], int] = len) -> Iterator[Sequence[Any]]:
     """Some texts (or lists of tokens) in pieces of at most about ``BEGINNING`` characters, or of
     one."""
     start = size = 0
     for end, text in enumerate(texts):
-        if size and size + len(text) > BEGINNING:
+        if size and size + size_of(text) > BEGINNING:
             yield texts[start:end]
             start, size = end, 0
-        size += len(text)
+        size += size_of(text)
     yield texts[start:]
 
 
@@ -215,7 +328,8 @@ def room(
     together, which is ``length`` tokens."""
     longest = max(map(len, prompts))
     remaining = length - longest
-    if remaining < 1 or (token_limit or 1) > remaining:
+    fewest = 1 if token_limit is None else token_limit  # 0: the prompt alone is asked about
+    if fewest > remaining:
         problem = f"a prompt of {longest} tokens and an answer of {token_limit or 'at least 1'}"
         message = sentence(
             problem, f"at most {length} tokens together", "shorten the prompt, or ask for fewer"
@@ -226,7 +340,57 @@ def room(
             param="messages" if not short else "prompt",
             code="context_length_exceeded",
         )
-    return token_limit or (min(SHORT, remaining) if short else remaining)
+    if token_limit is not None:
+        return token_limit
+    return min(SHORT, remaining) if short else remaining
+
+
+def readable(length: int, truncate: int | None) -> int:
+    """How many tokens a prompt may have before it is cut, with a context of ``length``."""
+    return length if truncate is None else length * limits.TRUNCATED
+
+
+def cut(
+    prompt: tuple[int, ...], truncate: int | None, token_limit: int | None, length: int
+) -> tuple[int, ...]:
+    """The last ``truncate`` tokens of a prompt; with -1, as many as leave room for the answer.
+    ``Refusal``: more of them than the context has."""
+    if truncate is None:
+        return prompt
+    if truncate > length:
+        expected = f"at most {length}, the context"
+        raise Refusal(
+            400,
+            f"truncate_prompt_tokens {truncate}",
+            expected,
+            "ask for fewer",
+            param="truncate_prompt_tokens",
+        )
+    room = length - (SHORT if token_limit is None else token_limit)
+    return prompt[-(truncate if truncate > 0 else max(1, room)) :]
+
+
+def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
+    """The runs of tokens that are a word, at the beginning of a text and behind a space."""
+    runs: dict[tuple[int, ...], None] = {}
+    for word in words:
+        first, inner = (
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (word, f" {word.lstrip()}")
+        )
+        runs[first] = None
+        if inner[1:] != first:  # else the run of the word alone is the end of this one
+            runs[inner] = None
+    return [run for run in runs if run]
+
+
+def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> None:
+    """Refuse a JSON schema, or a choice, that is too large to be compiled for a stranger."""
+    if grammar is not None and len(grammar.text) > limits.SCHEMA:
+        problem = f"a {grammar.kind} of {len(grammar.text):,} bytes"
+        expected = f"at most {limits.SCHEMA:,} bytes"
+        raise Refusal(400, problem, expected, "simplify it", param="structured_outputs")
+    check_schema(schema)
 
 
 def check_schema(schema: Mapping[str, Any] | None) -> None:

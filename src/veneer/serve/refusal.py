@@ -30,6 +30,12 @@ from veneer.errors import (
 from veneer.serve.requests import Busy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+#: the route of Anthropic's API, and its words for statuses
+MESSAGES = "/v1/messages"
+MESSAGES_KINDS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 RETRY = "Retry-After"
 #: the type of pydantic's errors that have their own words
 OWN = "bad_value"
@@ -72,8 +78,16 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
             }
         }
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def messages_body(self) -> dict[str, Any]:
+        """In the form of Anthropic's API."""
+        default = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = MESSAGES_KINDS.get(self.status, default)
+        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+
+    def response(self, path: str = "") -> JSONResponse:
+        """The answer to a request for ``path``, in the form of its API."""
+        body = self.messages_body() if path.startswith(MESSAGES) else self.body()
+        return JSONResponse(body, self.status, self.headers)
 
 
 def no_such_model(name: str) -> Refusal:
@@ -143,7 +157,7 @@ def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     field = _path(first["loc"], body)
     param, path = (field[0][:200] if field else None), ".".join(field)[:200]
     if first["type"] == OWN:
-        message, param = first["msg"], first["ctx"]["param"] or param
+        message, param = first["msg"], first.get("ctx", {}).get("param") or param
     elif first["type"] == "extra_forbidden":
         message = sentence(
             f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out"

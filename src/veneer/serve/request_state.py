@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from veneer.serve.prefixes import Namespace
+from veneer.serve.prompt_scores import PromptScore
 from veneer.serve.requests import Cause, Finish, Piece, Request, Token
 from veneer.serve.sampling import SampledToken, Sampler
 from veneer.serve.scheduler import counted_as, key_of
+from veneer.serve.slots import Row
 from veneer.serve.text import Detokenizer, Text
 
 log = logging.getLogger("veneer.serve")
@@ -32,20 +35,31 @@ class RequestState:
         wake: Wake,
     ) -> None:
         self.request, self.sampler, self.limit = request, sampler, limit
-        self.key, self.flow, self.owner = (
+        self.key, self.flow, self.owner, self.priority = (
             key_of(request.blend),
             counted_as(request.blend),
             request.owner,
+            request.priority,
         )
-        self.text = Text(detokenizer, request.prompt, request.sampling.stop)
+        sampling = request.sampling
+        alternatives = sampling.prompt_logprobs
+        self.score = None if alternatives is None else PromptScore(request.prompt, alternatives)
+        self.text = Text(detokenizer, request.prompt, sampling.stop, sampling.markers)
         self.submitted = time.monotonic()
+        self.started_at: float | None = None  # when its prompt began to be computed, the first time
+        self.sampled_at = 0.0  # when its last token was
         self.deadline = self.submitted + request.timeout
         self.cancelled = self.taken = self.done = False  # done: its finishing piece is delivered
         self.future: Any = None  # of its adapters, from when its turn is near
         self.lease: Any = None
-        self.row: int | None = None  # where it is among the running rows; None before
-        self.length = self.generated = 0  # length: its tokens of which keys and values are kept
-        self.last = 0  # the token that was sampled last, which the next step computes
+        self.namespace: Namespace | None = None  # within which its computed tokens are cached
+        self.started: int | None = None  # how many got a row before it
+        self.row: Row | None = None  # from when its prompt is computed
+        self.ids = list(request.prompt)  # and the tokens that were sampled
+        self.length = 0  # its tokens of which the row has keys and values
+        self.filled = 0  # those that it will have after this step's call for prompts
+        self.generated = 0
+        self.cached = 0  # tokens of its prompt that were in the cache
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._pending: list[Token] = []
         self._new, self._stopped = "", False  # text and tokens that are sampled and not delivered
@@ -56,10 +70,11 @@ class RequestState:
         self._wake()
 
     def accept(self, sampled: SampledToken, eos: frozenset[int]) -> Finish | None:
-        """Take the next token; deliver what became certain, unless the answer ends: why it does."""
+        """Take the next token; deliver it with what became certain, also where it has no text yet,
+        unless the answer ends: why it does."""
         token, text_of = sampled.token, self._detokenizer.text
         assert token is not None
-        self.last = token
+        self.ids.append(token)
         self.generated += 1
         top = tuple((id, text_of(id), logprob) for id, logprob in sampled.top)
         self._pending.append(Token(token, text_of(token), sampled.logprob, top))
@@ -67,14 +82,30 @@ class RequestState:
         sampling = self.request.sampling
         if token in sampling.stop_tokens or (token in eos and not sampling.ignore_eos):
             return "stop"
-        self._new, self._stopped = self.text.add(token)
+        watched = self.generated > sampling.min_tokens
+        self._new, self._stopped = self.text.add(token, watched=watched)
         if self._stopped or over:
             return "stop"
         if self.generated >= self.limit:
             return "length"
-        if self._new:
-            self._send()
+        self._send()
         return None
+
+    def send_prompt(self) -> None:
+        """Deliver the prompt's tokens with their log-probabilities, all of which are computed."""
+        assert self.score is not None
+        text_of = self._detokenizer.text
+        tokens = tuple(
+            Token(
+                score.token,
+                text_of(score.token),
+                score.logprob,
+                tuple((id, text_of(id), logprob) for id, logprob in score.top),
+                score.rank,
+            )
+            for score in self.score.tokens
+        )
+        self._send(prompt=tokens)
 
     def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
         """Deliver what is left, with ``finish``."""
@@ -87,13 +118,18 @@ class RequestState:
         self._send(finish, error, cause)
 
     def _send(
-        self, finish: Finish | None = None, error: str | None = None, cause: Cause | None = None
+        self,
+        finish: Finish | None = None,
+        error: str | None = None,
+        cause: Cause | None = None,
+        prompt: tuple[Token, ...] = (),
     ) -> None:
         text, self._new = self._new, ""
         tokens, self._pending = tuple(self._pending), []
         self.done = self.done or finish is not None
         try:
-            self._deliver(Piece(text, tokens, finish, error, cause))
+            stop = self.text.stopped_by if finish == "stop" else None
+            self._deliver(Piece(text, tokens, finish, error, cause, self.cached, prompt, stop))
         except Exception:
             log.exception(
                 "request %s: its client could not be given a piece; it is cancelled",

@@ -1,39 +1,35 @@
 """Logits → the next token of each row.
 
-    schema's mask → temperature → top_k → top_p → argmin of E_i / p_i, with exponential numbers E_i
-    → token
+    grammar's mask → processors → temperature → min_p → top_k → top_p
+    → argmin of E_i / p_i, with exponential numbers E_i → token
 
 A row draws from a generator of its own, one number for each token of the vocabulary: so nobody else
 in the batch moves it. The vocabulary is sorted as little as possible: the 1,024 most likely tokens
-are taken, and a row whose top_p needs more of them is sorted alone.
+are taken, and a row whose top_p needs more of them is sorted alone. ``processors.py`` has what a
+row's request changes of its logits.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.serve.requests import RequestError, Sampling
+from veneer.errors import sentence
+from veneer.serve.grammars import Layout, allowed_tokens, error_of
+from veneer.serve.processors import Processor
+from veneer.serve.requests import Cause, RequestError, Sampling, cause_of
 
 log = logging.getLogger("veneer.serve")
 
 #: tokens that are sorted at first where top_p asks for an order
 CANDIDATES = 1024
-
-# : The whitespace that a schema allows between two parts of a JSON text: nothing, a space, or a line break with
-# its indentation.
-# : llguidance's default is any amount, and a small model that has nothing else to say fills its
-# answer with it. None at
-#: all would forbid the ", " and the line breaks that models were trained to write.
-LAYOUT: Any = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]{0,24}"}
 
 
 @dataclass(frozen=True)
@@ -46,18 +42,36 @@ class SampledToken:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     error: str | None = None
+    cause: Cause | None = None
 
 
 NOT_FINITE = SampledToken(None, error="the model's logits are no finite numbers")
+NO_TOKEN_LEFT = SampledToken(
+    None,
+    error=sentence(
+        "no token that the fields of the request leave to choose from",
+        "one at each place of the answer",
+        "relax allowed_token_ids, bad_words, logit_bias, min_tokens or the grammar",
+    ),
+    cause="no_token_left",
+)
 
 
 class Sampler:
-    """Samples a row's tokens: how, the generator that it draws from, and where it is in its
-    schema."""
+    """Samples a row's tokens: how, the generator that it draws from, what changes its logits, and
+    where it is in its grammar."""
 
-    def __init__(self, sampling: Sampling, matcher: Any = None) -> None:
-        self.sampling, self.matcher = sampling, matcher
+    def __init__(
+        self,
+        sampling: Sampling,
+        matcher: Any = None,
+        processors: Sequence[Processor] = (),
+        layout: Layout | None = None,
+    ) -> None:
+        self.sampling, self.matcher, self.processors = sampling, matcher, processors
+        self.layout = layout
         self._generator: torch.Generator | None = None
+        self._sampled: list[int] = []
 
     def draw(self, clocks: Tensor) -> None:
         """Fill [vocabulary] with exponential numbers of rate 1, each time with others."""
@@ -68,31 +82,38 @@ class Sampler:
         clocks.exponential_(generator=self._generator)
 
     def accept(self, token: int) -> bool:
-        """Go on behind ``token``; whether the schema ends there. ``RequestError``: the grammar goes
-        no further, since the schema is more than llguidance's limits allow, or no value fits it."""
+        """Go on behind ``token``; whether the grammar ends there. ``RequestError``: it goes no
+        further, since it is more than its matcher's limits allow, or no value fits it."""
+        if self.processors:
+            self._sampled.append(token)
         if self.matcher is None:
             return False
+        if self.layout is not None:
+            self.layout.accept(token)
         if not self.matcher.consume_token(token) or self.matcher.is_error():
-            raise _bad_schema(
-                "that an answer cannot follow", self.matcher.get_error().partition("\n")[0]
-            )
+            raise error_of(self.matcher, "that an answer cannot follow")
         return self.matcher.is_stopped()
+
+    def allowed_tokens(self, logits: Tensor) -> Tensor:
+        """Which tokens the grammar allows next, [vocabulary] of bool."""
+        allowed = allowed_tokens(self.matcher, logits)
+        if self.layout is not None and self.layout.full:
+            blank = self.layout.blank.to(logits.device)
+            allowed[: len(blank)] &= ~blank
+        return allowed
+
+    def process(self, logits: Tensor) -> Tensor:
+        """Logits [vocabulary] in float32, as the processors change them."""
+        sampled = torch.tensor([self._sampled], dtype=torch.long, device="cpu")
+        sampled, scores = sampled.to(logits.device, non_blocking=True), logits[None]
+        for processor in self.processors:
+            scores = processor(sampled, scores)
+        return scores[0]
 
 
 def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
     """The next token of each row of ``logits``, [rows, vocabulary]."""
-    free = logits
-    masked = [i for i, row in enumerate(rows) if row.matcher is not None]
-    failed: dict[int, SampledToken] = {}
-    if masked:
-        free = logits.clone()
-        for i in masked:
-            try:
-                free[i].masked_fill_(~_allowed_tokens(rows[i].matcher, logits), -torch.inf)
-            except Exception as error:  # a schema is its client's: no other row ends with it
-                log.exception("a schema's mask could not be computed")
-                failed[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
-                free[i] = torch.nan
+    free, failed = _free_tokens(logits, rows)
     best, tokens = free.max(dim=-1)
     facts = [torch.isfinite(best), tokens]
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
@@ -115,7 +136,8 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
         i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]
     ]
     sampled = {
-        i: SampledToken(token) if finite[i] else NOT_FINITE for i, token in enumerate(chosen)
+        i: SampledToken(token) if finite[i] else _no_token(logits[i], rows[i])
+        for i, token in enumerate(chosen)
     } | failed
     if rows_with_logprobs:
         sampled |= zip(
@@ -124,6 +146,36 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
             strict=True,
         )
     return list(sampled.values())
+
+
+def _free_tokens(logits: Tensor, rows: Sequence[Sampler]) -> tuple[Tensor, dict[int, SampledToken]]:
+    """Logits without the tokens that requests forbid, and changed as they ask; and the rows of
+    which the grammar goes no further."""
+    masked = [i for i, row in enumerate(rows) if row.matcher is not None]
+    changed = [i for i, row in enumerate(rows) if row.processors]
+    failed: dict[int, SampledToken] = {}
+    if not masked and not changed:
+        return logits, failed
+    free = logits.to(torch.float32 if changed else logits.dtype, copy=True)
+    for i in masked:
+        try:
+            free[i].masked_fill_(~rows[i].allowed_tokens(logits), -torch.inf)
+        except RequestError as error:
+            failed[i] = SampledToken(None, error=str(error), cause=cause_of(error))
+        except Exception as error:  # a schema is its client's: no other row ends with it
+            log.exception("a schema's mask could not be computed")
+            failed[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
+    for i in changed:
+        free[i] = rows[i].process(free[i])
+    for i in failed:
+        free[i] = torch.nan
+    return free, failed
+
+
+def _no_token(logits: Tensor, row: Sampler) -> SampledToken:
+    """Why a row has no token: its logits, or all that its request forbids."""
+    limited = row.matcher is not None or row.processors
+    return NO_TOKEN_LEFT if limited and torch.isfinite(logits.max()) else NOT_FINITE
 
 
 def _tensor_like(values: Sequence[Any], like: Tensor) -> Tensor:
@@ -159,6 +211,13 @@ class _Draw:
             :, None
         ]
         self.scaled = (logits - logits.amax(-1, keepdim=True)) / warm
+        if any(setting.min_p for setting in self.settings):
+            # the largest is 0 here, so a share of its probability is a distance from it
+            least = [
+                math.log(setting.min_p) if setting.min_p else -math.inf for setting in self.settings
+            ]
+            below = self.scaled < _tensor_like(least, logits)[:, None]
+            self.scaled = self.scaled.masked_fill(below, -torch.inf)
         self.short = logits.new_zeros(len(rows), dtype=torch.bool)
         cut = [i for i, setting in enumerate(self.settings) if setting.top_k or setting.top_p < 1]
         self.tokens = (
@@ -236,68 +295,3 @@ def _with_probabilities(
             row_indices, logprobs, counts, pairs, strict=True
         )
     ]
-
-
-def _allowed_tokens(matcher: Any, logits: Tensor) -> Tensor:
-    """Which tokens a schema allows next, [vocabulary] of bool."""
-    bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
-    bit_positions, size = torch.arange(8, dtype=torch.uint8), logits.shape[-1]
-    allowed = ((bits[:, None] >> bit_positions) & 1).bool().view(-1)[:size]
-    return F.pad(allowed, (0, size - len(allowed))).to(
-        logits.device
-    )  # there may be logits of no token
-
-
-class Schemas:
-    """Matchers of JSON schemas for one tokenizer, by llguidance. ``vocabulary`` is the number of
-    logits, ``eos`` the tokens that end a text."""
-
-    def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
-        self._tokenizer, self._vocabulary, self._eos, self._known = (
-            tokenizer,
-            vocabulary,
-            list(eos),
-            None,
-        )
-
-    def matcher(self, schema: Mapping[str, Any]) -> Any:
-        """A new matcher; it takes some milliseconds, and about a second for the first one.
-        ``RequestError``: a schema that is not understood, a tokenizer of another kind, or
-        llguidance is not installed."""
-        try:
-            import llguidance.hf
-        except ImportError as error:
-            expected = "the library that keeps answers to schemas"
-            raise RequestError(
-                "a schema, and no llguidance", expected, "pip install 'veneer[serve]'"
-            ) from error
-        if self._known is None:
-            do = "ask without a schema"
-            if not self._eos:
-                raise RequestError(
-                    "a base without an end-of-text token", "one, to end what a schema describes", do
-                )
-            try:
-                self._known = llguidance.hf.from_tokenizer(
-                    self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos
-                )
-            except Exception as error:
-                problem = (
-                    f"a {type(self._tokenizer).__name__} that llguidance does not read ({error})"
-                )
-                raise RequestError(problem, "a fast tokenizer", do) from error
-        try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides=LAYOUT
-            )
-        except (TypeError, ValueError) as error:
-            raise _bad_schema("that is not understood", error) from error
-        matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
-        if matcher.is_error():
-            raise _bad_schema("that is not understood", matcher.get_error())
-        return matcher
-
-
-def _bad_schema(how: str, why: Any) -> RequestError:
-    problem = f"a schema {how} ({str(why)[:500]})"
-    return RequestError(problem, "a JSON schema of what llguidance supports", "simplify it")

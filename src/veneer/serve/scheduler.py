@@ -1,7 +1,7 @@
 """Chooses the next request: of the key that was served least, within it the adapter that was, and
 within an adapter who came first.
 
-    key ("alice")  →  adapter ("french")  →  requests, first come, first served
+    key ("alice")  →  adapter ("french")  →  requests by priority, then first come, first served
 
 This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens;
 ``docs/decisions/serve.md`` has the rules and the reasons. A server without keys
@@ -51,6 +51,7 @@ class Waiting(Protocol):
     key: Key  # its blend
     flow: str  # what it is counted as (``counted_as``)
     owner: str  # the name of the API key that asks; "" where there are no keys
+    priority: int  # a lower one goes first, within its line
 
 
 E = TypeVar("E", bound=Waiting)
@@ -86,6 +87,10 @@ class Shares:
         """The name with the least service, of some that are busy."""
         return min(names, key=lambda name: (self._served[name], self._since[name]))
 
+    def count_of(self, name: str) -> float:
+        """The tokens that count for a name that is busy."""
+        return self._served[name]
+
     def turn(self, name: str) -> None:
         """It has its turn, and virtual time goes on to its count."""
         self.now = max(self.now, self._served[name])
@@ -116,7 +121,8 @@ class Scheduler(Generic[E]):
         self._starts: deque[float] = deque(maxlen=33)  # when the last ones began
 
     def add(self, request: E) -> None:
-        """Put a request at the end of its line. ``Busy``: no place for it."""
+        """Put a request at the end of its line, but before those that have a higher number as
+        priority. ``Busy``: no place for it."""
         lines = self._lines.get(request.owner, {})
         theirs, flow_length = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
         room = float(self.places - self.waiting)
@@ -137,7 +143,9 @@ class Scheduler(Generic[E]):
             )
         self._owners.enter(request.owner)
         self._flows.setdefault(request.owner, Shares()).enter(request.flow)
-        self.go_on(request)
+        line = self._grow(request)
+        ahead = sum(entry.priority <= request.priority for entry in line)
+        line.insert(ahead, request)
 
     def push_back(self, request: E) -> None:
         """Put a request that was taken before all others of its line again."""
@@ -178,6 +186,17 @@ class Scheduler(Generic[E]):
         return [
             request for lines in self._lines.values() for line in lines.values() for request in line
         ]
+
+    def by_service(self, requests: Iterable[E]) -> list[E]:
+        """Requests that run, those of the least served key and adapter first; equal ones stay in
+        their order."""
+        return sorted(
+            requests,
+            key=lambda request: (
+                self._owners.count_of(request.owner),
+                self._flows[request.owner].count_of(request.flow),
+            ),
+        )
 
     def charge(self, request: E, tokens: float) -> None:
         """Count tokens that were computed for a request that runs."""

@@ -1,45 +1,31 @@
-"""The bodies that clients may send, and nothing else: a field that is not here is refused by name,
-never ignored.
-
-    null        is the same as absent, everywhere, as OpenAI's clients send it
-    HARMLESS    fields that say who asks or how to file it: dropped
-    NEUTRAL     fields that are not supported, with the value at which they ask for nothing: dropped at that value
-
-Types are strict ("1" is no number) and every size has a bound (``limits.py``). Checking stops at
-the first thing that is wrong in a list: a body holds hundreds of thousands of them, and an error
-for each would take seconds of the loop.
-"""
+"""The bodies that clients may send, by the rules of ``body_rules.py``."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from veneer.kernels.draws import sample_seed
 from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits
+from veneer.serve.body_rules import Name, Strict
+from veneer.serve.chat_messages import (
+    Message,
+    NamedChoice,
+    Tool,
+    ToolList,
+    check_history,
+    check_tools,
+)
 from veneer.serve.refusal import kind, wrong
 from veneer.serve.requests import Sampling
+from veneer.serve.sampling_fields import SamplingFields, TemplateFields
+from veneer.serve.tools.forced import MOST_CALLS, arguments_schema, calls_schema
 
 T = TypeVar("T")
-
-HARMLESS = {
-    "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "parallel_tool_calls", "include_obfuscation", "lora_int_id",
-}  # fmt: skip
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
-    "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"), "modalities": (["text"],), "service_tier": ("auto", "default"),
-    "tool_calls": ([],), "annotations": ([],), "refusal": ("",), "is_3d_lora_weight": (False,),
-}  # fmt: skip
-
-#: unknown fields of one object that are looked at
-UNKNOWN = 8
 
 
 def _few(value: Any) -> Any:
@@ -96,7 +82,6 @@ def _stops(value: Any) -> Any:
     return value
 
 
-Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=limits.STOPS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -107,92 +92,27 @@ Blend = Annotated[
 ]
 
 
-def _asks_nothing(name: str, value: Any) -> bool:
-    if value is None or name in HARMLESS:
-        return True
-    # a bool equals a number, and would pass for one
-    return any(
-        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-        for neutral in NEUTRAL.get(name, ())
-    )
-
-
 def _first(*values: T | None) -> T:
     """The first that is not None."""
     return next(value for value in values if value is not None)
 
 
-def few_unknown(
-    data: dict[str, Any],
-    field_names: Container[str],
-    harmless: Callable[[str, Any], bool] = lambda name, value: False,
-) -> dict[str, Any]:
-    """An object of a body without its ``harmless`` fields, and with few of those that are unknown:
-    an error for each of them would take seconds."""
-    unknown = (
-        name
-        for name, value in data.items()
-        if name not in field_names and not harmless(name, value)
-    )
-    shown = {*islice(unknown, UNKNOWN)}
-    return {name: value for name, value in data.items() if name in field_names or name in shown}
-
-
-class Strict(BaseModel):
-    """The rules of the page's top, for one object of a body."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        field_names = {field.alias or name for name, field in cls.model_fields.items()}
-        sent_fields = {
-            name: value
-            for name, value in data.items()
-            if name not in field_names or value is not None
-        }
-        return few_unknown(sent_fields, field_names, _asks_nothing)
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """One message of a chat. "developer" is what OpenAI calls "system" now."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: (
-        str
-        | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
-    )
-    name: Annotated[str, Field(max_length=limits.NAME)] | None = None
-
-    @property
-    def text(self) -> str:
-        return (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(text_part.text for text_part in self.content)
-        )
-
-    def plain(self) -> dict[str, str]:
-        named = {"name": self.name} if self.name else {}
-        return {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": self.text,
-            **named,
-        }
-
-
 class StreamOptions(Strict):
+    """``continuous_usage_stats``: vLLM's, the usage so far with each chunk."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+    @model_validator(mode="after")
+    def _check_usage(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise wrong(
+                "continuous_usage_stats without include_usage",
+                "both, or neither",
+                "add include_usage = true",
+                "stream_options",
+            )
+        return self
 
 
 class JsonSchema(Strict):
@@ -218,14 +138,14 @@ class SchemaFormat(Strict):
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class Asked(Strict, ABC):
+class Asked(Strict, SamplingFields, ABC):
     """The fields that both kinds of completion have in common. ``adapters``, ``top_k`` and
-    ``ignore_eos`` are not OpenAI's."""
+    ``cache_salt`` are not OpenAI's."""
 
     model: Name
     adapters: Blend | None = None
     n: Annotated[int, Field(ge=1, le=limits.CHOICES)] = 1
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -234,7 +154,8 @@ class Asked(Strict, ABC):
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
-    ignore_eos: bool = False
+    cache_salt: Annotated[str, Field(min_length=1, max_length=limits.NAME)] | None = None
+    echo: bool = False
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -247,36 +168,124 @@ class Asked(Strict, ABC):
             )
         return self
 
-    def sampling(self, max_tokens: int, choice: int, base: SamplingDefaults) -> Sampling:
+    @model_validator(mode="after")
+    def _check_sampling_fields(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            do = "leave out stream"
+            raise wrong("prompt_logprobs with stream", "one of them", do, "prompt_logprobs")
+        is_text = self.response_format is None or isinstance(self.response_format, TextFormat)
+        if self.structured_outputs is not None and not is_text:
+            problem = "structured_outputs beside response_format"
+            raise wrong(problem, "one of them", "send one", "structured_outputs")
+        most = self.token_limit()
+        if most == 0 and self.prompt_alternatives() is None:
+            expected = "at least 1, or 0 with echo or prompt_logprobs"
+            raise wrong("the number 0 in max_tokens", expected, "ask for more", "max_tokens")
+        if most is not None and self.min_tokens > most:
+            problem = f"min_tokens {self.min_tokens} and max_tokens {most}"
+            raise wrong(problem, "at most max_tokens", "change one of them", "min_tokens")
+        return self
+
+    def sampling(
+        self,
+        max_tokens: int,
+        choice: int,
+        base: SamplingDefaults,
+        bad_words: Sequence[tuple[int, ...]] = (),
+    ) -> Sampling:
         """How answer number ``choice`` of the call is drawn; each has a seed of its own. ``base``:
-        of the fields that the client leaves out."""
+        of the fields that the client leaves out. ``bad_words``: the tokens of that field."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = None if self.seed is None else sample_seed(self.seed, choice)
         temperature = _first(self.temperature, base.temperature, 1.0)
         top_p, top_k = _first(self.top_p, base.top_p, 1.0), _first(self.top_k, base.top_k, 0)
         return Sampling(
-            max_tokens, temperature, max(top_p, 1e-6), max(top_k, 0), seed, stop, self.alternatives(),
-            self.schema_of_answer(), self.ignore_eos,
-        )  # fmt: skip
+            max_tokens,
+            temperature,
+            max(top_p, 1e-6),
+            max(top_k, 0),
+            seed,
+            stop,
+            self.alternatives(),
+            self.schema_of_answer(),
+            prompt_logprobs=self.prompt_alternatives(),
+            **self.sampling_options(bad_words),
+        )
 
     @abstractmethod
     def alternatives(self) -> int | None:
         """How many alternatives beside each token are asked for; None for no probabilities at
         all."""
 
+    def token_limit(self) -> int | None:
+        """How many tokens an answer may have, as the client says."""
+        return self.max_tokens
+
+    def prompt_alternatives(self) -> int | None:
+        """How many alternatives beside each token of the prompt have to be computed; None for none
+        of its probabilities."""
+        return self.prompt_logprobs
+
     def schema_of_answer(self) -> dict[str, Any] | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.schema_of_answer()
         if isinstance(self.response_format, SchemaFormat):
             return self.response_format.json_schema.schema_
         return {"type": "object"} if isinstance(self.response_format, ObjectFormat) else None
 
 
-class ChatRequest(Asked):
+class ChatRequest(Asked, TemplateFields):
     messages: Annotated[
         list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)
     ]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] = 0
+    tools: ToolList = []
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool = True
+    add_special_tokens: bool = False
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.echo and self.messages[-1].role != "assistant":
+            raise wrong(
+                "echo, and a last message that is not the assistant's",
+                "one that the answer goes on from",
+                "leave out echo",
+                "echo",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_calls(self) -> Self:
+        check_history(self.messages, "messages")
+        formatted = not isinstance(self.response_format, TextFormat | None)
+        param = "response_format" if formatted else "structured_outputs"
+        formatted = formatted or self.structured_outputs is not None
+        check_tools(self.tools, self.tool_choice, formatted, param)
+        return self
+
+    @property
+    def forced_tool(self) -> str | None:
+        """The tool that must be called; "" for any of them, None where none must."""
+        if isinstance(self.tool_choice, NamedChoice):
+            return self.tool_choice.function.name
+        return "" if self.tool_choice == "required" else None
+
+    def callable_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        if self.forced_tool is None:
+            return super().schema_of_answer()
+        pairs = [(tool.function.name, tool.function.parameters) for tool in self.tools]
+        if self.forced_tool:
+            return arguments_schema(dict(pairs)[self.forced_tool])
+        return calls_schema(pairs, MOST_CALLS if self.parallel_tool_calls else 1)
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -311,10 +320,17 @@ class CompletionRequest(Asked):
         AfterValidator(_as_list),
     ]
     logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
-    echo: bool = False
+    add_special_tokens: bool = True
 
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    def prompt_alternatives(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        if echoed is None and self.echo and self.max_tokens == 0:
+            echoed = 0  # nothing else of it is computed
+        counts = [count for count in (self.prompt_logprobs, echoed) if count is not None]
+        return max(counts, default=None)
 
 
 class EmbeddingRequest(Strict):

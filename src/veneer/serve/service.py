@@ -4,13 +4,12 @@ names."""
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -20,11 +19,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits, refusal
-from veneer.serve.access import Key, Keyring, read_keys
+from veneer.serve.access import FileWatch, Key, Keyring
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
 from veneer.serve.extension import Extension
@@ -32,8 +31,7 @@ from veneer.serve.guard import no_key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy
-
-log = logging.getLogger("veneer.serve")
+from veneer.serve.tracing import Tracer
 
 T = TypeVar("T")
 
@@ -57,9 +55,14 @@ class Service:
     sampling: SamplingDefaults = field(
         default_factory=SamplingDefaults
     )  # of requests that say nothing of it
+    tool_call_parser: str | None = None  # by name; None: the one that the chat template means
     timeout: float = 600.0  # seconds that an answer may take
     dtype: str = "float32"  # of the base's weights, in torch's word
     hosts: tuple[str, ...] | None = None  # that are answered; None: all
+    cors: tuple[str, ...] = ()  # origins of web pages that may send requests
+    docs: bool = False  # whether /docs is there
+    tracer: Tracer | None = None
+    key_watch: FileWatch | None = None
     draining: bool = False
     reading: int = 0  # characters that wait for the tokenizer; the event loop's alone
     started: int = field(default_factory=lambda: int(time.time()))
@@ -99,17 +102,9 @@ class Service:
         for worker in filter(None, (self.engine, self.embedder)):
             worker.drain(seconds)
 
-    def reload_keys(self, path: Path) -> None:
-        """Take the keys of a file from now on. A file that is wrong changes nothing, and the log
-        says so."""
-        try:
-            self.keys = read_keys(path)
-        except ConfigError as error:
-            log.error("The keys stay as they were. %s", error)
-        else:
-            log.info("%d keys were read from %s", len(self.keys.keys or ()), path)
-
     def close(self) -> None:
+        if self.key_watch is not None:
+            self.key_watch.close()
         self.catalogue.close()
         for extension in self.extensions:
             extension.close()
@@ -120,6 +115,8 @@ class Service:
         self.admin.shutdown(
             cancel_futures=True
         )  # an adapter that is being loaded may be written down yet
+        if self.tracer is not None:
+            self.tracer.close()
 
 
 async def beside_loop(service: Service, body: bytes, read: Callable[[bytes], T]) -> T:
@@ -273,7 +270,8 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
         service.reading -= size
 
     service.reading += size
-    reading = asyncio.get_running_loop().run_in_executor(service.texts, work)
+    run = copy_context().run  # the work belongs to this request (``request_log.CURRENT``)
+    reading = asyncio.get_running_loop().run_in_executor(service.texts, run, work)
     reading.add_done_callback(read)
     return reading
 

@@ -20,7 +20,9 @@ from veneer.serve.engine import Engine
 from veneer.serve.extension import Plugin
 from veneer.serve.metrics import Metrics
 from veneer.serve.service import Service
-from veneer.serve.settings import Settings, given
+from veneer.serve.settings import Settings, must_have_keys_for_any_origin, used_flags
+from veneer.serve.tools.choose import check_parser
+from veneer.serve.tracing import open_tracer
 from veneer.store.remote import is_remote
 
 log = logging.getLogger("veneer.serve")
@@ -39,12 +41,15 @@ def prepare_process() -> None:
 @with_trust_of_config
 def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Service:
     """Load the base and start the engine, extended by ``plugin``. ``Service.close`` ends it."""
+    must_have_keys_for_any_origin(settings, keys.open)
+    check_parser(settings.tool_call_parser)
     _must_be_there(settings)
+    tracer = open_tracer(settings.otlp_endpoint, settings.name)
     causal = models.is_causal(settings.base)
     loaded: Any = (_causal if causal else _encoder)(settings)
     model, tokenizer = loaded.model, loaded.tokenizer
     sampling = sampling_defaults(model)
-    if ignored := sampling.describe([*(sampling.others), "repetition_penalty"]):
+    if ignored := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
         log.warning("Not applied here, of the base's %s: %s", FILE, ignored)
     base_length = models.context_length(settings.base) if causal else loaded.length
     length = min(settings.length, base_length or settings.length)
@@ -67,26 +72,21 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
             queue=settings.queue,
             observer=metrics,
             turn=None if plugin is None else plugin.turn,
+            cache_memory=settings.cache_memory,
+            prefix_cache=settings.prefix_cache,
+            gap=settings.gap,
         )
         engine.start()
         length = engine.length
     else:
-        pad = tokenizer.pad_token_id or 0
-        embedder = Embedder(
-            model,
-            bank,
-            pad=pad,
-            how=loaded.pooling,
-            normal=loaded.normal,
-            rows=rows,
-            observer=metrics,
-        )
+        embedder = _embedder(loaded, bank, rows, metrics)
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
     service = Service(
         base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
         metrics=metrics, length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine,
         embedder=embedder, sampling=sampling, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
+        cors=settings.cors, docs=settings.docs, tracer=tracer, tool_call_parser=settings.tool_call_parser,
     )  # fmt: skip
     if plugin is not None:
         try:
@@ -119,9 +119,26 @@ def _causal(settings: Settings) -> Any:
     )  # fmt: skip
 
 
+def _embedder(encoder: Any, bank: Bank, rows: int, metrics: Metrics) -> Embedder:
+    return Embedder(
+        encoder.model,
+        bank,
+        pad=encoder.tokenizer.pad_token_id or 0,
+        how=encoder.pooling,
+        normal=encoder.normal,
+        rows=rows,
+        observer=metrics,
+        labels=encoder.labels,
+    )
+
+
 def _encoder(settings: Settings) -> Any:
-    options = {name: getattr(settings, name) for name in ("quantize", "device_map", "attention")}
-    if flags := given(options):
+    names = ("quantize", "device_map", "attention", "cache_memory", "gap", "tool_call_parser")
+    options = {name: getattr(settings, name) for name in names}
+    options["no_prefix_cache"] = None if settings.prefix_cache else True
+    if flags := used_flags(options):
         problem = f"{listing(flags)} for {settings.base}, an encoder"
         raise ConfigError(problem, "a causal language model", "leave them out")
-    return models.load_encoder(settings.base, precision=settings.precision, device=settings.device)
+    return models.load_encoder(
+        settings.base, precision=settings.precision, device=settings.device, with_head=True
+    )

@@ -8,7 +8,7 @@ stop string waits for the next ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -41,12 +41,20 @@ class Detokenizer:
 
 
 class Text:
-    """The text of one answer to the token ids ``prompt``, which the strings ``stop`` end."""
+    """The text of one answer to the token ids ``prompt``, which the strings ``stop`` end.
+    ``markers``: special tokens, by id, whose text is a part of it. ``stopped_by`` is the stop
+    string that ended it."""
 
     def __init__(
-        self, detokenizer: Detokenizer, prompt: Sequence[int], stop: Sequence[str] = ()
+        self,
+        detokenizer: Detokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        markers: Mapping[int, str] | None = None,
     ) -> None:
         self._detokenizer, self._stop = detokenizer, tuple(word for word in stop if word)
+        self._markers = markers or {}
+        self.stopped_by: str | None = None
         self._ids = list(
             prompt[-BEFORE:]
         )  # what is decoded with each new token: a few tokens of context, then news
@@ -58,10 +66,16 @@ class Text:
         ):  # the prompt ends within a character: the answer does not begin with its rest
             self._ids, self._context, self._shown = [], 0, ""
 
-    def add(self, token: int) -> tuple[str, bool]:
-        """Text that is certain now, and whether a stop string ends it."""
+    def add(self, token: int, *, watched: bool = True) -> tuple[str, bool]:
+        """Text that is certain now, and whether a stop string ends it. Stop strings are looked for
+        in the text of tokens that are ``watched``."""
+        if token in self._markers:
+            new = self._decode_certain(final=True) + self._markers[token]
+            self._ids, self._context, self._shown = [], 0, ""
+            return self._give(new, final=False) if watched else (new, False)
         self._ids.append(token)
-        return self._give(self._decode_certain(final=False), final=False)
+        new = self._decode_certain(final=False)
+        return self._give(new, final=False) if watched else (new, False)
 
     def end(self) -> str:
         """The rest of the text when no token follows: also bytes that are no character, and
@@ -99,6 +113,8 @@ class Text:
             (position for position in map(text.find, self._stop) if position >= 0), default=-1
         )
         if stop_position >= 0:
+            ends = (word for word in self._stop if text.startswith(word, stop_position))
+            self.stopped_by = next(ends)
             return text[:stop_position], True
         # letters at the end of the text with which a stop string begins
         sizes = (

@@ -1,4 +1,4 @@
-"""One catalogue of adapters by name, whatever stores them.
+"""One catalogue of adapters by name, for any storage.
 
     FolderSource(DIR)        DIR/french/adapter_config.json is the adapter "french"
     LibrarySource(library)   the names of a library
@@ -7,10 +7,10 @@
 
     source.list()            {name: Location} at this moment
     source.resolve(name)     the Location of one name
-    Catalogue.refresh()      which names were added, removed or mean other files since the last look
+    Catalogue.refresh()      names that were added, removed or changed since the last call
 
 The server, vLLM's resolver, the training service and `veneer chat` find adapters here. A ``Bank``
-is told the folders: it knows which of them are in memory.
+gets folders from it; the bank itself records which of them are in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from veneer.store.remote import is_remote, pull
 
 
 class Location(NamedTuple):
-    """The folder of an adapter. ``version`` differs when other files lie there; it is () for a
+    """The folder of an adapter. ``version`` changes with the files in the folder; it is () for a
     folder that is never written to again."""
 
     path: Path
@@ -74,13 +74,15 @@ class FolderSource:
 
     def resolve(self, name: str) -> Location:
         path = resolve_within(self.folder, name)
-        if path is None or not is_adapter(path):  # outside looks like absent
+        # a path outside of the folder is treated as absent
+        if path is None or not is_adapter(path):
             problem = f"no adapter at {name[:200]!r} in the adapter folder"
             raise LibraryError(problem, f"a folder with {peft.CONFIG}", "check the path")
         return self.locate(path)
 
     def locate(self, path: Path) -> Location:
-        """A folder that may be written in place: its version is the state of its files."""
+        """The location of a folder that may be overwritten: its version is the state of its
+        files."""
         with suppress(OSError):
             states = [(path / file).stat() for file in (peft.CONFIG, peft.TENSORS)]
             return Location(path, tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in states))
@@ -88,7 +90,7 @@ class FolderSource:
 
 
 class LibrarySource:
-    """The names of a library. Its objects are never written to, so a changed adapter has another
+    """The names of a library. Its objects are never changed, so a changed adapter has another
     path."""
 
     def __init__(self, library: Library) -> None:
@@ -102,8 +104,8 @@ class LibrarySource:
         return Location(self.library.get(name))
 
     def pull(self, name: str, version: str = "", *, cache: Path | None = None) -> Path:
-        """A copy in the cache, which no change of the library reaches. ``LibraryError``: there is
-        no such name, or it no longer has the hash ``version``."""
+        """Copy an adapter to the cache, where changes of the library do not affect it.
+        ``LibraryError``: there is no such name, or it no longer has the hash ``version``."""
         path = self.library.pull(name, cache=cache)
         if version not in ("", path.name):
             problem = f"{name!r} of {self.address}, which is now {path.name}"
@@ -129,7 +131,8 @@ class RemoteSource:
         return Location(self.pull(name))
 
     def pull(self, name: str, version: str = "", *, cache: Path | None = None) -> Path:
-        """The folder in the cache. ``version``: what ``push`` returned after the "@"."""
+        """The folder in the cache. ``version``: the part after the "@" in the address that ``push``
+        returned."""
         return pull(f"{self.address}/{name}", revision=version or None, cache=cache)
 
 
@@ -149,7 +152,7 @@ def open_source(address: str | Path) -> FolderSource | LibrarySource | RemoteSou
 
 @dataclass(frozen=True)
 class Changes:
-    """The difference between two looks at a source."""
+    """The difference between two states of a source."""
 
     removed: Sequence[str]
     added: Mapping[str, Location]
@@ -167,7 +170,7 @@ class Catalogue:
     def __init__(self, list_locations: Callable[[], Mapping[str, Location]]) -> None:
         self._list_locations = list_locations
         self._locations: dict[str, Location] = {}
-        self._unsettled: dict[str, Location] = {}  # changed files, as the last look found them
+        self._unsettled: dict[str, Location] = {}  # changed files, as of the last refresh
         self._rejected: dict[str, Location] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -182,9 +185,9 @@ class Catalogue:
         return self._locations.get(name)
 
     def refresh(self) -> Changes:
-        """Compare the source with the accepted locations. A folder that is written in place counts
-        as changed once two looks found the same files, because it may be half written before. A
-        rejected location is not reported again."""
+        """Compare the source with the accepted locations. A folder that is overwritten in place
+        counts as changed once two calls find the same files, because one call may find it half
+        written. A rejected location is not reported again."""
         listing = self._list_locations()
         removed = sorted(self._locations.keys() - listing.keys())
         added, changed, unsettled = {}, {}, {}
@@ -200,11 +203,12 @@ class Catalogue:
         return Changes(removed, added, changed)
 
     def accept(self, name: str, location: Location) -> None:
-        """From now on the name means this location."""
+        """Let the name mean this location from now on."""
         self._locations[name] = location
 
     def reject(self, name: str, location: Location) -> None:
-        """Keep what the name means: these files cannot be loaded."""
+        """Keep the current meaning of the name, because the files at ``location`` cannot be
+        loaded."""
         self._rejected[name] = location
 
     def remove(self, name: str) -> None:
@@ -212,8 +216,8 @@ class Catalogue:
 
 
 def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
-    """{name: adapter} of texts NAME=ADAPTER, or ADAPTER alone, which is named after the last part
-    of its path. ``ConfigError``: two of them have one name."""
+    """Parse texts NAME=ADAPTER into {name: adapter}. Without NAME, the last part of the path is the
+    name. ``ConfigError``: two of them have the same name."""
     adapter_by_name: dict[str, str] = {}
     for text in adapters:
         name, equals, adapter = text.partition("=")
@@ -229,18 +233,19 @@ def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
 
 
 def resolve_within(folder: Path, relative_path: str) -> Path | None:
-    """The path below ``folder`` with all links followed; None for one that does not exist or leads
-    out of the folder."""
+    """The path below ``folder`` with all links resolved; None if it does not exist or leads out of
+    the folder."""
     try:
         path = (folder / relative_path).resolve(strict=True)
-    except (OSError, ValueError, RuntimeError):  # absent, a name too long, a loop of links
+    # it does not exist, the name is too long, or links form a loop
+    except (OSError, ValueError, RuntimeError):
         return None
     return path if path.is_relative_to(folder) and path != folder else None
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether an adapter's configuration lies there. A folder that may not be read has none, and
-    hides no other."""
+    """Whether a folder holds an adapter's configuration. A folder without read permission counts as
+    holding none."""
     with suppress(OSError):
         return (path / peft.CONFIG).is_file()
     return False

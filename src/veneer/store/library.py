@@ -1,19 +1,19 @@
 """A library: a folder of adapters by name, which several processes may read and write at once.
 
     index.json              {"format": 1, "names": {name: {object, tags, added, size, base, variant, rank}}}
-    index.copy.json         the same once more, for the day on which the first is damaged
-    objects/<hash>/         an adapter folder, named by the hash of its files; never written to again
-    lock                    whoever changes anything holds it (filelock)
+    index.copy.json         a copy, in case the index is damaged
+    objects/<hash>/         an adapter folder, named by the hash of its files; never changed
+    lock                    held while anything is changed (filelock)
 
-A name is a line in the index, an object is content. A change is: take the lock, read the index, put
-a whole object in place, replace the index by a rename. So a crash, at any moment, leaves the old
-index or the new one, and every object that an index speaks of is whole. Readers take no lock.
+A name is an entry of the index, an object is content. A change takes the lock, reads the index,
+moves a complete object into place, and replaces the index by a rename. A crash therefore leaves the
+old index or the new one, and all objects of an index are complete. Readers take no lock.
 
-One lock is held for the whole of a change, the copying too: a folder under a temporary name is then
-always the leftover of a writer that died. An object that no name refers to is deleted by ``gc``
-after a grace period, counted from the moment when its last name went (the folder's own time of
-change, which ``remove`` sets); so a path from ``get`` is good for that long. It needs atomic
-renames of folders: not Windows.
+The lock is held during the whole change, including the copying, so a folder with a temporary name
+is always the leftover of a writer that died. ``gc`` deletes objects without a name after a grace
+period, which begins when the last name is removed (``remove`` sets the folder's modification time);
+a path from ``get`` is valid for at least that long. Atomic renames of folders are required: Windows
+is not supported.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from veneer.errors import (
 )
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.fileio.temporary import remove, sweep
-from veneer.models.gguf import cache_dir
+from veneer.models.gguf_conversion import cache_dir
 from veneer.store.remote import is_remote, keep_folder, pull
 
 __all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolve"]
@@ -58,17 +58,17 @@ FORMAT = 1
 #: seconds for which an object without a name is kept
 GRACE = 3600.0
 SCHEME = "library:"
-#: what may name an adapter, here and to a server
+#: the form of adapter names, in a library and for a server
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HASH = re.compile(r"[0-9a-f]{64}")
-#: what ``_parse`` raises of an index that is not there, or not one
+#: the errors of ``_parse`` for a missing or damaged index
 _DAMAGED = (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of a library. ``object`` is the hash of its files, ``added`` is in UTC, ``size`` in
-    bytes, ``base`` what the adapter calls its base."""
+    """One name of a library. ``object``: the hash of its files; ``added``: in UTC; ``size``: in
+    bytes; ``base``: the adapter's name for its base."""
 
     name: str
     object: str
@@ -82,8 +82,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Collected:
-    """The result of ``gc``: objects by hash, how many leftovers of writers that died, and how many
-    bytes in all."""
+    """The result of ``gc``: hashes of the deleted objects, the number of deleted leftovers of
+    writers that died, and the bytes of both."""
 
     objects: tuple[str, ...]
     leftovers: int
@@ -92,8 +92,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """The result of ``rebuild``: names that it kept, names that it gave to objects without one, and
-    names that it gave up, because their object is gone or altered."""
+    """The result of ``rebuild``: names that were kept, names that were given to objects without
+    one, and names that were removed because their object is missing or altered."""
 
     kept: tuple[str, ...]
     recovered: tuple[str, ...]
@@ -102,8 +102,8 @@ class Rebuilt:
 
 @dataclass(frozen=True, init=False)
 class Library:
-    """The adapters in a folder, which need not exist yet. To read takes no lock; one at a time
-    writes."""
+    """The adapters in a folder, which is created when it is needed. Reading takes no lock; one
+    writer at a time."""
 
     folder: Path
 
@@ -115,8 +115,8 @@ class Library:
         return self._need(self._names(), name)
 
     def get(self, name: str) -> Path:
-        """The adapter folder of a name: to be read, never written to, and good for the grace period
-        at least."""
+        """The adapter folder of a name. It must not be changed, and is valid for at least the grace
+        period."""
         path = self._object(self.entry(name).object)
         if not path.is_dir():
             problem = f"no folder {path}, which {name!r} stands for"
@@ -124,14 +124,14 @@ class Library:
         return path
 
     def pull(self, name: str, *, cache: Path | None = None) -> Path:
-        """A copy of the adapter of a name in the cache, verified by its hash: for what reads it
-        again later, when the library may have changed. It is not to be written to.
+        """Copy an adapter to the cache and verify it by its hash, for readers that need it longer
+        than the library guarantees. The copy must not be changed.
 
         Args:
-            cache: the folder to keep it in, as ``store.remote.pull`` takes it.
+            cache: the folder of the cache, as in ``store.remote.pull``.
 
         Raises:
-            AdapterError: the files are no longer those that were added. The cache is as it was.
+            AdapterError: the files differ from those that were added. The cache is unchanged.
             LibraryError: no such name.
         """
         source = self.get(name)
@@ -141,8 +141,7 @@ class Library:
         )
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
-        """All entries by name, or those with a tag, or those for a base (as ``Entry.base`` calls
-        it)."""
+        """All entries by name, or those with a tag, or those for a base (by ``Entry.base``)."""
         entries = (
             entry for _, entry in sorted(self._names().items()) if tag is None or tag in entry.tags
         )
@@ -151,21 +150,20 @@ class Library:
     def add(
         self, path: str | Path, name: str, *, tags: Iterable[str] = (), overwrite: bool = False
     ) -> Entry:
-        """Copy an adapter folder into the library under a name.
+        """Verify an adapter folder, and copy it into the library under a name.
 
-        The adapter is verified first. Of the folder only an adapter's own files are copied.
-        ``overwrite`` replaces what the name stands for, its tags included: what a tag said of the
-        old adapter need not be so of the new one.
+        Only an adapter's own files are copied. ``overwrite`` replaces the adapter of the name and
+        its tags, because the tags of the old adapter need not apply to the new one.
 
         Raises:
             AdapterError: the folder is no intact adapter.
             OutputExistsError: the name is taken and ``overwrite`` is False.
-            LibraryError: a name or a tag that cannot be one, a damaged index.
+            LibraryError: an invalid name or tag, or a damaged index.
         """
         path, tags = Path(path), tuple(dict.fromkeys(tags))
         _check_words(name, tags)
         key = content_hash(path)
-        entry = _entry(path, name, key, tags)  # reads and verifies
+        entry = _entry(path, name, key, tags)  # reads and verifies the folder
         with self._change(create=True) as names:
             if name in names and not overwrite:
                 problem = f"an adapter {name!r} in {self.folder}"
@@ -179,8 +177,8 @@ class Library:
         return entry
 
     def remove(self, name: str) -> Entry:
-        """Take a name out of the library and return what it was. ``gc`` deletes the files later, if
-        no other name stands for them."""
+        """Remove a name from the library; return its entry. ``gc`` deletes the files later, unless
+        another name has them."""
         with self._change() as names:
             entry = self._need(names, name)
             self._retire(entry.object)
@@ -188,11 +186,11 @@ class Library:
         return entry
 
     def tag(self, name: str, *tags: str, remove: Iterable[str] = ()) -> Entry:
-        """Add tags to a name and take others away; return its new entry.
+        """Add and remove tags of a name; return its new entry.
 
         Raises:
-            LibraryError: no such name, a tag that cannot be one, one to take away that is not
-                there.
+            LibraryError: no such name, an invalid tag, or a tag to remove that the name does not
+                have.
         """
         remove = tuple(remove)
         if not tags and not remove:
@@ -201,7 +199,8 @@ class Library:
         with self._change() as names:
             entry = self._need(names, name)
             if absent := [tag for tag in remove if tag not in entry.tags]:
-                problem = f"no tag {listing(map(repr, absent))} at {name!r}, which has {listing(entry.tags)}"
+                absent_tags = listing(map(repr, absent))
+                problem = f"no tag {absent_tags} at {name!r}, which has {listing(entry.tags)}"
                 raise LibraryError(problem, "tags that it has", "check the spelling")
             remaining = tuple(
                 tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove
@@ -210,12 +209,12 @@ class Library:
         return names[name]
 
     def gc(self, *, grace: float = GRACE) -> Collected:
-        """Delete the objects that have had no name for ``grace`` seconds, and what killed writers
-        left."""
+        """Delete the objects that have had no name for ``grace`` seconds, and the leftovers of
+        killed writers."""
         with self._lock():
             used = {
                 entry.object for entry in self._names().values()
-            }  # a damaged index raises: nothing is deleted
+            }  # raises for a damaged index, so nothing is deleted
             objects = self.folder / OBJECTS
             leftovers = [
                 *self.folder.glob(".*.tmp"),
@@ -223,25 +222,26 @@ class Library:
                 *objects.glob(".*.replaced"),
             ]
             freed = sum(map(_size, leftovers))
-            sweep(objects)  # first, as the rest of an object may be in one of them
+            sweep(objects)  # first, because they may contain the rest of a partly deleted object
             for path in leftovers:
                 remove(path)
             unused = [path for path in sorted(self._objects()) if path.name not in used]
             old = [path for path in unused if time.time() - path.stat().st_mtime >= grace]
             for path in old:
                 doomed = path.with_name(f".{path.name}.tmp")
-                path.rename(doomed)  # at once: half an object must never stand under its hash
+                # rename first: half an object must never have the name of its hash
+                path.rename(doomed)
                 freed += _size(doomed)
                 remove(doomed)
         return Collected(tuple(path.name for path in old), len(leftovers), freed)
 
     def rebuild(self) -> Rebuilt:
-        """Make a damaged index anew, from its copy and from the objects, each of which is verified.
+        """Rebuild a damaged index from its copy and from the objects, which are verified.
 
-        Where the index itself can be read, names whose object is gone or altered are taken out.
-        Where it cannot, the copy counts, which is at most one change behind; objects that it does
-        not know are named "recovered-…" and tagged "recovered". The files of what is lost stay for
-        the grace period from now.
+        If the index can be read, names whose object is missing or altered are removed. Otherwise
+        the copy is used, which is at most one change behind; objects that it does not list get the
+        name "recovered-…" and the tag "recovered". Files of removed names stay for the grace
+        period.
         """
         with self._lock():
             names, complete = self._readable()
@@ -261,7 +261,9 @@ class Library:
                     recovered[name] = _entry(self._object(key), name, key, ("recovered",))
                 except (
                     AdapterError
-                ):  # of a variant that this installation lacks, say: its files stay for the period
+                    # for example of a variant that this installation lacks: keep its files for the
+                    # grace period
+                ):
                     lost.append(key)
             after = {**intact_entries, **recovered}
             unnamed = (
@@ -270,7 +272,7 @@ class Library:
                 else {names[name].object for name in lost}
             )
             for key in unnamed - {entry.object for entry in after.values()}:
-                self._retire(key)  # somebody may want the files of what is lost
+                self._retire(key)  # keep the files for the grace period: the user may need them
             self._write(after)
         return Rebuilt(tuple(sorted(intact_entries)), tuple(recovered), tuple(lost))
 
@@ -286,7 +288,7 @@ class Library:
         )
 
     def _store(self, path: Path, key: str) -> None:
-        """Put the files into place, unless they are there, and intact, already."""
+        """Copy the files into the object's folder, unless they are there and intact."""
         target = self._object(key)
         if target.is_dir() and has_content(target, key):
             return
@@ -297,25 +299,26 @@ class Library:
                 raise AdapterError(problem, "files at rest", "add it again when they are written")
 
     def _retire(self, key: str) -> None:
-        """Start the grace period of an object anew: a name of it is about to go."""
+        """Restart the grace period of an object, before one of its names is removed."""
         if self._object(key).is_dir():
             os.utime(self._object(key))
 
     @contextmanager
     def _lock(self, *, create: bool = False) -> Iterator[None]:
-        """One writer at a time. Only ``create`` makes the folder: a mistyped one must not
-        appear."""
+        """Hold the lock of the writer. The folder is created only with ``create``, so that a
+        mistyped path creates none."""
         if not create and not (self.folder / OBJECTS).is_dir():
             raise LibraryError(
                 f"no library in {self.folder}",
                 "a folder with adapters",
                 "check the path, or add one",
             )
-        import filelock  # here, as it takes a tenth of a second
+        import filelock  # imported here because it takes a tenth of a second
 
         lock = filelock.FileLock(self.folder / LOCK)
-        soft: type = filelock.SoftFileLock  # a type checker is told that every lock is one
-        if isinstance(lock, soft):  # a killed writer would leave it locked
+        # widens the type for type checkers, which would otherwise narrow every lock to it
+        soft: type = filelock.SoftFileLock
+        if isinstance(lock, soft):  # a killed writer would leave this kind of lock behind
             raise LibraryError(
                 "a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders"
             )
@@ -325,13 +328,14 @@ class Library:
 
     @contextmanager
     def _change(self, *, create: bool = False) -> Iterator[dict[str, Entry]]:
-        """The names, to be changed in the block; written when it ends without an error."""
+        """The names of the index, which the block may change; written if the block ends without an
+        error."""
         with self._lock(create=create):
             names = self._names()
             if not (self.folder / INDEX).exists():
-                self._write(
-                    names
-                )  # before the first object, so that objects without an index mean a lost one
+                # before the first object, so that objects without an index mean that the index was
+                # lost
+                self._write(names)
             yield names
             self._write(names)
 
@@ -341,13 +345,13 @@ class Library:
             "names": {name: asdict(entry) for name, entry in sorted(names.items())},
         }
         text = json.dumps(content, indent=1) + "\n"
-        write_whole(self.folder / INDEX, text)  # from here on it is done
+        write_whole(self.folder / INDEX, text)  # from here on the change is complete
         write_whole(self.folder / COPY, text)
 
     def _names(self) -> dict[str, Entry]:
         index = self.folder / INDEX
-        # In this order: a first writer may come in between, and it writes the index before the
-        # first object.
+        # check in this order: another process's first write may come in between, and it writes the
+        # index before the first object
         if not index.exists() and not (self.folder / COPY).exists() and not self._objects():
             return {}
         try:
@@ -360,7 +364,7 @@ class Library:
             raise LibraryError(problem, "the index of a library", do) from error
 
     def _readable(self) -> tuple[dict[str, Entry], bool]:
-        """The names of the index (and True), or else those of its copy, or else none."""
+        """The names of the index (and True); else those of its copy; else none."""
         for file in (INDEX, COPY):
             with suppress(*_DAMAGED):
                 return _parse(self.folder / file), file == INDEX
@@ -391,7 +395,7 @@ def _parse(file: Path) -> dict[str, Entry]:
             all(isinstance(text, str) for text in texts)
             and type(entry.size) is type(entry.rank) is int
         )
-        # an index from elsewhere must not lead out of the folder either
+        # paths in a foreign index must not lead out of the folder
         if (
             not sound
             or entry.name != name
@@ -417,7 +421,7 @@ def _check_words(name: str, tags: Iterable[str]) -> None:
     expected = "1 to 128 letters, digits, '_', '-' and '.', the first a letter, a digit or '_'"
     wrong = [f"name {name!r}"] if not NAME.fullmatch(name) else []
     wrong += [f"tag {tag!r}" for tag in tags if not NAME.fullmatch(tag)]
-    problems = [sentence(found, expected, "choose another") for found in wrong]
+    problems = [sentence(problem, expected, "choose another") for problem in wrong]
     raise_all(LibraryError, f"The library cannot take {name!r}", problems)
 
 
@@ -437,14 +441,14 @@ def default_folder() -> Path:
         os.environ.get("VENEER_LIBRARY"),
     )
     if setting and is_remote(setting):
-        problem = f"VENEER_LIBRARY is {setting}, a remote place, of which vLLM's plug-in alone makes a library"
+        problem = f"VENEER_LIBRARY is {setting}, a remote library, which only vLLM's plug-in reads"
         raise LibraryError(problem, "a folder", "unset it here, or name a folder with --library")
     return Path(setting or Path(data) / "veneer" / "adapters").expanduser()
 
 
 def resolve(adapter: str | Path, library: Library | None = None) -> Path:
-    """The folder that a command's ADAPTER means: ``library:NAME`` in a library (None: the default
-    one), a remote place, which is pulled, or a path."""
+    """The folder of a command's ADAPTER: ``library:NAME`` in a library (None: the default one), a
+    remote place, which is pulled, or a path."""
     text = str(adapter)
     if text.startswith(SCHEME):
         return (library or Library(default_folder())).get(text.removeprefix(SCHEME))

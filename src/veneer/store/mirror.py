@@ -1,12 +1,13 @@
-"""Adapters at a remote place, by name, as folders of this machine.
+"""Mirror the adapters at a remote place to folders of this machine.
 
-    PLACE/french/latest        ``veneer push ADAPTER PLACE/french`` wrote it: the hash of the newest
+    PLACE/french/latest        written by ``veneer push ADAPTER PLACE/french``: the newest hash
     PLACE/french/<hash>/…      its files
-    PLACE/german/…             or the files of an adapter alone, copied there by other means
+    PLACE/german/…             or only the files of an adapter, copied there by other means
 
-``Mirror.look`` lists the place, fetches what is new and returns {name: folder}. A folder is one of
-the cache of ``pull``: verified, named by its content and never written to again, so that a changed
-adapter has another folder. One listing tells what has changed; what has not is not read again.
+``Mirror.look`` lists the place, fetches new adapters and returns {name: folder}. The folders are
+those of ``pull``'s cache: verified, named by their content and never changed, so that a changed
+adapter has another folder. Changes are detected by one listing; unchanged adapters are not read
+again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from veneer.store.remote import LATEST, file_system, parse_place, pull, store_er
 
 log = logging.getLogger("veneer.store")
 
-#: adapters that are fetched at one time
+#: how many adapters to fetch at the same time
 AT_ONCE = 8
 
 
@@ -39,8 +40,8 @@ class Mirror:
                 f"adapters at {address}", expected, "pull what you need into a folder"
             )
         self._folders: dict[str, Path] = {}
-        self._stamps: dict[str, str] = {}  # of what was fetched
-        self._before: dict[str, str] | None = None  # of what the last look saw
+        self._stamps: dict[str, str] = {}  # stamps of the fetched adapters
+        self._before: dict[str, str] | None = None  # stamps of the previous listing
         self._warnings: dict[str, str] = {}
 
     @property
@@ -48,8 +49,8 @@ class Mirror:
         return self._address.address
 
     def look(self) -> Mapping[str, Path]:
-        """The adapters that are there now. One that cannot be fetched is named in the log, and the
-        older one of its name stays.
+        """The adapters at the place now, fetched. If one cannot be fetched, a warning is logged and
+        the previous version of its name stays.
 
         Raises:
             RemoteError: the place cannot be read.
@@ -60,11 +61,11 @@ class Mirror:
         listing = list_stamps(root, files)
         for name in self._folders.keys() - listing.keys():
             del self._folders[name]
-        # files that were copied there by other means are whole when they are the same at two looks
+        # plain files count as complete once two listings show the same state
         stamps = {name: stamp for name, (stamp, _) in listing.items()}
         before = (
             stamps if self._before is None else self._before
-        )  # at the start there is nothing to compare with
+        )  # the first listing has nothing to compare with
         new = [
             name
             for name, (stamp, pushed) in listing.items()
@@ -76,7 +77,7 @@ class Mirror:
                 if isinstance(done, Path):
                     self._folders[name], self._stamps[name] = done, stamps[name]
                     self._warnings.pop(name, None)
-                elif self._warnings.get(name) != str(done):  # it is tried again at the next look
+                elif self._warnings.get(name) != str(done):  # the next call tries it again
                     self._warnings[name] = str(done)
                     log.warning("Not served: %s: %s", name, done)
         self._stamps = {name: stamp for name, stamp in self._stamps.items() if name in listing}
@@ -90,9 +91,9 @@ class Mirror:
 
 
 def list_stamps(root: str, files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, bool]]:
-    """For each adapter of a listing a text that changes when the adapter does, and whether it was
-    pushed (else it is plain files). ``files``: fsspec's details of each file below ``root``, by
-    path."""
+    """For each adapter of a listing, (a stamp that changes when the adapter does, whether it was
+    pushed rather than copied as plain files). ``files``: fsspec's details of each file below
+    ``root``, by path."""
     direct: dict[str, dict[str, str]] = {}
     for path, details in files.items():
         steps = PurePosixPath(path).relative_to(root).parts

@@ -1,19 +1,19 @@
 """Adapters at remote places: ``push`` a folder there, ``pull`` it into a cache.
 
     hf://owner/name[@revision]      a model repository of the Hugging Face hub, through huggingface_hub
-    s3://… gs://… memory:// file:// anything that fsspec knows; a place is a folder there
-    anything without "://"          a folder here: pulling it is reading it, pushing to it is copying
+    s3://… gs://… memory:// file:// a folder in any file system of fsspec
+    anything without "://"          a local folder: pulling reads it, pushing copies to it
 
-``push`` returns the place with the revision that it made, which names these bytes for good. On the
-hub that is a commit. Elsewhere it is the hash of the files, and nothing that a reader may be
-reading is written over:
+``push`` returns an address with a revision, which always means the same bytes. On the hub, the
+revision is a commit. Elsewhere it is the hash of the files, which are written so that no reader
+sees them change:
 
     <place>/<hash>/…     the files, first
-    <place>/latest       the hash, last: one small object, which every store replaces at once
+    <place>/latest       the hash, last: one small object, which every store replaces atomically
 
-A place that holds an adapter's files without ``latest`` can be pulled too; it has no revisions.
-What is pulled is verified under a temporary name and then renamed. Only an adapter's own files are
-ever fetched: no pickles, no code.
+A place with an adapter's files and no ``latest`` can be pulled too; it has no revisions. Pulled
+files are verified in a temporary folder, which is then renamed. Only an adapter's own files are
+fetched: no pickles, no code.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from veneer.adapter_files.file_names import (
 from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError, RemoteError, VeneerError
 from veneer.fileio.atomic import EVERYTHING, new_file, new_folder, write_whole
-from veneer.models.gguf import cache_dir
+from veneer.models.gguf_conversion import cache_dir
 
 __all__ = ["pull", "push"]
 
 HUB = "hf://"
 LATEST = "latest"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-#: this machine's troubles, which the command line explains
+#: errors of this machine's disk, which the command line explains
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def is_remote(place: str) -> bool:
-    """Whether a text is a remote place, and not a path of this machine."""
+    """Whether a text is the address of a remote place, not a local path."""
     return "://" in place
 
 
@@ -67,23 +67,22 @@ def push(
     message: str | None = None,
     private: bool | None = None,
 ) -> str:
-    """Put an adapter folder, verified first, at a remote place.
+    """Verify an adapter folder, and copy it to a remote place.
 
     Args:
-        place: see above. A repository of the hub is made if there is none.
-        revision: the branch of the hub's repository, made if there is none; None takes "main".
+        place: see above. A missing repository of the hub is created.
+        revision: the branch of the hub's repository, created if it is missing; None takes "main".
         message: of the hub's commit; None takes "Upload adapter".
-        private: whether a repository that is made is private; None leaves that to the hub.
+        private: whether a new repository is private; None leaves that to the hub.
 
     Returns:
-        the place with the revision that holds what was pushed, which ``pull`` takes; a path for a
-        path.
+        the address with the new revision, for ``pull``; for a local path, the path.
 
     Raises:
         AdapterError: the folder is no intact adapter.
         RemoteError: no such place, no network, no permission, or options that the place does not
-            have.
-        OutputExistsError: the place is a path that holds something.
+            support.
+        OutputExistsError: the place is a local path that is not empty.
     """
     path, target = Path(path), parse_place(place, revision)
     read(path)
@@ -104,18 +103,19 @@ def push(
 
 
 def pull(place: str, *, revision: str | None = None, cache: Path | None = None) -> Path:
-    """The adapter at a remote place as a verified folder in the cache. It is not to be written to.
+    """Fetch the adapter at a remote place into the cache and verify it. The folder must not be
+    changed.
 
     Args:
-        place: see above; a path is itself, read and verified.
-        revision: a branch, a tag or a commit of the hub's repository; elsewhere what ``push``
-            returned after the "@". It may stand in ``place`` too. None takes the newest. With a
-            commit or a hash that was pulled before, no network is needed.
-        cache: the folder to keep it in; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or
+        place: see above; a local path is verified and returned.
+        revision: a branch, a tag or a commit of the hub's repository; elsewhere the part after the
+            "@" in the address that ``push`` returned. It may be part of ``place`` too. None takes
+            the newest. With a commit or a hash that was pulled before, no network is needed.
+        cache: the folder of the cache; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or
             ``~/.cache``.
 
     Raises:
-        AdapterError: what is there is no intact adapter. The cache is as it was.
+        AdapterError: the place holds no intact adapter. The cache is unchanged.
         RemoteError: no such place or revision, no network, no permission.
     """
     source = parse_place(place, revision)
@@ -123,7 +123,7 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
         if source.revision:
             raise RemoteError(f"a revision of the folder {place}", "none", "leave it out")
         return read(source.address).path
-    # a name for people to find it by in the cache, and one for us
+    # the folder's name in the cache: a readable part, and a hash
     slug = (
         re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(source.address).name)[:60].strip(".-")
         or "adapter"
@@ -143,8 +143,8 @@ class Place:
 
 
 def parse_place(place: str, revision: str | None) -> Place:
-    """Only what looks like a hash is a revision outside the hub: "@" is common in URLs and
-    paths."""
+    """Split an address and its revision. Outside the hub, only a text like a hash counts as a
+    revision, because "@" is common in URLs and paths."""
     kind, address, suffix = "path", place, ""
     if place.startswith(HUB):
         kind, (address, _, suffix) = "hub", place.partition("@")
@@ -175,8 +175,8 @@ def _package(name: str) -> Any:
 def keep_folder(
     target: Path, place: str, fetch: Callable[[Path], None], key: str | None = None
 ) -> Path:
-    """The folder ``target`` of the cache: what is there if it is ``_intact``, else what ``fetch``
-    fills a new one with, verified; ``key`` is the ``content_hash`` that it must have."""
+    """Return the folder ``target`` of the cache if it is intact. Otherwise let ``fetch`` fill a new
+    folder, verify it, and move it there. ``key``: the required ``content_hash``."""
     if _intact(target, key):
         return target
     with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
@@ -196,8 +196,8 @@ def keep_folder(
 
 
 def _intact(folder: Path, key: str | None = None) -> bool:
-    """Whether it is an adapter, and the very one of this hash: many have no hashes of their own
-    that would tell."""
+    """Whether a folder holds an intact adapter, with this content hash if ``key`` is given. (Many
+    adapters have no recorded hashes by which a damaged file could be detected.)"""
     with suppress(AdapterError):
         if folder.is_dir():
             read(folder)
@@ -210,14 +210,14 @@ def _api() -> Any:
 
 
 def _push_hub(path: Path, target: Place, message: str, private: bool | None) -> str:
-    """One commit, so that no reader sees files of two adapters: ``upload_folder`` may make
-    several."""
+    """Push as one commit, so that no reader sees files of two adapters: ``upload_folder`` may make
+    several commits."""
     hub, api, repo = _package("huggingface_hub"), _api(), target.address.removeprefix(HUB)
     with _hub_errors(target, "write to"):
         api.create_repo(repo, private=private, exist_ok=True)
         if (
             private is not None and bool(api.model_info(repo).private) != private
-        ):  # the hub ignores it then
+        ):  # the hub ignores ``private`` for an existing repository
             problem = f"{target.address}, which exists and is {'public' if private else 'private'}"
             raise RemoteError(
                 problem, "the other", "change it in its settings on the hub, or choose another name"
@@ -231,7 +231,7 @@ def _push_hub(path: Path, target: Place, message: str, private: bool | None) -> 
         )
         stale = [
             name for name in ours if name in remote_files and name not in local_files
-        ]  # another variant's numbers, say
+        ]  # files of another variant, for example
         operations = [hub.CommitOperationAdd(name, str(path / name)) for name in local_files]
         operations += [hub.CommitOperationDelete(name) for name in stale]
         done = api.create_commit(repo, operations, commit_message=message, revision=target.revision)
@@ -241,10 +241,10 @@ def _push_hub(path: Path, target: Place, message: str, private: bool | None) -> 
 def _pull_hub(source: Place, keep: Path) -> Path:
     repo, revision = source.address.removeprefix(HUB), source.revision or ""
     if _COMMIT.fullmatch(revision) and _intact(keep / revision):
-        return keep / revision  # without a network
+        return keep / revision  # needs no network
     with _hub_errors(source, "read"):
         commit = str(_api().model_info(repo, revision=source.revision).sha)
-    if not _COMMIT.fullmatch(commit):  # it becomes a path
+    if not _COMMIT.fullmatch(commit):  # the commit becomes part of a path
         raise RemoteError(
             f"the commit {commit!r} of {source.address}",
             "40 hexadecimal digits",
@@ -262,7 +262,7 @@ def _pull_hub(source: Place, keep: Path) -> Path:
                 )
         shutil.rmtree(
             folder / ".cache", ignore_errors=True
-        )  # the hub client's notes about the download
+        )  # hide the hub client's notes about the download
 
     return keep_folder(keep / commit, f"{source.address}@{commit}", fetch)
 
@@ -306,7 +306,10 @@ def _hub_errors(place: Place, action: str) -> Iterator[None]:
         elif status in (401, 403):
             words = f"no permission to {action} {address}", "it", f"{login} as somebody who may"
         elif status is None and not isinstance(error, ValueError):
-            do = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled before needs none"
+            do = (
+                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled"
+                " before needs none"
+            )
             words = (
                 f"the hub cannot be reached for {address} ({_summarise(error)})",
                 "a network",
@@ -332,7 +335,7 @@ def file_system(place: Place) -> tuple[Any, str]:
     except ValueError as error:
         expected = "hf://, file://, s3:// or another scheme of fsspec"
         raise RemoteError(f"the place {place.address!r} ({error})", expected, "check it") from error
-    system.invalidate_cache()  # others write there too
+    system.invalidate_cache()  # other clients write there too
     return system, root.rstrip("/")
 
 
@@ -341,9 +344,10 @@ def _push_store(path: Path, target: Place) -> str:
     with store_errors(target, "write to"):
         system, root = file_system(target)
         system.makedirs(f"{root}/{key}", exist_ok=True)
-        steps = getattr(system, "local_file", False)  # where writing a file is no single step
+        # on a store where writing a file is not atomic
+        steps = getattr(system, "local_file", False)
         for name in adapter_file_names(path):
-            if steps:  # somebody may read what an earlier push has put there
+            if steps:  # a reader may be reading files of an earlier push
                 with new_file(Path(root) / key / name, overwrite=True) as file:
                     system.put_file(str(path / name), str(file))
             else:
@@ -358,20 +362,20 @@ def _push_store(path: Path, target: Place) -> str:
 def _pull_store(source: Place, keep: Path) -> Path:
     key = source.revision
     if key is not None and not _HASH.fullmatch(key):
-        found, do = (
+        problem, do = (
             f"the revision {key!r} of {source.address}",
             "give that, or leave it out for the newest",
         )
-        raise RemoteError(found, "what `push` returned after the '@'", do)
+        raise RemoteError(problem, "what `push` returned after the '@'", do)
     if key is not None and _intact(keep / key, key):
-        return keep / key  # without a network
+        return keep / key  # needs no network
     with store_errors(source, "read"):
         system, root = file_system(source)
         if key is None and system.exists(f"{root}/{LATEST}"):
             key = system.cat_file(f"{root}/{LATEST}").decode("ascii", "replace").strip()
             if not _HASH.fullmatch(key):
-                found = f"{source.address}/{LATEST}, which holds {key[:80]!r}"
-                raise RemoteError(found, "the hash of an adapter", "push one, or name a revision")
+                problem = f"{source.address}/{LATEST}, which holds {key[:80]!r}"
+                raise RemoteError(problem, "the hash of an adapter", "push one, or name a revision")
     remote_folder = root if key is None else f"{root}/{key}"
 
     def fetch(folder: Path) -> None:
@@ -388,19 +392,19 @@ def _pull_store(source: Place, keep: Path) -> Path:
         return keep_folder(keep / key, f"{source.address}@{key}", fetch, key)
     with (
         TemporaryDirectory() as name
-    ):  # a place without revisions: fetched each time, and kept by its content
+    ):  # a place without revisions is fetched each time, and cached under its content hash
         fetched = Path(name)
         fetch(fetched)
-        found = content_hash(fetched)
+        key = content_hash(fetched)
         return keep_folder(
-            keep / found, source.address, lambda folder: copy_files(fetched, folder), found
+            keep / key, source.address, lambda folder: copy_files(fetched, folder), key
         )
 
 
 @contextmanager
 def store_errors(place: Place, action: str) -> Iterator[None]:
-    """Turn errors of a file system, which may be any that its client library raises, into one clear
-    error."""
+    """Turn errors of a file system into one clear error. They may have any class of its client
+    library."""
     try:
         yield
     except Exception as error:

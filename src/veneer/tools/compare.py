@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.attach.lookup import parameter_path
+from veneer.attach import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.fileio.hashing import kind_of, recorded_fingerprints
 from veneer.formats import peft_paths
@@ -135,10 +135,8 @@ class Difference:
             "unknown": "unknown whether the same",
             "different": "different weights",
         }
-        yield (
-            "base   "
-            f" {base[self.base]}{f' ({listing(self.base_weights, 3)})' if self.base_weights else ''}"
-        )
+        weights_text = f" ({listing(self.base_weights, 3)})" if self.base_weights else ""
+        yield f"base    {base[self.base]}{weights_text}"
         if self.identical:
             yield "identical: the same numbers, the same config"
             return
@@ -159,8 +157,8 @@ class Difference:
         if changed_params:
             furthest = max(changed_params, key=lambda entry: entry.difference)
             yield (
-                f"full    {len(changed_params)} of {len(self.full)} differ, by up to {furthest.difference:.3g}"
-                f" ({furthest.path})"
+                f"full    {len(changed_params)} of {len(self.full)} differ, by up to"
+                f" {furthest.difference:.3g} ({furthest.path})"
             )
 
 

@@ -35,8 +35,8 @@ from veneer.formats import peft
 from veneer.kernels.svd import spectrum
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
-from veneer.tools.compose.blend import Term, gain_of
 from veneer.tools.compose.frozen_weights import FrozenWeights
+from veneer.tools.compose.weighted_sum import Term, gain_of
 
 #: defaults: how many leading singular vectors of a changed weight are examined, and the cosine
 #: below which one is an intruder
@@ -182,9 +182,9 @@ def _random_like(low: LowRank, random: torch.Generator) -> Tensor:
         torch.linalg.qr(torch.randn(size, len(S), generator=random, dtype=torch.float64))[0]
         for size in (low.B.shape[1], low.A.shape[2])
     ]
-    left, right = (side.to(S.device) for side in sides)
-    width = min(left.shape[1], right.shape[1])
-    return (left[:, :width] * S[:width]) @ right[:, :width].mT
+    left_vectors, right_vectors = (side.to(S.device) for side in sides)
+    width = min(left_vectors.shape[1], right_vectors.shape[1])
+    return (left_vectors[:, :width] * S[:width]) @ right_vectors[:, :width].mT
 
 
 def leading_triples(matrix: Tensor, count: int, seed: int = 0) -> Triples:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.targets import Names, fresh_head, listed
+from veneer.attach import Names, fresh_head, fresh_parameters, pattern_list
 from veneer.config import LoraConfig
 from veneer.handle import attach, load
 from veneer.train import checkpoint, vocabulary
@@ -69,7 +68,7 @@ def lora_config(
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
     """Paths of the modules of a task's head that the base's files lack. They train in full; the
     target "all-linear" includes them already."""
-    if "all-linear" in listed(config.targets):
+    if "all-linear" in pattern_list(config.targets):
         return []
     names = Names(model)
     return sorted(

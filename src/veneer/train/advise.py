@@ -152,8 +152,8 @@ def try_out(
     """The advice with the best rank and rate of a short sweep in `folder`, over a third, one and
     three times the advised rate and over a quarter of and the full advised rank. None if the sweep
     was interrupted; it then left a checkpoint. ``options``: arguments of `sweep`."""
-    from veneer.train.sweep.run import sweep
-    from veneer.train.sweep.settings import make_sweep
+    from veneer.train.sweep.sweep_run import sweep
+    from veneer.train.sweep.sweep_settings import make_sweep
 
     values = _values(advice)
     rate, rank = values["learning_rate"], values["rank"]

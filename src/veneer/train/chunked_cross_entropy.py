@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.attach.dtypes import at_least_float32
 from veneer.errors import sentence
+from veneer.precision import at_least_float32
 
 #: smallest probability whose logarithm is exact in float32
 TINY = 1e-30

@@ -33,7 +33,7 @@ _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 FREE_ON_RESUME = frozenset(
     {
         "resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations",
-        "parallel", "shard_size",
+        "parallel", "shard_size", "record_example",
     }
 )  # fmt: skip
 
@@ -247,6 +247,11 @@ class TrainConfig(BaseModel):
     )
     check: bool = _run(
         True, "Check before training that every adapter is reached and gets a gradient."
+    )
+    record_example: bool = _run(
+        False,
+        "Keep the system prompt and one prompt of the data in the adapter's record; the page of"
+        " `veneer serve` opens with them.",
     )
     trackers: list[str] = _run(
         [], "Report to these trackers as well: tensorboard, wandb, mlflow, …"

@@ -42,13 +42,13 @@ class Records:
     """Raw rows of one shape. `kind` is "messages" (each row {"messages": [{"role", "content"},
     ...]}), "prompt" (each row {"prompt", "completion"}, both strings or both message lists), "text"
     (each row {"text"}), or "columns" (each row has the fields of a task other than sft). A row with
-    a chat may also hold "tools". `places[i]` locates row i in the source ("line 12"), `sha256` is
-    the hash of the source's bytes (for a hub data set, of the rows), and `unused` lists the columns
-    of the first row that the task does not read."""
+    a chat may also hold "tools". `locations[i]` locates row i in the source ("line 12"), `sha256`
+    is the hash of the source's bytes (for a hub data set, of the rows), and `unused` lists the
+    columns of the first row that the task does not read."""
 
     kind: Kind
     rows: list[dict[str, Any]]
-    places: list[str]
+    locations: list[str]
     source: str
     sha256: str
     unused: tuple[str, ...] = ()
@@ -58,7 +58,9 @@ class Records:
 
     def select(self, indices: Sequence[int]) -> Records:
         return replace(
-            self, rows=[self.rows[i] for i in indices], places=[self.places[i] for i in indices]
+            self,
+            rows=[self.rows[i] for i in indices],
+            locations=[self.locations[i] for i in indices],
         )
 
 

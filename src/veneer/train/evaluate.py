@@ -116,7 +116,7 @@ def exact(
     """Share of prompt/completion rows whose greedy continuation equals the completion, except for
     surrounding whitespace. Raises `DataError` for rows with tools or tool calls, because answers
     are compared as text."""
-    for row, location in zip(rows.rows, rows.places, strict=True):
+    for row, location in zip(rows.rows, rows.locations, strict=True):
         answer = row["completion"]
         if row.get(TOOLS) or (
             isinstance(answer, list) and any("tool_calls" in message for message in answer)

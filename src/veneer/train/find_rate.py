@@ -42,13 +42,13 @@ DECAY = 0.8
 @dataclass(frozen=True)
 class RateSweep:
     """``rates``, and the ``losses`` (sft: nats per token) before each rate was applied;
-    ``smoothed``: their bias-corrected running mean."""
+    ``smoothed_losses``: their bias-corrected running mean."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
 
     @property
-    def smoothed(self) -> tuple[float, ...]:
+    def smoothed_losses(self) -> tuple[float, ...]:
         means, mean = [], 0.0
         for count, loss in enumerate(self.losses, 1):
             mean = DECAY * mean + (1 - DECAY) * loss
@@ -56,10 +56,10 @@ class RateSweep:
         return tuple(means)
 
     @property
-    def suggested(self) -> float:
+    def suggested_rate(self) -> float:
         """A learning rate, rounded to one digit. Raises ``TrainingError`` if the loss never
         falls."""
-        smoothed = self.smoothed
+        smoothed = self.smoothed_losses
         best = min(range(len(smoothed)), key=smoothed.__getitem__)
         if best == 0 or smoothed[best] > 0.995 * smoothed[0]:
             problem = (
@@ -73,7 +73,7 @@ class RateSweep:
 
     def lines(self, count: int = 16) -> list[str]:
         """A printable table of about `count` rates with their smoothed losses, as bars."""
-        smoothed = self.smoothed
+        smoothed = self.smoothed_losses
         low, high = min(smoothed), max(smoothed[0], min(smoothed))
         shown = sorted({round(k * (len(smoothed) - 1) / (count - 1)) for k in range(count)})
         lines = ["     rate     loss"]
@@ -111,7 +111,7 @@ class _Sweep(TrainerCallback):
             control.should_training_stop = True
             return
         self.losses.append(loss)
-        smoothed = self.result.smoothed
+        smoothed = self.result.smoothed_losses
         if len(smoothed) > STEPS // 3 and smoothed[-1] > WORSE * min(smoothed):
             control.should_training_stop = True
 

@@ -15,10 +15,7 @@ from typing import Any, NamedTuple
 
 from veneer.adapter_files import read
 from veneer.adapter_files.file_names import content_hash
-from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.install import detach
-from veneer.attach.select import use
-from veneer.attach.targets import Names, fresh_head
+from veneer.attach import Names, detach, fresh_head, fresh_parameters, use
 from veneer.errors import ConfigError, listing
 from veneer.handle import Handle, load
 from veneer.store.library import resolve

@@ -34,7 +34,7 @@ def generate(
     stop: Sequence[str] = (),
     seed: int | None = None,
     say: Callable[[str], None] | None = None,
-    until: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[str]:
     """The continuation of each prompt, in order, without the prompt and without the stop string.
     Applies the penalties of the base's generation_config.json.
@@ -50,7 +50,7 @@ def generate(
         seed: of the sampling; prompt i draws from ``sample_seed(seed, i)`` in any batch. None draws
             a seed from torch's generator; otherwise the global random state does not change.
         say: called with each new piece of text, for a single prompt.
-        until: called after each token; generation ends when it returns True.
+        should_stop: called after each token; generation ends when it returns True.
 
     Raises:
         DataError: a prompt is empty, or longer than the model's context with `max_new_tokens`.
@@ -68,7 +68,7 @@ def generate(
         stop=stop,
         seed=seed,
         say=say,
-        until=until,
+        should_stop=should_stop,
         penalties=True,
     )
     texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
@@ -91,7 +91,7 @@ def continuations(
     stop: Sequence[str] = (),
     seed: int | None = None,
     say: Callable[[str], None] | None = None,
-    until: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     penalties: bool = False,
 ) -> list[list[int]]:
     """The new token ids of each encoded prompt, in order, up to and including the end-of-text
@@ -116,7 +116,7 @@ def continuations(
     options = {
         "generation_config": config,
         **({"tokenizer": tokenizer} if stop else {}),
-        **_stream_options(say, until, tokenizer),
+        **_stream_options(say, should_stop, tokenizer),
     }
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))
@@ -194,9 +194,9 @@ def context_of(model: Any) -> int | None:
 
 
 def _stream_options(
-    say: Callable[[str], None] | None, until: Callable[[], bool] | None, tokenizer: Any
+    say: Callable[[str], None] | None, should_stop: Callable[[], bool] | None, tokenizer: Any
 ) -> dict[str, Any]:
-    """The arguments of transformers' ``generate`` that call `say` and `until`."""
+    """The arguments of transformers' ``generate`` that call `say` and `should_stop`."""
     from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
     class CallbackStreamer(TextStreamer):
@@ -207,7 +207,9 @@ def _stream_options(
     class CallbackCriteria(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.full(
-                (len(input_ids),), until is not None and until(), device=input_ids.device
+                (len(input_ids),),
+                should_stop is not None and should_stop(),
+                device=input_ids.device,
             )
 
     options: dict[str, Any] = {}
@@ -215,7 +217,7 @@ def _stream_options(
         options["streamer"] = CallbackStreamer(
             tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-    if until is not None:
+    if should_stop is not None:
         options["stopping_criteria"] = StoppingCriteriaList([CallbackCriteria()])
     return options
 

@@ -25,12 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from veneer import context
-from veneer.attach.adapted_module import base_class
-from veneer.attach.lookup import adapters_of
-from veneer.attach.select import use
-from veneer.attach.source_analysis import submodule_calls
-from veneer.attach.state import LayerState
-from veneer.attach.views import view
+from veneer.attach import LayerState, adapters_of, base_class, submodule_calls, use, view
 from veneer.kernels import fused
 
 #: whether the head of a model treats each row on its own, once tested
@@ -96,7 +91,7 @@ class Head:
         # and the first chunk would get them without a gradient.
         with (
             nullcontext()
-            if attached is None or attached.stacked
+            if attached is None or attached.has_unrelated_merges
             else use(self.model, attached.merged)
         ):
             logits = self.call_within_forward(rows).logits
@@ -199,7 +194,11 @@ def find_body(model: nn.Module) -> ModulePath | None:
     if attached is not None:
         active = context.current.selection.get(attached.uid, attached.default)
         # with one adapter per row of the batch, the head would no longer know which row is which
-        if active.name is None and active.parts and _changes_outside(model, path, active.parts):
+        if (
+            active.name is None
+            and active.layer_adapters
+            and _changes_outside(model, path, active.layer_adapters)
+        ):
             return None
     return path
 
@@ -240,8 +239,8 @@ def changes_head(model: nn.Module, path: ModulePath) -> bool:
     active = context.current.selection.get(attached.uid, attached.default)
     return (
         active is not None
-        and bool(active.parts)
-        and _changes_outside(model, path, active.parts or {})
+        and bool(active.layer_adapters)
+        and _changes_outside(model, path, active.layer_adapters or {})
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.attach.lookup import unwrap
+from veneer.attach import unwrap
 from veneer.errors import ConfigError
 
 #: model inputs on which the hidden states of a row may depend

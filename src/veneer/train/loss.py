@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from veneer.attach.dtypes import at_least_float32
-from veneer.attach.lookup import unwrap
+from veneer.attach import unwrap
 from veneer.errors import ConfigError
+from veneer.precision import at_least_float32
 from veneer.train.chunked_cross_entropy import ChunkedCrossEntropy, leaf_of
 from veneer.train.head_split import (
     Head,

@@ -15,7 +15,7 @@ from veneer.train import data
 from veneer.train.config import TrainConfig
 
 #: default maximal length of an example in tokens, if the model's context is longer
-LONGEST = 2048
+DEFAULT_MAX_LENGTH = 2048
 #: maximal number of characters of a sample prompt
 SHORT = 200
 
@@ -41,7 +41,7 @@ def max_length(config: TrainConfig) -> int:
     """The maximal length of a run's examples in tokens. Raises `ConfigError` if it exceeds the
     context of the base."""
     context = models.context_length(config.base)
-    length = config.max_length or min(context or LONGEST, LONGEST)
+    length = config.max_length or min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if context is not None and length > context:
         raise ConfigError(
             f"max_length {length:,}",

@@ -96,8 +96,8 @@ class Processes:
         return work() if self.ranks is None else self.ranks.run_on_all(work, summary, subject)
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
-        """Run `work` in the first process, as `Ranks.run_on_first` does, and return its result, which must
-        be a JSON value, in every process."""
+        """Run `work` in the first process, as `Ranks.run_on_first` does, and return its result,
+        which must be a JSON value, in every process."""
         return work() if self.ranks is None else self.ranks.run_on_first(work)
 
 

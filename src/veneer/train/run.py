@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from veneer.attach.check import check
+from veneer.attach import check
 from veneer.errors import AdapterError, ConfigError, TrainingError
 from veneer.fileio.hashing import hash_json
 from veneer.kernels.draws import sample_seed

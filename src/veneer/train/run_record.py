@@ -169,13 +169,34 @@ def read_results(output: Path, interrupted: bool) -> dict[str, Any]:
     }
 
 
+def prompt_record(prompt: str | list[Any] | None, with_texts: bool) -> dict[str, str]:
+    """How the adapter is prompted, from a prompt of its data: as a "chat", or as a text that goes on
+    ("completion"). ``with_texts``: also the system prompt and the prompt itself, which
+    are the data's."""
+    chat = isinstance(prompt, list)
+    record = {"mode": "chat" if chat else "completion"}
+    if not with_texts or prompt is None:
+        return record
+    if not isinstance(prompt, list):
+        return {**record, "example": prompt}
+    texts = {message["role"]: message.get("content") for message in reversed(prompt)}  # the first
+    named = {"system": texts.get("system"), "example": texts.get("user")}
+    return {**record, **{name: text for name, text in named.items() if isinstance(text, str)}}
+
+
 def provenance_of(
     config: TrainConfig, task: Task, prepared: Prepared, model: Any, metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """The training provenance in the metadata of a finished run's adapter."""
+    prompt = (
+        {"prompt": prompt_record(prepared.prompt, config.record_example)}
+        if task.generates_text()
+        else {}
+    )
     return {
         "config": config.content(),
         "task": task.record(),
+        **prompt,
         "data": prepared.hashes,
         "base_dtype": str(model.dtype).removeprefix("torch."),
         "metrics": {

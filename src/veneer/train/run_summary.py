@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from veneer.attach.summary import size
+from veneer.attach import format_bytes
 from veneer.distributed import is_spread
 from veneer.train.callbacks import say
 from veneer.train.hidden_state_cache import HiddenStateCache
@@ -64,7 +64,7 @@ def print_summary(
         examples = [train] if prepared.evaluation is None else [train, prepared.evaluation]
         tokens = sum(sum(dataset_rows.lengths) for dataset_rows in examples)
         width = model.get_input_embeddings().weight.shape[1]
-        cache_size = size(tokens * width * model.dtype.itemsize)
+        cache_size = format_bytes(tokens * width * model.dtype.itemsize)
         say(
             console,
             f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row;"

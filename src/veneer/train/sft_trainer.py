@@ -111,7 +111,8 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # the number of labels covers all processes, which later average their gradients
             loss = loss * self.processes.shares
-        # the balancing loss is a mean over the passes of all processes; their gradients are averaged
+        # the balancing loss is a mean over the passes of all processes; their gradients are
+        # averaged
         if result.extra is not None and not spare:
             loss = loss + result.extra * (self.processes.shares / self._passes if training else 1)
         return loss

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from veneer.attach.adapted_module import base_class
+from veneer.attach import base_class
 from veneer.distributed import is_spread, reshard
 from veneer.models.load import Base
 from veneer.models.shares import WholeOnlyError

@@ -29,10 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import state_of, with_values
-from veneer.attach.change import Change
-from veneer.attach.dtypes import is_float
-from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach import Change, LayerAdapter, is_float, state_of, with_values
 from veneer.distributed import is_sharded
 from veneer.errors import ConfigError, listing
 from veneer.kernels.dropout import seed as new_seed

@@ -78,7 +78,7 @@ def tokenise(
     long: list[tuple[int, int]] = []
     truncated = 0
     for i, row in enumerate(rows.rows):
-        tokens, learn = encode(row, rows.places[i])
+        tokens, learn = encode(row, rows.locations[i])
         targets = [
             token if flag or learn_all else IGNORED
             for token, flag in zip(tokens, learn, strict=True)
@@ -95,7 +95,7 @@ def tokenise(
                 rows.kind
             ]
             raise DataError(
-                f"{rows.source}, {rows.places[i]} has nothing to learn from: its {field} is"
+                f"{rows.source}, {rows.locations[i]} has nothing to learn from: its {field} is"
                 " empty.\nExpected at least one token that the loss counts.\nDo: fix or remove"
                 " that row."
             )
@@ -115,7 +115,7 @@ def _length_error(
         return DataError(
             f"{len(long)} of {len(rows)} examples of {rows.source}"
             f" {'is' if len(long) == 1 else 'are'} longer than the context of {max_length:,}"
-            f" tokens; the longest, {rows.places[longest]}, has {length:,}.\nExpected at most"
+            f" tokens; the longest, {rows.locations[longest]}, has {length:,}.\nExpected at most"
             f" {max_length:,} tokens.\nDo: raise it with --max-length {length} (if the model allows"
             " it), or choose --too-long truncate (cuts the end) or --too-long drop (leaves them"
             " out)."
@@ -160,7 +160,7 @@ def _encoder(rows: Records, tokenizer: Any) -> Encoder:
 def _must_show_tools(rows: Records, tokenizer: Any) -> None:
     """Refuse tools and tool calls that the chat template would silently omit."""
     template = str(tokenizer.chat_template)
-    for row, location in zip(rows.rows, rows.places, strict=True):
+    for row, location in zip(rows.rows, rows.locations, strict=True):
         messages = [
             message
             for value in (row.get(field) for field in ("messages", "prompt", "completion"))

@@ -124,11 +124,11 @@ class TrainsAdapter(Trainer):
         """Broadcast the trained parameters of the first process, because initial values may be
         rounded differently on other devices."""
         with torch.no_grad():
-            for parameter in self._trained:
+            for parameter in self._trained_parameters:
                 dist.broadcast(parameter.data, src=0)
 
     @functools.cached_property
-    def _trained(self) -> list[torch.nn.Parameter]:
+    def _trained_parameters(self) -> list[torch.nn.Parameter]:
         return [
             parameter for parameter in self.adapter.model.parameters() if parameter.requires_grad
         ]
@@ -137,7 +137,7 @@ class TrainsAdapter(Trainer):
         loss = super().training_step(*args, **kwargs)
         if self.processes.count > 1 and self.accelerator.sync_gradients:
             self.processes.must_have_parent()
-            average_gradients(self._trained)
+            average_gradients(self._trained_parameters)
         return loss
 
     def get_tp_size(self) -> int:

@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_model, write_tiny
 from tests.support.training_client import Client
 
 import veneer
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 SHAPE = {"tie_word_embeddings": False}
 

@@ -14,13 +14,15 @@ from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, Run
 
 from veneer.serve.training import worker as worker_
-from veneer.serve.training.store import place_of
-from veneer.serve.training.training import training_of
+from veneer.serve.training.store import parse_checkpoint_path
+from veneer.serve.training.training_service import training_of
 
 
 def files(training, path):
     return sorted(
-        file.name for file in training.store.files_of(place_of(path)).rglob("*") if file.is_file()
+        file.name
+        for file in training.store.files_of(parse_checkpoint_path(path)).rglob("*")
+        if file.is_file()
     )
 
 
@@ -89,9 +91,9 @@ def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monk
         client = Client(url)
         run = trained_run(client, 1)
         path = run.save("a", ttl_seconds=3600)
-        training.store.change_checkpoint(place_of(path), expires=1.0)
+        training.store.change_checkpoint(parse_checkpoint_path(path), expires=1.0)
         whole, looked, go, threads = files(training, path), threading.Event(), threading.Event(), []
-        real = training.store.expired
+        real = training.store.expired_checkpoints
 
         def slow():
             rows = real()
@@ -100,7 +102,7 @@ def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monk
             go.wait(20)
             return rows
 
-        monkeypatch.setattr(training.store, "expired", slow)
+        monkeypatch.setattr(training.store, "expired_checkpoints", slow)
         with ThreadPoolExecutor(2) as pool:
             swept = pool.submit(training.sweep)
             assert looked.wait(20)
@@ -135,7 +137,7 @@ def test_a_deletion_against_a_save_leaves_both_or_neither(base, tmp_path, monkey
             assert written.wait(20)
             place = f"/training_runs/{run.id}/checkpoints/weights/a"
             deleted = pool.submit(client.http.delete, place)
-            until(lambda: deleted.done() or training.worker._others)
+            until(lambda: deleted.done() or training.worker._tasks)
             go.set()
             assert saved.result() == path
             assert deleted.result().status_code == 204
@@ -156,9 +158,9 @@ def test_a_copy_of_what_is_deleted_meanwhile_is_whole_or_none(base, tmp_path, mo
             deleted = pool.submit(
                 client.http.delete, f"/training_runs/{run.id}/checkpoints/weights/a"
             )
-            until(lambda: training.worker._others)
+            until(lambda: training.worker._tasks)
             copied = pool.submit(client.send, "copy_weights", source_path=path)
-            until(lambda: len(training.worker._others) == 2)
+            until(lambda: len(training.worker._tasks) == 2)
             held.set()
             assert deleted.result().status_code == 204
             assert copied.result().status_code == 404

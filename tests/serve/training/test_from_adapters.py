@@ -15,7 +15,7 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 import veneer
 from veneer.serve.access import Key, Keyring, hash_of
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 
 def adapter_at(path, **config):

@@ -18,8 +18,8 @@ from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, Run
 
 from veneer.errors import AdapterError
-from veneer.serve.training import training as training_
-from veneer.serve.training.training import training_of
+from veneer.serve.training import training_service as training_
+from veneer.serve.training.training_service import training_of
 from veneer.serve.training.worker import PASS, Worker
 
 #: settings of a step that are allowed, and take a run out of all bounds at the second time
@@ -249,7 +249,7 @@ def test_a_checkpoint_that_cannot_be_deleted_leaves_the_others_to_be_deleted(
         run = trained_run(Client(url), 1)
         for name in ("a", "b", "c"):
             run.save(name)
-        with training.store._writing() as connection:
+        with training.store._index.transaction() as connection:
             connection.execute("UPDATE checkpoints SET expires = 1")
         real = training.operations.delete
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_that_cannot_be_deleted_leaves_the_others_to_be_deleted(
         monkeypatch.setattr(training.operations, "delete", delete)
         training.sweep()
         training.worker.do(lambda: None).result(timeout=20)
-        assert [place.name for place in training.store.expired()] == ["a"]
+        assert [place.name for place in training.store.expired_checkpoints()] == ["a"]
 
 
 def test_a_client_that_comes_during_a_look_at_the_sessions_fails_none(it, monkeypatch):
@@ -275,19 +275,19 @@ def test_a_client_that_comes_during_a_look_at_the_sessions_fails_none(it, monkey
                 yield entry
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_seen", Walked({"gone": -1e9}))
+        patch.setattr(training, "_heartbeats", Walked({"gone": -1e9}))
         patch.setattr(training_, "VANISHED", 60.0)
 
         def seen():
             come.wait(20)
-            training.seen("new")
+            training.record_heartbeat("new")
             looked.set()
 
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(seen)
             training.sweep()
             coming.result(timeout=20)
-        assert training._seen.keys() == {"new"}
+        assert training._heartbeats.keys() == {"new"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -338,13 +338,13 @@ def test_what_needs_room_waits_while_all_runs_in_memory_are_computed(
         }
         asked = asks[kind]()
         if kind == "now":
-            until(lambda: worker._others)
+            until(lambda: worker._tasks)
         go.set()
         if kind == "now":
             assert asked.result(timeout=60).status_code == 200
         else:
             client.result(asked)
-        assert computed.passed(passed).loss > 0
+        assert computed.wait_for_pass(passed).loss > 0
         if kind == "step":
             local.step(0.03)
             assert run.pass_(texts(4)).loss == pytest.approx(local.pass_(texts(4)), rel=1e-3)

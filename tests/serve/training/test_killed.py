@@ -17,7 +17,7 @@ from tests.serve.training.conftest import Local
 from tests.support.training_client import Client, Run, datum
 
 from serve_cases import servers
-from veneer.serve.training.trainer import OPTIMIZER
+from veneer.serve.training.run_trainer import OPTIMIZER
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -105,7 +105,7 @@ def test_no_promised_step_is_lost_in_twenty_kills(base, tmp_path):
             }
             stepped = patiently(lambda: client.post("optim_step", **step))  # noqa: B023
             run.number += 2
-            losses.append(patiently(lambda: run.passed(passed)).loss)  # noqa: B023
+            losses.append(patiently(lambda: run.wait_for_pass(passed)).loss)  # noqa: B023
             patiently(lambda: client.result(stepped))  # noqa: B023
         return run, losses
 

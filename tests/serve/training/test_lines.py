@@ -13,7 +13,7 @@ from tests.support.service import open_service
 from tests.support.training_client import Client
 
 from veneer.serve.training.lines import Promise
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 from veneer.serve.training.worker import PASS
 
 
@@ -63,7 +63,7 @@ def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(
         real = store.add_request
 
         def add_request(*args):
-            worker.do(lambda: worker.let_go(worker.lines[run.id])).result(timeout=20)
+            worker.do(lambda: worker.memory.let_go(worker.lines[run.id])).result(timeout=20)
             assert run.id not in worker.lines
             return real(*args)
 
@@ -108,4 +108,4 @@ def test_a_client_that_polls_leaves_nothing_at_its_promise(it, client):
         assert len(worker_promise._done_callbacks) <= 1
     finally:
         go.set()
-    assert run.passed(promised).loss > 0
+    assert run.wait_for_pass(promised).loss > 0

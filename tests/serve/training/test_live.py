@@ -18,7 +18,7 @@ from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import curve as curve_
 from veneer.serve.training.curve import Curve, Rate
 from veneer.serve.training.losses import Datum
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 
 def stepped(curve, losses):
@@ -26,8 +26,8 @@ def stepped(curve, losses):
     one = Datum(torch.tensor([1]), torch.tensor([2]))
     for loss in losses:
         if loss is not None:
-            curve.passed(loss, "cross_entropy", [one])
-        curve.stepped()
+            curve.add_pass(loss, "cross_entropy", [one])
+        curve.add_step()
 
 
 def seen(url, key="tml-any", **query):
@@ -55,7 +55,7 @@ def test_a_curve_is_of_means_and_bounded(count):
     draw = random.Random(count)
     losses, curve = [draw.random() for _ in range(count)], Curve()
     stepped(curve, losses)
-    shown = curve.shown()
+    shown = curve.all_points()
     assert curve.steps == curve.tokens == count
     assert min(count, curve_.MOST // 2) <= len(shown) <= curve_.MOST
     start = 0
@@ -69,22 +69,22 @@ def test_a_loss_is_of_the_tokens_that_count():
     curve = Curve()
     own, rest = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 2.0])
     data = [Datum(torch.arange(4), torch.arange(4), {"weights": own})]
-    curve.passed(6.0, "cross_entropy", data)
-    curve.passed(
+    curve.add_pass(6.0, "cross_entropy", data)
+    curve.add_pass(
         3.0, "cross_entropy", [Datum(torch.arange(4), torch.arange(4), {"weights": rest / 2})]
     )
-    curve.stepped()
-    curve.stepped()  # without a pass
-    curve.passed(
+    curve.add_step()
+    curve.add_step()  # without a pass
+    curve.add_pass(
         8.0, "ppo", [Datum(torch.arange(4), torch.arange(4), {"advantages": -own, "logprobs": own})]
     )
-    curve.loaded()  # which takes the gradients
-    curve.stepped()
-    curve.passed(
+    curve.drop_passes()  # which takes the gradients
+    curve.add_step()
+    curve.add_pass(
         8.0, "ppo", [Datum(torch.arange(4), torch.arange(4), {"advantages": -own, "logprobs": own})]
     )
-    curve.stepped()
-    assert curve.shown() == [(1, 3.0), (4, 4.0)]
+    curve.add_step()
+    assert curve.all_points() == [(1, 3.0), (4, 4.0)]
     assert curve.tokens == 16
 
 
@@ -147,7 +147,7 @@ def test_a_kill_loses_no_point(base, tmp_path):
                 run.pass_(texts(step))
                 run.step(0.02)
             if step == 1:
-                worker.do(lambda: worker.state(worker.lines[runs[0].id])).result()
+                worker.do(lambda: worker.memory.write_state(worker.lines[runs[0].id])).result()
         runs[2].pass_(texts(7))
         before = {one["id"]: one for one in seen(url)["runs"]}
         crash(service)
@@ -269,7 +269,7 @@ def test_a_key_sees_its_own_and_pays_for_samples(base, tmp_path):
         own, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b")
         run, theirs = own.run(), other.run()
         together = SimpleNamespace(
-            runs=(run.id, theirs.id, "gone"), ended=training_of(service).worker._last
+            runs=(run.id, theirs.id, "gone"), ended=training_of(service).worker._batch_seconds
         )
         training_of(service).worker.batch = together
         found = seen(url, "tml-vnr-a")

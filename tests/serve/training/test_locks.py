@@ -17,10 +17,10 @@ from tests.support.api_server import listening, until
 from tests.support.service import open_service
 from tests.support.training_client import Client
 
-from veneer.attach import state as state_
+from veneer.attach.layer import state as state_
 from veneer.serve import training
 from veneer.serve.requests import Request, Sampling
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 #: the locks of a server in their order, as the page has them
 ORDER = re.findall(r"^    \d+ +([\w.]+)", training.__doc__ or "", re.MULTILINE)
@@ -169,7 +169,7 @@ def test_locks_are_taken_in_the_order_that_is_written_down(watch, base, tmp_path
         if not ORDER.index(pair[0]) < ORDER.index(pair[1])
     }
     assert not against
-    assert {"Bank._loading", "Turn._now", "Queue.wake", "Store._lock"} <= names
+    assert {"Bank._loading", "Turn._now", "Queue.wake", "Index.lock"} <= names
     loaders = {thread for thread, name in watch.takes if name == "Bank._loading"}
     assert loaders
     assert not [thread for thread in loaders if thread.startswith(PROMPT)]

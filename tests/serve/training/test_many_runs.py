@@ -14,7 +14,7 @@ from tests.support.api_server import listening
 from tests.support.service import open_service
 from tests.support.training_client import Client, Run
 
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -34,7 +34,7 @@ def step(run: Run, number: int) -> tuple[float, float]:
     """A step of a run that is at its ``number``-th: its loss, and the seconds until it is made."""
     start = time.perf_counter()
     passed, stepped = run.ask_pass(texts(number)), run.ask_step(0.02)
-    loss = run.passed(passed).loss
+    loss = run.wait_for_pass(passed).loss
     run.client.result(stepped)
     return loss, time.perf_counter() - start
 

@@ -14,7 +14,7 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.serve import limits
 from veneer.serve.access import Key, Keyring, hash_of
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 BEARER = {"authorization": "Bearer vnr-a"}
 
@@ -84,13 +84,13 @@ def test_no_pass_goes_past_the_tokens_of_its_key(base, tmp_path):
         with pytest.raises(Failed, match="token 999"):
             run.pass_([bad])  # which takes nothing, in the end
         asked = [run.ask_pass([datum(TEXT)]) for _ in range(4)]  # at once
-        assert run.passed(asked[0]).loss > 0
+        assert run.wait_for_pass(asked[0]).loss > 0
         message = run.body([datum(TEXT)], "cross_entropy")
         message.seq_id = run.number - 3
         assert run.send(message.SerializeToString()) == asked[0]  # sent again, which takes nothing
-        assert all(run.passed(promised).loss > 0 for promised in asked[:3])
+        assert all(run.wait_for_pass(promised).loss > 0 for promised in asked[:3])
         with pytest.raises(Failed, match="33 tokens of key 'a' and 11 more"):
-            run.passed(asked[3])
+            run.wait_for_pass(asked[3])
         assert run.pass_([datum(TEXT[:8])], backward=False).loss > 0  # what is left
         assert run.step()["metrics"]["failed_passes:sum"] == 3
 

@@ -15,8 +15,8 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import lines as lines_
-from veneer.serve.training import training as training_
-from veneer.serve.training.training import training_of
+from veneer.serve.training import training_service as training_
+from veneer.serve.training.training_service import training_of
 
 STEP, SAVE = "optim_step", "save_weights"
 #: (route, body, words of the refusal); a text is sent as it is
@@ -126,7 +126,7 @@ def test_the_number_whose_turn_it_is_finds_room(client, it, monkeypatch):
 
     assert sent(bodies[2]).status_code == 429
     assert sent(bodies[0]).status_code == 200
-    assert run.passed(last).loss > 0
+    assert run.wait_for_pass(last).loss > 0
     far = send(run, STEP, {"adam_params": {}}, 2**31 - 1)  # which would be waited for, for ever
     assert far.status_code == 429
     assert "2147483647" in far.json()["error"]["message"]
@@ -135,7 +135,7 @@ def test_the_number_whose_turn_it_is_finds_room(client, it, monkeypatch):
 def failed_passes(run, *promises):
     for promised in promises:
         with pytest.raises(Failed):
-            run.passed(promised)
+            run.wait_for_pass(promised)
 
 
 def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
@@ -150,7 +150,7 @@ def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
         forward, stepped = run.ask_pass(bad, backward=False), run.ask_step(0.01)
         held.set()
         failed_passes(run, refused, forward)
-        assert run.passed(good).loss > 0
+        assert run.wait_for_pass(good).loss > 0
         metrics = client.result(stepped)["metrics"]
         assert metrics["failed_passes:sum"] == 1  # what only looked is no part of a step
         assert metrics["unclipped_grad_l2:mean"] > 0
@@ -160,7 +160,7 @@ def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
         failed_passes(run, run.ask_pass(bad), run.ask_pass(bad))
         with pytest.raises(Failed):
             run.step(-1)  # which is none
-        worker.do(lambda: worker.let_go(worker.lines[run.id])).result()
+        worker.do(lambda: worker.memory.let_go(worker.lines[run.id])).result()
     with opened(base, tmp_path) as (url, _):  # a restart forgets none
         again = Client(url)
         again.session = client.session

@@ -12,14 +12,14 @@ from playwright import sync_api
 from tests.serve.test_page import CONTRAST, NASTY, PHONE, SMALL
 from tests.serve.training.test_service import TEXT, texts
 from tests.support.api_server import listening
-from tests.support.browser import answer, column, ended
+from tests.support.browser import answer, column, expect_states
 from tests.support.service import open_service
 from tests.support.training_client import Client, Run, datum
 
 from veneer.serve import page as files
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training.curve import Batch
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 expect = sync_api.expect
 expect.set_options(timeout=4_000)
@@ -129,7 +129,7 @@ def test_runs_are_seen_as_they_train(show, it):
         "Nothing is trained now. The last batch, 5 min ago, was of alpha"
     )
     it.training.worker.do(
-        lambda: it.training.worker.let_go(it.training.worker.lines[run.id])
+        lambda: it.training.worker.memory.let_go(it.training.worker.lines[run.id])
     ).result()
     expect(said).to_contain_text("on disk")
     expect(page.locator("#notice")).to_be_hidden()
@@ -155,14 +155,14 @@ def test_the_base_a_run_and_a_checkpoint_answer_side_by_side(show, it):
     page.get_by_role("button", name="Compare early of beta").click()
     expect(column(page, 2).locator(".model option:checked")).to_have_text("beta, early")
     ask(page)
-    ended(page, "done", "done", "done")
+    expect_states(page, "done", "done", "done")
     said = [answer(page, place).text_content() for place in range(3)]
     assert len(set(said)) == 3
     expect(page.get_by_role("log")).to_contain_text("beta, early: Ended at max tokens")
     run.pass_([datum(TEXT[::-1])])
     run.step(0.5)
     ask(page)  # the run has gone on; base and checkpoint are what they were
-    ended(page, "done", "done", "done")
+    expect_states(page, "done", "done", "done")
     assert [said[place] == answer(page, place).text_content() for place in range(3)] == [
         True,
         False,
@@ -174,7 +174,7 @@ def test_the_base_a_run_and_a_checkpoint_answer_side_by_side(show, it):
         "beta, early (not on the server)"
     )
     ask(page)
-    ended(page, "done", "done", "failed")
+    expect_states(page, "done", "done", "failed")
     expect(column(page, 2).get_by_role("alert")).to_contain_text("the checkpoint")
 
 
@@ -200,7 +200,7 @@ def test_many_runs_and_names_of_strangers(show, it):
     )
     assert page.evaluate("window.pwned") is None
     assert page.locator("body img, body script, body b").count() == 0
-    store._do("DELETE FROM runs WHERE session = ?", session)
+    store._index.execute("DELETE FROM runs WHERE session = ?", session)
     expect(page.locator(".run")).to_have_count(4)
 
 

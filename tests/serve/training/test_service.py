@@ -28,7 +28,7 @@ from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import lines as lines_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import Store
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 TEXT = [40, 51, 62, 73, 84, 95, 106, 117, 128, 139, 150, 161]
 
@@ -74,7 +74,7 @@ def test_four_clients_at_once_end_as_each_alone(it, monkeypatch):
         losses = []
         for step in range(6):
             passed, stepped = run.ask_pass(texts(10 * number + step)), run.ask_step(0.02)
-            losses.append(run.passed(passed).loss)
+            losses.append(run.wait_for_pass(passed).loss)
             run.client.result(stepped)
         return losses
 
@@ -128,11 +128,13 @@ def test_requests_are_computed_in_their_order_whenever_they_arrive(client, it):
     first = run.send(bodies[0].SerializeToString())
     again = run.send(bodies[0].SerializeToString())  # as after a connection that broke
     assert again == first
-    assert run.passed(first).loss == pytest.approx(local.pass_(texts(0)), rel=1e-4)
+    assert run.wait_for_pass(first).loss == pytest.approx(local.pass_(texts(0)), rel=1e-4)
     client.result(step)
     local.step()
-    assert run.passed(late).loss == pytest.approx(local.pass_(texts(1)), rel=1e-4)
-    assert run.passed(first).loss == run.passed(first).loss  # answers stay for who asks again
+    assert run.wait_for_pass(late).loss == pytest.approx(local.pass_(texts(1)), rel=1e-4)
+    assert (
+        run.wait_for_pass(first).loss == run.wait_for_pass(first).loss
+    )  # answers stay for who asks again
 
 
 def test_a_step_without_a_pass_changes_nothing(client):
@@ -172,9 +174,9 @@ def test_bad_data_fail_their_own_promise_and_nothing_else(client, name):
         other.ask_pass(texts(2)),
     )
     with pytest.raises(Failed, match=words) as error:
-        run.passed(bad)
+        run.wait_for_pass(bad)
     assert error.value.category == "user"
-    assert other.passed(beside).loss == pytest.approx(Local().pass_(texts(2)), rel=1e-4)
+    assert other.wait_for_pass(beside).loss == pytest.approx(Local().pass_(texts(2)), rel=1e-4)
     run.step()  # along the gradients of the good pass alone
     local.step()
     assert run.pass_(texts(3)).loss == pytest.approx(local.pass_(texts(3)), rel=1e-4)
@@ -664,7 +666,7 @@ def opened(base, folder, **options):
 
 def crash(service):
     """What a kill leaves: nothing is written any more."""
-    training_of(service).worker._write_state = lambda line: None
+    training_of(service).worker.memory.write_state_if_due = lambda line: None
 
 
 def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkeypatch):
@@ -679,7 +681,7 @@ def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkey
             run.step(0.02)
             if step == 1:
                 training_of(service).worker.do(
-                    lambda: training_of(service).worker.state(
+                    lambda: training_of(service).worker.memory.write_state(
                         training_of(service).worker.lines[run.id]
                     )
                 ).result()
@@ -689,16 +691,16 @@ def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkey
         waits.seq_id = run.number + 3  # whose turn it is not
         late = run.send(waits.SerializeToString())
         accepted = run.ask_pass(texts(4))
-        first = run.passed(accepted).loss
+        first = run.wait_for_pass(accepted).loss
         crash(service)
     with opened(base, tmp_path) as (url, _):
         again = Client(url)
         again.session = client.session
         back = type(run)(again, run.id, run.number)
-        assert back.passed(accepted).loss == first
+        assert back.wait_for_pass(accepted).loss == first
         assert again.sample(session, TEXT).sequences[0].tokens == sampled
         back.step(0.02)  # along the gradient of a pass from before
-        loss = back.passed(late).loss
+        loss = back.wait_for_pass(late).loss
     for step in range(4):
         assert losses[step] == pytest.approx(local.pass_(texts(step)), rel=1e-3)
         local.step(0.02)
@@ -768,7 +770,7 @@ def test_a_session_that_cannot_be_left_is_said(base, tmp_path, monkeypatch, capl
         def full(line):
             raise OSError("no space left on the device")
 
-        monkeypatch.setattr(training.worker, "let_go", full)
+        monkeypatch.setattr(training.worker.memory, "let_go", full)
         training.leave(client.session)
         training.worker.do(lambda: None).result(30)  # which comes after
         assert "no space left on the device" in caplog.text
@@ -826,7 +828,7 @@ def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
         run = trained_run(client)
         before = run.pass_([datum(TEXT)], backward=False).logprobs[0]
         assert len(training.worker.trainer.runs) == 1
-        training._seen[client.session] -= 1000
+        training._heartbeats[client.session] -= 1000
         training.sweep()
         until(lambda: not training.worker.trainer.runs)
         np.testing.assert_array_equal(run.pass_([datum(TEXT)], backward=False).logprobs[0], before)
@@ -911,7 +913,7 @@ def test_a_folder_is_of_one_server_and_one_base(base, tmp_path, tmp_path_factory
 
     service = open_service(base, None, train=str(tmp_path))
     try:
-        with pytest.raises(ConfigError, match="another server has"):
+        with pytest.raises(ConfigError, match="which another server uses"):
             Store(tmp_path)
     finally:
         service.close()
@@ -939,5 +941,5 @@ def test_a_tied_head_is_said_not_to_train(tmp_path):
 
 
 def test_json_of_failures_is_the_clients(monkeypatch):
-    body = json.loads(worker_.failure(ValueError("x"), own=True).body)
+    body = json.loads(worker_.failure(ValueError("x"), is_bug=True).body)
     assert body == {"error": "ValueError: x", "category": "server"}

@@ -11,14 +11,14 @@ import pytest
 
 from veneer.errors import ConfigError, SelectionError
 from veneer.serve.training.checkpoint_source import CheckpointSource, current_run
-from veneer.serve.training.store import INDEX, Place, Store
-from veneer.serve.training.trainer import ADAPTER
+from veneer.serve.training.run_trainer import ADAPTER
+from veneer.serve.training.store import INDEX, Checkpoint, Store
 
 
 @pytest.fixture
 def store(tmp_path):
     store = Store(tmp_path)
-    store.of_base("tiny", "mark")
+    store.require_base("tiny", "mark")
     yield store
     store.close()
 
@@ -27,7 +27,7 @@ def reads(store, session, run):
     """What the event loop asks while a client's request is written."""
     return [
         store.session(session)["id"], store.run(run)["id"], store.request(run, 0)["done"], store.next_seq(run),
-        store.runs_of(""), store.tokens_of(""), store.bytes_of(""), store.failure_of(run),
+        store.count_runs(""), store.tokens_of(""), store.bytes_of(""), store.failure_of(run),
     ]  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_a_read_waits_for_no_writer(store):
     written, go = threading.Event(), threading.Event()
 
     def write():
-        with store._writing() as connection:
+        with store._index.transaction() as connection:
             connection.execute("UPDATE requests SET done = 1")
             written.set()
             assert go.wait(20)  # as while a disk is slow
@@ -59,7 +59,7 @@ def test_a_read_waits_for_no_writer(store):
 def test_checkpoints_are_a_source_of_adapters_by_name(store):
     """One that is called "now" is not taken for its run as it is at that moment."""
     run = store.new_run("s:train:0", store.new_session("", None, None), "", {}, 0, None)
-    place = Place(run["id"], "weights", "now")
+    place = Checkpoint(run["id"], "weights", "now")
     source = CheckpointSource(store)
     with pytest.raises(SelectionError, match="a checkpoint that is there"):
         source.resolve(place.path)
@@ -82,9 +82,9 @@ def test_threads_that_read_at_once_each_have_a_connection(store):
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read, range(8))) == [[1] * 50] * 8
-    assert len(store._readers) <= 8
+    assert len(store._index._readers) <= 8
     store.close()
-    assert not store._readers
+    assert not store._index._readers
     with pytest.raises(sqlite3.ProgrammingError):
         store.sessions(None)
 
@@ -108,12 +108,12 @@ def test_a_folder_of_another_format_is_refused_with_the_version_that_wrote_it(
     again = Store(tmp_path)
     try:
         with pytest.raises(ConfigError, match=r"veneer 9\.9.*Expected: format 1"):
-            again.of_base("tiny", "mark")
+            again.require_base("tiny", "mark")
     finally:
         again.close()
     change_fact(tmp_path, "format", "1")  # nothing else has changed
     again = Store(tmp_path)
-    again.of_base("tiny", "mark")
+    again.require_base("tiny", "mark")
     again.close()
 
 
@@ -125,7 +125,7 @@ def test_a_folder_of_other_versions_of_the_libraries_says_so(store, tmp_path, ca
     caplog.set_level(logging.WARNING, "veneer.serve.training")
     for expected in (told, False):  # once: from now on it is this version's
         again = Store(tmp_path)
-        again.of_base("tiny", "mark")
+        again.require_base("tiny", "mark")
         again.close()
         words = [record.getMessage() for record in caplog.records]
         assert [f"{name} 0.0.1" in text for text in words] == [True] * expected
@@ -137,6 +137,6 @@ def test_a_folder_of_an_earlier_release_without_versions_is_read(store, tmp_path
     for name in ("veneer", "torch"):
         change_fact(tmp_path, name, None)
     again = Store(tmp_path)
-    again.of_base("tiny", "mark")
+    again.require_base("tiny", "mark")
     again.close()
     assert not caplog.records

@@ -15,8 +15,8 @@ import veneer
 from veneer.adapter_files.verify import verify
 from veneer.engine import PassResult
 from veneer.errors import AdapterError, DataError, TargetError, TrainingError
-from veneer.serve.training.losses import LOSSES, Datum, checked, checked_settings
-from veneer.serve.training.trainer import Adam, DivergenceError, Pass, Trainer
+from veneer.serve.training.losses import LOSSES, Datum, check_datum, complete_settings
+from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
 
 CONFIGS = {
     "a": veneer.LoraConfig(rank=4),
@@ -46,7 +46,7 @@ def datum(draw, loss, size=None, k=None):
     if "logprobs" in inputs:
         inputs["logprobs"] = inputs["logprobs"] * 0.5 - 5.6  # near those of a tiny random model
     tokens = torch.tensor([draw.randrange(3, 259) for _ in range(size)])
-    return checked(
+    return check_datum(
         Datum(tokens, torch.randint(3, 259, shape, generator=numbers), inputs), loss, 0, 259, 200
     )
 
@@ -83,7 +83,7 @@ def alone(config, seed, data, loss, settings):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_is_its_definition_in_a_batch_of_all(trainer, loss):
-    draw, settings = random.Random(1), checked_settings(loss, {})
+    draw, settings = random.Random(1), complete_settings(loss, {})
     passes = [Pass(name, [datum(draw, loss) for _ in range(4)], loss, settings) for name in CONFIGS]
     run_all(trainer, passes)
     for number, one in enumerate(passes):
@@ -111,9 +111,9 @@ def test_the_definitions():
         "dro": 2 + 0.5 * 0.05 * 0.25, "gspo": -2 * 1.0004,
     }  # fmt: skip
     for name, value in expected.items():
-        found = LOSSES[name].terms(logprobs, inputs, checked_settings(name, {}))
+        found = LOSSES[name].terms(logprobs, inputs, complete_settings(name, {}))
         assert found.item() == pytest.approx(value, rel=1e-6), name
-    wide = checked_settings("ppo", {"clip_high_threshold": 9})
+    wide = complete_settings("ppo", {"clip_high_threshold": 9})
     assert float(LOSSES["ppo"].terms(logprobs, inputs, wide)) == pytest.approx(-2 * ratio)
 
 
@@ -133,11 +133,11 @@ def test_the_ratio_of_a_row_in_gspo():
     terms.sum().backward()
     assert terms.tolist() == pytest.approx([-ratio, 2 * ratio, 0.0], rel=1e-6)
     assert logprobs.grad.tolist() == pytest.approx([-ratio, 2 * ratio, 0.0], rel=1e-6)
-    clipped = LOSSES["gspo"].terms(logprobs, inputs, checked_settings("gspo", {}))
+    clipped = LOSSES["gspo"].terms(logprobs, inputs, complete_settings("gspo", {}))
     assert clipped.tolist() == pytest.approx([-1.0004, 2 * ratio, 0.0], rel=1e-6)
     with pytest.raises(DataError, match="a sequence_ratio_mask of zeros in datum 3"):
         inputs["sequence_ratio_mask"] = torch.zeros(3)
-        checked(Datum(torch.ones(3).long(), torch.ones(3).long(), inputs), "gspo", 3, 259, 200)
+        check_datum(Datum(torch.ones(3).long(), torch.ones(3).long(), inputs), "gspo", 3, 259, 200)
 
 
 def test_a_token_that_does_not_count_may_be_impossible():
@@ -325,7 +325,7 @@ def test_samples_are_drawn_from_the_numbers_that_were_published(trainer, tmp_pat
     one = Pass("c", [datum(draw, "cross_entropy", size=12)], "cross_entropy", backward=False)
     run_all(trainer, [one])
     ids = one.data[0].tokens
-    with trainer._bank.acquire({"of-c": 1.0}).result() as lease, trainer.sampled([lease]) as model:
+    with trainer._bank.acquire({"of-c": 1.0}).result() as lease, trainer.sampling([lease]) as model:
         logprobs = F.log_softmax(model(ids[None]).logits[0], -1).gather(
             -1, one.data[0].targets[:, None]
         )[:, 0]
@@ -333,7 +333,7 @@ def test_samples_are_drawn_from_the_numbers_that_were_published(trainer, tmp_pat
     for _ in range(2):
         run_all(trainer, [Pass("c", one.data, "cross_entropy")])
         trainer.step("c", Adam(0.1))
-    with trainer._bank.acquire({"of-c": 1.0}).result() as lease, trainer.sampled([lease]) as model:
+    with trainer._bank.acquire({"of-c": 1.0}).result() as lease, trainer.sampling([lease]) as model:
         again = F.log_softmax(model(ids[None]).logits[0], -1).gather(
             -1, one.data[0].targets[:, None]
         )[:, 0]
@@ -375,7 +375,7 @@ def test_bad_data_are_named(change, words):
         **change,
     }
     with pytest.raises(DataError, match=words):
-        checked(Datum(**fields), "cross_entropy", 3, 259, 200)
+        check_datum(Datum(**fields), "cross_entropy", 3, 259, 200)
 
 
 def test_bad_settings_are_named(trainer):
@@ -386,7 +386,7 @@ def test_bad_settings_are_named(trainer):
         ("ppo", {"clip_low_threshold": 2.0}, "clip_low_threshold 2"),
     ):
         with pytest.raises(DataError, match=words):
-            checked_settings(loss, settings)
+            complete_settings(loss, settings)
     for field, value in (
         ("rate", torch.nan),
         ("rate", -1.0),

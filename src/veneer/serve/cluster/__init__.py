@@ -1,12 +1,13 @@
 """Several replicas of a server, on Ray Serve.
 
-    clients ── Ray's proxy ── gateway.py ── routing.py ── a replica: serve/api.py and all that is
-    behind it
-                              reads the body, sends on,   which one, by the adapter
-                              and again if a replica dies
+    clients ── Ray's proxy ── gateway.py ── routing.py ── a replica: serve/api.py and the rest of
+    the server
+                              reads the body,        chooses a replica by the adapter
+                              forwards the request,
+                              again if a replica dies
 
-Only ``on_ray.py`` knows Ray. A front that is not ours (nginx, HAProxy) needs nothing of this
-folder: docs/serving.md.
+Only ``on_ray.py`` imports Ray. Another reverse proxy (nginx, HAProxy) needs nothing of this folder:
+docs/serving.md.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ def app(args: dict[str, Any]) -> Any:
 
     Args:
         args: the options of `veneer serve` by their names (base, adapters, memory, rows, keys, …),
-            and "replicas", a number, or "1-8" for as many as are needed. Without keys it answers
-            loopback names alone, unless "allow_open" is true. CPUs and GPUs of a replica are Ray's
-            to say (``ray_actor_options``).
+            and "replicas": a number, or a range such as "1-8" for autoscaling. Without keys it
+            answers requests to loopback host names only, unless "allow_open" is true. CPUs and GPUs
+            of a replica are set by Ray (``ray_actor_options``).
 
     Raises:
-        ConfigError: an argument that there is not, or one that cannot be.
+        ConfigError: an unknown argument, or an invalid value.
     """
     from veneer.serve.cluster.on_ray import application_of
 

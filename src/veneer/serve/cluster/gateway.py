@@ -1,12 +1,13 @@
-"""The gateway before the replicas: it reads a request, finds a replica for it, and passes its
-answer on.
+"""The gateway in front of the replicas: it reads a request, finds a replica for it, and forwards
+the answer.
 
-A request whose replica dies is sent to another one, as long as no byte of its answer has been
-passed on: an answer that is no stream is passed on when it is whole, and a stream from its first
-token. A stream that breaks off later ends with an error event and without [DONE], like any answer
-that cannot be finished (serve/answers.py): another replica would draw other words.
+If the replica of a request dies, the request is sent to another one, unless a byte of the answer
+was forwarded already. An answer that is no stream is forwarded when it is complete, a stream from
+its first token. A stream that breaks off later ends with an error event and without [DONE], like
+any answer that cannot be finished (serve/answers.py), because another replica would sample other
+tokens.
 
-Keys and the bounds of bodies hold here too (serve/guard.py), before anything is sent to a replica.
+Keys and limits of bodies are checked here too (serve/guard.py), before a request is forwarded.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from veneer.serve.refusal import RETRY, Refusal
 
 log = logging.getLogger("veneer.serve")
 
-#: how many replicas may die under one request
+#: how many replicas may die while they compute one request
 TRIES = 5
-#: headers of an answer that are of one connection alone
+#: headers that belong to one connection and are not forwarded
 _OWN = (b"connection", b"keep-alive", b"transfer-encoding")
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Whole:
-    """An answer of one replica."""
+class CompleteAnswer:
+    """The complete answer of one replica."""
 
     replica: str
     status: int
@@ -49,18 +50,22 @@ class Whole:
 
 class Gateway:
     """An ASGI application (``app``). ``ask`` sends a request, as (adapter, scope, body), to a
-    replica and gives its ASGI messages; ``ask_all`` sends it to all of them. ``lost``: what they
-    raise when a replica has died."""
+    replica and yields its ASGI messages; ``ask_all`` sends it to all replicas. ``lost``: the
+    exceptions that mean that a replica has died."""
 
-    draining, extensions = False, ()  # for ``Guard``
+    draining, extensions, tracer = False, (), None  # read by ``Guard``; replicas send their spans
 
     def __init__(
-        self, base: str, keys: Keyring, hosts: tuple[str, ...] | None,
+        self,
+        base: str,
+        keys: Keyring,
+        hosts: tuple[str, ...] | None,
         ask: Callable[[str, Message, bytes], AsyncGenerator[Message]],
-        ask_all: Callable[[Message, bytes], Awaitable[Sequence[Whole]]],
+        ask_all: Callable[[Message, bytes], Awaitable[Sequence[CompleteAnswer]]],
         lost: tuple[type[Exception], ...],
-    ) -> None:  # fmt: skip
-        self.base, self.keys, self.hosts = base, keys, hosts
+        cors: tuple[str, ...] = (),
+    ) -> None:
+        self.base, self.keys, self.hosts, self.cors = base, keys, hosts, cors
         self.metrics = Metrics()
         self._ask, self._ask_all, self._lost = ask, ask_all, lost
         self.app = Guard(self._answer, self)
@@ -85,11 +90,11 @@ class Gateway:
                 )
             await relay(lambda: self._ask(adapter, message, body), send, self._lost)
         except Refusal as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
 
     async def _metrics(self, message: Message, body: bytes, send: Any) -> None:
-        """The numbers of all replicas, each with its label; or what the first of them says that
-        refuses."""
+        """The metrics of all replicas, each labelled with its replica; or the first refusal of a
+        replica."""
         try:
             answers = await self._ask_all(message, body)
         except self._lost as error:
@@ -102,7 +107,9 @@ class Gateway:
                 merged, {answer.replica: answer.body for answer in answers}
             )
             headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
-            answer = Whole("", 200, [*headers, (b"content-length", b"%d" % len(page))], page)
+            answer = CompleteAnswer(
+                "", 200, [*headers, (b"content-length", b"%d" % len(page))], page
+            )
         await send(
             {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
         )
@@ -110,13 +117,14 @@ class Gateway:
 
 
 async def relay(
-    attempt: Callable[[], AsyncGenerator[Message]], send: Callable[[Message], Awaitable[None]],
+    attempt: Callable[[], AsyncGenerator[Message]],
+    send: Callable[[Message], Awaitable[None]],
     lost: tuple[type[Exception], ...],
-) -> None:  # fmt: skip
-    """Pass an answer on, of a first attempt or of a later one. ``Refusal``: all attempts were
+) -> None:
+    """Forward the answer of the first attempt that succeeds. ``Refusal``: all attempts were
     lost."""
     for number in range(TRIES):
-        head: Message | None = None  # it waits for the first byte
+        head: Message | None = None  # not sent before the first byte of the body
         begun = ended = False
         try:
             async with aclosing(attempt()) as messages:
@@ -135,7 +143,8 @@ async def relay(
                     await send(message)
                     ended = not message.get("more_body", False)
         except lost as error:
-            if ended:  # the client has all of it, and may ask for more on this connection
+            # the client has the complete answer, and may send another request on this connection
+            if ended:
                 return
             log.warning("A replica was lost in attempt %d: %s", number + 1, type(error).__name__)
             if begun:
@@ -184,8 +193,9 @@ def request_of(scope: Message) -> Message:
 
 
 async def messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Message]:
-    """An application's answer to a request, message by message. To leave early is to go away."""
-    queue: asyncio.Queue[Message | None] = asyncio.Queue()  # as long as an answer at most
+    """An application's answer to a request, message by message. Closing the generator disconnects
+    the client."""
+    queue: asyncio.Queue[Message | None] = asyncio.Queue()  # holds at most one answer
     unread = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def receive() -> Message:
@@ -203,8 +213,8 @@ async def messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Me
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def whole(name: str, app: Any, request: Message, body: bytes) -> Whole:
-    """An application's answer to a request, of the replica ``name``."""
+async def complete_answer(name: str, app: Any, request: Message, body: bytes) -> CompleteAnswer:
+    """The complete answer of an application to a request. ``name``: of its replica."""
     status, headers, content = 500, [], bytearray()
     async with aclosing(messages(app, request, body)) as answer:
         async for message in answer:
@@ -212,7 +222,7 @@ async def whole(name: str, app: Any, request: Message, body: bytes) -> Whole:
                 status, headers = message["status"], list(message["headers"])
             else:
                 content += message.get("body", b"")
-    return Whole(name, status, headers, bytes(content))
+    return CompleteAnswer(name, status, headers, bytes(content))
 
 
 async def _lifespan(receive: Any, send: Any) -> None:

@@ -1,12 +1,12 @@
 """Replicas as deployments of Ray Serve: ``veneer serve --replicas N``, or ``app`` of this folder in
 Ray's config file.
 
-    Gateway   no model; reads the body of a request, since Ray's proxy routes by headers alone
+    Gateway   no model; reads the body of a request, because Ray's proxy routes by headers alone
     Replica   the server of one base, with all of its routes
 
-Ray places the replicas, starts a new one for each that dies, makes more or fewer of them, and knows
-how many requests each has (https://docs.ray.io/en/latest/serve/). Which replica has which adapter
-is routing.py's, by way of Ray's request router.
+Ray places the replicas, replaces those that die, scales their number, and counts the requests of
+each (https://docs.ray.io/en/latest/serve/). routing.py decides which replica has which adapter,
+through Ray's request router.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import os
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,19 +30,20 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from veneer.errors import ConfigError, listing
 from veneer.serve import limits
-from veneer.serve.access import Keyring, read_keys
+from veneer.serve.access import Keyring, follow_keys, read_keys
 from veneer.serve.cluster import gateway, routing
 from veneer.serve.guard import LOOPBACK
-from veneer.serve.settings import Settings, settings_of
+from veneer.serve.request_log import formatter_of
+from veneer.serve.settings import Settings, must_have_keys_for_any_origin, settings_of
 
 NAME = "veneer"
-#: seconds between two questions whether a replica is well
+#: seconds between two health checks of a replica
 HEALTH = 2.0
 
 
 class AdapterRouter(RequestRouter):
-    """``routing.groups`` as a request router of Ray's; the adapter comes as the id of a multiplexed
-    model."""
+    """``routing.groups`` as a request router of Ray; the adapter is passed as the id of a
+    multiplexed model."""
 
     def initialize_state(self, rows: int = 16) -> None:
         self._rows = rows
@@ -59,7 +61,7 @@ class AdapterRouter(RequestRouter):
         adapter = ""
         if pending_request is not None:
             adapter = pending_request.metadata.multiplexed_model_id
-            pending_request.routing_context.should_backoff = True  # when all of them are full
+            pending_request.routing_context.should_backoff = True  # all replicas are full
         return [
             [named[name] for name in group]
             for group in routing.groups(adapter, running, self._rows)
@@ -74,10 +76,12 @@ class Replica:
         from veneer.serve.api import create
         from veneer.serve.start import prepare_process, start
 
-        _log_to_stderr()
+        _log_to_stderr(settings.log_format)
         prepare_process()
         self.name = serve.get_replica_context().replica_id.unique_id
-        self.service = start(settings, _keyring(keys))
+        self.service = start(replace(settings, cors=()), _keyring(keys))  # the gateway's task
+        if keys is not None:
+            self.service.key_watch = follow_keys(self.service, Path(keys))
         self.service.hosts = hosts
         self.application = create(self.service, page.router)
 
@@ -86,30 +90,34 @@ class Replica:
             async for message in messages:
                 yield message
 
-    async def whole(self, request: dict[str, Any], body: bytes) -> gateway.Whole:
-        return await gateway.whole(self.name, self.application, request, body)
+    async def complete_answer(self, request: dict[str, Any], body: bytes) -> gateway.CompleteAnswer:
+        return await gateway.complete_answer(self.name, self.application, request, body)
 
     def check_health(self) -> None:
-        """Ray asks; what fails is replaced by another."""
+        """Called by Ray; a replica for which it raises is replaced."""
         if not self.service.ready:
             raise RuntimeError("the engine has stopped")
 
     def __del__(self) -> None:
-        service = getattr(self, "service", None)  # none, where loading failed
+        service = getattr(self, "service", None)  # absent if loading failed
         if service is not None:
             service.close()
 
 
 class Gateway:
-    """The deployment that Ray's proxy hands requests to."""
+    """The deployment to which Ray's proxy sends requests."""
 
     def __init__(
-        self, replicas: Any, base: str, keys: str | None, hosts: tuple[str, ...] | None
+        self, replicas: Any, settings: Settings, keys: str | None, hosts: tuple[str, ...] | None
     ) -> None:
-        _log_to_stderr()
+        _log_to_stderr(settings.log_format)
         lost = (RayActorError, DeploymentUnavailableError)
         self._replicas = replicas
-        self.gateway = gateway.Gateway(base, _keyring(keys), hosts, self._ask, self._ask_all, lost)
+        self.gateway = gateway.Gateway(
+            settings.name, _keyring(keys), hosts, self._ask, self._ask_all, lost, settings.cors
+        )
+        if keys is not None:
+            follow_keys(self.gateway, Path(keys))  # as long as this process lives
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.gateway.app
@@ -124,11 +132,11 @@ class Gateway:
             async for message in answer:
                 yield message
         except BaseException:
-            answer.cancel()  # a client that went away takes its request with it
+            answer.cancel()  # cancel the request of a client that has disconnected
             raise
 
-    async def _ask_all(self, request: dict[str, Any], body: bytes) -> list[gateway.Whole]:
-        everybody = self._replicas.broadcast("whole", request, body)
+    async def _ask_all(self, request: dict[str, Any], body: bytes) -> list[gateway.CompleteAnswer]:
+        everybody = self._replicas.broadcast("complete_answer", request, body)
         return await asyncio.to_thread(everybody.results, timeout_s=limits.BODY_SECONDS)
 
 
@@ -150,31 +158,38 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
 
 
 def application(
-    settings: Settings, keys: str | None, hosts: tuple[str, ...] | None, replicas: str, grace: float,
+    settings: Settings,
+    keys: str | None,
+    hosts: tuple[str, ...] | None,
+    replicas: str,
+    grace: float,
     actor: Mapping[str, float] | None = None,
-) -> serve.Application:  # fmt: skip
-    """Gateway and replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to Ray."""
-    _keyring(
-        keys
-    )  # a file that is wrong is told here, not in the log of a process that does not start
+) -> serve.Application:
+    """The gateway and the replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to
+    Ray."""
+    # report an invalid file here, not in the log of a process that fails to start
+    must_have_keys_for_any_origin(settings, _keyring(keys).open)
     router: dict[str, Any] = {
         "request_router_class": AdapterRouter,
         "request_router_kwargs": {"rows": settings.rows},
     }
     common = {"health_check_period_s": HEALTH, "graceful_shutdown_timeout_s": grace}
     replica = serve.deployment(Replica, name="Replica").options(
-        **common, **scale(replicas, settings.rows), request_router_config=RequestRouterConfig(**router),
-        max_ongoing_requests=settings.rows + settings.queue, ray_actor_options=dict(actor or {}),
-    )  # fmt: skip
+        **common,
+        **scale(replicas, settings.rows),
+        request_router_config=RequestRouterConfig(**router),
+        max_ongoing_requests=settings.rows + settings.queue,
+        ray_actor_options=dict(actor or {}),
+    )
     front = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
         **common, max_ongoing_requests=limits.CONNECTIONS, ray_actor_options={"num_cpus": 0}
     )
-    return front.bind(replica.bind(settings, keys, hosts), settings.name, keys, hosts)
+    return front.bind(replica.bind(settings, keys, hosts), settings, keys, hosts)
 
 
 def scale(replicas: str, rows: int) -> dict[str, Any]:
-    """A number of replicas in Ray's words: "3", or "1-8", of which there are as many as keep their
-    rows busy."""
+    """Parse a number of replicas for Ray: "3", or a range such as "1-8" within which Ray scales by
+    load."""
     match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", replicas)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
@@ -191,12 +206,21 @@ def scale(replicas: str, rows: int) -> dict[str, Any]:
 
 
 def run(
-    settings: Settings, *, keys: str | None, hosts: tuple[str, ...] | None, host: str, port: int, replicas: str,
-    grace: float, started: Callable[[], None], until: Callable[[], Any],
-) -> None:  # fmt: skip
-    """Serve on the Ray cluster of $RAY_ADDRESS, or on one of this machine that lives as long.
-    ``started`` is called when all replicas answer; ``until`` returns when they are to end."""
-    most = scale(replicas, settings.rows)  # told before Ray is started
+    settings: Settings,
+    *,
+    keys: str | None,
+    hosts: tuple[str, ...] | None,
+    host: str,
+    port: int,
+    replicas: str,
+    grace: float,
+    started: Callable[[], None],
+    until: Callable[[], Any],
+) -> None:
+    """Serve on the Ray cluster of $RAY_ADDRESS, or on a new one of this machine that ends with the
+    server. ``started`` is called when all replicas answer; the server ends when ``until``
+    returns."""
+    most = scale(replicas, settings.rows)  # raises before Ray is started
     most = most.get("num_replicas") or most["autoscaling_config"]["max_replicas"]
     ours = "RAY_ADDRESS" not in os.environ
     ray_options: dict[str, Any] = {"include_dashboard": False} if ours else {}
@@ -210,7 +234,7 @@ def run(
         started()
         until()
     finally:
-        with suppress(KeyboardInterrupt):  # a second Ctrl-C ends Ray's patience, not ours
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C must not interrupt the shutdown
             if ours:
                 serve.shutdown()
             else:
@@ -219,8 +243,8 @@ def run(
 
 
 def share(resources: Mapping[str, float], replicas: int, device: str | None) -> dict[str, float]:
-    """CPUs and GPUs of one of so many replicas: its share of what the cluster has, one GPU where
-    there are some."""
+    """CPUs and GPUs of each replica: an equal share of the cluster's CPUs, and one GPU if there are
+    any."""
     cpus = resources.get("CPU", 1.0) / replicas
     gpus = 1.0 if resources.get("GPU", 0.0) >= replicas and device != "cpu" else 0.0
     return {"num_cpus": float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100, "num_gpus": gpus}
@@ -230,12 +254,13 @@ def _keyring(keys: str | None) -> Keyring:
     return Keyring() if keys is None else read_keys(keys)
 
 
-def _log_to_stderr() -> None:
-    """Ray keeps what a process says, and shows it to whoever started it."""
+def _log_to_stderr(log_format: str) -> None:
+    """Let Ray print the output of its processes, which it otherwise keeps from the user who started
+    them."""
     logger = logging.getLogger("veneer")
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        handler.setFormatter(formatter_of(log_format))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

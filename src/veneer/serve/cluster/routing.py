@@ -1,12 +1,13 @@
-"""Chooses the replica of a request: the one that has its adapter in memory, unless that one has no
-row left.
+"""Choose the replica of a request: the one that has its adapter in memory, unless that replica has
+no free row.
 
-Each pair of an adapter and a replica has a number, a hash; the replica with an adapter's largest
-number is its home (rendezvous hashing: Thaler and Ravishankar 1998). Nobody need know what a
-replica holds: its adapters are those that it was asked for. A replica that goes takes only its own
-adapters' home away, to their next largest; one that comes takes its share of each. Who finds the
-home full goes to the next in the same order, so that an adapter that is asked for more than one
-replica can answer lives on two, and on the same two.
+Each pair of an adapter and a replica has a hash; the replica with the largest hash is the adapter's
+home (rendezvous hashing: Thaler and Ravishankar 1998). No table of the adapters in memory is
+needed, because a replica holds the adapters that it was asked for. If a replica goes, only its own
+adapters move, each to the replica with the next largest hash; a new replica takes over some
+adapters of each other one. A request whose home is full goes to the next replica in the same order.
+An adapter with more requests than one replica can answer is therefore in memory on two, always the
+same two.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import xxhash
 from veneer.fileio.untrusted import parse
 from veneer.serve.scheduler import counted_as
 
-# : where a request goes that asks for no answer: always to the same replica, so that its answers
-# fit together
+#: the routing key of requests that need no model: they always go to the same replica, so that their
+#: answers are consistent
 OPERATOR = "/"
 
 
 def order(adapter: str, replicas: Iterable[str]) -> list[str]:
-    """The replicas in the order in which they are to hold an adapter."""
+    """The replicas in the order in which they are preferred for an adapter."""
     return sorted(
         replicas,
         key=lambda name: xxhash.xxh3_64_intdigest(f"{adapter}\0{name}".encode()),
@@ -34,9 +35,9 @@ def order(adapter: str, replicas: Iterable[str]) -> list[str]:
 
 
 def groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str]]:
-    """Whom to try, one group after the other, and in a group the one with the least to do.
-    ``running``: requests that each replica has; ``rows``: how many of them it answers at one time.
-    The base ("") is in every replica."""
+    """Groups of replicas to try, one group after the other; within a group, take the one with the
+    fewest requests. ``running``: the number of requests of each replica; ``rows``: how many it
+    answers at one time. The base ("") is in every replica."""
     everybody = list(running)
     if not adapter:
         return [everybody]
@@ -44,8 +45,8 @@ def groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str
 
 
 def adapter_of(body: bytes, base: str) -> str:
-    """The adapter that a request asks for; of a blend, the one with the largest weight. The base is
-    "", and so is what cannot be read: the replica says what is wrong with it."""
+    """The adapter of a request; of a blend, the one with the largest weight. "" for the base, and
+    for a body that cannot be parsed, since the replica explains the error."""
     try:
         content: Any = parse(body)
     except ValueError:

@@ -1,7 +1,7 @@
 """The JSON bodies of the `tinker` SDK (tinker/types, 0.38) as this server takes them.
 
-A field that is not here is refused by its name: nothing that a client asks for is passed over. What
-is of no meaning here but harmless (tags, a version) is taken.
+Unknown fields are refused by name, so that no request of a client is silently ignored. Harmless
+fields without a meaning here (tags, a version) are accepted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from veneer.serve.body_rules import few_unknown
 from veneer.serve.refusal import wrong
-from veneer.serve.schemas import few_unknown
-from veneer.serve.training.trainer import Adam
+from veneer.serve.training.run_trainer import Adam
 
 Id = Annotated[str, Field(max_length=256)]
 Path = Annotated[str, Field(max_length=512)]
@@ -204,7 +204,7 @@ class SamplingParams(Body):
 
 
 class Targets(Body):
-    """Token ids [len(prompt) - 1, k], of which -1 asks for nothing; perhaps in CSR."""
+    """Token ids [len(prompt) - 1, k], dense or in CSR; -1 requests no log-probability."""
 
     data: Annotated[list[Annotated[int, Field(ge=-1, lt=2**31)]], Field(fail_fast=True)]
     dtype: Literal["int64"]

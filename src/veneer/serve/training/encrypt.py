@@ -1,4 +1,4 @@
-"""Archives for a reader: each file encrypted to public keys, in the format of age
+"""Encrypt each file of a checkpoint for the owners of public keys, in the format of age
 (age-encryption.org)."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SUFFIX = ".age"
 
 
 def read_recipients(texts: Sequence[str]) -> list[Any]:
-    """Public keys. ``DataError``: a text is none, or the library of the cipher is not installed."""
+    """Parse public keys. ``DataError``: a text is no key, or pyrage is not installed."""
     if not texts:
         return []
     try:
@@ -38,7 +38,7 @@ def read_recipients(texts: Sequence[str]) -> list[Any]:
 
 
 def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
-    """Put encrypted files in the place of those of a folder."""
+    """Replace the files of a folder by encrypted ones."""
     pyrage = _import_pyrage()
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
@@ -46,6 +46,6 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
 
 
 def _import_pyrage() -> Any:
-    # a module of Rust without type stubs: only an untyped value passes the type check with it and
-    # without it
+    # pyrage has no type stubs: an untyped value passes the type check whether or not it is
+    # installed
     return import_module("pyrage")

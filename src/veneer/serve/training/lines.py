@@ -1,7 +1,7 @@
-"""Requests of runs in each run's order, and what their promises come to.
+"""The waiting requests of runs, each run's in order, and the promises of their answers.
 
-accept → the store → the line of its run → at the head, when all before it are answered → answer →
-promise
+accept → the store → the line of its run → its head, when all requests before it are answered →
+answer → promise
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import NamedTuple
 from veneer.errors import sentence
 from veneer.serve.requests import Busy
 from veneer.serve.training.curve import Curve, Rate
+from veneer.serve.training.run_trainer import Pass
 from veneer.serve.training.store import Store
-from veneer.serve.training.trainer import Pass
 from veneer.serve.training.wire import Answer
 
-#: requests of one run that wait, and their bytes
+#: the most waiting requests of one run, and the most bytes of their bodies
 MOST_WAITING, MOST_BYTES = 1024, 64 * 2**20
 
 
 class Promise(Future[Answer]):
-    """The answer to a request, which nobody who waits for it can cancel."""
+    """The future answer to a request. Clients that wait for it cannot cancel it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,16 +35,16 @@ class Promise(Future[Answer]):
         self._awaitable: asyncio.Future[Answer] | None = None
 
     def awaitable(self) -> asyncio.Future[Answer]:
-        """The promise for the event loop, which calls this. A client may ask a thousand times
-        before the answer is there: all of these wait for the same future, since one for each would
-        stay until then."""
+        """A future of the running event loop. All calls share one future: a client may ask a
+        thousand times before the answer exists, and a future for each call would stay in memory
+        until then."""
         if self._awaitable is None or self._awaitable.get_loop() is not asyncio.get_running_loop():
             self._awaitable = asyncio.wrap_future(self)
         return self._awaitable
 
 
-class Asked(NamedTuple):
-    """A request of a run."""
+class RunRequest(NamedTuple):
+    """A request of a run, with its number in the run."""
 
     seq: int
     kind: str
@@ -53,19 +53,28 @@ class Asked(NamedTuple):
 
 @dataclass(eq=False)
 class Line:
-    """A run's requests. ``next``: the number of the one whose turn it is. ``spent``: seconds of
-    computing since its state was written. ``curve``: of its losses, once one is added to it.
-    ``failed``: why it takes nothing any more but a checkpoint to load. ``since``: when its next
-    request began to wait for room in memory. ``again``: when that is tried again, after a
-    failure."""
+    """The waiting requests of one run.
+
+    Fields:
+        name: of the run's adapter on the model.
+        next: number of the next request to compute.
+        state: number of the last request in the saved state, or -1.
+        failed: why the run accepts nothing but a checkpoint to load; None if it has not failed.
+        current: the pass that is being computed.
+        spent: seconds of computing since the state was written.
+        used: when the run was last used.
+        curve: its losses, once they are needed.
+        since: when its next request began to wait for room in memory.
+        again: when a request whose answer could not be written is tried again.
+    """
 
     run: str
-    name: str  # of the run's adapter on the model
+    name: str
     owner: str
     next: int
     state: int
     failed: str | None = None
-    waiting: dict[int, Asked] = field(default_factory=dict)
+    waiting: dict[int, RunRequest] = field(default_factory=dict)
     current: Pass | None = None
     spent: float = 0.0
     used: float = 0.0
@@ -75,58 +84,61 @@ class Line:
     again: float = 0.0
 
     @property
-    def head(self) -> Asked | None:
+    def head(self) -> RunRequest | None:
         return self.waiting.get(self.next) if self.current is None else None
 
 
 class Queue:
-    """The lines of runs that have requests which wait, or are in memory (``runs``, by the names of
-    their adapters). The line of any other run is made from the store when it is used, so that a
-    turn costs nothing for runs at rest. ``wake`` guards all of this, and is notified when there is
-    something to do."""
+    """The lines of runs that have waiting requests or are in memory (``runs``, by the names of
+    their adapters). The line of any other run is created from the store when it is used, so that
+    idle runs cost nothing in a turn. ``wake`` guards all of this, and is notified when there is
+    work."""
 
     def __init__(self, store: Store, runs: Container[str]) -> None:
         self.store, self._runs = store, runs
         self.wake = threading.Condition()
         self.lines: dict[str, Line] = {}
         self.named: dict[str, Line] = {}  # the same by the names of the runs' adapters
-        self.busy: dict[str, Line] = {}  # those with something to do now
+        self.busy: dict[str, Line] = {}  # lines with a request that can be computed
         self.promises: dict[tuple[str, int], Promise] = {}
-        self._idle: deque[Line] = deque()  # that were looked at, and may be dropped
+        self._idle: deque[Line] = deque()  # lines that were only read and may be dropped
         for run in store.waiting_runs():
             line = self.line(run)
             for row in store.requests_after(run, line.next - 1):
                 if not row["done"]:
-                    self._add(line, Asked(row["seq"], row["kind"], row["body"]))
+                    self._add(line, RunRequest(row["seq"], row["kind"], row["body"]))
 
     # any thread
 
     def accept(self, run: str, seq: int | None, kind: str, body: bytes) -> int:
-        """Write a request down, and queue it; its number. The same number again is the same
-        request. ``Busy``: too much of its run waits, or too many numbers are missing before it; the
-        one whose turn it is always has room."""
+        """Write a request to the store and queue it; return its number. A number that was accepted
+        before is the same request. ``Busy``: too many requests or bytes of its run wait, or too
+        many numbers before it are missing. The run's next request is always accepted."""
         with self.wake:
             line = self.line(run)
             number = max([line.next - 1, *line.waiting]) + 1 if seq is None else seq
             new = number >= line.next and number not in line.waiting
-            held = sum(len(request.body) for request in line.waiting.values())
-            full = number - line.next >= MOST_WAITING or (held and held + len(body) > MOST_BYTES)
+            size = sum(len(request.body) for request in line.waiting.values())
+            full = number - line.next >= MOST_WAITING or (size and size + len(body) > MOST_BYTES)
             if new and number > line.next and full:
-                problem = f"request {number} of a run whose next is {line.next}, with {held:,} bytes that wait"
+                problem = (
+                    f"request {number} of a run whose next is {line.next}, with {size:,} bytes that"
+                    " wait"
+                )
                 expected = f"less than {MOST_WAITING} ahead, with {MOST_BYTES:,} bytes"
                 raise Busy(sentence(problem, expected, "wait for those before it"), 1.0)
         added = new and self.store.add_request(run, number, kind, body)
         with self.wake:
-            line = self.line(run)  # which may have been dropped meanwhile
+            line = self.line(run)  # the previous one may have been dropped meanwhile
             if added:
-                self._add(line, Asked(number, kind, body))
+                self._add(line, RunRequest(number, kind, body))
                 self.wake.notify_all()
             else:
                 self._idle.append(line)
         return number
 
     def promise(self, run: str, seq: int) -> Promise | None:
-        """The answer to a request; None for one that is not known, or long gone."""
+        """The promise of a request's answer; None if the request is unknown or was deleted."""
         with self.wake:
             promise = self.promises.get((run, seq))
         if promise is not None:
@@ -150,39 +162,40 @@ class Queue:
                 self.lines[run] = self.named[name] = line
             return self.lines[run]
 
-    def _add(self, line: Line, asked: Asked) -> None:
-        line.waiting[asked.seq] = asked
-        self.promises[line.run, asked.seq] = Promise()
-        self._sort(line)
+    def _add(self, line: Line, request: RunRequest) -> None:
+        line.waiting[request.seq] = request
+        self.promises[line.run, request.seq] = Promise()
+        self._update_busy(line)
 
-    def _sort(self, line: Line) -> None:
+    def _update_busy(self, line: Line) -> None:
         if line.current is not None or line.head is not None:
             self.busy[line.run] = line
         else:
             self.busy.pop(line.run, None)
 
     def active(self) -> list[Line]:
-        """The lines with something to do now."""
-        now = time.monotonic()
+        """The busy lines that do not wait for another try."""
+        moment = time.monotonic()
         with self.wake:
-            return [line for line in self.busy.values() if line.again <= now]
+            return [line for line in self.busy.values() if line.again <= moment]
 
     # the worker's thread
 
     def answer(self, line: Line, seq: int, answer: Answer) -> None:
-        """A request is over, and its answer is in the store."""
+        """Advance the line after a request, and give its promise the answer, which is in the
+        store already."""
         with self.wake:
             line.waiting.pop(seq, None)
             line.next = seq + 1
             promise = self.promises.pop((line.run, seq), None)
-            self._sort(line)
+            self._update_busy(line)
         self.drop(line)
         if promise is not None:
             promise.set_result(answer)
 
     def drop(self, line: Line) -> None:
-        """Forget the line of a run at rest. The worker's thread alone may: dropped by another one
-        while the run comes back, it would be a second line of that run."""
+        """Drop the line of an idle run. Only the worker's thread may call it: if another thread
+        dropped the line while the run is loaded, the run would get a second line."""
         with self.wake:
             rests = not line.waiting and line.current is None and line.name not in self._runs
             if rests and self.lines.get(line.run) is line:

@@ -1,9 +1,8 @@
-"""The runs on the page at /, and questions to them: routes and numbers for people who look
-on.
+"""The runs on the page at /, their use as models in chats, and their metrics.
 
-GET  live                                  a key's runs: losses, tokens a second, who shares the batch, checkpoints
+GET  live                                  a key's runs: losses, tokens a second, the last batch, checkpoints
 model tinker://RUN/KIND/NAME               a checkpoint, in /v1/completions and /v1/chat/completions
-      tinker://RUN/now                     a run as it is at that moment
+      tinker://RUN/now                     the run's current weights
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from veneer.serve.access import Key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import no_such_model
 from veneer.serve.service import Asker, Route
-from veneer.serve.training.accept import run_of, within
+from veneer.serve.training.accept import check_quota, run_of
 from veneer.serve.training.checkpoint_source import NOW, current_run
 from veneer.serve.training.routes import On, checkpoint_of
-from veneer.serve.training.store import KINDS, Place
-from veneer.serve.training.training import Training
+from veneer.serve.training.store import KINDS, Checkpoint
+from veneer.serve.training.training_service import Training
 from veneer.serve.training.worker import PUBLISHED
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
-# : runs of an answer at most, checkpoints of a run, entries of what a client says of it, characters
-# of each
+#: the most runs in an answer, checkpoints of a run, entries of its metadata, and characters of each
+#: entry
 MOST_RUNS, MOST_CHECKPOINTS, MOST_METADATA, MOST_WORDS = 100, 16, 8, 80
 
 
@@ -42,65 +41,80 @@ MOST_RUNS, MOST_CHECKPOINTS, MOST_METADATA, MOST_WORDS = 100, 16, 8, 80
 def live(
     training: On, key: Asker, limit: Annotated[int, Query(ge=1, le=MOST_RUNS)] = 20
 ) -> JSONResponse:
-    """The runs that were used last. Its size is bounded, however long they train."""
+    """The most recently used runs. The size of the answer does not grow with their steps."""
     rows = training.store.runs(key.owner)
-    held = set(training.worker.trainer.runs)
+    resident = set(training.worker.trainer.runs)
     content = {
-        "base": training.base, "most_in_memory": training.resident, "total_count": len(rows),
-        "batch": _batch(training, key), "runs": [_run(training, row, held) for row in rows[:limit]],
-    }  # fmt: skip
-    return JSONResponse(content)  # written here: thousands of numbers are not the event loop's
+        "base": training.base,
+        "most_in_memory": training.resident,
+        "total_count": len(rows),
+        "batch": _batch(training, key),
+        "runs": [_run(training, row, resident) for row in rows[:limit]],
+    }
+    return JSONResponse(content)  # encode here, in a worker thread, not in the event loop
 
 
 def _batch(training: Training, key: Key) -> dict[str, Any] | None:
-    """The last batch: the key's own runs by name, all others as a number."""
+    """The last batch: the key's runs by name, and the number of other runs."""
     batch = training.worker.batch
     if batch is None:
         return None
-    own_rows = [
+    owner_rows = [
         row
         for row in map(training.store.run, batch.runs)
         if row is not None and row["owner"] == key.owner
     ]
-    runs = [{"id": row["id"], "name": _name(training, row)} for row in own_rows[:MOST_RUNS]]
+    runs = [{"id": row["id"], "name": _name(training, row)} for row in owner_rows[:MOST_RUNS]]
     return {
         "runs": runs,
-        "others": len(batch.runs) - len(own_rows),
+        "others": len(batch.runs) - len(owner_rows),
         "seconds_ago": round(time.monotonic() - batch.ended, 1),
     }
 
 
-def _run(training: Training, row: Any, held: set[str]) -> dict[str, Any]:
+def _run(training: Training, row: Any, resident: set[str]) -> dict[str, Any]:
     line = training.worker.lines.get(row["id"])
     curve = None if line is None else line.curve
     if curve is None:
         curve = training.curves(row["id"], row["state"], training.store.next_seq(row["id"]))
-    losses, config = curve.shown(), json.loads(row["config"])
+    losses, config = curve.all_points(), json.loads(row["config"])
     rows, targets = training.store.checkpoints(None, row["id"]), config["targets"]
     return {
-        "id": row["id"], "name": _name(training, row), "metadata": _metadata(row["metadata"]),
-        "rank": config["rank"], "targets": [targets] if isinstance(targets, str) else targets,
-        "created": row["created"], "used": row["used"],
-        "steps": curve.steps, "tokens": curve.tokens, "losses": [(step, float(f"{loss:.5g}")) for step, loss in losses],
+        "id": row["id"],
+        "name": _name(training, row),
+        "metadata": _metadata(row["metadata"]),
+        "rank": config["rank"],
+        "targets": [targets] if isinstance(targets, str) else targets,
+        "created": row["created"],
+        "used": row["used"],
+        "steps": curve.steps,
+        "tokens": curve.tokens,
+        "losses": [(step, float(f"{loss:.5g}")) for step, loss in losses],
         "tokens_per_second": 0.0 if line is None else round(line.rate.at(time.monotonic()), 1),
-        "in_memory": f"run{row['number']}" in held, "waiting": 0 if line is None else len(line.waiting),
-        "unloaded": bool(row["unloaded"]), "failed": training.store.failure_of(row["id"]),
+        "in_memory": f"run{row['number']}" in resident,
+        "waiting": 0 if line is None else len(line.waiting),
+        "unloaded": bool(row["unloaded"]),
+        "failed": training.store.failure_of(row["id"]),
         "checkpoints_count": len(rows),
         "checkpoints": [_checkpoint(checkpoint) for checkpoint in rows[:MOST_CHECKPOINTS]],
-    }  # fmt: skip
+    }
 
 
 def _checkpoint(row: Any) -> dict[str, Any]:
-    checkpoint = Place(row["run"], row["kind"], row["name"])
+    checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
     return {
-        "path": checkpoint.path, "kind": KINDS[checkpoint.kind], "name": checkpoint.name, "bytes": row["bytes"],
-        "created": row["created"], "expires": row["expires"],
-    }  # fmt: skip
+        "path": checkpoint.path,
+        "kind": KINDS[checkpoint.kind],
+        "name": checkpoint.name,
+        "bytes": row["bytes"],
+        "created": row["created"],
+        "expires": row["expires"],
+    }
 
 
 def _name(training: Training, row: Any) -> str:
-    """A client's name of its run or, with a number, of its session; else the beginning of the
-    session's id."""
+    """The client's name for the run; without one, the session's title or the beginning of its id,
+    and the run's number."""
     name = (json.loads(row["metadata"] or "{}") or {}).get("name")
     if name:
         return str(name)[:MOST_WORDS]
@@ -119,28 +133,28 @@ def _metadata(text: str | None) -> dict[str, str]:
 
 
 async def requested_run(training: Training, key: Key, model: str) -> dict[str, float]:
-    """The adapter that a model's name tinker://… means. ``Refusal``: there is none that the key may
-    read, or it has no tokens left today."""
+    """The adapter of a model's name tinker://…, as {name in the bank: weight}. ``Refusal``: the key
+    may read no such adapter, or has no tokens left today."""
     if not key.train:
         raise no_such_model(model)
     run = current_run(model)
     if run is not None:
         id = run_of(training, key, run)["id"]
-        within(training, key, "tokens")
-        published = training.worker.do(partial(publish, training, id), id)
-        name = await asyncio.shield(asyncio.wrap_future(published))
-        await training.written(training.keep, name)
+        check_quota(training, key, "tokens")
+        publication = training.worker.do(partial(publish, training, id), id)
+        name = await asyncio.shield(asyncio.wrap_future(publication))
+        await training.write(training.record_use, name)
     else:
         checkpoint_of(training, key, model)
-        within(training, key, "tokens")
-        name = await training.written(training.used, model)
+        check_quota(training, key, "tokens")
+        name = await training.write(training.register_checkpoint, model)
     return {name: 1.0}
 
 
 def publish(training: Training, run: str) -> str:
-    """Let the bank have a run as it is now, by the name that is returned; the training thread's.
-    Whether it is in memory stays as it was. ``SelectionError``: it is a copy, or has not begun.
-    ``TrainingError``: it has failed."""
+    """Put the run's current weights into the bank; return their name there. Only the training
+    thread may call it. A run that was not in memory leaves it again. ``SelectionError``: the run is
+    a copy, or has not begun. ``TrainingError``: it has failed."""
     worker, bank, name = training.worker, training.bank, f"tinker://{run}/{NOW}"
     line = worker.queue.line(run)
     if not line.next:
@@ -150,8 +164,8 @@ def publish(training: Training, run: str) -> str:
     if name in bank and worker.published.get(run) == line.next:
         worker.queue.drop(line)
         return name
-    held = line.name in worker.trainer.runs
-    worker.ensure(line)
+    was_resident = line in worker.memory
+    worker.memory.ensure(line)
     folder = training.folder_of(name)
     worker.trainer.export(line.name, folder, training.base, {"run": run, "request": line.next})
     bank.put(name, folder, line.name)
@@ -159,8 +173,8 @@ def publish(training: Training, run: str) -> str:
     worker.published[run] = line.next
     if len(worker.published) > PUBLISHED:
         del worker.published[next(iter(worker.published))]
-    if not held:
-        worker.let_go(line)
+    if not was_resident:
+        worker.memory.let_go(line)
     return name
 
 
@@ -169,7 +183,7 @@ def publish(training: Training, run: str) -> str:
 
 
 class _Numbers:
-    """The metrics of training, read when /metrics is."""
+    """The metrics of training, collected when /metrics is requested."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -177,7 +191,7 @@ class _Numbers:
     def collect(self) -> Iterator[Metric]:
         worker, store = self.training.worker, self.training.store
         for name, help_, value in (
-            ("veneer_training_runs", "Runs that take requests.", store.runs_of(None)),
+            ("veneer_training_runs", "Runs that take requests.", store.count_runs(None)),
             ("veneer_training_resident_runs", "Runs in memory.", len(worker.trainer.runs)),
         ):
             yield GaugeMetricFamily(name, help_, value)

@@ -1,13 +1,13 @@
-"""What a run learns from: data, and losses of the log-probabilities of their target tokens.
+"""Training data of a run, and losses of the log-probabilities of its target tokens.
 
     tokens [n] ─ model ─> logprobs of target_tokens [n] or [n, k] ─ loss ─> Σ over all tokens of all
     data
 
-A loss is a sum of terms of single rows, so that data may be computed in any batches. Names, inputs,
+A loss is a sum of terms of single rows, so data can be computed in any batches. Names, inputs,
 settings and definitions are those of the `tinker` SDK's documentation
-(https://tinker-docs.thinkingmachines.ai/tinker/losses); "cispo" is clipped as "ppo" is, 0.8 to 1.2,
-"gspo" as in its paper (Zheng et al. 2025, arXiv:2507.18071), and "dro" has beta 0.05, unless a
-request says otherwise.
+(https://tinker-docs.thinkingmachines.ai/tinker/losses). Default settings: "ppo" and "cispo" are
+clipped to 0.8 … 1.2, "gspo" as in its paper (Zheng et al. 2025, arXiv:2507.18071), and "dro" has
+beta 0.05.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Datum:
-    """One row: ``tokens`` [n], what the model reads; ``targets`` [n] or [n, k], what it should say
-    behind each of them; ``inputs``, the further numbers of the loss, of the targets' shape."""
+    """One row. ``tokens`` [n]: the model's input; ``targets`` [n] or [n, k]: the token or tokens to
+    predict after each of them; ``inputs``: further inputs of the loss, of the targets' shape."""
 
     tokens: Tensor
     targets: Tensor
@@ -36,8 +36,8 @@ class Datum:
 
 
 class Loss(NamedTuple):
-    """A loss: the names of its inputs, its settings with their defaults, and the terms that it
-    sums, of the targets' shape: (logprobs, inputs, settings) -> terms."""
+    """``inputs``: names of the inputs; ``settings``: settings with their defaults; ``terms``:
+    (logprobs, inputs, settings) -> the terms of the sum, of the targets' shape."""
 
     inputs: tuple[str, ...]
     settings: Mapping[str, float]
@@ -59,11 +59,11 @@ def _ppo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Ten
 
 
 def _gspo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
-    """GSPO-token: a token has the value of its row's ratio, the geometric mean of the tokens', and
-    its own gradient."""
-    now, advantages = logprobs.detach(), inputs["advantages"]
-    of_row = (now - inputs["logprobs"])[inputs["sequence_ratio_mask"] != 0].mean()
-    ratio = (of_row + logprobs - now).exp()
+    """GSPO-token: the ratio of each token has the value of the row's ratio (the geometric mean of
+    its tokens' ratios) and the gradient of the token."""
+    constant, advantages = logprobs.detach(), inputs["advantages"]
+    row_ratio = (constant - inputs["logprobs"])[inputs["sequence_ratio_mask"] != 0].mean()
+    ratio = (row_ratio + logprobs - constant).exp()
     clipped = ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
     return -torch.minimum(_where(advantages, ratio), _where(advantages, clipped))
 
@@ -87,7 +87,7 @@ def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _where(factor: Tensor, values: Tensor) -> Tensor:
-    """Their product, 0 where the factor is, whatever the value."""
+    """factor · values, and 0 where the factor is 0 even if the value is not finite."""
     return torch.where(factor == 0, torch.zeros_like(values), values) * factor
 
 
@@ -107,59 +107,72 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def checked_settings(loss: str, given: Mapping[str, Any]) -> dict[str, float]:
-    """The settings of a loss, with defaults. ``DataError``: an unknown loss or setting, a value
-    that is no number."""
+def complete_settings(loss: str, settings: Mapping[str, Any]) -> dict[str, float]:
+    """Check the settings of a loss and add the defaults. ``DataError``: an unknown loss or setting,
+    or a value that is no finite number."""
     if loss not in LOSSES:
         raise DataError(
             f"the loss {loss[:80]!r}",
             f"one of {listing(LOSSES)}",
             "use one of these, or a custom loss",
         )
-    known = LOSSES[loss].settings
-    for name, value in given.items():
-        if name not in known:
-            expected = listing(known) if known else "no settings"
+    defaults = LOSSES[loss].settings
+    for name, value in settings.items():
+        if name not in defaults:
+            expected = listing(defaults) if defaults else "no settings"
             raise DataError(f"the setting {name[:80]!r} of {loss}", expected, "leave it out")
         if isinstance(value, str) or not math.isfinite(value):
             raise DataError(f"{name} {str(value)[:40]} of {loss}", "a finite number", "change it")
-    settings = {**known, **given}
-    if settings.get("clip_low_threshold", 0.0) > settings.get("clip_high_threshold", math.inf):
-        found = f"clip_low_threshold {settings['clip_low_threshold']:g} of {loss}"
+    complete = {**defaults, **settings}
+    if complete.get("clip_low_threshold", 0.0) > complete.get("clip_high_threshold", math.inf):
         raise DataError(
-            found,
-            f"at most clip_high_threshold, {settings['clip_high_threshold']:g}",
+            f"clip_low_threshold {complete['clip_low_threshold']:g} of {loss}",
+            f"at most clip_high_threshold, {complete['clip_high_threshold']:g}",
             "change one of them",
         )
-    return settings
+    return complete
 
 
-def checked(datum: Datum, loss: str, number: int, vocabulary: int, length: int) -> Datum:
-    """A datum with all inputs of its loss, as float32. ``DataError`` names it by its ``number``: it
-    is empty or longer than the context, a token is none of the vocabulary, an input is missing,
-    unknown, of another shape or no number."""
-    where = f"datum {number}"
+def check_datum(datum: Datum, loss: str, number: int, vocabulary: int, length: int) -> Datum:
+    """Check a datum; return it with all inputs of its loss in float32.
+
+    Raises:
+        DataError: it is empty or longer than the context, a token is not in the vocabulary, or an
+            input is missing, unknown, of another shape or not finite. The message names the datum
+            by ``number``.
+    """
+    label = f"datum {number}"
     size = len(datum.tokens)
     if not 0 < size < length:
         raise DataError(
-            f"{where} of {size} tokens",
+            f"{label} of {size} tokens",
             f"1 to {length - 1}",
             "shorten it, or serve a longer --length",
         )
     if datum.targets.dim() not in (1, 2) or len(datum.targets) != size or not datum.targets.numel():
-        found = f"target_tokens {list(datum.targets.shape)} in {where}"
         raise DataError(
-            found, f"[{size}] or [{size}, k], a target for each token", "shift the targets by one"
+            f"target_tokens {list(datum.targets.shape)} in {label}",
+            f"[{size}] or [{size}, k], a target for each token",
+            "shift the targets by one",
         )
     for name, ids in (("model_input", datum.tokens), ("target_tokens", datum.targets)):
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            found = f"token {int(ids.min() if ids.min() < 0 else ids.max())} in {name} of {where}"
-            raise DataError(found, f"ids from 0 to {vocabulary - 1}", "use the base's tokenizer")
+            token = int(ids.min() if ids.min() < 0 else ids.max())
+            raise DataError(
+                f"token {token} in {name} of {label}",
+                f"ids from 0 to {vocabulary - 1}",
+                "use the base's tokenizer",
+            )
     if unknown := sorted(datum.inputs.keys() - set(LOSSES[loss].inputs)):
-        found = f"the input {unknown[0][:80]!r} in {where}"
         raise DataError(
-            found, f"target_tokens and {listing(LOSSES[loss].inputs)}, for {loss}", "leave it out"
+            f"the input {unknown[0][:80]!r} in {label}",
+            f"target_tokens and {listing(LOSSES[loss].inputs)}, for {loss}",
+            "leave it out",
         )
+    return Datum(datum.tokens.long(), datum.targets.long(), _loss_inputs(datum, loss, label))
+
+
+def _loss_inputs(datum: Datum, loss: str, label: str) -> dict[str, Tensor]:
     inputs = {}
     for name in LOSSES[loss].inputs:
         values = datum.inputs.get(name)
@@ -167,26 +180,27 @@ def checked(datum: Datum, loss: str, number: int, vocabulary: int, length: int) 
             values = torch.ones_like(datum.targets, dtype=torch.float32)
         if values is None:
             raise DataError(
-                f"no {name} in {where}",
+                f"no {name} in {label}",
                 f"one for each target of {loss}",
                 "add them to loss_fn_inputs",
             )
         if values.shape != datum.targets.shape:
-            found = f"{name} {list(values.shape)} in {where}"
             raise DataError(
-                found, f"{list(datum.targets.shape)}, as target_tokens", "give one for each target"
+                f"{name} {list(values.shape)} in {label}",
+                f"{list(datum.targets.shape)}, as target_tokens",
+                "give one for each target",
             )
         inputs[name] = values.float()
         if not inputs[name].isfinite().all():
             raise DataError(
-                f"{name} that are no finite numbers in {where}",
+                f"{name} that are no finite numbers in {label}",
                 "finite ones",
                 "look where they come from",
             )
     if "sequence_ratio_mask" in inputs and not inputs["sequence_ratio_mask"].any():
         raise DataError(
-            f"a sequence_ratio_mask of zeros in {where}",
+            f"a sequence_ratio_mask of zeros in {label}",
             "a token of the answer, at least",
             "mark these",
         )
-    return Datum(datum.tokens.long(), datum.targets.long(), inputs)
+    return inputs

@@ -1,7 +1,7 @@
 """Requests of a run besides passes and steps: begin, save, load, publish for samples, end.
 
-The worker's thread calls them, each with the run's line and what was asked. What they return is the
-answer's JSON.
+The worker's thread calls each operation with the run's line and the fields of the request. The
+operation returns the JSON of the answer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from veneer.errors import ConfigError, DataError
 from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import over_quota
-from veneer.serve.training.store import NAME, Place, Store, folder_bytes, place_of
-from veneer.serve.training.trainer import ADAPTER, Trainer
+from veneer.serve.training.run_trainer import ADAPTER, Trainer
+from veneer.serve.training.store import NAME, Checkpoint, Store, folder_bytes, parse_checkpoint_path
 from veneer.serve.training.worker import Line, Worker
 
-#: seconds that a checkpoint may be asked to stay at least and at most: an hour, ten years
+#: the least and greatest ttl_seconds of a checkpoint: an hour, ten years
 LEAST_STAY, MOST_STAY = 3600, 10 * 366 * 86400
 
 
@@ -39,16 +39,19 @@ class Operations:
     base: str
 
     def __post_init__(self) -> None:
-        own = {
-            "create": self.create, "load": self.load, "save": self.save, "sampler": self.sampler,
-            "external": self.external, "unload": self.unload,
-        }  # fmt: skip
-        self.worker.operations.update(own)
+        self.worker.operations |= {
+            "create": self.create,
+            "load": self.load,
+            "save": self.save,
+            "sampler": self.sampler,
+            "external": self.external,
+            "unload": self.unload,
+        }
 
     def create(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
         row = self.store.run(line.run)
         assert row is not None
-        self.worker.make_room()
+        self.worker.memory.make_room()
         self.trainer.begin(line.name, LoraConfig.from_dict(json.loads(row["config"])), row["seed"])
         return {"model_id": line.run, "type": "create_model"}
 
@@ -56,103 +59,92 @@ class Operations:
         path, folder, config = self._source(options)
         row = self.store.run(line.run)
         assert row is not None
-        before = json.loads(row["config"])
-        if line.next and config != before:
-            expected = f"one of a run like this, of rank {before['rank']} and the same targets"
+        run_config = json.loads(row["config"])
+        if line.next and config != run_config:
+            expected = f"one of a run like this, of rank {run_config['rank']} and the same targets"
             problem = f"{path}, of rank {config['rank']}"
             raise DataError(problem, expected, "create a training client from that state")
-        if line.name not in self.trainer.runs:
-            self.worker.make_room()
+        if line not in self.worker.memory:
+            self.worker.memory.make_room()
         adapter = "" if "folder" in options else ADAPTER
         self.trainer.load(line.name, folder, optimizer=options["optimizer"], adapter=adapter)
-        self.store.configured(
+        self.store.set_config(
             line.run, self.trainer.runs[line.name].config.to_dict() if not adapter else config
         )
         return {"path": path, "model_id": line.run, "type": "load_weights"}
 
     def _source(self, options: Mapping[str, Any]) -> tuple[str, Path, dict[str, Any]]:
-        """(path, folder, config) of what is loaded: a checkpoint, or an adapter of the server's
-        folder or library. ``DataError``: it is not there, is encrypted, or lacks the optimiser that
-        is asked for."""
+        """(path, folder, config) of the weights to load: a checkpoint, or an adapter in the
+        server's folder or library. ``DataError``: it does not exist, is encrypted, or lacks the
+        requested optimiser."""
         path = options["path"]
         if "folder" in options:
-            holds, folder, config = False, Path(options["folder"]), options["config"]
+            has_optimizer, folder, config = False, Path(options["folder"]), options["config"]
         else:
-            checkpoint = place_of(path)
+            checkpoint = parse_checkpoint_path(path)
             row = self.store.checkpoint(checkpoint)
             if row is None:
                 raise DataError(
-                    f"{path}, which is not there",
-                    "a checkpoint that is",
+                    f"{path}, which does not exist",
+                    "a checkpoint of a run",
                     "list the run's checkpoints",
                 )
-            holds, folder, config = (
-                checkpoint.kind == "weights",
-                self.store.files_of(checkpoint),
-                json.loads(row["config"]),
-            )
+            has_optimizer = checkpoint.kind == "weights"
+            folder, config = self.store.files_of(checkpoint), json.loads(row["config"])
             if any((folder / ADAPTER).glob(f"*{SUFFIX}")):
                 raise DataError(
                     f"{path}, which is encrypted",
                     "weights that are not",
-                    "load what they were saved from",
+                    "load the checkpoint from which they were saved",
                 )
-        if options["optimizer"] and not holds:
-            problem, do = (
-                f"{path}, which holds no optimizer",
-                "load the weights alone: create_training_client_from_state",
-            )
+        if options["optimizer"] and not has_optimizer:
+            problem = f"{path}, which holds no optimizer"
+            do = "load the weights alone: create_training_client_from_state"
             raise DataError(problem, "a checkpoint of save_state", do)
         return path, folder, config
 
     def save(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        checkpoint = self._new(line, "weights", options)
+        checkpoint = self._new_checkpoint(line, "weights", options)
         if not self._is_saved(line, checkpoint):
-            check, provenance = (
-                partial(self._check_bytes, line, checkpoint, options),
-                {"run": line.run, "request": line.next},
-            )
+            check = partial(self._check_bytes, line, checkpoint, options)
+            provenance = {"run": line.run, "request": line.next}
             self.trainer.save(
                 line.name, self.store.files_of(checkpoint), self.base, provenance, check
             )
-            self._added(line, checkpoint, options)
+            self._record(line, checkpoint, options)
         return {"path": checkpoint.path, "type": "save_weights"}
 
     def external(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        checkpoint = self._new(line, "external_weights", options)
+        checkpoint = self._new_checkpoint(line, "external_weights", options)
         if not self._is_saved(line, checkpoint):
             self._publish(line, checkpoint, options)
-            self._added(line, checkpoint, options)
+            self._record(line, checkpoint, options)
         return {"path": checkpoint.path, "type": "save_weights_external"}
 
     def sampler(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        hidden = options.get("sampler")  # a sampling session of its own, whose weights have no name
-        name = (
-            options["name"]
-            if hidden is None
-            else "inflight"
-            if options["kind"] == "inflight"
-            else f"of-{line.next}"
-        )
-        checkpoint = self._new(
+        sampler = options.get("sampler")  # the id of a new sampling session, for unnamed weights
+        name = options.get("name")
+        if sampler is not None:
+            name = "inflight" if options["kind"] == "inflight" else f"of-{line.next}"
+        checkpoint = self._new_checkpoint(
             line, "sampler_weights", {**options, "name": name, "overwrite": True}
         )
         self._publish(line, checkpoint, options)
         self.bank.put(checkpoint.path, self.store.files_of(checkpoint) / ADAPTER, line.name)
-        self._added(line, checkpoint, options, hidden=hidden is not None)
-        if hidden is None:
+        self._record(line, checkpoint, options, hidden=sampler is not None)
+        if sampler is None:
             return {"path": checkpoint.path, "type": "save_weights_for_sampler"}
-        self.store.add_sampler(hidden, options["session"], line.owner, checkpoint.path)
-        return {"sampling_session_id": hidden, "type": "save_weights_for_sampler"}
+        self.store.add_sampler(sampler, options["session"], line.owner, checkpoint.path)
+        return {"sampling_session_id": sampler, "type": "save_weights_for_sampler"}
 
     def unload(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        self.worker.let_go(line)
+        self.worker.memory.let_go(line)
         self.store.unload(line.run)
         return {"model_id": line.run, "type": "unload_model"}
 
-    def _new(self, line: Line, kind: str, options: Mapping[str, Any]) -> Place:
-        """A place for a checkpoint. ``DataError``: a name that is none, or taken; a time to stay
-        that is none."""
+    def _new_checkpoint(self, line: Line, kind: str, options: Mapping[str, Any]) -> Checkpoint:
+        """The address of a new checkpoint. ``DataError``: an invalid or used name, or an invalid
+        time to live."""
         name, seconds = options.get("name") or f"step-{line.next}", options.get("ttl_seconds")
         if not NAME.fullmatch(name):
             expected = "1 to 128 letters, digits and '._-', beginning with a letter or digit"
@@ -161,11 +153,9 @@ class Operations:
             raise DataError(
                 f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it"
             )
-        checkpoint = Place(line.run, kind, name)
-        taken_before = self.store.checkpoint(checkpoint) is not None and not self._is_saved(
-            line, checkpoint
-        )
-        if taken_before and not options.get("overwrite"):
+        checkpoint = Checkpoint(line.run, kind, name)
+        exists = self.store.checkpoint(checkpoint) is not None
+        if exists and not self._is_saved(line, checkpoint) and not options.get("overwrite"):
             raise DataError(
                 f"{checkpoint.path}, which exists",
                 "a new name",
@@ -173,13 +163,13 @@ class Operations:
             )
         return checkpoint
 
-    def _is_saved(self, line: Line, checkpoint: Place) -> bool:
-        """Whether this very request saved it before: the server ended, or its disk was full, before
-        the answer."""
+    def _is_saved(self, line: Line, checkpoint: Checkpoint) -> bool:
+        """Whether this request saved the checkpoint already, but could not be answered: the server
+        ended, or its disk was full."""
         row = self.store.checkpoint(checkpoint)
         return row is not None and row["request"] == line.next
 
-    def _publish(self, line: Line, checkpoint: Place, options: Mapping[str, Any]) -> None:
+    def _publish(self, line: Line, checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
         provenance = {"run": line.run, "request": line.next}
         recipients = read_recipients(options.get("age_encryption_recipients") or ())
         with new_folder(
@@ -191,17 +181,17 @@ class Operations:
             self._check_bytes(line, checkpoint, options, folder)
 
     def _check_bytes(
-        self, line: Line, checkpoint: Place, options: Mapping[str, Any], folder: Path
+        self, line: Line, checkpoint: Checkpoint, options: Mapping[str, Any], folder: Path
     ) -> None:
-        """``DataError``: a checkpoint that is written to a folder is more than its key may have."""
+        """``DataError``: the files of a checkpoint in ``folder`` exceed the quota of its key."""
         limit, size = options.get("most_bytes"), folder_bytes(folder)
         if (
             problem := over_quota(self.store, line.owner, "bytes", limit, size, replaced=checkpoint)
         ) is not None:
             raise DataError(problem)
 
-    def _added(
-        self, line: Line, checkpoint: Place, options: Mapping[str, Any], hidden: bool = False
+    def _record(
+        self, line: Line, checkpoint: Checkpoint, options: Mapping[str, Any], hidden: bool = False
     ) -> None:
         row = self.store.run(line.run)
         assert row is not None
@@ -215,17 +205,17 @@ class Operations:
             request=line.next,
         )
 
-    # as all changes of checkpoints, these are the worker's thread's
+    # the worker's thread alone calls these, as it makes all changes of checkpoints
 
-    def delete(self, checkpoint: Place) -> None:
-        """A checkpoint, and the samples that could be drawn from it."""
+    def delete(self, checkpoint: Checkpoint) -> None:
+        """Delete a checkpoint, and remove it from the bank of samples."""
         if checkpoint.path in self.bank:
             self.bank.remove(checkpoint.path)
         self.store.delete_checkpoint(checkpoint)
 
-    def copy(self, source: Place, target: Place) -> None:
-        """The files of a checkpoint under another run. No file of one is ever changed, so they are
-        shared."""
+    def copy(self, source: Checkpoint, target: Checkpoint) -> None:
+        """Copy a checkpoint to another run by hard links, since the files of checkpoints are never
+        changed."""
         with new_folder(
             self.store.files_of(target), overwrite=True, replaces=[EVERYTHING]
         ) as folder:
@@ -242,8 +232,8 @@ def _link(source: str, target: str) -> None:
 
 
 def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool) -> LoraConfig:
-    """What to attach. A head that shares the embedding's weight is not trained: it would change the
-    embedding too. ``ConfigError``: nothing would be."""
+    """The config of a new run's adapter. A head that shares the embedding's weight is not trained,
+    because it would change the embedding too. ``ConfigError``: nothing would be trained."""
     layer, head_path = model.get_output_embeddings(), None
     if head and layer is not None and layer.weight is not model.get_input_embeddings().weight:
         head_path = next(name for name, module in model.named_modules() if module is layer)
@@ -258,6 +248,7 @@ def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool
     return LoraConfig(rank=rank, targets=targets)
 
 
-def tied(model: Any) -> bool:
+def has_tied_head(model: Any) -> bool:
+    """Whether the output head is the embedding's weight."""
     layer = model.get_output_embeddings()
     return layer is not None and layer.weight is model.get_input_embeddings().weight

@@ -1,11 +1,11 @@
-"""Quotas of a key: adapters in training, bytes of checkpoints, tokens a day. What a request
-takes is counted with it, so none goes past a limit: tokens when a pass is accepted, bytes before a
-checkpoint is published."""
+"""Quotas of a key: adapters in training, bytes of checkpoints, tokens per day. Tokens are counted
+when a pass is accepted and bytes before a checkpoint is published, so no request exceeds a
+quota."""
 
 from __future__ import annotations
 
 from veneer.errors import sentence
-from veneer.serve.training.store import Place, Store
+from veneer.serve.training.store import Checkpoint, Store
 
 _ADVICE = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on tomorrow (UTC)"}
 
@@ -17,15 +17,15 @@ def over_quota(
     limit: int | None,
     amount: int = 1,
     *,
-    replaced: Place | None = None,
+    replaced: Checkpoint | None = None,
 ) -> str | None:
-    """Why the key of an owner may not have so much more of "runs", "bytes" or "tokens"; None where
-    it may. ``replaced``: a checkpoint whose bytes do not count, as others take their place."""
+    """Why an owner's key may not use ``amount`` more of "runs", "bytes" or "tokens"; None if it
+    may. ``replaced``: a checkpoint that will be overwritten, so its bytes do not count."""
     if limit is None:
         return None
     match resource:
         case "runs":
-            used = store.runs_of(owner)
+            used = store.count_runs(owner)
         case "bytes":
             used = store.bytes_of(owner, but=replaced)
         case _:

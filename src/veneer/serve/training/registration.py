@@ -11,10 +11,10 @@ from veneer import models
 from veneer.serve.access import Key
 from veneer.serve.extension import Extension
 from veneer.serve.training import live, rest, routes
-from veneer.serve.training.trainer import Turn
-from veneer.serve.training.training import Training, open_training
+from veneer.serve.training.run_trainer import Turn
+from veneer.serve.training.training_service import Training, open_training
 
-#: bytes of a body of data to train on; a client is told to send less than a third of it at once
+#: the most bytes of a body with training data; clients are configured to send less than a third
 MAX_BODY = 16 * 2**20
 
 
@@ -23,9 +23,9 @@ class TrainingExtension(Extension):
 
     routers = (routes.router, routes.numbered, rest.router, live.router)
     path_prefix = "/api/v1"
-    secret_path = "/api/v1/files/"  # an address of a file holds its token
+    secret_path = "/api/v1/files/"  # the path of a file contains its token
     public_paths = ("/api/v1/healthz", secret_path)
-    key_prefix = "tml-"  # which the tinker SDK requires of a key
+    key_prefix = "tml-"  # the tinker SDK requires it
     max_body = MAX_BODY
     model_prefix = "tinker://"
 
@@ -43,7 +43,7 @@ class TrainingExtension(Extension):
         return await self.training.reserve_tokens(key, count)
 
     def drain(self) -> None:
-        self.training.worker.close()  # what waits is on the disk: the next server goes on with it
+        self.training.worker.close()  # waiting requests stay on the disk for the next server
 
     def close(self) -> None:
         self.training.close()

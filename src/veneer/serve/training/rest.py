@@ -1,12 +1,13 @@
-"""The routes under /api/v1 by which a client of the `tinker` SDK looks at sessions, runs and
-checkpoints, and changes or fetches checkpoints. Routes only.
+"""The routes under /api/v1 by which a client of the `tinker` SDK lists sessions, runs and
+checkpoints, and changes or downloads checkpoints. Routes only.
 
 GET         training_runs  training_runs/{run}  training_runs/{run}/checkpoints  checkpoints
 GET         sessions  sessions/{id}  samplers/{id}        POST  sessions/search  weights_info  copy_weights
 DELETE      training_runs/{run}/checkpoints/{id}          PUT   …/ttl        POST, DELETE  …/publish
 GET         …/external_weights_urls  files/{token}/{name}
 
-What the hosted service has beside these (projects, bills, audits, traces) is refused with words.
+Other routes of the hosted service (projects, bills, audits, traces) are refused with an
+explanation.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving
 from veneer.serve.training import bodies
-from veneer.serve.training.accept import no_such, owned, run_of, within
+from veneer.serve.training.accept import check_quota, no_such, owns, run_of
 from veneer.serve.training.operations import LEAST_STAY, MOST_STAY
 from veneer.serve.training.routes import On, checkpoint_of, sampler_of, session_of
-from veneer.serve.training.store import KINDS, Place
-from veneer.serve.training.trainer import ADAPTER
-from veneer.serve.training.training import FILES, Training, training_of
+from veneer.serve.training.run_trainer import ADAPTER
+from veneer.serve.training.store import KINDS, Checkpoint
+from veneer.serve.training.training_service import FILES, Training, training_of
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
@@ -53,25 +54,35 @@ def _metadata(text: str | None) -> dict[str, str] | None:
 
 
 def _checkpoint(row: Any) -> dict[str, Any]:
-    checkpoint = Place(row["run"], row["kind"], row["name"])
+    checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
     return {
-        "checkpoint_id": f"{checkpoint.kind}/{checkpoint.name}", "checkpoint_type": KINDS[checkpoint.kind],
-        "time": _time(row["created"]), "tinker_path": checkpoint.path, "size_bytes": row["bytes"],
-        "public": bool(row["public"]), "user_metadata": _metadata(row["metadata"]), "expires_at": _time(row["expires"]),
-    }  # fmt: skip
+        "checkpoint_id": f"{checkpoint.kind}/{checkpoint.name}",
+        "checkpoint_type": KINDS[checkpoint.kind],
+        "time": _time(row["created"]),
+        "tinker_path": checkpoint.path,
+        "size_bytes": row["bytes"],
+        "public": bool(row["public"]),
+        "user_metadata": _metadata(row["metadata"]),
+        "expires_at": _time(row["expires"]),
+    }
 
 
 def _run(training: Training, row: Any) -> dict[str, Any]:
     checkpoints = list(map(_checkpoint, training.store.checkpoints(None, row["id"])))
     last: dict[str, Any] = dict.fromkeys(KINDS.values())
-    for checkpoint in reversed(checkpoints):  # the newest is the first
+    for checkpoint in reversed(checkpoints):  # the newest comes first in the list
         last[checkpoint["checkpoint_type"]] = checkpoint
     return {
-        "training_run_id": row["id"], "base_model": training.base, "model_owner": row["owner"], "is_lora": True,
-        "lora_rank": json.loads(row["config"])["rank"], "last_request_time": _time(row["used"]),
-        "last_checkpoint": last["training"], "last_sampler_checkpoint": last["sampler"],
+        "training_run_id": row["id"],
+        "base_model": training.base,
+        "model_owner": row["owner"],
+        "is_lora": True,
+        "lora_rank": json.loads(row["config"])["rank"],
+        "last_request_time": _time(row["used"]),
+        "last_checkpoint": last["training"],
+        "last_sampler_checkpoint": last["sampler"],
         "user_metadata": _metadata(row["metadata"]),
-    }  # fmt: skip
+    }
 
 
 def _page(rows: Sequence[Any], limit: int, offset: int) -> tuple[Sequence[Any], dict[str, int]]:
@@ -107,36 +118,38 @@ def checkpoints(training: On, key: Asker, limit: Limit = 100, offset: Offset = 0
     return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
 
 
-def _own(training: Training, key: Key, run: str, kind: str, name: str) -> tuple[Place, Any]:
-    """A checkpoint that a key may change."""
+def _owner_checkpoint(
+    training: Training, key: Key, run: str, kind: str, name: str
+) -> tuple[Checkpoint, Any]:
+    """A checkpoint that belongs to a key, which may change it."""
     checkpoint, row = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
-    if not owned(key, row):
+    if not owns(key, row):
         raise no_such("the checkpoint", checkpoint.path)
     return checkpoint, row
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
 async def delete_checkpoint(run: str, kind: str, name: str, training: On, key: Asker) -> None:
-    checkpoint, _ = _own(training, key, run, kind, name)
-    await training.changed(partial(training.operations.delete, checkpoint))
+    checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
+    await training.change_checkpoints(partial(training.operations.delete, checkpoint))
 
 
 @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
 def publish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
-    """Let every key of this server read it."""
-    checkpoint, _ = _own(training, key, run, kind, name)
+    """Allow every key of this server to read a checkpoint."""
+    checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     training.store.change_checkpoint(checkpoint, public=1)
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
 def unpublish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
-    checkpoint, _ = _own(training, key, run, kind, name)
+    checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     training.store.change_checkpoint(checkpoint, public=0)
 
 
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
 def set_ttl(run: str, kind: str, name: str, body: bodies.Ttl, training: On, key: Asker) -> None:
-    checkpoint, _ = _own(training, key, run, kind, name)
+    checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     _stay(body.ttl_seconds)
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     training.store.change_checkpoint(checkpoint, expires=expires)
@@ -167,7 +180,7 @@ def external_urls(
 
 @router.get("/files/{token}/{name:path}")
 def file(token: str, name: str, service: Serving) -> Response:
-    """The address is the secret: it needs no key."""
+    """A file of a checkpoint. The secret token in the address replaces the key."""
     path = training_of(service).file(token, name)
     if path is None:
         raise Refusal(
@@ -184,32 +197,35 @@ def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any
     _, row = checkpoint_of(training, key, body.tinker_path)
     config = json.loads(row["config"])
     targets = [config["targets"]] if isinstance(config["targets"], str) else config["targets"]
-    linear = bool(
-        {"all", "all-linear"}.intersection(targets)
-    )  # of an adapter that was not begun here
+    # an adapter that was not created by this service may target all linear layers
+    linear = bool({"all", "all-linear"}.intersection(targets))
     return {
-        "base_model": training.base, "optimizer_config": {"type": "adamw"}, "is_lora": True,
-        "lora_rank": config["rank"], "train_attn": linear or "attention" in targets,
-        "train_mlp": linear or "mlp" in targets, "train_unembed": bool({*targets} - {"attention", "mlp", "all-linear"}),
-    }  # fmt: skip
+        "base_model": training.base,
+        "optimizer_config": {"type": "adamw"},
+        "is_lora": True,
+        "lora_rank": config["rank"],
+        "train_attn": linear or "attention" in targets,
+        "train_mlp": linear or "mlp" in targets,
+        "train_unembed": bool({*targets} - {"attention", "mlp", "all-linear"}),
+    }
 
 
 @router.post("/copy_weights")
 async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> dict[str, str]:
-    """A checkpoint of one's own, of one that may be read, under a run that is not trained."""
+    """Copy a readable checkpoint to a new run that holds only copies."""
     checkpoint_of(training, key, body.source_path)
     _stay(body.ttl_seconds)
     session = body.session_id
     if session is None:
-        session = await training.written(training.store.new_session, key.owner, None, "a copy")
+        session = await training.write(training.store.new_session, key.owner, None, "a copy")
     session_of(training, key, session)
     run = f"{session}:train:{body.model_seq_id or 0}"
 
     def copy() -> str:
         source, row = checkpoint_of(training, key, body.source_path)
-        checkpoint, before = Place(run, source.kind, source.name), training.store.run(run)
-        if before is not None and not (
-            training.store.copied(run) and before["config"] == row["config"]
+        checkpoint, target_run = Checkpoint(run, source.kind, source.name), training.store.run(run)
+        if target_run is not None and not (
+            training.store.is_copy(run) and target_run["config"] == row["config"]
         ):
             raise Refusal(
                 409,
@@ -217,12 +233,12 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
                 "a new one",
                 "choose another model_seq_id",
             )
-        if before is None or training.store.checkpoint(checkpoint) is None:
-            within(training, key, "bytes", row["bytes"])
+        if target_run is None or training.store.checkpoint(checkpoint) is None:
+            check_quota(training, key, "bytes", row["bytes"])
         if training.store.run(run) is None:
             training.store.new_run(run, session, key.owner, json.loads(row["config"]), 0, None)
             training.store.unload(run)
-        elif training.store.checkpoint(checkpoint) is not None:  # it is asked for again
+        elif training.store.checkpoint(checkpoint) is not None:  # a repeated request
             return checkpoint.path
         training.operations.copy(source, checkpoint)
         training.store.add_checkpoint(
@@ -230,7 +246,7 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
         )
         return checkpoint.path
 
-    return {"tinker_path": await training.changed(copy)}
+    return {"tinker_path": await training.change_checkpoints(copy)}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -245,27 +261,27 @@ def sessions(training: On, key: Asker, limit: Limit = 20, offset: Offset = 0) ->
 
 @router.post("/sessions/search")
 def search_sessions(body: bodies.SearchSessions, training: On, key: Asker) -> dict[str, Any]:
-    """One page: the newest that fit."""
+    """The newest sessions that match, as one page."""
     if (
         body.cursor
         or body.project_ids
         or body.statuses
         or body.owner.get("type") not in ("own", "accessible")
     ):
-        found = "a search by cursor, project, status or owner"
-        raise Refusal(400, found, "one by id, name or metadata among your own", "leave it out")
-    found = []
+        problem = "a search by cursor, project, status or owner"
+        raise Refusal(400, problem, "one by id, name or metadata among your own", "leave it out")
+    matches = []
     for row in training.store.sessions(key.owner):
         title, metadata = row["title"] or "", _metadata(row["metadata"]) or {}
-        named = body.display_name is not None and all(
+        matches_name = body.display_name is not None and all(
             word in title.lower() for word in body.display_name.lower().split()
         )
-        either = body.session_id is None and body.display_name is None
+        any_session = body.session_id is None and body.display_name is None
         if (
-            either or row["id"] == body.session_id or named
+            any_session or row["id"] == body.session_id or matches_name
         ) and body.user_metadata.items() <= metadata.items():
-            found.append(_session(training, row))
-    return {"sessions": found[: body.limit]}
+            matches.append(_session(training, row))
+    return {"sessions": matches[: body.limit]}
 
 
 def _session(training: Training, row: Any) -> dict[str, Any]:
@@ -280,10 +296,16 @@ def _session(training: Training, row: Any) -> dict[str, Any]:
         else {"type": "client_finished", "reason": {"type": row["finished"]}}
     )
     return {
-        "session_id": row["id"], "created_at": _time(row["created"]), "owner": row["owner"], "project_id": "",
-        "status": reason, "checkpoints_count": len(checkpoints), "display_name": row["title"],
-        "user_metadata": _metadata(row["metadata"]), "checkpoint_storage_bytes": size,
-    }  # fmt: skip
+        "session_id": row["id"],
+        "created_at": _time(row["created"]),
+        "owner": row["owner"],
+        "project_id": "",
+        "status": reason,
+        "checkpoints_count": len(checkpoints),
+        "display_name": row["title"],
+        "user_metadata": _metadata(row["metadata"]),
+        "checkpoint_storage_bytes": size,
+    }
 
 
 @router.get("/sessions/{session}")
@@ -292,8 +314,9 @@ def session(session: str, training: On, key: Asker) -> dict[str, Any]:
     return {
         "training_run_ids": [row["id"] for row in training.store.runs(key.owner, session)],
         "sampler_ids": [row["id"] for row in training.store.samplers(session)],
-        "user_metadata": _metadata(row["metadata"]), "display_name": row["title"],
-    }  # fmt: skip
+        "user_metadata": _metadata(row["metadata"]),
+        "display_name": row["title"],
+    }
 
 
 @router.get("/samplers/{sampler}")
@@ -302,8 +325,8 @@ def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
     return {"sampler_id": row["id"], "base_model": training.base, "model_path": row["path"]}
 
 
-# ---------------------------------------------------------------------------------------------- not
-# here
+# ----------------------------------------------------------------------------------------------
+# routes of the hosted service that this server does not have
 
 
 @router.put("/sessions/{session}/project")

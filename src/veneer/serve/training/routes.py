@@ -7,8 +7,8 @@ POST client/config  client/dynamic_config  telemetry
      save_weights  save_weights_for_sampler  save_weights_external  load_weights
      create_sampling_session  join_sampling_session  asample  cancel_future  retrieve_future
 
-A request of a run is numbered by its client (``seq_id``) and computed in that order; what is wrong
-with one is its promise's failure, so that no number is left out (accept.py).
+A client numbers the requests of a run (``seq_id``), and they are computed in that order. An invalid
+request is answered by the failure of its promise, so that no number is missing (accept.py).
 """
 
 from __future__ import annotations
@@ -30,36 +30,42 @@ from veneer.serve.training import bodies
 from veneer.serve.training.accept import (
     NumberedRoute,
     accept_request,
+    check_quota,
     no_such,
-    owned,
+    owns,
     queue_request,
     run_of,
-    within,
 )
 from veneer.serve.training.operations import lora_config
-from veneer.serve.training.store import Place, place_of
-from veneer.serve.training.training import Training, training_of
+from veneer.serve.training.store import Checkpoint, parse_checkpoint_path
+from veneer.serve.training.training_service import Training, training_of
 from veneer.serve.training.wire import read_header
 from veneer.serve.training.worker import PASS, Answer
 
-#: seconds for which a client that asks for an answer is kept waiting
+#: the most seconds that ``retrieve_future`` waits for an answer
 POLL = 25.0
-#: what a client sends in one call; whether it packs it
+#: the settings of clients: the size of their calls, and whether they compress them
 SETTINGS = {
-    "pjwt_auth_enabled": False, "parallel_fwdbwd_chunks": False, "proto_compress_fwdbwd": False,
-    "fwdbwd_max_chunk_len": 1024, "fwdbwd_max_chunk_bytes_count": 4_000_000, "sample_max_concurrent_requests": 1024,
-    "sample_join_sampling_session": True, "sample_use_retrieve_futures": False, "custom_loss_server_side": False,
+    "pjwt_auth_enabled": False,
+    "parallel_fwdbwd_chunks": False,
+    "proto_compress_fwdbwd": False,
+    "fwdbwd_max_chunk_len": 1024,
+    "fwdbwd_max_chunk_bytes_count": 4_000_000,
+    "sample_max_concurrent_requests": 1024,
+    "sample_join_sampling_session": True,
+    "sample_use_retrieve_futures": False,
+    "custom_loss_server_side": False,
     "use_pyqwest_transport": False,
-}  # fmt: skip
+}
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
-#: of requests that a run numbers
+#: routes for numbered requests of runs
 numbered = APIRouter(prefix="/api/v1", route_class=NumberedRoute)
 
 
 async def _training(service: Serving, key: Asker) -> Training:
-    """``Refusal``: the key may not train. An untrained run answers as the base does, which is a
-    permission too."""
+    """The training service. ``Refusal``: the key may not train. (A key that trains can also use the
+    base: an untrained run computes what the base does.)"""
     if not key.train:
         message = sentence(
             f"key {key.name!r}, which may not train", "one with train = true", "ask for another"
@@ -73,15 +79,15 @@ On = Annotated[Training, Depends(_training)]
 
 def session_of(training: Training, key: Key, id: str) -> Any:
     row = training.store.session(id)
-    if not owned(key, row):
+    if not owns(key, row):
         raise no_such("the session", id)
     return row
 
 
-def checkpoint_of(training: Training, key: Key, path: str) -> tuple[Place, Any]:
-    """A checkpoint that a key may read: its own, or a published one."""
+def checkpoint_of(training: Training, key: Key, path: str) -> tuple[Checkpoint, Any]:
+    """A checkpoint that a key may read, because it owns it or it is published."""
     try:
-        checkpoint = place_of(path)
+        checkpoint = parse_checkpoint_path(path)
     except DataError as error:
         raise Refusal(400, str(error)) from error
     row = (
@@ -89,7 +95,7 @@ def checkpoint_of(training: Training, key: Key, path: str) -> tuple[Place, Any]:
         if training.store.run(checkpoint.run) is None
         else training.store.checkpoint(checkpoint)
     )
-    if row is None or not (row["public"] or owned(key, row)):
+    if row is None or not (row["public"] or owns(key, row)):
         raise no_such("the checkpoint", path)
     return checkpoint, row
 
@@ -103,7 +109,7 @@ def _active(training: Training, key: Key, id: str) -> Any:
             "one that goes on",
             "begin a new one",
         )
-    training.seen(id)
+    training.record_heartbeat(id)
     return row
 
 
@@ -143,7 +149,7 @@ async def dynamic_config(body: bodies.ClientConfig, training: On, key: Asker) ->
 
 @router.post("/telemetry")
 async def telemetry(key: Asker) -> dict[str, str]:
-    """Telemetry of clients is not stored."""
+    """Accept telemetry of clients, and do not store it."""
     return {"status": "accepted"}
 
 
@@ -161,13 +167,13 @@ async def capabilities(training: On, key: Asker) -> dict[str, Any]:
 
 @router.post("/create_session")
 async def create_session(body: bodies.CreateSession, training: On, key: Asker) -> dict[str, Any]:
-    session = await training.written(
+    session = await training.write(
         training.store.new_session, key.owner, body.user_metadata, body.display_name
     )
-    training.seen(session)
+    training.record_heartbeat(session)
     answer = {"type": "create_session", "session_id": session}
     warnings = []
-    if training.tied:
+    if training.has_tied_head:
         warnings.append(
             "The base ties its output head to its embedding: train_unembed trains nothing here."
         )
@@ -185,7 +191,7 @@ async def heartbeat(body: bodies.OfSession, training: On, key: Asker) -> dict[st
 @router.post("/sessions/{session}/finish")
 async def finish(session: str, body: bodies.Finish, training: On, key: Asker) -> Response:
     session_of(training, key, session)
-    await training.written(training.store.finish, session, body.reason.type)
+    await training.write(training.store.finish, session, body.reason.type)
     training.samples.leave(session)
     training.leave(session)
     return Response(status_code=204)
@@ -198,9 +204,9 @@ async def finish(session: str, body: bodies.Finish, training: On, key: Asker) ->
 def _new_run(
     training: Training, key: Key, session: str, number: int, config: Any, seed: int, metadata: Any
 ) -> str:
-    """A run that may begin, unless it is asked for again."""
+    """Create a run unless it exists; return its id."""
     run = f"{session}:train:{number}"
-    if training.store.copied(run):
+    if training.store.is_copy(run):
         raise Refusal(
             409,
             f"{run}, which is a copy of a checkpoint",
@@ -208,7 +214,7 @@ def _new_run(
             "choose another model_seq_id",
         )
     if training.store.run(run) is None:
-        within(training, key, "runs")
+        check_quota(training, key, "runs")
         training.store.new_run(run, session, key.owner, config, seed, metadata)
     return run
 
@@ -222,7 +228,7 @@ async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> An
     layer_kinds = {"attention": lora.train_attn, "mlp": lora.train_mlp, "head": lora.train_unembed}
     config = lora_config(training.model, lora.rank, **layer_kinds).to_dict()
     seed = secrets.randbits(62) if lora.seed is None else lora.seed % 2**63
-    run = await training.written(
+    run = await training.write(
         _new_run,
         training,
         key,
@@ -236,8 +242,8 @@ async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> An
 
 
 async def _adapter(service: Serving, key: Key, name: str) -> dict[str, Any]:
-    """Where an adapter is that the server serves, and its config. ``Refusal``: the key may not use
-    it, or there is none; ``AdapterError``: it is damaged."""
+    """The folder and config of a served adapter. ``Refusal``: the key may not use it, or there is
+    none; ``AdapterError``: it is damaged."""
     await asyncio.to_thread(service.catalogue.refresh)
     folder = service.catalogue.folder_of(name) if key.sees(name) else None
     if folder is None:
@@ -248,7 +254,7 @@ async def _adapter(service: Serving, key: Key, name: str) -> dict[str, Any]:
 
 @numbered.post("/load_weights")
 async def load_weights(body: bodies.Load, training: On, service: Serving, key: Asker) -> Any:
-    """From a checkpoint, or from an adapter of the server's folder or library, by its name."""
+    """Load a checkpoint, or an adapter of the server's folder or library by its name."""
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
     options: dict[str, Any] = {"path": body.path, "optimizer": body.optimizer}
@@ -266,7 +272,7 @@ async def load_weights(body: bodies.Load, training: On, service: Serving, key: A
     config = options.get("config") or json.loads(
         checkpoint_of(training, key, body.path)[1]["config"]
     )
-    run = await training.written(
+    run = await training.write(
         _new_run, training, key, body.session_id, body.model_seq_id, config, 0, body.user_metadata
     )
     return await accept_request(training, run, 0, "load", options)
@@ -281,10 +287,14 @@ async def get_info(body: bodies.OfModel, training: On, key: Asker) -> dict[str, 
         "tokenizer_id": training.tokenizer,
     }
     return {
-        "type": "get_info", "model_data": data, "model_id": row["id"], "is_lora": True,
-        "lora_rank": json.loads(row["config"])["rank"], "model_name": training.base,
+        "type": "get_info",
+        "model_data": data,
+        "model_id": row["id"],
+        "is_lora": True,
+        "lora_rank": json.loads(row["config"])["rank"],
+        "model_name": training.base,
         "optimizer_config": {"type": "adamw"},
-    }  # fmt: skip
+    }
 
 
 @router.post("/unload_model")
@@ -297,9 +307,9 @@ async def forward_backward(request: Request, service: Serving, training: On, key
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(
             415,
-            "a body that is packed",
-            "one that is not, as client/config says",
-            "send it as it is",
+            "a compressed body",
+            "an uncompressed one, as client/config says",
+            "send it uncompressed",
         )
     body = await request.body()
     try:
@@ -369,7 +379,7 @@ async def create_sampler(body: bodies.CreateSampler, training: On, key: Asker) -
     elif not key.base:
         raise no_such("the base model", body.base_model)
     sampler = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
-    await training.written(
+    await training.write(
         training.store.add_sampler, sampler, body.session_id, key.owner, body.model_path
     )
     return {"type": "create_sampling_session", "sampling_session_id": sampler}
@@ -377,7 +387,7 @@ async def create_sampler(body: bodies.CreateSampler, training: On, key: Asker) -
 
 def sampler_of(training: Training, key: Key, id: str) -> Any:
     row = training.store.sampler(id)
-    if not owned(key, row):
+    if not owns(key, row):
         raise no_such("the sampling session", id)
     return row
 
@@ -385,7 +395,7 @@ def sampler_of(training: Training, key: Key, id: str) -> Any:
 @router.post("/join_sampling_session")
 async def join_sampler(body: bodies.JoinSampler, training: On, key: Asker) -> dict[str, Any]:
     sampler_of(training, key, body.sampling_session_id)
-    number = await training.written(training.store.join, body.sampling_session_id)
+    number = await training.write(training.store.join, body.sampling_session_id)
     return {"type": "join_sampling_session", "client_counter": number}
 
 
@@ -395,7 +405,8 @@ async def asample(body: bodies.Sample, training: On, key: Asker) -> dict[str, An
         row = sampler_of(training, key, body.sampling_session_id)
         session, path = row["session"], row["path"]
         _active(training, key, session)
-        id = f"{body.sampling_session_id}:{secrets.token_hex(8) if body.seq_id is None else body.seq_id}"
+        number = secrets.token_hex(8) if body.seq_id is None else body.seq_id
+        id = f"{body.sampling_session_id}:{number}"
     else:
         session, path, id = "", body.model_path, f"sample:{secrets.token_hex(16)}"
         _of_base(training, body.base_model)
@@ -404,7 +415,7 @@ async def asample(body: bodies.Sample, training: On, key: Asker) -> dict[str, An
     name = None
     if path is not None:
         checkpoint_of(training, key, path)
-        name = await training.written(training.used, path)
+        name = await training.write(training.register_checkpoint, path)
     if training.samples.find(id, key.owner) is None:
         charge = await training.reserve_tokens(key, training.samples.most_tokens(body))
         training.samples.begin(id, key.owner, session, name, body, charge)
@@ -425,14 +436,14 @@ def _promise(training: Training, key: Key, id: str) -> asyncio.Future[Answer] | 
     row = training.store.run(run) if number.isdecimal() and len(number) < 12 else None
     if row is None:
         return training.samples.find(id, key.owner)
-    promise = training.worker.promise(run, int(number)) if owned(key, row) else None
+    promise = training.worker.promise(run, int(number)) if owns(key, row) else None
     return None if promise is None else promise.awaitable()
 
 
 @router.post("/retrieve_future")
 async def retrieve_future(body: bodies.Retrieve, training: On, key: Asker) -> Response:
-    """The answer, once it is there; 408 says to ask again, 410 that it is not known any more: ask
-    anew."""
+    """Wait for the answer to a request. Status 408: ask again. Status 410: the request is unknown
+    or was deleted, send it again."""
     promise = _promise(training, key, body.request_id)
     if promise is None:
         problem = f"the request {body.request_id[:200]!r}"
@@ -452,9 +463,10 @@ async def retrieve_future(body: bodies.Retrieve, training: On, key: Asker) -> Re
 
 @router.post("/create_custom_loss")
 async def create_custom_loss(key: Asker) -> Response:
-    words = (
+    raise Refusal(
+        400,
         "a loss to be computed here",
         "one that the client computes",
         "use forward_backward_custom",
+        code="not_supported",
     )
-    raise Refusal(400, *words, code="not_supported")

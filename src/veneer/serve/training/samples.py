@@ -1,12 +1,11 @@
-"""Samples, and what the model says of a prompt: by the engine, from the numbers that a run
-published.
+"""Samples from the published weights of a run, and log-probabilities of their prompts.
 
-    asample → promise; the engine's queue (fair, full: it waits here) → tokens with their
-    log-probabilities
-                        the training thread, between two batches → log-probabilities of the prompt
+    asample → promise → the engine's queue (a sample waits here while it is full) → tokens with
+    their
+                        log-probabilities
+                      → the training thread, between two batches → log-probabilities of the prompt
 
-Log-probabilities are the model's own, before temperature, top_k and top_p, as those of a training
-pass are.
+Log-probabilities are computed before temperature, top_k and top_p, like those of a training pass.
 """
 
 from __future__ import annotations
@@ -33,22 +32,23 @@ from veneer.serve.training.worker import Answer, Worker, failure
 
 log = logging.getLogger("veneer.serve.training")
 
-#: samples that wait or run, and calls that are kept for their clients, so many seconds
+#: the most samples that wait or run; the most answered calls that are stored for their clients, and
+#: for how many seconds
 MOST_WAITING, MOST_KEPT, KEPT_SECONDS = 16384, 4096, 1800.0
-# : samples of a key in the engine, or that try for a place there, for each row of its; seconds
-# between two tries
-TRYING, PATIENCE = 4, 0.05
+#: the most samples of a key that are in the engine or try to enter it, for each row of the engine;
+#: seconds between two tries
+SAMPLES_A_ROW, RETRY_SECONDS = 4, 0.05
 
 
 @dataclass(eq=False)
 class Usage:
-    """Tokens of a call that were computed: its prompt once, and its answers."""
+    """The number of computed tokens of a call: its prompt once, and its answers."""
 
     tokens: int = 0
 
 
 @dataclass(eq=False)
-class Promised:
+class SampleCall:
     """A call for samples, of an owner and a session."""
 
     owner: str
@@ -59,18 +59,17 @@ class Promised:
 
 
 class Samples:
-    """Calls for samples by their ids; the event loop's alone."""
+    """Calls for samples by their ids. Only the event loop may call it, except ``leave_soon``."""
 
     def __init__(self, engine: Any, bank: Any, worker: Worker, timeout: float) -> None:
         self._engine, self._bank, self._worker, self._timeout = engine, bank, worker, timeout
-        self._calls: dict[str, Promised] = {}
+        self._calls: dict[str, SampleCall] = {}
         self._numbers = itertools.count()
         self._gates: dict[str, asyncio.Semaphore] = {}  # by owner
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def most_tokens(self, request: Sample) -> int:
-        """Tokens that a call takes of a quota at most: its prompt, and the longest answers that it
-        allows."""
+        """The most tokens that a call can use: its prompt, and the longest answers it allows."""
         size, limit = len(request.prompt.tokens), self._engine.length
         remaining = max(0, limit - size)
         return size + request.num_samples * min(
@@ -86,15 +85,15 @@ class Samples:
         request: Sample,
         charge: Callable[[int], None] = lambda used: None,
     ) -> None:
-        """``name``: the bank's, of the adapter; None for the base. ``charge`` is called with the
-        tokens of prompt and answers that were computed. ``Busy``: too many wait. The same id again
-        is the same call."""
+        """Begin a call; nothing happens if there is one with this id. ``name``: the adapter's name
+        in the bank; None for the base. ``charge`` is called with the number of computed tokens of
+        prompt and answers. ``Busy``: too many samples wait."""
         if id in self._calls:
             charge(0)
             return
         waiting = [call for call in self._calls.values() if not call.task.done()]
         room = MOST_WAITING - sum(call.count for call in waiting)
-        if owner:  # a key has at most as many as are left for others
+        if owner:  # a key may use at most half of the remaining room
             room = min(room, room - sum(call.count for call in waiting if call.owner == owner))
         if room < request.num_samples:
             charge(0)
@@ -109,14 +108,14 @@ class Samples:
         self._loop = asyncio.get_running_loop()
         usage = Usage()
         task = self._loop.create_task(self._answer(owner, name, request, usage))
-        call = self._calls[id] = Promised(owner, session, request.num_samples, task)
+        call = self._calls[id] = SampleCall(owner, session, request.num_samples, task)
 
-        def over(_: Any) -> None:
+        def finish(_: Any) -> None:
             call.ended = time.monotonic()
             charge(usage.tokens)
-            self._forget()
+            self._delete_old_calls()
 
-        task.add_done_callback(over)
+        task.add_done_callback(finish)
 
     def find(self, id: str, owner: str) -> asyncio.Task[Answer] | None:
         call = self._calls.get(id)
@@ -132,30 +131,30 @@ class Samples:
             self._loop.call_soon_threadsafe(self.leave, session)
 
     def leave(self, session: str) -> None:
-        """The client of a session is gone."""
+        """Cancel the calls of a session whose client has left."""
         for call in self._calls.values():
             if call.session == session:
                 call.task.cancel()
 
-    def _forget(self) -> None:
-        old = time.monotonic() - KEPT_SECONDS
+    def _delete_old_calls(self) -> None:
+        limit = time.monotonic() - KEPT_SECONDS
         ended = [id for id, call in self._calls.items() if call.ended is not None]
-        gone = [id for id in ended if (self._calls[id].ended or 0.0) < old]
-        for id in dict.fromkeys([*gone, *ended[: max(0, len(ended) - MOST_KEPT)]]):
+        expired = [id for id in ended if (self._calls[id].ended or 0.0) < limit]
+        for id in dict.fromkeys([*expired, *ended[: max(0, len(ended) - MOST_KEPT)]]):
             del self._calls[id]
 
     async def _answer(self, owner: str, name: str | None, request: Sample, usage: Usage) -> Answer:
         try:
             prompt, blend = request.prompt.tokens, {} if name is None else {name: 1.0}
             if not 0 < len(prompt) < self._engine.length:
-                found = f"a prompt of {len(prompt)} tokens"
                 raise DataError(
-                    found, f"1 to {self._engine.length - 1}, and room for an answer", "shorten it"
+                    f"a prompt of {len(prompt)} tokens",
+                    f"1 to {self._engine.length - 1}, and room for an answer",
+                    "shorten it",
                 )
             if max(prompt) >= self._worker.vocabulary:
-                found = f"token {max(prompt)} in a prompt"
                 raise DataError(
-                    found,
+                    f"token {max(prompt)} in a prompt",
                     f"ids from 0 to {self._worker.vocabulary - 1}",
                     "use the base's tokenizer",
                 )
@@ -167,34 +166,40 @@ class Samples:
                 ]
             )
             usage.tokens = len(prompt)
-            scored = self._scores(name, prompt, request)
+            scoring = self._score_prompt(name, prompt, request)
             try:
-                found, scores = await asyncio.gather(sequences, scored)
+                samples, scores = await asyncio.gather(sequences, scoring)
             except BaseException:
                 sequences.cancel()
                 raise
-            return Answer(sample_output(found, request.topk_sample_logprobs, scores), True)
+            return Answer(sample_output(samples, request.topk_sample_logprobs, scores), True)
         except VeneerError as error:
             return failure(error)
         except Exception as error:
             log.exception("a call for samples failed")
-            return failure(error, own=True)
+            return failure(error, is_bug=True)
 
     async def _sequence(
         self, owner: str, blend: Mapping[str, float], body: Sample, number: int, usage: Usage
     ) -> Sequence_:
-        """One sample. If it is cancelled, the engine stops."""
+        """Draw one sample. Cancelling it stops its request in the engine."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         request = Request(
-            body.prompt.tokens, blend, _sampling(body, number, self._engine.length), self._timeout,
-            f"sample-{next(self._numbers)}", owner,
-        )  # fmt: skip
+            body.prompt.tokens,
+            blend,
+            _sampling(body, number, self._engine.length),
+            self._timeout,
+            f"sample-{next(self._numbers)}",
+            owner,
+        )
 
         def deliver(piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        async with self._gates.setdefault(owner, asyncio.Semaphore(TRYING * self._engine.rows)):
-            tokens, piece = await self._drawn(request, deliver, pieces, usage)
+        async with self._gates.setdefault(
+            owner, asyncio.Semaphore(SAMPLES_A_ROW * self._engine.rows)
+        ):
+            tokens, piece = await self._collect_tokens(request, deliver, pieces, usage)
         if piece.finish not in ("stop", "length"):
             raise RequestError(
                 piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again"
@@ -207,14 +212,14 @@ class Samples:
             piece.finish == "length",
         )
 
-    async def _drawn(
+    async def _collect_tokens(
         self,
         request: Request,
         deliver: Callable[[Piece], None],
         pieces: asyncio.Queue[Piece],
         usage: Usage,
     ) -> tuple[list[Any], Piece]:
-        """The tokens of a sample, and the last piece of it."""
+        """Submit a request to the engine; return the tokens of its answer and the last piece."""
         while True:
             try:
                 state = self._engine.submit(request, deliver)
@@ -222,7 +227,7 @@ class Samples:
             except Busy:
                 if not self._engine.ready:
                     raise
-                await asyncio.sleep(PATIENCE)
+                await asyncio.sleep(RETRY_SECONDS)
         tokens: list[Any] = []
         try:
             while True:
@@ -235,33 +240,35 @@ class Samples:
             state.cancel()
             raise
 
-    async def _scores(
+    async def _score_prompt(
         self, name: str | None, prompt: tuple[int, ...], request: Sample
     ) -> dict[str, Any]:
-        wanted = (
+        needs_scores = (
             request.prompt_logprobs
             or request.topk_prompt_logprobs
             or request.target_prompt_logprobs
+            or request.prompt_alt_tokens_k
         )
-        if not (wanted or request.prompt_alt_tokens_k):
+        if not needs_scores:
             return {}
         if name is None:
-            return await self._scored(None, prompt, request)
-        leasing = self._bank.acquire(
-            {name: 1.0}
-        )  # before the turn at the model: see the order of locks
+            return await self._score_on_worker(None, prompt, request)
+        # take the lease before the turn at the model: see the order of locks
+        leasing = self._bank.acquire({name: 1.0})
         try:
             lease = await asyncio.shield(asyncio.wrap_future(leasing))
         except asyncio.CancelledError:
             leasing.add_done_callback(_release)
             raise
-        return await self._scored(lease, prompt, request)
+        return await self._score_on_worker(lease, prompt, request)
 
-    async def _scored(self, lease: Any, prompt: tuple[int, ...], request: Sample) -> dict[str, Any]:
-        scored = self._worker.do(scorer(self._worker, lease, prompt, request))
+    async def _score_on_worker(
+        self, lease: Any, prompt: tuple[int, ...], request: Sample
+    ) -> dict[str, Any]:
+        scores = self._worker.do(scorer(self._worker, lease, prompt, request))
         if lease is not None:
-            scored.add_done_callback(lambda _: lease.release())
-        return await asyncio.shield(asyncio.wrap_future(scored))
+            scores.add_done_callback(lambda _: lease.release())
+        return await asyncio.shield(asyncio.wrap_future(scores))
 
 
 def _release(leasing: Future[Any]) -> None:
@@ -270,8 +277,8 @@ def _release(leasing: Future[Any]) -> None:
 
 
 def check_prompt(request: Sample, size: int) -> None:
-    """``DataError``: what is asked of a prompt of so many tokens is none of it, or not to be had
-    here."""
+    """``DataError``: the requested scores do not fit a prompt of ``size`` tokens, or are not
+    supported."""
     last, targets = request.prompt_logprobs_last_n, request.target_prompt_logprobs
     if request.record_stability_info:
         raise DataError(
@@ -310,67 +317,70 @@ def _sampling(request: Sample, number: int, most: int) -> Sampling:
     words = [value for value in stops if isinstance(value, str)]
     ids = frozenset(value for value in stops if isinstance(value, int))
     return Sampling(
-        max_tokens=params.max_tokens or most, temperature=params.temperature, top_p=params.top_p,
-        top_k=max(params.top_k, 0), seed=None if params.seed is None else sample_seed(params.seed, number),
+        max_tokens=params.max_tokens or most,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=max(params.top_k, 0),
+        seed=None if params.seed is None else sample_seed(params.seed, number),
         stop=tuple(filter(None, words)),
-        logprobs=request.topk_sample_logprobs, ignore_eos=stop == [], stop_tokens=ids,
-    )  # fmt: skip
+        logprobs=request.topk_sample_logprobs,
+        ignore_eos=stop == [],
+        stop_tokens=ids,
+    )
 
 
 def scorer(
     worker: Worker, lease: Any, prompt: tuple[int, ...], request: Sample
 ) -> Callable[[], dict[str, Any]]:
-    """The training thread's computation for a prompt. ``lease``: on the adapter; None for the base."""
+    """The training thread's computation for a prompt. ``lease``: on the adapter; None for the
+    base."""
 
-    def work() -> dict[str, Any]:
+    def score() -> dict[str, Any]:
         ids = torch.tensor([prompt], device=worker.trainer.device)
-        with worker.trainer.sampled([lease]) as model:
-            logits = model(input_ids=ids, use_cache=False).logits[
-                0, :-1
-            ]  # [n - 1, v]: of tokens 1 to n - 1
+        with worker.trainer.sampling([lease]) as model:
+            output = model(input_ids=ids, use_cache=False)
+            logits = output.logits[0, :-1]  # [n - 1, v], of tokens 1 to n - 1
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return _scored(wide, ids[0, 1:], request)
+            return _scores(wide, ids[0, 1:], request)
 
-    return work
+    return score
 
 
-def _scored(logits: Tensor, following: Tensor, asked: Sample) -> dict[str, Any]:
-    """Of logits [n - 1, v] what is asked: rows of a prompt of n tokens, of which the first has
-    nothing before it."""
-    found: dict[str, Any] = {}
+def _scores(logits: Tensor, following: Tensor, request: Sample) -> dict[str, Any]:
+    """The requested scores, from logits [n - 1, v] that predict tokens 1 to n - 1 of a prompt. The
+    first of the n rows of each score is empty, because no token precedes it."""
+    scores: dict[str, Any] = {}
     total = logits.logsumexp(-1, keepdim=True)
-    size, first = (
-        len(following) + 1,
-        len(following) + 1 - (asked.prompt_logprobs_last_n or len(following)),
-    )
-    if asked.prompt_logprobs:
-        own = np.full(size, np.nan, np.float32)
-        own[1:] = (logits.gather(-1, following[:, None]) - total)[:, 0].float().cpu().numpy()
-        own[: max(first, 1)] = np.nan
-        found["prompt_logprobs"] = own
-    if k := min(asked.topk_prompt_logprobs, logits.shape[-1]):
+    size = len(following) + 1
+    first = max(size - (request.prompt_logprobs_last_n or len(following)), 1)
+    if request.prompt_logprobs:
+        logprobs = np.full(size, np.nan, np.float32)
+        logprobs[1:] = (logits.gather(-1, following[:, None]) - total)[:, 0].float().cpu().numpy()
+        logprobs[:first] = np.nan
+        scores["prompt_logprobs"] = logprobs
+    if k := min(request.topk_prompt_logprobs, logits.shape[-1]):
         top = (logits - total).topk(k)
         ids, values = np.zeros((size, k), np.int32), np.full((size, k), -99999.0, np.float32)
         ids[1:], values[1:] = top.indices.cpu().numpy(), top.values.float().cpu().numpy()
-        ids[: max(first, 1)], values[: max(first, 1)] = 0, -99999.0
-        found["topk_prompt_logprobs"] = ids, values
-    if asked.target_prompt_logprobs is not None:
-        found |= _of_targets(logits, total, asked.target_prompt_logprobs)
-    if k := asked.prompt_alt_tokens_k:
-        temperature = asked.sampling_params.temperature
-        shares = torch.softmax(logits / max(temperature, 1e-5), -1)
-        draw, seed = torch.Generator(logits.device), asked.sampling_params.seed
+        ids[:first], values[:first] = 0, -99999.0
+        scores["topk_prompt_logprobs"] = ids, values
+    if request.target_prompt_logprobs is not None:
+        scores |= _target_scores(logits, total, request.target_prompt_logprobs)
+    if k := request.prompt_alt_tokens_k:
+        temperature = request.sampling_params.temperature
+        probabilities = torch.softmax(logits / max(temperature, 1e-5), -1)
+        generator, seed = torch.Generator(logits.device), request.sampling_params.seed
         if seed is None:
-            draw.seed()
-        else:
-            draw.manual_seed(sample_seed(seed, asked.num_samples))  # after those of the samples
-        drawn = torch.multinomial(shares, k, replacement=True, generator=draw)
-        logprobs = (logits.gather(-1, drawn) - total).float()
-        found["prompt_alt_tokens"] = drawn.cpu().numpy().astype(np.int64), logprobs.cpu().numpy()
-    return found
+            generator.seed()
+        else:  # a number after those of the samples
+            generator.manual_seed(sample_seed(seed, request.num_samples))
+        tokens = torch.multinomial(probabilities, k, replacement=True, generator=generator)
+        token_logprobs = (logits.gather(-1, tokens) - total).float().cpu().numpy()
+        scores["prompt_alt_tokens"] = tokens.cpu().numpy().astype(np.int64), token_logprobs
+    return scores
 
 
-def _of_targets(logits: Tensor, total: Tensor, targets: Targets) -> dict[str, Any]:
+def _target_scores(logits: Tensor, total: Tensor, targets: Targets) -> dict[str, Any]:
     rows, width = targets.shape
     ids = torch.tensor(targets.data, dtype=torch.long, device=logits.device)
     if len(ids) and int(ids.max()) >= logits.shape[-1]:

@@ -1,10 +1,10 @@
-"""Bodies in protobuf, as the `tinker` SDK sends and reads them: data to learn from,
-log-probabilities, samples.
+"""Bodies in protobuf, as the `tinker` SDK sends and reads them: training data, log-probabilities,
+samples.
 
-Which messages there are, and the numbers of their fields, is the SDK's
-(tinker/proto/tinker_public_pb2.py, 0.38). They are declared here and read by Google's library: a
-server needs no client. Maps stand as the repeated entries that they are on the wire; fields that
-are not used here (images, audio, provenance) are passed over, or refused by name.
+The messages and the numbers of their fields are the SDK's (tinker/proto/tinker_public_pb2.py,
+0.38). They are declared here and parsed by Google's library, so that the server does not need the
+SDK. Maps are declared as repeated entries, their form on the wire. Unused fields (images, audio,
+provenance) are ignored, or refused by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 from veneer.errors import DataError
 from veneer.serve.training.losses import Datum
 
-#: fields by name: (number, type); a capital letter begins a message, "*" follows what is repeated
+#: fields by name: (number, type). Types of messages begin with a capital letter; "*" marks repeated
+#: fields.
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "SparseCsr": {"values": (1, "bytes"), "crow_indices": (2, "bytes"), "col_indices": (3, "bytes")},
     "Tensor": {
@@ -62,16 +63,16 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "prompt_alt_tokens": (6, "PromptAltTokens"),
     },
 }  # fmt: skip
-#: the wire's names of element types: (numpy's, bytes)
+#: element types on the wire, and their numpy dtypes
 _FLOAT32, _INT64 = 1, 2
 _TYPES = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8")}
-#: what stands in a place of which nothing is known, in lists of the most likely tokens
+#: padding in lists of the most likely tokens
 NO_TOKEN, NO_LOGPROB = 0, -99999.0
-#: targets of one token
+#: the most targets of one token
 MOST_TARGETS = 256
 
 
-def _declared() -> dict[str, Any]:
+def _message_classes() -> dict[str, Any]:
     file = descriptor_pb2.FileDescriptorProto(
         name="veneer_training.proto", package="veneer.training", syntax="proto3"
     )
@@ -97,25 +98,26 @@ def _declared() -> dict[str, Any]:
     }
 
 
-MESSAGES = _declared()
+MESSAGES = _message_classes()
 
 
 class Answer(NamedTuple):
-    """The answer of a promise: JSON, or protobuf (``binary``)."""
+    """The answer to a request: JSON, or protobuf if ``binary``."""
 
     body: bytes
     binary: bool = False
 
 
-def failure(error: BaseException, own: bool = False) -> Answer:
-    """The client's own error; ``own``: it is a bug of the server's."""
-    text = f"{type(error).__name__}: {error}" if own else str(error)
-    return Answer(json.dumps({"error": text, "category": "server" if own else "user"}).encode())
+def failure(error: BaseException, is_bug: bool = False) -> Answer:
+    """The answer to a request that failed. ``is_bug``: the error is the server's, not the
+    client's."""
+    text = f"{type(error).__name__}: {error}" if is_bug else str(error)
+    category = "server" if is_bug else "user"
+    return Answer(json.dumps({"error": text, "category": category}).encode())
 
 
 class PassRequest(NamedTuple):
-    """A forward of a run, and a backward if it is asked for. ``problem``: why its data cannot be
-    read."""
+    """A forward pass of a run, followed by a backward pass if ``backward``."""
 
     run: str
     seq: int
@@ -126,7 +128,7 @@ class PassRequest(NamedTuple):
 
 
 class PassHeader(NamedTuple):
-    """The header of a pass, before its data are read. ``tokens``: of its inputs."""
+    """The header of a pass, without its data. ``tokens``: the number of input tokens."""
 
     run: str
     seq: int
@@ -136,19 +138,19 @@ class PassHeader(NamedTuple):
 
 def read_header(body: bytes) -> PassHeader:
     """``DataError``: this is no such message."""
-    message = _parsed(body)
+    message = _parse_request(body)
     chunks = (chunk for datum in message.data for chunk in datum.model_input)
     tokens = sum(len(chunk.encoded_text.tokens) // 4 for chunk in chunks)
     return PassHeader(message.model_id, message.seq_id, not message.forward_only, tokens)
 
 
 def has_backward(body: bytes) -> bool:
-    return not _parsed(body).forward_only
+    return not _parse_request(body).forward_only
 
 
 def read_pass(body: bytes) -> PassRequest:
     """``DataError``: what is not understood, by name."""
-    message = _parsed(body)
+    message = _parse_request(body)
     settings: dict[str, Any] = {entry.key: entry.value for entry in message.loss_fn_config}
     for entry in message.loss_fn_config_v2:
         settings[entry.key] = entry.value.text or entry.value.number
@@ -160,7 +162,7 @@ def read_pass(body: bytes) -> PassRequest:
     )
 
 
-def _parsed(body: bytes) -> Any:
+def _parse_request(body: bytes) -> Any:
     try:
         return MESSAGES["ForwardBackwardRequest"].FromString(body)
     except DecodeError as error:
@@ -265,8 +267,8 @@ def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> byt
 
 
 class Sequence_(NamedTuple):
-    """One sample: its tokens, their log-probabilities, of each the most likely ones, and whether it
-    was cut."""
+    """One sample. ``top``: for each of its tokens, the most likely (token, log-probability) pairs;
+    ``cut``: it ended because of its length."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
@@ -275,21 +277,22 @@ class Sequence_(NamedTuple):
 
 
 def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str, Any]) -> bytes:
-    """The answer to a call for samples. ``top``: how many likely tokens stand beside each that was
-    sampled. ``scores``: what was asked of the prompt, by the names of the fields: arrays, and
-    (tokens, logprobs) of the likely ones."""
+    """The answer to a call for samples. ``top``: how many likely tokens to add for each sampled
+    token. ``scores``: the requested scores of the prompt, by the names of the message's fields:
+    arrays, or (tokens, logprobs) for the most likely tokens."""
     output = MESSAGES["SampleResponse"]()
-    for one in sequences:
-        sequence = output.sequences.add(stop_reason=int(one.cut))
-        sequence.tokens = np.asarray(one.tokens, "<i4").tobytes()
-        sequence.logprobs = np.asarray(one.logprobs, "<f4").tobytes()
+    padding = (NO_TOKEN, NO_LOGPROB)
+    for sample in sequences:
+        sequence = output.sequences.add(stop_reason=int(sample.cut))
+        sequence.tokens = np.asarray(sample.tokens, "<i4").tobytes()
+        sequence.logprobs = np.asarray(sample.logprobs, "<f4").tobytes()
         if top:
-            rows = [[*own[:top], *[(NO_TOKEN, NO_LOGPROB)] * (top - len(own))] for own in one.top]
-            ids = np.asarray([[token for token, _ in own] for own in rows], "<i4").reshape(-1, top)
-            numbers = np.asarray([[logprob for _, logprob in own] for own in rows], "<f4").reshape(
-                -1, top
+            rows = [[*row[:top], *[padding] * (top - len(row))] for row in sample.top]
+            ids = np.asarray([[token for token, _ in row] for row in rows], "<i4")
+            logprobs = np.asarray([[logprob for _, logprob in row] for row in rows], "<f4")
+            _set_top(
+                sequence.topk_sampled_logprobs, ids.reshape(-1, top), logprobs.reshape(-1, top)
             )
-            _set_top(sequence.topk_sampled_logprobs, ids, numbers)
     if "prompt_logprobs" in scores:
         output.prompt_logprobs = scores["prompt_logprobs"].astype("<f4").tobytes()
     if "topk_prompt_logprobs" in scores:

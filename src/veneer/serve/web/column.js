@@ -16,7 +16,7 @@ const ENDINGS = {
 const valueOf = (name) => `:${name}`;
 const modelOf = (value) => value.slice(1);
 const labels = new Map(); // of models that are called otherwise than they are asked for
-const nameOf = (value) => labels.get(value) ?? modelOf(value);
+const nameOf = (value) => (value === BLEND ? "Blend of two" : (labels.get(value) ?? modelOf(value)));
 
 /** Offer these models in a select, and groups of them, and keep what is chosen; a chosen one that is gone stays, and
  * says so. */
@@ -66,6 +66,31 @@ export class Column {
     });
   }
 
+  /** Show a model, or a blend [[adapter, weight], …]; one that is not on the server is offered as such. */
+  choose(model) {
+    const pick = (select, value) => {
+      if (![...select.options].some((option) => option.value === value)) {
+        select.append(new Option(`${nameOf(value)} (not on the server)`, value));
+      }
+      select.value = value;
+    };
+    if (typeof model === "string") pick(this.at(".model"), valueOf(model));
+    else {
+      pick(this.at(".model"), BLEND);
+      for (const [i, [name, weight]] of model.entries()) {
+        pick(this.parts[i], valueOf(name));
+        this.weights[i].value = String(weight);
+      }
+    }
+    this.relabel();
+  }
+
+  /** What `choose` takes: the model, or the blend. */
+  get choice() {
+    if (!this.blends) return this.model;
+    return this.parts.map((select, i) => [modelOf(select.value), this.weights[i].valueAsNumber]);
+  }
+
   /** Offer what is in a catalog; `chosen` picks one of them. */
   offer({ base, alone, adapters, runs }, chosen) {
     const entries = adapters.map((name) => [valueOf(name), name]);
@@ -79,9 +104,9 @@ export class Column {
       offer(select, entries);
       if (fresh) select.selectedIndex = Math.min(i, entries.length - 1);
     }
-    if (chosen !== undefined) this.at(".model").value = valueOf(chosen);
     this.base = base;
-    this.relabel();
+    if (chosen === undefined) this.relabel();
+    else this.choose(chosen);
   }
 
   get blends() {
@@ -145,11 +170,14 @@ export class Column {
     }
   }
 
-  body({ chat, prompt, temperature, maxTokens, seed }) {
+  body({ chat, system, prompt, temperature, maxTokens, seed, stop }) {
     const body = { ...this.target(), stream: true, stream_options: { include_usage: true } };
     Object.assign(body, { temperature, max_tokens: maxTokens });
     if (seed !== null) body.seed = seed;
-    return Object.assign(body, chat ? { messages: [{ role: "user", content: prompt }] } : { prompt });
+    if (stop.length) body.stop = stop;
+    if (!chat) return Object.assign(body, { prompt });
+    const told = system ? [{ role: "system", content: system }] : [];
+    return Object.assign(body, { messages: [...told, { role: "user", content: prompt }] });
   }
 
   begin(question) {

@@ -2,13 +2,18 @@
 
 import { Shelf } from "./adapters.js";
 import { Column } from "./column.js";
+import { read, stops, write } from "./link.js";
 import { panel } from "./metrics.js";
 import { Runs } from "./runs.js";
-import { Refusal, ask, get, hasKey, setKey } from "./talk.js";
+import { Refusal, get, hasKey, setKey } from "./talk.js";
 
 // A browser opens six connections to a server. Four stream, so that two are left for everything else.
 const MOST_COLUMNS = 4;
 const EVERY = 2000; // ms between looks at the server
+const TRAINING = "/api/v1"; // where a server that trains has its runs
+// Fields of the composer by their names in a link.
+const FIELDS = { system: "system", prompt: "prompt", temperature: "temperature", max_tokens: "max-tokens", seed: "seed",
+  stop: "stop-strings" };
 
 const at = (id) => document.getElementById(id);
 const columns = [];
@@ -18,6 +23,9 @@ let catalog = null; // {base, alone: whether the base itself may be asked, adapt
 let question = null; // what was asked last
 let early = false; // it was sent before the models were known
 let locked = false; // the server wants a key that we do not have
+let trains = false; // the server does, and has runs
+let chosenMode = false; // somebody chose chat or completion
+let withSystem = false; // the field of the system prompt is shown
 
 const server = panel(document);
 const shelf = new Shelf(document, {
@@ -71,6 +79,7 @@ function arrange() {
   at("add-column").setAttribute("aria-disabled", String(full || !catalog));
   at("add-column").textContent = full ? `${MOST_COLUMNS} columns at most` : "Add column";
   for (const column of columns) column.at(".remove").hidden = columns.length === 1;
+  at("copy-link").hidden = columns.length === 0;
 }
 
 /** What a column can show: the base, adapters, runs as they are now and, at last, checkpoints. */
@@ -87,6 +96,70 @@ function unused() {
   return models().find((name) => !shown.has(name)) ?? models()[0];
 }
 
+// Prompts, and links to a comparison
+
+const mode = () => document.querySelector("input[name=kind]:checked").value;
+
+function setMode(name) {
+  document.querySelector(`input[name=kind][value=${name}]`).checked = true;
+  showSystem();
+}
+
+/** A system prompt belongs to a chat; its field is there when it is used. */
+function showSystem() {
+  withSystem ||= at("system").value !== "";
+  at("system-field").hidden = mode() !== "chat" || !withSystem;
+  at("add-system").hidden = mode() !== "chat" || withSystem;
+}
+
+/** The first columns: those of the page's link, or the base and the first adapters. */
+async function openColumns() {
+  const linked = read(location.hash);
+  if (linked) return follow(linked);
+  for (const name of models().slice(0, 3)) add(name);
+  await prime();
+}
+
+/** Open as the first adapter was trained: its mode, its system prompt, a prompt of its data. */
+async function prime() {
+  const name = catalog.adapters.find((one) => columns.some(({ model }) => model === one)) ?? catalog.base;
+  if (!catalog.adapters.includes(name) && !catalog.alone) return;
+  let form;
+  try {
+    form = (await get(`v1/models/${encodeURIComponent(name)}`)).prompt;
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    return; // it was unloaded a moment ago
+  }
+  if (!chosenMode && !early) setMode(form.mode);
+  at("system").value ||= form.system ?? "";
+  at("prompt").value ||= form.example ?? "";
+  showSystem();
+}
+
+/** Show the comparison of a link. Nothing is sent: who opens a link decides whether it is asked. */
+function follow({ settings, columns: linked }) {
+  stop();
+  for (const column of columns.splice(0)) column.root.remove();
+  for (const model of linked.slice(0, MOST_COLUMNS)) add(model);
+  if (!columns.length) add(unused());
+  for (const [name, id] of Object.entries(FIELDS)) at(id).value = settings[name] ?? at(id).defaultValue;
+  chosenMode = true;
+  setMode(settings.mode);
+}
+
+async function copyLink() {
+  const settings = { mode: mode() };
+  for (const [name, id] of Object.entries(FIELDS)) settings[name] = at(id).value;
+  history.replaceState(null, "", write({ settings, columns: columns.map((column) => column.choice) }));
+  try {
+    await navigator.clipboard.writeText(location.href);
+    at("link-words").textContent = "The link is copied. It holds the prompt and the settings, and no key.";
+  } catch {
+    at("link-words").textContent = "The link is in the address bar. It holds the prompt and the settings, and no key.";
+  }
+}
+
 // Asking
 
 function askAll() {
@@ -95,11 +168,13 @@ function askAll() {
   if (early) return;
   if (!at("composer").reportValidity()) return;
   question = {
-    chat: document.querySelector("input[name=kind]:checked").value === "chat",
+    chat: mode() === "chat",
+    system: at("system").value.trim(),
     prompt: at("prompt").value,
     temperature: at("temperature").valueAsNumber,
     maxTokens: at("max-tokens").valueAsNumber,
     seed: at("seed").value === "" ? null : at("seed").valueAsNumber,
+    stop: stops(at("stop-strings").value),
   };
   at("live").replaceChildren();
   start(columns);
@@ -221,12 +296,13 @@ async function readCatalog() {
   catalog = { base, alone: Boolean(alone), adapters: adapters.map(({ id }) => id), runs: runs.models() };
   at("base").textContent = catalog.base;
   for (const column of columns) column.offer(catalog);
-  if (!columns.length) for (const name of models().slice(0, 3)) add(name);
+  if (!columns.length) await openColumns();
   if (early) askAll();
 }
 
 /** What clients train here, if the server trains. Throws a Refusal. */
 async function readRuns() {
+  if (!trains) return;
   await part("runs", async () => {
     if (!(await runs.refresh()) || !catalog) return;
     catalog.runs = runs.models();
@@ -256,10 +332,12 @@ async function look() {
 
 async function ready() {
   try {
-    await (await ask("ready", { signal: AbortSignal.timeout(10_000) })).text();
+    const { extensions } = await get("ready");
     showState("ready", "Ready");
+    const before = trains;
+    trains = extensions.includes(TRAINING);
+    if (before && !trains) runs.close();
   } catch (error) {
-    if (!(error instanceof Refusal)) throw new Refusal("The server has not answered for 10 s.");
     if (error.status !== 503) throw error;
     showState("draining", "Takes no requests now");
   }
@@ -285,6 +363,22 @@ async function part(name, run) {
 at("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   askAll();
+});
+for (const radio of document.querySelectorAll("input[name=kind]")) {
+  radio.addEventListener("change", () => {
+    chosenMode = true;
+    showSystem();
+  });
+}
+at("add-system").addEventListener("click", () => {
+  withSystem = true;
+  showSystem();
+  at("system").focus();
+});
+at("copy-link").addEventListener("click", copyLink);
+addEventListener("hashchange", () => {
+  const linked = read(location.hash);
+  if (linked && catalog) follow(linked);
 });
 for (const id of ["stop", "stop-here"]) at(id).addEventListener("click", stop);
 at("add-column").addEventListener("click", () => {

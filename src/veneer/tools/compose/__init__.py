@@ -7,7 +7,7 @@ vectors (TIES, DARE).
              merge the dense ΔWᵢ entry by entry, layer by layer, then truncate to a rank
 
 A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco et al. 2023,
-arXiv:2212.04089). A sum of DoRA changes and plain ones is a DoRA change (``blend.py``). It needs
+arXiv:2212.04089). A sum of DoRA changes and plain ones is a DoRA change (``weighted_sum.py``). It needs
 the base, because the gain is g = m / ‖W + ΔW‖ and a folder stores only m.
 """
 
@@ -26,14 +26,17 @@ from torch import nn
 
 from veneer.adapter_files.derived_folder import merged_base, write_derived
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.attach.lookup import parameter_path
-from veneer.attach.targets import path_test
+from veneer.attach import parameter_path, path_test
 from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft, peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
-from veneer.tools.compose.blend import (
+from veneer.tools.compose.frozen_weights import FrozenWeights, Source
+from veneer.tools.compose.full_params import Weigh, combine_full_params
+from veneer.tools.compose.merge_methods import MERGE_METHODS
+from veneer.tools.compose.option_checks import METHODS, LayerFactors, check_options, factor_list
+from veneer.tools.compose.weighted_sum import (
     Blend,
     ComposeOptions,
     Term,
@@ -41,10 +44,6 @@ from veneer.tools.compose.blend import (
     reduce_rank,
     sum_with_magnitudes,
 )
-from veneer.tools.compose.frozen_weights import FrozenWeights, Source
-from veneer.tools.compose.full_params import Weigh, combine_full_params
-from veneer.tools.compose.merge_methods import MERGE_METHODS
-from veneer.tools.compose.option_checks import METHODS, LayerFactors, check_options, factor_list
 from veneer.tools.report_text import count_noun, rank_range
 
 __all__ = ["METHODS", "ComposeReport", "LayerReport", "compose"]
@@ -281,7 +280,8 @@ def _layer_weights(
             leaves = dict.fromkeys(
                 aligned.model_path.rpartition(".")[2] for aligned in aligned_weights
             )
-            problem = f"layers pattern {pattern!r} matches no layer{nearest(pattern, [*leaves, *layer_names])}"
+            suggestion = nearest(pattern, [*leaves, *layer_names])
+            problem = f"layers pattern {pattern!r} matches no layer{suggestion}"
             problems.append(sentence(problem, f"names such as {listing(leaves)}", "correct it"))
         rules.append(
             (test, [float(factor if isinstance(factor, int | float) else factor[n]) for n in used])
@@ -378,8 +378,8 @@ def _combine_change(
     if rescales or any(magnitude is not None for magnitude in magnitudes):
         if base_weights.source is None:
             problem = (
-                f"DoRA, which rescales the rows of base and change together (at {aligned.model_path!r}),"
-                " without the base"
+                "DoRA, which rescales the rows of base and change together (at"
+                f" {aligned.model_path!r}), without the base"
             )
             raise AdapterError(
                 problem, "the base's weights", "pass base= (--base on the command line)"

@@ -2,9 +2,9 @@
 
     align(saved adapters) -> an AlignedWeight for each weight that any of the adapters changes
 
-Changes are matched by ``PeftLayer.at``, the module path without PEFT's wrappers. A folder has an
-entry for each name of a tied weight; the record lists the first name. The other entries are its
-aliases: the same product, transposed if the module uses the transposed weight.
+Changes are matched by ``PeftLayer.target_path``, the module path without PEFT's wrappers. A folder
+has an entry for each name of a tied weight; the record lists the first name. The other entries are
+its aliases: the same product, transposed if the module uses the transposed weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.lookup import parameter_path
+from veneer.attach import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft, peft_behaviour, peft_paths
 from veneer.lowrank import LowRank
@@ -25,7 +25,7 @@ from veneer.lowrank import LowRank
 class AlignedWeight:
     """One weight with the changes of all adapters."""
 
-    model_path: str  # path of its module, or of the parameter (``PeftLayer.at``)
+    model_path: str  # path of its module, or of the parameter (``PeftLayer.target_path``)
     entry_path: str  # path in an adapter folder with all the changes
     parameter: bool  # whether the entry names the parameter, not its module
     weight: str | None  # the path of the weight, if a record has it
@@ -104,8 +104,8 @@ def _mismatch_problems(
         module_path = model_path.rpartition(".")[0]
         if module_path in changes and module_path not in parameters:
             problem = (
-                f"a change of the module {module_path!r} in one adapter and of its parameter {model_path!r} in"
-                " another"
+                f"a change of the module {module_path!r} in one adapter and of its parameter"
+                f" {model_path!r} in another"
             )
             yield sentence(
                 problem,
@@ -154,8 +154,11 @@ def _find_weights_and_aliases(
                 aliases[model_path] = tied_path, transposed
                 break
         else:
-            text = f"a change of {model_path!r}, tied to another weight in one adapter and not in another"
-            problems.append(sentence(text, "adapters of one model", "leave one of them out"))
+            problem = (
+                f"a change of {model_path!r}, tied to another weight in one adapter and not in"
+                " another"
+            )
+            problems.append(sentence(problem, "adapters of one model", "leave one of them out"))
     return weights, aliases
 
 
@@ -201,9 +204,8 @@ def _entry_paths(
                     ]
                 )
         elif any(peft.attention_of(path) is not None for path, _ in entries.values()):
-            paths[model_path] = (
-                f"{peft_paths.add_wrappers(model_path, wrapper_counts).removesuffix(leaf_name)}base_layer.{leaf_name}"
-            )
+            path = peft_paths.add_wrappers(model_path, wrapper_counts)
+            paths[model_path] = f"{path.removesuffix(leaf_name)}base_layer.{leaf_name}"
         else:
             paths[model_path] = peft_paths.add_wrappers(model_path, wrapper_counts)
     return paths
@@ -242,8 +244,11 @@ def _order_parameters(
 
 def applied_products(saved: AdapterFiles) -> dict[str, LowRank]:
     """The product of each change by model path, scaled as the library that wrote it applies it:
-    PEFT adds the change of an attention's out-projection ``peft.TIMES`` times. ``AdapterError``:
-    the behaviour of that PEFT version is unknown."""
+    PEFT adds the change of an attention's out-projection ``peft_behaviour.OUT_PROJ_REPEATS`` times.
+
+    Raises:
+        AdapterError: the behaviour of that PEFT version is unknown.
+    """
     products = {}
     for path, layer in saved.low.items():
         twice = saved.record is None and peft_paths.attention_of(path) is not None

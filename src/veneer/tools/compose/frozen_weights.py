@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import kind_for, ref_at
-from veneer.attach.lookup import adapters_of, parameter_path, unwrap
-from veneer.attach.targets import Names, own_parameters
+from veneer.attach import Names, adapters_of, own_parameters, parameter_path, unwrap
 from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import fingerprint
 from veneer.layers import LAYERS

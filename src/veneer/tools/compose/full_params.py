@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.lookup import parameter_path
+from veneer.attach import parameter_path
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.fileio.hashing import digest
 from veneer.formats import peft_paths
 from veneer.tools.compose.align import AlignedWeight
-from veneer.tools.compose.blend import ComposeOptions
 from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors
+from veneer.tools.compose.weighted_sum import ComposeOptions
 
 #: (names of a layer or parameter, number of an adapter) -> weight of the adapter there
 Weigh = Callable[[Sequence[str], int], float]

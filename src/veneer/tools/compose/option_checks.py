@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer.errors import ConfigError, listing, nearest, raise_all, sentence
-from veneer.tools.compose.blend import ComposeOptions
 from veneer.tools.compose.merge_methods import MERGE_METHODS
+from veneer.tools.compose.weighted_sum import ComposeOptions
 
 METHODS = ("sum", "svd", *MERGE_METHODS)
 #: pattern -> a factor for the layers that it matches, or a factor for each adapter

@@ -27,9 +27,9 @@ from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
-from veneer.tools.compose.blend import ComposeOptions
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.compose.full_params import combine_full_params
+from veneer.tools.compose.weighted_sum import ComposeOptions
 from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intruders
 from veneer.tools.report_text import count_noun, rank_range
 from veneer.variants.dora import row_norms
@@ -76,11 +76,9 @@ class RepairReport:
             )
         ranks = rank_range(weight.rank for weight in self.weights)
         summary = (
-            f"{count_noun(self.intruders, 'intruder')} among {looked_at} leading singular vectors, in"
-            f" {touched} of "
-        )
-        summary += (
-            f"{count_noun(len(self.weights), 'weight')}, scaled by {self.factor:g}; {ranks}; "
+            f"{count_noun(self.intruders, 'intruder')} among {looked_at} leading singular vectors,"
+            f" in {touched} of {count_noun(len(self.weights), 'weight')}, scaled by"
+            f" {self.factor:g}; {ranks}; "
         )
         return f"{summary}{self.removed:.1%} of the change taken off"
 
@@ -117,42 +115,28 @@ def repair(
     if base is None:
         raise ConfigError(
             "a repair without the base",
-            "its weights, which tell what is new",
+            "its weights, to which the intruders are compared",
             "pass the base (--base)",
         )
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
-        raise ConfigError(
-            f"factor={factor!r}", "what is left of an intruder, in [0, 1]", f"use {FACTOR}"
-        )
+    _check_factor(factor)
     must_not_exist(Path(out), overwrite)
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     saved.refuse_trained_tokens("a repair")
     weights, lows = FrozenWeights(base, model), applied_products(saved)
-    found = (
-        found
-        if found is not None
-        else [*find_intruders(saved, weights, count=count, threshold=threshold)]
-    )
+    if found is None:
+        found = [*find_intruders(saved, weights, count=count, threshold=threshold)]
     layers, reports = {}, []
     for result in found:
+        path = result.aligned.model_path
         layer = result.aligned.layers[0]
-        layers[result.aligned.model_path] = _repair_layer(
-            result, layer, lows[result.aligned.model_path], factor, weights, saved
-        )
-        removed_norm = math.hypot(*(float(triples.S.norm()) for triples in result.intruders)) * (
-            1 - factor
-        )
-        share = removed_norm / result.distance if result.distance else 0.0
-        rank = layers[result.aligned.model_path].rank
-        reports.append(
-            RepairedWeight(
-                result.aligned.model_path, len(result.cosines), result.count, rank, share
-            )
-        )
+        layers[path] = _repair_layer(result, layer, lows[path], factor, weights, saved)
+        reports.append(_report_weight(result, layers[path].rank, factor))
     aligned_weights = align([saved], weights.order)
     low = {aligned.entry_path: _layer(aligned, layers) for aligned in aligned_weights}
-    how = ComposeOptions("sum", None, None, 1.0, 0)
-    full = combine_full_params([saved], aligned_weights, lambda names, number: 1.0, how, weights)
+    options = ComposeOptions("sum", None, None, 1.0, 0)
+    full = combine_full_params(
+        [saved], aligned_weights, lambda names, number: 1.0, options, weights
+    )
     provenance = {
         "repaired": {
             "adapter": saved.path.name,
@@ -162,7 +146,7 @@ def repair(
         **(provenance or {}),
     }
     variant = "dora" if any(layer.extras for layer in low.values()) else "lora"
-    path = write_derived(
+    folder = write_derived(
         out, [saved], low, full, variant=variant, provenance=provenance, overwrite=overwrite
     )
     total_distance = math.hypot(*(result.distance for result in found))
@@ -170,7 +154,24 @@ def repair(
         *(report.removed * result.distance for report, result in zip(reports, found, strict=True))
     )
     return RepairReport(
-        path, float(factor), tuple(reports), removed / total_distance if total_distance else 0.0
+        folder, float(factor), tuple(reports), removed / total_distance if total_distance else 0.0
+    )
+
+
+def _check_factor(factor: Any) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
+        raise ConfigError(
+            f"factor={factor!r}",
+            "the share of an intruder that remains, in [0, 1]",
+            f"use {FACTOR}",
+        )
+
+
+def _report_weight(result: WeightIntruders, rank: int, factor: float) -> RepairedWeight:
+    intruder_norm = math.hypot(*(float(triples.S.norm()) for triples in result.intruders))
+    removed = intruder_norm * (1 - factor) / result.distance if result.distance else 0.0
+    return RepairedWeight(
+        result.aligned.model_path, len(result.cosines), result.count, rank, removed
     )
 
 
@@ -218,12 +219,12 @@ def _intruder_change(intruders: WeightIntruders, low: LowRank, factor: float) ->
     with zeros."""
     width = max(len(triples.S) for triples in intruders.intruders)
 
-    def padded(rows: Tensor) -> Tensor:
+    def pad(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows.new_zeros(width - len(rows), rows.shape[1])])
 
-    A = torch.stack([padded(triples.V.mT) for triples in intruders.intruders])
+    A = torch.stack([pad(triples.V.mT) for triples in intruders.intruders])
     B = torch.stack(
-        [padded((triples.U * triples.S * (factor - 1)).mT) for triples in intruders.intruders]
+        [pad((triples.U * triples.S * (factor - 1)).mT) for triples in intruders.intruders]
     ).mT
     if intruders.gain is not None:
         B = B / intruders.gain.masked_fill(intruders.gain == 0, 1)[..., None]

@@ -29,8 +29,7 @@ from torch import nn
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.install import detach
-from veneer.attach.lookup import parameter_path
+from veneer.attach import detach, parameter_path
 from veneer.errors import AdapterError, listing
 from veneer.fileio.atomic import must_not_exist, new_file
 from veneer.formats import FORMATS, BaseFacts, LowRankChange, MisreadElsewhere, Options, peft
@@ -151,7 +150,7 @@ def conversion(
         if to == "veneer":
             provenance = {"converted from": source_format, **contents.about}
             changes = _write_veneer(saved, out, base_info.facts, on_model, provenance, overwrite)
-        elif target.write is None:  # peft
+        elif target.write is None:  # "peft", the only other format without a writer
             changes = _write_peft(saved, out, base_info.facts, options, overwrite)
         else:
             require_token_rows(saved, to, base_info.facts)

@@ -20,9 +20,7 @@ from torch import nn
 
 from veneer import models
 from veneer.adapter_files.peft_mapping import all_refs
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import parameter_path
-from veneer.attach.targets import Names
+from veneer.attach import Names, parameter_path, weight_of
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, ConfigError, listing
 from veneer.fileio.untrusted import read_header, read_json

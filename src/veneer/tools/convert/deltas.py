@@ -14,15 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.peft_mapping import kind_for
-from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.install import install
-from veneer.attach.lookup import adapters, changes, parameter_path
-from veneer.attach.merge import no_weights_change
-from veneer.attach.plan import Plans, TargetSpec, full_readers, plan_low
-from veneer.attach.refusals import check_full
-from veneer.attach.shared_memory import overlaps
-from veneer.attach.targets import Names, ParamRef, own_parameters
-from veneer.attach.weight_tying import apart
+from veneer.attach import (
+    Names,
+    ParamRef,
+    Plans,
+    TargetSpec,
+    adapters,
+    base_class,
+    changes,
+    check_full,
+    full_readers,
+    install_adapter,
+    output_change_problems,
+    overlaps,
+    own_parameters,
+    parameter_path,
+    plan_low,
+    split_tie_refs,
+    weight_of,
+)
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
@@ -44,7 +54,9 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
     Raises:
         AdapterError: the adapter changes outputs of modules, which no ΔW describes.
     """
-    raise_all(AdapterError, f"There is no ΔW of {name!r}", list(no_weights_change(model, name)))
+    raise_all(
+        AdapterError, f"There is no ΔW of {name!r}", list(output_change_problems(model, name))
+    )
     deltas: dict[str, Tensor] = {}
     for path, module, weight, change in changes(model, name):
         target = weight_of(module, weight)
@@ -117,30 +129,7 @@ def install_deltas(
         AdapterError: the model lacks a name or has another shape. The model is unchanged.
     """
     names, problems = Names(model), []
-    refs = {
-        name: ref
-        for name in deltas
-        if (ref := _ref_of(names, name, deltas[name], problems)) is not None
-    }
-    full: dict[str, dict[str, Tensor]] = {}
-    factors: dict[ParamRef, dict[str, Tensor]] = {}
-    errors: dict[str, float] = {}
-    for name, (path, weight) in refs.items():
-        module, delta = names.modules[path], deltas[name].double()
-        kind = kind_for(module, weight)
-        vector = delta.dim() < 2 or weight in module._buffers
-        if (
-            name in full_names
-            or vector
-            or (kind.name == GENERAL and weight not in kind.weights(module))
-        ):
-            base_value = {**module._parameters, **module._buffers}[weight]
-            full.setdefault(path, {})[weight] = (base_value.double() + delta).to(base_value.dtype)
-        else:
-            A, B, errors[name] = factor_delta(
-                kind.unfold(delta, kind.dims(module, delta.shape)), rank, energy
-            )
-            factors[path, weight] = {"A": A, "B": B}
+    full, factors, errors = _split_deltas(names, deltas, full_names, rank, energy, problems)
     ranks = {ref: pair["A"].shape[1] for ref, pair in factors.items()}
     low = plan_low(
         names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
@@ -168,10 +157,9 @@ def install_deltas(
         train_also=tuple(full),
         dtype="float32",
     )
-    plans = Plans(
-        config, tuple(low), full_keys, buffers, full_readers(names, full_keys), apart(names, full)
-    )
-    install(model, NAME, plans, trainable=False, parameters=factors)
+    readers, split_ties = full_readers(names, full_keys), split_tie_refs(names, full)
+    plans = Plans(config, tuple(low), full_keys, buffers, readers, split_ties)
+    install_adapter(model, NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
         for module_path, _, module_parameters in adapters(model, NAME):
             for key, value in full.get(module_path, {}).items():
@@ -179,6 +167,43 @@ def install_deltas(
                     key
                 ].copy_(value)
     return errors
+
+
+def _split_deltas(
+    names: Names,
+    deltas: Mapping[str, Tensor],
+    full_names: frozenset[str],
+    rank: int | None,
+    energy: float | None,
+    problems: list[str],
+) -> tuple[dict[str, dict[str, Tensor]], dict[ParamRef, dict[str, Tensor]], dict[str, float]]:
+    """Split changes into parameters stored in full (path -> name -> new value) and factors A and B
+    of the others; also return the relative error of each product, by name."""
+    refs = {
+        name: ref
+        for name in deltas
+        if (ref := _ref_of(names, name, deltas[name], problems)) is not None
+    }
+    full: dict[str, dict[str, Tensor]] = {}
+    factors: dict[ParamRef, dict[str, Tensor]] = {}
+    errors: dict[str, float] = {}
+    for name, (path, weight) in refs.items():
+        module, delta = names.modules[path], deltas[name].double()
+        kind = kind_for(module, weight)
+        is_vector = delta.dim() < 2 or weight in module._buffers
+        if (
+            name in full_names
+            or is_vector
+            or (kind.name == GENERAL and weight not in kind.weights(module))
+        ):
+            base_value = {**module._parameters, **module._buffers}[weight]
+            full.setdefault(path, {})[weight] = (base_value.double() + delta).to(base_value.dtype)
+        else:
+            A, B, errors[name] = factor_delta(
+                kind.unfold(delta, kind.dims(module, delta.shape)), rank, energy
+            )
+            factors[path, weight] = {"A": A, "B": B}
+    return full, factors, errors
 
 
 def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> ParamRef | None:
@@ -221,11 +246,11 @@ def factor_delta(
 def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> None:
     """``AdapterError`` unless at most one of the three options is given and its value is valid."""
     options = {"rank": rank, "energy": energy, "whole": whole or None}
-    given_options = [name for name, value in options.items() if value is not None]
+    used_options = [name for name, value in options.items() if value is not None]
     bad_rank = rank is not None and (type(rank) is not int or rank < 1)
     bad_energy = energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1)
     checks = [
-        (len(given_options) > 1, listing(given_options), "one of them", "leave the others out"),
+        (len(used_options) > 1, listing(used_options), "one of them", "leave the others out"),
         (bad_rank, f"rank={rank!r}", "a number of at least 1", "choose one"),
         (bad_energy, f"energy={energy!r}", "a share in (0, 1]", "choose one"),
     ]

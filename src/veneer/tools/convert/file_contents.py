@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.lookup import parameter_path
-from veneer.attach.targets import Names
+from veneer.attach import Names, parameter_path
 from veneer.errors import AdapterError
 from veneer.formats import Adapter, BaseFacts, LowRankChange, peft
 from veneer.formats._base import kind_of_change

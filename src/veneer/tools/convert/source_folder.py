@@ -17,8 +17,7 @@ from veneer.adapter_files import folder, save
 from veneer.adapter_files.base_proof import earlier_fingerprints, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.install import detach
-from veneer.attach.targets import Names
+from veneer.attach import Names, detach
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind

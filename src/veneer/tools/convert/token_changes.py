@@ -24,11 +24,17 @@ from torch import nn
 
 from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.token_rows import vocabulary_size
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import changes, parameter_path
-from veneer.attach.refusals import holders, holders_of, kind_for
-from veneer.attach.targets import Names, ParamRef
+from veneer.adapter_files.saved_token_rows import vocabulary_size
+from veneer.attach import (
+    Names,
+    ParamRef,
+    changes,
+    holders,
+    holders_of,
+    kind_for,
+    parameter_path,
+    weight_of,
+)
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind
@@ -52,7 +58,10 @@ def require_token_rows(saved: AdapterFiles, target_format: str, facts: BaseFacts
         f"the base with all {size} rows of its vocabulary",
     )
     if not facts.shapes:
-        problem = f"{adapter_description}, and no base from whose rows {target_format!r} could count their changes"
+        problem = (
+            f"{adapter_description}, and no base, from whose rows {target_format!r} stores the"
+            " differences"
+        )
         raise AdapterError(problem, expected, f"give the base, or {_MERGE}")
     base_rows = min(
         facts.shapes.get(parameter_path(path, "weight"), (size,))[0] for path in saved.tokens

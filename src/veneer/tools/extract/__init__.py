@@ -31,10 +31,16 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.peft_mapping import kind_for
 from veneer.adapter_files.save_load import save
-from veneer.attach.adapted_module import base_class
-from veneer.attach.install import detach, install
-from veneer.attach.lookup import adapters, adapters_of, parameter_path
-from veneer.attach.targets import Names, ParamRef
+from veneer.attach import (
+    Names,
+    ParamRef,
+    adapters,
+    adapters_of,
+    base_class,
+    detach,
+    install_adapter,
+    parameter_path,
+)
 from veneer.config import LoraConfig, Targets
 from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
@@ -48,9 +54,9 @@ from veneer.tools.extract.weight_pairs import Both, Source, WeightPair, open_bot
 
 __all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
 
-#: what is written whole, with the reason
+#: weights that are written in full or not at all, each with the reason
 Whole = Sequence[tuple[WeightPair, str]]
-#: (the layer that was factored last, how many are, how many there are)
+#: called with (the last factored layer, number of layers factored so far, number of layers in all)
 Progress = Callable[[Extracted, int, int], None]
 
 
@@ -88,23 +94,25 @@ def extract(
         base, tuned: each a folder of safetensors (or what ``veneer.models.load_base`` takes), a
             live model, or a state dict (of the base only with ``model``). Neither is changed; no
             call of a live base may run meanwhile.
-        rank: of every product, lowered where a weight allows less. Either this or ``energy``.
-        energy: the share of ‖ΔW‖² in (0, 1) to keep; each weight gets the smallest rank that does.
-        targets, exclude: which weights get a product, as in ``LoraConfig``. What ``exclude`` means
-            is not written.
-        keep: what is written whole. "auto": changed vectors (norms, biases) and lasting buffers,
-            which have no low-rank change. Patterns and "lossy" (weights that keep less than
-            ``least`` of their change, or whose product has as many numbers as they) add to that;
-            "none" takes the vectors out.
+        rank: rank of every product; lower for weights that are too small. Give either this or
+            ``energy``.
+        energy: the share of ‖ΔW‖² in (0, 1) to keep; each weight gets the smallest rank that keeps
+            it.
+        targets, exclude: which weights get a product, as in ``LoraConfig``. Weights that
+            ``exclude`` matches are not written.
+        keep: which weights are written in full. "auto": changed vectors (norms, biases) and
+            persistent buffers, which have no low-rank change. Patterns and "lossy" add weights;
+            lossy are those that keep less than ``least`` of their change, or whose product would
+            have as many values as they do. "none" omits the vectors.
         least: the share of ‖ΔW‖² below which a weight counts as lossy.
-        model: the structure of a base that transformers cannot build; its values are not looked at.
-        base_name: what to call the base; None takes the folder, or the name that transformers
-            loaded it by.
-        provenance: anything worth knowing, as JSON values.
+        model: the structure of a base that transformers cannot build; its values are not used.
+        base_name: the recorded name of the base; None takes the folder, or the name by which
+            transformers loaded it.
+        provenance: JSON values to record with the adapter.
         progress: called after each weight.
 
     Raises:
-        ConfigError, CheckpointError: an option, or a folder that is no model.
+        ConfigError, CheckpointError: an invalid option, or a folder without a model.
         ExtractError: the models have other names or shapes, nothing changed, or values are not
             finite.
         TargetError: a pattern that matches nothing, or a changed weight that cannot carry an
@@ -134,25 +142,8 @@ def extract(
             full_pairs.append((pair, LITTLE))
         else:
             products.append(product)
-    if not products and not full_pairs:
-        problem = (
-            f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} alone, which nothing"
-            " asks for"
-        )
-        raise ExtractError(problem, "something to write", "widen targets or keep")
-    report = ExtractReport(
-        out,
-        tuple(product.facts for product in products),
-        tuple(
-            Kept(pair.path, torch.Size(pair.old.shape).numel(), pair.change(), reason)
-            for pair, reason in full_pairs
-        ),
-        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
-        len(weight_pairs) - len(changed),
-        both.new.unread,
-        least,
-        0.0,
-    )
+    unchanged = len(weight_pairs) - len(changed)
+    report = _report(out, products, full_pairs, selection.lost, unchanged, both.new.unread, least)
     record_fields = {
         "rank": rank,
         "energy": energy,
@@ -171,6 +162,37 @@ def extract(
         overwrite=overwrite,
     )
     return replace(report, seconds=time.perf_counter() - started)
+
+
+def _report(
+    out: Path,
+    products: Sequence[_Product],
+    full_pairs: Whole,
+    lost: Whole,
+    unchanged: int,
+    unread: Any,
+    least: float,
+) -> ExtractReport:
+    """The report of an extraction, without its seconds. ``ExtractError``: nothing to write."""
+    if not products and not full_pairs:
+        problem = (
+            f"changes of {listing((pair.path for pair, _ in lost), 3)} only, which neither targets"
+            " nor keep cover"
+        )
+        raise ExtractError(problem, "something to write", "widen targets or keep")
+    return ExtractReport(
+        out,
+        tuple(product.facts for product in products),
+        tuple(
+            Kept(pair.path, torch.Size(pair.old.shape).numel(), pair.change(), reason)
+            for pair, reason in full_pairs
+        ),
+        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in lost),
+        unchanged,
+        unread,
+        least,
+        0.0,
+    )
 
 
 def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
@@ -220,7 +242,8 @@ def _factor_change(
         pair.kind.frozen_input(pair.module),
     )
     frozen_energy = 0.0
-    for matrix in dense or () if frozen_input is not None else ():  # an input that never changes
+    # leave out the input that never changes, such as the padding row of an embedding
+    for matrix in dense or () if frozen_input is not None else ():
         frozen_energy += matrix[:, frozen_input].double().square().sum().item()
         matrix[:, frozen_input] = 0
 
@@ -234,7 +257,7 @@ def _factor_change(
             values, vectors_of_gram = svd.spectrum(matrix)
             spectra.append(values)
         rank = svd.smallest_rank(spectra, energy)
-    assert rank is not None  # one of the two is given
+    assert rank is not None  # either `rank` or `energy` is given
     rank, change, error, methods, factors = (
         min(rank, pair.dims.max_rank),
         frozen_energy,
@@ -300,20 +323,20 @@ def _write(
     factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.entry.ref: {"A": product.A, "B": product.B} for product in products
     }
-    # what stands in the adapter in full are the tuned model's values, or the base's where only a
-    # copy of the base is wanted, as for running statistics that did not change or that are left out
+    # Parameters that the adapter holds in full get the tuned model's values. Buffers that did not
+    # change or are left out, such as running statistics, get the base's.
     tuned = {path for pair, _ in full_pairs for path in pair.entry.names}
     product_weights = {id(both.old.by_name.get(product.pair.path)) for product in products}
     fingerprints = {product.pair.path: product.fingerprint for product in products}
     try:
-        install(both.model, name, plans, trainable=False, parameters=factors)
+        install_adapter(both.model, name, plans, trainable=False, parameters=factors)
         for path, _, module_parameters in adapters(both.model, name):
             for key, value in (
                 *module_parameters.full._parameters.items(),
                 *module_parameters.full._buffers.items(),
             ):
-                target_paths = parameter_path(path, key)
-                source = (both.new if target_paths in tuned else both.old).by_name.get(target_paths)
+                full_path = parameter_path(path, key)
+                source = (both.new if full_path in tuned else both.old).by_name.get(full_path)
                 if source is not None and value is not None:
                     value.copy_(source.read(None))
         for entry in list_weights(names):

@@ -66,14 +66,13 @@ class ExtractReport:
     """The report of an extraction. ``str(report)`` is readable text, ``to_dict`` JSON values."""
 
     path: Path
-    # this and the next two: what became of each parameter that changed
-    layers: tuple[Extracted, ...]
-    whole: tuple[Kept, ...]
-    lost: tuple[Lost, ...]
+    layers: tuple[Extracted, ...]  # changed parameters that were written as products,
+    whole: tuple[Kept, ...]  # in full,
+    lost: tuple[Lost, ...]  # or not at all
     unchanged: int  # how many parameters and buffers did not change
     unread: tuple[str, ...]  # tensors of the tuned model's files that are no part of the model
     least: float  # the share of ‖ΔW‖² below which a layer counts as lossy
-    seconds: float  # all in all
+    seconds: float  # of the whole extraction
 
     @property
     def kept(self) -> float:

@@ -10,19 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from veneer.attach.lookup import adapters_of
-from veneer.attach.plan import (
+from veneer.attach import (
+    Names,
+    ParamRef,
     Plans,
     TargetSpec,
+    adapters_of,
+    bad_regex,
     changed_refs,
+    check_full,
+    excluded_refs,
     full_readers,
     is_matrix,
+    name_problems,
+    overlaps,
+    own_parameters,
     plan_low,
+    target_refs,
     with_ties,
 )
-from veneer.attach.refusals import check_full, name_problems
-from veneer.attach.shared_memory import overlaps
-from veneer.attach.targets import Names, ParamRef, bad_regex, excluded, own_parameters, select
 from veneer.config import LoraConfig, Targets
 from veneer.errors import ConfigError, TargetError, raise_all, sentence
 from veneer.tools.extract.weight_pairs import WeightPair
@@ -30,7 +36,7 @@ from veneer.tools.extract.weight_pairs import WeightPair
 #: the words of ``keep`` beside patterns
 AUTO, NONE, LOSSY = WORDS = ("auto", "none", "lossy")
 
-#: why something is written whole, or not at all
+#: reasons to write a parameter in full, or not at all
 ASKED, VECTOR, LITTLE = "asked for", "no low-rank change", "lossy as a product"
 NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, and keep says none"
 
@@ -62,19 +68,18 @@ def select_weights(
     if (attached := adapters_of(names.model)) is not None and attached.merged is not None:
         problem = f"{attached.merged!r} merged into the weights of the base"
         problems.append(sentence(problem, "an unmerged base", "call veneer.unmerge(model) first"))
-    selected_refs, target_problems = select(names, config)
+    selected_refs, target_problems = target_refs(names, config)
     problems += target_problems
     selected = set(selected_refs)
-    left_out = excluded(names, config, []) | _matching_refs(
+    left_out = excluded_refs(names, config, []) | _matching_refs(
         names, [p for p in config.exclude if names.matching(p)], []
     )
     by_name = _matching_refs(names, patterns, problems)
     low, whole, lost = [], [], []
     for pair in changed:
         split_names = (path.rpartition(".") for path in pair.entry.names)
-        refs = {
-            (names.canonical[module_path], name) for module_path, _, name in split_names
-        }  # every reference to it
+        # a tied weight has several references
+        refs = {(names.canonical[module_path], name) for module_path, _, name in split_names}
         if refs & left_out and not refs & selected:
             lost.append((pair, EXCLUDED))
         elif refs & by_name:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from veneer import models
 from veneer.adapter_files.peft_mapping import kind_for
-from veneer.attach.adapted_module import base_class
-from veneer.attach.lookup import adapters_of, unwrap
-from veneer.attach.targets import Names
+from veneer.attach import Names, adapters_of, base_class, unwrap
 from veneer.errors import ExtractError, listing, raise_all, sentence
 from veneer.layers import Dims, Layer
 from veneer.layers._base import GENERAL
@@ -162,7 +160,7 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
     """
     name = None
     if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():
-        # before the base: a path that is wrong is told before anything is converted
+        # report a wrong path before the base is loaded, which takes longer
         models.folder_of(tuned)
     if isinstance(base, nn.Module):
         structure = unwrap(base)
@@ -238,7 +236,7 @@ def pair_weights(both: Both) -> list[WeightPair]:
         known_names.update(entry.names)
         old, new = both.old.find(entry.names), both.new.find(entry.names)
         if old is None or new is None:
-            # else the model makes it itself
+            # a buffer that neither file holds is created by the model's constructor
             if old is not None or new is not None or not entry.is_buffer:
                 missing[both.old.label] += [entry.path] if old is None else []
                 missing[both.new.label] += [entry.path] if new is None else []
@@ -261,11 +259,31 @@ def pair_weights(both: Both) -> list[WeightPair]:
         weights.label: sorted(weights.by_name.keys() - known_names)
         for weights in (both.old, both.new)
     }
-    advice = (
-        "extract from models of one architecture; a vocabulary that grew must have grown in both"
-        " (call "
+    problems = _difference_problems(missing, extra_names, shapes, types)
+    raise_all(
+        ExtractError, f"{both.new.label} is no fine-tune of {both.old.label}", [*problems, *untied]
     )
-    advice += "model.resize_token_embeddings on the base, then save_pretrained)"
+    return pairs
+
+
+#: how many names one message lists
+LONG = 40
+COMPARE = "compare the two models"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+RESIZE = (
+    "extract from models of one architecture; a vocabulary that grew must have grown in both"
+    " (call model.resize_token_embeddings on the base, then save_pretrained)"
+)
+
+
+def _difference_problems(
+    missing: Mapping[str, list[str]],
+    extra_names: Mapping[str, list[str]],
+    shapes: list[str],
+    types: list[str],
+) -> list[str]:
+    """Problems of names that one model lacks or has in addition, by the model's label, and of
+    weights with other shapes or types."""
     stored = "weights stored as something else than floating-point numbers: "
     floats = "float64, float32, bfloat16 or float16"
     checks = [
@@ -277,24 +295,14 @@ def pair_weights(both: Both) -> list[WeightPair]:
             (paths, "", f" in {label}", "the parameters of the base alone", COMPARE)
             for label, paths in extra_names.items()
         ),
-        (shapes, "other shapes: ", "", "the same in base and tuned model", advice),
+        (shapes, "other shapes: ", "", "the same in base and tuned model", RESIZE),
         (types, stored, "", floats, "dequantise the model first"),
     ]
-    problems = [
-        sentence(f"{prefix}{listing(listed, LONG)}{suffix}", expected, do)
-        for listed, prefix, suffix, expected, do in checks
-        if listed
+    return [
+        sentence(f"{prefix}{listing(names, LONG)}{suffix}", expected, do)
+        for names, prefix, suffix, expected, do in checks
+        if names
     ]
-    raise_all(
-        ExtractError, f"{both.new.label} is no fine-tune of {both.old.label}", [*problems, *untied]
-    )
-    return pairs
-
-
-#: how many names one message lists
-LONG = 40
-COMPARE = "compare the two models"
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _untied_problems(

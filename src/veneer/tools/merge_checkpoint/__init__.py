@@ -6,8 +6,8 @@
 
 The result grows in a temporary folder beside OUT and takes its name in one step, once it is on the
 disk. A merge that fails or is killed leaves OUT as it was; the next merge into OUT removes what a
-killed one left. Rejected: a journal with which a killed merge goes on, since merging takes about as
-long as copying.
+killed one left. Rejected: a journal from which a killed merge could resume, since merging takes
+about as long as copying.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from veneer.adapter_files.file_names import content_hash
-from veneer.attach.merge_report import MergeReport
+from veneer.attach import MergeReport
 from veneer.errors import BaseMismatchError, MergeError, listing, raise_all
 from veneer.fileio.atomic import must_not_exist, new_folder
 from veneer.fileio.locks import hold_lock
@@ -99,7 +99,8 @@ def merge_checkpoint(
     except BaseMismatchError:
         if not job.merge_plan.by_fingerprints:
             raise
-    # the names were taken for those of the model's parameters, which only the model knows
+    # The first plan assumed that the tensors are named as the model's parameters, and a
+    # fingerprint has refuted that. The second takes the names from the model itself.
     job = plan_job(base, adapters, dtype, rounding, verify_base, model, by_fingerprints=False)
     return _write_merge(job, base, out, overwrite, progress)
 
@@ -148,11 +149,11 @@ def prove(
     merged = open_checkpoint(out)
     problems = [
         f"{name!r} is in one of them only"
-        for name in merged.where.keys() ^ job.checkpoint.where.keys()
+        for name in merged.file_of.keys() ^ job.checkpoint.file_of.keys()
     ]
-    total, done = sum(map(job.checkpoint.bytes, job.checkpoint.where)), 0
+    total, done = sum(map(job.checkpoint.bytes, job.checkpoint.file_of)), 0
     _, compiled = job.memory_limit()
-    for name in job.checkpoint.where.keys() & merged.where.keys():
+    for name in job.checkpoint.file_of.keys() & merged.file_of.keys():
         if merged.dtype(name) != job.output_dtype(name) or merged.shape(
             name
         ) != job.checkpoint.shape(name):
@@ -166,7 +167,7 @@ def prove(
             progress(done, total, name)
     problems += aux_files.list_differences(job.checkpoint, job.aux_changes, Path(out))
     raise_all(MergeError, f"{out} is not the base with these adapters", problems)
-    return len(merged.where)
+    return len(merged.file_of)
 
 
 def _aux_files(job: MergeJob, folder: Path) -> list[str]:
@@ -176,7 +177,7 @@ def _aux_files(job: MergeJob, folder: Path) -> list[str]:
         aux_files.write_aux_files(job.checkpoint, job.aux_changes, folder),
     )
     if checkpoint.index is not None:
-        total = sum(map(job.output_bytes, checkpoint.where))
+        total = sum(map(job.output_bytes, checkpoint.file_of))
         metadata = checkpoint.index.get("metadata") or {}
         source, target = (
             parent / str(checkpoint.index_name) for parent in (checkpoint.folder, folder)

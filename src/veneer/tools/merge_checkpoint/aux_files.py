@@ -22,7 +22,7 @@ from veneer.models.safetensors_dir import Checkpoint
 from veneer.tools.merge_checkpoint.head import Head
 
 RECORD, CONFIG = "veneer_merge.json", "config.json"
-#: files that hold the same weights again for others
+#: files that hold the same weights in other formats
 WEIGHT_SUFFIXES = (
     ".bin",
     ".pt",
@@ -49,7 +49,7 @@ def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
             if path.name.startswith(".")
             else list(path.rglob("*"))
         )
-        # links to folders are not gone into
+        # links to folders are not followed, so they may lead to weights
         has_weights = any(
             file.name.endswith(WEIGHT_SUFFIXES) or (file.is_dir() and file.is_symlink())
             for file in contents

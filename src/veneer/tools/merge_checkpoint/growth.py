@@ -1,8 +1,8 @@
 """A checkpoint whose vocabulary grows for tokens that adapters add: more rows in embedding and
 head.
 
-The new rows are zeros until the merge writes the trained rows. ``token_rows.growth`` has refused
-adapters that do not train every new row.
+The new rows are zeros until the merge writes the trained rows. ``saved_token_rows.grown_size``
+refuses adapters that do not train every new row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.token_rows import grown_size
+from veneer.adapter_files.saved_token_rows import grown_size
 from veneer.errors import MergeError
 from veneer.fileio.untrusted import Entry
 from veneer.models.safetensors_dir import Checkpoint
@@ -29,7 +29,7 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
     sizes = [size for saved in saved_adapters if (size := grown_size(model, saved)) is not None]
     if not sizes:
         return None
-    # BART's, which has a column for each token
+    # a buffer of BART with a column for each token
     if getattr(model, "final_logits_bias", None) is not None:
         problem, expected = (
             "'final_logits_bias', which grows with the vocabulary",
@@ -68,7 +68,7 @@ class GrownCheckpoint(Checkpoint):
             return super().read(name, rows)
         file_rows, shape = self.grown[name], self.shape(name)
         value = torch.zeros(shape, dtype=self.dtype(name))
-        if file_rows:  # none of a tensor that the files lack
+        if file_rows:  # 0: the files lack this tensor
             value[:file_rows] = Checkpoint.read(self.with_file_rows(name), name)
         return value if rows is None else value[rows]
 
@@ -85,19 +85,19 @@ def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpo
     resized = _resize_tensors(checkpoint, larger)
     before = {name: checkpoint.shape(name)[0] for name in larger}
     return GrownCheckpoint(
-        resized.folder, resized.files, resized.index, resized.index_name, resized.where, before
+        resized.folder, resized.files, resized.index, resized.index_name, resized.file_of, before
     )
 
 
 def _resize_tensors(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
     files = dict(checkpoint.files)
     for name, rows in sizes.items():
-        header, old = files[checkpoint.where[name]], checkpoint.entry(name)
+        header, old = files[checkpoint.file_of[name]], checkpoint.entry(name)
         shape = rows, *old.shape[1:]
         new = Entry(
             old.dtype, shape, old.start, old.start + prod(shape) * checkpoint.dtype(name).itemsize
         )
-        files[checkpoint.where[name]] = replace(header, tensors={**header.tensors, name: new})
+        files[checkpoint.file_of[name]] = replace(header, tensors={**header.tensors, name: new})
     return Checkpoint(
-        checkpoint.folder, files, checkpoint.index, checkpoint.index_name, checkpoint.where
+        checkpoint.folder, files, checkpoint.index, checkpoint.index_name, checkpoint.file_of
     )

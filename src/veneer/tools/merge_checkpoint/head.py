@@ -86,7 +86,7 @@ def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) 
         return checkpoint
     dtypes = [
         checkpoint.dtype(name)
-        for name in checkpoint.where
+        for name in checkpoint.file_of
         if checkpoint.dtype(name).is_floating_point
     ]
     dtype = max({*dtypes}, key=dtypes.count, default=torch.float32)
@@ -104,7 +104,7 @@ def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) 
         index = {**index, "weight_map": {**index["weight_map"], **dict.fromkeys(tensors, file)}}
     rows = {**getattr(checkpoint, "grown", {}), **dict.fromkeys(tensors, 0)}
     files = {**checkpoint.files, file: replace(header, tensors=entries)}
-    file_of_tensor = {**checkpoint.where, **dict.fromkeys(tensors, file)}
+    file_of_tensor = {**checkpoint.file_of, **dict.fromkeys(tensors, file)}
     return GrownCheckpoint(
         checkpoint.folder, files, index, checkpoint.index_name, file_of_tensor, rows
     )

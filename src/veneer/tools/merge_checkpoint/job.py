@@ -21,11 +21,11 @@ from torch import Tensor
 
 from veneer.adapter_files.file_names import common_tokenizer
 from veneer.adapter_files.folder import read
-from veneer.attach.merge_report import LayerMerge
+from veneer.attach import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_of, fingerprint_without_rows, kind_of
 from veneer.kernels.reference import round_once
-from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
+from veneer.kernels.rounding import HALF, Sums, is_inaccurate, known_rounding
 from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
 from veneer.tools.merge_checkpoint.aux_files import ConfigChanges
 from veneer.tools.merge_checkpoint.growth import grow_checkpoint
@@ -39,7 +39,7 @@ from veneer.tools.merge_checkpoint.merge_plan import (
     plan_merge,
 )
 
-#: bytes that numba takes, with what it needs to compile
+#: bytes of memory that numba takes, including its compiler
 NUMBA = 128 * 2**20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +56,7 @@ class MergeJob:
     verify_base: bool
     #: the folder of the adapter whose tokenizer the result gets; None: the base's
     tokenizer: Path | None
-    #: how a parameter that several tensors hold is rounded, found when the first of them is there
+    #: the rounding of each parameter that several tensors hold, decided at the first of them
     decided: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -83,9 +83,13 @@ class MergeJob:
     def memory_limit(self) -> tuple[int, bool]:
         """(bytes that tensors may take between reading and writing, whether numba is used). The
         limit is twice the largest tensor; numba is used if its memory fits in too."""
-        limit = max(map(self.buffer_bytes, self.checkpoint.where), default=0)
+        limit = max(map(self.buffer_bytes, self.checkpoint.file_of), default=0)
         needed = max(
-            (self.buffer_bytes(name) for name in self.checkpoint.where if not self.is_copied(name)),
+            (
+                self.buffer_bytes(name)
+                for name in self.checkpoint.file_of
+                if not self.is_copied(name)
+            ),
             default=0,
         )
         compiled = limit - NUMBA >= needed
@@ -189,7 +193,7 @@ def plan_job(
     ]
     adapter_weights = [(Path(path), float(weight)) for path, weight in weighted_adapters]
     folder = Path(base).expanduser()
-    checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
+    checkpoint = open_checkpoint(folder)  # before the adapters, because it fails sooner
     saved_adapters = [read(path) for path, _ in adapter_weights]
     tokenizer = common_tokenizer({str(path): path for path, _ in adapter_weights})
     stub_model = (
@@ -252,7 +256,7 @@ def _rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, compiled: boo
             )
             weight = job.checkpoint.read(name)[tensor_edit.param_slice.within]
             sums += merge_changes(tensor_edit, weight, dtype, "nearest", compiled).sums
-        job.decided[edit.path] = "faithful" if wanting(sums) else "nearest"
+        job.decided[edit.path] = "faithful" if is_inaccurate(sums) else "nearest"
     return job.decided[edit.path]
 
 

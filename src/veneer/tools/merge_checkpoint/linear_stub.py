@@ -33,11 +33,11 @@ def linear_stub_model(
     try:
         vocabularies = set(_sizes(json.loads(config.read_text())))
     except (OSError, ValueError):
-        return None  # whoever looks for the model will say what is wrong with it
+        return None  # the code that builds the model reports the error
     shapes: dict[str, tuple[int, int]] = {}
     for saved in saved_adapters:
         for weight, change in saved.metadata.get("changes", {}).items():
-            in_files = weight in checkpoint.where and weight in saved.metadata["base"]["weights"]
+            in_files = weight in checkpoint.file_of and weight in saved.metadata["base"]["weights"]
             shape = list(checkpoint.shape(weight)) if in_files else []
             is_linear = (
                 change.get("kind") == "linear" and weight.endswith(".weight") and len(shape) == 2
@@ -48,7 +48,7 @@ def linear_stub_model(
         if not saved.metadata or saved.full:
             return None
     changed_forms = {(path.rpartition(".")[2], shape) for path, shape in shapes.items()}
-    for name in checkpoint.where:
+    for name in checkpoint.file_of:
         path, _, leaf_name = name.rpartition(".")
         unchanged = leaf_name == "weight" and path not in shapes
         if unchanged and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in changed_forms:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.attach.change import Change
-from veneer.attach.merge import fold_change
+from veneer.attach import Change, fold_change
 from veneer.errors import MergeError
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import Folded

@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.save_load import install_from
-from veneer.attach.change import Change
-from veneer.attach.install import detach
-from veneer.attach.lookup import adapters as adapters_of
-from veneer.attach.lookup import changes, parameter_path
-from veneer.attach.merge import no_weights_change
-from veneer.attach.weight_tying import torn
+from veneer.attach import (
+    Change,
+    changes,
+    detach,
+    output_change_problems,
+    parameter_path,
+    split_tie_problems,
+)
+from veneer.attach import adapters as adapters_of
 from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
 from veneer.layers import Layer
 from veneer.models.base_weights import slice_shape
@@ -98,7 +101,10 @@ def plan_merge(
     """
     if model is not None:
         return _plan(folder, adapters, model)
-    script = f"import sys; from {__name__} import answer_request; answer_request(sys.stdin.buffer, sys.stdout.buffer)"
+    script = (
+        f"import sys; from {__name__} import answer_request;"
+        " answer_request(sys.stdin.buffer, sys.stdout.buffer)"
+    )
     # -P: import no code from the current folder, which may be a downloaded one
     command, request = [sys.executable, "-P", "-c", script], pickle.dumps((folder, adapters))
     process = subprocess.run(command, input=request, stdout=subprocess.PIPE, check=False)
@@ -131,7 +137,7 @@ def _plan(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) ->
         model_with_head(folder, saved_adapters) if model is None else (without_meta(model), None)
     )
     checkpoint = open_checkpoint(folder)
-    param_slices = models.map_checkpoint_names(target_model, checkpoint.where)
+    param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
     is_own_copy, sizes = model is None or target_model is not model, {}
     if is_own_copy and (rows := grow_model(target_model, saved_adapters)) is not None:
         embedding_ids = {
@@ -289,7 +295,10 @@ def _collect_edits(
 ) -> dict[str, TensorEdit]:
     """The edit of each parameter and running statistic that an adapter changes, by its path."""
     edits: dict[str, TensorEdit] = {}
-    problems = {name: (*torn(model, name), *no_weights_change(model, name)) for name in attached}
+    problems = {
+        name: (*split_tie_problems(model, name), *output_change_problems(model, name))
+        for name in attached
+    }
     all_problems = [
         f"{attached[name][0]}: {problem}"
         for name, tie_problems in problems.items()
@@ -303,8 +312,8 @@ def _collect_edits(
             rewrites = rewrites and getattr(module, "max_norm", None) is not None
             if target is None or change.storage.name != "plain" or rewrites:
                 problem = (
-                    f"a change of {parameter_path(module_path, weight)!r}, which is computed or rewritten as"
-                    " it is read"
+                    f"a change of {parameter_path(module_path, weight)!r}, which is computed or"
+                    " rewritten as it is read"
                 )
                 do = "merge it in memory (veneer.merge), and save the model"
                 raise MergeError(problem, "weights that lie in the files as they are used", do)
@@ -328,19 +337,19 @@ def _collect_edits(
 def _coverage_problems(
     path: str,
     edit: TensorEdit,
-    places_by_tensor: Mapping[str, models.ParamSlice],
+    slices_by_tensor: Mapping[str, models.ParamSlice],
     checkpoint: Checkpoint,
 ):
     """Problems of the files with one parameter: no tensor for all of it, or another shape or
     dtype."""
-    if not places_by_tensor and not edit.changes and not edit.full[0][1].is_floating_point():
+    if not slices_by_tensor and not edit.changes and not edit.full[0][1].is_floating_point():
         return  # the counter of a norm, absent in old files
     covered = (
         torch.zeros(edit.shape, dtype=torch.bool)
-        if any(each.index for each in places_by_tensor.values())
+        if any(each.index for each in slices_by_tensor.values())
         else None
     )
-    for tensor, param_slice in places_by_tensor.items():
+    for tensor, param_slice in slices_by_tensor.items():
         shape, file_shape = (
             slice_shape(edit.shape, param_slice.index),
             slice_shape(checkpoint.shape(tensor), param_slice.within),
@@ -376,16 +385,17 @@ def _coverage_problems(
                 "the whole of it in one tensor",
                 "merge it in memory (veneer.merge), and save it",
             )
-    if not places_by_tensor or (covered is not None and not covered.all()):
-        problem = f"no tensor that is {path!r}" + (" as a whole" if places_by_tensor else "")
+    if not slices_by_tensor or (covered is not None and not covered.all()):
+        problem = f"no tensor that is {path!r}" + (" as a whole" if slices_by_tensor else "")
         yield sentence(
             problem, "every weight that the adapter changes", "name the base that it was trained on"
         )
 
 
-def _order_tensors(places_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
+def _order_tensors(slices_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
     """The tensors that make up a parameter, in order; one of them if each holds all of it."""
     ordered = sorted(
-        places_by_tensor, key=lambda tensor: [part.start for part in places_by_tensor[tensor].index]
+        slices_by_tensor,
+        key=lambda tensor: [axis_slice.start for axis_slice in slices_by_tensor[tensor].index],
     )
-    return tuple(ordered if places_by_tensor[ordered[0]].index else ordered[:1])
+    return tuple(ordered if slices_by_tensor[ordered[0]].index else ordered[:1])

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from veneer.attach.merge_report import LayerMerge
+from veneer.attach import LayerMerge
 from veneer.errors import CheckpointError
 from veneer.tools.merge_checkpoint.job import MergeJob, merge_tensor
 
@@ -60,7 +60,7 @@ class CheckpointWriter:
         limit, self._compiled = job.memory_limit()
         self._budget = _ByteBudget(limit)
         self._offsets: dict[str, int] = {}
-        order = {name: number for number, name in enumerate(job.checkpoint.where)}
+        order = {name: number for number, name in enumerate(job.checkpoint.file_of)}
         #: parameters whose fingerprint is complete once a tensor is read, by the tensor's name
         self._parameters: dict[str, list[str]] = {}
         for path, (tensors, *_) in job.merge_plan.fingerprints.items() if job.verify_base else ():
@@ -74,7 +74,7 @@ class CheckpointWriter:
             header, offsets = self.job.layout(file)
             (self.folder / file).write_bytes(header)
             self._offsets |= offsets
-        names, layers, done = list(self.job.checkpoint.where), [], 0
+        names, layers, done = list(self.job.checkpoint.file_of), [], 0
         total = sum(map(self.job.checkpoint.bytes, names))
         with _worker_pool() as pool:
             for name, reports in zip(names, pool.map(self._write_tensor, names), strict=True):
@@ -86,7 +86,7 @@ class CheckpointWriter:
 
     def _write_tensor(self, name: str) -> list[LayerMerge]:
         job = self.job
-        with (self.folder / job.checkpoint.where[name]).open("r+b", buffering=0) as target:
+        with (self.folder / job.checkpoint.file_of[name]).open("r+b", buffering=0) as target:
             target.seek(self._offsets[name])
             if job.is_copied(name):
                 self._copy(target, name)
@@ -100,12 +100,12 @@ class CheckpointWriter:
 
     def _copy(self, target: BinaryIO, name: str) -> None:
         checkpoint, remaining = self.job.checkpoint, self.job.checkpoint.bytes(name)
-        with (checkpoint.folder / checkpoint.where[name]).open("rb", buffering=0) as source:
+        with (checkpoint.folder / checkpoint.file_of[name]).open("rb", buffering=0) as source:
             source.seek(checkpoint.start(name))
             while remaining:
                 block = source.read(min(remaining, BLOCK))
                 if not block:
-                    problem = f"{checkpoint.where[name]}, which became shorter while it was read"
+                    problem = f"{checkpoint.file_of[name]}, which became shorter while it was read"
                     do = "let nobody write to it meanwhile"
                     raise CheckpointError(problem, "the base as it was", do)
                 write_all(target, memoryview(block))

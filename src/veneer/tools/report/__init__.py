@@ -2,12 +2,13 @@
 model may have forgotten.
 
     examine(adapter, …)  ->  Report      numbers alone; ``to_dict()`` is the JSON
-    page.page(facts)     ->  str         one HTML page, rendered from that JSON alone
+    report_page.page(facts)  ->  str     one HTML page, rendered from that JSON alone
 
 Computed for each weight from the thin factors: the singular values of ΔW (for a stack or a grouped
 convolution, the root of the sum of squares over its groups), and
 
-    effective rank   exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ / Σ σ: Roy and Vetterli 2007, "The effective rank". r if all are equal
+    effective rank   exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ / Σ σ: Roy and Vetterli 2007, "The effective rank".
+                     It is r if all σᵢ are equal
     rank for 99 %    the lowest rank that keeps this share of ‖ΔW‖²
     lost at rank r   ‖ΔW − ΔW truncated to r‖ / ‖ΔW‖, over all weights
 
@@ -186,11 +187,8 @@ def examine(
             if progress is not None:
                 progress(result.aligned.model_path, done, len(aligned_weights))
     difference = None if other is None else compare(saved, other)
-    shared = (
-        {}
-        if difference is None
-        else {layer.path: _relate_layers(layer, lows[layer.path]) for layer in difference.layers}
-    )
+    relations = [] if difference is None else difference.layers
+    shared = {layer.path: _relate_layers(layer, lows[layer.path]) for layer in relations}
     layers = [
         _examine_layer(aligned, lows[path], intruders.get(path), threshold, shared.get(path))
         for aligned in aligned_weights
@@ -198,12 +196,6 @@ def examine(
     ]
     cuts = _cuts(layers)
     next_rank, reason = _next_rank(layers, cuts)
-    full_names = [
-        f"{peft_paths.strip_wrappers(path)[0]}.{name}"
-        for path, tensors in saved.full.items()
-        for name in tensors
-    ]
-    full_names += [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
     return Report(
         adapter=str(saved.path),
         about=_describe_adapter(saved),
@@ -213,7 +205,7 @@ def examine(
         cuts=tuple(cuts),
         next_rank=next_rank,
         why=reason,
-        in_full=tuple(full_names),
+        in_full=tuple(_full_names(saved)),
         only_here=() if difference is None else difference.only_a,
         only_other=() if difference is None else difference.only_b,
         leading=count if base is not None else 0,
@@ -221,6 +213,16 @@ def examine(
         seconds=sum(result.seconds for result in intruders.values()),
         found=tuple(intruders.values()),
     )
+
+
+def _full_names(saved: AdapterFiles) -> list[str]:
+    """Parameters that are trained in full, and descriptions of trained token rows."""
+    names = [
+        f"{peft_paths.strip_wrappers(path)[0]}.{name}"
+        for path, tensors in saved.full.items()
+        for name in tensors
+    ]
+    return names + [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
 
 
 def _describe_adapter(saved: AdapterFiles) -> dict[str, Any]:

@@ -8,7 +8,7 @@ serves light and dark mode.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, EDGE = 400, 250, 40, 36, 26, 10
@@ -59,7 +59,8 @@ def lines(
 
     def svg_point(point: tuple[float, float]) -> str:
         value = math.log10(point[1]) if log_y else point[1]
-        return f"{LEFT + x_scale(point[0]) * (WIDTH - LEFT - EDGE):.1f},{_y_position(y_scale(value)):.1f}"
+        x = LEFT + x_scale(point[0]) * (WIDTH - LEFT - EDGE)
+        return f"{x:.1f},{_y_position(y_scale(value)):.1f}"
 
     x_scale = _scale(*xs)
     elements = [_axes(y_scale, log_y, xs, x_scale, x, y)]
@@ -70,20 +71,11 @@ def lines(
             f' x2="{mark_x:.1f}" '
         )
         elements.append(f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    elements += [
-        f'<polyline class="axis" points="{" ".join(map(svg_point, line_points))}"/>'
-        for line_points in faint
-    ]
+    elements += [_polyline("axis", map(svg_point, line_points)) for line_points in faint]
     for number, line_points in enumerate(series.values()):
-        if not dots:
-            elements.append(
-                f'<polyline class="s{number % COLOURS}" points="{" ".join(map(svg_point, line_points))}"/>'
-            )
-            continue
-        for x_coordinate, y_coordinate in (svg_point(point).split(",") for point in line_points):
-            elements.append(
-                f'<circle class="s{number % COLOURS}" cx="{x_coordinate}" cy="{y_coordinate}" r="4"/>'
-            )
+        svg_points = [svg_point(point) for point in line_points]
+        style = f"s{number % COLOURS}"
+        elements += _circles(style, svg_points) if dots else [_polyline(style, svg_points)]
     legend = "".join(
         f'<span class="s{number % COLOURS}">{escape(name)}</span>'
         for number, name in enumerate(series)
@@ -94,6 +86,15 @@ def lines(
         f' aria-label="{title}">{"".join(elements)}</svg><div'
         f' class="key">{legend if len(series) > 1 else ""}</div>'
     )
+
+
+def _polyline(style: str, svg_points: Iterable[str]) -> str:
+    return f'<polyline class="{style}" points="{" ".join(svg_points)}"/>'
+
+
+def _circles(style: str, svg_points: Iterable[str]) -> list[str]:
+    centres = (point.split(",") for point in svg_points)
+    return [f'<circle class="{style}" cx="{x}" cy="{y}" r="4"/>' for x, y in centres]
 
 
 def _axes(
@@ -119,7 +120,8 @@ def _axes(
             f' y2="{_y_position(share):.1f}"/>'
         )
         elements.append(
-            f'<text x="{LEFT - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">{label}</text>'
+            f'<text x="{LEFT - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">'
+            f"{label}</text>"
         )
     # integer axes: ranks, indices of singular values
     integer_axis = all(float(value).is_integer() for value in xs) and xs[0] >= 1
@@ -197,7 +199,8 @@ def heat_map(
         rows.append(f"<tr><th>{'–' if block is None else block}</th>{''.join(row)}</tr>")
     return (
         f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll"><table class="map">'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></figure>"
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "</figure>"
     )
 
 
@@ -208,10 +211,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<th{c}>{escape(head.removeprefix('>'))}</th>"
         for head, c in zip(heads, classes, strict=True)
     )
-    body = "".join(
-        f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in zip(row, classes, strict=True))}</tr>"
-        for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = zip(row, classes, strict=True)
+        body += f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in cells)}</tr>"
     return (
         "<div"
         f' class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.lookup import unwrap
+from veneer.attach import unwrap
 from veneer.config import LoraConfig
 from veneer.engine import PassRequest, RandomStream, StepEngine
 from veneer.engine.batches import AdapterBatch, join_batches

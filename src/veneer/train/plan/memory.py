@@ -32,10 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import base_class, state_of
-from veneer.attach.lookup import only_name
-from veneer.attach.select import use
-from veneer.attach.summary import size
+from veneer.attach import base_class, format_bytes, only_name, state_of, use
 from veneer.bases import storage_of
 from veneer.distributed import is_spread
 from veneer.errors import ConfigError
@@ -140,7 +137,7 @@ def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
         return _format_lower_bound(memory_breakdown(model, config.optimiser, None), error)
     text = _format_total(sizes)
     return (
-        f"{text}, and activations of {size(offloaded_size)} in main memory"
+        f"{text}, and activations of {format_bytes(offloaded_size)} in main memory"
         if config.offload_activations
         else text
     )
@@ -160,9 +157,9 @@ def estimate_at_once(
 def _format_total(sizes: Mapping[str, int]) -> str:
     """The total and its uses in words, without uses of 0 bytes."""
     listing = ", ".join(
-        f"{name} {size(size_bytes)}" for name, size_bytes in sizes.items() if size_bytes
+        f"{name} {format_bytes(size_bytes)}" for name, size_bytes in sizes.items() if size_bytes
     )
-    return f"about {size(sum(sizes.values()))} ({listing})"
+    return f"about {format_bytes(sum(sizes.values()))} ({listing})"
 
 
 def _format_lower_bound(sizes: Mapping[str, int], error: ConfigError) -> str:

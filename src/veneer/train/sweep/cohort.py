@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
 
-from veneer.attach.check import check
+from veneer.attach import check
 from veneer.engine import TrainedAdapter
 from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint

@@ -16,7 +16,7 @@ from veneer.errors import VeneerError
 from veneer.models.messages import first_line
 from veneer.train.config import TrainConfig
 from veneer.train.run import fit
-from veneer.train.sweep.settings import CHANCE, Range
+from veneer.train.sweep.sweep_settings import CHANCE, Range
 
 #: number of steps of the winner's repetition
 REPEATED_STEPS = 20

@@ -23,7 +23,7 @@ from veneer.train.config import FREE_ON_RESUME, TrainConfig
 from veneer.train.prepare import Prepared
 from veneer.train.processes import Processes
 from veneer.train.run_record import versions
-from veneer.train.sweep.settings import Sweep
+from veneer.train.sweep.sweep_settings import Sweep
 
 BEST, REPORT, RESULT, STATE, TRAIN = "best", "report.html", "sweep.json", "state.json", "train.yaml"
 

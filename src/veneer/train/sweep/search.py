@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from veneer.errors import ConfigError, nearest
-from veneer.train.sweep.settings import Range, Sweep
+from veneer.train.sweep.sweep_settings import Range, Sweep
 
 #: settings with integer values
 INTEGERS = frozenset({"rank", "seed", "data_seed"})

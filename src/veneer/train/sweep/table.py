@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from veneer.attach.summary import size
+from veneer.attach import format_bytes
 from veneer.train.callbacks import say
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
 from veneer.train.sweep.cohort import Cohort
-from veneer.train.sweep.record import (
+from veneer.train.sweep.search import Search
+from veneer.train.sweep.sweep_record import (
     FINISHED,
     RUNNING,
     WAITING,
@@ -23,7 +24,6 @@ from veneer.train.sweep.record import (
     State,
     format_changes,
 )
-from veneer.train.sweep.search import Search
 from veneer.train.tasks import Task
 
 #: number of candidates that the table shows, the best ones
@@ -133,7 +133,7 @@ def print_overview(
     rungs = ", ".join(map(str, search.rungs))
     ends = f"; the weaker end after steps {rungs}" if rungs else ""
     lines = [
-        f"Base     {config.base} ({dtype}, {size(base_bytes)})",
+        f"Base     {config.base} ({dtype}, {format_bytes(base_bytes)})",
         f"Data     {config.data}: {task.amount(prepared.train)}",
         f"         {len(prepared.evaluation):,} examples to evaluate on",
         f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples",

@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from veneer import models
-from veneer.attach.lookup import adapters_of, unwrap
-from veneer.attach.select import use
+from veneer.attach import adapters_of, unwrap, use
 from veneer.errors import ConfigError, DataError
 from veneer.models.load import Base
 from veneer.registry import Registry
@@ -365,7 +364,7 @@ def apply_max_length(
             f"{len(long)} of {len(rows)} examples of {records.source} with more than {limit:,}"
             " tokens"
         )
-        problem += f"; the longest, {records.places[worst]}, has {longest[worst]:,}"
+        problem += f"; the longest, {records.locations[worst]}, has {longest[worst]:,}"
         do = (
             f"raise it with --max-length {longest[worst]} (if the model allows it), or choose"
             " --too-long truncate or "
@@ -387,7 +386,7 @@ def apply_max_length(
 
 def read_text_column(records: data.Records, column: str) -> list[str]:
     """The values of a column that holds texts. `DataError`: one is empty or no text."""
-    for row, location in zip(records.rows, records.places, strict=True):
+    for row, location in zip(records.rows, records.locations, strict=True):
         if not isinstance(row[column], str) or not row[column].strip():
             problem = f"{records.source}, {location}: {column} is {row[column]!r}"[:300]
             raise DataError(problem, "text", "fix or remove that row")

@@ -45,7 +45,7 @@ class Causal(Task):
         kind = "prompt" if "prompt" in rows[0] else "text"
         shaped_rows = [
             row_shape.check_texts_or_chats(row, f"{records.source}, {location}")
-            for row, location in zip(rows, records.places, strict=True)
+            for row, location in zip(rows, records.locations, strict=True)
         ]
         answer_records = replace(records, kind=kind, rows=shaped_rows)
         options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}

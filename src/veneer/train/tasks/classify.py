@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from veneer import models
-from veneer.attach.dtypes import at_least_float32
 from veneer.errors import ConfigError, DataError, listing
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
+from veneer.precision import at_least_float32
 from veneer.train import data
 from veneer.train.tasks._base import (
     Base,
@@ -120,7 +120,7 @@ class Classify(Task):
         if self.processor is None:
             self.processor = self._processor()
         column = "labels" if self.kind == "words" else "label"
-        locations = [f"{records.source}, {location}" for location in records.places]
+        locations = [f"{records.source}, {location}" for location in records.locations]
         label_names = [
             [
                 _label_name(label, location)

@@ -71,7 +71,7 @@ class Embed(Task):
             {"ids": [list(side[i]) for side in ids]} for i in range(len(records))
         ]
         if cosine:
-            for row, record, location in zip(rows, records.rows, records.places, strict=True):
+            for row, record, location in zip(rows, records.rows, records.locations, strict=True):
                 row["label"] = _score(record["label"], f"{records.source}, {location}")
         limit = self.max_length()
         longest = [max(map(len, row["ids"])) for row in rows]

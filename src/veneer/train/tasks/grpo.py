@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.attach.lookup import unwrap
+from veneer.attach import unwrap
 from veneer.errors import ConfigError, DataError
 from veneer.train import data, row_shape
 from veneer.train.generate import continuations, encode
@@ -103,7 +103,7 @@ class Grpo(Causal):
                 problem, "room for a prompt", "lower answer_tokens, or raise max_length"
             )
         rows = []
-        for row, location in zip(records.rows, records.places, strict=True):
+        for row, location in zip(records.rows, records.locations, strict=True):
             prompt = row_shape.check_texts_or_chats(
                 {"prompt": row["prompt"]}, f"{records.source}, {location}"
             )["prompt"]

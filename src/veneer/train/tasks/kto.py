@@ -122,7 +122,7 @@ def losses(reward: Tensor, drift: Tensor, good: Tensor, beta: float) -> Tensor:
 
 
 def _rows_with_locations(records: data.Records) -> Any:
-    return zip(records.rows, records.places, strict=True)
+    return zip(records.rows, records.locations, strict=True)
 
 
 def _parse_label(label: Any, location: str) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from veneer import models
-from veneer.attach.dtypes import at_least_float32
+from veneer.precision import at_least_float32
 from veneer.train.tasks._base import Base, RowSegment, Task, TaskLoss, padding_token, register
 from veneer.train.tasks._preferences import Preference, pair_measures
 

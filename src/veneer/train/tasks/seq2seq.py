@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from veneer import models
-from veneer.attach.dtypes import at_least_float32
 from veneer.errors import ConfigError, DataError
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
+from veneer.precision import at_least_float32
 from veneer.train import data, prepare
 from veneer.train.tasks._base import (
     Base,
@@ -99,7 +99,7 @@ class Seq2seq(Task):
             rate = int(self.features.sampling_rate)
             limit = getattr(self.features, "n_samples", None)  # Whisper's window, in samples
             rows = []
-            for row, location, labels in zip(records.rows, records.places, answers, strict=True):
+            for row, location, labels in zip(records.rows, records.locations, answers, strict=True):
                 sound = read_audio(row["audio"], f"{records.source}, {location}", folder, rate)
                 if limit is not None and len(sound) > limit:
                     problem = f"{records.source}, {location}: {len(sound) / rate:.1f} s of audio"

@@ -1,5 +1,5 @@
 """Supervised fine-tuning on chats, prompts with completions, or texts. Trained by trl's
-`SFTTrainer` (`trainer.py`), with packing and the hidden-state cache."""
+`SFTTrainer` (`sft_trainer.py`), with packing and the hidden-state cache."""
 
 from __future__ import annotations
 

@@ -1,0 +1,490 @@
+"""Prove on a live model that its output depends on every change of an adapter, as it should.
+
+There are three checks. Each problem names the layer that fails:
+
+    reached     one pass in eval mode without gradients, which takes fast paths, runs every adapted
+                layer
+    gradient    one pass in the model's own mode gives every change a finite gradient that is not
+                zero, either at the start or after all trained parameters have been perturbed
+    equal       the gradients equal those of the plain model in which every reader of W reads W + ΔW
+
+Rounding errors in a gradient can be large, such as that of a key projection below a saturated
+softmax in float32. So a gradient that differs is compared again in float64 if the model can run in
+float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from veneer import context
+from veneer.attach.checking import dead_weights
+from veneer.attach.checking.recompute import ComputedParameters, Recomputed
+from veneer.attach.layer.adapted_module import base_class, layer_states, walk
+from veneer.attach.layer.change import Change
+from veneer.attach.layer.layer_adapter import LayerAdapter
+from veneer.attach.layer.lookup import (
+    adapters,
+    changes,
+    need_adapters,
+    only_name,
+    parameter_path,
+    unwrap,
+)
+from veneer.attach.layer.state import STATE, ActiveAdapter
+from veneer.attach.layer.views import view
+from veneer.attach.rows.blend import Blend
+from veneer.attach.select import active_adapter
+from veneer.bases import is_opaque
+from veneer.distributed import is_spread, reshard, spread_problem, within_run_on_all
+from veneer.errors import CheckError, listing, raise_all, sentence
+from veneer.fileio.tensors import cpu_copy
+from veneer.layers import kind_of
+from veneer.precision import double, place
+
+#: The largest relative error of a change's gradient against that of the definition, by the size of
+#: the weight's elements in bytes. A layer whose ΔW is not read has an error of about 1; kinks of
+#: ReLUs and rounding stay below these limits.
+TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
+#: Gradients smaller than this share of the largest one are rounding errors of zero, such as the
+#: gradient of a key projection's bias.
+NOISE = 1e-4
+DEPENDS, REACH = (
+    "a layer that the output depends on",
+    "exclude it, or give an example that reaches it",
+)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The result of a check that passed.
+
+    Fields:
+        adapter: the name of the adapter, or of the blend.
+        weights: paths of the weights whose changes reach the output.
+        compared: the number of changes whose gradients were also compared with the definition;
+            changes of packed weights are not.
+    """
+
+    adapter: str
+    weights: tuple[str, ...]
+    compared: int
+
+    def __str__(self) -> str:
+        result = f"all {len(self.weights)} changes reach the output and receive a gradient"
+        return f"adapter {self.adapter!r}: {result}, {self.compared} of them that of W + ΔW"
+
+
+@dataclass(frozen=True)
+class _CheckedChange:
+    """A change that must reach the output: a low-rank change of a weight, or a parameter that is
+    trained in full.
+
+    Fields:
+        path: the path of the weight or parameter.
+        ids: the identities by which ``Context.reached`` records that it took part in a call.
+        parameters: its adapter parameters.
+    """
+
+    path: str
+    module: nn.Module
+    ids: frozenset[int]
+    parameters: tuple[nn.Parameter, ...]
+
+    def problem(self, description: str, expected: str = DEPENDS, do: str = REACH) -> str:
+        subject = f"{self.path!r} ({base_class(self.module).__name__}) {description}"
+        return sentence(subject, expected, do)
+
+
+def check(
+    model: nn.Module, example: Any, name: str | Mapping[str, float] | None = None
+) -> CheckReport:
+    """Run ``example`` through ``model`` and prove that the output depends on each of the adapter's
+    changes.
+
+    The model's modes, gradients, parameters and random state are restored afterwards. The model
+    must not run in another thread meanwhile.
+
+    Args:
+        example: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+        name: the adapter; None for the only one. Or a blend {name: weight}, as ``use`` takes it.
+            Then the changes of all its adapters are checked in the blend, also those of adapters
+            that do not train. The comparison of a blend with its definition takes as much memory as
+            the weights that change.
+
+    Raises:
+        CheckError: some changes do not reach the output, or reach it wrongly. The error lists each
+            with the reason.
+    """
+    model = unwrap(model)
+    attached = need_adapters(model)
+    chosen = active_adapter(model, name if isinstance(name, Mapping) else only_name(model, name))
+    if attached.merged != chosen.on:
+        problem = (
+            f"{attached.merged!r} merged into the weights, on which {chosen.name!r} does not run"
+        )
+        raise CheckError(
+            problem, "the weights that it was attached to", "call veneer.unmerge(model) first"
+        )
+    modules = (module for _, module in walk(model))
+    do = "check the model in one process, before it is sharded"
+    if not within_run_on_all() and (problem := spread_problem(modules, "a check", do)):
+        raise CheckError(problem)
+    if isinstance(example, Mapping):
+        call = partial(model, **example)
+    else:
+        call = partial(model, *example) if isinstance(example, tuple) else partial(model, example)
+    names = (
+        [key for key, weight in name.items() if weight]
+        if isinstance(name, Mapping)
+        else [str(chosen.name)]
+    )
+    if not names:
+        raise CheckError(
+            "a blend in which no adapter has a weight",
+            "at least one adapter to check",
+            "give an adapter a weight that is not zero",
+        )
+    checked = [change for adapter_name in names for change in _checked_changes(model, adapter_name)]
+    trained = list(dict.fromkeys(p for change in checked for p in change.parameters))
+    devices = list({p.device for p in trained if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        problems, compared = _prove_changes(call, chosen, names, checked, trained)
+    raise_all(CheckError, f"The output does not see all of adapter {chosen.name!r}", problems)
+    return CheckReport(str(chosen.name), tuple(change.path for change in checked), compared)
+
+
+@contextmanager
+def _use_selection(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]:
+    uid = need_adapters(model).uid
+    with context.override({uid: selection}):
+        yield
+
+
+def _prove_changes(
+    call: partial,
+    chosen: ActiveAdapter,
+    names: list[str],
+    checked: list[_CheckedChange],
+    trained: list[nn.Parameter],
+) -> tuple[list[str], int]:
+    """(problems, the number of changes that were compared with the definition)."""
+    model: Any = call.func
+    reached: set[int] = set()
+    with _preserve_state(model, trained), _use_selection(model, chosen):
+        first = _gradients(call, trained)
+        with context.override(reached=reached), torch.no_grad():
+            model.eval()
+            call()
+    problems, without_gradient = [], []
+    for change in checked:
+        gradients = [first[p] for p in change.parameters if first[p] is not None]
+        if not change.ids & reached:
+            problems.append(change.problem("is not reached in eval mode"))
+        elif not _any_nonzero(gradients):
+            without_gradient.append(change)
+        elif not all(gradient.isfinite().all() for gradient in gradients):
+            problems.append(change.problem("receives a gradient that is not finite"))
+    if without_gradient:
+        problems += _missing_gradient_problems(call, chosen, without_gradient, trained)
+    packed = _packed_layers(model, names[0])
+    if len(names) > 1 and any(_packed_layers(model, adapter_name) != {} for adapter_name in names):
+        packed = None
+    if problems or packed is None:
+        return problems, 0
+    packed_changes = {
+        id(change) for layer_adapter in packed.values() for change in layer_adapter.changes.values()
+    }
+    compared = [change for change in checked if not change.ids & packed_changes]
+    problems = _gradient_problems(call, chosen, compared, trained, packed)
+    tensors = (*model.parameters(), *model.buffers())
+    narrow = all(
+        type(tensor) in (Tensor, nn.Parameter) and tensor.element_size() < 8
+        for tensor in tensors
+        if tensor.is_floating_point()
+    )
+    if problems and narrow and not packed:
+        try:
+            with dead_weights.replace_data(tensors, _to_float64):
+                args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (call.args, call.keywords))
+                call = partial(model, *args, **kwargs)
+                problems = _gradient_problems(call, chosen, compared, trained, packed)
+        except RuntimeError as error:
+            # the forward casts to a fixed dtype, or memory is short: the first result stands
+            problems[0] = (
+                f"{problems[0]} (In float64, which would tell rounding apart, it does not run:"
+                f" {error})"
+            )
+    return problems, len(compared)
+
+
+def _any_nonzero(gradients: Iterable[Tensor | None]) -> bool:
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def _missing_gradient_problems(
+    call: partial, chosen: ActiveAdapter, checked: list[_CheckedChange], trained: list[nn.Parameter]
+) -> Iterator[str]:
+    """Problems of changes that had no gradient at the start: each gets one unless a gradient
+    appears after the parameters have been perturbed."""
+
+    def have_gradients() -> list[bool]:
+        gradients = _gradients(call, trained)
+        return [_any_nonzero(gradients[p] for p in change.parameters) for change in checked]
+
+    model: Any = call.func
+    with _preserve_state(model, trained), _use_selection(model, chosen):
+        _perturb(trained)
+        later = have_gradients()
+        zeros = {} if all(later) else dead_weights.zero_parameters(model, trained)
+        blocking = (
+            dead_weights.blocking_weights(zeros, have_gradients) if zeros else [() for _ in checked]
+        )
+    for change, has_gradient, names in zip(checked, later, blocking, strict=True):
+        if names and not has_gradient:
+            problem = (
+                "receives no gradient: every path from it to the output goes through weights that"
+                f" are exactly zero and do not train: {listing(map(repr, names))}"
+            )
+            do = (
+                "load the weights that belong there, train them too (targets=, train_also=), or"
+                " leave this layer out"
+            )
+            yield change.problem(problem, "a path that is not multiplied by zero", do)
+        elif not has_gradient:
+            yield change.problem("receives no gradient")
+
+
+def _gradient_problems(
+    call: partial,
+    chosen: ActiveAdapter,
+    checked: list[_CheckedChange],
+    trained: list[nn.Parameter],
+    packed,
+) -> list[str]:
+    """Problems of changes whose gradient differs from that of the definition, computed in the
+    present dtype of the model."""
+    model: Any = call.func
+    # cuDNN's RNNs have no backward in eval mode
+    with _preserve_state(model, trained), torch.backends.cudnn.flags(enabled=False):
+        model.eval()
+        _perturb(trained)
+        with _use_selection(model, chosen):
+            adapted = _gradients(call, trained)
+        with _use_definition(model, chosen, packed):
+            defined = _gradients(call, trained)
+
+    def full_gradient(gradients: Mapping, change: _CheckedChange) -> Tensor:
+        flat_gradients = (
+            (torch.zeros_like(p) if gradients[p] is None else gradients[p]).flatten()
+            for p in change.parameters
+        )
+        return torch.cat([double(gradient).cpu() for gradient in flat_gradients])
+
+    problems = []
+    largest = max((full_gradient(defined, change).norm().item() for change in checked), default=0.0)
+    for change in checked:
+        expected = full_gradient(defined, change)
+        error = (full_gradient(adapted, change) - expected).norm().item() / max(
+            expected.norm().item(), NOISE * largest, 1e-30
+        )
+        size = min((p.element_size() for p in change.module.parameters(recurse=False)), default=4)
+        if not error < TOLERANCE.get(size, 0.5):
+            problem = f"has a different gradient than W + ΔW in its place ({error:.0%} off)"
+            readable = (
+                "a weight that is read through its layer's forward, or directly by a module"
+                " above it"
+            )
+            do = "exclude it, because other code reads this weight without its layer"
+            problems.append(change.problem(problem, readable, do))
+    return problems
+
+
+def _to_float64(tensor: Tensor) -> Tensor:
+    """A tensor of the model or of its arguments for a run in float64: floating-point tensors are
+    cast, the others only moved to the device of that run."""
+    return double(tensor) if tensor.is_floating_point() else tensor.to(place(tensor.device))
+
+
+def _checked_changes(model: nn.Module, name: str) -> list[_CheckedChange]:
+    """The changes of an adapter, each once; a parameter that layers share counts for all of
+    them."""
+    checked = [
+        _CheckedChange(
+            parameter_path(path, weight),
+            module,
+            frozenset([id(change)]),
+            tuple(change.parameters()),
+        )
+        for path, module, weight, change in changes(model, name)
+    ]
+    layers = list(adapters(model, name))
+    holders: dict[int, set[int]] = {}
+    for _, _, layer_adapter in layers:
+        for parameter in layer_adapter.full.parameters():
+            holders.setdefault(id(parameter), set()).add(id(layer_adapter))
+    for path, module, layer_adapter in layers:
+        for parameter_name, parameter in layer_adapter.full.named_parameters():
+            checked.append(
+                _CheckedChange(
+                    parameter_path(path, parameter_name),
+                    module,
+                    frozenset(holders[id(parameter)]),
+                    (parameter,),
+                )
+            )
+    unique = {change.parameters: change for change in reversed(checked) if change.parameters}
+    return [change for change in checked if unique.get(change.parameters) is change]
+
+
+@contextmanager
+def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """A block after which the modules' modes, the trained parameters with their ``requires_grad``,
+    and the buffers that a pass in training mode changes are restored."""
+    modes = {module: module.training for module in model.modules()}
+    required = [p.requires_grad for p in trained]
+    values = [p.detach().clone() for p in trained]
+    # No pass changes the frozen buffers of an adapter or quantised weights that are buffers. They
+    # may be as large as the model, so they are not copied.
+    large = (
+        module for module in model.modules() if isinstance(module, Change) or is_opaque(module)
+    )
+    fixed = {id(buffer) for module in large for buffer in module.buffers()}
+    buffers = [(buffer, cpu_copy(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        reshard(model)
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for parameter, value, flag in zip(trained, values, required, strict=True):
+                parameter.requires_grad_(flag)
+                parameter.copy_(value)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _perturb(trained: list[nn.Parameter]) -> None:
+    """Add noise to the trained parameters. At their start, ΔW is zero, and a reader that ignores
+    the adapter would compute the same output."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained:
+            size = double(parameter.detach()).square().mean().sqrt().item() or 1.0
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02 * size
+            parameter.add_(noise.to(parameter.device, parameter.dtype))
+
+
+def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        # A random projection, because a plain sum is constant after a softmax or a layer norm and
+        # would have no gradient.
+        projected = (
+            (y.float() * torch.randn(y.shape).to(y.device)).sum().cpu()
+            for y in _differentiable_tensors(call())
+        )
+        total = sum(projected, torch.zeros(()))
+    if not total.requires_grad:
+        return dict.fromkeys(trained)
+    return dict(zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True))
+
+
+def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
+    """The layer adapters of weights that cannot be replaced by W + ΔW, by the key of their layer's
+    state. None if one of these weights is in a module with a plain weight, or another module reads
+    it."""
+    packed: dict[int, LayerAdapter] = {}
+    read_below: set[int] = set()
+    for _, module, layer_adapter in adapters(model, name):
+        are_plain = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
+        layer_state: Any = module._modules[STATE]
+        read_below.update(id(below) for below in layer_adapter.read_below.values())
+        if are_plain == {False}:
+            packed[layer_state.key] = layer_adapter
+        elif len(are_plain) == 2:
+            return None
+    return None if read_below & set(map(id, packed.values())) else packed
+
+
+@contextmanager
+def _use_definition(
+    model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, LayerAdapter]
+) -> Iterator[None]:
+    """A block in which the plain model reads W + ΔW, differentiable, in place of every W. The
+    weights are computed one at a time, when they are read."""
+    undo: list[tuple[dict, Any, Any]] = []
+
+    def replace(table: dict, key: Any, value: Any) -> None:
+        undo.append((table, key, table[key]))
+        table[key] = value
+
+    packed_ids = set(map(id, packed.values()))
+    recomputed, spread = Recomputed(), is_spread(model.modules())
+    reshard(model)
+    try:
+        modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
+        for key, layer_adapter in chosen.table.items():
+            # the key of a method needs nothing: its layer has an entry too
+            if key not in modules or id(layer_adapter) in packed_ids:
+                continue
+            module = modules[key]
+            full = layer_adapter.replacements(module)
+            for name, value in full.items():
+                table = module._parameters if name in module._parameters else module._buffers
+                replace(table, name, value)
+            readers: dict[str, Any] = {
+                weight: partial(recomputed.read, change)
+                for weight, change in layer_adapter.changes.items()
+            }
+            if isinstance(layer_adapter, Blend):
+                plain = view(module, base_class(module), {})
+                readers = {
+                    weight: partial(_blend_weight, layer_adapter, plain, weight)
+                    for weight in readers
+                }
+            if spread:  # FSDP2 stores gathered weights where those of the adapter would be
+                readers |= {name: lambda _, value=value: value for name, value in full.items()}
+            reads = ComputedParameters(module._parameters, readers, spread)
+            replace(module.__dict__, "_parameters", reads)
+            kind = kind_of(module)
+            if kind is not None and (full or readers):
+                before = dict(module.__dict__)
+                kind.bind(module, reads.computed_once())
+                undo.extend(
+                    (module.__dict__, name, before[name])
+                    for name in before
+                    if module.__dict__[name] is not before[name]
+                )
+        selection = ActiveAdapter(chosen.name, packed, chosen.on)
+        with _use_selection(model, selection), recomputed.saving():
+            yield
+    finally:
+        reshard(model)
+        for table, key, value in reversed(undo):
+            table[key] = value
+
+
+def _blend_weight(blend: Blend, module: nn.Module, weight: str, _: Any) -> Tensor:
+    return blend.changed_weights(module, wide=False)[weight]
+
+
+def _differentiable_tensors(output: Any) -> Iterator[Tensor]:
+    """Every floating-point tensor that requires a gradient in an output of nested containers."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.requires_grad:
+            yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for element in output.values() if isinstance(output, Mapping) else output:
+            yield from _differentiable_tensors(element)

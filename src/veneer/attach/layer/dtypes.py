@@ -1,0 +1,40 @@
+"""Dtypes around an adapted layer.
+
+A 16-bit layer computes W + ΔW in float32, because a 16-bit sum would lose a ΔW that is small
+against W. Its output has the dtype of the plain layer's output. Integers (token ids, masks) pass
+through unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+
+def is_float(value: Any) -> bool:
+    tensor = value.data if isinstance(value, PackedSequence) else value
+    return isinstance(tensor, Tensor) and tensor.is_floating_point()
+
+
+def widen(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.to(dtype) if is_float(leaf) else leaf, tree)
+
+
+def no_autocast(tensor: Tensor) -> Any:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def output_dtype(x: Tensor, weight: torch.dtype) -> torch.dtype:
+    """The dtype of the plain layer's output for the input ``x``."""
+    if not x.is_floating_point():
+        return weight
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

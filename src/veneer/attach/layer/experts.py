@@ -1,0 +1,427 @@
+"""Products of inputs with a stack of matrices W + ΔW, such as the weights of experts, without
+forming W + ΔW. The stack is an ``Unformed`` tensor (``unformed.py``); the functions here are its
+operations:
+
+    F.linear(x, W[i])   x @ W[i]               one matrix: the fused kernel of linear layers
+    bmm(x, W)   baddbmm(b, x, W.mT)   x @ W    all matrices: the low-rank product, then x W added
+    bmm(x, W[ids])   bmm(W[ids], x)            one matrix a row; on a CPU, W[ids] is not gathered
+    grouped_mm(x, W.mT, offs=…)                rows sorted by their matrix (``kernels/grouped.py``)
+
+``stand_ins`` decides for which calls of which modules these tensors are used.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from veneer import context
+from veneer.attach.layer.change import Change
+from veneer.attach.layer.dtypes import is_float, no_autocast
+from veneer.attach.layer.state import LayerState
+from veneer.attach.layer.unformed import OPERATIONS, Stack, Unformed, stand_in
+from veneer.kernels import eager, fused, grouped, reference
+from veneer.layers._base import GENERAL
+from veneer.lowrank import LowRank
+
+_C: Any = torch._C
+
+#: layers whose forward uses an operation that ``Unformed`` does not support, so that W + ΔW is
+#: formed
+_FORMING: weakref.WeakSet[LayerState] = weakref.WeakSet()
+
+
+# ----------------------------------------------------------------------------------------------
+# calls with unformed weights
+
+
+def stand_ins(
+    layer_adapter: Any, module: nn.Module, layer_state: LayerState, inputs: Any, formable: bool
+) -> dict[str, Tensor] | None:
+    """``Unformed`` tensors for the changed weights of a module in this call, by name, or None if
+    the weights must be formed.
+
+    Args:
+        inputs: the arguments of the call.
+        formable: whether an operation may still form W + ΔW in the dtype of the weight.
+    """
+    if not eager() or _C._get_tracing_state() is not None:
+        return None
+    if layer_state in _FORMING or context.current.path == "materialised":
+        return None
+    leaves = _tensor_arguments(*inputs)
+    if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):
+        return None
+    changes = layer_adapter.stacks(module)
+    if not changes:
+        return None
+    call: dict[int, Any] = {}
+    source = next((leaf for leaf in leaves if is_float(leaf)), None)
+    return {
+        name: stand_in(Stack(weight, low.A, low.B, low.scale, formable, call, source))
+        for name, (weight, low) in changes.items()
+    }
+
+
+def _tensor_arguments(args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors among a call's arguments."""
+    leaves: Any = [*args, *kwargs.values()]
+    if not all(leaf is None or isinstance(leaf, Tensor | int | float) for leaf in leaves):
+        leaves = pytree.tree_leaves(leaves)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def always_form_weights(layer_state: LayerState) -> None:
+    """Form W + ΔW in all later calls of this layer, because its forward uses an operation that
+    ``Unformed`` does not support."""
+    _FORMING.add(layer_state)
+
+
+def is_stack(change: Change, weight: Any) -> bool:
+    """Whether a change is of a plain frozen stack of matrices."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.dim() == 3
+        and not weight.requires_grad
+        and weight.layout is torch.strided
+        and change.layer.name == GENERAL
+        and change.storage.name == "plain"
+        and tuple(change.dims) == tuple(weight.shape)
+    )
+
+
+def drop_inputs(change: Change, low: LowRank) -> LowRank:
+    """The change with dropout of whole inputs, as ``Change.changed_weight`` applies it."""
+    if not (change.training and change.dropout):
+        return low
+    mask = F.dropout(low.A.new_ones(low.A.shape[0], 1, low.A.shape[2]), change.dropout)
+    return LowRank(low.A * mask, low.B, low.scale)
+
+
+# ----------------------------------------------------------------------------------------------
+# indexing and views of a stack
+
+
+def _operation(*functions: Any) -> Callable[[Any], Any]:
+    def register(run: Any) -> Any:
+        OPERATIONS.update((function, run) for function in functions if function is not None)
+        return run
+
+    return register
+
+
+@_operation(Tensor.__getitem__)
+def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
+    if not isinstance(weight, Unformed) or weight.index is not None:
+        return NotImplemented
+    if type(index) is int:
+        return _select_matrix(weight, index)
+    if isinstance(index, slice):
+        return stand_in(weight.stack.slice_matrices(index), None, weight.flipped)
+    if (
+        not isinstance(index, Tensor)
+        or isinstance(index, Unformed)
+        or index.dtype not in (torch.int64, torch.int32)
+    ):
+        return NotImplemented
+    if index.dim() > 1:
+        return NotImplemented
+    return weight.take_matrices(index) if index.dim() else _select_matrix(weight, int(index))
+
+
+def _select_matrix(weight: Unformed, number: int) -> Unformed:
+    count = weight.stack.W.shape[0]
+    if not -count <= number < count:
+        raise IndexError(f"index {number} is out of bounds for dimension 0 with size {count}")
+    return weight.take_matrices(number % count)
+
+
+@_operation(torch.index_select, Tensor.index_select)
+def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
+    can_index = (
+        isinstance(weight, Unformed)
+        and weight.index is None
+        and dim in (0, -3)
+        and index.dim() == 1
+    )
+    return weight.take_matrices(index) if can_index else NotImplemented
+
+
+@_operation(torch.unbind, Tensor.unbind, Tensor.__iter__)
+def _unbind(func: Any, weight: Unformed, dim: int = 0) -> Any:
+    if weight.index is not None or dim not in (0, -3):
+        return NotImplemented
+    matrices = tuple(weight.take_matrices(number) for number in range(len(weight.stack.W)))
+    return iter(matrices) if func is Tensor.__iter__ else matrices
+
+
+@_operation(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
+def _transpose(_: Any, weight: Unformed, dim0: int, dim1: int) -> Any:
+    axes = {dim0 % weight.ndim, dim1 % weight.ndim}
+    return (
+        weight.transpose_matrices()
+        if axes == {weight.ndim - 2, weight.ndim - 1}
+        else NotImplemented
+    )
+
+
+@_operation(torch.permute, Tensor.permute)
+def _permute(_: Any, weight: Unformed, *dims: Any) -> Any:
+    dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    order, usual = [dim % weight.ndim for dim in dims], list(range(weight.ndim))
+    return (
+        weight.transpose_matrices()
+        if order == [*usual[:-2], usual[-1], usual[-2]]
+        else NotImplemented
+    )
+
+
+@_operation(Tensor.mT.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+def _mt(_: Any, weight: Unformed) -> Any:
+    return weight.transpose_matrices()
+
+
+@_operation(Tensor.T.__get__, torch.t, Tensor.t)  # pyright: ignore[reportAttributeAccessIssue]
+def _t(_: Any, weight: Unformed) -> Any:
+    return weight.transpose_matrices() if weight.ndim == 2 else NotImplemented
+
+
+@_operation(Tensor.contiguous)
+def _contiguous(_: Any, weight: Unformed, **options: Any) -> Any:
+    return NotImplemented if options else weight
+
+
+@_operation(Tensor.to)
+def _to(_: Any, weight: Any, *arguments: Any, **keywords: Any) -> Any:
+    if not isinstance(weight, Unformed) or keywords.keys() - {"dtype", "device", "non_blocking"}:
+        return NotImplemented
+    targets = [*arguments, keywords.get("dtype"), keywords.get("device")]
+    targets = [value for value in targets if value is not None]
+    if any(isinstance(value, Tensor | int) for value in targets):
+        return NotImplemented
+    unchanged = all(
+        (
+            value == weight.dtype
+            if isinstance(value, torch.dtype)
+            else torch.device(value) == weight.device
+        )
+        for value in targets
+    )
+    return weight if unchanged else NotImplemented
+
+
+@_operation(Tensor.data_ptr)
+def _data_ptr(_: Any, weight: Unformed) -> Any:
+    return weight.stack.W.data_ptr() if weight.device.type == "cpu" else NotImplemented
+
+
+@_operation(torch.chunk, Tensor.chunk)
+def _chunk(_: Any, weight: Unformed, chunks: int, dim: int = 0) -> Any:
+    size = weight.shape[dim]
+    return _split_matrices(weight, -(-size // chunks), dim)
+
+
+@_operation(torch.split, Tensor.split)
+def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
+    return _split_matrices(weight, split_size, dim)
+
+
+def _split_matrices(weight: Unformed, sizes: Any, dim: int) -> Any:
+    """Split all matrices along their outputs or inputs."""
+    dim %= weight.ndim
+    if dim < weight.ndim - 2 or isinstance(weight.index, Tensor):
+        return NotImplemented
+    length = weight.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, length - first) for first in range(0, length, sizes)]
+    axis = dim - weight.ndim + 3  # the axis of the stack [E, out, in]
+    axis = 3 - axis if weight.flipped else axis
+    pieces, first = [], 0
+    for size in sizes:
+        pieces.append(
+            stand_in(weight.stack.narrow_matrices(axis, first, size), weight.index, weight.flipped)
+        )
+        first += size
+    return tuple(pieces)
+
+
+# ----------------------------------------------------------------------------------------------
+# products
+
+
+@_operation(F.linear, _C._nn.linear)
+def _linear(_: Any, input: Any, weight: Any, bias: Any = None) -> Any:
+    if not _is_unformed(weight, 2) or _is_unformed(input):
+        return NotImplemented
+    return _matrix_product(input, weight, False, bias)
+
+
+@_operation(
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+)
+def _matmul(func: Any, input: Any, other: Any) -> Any:
+    if func is Tensor.__rmatmul__:
+        input, other = other, input
+    if _is_unformed(input) and _is_unformed(other):
+        return NotImplemented
+    if _is_unformed(other):
+        if other.ndim == 2:
+            return _matrix_product(input, other, True)
+        rows = _rows_per_matrix(input, other)
+        return NotImplemented if rows is None else _batched_product(rows, other, True)
+    if input.ndim == 2:
+        if other.ndim > 2:
+            return NotImplemented
+        return (
+            _matrix_product(other, input, False)
+            if other.ndim == 1
+            else _matrix_product(other.mT, input, False).mT
+        )
+    rows = _rows_per_matrix(other.mT, input) if other.ndim > 1 else None
+    return NotImplemented if rows is None else _batched_product(rows, input, False).mT
+
+
+def _rows_per_matrix(x: Tensor, weight: Unformed) -> Tensor | None:
+    """x as [E, t, in]: for each matrix the rows that it multiplies."""
+    count = weight.shape[0]
+    if x.ndim < 2 or x.ndim > 3 or (x.ndim == 3 and x.shape[0] not in (1, count)):
+        return None
+    return x.expand(count, *x.shape[-2:])
+
+
+@_operation(torch.baddbmm, Tensor.baddbmm)
+def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **options: Any) -> Any:
+    if options or _is_unformed(input):
+        return NotImplemented
+    y = _matmul(torch.bmm, batch1, batch2)
+    return y if y is NotImplemented else y + input.to(y.dtype)
+
+
+@_operation(torch.addmm, Tensor.addmm)
+def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **options: Any) -> Any:
+    if options or _is_unformed(input) or not _is_unformed(mat2, 2) or _is_unformed(mat1):
+        return NotImplemented
+    return (
+        _matrix_product(mat1, mat2, True, input)
+        if input.ndim == 1
+        else _matrix_product(mat1, mat2, True) + input.to(mat1.dtype)
+    )
+
+
+@_operation(getattr(torch, "_grouped_mm", None))
+def _grouped_mm(
+    func: Any, input: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    if bias is not None or out_dtype is not None:
+        return NotImplemented
+    return _grouped_product(input, weight, offs, lambda x, W, ends: func(x, W, offs=ends))
+
+
+@_operation("transformers::grouped_mm_fallback")
+def _transformers_grouped_mm(func: Any, input: Any, weight: Any, offs: Any) -> Any:
+    return _grouped_product(input, weight, offs, func)
+
+
+def _is_unformed(value: Any, axes: int = 0) -> bool:
+    return isinstance(value, Unformed) and (not axes or value.ndim == axes)
+
+
+def _has_autocast(x: Tensor) -> bool:
+    return _C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
+def _matrix_product(
+    x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None = None
+) -> Tensor:
+    """x Mᵀ + bias of a matrix M [out, in], or x M + bias if ``transposed``."""
+    W, A, B = weight.factors(transposed)
+    scale = weight.stack.scale
+    if x.dtype == W.dtype and x.ndim > 1 and not _has_autocast(x):
+        recorded = torch.is_grad_enabled() and (
+            x.requires_grad or A.requires_grad or B.requires_grad
+        )
+        # a call has many such products with few rows each
+        if recorded and x.ndim == 2 and bias is None and x.is_cpu:
+            return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
+        return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
+    y = F.linear(x, W, bias)
+    low = LowRank(A, B, scale) if _has_autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
+    return reference.matmul_update(x, low.A, low.B, scale, y)
+
+
+def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
+    """[S, t, out]: x [S, t, in] times the transposed matrices [S, out, in], or times matrices
+    [S, in, out] if ``transposed``."""
+    stack = weight.stack
+    if isinstance(weight.index, Tensor) and _can_group_rows(x, weight):
+        order, inverse, segments = _group_rows(stack, weight.index)
+        W, A, B = stack.factors(None, weight.flipped != transposed)
+        rows = x[:, 0] if order is None else x[:, 0].index_select(0, order)
+        y = grouped.linear(rows, W, A, B, stack.scale, segments)
+        return (y if inverse is None else y.index_select(0, inverse))[:, None]
+    W, A, B = weight.factors(transposed)
+    if not _has_autocast(x):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    h = torch.bmm(x, A.mT) * stack.scale
+    update = torch.bmm(h, B.mT)
+    return torch.bmm(x, W.mT) + update if _has_autocast(x) else torch.baddbmm(update, x, W.mT)
+
+
+def _can_group_rows(x: Tensor, weight: Unformed) -> bool:
+    """Whether the rows of x, each with its matrix, can be grouped by matrix."""
+    return x.is_cpu and x.shape[1] == 1 and x.dtype == weight.dtype and not _has_autocast(x)
+
+
+def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None, grouped.Segments]:
+    """(order of the rows by matrix, the inverse order, the segments), computed once for all stacks
+    of a call. An order is None if the rows are already sorted."""
+    entry = stack.call.get(id(ids))
+    if entry is None:
+        count = len(stack.W)
+        order, segments = grouped.by_id(
+            [number + count if number < 0 else number for number in ids.tolist()], count
+        )
+        row_order = torch.tensor(order) if order != list(range(len(order))) else None
+        entry = stack.call[id(ids)] = (
+            ids,
+            (row_order, None if row_order is None else row_order.argsort(), segments),
+        )
+    return entry[1]
+
+
+def _grouped_product(x: Any, weight: Any, ends: Any, product: Callable[..., Tensor]) -> Any:
+    """Rows x [S, in], sorted by matrix, times the matrices [E, in, out]. ``ends`` [E] are the
+    indices at which the rows of each matrix end."""
+    if (
+        not _is_unformed(weight, 3)
+        or weight.index is not None
+        or type(x) is not Tensor
+        or ends is None
+        or x.ndim != 2
+    ):
+        return NotImplemented
+    if x.dtype != weight.dtype or ends.shape != (weight.shape[0],):
+        return NotImplemented
+    stack = weight.stack
+    W, A, B = weight.factors(True)
+    with no_autocast(x) if _has_autocast(x) else nullcontext():  # as in the product of the base
+        if not x.is_cpu:
+            return grouped.linear_on_device(x, W, A, B, stack.scale, ends, product)
+        entry = stack.call.get(id(ends))
+        if entry is None:
+            entry = stack.call[id(ends)] = ends, grouped.segments(ends.tolist(), len(x))
+        return grouped.linear(x, W, A, B, stack.scale, entry[1], stack.source)

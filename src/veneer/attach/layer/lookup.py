@@ -1,0 +1,189 @@
+"""Look up the adapters of a model, and the layers and weights that an adapter changes.
+
+adapters_of(model)      the ``ModelAdapters`` of a model, or None; also through DDP and
+                        ``torch.compile``
+need_adapters(model)    the same, or an error that says what to do
+adapters(model, name)   (path, module, LayerAdapter) of each layer that the adapter changes
+changes(model, name)    (path, module, weight, Change) of each weight with a low-rank change; a tied
+                        weight once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from veneer import context
+from veneer.attach.layer.adapted_module import layer_states
+from veneer.attach.layer.change import Change, frozen_weight
+from veneer.attach.layer.layer_adapter import LayerAdapter
+from veneer.attach.layer.state import ADAPTERS, STRAY, ModelAdapters, one_thread_at_a_time
+from veneer.errors import SelectionError, TargetError, listing, nearest, sentence
+
+
+def adapters_of(model: nn.Module) -> ModelAdapters | None:
+    """The ``ModelAdapters`` of the model inside the wrappers of DDP and ``torch.compile``, or
+    None."""
+    return unwrap(model).__dict__.get(ADAPTERS)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of ``torch.compile`` and of (distributed) data parallelism.
+
+    Raises:
+        TargetError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(
+            f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first"
+        )
+    while ADAPTERS not in model.__dict__:
+        inner = model._modules.get("_orig_mod") or model._modules.get("module")
+        if inner is None or len(model._modules) != 1:
+            return model
+        model = inner
+    return model
+
+
+def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = True) -> ModelAdapters:
+    """The ``ModelAdapters`` of a model.
+
+    Args:
+        name: an adapter that must exist.
+        walk: check all layers for adapters of another model. Without it, they are checked only if
+            some adapted layer in this process has been copied.
+
+    Raises:
+        SelectionError: the model has no adapter, or none of this name, or a layer has adapters of
+            another model.
+    """
+    attached = adapters_of(model)
+    if attached is None:
+        raise SelectionError(
+            f"no adapter on this {type(model).__name__}",
+            "an attached adapter",
+            "call veneer.attach or load first",
+        )
+    attached.claim(unwrap(model))
+    if (walk or STRAY) and (problem := foreign_layers_problem(model)):
+        raise SelectionError(problem)
+    if name is not None and not (isinstance(name, str) and name in attached.configs):
+        problem = f"no adapter named {name!r}{nearest(str(name), attached.configs)}"
+        raise SelectionError(
+            problem, f"one of {', '.join(attached.configs)}", "use a name that is attached"
+        )
+    return attached
+
+
+def foreign_layers_problem(model: nn.Module) -> str | None:
+    """The problem of layers in this model that have adapters of another model, or None."""
+
+    def foreign_paths() -> list[str]:
+        attached = adapters_of(model)
+        return [
+            path
+            for path, _, layer_state in layer_states(unwrap(model))
+            if layer_state.attached is not attached
+        ]
+
+    # checked again under the lock, because another thread may be attaching
+    if not foreign_paths() or not (paths := one_thread_at_a_time(foreign_paths)()):
+        return None
+    problem = f"adapters attached through another model object at {listing(paths, 3)}"
+    do = (
+        "go through the model that they were attached to; if a layer was copied, take the copy out,"
+        " and detach before "
+    )
+    return sentence(problem, "one root for all adapters", f"{do}copying or attach after")
+
+
+def only_name(model: nn.Module, name: str | None) -> str:
+    """``name``, or the name of the model's default adapter or of its only adapter.
+
+    Raises:
+        SelectionError: ``name`` is None, and the model has several adapters and no default.
+    """
+    attached = need_adapters(model, name)
+    name = attached.default_name if name is None else name
+    if name is None and len(attached.configs) > 1:
+        problem = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
+        raise SelectionError(problem, "a name", "pass the name of one adapter")
+    return name if name is not None else next(iter(attached.configs))
+
+
+def selected_name(model: nn.Module, method: str = "this") -> str:
+    """The name of the adapter that a call of the model would use in the current context.
+
+    Args:
+        method: the calling method, for the error.
+
+    Raises:
+        SelectionError: the model has several adapters and none is selected, or the base is
+            selected, or an adapter for each row.
+    """
+    attached = need_adapters(model)
+    chosen = context.current.selection.get(attached.uid)
+    if chosen is None:
+        return only_name(model, None)
+    if chosen.name is None:
+        problem = "a selection of the base, or of an adapter for each row"
+        raise SelectionError(
+            problem, "one adapter", f"call {method} inside `with veneer.use(model, name):`"
+        )
+    return only_name(model, chosen.name)
+
+
+def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
+    """Yield (path, module, layer adapter) for each module in which the adapter has parameters, in
+    the model's order.
+
+    Raises:
+        SelectionError: a layer or weight that the adapter changes has been replaced or removed.
+    """
+    layers = list(layer_states(model))
+    attached = adapters_of(model)
+    if attached is not None and name in attached.selections:
+        _require_layers_present(attached, name, {layer_state.key for _, _, layer_state in layers})
+    for path, module, layer_state in layers:
+        layer_adapter = layer_state.get(name)
+        if layer_adapter is not None and _holds_parameters(layer_adapter):
+            for weight, change in layer_adapter.changes.items():
+                frozen_weight(change, module, weight)
+            layer_adapter.replacements(module)
+            yield path, module, layer_adapter
+
+
+def _holds_parameters(layer_adapter: LayerAdapter) -> bool:
+    return bool(layer_adapter.low._modules or layer_adapter.full.state_dict())
+
+
+def _require_layers_present(attached: ModelAdapters, name: str, keys: set[int]) -> None:
+    """Raise a SelectionError if a layer that the adapter changes is no longer in the model.
+    ``keys`` are those of the layer states in the model."""
+    layer_adapters = attached.selections[name].layer_adapters or {}
+    lost = [
+        key
+        for key, layer_adapter in layer_adapters.items()
+        if isinstance(key, int) and key not in keys and _holds_parameters(layer_adapter)
+    ]
+    if lost:
+        paths = [repr(attached.paths.get(key, f"layer {key}")) for key in lost]
+        problem = (
+            f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it"
+            " was attached"
+        )
+        do = "put the layers back, or detach, change the model, and attach or load again"
+        raise SelectionError(problem, "every layer that the adapter changes", do)
+
+
+def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:
+    """Yield (path, module, weight, change) for each weight that the adapter changes at a low rank,
+    once, in the model's order."""
+    for path, module, layer_adapter in adapters(model, name):
+        for weight, change in layer_adapter.low._modules.items():
+            yield path, module, weight, change  # pyright: ignore[reportReturnType]
+
+
+def parameter_path(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,53 @@
+"""A warning that torch's quantisation skips adapted layers.
+
+``torch.ao.quantization`` replaces layers by their exact class. An adapted layer has another class,
+so it silently stays in floating point, merged or not. That package sets the attribute ``qconfig``
+on every layer before it looks at the layer, so a descriptor of that name can warn. Rejected: to
+pretend to have the exact class. The int8 layer that torch would make from it would lose its
+adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from veneer.errors import sentence, warn_caller
+
+
+class NotQuantized(UserWarning):
+    """Adapted layers that ``torch.ao.quantization`` leaves in floating point."""
+
+
+class Qconfig:
+    """The attribute ``qconfig`` of adapted layers: an ordinary attribute that warns when it is
+    set."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        try:
+            return module.__dict__["qconfig"]
+        except KeyError:
+            raise AttributeError("qconfig") from None
+
+    def __set__(self, module: Any, value: Any) -> None:
+        # torch sets None for a class that it does not know. Stored, it would remain on the layer
+        # after detach.
+        if value is None:
+            module.__dict__.pop("qconfig", None)
+        else:
+            module.__dict__["qconfig"] = value
+        problem = (
+            "adapted layers, which torch.ao.quantization leaves in floating point: it goes by the"
+            " exact class"
+        )
+        do = (
+            "merge, and then handle.detach(keep_merged=True), which leaves the merged weights in a"
+            " plain model"
+        )
+        text = sentence(problem, "plain layers to quantise", do)
+        # torch's own wrapper
+        warn_caller(text, NotQuantized, within=("veneer", "torch", "typing_extensions"))
+
+    def __delete__(self, module: Any) -> None:
+        del module.__dict__["qconfig"]

@@ -1,0 +1,207 @@
+"""Compute the new content of one weight for a merge: round(gain ⊙ (W + ΔW)), in the form that its
+storage keeps. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach.layer.change import Change
+from veneer.attach.merging.merge_report import LayerMerge
+from veneer.attach.merging.stored_weights import StoredWeight
+from veneer.bases import GridStorage
+from veneer.errors import MergeError, sentence
+from veneer.kernels.grid import Grid
+from veneer.kernels.rounding import Folded, fold, fold_onto
+from veneer.lowrank import LowRank
+from veneer.precision import double, has_float64
+
+#: the new stored tensors of a weight, and the report of its change (None for statistics)
+Content = tuple[dict[str, Tensor], LayerMerge | None]
+
+
+def merged_content(
+    weight: StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]
+) -> Content | None:
+    """The new content of a weight; None if it cannot be merged, with the reason added to
+    ``problems``.
+
+    ``moment`` is Σ xᵀx of the weight's inputs, [g, in, in], if the caller of ``merge`` gave it.
+    """
+    target, storage, values = weight.target, weight.storage, weight.values
+    if problem := _write_problem(weight):
+        problems.append(problem)
+        return None
+    if values is None:
+        return _fold_low_rank(weight, rounding, moment, problems)
+    # running statistics and the like: copied as they are
+    if isinstance(target, Tensor) and not isinstance(target, nn.Parameter):
+        return {"values": values.detach().clone()}, None
+    exact = double(values)
+    if weight.origin is not None:  # add the change of the full values to the weight as it is now
+        exact = (
+            exact - double(storage.decode(target, weight.origin)) + double(storage.dense(target))
+        )
+    return _encode(weight, exact, problems)
+
+
+def _write_problem(weight: StoredWeight) -> str | None:
+    """Why a weight cannot be read or written here: offloaded, made in inference mode, or packed on
+    a device without float64."""
+    target, storage = weight.target, weight.storage
+    plain = isinstance(target, Tensor)
+    if plain and target.is_meta and "_hf_hook" in weight.module.__dict__:
+        do = (
+            "bring it back (accelerate.hooks.remove_hook_from_module), or merge the files (veneer"
+            " merge)"
+        )
+        problem = f"{weight.full_path}, whose numbers are elsewhere (offloaded?)"
+        return sentence(problem, "a weight in memory", do)
+    if plain and target.is_inference() and not torch.is_inference_mode_enabled():
+        problem = (
+            f"{weight.full_path}, made under torch.inference_mode, which torch lets nobody write"
+            " outside it"
+        )
+        do = "merge under torch.inference_mode too"
+        return sentence(problem, "a weight that can be written", do)
+    if storage.dense_name is None and not has_float64(device := storage.device(target)):
+        problem = (
+            f"{weight.full_path}, a weight that is stored packed, on {device}, which has no float64"
+        )
+        do = 'move the model for the merge: model.to("cpu")'
+        return sentence(problem, "a device with float64", do)
+    return None
+
+
+def _fold_low_rank(
+    weight: StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]
+) -> Content | None:
+    """The content of a weight with a low-rank change.
+
+    Dense weights go through ``fold``, tile by tile. Where the storage or the layer transforms the
+    numbers further, W + ΔW is formed in float64 as a whole.
+    """
+    change, storage, path = weight.keeper, weight.storage, weight.full_path
+    storage.prepare(weight.module)
+    low, gain = weight.change()
+    dense, name = storage.dense(weight.target).detach(), storage.dense_name
+    local = type(dense) in (Tensor, nn.Parameter)  # not spread over processes
+    has_grid = name is not None or isinstance(storage, GridStorage)  # rounding is ours to choose
+    if (
+        not has_grid
+        or not local
+        or change.layer.apply_forward_rewrite(weight.module, dense) is not dense
+    ):
+        if moment is not None:
+            problem = f"{path}: inputs= of a weight that is rounded as it is stored or read"
+            problems.append(sentence(problem, "none: it has no faithful rounding", "leave it out"))
+        exact = change.changed_weight(weight.target, low, gain, torch.float64)
+        return _encode(weight, change.layer.apply_forward_rewrite(weight.module, exact), problems)
+    matrix = change.layer.unfold(dense, change.dims)
+    square = len(matrix), *[matrix.shape[2]] * 2
+    if moment is not None and (moment.shape != square or not moment.isfinite().all()):
+        defect = (
+            "with numbers that are not finite"
+            if moment.shape == square
+            else f"of shape {tuple(moment.shape)}"
+        )
+        problem, expected = f"{path}: inputs= {defect}", f"Σ xᵀx of shape {square}, finite"
+        problems.append(sentence(problem, expected, "give that of the inputs of this weight"))
+        return None
+    if name is None:
+        return _fold_onto_grid(weight, matrix, low, gain, rounding, moment, problems)
+    folded = fold_change(change, matrix, low, gain, rounding=rounding, inputs=moment)
+    if not folded.finite:
+        problems.append(_not_finite_problem(weight, dense.dtype))
+        return None
+    report = LayerMerge(
+        path, folded.change, folded.retention, folded.rounding, folded.sums.retention
+    )
+    return {name: change.layer.fold(folded.weight, dense.shape)}, report
+
+
+def fold_change(
+    change: Change, weight: Tensor, low: LowRank, gain: Tensor | None, **options: Any
+) -> Folded:
+    """``fold`` for a weight of this change's layer, [g, out, in], or for a slice of it."""
+    return fold(weight, low, gain, side=_rounding_side(change), **options)
+
+
+def _rounding_side(change: Change) -> str:
+    """The side of the weight on which faithful rounding cancels errors. An embedding reads indices,
+    so its inputs have no direction, and the outputs are used."""
+    return "inputs" if change.layer.drops_input else "outputs"
+
+
+def _fold_onto_grid(
+    weight: StoredWeight,
+    matrix: Tensor,
+    low: LowRank,
+    gain: Tensor | None,
+    rounding: str,
+    moment: Tensor | None,
+    problems: list[str],
+) -> Content | None:
+    """The content of a quantised weight: rounded to the nearest numbers of its grid first, then
+    again as ``rounding`` says."""
+    change, storage, target = weight.keeper, cast(GridStorage, weight.storage), weight.target
+    content = _encode(weight, change.changed_weight(target, low, gain, torch.float64), problems)
+    if content is None or rounding == "nearest":
+        return content
+    stored, report = cast(tuple[dict[str, Tensor], LayerMerge], content)  # a change has a report
+
+    def unfold(values: Tensor) -> Tensor:
+        return change.layer.unfold(values, change.dims)
+
+    def grid() -> Grid:
+        return storage.grid(target, stored).map_tensors(unfold)
+
+    nearest = unfold(storage.decode(target, stored))
+    options: Any = {"rounding": rounding, "side": _rounding_side(change), "inputs": moment}
+    folded = fold_onto(grid, matrix, low, gain, nearest, **options)
+    if folded.rounding == "nearest":
+        return content
+    stored = storage.onto(
+        target, stored, double(change.layer.fold(folded.weight, storage.shape(target)))
+    )
+    return stored, replace(report, retention=folded.retention, rounding=folded.rounding)
+
+
+def _encode(weight: StoredWeight, values: Tensor, problems: list[str]) -> Content | None:
+    """The content of a weight that its storage rounds by its own rule."""
+    storage = weight.storage
+    try:
+        stored = storage.encode(weight.target, values)
+    except MergeError as error:
+        problems.append(f"{weight.full_path}: {error}")
+        return None
+    rounded = storage.decode(weight.target, stored)
+    if not rounded.isfinite().all():
+        problems.append(_not_finite_problem(weight, rounded.dtype))
+        return None
+    rounding = "storage" if storage.dense_name is None else "nearest"
+    return stored, measure_change(
+        weight.full_path, double(storage.dense(weight.target)), values, double(rounded), rounding
+    )
+
+
+def _not_finite_problem(weight: StoredWeight, dtype: torch.dtype) -> str:
+    problem = f"{weight.full_path}: W + ΔW is not finite in {dtype}"
+    return sentence(problem, "finite weights", "check the adapter for NaN or overflow")
+
+
+def measure_change(
+    path: str, old: Tensor, exact: Tensor, rounded: Tensor, rounding: str
+) -> LayerMerge:
+    """The report of a weight ``old`` that became ``rounded`` instead of ``exact``; all three are
+    float64."""
+    change, realised = exact - old, rounded - old
+    size, base = change.norm().item(), old.norm().item()
+    retention = ((change * realised).sum() / (change * change).sum()).item() if size else 1.0
+    return LayerMerge(
+        path, size / base if base else float(size > 0), retention, rounding, retention
+    )

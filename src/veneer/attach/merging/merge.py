@@ -1,0 +1,227 @@
+"""Fold an adapter into the weights of a live model.
+
+    W' = round(gain ⊙ (W + ΔW))      to the weight's dtype, once
+
+Rounding to nearest would lose most of a small change of 16-bit or quantised weights. There a weight
+is rounded so that the change survives in the directions that the adapter reads
+(``kernels/error_feedback.py``). Storages without a known grid of numbers round by their own rule.
+
+Weights are merged one at a time: compute the new content, check it, copy the old bits, overwrite.
+The model counts as merged until the last weight is restored, so ``unmerge`` can finish an
+interrupted merge or unmerge. Rejected: computing all weights twice, once to check and once to
+write. That takes twice as long, and could not undo a failure of the second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
+from veneer.attach.layer.state import ModelAdapters, one_thread_at_a_time
+from veneer.attach.merging.fold_weights import merged_content
+from veneer.attach.merging.merge_report import LayerMerge, MergeReport
+from veneer.attach.merging.stored_weights import (
+    StoredWeight,
+    back_up,
+    bits_before_merge,
+    drop_backups,
+    has_backup,
+    require_attached_base,
+    restore,
+    stored_weights,
+    without_backup,
+)
+from veneer.attach.merging.unmerge import require_unsharded
+from veneer.attach.planning.weight_tying import broken_tie_problems, split_tie_problems
+from veneer.errors import MergeError, listing, raise_all, sentence
+from veneer.kernels.rounding import known_rounding
+
+
+@one_thread_at_a_time
+def merge(
+    model: nn.Module,
+    name: str | None = None,
+    *,
+    keep: bool = True,
+    rounding: str = "auto",
+    inputs: Mapping[str, Tensor] | None = None,
+) -> MergeReport:
+    """Write ``W + ΔW``, rounded once, into the weights of ``model``, in place. Parameters keep
+    their identity and their ties.
+
+    While an adapter is merged, the model runs at the base's speed and gives the adapter's outputs;
+    a call that selects anything else raises. An adapter that is attached or loaded while another
+    one is merged belongs to the merged weights: it trains, runs and is merged on top of them, and
+    is refused on other weights. An adapter that was attached before is merged as PEFT merges
+    several adapters: its change is added to the weights as they are, and calls without a selection
+    then use all merged adapters. No thread may call the model while ``merge`` or ``unmerge`` runs.
+    ``detach(keep_merged=True)`` leaves a plain model, for libraries that look at a layer's exact
+    class.
+
+    Args:
+        name: the adapter; None takes the only one.
+        keep: keep a copy of the old weights, which ``unmerge`` needs. It takes as much CPU memory
+            as the weights that change. With False the copies are dropped once all weights are
+            written.
+        rounding: the rounding of 16-bit weights and of those that bitsandbytes or torchao stores.
+            "nearest" rounds each number to the nearest one. "faithful" rounds each number to one
+            of its two neighbours so that the errors cancel in the directions that the adapter
+            reads; it takes several times as long, a few seconds for 100 million 16-bit weights.
+            "auto" uses "faithful" for each weight where "nearest" would realise less than 99 % of
+            the change (or more than 101 %). Weights of more than 16 bits, weights that are trained
+            in full and embeddings of bounded norm are always rounded to nearest, GGUF weights by
+            their storage's own rule.
+        inputs: Σ xᵀx of the inputs of a weight ([g, in, in], in any scale), by the weight's path.
+            Faithful rounding then also keeps the outputs right in the directions in which the
+            inputs vary most.
+
+    Returns:
+        for each parameter the size of the change, the share of it that the weight's dtype could
+        hold, and the rounding.
+
+    Raises:
+        ConfigError: an unknown rounding.
+        MergeError: only a weight's own library can write it (GPTQ, AWQ, HQQ, FP8); a merged weight
+            would not be finite; the weights that the adapter was attached to are gone, or were not
+            kept; the adapter has different values for the names of a tied weight; or the weights
+            are spread over processes. Every weight keeps the bits that it had before.
+        SelectionError: there is no such adapter.
+    """
+    model = unwrap(model)
+    name = only_name(model, name)
+    attached = need_adapters(model, name)
+    if name in attached.chain or not attached.can_merge(name):
+        require_attached_base(attached, name, "a merge of")
+    require_unsharded(model, "a merge")
+    known_rounding(rounding)
+    if opaque := [weight for weight in stored_weights(model, name) if weight.storage.opaque]:
+        storage: Any = opaque[0].storage
+        paths = listing(weight.full_path for weight in opaque)
+        raise MergeError(
+            f"Nothing was merged of {name!r} ({paths}). {storage.refusal(opaque[0].target)}"
+        )
+    return _merge_all(model, attached, name, keep, rounding, dict(inputs or {}))
+
+
+def _merge_all(
+    model: nn.Module,
+    attached: ModelAdapters,
+    name: str,
+    keep: bool,
+    rounding: str,
+    moments: dict[str, Tensor],
+) -> MergeReport:
+    """Overwrite all weights, or leave all of them as they are."""
+    over_others = attached.selections[name].on != attached.merged
+    origins = bits_before_merge(model, name) if over_others else {}
+    weights = [
+        replace(weight, origin=origins.get(id(weight.target)))
+        for weight in stored_weights(model, name)
+    ]
+    problems = [
+        *broken_tie_problems(model, name),
+        *split_tie_problems(model, name),
+        *output_change_problems(model, name),
+    ]
+    problems += _missing_origin_problems(model, attached, name, weights)
+    before = attached.chain
+    try:
+        drop_backups(weights)  # left over from an unmerge that was interrupted at its last line
+        attached.merging = True
+        attached.set_chain((*before, name))
+        reports = _write_all(weights, rounding, moments, keep, problems)
+        raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
+        attached.merging = False
+    except BaseException:
+        if attached.chain != before:
+            restore(filter(has_backup, weights))
+            attached.set_chain(before)
+        drop_backups(weights)
+        attached.merging = False
+        raise
+    if not keep:
+        drop_backups(weights)
+    return MergeReport(name, tuple(reports))
+
+
+def _write_all(
+    weights: Iterable[StoredWeight],
+    rounding: str,
+    moments: dict[str, Tensor],
+    keep: bool,
+    problems: list[str],
+) -> list[LayerMerge]:
+    """Back up and overwrite each weight while there are no problems. After the first problem,
+    continue only to collect further problems."""
+    reports: list[LayerMerge] = []
+    for weight in weights:
+        moment = moments.pop(weight.full_path, None) if weight.values is None else None
+        with torch.no_grad():
+            content = merged_content(weight, rounding, moment, problems)
+            if content is None:
+                continue
+            stored, report = content
+            if not problems:
+                back_up(weight, stored, digests=keep)
+                weight.write(stored)
+            reports += [report] if report else []
+            del content, stored  # free the memory before the next weight
+    expected = "paths of weights that the adapter changes at a low rank"
+    problems += [sentence(f"inputs of {path!r}", expected, "leave it out") for path in moments]
+    return reports
+
+
+def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
+    """Changes of an adapter that no change of a weight can express: a module's output alone, where
+    other modules read its weight directly, or a bias that the layer does not have."""
+    for path, _, weight, change in changes(model, name):
+        if change.module_only:
+            problem = (
+                f"a change of what {path!r} gives, whose {weight!r} others read past it, unchanged"
+                " as in PEFT"
+            )
+            do = (
+                "keep the adapter beside the base, or train one with Veneer, which every reader"
+                " sees"
+            )
+            yield sentence(problem, "a change of the weight", do)
+
+    for path, module, layer_adapter in adapters(model, name):
+        for parameter_name in layer_adapter.full._parameters:
+            if parameter_name in module._parameters and module._parameters[parameter_name] is None:
+                problem, do = (
+                    f"a bias for {path!r}, which has none",
+                    "keep the adapter beside the base",
+                )
+                yield sentence(problem, "a layer with a bias to merge it into", do)
+
+
+def _missing_origin_problems(
+    model: nn.Module, attached: ModelAdapters, name: str, weights: Iterable[StoredWeight]
+) -> Iterator[str]:
+    """Weights that cannot be merged over other adapters: the bits that this adapter was attached to
+    were not kept, or two adapters replace the same statistics."""
+    if attached.selections[name].on == attached.merged:
+        return
+    lost = without_backup(model, name)
+    for weight in weights:
+        needs_origin = weight.values is not None or weight.keeper.tokens is not None
+        if id(weight.target) in lost and (needs_origin or weight.keeper.variant.peft_keys):
+            problem = f"{weight.full_path!r}, into which another was merged with keep=False"
+            expected = f"the weight that {name!r} was attached to"
+            yield sentence(problem, expected, "load the base again, and merge with keep=True")
+        elif (
+            weight.origin is not None
+            and not isinstance(weight.target, nn.Parameter)
+            and weight.values is not None
+        ):
+            problem = (
+                f"{weight.full_path!r}, statistics that {name!r} and a merged adapter have of"
+                " their own"
+            )
+            yield sentence(problem, "changes that add up", "merge one of them alone")

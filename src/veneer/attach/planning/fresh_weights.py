@@ -1,0 +1,63 @@
+"""Warn about weights that are in no checkpoint, such as a new classification head.
+
+transformers initialises these weights at random. If an adapter neither trains nor stores them, it
+cannot be reproduced: the next load of the model initialises other numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+
+from torch import nn
+
+from veneer.attach.layer.names import Names, ParamRef
+from veneer.distributed import is_sharded
+from veneer.errors import listing
+
+
+class FreshWeights(UserWarning):
+    """Warns of parameters that neither the checkpoint nor the adapter stores. They will have other
+    values when the adapter is loaded again."""
+
+
+def fresh_parameters(names: Names) -> dict[int, ParamRef]:
+    """The parameters that were not in the checkpoint: the first reference to each, by its ``id``.
+
+    transformers marks the parameters that it loads. Without any such mark nothing is known, so the
+    result is empty. Sharded parameters lose their marks when they are moved, so sharded and
+    unsharded parameters are considered separately.
+    """
+    references: dict[int, ParamRef] = {}
+    parameters = [(is_sharded(parameter), ref, parameter) for ref, parameter in names.parameters()]
+    with_marks = {sharded for sharded, _, parameter in parameters if _was_loaded(parameter)}
+    for sharded, ref, parameter in parameters:
+        if sharded in with_marks and not _was_loaded(parameter):
+            references.setdefault(id(parameter), ref)
+    return references
+
+
+def _was_loaded(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether a transformers model has a head on top of a base model, rather than being that base
+    model itself."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
+
+
+def warn_fresh(lost: Collection[ParamRef], when: str, *, stacklevel: int) -> None:
+    """Warn (``FreshWeights``) of fresh parameters that an adapter does not store."""
+    if lost:
+        paths = [f"{path}.{name}".lstrip(".") for path, name in lost]
+        modules = list(dict.fromkeys(path or name for path, name in lost))
+        warnings.warn(
+            f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does not"
+            f" hold them either: {listing(paths, 4)}. They were initialised at random as the model"
+            " was loaded; the next load makes others. Train them in full"
+            f" (train_also={modules[:4]!r}), unless nothing that you use reads them.",
+            FreshWeights,
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,283 @@
+"""The reasons why a weight cannot be changed, as texts of errors. Nothing here changes the model.
+
+refusals_of     reasons against a low-rank change, for every module that holds or reads the weight
+check_full      reasons against training parameters in full
+name_problems   reasons against any adapter of a given name
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.attach.layer.adapted_module import base_class, walk, weight_of
+from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem, parameter_path
+from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.state import STATE, LayerState
+from veneer.attach.source.from_peft import peft_problem
+from veneer.attach.source.weight_readers import modules_with_fast_path, unreachable, weight_readers
+from veneer.bases import storage_of, unreadable
+from veneer.distributed import spread_problem, within_run_on_all
+from veneer.errors import listing, sentence
+from veneer.layers import LAYERS, Layer, kind_of
+from veneer.layers._base import GENERAL
+
+GENERAL_KIND: Layer = LAYERS[GENERAL]
+
+
+def kind_for(module: nn.Module, name: str) -> Any:
+    """The layer kind that describes one parameter: its module's, or the general kind for a
+    parameter that the module's kind does not list."""
+    kind = kind_of(module)
+    return kind if kind is not None and name in kind.weights(module) else GENERAL_KIND
+
+
+def holders(names: Names) -> dict[int, list[ParamRef]]:
+    """(path, name) of every module that holds a parameter, by the parameter's identity."""
+    by_identity: dict[int, list[ParamRef]] = {}
+    for ref, parameter in names.parameters():
+        by_identity.setdefault(id(parameter), []).append(ref)
+    return by_identity
+
+
+def holders_of(
+    names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
+) -> list[ParamRef]:
+    """(path, name) of every module that holds a weight, in the model's order."""
+    return by_identity.get(id(weight_of(names.modules[ref[0]], ref[1])), [ref])
+
+
+def refusals_of(
+    names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
+) -> Iterator[str]:
+    """The reasons why a weight cannot be changed, one for each module that holds it."""
+    yield from filter(
+        None, (_refusal(names, holder, ref) for holder in holders_of(names, ref, by_identity))
+    )
+
+
+def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
+    """Why the module ``holder`` cannot run on a changed weight of ``target``, which it holds; or
+    None."""
+    (path, name), module = holder, names.modules[holder[0]]
+    kind, weight = kind_for(module, name), weight_of(module, name)
+    shared = (
+        "" if holder == target else f" (it shares the weight of target {parameter_path(*target)!r})"
+    )
+    description = f"{path!r}, a {base_class(module).__name__}{shared}"
+    if problem := unreadable_problem(path, module):
+        return problem
+    if weight is None:
+        problem = f"{description}, whose {name!r} is no parameter (computed by a hook?)"
+        return sentence(
+            problem,
+            "a parameter, or a parametrization of torch.nn.utils.parametrize",
+            "leave it out",
+        )
+    stem, _, ending = name.rpartition("_")
+    if ending in ("v", "g", "orig") and isinstance(module.__dict__.get(stem), Tensor):
+        problem = (
+            f"{description}, of whose {name!r} a hook computes {stem!r} before any adapter is seen"
+            " (weight_norm, prune?)"
+        )
+        return sentence(
+            problem, "a parametrization of torch.nn.utils.parametrize", "leave it out, or use that"
+        )
+    if (
+        getattr(weight, "is_meta", False)
+        and not names.on_meta_device
+        and not nn.parameter.is_lazy(weight)
+    ):
+        problem = (
+            f"{description}, whose weight is on the meta device, its numbers elsewhere (offloaded?)"
+        )
+        return sentence(problem, "a weight that holds numbers", "load it first, or leave it out")
+    if nn.parameter.is_lazy(weight):
+        return sentence(
+            f"{description}, whose weight has no shape yet",
+            "a model that has run once",
+            "run it on an example",
+        )
+    if storage_of(weight) is None:
+        problem = (
+            f"{description}, whose weight is stored as {type(weight).__name__} of"
+            f" {getattr(weight, 'dtype', 'no dtype')}"
+        )
+        return sentence(
+            problem,
+            "a floating-point parameter",
+            "load the base in a floating-point dtype, or leave it out",
+        )
+    reason = kind.refuses(module) or unadaptable(names, path) or _readers_refuse(names, path, name)
+    return (
+        sentence(f"{description}: {reason}", "a layer whose adapter takes effect", "leave it out")
+        if reason
+        else None
+    )
+
+
+def unreadable_problem(path: str, module: nn.Module) -> str | None:
+    """Why a module with quantised weights cannot carry an adapter. None if it can, or if its
+    weights are not quantised."""
+    reason_and_fix = unreadable(module)
+    if reason_and_fix is None:
+        return None
+    reason, fix = reason_and_fix
+    problem = f"{path!r}, a {base_class(module).__name__}, {reason}"
+    return sentence(problem, "weights in a floating-point dtype", f"{fix}, or leave it out")
+
+
+def _misread_base_problem(model: nn.Module) -> str | None:
+    """Why the base's own outputs are wrong for its weights, whatever is adapted; or None."""
+    packed = [(path, weight_of(module, "weight")) for path, module in walk(model)]
+    packed = [
+        (path, weight, storage_of(weight))
+        for path, weight in packed
+        if hasattr(weight, "quant_state")
+    ]
+    misread = [
+        f"{path!r} {tuple(storage.shape(weight))}"
+        for path, weight, storage in packed
+        if storage.misread(weight)
+    ]
+    if not misread:
+        return None
+    problem = (
+        f"{listing(misread, 3)} in 4 bits on a CPU, whose rows are no whole blocks: bitsandbytes"
+        " reads them with the "
+    )
+    do = (
+        "move the model to a GPU, quantise it to int8, or leave these layers out of it"
+        " (llm_int8_skip_modules)"
+    )
+    return sentence(f"{problem}scales of other blocks", "a base that answers by its weights", do)
+
+
+def _readers_refuse(names: Names, path: str, name: str) -> str | None:
+    """Why a module above that reads a parameter, directly or on a fast path, would not see a change
+    of it; or None."""
+    for weight_reader in weight_readers(names, path, name):
+        if reason := unadaptable(names, weight_reader.path, weight_reader.method):
+            reader = repr(weight_reader.path) if weight_reader.path else "the model"
+            in_method = "" if weight_reader.method == "forward" else f" in {weight_reader.method!r}"
+            return f"{reader}{in_method} reads it, and {reason}"
+    for above in modules_with_fast_path(names, path):
+        if reason := _name_conflict(names.modules[above]):
+            return f"{above!r} reads it, and {reason}"
+    return None
+
+
+def unadaptable(names: Names, path: str, method: str = "forward") -> str | None:
+    """Why an adapter at ``path`` would have no effect in a method, or cannot be installed there,
+    whatever the module's weights are; or None."""
+    return unreachable(names, path, method) or _name_conflict(names.modules[path])
+
+
+def _name_conflict(module: nn.Module) -> str | None:
+    child = dict(module._modules.items()).get(STATE)  # a ScriptModule's children are no dict
+    free = child is None or isinstance(child, LayerState)
+    return (
+        None
+        if free
+        else f"it has a child of its own called {STATE!r}, where its adapters would stand"
+    )
+
+
+def frozen_on_purpose(names: Names) -> set[int]:
+    """The identities of the base's parameters that are frozen while other base parameters train."""
+    attached = adapters_of(names.model)
+    before = {} if attached is None else attached.required_grad
+    trains: dict[int, bool] = {}
+    for key, refs in holders(names).items():
+        (path, name), *_ = refs  # for a tied parameter the first of its names
+        required = names.modules[path]._parameters[name].requires_grad
+        trains[key] = before.get(parameter_path(path, name), required)
+    return (
+        {key for key, required in trains.items() if not required} if any(trains.values()) else set()
+    )
+
+
+def check_full(
+    names: Names,
+    full: Mapping[str, tuple[str, ...]],
+    problems: list[str],
+    frozen: Set[int] = frozenset(),
+) -> None:
+    """Add the reasons why parameters cannot be trained in full to ``problems``: forward does not
+    reach them, say, or the user froze them (``frozen``: their identities)."""
+    for path, parameters in full.items():
+        module = names.modules[path]
+        reason = unadaptable(names, path) if parameters else None
+        if reason:
+            problem = f"{path!r} trained in full: {reason}"
+            problems.append(sentence(problem, "a module that takes effect", "leave it out"))
+        for name in parameters:
+            parameter, full_path = module._parameters.get(name), parameter_path(path, name)
+            if parameter is None and name in module._parameters:
+                continue  # a bias for a layer without one
+            if not reason and (reader_reason := _readers_refuse(names, path, name)):
+                problem = f"{full_path!r} trained in full: {reader_reason}"
+                problems.append(sentence(problem, "a module that takes effect", "leave it out"))
+            if parameter is None:
+                problem = f"{path}.{name} trained in full, which is computed by a parametrization"
+                problems.append(sentence(problem, "a plain parameter", "leave it out"))
+            elif problem := (
+                None if parameter.is_floating_point() else unreadable_problem(path, module)
+            ):
+                problems.append(problem)
+            elif not parameter.is_floating_point():
+                problems.append(
+                    sentence(f"{full_path} of {parameter.dtype}", "floating point", "leave it out")
+                )
+            elif parameter.is_meta and not names.on_meta_device:
+                problems.append(
+                    sentence(f"{full_path} on the meta device", "numbers", "load it first")
+                )
+            elif id(parameter) in frozen:
+                problem = (
+                    f"{full_path} trained in full, which you froze (requires_grad=False) among"
+                    " parameters that train"
+                )
+                problems.append(
+                    sentence(
+                        problem, "one that may be trained", "leave it out, or unfreeze it first"
+                    )
+                )
+
+
+def name_problems(model: nn.Module, name: str) -> Iterator[str]:
+    """Why no adapter called ``name`` can be added to the model now."""
+    attached = adapters_of(model)
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
+        yield sentence(
+            f"adapter name {name!r}", "letters, digits, '_' and '-'", "choose such a name"
+        )
+    if attached and name in attached.configs:
+        problem = f"adapter name {name!r}, which is taken"
+        yield sentence(problem, "a new name", "choose another, or detach that one first")
+    if problem := peft_problem(model):
+        yield problem
+    if attached and attached.has_unrelated_merges:
+        problem = f"{attached.merged!r} merged into the weights, one over the other"
+        do = (
+            "call veneer.unmerge(model), or keep these weights with detach(model, keep_merged=True)"
+        )
+        yield sentence(
+            problem,
+            "a base, or weights into which one adapter after the other was merged and attached",
+            do,
+        )
+    if problem := _misread_base_problem(model):
+        yield problem
+    if problem := foreign_layers_problem(model):
+        yield problem
+    # The adapter's parameters would not be sharded, their gradients not averaged, and their values
+    # not the same on every rank.
+    do = "attach or load the adapter first, then shard the model (fully_shard)"
+    if not within_run_on_all() and (
+        problem := spread_problem((module for _, module in walk(model)), "an adapter", do)
+    ):
+        yield problem

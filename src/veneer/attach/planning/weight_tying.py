@@ -1,0 +1,153 @@
+"""Tied weights whose names an adapter changes differently.
+
+A tied weight is one parameter with several names. Veneer trains it as one parameter. PEFT adapts
+each module separately and gives each module in ``modules_to_save`` a copy, tied or not. So a PEFT
+file may hold two values for one weight, or a value, a low-rank change or some rows for only one of
+its names. Such files are common, as adapters that add tokens list both embeddings. One weight
+cannot have both values, so the changed name gets a weight of its own until the last adapter is
+detached (``adapter_files/ties.py``). Where untying is not allowed (``untie=False``, a bank), full
+values replace the weight at each name and cannot be merged, and other changes are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach.layer.adapted_module import layer_states, weight_of
+from veneer.attach.layer.lookup import adapters, parameter_path
+from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.planning.refusals import holders
+from veneer.errors import AdapterError, listing, sentence
+
+UNTIE = (
+    "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie"
+    " the base first (config.tie_word_embeddings = False, and a copy for the head:"
+    " `model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())`), save it, and"
+    " merge into that"
+)
+
+
+def split_tie_refs(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
+    """The (path, name) of tied parameters to which ``full`` gives different values, or a value for
+    some of the names only."""
+    split_refs: set[ParamRef] = set()
+    for refs in holders(names).values():
+        values = [full[path][name] for path, name in refs if name in full.get(path, ())]
+        if values and (
+            len(values) < len(refs) or not all(equal_values(value, values[0]) for value in values)
+        ):
+            split_refs |= {ref for ref in refs if ref[1] in full.get(ref[0], ())}
+    return frozenset(split_refs)
+
+
+def equal_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; their dtypes may differ."""
+    common = torch.promote_types(a.dtype, b.dtype)
+    return a is b or torch.equal(a.to(common), b.to(common))
+
+
+def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
+    """A problem for each tied weight to whose names the adapter ``name`` gives different values,
+    which one weight cannot hold after a merge."""
+    trained = {
+        path: layer_adapter.full._parameters
+        for path, _, layer_adapter in adapters(model, name)
+        if layer_adapter.full._parameters
+    }
+    for refs in holders(Names(model)).values() if trained else ():
+        values = [trained.get(path, {}).get(weight) for path, weight in refs]
+        if all(value is values[0] for value in values):
+            continue
+        changed_paths = [
+            parameter_path(*ref)
+            for ref, value in zip(refs, values, strict=True)
+            if value is not None
+        ]
+        unchanged_paths = [
+            parameter_path(*ref) for ref, value in zip(refs, values, strict=True) if value is None
+        ]
+        tie = f"one weight with {listing(unchanged_paths)}" if unchanged_paths else "one weight"
+        yield sentence(
+            f"values of their own for {listing(changed_paths)}, {tie} in this model",
+            "one value",
+            UNTIE,
+        )
+
+
+def broken_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
+    """A problem for each weight that was tied when the adapter was attached and is no longer tied:
+    a merge writes it once, and would miss the other one."""
+    first: dict[int, tuple[str, Any]] = {}
+    for path, module, layer_state in layer_states(model):
+        layer_adapter = layer_state.get(name)
+        if layer_adapter is None:
+            continue
+        trained = (*layer_adapter.changes.items(), *layer_adapter.full._parameters.items())
+        for weight_name, value in trained:
+            full_path, weight = parameter_path(path, weight_name), weight_of(module, weight_name)
+            first_path, target = first.setdefault(id(value), (full_path, weight))
+            tensors = isinstance(weight, Tensor) and isinstance(target, Tensor)
+            if weight is not target and not (
+                tensors and weight.data_ptr() == target.data_ptr() != 0
+            ):
+                do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
+                yield sentence(
+                    f"{full_path!r} and {first_path!r}, one weight when attached, untied since",
+                    "one weight",
+                    do,
+                )
+
+
+@dataclass(frozen=True)
+class Untied:
+    """The names of tied weights that ``untie`` gave weights of their own.
+
+    Fields:
+        names: (untied name, a name that still has the original weight) for each of them.
+        config: whether ``untie`` set ``tie_word_embeddings`` of the model's config to False.
+    """
+
+    names: tuple[tuple[ParamRef, ParamRef], ...]
+    config: bool
+
+
+def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
+    """Give each of these names of tied weights a parameter of its own with the same values. If
+    ``refs`` holds all names of a weight, the first one keeps it. Raises an AdapterError if a weight
+    is stored packed."""
+    chosen, untied = set(refs), []
+    for tied in holders(names).values():
+        keeper = next((ref for ref in tied if ref not in chosen), tied[0])
+        untied += [(ref, keeper) for ref in tied if ref in chosen and ref != keeper]
+    weights: list[Any] = [names.modules[path]._parameters[name] for (path, name), _ in untied]
+    if packed := [
+        ref
+        for (ref, _), weight in zip(untied, weights, strict=True)
+        if type(weight) is not nn.Parameter
+    ]:
+        problem = f"{parameter_path(*packed[0])!r}, a tied weight that is stored packed"
+        raise AdapterError(
+            problem, "a plain weight to untie", "untie the base before it is quantised"
+        )
+    for ((path, name), _), weight in zip(untied, weights, strict=True):
+        copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        names.modules[path]._parameters[name] = copy
+    config = getattr(names.model, "config", None)
+    ties = bool(untied) and getattr(config, "tie_word_embeddings", False) is True
+    if ties:  # else transformers ties them again, and saves only one of them
+        config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
+    return Untied(tuple(untied), ties)
+
+
+def tie_again(model: nn.Module, untied: Untied) -> None:
+    """Undo ``untie``."""
+    for (path, name), (keeper_path, keeper_name) in untied.names:
+        weight = model.get_submodule(keeper_path)._parameters[keeper_name]
+        model.get_submodule(path)._parameters[name] = weight
+    if untied.config:
+        model.config.tie_word_embeddings = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

@@ -1,0 +1,110 @@
+"""Detach adapters from a model, and restore what ``install.py`` changed.
+
+detach            removes an adapter; with the last one, the model is as it was before ``attach``
+release_layers    restores the modules that no adapter changes any more
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from veneer.attach.layer.adapted_module import (
+    layer_states,
+    restore_module,
+    set_child,
+    walk,
+    weight_of,
+)
+from veneer.attach.layer.lookup import need_adapters, unwrap
+from veneer.attach.layer.state import ADAPTERS, ModelAdapters, one_thread_at_a_time
+from veneer.attach.planning.weight_tying import tie_again
+from veneer.attach.source.method_overrides import remove_overrides
+from veneer.bases import storage_of
+from veneer.errors import MergeError
+
+
+@one_thread_at_a_time
+def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
+    """Remove the adapter ``name`` (None: all adapters). When the last one is removed, the model has
+    the same objects as before ``attach``: classes, modules, parameters, ``requires_grad``.
+
+    Args:
+        keep_merged: keep the weights of a merged adapter merged, so that the plain model has them.
+
+    Raises:
+        SelectionError: there is no such adapter.
+        MergeError: the adapter is merged and ``keep_merged`` is False; or it is merged on top of
+            another adapter that stays; or an adapter that stays was attached while it was merged,
+            and it is no longer merged. The model is not changed.
+    """
+    model = unwrap(model)
+    attached = need_adapters(model, name)
+    names = list(attached.configs) if name is None else [name]
+    _require_detachable(attached, names, keep_merged)
+    if any(map(names.__contains__, attached.merges())):
+        attached.untied = ()  # weights that were untied for the merge stay untied
+    for adapter in names:
+        # calls that still select it raise
+        attached.selections[adapter].layer_adapters = None
+    for _, _, layer_state in layer_states(model):
+        for adapter in names:
+            set_child(layer_state, adapter, None)
+    remaining = [key for key in attached.configs if key not in names]
+    for selected in attached.selections.values():
+        if selected.on in names:  # the merged weights are the base weights from now on
+            selected.on = None
+    attached.chain = tuple(merged for merged in attached.chain if merged not in names)
+    attached.set_adapters(
+        {key: attached.configs[key] for key in remaining},
+        {key: attached.selections[key] for key in remaining},
+    )
+    for _, module in walk(model) if not remaining else ():
+        remove_overrides(module)
+    release_layers(model, attached)
+
+
+def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
+    """Raise a MergeError if some of these adapters cannot be detached now."""
+    merged = attached.merges()
+    for number, name in enumerate(merged):
+        if name not in names:
+            continue
+        below = next((lower for lower in merged[number + 1 :] if lower not in names), None)
+        if not keep_merged:
+            do = (
+                "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the"
+                " merged weights"
+            )
+            raise MergeError(f"{name!r} is merged into the weights", "an unmerged model", do)
+        if below is not None:
+            problem = f"{name!r} merged on top of {below!r}, which stays"
+            do = f"detach {below!r} with keep_merged=True first, or call veneer.unmerge(model)"
+            raise MergeError(problem, "the adapter that was merged first", do)
+    for adapter, selected in attached.selections.items():
+        if selected.on in names and selected.on not in merged and adapter not in names:
+            problem = (
+                f"{adapter!r}, attached while {selected.on!r} was merged, which is to be detached"
+            )
+            raise MergeError(
+                problem, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first"
+            )
+
+
+def release_layers(model: nn.Module, attached: ModelAdapters) -> None:
+    """Restore the class and storage of modules without an adapter, and the ``requires_grad`` of a
+    model without adapters. Do nothing while a bank uses the model."""
+    if attached.banks:
+        return
+    for _, module, layer_state in list(layer_states(model)):
+        if not layer_state._modules:
+            restore_module(module)
+            for name in layer_state.layer.weights(module) if layer_state.layer is not None else ():
+                storage = storage_of(weight_of(module, name))
+                if storage is not None:
+                    storage.release(module)
+    if not attached.configs:
+        for untied in reversed(attached.untied):
+            tie_again(model, untied)
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad = attached.required_grad.get(path, parameter.requires_grad)
+        del model.__dict__[ADAPTERS]

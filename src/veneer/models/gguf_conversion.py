@@ -1,0 +1,91 @@
+"""Convert a GGUF file to a folder that transformers loads in seconds.
+
+A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks
+the model as quantised, so that it can be neither saved nor trained. The weights are therefore
+dequantised exactly to fp32, put into the plain class of the architecture, and stored under
+`$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where they load in 2 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import AdapterError, ConfigError
+from veneer.fileio.atomic import EVERYTHING, new_folder
+from veneer.formats import gguf_claims
+from veneer.models.messages import first_line, log, quiet
+from veneer.models.remote_code import code_options
+
+
+def cache_dir() -> Path:
+    """The folder of converted models: `$XDG_CACHE_HOME/veneer`, or `~/.cache/veneer`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+
+
+def converted_gguf(file: Path) -> Path:
+    """The plain folder of a GGUF file, converted now if it is not in the cache."""
+    file = file.resolve()
+    stat = file.stat()
+    key = hashlib.sha256(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_dir() / "models" / f"{file.stem}-{key}"
+    if (target / "config.json").is_file():
+        return target
+    if find_spec("gguf") is None:
+        raise ConfigError(
+            f"Found: {file.name} is a GGUF file and the package gguf is missing. Do: pip install"
+            " 'veneer[train]'."
+        )
+    log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
+    # keep transformers' progress bar out of log files
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    try:
+        gguf_claims.check(file, gguf_claims.MAX_MODEL_COUNT)
+    except AdapterError as error:
+        raise ConfigError(str(error)) from error
+    with quiet(), contextlib.redirect_stderr(shown):
+        model, tokenizer = _read_gguf(file)
+    with new_folder(target, overwrite=True, replaces=[EVERYTHING]) as folder, quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return target
+
+
+def _read_gguf(file: Path) -> tuple[Any, Any]:
+    """Model in the plain class of its architecture, in fp32, and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+    }
+    try:
+        quantized_model = AutoModelForCausalLM.from_pretrained(
+            **source, **code_options(), dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source, **code_options())
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # gguf and transformers raise many kinds of errors for damaged or unknown files
+        problem = f"{file} cannot be read as GGUF ({first_line(error)})"
+        do = "fetch the file again, or use the model's safetensors"
+        raise ConfigError(
+            problem, "a complete GGUF file of an architecture that transformers converts", do
+        ) from error
+    config = type(quantized_model.config)(**quantized_model.config.to_dict())
+    config.__dict__.pop("quantization_config", None)
+    model: Any = type(quantized_model)(config)
+    model = model.to(torch.float32)
+    model.load_state_dict(quantized_model.state_dict())
+    model.tie_weights()
+    model.generation_config = quantized_model.generation_config
+    return model, tokenizer

@@ -1,0 +1,311 @@
+"""Attention of one call of the model, over keys and values that lie in size classes (``slots.py``).
+
+    fill       tokens of some rows, each from a column of its row on, right-padded to one width
+    decode     one token of each running row, behind the tokens that the row has
+    together   a decode, and tokens of further rows, each of which is a row of the batch by itself
+
+A call is told of a layer's new keys and values (``keep``), writes them into the rows, and is then
+asked for that layer's attention (``attend``). Linear layers see all rows as one batch; attention is
+computed for each run of neighbouring rows of one class, on views of the class's tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from veneer.serve.row_memory import Row, SizeClass
+
+# : columns are shown in multiples of this: views are made anew so rarely, and a mask has the
+# alignment that GPUs want
+BLOCK = 16
+
+#: ``call``: the call that runs in this thread; ``last``: which token of each row the head reads
+NOW = threading.local()
+
+#: further arguments of an attention that is computed here without them
+UNSUPPORTED = ("position_bias", "s_aux", "head_mask")
+
+
+def round_up(number: int, block: int = BLOCK) -> int:
+    return -(-number // block) * block
+
+
+class Fill:
+    """New tokens of ``rows``: row i gets ``counts[i]`` of the call's ``width``, from column
+    ``starts[i]`` on. The others are padding, which is not stored."""
+
+    def __init__(
+        self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], width: int
+    ) -> None:
+        self.rows, self.starts, self.counts, self.width = rows, starts, counts, width
+        self.masks: dict[Any, Tensor] = {}
+        self.layers_stored = self.layers_attended = 0
+
+    def keep(self, layer_index: int, key: Tensor, value: Tensor) -> None:
+        """Store keys and values [rows, kv, width, d]."""
+        self.layer_index, self.new = layer_index, (key, value)
+        for number, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
+            layer, count = row.size_class.layer(layer_index, key, value), self.counts[number]
+            layer.keys[row.index, :, start : start + count] = key[number, :, :count]
+            layer.values[row.index, :, start : start + count] = value[number, :, :count]
+
+    def attend(
+        self, query: Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> Tensor:
+        """[rows, width, h, e] of queries [rows, h, width, d]."""
+        key, value = self.new
+        if not any(self.starts):
+            return self.attend_to(query, key, value, 0, scale, window, cap)
+        outputs = []
+        for number, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
+            batch = slice(number, number + 1)
+            if start:
+                columns = min(round_up(start + self.width), row.columns)
+                layer = row.size_class.layers[self.layer_index]
+                keys, values = layer.show(row.index, 1, columns)
+            else:
+                keys, values = key[batch], value[batch]
+            outputs.append(self.attend_to(query[batch], keys, values, start, scale, window, cap))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def attend_to(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        start: int,
+        scale: float | None,
+        window: int | None,
+        cap: float | None,
+    ) -> Tensor:
+        """Attention of tokens that lie from column ``start`` on to the first columns of a row."""
+        mask = self._mask(start, key.shape[2], window, query)
+        if cap is not None:
+            if mask is None:
+                square = (query.shape[2], key.shape[2])
+                visible = torch.ones(square, dtype=torch.bool, device=query.device).tril_()
+            else:
+                visible = mask == 0
+            return _soft_capped_attention(query, key, value, visible, scale, cap)
+        grouped = query.shape[1] != key.shape[1]
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        return attended.transpose(1, 2)
+
+    def _mask(self, start: int, columns: int, window: int | None, query: Tensor) -> Tensor | None:
+        """The mask that is added to the scores, [width, columns]; None is "causal". Torch would
+        make one of a mask of bools again in each layer."""
+        if window is not None and start + self.width <= window:
+            window = None
+        if not start and window is None:
+            return None
+        form = start, columns, window, query.dtype, query.device
+        if form not in self.masks:
+            tokens = torch.arange(start, start + self.width, device=query.device)
+            behind = tokens[:, None] - torch.arange(columns, device=query.device)
+            unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
+            self.masks[form] = zeros.masked_fill_(unseen, -torch.inf)
+        return self.masks[form]
+
+
+class Run(NamedTuple):
+    """Neighbouring rows of a size class, which one attention serves: ``count`` of them from index
+    ``first`` of the class, and from ``batch_start`` of the batch; ``columns`` of them are read."""
+
+    size_class: SizeClass
+    first: int
+    count: int
+    batch_start: int
+    columns: int
+
+
+class Decode:
+    """One token for each of ``rows``, which are sorted by their places in the size classes.
+    ``positions``: the columns of these tokens, [n]."""
+
+    def __init__(self, rows: Sequence[Row], lengths: Sequence[int], positions: Tensor) -> None:
+        self.positions = positions
+        self.runs = _runs_of(rows, lengths)
+        self.groups = _groups_of(self.runs)
+        self.targets: dict[Any, Tensor] = {}
+        self.masks: dict[Any, Tensor] = {}
+        self.layers_stored = self.layers_attended = 0
+
+    def keep(self, layer_index: int, key: Tensor, value: Tensor) -> None:
+        """Store keys and values [n, kv, 1, d]."""
+        self.layer_index = layer_index
+        for number, (size_class, start, stop) in enumerate(self.groups):
+            layer = size_class.layer(layer_index, key, value)
+            targets = self._targets(number, key.shape[1], key.device)
+            keys, values = layer.flat
+            keys.index_copy_(0, targets, key[start:stop].reshape(-1, keys.shape[1]))
+            values.index_copy_(0, targets, value[start:stop].reshape(-1, values.shape[1]))
+
+    def attend(
+        self, query: Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> Tensor:
+        """[n, 1, h, e] of queries [n, h, 1, d]."""
+        if len(self.runs) == 1:
+            return self._attend(0, query, scale, window, cap)
+        outputs = [
+            self._attend(
+                number, query[run.batch_start : run.batch_start + run.count], scale, window, cap
+            )
+            for number, run in enumerate(self.runs)
+        ]
+        return torch.cat(outputs)
+
+    def _attend(
+        self, number: int, query: Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> Tensor:
+        run = self.runs[number]
+        layer = run.size_class.layers[self.layer_index]
+        key, value = layer.show(run.first, run.count, run.columns)
+        n, h, _, d = query.shape
+        heads = key.shape[1]
+        mask = self._mask(number, window, query)
+        # the queries of a key-value head are its rows
+        grouped = query.reshape(n, heads, h // heads, d)
+        if cap is not None:
+            attended = _soft_capped_attention(grouped, key, value, mask == 0, scale, cap)
+            return attended.transpose(1, 2).reshape(n, 1, h, -1)
+        attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+        return attended.reshape(n, 1, h, -1)
+
+    def _targets(self, number: int, heads: int, device: torch.device) -> Tensor:
+        """Rows of the flat memory that the new keys of a group go to, [rows · heads]."""
+        form = number, heads, device
+        if (targets := self.targets.get(form)) is None:
+            size_class, start, stop = self.groups[number]
+            heads_of_runs = [
+                torch.arange(run.first * heads, (run.first + run.count) * heads, device=device)
+                for run in self.runs
+                if run.size_class is size_class
+            ]
+            starts = heads_of_runs[0] if len(heads_of_runs) == 1 else torch.cat(heads_of_runs)
+            columns = self.positions[start:stop].to(device)[:, None]
+            targets = starts.view(-1, heads) * size_class.columns + columns
+            targets = self.targets[form] = targets.view(-1)
+        return targets
+
+    def _mask(self, number: int, window: int | None, query: Tensor) -> Tensor:
+        """The mask that is added to the scores of a run, [rows, 1, 1, columns]."""
+        form = number, window, query.dtype, query.device
+        if (mask := self.masks.get(form)) is None:
+            run = self.runs[number]
+            columns = torch.arange(run.columns, device=query.device)
+            stop = run.batch_start + run.count
+            tokens = self.positions[run.batch_start : stop].to(query.device)[:, None]
+            unseen = columns > tokens
+            if window is not None:
+                unseen |= columns <= tokens - window
+            flat = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
+            mask = flat.masked_fill_(unseen, -torch.inf)[:, None, None]
+            self.masks[form] = mask
+        return mask
+
+
+class Together:
+    """A ``Decode``, whose rows are the first of the batch, and behind them ``pieces``, each a
+    ``Fill`` of one row without padding, whose tokens are rows of the batch by themselves. All read
+    the weights once."""
+
+    def __init__(self, decode: Decode, pieces: Sequence[Fill]) -> None:
+        self.decode, self.pieces = decode, pieces
+        self.count = len(decode.positions)
+        self.layers_stored = self.layers_attended = 0
+
+    def keep(self, layer_index: int, key: Tensor, value: Tensor) -> None:
+        """Store keys and values [n + tokens, kv, 1, d]."""
+        self.decode.keep(layer_index, key[: self.count], value[: self.count])
+        for piece, batch in self._batches():
+            # [1, kv, tokens, d]: the tokens of a piece side by side, as a fill has them
+            keys, values = (each[batch, :, 0].transpose(0, 1)[None] for each in (key, value))
+            piece.keep(layer_index, keys, values)
+
+    def attend(
+        self, query: Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> Tensor:
+        """[n + tokens, 1, h, e] of queries [n + tokens, h, 1, d]."""
+        outputs = [self.decode.attend(query[: self.count], scale, window, cap)]
+        for piece, batch in self._batches():
+            queries = query[batch, :, 0].transpose(0, 1)[None]
+            outputs.append(piece.attend(queries, scale, window, cap).transpose(0, 1))
+        return torch.cat(outputs)
+
+    def _batches(self) -> Iterator[tuple[Fill, slice]]:
+        """The pieces with their rows of the batch."""
+        start = self.count
+        for piece in self.pieces:
+            yield piece, slice(start, start + piece.width)
+            start += piece.width
+
+
+def _runs_of(rows: Sequence[Row], lengths: Sequence[int]) -> list[Run]:
+    """The runs of rows that have ``lengths`` tokens, before each gets one more. ``ValueError``: the
+    rows are not sorted."""
+    runs: list[Run] = []
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if number and rows[number - 1].position >= row.position:
+            raise ValueError("rows of a decode call are sorted by their positions")
+        columns = min(round_up(length + 1), row.columns)
+        last = runs[-1] if runs and runs[-1].size_class is row.size_class else None
+        if last is not None and last.first + last.count == row.index:
+            runs[-1] = last._replace(count=last.count + 1, columns=max(last.columns, columns))
+        else:
+            runs.append(Run(row.size_class, row.index, 1, number, columns))
+    return runs
+
+
+def _groups_of(runs: Sequence[Run]) -> list[tuple[SizeClass, int, int]]:
+    """Size classes with the parts of the batch, from a row to a row, that lie in them."""
+    groups: list[tuple[SizeClass, int, int]] = []
+    for run in runs:
+        stop = run.batch_start + run.count
+        if groups and groups[-1][0] is run.size_class:
+            groups[-1] = (run.size_class, groups[-1][1], stop)
+        else:
+            groups.append((run.size_class, run.batch_start, stop))
+    return groups
+
+
+def _soft_capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float | None, cap: float
+) -> Tensor:
+    """Attention with soft-capped scores, cap · tanh(scores / cap), which torch has no kernel for ->
+    [b, s, h, e]."""
+    b, h, s, d = query.shape
+    heads = key.shape[1]
+    grouped = query.reshape(b, heads, h // heads, s, d)
+    scores = torch.matmul(grouped, key.unsqueeze(2).mT) * (d**-0.5 if scale is None else scale)
+    scores = torch.tanh(scores / cap) * cap
+    visible = (
+        visible.unsqueeze(1) if visible.dim() == 4 else visible
+    )  # [n, 1, 1, 1, columns] or [s, columns]
+    scores = scores.masked_fill(~visible, -torch.inf)
+    chances = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(chances, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
+
+
+def attend(query: Tensor, scaling: float | None, further: dict[str, Any]) -> Tensor:
+    """Attention of the running call -> [b, s, h, e]."""
+    if unsupported := [name for name in UNSUPPORTED if further.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unsupported)}")
+    call = NOW.call
+    call.layers_attended += 1
+    return call.attend(query, scaling, further.get("sliding_window"), further.get("softcap"))

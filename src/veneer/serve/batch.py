@@ -1,0 +1,134 @@
+"""The requests that have rows: those whose prompts are computed, and those that run.
+
+add → filling → (its prompt is computed) → running → remove
+             widen: no memory for a next token → the request that started last is given back
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from veneer.serve.memory import Memory
+from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
+from veneer.serve.request_state import RequestState
+from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
+
+
+class Batch:
+    """Requests with rows in ``memory``: ``filling`` and ``running`` ones. The engine's thread alone
+    calls it. ``lock`` guards the scheduler, ``notify`` tells the engine's observer."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        prefill_budget: PrefillBudget,
+        scheduler: Scheduler[RequestState],
+        lock: AbstractContextManager[Any],
+        notify: Callable[..., None],
+    ) -> None:
+        self.memory, self._prefill_budget, self._scheduler, self._lock = (
+            memory,
+            prefill_budget,
+            scheduler,
+            lock,
+        )
+        self._notify = notify
+        self._starts = itertools.count()
+        self.filling: list[RequestState] = []
+        self.running: list[RequestState] = []
+
+    def __len__(self) -> int:
+        return len(self.filling) + len(self.running)
+
+    @property
+    def together(self) -> int:
+        """Tokens of prompts up to which they are computed in the call of the running rows: fewer
+        where these use several adapters, as a bank pads all of them to the longest."""
+        blends = {state.key for state in (*self.filling, *self.running) if state.key}
+        return min(TOGETHER, 2 * TOGETHER // max(1, len(blends)))
+
+    def add(self, state: RequestState) -> bool:
+        """Give a request a row. False: there is no memory for it now."""
+        if not self.memory.start(state):
+            return False
+        self.filling.append(state)
+        if state.started is None:
+            state.started, state.cached = next(self._starts), state.length
+            moment, blend = time.monotonic(), state.request.blend
+            state.started_at = moment
+            self._notify("started", blend, moment - state.submitted)
+            self._notify("looked_up", blend, len(state.ids), state.cached)
+            with self._lock:
+                self._scheduler.began(moment)
+        return True
+
+    def remove(self, state: RequestState) -> None:
+        """Take the row of a request back, if it has one."""
+        self.memory.release(state)
+        for states in (self.filling, self.running):
+            if state in states:
+                states.remove(state)
+
+    def next_fill(self) -> list[RequestState]:
+        """The requests of whose prompts this step computes tokens, each up to its ``filled``: those
+        of the least served key and adapter, in turn, within the tokens that there is time for."""
+        if not self.filling:
+            return []
+        tokens = self._prefill_budget.tokens(len(self.running), len(self.filling), self.together)
+        if not tokens:
+            return []
+        with self._lock:
+            order = self._scheduler.by_service(self.filling)
+        counts = [min(len(state.ids) - state.length, tokens) for state in order]
+        chosen = fit_budget(counts, tokens)
+        for number in chosen:
+            order[number].filled = order[number].length + counts[number]
+        states = [order[number] for number in chosen]
+        unchosen = [state for state in self.filling if state not in states]
+        self.filling = [*unchosen, *states]
+        return states
+
+    def note_filled(self, states: Sequence[RequestState], finite: Sequence[bool]) -> list[int]:
+        """Tokens of these prompts are computed: which of the prompts are complete by that. These
+        requests run from now on. Keys of what is not ``finite`` are nobody else's beginning."""
+        complete: list[int] = []
+        for number, state in enumerate(states):
+            with self._lock:
+                self._scheduler.charge(state, PROMPT * (state.filled - state.length))
+            state.length = state.filled
+            if finite[number]:
+                self.memory.save(state)
+            if state.length == len(state.ids):
+                complete.append(number)
+                self.filling.remove(state)
+                self.running.append(state)
+                if not state.generated:
+                    self._notify("tokens", state.request.blend, state.length, 0)
+        return complete
+
+    def sort_running(self) -> list[RequestState]:
+        """The running requests in the order of their rows."""
+        self.running.sort(key=lambda state: state.row.position if state.row else (0, 0))
+        return list(self.running)
+
+    def widen(self) -> list[RequestState]:
+        """Let each running row have room for its next token. Where memory has none, the requests
+        that started last give their rows back: these, the last one first."""
+        preempted: list[RequestState] = []
+        for state in sorted(self.running, key=_start_order):
+            while not self.memory.widen(state):
+                last = max([*self.filling, *self.running], key=_start_order)
+                self.remove(last)
+                last.length = 0
+                preempted.append(last)
+                self._notify("preempted", last.request.blend)
+        return preempted
+
+
+def _start_order(state: RequestState) -> int:
+    """How many requests got a row before this one."""
+    return -1 if state.started is None else state.started

@@ -1,0 +1,135 @@
+"""The page at ``/docs`` (``--docs``): the routes and bodies that ``/openapi.json`` describes, as HTML.
+
+It is written here, without a script: the usual viewers of OpenAPI are loaded from another host,
+which the page's policy forbids and a server without a network cannot reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from html import escape
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from veneer.serve import page
+
+router = APIRouter(include_in_schema=False)
+
+Schema = Mapping[str, Any]
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    text = await asyncio.to_thread(render, request.app.openapi())
+    headers = {**page.HEADERS, "Cache-Control": "no-cache"}
+    return Response(text, media_type="text/html; charset=utf-8", headers=headers)
+
+
+def render(description: Schema) -> str:
+    """The page of an OpenAPI description."""
+    title = escape(description["info"]["title"])
+    operations = [
+        (method.upper(), path, operation)
+        for path, methods in description["paths"].items()
+        for method, operation in methods.items()
+    ]
+    schemas = description.get("components", {}).get("schemas", {})
+    lines = [
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: the API</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<link rel="icon" type="image/svg+xml" href="web/{page.DIGEST}/icon.svg">',
+        f'<link rel="stylesheet" href="web/{page.DIGEST}/page.css"></head>',
+        f'<body class="docs"><main><h1>{title}</h1>',
+        '<p class="words">The same as JSON: <a href="openapi.json">openapi.json</a></p>',
+        *(_section(*operation) for operation in operations),
+        *(_schema_section(name, schema) for name, schema in sorted(schemas.items())),
+        "</main></body></html>",
+    ]
+    return "\n".join(lines)
+
+
+def _section(method: str, path: str, operation: Schema) -> str:
+    """A route: what it does, its parameters, the schema of its body."""
+    words = operation.get("description", "")  # a summary is the function's name again
+    rows = [
+        (
+            entry["name"],
+            _type_of(entry.get("schema", {})),
+            entry["in"] + ("" if entry.get("required") else ", optional"),
+        )
+        for entry in operation.get("parameters", ())
+    ]
+    content = operation.get("requestBody", {}).get("content", {})
+    body = "".join(
+        f"<p>Body: {_type_of(media.get('schema', {}))}</p>" for media in content.values()
+    )
+    head = f"<h2><code>{method} {escape(path)}</code></h2>"
+    head += f"<p>{escape(words)}</p>" if words else ""
+    return f'<section class="card">{head}{_table(rows)}{body}</section>'
+
+
+def _schema_section(name: str, schema: Schema) -> str:
+    """A schema of a body: its fields, or what else it is."""
+    required = schema.get("required", ())
+    rows = [
+        (field, _type_of(entry), _note(entry, field in required))
+        for field, entry in schema.get("properties", {}).items()
+    ]
+    content = _table(rows) if rows else f"<p>{_type_of(schema)}</p>"
+    words = escape(schema.get("description", ""))
+    head = f"<h2>{escape(name)}</h2><p>{words}</p>"
+    return f'<section class="card" id="{escape(name)}">{head}{content}</section>'
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    """Rows of a name, a type in HTML, and a note."""
+    if not rows:
+        return ""
+    cells = (
+        f"<tr><td><code>{escape(name)}</code></td><td>{kind}</td><td>{escape(note)}</td></tr>"
+        for name, kind, note in rows
+    )
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _note(schema: Schema, required: bool) -> str:
+    if required:
+        return "required"
+    return "" if schema.get("default") is None else f"default {schema['default']}"
+
+
+def _type_of(schema: Schema) -> str:
+    """The type of a value, in HTML."""
+    if "$ref" in schema:
+        name = escape(str(schema["$ref"]).rpartition("/")[2])
+        return f'<a href="#{name}">{name}</a>'
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            return " or ".join(map(_type_of, schema[union]))
+    if "enum" in schema or "const" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return escape(", ".join(map(repr, values)))
+    if schema.get("type") == "array":
+        return f"list of {_type_of(schema.get('items', {}))}{''.join(_limits(schema))}"
+    if isinstance(schema.get("additionalProperties"), Mapping):
+        return f"object of {_type_of(schema['additionalProperties'])}"
+    return escape(str(schema.get("type", "anything"))) + "".join(_limits(schema))
+
+
+def _limits(schema: Schema) -> Iterator[str]:
+    """The bounds of a value."""
+    names = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+        "minLength": "at least so many characters:",
+        "maxLength": "at most so many characters:",
+        "minItems": "at least so many:",
+        "maxItems": "at most so many:",
+    }
+    for name, words in names.items():
+        if name in schema:
+            yield f", {words} {schema[name]:,}"

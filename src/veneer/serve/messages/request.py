@@ -1,0 +1,223 @@
+"""Bodies of ``/v1/messages``, and the chat that each of them is.
+
+Results of tools are blocks of a user's message here, and messages of their own in a chat:
+
+    {"role": "user", "content": [{"type": "tool_result", …}, {"type": "text", …}]}
+    → {"role": "tool", …}, {"role": "user", …}
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from veneer.errors import sentence
+from veneer.serve import limits
+from veneer.serve.body_rules import (
+    Name,
+    Strict,
+)
+from veneer.serve.chat_messages import (
+    Function,
+    FunctionCall,
+    FunctionName,
+    Message,
+    NamedChoice,
+    Tool,
+    ToolCall,
+    ToolName,
+    check_history,
+    check_tools,
+)
+from veneer.serve.refusal import OWN, wrong
+from veneer.serve.schemas import (
+    Blend,
+    ChatRequest,
+    Stops,
+)
+
+
+class TextBlock(Strict):
+    type: Literal["text"]
+    text: str
+
+
+Texts = (
+    str | Annotated[list[TextBlock], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
+)
+
+
+class ToolUse(Strict):
+    """A call of an earlier answer."""
+
+    type: Literal["tool_use"]
+    id: Name
+    name: Name
+    input: dict[str, Any]
+
+
+class ToolResult(Strict):
+    """The result of a tool. ``is_error`` has no effect: the content says what went wrong."""
+
+    type: Literal["tool_result"]
+    tool_use_id: Name
+    content: str | Annotated[list[TextBlock], Field(fail_fast=True, max_length=limits.PARTS)] = ""
+    is_error: bool = False
+
+
+def _block_type(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+_UNKNOWN_BLOCK = sentence(
+    "a block of another type in messages", "text, tool_use or tool_result", "leave it out"
+)
+Block = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ToolUse, Tag("tool_use")]
+    | Annotated[ToolResult, Tag("tool_result")],
+    Discriminator(_block_type, custom_error_type=OWN, custom_error_message=_UNKNOWN_BLOCK),
+]
+
+
+class Turn(Strict):
+    role: Literal["user", "assistant"]
+    content: (
+        str | Annotated[list[Block], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
+    )
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        types = {block.type for block in self.content if not isinstance(block, str)}
+        misplaced = types & {"tool_result" if self.role == "assistant" else "tool_use"}
+        if misplaced:
+            problem = f"a block of {misplaced.pop()} in a message of {self.role}"
+            raise wrong(problem, "tool_use of an assistant, tool_result of a user", "change it")
+        return self
+
+    def messages(self) -> list[Message]:
+        blocks = self.content
+        if isinstance(blocks, str):
+            return [_message(self.role, blocks)]
+        text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
+        if self.role == "assistant":
+            calls = [_call(block) for block in blocks if isinstance(block, ToolUse)]
+            return [_message("assistant", text, tool_calls=calls)]
+        results = [
+            _message("tool", _text(block.content), tool_call_id=block.tool_use_id)
+            for block in blocks
+            if isinstance(block, ToolResult)
+        ]
+        return [*results, *([_message("user", text)] if text or not results else [])]
+
+
+class ClientTool(Strict):
+    """A function of the client. ``strict`` has no effect of its own, as in a chat."""
+
+    type: Literal["custom"] = "custom"
+    name: ToolName
+    description: str = ""
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+
+
+class Choice(Strict):
+    type: Literal["auto", "any", "none"]
+    disable_parallel_tool_use: bool = False
+
+
+class ToolNameChoice(Strict):
+    type: Literal["tool"]
+    name: Name
+    disable_parallel_tool_use: bool = False
+
+
+class Conversation(Strict, ABC):
+    """The fields of a prompt. ``adapters`` is not Anthropic's."""
+
+    model: Name
+    adapters: Blend | None = None
+    messages: Annotated[list[Turn], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)]
+    system: Texts | None = None
+    tools: Annotated[list[ClientTool], Field(fail_fast=True, max_length=limits.TOOLS)] = []
+    tool_choice: Annotated[Choice | ToolNameChoice, Field(discriminator="type")] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.messages[-1].role == "assistant":
+            problem = "a last message of the assistant, whose text the answer would go on with"
+            raise wrong(problem, "a message of the user", "put it last", "messages")
+        check_history(self.chat_messages(), "messages")
+        check_tools(self._tools(), self._choice(), False, "messages")
+        return self
+
+    def chat_messages(self) -> list[Message]:
+        system = [] if self.system is None else [_message("system", _text(self.system))]
+        return [*system, *(message for turn in self.messages for message in turn.messages())]
+
+    def _tools(self) -> list[Tool]:
+        return [
+            Tool.model_construct(
+                type="function",
+                function=Function.model_construct(
+                    name=tool.name, description=tool.description, parameters=tool.input_schema
+                ),
+            )
+            for tool in self.tools
+        ]
+
+    def _choice(self) -> Any:
+        if isinstance(self.tool_choice, ToolNameChoice):
+            function = FunctionName.model_construct(name=self.tool_choice.name)
+            return NamedChoice.model_construct(type="function", function=function)
+        if self.tool_choice is None:
+            return None
+        return "required" if self.tool_choice.type == "any" else self.tool_choice.type
+
+    def chat(self) -> ChatRequest:
+        """The same request as a chat. Its parts were checked with this body."""
+        choice = self.tool_choice
+        return ChatRequest.model_construct(
+            model=self.model, adapters=self.adapters, messages=self.chat_messages(),
+            tools=self._tools(), tool_choice=self._choice(),
+            parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
+        )  # fmt: skip
+
+
+class CountRequest(Conversation):
+    """A body of ``/v1/messages/count_tokens``."""
+
+
+class MessagesRequest(Conversation):
+    """``seed`` is not Anthropic's."""
+
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    stop_sequences: Stops = []
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool = False
+
+    def chat(self) -> ChatRequest:
+        fields = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream")
+        update = {name: getattr(self, name) for name in fields}
+        stop = self.stop_sequences or None
+        return super().chat().model_copy(update={**update, "stop": stop})
+
+
+def _message(role: str, text: str, **fields: Any) -> Message:
+    return Message.model_construct(role=role, content=text, **fields)
+
+
+def _call(block: ToolUse) -> ToolCall:
+    arguments = json.dumps(block.input, ensure_ascii=False)
+    function = FunctionCall.model_construct(name=block.name, arguments=arguments)
+    return ToolCall.model_construct(id=block.id, function=function)
+
+
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "".join(block.text for block in content)

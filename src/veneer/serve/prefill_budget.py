@@ -1,0 +1,66 @@
+"""How many tokens of prompts a step computes beside running rows: by measured time.
+
+    tokens = seconds that prompts may take / seconds that a token of them took of late
+
+A few tokens are computed in the call of the running rows, and cost what they add to it: its weights
+are read in any case. More of them are a call of their own. Without a ``gap`` prompts may take
+``SHARE`` of the time that the running rows take by themselves, so that the time between two tokens
+stays below twice that, measurements being late. Where more prompts wait than half as many rows run,
+they may take more, by as much: with 4 rows and 24 prompts 12 times. A burst of requests is served
+sooner by that, and few rows are kept waiting for it.
+"""
+
+from __future__ import annotations
+
+#: tokens of prompts up to which they are computed together with running rows
+TOGETHER = 128
+
+#: of the time of a decode call, what prompts may take beside it
+SHARE = 0.7
+
+#: tokens of a step are a multiple of this, and so the same ones for many steps
+MULTIPLE = 8
+
+
+class PrefillBudget:
+    """``gap``: seconds of a step that prompts may take while rows run; None follows the decode
+    calls. ``most``: tokens of prompts in any step, and in all steps in which no row runs."""
+
+    def __init__(self, gap: float | None, most: int) -> None:
+        self.gap, self.most = gap, most
+        #: seconds of late: of a decode call, and of a prompt's token in a call of its own and in
+        #: one together with running rows
+        self._decode = self._apart = self._together = 0.0
+
+    def note_fill(self, tokens: int, seconds: float) -> None:
+        """A call for so many tokens of prompts, padding included, took so long."""
+        self._apart = _average(self._apart, seconds / tokens)
+
+    def note_decode(self, seconds: float) -> None:
+        """A call for a token of each running row took so long."""
+        self._decode = _average(self._decode, seconds)
+
+    def note_together(self, tokens: int, seconds: float) -> None:
+        """A call for a token of each running row and so many tokens of prompts took so long."""
+        added = max(seconds - self._decode, seconds / 20)
+        self._together = _average(self._together or self._apart, added / tokens)
+
+    def tokens(self, running: int, filling: int, together: int = TOGETHER) -> int:
+        """How many tokens the next step computes of ``filling`` prompts, beside ``running`` rows;
+        up to ``together`` are computed in their call. None, where it is not known yet how long the
+        rows take by themselves."""
+        if not running or not self._apart:
+            return self.most
+        if not self._decode:
+            return 0
+        share = SHARE * max(1.0, 2 * filling / running)
+        seconds = self._decode * share if self.gap is None else self.gap
+        count = int(seconds / (self._together or self._apart))
+        if count > together:
+            count = max(together, int(seconds / self._apart))
+        return min(self.most, max(MULTIPLE, count - count % MULTIPLE))
+
+
+def _average(before: float, seconds: float) -> float:
+    """Of late: the last one counts half."""
+    return (before + seconds) / 2 if before else seconds

@@ -1,0 +1,182 @@
+"""Cached prefixes: keys and values of computed tokens, in blocks, for requests that begin alike.
+
+    namespace     adapters in memory, their weights, a salt      nothing is shared between two of them
+      └─ block    16 tokens, with their keys and values
+           └─ block    the 16 tokens behind them
+                └─ …
+
+A tree by exact token ids: a block is found by its tokens and by all tokens before it, so no hash
+can be mistaken for another. An adapter stands for itself as it lies in memory, not for its name:
+one that is loaded anew, under whatever name, begins with an empty namespace, and the namespace of
+one that has left memory is dropped. The block that was used longest ago goes first; the blocks
+behind a block go before it.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from veneer.serve.attention import BLOCK
+from veneer.serve.slots import Budget
+
+Ids = tuple[int, ...]
+
+
+class Namespace:
+    """Within which prefixes are shared: by requests that use the same ``adapters`` ((adapter in
+    memory, weight), …; none is the base) and have the same ``salt``."""
+
+    def __init__(self, adapters: Iterable[tuple[Any, float]], salt: Hashable) -> None:
+        used = [(adapter, weight) for adapter, weight in adapters if weight]
+        self.adapters = [adapter for adapter, _ in used]
+        # the id of an adapter in memory is never used again
+        self.key = tuple((adapter.uid, weight) for adapter, weight in used), salt
+
+
+class Root:
+    """The beginning of a namespace's tree. It does not keep the adapters in memory."""
+
+    def __init__(self, namespace: Namespace, gone: Callable[[Hashable], None]) -> None:
+        self.key = namespace.key
+        self.children: dict[Ids, Block] = {}
+        self.references = [
+            weakref.ref(adapter, lambda _: gone(self.key)) for adapter in namespace.adapters
+        ]
+
+
+class Block:
+    """``BLOCK`` tokens behind those of ``parent``."""
+
+    __slots__ = ("children", "data", "ids", "parent", "used")
+
+    def __init__(self, ids: Ids, parent: Block | Root, data: Tensor) -> None:
+        self.ids, self.parent, self.data, self.used = ids, parent, data, 0.0
+        self.children: dict[Ids, Block] = {}
+
+
+class Prefixes:
+    """The cached blocks, each of ``block_bytes``, within a budget that rows of requests share. The
+    engine's thread alone calls it."""
+
+    def __init__(self, block_bytes: int, budget: Budget) -> None:
+        self.block_bytes, self.budget = block_bytes, budget
+        self._roots: dict[Hashable, Root] = {}
+        self._order: OrderedDict[Block, None] = OrderedDict()  # the one to go first is the first
+        self._gone: deque[Hashable] = deque()  # namespaces of adapters that have left memory
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def find(self, namespace: Namespace, ids: Sequence[int]) -> list[Block]:
+        """The longest cached beginning of a prompt, less than all of it: its last token is computed
+        in any case."""
+        self._drop_gone()
+        chain = self._walk(namespace.key, ids, (len(ids) - 1) // BLOCK)
+        self._touch(chain)
+        return chain
+
+    def add(
+        self,
+        namespace: Namespace,
+        ids: Sequence[int],
+        count: int,
+        read: Callable[[int, int], Sequence[Tensor]],
+    ) -> None:
+        """Cache the blocks of the first ``count`` tokens. ``read`` gives copies of those that are
+        missing, from one number to another. What does not fit beside blocks that were used later is
+        left out, from the end."""
+        self._drop_gone()
+        wanted = count // BLOCK
+        chain = self._walk(namespace.key, ids, wanted)
+        self._touch(chain)
+        room = self._make_room(wanted - len(chain), set(chain))
+        if not room:
+            return
+        if namespace.key not in self._roots:
+            self._roots[namespace.key] = Root(namespace, self._gone.append)
+        parent: Block | Root = chain[-1] if chain else self._roots[namespace.key]
+        first = len(chain)
+        for number, data in enumerate(read(first, first + room), first):
+            block = Block(tuple(ids[number * BLOCK : (number + 1) * BLOCK]), parent, data)
+            parent.children[block.ids] = block
+            self._order[block] = None
+            self.budget.prefixes += self.block_bytes
+            chain.append(block)
+            parent = block
+        self._touch(chain)
+
+    def evict(self, count: int) -> None:
+        """Free at least so many bytes, or all."""
+        self._drop_gone()
+        wanted = self.budget.prefixes - count
+        while self._order and self.budget.prefixes > wanted:
+            self._remove(next(iter(self._order)))
+
+    def expire(self, seconds: float) -> None:
+        """Free blocks that were not used for so long."""
+        self._drop_gone()
+        before = time.monotonic() - seconds
+        while self._order and (oldest := next(iter(self._order))).used <= before:
+            self._remove(oldest)
+
+    @property
+    def oldest(self) -> float | None:
+        """When the block that goes first was used, in seconds of ``time.monotonic``."""
+        return next(iter(self._order)).used if self._order else None
+
+    def _walk(self, key: Hashable, ids: Sequence[int], most: int) -> list[Block]:
+        """The cached blocks with which these tokens begin, at most so many."""
+        chain: list[Block] = []
+        root = self._roots.get(key)
+        children: Mapping[Ids, Block] = {} if root is None else root.children
+        for number in range(most):
+            block = children.get(tuple(ids[number * BLOCK : (number + 1) * BLOCK]))
+            if block is None:
+                break
+            chain.append(block)
+            children = block.children
+        return chain
+
+    def _touch(self, chain: Sequence[Block]) -> None:
+        """Blocks are used now; the last one of the chain goes before those that it follows."""
+        moment = time.monotonic()
+        for block in reversed(chain):
+            block.used = moment
+            self._order.move_to_end(block)
+
+    def _make_room(self, wanted: int, spared: set[Block]) -> int:
+        """How many of so many blocks fit, once others that were used before are gone."""
+        while self.budget.free < wanted * self.block_bytes and self._order:
+            oldest = next(iter(self._order))
+            if oldest in spared:
+                break
+            self._remove(oldest)
+        free = self.budget.free
+        return (
+            wanted if free >= wanted * self.block_bytes else max(0, int(free // self.block_bytes))
+        )
+
+    def _remove(self, block: Block) -> None:
+        """Forget a block that no other follows."""
+        del self._order[block]
+        del block.parent.children[block.ids]
+        self.budget.prefixes -= self.block_bytes
+        if isinstance(block.parent, Root) and not block.parent.children:
+            del self._roots[block.parent.key]
+
+    def _drop_gone(self) -> None:
+        """Forget the namespaces of adapters that have left memory."""
+        while self._gone:
+            root = self._roots.pop(self._gone.popleft(), None)
+            below = list(root.children.values()) if root is not None else []
+            while below:
+                block = below.pop()
+                below += block.children.values()
+                del self._order[block]
+                self.budget.prefixes -= self.block_bytes

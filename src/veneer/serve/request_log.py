@@ -1,0 +1,173 @@
+"""The server's log: one line a request, as text or as JSON, and every other line with its time.
+
+    Guard ──▶ RequestRecord, as a context variable ──▶ Answers, Embedder: tokens and times ──▶ Guard:
+    one line, one span
+
+A record holds names, numbers and times. No prompt, answer, header or key becomes part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from veneer.errors import escape_controls
+
+FORMATS = ("text", "json")
+ID_HEADER = "x-request-id"
+#: an id that a client may give its request: printable, and short enough for a line of the log
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def request_id_of(sent: Sequence[str]) -> str:
+    """The id of a request: the one that its client sent, if it sent one that is valid."""
+    return sent[0] if len(sent) == 1 and _ID.fullmatch(sent[0]) else uuid.uuid4().hex
+
+
+def blend_name(blend: Mapping[str, float]) -> str:
+    """A blend in one word: "base", "french", or "french*0.7+german*0.3"."""
+    if not blend:
+        return "base"
+    if len(blend) == 1:
+        return next(iter(blend))
+    return "+".join(f"{name}*{weight:g}" for name, weight in blend.items())
+
+
+@dataclass
+class RequestRecord:
+    """One HTTP request. The event loop alone changes it.
+
+    Fields:
+        path: as the log may show it.
+        status: of the answer; 0 while there is none.
+        blend: the adapters that answered; None if the model was not asked.
+        sampling: of its first answer (``requests.Sampling``).
+        queue_seconds: the longest wait of its answers for a row.
+        first_token_seconds: from its arrival to the first token of any of its answers.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    key: str | None = None
+    status: int = 0
+    blend: Mapping[str, float] | None = None
+    sampling: Any = None
+    finish_reasons: list[str] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
+    total_seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    started_ns: int = field(default_factory=time.time_ns)  # since 1970
+
+    def ask(self, blend: Mapping[str, float], prompt_tokens: int, sampling: Any = None) -> None:
+        """The model is asked for something."""
+        self.blend, self.sampling = blend, sampling
+        self.prompt_tokens += prompt_tokens
+
+    def add(self, piece: Any, ticket: Any) -> None:
+        """A piece of an answer has come; ``ticket`` is what ``Engine.submit`` returned for it."""
+        self.generated_tokens += len(piece.tokens)
+        if piece.tokens and self.first_token_seconds is None:
+            self.first_token_seconds = time.monotonic() - self.started
+        if piece.finish is not None:
+            self.end(piece.finish)
+            self.cached_tokens += ticket.cached
+            if ticket.started_at is not None:
+                waited = ticket.started_at - ticket.submitted
+                self.queue_seconds = max(waited, self.queue_seconds or 0.0)
+
+    def end(self, reason: str) -> None:
+        """An answer has ended. Several that ended alike are one reason."""
+        if reason not in self.finish_reasons:
+            self.finish_reasons.append(reason)
+
+    @property
+    def adapter(self) -> str | None:
+        return None if self.blend is None else blend_name(self.blend)
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a line in JSON: the same ones in each."""
+        return {
+            "request_id": self.request_id,
+            "key": self.key,
+            "method": self.method,
+            "endpoint": self.path,
+            "status": self.status or None,
+            "adapter": self.adapter,
+            "finish_reason": ",".join(self.finish_reasons) or None,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated_tokens,
+            "queue_ms": _milliseconds(self.queue_seconds),
+            "first_token_ms": _milliseconds(self.first_token_seconds),
+            "total_ms": _milliseconds(self.total_seconds),
+        }
+
+    def line(self) -> str:
+        """The record as text; what does not apply to a request is left out."""
+        words = [self.key or "-", self.method, self.path, str(self.status or "gone")]
+        words += [f"{self.total_seconds:.3f}s", f"id={self.request_id}"]
+        if self.blend is not None:
+            reasons = ",".join(self.finish_reasons) or "-"
+            words += [
+                f"adapter={self.adapter}",
+                f"finish={reasons}",
+                f"prompt={self.prompt_tokens}",
+            ]
+            words += [f"cached={self.cached_tokens}", f"generated={self.generated_tokens}"]
+        for name, seconds in (("queue", self.queue_seconds), ("first", self.first_token_seconds)):
+            words += [] if seconds is None else [f"{name}={_milliseconds(seconds):g}ms"]
+        return " ".join(words)
+
+
+#: the record of the request that this task, or a thread that works for it, answers
+CURRENT: ContextVar[RequestRecord | None] = ContextVar("veneer_request", default=None)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)
+
+
+def formatter_of(log_format: str) -> logging.Formatter:
+    """The formatter of ``--log-format``."""
+    return JsonFormatter() if log_format == "json" else TextFormatter()
+
+
+def _moment(record: logging.LogRecord) -> str:
+    """When a line was written: UTC, to the millisecond."""
+    moment = datetime.fromtimestamp(record.created, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class TextFormatter(logging.Formatter):
+    """2026-03-01T12:00:00.123Z INFO alice POST /v1/completions 200 0.482s id=…"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_moment(record)} {record.levelname} {record.getMessage()}"
+        if record.exc_info:
+            line = f"{line}\n{self.formatException(record.exc_info)}"
+        return escape_controls(line)
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line. That of a request has the fields of its record in place of a message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {"time": _moment(record), "level": record.levelname.lower(), "logger": record.name}
+        request = getattr(record, "request", None)
+        entry |= {"message": record.getMessage()} if request is None else request
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)

@@ -1,0 +1,241 @@
+"""Bodies of ``/v1/responses``, and the chat that each of them is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from veneer.errors import sentence
+from veneer.serve import limits
+from veneer.serve.body_rules import (
+    Name,
+    Strict,
+)
+from veneer.serve.chat_messages import (
+    Function,
+    FunctionCall,
+    FunctionName,
+    Message,
+    NamedChoice,
+    Tool,
+    ToolCall,
+    ToolName,
+    check_history,
+    check_tools,
+)
+from veneer.serve.refusal import OWN, wrong
+from veneer.serve.schemas import (
+    Blend,
+    ChatRequest,
+    JsonSchema,
+    ObjectFormat,
+    SchemaFormat,
+    TextFormat,
+)
+
+#: what asks for something that this server would have to keep
+KEPT = ("previous_response_id", "conversation")
+
+
+class ContentPart(Strict):
+    """A text of the client, or one of an earlier answer, whose ``annotations`` and ``logprobs``
+    have no effect."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+Content = (
+    str | Annotated[list[ContentPart], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
+)
+
+
+class InputMessage(Strict):
+    """A message. ``id``, ``status`` and ``phase`` are those of an earlier answer, and have no
+    effect."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class InputCall(Strict):
+    """A call of an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: Name
+    name: Name
+    arguments: str = ""
+    id: str | None = None
+    status: str | None = None
+
+
+class InputResult(Strict):
+    """The result of a tool."""
+
+    type: Literal["function_call_output"]
+    call_id: Name
+    output: Content
+    id: str | None = None
+    status: str | None = None
+
+
+def _item_type(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "message" if kind is None else kind
+
+
+_UNKNOWN_ITEM = sentence(
+    "an item of another type in input",
+    "message, function_call or function_call_output",
+    "leave it out",
+)
+Item = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputResult, Tag("function_call_output")],
+    Discriminator(_item_type, custom_error_type=OWN, custom_error_message=_UNKNOWN_ITEM),
+]
+
+
+class FlatTool(Strict):
+    """A function, without the object that chats have around it."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def tool(self) -> Tool:
+        function = Function.model_construct(
+            name=self.name, description=self.description, parameters=self.parameters
+        )
+        return Tool.model_construct(type="function", function=function)
+
+
+class FlatChoice(Strict):
+    type: Literal["function"]
+    name: Name
+
+
+class FlatSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    name: Annotated[str, Field(max_length=limits.NAME)] = "answer"
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextConfig(Strict):
+    format: (
+        Annotated[TextFormat | ObjectFormat | FlatSchemaFormat, Field(discriminator="type")] | None
+    ) = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesStreamOptions(Strict):
+    """It has no field that has an effect."""
+
+
+class ResponsesRequest(Strict):
+    """``adapters``, ``top_k`` and ``seed`` are not OpenAI's."""
+
+    model: Name
+    adapters: Blend | None = None
+    input: (
+        str | Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)]
+    )
+    instructions: str | None = None
+    tools: Annotated[list[FlatTool], Field(fail_fast=True, max_length=limits.TOOLS)] = []
+    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    parallel_tool_calls: bool = True
+    text: TextConfig | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    stream: bool = False
+    stream_options: ResponsesStreamOptions | None = None
+    store: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_kept(cls, data: Any) -> Any:
+        for name in KEPT if isinstance(data, dict) else ():
+            if data.get(name) is not None:
+                problem = f"{name}, and a server that keeps no conversation"
+                raise wrong(problem, "the whole conversation in input", "send it there", name)
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.store:
+            problem = "store true, and a server that keeps no response"
+            raise wrong(problem, "false", "leave it out, and keep the response yourself", "store")
+        check_history(self.messages(), "input")
+        formatted = not isinstance(self._format(), TextFormat | None)
+        check_tools(self._tools(), self._choice(), formatted, "text")
+        return self
+
+    def _tools(self) -> list[Tool]:
+        return [tool.tool() for tool in self.tools]
+
+    def _choice(self) -> Any:
+        if not isinstance(self.tool_choice, FlatChoice):
+            return self.tool_choice
+        function = FunctionName.model_construct(name=self.tool_choice.name)
+        return NamedChoice.model_construct(type="function", function=function)
+
+    def _format(self) -> TextFormat | ObjectFormat | FlatSchemaFormat | None:
+        return None if self.text is None else self.text.format
+
+    def messages(self) -> list[Message]:
+        """The messages of the chat. The calls that follow an assistant's text, or one another, are
+        one message with it."""
+        messages: list[Message] = []
+
+        def add(role: str, text: str, **fields: Any) -> None:
+            messages.append(Message.model_construct(role=role, content=text, **fields))
+
+        if self.instructions:
+            add("system", self.instructions)
+        if isinstance(self.input, str):
+            add("user", self.input)
+            return messages
+        for entry in self.input:
+            if isinstance(entry, InputMessage):
+                add(entry.role, _text(entry.content))
+            elif isinstance(entry, InputResult):
+                add("tool", _text(entry.output), tool_call_id=entry.call_id)
+            else:
+                if not messages or messages[-1].role != "assistant":
+                    add("assistant", "", tool_calls=[])
+                function = FunctionCall.model_construct(name=entry.name, arguments=entry.arguments)
+                call = ToolCall.model_construct(id=entry.call_id, function=function)
+                messages[-1].tool_calls.append(call)
+        return messages
+
+    def chat(self) -> ChatRequest:
+        """The same request as a chat. Its parts were checked with this body."""
+        answer_format = self._format()
+        if isinstance(answer_format, FlatSchemaFormat):
+            schema = JsonSchema.model_construct(schema_=answer_format.schema_)
+            answer_format = SchemaFormat.model_construct(type="json_schema", json_schema=schema)
+        return ChatRequest.model_construct(
+            model=self.model, adapters=self.adapters, messages=self.messages(), tools=self._tools(),
+            tool_choice=self._choice(), parallel_tool_calls=self.parallel_tool_calls,
+            response_format=answer_format, temperature=self.temperature, top_p=self.top_p,
+            top_k=self.top_k, seed=self.seed, max_tokens=self.max_output_tokens, stream=self.stream,
+        )  # fmt: skip
+
+
+def _text(content: str | list[ContentPart]) -> str:
+    return content if isinstance(content, str) else "".join(piece.text for piece in content)

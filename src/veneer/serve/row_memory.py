@@ -1,0 +1,154 @@
+"""Memory for keys and values: size classes of rows, and in them a tensor pair for each layer."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LayerForm(NamedTuple):
+    """The form of a layer's keys and values."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a token."""
+        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
+    @property
+    def largest(self) -> int:
+        """Bytes of a token in the larger one of the two tensors."""
+        return self.heads * max(self.key_width, self.value_width) * self.dtype.itemsize
+
+
+class Row:
+    """A row of a size class, at ``index``, which changes when others leave. ``touched``: columns
+    that may hold anything but zeros."""
+
+    def __init__(self, size_class: SizeClass, index: int) -> None:
+        self.size_class, self.index, self.touched = size_class, index, 0
+
+    @property
+    def columns(self) -> int:
+        """Tokens that it holds at most."""
+        return self.size_class.columns
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """By which the rows of a decode call are sorted."""
+        return self.size_class.columns, self.index
+
+
+class Layer:
+    """Keys and values of one layer in one size class, and views of them."""
+
+    keys: Tensor  # [rows, kv, columns, d]
+    values: Tensor  # [rows, kv, columns, e]
+
+    def __init__(self, form: LayerForm, rows: int, columns: int) -> None:
+        nothing = torch.empty(0, dtype=form.dtype, device=form.device)
+        self.keys = nothing.new_zeros(rows, form.heads, columns, form.key_width)
+        self.values = nothing.new_zeros(rows, form.heads, columns, form.value_width)
+        self._forget_views()
+
+    def _forget_views(self) -> None:
+        stored = self.keys, self.values
+        self.flat = tuple(each.view(-1, each.shape[-1]) for each in stored)  # a row of memory each
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def show(self, first: int, count: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Views [count, kv, columns, ·], the same ones while the numbers stay."""
+        view = first, count, columns
+        if view not in self._views:
+            if len(self._views) >= 8:
+                self._views.clear()
+            rows = slice(first, first + count)
+            self._views[view] = self.keys[rows, :, :columns], self.values[rows, :, :columns]
+        return self._views[view]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def resize(self, rows: int, used: int, *, grows: bool) -> None:
+        """Have memory for ``rows`` rows, of which the first ``used`` stay as they are. A tensor
+        that ``grows`` and has more rows already stays."""
+        for name in ("keys", "values"):  # one after the other: only one of them is there twice
+            old = getattr(self, name)
+            if not (grows and len(old) >= rows):
+                resized = old.new_zeros(rows, *old.shape[1:])
+                resized[:used] = old[:used]
+                setattr(self, name, resized)
+                self._forget_views()
+            del old
+
+
+class SizeClass:
+    """Rows of up to ``columns`` tokens. Each layer has memory for ``capacity`` rows, of which the
+    first are taken. ``forms``: of the model's layers; those that are not known yet are added."""
+
+    def __init__(self, columns: int, forms: list[LayerForm]) -> None:
+        self.columns, self.forms, self.capacity = columns, forms, 0
+        self.rows: list[Row] = []
+        self.layers: list[Layer] = []
+        self.emptied = time.monotonic()  # when its last row left
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns * sum(form.nbytes for form in self.forms)
+
+    def largest_tensor(self, capacity: int) -> int:
+        return capacity * self.columns * max((form.largest for form in self.forms), default=0)
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> Layer:
+        """The memory of a layer; of a model that was never called, these give its form."""
+        while len(self.layers) <= index:
+            if len(self.forms) == len(self.layers):
+                widths = key.shape[-1], value.shape[-1]
+                self.forms.append(LayerForm(key.shape[1], *widths, key.dtype, key.device))
+            self.layers.append(Layer(self.forms[len(self.layers)], self.capacity, self.columns))
+        return self.layers[index]
+
+    def resize(self, capacity: int) -> None:
+        """Have memory for so many rows, a layer at a time. Where it runs out, layers that have more
+        than the others keep it for the next time."""
+        grows = capacity > self.capacity
+        for index, form in enumerate(self.forms):
+            if index == len(self.layers):
+                self.layers.append(Layer(form, capacity, self.columns))
+            else:
+                self.layers[index].resize(capacity, len(self.rows), grows=grows)
+        self.capacity = capacity
+
+    def take(self) -> Row:
+        """The next row, for which there is memory."""
+        row = Row(self, len(self.rows))
+        self.rows.append(row)
+        return row
+
+    def release(self, row: Row) -> None:
+        """The row is over, and the last one takes its place, if that is another. No number of it
+        stays."""
+        last = self.rows.pop()
+        columns = max(row.touched, last.touched)
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                if row is not last:
+                    stored[row.index, :, :columns] = stored[last.index, :, :columns]
+                stored[last.index, :, : last.touched] = 0
+        if row is not last:
+            self.rows[row.index], last.index = last, row.index
+        if not self.rows:
+            self.emptied = time.monotonic()

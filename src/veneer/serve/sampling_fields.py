@@ -1,0 +1,232 @@
+"""Fields of a completion's body that say how its tokens are drawn, beyond OpenAI's first ones:
+those of vLLM, by vLLM's names.
+
+``schemas.py`` has the rules of all bodies.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from veneer.fileio.untrusted import parse
+from veneer.serve import limits
+from veneer.serve.refusal import wrong
+from veneer.serve.requests import Grammar
+
+#: fields of ``structured_outputs`` that are looked at
+FORMS = 16
+
+#: vLLM's older names of the forms in ``structured_outputs``
+GUIDED = {f"guided_{form}": form for form in ("json", "regex", "choice", "grammar")}
+
+
+def _few_biases(value: Any) -> Any:
+    """A mapping is counted before anything in it is looked at."""
+    if isinstance(value, dict) and len(value) > limits.BIASES:
+        expected = f"at most {limits.BIASES:,}"
+        raise wrong(f"{len(value):,} tokens in logit_bias", expected, "leave some out")
+    return value
+
+
+def _few_forms(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > FORMS:
+        expected = f"at most {FORMS}"
+        raise wrong(f"{len(value):,} fields in structured_outputs", expected, "send one form")
+    return value
+
+
+def _few_arguments(value: Any) -> Any:
+    """The arguments of a template are few, and short."""
+    size = len(json.dumps(value)) if isinstance(value, dict) else 0
+    if size > limits.TEMPLATE_KWARGS:
+        expected = f"at most {limits.TEMPLATE_KWARGS:,}"
+        raise wrong(f"{size:,} bytes in chat_template_kwargs", expected, "leave some out")
+    return value
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        do = "leave it out, or send the number of tokens to keep"
+        raise wrong("truncate_prompt_tokens 0", "-1, or at least 1", do)
+    return value
+
+
+def _printable(value: str) -> str:
+    if not re.fullmatch(r"[!-~]+", value):
+        expected = "letters, digits and signs of ASCII, without a space"
+        raise wrong("a request_id with other characters", expected, "choose another")
+    return value
+
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Truncation = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_not_zero)]
+BadWord = Annotated[str, Field(min_length=1, max_length=limits.BAD_WORD)]
+GrammarText = Annotated[str, Field(min_length=1, max_length=limits.GRAMMAR)]
+
+
+class TemplateFields(BaseModel):
+    """The arguments of the chat template beside the messages."""
+
+    add_generation_prompt: bool | None = None  # true, unless continue_final_message is
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few_arguments)] = {}
+
+    @model_validator(mode="after")
+    def _check_generation_prompt(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong(
+                "continue_final_message and add_generation_prompt, both true",
+                "at most one of them",
+                "set add_generation_prompt = false",
+                "continue_final_message",
+            )
+        return self
+
+    def template_arguments(self) -> dict[str, Any]:
+        prompted = not self.continue_final_message and self.add_generation_prompt is not False
+        return {
+            **self.chat_template_kwargs,
+            "add_generation_prompt": prompted,
+            "continue_final_message": self.continue_final_message,
+        }
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's forms of an answer, of which a request has one."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: GrammarText | None = None
+    choice: (
+        Annotated[list[GrammarText], Field(fail_fast=True, min_length=1, max_length=limits.OPTIONS)]
+        | None
+    ) = None
+    grammar: GrammarText | None = None
+    structural_tag: None = None
+    whitespace_pattern: None = None
+    disable_any_whitespace: Literal[False] | None = None
+    disable_fallback: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        forms = {
+            "json": self.json_,
+            "json_object": self.json_object or None,
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+        }
+        sent = [name for name, value in forms.items() if value is not None]
+        if len(sent) != 1:
+            problem = f"{' and '.join(sent) or 'nothing'} in structured_outputs"
+            expected = f"one of {', '.join(forms)}"
+            raise wrong(problem, expected, "send one form of the answer", "structured_outputs")
+        if isinstance(self.json_, str):
+            try:
+                schema = parse(self.json_.encode())
+            except ValueError:
+                schema = None
+            if not isinstance(schema, dict):
+                do = "check structured_outputs.json"
+                raise wrong("a text that is no JSON schema", "an object", do, "structured_outputs")
+            self.json_ = schema
+        return self
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        return {"type": "object"} if self.json_object else self.json_  # pyright: ignore
+
+    def grammar_of_answer(self) -> Grammar | None:
+        if self.choice is not None:
+            return Grammar("choice", json.dumps(self.choice))
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        return None if self.grammar is None else Grammar("grammar", self.grammar)
+
+
+class SamplingFields(BaseModel):
+    """Each of them at its default asks for nothing."""
+
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    logit_bias: Annotated[dict[TokenText, Bias], BeforeValidator(_few_biases)] = {}
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    stop_token_ids: Annotated[
+        list[TokenId], Field(fail_fast=True, max_length=limits.STOP_TOKENS)
+    ] = []
+    ignore_eos: bool = False
+    bad_words: Annotated[list[BadWord], Field(fail_fast=True, max_length=limits.BAD_WORDS)] = []
+    allowed_token_ids: (
+        Annotated[
+            list[TokenId], Field(fail_fast=True, min_length=1, max_length=limits.ALLOWED_TOKENS)
+        ]
+        | None
+    ) = None
+    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_few_forms)] = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    request_id: (
+        Annotated[
+            str, Field(min_length=1, max_length=limits.REQUEST_ID), AfterValidator(_printable)
+        ]
+        | None
+    ) = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_guided(cls, data: Any) -> Any:
+        """The older names of the forms in ``structured_outputs``."""
+        sent = [name for name in GUIDED if isinstance(data, dict) and data.get(name) is not None]
+        if not sent:
+            return data
+        if len(sent) > 1 or data.get("structured_outputs") is not None:
+            second = [*sent[1:], "structured_outputs"][0]
+            raise wrong(f"{sent[0]} beside {second}", "one of them", "send one", sent[0])
+        rest = {name: value for name, value in data.items() if name not in GUIDED}
+        return {**rest, "structured_outputs": {GUIDED[sent[0]]: data[sent[0]]}}
+
+    def sampling_options(self, bad_words: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        """The fields of ``Sampling`` that these are. ``bad_words``: their tokens."""
+        allowed = self.allowed_token_ids
+        return {
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "min_p": self.min_p,
+            "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()},
+            "min_tokens": self.min_tokens,
+            "stop_tokens": frozenset(self.stop_token_ids),
+            "ignore_eos": self.ignore_eos,
+            "bad_words": tuple(bad_words),
+            "allowed_tokens": None if allowed is None else frozenset(allowed),
+            "grammar": self.grammar_of_answer(),
+        }
+
+    def grammar_of_answer(self) -> Grammar | None:
+        """The form of an answer that is no JSON schema."""
+        outputs = self.structured_outputs
+        return None if outputs is None else outputs.grammar_of_answer()

@@ -1,0 +1,87 @@
+"""Parsers by the names that vLLM gives them, and the one that a chat template means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from veneer.errors import ConfigError, listing, nearest, sentence
+from veneer.serve.refusal import Refusal
+from veneer.serve.tools.deltas import CallParser
+from veneer.serve.tools.forced import ListedCalls, NamedCall
+from veneer.serve.tools.json_calls import DeepSeekV3, DeepSeekV31, Hermes, Llama3Json, Mistral
+from veneer.serve.tools.pythonic import Pythonic
+from veneer.serve.tools.xml_calls import Qwen3Xml
+
+PARSERS: dict[str, type[CallParser]] = {
+    "deepseek_v3": DeepSeekV3, "deepseek_v31": DeepSeekV31, "hermes": Hermes,
+    "llama3_json": Llama3Json, "llama4_json": Llama3Json, "llama4_pythonic": Pythonic,
+    "mistral": Mistral, "pythonic": Pythonic, "qwen3_coder": Qwen3Xml, "qwen3_xml": Qwen3Xml,
+}  # fmt: skip
+
+#: texts that all stand in a template, and the parser that they mean; the first of them counts
+SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("<tool_call>", "<function="), "qwen3_coder"),
+    (("<tool_call>",), "hermes"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<｜tool▁calls▁begin｜>", "```json"), "deepseek_v3"),
+    (("<｜tool▁calls▁begin｜>",), "deepseek_v31"),
+    (("[func_name1(params_name1=params_value1",), "pythonic"),
+    (('{"name": function name, "parameters":',), "llama3_json"),
+)
+
+
+def check_parser(name: str | None) -> None:
+    """``ConfigError``: no parser has this name."""
+    if name is not None and name not in PARSERS:
+        problem = f"--tool-call-parser {name!r}{nearest(name, PARSERS)}"
+        raise ConfigError(problem, f"one of {listing(PARSERS, 20)}", "check the spelling")
+
+
+def detect_parser(template: Any) -> str | None:
+    """The name of the parser that a chat template, or one of several by name, means."""
+    if isinstance(template, Mapping):
+        template = template.get("tool_use") or template.get("default")
+    text = str(template or "")
+    names = (name for signs, name in SIGNS if all(sign in text for sign in signs))
+    return next(names, None)
+
+
+@dataclass(frozen=True)
+class CallReading:
+    """How the answers of a request are read: a parser for each, and the special tokens, by id, of
+    which it has to see the text."""
+
+    new_parser: Callable[[], CallParser]
+    markers: Mapping[int, str] = field(default_factory=dict)
+
+
+def call_reading(
+    tools: Mapping[str, Any], forced: str | None, tokenizer: Any, parser: str | None, prefix: str
+) -> CallReading:
+    """How the answers to a request with ``tools``, schemas of parameters by name, are read.
+    ``forced``: the name of the one that must be called, "" for any of them. ``parser``: the name
+    of the parser that the server was started with, if it was. ``Refusal``: no parser is known for
+    the base."""
+    name = parser or detect_parser(tokenizer.chat_template)
+    family = None if name is None else PARSERS[name]
+    if forced is not None:
+        parser_type = ListedCalls if forced == "" else partial(NamedCall, forced)
+        new_id = CallParser.new_id if family is None else family.new_id
+        return CallReading(partial(parser_type, tools, prefix, new_id))
+    if family is None:
+        message = sentence(
+            "tools, and a base whose notation of calls is not known",
+            "one of " + listing(PARSERS, 20),
+            "have the server started with --tool-call-parser, or force a call by tool_choice",
+        )
+        raise Refusal(400, message, param="tools", code="no_tool_parser")
+    return CallReading(partial(family, tools, prefix), _marker_ids(tokenizer, family.markers))
+
+
+def _marker_ids(tokenizer: Any, markers: tuple[str, ...]) -> dict[int, str]:
+    """The markers that are special tokens of a tokenizer, which its text leaves out."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    return {id: token.content for id, token in tokens if token.special and token.content in markers}

@@ -1,0 +1,132 @@
+"""A span of OpenTelemetry for each request, where ``--otlp-endpoint`` names a collector.
+
+    RequestRecord ──▶ span "chat french", with the gen_ai attributes ──▶ OTLP over HTTP
+
+A span is made when its request has ended, from the numbers of its record; so it holds no prompt and
+no answer, and costs the request nothing. A ``traceparent`` header makes it a child of the client's
+span. The library is optional (``veneer[tracing]``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from veneer.errors import ConfigError
+from veneer.serve.request_log import RequestRecord
+
+#: where an endpoint without a path takes spans
+TRACES = "/v1/traces"
+#: the name of an operation in the gen_ai conventions, by the last part of its path
+OPERATIONS = {
+    "chat/completions": "chat",
+    "responses": "chat",
+    "messages": "chat",
+    "completions": "text_completion",
+    "embeddings": "embeddings",
+}
+#: seconds for spans to be sent when the server ends
+FLUSH = 0.5
+
+
+class Tracer:
+    """Sends a span for each record. ``exporter``: of OpenTelemetry's SDK; ``processor``: what hands
+    spans to it, in batches by default."""
+
+    def __init__(self, base: str, exporter: Any, processor: Any = None) -> None:
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._base = base
+        resource = Resource.create({"service.name": "veneer"})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor((processor or BatchSpanProcessor)(exporter))
+        self._tracer = self._provider.get_tracer("veneer.serve")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def send(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
+        """Make the span of a request that has ended."""
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+
+        parent = self._propagator.extract({"traceparent": headers.get("traceparent", "")})
+        attributes = self._attributes(record)
+        operation = attributes.get("gen_ai.operation.name")
+        name = f"{operation} {record.adapter}" if operation else f"{record.method} {record.path}"
+        span = self._tracer.start_span(
+            name,
+            context=parent,
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+            start_time=record.started_ns,
+        )
+        if record.status >= 500 or "error" in record.finish_reasons:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(end_time=record.started_ns + int(record.total_seconds * 1e9))
+
+    def _attributes(self, record: RequestRecord) -> dict[str, Any]:
+        attributes = {
+            "http.request.method": record.method,
+            "url.path": record.path,
+            "http.response.status_code": record.status or None,
+            "veneer.request_id": record.request_id,
+            "enduser.id": record.key,
+        }
+        if record.blend is not None:
+            sampling = record.sampling
+            attributes |= {
+                "gen_ai.operation.name": OPERATIONS.get(record.path.removeprefix("/v1/"), "chat"),
+                "gen_ai.provider.name": "veneer",
+                "gen_ai.request.model": record.adapter if record.blend else self._base,
+                "gen_ai.response.model": self._base,
+                "gen_ai.response.finish_reasons": record.finish_reasons or None,
+                "gen_ai.usage.input_tokens": record.prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
+                "gen_ai.usage.output_tokens": record.generated_tokens,
+                "gen_ai.response.time_to_first_chunk": record.first_token_seconds,
+                "veneer.queue_seconds": record.queue_seconds,
+            }
+            if sampling is not None:
+                attributes |= {
+                    "gen_ai.request.max_tokens": sampling.max_tokens,
+                    "gen_ai.request.temperature": sampling.temperature,
+                    "gen_ai.request.top_p": sampling.top_p,
+                    "gen_ai.request.top_k": sampling.top_k or None,
+                }
+        return {name: value for name, value in attributes.items() if value is not None}
+
+    def close(self) -> None:
+        """Send what is left. A collector that does not answer holds up the end of the server for
+        ``FLUSH`` seconds."""
+        closing = threading.Thread(
+            target=self._provider.shutdown, name="veneer-traces", daemon=True
+        )
+        closing.start()
+        closing.join(FLUSH)
+
+
+def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
+    """The tracer that sends to a collector; None without an endpoint. ``ConfigError``: the address
+    is none, or the library is missing."""
+    if endpoint is None:
+        return None
+    address = urlsplit(endpoint)
+    if address.scheme not in ("http", "https") or not address.netloc:
+        raise ConfigError(
+            f"--otlp-endpoint {endpoint!r}",
+            "the address of an OTLP collector over HTTP",
+            "write, for instance, http://localhost:4318",
+        )
+    try:
+        from opentelemetry.exporter.otlp.proto.http import trace_exporter  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--otlp-endpoint (or OTEL_EXPORTER_OTLP_ENDPOINT) without {error.name}",
+            "OpenTelemetry's SDK and its exporter",
+            "pip install 'veneer[tracing]', or leave the endpoint out",
+        ) from error
+    url = endpoint if address.path.strip("/") else endpoint.rstrip("/") + TRACES
+    return Tracer(base, trace_exporter.OTLPSpanExporter(endpoint=url))

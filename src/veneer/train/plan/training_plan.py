@@ -1,0 +1,301 @@
+"""Plan a training run on 1 … n devices by each strategy: what each device holds, computes and
+sends, and for how long.
+
+A step has as many examples on n devices as on one, as in ``veneer train`` under torchrun.
+
+    ddp     each device has all weights and its share of the rows
+    fsdp    each device has its share of the rows and of the frozen weights, and gathers these
+            block by block in forward and again in backward; the loss computes the logits of all
+            rows at once, since the output head cannot be called on chunks
+    tp      each device has its share of the blocks' matrices, by transformers' plan for the
+            model, and all rows; forward sums the outputs of a block's two row-wise layers, and
+            backward the gradients at the inputs of its column-wise layers
+
+Each device has the whole adapter, whose gradients are summed once a step in float32. In a ring of n
+devices, each sends (n - 1) / n of the gathered bytes, and twice that share of the summed bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from veneer.errors import ConfigError, nearest, sentence
+from veneer.train.plan.count import Cost, Step, Work, count_step
+from veneer.train.plan.hardware import SLACK, Hardware
+from veneer.train.plan.memory import memory_breakdown, packed_linears, shard_base, weight_bytes
+from veneer.train.processes import split_step
+from veneer.train.tensor_parallel import COLUMNS, ROWS, STYLES, style_of
+
+STRATEGIES = ("ddp", "fsdp", "tp")
+#: bytes of a number of a summed gradient: float32
+GRADIENT_ITEMSIZE = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """The properties of a run that do not depend on the devices.
+
+    Fields:
+        batch: rows of ``length`` tokens in a forward pass, at most.
+        accumulate: forward passes of a step of one device.
+        labelled: share of the tokens that have a label.
+        offload: whether activations lie in main memory.
+    """
+
+    batch: int = 8
+    length: int = 2048
+    accumulate: int = 1
+    labelled: float = 1.0
+    optimiser: str = "adamw_torch_fused"
+    checkpointing: bool = False
+    offload: bool = False
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        invalid = [name for name in ("batch", "length", "accumulate") if getattr(self, name) < 1]
+        if invalid or not 0 < self.labelled <= 1:
+            problem = (
+                ", ".join(f"{name}={getattr(self, name)!r}" for name in invalid)
+                or f"labelled={self.labelled!r}"
+            )
+            raise ConfigError(problem, "counts of at least 1, and a share in (0, 1]", "correct it")
+        if self.quantize not in (None, "nf4", "fp4", "int8"):
+            raise ConfigError(
+                f"quantize={self.quantize!r}", "nf4, fp4 or int8", "choose one, or leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run on a number of devices.
+
+    Fields:
+        run: the run of one device, with its share of the rows.
+        memory: the most bytes that a device holds, by use.
+        operations, sent: operations of a device in a step, and the bytes that it sends.
+        tokens: tokens of a step on all devices together.
+        seconds: seconds of a step; None without hardware.
+        fits: whether a device has enough memory; None without hardware.
+    """
+
+    strategy: str
+    devices: int
+    run: Run
+    hardware: str | None
+    memory: dict[str, int]
+    operations: int
+    sent: int
+    tokens: int
+    seconds: float | None
+    fits: bool | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second of one device; None without hardware."""
+        return None if self.seconds is None else self.tokens / self.seconds / self.devices
+
+
+class Planner:
+    """Plans runs of one model with its adapter. A step is counted once for each shape of a
+    batch."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trainable = sum(parameter.numel() for parameter in self.trained)
+        self.total = sum(parameter.numel() for parameter in model.parameters()) - self.trainable
+        self._steps: dict[Any, Step] = {}
+
+    def step(self, run: Run, chunked: bool = True) -> Step:
+        key = run.batch, run.length, run.labelled, run.quantize is None, chunked
+        if key not in self._steps:
+            self._steps[key] = count_step(
+                self.model, *key[:2], labelled=run.labelled, plain=key[3], chunked=chunked
+            )
+        return self._steps[key]
+
+    def plan(
+        self, run: Run, strategy: str = "ddp", devices: int = 1, on: Hardware | None = None
+    ) -> RunPlan:
+        """Plan one run.
+
+        Raises:
+            ConfigError: the strategy is unknown or impossible: rows that cannot be divided; packed
+                weights that would be sharded; tp for a model without a plan in transformers, or on
+                a number of devices that does not divide the heads.
+        """
+        _check_strategy(run, strategy, devices)
+        tokens = run.batch * run.length * run.accumulate
+        if strategy != "tp":
+            rows, passes = split_step(run.batch, run.accumulate, devices)
+            run = replace(run, batch=rows, accumulate=passes)
+        step = self.step(run, chunked=strategy != "fsdp" or devices == 1)
+        if strategy == "tp":
+            step = step.shard(devices)
+        cost = step.with_checkpointing if run.checkpointing else step.total
+        buckets = GRADIENT_ITEMSIZE * self.trainable if devices > 1 else 0
+        sizes = memory_breakdown(
+            self.model,
+            run.optimiser,
+            step,
+            accumulate=run.accumulate,
+            sent=buckets,
+            checkpointing=run.checkpointing,
+            offload=run.offload,
+            quantize=run.quantize,
+        )
+        gathered = summed = 0  # bytes that a device sends
+        if devices > 1:
+            ring = (devices - 1) / devices
+            if strategy == "fsdp":
+                blocks = [(group.count, weight_bytes(group.block)[0]) for group in step.blocks]
+                block_total = sum(count * block_bytes for count, block_bytes in blocks)
+                gathered = ring * (2 * block_total + sizes["base"] - block_total) * run.accumulate
+                sizes = shard_base(sizes, cost, blocks, devices)
+            if strategy == "tp":
+                sizes["base"] -= self._sharded_bytes(devices) * (devices - 1) // devices
+                block_count = sum(group.count for group in step.blocks)
+                sums = block_count * 2 * (3 if run.checkpointing else 2)
+                summed = 2 * ring * step.hidden_bytes * sums * run.accumulate
+            summed += 2 * ring * buckets
+        sizes["slack"] = round(SLACK * sum(sizes.values()))
+        seconds = fits = None
+        if on is not None:
+            computing = self._compute_seconds(run, cost, on)
+            # gathers overlap with computation; reductions do not
+            seconds = max(computing, on.transfer_seconds(gathered, devices))
+            seconds += on.transfer_seconds(summed, devices)
+            fits = sum(sizes.values()) <= on.usable
+        return RunPlan(
+            strategy=strategy,
+            devices=devices,
+            run=run,
+            hardware=None if on is None else on.name,
+            memory=sizes,
+            operations=cost.operations * run.accumulate,
+            sent=round(gathered + summed),
+            tokens=tokens,
+            seconds=seconds,
+            fits=fits,
+        )
+
+    def _compute_seconds(self, run: Run, cost: Cost, on: Hardware) -> float:
+        """Seconds that a device computes in a step."""
+        work = [cost.forward, cost.backward]
+        if run.quantize:
+            work.append(self._unpacking_work(run))
+        itemsize = self.model.dtype.itemsize
+        return sum(on.seconds(pass_work, itemsize) for pass_work in work) * run.accumulate
+
+    def _sharded_bytes(self, devices: int) -> int:
+        """Bytes of the frozen weights that tensor parallelism divides among the devices."""
+        plan = getattr(self.model, "tp_plan", None) or {}
+        sharded_bytes = 0
+        for path, parameter in self.model.named_parameters():
+            module, _, name = path.rpartition(".")
+            if not parameter.requires_grad and STYLES.get(style_of(plan, module, name)) in (
+                COLUMNS,
+                ROWS,
+            ):
+                sharded_bytes += parameter.nbytes
+        if not sharded_bytes:
+            problem = (
+                f"strategy tp for {type(self.model).__name__}, for which transformers has no plan"
+            )
+            raise ConfigError(problem, "ddp or fsdp", "choose one of them")
+        heads = getattr(self.model.config.get_text_config(), "num_key_value_heads", None)
+        if heads is not None and heads % devices:
+            problem = f"strategy tp on {devices} devices, and {heads} heads of keys and values"
+            raise ConfigError(
+                problem, "a number of devices that divides them", "take fewer devices"
+            )
+        return sharded_bytes
+
+    def _unpacking_work(self, run: Run) -> Work:
+        """The work to unpack each packed weight in forward and in backward: read it, and write it
+        in the dtype of the products."""
+        passes, work = 3 if run.checkpointing else 2, Work()
+        for weight, packed_size in packed_linears(self.model, str(run.quantize)):
+            work[0, weight.nbytes + packed_size, False] += passes
+        return work
+
+
+def _check_strategy(run: Run, strategy: str, devices: int) -> None:
+    """Raise ``ConfigError`` for an unknown strategy, or one that does not support packed
+    weights."""
+    if strategy not in STRATEGIES or devices < 1:
+        problem = f"{devices} devices, strategy {strategy!r}{nearest(strategy, STRATEGIES)}"
+        raise ConfigError(problem, f"at least 1, and {', '.join(STRATEGIES)}", "choose one")
+    if run.quantize is not None and devices > 1 and strategy != "ddp":
+        problem = (
+            f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread"
+        )
+        raise ConfigError(problem, "ddp", "choose it, or leave out quantize")
+
+
+def plan_all(
+    planner: Planner,
+    run: Run,
+    counts: Sequence[int],
+    strategies: Iterable[str],
+    on: Hardware | None,
+) -> tuple[list[RunPlan], list[str]]:
+    """(plans for all counts of devices and strategies, reasons why some are impossible)."""
+    plans, rejected = [], []
+    for devices in counts:
+        for strategy in [*strategies][:1] if devices == 1 else strategies:
+            try:
+                plans.append(planner.plan(run, strategy, devices, on))
+            except ConfigError as error:
+                rejected.append(str(error))
+    if not plans:
+        raise ConfigError(rejected[0])
+    return plans, [*dict.fromkeys(rejected)]
+
+
+def recommend(
+    planner: Planner, run: Run, counts: Sequence[int], strategies: Sequence[str], on: Hardware
+) -> str:
+    """Recommend in words the fewest devices that suffice, and the fastest strategy for them. If
+    nothing fits, name the smallest requirement."""
+    changes: list[tuple[str, Run]] = [("", run)]
+    if not run.checkpointing:
+        changes.append((" with activation checkpointing", replace(run, checkpointing=True)))
+    smallest_run = replace(run, checkpointing=True)
+    if run.batch > 1:
+        smallest_run = replace(smallest_run, batch=1, accumulate=run.accumulate * run.batch)
+        changes.append((" with checkpointing and a row at a time, accumulated", smallest_run))
+    if run.quantize is None:
+        prefix = " with checkpointing, a row at a time," if smallest_run != run else ""
+        changes.append((f"{prefix} in nf4", replace(smallest_run, quantize="nf4")))
+    for change, changed in changes:
+        feasible = [
+            plan for plan in plan_all(planner, changed, counts, strategies, on)[0] if plan.fits
+        ]
+        if feasible:
+            fewest = min(plan.devices for plan in feasible)
+            best = max(
+                (plan for plan in feasible if plan.devices == fewest),
+                key=lambda plan: plan.speed or 0,
+            )
+            device_names = (
+                f"{best.devices} × {on.name}, {best.strategy}"
+                if best.devices > 1
+                else f"one {on.name}"
+            )
+            usage = f"{best.total / 2**30:.1f} GiB of {on.usable / 2**30:.1f}"
+            return f"{device_names}{change}: {usage}, {best.speed:,.0f} tokens/s a device"
+    smallest = min(
+        plan_all(planner, changes[-1][1], counts, strategies, on)[0], key=lambda plan: plan.total
+    )
+    smallest_size = f"{smallest.total / 2**30:.1f} GiB at the least"
+    problem = f"nothing fits: {smallest_size}, on {smallest.devices} devices by {smallest.strategy}"
+    return sentence(
+        problem, f"{on.usable / 2**30:.1f} GiB of {on.name}", "take more or larger devices"
+    )

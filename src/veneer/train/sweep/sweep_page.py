@@ -1,0 +1,222 @@
+"""The report of a sweep as one self-contained HTML page, made from the contents of `sweep.json`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from statistics import mean
+from typing import Any
+
+import yaml
+
+from veneer.tools.report.charts import COLOURS, Points, lines, table
+from veneer.tools.report.report_page import document
+from veneer.train.callbacks import duration
+from veneer.train.sweep.conclusions import describe_edge, describe_repetition
+from veneer.train.sweep.sweep_record import ENDED, FAILED, FINISHED, format_changes
+
+Facts = Mapping[str, Any]
+
+#: number of points of a training curve; each is the mean of several steps
+POINTS = 60
+
+
+def page(facts: Facts) -> str:
+    candidates = sorted(facts["candidates"], key=_rank)
+    sweep = facts["sweep"]
+    lead = (
+        f"{facts['base']} on {facts['data']}, {facts['steps']:,} steps. Tried:"
+        f" {', '.join(sweep['axes'])}"
+    )
+    lead += f" ({facts['sampler']}). "
+    if facts["rungs"]:
+        lead += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
+        if sweep["judged_by"] == "training":
+            lead += (
+                ", judged by their mean loss in training over the latter half of the steps up to"
+                " there"
+            )
+            lead += ", which is their last loss here"
+        lead += ". "
+    lead += (
+        f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says"
+        " otherwise."
+    )
+    sections = [
+        _winner(facts),
+        _curves(candidates),
+        _quality(candidates),
+        _spread(facts),
+        _candidate_table(candidates, sweep),
+    ]
+    section_html = "".join(f"<section>{section}</section>" for section in sections if section)
+    footer = f"{escape(facts['output'])}. <code>sweep.json</code> has the same numbers."
+    return document(
+        f"Sweep of {len(candidates)} candidates",
+        lead,
+        _cards(facts, candidates),
+        section_html,
+        footer,
+    )
+
+
+def _rank(candidate: Facts) -> tuple[bool, float]:
+    """Sort key: candidates that ran to their end first, then by loss."""
+    return candidate["status"] != FINISHED, (
+        float("inf") if candidate["loss"] is None else candidate["loss"]
+    )
+
+
+def _cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[str, str]]:
+    best = candidates[0]
+    yield f"{best['loss']:.4f}", f"loss of the winner, {best['name']}"
+    yield f"{best['parameters']:,}", "numbers that it trains"
+    count = {
+        status: sum(candidate["status"] == status for candidate in candidates)
+        for status in (FINISHED, ENDED, FAILED)
+    }
+    yield (
+        str(count[FINISHED]),
+        "ran to the end" + "".join(f", {count[s]} {s}" for s in (ENDED, FAILED) if count[s]),
+    )
+    yield duration(facts["cpu_seconds"]), f"of CPU time, in {duration(facts['seconds'])}"
+
+
+def _winner(facts: Facts) -> str:
+    best = next(
+        candidate for candidate in facts["candidates"] if candidate["name"] == facts["best"]
+    )
+    config = yaml.safe_dump(dict(facts["config"]), sort_keys=False, allow_unicode=True)
+    edges = "".join(f"<p><b>{escape(describe_edge(edge))}</b></p>" for edge in facts["edges"])
+    return (
+        f"<h2>The winner: {escape(format_changes(best['changes']))}</h2>"
+        f"<p>Its adapter is in {escape(facts['folder'])}.</p>{edges}"
+        f"<p>{escape(describe_repetition(facts['alone']))} This trains it alone:</p>"
+        f"<pre>{escape(shlex.join(facts['command']))}</pre>"
+        f"<details><summary>Its configuration</summary><pre>{escape(config)}</pre></details>"
+    )
+
+
+def _candidate_label(candidate: Facts) -> str:
+    return f"{candidate['name']}: {format_changes(candidate['changes'])}"
+
+
+def _curves(candidates: Sequence[Facts]) -> str:
+    drawn_candidates = [candidate for candidate in candidates if candidate["measured"]]
+    held_out_curves = [
+        [(step, measures["loss"]) for step, measures in candidate["evaluations"]]
+        for candidate in drawn_candidates
+    ]
+    training_curves = [_average_stretches(candidate["losses"]) for candidate in drawn_candidates]
+    ceiling, charts = _ceiling([candidate["measured"] for candidate in drawn_candidates]), []
+    for y, curves in (
+        ("loss on the rows held out", held_out_curves),
+        ("loss in training", training_curves),
+    ):
+        labelled_curves = [
+            (candidate, curve)
+            for candidate, curve in zip(drawn_candidates, curves, strict=True)
+            if curve
+        ]
+        if (
+            max((len(curve) for _, curve in labelled_curves), default=0) < 2
+            and curves is held_out_curves
+        ):
+            continue  # only one evaluation, at the end
+        labelled_curves = [
+            (candidate, [(x, min(value, ceiling)) for x, value in curve])
+            for candidate, curve in labelled_curves
+        ]
+        series = {
+            _candidate_label(candidate): curve for candidate, curve in labelled_curves[:COLOURS]
+        }
+        faint = [curve for _, curve in labelled_curves[COLOURS:]]
+        charts.append(f"<figure>{lines(series, x='step', y=y, bottom=None, faint=faint)}</figure>")
+    note = f" The best {COLOURS} have colours." if len(drawn_candidates) > COLOURS else ""
+    return (
+        f"<h2>Curves</h2><p>Cut at {ceiling:.3g}.{note}</p><div"
+        f' class="pair">{"".join(charts)}</div>'
+    )
+
+
+def _ceiling(curves: Sequence[Points]) -> float:
+    """The limit of the loss axis. Higher losses are drawn at it: a diverging candidate would
+    otherwise flatten the curves of all others."""
+    firsts, best = [curve[0][1] for curve in curves], min(curve[-1][1] for curve in curves)
+    return max(sorted(firsts)[len(firsts) // 2] * 1.1, best + 0.1)
+
+
+def _average_stretches(losses: Sequence[float]) -> list[tuple[float, float]]:
+    width = max(1, len(losses) // POINTS)
+    stretches = [losses[i : i + width] for i in range(0, len(losses), width)]
+    return [
+        (min((number + 1) * width, len(losses)), mean(stretch))
+        for number, stretch in enumerate(stretches)
+    ]
+
+
+def _quality(candidates: Sequence[Facts]) -> str:
+    labels = {FINISHED: "ran to the end", ENDED: "ended early, where it ended"}
+    series = {
+        label: [
+            (candidate["parameters"] / 1e3, candidate["loss"])
+            for candidate in candidates
+            if candidate["status"] == status
+        ]
+        for status, label in labels.items()
+    }
+    series = {label: points for label, points in series.items() if points}
+    best = candidates[0]["loss"]
+    ceiling = max(best * 1.5, *(loss for _, loss in series[labels[FINISHED]]))
+    series = {
+        label: [(x, min(loss, ceiling)) for x, loss in points] for label, points in series.items()
+    }
+    chart = lines(
+        series, x="trainable parameters, in thousands", y="last loss", bottom=None, dots=True
+    )
+    return f"<h2>Quality against trainable parameters</h2><figure>{chart}</figure>"
+
+
+def _spread(facts: Facts) -> str:
+    if not facts["spread"]:
+        return ""
+    rows = [
+        [
+            format_changes(group["changes"]) or "as configured",
+            str(len(group["losses"])),
+            f"{group['mean']:.4f}",
+            f"{group['deviation']:.4f}",
+            f"{min(group['losses']):.4f}",
+            f"{max(group['losses']):.4f}",
+        ]
+        for group in sorted(facts["spread"], key=lambda group: group["mean"])
+    ]
+    headings = ["settings", ">seeds", ">mean", ">deviation", ">lowest", ">highest"]
+    note = (
+        "Candidates that ran to the end and differ in their seeds alone. What differs by less is"
+        " chance."
+    )
+    return f"<h2>Spread over seeds</h2><p>{note}</p>{table(headings, rows)}"
+
+
+def _candidate_table(candidates: Sequence[Facts], sweep: Facts) -> str:
+    axes = [*sweep["axes"]]
+    headings = ["candidate", *axes, ">numbers", ">steps", ">loss", ""]
+    rows = [
+        [
+            candidate["name"],
+            *(format_changes({"": candidate["changes"].get(name, "")}).strip() for name in axes),
+            f"{candidate['parameters']:,}" if candidate["parameters"] else "–",
+            str(len(candidate["losses"])),
+            "–" if candidate["loss"] is None else f"{candidate['loss']:.4f}",
+            candidate["status"],
+        ]
+        for candidate in candidates
+    ]
+    notes = "".join(
+        f"<p>{escape(candidate['name'])}: {escape(candidate['note'])}</p>"
+        for candidate in candidates
+        if candidate["note"]
+    )
+    return f"<h2>All candidates</h2>{table(headings, rows)}{notes}"

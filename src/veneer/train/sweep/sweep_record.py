@@ -1,0 +1,154 @@
+"""The record of a sweep: every candidate's losses and the progress of the sweep. Each checkpoint
+holds it; at the end it goes, with the conclusions, into `sweep.json` and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from veneer.train.sweep.sweep_settings import CHANCE
+
+#: the statuses of a candidate
+WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "ended", "failed"
+
+
+@dataclass
+class Candidate:
+    """One candidate.
+
+    Fields:
+        changes: its settings, where they differ from the sweep's configuration.
+        note: why it failed.
+        parameters: number of trainable parameters.
+        losses: the training loss of each step, from step 1.
+        evaluations: (step, the loss and measures on the held-out rows).
+        judged: (step, mean training loss) of rungs that compare training losses.
+    """
+
+    name: str
+    cohort: int
+    changes: dict[str, Any]
+    status: str = WAITING
+    note: str = ""
+    parameters: int = 0
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    judged: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def loss_history(self) -> list[tuple[int, float]]:
+        """(step, loss on the held-out rows), in order; at rungs that compare training losses, the
+        mean training loss instead."""
+        held_out = {step: measures["loss"] for step, measures in self.evaluations}
+        return sorted((held_out | dict(self.judged)).items())
+
+    @property
+    def loss(self) -> float | None:
+        """The last loss of `loss_history`."""
+        return self.loss_history[-1][1] if self.loss_history else None
+
+
+@dataclass
+class State:
+    """The state of a sweep after `step` steps of cohort number `cohort`. `best`: the candidate
+    whose adapter is in the folder `best/`."""
+
+    cohort: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    best: str | None = None
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Candidate:
+        return next(candidate for candidate in self.candidates if candidate.name == name)
+
+    def in_cohort(self, cohort: int) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if candidate.cohort == cohort]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> State:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        candidates = [Candidate(**values) for values in fields.pop("candidates")]
+        for candidate in candidates:  # JSON has lists in place of tuples
+            candidate.evaluations = [(step, measures) for step, measures in candidate.evaluations]
+            candidate.judged = [(step, loss) for step, loss in candidate.judged]
+        return cls(**fields, candidates=candidates)
+
+    def losses_by_step(self, cohort: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, loss of each candidate that was compared there), in order."""
+        losses: dict[int, dict[str, float]] = {}
+        for candidate in self.in_cohort(cohort):
+            for step, loss in candidate.loss_history:
+                losses.setdefault(step, {})[candidate.name] = loss
+        yield from sorted(losses.items())
+
+    def finished_candidates(self) -> list[Candidate]:
+        """Candidates that ran to their end, the best first."""
+        finished = [candidate for candidate in self.candidates if candidate.status == FINISHED]
+        return sorted(
+            finished,
+            key=lambda candidate: float("inf") if candidate.loss is None else candidate.loss,
+        )
+
+    def spread(self) -> list[dict[str, Any]]:
+        """Mean and deviation of the losses of finished candidates that differ only in seeds."""
+        groups: dict[str, list[Candidate]] = {}
+        distinct: list[dict[str, Any]] = []  # a sampler may draw the same settings again
+        for candidate in self.finished_candidates():
+            if candidate.changes in distinct:
+                continue
+            distinct.append(candidate.changes)
+            settings = {
+                name: value for name, value in candidate.changes.items() if name not in CHANCE
+            }
+            groups.setdefault(json.dumps(settings), []).append(candidate)
+        spreads = []
+        for settings, group in groups.items():
+            losses = [candidate.loss for candidate in group if candidate.loss is not None]
+            if len(losses) > 1:
+                spreads.append(
+                    {
+                        "changes": json.loads(settings),
+                        "candidates": [candidate.name for candidate in group],
+                        "losses": losses,
+                        "mean": mean(losses),
+                        "deviation": stdev(losses),
+                    }
+                )
+        return spreads
+
+    def facts(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return {
+            "best": self.best,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "spread": self.spread(),
+            "candidates": [
+                {
+                    **asdict(candidate),
+                    "loss": candidate.loss,
+                    "measured": candidate.loss_history,
+                }
+                for candidate in self.candidates
+            ],
+        }
+
+
+def format_changes(changes: Mapping[str, Any]) -> str:
+    """Settings as text: "rank 4, targets q_proj+v_proj"."""
+    return ", ".join(f"{name} {_format_value(value)}" for name, value in changes.items())
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_format_value, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

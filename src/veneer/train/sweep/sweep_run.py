@@ -1,0 +1,482 @@
+"""One sweep: cohorts of candidates, one after another, each trained at once on one base.
+
+    result = sweep(*load_sweep(Path("sweep.yaml")))
+    result.best           the folder of the winner, with the files of `veneer train`
+
+`output_folder.py` lists the files of the output. A sweep that was stopped or killed resumes from
+its newest checkpoint and ends with the same numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from transformers import set_seed
+
+from veneer.attach import Names, fresh_parameters, plan
+from veneer.errors import ConfigError, TargetError, TrainingError, VeneerError, raise_all
+from veneer.fileio.atomic import write_whole
+from veneer.models.remote_code import with_trust_of_config
+from veneer.train import checkpoint
+from veneer.train.adapter_setup import lora_config
+from veneer.train.arguments import arguments_of
+from veneer.train.callbacks import StopOnSignal, duration, say
+from veneer.train.config import TrainConfig, make_config, task_names
+from veneer.train.prepare import steps_an_epoch
+from veneer.train.processes import Processes
+from veneer.train.run_record import print_changed_versions
+from veneer.train.sweep.cohort import Cohort
+from veneer.train.sweep.conclusions import (
+    describe_edge,
+    describe_repetition,
+    find_edges,
+    repeat_winner,
+)
+from veneer.train.sweep.output_folder import BEST, REPORT, RESULT, STATE, TRAIN, SweepFolder
+from veneer.train.sweep.search import Search
+from veneer.train.sweep.sweep_page import page
+from veneer.train.sweep.sweep_record import (
+    ENDED,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    WAITING,
+    Candidate,
+    State,
+    format_changes,
+)
+from veneer.train.sweep.sweep_settings import Sweep, must_fit
+from veneer.train.sweep.table import print_overview
+from veneer.train.sweep.winner import changed_settings, single_run_config, write_winner
+from veneer.train.tasks import TASKS, Task
+
+StepCallback = Callable[[State, int], None]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of a sweep.
+
+    Fields:
+        best: the winner's folder; None before a cohort has ended.
+        facts: the contents of `sweep.json`.
+    """
+
+    output: Path
+    best: Path | None
+    interrupted: bool
+    facts: dict[str, Any]
+
+
+@with_trust_of_config
+def sweep(
+    config: TrainConfig,
+    settings: Sweep,
+    *,
+    keep_going: bool = False,
+    console: Console | None = None,
+    quiet: bool = False,
+    on_step: StepCallback = lambda state, steps: None,
+    stop_order: Callable[[], bool] | None = None,
+) -> SweepResult:
+    """Train the candidates of `settings`, each `config` with changes, and keep the best.
+
+    Args:
+        keep_going: leave out candidates that cannot begin, instead of raising.
+        on_step: called after each step, with the state and the number of steps of a full run.
+        stop_order: called after each step; if it returns True, the sweep writes a checkpoint and
+            ends, as after Ctrl-C.
+
+    Raises:
+        ConfigError, TargetError, OutputExistsError: as `fit`; the error names every candidate whose
+            configuration is invalid or whose adapter cannot be attached.
+        TrainingError: no candidate ended with a finite loss.
+    """
+    console = console or Console(stderr=True, quiet=quiet)
+    with (
+        checkpoint.only_writer(config.output.expanduser(), Processes()),
+        StopOnSignal(console) as stop,
+    ):
+        sweep_run = _SweepRun(config, settings, keep_going, console, on_step)
+        return sweep_run.run(lambda: stop.requested or (stop_order is not None and stop_order()))
+
+
+class _SweepRun:
+    """A sweep in progress. `start_times`, `earlier_times`: (wall seconds, CPU seconds) at the start
+    of this process, and that earlier processes took before a checkpoint."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        settings: Sweep,
+        keep_going: bool,
+        console: Console,
+        on_step: StepCallback,
+    ) -> None:
+        self.start_times = time.perf_counter(), time.process_time()
+        self.config, self.settings, self.keep_going = _shared_config(config), settings, keep_going
+        self.console, self.on_step, self.output = console, on_step, config.output.expanduser()
+        self.folder = SweepFolder(self.output, self.config, settings)
+        can_resume = self.folder.can_resume()
+        self.task: Task = TASKS[config.task](self.config)
+        self.task.read_data()
+        self.task.open()
+        self.prepared = self.task.prepare()
+        arguments = arguments_of(self.config, self.output, self.prepared)
+        self.search, self.steps = Search(settings, self.prepared.steps), self.prepared.steps
+        self._check_rungs_in_first_epoch()
+        self.eval_steps, self.save_steps = int(arguments.eval_steps or 1), int(arguments.save_steps)
+        self.resume_from = self.folder.find_checkpoint(self.prepared) if can_resume else None
+        self.state = State() if self.resume_from is None else State.read(self.resume_from / STATE)
+        self.earlier_times = self.state.seconds, self.state.cpu_seconds
+        self.tasks: dict[str, Task] = {}
+        self.model: Any = None
+        self.winner_facts: dict[str, Any] = {}
+
+    def _check_rungs_in_first_epoch(self) -> None:
+        """Raise `ConfigError` if a rung compares training losses after the first epoch, when rows
+        have been trained on before."""
+        epoch = steps_an_epoch(self.config, len(self.prepared.train))
+        last = max(self.search.rungs, default=0)
+        if self.settings.judged_by == "training" and last > epoch:
+            problem = (
+                f"judged_by training, a rung at step {last} and an epoch of {epoch}, after which"
+                " rows come again"
+            )
+            do = "name earlier ones, or set judged_by: held_out"
+            raise ConfigError(problem, "rungs within the first epoch", do)
+
+    # ---- candidates
+
+    def _next_candidates(self) -> list[Candidate]:
+        """The next candidates: one cohort if a sampler needs the results of earlier ones, else
+        all."""
+        count = self.settings.at_once if self.search.adaptive else self.search.count
+        changes_by_name = self.search.ask(count)
+        existing = len(self.state.candidates)
+        return [
+            Candidate(name, (existing + index) // self.settings.at_once, changes)
+            for index, (name, changes) in enumerate(changes_by_name.items())
+        ]
+
+    def _add(self, candidates: list[Candidate]) -> None:
+        """Add new candidates. Raises `TargetError` for those that cannot begin, unless
+        `keep_going` and others can."""
+        problems = [problem for candidate in candidates if (problem := self._prepare(candidate))]
+        if not self.keep_going or (not self.state.candidates and len(problems) == len(candidates)):
+            raise_all(TargetError, "The sweep cannot begin", problems)
+        self.state.candidates += candidates
+
+    def _prepare(self, candidate: Candidate) -> str | None:
+        """Create the task of a candidate. Returns the problem if it cannot begin."""
+        try:
+            config = make_config({**self.config.content(), **candidate.changes})
+            task = copy.copy(self.task)  # shares the processor and what it derived from the data
+            task.config = config
+            arguments_of(config, self.output, self.prepared)
+            plan(self.model, lora_config(config, self.model, {}), candidate.name)
+        except VeneerError as error:
+            candidate.status, candidate.note = FAILED, str(error)
+            return f"candidate {candidate.name} ({format_changes(candidate.changes)}): {error}"
+        self.tasks[candidate.name] = task
+        return None
+
+    def _replay(self) -> None:
+        """Bring the search to the state of the checkpoint: repeat its calls with the recorded
+        losses. Raises `ConfigError` if it then proposes other candidates."""
+        replayed: dict[str, dict[str, Any]] = {}
+        for cohort in range(self.state.cohort + 1):
+            if not replayed or self.search.adaptive:
+                candidates = self._repeat_next_candidates(len(replayed))
+                replayed |= {candidate.name: candidate.changes for candidate in candidates}
+            for step, losses in self.state.losses_by_step(cohort):
+                if step < self.steps:
+                    self.search.judge(step, losses)
+            if cohort < self.state.cohort:
+                self._report_ends(cohort)
+        recorded = {candidate.name: candidate.changes for candidate in self.state.candidates}
+        if json.loads(json.dumps(replayed)) != recorded:
+            raise ConfigError(
+                "candidates that this sampler does not draw again",
+                f"those of the checkpoint in {self.output}",
+                "resume with the versions of before, or pass --overwrite",
+            )
+        for candidate in self.state.candidates:
+            unfailed = candidate.status in (WAITING, RUNNING, FINISHED)
+            if unfailed and (problem := self._prepare(candidate)):
+                raise ConfigError(f"Found: {problem}")
+
+    def _repeat_next_candidates(self, count: int) -> list[Candidate]:
+        """`_next_candidates` as it was called when the sweep had `count` candidates."""
+        recorded, self.state.candidates = self.state.candidates, self.state.candidates[:count]
+        try:
+            return self._next_candidates()
+        finally:
+            self.state.candidates = recorded
+
+    def _report_ends(self, cohort: int) -> None:
+        """Report the last losses of a cohort to the search."""
+        for candidate in self.state.in_cohort(cohort):
+            loss = candidate.loss if candidate.status in (FINISHED, ENDED) else None
+            self.search.report_end(candidate.name, loss, candidate.status == ENDED)
+
+    # ---- training
+
+    def run(self, should_stop: Callable[[], bool]) -> SweepResult:
+        set_seed(self.config.seed)
+        self.model = self.task.load().model
+        if "seed" in self.settings.axes and fresh_parameters(Names(self.model)):
+            problem = (
+                "axis 'seed', and a head that no checkpoint of the base held, whose start hangs on"
+                " the seed"
+            )
+            raise ConfigError(problem, "one base for all candidates", "take the axis data_seed")
+        resume_from, folder_exists = self.resume_from, False
+        if resume_from is not None:
+            self._replay()
+            say(self.console, f"Resuming from {resume_from}.")
+            print_changed_versions(self.folder.read_run(), self.console)
+        else:
+            self._add(self._next_candidates())
+        while self.state.in_cohort(self.state.cohort):
+            cohort = self._attach_cohort(resume_from)
+            if not folder_exists:
+                self._open_output(cohort)
+            resume_from, folder_exists = None, True
+            try:
+                if not self._train(cohort, should_stop):
+                    self.folder.write_status("interrupted", self.prepared)
+                    return self._result(interrupted=True)
+                self._finish_cohort(cohort)
+            finally:
+                cohort.close()
+            self._report_ends(self.state.cohort)
+            self.state.cohort, self.state.step = self.state.cohort + 1, 0
+            if not self.state.in_cohort(self.state.cohort) and (more := self._next_candidates()):
+                self._add(more)
+        return self._finish()
+
+    def _open_output(self, cohort: Cohort) -> None:
+        """Print the overview and create the output folder. This happens after the first cohort is
+        attached, so that a sweep that cannot begin leaves no files."""
+        print_overview(
+            self.console,
+            self.task,
+            self.prepared,
+            self.search,
+            cohort,
+            sum(candidate.parameters for candidate in self.state.in_cohort(self.state.cohort)),
+        )
+        if self.resume_from is None:
+            self.folder.clear()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.folder.write_status("running", self.prepared)
+
+    def _attach_cohort(self, resume_from: Path | None) -> Cohort:
+        """Attach the candidates of the current cohort that have not ended."""
+        candidates = {
+            candidate.name: candidate for candidate in self.state.in_cohort(self.state.cohort)
+        }
+        names = [
+            name
+            for name, candidate in candidates.items()
+            if candidate.status in (WAITING, RUNNING, FINISHED)
+        ]
+        tasks = {name: self.tasks[name] for name in names}
+        cohort = Cohort(self.model, tasks, self.prepared, self.output, resume_from, self.keep_going)
+        for name in names:
+            candidate = candidates[name]
+            if name in cohort.failed:
+                candidate.status, candidate.note = FAILED, cohort.failed[name]
+            else:
+                candidate.status = RUNNING
+                candidate.parameters = cohort.runs[name].summary().trainable
+        if all(candidate.status == FAILED for candidate in self.state.candidates):
+            problems = [f"candidate {name}: {failed.note}" for name, failed in candidates.items()]
+            raise_all(TargetError, "The sweep cannot begin", problems)
+        cohort.begin(self.state.step)
+        return cohort
+
+    def _train(self, cohort: Cohort, should_stop: Callable[[], bool]) -> bool:
+        """Train a cohort to its end. Returns False if it was stopped, after a checkpoint."""
+        state = self.state
+        while state.step < self.steps and cohort.members:
+            losses = cohort.step()
+            state.step += 1
+            for name, loss in losses.items():
+                state[name].losses.append(loss)
+            self._evaluate(cohort)
+            for name, note in cohort.failed.items():
+                if state[name].status == RUNNING:
+                    state[name].status, state[name].note = FAILED, note
+            self.on_step(state, self.steps)
+            end = state.step == self.steps or not cohort.members
+            stop = not end and should_stop()
+            if stop or end or state.step % self.save_steps == 0:
+                self._write_checkpoint(cohort)
+            if stop:
+                return False
+        return True
+
+    def _evaluate(self, cohort: Cohort) -> None:
+        """Evaluate at rungs and at the steps of a single run; if there are rungs and no
+        `eval_every`, at rungs and at the end. At a rung, the weaker candidates end."""
+        state, step = self.state, self.state.step
+        due = step % self.eval_steps == 0 or step == self.steps
+        rung = step in self.search.rungs
+        if due:
+            cohort.draw()
+        if self.config.eval_every is None and self.search.rungs and step < self.steps:
+            due = False  # the rungs take the place of regular evaluations
+        if not cohort.members or not (due or rung):
+            return
+        by_training_loss = rung and self.settings.judged_by == "training"
+        losses = self._held_out_losses(cohort) if due or not by_training_loss else {}
+        if by_training_loss:
+            losses = {name: mean(state[name].losses[step // 2 :]) for name in cohort.members}
+            for name, loss in losses.items():
+                state[name].judged.append((step, loss))
+        if step < self.steps:
+            for name in self.search.judge(step, losses):
+                state[name].status = ENDED
+                cohort.remove(name)
+
+    def _held_out_losses(self, cohort: Cohort) -> dict[str, float]:
+        """Evaluate the cohort, and remove candidates whose loss is not finite."""
+        losses, step = {}, self.state.step
+        for name, measures in cohort.evaluate().items():
+            loss = measures["loss"]
+            if not math.isfinite(loss):
+                cohort.failed[name] = f"the loss on the rows held out is {loss} at step {step}"
+                cohort.remove(name)
+                continue
+            self.state[name].evaluations.append((step, measures))
+            losses[name] = loss
+        return losses
+
+    def _update_times(self) -> None:
+        self.state.seconds = self.earlier_times[0] + time.perf_counter() - self.start_times[0]
+        self.state.cpu_seconds = self.earlier_times[1] + time.process_time() - self.start_times[1]
+
+    def _write_checkpoint(self, cohort: Cohort) -> None:
+        state = self.state
+        self._update_times()
+
+        def fill(folder: Path) -> None:
+            cohort.save(
+                folder, lambda name: {"step": state.step, "task": self.tasks[name].record()}
+            )
+            state.write(folder / STATE)
+
+        self.folder.write_checkpoint(state.cohort * self.steps + state.step, fill)
+
+    def _finish_cohort(self, cohort: Cohort) -> None:
+        """Mark the remaining candidates as finished, and save the best of all cohorts so far if it
+        is among them."""
+        for name in cohort.members:
+            self.state[name].status = FINISHED
+        ranking = self.state.finished_candidates()
+        if ranking and ranking[0].name in cohort.members:
+            best = ranking[0]
+            self.state.best = best.name
+            write_winner(
+                self.output, self._single_run_config(best), best, self.tasks[best.name], cohort
+            )
+
+    # ---- result
+
+    def _single_run_config(self, candidate: Candidate) -> TrainConfig:
+        return single_run_config(self.tasks[candidate.name].config, self.output, self.eval_steps)
+
+    def facts(self) -> dict[str, Any]:
+        """The contents of `sweep.json`."""
+        config, state_facts = self.config, self.state.facts()
+        facts = {
+            "base": config.base,
+            "data": config.data,
+            "task": config.task,
+            "item": self.task.item,
+            "output": str(self.output),
+            "steps": self.steps,
+            "sweep": self.settings.content(),
+            "sampler": self.settings.chosen,
+            "rungs": self.search.rungs,
+            "folder": None,
+            "command": None,
+            "config": None,
+        }
+        if state_facts["best"] is not None:
+            best_folder = self.output / BEST
+            facts["folder"] = str(best_folder)
+            facts["command"] = ["veneer", "train", str(best_folder / TRAIN)]
+            winner_config = self._single_run_config(self.state[state_facts["best"]])
+            facts["config"] = changed_settings(winner_config)
+        return {**facts, **self.winner_facts, **state_facts}
+
+    def _result(self, interrupted: bool) -> SweepResult:
+        facts = self.facts()
+        best = facts["folder"] and Path(facts["folder"])
+        return SweepResult(self.output, best, interrupted, facts)
+
+    def _finish(self) -> SweepResult:
+        if self.state.best is None:
+            notes = "; ".join(
+                f"{candidate.name}: {candidate.note}"
+                for candidate in self.state.candidates
+                if candidate.note
+            )
+            do = "lower the learning rates, or train in fp32 (--precision fp32)"
+            raise TrainingError(f"no candidate that ran to its end ({notes})", "one at least", do)
+        best = self.state[self.state.best]
+        self.model = None  # frees memory: the repetition loads the base again
+        self.winner_facts = {
+            "edges": find_edges(self.settings.axes, best.changes),
+            "alone": repeat_winner(self._single_run_config(best), best.losses),
+        }
+        self._update_times()
+        result = self._result(interrupted=False)
+        write_whole(self.output / RESULT, json.dumps(result.facts, indent=2) + "\n")
+        write_whole(self.output / REPORT, page(result.facts))
+        self.folder.write_status("finished", self.prepared)
+        self.folder.remove_checkpoints()
+        self._print_result(best)
+        return result
+
+    def _print_result(self, best: Candidate) -> None:
+        time_text, changes = duration(self.state.seconds), format_changes(best.changes)
+        lines = [
+            f"Done     in {time_text}: {best.name} ({changes})",
+            f"         evaluation {best.loss:.4f}, {best.parameters:,} numbers",
+            *(f"Edge     {describe_edge(edge)}" for edge in self.winner_facts["edges"]),
+            f"Alone    {describe_repetition(self.winner_facts['alone'])}",
+            f"Adapter  {self.output / BEST / checkpoint.ADAPTER}",
+            f"Report   {self.output / REPORT}",
+        ]
+        for line in lines:
+            say(self.console, line)
+
+
+def _shared_config(config: TrainConfig) -> TrainConfig:
+    """`config`, with settings that all candidates must share. Raises `ConfigError` if a sweep
+    cannot run it."""
+    must_fit(config)
+    if not TASKS[config.task].one_pass:
+        problem = f"task {config.task}, whose loss takes more than one pass of its rows"
+        names = ", ".join(name for name in task_names() if TASKS[name].one_pass)
+        raise ConfigError(
+            problem, f"one of {names}", "train its candidates one after another with `veneer train`"
+        )
+    if (
+        config.eval_fraction and config.eval_seed is None
+    ):  # all candidates need the same held-out rows
+        return config.model_copy(update={"eval_seed": config.seed})
+    return config
