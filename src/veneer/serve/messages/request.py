@@ -16,10 +16,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from veneer.errors import sentence
 from veneer.serve import limits
-from veneer.serve.body_rules import (
-    Name,
-    Strict,
-)
+from veneer.serve.body_rules import Name, Strict
 from veneer.serve.chat_messages import (
     Function,
     FunctionCall,
@@ -33,11 +30,7 @@ from veneer.serve.chat_messages import (
     check_tools,
 )
 from veneer.serve.refusal import OWN, wrong
-from veneer.serve.schemas import (
-    Blend,
-    ChatRequest,
-    Stops,
-)
+from veneer.serve.schemas import Blend, ChatRequest, Stops
 
 
 class TextBlock(Strict):

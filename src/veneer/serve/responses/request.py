@@ -8,10 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from veneer.errors import sentence
 from veneer.serve import limits
-from veneer.serve.body_rules import (
-    Name,
-    Strict,
-)
+from veneer.serve.body_rules import Name, Strict
 from veneer.serve.chat_messages import (
     Function,
     FunctionCall,

@@ -175,7 +175,31 @@ def _string(text: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-class Hermes(CallParser):
+class ObjectCallParser(CallParser):
+    """Parser of calls that are whole objects (``JsonCall``)."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._call: JsonCall | None = None
+
+    def _begin_call(self) -> None:
+        self._call = JsonCall(self._begin, self._add)
+
+    def _read_object(self, prefix: str, *, final: bool) -> JsonCall | None:
+        """Read the call that has begun, behind ``prefix``: the call once nothing more of it comes.
+        What only looked like a call is text."""
+        call = self._call
+        assert call is not None
+        self._drop(call.read(self._buffer))
+        if not (call.done or call.failed or final):
+            return None
+        if not call.begun:
+            self._say(prefix + call.text)
+        self._call = None
+        return call
+
+
+class Hermes(ObjectCallParser):
     """Hermes 2 Pro, Qwen 2.5, Qwen 3: a call is a JSON object between two tags."""
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -183,7 +207,6 @@ class Hermes(CallParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._call: JsonCall | None = None
         self._closing = False
 
     def _step(self, *, final: bool) -> bool:
@@ -194,15 +217,12 @@ class Hermes(CallParser):
             self._say(self._drop(position))
             if tag:
                 self._drop(len(tag))
-                self._call = JsonCall(self._begin, self._add)
+                self._begin_call()
             return bool(tag)
-        call = self._call
-        self._drop(call.read(self._buffer))
-        if not (call.done or call.failed or final):
+        call = self._read_object(self.OPEN, final=final)
+        if call is None:
             return False
-        if not call.begun:  # what looked like a call is text
-            self._say(self.OPEN + call.text)
-        self._call, self._closing = None, call.begun
+        self._closing = call.begun
         return True
 
     def _read_close(self, *, final: bool) -> bool:
@@ -213,7 +233,7 @@ class Hermes(CallParser):
         return bool(tag)
 
 
-class Llama3Json(CallParser):
+class Llama3Json(ObjectCallParser):
     """Llama 3.1 to 3.3: the answer is an object, or several of them with ";" between."""
 
     PYTHON = "<|python_tag|>"
@@ -221,7 +241,6 @@ class Llama3Json(CallParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._call: JsonCall | None = None
         self._reads_text = False
 
     def _step(self, *, final: bool) -> bool:
@@ -237,7 +256,8 @@ class Llama3Json(CallParser):
             self._buffer = text[len(self.PYTHON) :]
             return True
         if text.startswith("{"):
-            self._buffer, self._call = text, JsonCall(self._begin, self._add)
+            self._buffer = text
+            self._begin_call()
             return True
         if self.PYTHON.startswith(text) and not final:
             return False
@@ -245,18 +265,14 @@ class Llama3Json(CallParser):
         return True
 
     def _read_call(self, *, final: bool) -> bool:
-        call = self._call
-        assert call is not None
-        self._drop(call.read(self._buffer))
-        if not (call.done or call.failed or final):
+        call = self._read_object("", final=final)
+        if call is None:
             return False
-        if not call.begun:
-            self._say(call.text)
-        self._call, self._reads_text = None, not call.done
+        self._reads_text = not call.done
         return True
 
 
-class Mistral(CallParser):
+class Mistral(ObjectCallParser):
     """Mistral: a list of objects behind a special token, or since 2025 a name and its
     arguments."""
 
@@ -268,7 +284,6 @@ class Mistral(CallParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._state, self._raw = "text", ""
-        self._call: JsonCall | None = None
         self._scanner = ValueScanner()
 
     def _step(self, *, final: bool) -> bool:
@@ -299,7 +314,7 @@ class Mistral(CallParser):
         text = self._buffer.lstrip(", \n\r\t")
         if text.startswith("{"):
             self._buffer, self._state = text, "call"
-            self._call = JsonCall(self._begin, self._add)
+            self._begin_call()
             return True
         if text or final:
             self._buffer, self._state = text.removeprefix("]"), "text"
@@ -307,13 +322,9 @@ class Mistral(CallParser):
         return False
 
     def _step_call(self, *, final: bool) -> bool:
-        call = self._call
-        assert call is not None
-        self._drop(call.read(self._buffer))
-        if not (call.done or call.failed or final):
+        call = self._read_object(self._raw, final=final)
+        if call is None:
             return False
-        if not call.begun:
-            self._say(self._raw + call.text)
         self._state = "list" if call.done else "text"
         return True
 
