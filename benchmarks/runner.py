@@ -436,8 +436,9 @@ def records(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
 def names_of(results: Path = RESULTS) -> Iterator[Path]:
     """The recorded files of all cases."""
     for folder in sorted(results.iterdir()):
-        if folder.is_dir() and folder.name != "before":
+        if folder.is_dir() and folder.name not in ("before", "again"):
             yield from sorted(folder.glob("*.json"))
+    yield from sorted((results / "again").glob("*/*.json"))
 
 
 def call(

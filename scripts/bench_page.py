@@ -24,6 +24,8 @@ from cases import all_cases  # noqa: E402 (behind the folders)
 from experiments import plots as drawings  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+#: second records of the same commits, made from a fresh clone: NAME/COMMIT.json
+REPEATS = RESULTS / "again"
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 BARS = "▁▂▃▄▅▆▇█"
 PENDING = "Figures are being recorded; earlier ones were [wrong](docs/benchmarks.md#corrections)."
@@ -112,6 +114,33 @@ def describe(setting: Mapping[str, Any]) -> str:
 def latest(name: str) -> dict[str, Any] | None:
     recorded = runner.records(name, RESULTS)
     return recorded[-1] if recorded else None
+
+
+def repeat_of(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The second record of the same commit."""
+    recorded = runner.records(result["name"], REPEATS)
+    return next((again for again in recorded if again["commit"] == result["commit"]), None)
+
+
+def compare_repeat(
+    result: Mapping[str, Any], again: Mapping[str, Any]
+) -> list[tuple[str, str, str, str, str, bool]]:
+    """Setting, arm, number, first and second cell of every figure that is shown, and whether the
+    median of the second lies in the range of the first. The floor's ratio to itself is left out."""
+    rows, floor = [], result["floor"]
+    for case, case_again in zip(result["cases"], again["cases"], strict=True):
+        for arm in case["processes"][0]["rounds"]:
+            for number, (title, form) in result["shown"].items():
+                if arm == floor and form == "ratio":
+                    continue
+                first = runner.spread(case["processes"], arm, floor, number, form)
+                second = runner.spread(case_again["processes"], arm, floor, number, form)
+                if first is None or second is None:
+                    continue
+                cells = [cell(record, arm, floor, number, form) for record in (case, case_again)]
+                within = first[1] <= second[0] <= first[2]
+                rows.append((describe(case["setting"]), arm, title, *cells, within))
+    return rows
 
 
 def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) -> str:
@@ -277,16 +306,34 @@ def _in_short() -> list[str]:
 
 
 def _about_runner() -> list[str]:
-    return _paragraph(
-        "All arms of a case and the floor run in one process, each once in a round, in an order"
-        " that is drawn anew for each round. A case has several processes, and the range that is"
-        f" shown lies between these. A process whose floor was more than {runner.LIMIT:.0%} away"
-        " from its median in any round is thrown away for all arms and counted. Peaks of memory"
-        " and whole training runs have a process to themselves. A record names its commit and is"
-        " never changed; the latest is shown, whatever it says. Every raw time is in"
-        " `benchmarks/results/NAME/COMMIT.json`. What was expected before is in"
-        " `benchmarks/predictions.md`, to which lines are only added."
+    return (
+        _paragraph(
+            "All arms of a case and the floor run in one process, each once in a round, in an order"
+            " that is drawn anew for each round. A case has several processes, and the range that is"
+            f" shown lies between these. A process whose floor was more than {runner.LIMIT:.0%} away"
+            " from its median in any round is thrown away for all arms and counted. Peaks of memory"
+            " and whole training runs have a process to themselves. A record names its commit and is"
+            " never changed; the latest is shown, whatever it says. Every raw time is in"
+            " `benchmarks/results/NAME/COMMIT.json`. What was expected before is in"
+            " `benchmarks/predictions.md`, to which lines are only added."
+        )
+        + _count_repeats()
     )
+
+
+def _count_repeats() -> list[str]:
+    """How many medians of the second records lie in the range of the first."""
+    pairs = [(result, repeat_of(result)) for name in _known_cases() if (result := latest(name))]
+    rows = [row for result, again in pairs if again for row in compare_repeat(result, again)]
+    if not rows:
+        return []
+    text = (
+        f"{sum(again is not None for _, again in pairs)} of {len(pairs)} cases were recorded a second"
+        f" time, from a fresh clone of the same commit: {sum(row[-1] for row in rows)} of"
+        f" {len(rows)} medians of the second record lie in the range of the first. Both are in"
+        " the details of each case."
+    )
+    return _paragraph(text)
 
 
 def _record_section(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -313,7 +360,22 @@ def _record_section(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
                 *table(["", *(title for title, _ in shown.values())], rows),
             ]
     lines = [*_paragraph(f"Equal: {result['equal']}."), *_paragraph(_provenance(result)), *lines]
-    return [*picture, *_details("Numbers, machine and history", [*lines, *_history(recorded)])]
+    lines += [*_history(recorded), *_repeat_section(result)]
+    return [*picture, *_details("Numbers, machine and history", lines)]
+
+
+def _repeat_section(result: Mapping[str, Any]) -> list[str]:
+    """The figures of the second record beside those of the first."""
+    again = repeat_of(result)
+    if again is None:
+        return []
+    rows = [
+        [setting, arm, title, first, second, "yes" if within else "no"]
+        for setting, arm, title, first, second, within in compare_repeat(result, again)
+    ]
+    head = ["", "", "", "first", "again", "median in the range"]
+    lead = f"Recorded again from a fresh clone, {_provenance(again)[3:]}"
+    return [*_paragraph(lead), *table(head, rows)]
 
 
 def _table_by_setting(result: Mapping[str, Any], number: str, shown: Sequence[str]) -> list[str]:

@@ -522,6 +522,27 @@ def test_pages_show_the_latest_and_plot_all(tmp_path, monkeypatch):
             )
 
 
+def test_the_page_shows_a_second_record_of_the_same_commit_beside_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_page, "REPEATS", tmp_path / "again")
+    case = toy_case(name="step")
+    result = recorded(tmp_path, monkeypatch, "a" * 40, 1.25, "2026-01-01", case)
+    assert bench_page.repeat_of(result) is None
+    assert "Recorded again" not in bench_page.page()
+    recorded(tmp_path / "again", monkeypatch, "b" * 40, 1.25, "2026-01-02", case)
+    assert bench_page.repeat_of(result) is None  # another commit
+    recorded(tmp_path / "again", monkeypatch, "a" * 40, 1.5, "2026-01-03", case)
+    page = " ".join(bench_page.page().split())
+    assert "1 of 1 cases were recorded a second time" in page
+    # the toys' times are equal in each process, so a range is one number
+    rows = bench_page.compare_repeat(result, bench_page.repeat_of(result))
+    by_arm = {arm: (first, second, within) for _, arm, _, first, second, within in rows}
+    assert by_arm["veneer"] == ("1.25", "1.50", False)
+    assert by_arm["peft"][-1] is True
+    assert "floor" not in by_arm
+    assert f"{len(rows) - 1} of {len(rows)} medians of the second record lie in" in page
+
+
 def test_the_page_of_plans_takes_the_latest_record(tmp_path, monkeypatch):
     from scripts import plan_page
 
