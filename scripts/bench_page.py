@@ -53,6 +53,7 @@ TITLES = {
     "serve": "Serving over HTTP",
     "prefix": "A prompt that was asked before",
     "gap": "Streams beside long prompts",
+    "long_row": "A long row among short ones",
 }
 #: rows of "In short": title, case, setting that selects its column, Veneer's arm, number
 OWN_LOSS = "veneer, own loss and attention"

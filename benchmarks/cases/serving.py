@@ -1,4 +1,8 @@
-"""Many adapters served end to end over HTTP, beside PEFT, merged models and vLLM."""
+"""Many adapters served end to end over HTTP, beside PEFT, merged models and vLLM.
+
+$VLLM names a Python that has vLLM's CPU build; $BEFORE names a checkout of an earlier commit, whose
+`veneer serve` is another arm.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from typing import Any
 from runner import Arms, Case
 
 FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, a process each", "vllm"
+BEFORE = "veneer, an earlier commit"
 LENGTH = 1024
 
 
@@ -51,9 +56,10 @@ def command_of(
     limits = ["--rows", str(rows), "--length", str(length)]
     if name in (OURS, MERGED):  # rounds repeat their prompts
         limits += [] if cached else ["--no-prefix-cache"]
-    if name == OURS:
+    if name in (OURS, BEFORE):
         more = ["--adapters", str(folder / "adapters"), "--precision", "stored"]
-        return [*ours, str(folder / "base"), *more, *limits], {}
+        tree = {"PYTHONPATH": f"{os.environ['BEFORE']}/src"} if name == BEFORE else {}
+        return [*ours, str(folder / "base"), *more, *limits], {"env": tree}
     if name == MERGED:  # each serves the model that its adapter was merged into
         more = ["--name", adapters[number], "--precision", "stored"]
         return [*ours, str(folder / "merged" / adapters[number]), *more, *limits], {}
@@ -140,8 +146,9 @@ def serve_arms(
         return group
 
     groups = {FLOOR: start(FLOOR, 1), OURS: start(OURS, 1), MERGED: start(MERGED, adapters)}
-    if "VLLM" in os.environ:
-        groups[VLLM] = start(VLLM, 1)
+    for name, variable in ((VLLM, "VLLM"), (BEFORE, "BEFORE")):
+        if variable in os.environ:
+            groups[name] = start(name, 1)
     reference: list[Any] = []
 
     def arm(group: ServerGroup) -> Callable[[], Mapping[str, float]]:
@@ -160,6 +167,7 @@ def serve_arms(
                 "wall": seconds,
                 "rate": report["rate"],
                 "first p50": report["first"]["p50"],
+                "gap p50": report["next"]["p50"],
                 "gap p95": report["next"]["p95"],
                 "memory": held,
                 "alike": client.alike(answers, reference),
@@ -271,6 +279,55 @@ def gap_arms(
     return arms
 
 
+def long_row_arms(
+    stack: contextlib.ExitStack,
+    seed: int,
+    dtype: str,
+    layers: int,
+    streams: int,
+    tokens: int,
+    prompt: int,
+    tiny: bool = False,
+) -> Arms:
+    """CPU seconds of the server for short streams and a long one: one after the other, and in the
+    same batch; and the memory that it holds afterwards."""
+    from serve_cases import client, servers
+
+    alone = Alone(stack, dtype, layers, tiny, cached=False)
+    requests = [
+        client.body(
+            alone.adapters[0],
+            client.prompt((seed, number), size, size, alone.vocabulary),
+            tokens,
+        )
+        for number, size in enumerate([32] * (streams - 1) + [prompt])
+    ]
+    resting: dict[str, int] = {}
+
+    def arm(name: str, groups: Sequence[Sequence[Any]]) -> Callable[[], Mapping[str, float]]:
+        running = alone.groups[name].servers
+
+        async def ask(url: str) -> Mapping[str, float]:
+            before = servers.cpu_seconds(running)
+            resting.setdefault(name, servers.memory(running))
+            async with client.session() as http:
+                for group in groups:
+                    await asyncio.gather(*(client.ask(http, url, body) for body in group))
+            await asyncio.sleep(0.5)  # memory is given back after the last answer
+            return {
+                "served": servers.cpu_seconds(running) - before,
+                "held": servers.memory(running) / resting[name],
+            }
+
+        return lambda: alone.run(name, ask)
+
+    arms: dict[str, Callable[[], Mapping[str, float]]] = {}
+    for name in alone.groups:
+        arms[f"{name}, apart"] = arm(name, [requests[:-1], requests[-1:]])
+        arms[f"{name}, together"] = arm(name, [requests])
+    return arms
+
+
 def missing() -> str | None:
     python = os.environ.get("VLLM")
     if (
@@ -314,12 +371,14 @@ SERVE = Case(
         "wall": ("wall time", "ratio"),
         "rate": ("tokens/s", ",.0f"),
         "first p50": ("to the first token, ms, p50", ",.0f"),
+        "gap p50": ("between two, ms, p50", ",.0f"),
         "gap p95": ("between two, ms, p95", ",.0f"),
         "memory": ("memory", "bytes"),
         "alike": ("alike", ".1%"),
     },
+    rounds=3,
     group="serve",
-    minutes=22,
+    minutes=16,
     lacks=missing,
 )
 PREFIX = Case(
@@ -369,4 +428,35 @@ GAP = Case(
     minutes=8,
     lacks=missing,
 )
-CASES = (SERVE, PREFIX, GAP)
+LONG_ROW = Case(
+    "long_row",
+    "CPU time of a server for 15 streams with prompts of 32 tokens and one of 1,800 tokens, 64 "
+    "tokens to each; SmolLM2-135M's shape (6 of 30 layers).",
+    "the same base, prompts and threads, 16 rows, prefix caches off; `apart`: the 15 streams, then "
+    "the long one; `together`: all in one batch; memory is the server's after the last answer, "
+    "beside that before the first",
+    f"{OURS}, apart",
+    [
+        {
+            "threads": "default",
+            "dtype": dtype,
+            "layers": 6,
+            "streams": 16,
+            "tokens": 64,
+            "prompt": 1800,
+        }
+        for dtype in ("float32", "bfloat16")
+    ],
+    long_row_arms,
+    {"tiny": True, "streams": 3, "tokens": 8, "prompt": 40},
+    shown={
+        "served": ("CPU time of the server", "ratio"),
+        "wall": ("wall time", "ratio"),
+        "held": ("memory afterwards / before", ".2f"),
+    },
+    rounds=3,
+    group="serve",
+    minutes=4,
+    lacks=missing,
+)
+CASES = (SERVE, PREFIX, GAP, LONG_ROW)

@@ -127,6 +127,14 @@ def memory(servers: Sequence[Server]) -> int:
     )
 
 
+def cpu_seconds(servers: Sequence[Server]) -> float:
+    """CPU time of the servers' processes since their start, user and system."""
+    import psutil
+
+    times = [psutil.Process(pid).cpu_times() for server in servers for pid in tree(server)]
+    return sum(spent.user + spent.system for spent in times)
+
+
 def _kib(file: Path, name: str) -> int:
     return next(
         int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(name)

@@ -186,7 +186,11 @@ def test_it_runs():
 
 @pytest.mark.slow
 def test_prompts_that_are_cached_and_prompts_beside_streams_run():
-    for case, number in ((serving.PREFIX, "wall"), (serving.GAP, "gap")):
+    for case, number in (
+        (serving.PREFIX, "wall"),
+        (serving.GAP, "gap"),
+        (serving.LONG_ROW, "served"),
+    ):
         (result,) = runner.smoke(case, 1)["cases"]
         rounds = result["processes"][0]["rounds"]
         assert len(rounds) == 2
