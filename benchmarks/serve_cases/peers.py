@@ -36,11 +36,14 @@ Deliver = Callable[[Piece], None]
 
 @dataclass(eq=False)
 class Job:
-    """A request, whoever wants to hear of it, and what became of it."""
+    """A request, the callback that its pieces go to, and its state. The front reads `submitted`,
+    `started_at` and `cached` when the answer has ended."""
 
     request: Request
     deliver: Deliver
-    since: float = field(default_factory=time.monotonic)
+    submitted: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    cached: int = 0  # `generate` keeps no prefixes
     cancelled: bool = False
     done: bool = False
     count: int = 0
@@ -127,6 +130,7 @@ class Batches:
             )
             for job in self._running:
                 self._queue.remove(job)
+                job.started_at = time.monotonic()
             return self._running
 
     def _loop(self) -> None:
