@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,13 +309,15 @@ def long_row_arms(
         running = alone.groups[name].servers
 
         async def ask(url: str) -> Mapping[str, float]:
-            before = servers.cpu_seconds(running)
             resting.setdefault(name, servers.memory(running))
+            before, start = servers.cpu_seconds(running), time.perf_counter()
             async with client.session() as http:
                 for group in groups:
                     await asyncio.gather(*(client.ask(http, url, body) for body in group))
-            await asyncio.sleep(0.5)  # memory is given back after the last answer
+            wall = time.perf_counter() - start
+            await asyncio.sleep(3)  # an idle server gives memory back after two seconds
             return {
+                "wall": wall,
                 "served": servers.cpu_seconds(running) - before,
                 "held": servers.memory(running) / resting[name],
             }
