@@ -33,11 +33,11 @@ import plan_page
 import readme_picture
 import torture_page
 import trainers
-from veneer import cli
+from veneer.cli.command_table import COMMANDS as COMMAND_LINES
 from veneer.variants import VARIANTS, InitContext
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("", *cli.COMMANDS)
+COMMANDS = ("", *COMMAND_LINES)
 
 
 def help_of(command: str) -> str:
