@@ -78,7 +78,8 @@ class LoraConfig:
     - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that
       transformers initialised because the checkpoint did not hold it is trained in full),
       ``"attention"`` and ``"mlp"`` (the linear layers in and outside attention, in the repeated
-      blocks), ``"all"`` (everything that can be attached to);
+      blocks), ``"all"`` (everything that can be attached to), ``"peft-all-linear"`` (PEFT's
+      "all-linear": every ``nn.Linear`` and ``Conv1D`` but the output embedding);
     - a module's full path, or a suffix of it at a dot: ``"q_proj"``, ``"self_attn.q_proj"``;
     - a glob over the full path: ``"model.layers.*.mlp.*"``;
     - ``"re:…"``, a regular expression that matches the full path;
@@ -279,8 +280,7 @@ class LoraConfig:
     @staticmethod
     def from_peft(config: Any) -> LoraConfig:
         """The config that means what PEFT's means: an adapter that is attached with it computes the
-        same from the same parameters, and changes the same weights but where docs/from-peft.md tells
-        a difference ("all-linear", ``layers_to_transform``, ``layers_pattern``).
+        same from the same parameters, and changes the same weights.
 
         Args:
             config: a ``peft.LoraConfig``, a mapping of its fields, or the path of an

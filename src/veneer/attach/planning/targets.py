@@ -20,7 +20,7 @@ from veneer.attach.layer.names import Names, ParamRef, own_parameters, path_test
 from veneer.bases import unreadable
 from veneer.config import LoraConfig, Targets
 from veneer.errors import listing, sentence
-from veneer.layers import kind_of
+from veneer.layers import LAYERS, kind_of
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import without_unit_axes
 
@@ -29,6 +29,7 @@ _MEANING = {
     "attention": "the linear layers of attention",
     "mlp": "the linear layers of repeated blocks outside of attention",
     "all": "every layer that can be attached to",
+    "peft-all-linear": "every nn.Linear and Conv1D but the output embedding",
 }
 WORDS = tuple(_MEANING)
 
@@ -265,6 +266,13 @@ def _word_modules(names: Names, word: str) -> list[str]:
     attachable = {name: kind for name, module in names.modules.items() if (kind := kind_of(module))}
     if word == "all":
         return list(attachable)
+    if word == "peft-all-linear":
+        head, classes = _output_head(names), (nn.Linear, *LAYERS["conv1d_transformers"].types())
+        return [
+            name
+            for name in attachable
+            if isinstance(names.modules[name], classes) and names.modules[name] is not head
+        ]
     body = _body(names)
     linear = [name for name, kind in attachable.items() if kind.linear and name in body]
     if word == "all-linear":
