@@ -119,7 +119,7 @@ if TYPE_CHECKING:
     from veneer.attach.rows.blend import blend_adapters, common_base_adapter, require_finite_weights
     from veneer.attach.rows.select_rows import RowAdapters, time_first
     from veneer.attach.select import set_default, use
-    from veneer.attach.source.from_peft import METHODS, override_peft_methods
+    from veneer.attach.source.from_peft import METHODS, answer_peft_names
     from veneer.attach.source.method_overrides import (
         is_overridden,
         override_method,
@@ -255,10 +255,10 @@ _LAZY = {
     "submodule_calls": "source.source_analysis",  # the modules that a forward calls
     "weight_readers": "source.weight_readers",  # the methods that read a weight past its module
     # methods of a model that are overridden
+    "answer_peft_names": "source.from_peft",  # let PEFT's methods raise and name ours
     "METHODS": "source.from_peft",  # PEFT's methods, and what does the same here
     "is_overridden": "source.method_overrides",  # whether a method of a model is overridden
     "override_method": "source.method_overrides",  # replace a method of one model object
-    "override_peft_methods": "source.from_peft",  # let PEFT's methods raise and name ours
     "without_adapters": "source.method_overrides",  # a view of a model without its adapters
 }
 

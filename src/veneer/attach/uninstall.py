@@ -12,12 +12,14 @@ from veneer.attach.layer.adapted_module import (
     layer_states,
     restore_module,
     set_child,
+    uncover,
     walk,
     weight_of,
 )
 from veneer.attach.layer.lookup import need_adapters, unwrap
 from veneer.attach.layer.state import ADAPTERS, ModelAdapters, one_thread_at_a_time
 from veneer.attach.planning.weight_tying import tie_again
+from veneer.attach.source.from_peft import answer_peft_names
 from veneer.attach.source.method_overrides import remove_overrides
 from veneer.bases import storage_of
 from veneer.errors import MergeError
@@ -43,6 +45,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     _require_detachable(attached, names, keep_merged)
     if any(map(names.__contains__, attached.merges())):
         attached.untied = ()  # weights that were untied for the merge stay untied
+    answered = uncover(model)
     for adapter in names:
         # calls that still select it raise
         attached.selections[adapter].layer_adapters = None
@@ -61,6 +64,8 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     for _, module in walk(model) if not remaining else ():
         remove_overrides(module)
     release_layers(model, attached)
+    if answered and remaining:
+        answer_peft_names(model)
 
 
 def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:

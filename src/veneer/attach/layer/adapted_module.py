@@ -130,8 +130,18 @@ def _rebuild(base: type[nn.Module], entries: tuple[str, ...] = ()) -> nn.Module:
     return object.__new__(adapted_class(base, entries))
 
 
+def uncover(module: nn.Module) -> bool:
+    """Take away the class by which a root answers PEFT's names (``source/from_peft.py``). False if
+    the module has none."""
+    covered = vars(type(module)).get("veneer_covered")
+    if covered is not None:
+        module.__class__ = covered
+    return covered is not None
+
+
 def adapt_methods(module: nn.Module, methods: Iterable[str]) -> None:
     """Make these methods of an adapted module use its adapters too, besides ``forward``."""
+    uncover(module)
     cls: Any = type(module)
     if not {*methods} <= {*cls.veneer_entries}:
         module.__class__ = adapted_class(
@@ -175,6 +185,7 @@ def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 def adapt_module(module: nn.Module, layer_state: LayerState) -> None:
     """Give ``module`` its adapted class and its layer state. Nothing else of it changes."""
+    uncover(module)
     wrapper = instance_forward(module)
     layer_state.own_forward = wrapper if wrapper is not type(module).forward else None
     set_child(module, STATE, layer_state)
@@ -244,6 +255,7 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def restore_module(module: nn.Module) -> None:
+    uncover(module)
     base, layer_state = getattr(type(module), "veneer_base", type(module)), state_of(module)
     wrapper = None if layer_state is None else layer_state.own_forward
     # first: a module of its base class that has a layer state is a view
