@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         weight_of,
         with_values,
     )
+    from veneer.attach.layer.call import Call
     from veneer.attach.layer.change import Change
     from veneer.attach.layer.dtypes import is_float
     from veneer.attach.layer.layer_adapter import LayerAdapter
@@ -173,6 +174,7 @@ _LAZY = {
     "unwrap": "layer.lookup",  # the model inside of DDP and torch.compile
     # an adapted layer
     "Change": "layer.change",  # the change of one weight: its parameters, and ΔW from these
+    "Call": "layer.call",  # one call of an adapted module
     "LayerAdapter": "layer.layer_adapter",  # what one adapter changes at one layer
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights
     "ROWS": "layer.token_rows",  # the name of the trained token rows among a Change's parameters

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from veneer import context
+from veneer.attach.layer.call import Call
 from veneer.attach.layer.qconfig import Qconfig
 from veneer.attach.layer.state import STATE, LayerState
 from veneer.bases import is_opaque
@@ -79,7 +80,7 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
         layer_adapter = layer_adapters[layer_state.key]
         if calling_context.reached is not None:
             calling_context.reached.update(layer_adapter.reached_ids())
-        return layer_adapter.run(self, base, layer_state, args, kwargs, calling_context)
+        return layer_adapter.run(Call(self, base, layer_state, args, kwargs, calling_context))
 
     attributes = {
         "__module__": base.__module__,
@@ -113,9 +114,7 @@ def _adapt_method(base: type[nn.Module], name: str) -> Any:
         layer_adapter = chosen.layer_adapters[layer_state.key, name]
         if calling_context.reached is not None:
             calling_context.reached.update(layer_adapter.reached_ids(name))
-        return layer_adapter.run(
-            self, base, layer_state, args, kwargs, calling_context, method=name
-        )
+        return layer_adapter.run(Call(self, base, layer_state, args, kwargs, calling_context, name))
 
     return property(run) if isinstance(getattr(base, name), property) else run
 

@@ -92,7 +92,7 @@ def _answering_class(cls: Any) -> Any:
     }
     refused = frozenset(name for name in METHODS if name in mixed_in or not hasattr(cls, name))
 
-    def __getattr__(self: Any, name: str) -> Any:
+    def find_attribute(self: Any, name: str) -> Any:
         # only called for names that are not found otherwise, such as those of children
         try:
             return cls.__getattr__(self, name)
@@ -101,7 +101,7 @@ def _answering_class(cls: Any) -> Any:
                 raise _method_error(self, name) from None
             raise
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         arguments = base_class(self), getattr(cls, "veneer_entries", None)
         return _rebuild, arguments, self.__getstate__()
 
@@ -109,8 +109,8 @@ def _answering_class(cls: Any) -> Any:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "__getattr__": __getattr__,
-        "__reduce_ex__": __reduce_ex__,
+        "__getattr__": find_attribute,
+        "__reduce_ex__": reduce,
         "veneer_base": getattr(cls, "veneer_base", cls),
         "veneer_covered": cls,
     }
