@@ -23,7 +23,7 @@ from rich.table import Table
 import veneer
 from demo import pronounce, report
 from veneer import models
-from veneer.attach.summary import format_bytes
+from veneer.errors import format_bytes
 from veneer.train.config import TrainConfig, make_config
 from veneer.train.generate import generate
 from veneer.train.run import fit

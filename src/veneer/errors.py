@@ -1,4 +1,5 @@
-"""Every error that Veneer raises on purpose, as one tree.
+"""Every error that Veneer raises on purpose, as one tree; warnings of the attached model; and the
+form of their texts.
 
     VeneerError
     ├── ConfigError        ValueError       a field of a config is wrong
@@ -18,7 +19,13 @@
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
-Each is also the standard library's type for its kind, so that ``except ValueError`` works. A
+    UserWarning
+    ├── FreshWeights      an adapter does not hold parameters that the checkpoint did not hold
+    ├── NotQuantized      torch's quantisation passes an adapted layer by
+    ├── NotTrained        an optimiser does not train the adapter
+    └── SkippedLayers     targets="all" leaves layers out
+
+Each error is also the standard library's type for its kind, so that ``except ValueError`` works. A
 message says what was found, what was expected and what to do; a function that finds several
 problems collects them and raises once.
 """
@@ -223,6 +230,24 @@ class BaseMismatchError(AdapterError):
     """
 
 
+class FreshWeights(UserWarning):
+    """Warns of parameters that neither the checkpoint nor the adapter stores. They will have other
+    values when the adapter is loaded again."""
+
+
+class NotQuantized(UserWarning):
+    """Adapted layers that ``torch.ao.quantization`` leaves in floating point."""
+
+
+class NotTrained(UserWarning):
+    """Warns that an optimiser took a step that cannot change an adapter meant to train."""
+
+
+class SkippedLayers(UserWarning):
+    """``targets="all"`` left out layers that cannot carry an adapter. The text gives each
+    reason."""
+
+
 #: characters of what was found, and problems, that one message shows: both may come from a file of
 #: any size
 LONGEST, MOST = 2000, 50
@@ -280,3 +305,9 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     more = f", … ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more if names else "none"
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes as text, in powers of 1024."""
+    power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
+    return f"{count / 1024**power:,.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

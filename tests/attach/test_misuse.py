@@ -18,9 +18,8 @@ from tests.support.tiny import tiny_model
 from torch import nn
 
 import veneer
-from veneer.attach.layer.qconfig import NotQuantized
 from veneer.attach.source.from_peft import METHODS
-from veneer.errors import AdapterError, ConfigError, MethodError, TargetError
+from veneer.errors import AdapterError, ConfigError, MethodError, NotQuantized, TargetError
 from veneer.formats import peft as peft_format
 
 # PEFT asks transformers for an attribute that is called otherwise by now

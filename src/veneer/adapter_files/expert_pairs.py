@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import GENERAL_KIND, Names, kind_for
+from veneer.attach import Names
 from veneer.errors import sentence
 from veneer.formats import peft
 from veneer.formats._base import PAIR
+from veneer.layers import GENERAL_KIND, kind_for
 from veneer.models.meta import map_checkpoint_names
 
 #: …experts.<number>.<projection>

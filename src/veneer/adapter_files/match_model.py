@@ -50,7 +50,6 @@ from veneer.attach import (
     check_full,
     full_readers,
     has_forward,
-    kind_for,
     overlaps,
     own_parameters,
     parameter_path,
@@ -62,7 +61,7 @@ from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, rai
 from veneer.fileio.hashing import fingerprint_without_rows
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft, peft_behaviour, peft_fields, peft_paths, peft_tokens
-from veneer.layers import kind_of
+from veneer.layers import kind_for, kind_of
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 

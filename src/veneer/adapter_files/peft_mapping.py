@@ -25,14 +25,12 @@ from veneer.adapter_files.peft_deviations import (
     outside_reader,
 )
 from veneer.attach import (
-    GENERAL_KIND,
     Change,
     Names,
     ParamRef,
     adapters,
     attributes_read_above,
     base_class,
-    kind_for,
     layer_states,
     own_parameters,
     parameter_path,
@@ -40,7 +38,7 @@ from veneer.attach import (
 )
 from veneer.config import LoraConfig
 from veneer.formats import peft, peft_behaviour, peft_paths
-from veneer.layers import kind_of
+from veneer.layers import GENERAL_KIND, kind_for, kind_of
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS

@@ -28,14 +28,13 @@ from veneer.attach import (
     changes,
     holders,
     holders_of,
-    kind_for,
     parameter_path,
     weight_of,
 )
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, nearest, raise_all, sentence
 from veneer.formats import peft, peft_tokens
-from veneer.layers import kind_of
+from veneer.layers import kind_for, kind_of
 
 
 def _token_changes(names: Names, name: str) -> Iterator[tuple[str, str, Change]]:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from veneer.attach.checking.check import check
     from veneer.attach.data_init import Loss, collect_calibration_data
-    from veneer.attach.first_step import NotTrained
     from veneer.attach.install import (
         adapt_modules,
         build_layer_adapters,
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     )
     from veneer.attach.layer.call import Call
     from veneer.attach.layer.change import Change
-    from veneer.attach.layer.dtypes import is_float
     from veneer.attach.layer.layer_adapter import LayerAdapter
     from veneer.attach.layer.lookup import (
         adapters,
@@ -51,7 +49,6 @@ if TYPE_CHECKING:
         unwrap,
     )
     from veneer.attach.layer.names import Names, ParamRef, own_parameters, path_test
-    from veneer.attach.layer.qconfig import NotQuantized
     from veneer.attach.layer.state import (
         BASE,
         CHANGING,
@@ -73,16 +70,10 @@ if TYPE_CHECKING:
         without_backup,
     )
     from veneer.attach.merging.unmerge import unmerge
-    from veneer.attach.planning.fresh_weights import (
-        FreshWeights,
-        fresh_parameters,
-        has_head,
-        warn_fresh,
-    )
+    from veneer.attach.planning.fresh_weights import fresh_parameters, has_head, warn_fresh
     from veneer.attach.planning.plan import (
         LowRankPlan,
         Plans,
-        SkippedLayers,
         TargetSpec,
         changed_refs,
         full_readers,
@@ -91,14 +82,7 @@ if TYPE_CHECKING:
         plan_low,
         with_ties,
     )
-    from veneer.attach.planning.refusals import (
-        GENERAL_KIND,
-        check_full,
-        holders,
-        holders_of,
-        kind_for,
-        name_problems,
-    )
+    from veneer.attach.planning.refusals import check_full, holders, holders_of, name_problems
     from veneer.attach.planning.shared_memory import overlaps
     from veneer.attach.planning.targets import (
         bad_regex,
@@ -110,7 +94,6 @@ if TYPE_CHECKING:
     from veneer.attach.planning.weight_tying import (
         UNTIE,
         Untied,
-        equal_values,
         split_tie_problems,
         split_tie_refs,
         tie_again,
@@ -132,7 +115,7 @@ if TYPE_CHECKING:
         has_forward,
         weight_readers,
     )
-    from veneer.attach.summary import CallPlan, Summary, call_plan, format_bytes, summarise
+    from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
     from veneer.attach.uninstall import detach, release_layers
 
 #: name -> the file that defines it, below veneer.attach
@@ -153,15 +136,10 @@ _LAZY = {
     "reference_of": "reference",  # the Reference that computes what the model computes now
     # their reports and warnings
     "CallPlan": "summary",  # how linear layers compute a call of some tokens
-    "FreshWeights": "planning.fresh_weights",  # warns of weights that no checkpoint holds
     "LayerMerge": "merging.merge_report",  # what a merge did to one weight
     "MergeReport": "merging.merge_report",  # what a merge did to all weights
-    "NotQuantized": "layer.qconfig",  # warns of layers that torch's quantisation passes by
-    "NotTrained": "first_step",  # warns of an optimiser that does not train the adapter
-    "SkippedLayers": "planning.plan",  # warns of layers that targets="all" leaves out
     "Summary": "summary",  # what summarise returns
     "call_plan": "summary",  # the CallPlan of a number of tokens
-    "format_bytes": "summary",  # a number of bytes, with its unit
     # the adapters of a model
     "ModelAdapters": "layer.state",  # names, configs and merges of a model's adapters
     "adapters": "layer.lookup",  # each layer that an adapter changes, with its LayerAdapter
@@ -180,7 +158,6 @@ _LAZY = {
     "ROWS": "layer.token_rows",  # the name of the trained token rows among a Change's parameters
     "STATE": "layer.state",  # the name of the child that holds a layer's LayerState
     "base_class": "layer.adapted_module",  # the class of a module without its adapters
-    "is_float": "layer.dtypes",  # whether a value is a floating-point tensor
     "layer_states": "layer.adapted_module",  # each adapted module with its LayerState
     "run_on_view": "layer.views",  # run a module's own forward on changed weights
     "state_of": "layer.adapted_module",  # the LayerState of a module, or None
@@ -212,7 +189,6 @@ _LAZY = {
     "pattern_list": "planning.targets",  # a config's targets as a list
     "target_refs": "planning.targets",  # the parameters that a config targets
     # a plan, and what stands against it
-    "GENERAL_KIND": "planning.refusals",  # the kind of layers that have no kind of their own
     "LowRankPlan": "planning.plan",  # the plan of one weight
     "Plans": "planning.plan",  # the plan of one adapter
     "TargetSpec": "planning.plan",  # the rank, alpha and rows that one weight is to have
@@ -224,7 +200,6 @@ _LAZY = {
     "holders": "planning.refusals",  # the modules that hold each parameter
     "holders_of": "planning.refusals",  # the modules that hold one weight
     "is_matrix": "planning.plan",  # whether a low-rank change fits a parameter
-    "kind_for": "planning.refusals",  # the layer kind that describes a parameter
     "name_problems": "planning.refusals",  # why an adapter of a name cannot be added
     "overlaps": "planning.shared_memory",  # problems of parameters that share memory
     "plan_low": "planning.plan",  # the plans of weights with a TargetSpec
@@ -233,7 +208,6 @@ _LAZY = {
     # weights that are tied
     "UNTIE": "planning.weight_tying",  # how to untie a weight, for messages
     "Untied": "planning.weight_tying",  # names that have weights of their own now
-    "equal_values": "planning.weight_tying",  # whether two tensors hold the same numbers
     "split_tie_problems": "planning.weight_tying",  # ties that a merge cannot express
     "split_tie_refs": "planning.weight_tying",  # tied parameters with values of their own
     "tie_again": "planning.weight_tying",  # undo untie

@@ -38,14 +38,14 @@ from veneer.attach.layer.state import (
 )
 from veneer.attach.layer.token_rows import ROWS, start
 from veneer.attach.planning.plan import LowRankPlan, Plans
-from veneer.attach.planning.refusals import kind_for, name_problems
+from veneer.attach.planning.refusals import name_problems
 from veneer.attach.source.source_analysis import same_input
 from veneer.attach.source.weight_readers import bound, fast_path_switches, modules_with_fast_path
 from veneer.bases import BASES, storage_of, without_gradient
 from veneer.config import LoraConfig, torch_dtype
 from veneer.distributed import full_tensor
 from veneer.errors import TargetError, raise_all
-from veneer.layers import kind_of
+from veneer.layers import kind_for, kind_of
 from veneer.layers._base import factors
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext

@@ -13,6 +13,7 @@ from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_na
 from veneer.attach.layer.names import Names
 from veneer.attach.planning.targets import layers_left_out
 from veneer.bases import storage_of
+from veneer.errors import format_bytes
 from veneer.kernels import cost_model
 
 
@@ -116,12 +117,6 @@ def _element_count(weight: nn.Parameter) -> int:
     """The number of elements of a weight; a packed one stores several in one element."""
     storage = storage_of(weight)
     return weight.numel() if storage is None else storage.shape(weight).numel()
-
-
-def format_bytes(count: float) -> str:
-    """A number of bytes as text, in powers of 1024."""
-    power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
-    return f"{count / 1024**power:,.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 @dataclass(frozen=True)

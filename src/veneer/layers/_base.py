@@ -259,6 +259,13 @@ def kind_of(module: Any) -> Layer | None:
     return kind if kind.weights(module) or kind.vectors(module) else None
 
 
+def kind_for(module: nn.Module, name: str) -> Any:
+    """The layer kind that describes one parameter: its module's, or the general kind for a
+    parameter that the module's kind does not list."""
+    kind = kind_of(module)
+    return kind if kind is not None and name in kind.weights(module) else LAYERS[GENERAL]
+
+
 def factors(
     kind: Layer, module: Any, base: type[nn.Module], trusted: tuple[type[nn.Module], ...] = ()
 ) -> bool:

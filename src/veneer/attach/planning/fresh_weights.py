@@ -13,12 +13,7 @@ from torch import nn
 
 from veneer.attach.layer.names import Names, ParamRef
 from veneer.distributed import is_sharded
-from veneer.errors import listing
-
-
-class FreshWeights(UserWarning):
-    """Warns of parameters that neither the checkpoint nor the adapter stores. They will have other
-    values when the adapter is loaded again."""
+from veneer.errors import FreshWeights, listing
 
 
 def fresh_parameters(names: Names) -> dict[int, ParamRef]:

@@ -20,20 +20,15 @@ from veneer.attach.layer.state import one_thread_at_a_time
 from veneer.attach.planning import refusals, token_targets
 from veneer.attach.planning import targets as targeting
 from veneer.attach.planning.fresh_weights import fresh_parameters
-from veneer.attach.planning.refusals import holders, kind_for
+from veneer.attach.planning.refusals import holders
 from veneer.attach.planning.shared_memory import overlaps
 from veneer.attach.planning.targets import WORDS, pattern_list
 from veneer.attach.source.weight_readers import WeightReader, weight_readers
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, TargetError, raise_all, sentence
-from veneer.layers import Dims, Layer, kind_of
+from veneer.errors import ConfigError, SkippedLayers, TargetError, raise_all, sentence
+from veneer.layers import GENERAL_KIND, Dims, Layer, kind_for, kind_of
 from veneer.variants import VARIANTS
-
-
-class SkippedLayers(UserWarning):
-    """``targets="all"`` left out layers that cannot carry an adapter. The text gives each
-    reason."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +321,7 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
     kind = kind_of(module)
     if kind is not None and (name in kind.weights(module) or name in kind.vectors(module)):
         return name in kind.weights(module)
-    return "bias" not in name and name in refusals.GENERAL_KIND.weights(module)
+    return "bias" not in name and name in GENERAL_KIND.weights(module)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Set
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,17 +21,7 @@ from veneer.attach.source.weight_readers import modules_with_fast_path, unreacha
 from veneer.bases import storage_of, unreadable
 from veneer.distributed import spread_problem, within_run_on_all
 from veneer.errors import listing, sentence
-from veneer.layers import LAYERS, Layer, kind_of
-from veneer.layers._base import GENERAL
-
-GENERAL_KIND: Layer = LAYERS[GENERAL]
-
-
-def kind_for(module: nn.Module, name: str) -> Any:
-    """The layer kind that describes one parameter: its module's, or the general kind for a
-    parameter that the module's kind does not list."""
-    kind = kind_of(module)
-    return kind if kind is not None and name in kind.weights(module) else GENERAL_KIND
+from veneer.layers import kind_for
 
 
 def holders(names: Names) -> dict[int, list[ParamRef]]:

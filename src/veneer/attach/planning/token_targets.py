@@ -11,10 +11,10 @@ from torch import nn
 from veneer.attach.layer.adapted_module import base_class, weight_of
 from veneer.attach.layer.lookup import parameter_path
 from veneer.attach.layer.names import Names, ParamRef
-from veneer.attach.planning.refusals import holders, holders_of, kind_for
+from veneer.attach.planning.refusals import holders, holders_of
 from veneer.bases import storage_of
 from veneer.errors import listing, sentence
-from veneer.layers import kind_of
+from veneer.layers import kind_for, kind_of
 
 #: the layer kinds whose weight is [V, d], with one row per token
 KINDS = ("embedding", "linear")

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from veneer.attach.layer.adapted_module import layer_states, weight_of
@@ -23,6 +22,7 @@ from veneer.attach.layer.lookup import adapters, parameter_path
 from veneer.attach.layer.names import Names, ParamRef
 from veneer.attach.planning.refusals import holders
 from veneer.errors import AdapterError, listing, sentence
+from veneer.precision import equal_values
 
 UNTIE = (
     "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie"
@@ -43,12 +43,6 @@ def split_tie_refs(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> fr
         ):
             split_refs |= {ref for ref in refs if ref[1] in full.get(ref[0], ())}
     return frozenset(split_refs)
-
-
-def equal_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; their dtypes may differ."""
-    common = torch.promote_types(a.dtype, b.dtype)
-    return a is b or torch.equal(a.to(common), b.to(common))
 
 
 def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.peft_mapping import kind_for
 from veneer.attach import (
     Names,
     ParamRef,
@@ -37,6 +36,7 @@ from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
 from veneer.formats._base import LowRankChange
+from veneer.layers import kind_for
 from veneer.layers._base import GENERAL
 from veneer.lowrank import Svd
 

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.peft_mapping import kind_for
 from veneer.adapter_files.save_load import save
 from veneer.attach import (
     Names,
@@ -46,6 +45,7 @@ from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise
 from veneer.fileio.atomic import must_not_exist
 from veneer.fileio.hashing import fingerprint_of
 from veneer.kernels import svd
+from veneer.layers import kind_for
 from veneer.layers._base import GENERAL
 from veneer.models.base_weights import list_weights
 from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost
