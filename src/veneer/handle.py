@@ -27,7 +27,6 @@ from veneer.attach import (
     changes,
     collect_calibration_data,
     detach,
-    fresh_parameters,
     install_adapter,
     merge,
     need_adapters,
@@ -110,7 +109,7 @@ def attach(
         for entry in plans.low
         if entry.tokens
     }
-    lost = [ref for key, ref in fresh_parameters(names).items() if key not in in_full]
+    lost = [ref for key, ref in names.fresh_parameters().items() if key not in in_full]
     warn_fresh(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 

@@ -25,7 +25,6 @@ from veneer.attach import (
     base_class,
     bits_before_merge,
     changes,
-    fresh_parameters,
     has_head,
     install_adapter,
     name_problems,
@@ -282,7 +281,7 @@ def _proof(
     }
     # the adapter holds the fresh rows of these
     held = {id(weight) for weight, change in weights.values() if change.tokens is not None}
-    lost = {key: ref for key, ref in fresh_parameters(names).items() if key not in replaced | held}
+    lost = {key: ref for key, ref in names.fresh_parameters().items() if key not in replaced | held}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
     # the output of a model without a head does not depend on its pooler, which may be random
     gone = without_backup(model, name) if fingerprints is None else frozenset()

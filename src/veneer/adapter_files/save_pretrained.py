@@ -36,7 +36,6 @@ from veneer.attach import (
     adapters_of,
     base_class,
     changes,
-    fresh_parameters,
     layer_states,
     need_adapters,
     parameter_path,
@@ -214,7 +213,7 @@ def _labels_to_pass(model: nn.Module) -> int | None:
     labels = labels_of(model)
     return (
         None
-        if labels is None or len(labels) == 2 or not fresh_parameters(Names(model))
+        if labels is None or len(labels) == 2 or not Names(model).fresh_parameters()
         else len(labels)
     )
 

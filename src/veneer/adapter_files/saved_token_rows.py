@@ -26,8 +26,6 @@ from veneer.attach import (
     adapters_of,
     base_class,
     changes,
-    holders,
-    holders_of,
     parameter_path,
     weight_of,
 )
@@ -57,7 +55,7 @@ def config_fields(names: Names, name: str) -> dict[str, Any]:
     """The fields of the PEFT config for the trained tokens, with the reason in ``peft_type`` if
     PEFT would compute something else."""
     fields: dict[str, Any] = {}
-    by_identity = holders(names)
+    by_identity = names.holders()
     for path, weight, change in _token_changes(names, name):
         tokens: Any = change.tokens
         fields.setdefault(peft_tokens.FIELD, {})[path] = tokens.tolist()
@@ -77,7 +75,7 @@ def deviation_reason(
 ) -> str | None:
     """Why PEFT, with trained tokens of this module and of the modules ``further_paths``, computes
     something else than a weight with these rows; None if it does not."""
-    refs = holders_of(names, ref, by_identity)
+    refs = names.holders_of(ref, by_identity)
     for path, name in refs:
         module = names.modules[path]
         reason = peft_deviations.deviation_reason(names, (path, name), False)
@@ -97,7 +95,7 @@ def trains_one_name(
 ) -> bool:
     """Whether PEFT, with trained tokens of this module and of the modules ``further_paths``, leaves
     another name of the same weight unchanged."""
-    refs = holders_of(names, ref, by_identity)
+    refs = names.holders_of(ref, by_identity)
     reached = {*further_paths, ref[0], *(_tied_to_input(names) if _is_input(names, ref[0]) else ())}
     return any(path not in reached for path, _ in refs)
 
@@ -130,14 +128,14 @@ def owner_at(
     kind = None if path is None else kind_of(names.modules[path])
     if path is None or kind is None or weight_of(names.modules[path], kind.weight) is None:
         return None
-    return holders_of(names, (path, kind.weight), by_identity)[0]
+    return names.holders_of((path, kind.weight), by_identity)[0]
 
 
 def match_tokens(
     names: Names, saved: AdapterFiles, problems: list[str], by_peft_rules: bool
 ) -> dict[ParamRef, peft_tokens.TokenRows]:
     """The trained token rows of a folder, by the weight of this model; adds to ``problems``."""
-    by_identity = holders(names)
+    by_identity = names.holders()
     matches: dict[ParamRef, peft_tokens.TokenRows] = {}
     for module_path, entry in saved.tokens.items():
         owner = owner_at(names, module_path, by_identity)
@@ -295,7 +293,7 @@ def grown_size(model: nn.Module, saved: AdapterFiles) -> int | None:
         problems.append(
             sentence("a model with adapters", "one that may still grow", "load this adapter first")
         )
-    by_identity = holders(names)
+    by_identity = names.holders()
     trained = {
         owner_at(names, module_path, by_identity): token_rows.ids
         for module_path, token_rows in saved.tokens.items()

@@ -23,7 +23,6 @@ from veneer.attach import (
     ParamRef,
     Untied,
     adapters_of,
-    holders,
     parameter_path,
     split_tie_refs,
     untie,
@@ -50,7 +49,7 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
     if required is False:
         return None
     names = Names(model)
-    if not any(len(refs) > 1 for refs in holders(names).values()):
+    if not any(len(refs) > 1 for refs in names.holders().values()):
         return None
     refs = refs_apart(names, read(path, weights_of(names)))
     if not refs:
@@ -87,7 +86,7 @@ def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
     of the names only."""
     low = {ref_at(names, path, saved.peft_config): layer for path, layer in saved.low.items()}
     refs_low: list[ParamRef] = []
-    tied = [refs for refs in holders(names).values() if len(refs) > 1]
+    tied = [refs for refs in names.holders().values() if len(refs) > 1]
     for refs in tied:
         layers = [low[ref] for ref in refs if ref in low]
         if layers and (
@@ -119,7 +118,7 @@ def _fits(names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Ten
 
 def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights for which the folder trains different token rows."""
-    by_identity, token_refs = holders(names), []
+    by_identity, token_refs = names.holders(), []
     recorded = saved.metadata.get("base", {})
     recorded_names = {
         tensor_name for kind in ("weights", "rest") for tensor_name in recorded.get(kind) or ()

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
         without_backup,
     )
     from veneer.attach.merging.unmerge import unmerge
-    from veneer.attach.planning.fresh_weights import fresh_parameters, has_head, warn_fresh
+    from veneer.attach.planning.fresh_weights import has_head, warn_fresh
     from veneer.attach.planning.plan import (
         LowRankPlan,
         Plans,
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
         plan_low,
         with_ties,
     )
-    from veneer.attach.planning.refusals import check_full, holders, holders_of, name_problems
+    from veneer.attach.planning.refusals import check_full, name_problems
     from veneer.attach.planning.shared_memory import overlaps
     from veneer.attach.planning.targets import (
         bad_regex,
@@ -194,11 +194,8 @@ _LAZY = {
     "TargetSpec": "planning.plan",  # the rank, alpha and rows that one weight is to have
     "changed_refs": "planning.plan",  # the parameters that a plan changes or replaces
     "check_full": "planning.refusals",  # problems of parameters that are to be trained in full
-    "fresh_parameters": "planning.fresh_weights",  # the parameters that no checkpoint holds
     "full_readers": "planning.plan",  # the methods that read parameters trained in full
     "has_head": "planning.fresh_weights",  # whether a transformers model has a head
-    "holders": "planning.refusals",  # the modules that hold each parameter
-    "holders_of": "planning.refusals",  # the modules that hold one weight
     "is_matrix": "planning.plan",  # whether a low-rank change fits a parameter
     "name_problems": "planning.refusals",  # why an adapter of a name cannot be added
     "overlaps": "planning.shared_memory",  # problems of parameters that share memory

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from veneer.attach.layer.adapted_module import walk
+from veneer.attach.layer.adapted_module import walk, weight_of
 from veneer.bases import hidden, is_opaque
+from veneer.distributed import is_sharded
 from veneer.errors import listing, nearest
 from veneer.layers import kind_of
 
@@ -55,6 +56,38 @@ class Names:
                 if p is not None and not hidden(module, name)
             }
             yield from (((path, name), parameter) for name, parameter in plain.items())
+
+    def holders(self) -> dict[int, list[ParamRef]]:
+        """(path, name) of every module that holds a parameter, by the parameter's identity."""
+        by_identity: dict[int, list[ParamRef]] = {}
+        for ref, parameter in self.parameters():
+            by_identity.setdefault(id(parameter), []).append(ref)
+        return by_identity
+
+    def holders_of(
+        self, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
+    ) -> list[ParamRef]:
+        """(path, name) of every module that holds a weight, in the model's order. ``by_identity``
+        is the result of ``holders``."""
+        return by_identity.get(id(weight_of(self.modules[ref[0]], ref[1])), [ref])
+
+    def fresh_parameters(self) -> dict[int, ParamRef]:
+        """The parameters that were not in the checkpoint: the first reference to each, by its
+        ``id``.
+
+        transformers marks the parameters that it loads. Without any such mark nothing is known, so
+        the result is empty. Sharded parameters lose their marks when they are moved, so sharded and
+        unsharded parameters are considered separately.
+        """
+        references: dict[int, ParamRef] = {}
+        parameters = [
+            (is_sharded(parameter), ref, parameter) for ref, parameter in self.parameters()
+        ]
+        with_marks = {sharded for sharded, _, parameter in parameters if _was_loaded(parameter)}
+        for sharded, ref, parameter in parameters:
+            if sharded in with_marks and not _was_loaded(parameter):
+                references.setdefault(id(parameter), ref)
+        return references
 
     def matching(self, pattern: str) -> list[str]:
         """The first names of the modules that ``pattern`` matches under any name, in the model's
@@ -112,6 +145,10 @@ class Names:
             if kind_of(m)
         )
         return listing(dict.fromkeys(names), limit=12)
+
+
+def _was_loaded(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def own_parameters(module: nn.Module) -> list[str]:

@@ -11,29 +11,8 @@ from collections.abc import Collection
 
 from torch import nn
 
-from veneer.attach.layer.names import Names, ParamRef
-from veneer.distributed import is_sharded
+from veneer.attach.layer.names import ParamRef
 from veneer.errors import FreshWeights, listing
-
-
-def fresh_parameters(names: Names) -> dict[int, ParamRef]:
-    """The parameters that were not in the checkpoint: the first reference to each, by its ``id``.
-
-    transformers marks the parameters that it loads. Without any such mark nothing is known, so the
-    result is empty. Sharded parameters lose their marks when they are moved, so sharded and
-    unsharded parameters are considered separately.
-    """
-    references: dict[int, ParamRef] = {}
-    parameters = [(is_sharded(parameter), ref, parameter) for ref, parameter in names.parameters()]
-    with_marks = {sharded for sharded, _, parameter in parameters if _was_loaded(parameter)}
-    for sharded, ref, parameter in parameters:
-        if sharded in with_marks and not _was_loaded(parameter):
-            references.setdefault(id(parameter), ref)
-    return references
-
-
-def _was_loaded(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def has_head(model: nn.Module) -> bool:

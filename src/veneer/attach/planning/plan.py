@@ -19,8 +19,6 @@ from veneer.attach.layer.names import Names, ParamRef
 from veneer.attach.layer.state import one_thread_at_a_time
 from veneer.attach.planning import refusals, token_targets
 from veneer.attach.planning import targets as targeting
-from veneer.attach.planning.fresh_weights import fresh_parameters
-from veneer.attach.planning.refusals import holders
 from veneer.attach.planning.shared_memory import overlaps
 from veneer.attach.planning.targets import WORDS, pattern_list
 from veneer.attach.source.weight_readers import WeightReader, weight_readers
@@ -176,7 +174,7 @@ class _Planner:
         trained in full: a ΔW of random values would be useless to anyone who loads the adapter."""
         if "all-linear" not in self.words:
             return []
-        fresh = fresh_parameters(self.names)
+        fresh = self.names.fresh_parameters()
         left_out = targeting.excluded_refs(self.names, self.config, [])
         trainable = [ref for key, ref in fresh.items() if key not in self.frozen]
         head = targeting.fresh_head(self.names, trainable)
@@ -185,7 +183,7 @@ class _Planner:
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
         """The targets that can carry an adapter. A warning names the others, as "all" means every
         layer that can."""
-        by_identity = holders(self.names)
+        by_identity = self.names.holders()
         without = {
             path: module for path, module in self.names.modules.items() if kind_of(module) is None
         }
@@ -239,8 +237,8 @@ class _Planner:
         )
         with_tokens = dict(specs)
         for ref, spec in specs.items() if tokens else ():
-            by_identity = by_identity or holders(self.names)
-            owner = refusals.holders_of(self.names, ref, by_identity)[0]
+            by_identity = by_identity or self.names.holders()
+            owner = self.names.holders_of(ref, by_identity)[0]
             with_tokens[ref] = replace(spec, tokens=tokens.pop(owner, None))
             if with_tokens[ref].tokens and self.config.dropout:
                 problem = (
@@ -293,7 +291,7 @@ def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) 
 def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """``full`` with every other module that holds the same parameters: tied parameters are trained
     as one."""
-    by_identity = holders(names)
+    by_identity = names.holders()
     tied = {path: dict.fromkeys(parameters) for path, parameters in full.items()}
     for path, name in changed_refs((), full):
         for holder, holder_name in by_identity.get(
@@ -348,7 +346,7 @@ def plan_low(
 ) -> list[LowRankPlan]:
     """A plan for each weight in ``specs``, with every module that holds or reads it. Adds to
     ``problems``."""
-    by_identity = holders(names)
+    by_identity = names.holders()
     plans: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
         reasons = list(refusals.refusals_of(names, ref, by_identity))
@@ -356,7 +354,7 @@ def plan_low(
         entry = (
             None
             if reasons
-            else _low_plan(names, refusals.holders_of(names, ref, by_identity), spec, problems)
+            else _low_plan(names, names.holders_of(ref, by_identity), spec, problems)
         )
         if entry is not None:
             plans.setdefault(entry.ref, entry)

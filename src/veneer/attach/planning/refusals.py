@@ -24,27 +24,12 @@ from veneer.errors import listing, sentence
 from veneer.layers import kind_for
 
 
-def holders(names: Names) -> dict[int, list[ParamRef]]:
-    """(path, name) of every module that holds a parameter, by the parameter's identity."""
-    by_identity: dict[int, list[ParamRef]] = {}
-    for ref, parameter in names.parameters():
-        by_identity.setdefault(id(parameter), []).append(ref)
-    return by_identity
-
-
-def holders_of(
-    names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
-) -> list[ParamRef]:
-    """(path, name) of every module that holds a weight, in the model's order."""
-    return by_identity.get(id(weight_of(names.modules[ref[0]], ref[1])), [ref])
-
-
 def refusals_of(
     names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
 ) -> Iterator[str]:
     """The reasons why a weight cannot be changed, one for each module that holds it."""
     yield from filter(
-        None, (_refusal(names, holder, ref) for holder in holders_of(names, ref, by_identity))
+        None, (_refusal(names, holder, ref) for holder in names.holders_of(ref, by_identity))
     )
 
 
@@ -180,7 +165,7 @@ def frozen_on_purpose(names: Names) -> set[int]:
     attached = adapters_of(names.model)
     before = {} if attached is None else attached.required_grad
     trains: dict[int, bool] = {}
-    for key, refs in holders(names).items():
+    for key, refs in names.holders().items():
         (path, name), *_ = refs  # for a tied parameter the first of its names
         required = names.modules[path]._parameters[name].requires_grad
         trains[key] = before.get(parameter_path(path, name), required)

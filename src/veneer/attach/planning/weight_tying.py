@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from veneer.attach.layer.adapted_module import layer_states, weight_of
 from veneer.attach.layer.lookup import adapters, parameter_path
 from veneer.attach.layer.names import Names, ParamRef
-from veneer.attach.planning.refusals import holders
 from veneer.errors import AdapterError, listing, sentence
 from veneer.precision import equal_values
 
@@ -36,7 +35,7 @@ def split_tie_refs(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> fr
     """The (path, name) of tied parameters to which ``full`` gives different values, or a value for
     some of the names only."""
     split_refs: set[ParamRef] = set()
-    for refs in holders(names).values():
+    for refs in names.holders().values():
         values = [full[path][name] for path, name in refs if name in full.get(path, ())]
         if values and (
             len(values) < len(refs) or not all(equal_values(value, values[0]) for value in values)
@@ -53,7 +52,7 @@ def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
         for path, _, layer_adapter in adapters(model, name)
         if layer_adapter.full._parameters
     }
-    for refs in holders(Names(model)).values() if trained else ():
+    for refs in Names(model).holders().values() if trained else ():
         values = [trained.get(path, {}).get(weight) for path, weight in refs]
         if all(value is values[0] for value in values):
             continue
@@ -115,7 +114,7 @@ def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
     ``refs`` holds all names of a weight, the first one keeps it. Raises an AdapterError if a weight
     is stored packed."""
     chosen, untied = set(refs), []
-    for tied in holders(names).values():
+    for tied in names.holders().values():
         keeper = next((ref for ref in tied if ref not in chosen), tied[0])
         untied += [(ref, keeper) for ref in tied if ref in chosen and ref != keeper]
     weights: list[Any] = [names.modules[path]._parameters[name] for (path, name), _ in untied]

@@ -25,7 +25,7 @@ from torch import nn
 from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.saved_token_rows import vocabulary_size
-from veneer.attach import Names, ParamRef, changes, holders, holders_of, parameter_path, weight_of
+from veneer.attach import Names, ParamRef, changes, parameter_path, weight_of
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind
@@ -91,7 +91,7 @@ def replace_token_changes(
 @torch.no_grad()
 def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator[LowRankChange]:
     names = Names(model)
-    by_identity, split_refs = holders(names), split_head(names, saved)
+    by_identity, split_refs = names.holders(), split_head(names, saved)
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue
@@ -100,7 +100,7 @@ def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
             problem = f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales"
             raise AdapterError(problem, "a product alone", _MERGE)
         A, B = low.A[0].float(), (low.B[0] * low.scale).float()  # [r + n, in], [out, r + n]
-        refs = holders_of(names, (path, weight), by_identity)
+        refs = names.holders_of((path, weight), by_identity)
         for holder_path, holder_weight in dict.fromkeys(
             [*refs, *(split_refs if split_refs is not None and split_refs[0] in refs else ())]
         ):
