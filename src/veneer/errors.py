@@ -36,7 +36,7 @@ import difflib
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 __all__ = [
     "AdapterError", "BankFullError", "BaseMismatchError", "CheckError", "CheckpointError", "ConfigError", "DataError",
@@ -232,7 +232,25 @@ class BaseMismatchError(AdapterError):
 
 class FreshWeights(UserWarning):
     """Warns of parameters that neither the checkpoint nor the adapter stores. They will have other
-    values when the adapter is loaded again."""
+    values when the adapter is loaded again.
+
+    transformers initialises a new head, say, at random: the next load makes other values.
+    """
+
+    @classmethod
+    def warn(cls, lost: Collection[tuple[str, str]], when: str, *, stacklevel: int) -> None:
+        """Warn of these parameters, (path of a module, name), unless there are none."""
+        if lost:
+            paths = [f"{path}.{name}".lstrip(".") for path, name in lost]
+            modules = list(dict.fromkeys(path or name for path, name in lost))
+            warnings.warn(
+                f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does not"
+                f" hold them either: {listing(paths, 4)}. They were initialised at random as the model"
+                " was loaded; the next load makes others. Train them in full"
+                f" (train_also={modules[:4]!r}), unless nothing that you use reads them.",
+                cls,
+                stacklevel=stacklevel,
+            )
 
 
 class NotQuantized(UserWarning):

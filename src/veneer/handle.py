@@ -22,7 +22,6 @@ from veneer.attach import (
     Summary,
     adapters,
     adapters_of,
-    base_class,
     call_plan,
     changes,
     collect_calibration_data,
@@ -30,17 +29,17 @@ from veneer.attach import (
     install_adapter,
     merge,
     need_adapters,
-    parameter_path,
     plan,
     summarise,
     unmerge,
     unwrap,
     use,
-    warn_fresh,
-    weight_of,
 )
+from veneer.bases import weight_of
 from veneer.config import LoraConfig
-from veneer.errors import AdapterError, MethodError, RemoteError
+from veneer.distributed import base_class
+from veneer.errors import AdapterError, FreshWeights, MethodError, RemoteError
+from veneer.layers import parameter_path
 
 #: an adapter's id on the Hugging Face hub, and the beginning of its page's address
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -110,7 +109,7 @@ def attach(
         if entry.tokens
     }
     lost = [ref for key, ref in names.fresh_parameters().items() if key not in in_full]
-    warn_fresh(lost, "As the adapter is attached", stacklevel=3)
+    FreshWeights.warn(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 
 

@@ -29,12 +29,7 @@ from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
 from veneer.adapter_files.match_parameters import COPY, USE_ITS_MODEL, ParameterReader
 from veneer.adapter_files.peft_deviations import attention_above, deviations
-from veneer.adapter_files.peft_mapping import (
-    all_refs,
-    means_parameter,
-    module_at,
-    ref_at,
-)
+from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_at, ref_at
 from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach import (
@@ -42,26 +37,23 @@ from veneer.attach import (
     LayerAdapter,
     LowRankPlan,
     Names,
-    ParamRef,
     Plans,
     TargetSpec,
-    base_class,
     changed_refs,
     check_full,
     full_readers,
     has_forward,
     overlaps,
-    own_parameters,
-    parameter_path,
     plan_low,
     split_tie_refs,
-    weight_of,
 )
+from veneer.bases import own_parameters, weight_of
+from veneer.distributed import base_class
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.fileio.hashing import fingerprint_without_rows
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft, peft_behaviour, peft_fields, peft_paths, peft_tokens
-from veneer.layers import kind_for, kind_of
+from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 

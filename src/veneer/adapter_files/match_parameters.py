@@ -19,10 +19,11 @@ from torch import Tensor
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import means_parameter
 from veneer.adapter_files.record import PARAMETERS
-from veneer.attach import LowRankPlan, Names, ParamRef, parameter_path, weight_of
+from veneer.attach import LowRankPlan, Names
+from veneer.bases import weight_of
 from veneer.errors import listing, sentence
 from veneer.formats import peft
-from veneer.layers import GENERAL_KIND, kind_for
+from veneer.layers import GENERAL_KIND, ParamRef, kind_for, parameter_path
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS, InitContext, Variant
 

@@ -22,27 +22,24 @@ from veneer.attach import (
     Change,
     Names,
     adapters,
-    base_class,
     bits_before_merge,
     changes,
-    has_head,
     install_adapter,
     name_problems,
     need_adapters,
     only_name,
-    parameter_path,
     tie_again,
     unwrap,
     walk,
-    warn_fresh,
-    weight_of,
     with_values,
     without_backup,
 )
-from veneer.distributed import full_tensors, has_fsdp1, meet_ranks, reshard
-from veneer.errors import AdapterError, listing, warn_caller
+from veneer.bases import weight_of
+from veneer.distributed import base_class, full_tensors, has_fsdp1, meet_ranks, reshard
+from veneer.errors import AdapterError, FreshWeights, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json
 from veneer.formats import peft
+from veneer.layers import parameter_path
 from veneer.models.base_weights import ModuleWeight, list_weights
 from veneer.models.quantize import quantization_in, sources_of
 from veneer.variants import VARIANTS, InitContext
@@ -282,10 +279,10 @@ def _proof(
     # the adapter holds the fresh rows of these
     held = {id(weight) for weight, change in weights.values() if change.tokens is not None}
     lost = {key: ref for key, ref in names.fresh_parameters().items() if key not in replaced | held}
-    warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
+    FreshWeights.warn(lost.values(), "As the adapter is saved", stacklevel=5)
     # the output of a model without a head does not depend on its pooler, which may be random
     gone = without_backup(model, name) if fingerprints is None else frozenset()
-    left_out = replaced.union(gone, () if has_head(model) else lost)
+    left_out = replaced.union(gone, () if _has_head(model) else lost)
 
     def of(tensors: Sequence[ModuleWeight]) -> Sequence[str | None]:
         if fingerprints is not None:
@@ -401,3 +398,10 @@ def _describe_change(change: Change) -> dict[str, Any]:
         rows = change.dims.in_ if change.layer.out_axis else change.dims.out
         described |= {"tokens": ranges_of(change.tokens.tolist()), "of": rows}
     return described
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether a transformers model has a head on top of a base model, rather than being that base
+    model itself."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)

@@ -31,23 +31,21 @@ from veneer.attach import (
     LayerAdapter,
     ModelAdapters,
     Names,
-    ParamRef,
     adapters,
     adapters_of,
-    base_class,
     changes,
     layer_states,
     need_adapters,
-    parameter_path,
     require_attached_base,
     selected_name,
     unwrap,
     with_values,
     without_adapters,
 )
-from veneer.distributed import is_spread
+from veneer.distributed import base_class, is_spread
 from veneer.errors import AdapterError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
+from veneer.layers import ParamRef, parameter_path
 from veneer.models.safetensors_dir import must_hold_no_adapter
 
 SAVE = "save_pretrained"

@@ -19,20 +19,12 @@ from veneer.adapter_files import peft_deviations, peft_mapping
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach import (
-    Change,
-    Names,
-    ParamRef,
-    adapters_of,
-    base_class,
-    changes,
-    parameter_path,
-    weight_of,
-)
-from veneer.bases import storage_of
+from veneer.attach import Change, Names, adapters_of, changes
+from veneer.bases import storage_of, weight_of
+from veneer.distributed import base_class
 from veneer.errors import AdapterError, nearest, raise_all, sentence
 from veneer.formats import peft, peft_tokens
-from veneer.layers import kind_for, kind_of
+from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 
 
 def _token_changes(names: Names, name: str) -> Iterator[tuple[str, str, Change]]:

@@ -18,18 +18,11 @@ from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import module_at, ref_at
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach import (
-    Names,
-    ParamRef,
-    Untied,
-    adapters_of,
-    parameter_path,
-    split_tie_refs,
-    untie,
-    weight_of,
-)
+from veneer.attach import Names, Untied, adapters_of, split_tie_refs, untie
+from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing
 from veneer.formats import peft
+from veneer.layers import ParamRef, parameter_path
 
 
 class TieBroken(UserWarning):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.peft_mapping import config_fields
-from veneer.attach import Names, own_parameters, weight_of
-from veneer.bases import storage_of
+from veneer.attach import Names
+from veneer.bases import own_parameters, storage_of, weight_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.formats import peft, peft_paths, peft_tuners

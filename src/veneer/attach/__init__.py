@@ -24,16 +24,8 @@ if TYPE_CHECKING:
         build_layer_adapters,
         ensure_adapters,
         install_adapter,
-        trained_dtype,
     )
-    from veneer.attach.layer.adapted_module import (
-        base_class,
-        layer_states,
-        state_of,
-        walk,
-        weight_of,
-        with_values,
-    )
+    from veneer.attach.layer.adapted_module import layer_states, state_of, walk, with_values
     from veneer.attach.layer.call import Call
     from veneer.attach.layer.change import Change
     from veneer.attach.layer.layer_adapter import LayerAdapter
@@ -44,11 +36,10 @@ if TYPE_CHECKING:
         foreign_layers_problem,
         need_adapters,
         only_name,
-        parameter_path,
         selected_name,
         unwrap,
     )
-    from veneer.attach.layer.names import Names, ParamRef, own_parameters, path_test
+    from veneer.attach.layer.names import Names
     from veneer.attach.layer.state import (
         BASE,
         CHANGING,
@@ -70,7 +61,6 @@ if TYPE_CHECKING:
         without_backup,
     )
     from veneer.attach.merging.unmerge import unmerge
-    from veneer.attach.planning.fresh_weights import has_head, warn_fresh
     from veneer.attach.planning.plan import (
         LowRankPlan,
         Plans,
@@ -84,13 +74,7 @@ if TYPE_CHECKING:
     )
     from veneer.attach.planning.refusals import check_full, name_problems
     from veneer.attach.planning.shared_memory import overlaps
-    from veneer.attach.planning.targets import (
-        bad_regex,
-        excluded_refs,
-        fresh_head,
-        pattern_list,
-        target_refs,
-    )
+    from veneer.attach.planning.targets import excluded_refs, fresh_head, target_refs
     from veneer.attach.planning.weight_tying import (
         UNTIE,
         Untied,
@@ -157,21 +141,15 @@ _LAZY = {
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights
     "ROWS": "layer.token_rows",  # the name of the trained token rows among a Change's parameters
     "STATE": "layer.state",  # the name of the child that holds a layer's LayerState
-    "base_class": "layer.adapted_module",  # the class of a module without its adapters
     "layer_states": "layer.adapted_module",  # each adapted module with its LayerState
     "run_on_view": "layer.views",  # run a module's own forward on changed weights
     "state_of": "layer.adapted_module",  # the LayerState of a module, or None
     "view": "layer.views",  # a second object of a module with other weights
     "walk": "layer.adapted_module",  # each module of a model under each of its names
-    "weight_of": "layer.adapted_module",  # the object that stores a weight of a module
     "with_values": "layer.adapted_module",  # a block in which modules hold other tensors
     # modules and parameters by name
     "ModulePath": "layer.state",  # the names of children that lead to a module below
     "Names": "layer.names",  # the modules and parameters of a model, by path
-    "ParamRef": "layer.names",  # (path of a module, name of a parameter)
-    "own_parameters": "layer.names",  # the names of a module's own parameters
-    "parameter_path": "layer.lookup",  # the path of a parameter of the module at a path
-    "path_test": "layer.names",  # a test whether a pattern matches a path
     # the selection of a call
     "ActiveAdapter": "layer.state",  # what one call uses: layer adapters by the key of their layer
     "BASE": "layer.state",  # the selection of the base alone
@@ -183,10 +161,8 @@ _LAZY = {
     "require_finite_weights": "rows.blend",  # an error for a weight of a blend that is not finite
     "time_first": "rows.select_rows",  # whether inputs of a module hold the rows along axis 1
     # which weights a config means
-    "bad_regex": "planning.targets",  # problems of a config's regular expressions
     "excluded_refs": "planning.targets",  # the parameters that a config excludes
     "fresh_head": "planning.targets",  # the parameters of a head that no checkpoint holds
-    "pattern_list": "planning.targets",  # a config's targets as a list
     "target_refs": "planning.targets",  # the parameters that a config targets
     # a plan, and what stands against it
     "LowRankPlan": "planning.plan",  # the plan of one weight
@@ -195,12 +171,10 @@ _LAZY = {
     "changed_refs": "planning.plan",  # the parameters that a plan changes or replaces
     "check_full": "planning.refusals",  # problems of parameters that are to be trained in full
     "full_readers": "planning.plan",  # the methods that read parameters trained in full
-    "has_head": "planning.fresh_weights",  # whether a transformers model has a head
     "is_matrix": "planning.plan",  # whether a low-rank change fits a parameter
     "name_problems": "planning.refusals",  # why an adapter of a name cannot be added
     "overlaps": "planning.shared_memory",  # problems of parameters that share memory
     "plan_low": "planning.plan",  # the plans of weights with a TargetSpec
-    "warn_fresh": "planning.fresh_weights",  # warn of weights that neither file holds
     "with_ties": "planning.plan",  # parameters with every name of a tied one
     # weights that are tied
     "UNTIE": "planning.weight_tying",  # how to untie a weight, for messages
@@ -214,7 +188,6 @@ _LAZY = {
     "build_layer_adapters": "install",  # the LayerAdapters of a plan, not yet installed
     "ensure_adapters": "install",  # the ModelAdapters of a model, created if need be
     "release_layers": "uninstall",  # restore modules that no adapter changes
-    "trained_dtype": "install",  # the dtype of parameters that are trained for a weight
     # weights before and after a merge
     "bits_before_merge": "merging.stored_weights",  # the bits that weights had as an adapter came
     "fold_change": "merging.fold_weights",  # W + ΔW of one weight, rounded

@@ -16,19 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.first_step import watch_first_step
-from veneer.attach.layer.adapted_module import (
-    adapt_methods,
-    adapt_module,
-    base_class,
-    set_child,
-    state_of,
-    weight_of,
-)
+from veneer.attach.layer.adapted_module import adapt_methods, adapt_module, set_child, state_of
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.fused_linear import SharedInputLayers
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.lookup import adapters_of, parameter_path
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.lookup import adapters_of
+from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import (
     ADAPTERS,
     ActiveAdapter,
@@ -41,11 +34,11 @@ from veneer.attach.planning.plan import LowRankPlan, Plans
 from veneer.attach.planning.refusals import name_problems
 from veneer.attach.source.source_analysis import same_input
 from veneer.attach.source.weight_readers import bound, fast_path_switches, modules_with_fast_path
-from veneer.bases import BASES, storage_of, without_gradient
-from veneer.config import LoraConfig, torch_dtype
-from veneer.distributed import full_tensor
+from veneer.bases import BASES, storage_of, weight_of, without_gradient
+from veneer.config import LoraConfig, trained_dtype
+from veneer.distributed import base_class, full_tensor
 from veneer.errors import TargetError, raise_all
-from veneer.layers import kind_for, kind_of
+from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 from veneer.layers._base import factors
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext
@@ -402,9 +395,3 @@ def _variant_parameters(
             dtype, copy=bool(loaded), memory_format=torch.contiguous_format
         )
     return parameters
-
-
-def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
-    """The dtype of the parameters that are trained for a weight of dtype ``base``: that of the
-    config, else float32, or float64 if ``base`` is."""
-    return torch_dtype(config.dtype) if config.dtype else at_least_float32(base)

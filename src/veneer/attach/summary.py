@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import weight_of
 from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
 from veneer.attach.layer.names import Names
 from veneer.attach.planning.targets import layers_left_out
-from veneer.bases import storage_of
+from veneer.bases import storage_of, weight_of
 from veneer.errors import format_bytes
 from veneer.kernels import cost_model
 

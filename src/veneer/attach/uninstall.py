@@ -14,14 +14,13 @@ from veneer.attach.layer.adapted_module import (
     set_child,
     uncover,
     walk,
-    weight_of,
 )
 from veneer.attach.layer.lookup import need_adapters, unwrap
 from veneer.attach.layer.state import ADAPTERS, ModelAdapters, one_thread_at_a_time
 from veneer.attach.planning.weight_tying import tie_again
 from veneer.attach.source.from_peft import answer_peft_names
 from veneer.attach.source.method_overrides import remove_overrides
-from veneer.bases import storage_of
+from veneer.bases import storage_of, weight_of
 from veneer.errors import MergeError
 
 

@@ -27,7 +27,6 @@ from veneer.attach import (
     LowRankPlan,
     ModulePath,
     Names,
-    ParamRef,
     adapt_modules,
     adapters,
     adapters_of,
@@ -36,15 +35,13 @@ from veneer.attach import (
     need_adapters,
     run_on_view,
     state_of,
-    trained_dtype,
-    weight_of,
 )
-from veneer.bases import BASES
-from veneer.config import LoraConfig
+from veneer.bases import BASES, weight_of
+from veneer.config import LoraConfig, trained_dtype
 from veneer.errors import SelectionError
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft
-from veneer.layers import Dims
+from veneer.layers import Dims, ParamRef
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS

@@ -249,6 +249,15 @@ def register(kind: type[Layer]) -> type[Layer]:
 GENERAL = "parameter"
 
 
+#: (path of a module, name of one of its parameters)
+ParamRef = tuple[str, str]
+
+
+def parameter_path(path: str, name: str) -> str:
+    """The path of a parameter of the module at ``path``."""
+    return f"{path}.{name}" if path else name
+
+
 def kind_of(module: Any) -> Layer | None:
     """The kind of a module with something to change; a user's own kind comes before ours, as it was
     registered later. None for a module without parameters of its own."""

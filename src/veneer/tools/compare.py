@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.attach import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.fileio.hashing import kind_of, recorded_fingerprints
 from veneer.formats import peft_paths
+from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import applied_products
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from veneer.attach import Names, fresh_head, pattern_list
-from veneer.config import LoraConfig
+from veneer.attach import Names, fresh_head
+from veneer.config import LoraConfig, pattern_list
 from veneer.handle import attach, load
 from veneer.train import checkpoint, vocabulary
 from veneer.train.config import TrainConfig

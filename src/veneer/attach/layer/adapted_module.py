@@ -25,7 +25,7 @@ from veneer.attach.layer.call import Call
 from veneer.attach.layer.qconfig import Qconfig
 from veneer.attach.layer.state import STATE, LayerState
 from veneer.bases import is_opaque
-from veneer.distributed import plain_class
+from veneer.distributed import base_class
 
 #: the attribute in which accelerate's hooks store the forward that they wrap, a bound method
 ACCELERATE_FORWARD = "_old_forward"
@@ -148,25 +148,6 @@ def adapt_methods(module: nn.Module, methods: Iterable[str]) -> None:
         )
 
 
-def weight_of(module: nn.Module, name: str) -> Any:
-    """The object that stores a weight: its ``Parameter``, the ``ParametrizationList`` that
-    computes it, or the module itself if only the module's own library can read the weight."""
-    parameters = module._parameters
-    # no ``get``, because the parameters of a ScriptModule are not a dict
-    weight = parameters[name] if name in parameters else None  # noqa: SIM401
-    if weight is None and (parametrizations := module._modules.get("parametrizations")) is not None:
-        return parametrizations._modules.get(name)
-    if name == "weight" and is_opaque_like(module, weight) and is_opaque(module):
-        return module
-    return weight
-
-
-def is_opaque_like(module: nn.Module, weight: Any) -> bool:
-    """A cheap test that every opaque layer passes: it has no parameter of more than one byte per
-    element, or compressed-tensors has quantised it."""
-    return weight is None or weight.dtype.itemsize == 1 or "quantization_scheme" in module.__dict__
-
-
 def state_of(module: nn.Module) -> LayerState | None:
     return (
         cast("LayerState | None", module._modules.get(STATE))
@@ -246,11 +227,6 @@ def base_forward(module: Any, base: type[nn.Module], *args: Any, **kwargs: Any) 
         plain.__dict__.update(module.__dict__)
         forward = partial(layer_state.own_forward, plain)
     return layer_state.opaque.call(module, forward, *args, **kwargs)
-
-
-def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without its adapters, and without the subclass that FSDP2 creates."""
-    return plain_class(getattr(type(module), "veneer_base", type(module)))
 
 
 def restore_module(module: nn.Module) -> None:

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.layer.adapted_module import base_forward, weight_of
+from veneer.attach.layer.adapted_module import base_forward
 from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import PIECES, Change, frozen_weight
 from veneer.attach.layer.dtypes import no_autocast, output_dtype, widen
 from veneer.attach.layer.state import LayerState
 from veneer.attach.layer.views import view
+from veneer.bases import weight_of
 from veneer.kernels import device, fused
 from veneer.kernels.dropout import dropout as drop
 from veneer.kernels.dropout import seed as new_seed

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from veneer.attach.layer.adapted_module import walk, weight_of
-from veneer.bases import hidden, is_opaque
+from veneer.attach.layer.adapted_module import walk
+from veneer.bases import hidden, own_parameters, weight_of
+from veneer.config import path_test
 from veneer.distributed import is_sharded
 from veneer.errors import listing, nearest
-from veneer.layers import kind_of
-
-#: (path of a module, name of one of its parameters)
-ParamRef = tuple[str, str]
+from veneer.layers import ParamRef, kind_of
 
 
 class Names:
@@ -151,16 +147,6 @@ def _was_loaded(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def own_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters, parametrised ones included, and "weight" for a module
-    whose storage is opaque."""
-    lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
-    plain = [
-        name for name, p in module._parameters.items() if p is not None and not hidden(module, name)
-    ]
-    return [*plain, *lists, *(["weight"] if "weight" not in plain and is_opaque(module) else ())]
-
-
 def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
     """How many paths a pattern without ``re:`` would match as a regular expression."""
     try:
@@ -168,14 +154,3 @@ def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
     except re.error:
         return 0
     return sum(expression.fullmatch(path) is not None for path in paths)
-
-
-def path_test(pattern: str) -> Callable[[str], bool]:
-    """A test whether ``pattern`` matches a path: as a regular expression (``re:``), a glob, or a
-    path or its end."""
-    if pattern.startswith("re:"):
-        expression = re.compile(pattern[3:])
-        return lambda path: expression.fullmatch(path) is not None
-    if any(character in pattern for character in "*?["):
-        return lambda path: fnmatchcase(path, pattern)
-    return lambda path: path == pattern or path.endswith(f".{pattern}")

@@ -22,24 +22,18 @@ from torch.utils import _pytree as pytree
 from veneer.attach.layer.adapted_module import (
     ACCELERATE_FORWARD,
     COMPRESSED_FORWARD,
-    base_class,
     method_of,
     state_of,
     wrapped_forward,
 )
 from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
-from veneer.attach.layer.dtypes import (
-    cast_floats,
-    is_float,
-    no_autocast,
-    output_dtype,
-    widen,
-)
+from veneer.attach.layer.dtypes import cast_floats, is_float, no_autocast, output_dtype, widen
 from veneer.attach.layer.experts import always_form_weights, stand_ins
 from veneer.attach.layer.state import STATE, LayerState, ModulePath, detached_error
 from veneer.attach.layer.unformed import CannotStandError
 from veneer.bases import BASES
+from veneer.distributed import base_class
 from veneer.precision import at_least_float32
 
 

@@ -13,19 +13,18 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class, weight_of
-from veneer.attach.layer.lookup import parameter_path
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import one_thread_at_a_time
 from veneer.attach.planning import refusals, token_targets
 from veneer.attach.planning import targets as targeting
 from veneer.attach.planning.shared_memory import overlaps
-from veneer.attach.planning.targets import WORDS, pattern_list
+from veneer.attach.planning.targets import WORDS
 from veneer.attach.source.weight_readers import WeightReader, weight_readers
-from veneer.bases import Storage, storage_of
-from veneer.config import LoraConfig
+from veneer.bases import Storage, storage_of, weight_of
+from veneer.config import LoraConfig, bad_regex, pattern_list
+from veneer.distributed import base_class
 from veneer.errors import ConfigError, SkippedLayers, TargetError, raise_all, sentence
-from veneer.layers import GENERAL_KIND, Dims, Layer, kind_for, kind_of
+from veneer.layers import GENERAL_KIND, Dims, Layer, ParamRef, kind_for, kind_of, parameter_path
 from veneer.variants import VARIANTS
 
 
@@ -97,7 +96,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     every problem."""
     if not isinstance(config, LoraConfig):
         raise _not_a_config(config)
-    problems, unusable = list(refusals.name_problems(model, name)), targeting.bad_regex(config)
+    problems, unusable = list(refusals.name_problems(model, name)), bad_regex(config)
     raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
     planner = _Planner(model, config, problems)

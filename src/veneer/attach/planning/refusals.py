@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping, Set
 
 from torch import Tensor, nn
 
-from veneer.attach.layer.adapted_module import base_class, walk, weight_of
-from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem, parameter_path
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.adapted_module import walk
+from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
+from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import STATE, LayerState
 from veneer.attach.source.from_peft import peft_problem
 from veneer.attach.source.weight_readers import modules_with_fast_path, unreachable, weight_readers
-from veneer.bases import storage_of, unreadable
-from veneer.distributed import spread_problem, within_run_on_all
+from veneer.bases import storage_of, unreadable, weight_of
+from veneer.distributed import base_class, spread_problem, within_run_on_all
 from veneer.errors import listing, sentence
-from veneer.layers import kind_for
+from veneer.layers import ParamRef, kind_for, parameter_path
 
 
 def refusals_of(

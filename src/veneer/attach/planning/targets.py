@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class
-from veneer.attach.layer.names import Names, ParamRef, own_parameters, path_test
-from veneer.bases import unreadable
-from veneer.config import LoraConfig, Targets
+from veneer.attach.layer.names import Names
+from veneer.bases import own_parameters, unreadable
+from veneer.config import LoraConfig, Targets, path_test, pattern_list
+from veneer.distributed import base_class
 from veneer.errors import listing, sentence
-from veneer.layers import LAYERS, kind_of
+from veneer.layers import LAYERS, ParamRef, kind_of
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import without_unit_axes
 
@@ -78,25 +78,6 @@ def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[
             for below in names.children(path):
                 left_out.update((below, name) for name in own_parameters(names.modules[below]))
     return left_out
-
-
-def bad_regex(config: LoraConfig) -> list[str]:
-    """A problem for each ``re:`` pattern of a config that is no regular expression."""
-    targets = () if callable(config.targets) else pattern_list(config.targets)
-    patterns = [*targets, *config.exclude, *config.train_also, *config.ranks, *config.alphas]
-    problems = []
-    for pattern in patterns:
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
-            problems.append(
-                sentence(
-                    f"pattern {pattern!r}",
-                    f"a regular expression after re: ({error})",
-                    "correct it",
-                )
-            )
-    return problems
 
 
 def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: Any) -> Any:
@@ -317,7 +298,3 @@ def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
 def _block(path: str) -> int | None:
     """The index of the repeated block of a path: the first number in it."""
     return next((int(name) for name in path.split(".") if name.isdigit()), None)
-
-
-def pattern_list(patterns: str | Iterable[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class, weight_of
-from veneer.attach.layer.lookup import parameter_path
-from veneer.attach.layer.names import Names, ParamRef
-from veneer.bases import storage_of
+from veneer.attach.layer.names import Names
+from veneer.bases import storage_of, weight_of
+from veneer.distributed import base_class
 from veneer.errors import listing, sentence
-from veneer.layers import kind_for, kind_of
+from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 
 #: the layer kinds whose weight is [V, d], with one row per token
 KINDS = ("embedding", "linear")

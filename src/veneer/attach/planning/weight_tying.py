@@ -17,10 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.attach.layer.adapted_module import layer_states, weight_of
-from veneer.attach.layer.lookup import adapters, parameter_path
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.adapted_module import layer_states
+from veneer.attach.layer.lookup import adapters
+from veneer.attach.layer.names import Names
+from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing, sentence
+from veneer.layers import ParamRef, parameter_path
 from veneer.precision import equal_values
 
 UNTIE = (

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.layer.adapted_module import base_class
 from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
 from veneer.attach.layer.layer_adapter import LayerAdapter
@@ -34,6 +33,7 @@ from veneer.attach.layer.layer_call import (
 )
 from veneer.attach.layer.state import ActiveAdapter, ModulePath
 from veneer.attach.layer.views import run_on_view
+from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model, fused
 from veneer.lowrank import LowRank

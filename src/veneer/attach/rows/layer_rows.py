@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from veneer.attach.layer.adapted_module import base_class, base_forward, method_of
+from veneer.attach.layer.adapted_module import base_forward, method_of
 from veneer.attach.layer.call import Call
 from veneer.attach.rows.linear_rows import LinearRows
 from veneer.attach.rows.routed_rows import spread, tokens_a_row
+from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL

@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import adapted_class, base_class, uncover, walk
+from veneer.attach.layer.adapted_module import adapted_class, uncover, walk
+from veneer.distributed import base_class
 from veneer.errors import MethodError, sentence
 
 _MERGE = (

@@ -26,10 +26,11 @@ from torch import nn
 
 from veneer.adapter_files.derived_folder import merged_base, write_derived
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.attach import parameter_path, path_test
+from veneer.config import path_test
 from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft, peft_paths
+from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source

@@ -15,28 +15,24 @@ from torch import Tensor, nn
 
 from veneer.attach import (
     Names,
-    ParamRef,
     Plans,
     TargetSpec,
     adapters,
-    base_class,
     changes,
     check_full,
     full_readers,
     install_adapter,
     output_change_problems,
     overlaps,
-    own_parameters,
-    parameter_path,
     plan_low,
     split_tie_refs,
-    weight_of,
 )
-from veneer.bases import storage_of
+from veneer.bases import own_parameters, storage_of, weight_of
 from veneer.config import LoraConfig
+from veneer.distributed import base_class
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
 from veneer.formats._base import LowRankChange
-from veneer.layers import kind_for
+from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.lowrank import Svd
 

@@ -25,12 +25,12 @@ from torch import nn
 from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.saved_token_rows import vocabulary_size
-from veneer.attach import Names, ParamRef, changes, parameter_path, weight_of
-from veneer.bases import storage_of
+from veneer.attach import Names, changes
+from veneer.bases import storage_of, weight_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind
 from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, layer_of
-from veneer.layers import kind_for
+from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.models.base_weights import list_weights
 
 _MERGE = "merge the adapter (`veneer merge`) and take the merged model"

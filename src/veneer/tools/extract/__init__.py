@@ -30,22 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.save_load import save
-from veneer.attach import (
-    Names,
-    ParamRef,
-    adapters,
-    adapters_of,
-    base_class,
-    detach,
-    install_adapter,
-    parameter_path,
-)
+from veneer.attach import Names, adapters, adapters_of, detach, install_adapter
 from veneer.config import LoraConfig, Targets
+from veneer.distributed import base_class
 from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
 from veneer.fileio.hashing import fingerprint_of
 from veneer.kernels import svd
-from veneer.layers import kind_for
+from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.models.base_weights import list_weights
 from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost

@@ -12,11 +12,9 @@ from typing import NamedTuple
 
 from veneer.attach import (
     Names,
-    ParamRef,
     Plans,
     TargetSpec,
     adapters_of,
-    bad_regex,
     changed_refs,
     check_full,
     excluded_refs,
@@ -24,13 +22,14 @@ from veneer.attach import (
     is_matrix,
     name_problems,
     overlaps,
-    own_parameters,
     plan_low,
     target_refs,
     with_ties,
 )
-from veneer.config import LoraConfig, Targets
+from veneer.bases import own_parameters
+from veneer.config import LoraConfig, Targets, bad_regex
 from veneer.errors import ConfigError, TargetError, raise_all, sentence
+from veneer.layers import ParamRef
 from veneer.tools.extract.weight_pairs import WeightPair
 
 #: the words of ``keep`` beside patterns

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer import models
-from veneer.attach import Names, adapters_of, base_class, unwrap
+from veneer.attach import Names, adapters_of, unwrap
+from veneer.distributed import base_class
 from veneer.errors import ExtractError, listing, raise_all, sentence
 from veneer.layers import Dims, Layer, kind_for
 from veneer.layers._base import GENERAL
