@@ -21,7 +21,7 @@ for _folder in (ROOT, ROOT / "benchmarks"):
 from benchmarks import runner  # noqa: E402
 
 from cases import all_cases  # noqa: E402 (behind the folders)
-from experiments import plots as drawings  # noqa: E402
+from veneer.tools.report import charts  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -248,7 +248,7 @@ def _plot(result: Mapping[str, Any]) -> str:
                 arms[arm] = (measured[0], measured[1], measured[2])
         panels[describe(case["setting"])] = arms
     unit = f"{title} as ratio to {result['floor']}" if form == "ratio" else title
-    return drawings.ranges(panels, x=unit)
+    return charts.ranges_file(panels, x=unit)
 
 
 def _paragraph(text: str) -> list[str]:
