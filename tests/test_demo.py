@@ -61,7 +61,7 @@ def test_the_page_holds_everything_and_needs_no_network(tmp_path):
         "0.170",
         "40.0%",
         "&lt;cat&gt;",
-        "up_proj",
+        "up_<wbr>proj",
         "held-out words",
         "The end",
     ):

@@ -22,7 +22,6 @@ from veneer.attach import (
     Summary,
     adapters,
     adapters_of,
-    call_plan,
     changes,
     collect_calibration_data,
     detach,
@@ -274,7 +273,7 @@ class Handle:
         """How the plain linear layers compute a call of this many tokens (batch × length), and what
         the cost model says of it: print it. ``with veneer.use(model, name, path=…)`` overrides the
         choice."""
-        return call_plan(self.model, self.name, tokens, training)
+        return CallPlan.of(self.model, self.name, tokens, training)
 
     def use(self):
         return use(self.model, self.name)

@@ -39,13 +39,9 @@ from veneer.attach import (
     Names,
     Plans,
     TargetSpec,
-    changed_refs,
-    check_full,
-    full_readers,
+    complete_plans,
     has_forward,
-    overlaps,
     plan_low,
-    split_tie_refs,
 )
 from veneer.bases import own_parameters, weight_of
 from veneer.distributed import base_class
@@ -396,8 +392,20 @@ class _Match:
                     )
             if module is not None:
                 self.full_names[path] = tuple(key for key in tensors if key in module._parameters)
-        check_full(names, self.full_names, self.problems)
-        self.problems += overlaps(names, changed_refs(self.low, self.full_names))
+        buffers = frozenset(
+            path
+            for path, tensors in self.full.items()
+            if path in names.modules and names.modules[path]._buffers.keys() & tensors
+        )
+        self.plans = complete_plans(
+            names,
+            self.saved.config,
+            self.low,
+            self.full_names,
+            self.problems,
+            full_modules=buffers,
+            split_ties=names.split_ties(self.full),
+        )
 
     def take_base_weight(self, entry: LowRankPlan) -> None:
         """Remove the frozen weight of an adapted embedding or head from ``full``, where PEFT saves
@@ -442,17 +450,4 @@ class _Match:
             )
 
     def plan(self) -> LoadPlan:
-        names, full = self.names, self.full
-        with_buffers = frozenset(
-            path for path, tensors in full.items() if names.modules[path]._buffers.keys() & tensors
-        )
-        readers = full_readers(names, self.full_names)
-        plans = Plans(
-            self.saved.config,
-            self.low,
-            self.full_names,
-            with_buffers,
-            readers,
-            split_tie_refs(names, full),
-        )
-        return LoadPlan(self.saved, plans, self.adapter_parameters, full)
+        return LoadPlan(self.saved, self.plans, self.adapter_parameters, self.full)

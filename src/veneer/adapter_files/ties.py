@@ -18,7 +18,7 @@ from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import module_at, ref_at
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach import Names, Untied, adapters_of, split_tie_refs, untie
+from veneer.attach import Names, Untied, adapters_of, untie
 from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing
 from veneer.formats import peft
@@ -94,7 +94,7 @@ def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
         full.setdefault(module_path, {}).update(
             {name: value for name, value in tensors.items() if (module_path, name) not in low}
         )
-    more = [ref for ref in split_tie_refs(names, full) if _fits(names, ref, full)]
+    more = [ref for ref in names.split_ties(full) if _fits(names, ref, full)]
     more += _token_refs(names, saved)
     # full values replace a packed weight and need no copy of it
     plain = [

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from veneer.attach.install import (
         adapt_modules,
         build_layer_adapters,
-        ensure_adapters,
         install_adapter,
+        open_bank,
     )
     from veneer.attach.layer.adapted_module import layer_states, state_of, walk, with_values
     from veneer.attach.layer.call import Call
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
         adapters,
         adapters_of,
         changes,
-        foreign_layers_problem,
         need_adapters,
         only_name,
         selected_name,
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from veneer.attach.layer.names import Names
     from veneer.attach.layer.state import (
         BASE,
-        CHANGING,
         STATE,
         ActiveAdapter,
         LayerState,
@@ -65,21 +63,18 @@ if TYPE_CHECKING:
         LowRankPlan,
         Plans,
         TargetSpec,
-        changed_refs,
-        full_readers,
+        complete_plans,
         is_matrix,
         plan,
         plan_low,
         with_ties,
     )
     from veneer.attach.planning.refusals import check_full, name_problems
-    from veneer.attach.planning.shared_memory import overlaps
     from veneer.attach.planning.targets import excluded_refs, fresh_head, target_refs
     from veneer.attach.planning.weight_tying import (
         UNTIE,
         Untied,
         split_tie_problems,
-        split_tie_refs,
         tie_again,
         untie,
     )
@@ -99,8 +94,8 @@ if TYPE_CHECKING:
         has_forward,
         weight_readers,
     )
-    from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
-    from veneer.attach.uninstall import detach, release_layers
+    from veneer.attach.summary import CallPlan, Summary, summarise
+    from veneer.attach.uninstall import close_bank, detach
 
 #: name -> the file that defines it, below veneer.attach
 _LAZY = {
@@ -123,13 +118,11 @@ _LAZY = {
     "LayerMerge": "merging.merge_report",  # what a merge did to one weight
     "MergeReport": "merging.merge_report",  # what a merge did to all weights
     "Summary": "summary",  # what summarise returns
-    "call_plan": "summary",  # the CallPlan of a number of tokens
     # the adapters of a model
     "ModelAdapters": "layer.state",  # names, configs and merges of a model's adapters
     "adapters": "layer.lookup",  # each layer that an adapter changes, with its LayerAdapter
     "adapters_of": "layer.lookup",  # the ModelAdapters of a model, or None
     "changes": "layer.lookup",  # each weight that an adapter changes at a low rank, with its Change
-    "foreign_layers_problem": "layer.lookup",  # the problem of layers with another model's adapters
     "need_adapters": "layer.lookup",  # the ModelAdapters of a model, or an error
     "only_name": "layer.lookup",  # the name of the default adapter, or of the only one
     "selected_name": "layer.lookup",  # the name of the adapter that a call would use now
@@ -153,7 +146,6 @@ _LAZY = {
     # the selection of a call
     "ActiveAdapter": "layer.state",  # what one call uses: layer adapters by the key of their layer
     "BASE": "layer.state",  # the selection of the base alone
-    "CHANGING": "layer.state",  # the lock of threads that attach, detach or merge
     "OutsideGenerator": "layer.state",  # the selection between two steps of a generator
     "RowAdapters": "rows.select_rows",  # the adapters of the rows of one batch
     "blend_adapters": "rows.blend",  # the selection of a weighted blend
@@ -168,26 +160,22 @@ _LAZY = {
     "LowRankPlan": "planning.plan",  # the plan of one weight
     "Plans": "planning.plan",  # the plan of one adapter
     "TargetSpec": "planning.plan",  # the rank, alpha and rows that one weight is to have
-    "changed_refs": "planning.plan",  # the parameters that a plan changes or replaces
-    "check_full": "planning.refusals",  # problems of parameters that are to be trained in full
-    "full_readers": "planning.plan",  # the methods that read parameters trained in full
     "is_matrix": "planning.plan",  # whether a low-rank change fits a parameter
     "name_problems": "planning.refusals",  # why an adapter of a name cannot be added
-    "overlaps": "planning.shared_memory",  # problems of parameters that share memory
+    "complete_plans": "planning.plan",  # the plans of given changes and full parameters
     "plan_low": "planning.plan",  # the plans of weights with a TargetSpec
     "with_ties": "planning.plan",  # parameters with every name of a tied one
     # weights that are tied
     "UNTIE": "planning.weight_tying",  # how to untie a weight, for messages
     "Untied": "planning.weight_tying",  # names that have weights of their own now
     "split_tie_problems": "planning.weight_tying",  # ties that a merge cannot express
-    "split_tie_refs": "planning.weight_tying",  # tied parameters with values of their own
     "tie_again": "planning.weight_tying",  # undo untie
     "untie": "planning.weight_tying",  # give names of a tied weight parameters of their own
     # layers that a bank fills itself
+    "open_bank": "install",  # the ModelAdapters of a model for a bank
+    "close_bank": "uninstall",  # let a bank's layers go
     "adapt_modules": "install",  # give modules their adapted class
     "build_layer_adapters": "install",  # the LayerAdapters of a plan, not yet installed
-    "ensure_adapters": "install",  # the ModelAdapters of a model, created if need be
-    "release_layers": "uninstall",  # restore modules that no adapter changes
     # weights before and after a merge
     "bits_before_merge": "merging.stored_weights",  # the bits that weights had as an adapter came
     "fold_change": "merging.fold_weights",  # W + ΔW of one weight, rounded

@@ -3,6 +3,7 @@
 install_adapter         creates all adapter parameters, then adds them to the layers of a model
 build_layer_adapters    its first step; a bank stores the layer adapters itself
 adapt_modules           its second step: gives modules their adapted class
+open_bank               keeps layers adapted for a bank, without an adapter of the model
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from veneer.attach.layer.adapted_module import adapt_methods, adapt_module, set_
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.fused_linear import SharedInputLayers
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.lookup import adapters_of
+from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
 from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import (
     ADAPTERS,
@@ -37,7 +38,7 @@ from veneer.attach.source.weight_readers import bound, fast_path_switches, modul
 from veneer.bases import BASES, storage_of, weight_of, without_gradient
 from veneer.config import LoraConfig, trained_dtype
 from veneer.distributed import base_class, full_tensor
-from veneer.errors import TargetError, raise_all
+from veneer.errors import SelectionError, TargetError, raise_all
 from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 from veneer.layers._base import factors
 from veneer.precision import at_least_float32
@@ -75,8 +76,8 @@ def install_adapter(
     layer_adapters = build_layer_adapters(
         names, plans, trainable=trainable, parameters=parameters, calibration=calibration
     )
-    attached = ensure_adapters(model)
-    selected = adapt_modules(names, attached, plans, layer_adapters)
+    attached = _ensure_adapters(model)
+    selected = adapt_modules(names, plans, layer_adapters)
     for path, layer_adapter in layer_adapters.items():
         layer_state: Any = state_of(names.modules[path])
         set_child(layer_state, name, layer_adapter)
@@ -199,7 +200,22 @@ def _zero_bias(module: nn.Module) -> Tensor:
     return weight.detach().new_zeros(dims.groups * dims.out)
 
 
-def ensure_adapters(model: nn.Module) -> ModelAdapters:
+@one_thread_at_a_time
+def open_bank(model: nn.Module) -> ModelAdapters:
+    """The ``ModelAdapters`` of a model for a bank, which may have adapted layers until
+    ``close_bank``.
+
+    Raises:
+        SelectionError: layers have adapters of another model.
+    """
+    if problem := foreign_layers_problem(model):
+        raise SelectionError(problem)
+    attached = _ensure_adapters(model)
+    attached.banks += 1
+    return attached
+
+
+def _ensure_adapters(model: nn.Module) -> ModelAdapters:
     """The ``ModelAdapters`` of a model. If it has none, create it and freeze the base."""
     attached = adapters_of(model)
     if attached is None:
@@ -213,12 +229,13 @@ def ensure_adapters(model: nn.Module) -> ModelAdapters:
     return attached
 
 
+@one_thread_at_a_time
 def adapt_modules(
-    names: Names, attached: ModelAdapters, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
+    names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
     """Give the modules their adapted class; return the layer adapters by the keys of an
     ``ActiveAdapter``. They are not added to the layer states."""
-    modules = names.modules
+    attached, modules = _ensure_adapters(names.model), names.modules
     transposed = {
         path
         for entry in plans.low

@@ -144,20 +144,20 @@ class CallPlan:
             ]
         )
 
-
-def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
-    """The plan that ``Handle.plan`` returns."""
-    model = unwrap(model)
-    rows: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
-    groups: dict[int, list[str]] = {}
-    for path, module, layer in adapters(model, only_name(model, name)):
-        if layer.direct is None:
-            continue
-        change, weight = layer.direct.change, module._parameters[layer.direct.weight]
-        size = (change.dims.out, change.dims.in_, change.rank)
-        costs = cost_model.costs(*size, tokens, weight.dtype, training)
-        rows.setdefault(size, (costs, []))[1].append(path)
-        if layer.together is not None:
-            groups.setdefault(id(layer.together), []).append(path)
-    by_size = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
-    return CallPlan(tokens, training, by_size, tuple(map(tuple, groups.values())))
+    @staticmethod
+    def of(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
+        """The plan of a call of the adapter ``name`` (None: the default, or the only one)."""
+        model = unwrap(model)
+        rows: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
+        groups: dict[int, list[str]] = {}
+        for path, module, layer in adapters(model, only_name(model, name)):
+            if layer.direct is None:
+                continue
+            change, weight = layer.direct.change, module._parameters[layer.direct.weight]
+            size = (change.dims.out, change.dims.in_, change.rank)
+            costs = cost_model.costs(*size, tokens, weight.dtype, training)
+            rows.setdefault(size, (costs, []))[1].append(path)
+            if layer.together is not None:
+                groups.setdefault(id(layer.together), []).append(path)
+        by_size = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
+        return CallPlan(tokens, training, by_size, tuple(map(tuple, groups.values())))

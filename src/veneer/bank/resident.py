@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.match_model import MatchCache, match
 from veneer.attach import (
-    CHANGING,
     LayerAdapter,
     LowRankPlan,
     ModulePath,
@@ -31,7 +30,6 @@ from veneer.attach import (
     adapters,
     adapters_of,
     build_layer_adapters,
-    ensure_adapters,
     need_adapters,
     run_on_view,
     state_of,
@@ -163,8 +161,7 @@ def load_resident(
         names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
     )
     load_plan.fill(layer_adapters)
-    with CHANGING:
-        table = adapt_modules(names, ensure_adapters(model), load_plan.plans, layer_adapters)
+    table = adapt_modules(names, load_plan.plans, layer_adapters)
     resolved_low, general = _split_adapters(names, layer_adapters, dtype)
     tables = {
         key: resolved_low.get(id(layer_adapter), layer_adapter)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.attach.layer.adapted_module import walk
 from veneer.bases import hidden, own_parameters, weight_of
@@ -14,6 +14,7 @@ from veneer.config import path_test
 from veneer.distributed import is_sharded
 from veneer.errors import listing, nearest
 from veneer.layers import ParamRef, kind_of
+from veneer.precision import equal_values
 
 
 class Names:
@@ -66,6 +67,18 @@ class Names:
         """(path, name) of every module that holds a weight, in the model's order. ``by_identity``
         is the result of ``holders``."""
         return by_identity.get(id(weight_of(self.modules[ref[0]], ref[1])), [ref])
+
+    def split_ties(self, values: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
+        """The tied parameters to which ``values``, {path: {name: value}}, gives different values,
+        or a value for some of the names only."""
+        split_refs: set[ParamRef] = set()
+        for refs in self.holders().values():
+            tied = [values[path][name] for path, name in refs if name in values.get(path, ())]
+            if tied and (
+                len(tied) < len(refs) or not all(equal_values(value, tied[0]) for value in tied)
+            ):
+                split_refs |= {ref for ref in refs if ref[1] in values.get(ref[0], ())}
+        return frozenset(split_refs)
 
     def fresh_parameters(self) -> dict[int, ParamRef]:
         """The parameters that were not in the checkpoint: the first reference to each, by its

@@ -7,7 +7,7 @@ plan(model, config, name) -> Plans      changes nothing; collects every problem,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,7 +105,15 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     vectors = [ref for ref in (*head, *targets) if ref not in specs]
     low = plan_low(names, planner.with_tokens(specs), problems)
     full = planner.full(vectors, [entry.path for entry in low])
-    refusals.check_full(names, full, problems, planner.frozen)
+    plans = complete_plans(
+        names,
+        config,
+        low,
+        full,
+        problems,
+        full_modules=frozenset(planner.also),
+        frozen=planner.frozen,
+    )
     for path, name in {ref for entry in low for ref in entry.holders}:
         if name in full.get(path, ()):
             problem = (
@@ -114,11 +122,34 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             problems.append(
                 sentence(problem, "one of them", "leave one of the tied modules out of train_also")
             )
-    problems += overlaps(names, changed_refs(low, full))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
-    return Plans(config, tuple(low), full, frozenset(planner.also), full_readers(names, full))
+        chosen = tuple(dict.fromkeys(path for path, _ in targets))
+        plans = replace(plans, config=replace(config, targets=chosen))
+    return plans
+
+
+def complete_plans(
+    names: Names,
+    config: LoraConfig,
+    low: Sequence[LowRankPlan],
+    full: Mapping[str, tuple[str, ...]],
+    problems: list[str],
+    *,
+    full_modules: frozenset[str] = frozenset(),
+    split_ties: frozenset[ParamRef] = frozenset(),
+    frozen: Set[int] = frozenset(),
+) -> Plans:
+    """The plans of an adapter with the changes ``low`` (``plan_low``). Adds to ``problems``.
+
+    Args:
+        full, full_modules, split_ties: as in ``Plans``.
+        frozen: parameters that the user froze, by ``id``.
+    """
+    refusals.check_full(names, full, problems, frozen)
+    problems += overlaps(names, _changed_refs(low, full))
+    readers = () if problems else _full_readers(names, full)
+    return Plans(config, tuple(low), full, full_modules, readers, split_ties)
 
 
 def _not_a_config(config: Any) -> ConfigError:
@@ -280,7 +311,7 @@ class _Planner:
         return with_ties(names, full)
 
 
-def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
+def _changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
     """(path, name) of every parameter that an adapter changes or replaces; a tied parameter under
     each of its names."""
     in_full = [(path, name) for path, parameters in full.items() for name in parameters]
@@ -292,7 +323,7 @@ def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tupl
     as one."""
     by_identity = names.holders()
     tied = {path: dict.fromkeys(parameters) for path, parameters in full.items()}
-    for path, name in changed_refs((), full):
+    for path, name in _changed_refs((), full):
         for holder, holder_name in by_identity.get(
             id(names.modules[path]._parameters.get(name)), ()
         ):
@@ -300,9 +331,9 @@ def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tupl
     return {path: tuple(parameters) for path, parameters in tied.items()}
 
 
-def full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
+def _full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
     """The methods that read parameters of ``full`` directly, past the modules that hold them."""
-    refs = changed_refs((), full)
+    refs = _changed_refs((), full)
     return tuple(
         dict.fromkeys(
             weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)

@@ -11,7 +11,7 @@ values replace the weight at each name and cannot be merged, and other changes a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from veneer.attach.layer.names import Names
 from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing, sentence
 from veneer.layers import ParamRef, parameter_path
-from veneer.precision import equal_values
 
 UNTIE = (
     "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie"
@@ -31,19 +30,6 @@ UNTIE = (
     " `model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())`), save it, and"
     " merge into that"
 )
-
-
-def split_tie_refs(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
-    """The (path, name) of tied parameters to which ``full`` gives different values, or a value for
-    some of the names only."""
-    split_refs: set[ParamRef] = set()
-    for refs in names.holders().values():
-        values = [full[path][name] for path, name in refs if name in full.get(path, ())]
-        if values and (
-            len(values) < len(refs) or not all(equal_values(value, values[0]) for value in values)
-        ):
-            split_refs |= {ref for ref in refs if ref[1] in full.get(ref[0], ())}
-    return frozenset(split_refs)
 
 
 def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:

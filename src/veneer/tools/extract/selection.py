@@ -15,13 +15,10 @@ from veneer.attach import (
     Plans,
     TargetSpec,
     adapters_of,
-    changed_refs,
-    check_full,
+    complete_plans,
     excluded_refs,
-    full_readers,
     is_matrix,
     name_problems,
-    overlaps,
     plan_low,
     target_refs,
     with_ties,
@@ -114,10 +111,8 @@ def plan(
         path, name = pair.entry.ref
         full[path] = (*full.get(path, ()), *(() if pair.entry.is_buffer else (name,)))
     full = {**dict.fromkeys(full, ()), **with_ties(names, full)}
-    check_full(names, full, problems)
-    problems += overlaps(names, changed_refs(low, full))
     buffers = frozenset(pair.entry.ref[0] for pair in full_pairs if pair.entry.is_buffer)
-    return Plans(config, tuple(low), full, buffers, full_readers(names, full))
+    return complete_plans(names, config, low, full, problems, full_modules=buffers)
 
 
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
