@@ -77,8 +77,9 @@ _LAZY = {
 }
 #: submodules that are imported when first used as an attribute
 _LAZY_MODULES = (
-    "adapter_files", "bank", "bases", "config", "errors", "fileio", "formats", "integrations", "kernels",
-    "layers", "lowrank", "models", "optim", "serve", "store", "tools", "train", "variants",
+    "adapter_files", "bank", "bases", "config", "errors", "fileio", "formats", "integrations",
+    "kernels", "layers", "lowrank", "models", "optim", "serve", "store", "tools", "train",
+    "variants",
 )  # fmt: skip
 #: names of PEFT's package -> what does the same here
 _PEFT_NAMES = {

@@ -12,8 +12,8 @@ form of their texts.
     ├── TrainingError      ArithmeticError  a run whose loss is no number, or that lost a process
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     ├── CheckpointError    ValueError       a model's files that cannot be read
-    ├── MethodError        AttributeError   a name of another library, asked of Veneer or of what it attached
-    ├── LibraryError       LookupError      a name that a library lacks or cannot take, an index that is damaged
+    ├── MethodError        AttributeError   a name of another library, asked of what is Veneer's
+    ├── LibraryError       LookupError      a name that a library lacks or cannot take, a bad index
     ├── RemoteError        OSError          a remote place that cannot be reached, read or written
     ├── ExtractError       ValueError       two models whose difference no adapter can be
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
@@ -39,9 +39,10 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 
 __all__ = [
-    "AdapterError", "BankFullError", "BaseMismatchError", "CheckError", "CheckpointError", "ConfigError", "DataError",
-    "ExtractError", "LibraryError", "MergeError", "MethodError", "OutputExistsError", "RemoteError", "SelectionError",
-    "TargetError", "TrainingError", "VeneerError",
+    "AdapterError", "BankFullError", "BaseMismatchError", "CheckError", "CheckpointError",
+    "ConfigError", "DataError", "ExtractError", "LibraryError", "MergeError", "MethodError",
+    "OutputExistsError", "RemoteError", "SelectionError", "TargetError", "TrainingError",
+    "VeneerError",
 ]  # fmt: skip
 
 
@@ -244,9 +245,9 @@ class FreshWeights(UserWarning):
             paths = [f"{path}.{name}".lstrip(".") for path, name in lost]
             modules = list(dict.fromkeys(path or name for path, name in lost))
             warnings.warn(
-                f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does not"
-                f" hold them either: {listing(paths, 4)}. They were initialised at random as the model"
-                " was loaded; the next load makes others. Train them in full"
+                f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does"
+                f" not hold them either: {listing(paths, 4)}. They were initialised at random as"
+                " the model was loaded; the next load makes others. Train them in full"
                 f" (train_also={modules[:4]!r}), unless nothing that you use reads them.",
                 cls,
                 stacklevel=stacklevel,

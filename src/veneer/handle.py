@@ -304,8 +304,8 @@ class Handle:
         from veneer.adapter_files.save_load import save
 
         return save(
-            self.model, path, name=self.name, base_name=base_name, provenance=provenance, overwrite=overwrite,
-            alone=alone,
+            self.model, path, name=self.name, base_name=base_name, provenance=provenance,
+            overwrite=overwrite, alone=alone,
         )  # fmt: skip
 
     def detach(self, *, keep_merged: bool = False) -> None:

@@ -1,8 +1,10 @@
 """The proof of a base: the fingerprint of every tensor that an adapted model computes with.
 
     base.weights    of the weights that the adapter changes at a low rank, by path
-    base.rest       of every other parameter and lasting buffer, but those that the adapter replaces, by each name
-    base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by path
+    base.rest       of every other parameter and lasting buffer, but those that the adapter
+                    replaces, by each name
+    base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by
+                    path
 
 The proof leaves out buffers that the model computes itself (no state dict holds them), and tensors
 that the adapter holds a copy of, such as running statistics.
@@ -104,7 +106,8 @@ def fingerprints_of(
     """The fingerprint of each tensor, from the cache where the tensor has not changed.
 
     Args:
-        bits: the values of merged weights before the merge, by identity (``stored_weights.bits_before_merge``).
+        bits: the values of merged weights before the merge, by identity
+            (``stored_weights.bits_before_merge``).
         kind: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
         as_loaded: as in ``Content.dense``.
     """

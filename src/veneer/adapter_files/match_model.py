@@ -1,7 +1,8 @@
 """Match an adapter folder with a model: does it fit, was it trained on this base, and what would be
 installed?
 
-match(model, path, problems) -> LoadPlan        plans, adapter parameters, and parameters trained in full
+match(model, path, problems) -> LoadPlan        plans, adapter parameters, and parameters trained in
+                                                full
 
 read            the folder, without the model                           folder
 match modules   each change of the file to a weight of the model        peft_mapping

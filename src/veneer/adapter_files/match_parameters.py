@@ -2,8 +2,8 @@
 folder.
 
 PEFT's file             A and B in PEFT's shapes, and what its variants have beside them
-veneer.safetensors      the parameters of variants that PEFT lacks; A and B of PEFT's file are then the plain change
-                        that they amount to, and must agree with them
+veneer.safetensors      the parameters of variants that PEFT lacks; A and B of PEFT's file are then
+                        the plain change that they amount to, and must agree with them
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Conversion of a folder of PEFT's other tuners (``formats/peft_tuners.py``) into the folder that
 Veneer would write.
 
-    plain      LoRA's config and tensors, with the plain change that each of the tuner's changes amounts to
+    plain      LoRA's config and tensors, with the plain change that each of the tuner's changes
+               amounts to
     variant    the variant's parameters, and their rank and alpha, by the path of the weight
 
 So tools for low-rank changes (``convert``, ``compose``, ``compare``) read these folders too, and

@@ -5,9 +5,9 @@ In: a module and a ``LoraConfig``. Out: the same module, whose layers run on W +
 adapter, and from ``detach`` the bit-identical one. Nothing here reads or writes files, nor knows a
 format, a trainer or transformers.
 
-Other folders import from here alone. ``_LAZY`` lists what they need, a line each: first what most of
-them use, then what loading, converting, training and serving adapters take. The file of a name is
-imported when the name is first used.
+Other folders import from here alone. ``_LAZY`` lists what they need, a line each: first what most
+of them use, then what loading, converting, training and serving adapters take. The file of a name
+is imported when the name is first used.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
         plan_low,
         with_ties,
     )
-    from veneer.attach.planning.refusals import check_full, name_problems
+    from veneer.attach.planning.refusals import name_problems
     from veneer.attach.planning.targets import excluded_refs, fresh_head, target_refs
     from veneer.attach.planning.weight_tying import (
         UNTIE,

@@ -245,7 +245,8 @@ class Bank:
         alone). It is done at once if all are in memory, else when a thread has loaded the others.
 
         Raises:
-            SelectionError: an unknown name, or a weight that is not finite. The future raises others.
+            SelectionError: an unknown name, or a weight that is not finite. The future raises
+                others.
         """
         done: Future[Lease] = Future()
         with self._changed:

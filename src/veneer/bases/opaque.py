@@ -41,14 +41,24 @@ from veneer.errors import MergeError, TargetError, sentence
 
 #: (module, class) of each: its name, and how to load its base in a floating-point dtype
 LIBRARIES = {
-    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): ("GPTQ or AWQ", "the checkpoint that was quantised"),
-    ("hqq.core.quantize", "HQQLinear"): ("HQQ", "the checkpoint without HqqConfig"),
-    ("transformers.integrations.finegrained_fp8", "FP8Linear"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
-    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"): ("FP8 of fbgemm", "the checkpoint that was quantised"),
-    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"): (
-        "FP8 of compressed-tensors", "CompressedTensorsConfig(dequantize=True)",
+    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): (
+        "GPTQ or AWQ",
+        "the checkpoint that was quantised",
     ),
-}  # fmt: skip
+    ("hqq.core.quantize", "HQQLinear"): ("HQQ", "the checkpoint without HqqConfig"),
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"): (
+        "FP8",
+        "FineGrainedFP8Config(dequantize=True)",
+    ),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"): (
+        "FP8 of fbgemm",
+        "the checkpoint that was quantised",
+    ),
+    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"): (
+        "FP8 of compressed-tensors",
+        "CompressedTensorsConfig(dequantize=True)",
+    ),
+}
 #: libraries whose forward is always a kernel without a derivative
 WITHOUT_GRADIENT = {
     ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
@@ -62,12 +72,19 @@ COMPRESSED = (
 #: the same for modules whose weights only their own forward can read, and whose forward is more
 #: than one product
 EXPERTS = {
-    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): ("MXFP4", "Mxfp4Config(dequantize=True)"),
-    ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
-    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"): (
-        "FP8 of fbgemm", "the checkpoint that was quantised",
+    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): (
+        "MXFP4",
+        "Mxfp4Config(dequantize=True)",
     ),
-}  # fmt: skip
+    ("transformers.integrations.finegrained_fp8", "FP8Experts"): (
+        "FP8",
+        "FineGrainedFP8Config(dequantize=True)",
+    ),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"): (
+        "FP8 of fbgemm",
+        "the checkpoint that was quantised",
+    ),
+}
 #: those whose kernels have no derivative
 EXPERTS_WITHOUT_GRADIENT = (
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"),

@@ -1,9 +1,9 @@
 """The command `veneer`: each command's file is imported when that command is called.
 
 `veneer --help` reads a table (``command_table.py``) and loads none of the libraries of the
-commands (``commands.py``). This file loads none of its own either, so that without them it can say what to
-install. `run` handles all errors: errors that the user can correct are printed on stderr as one
-message, with exit code 2; all others are bugs of Veneer and keep their traceback. Exit codes:
+commands (``commands.py``). This file loads none of its own either, so that without them it can say
+what to install. `run` handles all errors: errors that the user can correct are printed on stderr as
+one message, with exit code 2; all others are bugs of Veneer and keep their traceback. Exit codes:
 
     0 success   1 bug (`diff --exit-code`: adapters differ)   2 bad input   130 stopped by Ctrl-C
 """

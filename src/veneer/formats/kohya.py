@@ -3,7 +3,8 @@
     lora_unet_<path with _ for .>.lora_down.weight    A [r, in, *k]
     lora_unet_….lora_up.weight                        B [out, r, *1]
     lora_unet_….alpha                                 scale = alpha / r; without it, or with 0, 1
-    lora_unet_….lora_mid.weight                       M [r, r, *k]: the change is B M A, that is B (M A), exactly a LoRA
+    lora_unet_….lora_mid.weight                       M [r, r, *k]: the change is B M A, that is B
+                                                      (M A), exactly a LoRA
     lora_unet_….dora_scale                            DoRA's magnitude [out, 1, …]
     lora_unet_….hada_w1_a, _w1_b, _w2_a, _w2_b        (w1_a w1_b) ⊙ (w2_a w2_b)
     lora_unet_….lokr_w1 or _w1_a, _w1_b; _w2 …        w1 ⊗ w2

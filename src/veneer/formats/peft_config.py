@@ -1,7 +1,9 @@
 """Translate PEFT's ``LoraConfig`` into the fields of Veneer's.
 
-    read_fields(config)      the fields of a config object, of a mapping or of an ``adapter_config.json``
-    lora_fields(fields)      the fields of ``veneer.LoraConfig`` that mean the same, and every problem
+    read_fields(config)      the fields of a config object, of a mapping or of an
+                             ``adapter_config.json``
+    lora_fields(fields)      the fields of ``veneer.LoraConfig`` that mean the same, and every
+                             problem
 
 A field without an equivalent is a problem if its value changes the result. Fields that describe the
 file or the machine are ignored (except ``task_type``, which adds a head).
@@ -38,13 +40,14 @@ _HEADS = {
 #: fields with an equivalent, which ``lora_fields`` reads
 _TRANSLATED = {
     *_SAME_VALUE, "alpha_pattern", "bias", "corda_config", "exclude_modules", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "qalora_group_size", "rank_pattern", "target_modules",
-    "target_parameters", "task_type", "use_dora", "use_qalora", "use_rslora",
+    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "qalora_group_size",
+    "rank_pattern", "target_modules", "target_parameters", "task_type", "use_dora", "use_qalora",
+    "use_rslora",
 }  # fmt: skip
 #: fields that do not change the result, or that are arguments of ``veneer.attach``
 _IRRELEVANT = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "revision", "runtime_config",
 }  # fmt: skip
 #: group size of QA-LoRA: PEFT's default, and the size of Veneer's variant

@@ -2,7 +2,8 @@
 
     adapter_config.json    vllm/lora/peft_helper.py: PEFTHelper, its fields and ``validate_legal``
     the tensors' names     vllm/lora/utils.py: ``parse_fine_tuned_lora_name``
-    the adapted modules    vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last part of a path
+    the adapted modules    vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last part
+                           of a path
 
 Which modules of a model vLLM can adapt is known to vLLM only: it wraps linear layers, and
 embeddings of the models that list them. This file detects adapters that vLLM cannot load for any

@@ -46,8 +46,8 @@ STYLES = {
 }  # fmt: skip
 #: styles of layers with full input and output, which are not cut
 UNCUT = {
-    "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "embedding_rowwise",
-    "embedding_colwise", "replicate",
+    "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep",
+    "embedding_rowwise", "embedding_colwise", "replicate",
 }  # fmt: skip
 #: how the parameters of a variant are cut, by the side of ΔW to which they belong
 SIDES = {"A": ROWS, "B": COLUMNS, "magnitude": COLUMNS}

@@ -7,8 +7,8 @@ vectors (TIES, DARE).
              merge the dense ΔWᵢ entry by entry, layer by layer, then truncate to a rank
 
 A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco et al. 2023,
-arXiv:2212.04089). A sum of DoRA changes and plain ones is a DoRA change (``weighted_sum.py``). It needs
-the base, because the gain is g = m / ‖W + ΔW‖ and a folder stores only m.
+arXiv:2212.04089). A sum of DoRA changes and plain ones is a DoRA change (``weighted_sum.py``). It
+needs the base, because the gain is g = m / ‖W + ΔW‖ and a folder stores only m.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Dense changes ΔW = W' - W of an adapter's parameters, and an adapter from dense changes by
 singular values.
 
-ΔW = gain ⊙ (W + scale · B A) - W           any variant, any layer; W' - W of parameters trained in full
+ΔW = gain ⊙ (W + scale · B A) - W           any variant, any layer; W' - W of parameters trained in
+                                            full
 ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the nearest product of a rank (Eckart and Young 1936)
 """
 

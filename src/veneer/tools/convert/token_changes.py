@@ -1,6 +1,7 @@
 """Trained tokens as plain low-rank changes, for formats that cannot store single rows.
 
-    ΔW[ids] = R − W[ids], elsewhere 0       = E (R − W[ids]), E [rows, n] the tokens' one-hot columns
+    ΔW[ids] = R − W[ids], elsewhere 0       = E (R − W[ids]), E [rows, n] the tokens' one-hot
+                                            columns
 
 The product has rank n; with a low-rank change of the same weight, whose scale is multiplied into B,
 it has rank n + r.

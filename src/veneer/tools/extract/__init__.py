@@ -1,6 +1,7 @@
 """Extract an adapter from a full fine-tune: the nearest low-rank product of each weight's change.
 
-    ΔW = W_tuned − W_base ≈ B A        per weight, [g, out, in], truncated at a rank or at a share of ‖ΔW‖²
+    ΔW = W_tuned − W_base ≈ B A        per weight, [g, out, in], truncated at a rank or at a share
+                                       of ‖ΔW‖²
 
     open both models → pair their weights → find changes → low rank, full or lost → factor → save
 
