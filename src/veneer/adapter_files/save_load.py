@@ -284,18 +284,6 @@ def _proof(
     gone = without_backup(model, name) if fingerprints is None else frozenset()
     left_out = replaced.union(gone, () if _has_head(model) else lost)
 
-    def of(tensors: Sequence[ModuleWeight]) -> Sequence[str | None]:
-        if fingerprints is not None:
-            return [
-                next((fingerprints[name] for name in tensor.names if name in fingerprints), None)
-                for tensor in tensors
-            ]
-        sources = sources_of(model)
-        return [
-            sources.get(computed, computed)
-            for computed in fingerprints_of(tensors, bits_before_merge(model, name))
-        ]
-
     unknown = [weight_path for weight_path, (held, _) in weights.items() if id(held) in gone]
     if unknown:
         problem = (
@@ -304,12 +292,20 @@ def _proof(
         raise AdapterError(
             problem, "the base's weights, for its fingerprint", "save it before that merge"
         )
-    record = base_record(
-        tensors,
-        {weight_path: by_identity[id(held)] for weight_path, (held, _) in weights.items()},
-        left_out,
-        of,
-    )
+    changed = {weight_path: by_identity[id(held)] for weight_path, (held, _) in weights.items()}
+    left_out = left_out.union(id(tensor.weight) for tensor in changed.values())
+    rest = [
+        tensor for tensor in tensors if id(tensor.weight) not in left_out and tensor.is_readable
+    ]
+    recorded = [*changed.values(), *rest]
+    if fingerprints is None:
+        values = _compute_fingerprints(model, name, recorded)
+    else:
+        values = [
+            next((fingerprints[key] for key in tensor.names if key in fingerprints), None)
+            for tensor in recorded
+        ]
+    record = base_record(changed, rest, values)
     for weight_path, (held, change) in weights.items() if fingerprints is None else ():
         # the adapter replaces these rows, so that the base's values in them do not matter
         if change.tokens is not None:
@@ -321,6 +317,16 @@ def _proof(
         **record,
         **({"fresh": [parameter_path(*ref) for ref in lost.values()]} if lost else {}),
     }
+
+
+def _compute_fingerprints(
+    model: nn.Module, name: str, tensors: Sequence[ModuleWeight]
+) -> list[str | None]:
+    """The fingerprints of tensors of the base as they were before a merge; of a packed weight, that
+    of the weight in the file if it is known."""
+    sources = sources_of(model)
+    computed = fingerprints_of(tensors, bits_before_merge(model, name))
+    return [sources.get(fingerprint, fingerprint) for fingerprint in computed]
 
 
 def install_from(

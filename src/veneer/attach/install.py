@@ -25,6 +25,7 @@ from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
 from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import (
     ADAPTERS,
+    CHANGING,
     ActiveAdapter,
     LayerState,
     ModelAdapters,
@@ -77,7 +78,7 @@ def install_adapter(
         names, plans, trainable=trainable, parameters=parameters, calibration=calibration
     )
     attached = _ensure_adapters(model)
-    selected = adapt_modules(names, plans, layer_adapters)
+    selected = _adapt_modules(attached, names, plans, layer_adapters)
     for path, layer_adapter in layer_adapters.items():
         layer_state: Any = state_of(names.modules[path])
         set_child(layer_state, name, layer_adapter)
@@ -229,13 +230,19 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
     return attached
 
 
-@one_thread_at_a_time
 def adapt_modules(
     names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
     """Give the modules their adapted class; return the layer adapters by the keys of an
     ``ActiveAdapter``. They are not added to the layer states."""
-    attached, modules = _ensure_adapters(names.model), names.modules
+    with CHANGING:
+        return _adapt_modules(_ensure_adapters(names.model), names, plans, layer_adapters)
+
+
+def _adapt_modules(
+    attached: ModelAdapters, names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
+) -> dict[Any, LayerAdapter]:
+    modules = names.modules
     transposed = {
         path
         for entry in plans.low

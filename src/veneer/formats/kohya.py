@@ -81,7 +81,8 @@ _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "
 #: the paths of SD3 and Flux that ComfyUI knows by diffusers' names
 _MMDIT = re.compile(
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
-    r"(attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|norm1?(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2)"
+    r"(attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|norm1?(_context)?\.linear"
+    r"|ff(_context)?\.net\.(0\.proj|2)"
     r"|proj_mlp|proj_out)|context_embedder|x_embedder|pos_embed\.proj|proj_out|norm_out\.linear"
     r"|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
 )

@@ -25,7 +25,8 @@ __all__ = ["problems"]
 MAX_RANK = 16
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _SIDES = re.compile(
-    r"^(?:base_model\.model\.)?(.*?)\.?(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<emb>[AB]))$"
+    r"^(?:base_model\.model\.)?(.*?)\.?"
+    r"(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<emb>[AB]))$"
 )
 
 
