@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from veneer.attach.layer.adapted_module import adapted_class, uncover, walk
+from veneer.attach.layer.lookup import unwrap
 from veneer.distributed import base_class
 from veneer.errors import MethodError, sentence
 
@@ -79,6 +80,7 @@ class _Absent:
 def answer_peft_names(model: nn.Module) -> None:
     """Make the names in ``METHODS`` raise on this model. A method that the model's class defines
     stays, unless it comes from a mixin that looks for adapters of PEFT."""
+    model = unwrap(model)
     uncover(model)
     model.__class__ = _answering_class(type(model))
 
