@@ -1,6 +1,6 @@
-"""The models that `make gpu` trains: SmolLM2-135M, and random weights in the shapes of a Llama of 1B
-and 8B and of Qwen3's mixture of experts, in bfloat16 and in 4 bits; each as a candidate of Veneer,
-PEFT, TRL, Liger or Unsloth.
+"""The models that `make gpu` trains: SmolLM2-135M, and random weights in the shapes of a Llama of
+1B and 8B and of Qwen3's mixture of experts, in bfloat16 and in 4 bits; each as a candidate of
+Veneer, PEFT, TRL, Liger or Unsloth.
 
 All candidates of a process share one frozen base. Adapters are on all linear layers but the head
 and a mixture's routers, and on the stacks of experts.

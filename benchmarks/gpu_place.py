@@ -123,7 +123,8 @@ def find(name: str, quick: bool) -> Place:
         )
     if not available[name]():
         built = torch.version.cuda or torch.version.hip
-        torch_ = f"torch {torch.__version__}, which is {'built for a GPU' if built else 'built without one'}"
+        build = "built for a GPU" if built else "built without one"
+        torch_ = f"torch {torch.__version__}, which is {build}"
         do = "run this on a machine with one, or try its parts with --device cpu --quick"
         raise Skipped(
             f"Found: no {name.upper()} device ({torch_}). Expected: a GPU that torch sees. Do: "

@@ -23,7 +23,7 @@ from rich.table import Table
 import veneer
 from demo import pronounce, report
 from veneer import models
-from veneer.attach.summary import format_bytes
+from veneer.errors import format_bytes
 from veneer.train.config import TrainConfig, make_config
 from veneer.train.generate import generate
 from veneer.train.run import fit
@@ -94,10 +94,11 @@ def main() -> int:
     )
     adapter_bytes = sum(file.stat().st_size for file in result.adapter.iterdir())
     told = (
-        f"{result.steps} steps in {result.seconds:.0f} s trained {summary.trainable:,} numbers beside the base's "
-        f"{summary.total:,} ({summary.percent:.2f} %): an adapter of {format_bytes(adapter_bytes)} for a model of "
-        f"{format_bytes(weights)}. Merged, {agree:.1%} of the answers are the adapter's own (logits within "
-        f"{drift:.1%}), at {ratio:.2f} × the base's time."
+        f"{result.steps} steps in {result.seconds:.0f} s trained {summary.trainable:,} numbers"
+        f" beside the base's {summary.total:,} ({summary.percent:.2f} %): an adapter of"
+        f" {format_bytes(adapter_bytes)} for a model of {format_bytes(weights)}. Merged,"
+        f" {agree:.1%} of the answers are the adapter's own (logits within {drift:.1%}), at"
+        f" {ratio:.2f} × the base's time."
     )
     console.print(told, highlight=False)
     console.print(merged.summary, highlight=False)
@@ -107,8 +108,9 @@ def main() -> int:
     page = report.write(
         OUT / "report.html",
         title="SmolLM2 learns to pronounce",
-        lead=f"A LoRA adapter of rank {rank} on all linear layers, trained for {result.steps} steps on "
-        f"{result.steps * 24:,} words of the CMU pronouncing dictionary. The base stays frozen.",
+        lead=f"A LoRA adapter of rank {rank} on all linear layers, trained for {result.steps}"
+        f" steps on {result.steps * 24:,} words of the CMU pronouncing dictionary. The base stays"
+        " frozen.",
         cards=[
             (
                 f"{scores['adapter'].error_rate:.3f}",
@@ -135,8 +137,9 @@ def main() -> int:
             for row, word in enumerate(judged[:14])
         ],
         norms=norms,
-        footer=f"Veneer {veneer.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads. "
-        f"Base: {BASE}. Adapter: {result.adapter}. The whole demo took {time.perf_counter() - started:.0f} s.",
+        footer=f"Veneer {veneer.__version__}, torch {torch.__version__}, {torch.get_num_threads()}"
+        f" threads. Base: {BASE}. Adapter: {result.adapter}. The whole demo took"
+        f" {time.perf_counter() - started:.0f} s.",
     )
     console.print(
         f"\nReport: {page}. The whole demo took {time.perf_counter() - started:.0f} s.\n\nNext:"
@@ -155,8 +158,9 @@ def main() -> int:
 def settings(output: Path, **changes: Any) -> TrainConfig:
     """The demo's recipe. ``changes``: other fields, or other values of these."""
     recipe: dict[str, Any] = {
-        "base": BASE, "attention": "eager", "rank": 8, "alpha": 16, "learning_rate": 4e-3, "schedule": "cosine",
-        "warmup": 0.05, "batch_size": 24, "max_steps": 240, "eval_every": 60, "save_every": 120,
+        "base": BASE, "attention": "eager", "rank": 8, "alpha": 16, "learning_rate": 4e-3,
+        "schedule": "cosine", "warmup": 0.05, "batch_size": 24, "max_steps": 240, "eval_every": 60,
+        "save_every": 120,
     }  # fmt: skip
     return make_config({**recipe, "output": output, **changes})
 

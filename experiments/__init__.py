@@ -2,7 +2,7 @@
 and writes docs/paper/.
 
 One file is one page. `study.py` has the rule that decides a claim and keeps the records in
-`results/`, `page.py` writes the pages, `plots.py` draws. `training.py` has the loop that all
+`results/`, `page.py` writes the pages. `training.py` has the loop that all
 methods share; `words.py`, `snips.py` and `turned.py` have the tasks. `full/` has configurations
 of `veneer train` and `veneer sweep` for the same at full size.
 """

@@ -93,7 +93,8 @@ Sizes are of 16-bit numbers, without the header of a file. Any of these configur
 planned with:
 
 ```console
-veneer plan --base experiments/shapes/gpt3-175b.json --rank 4 --targets attn.c_attn --batch 1 --activation-checkpointing
+veneer plan --base experiments/shapes/gpt3-175b.json --rank 4 --targets attn.c_attn --batch 1 \\
+    --activation-checkpointing
 ```
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from experiments import plots, training, words
+from experiments import training, words
 from experiments.study import (
     SEEDS,
     Cell,
@@ -20,6 +20,7 @@ from experiments.study import (
     show,
     show_runs,
 )
+from veneer.tools.report import charts
 
 SOURCE = "[Biderman et al. 2024](https://arxiv.org/abs/2405.09673), section 4.3"
 LORA, FULL = "LoRA, rank 8", "full fine-tuning"
@@ -152,7 +153,7 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
         for run in PLAN.results(arm, runs)
     }
     labels = {"x": "loss of the task", "y": "loss on general text"}
-    return {"trade": plots.lines(series, **labels, bottom=None)}
+    return {"trade": charts.lines_file(series, **labels, bottom=None)}
 
 
 EXPERIMENT = Experiment(

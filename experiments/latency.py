@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import veneer
-from experiments import plots
 from experiments.study import (
     FAILED,
     HELD,
@@ -34,6 +33,7 @@ from experiments.study import (
 from experiments.training import add_bottlenecks
 from veneer import models
 from veneer.errors import sentence
+from veneer.tools.report import charts
 
 BASES = {
     "MiniLM": "MiniLM-L6: 6 blocks of width 384",
@@ -245,7 +245,7 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
             for arm in ARMS
         }
         labels = {"x": ", ".join(shapes), "y": "time, as ratio to the base"}
-        drawings[base.lower()] = plots.lines(series, **labels, bottom=None)
+        drawings[base.lower()] = charts.lines_file(series, **labels, bottom=None)
     return drawings
 
 

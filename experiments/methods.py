@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from experiments import plots, snips, training
+from experiments import snips, training
 from experiments.study import (
     HU,
     SEEDS,
@@ -21,6 +21,7 @@ from experiments.study import (
     mean,
     show,
 )
+from veneer.tools.report import charts
 
 STEPS, BATCH, RANK, ALPHA, INNER, WITHIN = 120, 16, 8, 16, 16, 0.01
 TABLES = f"{HU}, tables 2 to 4"
@@ -131,7 +132,7 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
         if mean(results := PLAN.results(arm, runs), "numbers")
     }
     labels = {"x": "log10 of trained numbers", "y": "span F1"}
-    return {"f1": plots.lines(quality, **labels, dots=True, bottom=None)}
+    return {"f1": charts.lines_file(quality, **labels, dots=True, bottom=None)}
 
 
 EXPERIMENT = Experiment(

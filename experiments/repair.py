@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import plots, training, words
+from experiments import training, words
 from experiments.study import (
     SEEDS,
     Cell,
@@ -21,6 +21,7 @@ from experiments.study import (
     show,
     table,
 )
+from veneer.tools.report import charts
 
 PAPER = "[Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228)"
 #: (cosine below which a direction is an intruder, factor of its singular value)
@@ -228,7 +229,7 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
         if row["task"] <= worst:
             series.setdefault(kind, []).append((row["task"], row["general"]))
     labels = {"x": "loss of the task", "y": "loss on general text"}
-    return {"trade": plots.lines(series, **labels, bottom=None, dots=True)}
+    return {"trade": charts.lines_file(series, **labels, bottom=None, dots=True)}
 
 
 EXPERIMENT = Experiment(

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import plots
 from veneer.errors import sentence
+from veneer.tools.report import charts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -378,7 +378,7 @@ def rates_plot(plan: Tuned, runs: Sequence[Run]) -> str:
         ]
         for arm in plan.arms
     }
-    return plots.lines(series, x="log10 of the rate", y=f"{plan.score}, aside", bottom=None)
+    return charts.lines_file(series, x="log10 of the rate", y=f"{plan.score}, aside", bottom=None)
 
 
 # ---- experiments and their records ---------------------------------------------------------------

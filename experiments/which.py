@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import veneer
-from experiments import plots, turned
+from experiments import turned
 from experiments.study import (
     HU,
     REGRET,
@@ -22,6 +22,7 @@ from experiments.study import (
     mean,
     show,
 )
+from veneer.tools.report import charts
 
 WEIGHTS: dict[str, str | list[str]] = {
     "query": ["q_proj"],
@@ -135,7 +136,7 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
         ]
         for weights in COMPARED
     }
-    return {"rank": plots.lines(series, x="log2 of the rank", y="right", bottom=None)}
+    return {"rank": charts.lines_file(series, x="log2 of the rank", y="right", bottom=None)}
 
 
 EXPERIMENT = Experiment(

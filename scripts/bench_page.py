@@ -21,7 +21,7 @@ for _folder in (ROOT, ROOT / "benchmarks"):
 from benchmarks import runner  # noqa: E402
 
 from cases import all_cases  # noqa: E402 (behind the folders)
-from experiments import plots as drawings  # noqa: E402
+from veneer.tools.report import charts  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: second records of the same commits, made from a fresh clone: NAME/COMMIT.json
@@ -278,7 +278,7 @@ def _plot(result: Mapping[str, Any]) -> str:
                 arms[arm] = (measured[0], measured[1], measured[2])
         panels[describe(case["setting"])] = arms
     unit = f"{title} as ratio to {result['floor']}" if form == "ratio" else title
-    return drawings.ranges(panels, x=unit)
+    return charts.ranges_file(panels, x=unit)
 
 
 def _paragraph(text: str) -> list[str]:

@@ -6,7 +6,8 @@ there, on GitHub and on the site. Beside them comes what is generated and commit
 from the docstrings of what docs/public-api.md lists, a notebook of each tutorial, and llms.txt, for
 readers that are models. The navigation is scripts/site.toml.
 
-    python scripts/build_site.py [FOLDER]        FOLDER/site, build/site by default; any warning is an error
+    python scripts/build_site.py [FOLDER]        FOLDER/site, build/site by default; any warning is
+                                                 an error
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def collect(pages: Path) -> None:
 
 
 # ---- the API
-# -----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def api_pages() -> dict[str, str]:
@@ -90,7 +91,7 @@ def hidden(module: str) -> Iterator[str]:
 
 
 # ---- notebooks
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def notebook(page: str) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def pieces(page: str) -> Iterator[tuple[str, str]]:
 
 
 # ---- for models
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def navigation(entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:

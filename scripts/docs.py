@@ -33,11 +33,11 @@ import plan_page
 import readme_picture
 import torture_page
 import trainers
-from veneer import cli
+from veneer.cli.command_table import COMMANDS as COMMAND_LINES
 from veneer.variants import VARIANTS, InitContext
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("", *cli.COMMANDS)
+COMMANDS = ("", *COMMAND_LINES)
 
 
 def help_of(command: str) -> str:
@@ -82,7 +82,8 @@ def variants_table() -> str:
     )
     start = InitContext(
         *(1, 512, 512, 8, 512),
-        base=lambda: weight, inputs=lambda: inputs[None], gradient=more.double, original=lambda: weight + more,
+        base=lambda: weight, inputs=lambda: inputs[None], gradient=more.double,
+        original=lambda: weight + more,
     )  # fmt: skip
     for variant in VARIANTS:
         trained = sum(
@@ -91,9 +92,9 @@ def variants_table() -> str:
             if name not in variant.frozen
         )
         cells = [
-            f"`{variant.name}`", scales[variant.scale(1, 4)], f"{variant.default_alpha:g}", f"{trained:,}",
-            "the base" if variant.exact_start else "near the original", *map(calibration.get, variant.needs or [""]),
-            variant.paper,
+            f"`{variant.name}`", scales[variant.scale(1, 4)], f"{variant.default_alpha:g}",
+            f"{trained:,}", "the base" if variant.exact_start else "near the original",
+            *map(calibration.get, variant.needs or [""]), variant.paper,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cell or '' for cell in cells)} |")
     return "\n".join(lines)

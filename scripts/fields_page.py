@@ -11,20 +11,23 @@ from veneer.serve.schemas import ChatRequest, CompletionRequest
 
 #: the fields of both bodies of vLLM 0.28, then those of one, and those of its older versions
 VLLM = [
-    "model", "n", "seed", "stop", "stream", "stream_options", "temperature", "top_p", "user", "max_tokens",
-    "logprobs", "echo", "frequency_penalty", "presence_penalty", "logit_bias", "response_format", "use_beam_search",
-    "top_k", "min_p", "repetition_penalty", "watermarking", "length_penalty", "stop_token_ids",
-    "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens",
-    "spaces_between_special_tokens", "truncate_prompt_tokens", "truncation_side", "allowed_token_ids",
-    "prompt_logprobs", "logprob_token_ids", "bad_words", "add_special_tokens", "structured_outputs", "priority",
-    "request_id", "session_id", "return_tokens_as_token_ids", "return_token_ids", "routed_experts_prompt_start",
-    "return_token_offsets", "return_mm_kwargs", "cache_salt", "kv_transfer_params", "ec_transfer_params",
-    "vllm_xargs", "repetition_detection", "thinking_token_budget", "stream_interval",
+    "model", "n", "seed", "stop", "stream", "stream_options", "temperature", "top_p", "user",
+    "max_tokens", "logprobs", "echo", "frequency_penalty", "presence_penalty", "logit_bias",
+    "response_format", "use_beam_search", "top_k", "min_p", "repetition_penalty", "watermarking",
+    "length_penalty", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens",
+    "skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens",
+    "truncation_side", "allowed_token_ids", "prompt_logprobs", "logprob_token_ids", "bad_words",
+    "add_special_tokens", "structured_outputs", "priority", "request_id", "session_id",
+    "return_tokens_as_token_ids", "return_token_ids", "routed_experts_prompt_start",
+    "return_token_offsets", "return_mm_kwargs", "cache_salt", "kv_transfer_params",
+    "ec_transfer_params", "vllm_xargs", "repetition_detection", "thinking_token_budget",
+    "stream_interval",
 ]  # fmt: skip
 VLLM_CHAT = [
     "messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "reasoning_effort",
-    "include_reasoning", "parallel_tool_calls", "add_generation_prompt", "continue_final_message", "documents",
-    "chat_template", "chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs", "return_prompt_text",
+    "include_reasoning", "parallel_tool_calls", "add_generation_prompt", "continue_final_message",
+    "documents", "chat_template", "chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs",
+    "return_prompt_text",
 ]  # fmt: skip
 VLLM_TEXT = ["prompt", "suffix", "prompt_embeds"]
 VLLM_OLDER = [*GUIDED, "guided_decoding_backend", "guided_whitespace_pattern", "best_of"]

@@ -14,12 +14,13 @@ else:  # beside docs.py, which is run as a program
 
 LEAD = """# Measured on GPUs
 
-Written by `make docs` from `benchmarks/results/gpu-*.json`, which `make gpu` writes on a machine with a GPU, in at most
-10 minutes. What a GPU is asked for, counted without one: [gpu.md](gpu.md).
+Written by `make docs` from `benchmarks/results/gpu-*.json`, which `make gpu` writes on a machine
+with a GPU, in at most 10 minutes. What a GPU is asked for, counted without one: [gpu.md](gpu.md).
 """
 EMPTY = """
-**Not measured yet.** No run on a GPU has been recorded, so nothing is claimed here: not that anything is fast, and not
-that a kernel of a real GPU gives the numbers that the emulated device gives.
+**Not measured yet.** No run on a GPU has been recorded, so nothing is claimed here: not that
+anything is fast, and not that a kernel of a real GPU gives the numbers that the emulated device
+gives.
 """
 
 
@@ -68,8 +69,11 @@ def _of(result: Mapping[str, Any]) -> list[str]:
             f"{setting['rows']} prompts of {setting['prompt']} tokens and {setting['tokens']}"
             " tokens to each"
         )
-        lines += [f"{text}, {setting['model']}, {setting['adapters']} adapters, {case['runs']} rounds.", "",
-                  *_rows(case)]  # fmt: skip
+        lines += [
+            f"{text}, {setting['model']}, {setting['adapters']} adapters, {case['runs']} rounds.",
+            "",
+            *_rows(case),
+        ]
     if result["skipped"]:
         lines += [
             "Not measured:",

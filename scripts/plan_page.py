@@ -46,21 +46,24 @@ _LLAMA = {
 #: the shapes that their makers publish in config.json
 BASES: dict[str, dict[str, Any]] = {
     "8B": {
-        **_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        **_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
     },
     "70B": {
-        **_LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        **_LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64,
     },
     "405B": {
         **_LLAMA, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
         "num_attention_heads": 128,
     },
     "1T experts": {
-        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
-        "num_hidden_layers": 61, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384,
-        "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "vocab_size": 163840,
+        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 64,
+        "num_key_value_heads": 64, "n_routed_experts": 384, "num_experts_per_tok": 8,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "vocab_size": 163840,
     },
 }  # fmt: skip
 WHOSE = {
@@ -117,7 +120,10 @@ def training(base: str) -> list[str]:
         "s a step",
         "tokens/s each",
     ]
-    count = f"{made.total / 1e9:,.1f} billion numbers, of which {made.trainable / 1e6:,.1f} million train beside them"
+    count = (
+        f"{made.total / 1e9:,.1f} billion numbers, of which {made.trainable / 1e6:,.1f} million"
+        " train beside them"
+    )
     return [f"### {base}", "", f"{WHOSE[base]}. {count}.", "", *table(heads, rows), ""]
 
 
@@ -125,9 +131,10 @@ def cells(one: RunPlan) -> list[str]:
     assert one.seconds is not None
     assert one.speed is not None
     return [
-        f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "", one.run.quantize or "bf16",
-        f"{one.memory['base'] / GIB:.1f}", f"{one.total / GIB:.1f}", "fits" if one.fits else "too much",
-        f"{one.sent / 1e9:,.1f}", f"{one.seconds:.2f}", f"{one.speed:,.0f}",
+        f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "",
+        one.run.quantize or "bf16", f"{one.memory['base'] / GIB:.1f}", f"{one.total / GIB:.1f}",
+        "fits" if one.fits else "too much", f"{one.sent / 1e9:,.1f}", f"{one.seconds:.2f}",
+        f"{one.speed:,.0f}",
     ]  # fmt: skip
 
 
@@ -144,12 +151,12 @@ def serving() -> list[str]:
             rows.append([*name, f"{one.row / 2**20:,.0f}", "0", "", "", "", "", ""])
             continue
         rows.append([
-            *name, f"{one.row / 2**20:,.0f}", str(one.rows), f"{one.in_memory:,}", f"{1e3 * one.step:.0f}",
-            f"{one.answered:.1f}", str(one.replicas), f"{one.hits:.0%}",
+            *name, f"{one.row / 2**20:,.0f}", str(one.rows), f"{one.in_memory:,}",
+            f"{1e3 * one.step:.0f}", f"{one.answered:.1f}", str(one.replicas), f"{one.hits:.0%}",
         ])  # fmt: skip
     heads = [
-        "base", "rank", "a replica", "MiB an adapter", "MiB a row", "rows", "adapters in memory", "ms a token",
-        "requests/s", "replicas", "found in memory",
+        "base", "rank", "a replica", "MiB an adapter", "MiB a row", "rows", "adapters in memory",
+        "ms a token", "requests/s", "replicas", "found in memory",
     ]  # fmt: skip
     return table(heads, rows)
 
@@ -175,7 +182,8 @@ def measured_rows() -> tuple[str, list[dict[str, Any]]]:
         plain, held = numbers["as it comes"], numbers["giving back"]["memory"]
         name = case["setting"]["name"]
         row = {
-            "name": name, "several": name.endswith(("ddp", "fsdp")), "dtype": "bf16" if "bf16" in name else "fp32",
+            "name": name, "several": name.endswith(("ddp", "fsdp")),
+            "dtype": "bf16" if "bf16" in name else "fp32",
             "measured": {"memory": plain["memory"], "held": held, "seconds": plain["seconds"]},
             "predicted": {"memory": plain["planned memory"], "seconds": plain["planned seconds"]},
             "memory_error": plain["planned memory"] / plain["memory"] - 1,
@@ -200,7 +208,8 @@ NUMBERS = ("memory", "seconds", "planned memory", "planned seconds")
 def measured() -> list[str]:
     note, rows_measured = measured_rows()
     heads = [
-        "configuration", "planned, MiB", "held", "error", "resident", "error", "step, s", "error of its ratio",
+        "configuration", "planned, MiB", "held", "error", "resident", "error", "step, s",
+        "error of its ratio",
     ]  # fmt: skip
     rows = [
         [
@@ -216,9 +225,11 @@ def measured() -> list[str]:
     within = {name: sum(error <= limit for error in found[name]) for name, limit in ERRORS.items()}
     middle = {name: statistics.median(errors) for name, errors in found.items()}
     said = (
-        f"Of {len(rows)} configurations, what is held is within 10 % of the plan for {within['held_error']} (median "
+        f"Of {len(rows)} configurations, what is held is within 10 % of the plan for"
+        f" {within['held_error']} (median "
         f"{middle['held_error']:.1%}), what is resident for {within['memory_error']} (median "
-        f"{middle['memory_error']:.1%}); of {len(found['time_error'])}, the ratio of times is within 15 % for "
+        f"{middle['memory_error']:.1%}); of {len(found['time_error'])}, the ratio of times is"
+        " within 15 % for "
         f"{within['time_error']} (median {middle['time_error']:.1%})."
     )
     return [note, "", *table(heads, rows), "", said]
@@ -241,21 +252,54 @@ def published() -> list[str]:
     whole = tune.plan(Run(2, 2048), on=card)
     flops = nemo.operations / nemo.tokens / 1e9
     rows = [
-        ["8B, one H100: tokens/s", "NeMo AutoModel", "12,473", f"{nemo.speed:,.0f}", off(nemo.speed, 12473)],
+        [
+            "8B, one H100: tokens/s",
+            "NeMo AutoModel",
+            "12,473",
+            f"{nemo.speed:,.0f}",
+            off(nemo.speed, 12473),
+        ],
         ["8B, one H100: GFLOP a token", "NeMo AutoModel", "32.2", f"{flops:.1f}", off(flops, 32.2)],
         *(
             [
-                f"70B, 8 H100, {one.strategy}: tokens/s each", "NeMo AutoModel (TP 2 · PP 4)", "659",
-                f"{one.speed:,.0f}", off(one.speed, 659),
+                f"70B, 8 H100, {one.strategy}: tokens/s each",
+                "NeMo AutoModel (TP 2 · PP 4)",
+                "659",
+                f"{one.speed:,.0f}",
+                off(one.speed, 659),
             ]
             for one in large
         ),
-        ["8B, LoRA, checkpointed: GiB", "torchtune", "16.2", gib(lora), off(lora.total / GIB, 16.2)],
+        [
+            "8B, LoRA, checkpointed: GiB",
+            "torchtune",
+            "16.2",
+            gib(lora),
+            off(lora.total / GIB, 16.2),
+        ],
         ["8B, LoRA: GiB", "torchtune", "30.3", gib(whole), off(whole.total / GIB, 30.3)],
-        ["8B, QLoRA, checkpointed: GiB", "torchtune", "7.4", gib(packed), off(packed.total / GIB, 7.4)],
-        ["8B, LoRA, RTX 4090: tokens/s", "torchtune", "3,083", f"{lora.speed:,.0f}", off(lora.speed, 3083)],
-        ["8B, QLoRA, RTX 4090: tokens/s", "torchtune", "2,413", f"{packed.speed:,.0f}", off(packed.speed, 2413)],
-    ]  # fmt: skip
+        [
+            "8B, QLoRA, checkpointed: GiB",
+            "torchtune",
+            "7.4",
+            gib(packed),
+            off(packed.total / GIB, 7.4),
+        ],
+        [
+            "8B, LoRA, RTX 4090: tokens/s",
+            "torchtune",
+            "3,083",
+            f"{lora.speed:,.0f}",
+            off(lora.speed, 3083),
+        ],
+        [
+            "8B, QLoRA, RTX 4090: tokens/s",
+            "torchtune",
+            "2,413",
+            f"{packed.speed:,.0f}",
+            off(packed.speed, 2413),
+        ],
+    ]
     return table(["what", "by", "published", "planned", "off"], rows)
 
 
@@ -289,12 +333,18 @@ def devices() -> list[str]:
     heads += ["GB/s to other machines", "sources"]
     rows = [
         [
-            f"`{one.name}`", f"{one.memory / 1e9:.0f}", f"{one.peak16 / 1e12:,.0f}", f"{one.peak32 / 1e12:,.0f}",
-            f"{one.bandwidth / 1e9:,.0f}", f"{one.link / 1e9:.0f}", str(one.machine),
-            f"{one.network.bandwidth / 1e9:g}", linked(one),
+            f"`{one.name}`",
+            f"{one.memory / 1e9:.0f}",
+            f"{one.peak16 / 1e12:,.0f}",
+            f"{one.peak32 / 1e12:,.0f}",
+            f"{one.bandwidth / 1e9:,.0f}",
+            f"{one.link / 1e9:.0f}",
+            str(one.machine),
+            f"{one.network.bandwidth / 1e9:g}",
+            linked(one),
         ]
         for one in DEVICES.values()
-    ]  # fmt: skip
+    ]
     return table(heads, rows)
 
 
@@ -306,16 +356,25 @@ def linked(one: Hardware) -> str:
 def page() -> str:
     text = (ROOT / "scripts" / "plan_page.md").read_text()
     parts = {
-        "training": [line for base in BASES for line in training(base)][:-1], "serving": serving(),
-        "measured": measured(), "published": published(), "devices": devices(),
-    }  # fmt: skip
+        "training": [line for base in BASES for line in training(base)][:-1],
+        "serving": serving(),
+        "measured": measured(),
+        "published": published(),
+        "devices": devices(),
+    }
     for name, lines in parts.items():
         text = text.replace(f"{{{{{name}}}}}", "\n".join(lines))
     shares = {
-        "products": f"{PRODUCTS:.0%}", "bytes": f"{BYTES:.0%}", "links": f"{LINKS:.0%}", "slack": f"{SLACK:.0%}",
-        "context": f"{CONTEXT / GIB:g}", "launch": f"{1e6 * LAUNCH:g}", "busy": f"{BUSY:.0%}",
-        "tuned": of_peak(3083, 165.2, True), "tuned6000": of_peak(4699, 154.8, False),
-    }  # fmt: skip
+        "products": f"{PRODUCTS:.0%}",
+        "bytes": f"{BYTES:.0%}",
+        "links": f"{LINKS:.0%}",
+        "slack": f"{SLACK:.0%}",
+        "context": f"{CONTEXT / GIB:g}",
+        "launch": f"{1e6 * LAUNCH:g}",
+        "busy": f"{BUSY:.0%}",
+        "tuned": of_peak(3083, 165.2, True),
+        "tuned6000": of_peak(4699, 154.8, False),
+    }
     for name, value in shares.items():
         text = text.replace(f"{{{{{name}}}}}", value)
     return text

@@ -6,15 +6,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
+from veneer.tools.report import charts
+
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # experiments/
-    sys.path.append(str(ROOT))
-
-from experiments import plots  # noqa: E402 (behind the folder)
-
 RECORD = ROOT / "benchmarks" / "results" / "before" / "time_to_target.json"
 PICTURE = "docs/first-run.svg"
 #: recorded arms with the same number of steps, by their names in the picture: of TRL with PEFT the
@@ -33,7 +29,7 @@ def curve(arm: str, number: str) -> list[tuple[int, float]]:
 
 def picture() -> str:
     curves = {name: curve(arm, "loss") for name, arm in ARMS.items()}
-    return plots.lines(curves, x="step", y="held-out loss")
+    return charts.lines_file(curves, x="step", y="held-out loss")
 
 
 def caption() -> str:

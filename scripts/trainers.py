@@ -1,9 +1,11 @@
 """Ask every trainer again what it does with an adapter, of Veneer and of PEFT, and record the
 answers.
 
-    python -m scripts.trainers            run everything, write benchmarks/results/trainers.json (then `make docs`)
+    python -m scripts.trainers            run everything, write benchmarks/results/trainers.json
+                                          (then `make docs`)
     python -m scripts.trainers --check    run everything, fail if the record says something else
-    python -m scripts.trainers SFT DPO    run the trainers whose names contain these, print their rows
+    python -m scripts.trainers SFT DPO    run the trainers whose names contain these, print their
+                                          rows
 
 Each cell of the table in docs/trainers.md is one answer; `tests/support/trainer_cells.py` has the
 questions.

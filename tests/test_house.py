@@ -129,12 +129,6 @@ MODULES = {
     ): file
     for file in FILES
 }
-#: files that import each other, also for type checkers alone: to be taken apart, never to grow
-CIRCLES = [
-    {"veneer.bank.bank", "veneer.bank.lease"},
-    {"veneer.cli", "veneer.cli.commands"},
-    {"veneer.train.sft_trainer", "veneer.train.trainer"},
-]
 
 
 def imported_modules(file: Path) -> set[str]:
@@ -220,7 +214,7 @@ def test_no_file_imports_itself_through_others():
         for module in imported
         if module in reachable[module]
     }
-    assert circles == set(map(frozenset, CIRCLES))
+    assert circles == set()
 
 
 def test_the_server_knows_nothing_of_training():
@@ -380,7 +374,9 @@ def test_errors_are_a_tree_that_is_drawn():
     drawn = veneer.errors.__doc__
     for name, value in vars(veneer.errors).items():
         if isinstance(value, type) and value.__module__ == veneer.errors.__name__:
-            assert issubclass(value, veneer.VeneerError)
+            assert issubclass(value, veneer.VeneerError | UserWarning)
             assert name in drawn
+            if issubclass(value, UserWarning):
+                continue
             builtin = [base.__name__ for base in value.__mro__ if base.__module__ == "builtins"]
             assert name == "VeneerError" or builtin[0] != "Exception", f"{name} is no standard type"

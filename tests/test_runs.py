@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 import veneer
-from veneer.attach.layer.adapted_module import weight_of
+from veneer.bases import weight_of
 from veneer.layers import LAYERS
 
 # transformers' Conv1D is a kind only once transformers has been imported

@@ -388,8 +388,8 @@ PREFIX = Case(
     "prefix",
     "Time to the first token of a prompt of 1,800 tokens over HTTP, new and asked before; "
     "SmolLM2-135M's shape (6 of 30 layers).",
-    "the same base, prompts and threads, one request at a time, prefix caches on; `vllm` is its CPU "
-    "build ($VLLM)",
+    "the same base, prompts and threads, one request at a time, prefix caches on; `vllm` is its"
+    " CPU build ($VLLM)",
     f"{OURS}, first time",
     [
         {"threads": "default", "dtype": dtype, "layers": 6, "prompt": 1800}

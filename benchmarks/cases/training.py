@@ -161,7 +161,8 @@ STEP = Case(
 )
 STEP_ONE = Case(
     "step_one_thread",
-    "The same of 2 of its layers on one thread, with dropout of 0.05, loralib and full fine-tuning too.",
+    "The same of 2 of its layers on one thread, with dropout of 0.05, loralib and full fine-tuning"
+    " too.",
     f"{EQUAL}. {PEERS}",
     "floor",
     [

@@ -118,7 +118,10 @@ REWARD = '''
 def begins(prompts, completions, letter, **_):
     """1 for an answer of letters that begins with the one that was asked for."""
     words = [text.strip() for text in completions]
-    return [float(word[:1].lower() == own and word[:3].isalpha()) for word, own in zip(words, letter)]
+    return [
+        float(word[:1].lower() == first and word[:3].isalpha())
+        for word, first in zip(words, letter)
+    ]
 '''
 
 

@@ -75,16 +75,17 @@ class Raw(str):
 
 DEEP = Raw("[" * 3000 + "]" * 3000)
 EVIL = [
-    r"(a|a)*b", r"(.*)*x", r"((a+)+)+$", r"(.*.*.*.*.*.*.*)y", r"(\w+\.?)+!", r"(?=.*a)+.*", r"(x+x+)+y", r"(q", r"\1",
-    r"(?P<a>q)(?P=a)", "((((" * 300 + "q" + "))))" * 300, "q{1000}{1000}{1000}", "(?i)Q", "q" * 100_000, r"[[a]", "*",
-    "((((){999}){999}){999}){999}", ".*" * 2000,
-    r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(.*\.)*(q|up)", "(" * 50 + ".*" + ")*" * 50,
+    r"(a|a)*b", r"(.*)*x", r"((a+)+)+$", r"(.*.*.*.*.*.*.*)y", r"(\w+\.?)+!", r"(?=.*a)+.*",
+    r"(x+x+)+y", r"(q", r"\1", r"(?P<a>q)(?P=a)", "((((" * 300 + "q" + "))))" * 300,
+    "q{1000}{1000}{1000}", "(?i)Q", "q" * 100_000, r"[[a]", "*", "((((){999}){999}){999}){999}",
+    ".*" * 2000, r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(.*\.)*(q|up)", "(" * 50 + ".*" + ")*" * 50,
 ]  # fmt: skip
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.5, 1e-300, 1e30, 1e308, 2**31, 2**63, 2**64, "", "x", "q", "0",
-    "../x", "a" * 5000, "\x00", "\u202e", "é", [], [0], ["q"], ["q", "up"], [None], [[0, 99]], [[0, 1]], [[]],
-    ["q", 3], {}, {"a": 1}, {"q": 2}, {"q": "2"}, {"": 0}, {"a": {"b": []}}, {"q": 1e300}, {"q": 0}, {".*": 2},
-    {"q": True}, "LORA", "all-linear", Raw("NaN"), Raw("-Infinity"), Raw("1e999"), Raw("1" * 5000), Raw('"\\ud800"'),
+    None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.5, 1e-300, 1e30, 1e308, 2**31, 2**63, 2**64, "",
+    "x", "q", "0", "../x", "a" * 5000, "\x00", "\u202e", "é", [], [0], ["q"], ["q", "up"], [None],
+    [[0, 99]], [[0, 1]], [[]], ["q", 3], {}, {"a": 1}, {"q": 2}, {"q": "2"}, {"": 0},
+    {"a": {"b": []}}, {"q": 1e300}, {"q": 0}, {".*": 2}, {"q": True}, "LORA", "all-linear",
+    Raw("NaN"), Raw("-Infinity"), Raw("1e999"), Raw("1" * 5000), Raw('"\\ud800"'),
     Raw('{"a": 1, "a": 2}'), DEEP, Raw("01"), Raw("1E400"), Raw("-0"), Raw("2.0"),
     *({pattern: 2} for pattern in EVIL), *EVIL,
 ]  # fmt: skip
@@ -307,9 +308,10 @@ def lie_about_shape(m: Mutant) -> None:
         shape = list(header[name]["shape"])
         lies = [
             shape[::-1], [*shape, 1], [1, *shape], [*shape, 0], [2**31, 2**31], [2**63], [2**64, 0],
-            [-n for n in shape], [float(n) for n in shape], [str(n) for n in shape], [True] * len(shape), None, "2",
-            {}, [n + 1 for n in shape], [10**9, *shape], [1] * 1000 + shape, [2**62, 2**62, 2**62], [shape],
-            [n * 2 for n in shape], [], [2**62, 0],
+            [-n for n in shape], [float(n) for n in shape], [str(n) for n in shape],
+            [True] * len(shape), None, "2", {}, [n + 1 for n in shape], [10**9, *shape],
+            [1] * 1000 + shape, [2**62, 2**62, 2**62], [shape], [n * 2 for n in shape], [],
+            [2**62, 0],
         ]  # fmt: skip
         header[name]["shape"] = m.random.choice(lies)
         return str(header[name]["shape"])[:60]
@@ -321,8 +323,9 @@ def lie_about_shape(m: Mutant) -> None:
 def lie_about_dtype(m: Mutant) -> None:
     def edit(header: dict[str, Any], name: str) -> Any:
         types = [
-            "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U8", "BOOL", "U32", "U16", "C64", "F8_E4M3", "F8_E5M2",
-            "F4", "F6_E2M3", "F8_E8M0", "f32", "", None, 3, [], "F128", "O", "float32",
+            "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U8", "BOOL", "U32", "U16", "C64",
+            "F8_E4M3", "F8_E5M2", "F4", "F6_E2M3", "F8_E8M0", "f32", "", None, 3, [], "F128", "O",
+            "float32",
         ]  # fmt: skip
         header[name]["dtype"] = m.random.choice(types)
         return header[name]["dtype"]
@@ -338,8 +341,8 @@ def lie_about_type_and_shape(m: Mutant) -> None:
         entry = header[name]
         size = entry["data_offsets"][1] - entry["data_offsets"][0]
         types = [
-            ("F64", 8), ("F16", 2), ("BF16", 2), ("I64", 8), ("I32", 4), ("U8", 1), ("BOOL", 1), ("C64", 8),
-            ("F8_E4M3", 1), ("I8", 1), ("U32", 4),
+            ("F64", 8), ("F16", 2), ("BF16", 2), ("I64", 8), ("I32", 4), ("U8", 1), ("BOOL", 1),
+            ("C64", 8), ("F8_E4M3", 1), ("I8", 1), ("U32", 4),
         ]  # fmt: skip
         entry["dtype"], width = m.random.choice(types)
         shape = entry["shape"]
@@ -358,9 +361,10 @@ def lie_about_offsets(m: Mutant) -> None:
         start, stop = header[name]["data_offsets"]
         another_name = m.random.choice([key for key in header if key != "__metadata__"])
         lies = [
-            [stop, start], [start + 4, stop + 4], [start - 4, stop - 4], [0, stop - start], [start, stop * 1000],
-            [start], [start, 2**63], [2**63, 2**64 - 1], [-4, stop], [start, stop, stop], None, "0",
-            [float(start), stop], [start, None], [start + 1, stop + 1], list(header[another_name]["data_offsets"]),
+            [stop, start], [start + 4, stop + 4], [start - 4, stop - 4], [0, stop - start],
+            [start, stop * 1000], [start], [start, 2**63], [2**63, 2**64 - 1], [-4, stop],
+            [start, stop, stop], None, "0", [float(start), stop], [start, None],
+            [start + 1, stop + 1], list(header[another_name]["data_offsets"]),
             [10**18, 10**18 + stop - start], [True, stop],
         ]  # fmt: skip
         header[name]["data_offsets"] = m.random.choice(lies)
@@ -410,15 +414,17 @@ def rename(m: Mutant) -> None:
     def edit(header: dict[str, Any], name: str) -> Any:
         prefix, _, last = name.rpartition(".")
         odd = [
-            "", ".", "..", f"../{name}", f"{prefix}..{last}", f".{name}", f"{name}.", name.upper(), f"{name}\x00",
-            f"{name}\n", name.replace("lora_A", "lora_B"), name.replace("lora_A", "lora_a"),
-            name.replace("base_model.model.", ""), name.replace("0", "1"), name.replace("0", "9" * 30),
-            name.replace("q", "up"), name.replace("weight", "bias"), "é", f"base_model.model.{name}",
+            "", ".", "..", f"../{name}", f"{prefix}..{last}", f".{name}", f"{name}.", name.upper(),
+            f"{name}\x00", f"{name}\n", name.replace("lora_A", "lora_B"),
+            name.replace("lora_A", "lora_a"), name.replace("base_model.model.", ""),
+            name.replace("0", "1"), name.replace("0", "9" * 30), name.replace("q", "up"),
+            name.replace("weight", "bias"), "é", f"base_model.model.{name}",
             name.replace(".lora_", ".base_layer.lora_"), "a" * 100_000, f"{name}.\u202e\ufeff",
-            name.replace(".weight", ".default.weight"), "base_model.model..lora_A.weight", "__class__",
-            "base_model.model.a.b", "base_model.model.norm.running_var", name.replace("lora_A", "lora_embedding_A"),
-            "x.original_module.y", f"{prefix}.modules_to_save.default.{last}", "base_model.model.head.weight",
-            "\ud800", "__metadata__2",
+            name.replace(".weight", ".default.weight"), "base_model.model..lora_A.weight",
+            "__class__", "base_model.model.a.b", "base_model.model.norm.running_var",
+            name.replace("lora_A", "lora_embedding_A"), "x.original_module.y",
+            f"{prefix}.modules_to_save.default.{last}", "base_model.model.head.weight", "\ud800",
+            "__metadata__2",
         ]  # fmt: skip
         new = m.random.choice(odd)
         entries = {new if key == name else key: entry for key, entry in header.items()}
@@ -525,13 +531,15 @@ def change_tensor(m: Mutant) -> None:
         value = tensors[name]
         small = value.float().clamp(-100, 100)
         edits: dict[str, Any] = {
-            "removed": None, "half": small.half(), "double": value.double(), "bf16": value.bfloat16(),
-            "int": small.int(), "long": small.long(), "bool": small > 0, "byte": small.abs().byte(),
-            "complex": small + 0j, "empty": value[..., :0] if value.dim() else value, "scalar": value.sum(),
+            "removed": None, "half": small.half(), "double": value.double(),
+            "bf16": value.bfloat16(), "int": small.int(), "long": small.long(), "bool": small > 0,
+            "byte": small.abs().byte(), "complex": small + 0j,
+            "empty": value[..., :0] if value.dim() else value, "scalar": value.sum(),
             "flat": value.reshape(-1), "turned": value.T if value.dim() == 2 else value[None],
             "twice": torch.cat([value, value]) if value.dim() else value, "more": value[None],
             "wide": torch.cat([value, value], -1) if value.dim() else value,
-            "less": value[:1] if value.dim() else value, "float8": small.to(torch.float8_e4m3fn), "zero": value * 0,
+            "less": value[:1] if value.dim() else value, "float8": small.to(torch.float8_e4m3fn),
+            "zero": value * 0,
         }  # fmt: skip
         choice = m.random.choice(list(edits))
         del tensors[name]
@@ -547,13 +555,16 @@ def add_tensor(m: Mutant) -> None:
     def edit(tensors: dict[str, torch.Tensor], name: str) -> Any:
         above, _, last = name.rpartition(".")
         names = [
-            "base_model.model.head.weight", "base_model.model.head.bias", "base_model.model.head.lora_A.weight", "x",
-            name + ".x", "base_model.model.norm.running_mean", "base_model.model.layers.0.q.weight",
-            "base_model.model.layers.0.q.bias", "", "base_model.model.layers.0.q.lora_magnitude_vector",
-            "base_model.model.layers.0.lora_A.weight", f"{above}.x.{last}", "base_model.model.embed.lora_embedding_A",
-            "base_model.model.norm.num_batches_tracked", "base_model.model.",
-            "base_model.model.layers.0.q.base_layer.lora_A.weight", "base_model.model.norm.weight",
-            "layers.0.q.weight.A", "base_model.model.a.token_adapter.trainable_tokens_delta",
+            "base_model.model.head.weight", "base_model.model.head.bias",
+            "base_model.model.head.lora_A.weight", "x", name + ".x",
+            "base_model.model.norm.running_mean", "base_model.model.layers.0.q.weight",
+            "base_model.model.layers.0.q.bias", "",
+            "base_model.model.layers.0.q.lora_magnitude_vector",
+            "base_model.model.layers.0.lora_A.weight", f"{above}.x.{last}",
+            "base_model.model.embed.lora_embedding_A", "base_model.model.norm.num_batches_tracked",
+            "base_model.model.", "base_model.model.layers.0.q.base_layer.lora_A.weight",
+            "base_model.model.norm.weight", "layers.0.q.weight.A",
+            "base_model.model.a.token_adapter.trainable_tokens_delta",
             "base_model.model.layers.0.q.lora_B.bias", "a.b",
         ]  # fmt: skip
         shapes = [
@@ -589,8 +600,9 @@ def config_field(m: Mutant) -> None:
     file = m.folder / CONFIG
     config = json.loads(file.read_text())
     names = [
-        *config, "rank_pattern", "alpha_pattern", "target_parameters", "exclude_modules", "layers_pattern", "lora_bias",
-        "layers_to_transform", "use_qalora", "x", "trainable_token_indices", "peft_version", "init_lora_weights",
+        *config, "rank_pattern", "alpha_pattern", "target_parameters", "exclude_modules",
+        "layers_pattern", "lora_bias", "layers_to_transform", "use_qalora", "x",
+        "trainable_token_indices", "peft_version", "init_lora_weights",
     ]  # fmt: skip
     name = m.random.choice(names)
     if m.random.random() < 0.1:

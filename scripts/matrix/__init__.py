@@ -1,7 +1,8 @@
 """Write docs/support.md: what works with what, every cell decided by a run.
 
     python -m scripts.matrix              run everything, print the page and write it
-    python -m scripts.matrix --check      run everything, fail if the committed page says something else
+    python -m scripts.matrix --check      run everything, fail if the committed page says something
+                                          else
     python -m scripts.matrix linear gguf  run these layers and storages, print their part
 
 The layers, variants and storages are those of the registries; the modules and inputs are their

@@ -69,11 +69,11 @@ class Page:
 
 INTRO = """# What works with what
 
-Written by `make matrix`, which runs every cell; nothing here is typed. `make check` runs it again and fails if this
-page says something else.
+Written by `make matrix`, which runs every cell; nothing here is typed. `make check` runs it again
+and fails if this page says something else.
 
-**exact** means, for every example of the layer (each option that changes the arithmetic), with errors relative to the
-size of what is compared:
+**exact** means, for every example of the layer (each option that changes the arithmetic), with
+errors relative to the size of what is compared:
 
 | | |
 |---|---|
@@ -117,21 +117,22 @@ MEANINGS = {
 }
 
 NOTES = """
-A footnote says why a cell is not exact, and of which examples: each goes by what makes it different from the plainest
-one. Where PEFT would compute something else from our folder, the folder makes PEFT refuse it, and says why; Veneer
-reads it all the same. A mixed batch, and a bank, is asked of examples whose inputs hold rows: the base gives the same
-outputs when it runs on them one by one.
+A footnote says why a cell is not exact, and of which examples: each goes by what makes it different
+from the plainest one. Where PEFT would compute something else from our folder, the folder makes
+PEFT refuse it, and says why; Veneer reads it all the same. A mixed batch, and a bank, is asked of
+examples whose inputs hold rows: the base gives the same outputs when it runs on them one by one.
 
 ## Layers × variants
 """
 
 
 STORAGE_NOTES = """
-Here **exact** has the accuracy of the numbers that a layer computes with: outputs within 1e-10 in float64, 1e-6 in
-float32, 6e-4 in float16 and 5e-3 in bfloat16, gradients within twice that. **To its grid** means that the merged weight
-is rounded to what the storage can hold, which is less than a change needs: here each number to the nearest, which keeps
-a part of it (`rounding="faithful"` keeps what the adapter reads). An adapter that is left unmerged keeps all. Bases of
-other libraries: [quantised-bases.md](quantised-bases.md).
+Here **exact** has the accuracy of the numbers that a layer computes with: outputs within 1e-10 in
+float64, 1e-6 in float32, 6e-4 in float16 and 5e-3 in bfloat16, gradients within twice that. **To
+its grid** means that the merged weight is rounded to what the storage can hold, which is less than
+a change needs: here each number to the nearest, which keeps a part of it (`rounding="faithful"`
+keeps what the adapter reads). An adapter that is left unmerged keeps all. Bases of other libraries:
+[quantised-bases.md](quantised-bases.md).
 """
 
 

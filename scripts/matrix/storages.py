@@ -15,8 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 import veneer
 from veneer import context
-from veneer.attach.layer.adapted_module import weight_of
-from veneer.bases import BASES, Storage
+from veneer.bases import BASES, Storage, weight_of
 
 from .cases import EXACT, NOTE, Results, Side, quiet, reason
 from .operations import numbers_of, wrong_roundings

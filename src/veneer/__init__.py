@@ -20,11 +20,7 @@ if TYPE_CHECKING:
     from veneer.adapter_files.save_load import LoadedElsewhere
     from veneer.adapter_files.ties import TieBroken
     from veneer.attach import (
-        FreshWeights,
         MergeReport,
-        NotQuantized,
-        NotTrained,
-        SkippedLayers,
         check,
         detach,
         merge,
@@ -35,7 +31,7 @@ if TYPE_CHECKING:
     )
     from veneer.bank import Bank
     from veneer.config import LoraConfig
-    from veneer.errors import VeneerError
+    from veneer.errors import FreshWeights, NotQuantized, NotTrained, SkippedLayers, VeneerError
     from veneer.formats.peft_targets import TensorsLeftOut
     from veneer.handle import Handle, attach, load
     from veneer.tools.compare import Difference, compare
@@ -51,15 +47,15 @@ _LAZY = {
     "ComposeReport": "veneer.tools.compose",
     "Difference": "veneer.tools.compare",
     "ExtractReport": "veneer.tools.extract",
-    "FreshWeights": "veneer.attach",
+    "FreshWeights": "veneer.errors",
     "Handle": "veneer.handle",
     "LoadedElsewhere": "veneer.adapter_files.save_load",
     "LoraConfig": "veneer.config",
     "MergeReport": "veneer.attach",
-    "NotQuantized": "veneer.attach",
-    "NotTrained": "veneer.attach",
+    "NotQuantized": "veneer.errors",
+    "NotTrained": "veneer.errors",
     "Runs": "veneer.train.many",
-    "SkippedLayers": "veneer.attach",
+    "SkippedLayers": "veneer.errors",
     "TensorsLeftOut": "veneer.formats.peft_targets",
     "TieBroken": "veneer.adapter_files.ties",
     "UnverifiedAdapter": "veneer.adapter_files",
@@ -81,8 +77,9 @@ _LAZY = {
 }
 #: submodules that are imported when first used as an attribute
 _LAZY_MODULES = (
-    "adapter_files", "bank", "bases", "config", "errors", "fileio", "formats", "integrations", "kernels",
-    "layers", "lowrank", "models", "optim", "serve", "store", "tools", "train", "variants",
+    "adapter_files", "bank", "bases", "config", "errors", "fileio", "formats", "integrations",
+    "kernels", "layers", "lowrank", "models", "optim", "serve", "store", "tools", "train",
+    "variants",
 )  # fmt: skip
 #: names of PEFT's package -> what does the same here
 _PEFT_NAMES = {

@@ -15,13 +15,16 @@ The defaults are those that current results support:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from veneer.errors import ConfigError, nearest, raise_all, sentence
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
@@ -78,7 +81,8 @@ class LoraConfig:
     - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that
       transformers initialised because the checkpoint did not hold it is trained in full),
       ``"attention"`` and ``"mlp"`` (the linear layers in and outside attention, in the repeated
-      blocks), ``"all"`` (everything that can be attached to);
+      blocks), ``"all"`` (everything that can be attached to), ``"peft-all-linear"`` (PEFT's
+      "all-linear": every ``nn.Linear`` and ``Conv1D`` but the output embedding);
     - a module's full path, or a suffix of it at a dot: ``"q_proj"``, ``"self_attn.q_proj"``;
     - a glob over the full path: ``"model.layers.*.mlp.*"``;
     - ``"re:…"``, a regular expression that matches the full path;
@@ -279,8 +283,7 @@ class LoraConfig:
     @staticmethod
     def from_peft(config: Any) -> LoraConfig:
         """The config that means what PEFT's means: an adapter that is attached with it computes the
-        same from the same parameters, and changes the same weights but where docs/from-peft.md tells
-        a difference ("all-linear", ``layers_to_transform``, ``layers_pattern``).
+        same from the same parameters, and changes the same weights.
 
         Args:
             config: a ``peft.LoraConfig``, a mapping of its fields, or the path of an
@@ -309,6 +312,46 @@ def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
         problem = f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}"
         raise ConfigError(problem, f"one of {', '.join(DTYPES)}", "correct it")
     return getattr(torch, name)
+
+
+def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
+    """The dtype of the parameters that are trained for a weight of dtype ``base``: that of the
+    config, else float32, or float64 if ``base`` is."""
+    return torch_dtype(config.dtype) if config.dtype else at_least_float32(base)
+
+
+def pattern_list(patterns: str | Iterable[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def path_test(pattern: str) -> Callable[[str], bool]:
+    """A test whether ``pattern`` matches a path: as a regular expression (``re:``), a glob, or a
+    path or its end."""
+    if pattern.startswith("re:"):
+        expression = re.compile(pattern[3:])
+        return lambda path: expression.fullmatch(path) is not None
+    if any(character in pattern for character in "*?["):
+        return lambda path: fnmatchcase(path, pattern)
+    return lambda path: path == pattern or path.endswith(f".{pattern}")
+
+
+def bad_regex(config: LoraConfig) -> list[str]:
+    """A problem for each ``re:`` pattern of a config that is no regular expression."""
+    targets = () if callable(config.targets) else pattern_list(config.targets)
+    patterns = [*targets, *config.exclude, *config.train_also, *config.ranks, *config.alphas]
+    problems = []
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            problems.append(
+                sentence(
+                    f"pattern {pattern!r}",
+                    f"a regular expression after re: ({error})",
+                    "correct it",
+                )
+            )
+    return problems
 
 
 def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:

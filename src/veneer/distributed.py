@@ -82,14 +82,12 @@ def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
     )
 
 
-def plain_class(module_class: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module before ``fully_shard`` replaced it by a subclass."""
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without its adapters, and without the subclass by which
+    ``fully_shard`` replaces it."""
+    cls = getattr(type(module), "veneer_base", type(module))
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return (
-        module_class.__mro__[2]
-        if fsdp is not None and issubclass(module_class, fsdp.FSDPModule)
-        else module_class
-    )
+    return cls.__mro__[2] if fsdp is not None and issubclass(cls, fsdp.FSDPModule) else cls
 
 
 def is_spread(modules: Iterable[nn.Module]) -> bool:

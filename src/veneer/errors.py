@@ -1,4 +1,5 @@
-"""Every error that Veneer raises on purpose, as one tree.
+"""Every error that Veneer raises on purpose, as one tree; warnings of the attached model; and the
+form of their texts.
 
     VeneerError
     ├── ConfigError        ValueError       a field of a config is wrong
@@ -11,14 +12,20 @@
     ├── TrainingError      ArithmeticError  a run whose loss is no number, or that lost a process
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     ├── CheckpointError    ValueError       a model's files that cannot be read
-    ├── MethodError        AttributeError   a name of another library, asked of Veneer or of what it attached
-    ├── LibraryError       LookupError      a name that a library lacks or cannot take, an index that is damaged
+    ├── MethodError        AttributeError   a name of another library, asked of what is Veneer's
+    ├── LibraryError       LookupError      a name that a library lacks or cannot take, a bad index
     ├── RemoteError        OSError          a remote place that cannot be reached, read or written
     ├── ExtractError       ValueError       two models whose difference no adapter can be
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
-Each is also the standard library's type for its kind, so that ``except ValueError`` works. A
+    UserWarning
+    ├── FreshWeights      an adapter does not hold parameters that the checkpoint did not hold
+    ├── NotQuantized      torch's quantisation passes an adapted layer by
+    ├── NotTrained        an optimiser does not train the adapter
+    └── SkippedLayers     targets="all" leaves layers out
+
+Each error is also the standard library's type for its kind, so that ``except ValueError`` works. A
 message says what was found, what was expected and what to do; a function that finds several
 problems collects them and raises once.
 """
@@ -29,12 +36,13 @@ import difflib
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 __all__ = [
-    "AdapterError", "BankFullError", "BaseMismatchError", "CheckError", "CheckpointError", "ConfigError", "DataError",
-    "ExtractError", "LibraryError", "MergeError", "MethodError", "OutputExistsError", "RemoteError", "SelectionError",
-    "TargetError", "TrainingError", "VeneerError",
+    "AdapterError", "BankFullError", "BaseMismatchError", "CheckError", "CheckpointError",
+    "ConfigError", "DataError", "ExtractError", "LibraryError", "MergeError", "MethodError",
+    "OutputExistsError", "RemoteError", "SelectionError", "TargetError", "TrainingError",
+    "VeneerError",
 ]  # fmt: skip
 
 
@@ -223,6 +231,42 @@ class BaseMismatchError(AdapterError):
     """
 
 
+class FreshWeights(UserWarning):
+    """Warns of parameters that neither the checkpoint nor the adapter stores. They will have other
+    values when the adapter is loaded again.
+
+    transformers initialises a new head, say, at random: the next load makes other values.
+    """
+
+    @classmethod
+    def warn(cls, lost: Collection[tuple[str, str]], when: str, *, stacklevel: int) -> None:
+        """Warn of these parameters, (path of a module, name), unless there are none."""
+        if lost:
+            paths = [f"{path}.{name}".lstrip(".") for path, name in lost]
+            modules = list(dict.fromkeys(path or name for path, name in lost))
+            warnings.warn(
+                f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does"
+                f" not hold them either: {listing(paths, 4)}. They were initialised at random as"
+                " the model was loaded; the next load makes others. Train them in full"
+                f" (train_also={modules[:4]!r}), unless nothing that you use reads them.",
+                cls,
+                stacklevel=stacklevel,
+            )
+
+
+class NotQuantized(UserWarning):
+    """Adapted layers that ``torch.ao.quantization`` leaves in floating point."""
+
+
+class NotTrained(UserWarning):
+    """Warns that an optimiser took a step that cannot change an adapter meant to train."""
+
+
+class SkippedLayers(UserWarning):
+    """``targets="all"`` left out layers that cannot carry an adapter. The text gives each
+    reason."""
+
+
 #: characters of what was found, and problems, that one message shows: both may come from a file of
 #: any size
 LONGEST, MOST = 2000, 50
@@ -280,3 +324,9 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     more = f", … ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more if names else "none"
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes as text, in powers of 1024."""
+    power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
+    return f"{count / 1024**power:,.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

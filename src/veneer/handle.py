@@ -22,26 +22,23 @@ from veneer.attach import (
     Summary,
     adapters,
     adapters_of,
-    base_class,
-    call_plan,
     changes,
     collect_calibration_data,
     detach,
-    fresh_parameters,
     install_adapter,
     merge,
     need_adapters,
-    parameter_path,
     plan,
     summarise,
     unmerge,
     unwrap,
     use,
-    warn_fresh,
-    weight_of,
 )
+from veneer.bases import weight_of
 from veneer.config import LoraConfig
-from veneer.errors import AdapterError, MethodError, RemoteError
+from veneer.distributed import base_class
+from veneer.errors import AdapterError, FreshWeights, MethodError, RemoteError
+from veneer.layers import parameter_path
 
 #: an adapter's id on the Hugging Face hub, and the beginning of its page's address
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -110,8 +107,8 @@ def attach(
         for entry in plans.low
         if entry.tokens
     }
-    lost = [ref for key, ref in fresh_parameters(names).items() if key not in in_full]
-    warn_fresh(lost, "As the adapter is attached", stacklevel=3)
+    lost = [ref for key, ref in names.fresh_parameters().items() if key not in in_full]
+    FreshWeights.warn(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 
 
@@ -276,7 +273,7 @@ class Handle:
         """How the plain linear layers compute a call of this many tokens (batch × length), and what
         the cost model says of it: print it. ``with veneer.use(model, name, path=…)`` overrides the
         choice."""
-        return call_plan(self.model, self.name, tokens, training)
+        return CallPlan.of(self.model, self.name, tokens, training)
 
     def use(self):
         return use(self.model, self.name)
@@ -307,8 +304,8 @@ class Handle:
         from veneer.adapter_files.save_load import save
 
         return save(
-            self.model, path, name=self.name, base_name=base_name, provenance=provenance, overwrite=overwrite,
-            alone=alone,
+            self.model, path, name=self.name, base_name=base_name, provenance=provenance,
+            overwrite=overwrite, alone=alone,
         )  # fmt: skip
 
     def detach(self, *, keep_merged: bool = False) -> None:

@@ -40,3 +40,9 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def double(tensor: Tensor) -> Tensor:
     """``tensor`` in float64. See ``cast``."""
     return cast(tensor, torch.float64)
+
+
+def equal_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; their dtypes may differ."""
+    common = torch.promote_types(a.dtype, b.dtype)
+    return a is b or torch.equal(a.to(common), b.to(common))

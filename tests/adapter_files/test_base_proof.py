@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import veneer
 from veneer.adapter_files import base_proof
 from veneer.adapter_files.verify import verify
-from veneer.attach.layer.lookup import parameter_path
 from veneer.attach.layer.names import Names
 from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError
 from veneer.fileio import hashing
+from veneer.layers import parameter_path
 from veneer.models.base_weights import list_weights
 
 #: folders as earlier versions wrote them

@@ -39,8 +39,7 @@ from torch import nn
 
 import veneer
 from veneer.adapter_files.record import PARAMETERS, hash_record
-from veneer.attach.layer.adapted_module import weight_of
-from veneer.bases import BASES
+from veneer.bases import BASES, weight_of
 from veneer.errors import AdapterError, BaseMismatchError, OutputExistsError, TargetError
 from veneer.layers import LAYERS
 from veneer.variants import VARIANTS

@@ -17,9 +17,8 @@ from torch import nn
 
 import veneer
 from veneer.attach.layer.lookup import need_adapters
-from veneer.attach.layer.qconfig import NotQuantized
 from veneer.bases import storage_of
-from veneer.errors import ConfigError, MergeError, SelectionError
+from veneer.errors import ConfigError, MergeError, NotQuantized, SelectionError
 from veneer.kernels.error_feedback import neighbours
 from veneer.kernels.reference import round_once
 from veneer.layers import LAYERS

@@ -18,9 +18,8 @@ from tests.support.tiny import tiny_model
 from torch import nn
 
 import veneer
-from veneer.attach.layer.qconfig import NotQuantized
 from veneer.attach.source.from_peft import METHODS
-from veneer.errors import AdapterError, ConfigError, MethodError, TargetError
+from veneer.errors import AdapterError, ConfigError, MethodError, NotQuantized, TargetError
 from veneer.formats import peft as peft_format
 
 # PEFT asks transformers for an attribute that is called otherwise by now
@@ -45,18 +44,20 @@ def conv_net() -> nn.Module:
 )
 def test_a_method_of_pefts_models_says_what_does_the_same_here(make: Any, method: str) -> None:
     model = make()
-    before = set(model.__dict__)
+    before, cls = set(model.__dict__), type(model)
     handle = veneer.attach(model, LORA)
     with pytest.raises(MethodError, match=method) as raised:
-        getattr(model, method)("default")
+        getattr(model, method)
     assert METHODS[method] in str(raised.value)
     with pytest.raises(MethodError, match=method):
-        getattr(copy.deepcopy(model), method)()
-    if type(model) is nn.Sequential:
+        getattr(copy.deepcopy(model), method)
+    assert not hasattr(model, method)
+    if isinstance(model, nn.Sequential):
         assert isinstance(pickle.loads(pickle.dumps(model)), nn.Sequential)
     handle.detach()
     assert set(model.__dict__) == before
-    assert hasattr(model, method) == hasattr(type(model), method)
+    assert type(model) is cls
+    assert hasattr(model, method) == hasattr(cls, method)
 
 
 def test_every_method_that_transformers_mixes_in_for_peft_is_answered() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_config, tiny_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import veneer
 from veneer.errors import ConfigError, MethodError
@@ -79,36 +81,78 @@ def test_the_same_tensors_train_and_compute_the_same(case: str) -> None:
     assert ours.dropout == config.lora_dropout
 
 
+def nested_blocks() -> nn.Module:
+    """Blocks at the root and below it, and blocks (experts) inside of blocks."""
+
+    def blocks() -> nn.ModuleList:
+        experts = nn.ModuleList(nn.ModuleDict({"w": nn.Linear(4, 4)}) for _ in range(2))
+        return nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(4, 4), "experts": experts}) for _ in range(2)
+        )
+
+    body = nn.ModuleDict({"blocks": blocks(), "side": blocks()})
+    return nn.ModuleDict({"layers": blocks(), "body": body})
+
+
+def classifier() -> nn.Module:
+    return LlamaForSequenceClassification(tiny_config(num_labels=2, pad_token_id=0))
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
 @pytest.mark.parametrize(
-    ("fields", "theirs", "ours"),
+    ("make_model", "fields"),
     [
         (
-            {"target_modules": ["model.layers.0.self_attn.q_proj", "k_proj"], "layers_to_transform": [1]},
-            {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"},
-            {"model.layers.1.self_attn.k_proj"},
+            tiny_model,
+            {
+                "target_modules": ["model.layers.0.self_attn.q_proj", "k_proj"],
+                "layers_to_transform": [1],
+            },
+        ),
+        (nested_blocks, {"target_modules": ["q"], "layers_to_transform": [1]}),
+        (nested_blocks, {"target_modules": ["body.side.0.q", "q"], "layers_to_transform": 1}),
+        (nested_blocks, {"target_modules": ["experts.1.w"], "layers_to_transform": [0]}),
+        (
+            nested_blocks,
+            {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "blocks"},
         ),
         (
-            {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "blocks"},
-            set(),
-            {"model.layers.1.self_attn.q_proj"},
+            nested_blocks,
+            {
+                "target_modules": ["w"],
+                "layers_to_transform": [0],
+                "layers_pattern": ["layers", "experts"],
+            },
         ),
+        (classifier, {"target_modules": "all-linear"}),
+        (classifier, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        (attention, {"target_modules": "all-linear"}),
     ],
-    ids=["a whole path", "a pattern"],
-)  # fmt: skip
-def test_layers_that_are_others_than_pefts_as_the_page_says(
-    fields: dict[str, Any], theirs: set[str], ours: set[str]
+)
+def test_the_layers_are_those_that_peft_adapts(
+    make_model: Callable[[], nn.Module], fields: dict[str, Any]
 ) -> None:
     config = peft.LoraConfig(r=2, **fields)
-    handle = veneer.attach(tiny_model(), veneer.LoraConfig.from_peft(config))
-    assert {path.removesuffix(".weight") for path in handle.changes} == ours
-    if theirs:
-        model: Any = peft.get_peft_model(tiny_model(), config)
-        assert {name.rpartition(".")[0] for name in trained_tensors(model)} == {
-            f"{path}.weight" for path in theirs
-        }
-    else:
-        with pytest.raises(ValueError, match="not found in the base model"):
-            peft.get_peft_model(tiny_model(), config)
+    handle = veneer.attach(make_model(), veneer.LoraConfig.from_peft(config))
+    model: Any = peft.get_peft_model(make_model(), config)
+    assert {*handle.changes} == {name.rpartition(".")[0] for name in trained_tensors(model)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [-1]},
+        {"target_modules": ["q_proj"], "layers_pattern": "layers"},
+        {"target_modules": "all-linear", "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "(a|b)"},
+    ],
+)
+def test_blocks_that_peft_would_not_match_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="indices of blocks"):
+        veneer.LoraConfig.from_peft(fields)
 
 
 def test_a_config_is_read_from_an_object_a_mapping_a_file_and_a_folder(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from tests.support.toys import error
 from torch import Tensor, nn
 
 import veneer
-from veneer.attach.layer.lookup import parameter_path
 from veneer.fileio.hashing import digest
+from veneer.layers import parameter_path
 
 CASES = {"weights": {}, "weights-and-biases": {"bias": "all"}}
 every_model = pytest.mark.parametrize("entry", REAL.values(), ids=REAL)

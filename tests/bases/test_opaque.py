@@ -15,8 +15,7 @@ from tests.support.toys import error, randomise
 from torch import nn
 
 import veneer
-from veneer.attach.layer.adapted_module import weight_of
-from veneer.bases import BASES, storage_of
+from veneer.bases import BASES, storage_of, weight_of
 from veneer.errors import MergeError, TargetError
 
 CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3}

@@ -12,7 +12,7 @@ import typer
 from tests.support.commands import refused
 from tests.support.tiny import sums, write_rows, write_tiny
 
-from veneer.cli import COMMANDS
+from veneer.cli.command_table import COMMANDS
 from veneer.cli.commands import app
 from veneer.train.config import TrainConfig
 

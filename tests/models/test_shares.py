@@ -16,7 +16,6 @@ from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import write_tiny
 
 from veneer.attach.layer.names import Names
-from veneer.attach.planning.fresh_weights import fresh_parameters
 from veneer.errors import ConfigError
 from veneer.models import load_head
 from veneer.models.safetensors_dir import Checkpoint
@@ -127,7 +126,7 @@ def test_a_new_head_is_the_one_that_one_process_makes(tmp_path: Path) -> None:
         torch.manual_seed(5)
         models.append(load(tmp_path, "AutoModelForSequenceClassification", num_labels=7))
     must_be_share(*models)
-    assert [[*fresh_parameters(Names(model)).values()] for model in models] == [
+    assert [[*Names(model).fresh_parameters().values()] for model in models] == [
         [("score", "weight")]
     ] * 2
 

@@ -128,7 +128,8 @@ class FakeEngine:
 
 
 def _scored(prompt: tuple[int, ...], alternatives: int) -> tuple[Token, ...]:
-    """A prompt's tokens "p0", "p1", …: the second has -0.2 and rank 2, the third -0.3 and rank 3."""
+    """A prompt's tokens "p0", "p1", …: the second has -0.2 and rank 2, the third -0.3 and rank
+    3."""
     top = tuple((9 + i, f"x{i}", -1.0 - i) for i in range(alternatives))
     return tuple(
         Token(id, f"p{i}", -(i + 1) / 10, top, i + 1) if i else Token(id, "p0")
@@ -186,8 +187,9 @@ class FakeBank:
     def status(self) -> list[Any]:
         return [
             SimpleNamespace(
-                name=name, path=path, resident=name in self.resident, bytes=100 * (name in self.resident),
-                pinned=name in self.pinned, users=0, rank=4, variant="lora",
+                name=name, path=path, resident=name in self.resident,
+                bytes=100 * (name in self.resident), pinned=name in self.pinned, users=0, rank=4,
+                variant="lora",
             )
             for name, path in list(self.paths.items())
         ]  # fmt: skip

@@ -26,7 +26,10 @@ QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
     if CHROMIUM is None:
-        why = "no Chromium: apt-get install chromium (Debian), or put chromium or google-chrome on the PATH"
+        why = (
+            "no Chromium: apt-get install chromium (Debian), or put chromium or google-chrome on"
+            " the PATH"
+        )
         assert os.environ.get("VENEER_CHROMIUM") != "required", (
             why
         )  # where CI says so, nothing passes by being skipped

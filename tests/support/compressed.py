@@ -1,11 +1,11 @@
 """A stand-in of compressed-tensors (its documented interface, as version 0.20 leaves a model that
 transformers loads).
 
-quantised(linear, rounds_x)     a layer as it is loaded: packed tensors in the place of its weight, a wrapper on the
-                                instance in the place of its forward
-packed_model(model)             its first call makes every such weight dense, wraps every module's forward once more
-                                and puts every table of parameters into one that moves tensors to
-                                their device
+quantised(linear, rounds_x)     a layer as it is loaded: packed tensors in the place of its weight,
+                                a wrapper on the instance in the place of its forward
+packed_model(model)             its first call makes every such weight dense, wraps every module's
+                                forward once more and puts every table of parameters into one that
+                                moves tensors to their device
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ def rebuild(folder: Path, number: int) -> None:
 
 
 OPERATIONS = {
-    "save": save, "save_among": save_among, "add": add, "tag": tag, "remove": remove, "gc": gc, "rebuild": rebuild,
+    "save": save, "save_among": save_among, "add": add, "tag": tag, "remove": remove, "gc": gc,
+    "rebuild": rebuild,
 }  # fmt: skip
 
 

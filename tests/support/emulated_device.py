@@ -5,8 +5,10 @@ pytest -p tests.support.emulated_device tests/cuda``, which is ``make test-cuda`
 cache, and must be loaded before torch looks for CUDA: so these tests run in a process of their own,
 and this is a plugin of pytest.
 
-    with count() as seen: run()         seen.launches, seen.waits: names of what the device was asked for, in order
-    with bytes_more() as more: run()    more.peak, more.kept: bytes on the first device beyond what was held before
+    with count() as seen: run()         seen.launches, seen.waits: names of what the device was
+                                        asked for, in order
+    with bytes_more() as more: run()    more.peak, more.kept: bytes on the first device beyond what
+                                        was held before
     with without_float64(): run()       as on MPS
 
 ``torch.cuda.set_sync_debug_mode`` warns of waits or refuses them, with CUDA's own words.

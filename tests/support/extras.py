@@ -35,7 +35,6 @@ EXTRAS = frozenset(
         "optuna",
         "peft",
         "playwright",
-        "plotly",
         "prometheus_client",
         "psutil",
         "pyarrow",

@@ -113,7 +113,8 @@ async def answer(
             if i == 3 and model.startswith("cut"):
                 return
             if i == 3 and model.startswith("broken"):
-                yield b'data: {"error": {"message": "The adapter gave numbers that are not finite."}}\n\n'
+                error = b'{"message": "The adapter gave numbers that are not finite."}'
+                yield b'data: {"error": ' + error + b"}\n\n"
                 return
             fake.tokens += 1
             yield event(text).encode()

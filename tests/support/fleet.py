@@ -254,8 +254,8 @@ def by_zipf(names: Sequence[str], count: int, seed: int = 0) -> list[str]:
 
 
 async def load(
-    target: Fleet, adapters: Sequence[str], *, clients: int = 16, tokens: int = 12, streams: float = 0.0,
-    during: Callable[[], Any] | None = None,
+    target: Fleet, adapters: Sequence[str], *, clients: int = 16, tokens: int = 12,
+    streams: float = 0.0, during: Callable[[], Any] | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Ask for each of some adapters; each client sends its next request when its last is answered.
     ``streams``: the share that is streamed. ``during``: called in a thread when a third is

@@ -131,7 +131,8 @@ def _serve(imported: list[str]) -> None:
     for library in imported:
         importlib.import_module(library)
     os.fsync = lambda fd: None  # as in the tests' own process
-    gc.freeze()  # a program that collects garbage would walk all of it, and so copy the pages that it shares with us
+    # a program that collects garbage would walk all of it, and so copy the pages that it shares
+    gc.freeze()
     gc.enable()
     for line in sys.stdin:
         if os.fork() == 0:

@@ -9,7 +9,7 @@ from tests.support.toys import cast, definition, flat
 from torch.utils import _pytree as pytree
 
 import veneer
-from veneer.attach.layer.adapted_module import weight_of
+from veneer.bases import weight_of
 
 # transformers' Conv1D is a kind only once transformers has been imported
 import transformers.pytorch_utils  # noqa: F401  # isort: skip

@@ -12,8 +12,9 @@ def llama(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     fields = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
     }  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval()

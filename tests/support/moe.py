@@ -12,8 +12,9 @@ from torch.func import functional_call
 import veneer
 
 _SHAPE = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 TARGETS = r"re:.*\.experts\.(gate_up|down)_proj"
@@ -39,9 +40,9 @@ def _mixtral(experts):
 
 def _deepseek_v3(experts):
     config = transformers.DeepseekV3Config(
-        **_SHAPE, moe_intermediate_size=16, n_routed_experts=experts, num_experts_per_tok=2, n_group=2, topk_group=1,
-        first_k_dense_replace=0, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-        n_shared_experts=1,
+        **_SHAPE, moe_intermediate_size=16, n_routed_experts=experts, num_experts_per_tok=2,
+        n_group=2, topk_group=1, first_k_dense_replace=0, kv_lora_rank=8, q_lora_rank=8,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_shared_experts=1,
     )  # fmt: skip
     return transformers.DeepseekV3ForCausalLM(config)
 
@@ -62,7 +63,8 @@ def _llama4(experts):
 
 
 MODELS = {
-    "qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3, "gpt_oss": _gpt_oss, "llama4": _llama4,
+    "qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3, "gpt_oss": _gpt_oss,
+    "llama4": _llama4,
 }  # fmt: skip
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 IN, OUT, GROUP = 64, 32, 32
 #: by the name of the format, what has to be installed for the library's own
 REAL = {
-    "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "w4a16": "compressed_tensors", "w8a8": "compressed_tensors",
+    "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "w4a16": "compressed_tensors",
+    "w8a8": "compressed_tensors",
 }  # fmt: skip
 #: the library's own classes, whose kernels need a GPU: those are replaced
 KERNELS = ("fp8", "fp8 per tensor", "fbgemm", "compressed-tensors fp8")

@@ -150,8 +150,9 @@ def _causal(model: nn.Module, vocabulary: int, **shape: int) -> Built:
 # Language models
 
 _LLAMA = {
-    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 
@@ -185,8 +186,8 @@ def _qwen3_moe() -> Built:
 
     # the second of the layers has a dense MLP
     config = Qwen3MoeConfig(
-        **_LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1],
-        norm_topk_prob=True,
+        **_LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        mlp_only_layers=[1], norm_topk_prob=True,
     )  # fmt: skip
     return _causal(Qwen3MoeForCausalLM(config), 60, rows=3, length=16)
 
@@ -233,8 +234,8 @@ def _mamba() -> Built:
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(
-        vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=2, conv_kernel=3, expand=2, time_step_rank=4,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=2, conv_kernel=3, expand=2,
+        time_step_rank=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return _causal(MambaForCausalLM(config), 60)
 
@@ -242,8 +243,8 @@ def _mamba() -> Built:
 # Encoders, and encoders with decoders
 
 _BERT = {
-    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 32, "pad_token_id": 0,
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 32, "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -278,8 +279,9 @@ def _deberta() -> Built:
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
     config = DebertaV2Config(
-        **_BERT, relative_attention=True, position_buckets=4, pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm",
-        share_att_key=True, conv_kernel_size=3, conv_act="gelu", num_labels=3,
+        **_BERT, relative_attention=True, position_buckets=4, pos_att_type="p2c|c2p",
+        norm_rel_ebd="layer_norm", share_att_key=True, conv_kernel_size=3, conv_act="gelu",
+        num_labels=3,
     )  # fmt: skip
     return _pretraining(DebertaV2ForSequenceClassification(config), "logits")
 
@@ -290,8 +292,8 @@ def _t5() -> Built:
 
     config = T5Config(
         vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
-        relative_attention_num_buckets=8, relative_attention_max_distance=16, feed_forward_proj="gated-gelu",
-        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
     )  # fmt: skip
     ids, answer = _ids(60), _ids(60, length=7)
     example = {
@@ -313,8 +315,8 @@ def _vit() -> Built:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4,
-        num_labels=5,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        image_size=16, patch_size=4, num_labels=5,
     )  # fmt: skip
     return (
         ViTForImageClassification(config),
@@ -328,8 +330,8 @@ def _dinov2() -> Built:
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=16, patch_size=4,
-        use_swiglu_ffn=True,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=16,
+        patch_size=4, use_swiglu_ffn=True,
     )  # fmt: skip
     # a larger image than the config's, so that the position embeddings are interpolated; some
     # patches are masked
@@ -343,8 +345,8 @@ def _swin() -> Built:
     from transformers import SwinConfig, SwinForImageClassification
 
     config = SwinConfig(
-        image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=5,
-        use_absolute_embeddings=True,
+        image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4,
+        num_labels=5, use_absolute_embeddings=True,
     )  # fmt: skip
     return (
         SwinForImageClassification(config),
@@ -405,8 +407,8 @@ def _efficientnet() -> Built:
     # the stages of b0, one block for each and two for one: expansion, kernel, stride, channels in
     # and out, blocks
     stages = [
-        (1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 1), (6, 3, 2, 40, 80, 1), (6, 5, 1, 80, 112, 1),
-        (6, 5, 2, 112, 192, 1), (6, 3, 1, 192, 320, 1),
+        (1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 1), (6, 3, 2, 40, 80, 1),
+        (6, 5, 1, 80, 112, 1), (6, 5, 2, 112, 192, 1), (6, 3, 1, 192, 320, 1),
     ]  # fmt: skip
     blocks = [MBConvConfig(*stage, width_mult=0.25, depth_mult=1.0) for stage in stages]
     return (
@@ -437,8 +439,8 @@ def _torchvision_swin() -> Built:
     from torchvision.models import SwinTransformer
 
     model = SwinTransformer(
-        patch_size=[2, 2], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], mlp_ratio=2.0,
-        stochastic_depth_prob=0.0, num_classes=5,
+        patch_size=[2, 2], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4],
+        mlp_ratio=2.0, stochastic_depth_prob=0.0, num_classes=5,
     )  # fmt: skip
     return model, {"x": torch.randn(2, 3, 16, 16)}, _near()
 
@@ -496,9 +498,11 @@ def _unet() -> Built:
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4,
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
+        block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12,
+        attention_head_dim=4,
     )  # fmt: skip
     example = {
         "sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 700]),
@@ -516,9 +520,10 @@ def _whisper() -> Built:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
-        vocab_size=60, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=16,
-        max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        vocab_size=60, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, max_source_positions=16, max_target_positions=16, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     answer = _ids(60, length=7)
     example = {
@@ -535,9 +540,9 @@ def _wav2vec2() -> Built:
 
     # layerdrop would leave whole layers out of a training step
     config = Wav2Vec2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=(16, 16),
-        conv_kernel=(8, 3), conv_stride=(4, 2), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-        layerdrop=0.0, feat_extract_norm="group",
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        conv_dim=(16, 16), conv_kernel=(8, 3), conv_stride=(4, 2), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, layerdrop=0.0, feat_extract_norm="group",
     )  # fmt: skip
     heard = torch.ones(2, 200, dtype=torch.long)
     heard[1, 150:] = 0

@@ -46,7 +46,8 @@ def name_own_code(folder: Path, mark: Path, files: tuple[str, ...]) -> Path:
     (folder / "own_code.py").write_text(CODE.format(mark=str(mark)))
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(
-        f"import pathlib\npathlib.Path({str(mark)!r}).write_text('it ran')\ndef generate(*a, **k): pass\n"
+        f"import pathlib\npathlib.Path({str(mark)!r}).write_text('it ran')\n"
+        "def generate(*a, **k): pass\n"
     )
     for name in files:
         content = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 import pytest
 
 EVERY = {
-    "adapter_files/test_base_proof.py::test_any_tensor_that_forward_uses_is_refused_once_it_was_changed": 5,
+    "adapter_files/test_base_proof.py::test_any_tensor_that_forward_uses_is_refused_once_it_was_changed": 5,  # noqa: E501
     "adapter_files/test_derived_folder.py::test_a_layer_gives_the_same_outputs": 3,
     "adapter_files/test_peft.py::test_real_models_go_both_ways": 5,
     "adapter_files/test_peft_tasks.py::test_peft_s_forward_gives_our_numbers": 3,
     "adapter_files/test_save_load.py::test_round_trip_of_every_layer_kind": 2,
     "adapter_files/test_save_load.py::test_round_trip_on_every_storage": 2,
-    "adapter_files/test_save_pretrained.py::test_an_adapter_alone_is_written_that_gives_the_model_again": 3,
+    "adapter_files/test_save_pretrained.py::test_an_adapter_alone_is_written_that_gives_the_model_again": 3,  # noqa: E501
     "attach/test_blend.py::test_a_blend_is_the_weighted_sum_of_the_changes_of_each_weight": 3,
     "attach/test_blend.py::test_checkpointing_and_compiled_calls_follow_a_blend": 0,
     "attach/test_blend.py::test_training_through_a_blend_gives_each_adapter_its_gradient": 5,
@@ -28,7 +28,7 @@ EVERY = {
     "attach/test_compile.py::test_exported_programs_equal_eager_calls": 3,
     "attach/test_compile.py::test_inductor": 0,
     "attach/test_compile.py::test_the_adapters_of_every_kind_are_one_graph": 3,
-    "attach/test_compile.py::test_training_under_compile_alternates_adapters_as_eager_training_does": 0,
+    "attach/test_compile.py::test_training_under_compile_alternates_adapters_as_eager_training_does": 0,  # noqa: E501
     "attach/test_compile.py::test_twelve_adapters_are_one_graph": 2,
     "attach/test_compile.py::test_what_makes_another_graph_and_what_does_not": 0,
     "attach/test_copies.py::test_a_meta_model_that_gets_its_numbers_later": 2,
@@ -50,7 +50,7 @@ EVERY = {
     "layers/test_layers.py::test_attaching_changes_no_output": 5,
     "layers/test_shapes.py::test_four_ways_to_the_same_output": 3,
     "serve/test_engine.py::test_64_requests_at_once_are_answered_as_each_alone": 4,
-    "serve/test_engine.py::test_in_float32_a_seed_gives_the_same_answer_whoever_else_is_in_the_batch": 2,
+    "serve/test_engine.py::test_in_float32_a_seed_gives_the_same_answer_whoever_else_is_in_the_batch": 2,  # noqa: E501
     "serve/test_engine_bank.py::test_64_mixed_requests_at_once_are_those_of_merged_models": 2,
     "serve/test_page.py::test_a_stream_cut_anywhere": 2,
     "serve/test_page.py::test_nothing_that_is_said_becomes_html": 2,

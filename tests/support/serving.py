@@ -30,7 +30,8 @@ MODELS = {
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, vocab_size=259, n_positions=256, bos_token_id=2, eos_token_id=2
+            n_embd=32, n_layer=2, n_head=4, vocab_size=259, n_positions=256, bos_token_id=2,
+            eos_token_id=2
         )
     ),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SLIDING)),

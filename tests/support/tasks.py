@@ -24,7 +24,10 @@ REWARDS = '''
 def letters(prompts, completions, wanted):
     """The share of an answer that is letters, a little more for the wanted one."""
     pairs = zip(completions, wanted)
-    return [(sum(map(str.isalpha, text)) + text.count(letter)) / max(len(text), 1) for text, letter in pairs]
+    return [
+        (sum(map(str.isalpha, text)) + text.count(letter)) / max(len(text), 1)
+        for text, letter in pairs
+    ]
 
 
 def brief(completions, **_):
@@ -63,9 +66,10 @@ def write_vit(folder: Path) -> Path:
 def write_bart(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.BartConfig(
-        vocab_size=259, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, dropout=0.0,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+        vocab_size=259, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        dropout=0.0, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2, forced_eos_token_id=None,
     )  # fmt: skip
     return _save(transformers.BartForConditionalGeneration(config), folder, tiny_tokenizer())
 
@@ -73,9 +77,10 @@ def write_bart(folder: Path) -> Path:
 def write_whisper(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.WhisperConfig(
-        vocab_size=259, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=50, pad_token_id=0,
-        max_target_positions=32, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        vocab_size=259, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_source_positions=50, pad_token_id=0, max_target_positions=32,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     hearing = transformers.WhisperFeatureExtractor(
         feature_size=8, sampling_rate=RATE, chunk_length=1
@@ -193,9 +198,9 @@ def config_of(name: str, folder: Path, output: str = "run", **changes: Any) -> A
         (folder / "rewards.py").write_text(REWARDS)
         settings = {**settings, "reward": [f"{folder}/rewards.py:letters"]}
     fields: dict[str, Any] = {
-        "base": str(target), "data": str(file), "output": str(folder / output), "rank": 4, "batch_size": 8,
-        "learning_rate": 1e-2, "precision": "fp32", "eval_fraction": 0.25, "epochs": 4, "eval_every": 6,
-        "save_every": 5, "dropout": 0.1, "schedule": "constant",
+        "base": str(target), "data": str(file), "output": str(folder / output), "rank": 4,
+        "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32", "eval_fraction": 0.25,
+        "epochs": 4, "eval_every": 6, "save_every": 5, "dropout": 0.1, "schedule": "constant",
     }  # fmt: skip
     return make_config({**fields, **settings, **changes})
 

@@ -20,12 +20,16 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 from veneer.serve.requests import Piece, Token
 
 TEMPLATE = (
-    "{% if tools %}{{ '<|im_start|>system\n<tools>' }}{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}"
-    '{{ \'\n</tools> Call one as <tool_call>{"name": …, "arguments": …}</tool_call><|im_end|>\n\' }}{% endif %}'
+    "{% if tools %}{{ '<|im_start|>system\n<tools>' }}"
+    "{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}"
+    '{{ \'\n</tools> Call one as <tool_call>{"name": …, "arguments": …}</tool_call>\' }}'
+    "{{ '<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
-    '{% for call in message.tool_calls or [] %}{{ \'\n<tool_call>\n{"name": "\' + call.function.name }}'
-    "{{ '\", \"arguments\": ' + (call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}"
+    '{{ \'\n<tool_call>\n{"name": "\' + call.function.name }}'
+    "{{ '\", \"arguments\": ' + (call.function.arguments | tojson) + '}\n</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 WEATHER: dict[str, Any] = {

@@ -112,8 +112,9 @@ class Run:
 def arguments(folder: Path, **more: Any) -> dict[str, Any]:
     """The settings of every run, as `TrainingArguments` and its subclasses take them."""
     return {
-        "output_dir": str(folder), "max_steps": STEPS, "save_steps": HALF, "per_device_train_batch_size": BATCH,
-        "per_device_eval_batch_size": BATCH, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "bf16": False,
+        "output_dir": str(folder), "max_steps": STEPS, "save_steps": HALF,
+        "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH,
+        "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "bf16": False,
         "logging_steps": 1, "disable_tqdm": True, "seed": 3, "dataloader_pin_memory": False, **more,
     }  # fmt: skip
 
@@ -169,8 +170,9 @@ def _of_transformers(trainer: str, settings: str) -> Callable[..., Any]:
 
         rows = token_rows()
         return getattr(transformers, trainer)(
-            model=model, args=getattr(transformers, settings)(**arguments(folder, **more)), train_dataset=rows,
-            eval_dataset=rows[:4], data_collator=transformers.default_data_collator, callbacks=callbacks,
+            model=model, args=getattr(transformers, settings)(**arguments(folder, **more)),
+            train_dataset=rows, eval_dataset=rows[:4],
+            data_collator=transformers.default_data_collator, callbacks=callbacks,
         )  # fmt: skip
 
     return build
@@ -192,10 +194,15 @@ def of_trl(
         module = importlib.import_module(f"trl.trainer.{name.lower()}_trainer")
         scored = {"reward_funcs": _odd_sum} if "num_generations" in settings else {}
         return getattr(module, f"{name}Trainer")(
-            model=model, args=getattr(config, f"{name}Config")(**arguments(folder, **settings, **more)),
-            train_dataset=Dataset.from_list(rows()), eval_dataset=Dataset.from_list(rows()[:4]),
-            processing_class=tiny_tokenizer(), callbacks=callbacks, **scored, **options,
-        )  # fmt: skip
+            model=model,
+            args=getattr(config, f"{name}Config")(**arguments(folder, **settings, **more)),
+            train_dataset=Dataset.from_list(rows()),
+            eval_dataset=Dataset.from_list(rows()[:4]),
+            processing_class=tiny_tokenizer(),
+            callbacks=callbacks,
+            **scored,
+            **options,
+        )
 
     return build
 
@@ -290,9 +297,10 @@ def _lightning(precision: str) -> Callable[..., Outcome]:
         )
         keep.CHECKPOINT_EQUALS_CHAR = "-"
         trainer = lightning.Trainer(
-            accelerator="cpu", max_epochs=STEPS // HALF, precision=precision, logger=False, enable_progress_bar=False,
-            callbacks=[keep] + [integration] * (integration is not None), enable_model_summary=False,
-            default_root_dir=folder, limit_val_batches=0, num_sanity_val_steps=0,
+            accelerator="cpu", max_epochs=STEPS // HALF, precision=precision, logger=False,
+            enable_progress_bar=False, callbacks=[keep] + [integration] * (integration is not None),
+            enable_model_summary=False, default_root_dir=folder, limit_val_batches=0,
+            num_sanity_val_steps=0,
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings(

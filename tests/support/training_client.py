@@ -100,7 +100,8 @@ class Client:
         message = self.result(promised, "SampleResponse")
         sequences = [
             SimpleNamespace(
-                tokens=np.frombuffer(datum.tokens, "<i4").tolist(), logprobs=np.frombuffer(datum.logprobs, "<f4"),
+                tokens=np.frombuffer(datum.tokens, "<i4").tolist(),
+                logprobs=np.frombuffer(datum.logprobs, "<f4"),
                 stop=("stop", "length")[datum.stop_reason], top=datum.topk_sampled_logprobs,
             )
             for datum in message.sequences

@@ -23,8 +23,7 @@ from torch import nn
 
 import veneer
 from veneer import models
-from veneer.attach.layer.adapted_module import weight_of
-from veneer.bases import BASES
+from veneer.bases import BASES, weight_of
 from veneer.errors import CheckpointError, ConfigError, ExtractError, OutputExistsError, TargetError
 from veneer.fileio.hashing import fingerprint, fingerprint_of
 from veneer.kernels import svd

@@ -17,9 +17,8 @@ from torch import nn
 import veneer
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import read
-from veneer.adapter_files.peft_mapping import kind_for
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
-from veneer.layers import LAYERS
+from veneer.layers import LAYERS, kind_for
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 from veneer.tools import intruders

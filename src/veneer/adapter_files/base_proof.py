@@ -1,8 +1,10 @@
 """The proof of a base: the fingerprint of every tensor that an adapted model computes with.
 
     base.weights    of the weights that the adapter changes at a low rank, by path
-    base.rest       of every other parameter and lasting buffer, but those that the adapter replaces, by each name
-    base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by path
+    base.rest       of every other parameter and lasting buffer, but those that the adapter
+                    replaces, by each name
+    base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by
+                    path
 
 The proof leaves out buffers that the model computes itself (no state dict holds them), and tensors
 that the adapter holds a copy of, such as running statistics.
@@ -17,7 +19,7 @@ unchanged. The cache misses writes of a few elements through ``.data``; code tha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +106,8 @@ def fingerprints_of(
     """The fingerprint of each tensor, from the cache where the tensor has not changed.
 
     Args:
-        bits: the values of merged weights before the merge, by identity (``stored_weights.bits_before_merge``).
+        bits: the values of merged weights before the merge, by identity
+            (``stored_weights.bits_before_merge``).
         kind: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
         as_loaded: as in ``Content.dense``.
     """
@@ -203,23 +206,17 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def base_record(
-    tensors: Sequence[ModuleWeight],
     changed: Mapping[str, ModuleWeight],
-    left_out: Collection[int],
-    fingerprints_of_all: Callable[[Sequence[ModuleWeight]], Sequence[str | None]],
+    rest: Sequence[ModuleWeight],
+    fingerprints: Sequence[str | None],
 ) -> dict[str, dict[str, str]]:
     """The fingerprints of a record, as "weights" and "rest".
 
     Args:
         changed: the weights that the adapter changes at a low rank, by path.
-        left_out: the identities of tensors that belong to neither, as the adapter replaces them.
-        fingerprints_of_all: gives the fingerprint of each tensor, None where it is unknown.
+        rest: the other tensors of the base that the adapter does not replace.
+        fingerprints: of ``changed`` and of ``rest``; None where it is unknown.
     """
-    excluded_ids = {id(tensor.weight) for tensor in changed.values()}.union(left_out)
-    rest = [
-        tensor for tensor in tensors if id(tensor.weight) not in excluded_ids and tensor.is_readable
-    ]
-    fingerprints = fingerprints_of_all([*changed.values(), *rest])
     rest_fingerprints = zip(rest, fingerprints[len(changed) :], strict=True)
     return {
         "weights": {

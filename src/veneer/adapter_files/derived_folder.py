@@ -1,6 +1,6 @@
 """Write an adapter that is derived from other adapters, without a model (``compose``, ``convert``).
 
-    sources: the source adapters        low: path in PEFT's file -> PeftLayer        full: path -> tensors
+    sources: the source adapters    low: path in PEFT's file -> PeftLayer    full: path -> tensors
 
 The result inherits the record of its sources: the fingerprints of their common base and the weights
 that they change. If a source has no record, because another library wrote it, the result has none.

@@ -2,8 +2,8 @@
 that were linear layers become changes of stacked parameters, and routers and renamed modules get
 the names of today.
 
-    …experts.3.gate_proj   A₁ B₁ s₁       gate_up_proj[3] += [s₁ B₁    0 ] [A₁]       [out, in] of one expert: gate's
-    …experts.3.up_proj     A₂ B₂ s₂                          [   0  s₂ B₂] [A₂]       rows, then those of up
+    …experts.3.gate_proj   A₁ B₁ s₁       gate_up_proj[3] += [s₁ B₁    0 ] [A₁]    [out, in] of one
+    …experts.3.up_proj     A₂ B₂ s₂                          [   0  s₂ B₂] [A₂]    expert: gate, up
     …experts.3.down_proj   A₃ B₃ s₃       down_proj[3]    += s₃ B₃ A₃
 
 The result is exact. The rank of a stack is the largest rank of its experts; A and B of the others,
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import GENERAL_KIND, Names, kind_for
+from veneer.attach import Names
 from veneer.errors import sentence
 from veneer.formats import peft
 from veneer.formats._base import PAIR
+from veneer.layers import GENERAL_KIND, kind_for
 from veneer.models.meta import map_checkpoint_names
 
 #: …experts.<number>.<projection>

@@ -21,8 +21,8 @@ CORE = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
 FILES = (*CORE, model_card.NAME)
 #: the files of a tokenizer beside an adapter that trains added tokens
 TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
 )  # fmt: skip
 #: the weights of a complete model in the layout of transformers or diffusers
 MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")

@@ -5,8 +5,8 @@ its content by hashes.
     adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
     veneer.json                   the same record, for people
     README.md                     the model card, for people too
-    veneer.safetensors            the adapter parameters of variants that PEFT does not have; the file above then holds
-                                  the plain LoRA that they amount to
+    veneer.safetensors            the adapter parameters of variants that PEFT does not have; the
+                                  file above then holds the plain LoRA that they amount to
 
 ``write`` writes all files in one atomic step. ``read`` checks the folder without a model and trusts
 nothing unchecked (``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes;

@@ -1,7 +1,8 @@
 """Match an adapter folder with a model: does it fit, was it trained on this base, and what would be
 installed?
 
-match(model, path, problems) -> LoadPlan        plans, adapter parameters, and parameters trained in full
+match(model, path, problems) -> LoadPlan        plans, adapter parameters, and parameters trained in
+                                                full
 
 read            the folder, without the model                           folder
 match modules   each change of the file to a weight of the model        peft_mapping
@@ -29,12 +30,7 @@ from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
 from veneer.adapter_files.match_parameters import COPY, USE_ITS_MODEL, ParameterReader
 from veneer.adapter_files.peft_deviations import attention_above, deviations
-from veneer.adapter_files.peft_mapping import (
-    all_refs,
-    means_parameter,
-    module_at,
-    ref_at,
-)
+from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_at, ref_at
 from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach import (
@@ -42,27 +38,19 @@ from veneer.attach import (
     LayerAdapter,
     LowRankPlan,
     Names,
-    ParamRef,
     Plans,
     TargetSpec,
-    base_class,
-    changed_refs,
-    check_full,
-    full_readers,
+    complete_plans,
     has_forward,
-    kind_for,
-    overlaps,
-    own_parameters,
-    parameter_path,
     plan_low,
-    split_tie_refs,
-    weight_of,
 )
+from veneer.bases import own_parameters, weight_of
+from veneer.distributed import base_class
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.fileio.hashing import fingerprint_without_rows
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft, peft_behaviour, peft_fields, peft_paths, peft_tokens
-from veneer.layers import kind_of
+from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 
@@ -405,8 +393,20 @@ class _Match:
                     )
             if module is not None:
                 self.full_names[path] = tuple(key for key in tensors if key in module._parameters)
-        check_full(names, self.full_names, self.problems)
-        self.problems += overlaps(names, changed_refs(self.low, self.full_names))
+        buffers = frozenset(
+            path
+            for path, tensors in self.full.items()
+            if path in names.modules and names.modules[path]._buffers.keys() & tensors
+        )
+        self.plans = complete_plans(
+            names,
+            self.saved.config,
+            self.low,
+            self.full_names,
+            self.problems,
+            full_modules=buffers,
+            split_ties=names.split_ties(self.full),
+        )
 
     def take_base_weight(self, entry: LowRankPlan) -> None:
         """Remove the frozen weight of an adapted embedding or head from ``full``, where PEFT saves
@@ -451,17 +451,4 @@ class _Match:
             )
 
     def plan(self) -> LoadPlan:
-        names, full = self.names, self.full
-        with_buffers = frozenset(
-            path for path, tensors in full.items() if names.modules[path]._buffers.keys() & tensors
-        )
-        readers = full_readers(names, self.full_names)
-        plans = Plans(
-            self.saved.config,
-            self.low,
-            self.full_names,
-            with_buffers,
-            readers,
-            split_tie_refs(names, full),
-        )
-        return LoadPlan(self.saved, plans, self.adapter_parameters, full)
+        return LoadPlan(self.saved, self.plans, self.adapter_parameters, self.full)

@@ -2,8 +2,8 @@
 folder.
 
 PEFT's file             A and B in PEFT's shapes, and what its variants have beside them
-veneer.safetensors      the parameters of variants that PEFT lacks; A and B of PEFT's file are then the plain change
-                        that they amount to, and must agree with them
+veneer.safetensors      the parameters of variants that PEFT lacks; A and B of PEFT's file are then
+                        the plain change that they amount to, and must agree with them
 """
 
 from __future__ import annotations
@@ -19,17 +19,11 @@ from torch import Tensor
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import means_parameter
 from veneer.adapter_files.record import PARAMETERS
-from veneer.attach import (
-    GENERAL_KIND,
-    LowRankPlan,
-    Names,
-    ParamRef,
-    kind_for,
-    parameter_path,
-    weight_of,
-)
+from veneer.attach import LowRankPlan, Names
+from veneer.bases import weight_of
 from veneer.errors import listing, sentence
 from veneer.formats import peft
+from veneer.layers import GENERAL_KIND, ParamRef, kind_for, parameter_path
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS, InitContext, Variant
 

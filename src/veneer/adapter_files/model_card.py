@@ -19,7 +19,8 @@ The card reads these keys of ``provenance``, all of them optional:
     license             str           as the hub spells it ("apache-2.0"), or any other words
     language            str | [str]   two-letter codes
     datasets            [str]         hub ids, besides the one of ``config``
-    config              {name: value} how it was trained; ``data`` and ``eval_data`` in it name the data
+    config              {name: value} how it was trained; ``data`` and ``eval_data`` in it name the
+                        data
     data                {name: hash}  hashes of the data
     metrics             {name: value} those that begin with "eval_" go into the front matter too
     finished            str           when

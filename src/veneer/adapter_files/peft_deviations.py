@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach import Names, ParamRef, base_class, kind_for, view, weight_of, weight_readers
-from veneer.bases import storage_of
-from veneer.distributed import full_tensor, is_sharded
+from veneer.attach import Names, view, weight_readers
+from veneer.bases import storage_of, weight_of
+from veneer.distributed import base_class, full_tensor, is_sharded
 from veneer.formats import peft, peft_behaviour, peft_tuners
-from veneer.layers import Layer
+from veneer.layers import Layer, ParamRef, kind_for
 
 
 def outside_reader(names: Names, ref: ParamRef, nested: str | None = None) -> str | None:

@@ -24,23 +24,12 @@ from veneer.adapter_files.peft_deviations import (
     is_zero,
     outside_reader,
 )
-from veneer.attach import (
-    GENERAL_KIND,
-    Change,
-    Names,
-    ParamRef,
-    adapters,
-    attributes_read_above,
-    base_class,
-    kind_for,
-    layer_states,
-    own_parameters,
-    parameter_path,
-    weight_of,
-)
+from veneer.attach import Change, Names, adapters, attributes_read_above, layer_states
+from veneer.bases import own_parameters, weight_of
 from veneer.config import LoraConfig
+from veneer.distributed import base_class
 from veneer.formats import peft, peft_behaviour, peft_paths
-from veneer.layers import kind_of
+from veneer.layers import GENERAL_KIND, ParamRef, kind_for, kind_of, parameter_path
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach import Names, ParamRef, weight_of
-from veneer.bases import storage_of
+from veneer.attach import Names
+from veneer.bases import storage_of, weight_of
 from veneer.formats import peft
+from veneer.layers import ParamRef
 from veneer.lowrank import LowRank
 
 

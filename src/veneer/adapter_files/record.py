@@ -3,13 +3,16 @@ whether the files changed after they were written.
 
     veneer.json, and the same in the header of adapter_model.safetensors:
     format      of the record
-    base        name, architecture, the labels of a classifier; weights, rest: the fingerprints of the changed and
-                of the other tensors (``base_proof.py``; earlier releases recorded no rest);
+    base        name, architecture, the labels of a classifier; weights, rest: the fingerprints of
+                the changed and of the other tensors (``base_proof.py``; earlier releases recorded
+                no rest);
                 quantized: how the base was packed in training, and whether the fingerprints are
                 those of the unpacked weights
-    changes     rank, alpha and rows of each changed weight; the trained tokens, and the number of rows of the weight
+    changes     rank, alpha and rows of each changed weight; the trained tokens, and the number of
+                rows of the weight
     config      the LoraConfig
-    hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record itself
+    hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record
+                itself
     versions, provenance    the versions of the libraries; the mapping that the caller passed
 
 Hashes detect accidents, not attacks: the author of a folder can write any hashes. So a record never

@@ -22,28 +22,24 @@ from veneer.attach import (
     Change,
     Names,
     adapters,
-    base_class,
     bits_before_merge,
     changes,
-    fresh_parameters,
-    has_head,
     install_adapter,
     name_problems,
     need_adapters,
     only_name,
-    parameter_path,
     tie_again,
     unwrap,
     walk,
-    warn_fresh,
-    weight_of,
     with_values,
     without_backup,
 )
-from veneer.distributed import full_tensors, has_fsdp1, meet_ranks, reshard
-from veneer.errors import AdapterError, listing, warn_caller
+from veneer.bases import weight_of
+from veneer.distributed import base_class, full_tensors, has_fsdp1, meet_ranks, reshard
+from veneer.errors import AdapterError, FreshWeights, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json
 from veneer.formats import peft
+from veneer.layers import parameter_path
 from veneer.models.base_weights import ModuleWeight, list_weights
 from veneer.models.quantize import quantization_in, sources_of
 from veneer.variants import VARIANTS, InitContext
@@ -282,23 +278,11 @@ def _proof(
     }
     # the adapter holds the fresh rows of these
     held = {id(weight) for weight, change in weights.values() if change.tokens is not None}
-    lost = {key: ref for key, ref in fresh_parameters(names).items() if key not in replaced | held}
-    warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
+    lost = {key: ref for key, ref in names.fresh_parameters().items() if key not in replaced | held}
+    FreshWeights.warn(lost.values(), "As the adapter is saved", stacklevel=5)
     # the output of a model without a head does not depend on its pooler, which may be random
     gone = without_backup(model, name) if fingerprints is None else frozenset()
-    left_out = replaced.union(gone, () if has_head(model) else lost)
-
-    def of(tensors: Sequence[ModuleWeight]) -> Sequence[str | None]:
-        if fingerprints is not None:
-            return [
-                next((fingerprints[name] for name in tensor.names if name in fingerprints), None)
-                for tensor in tensors
-            ]
-        sources = sources_of(model)
-        return [
-            sources.get(computed, computed)
-            for computed in fingerprints_of(tensors, bits_before_merge(model, name))
-        ]
+    left_out = replaced.union(gone, () if _has_head(model) else lost)
 
     unknown = [weight_path for weight_path, (held, _) in weights.items() if id(held) in gone]
     if unknown:
@@ -308,12 +292,20 @@ def _proof(
         raise AdapterError(
             problem, "the base's weights, for its fingerprint", "save it before that merge"
         )
-    record = base_record(
-        tensors,
-        {weight_path: by_identity[id(held)] for weight_path, (held, _) in weights.items()},
-        left_out,
-        of,
-    )
+    changed = {weight_path: by_identity[id(held)] for weight_path, (held, _) in weights.items()}
+    left_out = left_out.union(id(tensor.weight) for tensor in changed.values())
+    rest = [
+        tensor for tensor in tensors if id(tensor.weight) not in left_out and tensor.is_readable
+    ]
+    recorded = [*changed.values(), *rest]
+    if fingerprints is None:
+        values = _compute_fingerprints(model, name, recorded)
+    else:
+        values = [
+            next((fingerprints[key] for key in tensor.names if key in fingerprints), None)
+            for tensor in recorded
+        ]
+    record = base_record(changed, rest, values)
     for weight_path, (held, change) in weights.items() if fingerprints is None else ():
         # the adapter replaces these rows, so that the base's values in them do not matter
         if change.tokens is not None:
@@ -325,6 +317,16 @@ def _proof(
         **record,
         **({"fresh": [parameter_path(*ref) for ref in lost.values()]} if lost else {}),
     }
+
+
+def _compute_fingerprints(
+    model: nn.Module, name: str, tensors: Sequence[ModuleWeight]
+) -> list[str | None]:
+    """The fingerprints of tensors of the base as they were before a merge; of a packed weight, that
+    of the weight in the file if it is known."""
+    sources = sources_of(model)
+    computed = fingerprints_of(tensors, bits_before_merge(model, name))
+    return [sources.get(fingerprint, fingerprint) for fingerprint in computed]
 
 
 def install_from(
@@ -402,3 +404,10 @@ def _describe_change(change: Change) -> dict[str, Any]:
         rows = change.dims.in_ if change.layer.out_axis else change.dims.out
         described |= {"tokens": ranges_of(change.tokens.tolist()), "of": rows}
     return described
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether a transformers model has a head on top of a base model, rather than being that base
+    model itself."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)

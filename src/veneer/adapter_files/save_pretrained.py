@@ -31,24 +31,21 @@ from veneer.attach import (
     LayerAdapter,
     ModelAdapters,
     Names,
-    ParamRef,
     adapters,
     adapters_of,
-    base_class,
     changes,
-    fresh_parameters,
     layer_states,
     need_adapters,
-    parameter_path,
     require_attached_base,
     selected_name,
     unwrap,
     with_values,
     without_adapters,
 )
-from veneer.distributed import is_spread
+from veneer.distributed import base_class, is_spread
 from veneer.errors import AdapterError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
+from veneer.layers import ParamRef, parameter_path
 from veneer.models.safetensors_dir import must_hold_no_adapter
 
 SAVE = "save_pretrained"
@@ -214,7 +211,7 @@ def _labels_to_pass(model: nn.Module) -> int | None:
     labels = labels_of(model)
     return (
         None
-        if labels is None or len(labels) == 2 or not fresh_parameters(Names(model))
+        if labels is None or len(labels) == 2 or not Names(model).fresh_parameters()
         else len(labels)
     )
 

@@ -19,23 +19,12 @@ from veneer.adapter_files import peft_deviations, peft_mapping
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach import (
-    Change,
-    Names,
-    ParamRef,
-    adapters_of,
-    base_class,
-    changes,
-    holders,
-    holders_of,
-    kind_for,
-    parameter_path,
-    weight_of,
-)
-from veneer.bases import storage_of
+from veneer.attach import Change, Names, adapters_of, changes
+from veneer.bases import storage_of, weight_of
+from veneer.distributed import base_class
 from veneer.errors import AdapterError, nearest, raise_all, sentence
 from veneer.formats import peft, peft_tokens
-from veneer.layers import kind_of
+from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 
 
 def _token_changes(names: Names, name: str) -> Iterator[tuple[str, str, Change]]:
@@ -58,7 +47,7 @@ def config_fields(names: Names, name: str) -> dict[str, Any]:
     """The fields of the PEFT config for the trained tokens, with the reason in ``peft_type`` if
     PEFT would compute something else."""
     fields: dict[str, Any] = {}
-    by_identity = holders(names)
+    by_identity = names.holders()
     for path, weight, change in _token_changes(names, name):
         tokens: Any = change.tokens
         fields.setdefault(peft_tokens.FIELD, {})[path] = tokens.tolist()
@@ -78,7 +67,7 @@ def deviation_reason(
 ) -> str | None:
     """Why PEFT, with trained tokens of this module and of the modules ``further_paths``, computes
     something else than a weight with these rows; None if it does not."""
-    refs = holders_of(names, ref, by_identity)
+    refs = names.holders_of(ref, by_identity)
     for path, name in refs:
         module = names.modules[path]
         reason = peft_deviations.deviation_reason(names, (path, name), False)
@@ -98,7 +87,7 @@ def trains_one_name(
 ) -> bool:
     """Whether PEFT, with trained tokens of this module and of the modules ``further_paths``, leaves
     another name of the same weight unchanged."""
-    refs = holders_of(names, ref, by_identity)
+    refs = names.holders_of(ref, by_identity)
     reached = {*further_paths, ref[0], *(_tied_to_input(names) if _is_input(names, ref[0]) else ())}
     return any(path not in reached for path, _ in refs)
 
@@ -131,14 +120,14 @@ def owner_at(
     kind = None if path is None else kind_of(names.modules[path])
     if path is None or kind is None or weight_of(names.modules[path], kind.weight) is None:
         return None
-    return holders_of(names, (path, kind.weight), by_identity)[0]
+    return names.holders_of((path, kind.weight), by_identity)[0]
 
 
 def match_tokens(
     names: Names, saved: AdapterFiles, problems: list[str], by_peft_rules: bool
 ) -> dict[ParamRef, peft_tokens.TokenRows]:
     """The trained token rows of a folder, by the weight of this model; adds to ``problems``."""
-    by_identity = holders(names)
+    by_identity = names.holders()
     matches: dict[ParamRef, peft_tokens.TokenRows] = {}
     for module_path, entry in saved.tokens.items():
         owner = owner_at(names, module_path, by_identity)
@@ -296,7 +285,7 @@ def grown_size(model: nn.Module, saved: AdapterFiles) -> int | None:
         problems.append(
             sentence("a model with adapters", "one that may still grow", "load this adapter first")
         )
-    by_identity = holders(names)
+    by_identity = names.holders()
     trained = {
         owner_at(names, module_path, by_identity): token_rows.ids
         for module_path, token_rows in saved.tokens.items()

@@ -18,19 +18,11 @@ from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import module_at, ref_at
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach import (
-    Names,
-    ParamRef,
-    Untied,
-    adapters_of,
-    holders,
-    parameter_path,
-    split_tie_refs,
-    untie,
-    weight_of,
-)
+from veneer.attach import Names, Untied, adapters_of, untie
+from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing
 from veneer.formats import peft
+from veneer.layers import ParamRef, parameter_path
 
 
 class TieBroken(UserWarning):
@@ -50,7 +42,7 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
     if required is False:
         return None
     names = Names(model)
-    if not any(len(refs) > 1 for refs in holders(names).values()):
+    if not any(len(refs) > 1 for refs in names.holders().values()):
         return None
     refs = refs_apart(names, read(path, weights_of(names)))
     if not refs:
@@ -87,7 +79,7 @@ def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
     of the names only."""
     low = {ref_at(names, path, saved.peft_config): layer for path, layer in saved.low.items()}
     refs_low: list[ParamRef] = []
-    tied = [refs for refs in holders(names).values() if len(refs) > 1]
+    tied = [refs for refs in names.holders().values() if len(refs) > 1]
     for refs in tied:
         layers = [low[ref] for ref in refs if ref in low]
         if layers and (
@@ -102,7 +94,7 @@ def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
         full.setdefault(module_path, {}).update(
             {name: value for name, value in tensors.items() if (module_path, name) not in low}
         )
-    more = [ref for ref in split_tie_refs(names, full) if _fits(names, ref, full)]
+    more = [ref for ref in names.split_ties(full) if _fits(names, ref, full)]
     more += _token_refs(names, saved)
     # full values replace a packed weight and need no copy of it
     plain = [
@@ -119,7 +111,7 @@ def _fits(names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Ten
 
 def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights for which the folder trains different token rows."""
-    by_identity, token_refs = holders(names), []
+    by_identity, token_refs = names.holders(), []
     recorded = saved.metadata.get("base", {})
     recorded_names = {
         tensor_name for kind in ("weights", "rest") for tensor_name in recorded.get(kind) or ()

@@ -37,10 +37,10 @@ from veneer.attach import (
     Change,
     Reference,
     adapters_of,
+    answer_peft_names,
     detach,
     is_overridden,
     override_method,
-    override_peft_methods,
     reference_of,
     selected_name,
     state_of,
@@ -62,7 +62,7 @@ def cover(model: nn.Module) -> None:
     for _, module in walk(model):
         if callable(getattr(module, SAVE, None)):
             override_method(module, SAVE, save_pretrained)
-    override_peft_methods(model)
+    answer_peft_names(model)
     if "transformers" in sys.modules:
         patch_trainers()
 

@@ -1,7 +1,8 @@
 """Conversion of a folder of PEFT's other tuners (``formats/peft_tuners.py``) into the folder that
 Veneer would write.
 
-    plain      LoRA's config and tensors, with the plain change that each of the tuner's changes amounts to
+    plain      LoRA's config and tensors, with the plain change that each of the tuner's changes
+               amounts to
     variant    the variant's parameters, and their rank and alpha, by the path of the weight
 
 So tools for low-rank changes (``convert``, ``compose``, ``compare``) read these folders too, and
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.peft_mapping import config_fields
-from veneer.attach import Names, own_parameters, weight_of
-from veneer.bases import storage_of
+from veneer.attach import Names
+from veneer.bases import own_parameters, storage_of, weight_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.formats import peft, peft_paths, peft_tuners

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from veneer.adapter_files.findings import FindingLog
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import UNTIE, equal_values
+from veneer.attach import UNTIE
 from veneer.errors import listing, sentence
 from veneer.fileio.hashing import fingerprint, fingerprint_without_rows
 from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import BaseWeights
+from veneer.precision import equal_values
 
 
 def check_against_base(

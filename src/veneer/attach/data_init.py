@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.attach.install import Calibration
-from veneer.attach.layer.adapted_module import weight_of
-from veneer.attach.layer.lookup import adapters_of, parameter_path
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.lookup import adapters_of
+from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import BASE
 from veneer.attach.planning.plan import LowRankPlan, Plans
+from veneer.bases import weight_of
 from veneer.errors import ConfigError, raise_all, sentence
-from veneer.layers import LAYERS, Layer, kind_of
+from veneer.layers import LAYERS, Layer, ParamRef, kind_of, parameter_path
 from veneer.precision import double
 from veneer.variants import VARIANTS
 

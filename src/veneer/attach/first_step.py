@@ -21,11 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from veneer.attach.layer.adapted_module import layer_states
-from veneer.errors import sentence, warn_caller
-
-
-class NotTrained(UserWarning):
-    """Warns that an optimiser took a step that cannot change an adapter meant to train."""
+from veneer.errors import NotTrained, sentence, warn_caller
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 install_adapter         creates all adapter parameters, then adds them to the layers of a model
 build_layer_adapters    its first step; a bank stores the layer adapters itself
 adapt_modules           its second step: gives modules their adapted class
+open_bank               keeps layers adapted for a bank, without an adapter of the model
 """
 
 from __future__ import annotations
@@ -16,21 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.first_step import watch_first_step
-from veneer.attach.layer.adapted_module import (
-    adapt_methods,
-    adapt_module,
-    base_class,
-    set_child,
-    state_of,
-    weight_of,
-)
+from veneer.attach.layer.adapted_module import adapt_methods, adapt_module, set_child, state_of
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.fused_linear import SharedInputLayers
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.lookup import adapters_of, parameter_path
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
+from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import (
     ADAPTERS,
+    CHANGING,
     ActiveAdapter,
     LayerState,
     ModelAdapters,
@@ -38,14 +33,14 @@ from veneer.attach.layer.state import (
 )
 from veneer.attach.layer.token_rows import ROWS, start
 from veneer.attach.planning.plan import LowRankPlan, Plans
-from veneer.attach.planning.refusals import kind_for, name_problems
+from veneer.attach.planning.refusals import name_problems
 from veneer.attach.source.source_analysis import same_input
 from veneer.attach.source.weight_readers import bound, fast_path_switches, modules_with_fast_path
-from veneer.bases import BASES, storage_of, without_gradient
-from veneer.config import LoraConfig, torch_dtype
-from veneer.distributed import full_tensor
-from veneer.errors import TargetError, raise_all
-from veneer.layers import kind_of
+from veneer.bases import BASES, storage_of, weight_of, without_gradient
+from veneer.config import LoraConfig, trained_dtype
+from veneer.distributed import base_class, full_tensor
+from veneer.errors import SelectionError, TargetError, raise_all
+from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 from veneer.layers._base import factors
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext
@@ -82,8 +77,8 @@ def install_adapter(
     layer_adapters = build_layer_adapters(
         names, plans, trainable=trainable, parameters=parameters, calibration=calibration
     )
-    attached = ensure_adapters(model)
-    selected = adapt_modules(names, attached, plans, layer_adapters)
+    attached = _ensure_adapters(model)
+    selected = _adapt_modules(attached, names, plans, layer_adapters)
     for path, layer_adapter in layer_adapters.items():
         layer_state: Any = state_of(names.modules[path])
         set_child(layer_state, name, layer_adapter)
@@ -206,7 +201,22 @@ def _zero_bias(module: nn.Module) -> Tensor:
     return weight.detach().new_zeros(dims.groups * dims.out)
 
 
-def ensure_adapters(model: nn.Module) -> ModelAdapters:
+@one_thread_at_a_time
+def open_bank(model: nn.Module) -> ModelAdapters:
+    """The ``ModelAdapters`` of a model for a bank, which may have adapted layers until
+    ``close_bank``.
+
+    Raises:
+        SelectionError: layers have adapters of another model.
+    """
+    if problem := foreign_layers_problem(model):
+        raise SelectionError(problem)
+    attached = _ensure_adapters(model)
+    attached.banks += 1
+    return attached
+
+
+def _ensure_adapters(model: nn.Module) -> ModelAdapters:
     """The ``ModelAdapters`` of a model. If it has none, create it and freeze the base."""
     attached = adapters_of(model)
     if attached is None:
@@ -221,10 +231,17 @@ def ensure_adapters(model: nn.Module) -> ModelAdapters:
 
 
 def adapt_modules(
-    names: Names, attached: ModelAdapters, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
+    names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
     """Give the modules their adapted class; return the layer adapters by the keys of an
     ``ActiveAdapter``. They are not added to the layer states."""
+    with CHANGING:
+        return _adapt_modules(_ensure_adapters(names.model), names, plans, layer_adapters)
+
+
+def _adapt_modules(
+    attached: ModelAdapters, names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
+) -> dict[Any, LayerAdapter]:
     modules = names.modules
     transposed = {
         path
@@ -402,9 +419,3 @@ def _variant_parameters(
             dtype, copy=bool(loaded), memory_format=torch.contiguous_format
         )
     return parameters
-
-
-def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
-    """The dtype of the parameters that are trained for a weight of dtype ``base``: that of the
-    config, else float32, or float64 if ``base`` is."""
-    return torch_dtype(config.dtype) if config.dtype else at_least_float32(base)

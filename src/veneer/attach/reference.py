@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.adapted_module import weight_of, with_values
+from veneer.attach.layer.adapted_module import with_values
 from veneer.attach.layer.lookup import adapters, changes, need_adapters, selected_name, unwrap
 from veneer.attach.select import use
 from veneer.attach.source.method_overrides import without_adapters
+from veneer.bases import weight_of
 from veneer.errors import MergeError
 
 

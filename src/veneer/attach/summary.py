@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import weight_of
 from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
 from veneer.attach.layer.names import Names
 from veneer.attach.planning.targets import layers_left_out
-from veneer.bases import storage_of
+from veneer.bases import storage_of, weight_of
+from veneer.errors import format_bytes
 from veneer.kernels import cost_model
 
 
@@ -118,12 +118,6 @@ def _element_count(weight: nn.Parameter) -> int:
     return weight.numel() if storage is None else storage.shape(weight).numel()
 
 
-def format_bytes(count: float) -> str:
-    """A number of bytes as text, in powers of 1024."""
-    power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
-    return f"{count / 1024**power:,.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
 @dataclass(frozen=True)
 class CallPlan:
     """How the linear layers compute a call of a number of tokens.
@@ -150,20 +144,20 @@ class CallPlan:
             ]
         )
 
-
-def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
-    """The plan that ``Handle.plan`` returns."""
-    model = unwrap(model)
-    rows: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
-    groups: dict[int, list[str]] = {}
-    for path, module, layer in adapters(model, only_name(model, name)):
-        if layer.direct is None:
-            continue
-        change, weight = layer.direct.change, module._parameters[layer.direct.weight]
-        size = (change.dims.out, change.dims.in_, change.rank)
-        costs = cost_model.costs(*size, tokens, weight.dtype, training)
-        rows.setdefault(size, (costs, []))[1].append(path)
-        if layer.together is not None:
-            groups.setdefault(id(layer.together), []).append(path)
-    by_size = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
-    return CallPlan(tokens, training, by_size, tuple(map(tuple, groups.values())))
+    @staticmethod
+    def of(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
+        """The plan of a call of the adapter ``name`` (None: the default, or the only one)."""
+        model = unwrap(model)
+        rows: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
+        groups: dict[int, list[str]] = {}
+        for path, module, layer in adapters(model, only_name(model, name)):
+            if layer.direct is None:
+                continue
+            change, weight = layer.direct.change, module._parameters[layer.direct.weight]
+            size = (change.dims.out, change.dims.in_, change.rank)
+            costs = cost_model.costs(*size, tokens, weight.dtype, training)
+            rows.setdefault(size, (costs, []))[1].append(path)
+            if layer.together is not None:
+                groups.setdefault(id(layer.together), []).append(path)
+        by_size = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
+        return CallPlan(tokens, training, by_size, tuple(map(tuple, groups.values())))

@@ -1,7 +1,7 @@
 """Detach adapters from a model, and restore what ``install.py`` changed.
 
 detach            removes an adapter; with the last one, the model is as it was before ``attach``
-release_layers    restores the modules that no adapter changes any more
+close_bank        ends the use of adapted layers by a bank
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from veneer.attach.layer.adapted_module import (
     layer_states,
     restore_module,
     set_child,
+    uncover,
     walk,
-    weight_of,
 )
-from veneer.attach.layer.lookup import need_adapters, unwrap
+from veneer.attach.layer.lookup import adapters_of, need_adapters, unwrap
 from veneer.attach.layer.state import ADAPTERS, ModelAdapters, one_thread_at_a_time
 from veneer.attach.planning.weight_tying import tie_again
+from veneer.attach.source.from_peft import answer_peft_names
 from veneer.attach.source.method_overrides import remove_overrides
-from veneer.bases import storage_of
+from veneer.bases import storage_of, weight_of
 from veneer.errors import MergeError
 
 
@@ -43,6 +44,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     _require_detachable(attached, names, keep_merged)
     if any(map(names.__contains__, attached.merges())):
         attached.untied = ()  # weights that were untied for the merge stay untied
+    answered = uncover(model)
     for adapter in names:
         # calls that still select it raise
         attached.selections[adapter].layer_adapters = None
@@ -60,7 +62,9 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     )
     for _, module in walk(model) if not remaining else ():
         remove_overrides(module)
-    release_layers(model, attached)
+    _release_layers(model, attached)
+    if answered and remaining:
+        answer_peft_names(model)
 
 
 def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
@@ -90,7 +94,15 @@ def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: 
             )
 
 
-def release_layers(model: nn.Module, attached: ModelAdapters) -> None:
+@one_thread_at_a_time
+def close_bank(model: nn.Module, attached: ModelAdapters) -> None:
+    """End the use of adapted layers by a bank (``install.open_bank``)."""
+    attached.banks -= 1
+    if adapters_of(model) is attached:
+        _release_layers(model, attached)
+
+
+def _release_layers(model: nn.Module, attached: ModelAdapters) -> None:
     """Restore the class and storage of modules without an adapter, and the ``requires_grad`` of a
     model without adapters. Do nothing while a bank uses the model."""
     if attached.banks:

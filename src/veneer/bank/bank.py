@@ -25,15 +25,12 @@ from veneer.adapter_files.folder import folder_problems
 from veneer.adapter_files.match_model import MatchCache
 from veneer.attach import (
     BASE,
-    CHANGING,
     ActiveAdapter,
     Names,
     OutsideGenerator,
-    adapters_of,
-    ensure_adapters,
-    foreign_layers_problem,
+    close_bank,
     layer_states,
-    release_layers,
+    open_bank,
     require_finite_weights,
     time_first,
     unwrap,
@@ -93,17 +90,13 @@ class Bank:
         verify_base: bool = True,
     ) -> None:
         model, dtype = unwrap(model), None if dtype is None else torch_dtype(dtype)
-        if problem := foreign_layers_problem(model):
-            raise SelectionError(problem)
         modules = (module for _, module in walk(model))
         if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
             raise SelectionError(problem)
         self.model, self.capacity = model, capacity_bytes
         self.dtype, self.verify_base = dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
-        with CHANGING:
-            self._attached = ensure_adapters(model)
-            self._attached.banks += 1
+        self._attached = open_bank(model)
         self._frame = Frame(self._attached.uid, time_first(model))
         self._entries: dict[str, Entry] = {}
         self._cache = MatchCache(Names(model))
@@ -252,7 +245,8 @@ class Bank:
         alone). It is done at once if all are in memory, else when a thread has loaded the others.
 
         Raises:
-            SelectionError: an unknown name, or a weight that is not finite. The future raises others.
+            SelectionError: an unknown name, or a weight that is not finite. The future raises
+                others.
         """
         done: Future[Lease] = Future()
         with self._changed:
@@ -330,10 +324,7 @@ class Bank:
                 self._batch_states.clear()
                 if self._loader is not None:
                     self._loader.shutdown(wait=False)
-            with CHANGING:
-                self._attached.banks -= 1
-                if adapters_of(self.model) is self._attached:
-                    release_layers(self.model, self._attached)
+            close_bank(self.model, self._attached)
         finally:
             self._loading.release()
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.attach import BASE, ActiveAdapter, RowAdapters, blend_adapters
+from veneer.attach import BASE, ActiveAdapter, Call, RowAdapters, blend_adapters
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
@@ -119,21 +119,12 @@ class Layer:
             if self.key in resident.parts:
                 yield from resident.parts[self.key].reached_ids(method)
 
-    def run(
-        self,
-        module: Any,
-        base: Any,
-        layer_state: Any,
-        args: tuple,
-        kwargs: dict,
-        call: Any,
-        share=True,
-        method="forward",
-    ) -> Any:
+    def run(self, call: Call) -> Any:
+        """As ``LayerAdapter.run``."""
         # every Python call here costs time in each layer of a decoding step
         assignment = self.batch_state.assignment
-        if len(args) == 1 and not kwargs and call.path is None:
-            x, parameters = args[0], module._parameters
+        if len(call.args) == 1 and not call.kwargs and call.context.path is None:
+            x, parameters = call.args[0], call.module._parameters
             weight: Any = parameters[self.name]
             if (
                 (fused.applies(x, weight) or device.applies_alike(x, weight))
@@ -157,9 +148,7 @@ class Layer:
                 else:
                     y = fused.add_product(delta, flat, weight, bias)
                 return y.view(*x.shape[:-1], self.out)
-        return assignment.row_parts[self.key].run(
-            module, base, layer_state, args, kwargs, call, method=method
-        )
+        return assignment.row_parts[self.key].run(call)
 
     def multiply_groups(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
         """ΔW x of all rows, [N, out]."""

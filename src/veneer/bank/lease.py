@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from veneer.attach import require_finite_weights
 from veneer.bank.batch_state import Uses
 from veneer.bank.resident import ResidentAdapter
 from veneer.errors import BankFullError, SelectionError
-
-if TYPE_CHECKING:
-    from veneer.bank.bank import Bank
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,20 @@ class Entry:
         )
 
 
+class Lender(Protocol):
+    """The part of a bank that its leases use."""
+
+    def _release(self, entries: Sequence[Entry]) -> None:
+        """End one use of each of these entries."""
+        ...
+
+
 class Lease:
     """The right to use adapters, which stay in memory until it is released. ``adapter_weights``:
     the requested weights by name; ``uses``: the same with the resident adapters."""
 
     def __init__(
-        self, bank: Bank, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
+        self, bank: Lender, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
     ) -> None:
         self.adapter_weights = dict(adapter_weights)
         uses: Any = [(entry.resident, adapter_weights[entry.name]) for entry in entries]
@@ -93,7 +98,7 @@ def full_error(count: int, unevictable: int, capacity: int, waited: float | None
     return BankFullError(problem, f"at most {capacity:,}", do)
 
 
-def live_lease(bank: Bank, lease: Any) -> Lease:
+def live_lease(bank: Lender, lease: Any) -> Lease:
     """Return ``lease`` if it is a lease of the bank that was not released, else raise
     ``SelectionError``."""
     if (
@@ -107,7 +112,7 @@ def live_lease(bank: Bank, lease: Any) -> Lease:
 
 
 def uses_of_rows(
-    bank: Bank,
+    bank: Lender,
     choices: Sequence[Any],
     row_weights: Sequence[Mapping[str, float] | None],
     lease: Lease,

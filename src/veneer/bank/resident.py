@@ -22,29 +22,24 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.match_model import MatchCache, match
 from veneer.attach import (
-    CHANGING,
     LayerAdapter,
     LowRankPlan,
     ModulePath,
     Names,
-    ParamRef,
     adapt_modules,
     adapters,
     adapters_of,
     build_layer_adapters,
-    ensure_adapters,
     need_adapters,
     run_on_view,
     state_of,
-    trained_dtype,
-    weight_of,
 )
-from veneer.bases import BASES
-from veneer.config import LoraConfig
+from veneer.bases import BASES, weight_of
+from veneer.config import LoraConfig, trained_dtype
 from veneer.errors import SelectionError
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft
-from veneer.layers import Dims
+from veneer.layers import Dims, ParamRef
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
@@ -166,8 +161,7 @@ def load_resident(
         names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
     )
     load_plan.fill(layer_adapters)
-    with CHANGING:
-        table = adapt_modules(names, ensure_adapters(model), load_plan.plans, layer_adapters)
+    table = adapt_modules(names, load_plan.plans, layer_adapters)
     resolved_low, general = _split_adapters(names, layer_adapters, dtype)
     tables = {
         key: resolved_low.get(id(layer_adapter), layer_adapter)

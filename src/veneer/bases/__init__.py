@@ -1,7 +1,14 @@
 """Storages: how a frozen weight is stored, one file for each kind, registered in ``BASES``."""
 
 from veneer.bases._base import BASES, GridStorage, Storage, register, storage_of
-from veneer.bases.opaque import hidden, is_opaque, unreadable, without_gradient
+from veneer.bases.opaque import (
+    hidden,
+    is_opaque,
+    own_parameters,
+    unreadable,
+    weight_of,
+    without_gradient,
+)
 from veneer.registry import import_all
 
 import_all(__name__, list(__path__))
@@ -12,8 +19,10 @@ __all__ = [
     "Storage",
     "hidden",
     "is_opaque",
+    "own_parameters",
     "register",
     "storage_of",
     "unreadable",
+    "weight_of",
     "without_gradient",
 ]

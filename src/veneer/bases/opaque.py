@@ -33,20 +33,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized
 
 from veneer.bases._base import BASES, Storage, register
+from veneer.distributed import base_class
 from veneer.errors import MergeError, TargetError, sentence
 
 #: (module, class) of each: its name, and how to load its base in a floating-point dtype
 LIBRARIES = {
-    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): ("GPTQ or AWQ", "the checkpoint that was quantised"),
-    ("hqq.core.quantize", "HQQLinear"): ("HQQ", "the checkpoint without HqqConfig"),
-    ("transformers.integrations.finegrained_fp8", "FP8Linear"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
-    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"): ("FP8 of fbgemm", "the checkpoint that was quantised"),
-    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"): (
-        "FP8 of compressed-tensors", "CompressedTensorsConfig(dequantize=True)",
+    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): (
+        "GPTQ or AWQ",
+        "the checkpoint that was quantised",
     ),
-}  # fmt: skip
+    ("hqq.core.quantize", "HQQLinear"): ("HQQ", "the checkpoint without HqqConfig"),
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"): (
+        "FP8",
+        "FineGrainedFP8Config(dequantize=True)",
+    ),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"): (
+        "FP8 of fbgemm",
+        "the checkpoint that was quantised",
+    ),
+    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"): (
+        "FP8 of compressed-tensors",
+        "CompressedTensorsConfig(dequantize=True)",
+    ),
+}
 #: libraries whose forward is always a kernel without a derivative
 WITHOUT_GRADIENT = {
     ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
@@ -60,12 +72,19 @@ COMPRESSED = (
 #: the same for modules whose weights only their own forward can read, and whose forward is more
 #: than one product
 EXPERTS = {
-    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): ("MXFP4", "Mxfp4Config(dequantize=True)"),
-    ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
-    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"): (
-        "FP8 of fbgemm", "the checkpoint that was quantised",
+    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): (
+        "MXFP4",
+        "Mxfp4Config(dequantize=True)",
     ),
-}  # fmt: skip
+    ("transformers.integrations.finegrained_fp8", "FP8Experts"): (
+        "FP8",
+        "FineGrainedFP8Config(dequantize=True)",
+    ),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"): (
+        "FP8 of fbgemm",
+        "the checkpoint that was quantised",
+    ),
+}
 #: those whose kernels have no derivative
 EXPERTS_WITHOUT_GRADIENT = (
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"),
@@ -85,11 +104,6 @@ def _below(cls: Any) -> Iterator[Any]:
     for below in cls.__subclasses__():
         if "veneer_base" not in below.__dict__:
             yield from _below(below)
-
-
-def _base_class(module: nn.Module) -> type[nn.Module]:
-    # the original class of an adapted module
-    return getattr(type(module), "veneer_base", type(module))
 
 
 def _kind(module: nn.Module) -> tuple[str, str] | None:
@@ -145,7 +159,7 @@ def is_opaque(module: nn.Module) -> bool:
         return (
             weight is not None
             and weight.element_size() == 1
-            and _base_class(module).forward is cls.forward
+            and base_class(module).forward is cls.forward
         )
     return _kind(module) is not None
 
@@ -322,7 +336,7 @@ class Opaque(Storage):
                 if (cls := _class(path)) and isinstance(module, cls)
             )
             problem = (
-                f"{_base_class(module).__name__}, whose {name} kernels pass no gradient on to the "
+                f"{base_class(module).__name__}, whose {name} kernels pass no gradient on to the "
                 "layers below, which train"
             )
             do = f"load the base with {do} and train on it, or call it under torch.no_grad()"
@@ -336,7 +350,7 @@ class Opaque(Storage):
 def _without_bias(module: nn.Module) -> nn.Module:
     """A second object of a module's class with the same tensors and without its bias, under
     whatever name it is stored."""
-    view = object.__new__(_base_class(module))
+    view = object.__new__(base_class(module))
     view.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers"):
         tensors = getattr(module, table)
@@ -351,3 +365,32 @@ def _without_bias(module: nn.Module) -> nn.Module:
     if "_hf_hook" in view.__dict__:
         view.__dict__.pop("forward", None)
     return view
+
+
+def weight_of(module: nn.Module, name: str) -> Any:
+    """The object that stores a weight: its ``Parameter``, the ``ParametrizationList`` that
+    computes it, or the module itself if only the module's own library can read the weight."""
+    parameters = module._parameters
+    # no ``get``, because the parameters of a ScriptModule are not a dict
+    weight = parameters[name] if name in parameters else None  # noqa: SIM401
+    if weight is None and (parametrizations := module._modules.get("parametrizations")) is not None:
+        return parametrizations._modules.get(name)
+    if name == "weight" and _is_opaque_like(module, weight) and is_opaque(module):
+        return module
+    return weight
+
+
+def _is_opaque_like(module: nn.Module, weight: Any) -> bool:
+    """A cheap test that every opaque layer passes: it has no parameter of more than one byte per
+    element, or compressed-tensors has quantised it."""
+    return weight is None or weight.dtype.itemsize == 1 or "quantization_scheme" in module.__dict__
+
+
+def own_parameters(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters, parametrised ones included, and "weight" for a module
+    whose storage is opaque."""
+    lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
+    plain = [
+        name for name, p in module._parameters.items() if p is not None and not hidden(module, name)
+    ]
+    return [*plain, *lists, *(["weight"] if "weight" not in plain and is_opaque(module) else ())]

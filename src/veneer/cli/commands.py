@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from veneer.cli import COMMANDS, FILES
+from veneer.cli.command_table import COMMANDS, FILES
 from veneer.errors import ConfigError
 
 HELP = {"help_option_names": ["-h", "--help"]}

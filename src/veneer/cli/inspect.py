@@ -149,7 +149,7 @@ def _summary_table(facts: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.attach import format_bytes
+    from veneer.errors import format_bytes
 
     config, architecture = facts["config"], facts["base"].get("architecture")
     metrics, run = facts["provenance"].get("metrics") or {}, facts["provenance"].get("config") or {}

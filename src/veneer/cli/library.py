@@ -27,8 +27,8 @@ def list_command(
     """
     from rich.text import Text
 
-    from veneer.attach import format_bytes
     from veneer.cli.console import echo_json, err, open_library, out, table_of
+    from veneer.errors import format_bytes
 
     store = open_library(library)
     entries = store.list(tag=tag, base=base)
@@ -138,9 +138,8 @@ def gc_command(
       veneer gc
       veneer gc --grace 0
     """
-    from veneer.attach import format_bytes
     from veneer.cli.console import open_library, out
-    from veneer.errors import listing
+    from veneer.errors import format_bytes, listing
 
     store = open_library(library)
     if rebuild:

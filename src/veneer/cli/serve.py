@@ -420,9 +420,8 @@ def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.attach import format_bytes
     from veneer.cli.console import err
-    from veneer.errors import listing
+    from veneer.errors import format_bytes, listing
 
     names = service.catalogue.refresh()
     access = ", open to whoever can reach it"

@@ -1,7 +1,9 @@
 """File formats of other libraries: how each names and lays out the factors of an adapter.
 
-    _base       the interface of a format: recognise, read and write a file, or say why that is impossible
-    peft        the layout of the adapter folder itself, as PEFT 0.21 reads it; patterns: its regular expressions
+    _base       the interface of a format: recognise, read and write a file, or say why that is
+                impossible
+    peft        the layout of the adapter folder itself, as PEFT 0.21 reads it; patterns: its
+                regular expressions
     kohya, diffusers, gguf, vllm, dense     one file for each format; a new file registers itself
     parts, gguf_claims      names of the models of a pipeline; sizes that a GGUF file claims
 

@@ -1,7 +1,9 @@
 """Dense changes: one safetensors file with ΔW by the name of each parameter.
 
-    <parameter>                 ΔW in the parameter's own shape: base[name] += file[name] is the adapted model
-    header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full": […], "variant": …}
+    <parameter>                 ΔW in the parameter's own shape: base[name] += file[name] is the
+                                adapted model
+    header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full":
+                                […], "variant": …}
 
 Every tool can add such changes, and no other format holds any variant on any layer: DoRA's change
 is W' - W. The file is as large as the weights. ``full`` names the parameters that the adapter

@@ -2,7 +2,8 @@
 
     <part>.<path>.lora_A.weight, .lora_B.weight         A [r, in, *k], B [out, r, *1]
     <part>.<path>.lora_magnitude_vector                 DoRA's magnitude
-    header "lora_adapter_metadata"                      {"<part>.r": …, "<part>.lora_alpha": …, …}, PEFT's fields
+    header "lora_adapter_metadata"                      {"<part>.r": …, "<part>.lora_alpha": …, …},
+                                                        PEFT's fields
 
 Older releases wrote ``.lora.down.weight`` and ``.lora.up.weight``,
 ``.lora_linear_layer.down.weight``, attention processors (``.processor.to_q_lora.down.weight``),

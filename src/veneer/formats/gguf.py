@@ -1,8 +1,10 @@
 """GGUF adapters, as llama.cpp loads them.
 
-    general.type = "adapter"      adapter.type = "lora"       general.architecture = that of the base
+    general.type = "adapter"      adapter.type = "lora"       general.architecture = that of the
+                                                              base
     adapter.lora.alpha            one for all; the scale of each tensor is alpha / its rank
-    <tensor>.lora_a [r, in]       <tensor>.lora_b [out, r]    of a linear layer, by its name in llama.cpp
+    <tensor>.lora_a [r, in]       <tensor>.lora_b [out, r]    of a linear layer, by its name in
+                                                              llama.cpp
     token_embd.weight.lora_a [V, r], .lora_b [d, r]           an embedding: a is transposed
     blk.N.ffn_{gate,up,down}_exps.weight.lora_a [E, r, in], .lora_b [E, out, r]      experts
 

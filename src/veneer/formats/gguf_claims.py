@@ -1,7 +1,8 @@
 """Check the sizes that a GGUF file claims against its size on disk, before any tensor is read.
 
     "GGUF"  version u32   tensors u64   pairs u64
-    pair    key, type u32, value                    key: length u64 and its bytes; value: by the type
+    pair    key, type u32, value                    key: length u64 and its bytes; value: by the
+                                                    type
     tensor  name, axes u32, sizes u64 …, type u32, offset u64
     data    from the next multiple of the alignment on
 

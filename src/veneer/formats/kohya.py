@@ -3,7 +3,8 @@
     lora_unet_<path with _ for .>.lora_down.weight    A [r, in, *k]
     lora_unet_….lora_up.weight                        B [out, r, *1]
     lora_unet_….alpha                                 scale = alpha / r; without it, or with 0, 1
-    lora_unet_….lora_mid.weight                       M [r, r, *k]: the change is B M A, that is B (M A), exactly a LoRA
+    lora_unet_….lora_mid.weight                       M [r, r, *k]: the change is B M A, that is B
+                                                      (M A), exactly a LoRA
     lora_unet_….dora_scale                            DoRA's magnitude [out, 1, …]
     lora_unet_….hada_w1_a, _w1_b, _w2_a, _w2_b        (w1_a w1_b) ⊙ (w2_a w2_b)
     lora_unet_….lokr_w1 or _w1_a, _w1_b; _w2 …        w1 ⊗ w2
@@ -80,7 +81,8 @@ _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "
 #: the paths of SD3 and Flux that ComfyUI knows by diffusers' names
 _MMDIT = re.compile(
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
-    r"(attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|norm1?(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2)"
+    r"(attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|norm1?(_context)?\.linear"
+    r"|ff(_context)?\.net\.(0\.proj|2)"
     r"|proj_mlp|proj_out)|context_embedder|x_embedder|pos_embed\.proj|proj_out|norm_out\.linear"
     r"|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
 )

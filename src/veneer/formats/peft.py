@@ -1,15 +1,21 @@
 """PEFT's layout: the fields of ``adapter_config.json`` and the keys of
 ``adapter_model.safetensors``.
 
-    base_model.model.<path>.lora_A.weight                 A of a low-rank change (suffixes by the kind of the layer)
+    base_model.model.<path>.lora_A.weight                 A of a low-rank change (suffixes by the
+                                                          kind of the layer)
     base_model.model.<path>.lora_B.weight                 B
     base_model.model.<path>.<parameter>                   a parameter that was trained in full
-    base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a low-rank change
+    base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a
+                                                          low-rank change
     base_model.model.<path>.lora_magnitude_vector         a further parameter of a variant
-    base_model.model.<path>.lora_B.bias                   the bias of lora_bias, which is scaled like B
-    base_model.model.<attention>.base_layer.out_proj.…    the out-projection below an adapted attention
-    base_model.model.<experts>.base_layer.lora_A.weight   the last but one of several adapted parameters of one module
-    base_model.model.<block>.base_layer.<child>.…         a child of a module with an adapted parameter
+    base_model.model.<path>.lora_B.bias                   the bias of lora_bias, which is scaled
+                                                          like B
+    base_model.model.<attention>.base_layer.out_proj.…    the out-projection below an adapted
+                                                          attention
+    base_model.model.<experts>.base_layer.lora_A.weight   the last but one of several adapted
+                                                          parameters of one module
+    base_model.model.<block>.base_layer.<child>.…         a child of a module with an adapted
+                                                          parameter
 
 Read from PEFT 0.21's source and checked against it in the tests. ``peft_paths.py`` has the rules
 for paths and patterns, ``peft_fields.py`` the checks of the config, ``peft_behaviour.py`` the

@@ -60,8 +60,8 @@ def deviation_reason(kind: str, module: Any) -> str | None:
 #: the attributes of a layer that PEFT's wrappers forward; they lack all others
 _OF_WRAPPERS = {
     "weight", "bias", "in_features", "out_features", "training",
-    "add_zero_attn", "batch_first", "bias_k", "bias_v", "dropout", "embed_dim", "head_dim", "in_proj_bias",
-    "in_proj_weight", "kdim", "num_heads", "out_proj", "vdim",
+    "add_zero_attn", "batch_first", "bias_k", "bias_v", "dropout", "embed_dim", "head_dim",
+    "in_proj_bias", "in_proj_weight", "kdim", "num_heads", "out_proj", "vdim",
 }  # fmt: skip
 #: the kinds of layers for which PEFT supports a bias beside B
 KINDS_WITH_BIAS = ("linear", "conv1d_transformers", "conv1d", "conv2d", "conv3d")

@@ -1,7 +1,9 @@
 """Translate PEFT's ``LoraConfig`` into the fields of Veneer's.
 
-    read_fields(config)      the fields of a config object, of a mapping or of an ``adapter_config.json``
-    lora_fields(fields)      the fields of ``veneer.LoraConfig`` that mean the same, and every problem
+    read_fields(config)      the fields of a config object, of a mapping or of an
+                             ``adapter_config.json``
+    lora_fields(fields)      the fields of ``veneer.LoraConfig`` that mean the same, and every
+                             problem
 
 A field without an equivalent is a problem if its value changes the result. Fields that describe the
 file or the machine are ignored (except ``task_type``, which adds a head).
@@ -24,7 +26,6 @@ _SAME_VALUE = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
-    "layers_to_transform": "layers",
     "trainable_token_indices": "trainable_tokens",
 }
 BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
@@ -39,13 +40,14 @@ _HEADS = {
 #: fields with an equivalent, which ``lora_fields`` reads
 _TRANSLATED = {
     *_SAME_VALUE, "alpha_pattern", "bias", "corda_config", "exclude_modules", "init_lora_weights",
-    "modules_to_save", "peft_type", "qalora_group_size", "rank_pattern", "target_modules",
-    "target_parameters", "task_type", "use_dora", "use_qalora", "use_rslora",
+    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "qalora_group_size",
+    "rank_pattern", "target_modules", "target_parameters", "task_type", "use_dora", "use_qalora",
+    "use_rslora",
 }  # fmt: skip
 #: fields that do not change the result, or that are arguments of ``veneer.attach``
 _IRRELEVANT = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "revision", "runtime_config",
 }  # fmt: skip
 #: group size of QA-LoRA: PEFT's default, and the size of Veneer's variant
@@ -53,7 +55,7 @@ _GROUP_SIZE = 16
 #: rank and alpha of a ``peft.LoraConfig()``
 _DEFAULTS = {"r": 8, "lora_alpha": 8}
 #: names of modules that Veneer would interpret as another pattern
-_SPECIAL = re.compile(r"all-linear|attention|mlp|all|.*[*?\[\]].*|re:.*")
+_SPECIAL = re.compile(r"(peft-)?all-linear|attention|mlp|all|.*[*?\[\]].*|re:.*")
 
 
 def read_fields(config: Any) -> dict[str, Any]:
@@ -115,19 +117,69 @@ def _targets(values: Mapping[str, Any], problems: list[str]) -> Any:
         do = 'name the modules, or set target_modules="all-linear"'
         problems.append(sentence("no target_modules", "the layers to adapt", do))
     patterns = _patterns(() if modules is None else modules)
+    if isinstance(modules, str) and modules.lower() == "all-linear":
+        patterns = "peft-all-linear"
+    if (block := _block_expression(values, problems)) is not None:
+        literals = [re.escape(name) for name in _ordered(modules or ())]
+        patterns = tuple(rf"re:{name}|(?={block}).*\.{name}" for name in literals)
     if isinstance(patterns, str) and not parameters:
         return patterns
     return (*((patterns,) if isinstance(patterns, str) else patterns), *parameters)
+
+
+def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | None:
+    """An expression for the beginning of a path that lies in one of the blocks
+    ``layers_to_transform``; None if all blocks are meant.
+
+    As in PEFT, the index of a block is the first number in a path, behind two names at least, or
+    the first one behind a name of ``layers_pattern``: the first of these names that a path has
+    decides. A module that is named by its full path is adapted in any block.
+    """
+    layers, names = values.get("layers_to_transform"), values.get("layers_pattern") or ()
+    indices = [layers] if isinstance(layers, int) else [*(layers or ())]
+    names = [names] if isinstance(names, str) else [*names]
+    do = None
+    if not indices:
+        do = "leave it out, or set layers_to_transform" if names and layers is None else None
+    elif isinstance(values.get("target_modules"), str):
+        do = "name the modules in target_modules as a list"
+    elif any(type(index) is not int or index < 0 for index in indices):
+        do = "count the blocks from 0: PEFT matches none with these"
+    elif not all(re.fullmatch(r"[\w.]+", name) for name in names):
+        do = "name the modules that hold the blocks"
+    if do is not None:
+        problem = " with ".join(
+            f"{name}={values[name]!r}"
+            for name in ("layers_to_transform", "layers_pattern", "target_modules")
+            if values.get(name) is not None
+        )
+        expected = "indices of blocks, for modules that are named"
+        problems.append(sentence(problem, expected, do))
+        return None
+    if not indices:
+        return None
+    index = rf"0*(?:{'|'.join(map(str, sorted({*indices})))})\."
+    if not names:
+        return rf"(?>.*?\.[^.]*\.(?=\d+\.)){index}"
+    holders = [rf"(?:^|.*?\.){name}\.(?=\d+\.)" for name in names]
+    return "|".join(
+        "".join(f"(?!{above})" for above in holders[:number]) + f"(?>{holder}){index}"
+        for number, holder in enumerate(holders)
+    )
 
 
 def _patterns(modules: str | Iterable[str]) -> Any:
     """Veneer's patterns for names of modules, or for PEFT's regular expression over full paths."""
     if isinstance(modules, str):
         return "all-linear" if modules.lower() == "all-linear" else f"re:{modules}"
-    names = modules if isinstance(modules, list | tuple) else sorted(modules)
     return tuple(
-        rf"re:(.*\.)?{re.escape(name)}" if _SPECIAL.fullmatch(name) else name for name in names
+        rf"re:(.*\.)?{re.escape(name)}" if _SPECIAL.fullmatch(name) else name
+        for name in _ordered(modules)
     )
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    return [*names] if isinstance(names, list | tuple) else sorted(names)
 
 
 def _layer_pattern(key: str) -> str:

@@ -1,7 +1,9 @@
 """PEFT's layout of trained tokens: rows of an embedding or a head that replace the base's rows.
 
-    base_model.model.<path>.token_adapter.trainable_tokens_delta    the rows [n, d] themselves, not a difference
-    trainable_token_indices                                         their ids: a list, or {the end of a path: a list}
+    base_model.model.<path>.token_adapter.trainable_tokens_delta    the rows [n, d] themselves, not
+                                                                    a difference
+    trainable_token_indices                                         their ids: a list, or {the end
+                                                                    of a path: a list}
 
 A weight that is tied to the input embedding uses the same rows, and the file does not repeat them.
 A folder of peft_type TRAINABLE_TOKENS (``token_indices``, key ``<path>.trainable_tokens_delta``)

@@ -1,13 +1,17 @@
 """The files of PEFT's tuners besides LoRA whose changes are changes of weights, in the terms of
 Veneer's variants.
 
-    ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]          ΔW = alpha / (init_r + 1e-5) · B diag(E) A
-    LOHA       <path>.hada_w1_a, w1_b, w2_a, w2_b, t1, t2                     ΔW = alpha / r · (B1 A1) ⊙ (B2 A2)
-    LOKR       <path>.lokr_w1 or w1_a, w1_b; lokr_w2 or w2_a, w2_b, t2        ΔW = alpha / r · C ⊗ (B2 A2)
-    VERA       <path>.vera_lambda_b [out]  vera_lambda_d [r]                  ΔW = diag(b) B[:out] diag(d) A[:, :in]
+    ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]
+               ΔW = alpha / (init_r + 1e-5) · B diag(E) A
+    LOHA       <path>.hada_w1_a, w1_b, w2_a, w2_b, t1, t2
+               ΔW = alpha / r · (B1 A1) ⊙ (B2 A2)
+    LOKR       <path>.lokr_w1 or w1_a, w1_b; lokr_w2 or w2_a, w2_b, t2
+               ΔW = alpha / r · C ⊗ (B2 A2)
+    VERA       <path>.vera_lambda_b [out]  vera_lambda_d [r]
+               ΔW = diag(b) B[:out] diag(d) A[:, :in]
                base_model.vera_A [r, largest in] base_model.vera_B [largest out, r], if
                save_projection
-    LN_TUNING  <path>.ln_tuning_layers.<parameter>                             the layer, trained in full
+    LN_TUNING  <path>.ln_tuning_layers.<parameter>    the layer, trained in full
 
 Read from PEFT 0.21's source and checked against it in the tests. The core of a Tucker decomposition
 (``t``, for a convolution with use_effective_conv2d) is multiplied into the factor of the inputs. A
@@ -182,28 +186,65 @@ TUNERS = {
     tuner.type: tuner
     for tuner in (
         Tuner(
-            "ADALORA", "adalora", ("lora_A", "lora_B", "lora_E"), ((("lora_A", "lora_B", "lora_E"),),),
-            {"r": "init_r"}, {**_BUDGET, "rank_pattern": _masks}, _adalora,
+            "ADALORA",
+            "adalora",
+            ("lora_A", "lora_B", "lora_E"),
+            ((("lora_A", "lora_B", "lora_E"),),),
+            {"r": "init_r"},
+            {**_BUDGET, "rank_pattern": _masks},
+            _adalora,
         ),
         Tuner(
-            "LOHA", "loha", tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
-            ((("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),), {"lora_alpha": "alpha"}, _LYCORIS, _loha,
-        ),
-        Tuner(
-            "LOKR", "lokr", tuple(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
-            ((("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
+            "LOHA",
+            "loha",
+            tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+            ((("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),),
             {"lora_alpha": "alpha"},
-            {**_LYCORIS, "decompose_both": _flag, "decompose_factor": _integer, "rank_dropout_scale": _flag}, _lokr,
+            _LYCORIS,
+            _loha,
         ),
         Tuner(
-            "VERA", "vera", ("vera_lambda_b", "vera_lambda_d"), ((("vera_lambda_b", "vera_lambda_d"),),),
+            "LOKR",
+            "lokr",
+            tuple(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+            (
+                (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")),
+                (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")),
+            ),
+            {"lora_alpha": "alpha"},
+            {
+                **_LYCORIS,
+                "decompose_both": _flag,
+                "decompose_factor": _integer,
+                "rank_dropout_scale": _flag,
+            },
+            _lokr,
+        ),
+        Tuner(
+            "VERA",
+            "vera",
+            ("vera_lambda_b", "vera_lambda_d"),
+            ((("vera_lambda_b", "vera_lambda_d"),),),
             {"lora_dropout": "vera_dropout"},
-            {"projection_prng_key": _integer, "save_projection": _flag, "d_initial": _number, "init_weights": _any},
+            {
+                "projection_prng_key": _integer,
+                "save_projection": _flag,
+                "d_initial": _number,
+                "init_weights": _any,
+            },
             _vera,
         ),
-        Tuner("LN_TUNING", "lora", ("ln_tuning_layers",), (), {}, {}, lambda module: VariantChange({}, 1.0)),
+        Tuner(
+            "LN_TUNING",
+            "lora",
+            ("ln_tuning_layers",),
+            (),
+            {},
+            {},
+            lambda module: VariantChange({}, 1.0),
+        ),
     )
-}  # fmt: skip
+}
 #: fields of LoRA's config that these tuners do not have
 _NOT_THEIRS = ("target_parameters", "use_dora")
 #: fields of LoRA's config that AdaLoRA's config inherits and ignores
@@ -249,9 +290,26 @@ def check_config(
 
 #: prefixes of the tensor names of PEFT's tuners; only LoRA's names may end in ".weight"
 _MARKS = (
-    "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l", "oft_R", "boft_",
-    "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_", "c3a_kernel", "delora_", "gralora_", "hira_",
-)  # fmt: skip
+    "lora_",
+    "hada_",
+    "lokr_",
+    "vera_",
+    "ln_tuning_layers",
+    "trainable_tokens_delta",
+    "ia3_l",
+    "oft_R",
+    "boft_",
+    "hra_u",
+    "randlora_",
+    "vblora_",
+    "fourierft_",
+    "shira_",
+    "waveft_",
+    "c3a_kernel",
+    "delora_",
+    "gralora_",
+    "hira_",
+)
 _TOKENS = "TRAINABLE_TOKENS"
 
 

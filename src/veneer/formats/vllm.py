@@ -2,7 +2,8 @@
 
     adapter_config.json    vllm/lora/peft_helper.py: PEFTHelper, its fields and ``validate_legal``
     the tensors' names     vllm/lora/utils.py: ``parse_fine_tuned_lora_name``
-    the adapted modules    vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last part of a path
+    the adapted modules    vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last part
+                           of a path
 
 Which modules of a model vLLM can adapt is known to vLLM only: it wraps linear layers, and
 embeddings of the models that list them. This file detects adapters that vLLM cannot load for any
@@ -24,7 +25,8 @@ __all__ = ["problems"]
 MAX_RANK = 16
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _SIDES = re.compile(
-    r"^(?:base_model\.model\.)?(.*?)\.?(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<emb>[AB]))$"
+    r"^(?:base_model\.model\.)?(.*?)\.?"
+    r"(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<emb>[AB]))$"
 )
 
 

@@ -249,6 +249,15 @@ def register(kind: type[Layer]) -> type[Layer]:
 GENERAL = "parameter"
 
 
+#: (path of a module, name of one of its parameters)
+ParamRef = tuple[str, str]
+
+
+def parameter_path(path: str, name: str) -> str:
+    """The path of a parameter of the module at ``path``."""
+    return f"{path}.{name}" if path else name
+
+
 def kind_of(module: Any) -> Layer | None:
     """The kind of a module with something to change; a user's own kind comes before ours, as it was
     registered later. None for a module without parameters of its own."""
@@ -257,6 +266,13 @@ def kind_of(module: Any) -> Layer | None:
         LAYERS[GENERAL],
     )
     return kind if kind.weights(module) or kind.vectors(module) else None
+
+
+def kind_for(module: nn.Module, name: str) -> Any:
+    """The layer kind that describes one parameter: its module's, or the general kind for a
+    parameter that the module's kind does not list."""
+    kind = kind_of(module)
+    return kind if kind is not None and name in kind.weights(module) else LAYERS[GENERAL]
 
 
 def factors(

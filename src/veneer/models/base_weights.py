@@ -31,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach import Names, ParamRef, own_parameters, unwrap, weight_of
-from veneer.bases import Storage, storage_of
+from veneer.attach import Names, unwrap
+from veneer.bases import Storage, own_parameters, storage_of, weight_of
 from veneer.errors import CheckpointError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.hashing import XXH3, fingerprint_of, kind_of
+from veneer.layers import ParamRef
 from veneer.models.locate import folder_of
 from veneer.models.meta import ParamSlice, map_checkpoint_names, meta_model
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint

@@ -1,7 +1,9 @@
 """Quantise a base while it is loaded, and record from which weights its packed ones were made.
 
-    base = load_base("folder", quantize="nf4")      bitsandbytes' Linear4bit or Linear8bitLt, except the head
-    sources_of(base.model)                          {fingerprint of a packed weight: of the file's weight}
+    base = load_base("folder", quantize="nf4")      bitsandbytes' Linear4bit or Linear8bitLt, except
+                                                    the head
+    sources_of(base.model)                          {fingerprint of a packed weight: of the file's
+                                                    weight}
 
 **The same base in another precision.** Fingerprints are of values rounded to bfloat16, so a base in
 float32 and in bfloat16 has the same ones. A base that is quantised on loading is the same base too,

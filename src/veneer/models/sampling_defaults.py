@@ -13,10 +13,11 @@ from veneer.errors import ConfigError, raise_all, sentence
 FILE = "generation_config.json"
 #: fields that change which tokens are sampled, with the values at which they change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "min_p": (0,), "top_h": (1,), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "num_beams": (1,),
-    "penalty_alpha": (0,), "no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],), "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],), "sequence_bias": ([], {}), "min_length": (0,), "min_new_tokens": (0,),
+    "min_p": (0,), "top_h": (1,), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+    "num_beams": (1,), "penalty_alpha": (0,), "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,), "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": ([],), "suppress_tokens": ([],), "begin_suppress_tokens": ([],),
+    "sequence_bias": ([], {}), "min_length": (0,), "min_new_tokens": (0,),
     "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (),
     "guidance_scale": (1,), "stop_strings": ([],), "watermarking_config": (),
 }  # fmt: skip

@@ -201,7 +201,7 @@ def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: to
             )
             tensors_by_id[id(value)]._is_hf_initialized = (
                 # the attribute by which transformers marks tensors that it has read
-                # (``fresh_weights``)
+                # (``Names.fresh_parameters``)
                 True
             )
         table[key] = tensors_by_id[id(value)]

@@ -6,9 +6,10 @@
     adapters = ["french-*", "chat"]   patterns of names; none by default
     base = true                       the base without an adapter; true by default
     admin = false                     load and unload adapters, metrics; false by default
-    train = false                     use the routes of a server that trains (this gives the base too, as
-                                      which an untrained run answers); false by default
-    runs = 10                         there: adapters in training, bytes of checkpoints, tokens a day
+    train = false                     use the routes of a server that trains (this gives the base
+                                      too, as which an untrained run answers); false by default
+    runs = 10                         there: adapters in training, bytes of checkpoints, tokens a
+                                      day
     bytes = 1000000000                (UTC) that are trained on or sampled; no limit by default
     tokens = 1000000
 

@@ -35,8 +35,8 @@ class Admission:
     ends a request: (state, "error", what went wrong, its cause)."""
 
     def __init__(
-        self, bank: Any, scheduler: Scheduler[RequestState], lock: AbstractContextManager[Any], rows: int,
-        wake: Callable[[], None], end: Callable[..., None],
+        self, bank: Any, scheduler: Scheduler[RequestState], lock: AbstractContextManager[Any],
+        rows: int, wake: Callable[[], None], end: Callable[..., None],
     ) -> None:  # fmt: skip
         self.admitted: list[RequestState] = []  # whose adapters are loading or loaded
         self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows

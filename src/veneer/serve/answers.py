@@ -201,7 +201,8 @@ class Form:
     def frame(self, choices: list[Any], *, chunk: bool = False, **more: Any) -> dict[str, Any]:
         kind = f"chat.completion{'.chunk' * chunk}" if self.chat else "text_completion"
         return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more,
+            "id": self.id, "object": kind, "created": self.created, "model": self.model,
+            "choices": choices, **more,
         }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""The rules of all bodies that clients may send: a field that a body does not have is refused by name,
-never ignored.
+"""The rules of all bodies that clients may send: a field that a body does not have is refused by
+name, never ignored.
 
     null        is the same as absent, everywhere, as OpenAI's clients send it
     HARMLESS    fields that say who asks or how to file it: dropped
-    NEUTRAL     fields that are not supported, with the value at which they ask for nothing: dropped at that value
+    NEUTRAL     fields that are not supported, with the value at which they ask for nothing: dropped
+                at that value
 
 Types are strict ("1" is no number) and every size has a bound (``limits.py``). Checking stops at
 the first thing that is wrong in a list: a body holds hundreds of thousands of them, and an error
@@ -26,20 +27,23 @@ HARMLESS = {
     "cache_control",
 }  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"), "modalities": (["text"],), "service_tier": ("auto", "default", "standard_only"),
-    "annotations": ([],), "refusal": ("",), "is_3d_lora_weight": (False,),
+    "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
+    "service_tier": ("auto", "default", "standard_only"), "annotations": ([],), "refusal": ("",),
+    "is_3d_lora_weight": (False,),
     # of /v1/responses and /v1/messages
-    "background": (False,), "truncation": ("disabled",), "include": ([], ["reasoning.encrypted_content"]),
-    "reasoning": ({},), "top_logprobs": (0,), "thinking": ({"type": "disabled"},), "mcp_servers": ([],),
+    "background": (False,), "truncation": ("disabled",),
+    "include": ([], ["reasoning.encrypted_content"]), "reasoning": ({},), "top_logprobs": (0,),
+    "thinking": ({"type": "disabled"},), "mcp_servers": ([],),
     # vLLM's fields at vLLM's defaults
-    "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,), "detokenize": (True,),
-    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
-    "truncation_side": ("left",), "watermarking": (False,), "include_reasoning": (True,), "documents": ([],),
-    "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "vllm_xargs": ({},), "kv_transfer_params": ({},),
-    "ec_transfer_params": ({},), "routed_experts_prompt_start": (0,), "return_token_offsets": (False,),
-    "return_prompt_text": (False,), "return_mm_kwargs": (True,), "thinking_token_budget": (-1,),
-    "stream_interval": (1,),
+    "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,),
+    "detokenize": (True,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,), "truncation_side": ("left",), "watermarking": (False,),
+    "include_reasoning": (True,), "documents": ([],), "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},), "vllm_xargs": ({},), "kv_transfer_params": ({},),
+    "ec_transfer_params": ({},), "routed_experts_prompt_start": (0,),
+    "return_token_offsets": (False,), "return_prompt_text": (False,), "return_mm_kwargs": (True,),
+    "thinking_token_budget": (-1,), "stream_interval": (1,),
 }  # fmt: skip
 
 #: unknown fields of one object that are looked at

@@ -1,5 +1,5 @@
-"""Messages of chats, calls of tools in them and tools, as bodies have them; ``body_rules.py`` has the
-rules."""
+"""Messages of chats, calls of tools in them and tools, as bodies have them; ``body_rules.py`` has
+the rules."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Cross-origin requests of browsers (CORS), from the origins that ``--cors`` names.
 
-A browser asks before it sends JSON or a key to another origin (a preflight, without a key), and lets
-a page read an answer only if the answer names the page's origin. Credentials of the browser itself
-(cookies, certificates) are never allowed: a key is a header that the page sets.
+A browser asks before it sends JSON or a key to another origin (a preflight, without a key), and
+lets a page read an answer only if the answer names the page's origin. Credentials of the browser
+itself (cookies, certificates) are never allowed: a key is a header that the page sets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The page at ``/docs`` (``--docs``): the routes and bodies that ``/openapi.json`` describes, as HTML.
+"""The page at ``/docs`` (``--docs``): the routes and bodies that ``/openapi.json`` describes, as
+HTML.
 
 It is written here, without a script: the usual viewers of OpenAPI are loaded from another host,
 which the page's policy forbids and a server without a network cannot reach.
@@ -37,7 +38,8 @@ def render(description: Schema) -> str:
     ]
     schemas = description.get("components", {}).get("schemas", {})
     lines = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: the API</title>',
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{title}: the API</title>",
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<link rel="icon" type="image/svg+xml" href="web/{page.DIGEST}/icon.svg">',
         f'<link rel="stylesheet" href="web/{page.DIGEST}/page.css"></head>',

@@ -73,8 +73,9 @@ class Embedder:
     classifier."""
 
     def __init__(
-        self, model: Any, bank: Any, *, pad: int = 0, how: str = "mean", normal: bool = True, rows: int = 32,
-        tokens: int = 8192, queue: int = 1024, observer: Any = None, labels: int = 0,
+        self, model: Any, bank: Any, *, pad: int = 0, how: str = "mean", normal: bool = True,
+        rows: int = 32, tokens: int = 8192, queue: int = 1024, observer: Any = None,
+        labels: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.bank, self.pad, self.how, self.normal = model, bank, pad, how, normal
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer

@@ -81,9 +81,10 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: Any = None, rows: int = 16, length: int = 2048, prefill: int = 512,
-        queue: int = 256, observer: Any = None, turn: AbstractContextManager[Any] | None = None, *,
-        cache_memory: int | None = None, prefix_cache: bool = True, gap: float | None = None,
+        self, model: Any, tokenizer: Any, bank: Any = None, rows: int = 16, length: int = 2048,
+        prefill: int = 512, queue: int = 256, observer: Any = None,
+        turn: AbstractContextManager[Any] | None = None, *, cache_memory: int | None = None,
+        prefix_cache: bool = True, gap: float | None = None,
     ) -> None:  # fmt: skip
         most = context(model.config)
         self.length, self.prefill, self.rows = min(length, most or length), prefill, rows

@@ -73,8 +73,10 @@ class Forward:
         self._hook = None if head is None else head.register_forward_pre_hook(_last_rows)
 
     def _refusal(self, problem: str) -> ConfigError:
-        attention = "an architecture whose attention goes through transformers' attention functions, causal, over all "
-        expected = f"{attention}tokens or a sliding window"
+        expected = (
+            "an architecture whose attention goes through transformers' attention functions,"
+            " causal, over all tokens or a sliding window"
+        )
         return ConfigError(
             f"{type(self.model).__name__}, {problem}", expected, "serve it with --engine vllm"
         )
@@ -276,8 +278,8 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     ``own`` are found."""
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any,
-        scaling: float | None = None, **further: Any,
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        *args: Any, scaling: float | None = None, **further: Any,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         if getattr(NOW, "call", None) is not None:
             return attend(query, scaling, further), None

@@ -21,9 +21,9 @@ from veneer.serve.requests import Grammar, GrammarLimitError, RequestError
 from veneer.serve.text import Detokenizer
 
 #: The whitespace that a schema allows between two parts of a JSON text: nothing, a space, or a line
-#: break with its indentation. llguidance's default is any amount, and a small model that has nothing
-#: else to say fills its answer with it. None at all would forbid the ", " and the line breaks that
-#: models were trained to write.
+#: break with its indentation. llguidance's default is any amount, and a small model that has
+#: nothing else to say fills its answer with it. None at all would forbid the ", " and the line
+#: breaks that models were trained to write.
 LAYOUT: Any = {
     "whitespace_flexible": True,
     "whitespace_pattern": r" |\r?\n[ \t]{0,24}",

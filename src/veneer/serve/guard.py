@@ -211,7 +211,10 @@ def _check_head(scope: Any, headers: Headers) -> None:
     ):
         # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the
         # next request
-        problem = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
+        problem = (
+            "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with"
+            " Transfer-Encoding"
+        )
         raise Refusal(400, problem, "one way to say where it ends", "send Content-Length alone")
     if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
         raise Refusal(

@@ -1,6 +1,7 @@
 """The process: sockets, connections, signals.
 
-first SIGTERM or Ctrl-C    /ready and new requests answer 503, what runs has ``grace`` seconds; then exit 0
+first SIGTERM or Ctrl-C    /ready and new requests answer 503, what runs has ``grace`` seconds; then
+                           exit 0
 second                     exit at once, with 128 + the signal's number
 SIGHUP                     read the keys again; without a file of keys the same as a first SIGTERM
 """
@@ -30,7 +31,10 @@ log = logging.getLogger("veneer.serve")
 #: seconds for connections to close when nothing runs any more: what still waits then, such as a
 #: client that asks whether a training run has gone on, is cut off
 CLOSING = 0.5
-_FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
+    b"content-length: 0\r\n\r\n"
+)
 
 
 class Connection(H11Protocol):
@@ -91,8 +95,8 @@ class Server(uvicorn.Server):
     a thread of its own."""
 
     def __init__(
-        self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float, started: Callable[[], None],
-        reload: Callable[[], None] | None = None,
+        self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float,
+        started: Callable[[], None], reload: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config)
         self._reload = reload
@@ -182,8 +186,8 @@ def is_loopback(host: str) -> bool:
 
 
 def make(
-    app: Any, drain: Callable[[float], Any], grace: float, started: Callable[[], None] = lambda: None,
-    reload: Callable[[], None] | None = None,
+    app: Any, drain: Callable[[float], Any], grace: float,
+    started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
 ) -> Server:  # fmt: skip
     """A server of an application; ``run([bind(host, port)])`` serves until a signal, or
     ``should_exit``, ends it."""

@@ -1,5 +1,5 @@
-"""The page that Prometheus reads at ``/metrics``: per adapter requests, tokens, loads and memory; of
-the server, times.
+"""The page that Prometheus reads at ``/metrics``: per adapter requests, tokens, loads and memory;
+of the server, times.
 
 A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones,
 and when an adapter goes its series go with it. (An adapter that is itself called "base" or "blend"
@@ -36,8 +36,8 @@ LEAD = 2
 
 LOADS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
 FIRST_TOKEN = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
-    160, 640, 2560,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+    80, 160, 640, 2560,
 )  # fmt: skip
 NEXT_TOKEN = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,

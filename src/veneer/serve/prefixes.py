@@ -1,6 +1,7 @@
 """Cached prefixes: keys and values of computed tokens, in blocks, for requests that begin alike.
 
-    namespace     adapters in memory, their weights, a salt      nothing is shared between two of them
+    namespace     adapters in memory, their weights, a salt      nothing is shared between two of
+                                                                 them
       └─ block    16 tokens, with their keys and values
            └─ block    the 16 tokens behind them
                 └─ …

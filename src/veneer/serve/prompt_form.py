@@ -1,5 +1,5 @@
-"""How a model is prompted: the mode that an adapter was trained for, from its record, and the system
-prompt and example that its record may hold (``veneer train --record-example``).
+"""How a model is prompted: the mode that an adapter was trained for, from its record, and the
+system prompt and example that its record may hold (``veneer train --record-example``).
 
     {"mode": "chat" | "completion", "system": text | null, "example": text | null}
 

@@ -293,7 +293,10 @@ def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
     while prefix_length < len(text):
         count = len(tokenizer(text[:prefix_length], add_special_tokens=False)["input_ids"])
         if count > length + CUT:
-            problem = f"a text of {len(text):,} characters, of which the first {prefix_length:,} are {count:,} tokens"
+            problem = (
+                f"a text of {len(text):,} characters, of which the first {prefix_length:,} are"
+                f" {count:,} tokens"
+            )
             message = sentence(problem, f"at most {length:,} tokens", "shorten it")
             raise Refusal(400, message, param=param, code="context_length_exceeded")
         prefix_length *= 4

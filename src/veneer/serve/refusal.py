@@ -33,8 +33,9 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 #: the route of Anthropic's API, and its words for statuses
 MESSAGES = "/v1/messages"
 MESSAGES_KINDS = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error",
 }  # fmt: skip
 RETRY = "Retry-After"
 #: the type of pydantic's errors that have their own words
@@ -94,7 +95,10 @@ def no_such_model(name: str) -> Refusal:
     """One answer to what is not there and to what this key may not use, so that a key cannot find
     out which it is."""
     name = name if len(name) <= 120 else f"{name[:120]}…"
-    message = f"The model {name!r} does not exist, or you do not have access to it. GET /v1/models lists yours."
+    message = (
+        f"The model {name!r} does not exist, or you do not have access to it. GET /v1/models lists"
+        " yours."
+    )
     return Refusal(404, message, param="model", code="model_not_found")
 
 

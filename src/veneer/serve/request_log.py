@@ -1,7 +1,7 @@
 """The server's log: one line a request, as text or as JSON, and every other line with its time.
 
-    Guard ──▶ RequestRecord, as a context variable ──▶ Answers, Embedder: tokens and times ──▶ Guard:
-    one line, one span
+    Guard ──▶ RequestRecord, as a context variable ──▶ Answers, Embedder: tokens and times ──▶
+    Guard: one line, one span
 
 A record holds names, numbers and times. No prompt, answer, header or key becomes part of it.
 """

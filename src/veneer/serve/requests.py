@@ -79,8 +79,10 @@ class Request:
     sampling: Sampling
     timeout: float  # seconds from submit to the last token
     id: str  # a name for logs
-    owner: str = ""  # the name of the API key that asks; "" where there are no keys. Rows are shared between them first
-    # : with the same salt, requests of different keys share cached prefixes; None shares them within
+    #: the name of the API key that asks; "" where there are no keys. Rows are shared between them
+    #: first
+    owner: str = ""
+    #: with the same salt, requests of different keys share cached prefixes; None shares them within
     #: the key alone
     cache_salt: str | None = None
     priority: int = 0  # a lower one goes first, among the owner's requests for the same adapter
@@ -106,8 +108,8 @@ class Piece:
     generated; a token without certain text comes with an empty one. The last piece alone has
     ``finish``, and one that says "error" has words and, if it is known, a cause. ``cached``: tokens
     of the prompt that were not computed, since they were in the cache. ``prompt``: its tokens, in
-    one piece, where ``Sampling.prompt_logprobs`` asks for them. ``stop``: the stop string that ended
-    the answer."""
+    one piece, where ``Sampling.prompt_logprobs`` asks for them. ``stop``: the stop string that
+    ended the answer."""
 
     text: str
     tokens: tuple[Token, ...] = ()

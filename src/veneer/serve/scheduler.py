@@ -137,8 +137,9 @@ class Scheduler(Generic[E]):
                 else f"{flow_length} of them"
             )
             raise Busy(
-                f"Found: {self.waiting} requests that wait, {whose} for the same adapter. Expected: at most "
-                f"{self.places}, with room for others. Do: try again in {self.retry_after():.0f} seconds.",
+                f"Found: {self.waiting} requests that wait, {whose} for the same adapter. Expected:"
+                f" at most {self.places}, with room for others. Do: try again in"
+                f" {self.retry_after():.0f} seconds.",
                 self.retry_after(),
             )
         self._owners.enter(request.owner)

@@ -40,7 +40,10 @@ def _few(value: Any) -> Any:
 def _prompts(field: str, most: int) -> Callable[[Any], Any]:
     """A check of the form of ``prompt`` or ``input``, which is one of four, in words that know all
     of them."""
-    expected = f"a text, a list of 1 to {most} texts, a list of token ids, or a list of 1 to {most} such lists"
+    expected = (
+        f"a text, a list of 1 to {most} texts, a list of token ids, or a list of 1 to {most} such"
+        " lists"
+    )
     nouns = {str: "texts", int: "numbers", list: "lists"}
 
     def check(value: Any) -> Any:
@@ -300,7 +303,10 @@ class ChatRequest(Asked, TemplateFields):
             None not in (self.max_tokens, self.max_completion_tokens)
             and self.max_tokens != self.max_completion_tokens
         ):
-            problem = f"max_tokens {self.max_tokens} beside max_completion_tokens {self.max_completion_tokens}"
+            problem = (
+                f"max_tokens {self.max_tokens} beside max_completion_tokens"
+                f" {self.max_completion_tokens}"
+            )
             raise wrong(
                 problem, "one of them", "leave out max_tokens, the older name", "max_tokens"
             )

@@ -1,7 +1,7 @@
 """Keys and values of rows, in size classes: a transformers Cache.
 
-    class of 128 columns    [rows, kv heads, 128, head dim] for each layer    rows of up to 128 tokens
-    class of 256 columns    [rows, kv heads, 256, head dim]                   rows of up to 256 tokens
+    class of 128 columns    rows of up to 128 tokens: [rows, kv heads, 128, head dim] for each layer
+    class of 256 columns    rows of up to 256 tokens: [rows, kv heads, 256, head dim]
     …                       twice as many, up to the longest row
 
 A row lies in the smallest class that holds it, and moves to the next one when it has outgrown it,

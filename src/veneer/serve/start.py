@@ -83,10 +83,12 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
     service = Service(
-        base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
-        metrics=metrics, length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine,
-        embedder=embedder, sampling=sampling, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
-        cors=settings.cors, docs=settings.docs, tracer=tracer, tool_call_parser=settings.tool_call_parser,
+        base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank,
+        catalogue=catalogue, keys=keys, metrics=metrics, length=length,
+        vocabulary=int(model.config.get_text_config().vocab_size), engine=engine, embedder=embedder,
+        sampling=sampling, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
+        cors=settings.cors, docs=settings.docs, tracer=tracer,
+        tool_call_parser=settings.tool_call_parser,
     )  # fmt: skip
     if plugin is not None:
         try:
@@ -114,8 +116,8 @@ def _must_be_there(settings: Settings) -> None:
 
 def _causal(settings: Settings) -> Any:
     return models.load_base(
-        settings.base, precision=settings.precision, quantize=settings.quantize, device=settings.device,
-        device_map=settings.device_map, attention=settings.attention,
+        settings.base, precision=settings.precision, quantize=settings.quantize,
+        device=settings.device, device_map=settings.device_map, attention=settings.attention,
     )  # fmt: skip
 
 

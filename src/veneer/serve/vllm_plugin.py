@@ -1,7 +1,8 @@
 """The plug-in that vLLM finds by the entry point ``vllm.general_plugins``: adapters by name,
 verified.
 
-    VENEER_LIBRARY        a library or a remote place (``vllm_resolver.py``); without it, nothing is registered
+    VENEER_LIBRARY        a library or a remote place (``vllm_resolver.py``); without it, nothing is
+                          registered
     VENEER_VERIFY_BASE=0 do not compare the base with the adapters' records: for one that is
     quantised
 

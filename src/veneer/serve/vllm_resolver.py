@@ -4,8 +4,9 @@ what it is.
     VENEER_LIBRARY=DIR              a library; "french" is a name of it
     VENEER_LIBRARY=s3://…           a remote place; "french" is what was pushed to s3://…/french
     VENEER_LIBRARY=hf://owner       "french" is the repository hf://owner/french
-    "french@HASH"                   the same name while it stands for these very files: `Entry.object` in a library, at
-                                    a remote place what `push` returned after the "@"
+    "french@HASH"                   the same name while it stands for these very files:
+                                    `Entry.object` in a library, at a remote place what `push`
+                                    returned after the "@"
 
 vLLM keeps the path that it is given: it reads the files again, and checks nothing, when an adapter
 comes back after it had to make room, and its cache of keys and values goes by name and path. So the
@@ -132,8 +133,12 @@ class Adapters:
                 for words, names in (("other numbers in", different), ("none of", lacking))
                 if names
             ]
-            expected = f"the base that it was trained on, {record.get('name') or record.get('architecture')}"
-            do = "serve that base, or set VENEER_VERIFY_BASE=0 if these are the same weights, quantised"
+            base = record.get("name") or record.get("architecture")
+            expected = f"the base that it was trained on, {base}"
+            do = (
+                "serve that base, or set VENEER_VERIFY_BASE=0 if these are the same weights,"
+                " quantised"
+            )
             problem = f"{' and '.join(differences)} in {base}"
             raise BaseMismatchError(
                 f"The adapter was made for another base. {sentence(problem, expected, do)}"

@@ -1,6 +1,7 @@
 """A library: a folder of adapters by name, which several processes may read and write at once.
 
-    index.json              {"format": 1, "names": {name: {object, tags, added, size, base, variant, rank}}}
+    index.json              {"format": 1, "names": {name: {object, tags, added, size, base, variant,
+                            rank}}}
     index.copy.json         a copy, in case the index is damaged
     objects/<hash>/         an adapter folder, named by the hash of its files; never changed
     lock                    held while anything is changed (filelock)

@@ -1,6 +1,7 @@
 """Adapters at remote places: ``push`` a folder there, ``pull`` it into a cache.
 
-    hf://owner/name[@revision]      a model repository of the Hugging Face hub, through huggingface_hub
+    hf://owner/name[@revision]      a model repository of the Hugging Face hub, through
+                                    huggingface_hub
     s3://… gs://… memory:// file:// a folder in any file system of fsspec
     anything without "://"          a local folder: pulling reads it, pushing copies to it
 

@@ -1,6 +1,7 @@
 """Tools for adapter folders and checkpoints that work without training, one package for each task.
 
-    merge_checkpoint/   merge adapters into a checkpoint on disk, tensor by tensor, whatever its size
+    merge_checkpoint/   merge adapters into a checkpoint on disk, tensor by tensor, whatever its
+                        size
     compose/            one adapter out of several: sums, a lower rank, task vectors; and repair
     extract/            an adapter from a full fine-tune, by the SVD of its change
     convert/            adapters between the formats of several libraries

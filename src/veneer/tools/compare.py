@@ -4,10 +4,10 @@
 
     norms          ‖ΔW_A‖, ‖ΔW_B‖, ‖ΔW_A − ΔW_B‖ / the larger of the two
     cosine         ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖)
-    angles         principal angles between the row spaces (input directions that ΔW reads) and between
-                   the column spaces (output directions that ΔW writes)
-    similarity     φ = ‖U_Aᵀ U_B‖² / min(rank_A, rank_B) in [0, 1] of the same spaces: Hu et al. 2021,
-                   arXiv:2106.09685, section 7.2 and appendix G
+    angles         principal angles between the row spaces (input directions that ΔW reads) and
+                   between the column spaces (output directions that ΔW writes)
+    similarity     φ = ‖U_Aᵀ U_B‖² / min(rank_A, rank_B) in [0, 1] of the same spaces: Hu et al.
+                   2021, arXiv:2106.09685, section 7.2 and appendix G
 
 Everything is computed from the thin factors in float64; ΔW is never formed. The spaces are those of
 ΔW, not of A and B, because factors may be rank-deficient or scaled against each other.
@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.attach import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.fileio.hashing import kind_of, recorded_fingerprints
 from veneer.formats import peft_paths
+from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import applied_products
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from veneer.attach import Names, fresh_head, fresh_parameters, pattern_list
-from veneer.config import LoraConfig
+from veneer.attach import Names, fresh_head
+from veneer.config import LoraConfig, pattern_list
 from veneer.handle import attach, load
 from veneer.train import checkpoint, vocabulary
 from veneer.train.config import TrainConfig
@@ -72,6 +72,6 @@ def _new_heads(model: Any, config: TrainConfig) -> list[str]:
         return []
     names = Names(model)
     return sorted(
-        {path for path, _ in fresh_head(names, fresh_parameters(names).values())}
+        {path for path, _ in fresh_head(names, names.fresh_parameters().values())}
         - {*config.train_also}
     )

@@ -32,15 +32,15 @@ _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 # Fields that may change when a run is resumed: they do not affect the computed numbers.
 FREE_ON_RESUME = frozenset(
     {
-        "resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations",
-        "parallel", "shard_size", "record_example",
+        "resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output",
+        "offload_activations", "parallel", "shard_size", "record_example",
     }
 )  # fmt: skip
 
 # Fields that the files of an adapter define, if `adapter` names one to train further.
 ADAPTER_FIELDS = (
-    "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant", "adapter_dtype",
-    "add_tokens", "trainable_tokens",
+    "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant",
+    "adapter_dtype", "add_tokens", "trainable_tokens",
 )  # fmt: skip
 
 

@@ -29,8 +29,8 @@ from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
 from veneer.train.hidden_state_cache import HiddenStateCache
+from veneer.train.make_trainer import trainer_of
 from veneer.train.tasks import TASKS
-from veneer.train.trainer import trainer_of
 
 LOW, HIGH, STEPS = 1e-6, 1.0, 80
 #: the sweep ends at this multiple of the lowest smoothed loss, after a third of the rates

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from veneer.adapter_files import read
 from veneer.adapter_files.file_names import content_hash
-from veneer.attach import Names, detach, fresh_head, fresh_parameters, use
+from veneer.attach import Names, detach, fresh_head, use
 from veneer.errors import ConfigError, listing
 from veneer.handle import Handle, load
 from veneer.store.library import resolve
@@ -55,7 +55,7 @@ def load_to_train(model: Any, start: Start) -> Handle:
     """Attach the adapter. Raises ``ConfigError`` if the base has a new head of random weights that
     the adapter does not train; otherwise raises as ``veneer.load``."""
     names = Names(model)
-    heads = fresh_head(names, fresh_parameters(names).values())
+    heads = fresh_head(names, names.fresh_parameters().values())
     handle = load(model, start.folder, name=OWN, trainable=True)
     layers = handle.layers
     lacking = [

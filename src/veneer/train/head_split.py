@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from veneer import context
-from veneer.attach import LayerState, adapters_of, base_class, submodule_calls, use, view
+from veneer.attach import LayerState, adapters_of, submodule_calls, use, view
+from veneer.distributed import base_class
 from veneer.kernels import fused
 
 #: whether the head of a model treats each row on its own, once tested

@@ -26,8 +26,8 @@ from veneer.errors import ConfigError
 KEY_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 #: model inputs on which they do not depend, or that follow from the positions (flash attention)
 IGNORED_INPUTS = {
-    "labels", "num_items_in_batch", "use_cache", "logits_to_keep", "return_dict", "seq_idx", "cu_seq_lens_q",
-    "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "labels", "num_items_in_batch", "use_cache", "logits_to_keep", "return_dict", "seq_idx",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 }  # fmt: skip
 INSTEAD = "leave out cache_lower"
 

@@ -34,17 +34,22 @@ FINISHED = "veneer/finished"
 #: settings that a base divided over the processes excludes, with the reason, by `parallel`
 UNDIVIDED = {
     "fsdp": {
-        "quantize": "packed weights are not spread", "a quantised base": "packed weights are not spread",
+        "quantize": "packed weights are not spread",
+        "a quantised base": "packed weights are not spread",
         "cache_lower": "its blocks run for a row at a time, in one process and not in another",
         "task grpo": "answers of different lengths take different numbers of passes",
     },
     "tp": {
-        "quantize": "packed weights are not cut", "a quantised base": "packed weights are not cut",
-        "cache_lower": "its blocks would have to be cut as well", "device_map": "each process has a device",
+        "quantize": "packed weights are not cut",
+        "a quantised base": "packed weights are not cut",
+        "cache_lower": "its blocks would have to be cut as well",
+        "device_map": "each process has a device",
         "task grpo": "its answers have not been tried on a model that is cut",
-        "a preference from adapter": "the base is cut before that adapter is there once more, as it was",
+        "a preference from adapter": (
+            "the base is cut before that adapter is there once more, as it was"
+        ),
     },
-}  # fmt: skip
+}
 #: environment variables that a launcher sets
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -41,6 +41,7 @@ from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
 from veneer.train.hidden_state_cache import HiddenStateCache
+from veneer.train.make_trainer import trainer_of
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
 from veneer.train.processes import Processes, join, must_divide, share
@@ -57,7 +58,6 @@ from veneer.train.run_summary import print_summary
 from veneer.train.tasks import TASKS, Task
 from veneer.train.tasks._base import LOADING
 from veneer.train.tensor_parallel import split
-from veneer.train.trainer import trainer_of
 
 
 @dataclass(frozen=True)

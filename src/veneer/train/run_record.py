@@ -170,8 +170,8 @@ def read_results(output: Path, interrupted: bool) -> dict[str, Any]:
 
 
 def prompt_record(prompt: str | list[Any] | None, with_texts: bool) -> dict[str, str]:
-    """How the adapter is prompted, from a prompt of its data: as a "chat", or as a text that goes on
-    ("completion"). ``with_texts``: also the system prompt and the prompt itself, which
+    """How the adapter is prompted, from a prompt of its data: as a "chat", or as a text that goes
+    on ("completion"). ``with_texts``: also the system prompt and the prompt itself, which
     are the data's."""
     chat = isinstance(prompt, list)
     record = {"mode": "chat" if chat else "completion"}

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from veneer.attach import format_bytes
 from veneer.distributed import is_spread
+from veneer.errors import format_bytes
 from veneer.train.callbacks import say
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.plan import memory

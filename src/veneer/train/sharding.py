@@ -19,8 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from veneer.attach import base_class
-from veneer.distributed import is_spread, reshard
+from veneer.distributed import base_class, is_spread, reshard
 from veneer.models.load import Base
 from veneer.models.shares import WholeOnlyError
 from veneer.train.callbacks import say

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach import Change, LayerAdapter, is_float, state_of, with_values
+from veneer.attach import Change, LayerAdapter, state_of, with_values
 from veneer.distributed import is_sharded
 from veneer.errors import ConfigError, listing
 from veneer.kernels.dropout import seed as new_seed
@@ -46,8 +46,8 @@ STYLES = {
 }  # fmt: skip
 #: styles of layers with full input and output, which are not cut
 UNCUT = {
-    "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "embedding_rowwise",
-    "embedding_colwise", "replicate",
+    "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep",
+    "embedding_rowwise", "embedding_colwise", "replicate",
 }  # fmt: skip
 #: how the parameters of a variant are cut, by the side of ΔW to which they belong
 SIDES = {"A": ROWS, "B": COLUMNS, "magnitude": COLUMNS}
@@ -234,7 +234,10 @@ class _Mesh:
     def enter(self, x: Any) -> Any:
         """An input of a cut layer: the backward sums its gradient over the processes."""
         if not (
-            isinstance(x, Tensor) and is_float(x) and x.requires_grad and torch.is_grad_enabled()
+            isinstance(x, Tensor)
+            and x.is_floating_point()
+            and x.requires_grad
+            and torch.is_grad_enabled()
         ):
             return x
         if self.last_input is None or self.last_input[0] is not x:

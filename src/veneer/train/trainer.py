@@ -37,7 +37,6 @@ from veneer.distributed import average_gradients, reshard
 from veneer.precision import double
 from veneer.train import checkpoint
 from veneer.train.callbacks import StopOnSignal
-from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.order import SPARE, EpochSampler, share_loader
 from veneer.train.processes import Processes
 from veneer.train.tasks import Rows, Task, TaskLoss
@@ -311,13 +310,3 @@ class TaskTrainer(TrainsAdapter):
             logs["num_tokens"] = self._total_train_tokens
             self._train_sums = {}
         super().log(logs, start_time)
-
-
-def trainer_of(task: Task, model: Any, cached: HiddenStateCache | None, **options: Any) -> Any:
-    """The trainer of a task: `AdapterTrainer` for sft, which supports packing and offloading; else
-    `TaskTrainer`."""
-    if task.name == "sft":  # imported only here, because trl takes half a second to import
-        from veneer.train.sft_trainer import AdapterTrainer
-
-        return AdapterTrainer(model, hidden_state_cache=cached, **options)
-    return TaskTrainer(model, task=task, **options)

@@ -28,26 +28,19 @@ from torch.utils import _pytree as pytree
 from veneer import context
 from veneer.attach.checking import dead_weights
 from veneer.attach.checking.recompute import ComputedParameters, Recomputed
-from veneer.attach.layer.adapted_module import base_class, layer_states, walk
+from veneer.attach.layer.adapted_module import layer_states, walk
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.lookup import (
-    adapters,
-    changes,
-    need_adapters,
-    only_name,
-    parameter_path,
-    unwrap,
-)
+from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
 from veneer.attach.layer.state import STATE, ActiveAdapter
 from veneer.attach.layer.views import view
 from veneer.attach.rows.blend import Blend
 from veneer.attach.select import active_adapter
 from veneer.bases import is_opaque
-from veneer.distributed import is_spread, reshard, spread_problem, within_run_on_all
+from veneer.distributed import base_class, is_spread, reshard, spread_problem, within_run_on_all
 from veneer.errors import CheckError, listing, raise_all, sentence
 from veneer.fileio.tensors import cpu_copy
-from veneer.layers import kind_of
+from veneer.layers import kind_of, parameter_path
 from veneer.precision import double, place
 
 #: The largest relative error of a change's gradient against that of the definition, by the size of

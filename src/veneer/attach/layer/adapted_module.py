@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from veneer import context
+from veneer.attach.layer.call import Call
 from veneer.attach.layer.qconfig import Qconfig
 from veneer.attach.layer.state import STATE, LayerState
 from veneer.bases import is_opaque
-from veneer.distributed import plain_class
+from veneer.distributed import base_class
 
 #: the attribute in which accelerate's hooks store the forward that they wrap, a bound method
 ACCELERATE_FORWARD = "_old_forward"
@@ -79,7 +80,7 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
         layer_adapter = layer_adapters[layer_state.key]
         if calling_context.reached is not None:
             calling_context.reached.update(layer_adapter.reached_ids())
-        return layer_adapter.run(self, base, layer_state, args, kwargs, calling_context)
+        return layer_adapter.run(Call(self, base, layer_state, args, kwargs, calling_context))
 
     attributes = {
         "__module__": base.__module__,
@@ -113,9 +114,7 @@ def _adapt_method(base: type[nn.Module], name: str) -> Any:
         layer_adapter = chosen.layer_adapters[layer_state.key, name]
         if calling_context.reached is not None:
             calling_context.reached.update(layer_adapter.reached_ids(name))
-        return layer_adapter.run(
-            self, base, layer_state, args, kwargs, calling_context, method=name
-        )
+        return layer_adapter.run(Call(self, base, layer_state, args, kwargs, calling_context, name))
 
     return property(run) if isinstance(getattr(base, name), property) else run
 
@@ -130,32 +129,23 @@ def _rebuild(base: type[nn.Module], entries: tuple[str, ...] = ()) -> nn.Module:
     return object.__new__(adapted_class(base, entries))
 
 
+def uncover(module: nn.Module) -> bool:
+    """Take away the class by which a root answers PEFT's names (``source/from_peft.py``). False if
+    the module has none."""
+    covered = vars(type(module)).get("veneer_covered")
+    if covered is not None:
+        module.__class__ = covered
+    return covered is not None
+
+
 def adapt_methods(module: nn.Module, methods: Iterable[str]) -> None:
     """Make these methods of an adapted module use its adapters too, besides ``forward``."""
+    uncover(module)
     cls: Any = type(module)
     if not {*methods} <= {*cls.veneer_entries}:
         module.__class__ = adapted_class(
             cls.veneer_base, tuple(sorted({*cls.veneer_entries, *methods}))
         )
-
-
-def weight_of(module: nn.Module, name: str) -> Any:
-    """The object that stores a weight: its ``Parameter``, the ``ParametrizationList`` that
-    computes it, or the module itself if only the module's own library can read the weight."""
-    parameters = module._parameters
-    # no ``get``, because the parameters of a ScriptModule are not a dict
-    weight = parameters[name] if name in parameters else None  # noqa: SIM401
-    if weight is None and (parametrizations := module._modules.get("parametrizations")) is not None:
-        return parametrizations._modules.get(name)
-    if name == "weight" and is_opaque_like(module, weight) and is_opaque(module):
-        return module
-    return weight
-
-
-def is_opaque_like(module: nn.Module, weight: Any) -> bool:
-    """A cheap test that every opaque layer passes: it has no parameter of more than one byte per
-    element, or compressed-tensors has quantised it."""
-    return weight is None or weight.dtype.itemsize == 1 or "quantization_scheme" in module.__dict__
 
 
 def state_of(module: nn.Module) -> LayerState | None:
@@ -175,6 +165,7 @@ def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 def adapt_module(module: nn.Module, layer_state: LayerState) -> None:
     """Give ``module`` its adapted class and its layer state. Nothing else of it changes."""
+    uncover(module)
     wrapper = instance_forward(module)
     layer_state.own_forward = wrapper if wrapper is not type(module).forward else None
     set_child(module, STATE, layer_state)
@@ -238,12 +229,8 @@ def base_forward(module: Any, base: type[nn.Module], *args: Any, **kwargs: Any) 
     return layer_state.opaque.call(module, forward, *args, **kwargs)
 
 
-def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without its adapters, and without the subclass that FSDP2 creates."""
-    return plain_class(getattr(type(module), "veneer_base", type(module)))
-
-
 def restore_module(module: nn.Module) -> None:
+    uncover(module)
     base, layer_state = getattr(type(module), "veneer_base", type(module)), state_of(module)
     wrapper = None if layer_state is None else layer_state.own_forward
     # first: a module of its base class that has a layer state is a view

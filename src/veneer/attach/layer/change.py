@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from veneer import precision
-from veneer.attach.layer.adapted_module import base_class, state_of, weight_of
+from veneer.attach.layer.adapted_module import state_of
 from veneer.attach.layer.token_rows import ROWS, with_rows
-from veneer.bases import Storage
+from veneer.bases import Storage, weight_of
+from veneer.distributed import base_class
 from veneer.errors import SelectionError, TargetError, sentence
 from veneer.layers import Dims, Layer
 from veneer.lowrank import LowRank, zero_column

@@ -22,12 +22,12 @@ Rejected:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import Change, changed_storage_error, frozen_weight
 from veneer.attach.layer.experts import drop_inputs, is_stack
 from veneer.attach.layer.fused_linear import (
@@ -38,7 +38,7 @@ from veneer.attach.layer.fused_linear import (
     seed_of,
 )
 from veneer.attach.layer.layer_call import (
-    Call,
+    LinearCall,
     is_jagged,
     on_values,
     run_factored,
@@ -151,30 +151,11 @@ class LayerAdapter(nn.Module):
         }
         return {**trained, **cast(dict[str, Tensor], full._buffers)}
 
-    def run(
-        self,
-        module: Any,
-        base: Any,
-        layer_state: Any,
-        args: tuple,
-        kwargs: dict,
-        calling_context: Any,
-        share=True,
-        method="forward",
-        seed: int | None = None,
-    ) -> Any:
-        """The output of the adapted forward (or another method) of ``module``.
-
-        Args:
-            base: the class of the module before it was adapted.
-            calling_context: the ``Context`` of the call.
-            share: whether layers that read the same input may be computed together.
-            seed: the dropout seed; None draws one.
-        """
+    def run(self, call: Call) -> Any:
+        """The output of a call with the changes of this adapter."""
+        module, _, _, args, kwargs, calling_context, method, share, seed = call
         if method != "forward":
-            return run_on_view(
-                self, module, base, layer_state, args, kwargs, calling_context, method=method
-            )
+            return run_on_view(self, call)
         fused_change = self.direct
         try:
             if (
@@ -212,45 +193,34 @@ class LayerAdapter(nn.Module):
                 raise
             # The bias of this layer, or of one that is computed with it, is no longer a parameter:
             # it may have been pruned.
-        return self._run_any(module, base, layer_state, args, kwargs, calling_context)
+        return self._run_any(call)
 
-    def _run_any(
-        self,
-        module: Any,
-        base: Any,
-        layer_state: Any,
-        args: tuple,
-        kwargs: dict,
-        calling_context: Any,
-    ) -> Any:
+    def _run_any(self, call: Call) -> Any:
         """The output of a forward that is not one fused product. It is computed in factors, with
         the changed weight, or on a view."""
+        module, layer_state = call.module, call.layer_state
         full = self.replacements(module)
         if (
-            not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1)
+            not (layer_state.factors and self.changes and len(call.args) + len(call.kwargs) == 1)
             or self.read_below
         ):
-            return run_on_view(self, module, base, layer_state, args, kwargs, calling_context)
+            return run_on_view(self, call)
         reader: Any = layer_state.layer
-        if is_jagged(args, kwargs) and reader.by_position:
-            run = partial(
-                self._run_any, module, base, layer_state, kwargs={}, calling_context=calling_context
-            )
-            return on_values(run, args, kwargs)
+        if is_jagged(call.x) and reader.by_position:
+            return on_values(self._run_any, call)
         change = self.changes[reader.weight]
         low, gain = change.resolve(frozen_weight(change, module, reader.weight))
         dropout = change.dropout if change.training else 0.0
-        call = Call(module, base, layer_state, args, kwargs, full, bool(self.entries))
-        call.refuse_other_dtype(change)
+        linear_call = LinearCall(call, full, bool(self.entries))
+        linear_call.refuse_other_dtype(change)
         # A gain scales rows of ΔW. A layer that holds the weight transposed reads these rows as
         # inputs, so that it must form W + ΔW.
-        if calling_context.path == cost_model.MATERIALISED or (
+        if call.context.path == cost_model.MATERIALISED or (
             gain is not None and layer_state.transposed
         ):
-            return run_materialised(
-                change, reader, module, call.x, call.weight, call.bias(change), low, gain
-            )
-        return run_factored(call, change, low, gain, dropout)
+            weight, bias = linear_call.weight, linear_call.bias(change)
+            return run_materialised(change, reader, module, call.x, weight, bias, low, gain)
+        return run_factored(linear_call, change, low, gain, dropout)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
         """(W, ΔW) of every changed weight, by name; None unless each is a plain stack of matrices

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.layer.adapted_module import base_forward, weight_of
+from veneer.attach.layer.adapted_module import base_forward
+from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import PIECES, Change, frozen_weight
 from veneer.attach.layer.dtypes import no_autocast, output_dtype, widen
 from veneer.attach.layer.state import LayerState
 from veneer.attach.layer.views import view
+from veneer.bases import weight_of
 from veneer.kernels import device, fused
 from veneer.kernels.dropout import dropout as drop
 from veneer.kernels.dropout import seed as new_seed
@@ -32,43 +34,45 @@ from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 
 
-def is_jagged(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def is_jagged(x: Any) -> bool:
     """Whether the one input of a call is a nested tensor of jagged layout."""
-    x = args[0] if args else next(iter(kwargs.values()))
     return type(x) is not Tensor and isinstance(x, Tensor) and x.layout is torch.jagged
 
 
-def on_values(run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+def on_values(run: Callable[[Call], Any], call: Call) -> Any:
     """The output of a layer for a jagged nested tensor, if the layer computes each position
     independently. ``run`` gets the positions of all rows as one plain tensor. The output has the
     same offsets object as the input, by which torch recognises that their shapes are equal."""
-    x: Any = args[0] if args else next(iter(kwargs.values()))
-    y = run(args=(x.values(),))
+    x = call.x
+    y = run(call._replace(args=(x.values(),), kwargs={}))
     return torch.nested.nested_tensor_from_jagged(
         y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
     )
 
 
-class Call(NamedTuple):
+class LinearCall(NamedTuple):
     """One call of a layer that has one input and is linear in its one weight.
 
     Fields:
-        base: the class of the module before it was adapted.
         full: the replacements of the module's parameters and buffers.
         entries: whether other methods of the module read adapted weights too.
     """
 
-    module: Any
-    base: Any
-    layer_state: LayerState
-    args: tuple
-    kwargs: dict
+    call: Call
     full: Mapping[str, Tensor]
     entries: bool
 
     @property
+    def module(self) -> Any:
+        return self.call.module
+
+    @property
+    def layer_state(self) -> LayerState:
+        return self.call.layer_state
+
+    @property
     def x(self) -> Tensor:
-        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return self.call.x
 
     @property
     def weight(self) -> Any:
@@ -92,22 +96,28 @@ class Call(NamedTuple):
             return
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             with torch.no_grad():
-                base_forward(self.module, self.base, *self.args, **self.kwargs)
+                _run_base(self.call, self.module)
 
     def frozen(self, change: Change, biased: bool) -> Tensor:
         """op(x; W), with the bias if ``biased``."""
         module, reader, x = self.module, cast(Layer, self.layer_state.layer), self.x
         if biased and not self.full and not change.storage.computed:
             # a view, if other methods are adapted too: the view has those of the base class
-            plain: Any = view(module, self.base, {}) if self.entries else module
-            return base_forward(plain, self.base, *self.args, **self.kwargs)
+            return _run_base(
+                self.call, view(module, self.call.base, {}) if self.entries else module
+            )
         dense = change.storage.dense(self.weight)
         dense = dense.to(x.dtype) if x.is_floating_point() else dense
         return reader.op(module, x, dense, self.bias(change) if biased else None)
 
 
+def _run_base(call: Call, module: Any) -> Any:
+    """The output of a call without adapters, computed by ``module``."""
+    return base_forward(module, call.base, *call.args, **call.kwargs)
+
+
 def run_factored(
-    call: Call,
+    call: LinearCall,
     change: Change,
     low: LowRank,
     gain: Tensor | None,

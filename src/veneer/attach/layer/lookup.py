@@ -183,7 +183,3 @@ def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, 
     for path, module, layer_adapter in adapters(model, name):
         for weight, change in layer_adapter.low._modules.items():
             yield path, module, weight, change  # pyright: ignore[reportReturnType]
-
-
-def parameter_path(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

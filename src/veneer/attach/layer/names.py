@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import Tensor, nn
 
 from veneer.attach.layer.adapted_module import walk
-from veneer.bases import hidden, is_opaque
+from veneer.bases import hidden, own_parameters, weight_of
+from veneer.config import path_test
+from veneer.distributed import is_sharded
 from veneer.errors import listing, nearest
-from veneer.layers import kind_of
-
-#: (path of a module, name of one of its parameters)
-ParamRef = tuple[str, str]
+from veneer.layers import ParamRef, kind_of
+from veneer.precision import equal_values
 
 
 class Names:
@@ -55,6 +53,50 @@ class Names:
                 if p is not None and not hidden(module, name)
             }
             yield from (((path, name), parameter) for name, parameter in plain.items())
+
+    def holders(self) -> dict[int, list[ParamRef]]:
+        """(path, name) of every module that holds a parameter, by the parameter's identity."""
+        by_identity: dict[int, list[ParamRef]] = {}
+        for ref, parameter in self.parameters():
+            by_identity.setdefault(id(parameter), []).append(ref)
+        return by_identity
+
+    def holders_of(
+        self, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
+    ) -> list[ParamRef]:
+        """(path, name) of every module that holds a weight, in the model's order. ``by_identity``
+        is the result of ``holders``."""
+        return by_identity.get(id(weight_of(self.modules[ref[0]], ref[1])), [ref])
+
+    def split_ties(self, values: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
+        """The tied parameters to which ``values``, {path: {name: value}}, gives different values,
+        or a value for some of the names only."""
+        split_refs: set[ParamRef] = set()
+        for refs in self.holders().values():
+            tied = [values[path][name] for path, name in refs if name in values.get(path, ())]
+            if tied and (
+                len(tied) < len(refs) or not all(equal_values(value, tied[0]) for value in tied)
+            ):
+                split_refs |= {ref for ref in refs if ref[1] in values.get(ref[0], ())}
+        return frozenset(split_refs)
+
+    def fresh_parameters(self) -> dict[int, ParamRef]:
+        """The parameters that were not in the checkpoint: the first reference to each, by its
+        ``id``.
+
+        transformers marks the parameters that it loads. Without any such mark nothing is known, so
+        the result is empty. Sharded parameters lose their marks when they are moved, so sharded and
+        unsharded parameters are considered separately.
+        """
+        references: dict[int, ParamRef] = {}
+        parameters = [
+            (is_sharded(parameter), ref, parameter) for ref, parameter in self.parameters()
+        ]
+        with_marks = {sharded for sharded, _, parameter in parameters if _was_loaded(parameter)}
+        for sharded, ref, parameter in parameters:
+            if sharded in with_marks and not _was_loaded(parameter):
+                references.setdefault(id(parameter), ref)
+        return references
 
     def matching(self, pattern: str) -> list[str]:
         """The first names of the modules that ``pattern`` matches under any name, in the model's
@@ -114,14 +156,8 @@ class Names:
         return listing(dict.fromkeys(names), limit=12)
 
 
-def own_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters, parametrised ones included, and "weight" for a module
-    whose storage is opaque."""
-    lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
-    plain = [
-        name for name, p in module._parameters.items() if p is not None and not hidden(module, name)
-    ]
-    return [*plain, *lists, *(["weight"] if "weight" not in plain and is_opaque(module) else ())]
+def _was_loaded(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
@@ -131,14 +167,3 @@ def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
     except re.error:
         return 0
     return sum(expression.fullmatch(path) is not None for path in paths)
-
-
-def path_test(pattern: str) -> Callable[[str], bool]:
-    """A test whether ``pattern`` matches a path: as a regular expression (``re:``), a glob, or a
-    path or its end."""
-    if pattern.startswith("re:"):
-        expression = re.compile(pattern[3:])
-        return lambda path: expression.fullmatch(path) is not None
-    if any(character in pattern for character in "*?["):
-        return lambda path: fnmatchcase(path, pattern)
-    return lambda path: path == pattern or path.endswith(f".{pattern}")

@@ -11,11 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from veneer.errors import sentence, warn_caller
-
-
-class NotQuantized(UserWarning):
-    """Adapted layers that ``torch.ao.quantization`` leaves in floating point."""
+from veneer.errors import NotQuantized, sentence, warn_caller
 
 
 class Qconfig:

@@ -22,39 +22,25 @@ from torch.utils import _pytree as pytree
 from veneer.attach.layer.adapted_module import (
     ACCELERATE_FORWARD,
     COMPRESSED_FORWARD,
-    base_class,
     method_of,
     state_of,
     wrapped_forward,
 )
+from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
-from veneer.attach.layer.dtypes import (
-    cast_floats,
-    is_float,
-    no_autocast,
-    output_dtype,
-    widen,
-)
+from veneer.attach.layer.dtypes import cast_floats, is_float, no_autocast, output_dtype, widen
 from veneer.attach.layer.experts import always_form_weights, stand_ins
 from veneer.attach.layer.state import STATE, LayerState, ModulePath, detached_error
 from veneer.attach.layer.unformed import CannotStandError
 from veneer.bases import BASES
+from veneer.distributed import base_class
 from veneer.precision import at_least_float32
 
 
-def run_on_view(
-    layer_adapter: Any,
-    module: Any,
-    base: Any,
-    layer_state: Any,
-    args: tuple,
-    kwargs: dict,
-    calling_context: Any,
-    share=True,
-    method="forward",
-) -> Any:
+def run_on_view(layer_adapter: Any, call: Call) -> Any:
     """Run the module's own forward (or another method) on a view with the changed weights of
-    ``layer_adapter``. Has the arguments of ``LayerAdapter.run``; ``share`` is not used."""
+    ``layer_adapter``."""
+    module, base, layer_state, args, kwargs, _, method, *_ = call
     if any(change.storage.opaque for change in layer_adapter.changes.values()):
         return _run_opaque(layer_adapter, module, layer_state, args, kwargs)
     function, read_below, full = (
@@ -104,7 +90,11 @@ def run_on_view(
 
 
 def _run_widened(
-    function: Any, args: tuple, kwargs: dict, values: Mapping[str, Tensor], narrow: torch.dtype
+    function: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    narrow: torch.dtype,
 ) -> Any:
     """The output of a method in float32, in the dtype that it has for weights of dtype
     ``narrow``."""
@@ -117,7 +107,7 @@ def _run_widened(
 
 
 def _run_opaque(
-    layer_adapter: Any, module: Any, layer_state: Any, args: tuple, kwargs: dict
+    layer_adapter: Any, module: Any, layer_state: Any, args: tuple, kwargs: Mapping[str, Any]
 ) -> Tensor:
     """Run the op of a linear layer with an opaque storage on W + ΔW, in at least float32. Its own
     forward reads no tensor that a view could replace."""
@@ -137,7 +127,7 @@ def _run_unformed(
     values,
     layer_state: LayerState,
     args: tuple,
-    kwargs: dict,
+    kwargs: Mapping[str, Any],
 ) -> Any:
     """``run_on_view`` with weights that are not formed (``Unformed``)."""
     views: list[_View] = []

@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.attach.layer.adapted_module import weight_of
-from veneer.attach.layer.lookup import adapters, changes, need_adapters, parameter_path
+from veneer.attach.layer.lookup import adapters, changes, need_adapters
 from veneer.attach.layer.state import ModelAdapters
-from veneer.bases import BASES, Storage
+from veneer.bases import BASES, Storage, weight_of
 from veneer.errors import MergeError
 from veneer.fileio.hashing import digest
 from veneer.fileio.tensors import cpu_copy
+from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
 
 

@@ -7,33 +7,25 @@ plan(model, config, name) -> Plans      changes nothing; collects every problem,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class, weight_of
-from veneer.attach.layer.lookup import parameter_path
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import one_thread_at_a_time
 from veneer.attach.planning import refusals, token_targets
 from veneer.attach.planning import targets as targeting
-from veneer.attach.planning.fresh_weights import fresh_parameters
-from veneer.attach.planning.refusals import holders, kind_for
 from veneer.attach.planning.shared_memory import overlaps
-from veneer.attach.planning.targets import WORDS, pattern_list
+from veneer.attach.planning.targets import WORDS
 from veneer.attach.source.weight_readers import WeightReader, weight_readers
-from veneer.bases import Storage, storage_of
-from veneer.config import LoraConfig
-from veneer.errors import ConfigError, TargetError, raise_all, sentence
-from veneer.layers import Dims, Layer, kind_of
+from veneer.bases import Storage, storage_of, weight_of
+from veneer.config import LoraConfig, bad_regex, pattern_list
+from veneer.distributed import base_class
+from veneer.errors import ConfigError, SkippedLayers, TargetError, raise_all, sentence
+from veneer.layers import GENERAL_KIND, Dims, Layer, ParamRef, kind_for, kind_of, parameter_path
 from veneer.variants import VARIANTS
-
-
-class SkippedLayers(UserWarning):
-    """``targets="all"`` left out layers that cannot carry an adapter. The text gives each
-    reason."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     every problem."""
     if not isinstance(config, LoraConfig):
         raise _not_a_config(config)
-    problems, unusable = list(refusals.name_problems(model, name)), targeting.bad_regex(config)
+    problems, unusable = list(refusals.name_problems(model, name)), bad_regex(config)
     raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
     planner = _Planner(model, config, problems)
@@ -113,7 +105,15 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     vectors = [ref for ref in (*head, *targets) if ref not in specs]
     low = plan_low(names, planner.with_tokens(specs), problems)
     full = planner.full(vectors, [entry.path for entry in low])
-    refusals.check_full(names, full, problems, planner.frozen)
+    plans = complete_plans(
+        names,
+        config,
+        low,
+        full,
+        problems,
+        full_modules=frozenset(planner.also),
+        frozen=planner.frozen,
+    )
     for path, name in {ref for entry in low for ref in entry.holders}:
         if name in full.get(path, ()):
             problem = (
@@ -122,11 +122,34 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             problems.append(
                 sentence(problem, "one of them", "leave one of the tied modules out of train_also")
             )
-    problems += overlaps(names, changed_refs(low, full))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
-    return Plans(config, tuple(low), full, frozenset(planner.also), full_readers(names, full))
+        chosen = tuple(dict.fromkeys(path for path, _ in targets))
+        plans = replace(plans, config=replace(config, targets=chosen))
+    return plans
+
+
+def complete_plans(
+    names: Names,
+    config: LoraConfig,
+    low: Sequence[LowRankPlan],
+    full: Mapping[str, tuple[str, ...]],
+    problems: list[str],
+    *,
+    full_modules: frozenset[str] = frozenset(),
+    split_ties: frozenset[ParamRef] = frozenset(),
+    frozen: Set[int] = frozenset(),
+) -> Plans:
+    """The plans of an adapter with the changes ``low`` (``plan_low``). Adds to ``problems``.
+
+    Args:
+        full, full_modules, split_ties: as in ``Plans``.
+        frozen: parameters that the user froze, by ``id``.
+    """
+    refusals.check_full(names, full, problems, frozen)
+    problems += overlaps(names, _changed_refs(low, full))
+    readers = () if problems else _full_readers(names, full)
+    return Plans(config, tuple(low), full, full_modules, readers, split_ties)
 
 
 def _not_a_config(config: Any) -> ConfigError:
@@ -181,7 +204,7 @@ class _Planner:
         trained in full: a ΔW of random values would be useless to anyone who loads the adapter."""
         if "all-linear" not in self.words:
             return []
-        fresh = fresh_parameters(self.names)
+        fresh = self.names.fresh_parameters()
         left_out = targeting.excluded_refs(self.names, self.config, [])
         trainable = [ref for key, ref in fresh.items() if key not in self.frozen]
         head = targeting.fresh_head(self.names, trainable)
@@ -190,7 +213,7 @@ class _Planner:
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
         """The targets that can carry an adapter. A warning names the others, as "all" means every
         layer that can."""
-        by_identity = holders(self.names)
+        by_identity = self.names.holders()
         without = {
             path: module for path, module in self.names.modules.items() if kind_of(module) is None
         }
@@ -244,8 +267,8 @@ class _Planner:
         )
         with_tokens = dict(specs)
         for ref, spec in specs.items() if tokens else ():
-            by_identity = by_identity or holders(self.names)
-            owner = refusals.holders_of(self.names, ref, by_identity)[0]
+            by_identity = by_identity or self.names.holders()
+            owner = self.names.holders_of(ref, by_identity)[0]
             with_tokens[ref] = replace(spec, tokens=tokens.pop(owner, None))
             if with_tokens[ref].tokens and self.config.dropout:
                 problem = (
@@ -288,7 +311,7 @@ class _Planner:
         return with_ties(names, full)
 
 
-def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
+def _changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
     """(path, name) of every parameter that an adapter changes or replaces; a tied parameter under
     each of its names."""
     in_full = [(path, name) for path, parameters in full.items() for name in parameters]
@@ -298,9 +321,9 @@ def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) 
 def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """``full`` with every other module that holds the same parameters: tied parameters are trained
     as one."""
-    by_identity = holders(names)
+    by_identity = names.holders()
     tied = {path: dict.fromkeys(parameters) for path, parameters in full.items()}
-    for path, name in changed_refs((), full):
+    for path, name in _changed_refs((), full):
         for holder, holder_name in by_identity.get(
             id(names.modules[path]._parameters.get(name)), ()
         ):
@@ -308,9 +331,9 @@ def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tupl
     return {path: tuple(parameters) for path, parameters in tied.items()}
 
 
-def full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
+def _full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
     """The methods that read parameters of ``full`` directly, past the modules that hold them."""
-    refs = changed_refs((), full)
+    refs = _changed_refs((), full)
     return tuple(
         dict.fromkeys(
             weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)
@@ -326,7 +349,7 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
     kind = kind_of(module)
     if kind is not None and (name in kind.weights(module) or name in kind.vectors(module)):
         return name in kind.weights(module)
-    return "bias" not in name and name in refusals.GENERAL_KIND.weights(module)
+    return "bias" not in name and name in GENERAL_KIND.weights(module)
 
 
 @dataclass(frozen=True)
@@ -353,7 +376,7 @@ def plan_low(
 ) -> list[LowRankPlan]:
     """A plan for each weight in ``specs``, with every module that holds or reads it. Adds to
     ``problems``."""
-    by_identity = holders(names)
+    by_identity = names.holders()
     plans: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
         reasons = list(refusals.refusals_of(names, ref, by_identity))
@@ -361,7 +384,7 @@ def plan_low(
         entry = (
             None
             if reasons
-            else _low_plan(names, refusals.holders_of(names, ref, by_identity), spec, problems)
+            else _low_plan(names, names.holders_of(ref, by_identity), spec, problems)
         )
         if entry is not None:
             plans.setdefault(entry.ref, entry)

@@ -9,45 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Set
-from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.attach.layer.adapted_module import base_class, walk, weight_of
-from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem, parameter_path
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.adapted_module import walk
+from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
+from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import STATE, LayerState
 from veneer.attach.source.from_peft import peft_problem
 from veneer.attach.source.weight_readers import modules_with_fast_path, unreachable, weight_readers
-from veneer.bases import storage_of, unreadable
-from veneer.distributed import spread_problem, within_run_on_all
+from veneer.bases import storage_of, unreadable, weight_of
+from veneer.distributed import base_class, spread_problem, within_run_on_all
 from veneer.errors import listing, sentence
-from veneer.layers import LAYERS, Layer, kind_of
-from veneer.layers._base import GENERAL
-
-GENERAL_KIND: Layer = LAYERS[GENERAL]
-
-
-def kind_for(module: nn.Module, name: str) -> Any:
-    """The layer kind that describes one parameter: its module's, or the general kind for a
-    parameter that the module's kind does not list."""
-    kind = kind_of(module)
-    return kind if kind is not None and name in kind.weights(module) else GENERAL_KIND
-
-
-def holders(names: Names) -> dict[int, list[ParamRef]]:
-    """(path, name) of every module that holds a parameter, by the parameter's identity."""
-    by_identity: dict[int, list[ParamRef]] = {}
-    for ref, parameter in names.parameters():
-        by_identity.setdefault(id(parameter), []).append(ref)
-    return by_identity
-
-
-def holders_of(
-    names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
-) -> list[ParamRef]:
-    """(path, name) of every module that holds a weight, in the model's order."""
-    return by_identity.get(id(weight_of(names.modules[ref[0]], ref[1])), [ref])
+from veneer.layers import ParamRef, kind_for, parameter_path
 
 
 def refusals_of(
@@ -55,7 +29,7 @@ def refusals_of(
 ) -> Iterator[str]:
     """The reasons why a weight cannot be changed, one for each module that holds it."""
     yield from filter(
-        None, (_refusal(names, holder, ref) for holder in holders_of(names, ref, by_identity))
+        None, (_refusal(names, holder, ref) for holder in names.holders_of(ref, by_identity))
     )
 
 
@@ -191,7 +165,7 @@ def frozen_on_purpose(names: Names) -> set[int]:
     attached = adapters_of(names.model)
     before = {} if attached is None else attached.required_grad
     trains: dict[int, bool] = {}
-    for key, refs in holders(names).items():
+    for key, refs in names.holders().items():
         (path, name), *_ = refs  # for a tied parameter the first of its names
         required = names.modules[path]._parameters[name].requires_grad
         trains[key] = before.get(parameter_path(path, name), required)

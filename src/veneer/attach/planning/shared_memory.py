@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.adapted_module import weight_of
-from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.names import Names
+from veneer.bases import weight_of
 from veneer.errors import sentence
+from veneer.layers import ParamRef
 
 #: (device, first address, address after the last byte, number of the parameter in the model's
 #: order)

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class
-from veneer.attach.layer.names import Names, ParamRef, own_parameters, path_test
-from veneer.bases import unreadable
-from veneer.config import LoraConfig, Targets
+from veneer.attach.layer.names import Names
+from veneer.bases import own_parameters, unreadable
+from veneer.config import LoraConfig, Targets, path_test, pattern_list
+from veneer.distributed import base_class
 from veneer.errors import listing, sentence
-from veneer.layers import kind_of
+from veneer.layers import LAYERS, ParamRef, kind_of
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import without_unit_axes
 
@@ -29,6 +29,7 @@ _MEANING = {
     "attention": "the linear layers of attention",
     "mlp": "the linear layers of repeated blocks outside of attention",
     "all": "every layer that can be attached to",
+    "peft-all-linear": "every nn.Linear and Conv1D but the output embedding",
 }
 WORDS = tuple(_MEANING)
 
@@ -77,25 +78,6 @@ def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[
             for below in names.children(path):
                 left_out.update((below, name) for name in own_parameters(names.modules[below]))
     return left_out
-
-
-def bad_regex(config: LoraConfig) -> list[str]:
-    """A problem for each ``re:`` pattern of a config that is no regular expression."""
-    targets = () if callable(config.targets) else pattern_list(config.targets)
-    patterns = [*targets, *config.exclude, *config.train_also, *config.ranks, *config.alphas]
-    problems = []
-    for pattern in patterns:
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
-            problems.append(
-                sentence(
-                    f"pattern {pattern!r}",
-                    f"a regular expression after re: ({error})",
-                    "correct it",
-                )
-            )
-    return problems
 
 
 def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: Any) -> Any:
@@ -265,6 +247,13 @@ def _word_modules(names: Names, word: str) -> list[str]:
     attachable = {name: kind for name, module in names.modules.items() if (kind := kind_of(module))}
     if word == "all":
         return list(attachable)
+    if word == "peft-all-linear":
+        head, classes = _output_head(names), (nn.Linear, *LAYERS["conv1d_transformers"].types())
+        return [
+            name
+            for name in attachable
+            if isinstance(names.modules[name], classes) and names.modules[name] is not head
+        ]
     body = _body(names)
     linear = [name for name, kind in attachable.items() if kind.linear and name in body]
     if word == "all-linear":
@@ -309,7 +298,3 @@ def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
 def _block(path: str) -> int | None:
     """The index of the repeated block of a path: the first number in it."""
     return next((int(name) for name in path.split(".") if name.isdigit()), None)
-
-
-def pattern_list(patterns: str | Iterable[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)

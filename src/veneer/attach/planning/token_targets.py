@@ -8,13 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class, weight_of
-from veneer.attach.layer.lookup import parameter_path
-from veneer.attach.layer.names import Names, ParamRef
-from veneer.attach.planning.refusals import holders, holders_of, kind_for
-from veneer.bases import storage_of
+from veneer.attach.layer.names import Names
+from veneer.bases import storage_of, weight_of
+from veneer.distributed import base_class
 from veneer.errors import listing, sentence
-from veneer.layers import kind_of
+from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 
 #: the layer kinds whose weight is [V, d], with one row per token
 KINDS = ("embedding", "linear")
@@ -26,7 +24,7 @@ def token_ids_by_weight(
     """The ids of ``LoraConfig.trainable_tokens``, ascending, by the weight whose rows they are (a
     tied weight by the first of its names)."""
     ids_by_weight: dict[ParamRef, tuple[int, ...]] = {}
-    by_identity = holders(names)
+    by_identity = names.holders()
     for path, ids in _ids_by_module(names, tokens, problems):
         module = names.modules[path]
         kind = kind_of(module)
@@ -34,7 +32,7 @@ def token_ids_by_weight(
             problem = f"trainable_tokens of {path!r}, a {base_class(module).__name__}"
             problems.append(sentence(problem, "an embedding or a linear head", "name that"))
             continue
-        owner = holders_of(names, (path, kind.weight), by_identity)[0]
+        owner = names.holders_of((path, kind.weight), by_identity)[0]
         sorted_ids = tuple(sorted(ids))
         if ids_by_weight.setdefault(owner, sorted_ids) != sorted_ids:
             problem = (

@@ -11,18 +11,18 @@ values replace the weight at each name and cannot be merged, and other changes a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.adapted_module import layer_states, weight_of
-from veneer.attach.layer.lookup import adapters, parameter_path
-from veneer.attach.layer.names import Names, ParamRef
-from veneer.attach.planning.refusals import holders
+from veneer.attach.layer.adapted_module import layer_states
+from veneer.attach.layer.lookup import adapters
+from veneer.attach.layer.names import Names
+from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing, sentence
+from veneer.layers import ParamRef, parameter_path
 
 UNTIE = (
     "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie"
@@ -30,25 +30,6 @@ UNTIE = (
     " `model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())`), save it, and"
     " merge into that"
 )
-
-
-def split_tie_refs(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
-    """The (path, name) of tied parameters to which ``full`` gives different values, or a value for
-    some of the names only."""
-    split_refs: set[ParamRef] = set()
-    for refs in holders(names).values():
-        values = [full[path][name] for path, name in refs if name in full.get(path, ())]
-        if values and (
-            len(values) < len(refs) or not all(equal_values(value, values[0]) for value in values)
-        ):
-            split_refs |= {ref for ref in refs if ref[1] in full.get(ref[0], ())}
-    return frozenset(split_refs)
-
-
-def equal_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; their dtypes may differ."""
-    common = torch.promote_types(a.dtype, b.dtype)
-    return a is b or torch.equal(a.to(common), b.to(common))
 
 
 def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
@@ -59,7 +40,7 @@ def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
         for path, _, layer_adapter in adapters(model, name)
         if layer_adapter.full._parameters
     }
-    for refs in holders(Names(model)).values() if trained else ():
+    for refs in Names(model).holders().values() if trained else ():
         values = [trained.get(path, {}).get(weight) for path, weight in refs]
         if all(value is values[0] for value in values):
             continue
@@ -121,7 +102,7 @@ def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
     ``refs`` holds all names of a weight, the first one keeps it. Raises an AdapterError if a weight
     is stored packed."""
     chosen, untied = set(refs), []
-    for tied in holders(names).values():
+    for tied in names.holders().values():
         keeper = next((ref for ref in tied if ref not in chosen), tied[0])
         untied += [(ref, keeper) for ref in tied if ref in chosen and ref != keeper]
     weights: list[Any] = [names.modules[path]._parameters[name] for (path, name), _ in untied]

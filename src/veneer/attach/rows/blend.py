@@ -15,19 +15,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.layer.adapted_module import base_class
+from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.layer_call import Call, is_jagged, on_values, run_factored, with_update
+from veneer.attach.layer.layer_call import (
+    LinearCall,
+    is_jagged,
+    on_values,
+    run_factored,
+    with_update,
+)
 from veneer.attach.layer.state import ActiveAdapter, ModulePath
 from veneer.attach.layer.views import run_on_view
+from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model, fused
 from veneer.lowrank import LowRank
@@ -175,50 +181,24 @@ class Blend:
             module_tensors,
         )
 
-    def run(
-        self,
-        module: Any,
-        base: Any,
-        layer_state: Any,
-        args: tuple,
-        kwargs: dict,
-        calling_context: Any,
-        share=True,
-        method="forward",
-    ) -> Any:
+    def run(self, call: Call) -> Any:
         """As ``LayerAdapter.run``."""
         if (
-            method == "forward"
-            and calling_context.path != cost_model.MATERIALISED
-            and self._can_factor(layer_state, args, kwargs)
+            call.method != "forward"
+            or call.context.path == cost_model.MATERIALISED
+            or not self._can_factor(call.layer_state, len(call.args) + len(call.kwargs))
         ):
-            if is_jagged(args, kwargs) and layer_state.layer.by_position:
-                run = partial(
-                    self.run, module, base, layer_state, kwargs={}, calling_context=calling_context
-                )
-                return on_values(run, args, kwargs)
-            call = Call(
-                module,
-                base,
-                layer_state,
-                args,
-                kwargs,
-                self.replacements(module),
-                bool(self.entries),
-            )
-            call.refuse_other_dtype(next(iter(self.changes.values())))
-            return self._run_factored(call)
-        return run_on_view(
-            self, module, base, layer_state, args, kwargs, calling_context, method=method
-        )
+            return run_on_view(self, call)
+        if is_jagged(call.x) and call.layer_state.layer.by_position:
+            return on_values(self.run, call)
+        linear_call = LinearCall(call, self.replacements(call.module), bool(self.entries))
+        linear_call.refuse_other_dtype(next(iter(self.changes.values())))
+        return self._run_factored(linear_call)
 
-    def _can_factor(self, layer_state: Any, args: tuple, kwargs: dict) -> bool:
+    def _can_factor(self, layer_state: Any, inputs: int) -> bool:
         """Whether a call can be computed in factors: it is linear in the layer's one weight, and
         every adapter either changes this weight at a low rank or does not change it."""
-        if (
-            not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1)
-            or self.read_below
-        ):
+        if not (layer_state.factors and self.changes and inputs == 1) or self.read_below:
             return False
         weight_name = layer_state.layer.weight
         if not all(
@@ -233,7 +213,7 @@ class Blend:
             c.variant.resolve is _PLAIN.resolve for c in self.changes.values()
         )
 
-    def _run_factored(self, call: Call) -> Tensor:
+    def _run_factored(self, call: LinearCall) -> Tensor:
         layer_state, x, weight = call.layer_state, call.x, call.weight
         reader: Any = layer_state.layer
         uses = [

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from veneer.attach.layer.adapted_module import base_class, base_forward, method_of
+from veneer.attach.layer.adapted_module import base_forward, method_of
+from veneer.attach.layer.call import Call
 from veneer.attach.rows.linear_rows import LinearRows
 from veneer.attach.rows.routed_rows import spread, tokens_a_row
+from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
@@ -37,44 +39,21 @@ class LayerRows:
         for layer_adapter in self.layer_adapters:
             yield from () if layer_adapter is None else layer_adapter.reached_ids(method)
 
-    def run(
-        self,
-        module: Any,
-        base: Any,
-        layer_state: Any,
-        args: tuple,
-        kwargs: dict,
-        calling_context: Any,
-        share=True,
-        method="forward",
-    ) -> Any:
+    def run(self, call: Call) -> Any:
         """As ``LayerAdapter.run``."""
         if len(self.layer_adapters) == 1:
-            return self._run_single(
-                module, base, layer_state, args, kwargs, calling_context, share, method
-            )
-        x = args[0] if len(args) == 1 and not kwargs and method == "forward" else None
+            return self._run_single(call)
+        one_input = len(call.args) == 1 and not call.kwargs and call.method == "forward"
         seeds: list[int | None] = [None] * len(self.layer_adapters)
-        if x is not None and calling_context.path is None:
-            y, seeds = self.linear.output(module, layer_state, x)
+        if one_input and call.context.path is None:
+            y, seeds = self.linear.output(call.module, call.layer_state, call.args[0])
             if y is not None:
                 return y
-        return self._run_split(
-            module, base, layer_state, args, kwargs, calling_context, method, seeds
-        )
+        return self._run_split(call, seeds)
 
-    def _run_split(
-        self,
-        module: Any,
-        base: Any,
-        layer_state: Any,
-        args: tuple,
-        kwargs: dict,
-        calling_context: Any,
-        method: str,
-        seeds: Sequence[int | None],
-    ) -> Any:
+    def _run_split(self, call: Call, seeds: Sequence[int | None]) -> Any:
         """Run the layer once for each selection, on its rows."""
+        module, base, layer_state, args, kwargs, _, method, *_ = call
         rows, kind = self.rows, _kind_for(layer_state, method)
         is_leaf = _is_leaf(module, layer_state)
         tokens = tokens_a_row(module, (args, kwargs), rows.count) if kind.name == GENERAL else None
@@ -92,7 +71,6 @@ class LayerRows:
         for selected, indices, layer_adapter, seed in zip(
             rows.selections, row_indices, self.layer_adapters, seeds, strict=True
         ):
-            dropout_seed = {} if seed is None else {"seed": seed}
             row_args, row_kwargs = self._take(
                 kind, module, args, kwargs, spread(indices, tokens or 1), tokens or 1
             )
@@ -100,33 +78,16 @@ class LayerRows:
                 if layer_adapter is None:
                     outputs.append(method_of(base, method)(module, *row_args, **row_kwargs))
                 else:
-                    y = layer_adapter.run(
-                        module,
-                        base,
-                        layer_state,
-                        row_args,
-                        row_kwargs,
-                        calling_context,
-                        share=False,
-                        method=method,
-                        **dropout_seed,
+                    row_call = call._replace(
+                        args=row_args, kwargs=row_kwargs, share=False, seed=seed
                     )
-                    outputs.append(y)
+                    outputs.append(layer_adapter.run(row_call))
         return kind.put(module, outputs, spread(order, tokens or 1))
 
-    def _run_single(
-        self,
-        module: Any,
-        base: Any,
-        layer_state: Any,
-        args: tuple,
-        kwargs: dict,
-        calling_context: Any,
-        share: bool,
-        method: str,
-    ) -> Any:
+    def _run_single(self, call: Call) -> Any:
         """The output if all rows use the same selection: that of a plain call, once the number of
         rows is checked."""
+        module, base, layer_state, args, kwargs, _, method, *_ = call
         rows, (layer_adapter,), (selected,) = self.rows, self.layer_adapters, self.rows.selections
         kind = _kind_for(layer_state, method)
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -143,22 +104,13 @@ class LayerRows:
             self._take(kind, module, args, kwargs, first_row, tokens or 1)
         with rows.only(selected, _is_leaf(module, layer_state)):
             if layer_adapter is not None:
-                return layer_adapter.run(
-                    module,
-                    base,
-                    layer_state,
-                    args,
-                    kwargs,
-                    calling_context,
-                    share=share,
-                    method=method,
-                )
+                return layer_adapter.run(call)
             if method == "forward":
                 return base_forward(module, base, *args, **kwargs)
             return method_of(base, method)(module, *args, **kwargs)
 
     def _take(
-        self, kind: Layer, module: Any, args: tuple, kwargs: dict, indices: Tensor, tokens: int
+        self, kind: Layer, module: Any, args: tuple, kwargs: Any, indices: Tensor, tokens: int
     ) -> Any:
         """The arguments of a call for these rows; ``tokens``: how many of them each row of the
         batch has."""

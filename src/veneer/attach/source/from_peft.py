@@ -1,27 +1,30 @@
 """Tell users of PEFT which function of Veneer replaces each method of a PEFT model.
 
-    override_peft_methods(model)   merge_and_unload() and others raise an error that names the
+    answer_peft_names(model)       merge_and_unload and others are AttributeErrors that name the
                                    function of Veneer
     peft_problem(model)            why Veneer cannot attach to a model that PEFT has adapted
 
-An attached model keeps its class. It has no methods of ``PeftModel``, and the methods that
-transformers and diffusers mix into every model would look for adapters of PEFT. So the model object
-gets attributes that raise (``method_overrides.py``).
+An attached model has no methods of ``PeftModel``, and the methods that transformers and diffusers
+mix into every model would look for adapters of PEFT. transformers and TRL test for PEFT by
+``hasattr(model, "get_base_model")`` and the like, which must be False. So the model gets a subclass
+of its class that refuses these names. Its forward is that of its class.
 
-Rejected: ``__getattr__`` of a subclass, because every access to a parameter or child of a module
-would go through it. And emulating PEFT, because PEFT's methods change what later calls compute.
+Rejected: attributes of the model that raise when they are called, because ``hasattr`` is then True.
+And emulating PEFT, because PEFT's methods change what later calls compute.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class, walk
-from veneer.attach.source.method_overrides import override_method
+from veneer.attach.layer.adapted_module import adapted_class, uncover, walk
+from veneer.attach.layer.lookup import unwrap
+from veneer.distributed import base_class
 from veneer.errors import MethodError, sentence
 
 _MERGE = (
@@ -67,27 +70,68 @@ METHODS = {
 _MIXINS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 
 
-def override_peft_methods(model: nn.Module) -> None:
-    """Make the methods in ``METHODS`` raise on this model. A method that the model's class defines
+class _Absent:
+    """A class attribute that instances do not have, although a mixin defines it."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> NoReturn:
+        raise AttributeError
+
+
+def answer_peft_names(model: nn.Module) -> None:
+    """Make the names in ``METHODS`` raise on this model. A method that the model's class defines
     stays, unless it comes from a mixin that looks for adapters of PEFT."""
-    cls = base_class(model)
-    for name in METHODS:
-        method = getattr(cls, name, None)
-        if name not in model.__dict__ and (
-            method is None or getattr(method, "__module__", "").startswith(_MIXINS)
-        ):
-            override_method(model, name, partial(_refuse, name))
+    model = unwrap(model)
+    uncover(model)
+    model.__class__ = _answering_class(type(model))
 
 
-def _refuse(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
-    """Raise the MethodError of the PEFT method ``name``."""
+@functools.cache
+def _answering_class(cls: Any) -> Any:
+    """The subclass of a model's class whose instances raise on PEFT's names."""
+    mixed_in = {
+        name
+        for name in METHODS
+        if getattr(getattr(cls, name, None), "__module__", "").startswith(_MIXINS)
+    }
+    refused = frozenset(name for name in METHODS if name in mixed_in or not hasattr(cls, name))
+
+    def find_attribute(self: Any, name: str) -> Any:
+        # only called for names that are not found otherwise, such as those of children
+        try:
+            return cls.__getattr__(self, name)
+        except AttributeError:
+            if name in refused:
+                raise _method_error(self, name) from None
+            raise
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        arguments = base_class(self), getattr(cls, "veneer_entries", None)
+        return _rebuild, arguments, self.__getstate__()
+
+    attributes: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__getattr__": find_attribute,
+        "__reduce_ex__": reduce,
+        "veneer_base": getattr(cls, "veneer_base", cls),
+        "veneer_covered": cls,
+    }
+    return type(cls.__name__, (cls,), {**attributes, **dict.fromkeys(mixed_in, _Absent())})
+
+
+def _rebuild(base: Any, entries: Iterable[str] | None) -> nn.Module:
+    cls = base if entries is None else adapted_class(base, tuple(entries))
+    return object.__new__(_answering_class(cls))
+
+
+def _method_error(model: nn.Module, name: str) -> MethodError:
     problem = (
-        f"{name}(), a method of PEFT's models, called on a {base_class(model).__name__} with"
-        " adapters of Veneer"
+        f"{name}, a method of PEFT's models, of a {base_class(model).__name__} with adapters of"
+        " Veneer"
     )
-    raise MethodError(
-        problem, "functions of Veneer, because an attached model keeps its class", METHODS[name]
-    )
+    expected = "functions of Veneer, because an attached model is no PeftModel"
+    return MethodError(problem, expected, METHODS[name])
 
 
 def peft_problem(model: nn.Module) -> str | None:

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class, walk
+from veneer.attach.layer.adapted_module import walk
 from veneer.attach.layer.state import STATE, LayerState
+from veneer.distributed import base_class
 
 
 class MethodOverride:

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.attach.layer.adapted_module import base_class, instance_forward, wrapped_forward
-from veneer.attach.layer.names import Names, own_parameters
+from veneer.attach.layer.adapted_module import instance_forward, wrapped_forward
+from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import ModulePath
 from veneer.attach.source.source_analysis import mentions, reads
 from veneer.attach.source.source_reader import Reads, attribute
+from veneer.bases import own_parameters
+from veneer.distributed import base_class
 
 #: attributes that turn a fused fast path off, by module class
 SWITCHES: dict[type[nn.Module], dict[str, Any]] = {

@@ -3,7 +3,7 @@
     hermes        <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>
     llama3_json   {"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}
     mistral       [TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}], [TOOL_CALLS]f[ARGS]{"a": 1}
-    deepseek_v3   <｜tool▁call▁begin｜>function<｜tool▁sep｜>f ```json {"a": 1} ```<｜tool▁call▁end｜>
+    deepseek_v3   <｜tool▁call▁begin｜>function<｜tool▁sep｜>f ```json {…} ```<｜tool▁call▁end｜>
     deepseek_v31  <｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>
 
 A character is looked at once or twice, however many pieces the text comes in: an answer is read in

@@ -15,7 +15,8 @@ it:
 
     1  Catalogue._lock    the adapter folder is read or changed; adapters may be loaded meanwhile
     2  Bank._loading      an adapter is loaded, after waiting for memory
-    3  Turn._next         the turn at the model: a step of the engine, a batch of the trainer (``Turn``)
+    3  Turn._next         the turn at the model: a step of the engine, a batch of the trainer
+                          (``Turn``)
     4  Turn._now
     5  Queue.wake         lines and promises; the training thread sleeps here
     6  CHANGING           the model's layers are changed (``attach/layer/state.py``)

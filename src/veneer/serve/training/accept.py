@@ -1,7 +1,7 @@
 """Queue the numbered requests of runs, including refused ones.
 
     body → valid, within the quota → the run's queue
-         → refused                 → the run's queue, as a request that fails with the refusal's text
+         → refused                 → the run's queue, as a request that fails with that text
 
 A client numbers the requests of a run, and they are computed in that order: a missing number would
 stop all later requests. A refused request is therefore queued under its number if its run and

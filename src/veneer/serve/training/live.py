@@ -1,6 +1,7 @@
 """The runs on the page at /, their use as models in chats, and their metrics.
 
-GET  live                                  a key's runs: losses, tokens a second, the last batch, checkpoints
+GET  live                                  a key's runs: losses, tokens a second, the last batch,
+                                           checkpoints
 model tinker://RUN/KIND/NAME               a checkpoint, in /v1/completions and /v1/chat/completions
       tinker://RUN/now                     the run's current weights
 """

@@ -2,7 +2,8 @@
 checkpoints, and changes or downloads checkpoints. Routes only.
 
 GET         training_runs  training_runs/{run}  training_runs/{run}/checkpoints  checkpoints
-GET         sessions  sessions/{id}  samplers/{id}        POST  sessions/search  weights_info  copy_weights
+GET         sessions  sessions/{id}  samplers/{id}        POST  sessions/search  weights_info
+                                                                copy_weights
 DELETE      training_runs/{run}/checkpoints/{id}          PUT   …/ttl        POST, DELETE  …/publish
 GET         …/external_weights_urls  files/{token}/{name}
 

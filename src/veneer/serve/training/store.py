@@ -2,7 +2,8 @@
 
     FOLDER/index.sqlite         sessions, runs, requests with their answers, checkpoints, samplers
     FOLDER/runs/7/state/        a run after one of its requests: adapter, optimiser
-    FOLDER/runs/7/weights/…     checkpoints to train from;  sampler_weights/…, external_weights/…  adapters alone
+    FOLDER/runs/7/weights/…     checkpoints to train from;  sampler_weights/…, external_weights/…
+                                                            adapters alone
 
 A request is written before it is acknowledged. Everything that was acknowledged to a client is
 therefore either in a state, or among the requests after that state, from which it is computed
@@ -40,20 +41,24 @@ KEPT = 256
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS sessions (
-    id TEXT PRIMARY KEY, owner TEXT, metadata TEXT, title TEXT, created REAL, seen REAL, finished TEXT);
+    id TEXT PRIMARY KEY, owner TEXT, metadata TEXT, title TEXT, created REAL, seen REAL,
+    finished TEXT);
 CREATE TABLE IF NOT EXISTS runs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, session TEXT, owner TEXT, config TEXT, seed INTEGER,
-    metadata TEXT, created REAL, used REAL, state INTEGER, unloaded INTEGER DEFAULT 0);
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, session TEXT, owner TEXT, config TEXT,
+    seed INTEGER, metadata TEXT, created REAL, used REAL, state INTEGER,
+    unloaded INTEGER DEFAULT 0);
 CREATE TABLE IF NOT EXISTS requests (
-    run TEXT, seq INTEGER, kind TEXT, body BLOB, done INTEGER DEFAULT 0, binary INTEGER DEFAULT 0, answer BLOB,
-    PRIMARY KEY (run, seq)) WITHOUT ROWID;
+    run TEXT, seq INTEGER, kind TEXT, body BLOB, done INTEGER DEFAULT 0, binary INTEGER DEFAULT 0,
+    answer BLOB, PRIMARY KEY (run, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS begun (
     run TEXT, seq INTEGER, times INTEGER, PRIMARY KEY (run, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS failed_runs (run TEXT PRIMARY KEY, reason TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (
-    run TEXT, kind TEXT, name TEXT, owner TEXT, created REAL, bytes INTEGER, metadata TEXT, expires REAL,
-    public INTEGER DEFAULT 0, hidden INTEGER DEFAULT 0, config TEXT, request INTEGER, PRIMARY KEY (run, kind, name));
-CREATE TABLE IF NOT EXISTS tokens (owner TEXT, day INTEGER, count INTEGER, PRIMARY KEY (owner, day)) WITHOUT ROWID;
+    run TEXT, kind TEXT, name TEXT, owner TEXT, created REAL, bytes INTEGER, metadata TEXT,
+    expires REAL, public INTEGER DEFAULT 0, hidden INTEGER DEFAULT 0, config TEXT, request INTEGER,
+    PRIMARY KEY (run, kind, name));
+CREATE TABLE IF NOT EXISTS tokens (
+    owner TEXT, day INTEGER, count INTEGER, PRIMARY KEY (owner, day)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS samplers (
     id TEXT PRIMARY KEY, session TEXT, owner TEXT, path TEXT, clients INTEGER DEFAULT 0);
 """

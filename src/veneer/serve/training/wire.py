@@ -26,9 +26,16 @@ from veneer.serve.training.losses import Datum
 #: fields by name: (number, type). Types of messages begin with a capital letter; "*" marks repeated
 #: fields.
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
-    "SparseCsr": {"values": (1, "bytes"), "crow_indices": (2, "bytes"), "col_indices": (3, "bytes")},
+    "SparseCsr": {
+        "values": (1, "bytes"),
+        "crow_indices": (2, "bytes"),
+        "col_indices": (3, "bytes"),
+    },
     "Tensor": {
-        "dense": (1, "bytes"), "sparse_csr": (2, "SparseCsr"), "dtype": (3, "int32"), "shape": (4, "int64*"),
+        "dense": (1, "bytes"),
+        "sparse_csr": (2, "SparseCsr"),
+        "dtype": (3, "int32"),
+        "shape": (4, "int64*"),
     },
     "Text": {"tokens": (1, "bytes")},
     "Image": {"data": (1, "bytes")},
@@ -40,29 +47,48 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "Value": {"number": (1, "double"), "text": (2, "string")},
     "Setting": {"key": (1, "string"), "value": (2, "Value")},
     "ForwardBackwardRequest": {
-        "model_id": (1, "string"), "seq_id": (2, "int32"), "data": (3, "Datum*"), "loss_fn": (4, "string"),
-        "loss_fn_config": (5, "Number*"), "forward_only": (6, "bool"), "loss_fn_config_v2": (7, "Setting*"),
+        "model_id": (1, "string"),
+        "seq_id": (2, "int32"),
+        "data": (3, "Datum*"),
+        "loss_fn": (4, "string"),
+        "loss_fn_config": (5, "Number*"),
+        "forward_only": (6, "bool"),
+        "loss_fn_config_v2": (7, "Setting*"),
     },
     "BatchedTensor": {
-        "data": (1, "bytes"), "offsets": (2, "bytes"), "dtype": (3, "int32"), "trailing_shape": (4, "int64*"),
+        "data": (1, "bytes"),
+        "offsets": (2, "bytes"),
+        "dtype": (3, "int32"),
+        "trailing_shape": (4, "int64*"),
     },
     "Field": {"key": (1, "string"), "value": (2, "BatchedTensor")},
     "ArrayRecord": {"type_tag": (1, "string"), "fields": (2, "Field*"), "num_datums": (3, "int64")},
     "ForwardBackwardOutput": {
-        "loss_fn_output_type": (1, "string"), "loss_fn_outputs": (2, "ArrayRecord*"), "metrics": (3, "Number*"),
+        "loss_fn_output_type": (1, "string"),
+        "loss_fn_outputs": (2, "ArrayRecord*"),
+        "metrics": (3, "Number*"),
     },
-    "TopkLogprobs": {"token_ids": (1, "bytes"), "logprobs": (2, "bytes"), "k": (3, "uint32"), "length": (4, "uint32")},
+    "TopkLogprobs": {
+        "token_ids": (1, "bytes"),
+        "logprobs": (2, "bytes"),
+        "k": (3, "uint32"),
+        "length": (4, "uint32"),
+    },
     "SampledSequence": {
-        "stop_reason": (1, "int32"), "tokens": (2, "bytes"), "logprobs": (3, "bytes"),
+        "stop_reason": (1, "int32"),
+        "tokens": (2, "bytes"),
+        "logprobs": (3, "bytes"),
         "topk_sampled_logprobs": (4, "TopkLogprobs"),
     },
     "PromptAltTokens": {"tokens": (1, "Tensor"), "logprobs": (2, "Tensor")},
     "SampleResponse": {
-        "sequences": (1, "SampledSequence*"), "prompt_logprobs": (2, "bytes"),
-        "topk_prompt_logprobs": (3, "TopkLogprobs"), "target_prompt_logprobs": (5, "Tensor"),
+        "sequences": (1, "SampledSequence*"),
+        "prompt_logprobs": (2, "bytes"),
+        "topk_prompt_logprobs": (3, "TopkLogprobs"),
+        "target_prompt_logprobs": (5, "Tensor"),
         "prompt_alt_tokens": (6, "PromptAltTokens"),
     },
-}  # fmt: skip
+}
 #: element types on the wire, and their numpy dtypes
 _FLOAT32, _INT64 = 1, 2
 _TYPES = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8")}

@@ -7,8 +7,8 @@ vectors (TIES, DARE).
              merge the dense ΔWᵢ entry by entry, layer by layer, then truncate to a rank
 
 A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco et al. 2023,
-arXiv:2212.04089). A sum of DoRA changes and plain ones is a DoRA change (``weighted_sum.py``). It needs
-the base, because the gain is g = m / ‖W + ΔW‖ and a folder stores only m.
+arXiv:2212.04089). A sum of DoRA changes and plain ones is a DoRA change (``weighted_sum.py``). It
+needs the base, because the gain is g = m / ‖W + ΔW‖ and a folder stores only m.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch import nn
 
 from veneer.adapter_files.derived_folder import merged_base, write_derived
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.attach import parameter_path, path_test
+from veneer.config import path_test
 from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft, peft_paths
+from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source

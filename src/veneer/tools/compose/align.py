@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft, peft_behaviour, peft_paths
+from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
 
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.peft_mapping import kind_for, ref_at
-from veneer.attach import Names, adapters_of, own_parameters, parameter_path, unwrap
+from veneer.adapter_files.peft_mapping import ref_at
+from veneer.attach import Names, adapters_of, unwrap
+from veneer.bases import own_parameters
 from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import fingerprint
-from veneer.layers import LAYERS
+from veneer.layers import LAYERS, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import swapped_stack, without_unit_axes
 from veneer.models.base_weights import BaseWeights, open_base_weights

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import parameter_path
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.fileio.hashing import digest
 from veneer.formats import peft_paths
+from veneer.layers import parameter_path
 from veneer.tools.compose.align import AlignedWeight
 from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors

@@ -2,7 +2,8 @@
 of the dense ΔW (TIES).
 
     plain     Σ wᵢ ΔWᵢ
-    DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)      G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
+    DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)
+              G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
 
 So a sum of DoRA changes and plain ones (g = 1) is a DoRA change with magnitude G ⊙ ‖W + ΔW*‖. The
 truncation to a rank approximates S = G ⊙ ΔW*, the term that is added to the weights, so its error

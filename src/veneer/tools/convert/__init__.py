@@ -29,11 +29,12 @@ from torch import nn
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import detach, parameter_path
+from veneer.attach import detach
 from veneer.errors import AdapterError, listing
 from veneer.fileio.atomic import must_not_exist, new_file
 from veneer.formats import FORMATS, BaseFacts, LowRankChange, MisreadElsewhere, Options, peft
 from veneer.formats._base import cast, read_tensors
+from veneer.layers import parameter_path
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo, open_base
 from veneer.tools.convert.conversion_options import check_conversion_options

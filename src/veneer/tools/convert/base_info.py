@@ -20,12 +20,13 @@ from torch import nn
 
 from veneer import models
 from veneer.adapter_files.peft_mapping import all_refs
-from veneer.attach import Names, parameter_path, weight_of
-from veneer.bases import storage_of
+from veneer.attach import Names
+from veneer.bases import storage_of, weight_of
 from veneer.errors import AdapterError, ConfigError, listing
 from veneer.fileio.untrusted import read_header, read_json
 from veneer.formats._base import BaseFacts
 from veneer.formats.parts import PARTS
+from veneer.layers import parameter_path
 from veneer.models.meta import without_meta
 
 

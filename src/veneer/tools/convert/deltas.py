@@ -1,7 +1,8 @@
 """Dense changes ΔW = W' - W of an adapter's parameters, and an adapter from dense changes by
 singular values.
 
-ΔW = gain ⊙ (W + scale · B A) - W           any variant, any layer; W' - W of parameters trained in full
+ΔW = gain ⊙ (W + scale · B A) - W           any variant, any layer; W' - W of parameters trained in
+                                            full
 ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the nearest product of a rank (Eckart and Young 1936)
 """
 
@@ -13,30 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.peft_mapping import kind_for
 from veneer.attach import (
     Names,
-    ParamRef,
-    Plans,
     TargetSpec,
     adapters,
-    base_class,
     changes,
-    check_full,
-    full_readers,
+    complete_plans,
     install_adapter,
     output_change_problems,
-    overlaps,
-    own_parameters,
-    parameter_path,
     plan_low,
-    split_tie_refs,
-    weight_of,
 )
-from veneer.bases import storage_of
+from veneer.bases import own_parameters, storage_of, weight_of
 from veneer.config import LoraConfig
+from veneer.distributed import base_class
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
 from veneer.formats._base import LowRankChange
+from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.lowrank import Svd
 
@@ -138,14 +131,6 @@ def install_deltas(
         path: tuple(key for key in full[path] if key in names.modules[path]._parameters)
         for path in full
     }
-    check_full(names, full_keys, problems)
-    problems += overlaps(
-        names, [*factors, *((path, key) for path, keys in full_keys.items() for key in keys)]
-    )
-    raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
-    for plan in low:  # the plan of a shared weight names the first of its modules
-        first = next(ref for ref in plan.holders if ref in factors)
-        factors[plan.ref] = factors[first]
     buffers = frozenset(
         path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers)
     )
@@ -157,8 +142,19 @@ def install_deltas(
         train_also=tuple(full),
         dtype="float32",
     )
-    readers, split_ties = full_readers(names, full_keys), split_tie_refs(names, full)
-    plans = Plans(config, tuple(low), full_keys, buffers, readers, split_ties)
+    plans = complete_plans(
+        names,
+        config,
+        low,
+        full_keys,
+        problems,
+        full_modules=buffers,
+        split_ties=names.split_ties(full),
+    )
+    raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
+    for plan in low:  # the plan of a shared weight names the first of its modules
+        first = next(ref for ref in plan.holders if ref in factors)
+        factors[plan.ref] = factors[first]
     install_adapter(model, NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
         for module_path, _, module_parameters in adapters(model, NAME):

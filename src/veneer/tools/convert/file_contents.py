@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import Names, parameter_path
+from veneer.attach import Names
 from veneer.errors import AdapterError
 from veneer.formats import Adapter, BaseFacts, LowRankChange, peft
 from veneer.formats._base import kind_of_change
+from veneer.layers import parameter_path
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo
 from veneer.tools.convert.token_changes import replace_token_changes, split_head, token_fingerprints

@@ -11,9 +11,10 @@ from veneer.adapter_files import UnverifiedAdapter
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_deviations import deviations
 from veneer.adapter_files.peft_mapping import means_parameter, ref_at
-from veneer.attach import Names, kind_for
+from veneer.attach import Names
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import FORMATS, Format, peft, peft_behaviour, peft_fields
+from veneer.layers import kind_for
 from veneer.tools.convert.base_info import BaseInfo
 
 

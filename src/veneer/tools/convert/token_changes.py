@@ -1,6 +1,7 @@
 """Trained tokens as plain low-rank changes, for formats that cannot store single rows.
 
-    ΔW[ids] = R − W[ids], elsewhere 0       = E (R − W[ids]), E [rows, n] the tokens' one-hot columns
+    ΔW[ids] = R − W[ids], elsewhere 0       = E (R − W[ids]), E [rows, n] the tokens' one-hot
+                                            columns
 
 The product has rank n; with a low-rank change of the same weight, whose scale is multiplied into B,
 it has rank n + r.
@@ -25,20 +26,12 @@ from torch import nn
 from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.saved_token_rows import vocabulary_size
-from veneer.attach import (
-    Names,
-    ParamRef,
-    changes,
-    holders,
-    holders_of,
-    kind_for,
-    parameter_path,
-    weight_of,
-)
-from veneer.bases import storage_of
+from veneer.attach import Names, changes
+from veneer.bases import storage_of, weight_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind
 from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, layer_of
+from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.models.base_weights import list_weights
 
 _MERGE = "merge the adapter (`veneer merge`) and take the merged model"
@@ -99,7 +92,7 @@ def replace_token_changes(
 @torch.no_grad()
 def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator[LowRankChange]:
     names = Names(model)
-    by_identity, split_refs = holders(names), split_head(names, saved)
+    by_identity, split_refs = names.holders(), split_head(names, saved)
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue
@@ -108,7 +101,7 @@ def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
             problem = f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales"
             raise AdapterError(problem, "a product alone", _MERGE)
         A, B = low.A[0].float(), (low.B[0] * low.scale).float()  # [r + n, in], [out, r + n]
-        refs = holders_of(names, (path, weight), by_identity)
+        refs = names.holders_of((path, weight), by_identity)
         for holder_path, holder_weight in dict.fromkeys(
             [*refs, *(split_refs if split_refs is not None and split_refs[0] in refs else ())]
         ):

@@ -1,6 +1,7 @@
 """Extract an adapter from a full fine-tune: the nearest low-rank product of each weight's change.
 
-    ΔW = W_tuned − W_base ≈ B A        per weight, [g, out, in], truncated at a rank or at a share of ‖ΔW‖²
+    ΔW = W_tuned − W_base ≈ B A        per weight, [g, out, in], truncated at a rank or at a share
+                                       of ‖ΔW‖²
 
     open both models → pair their weights → find changes → low rank, full or lost → factor → save
 
@@ -29,23 +30,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.peft_mapping import kind_for
 from veneer.adapter_files.save_load import save
-from veneer.attach import (
-    Names,
-    ParamRef,
-    adapters,
-    adapters_of,
-    base_class,
-    detach,
-    install_adapter,
-    parameter_path,
-)
+from veneer.attach import Names, adapters, adapters_of, detach, install_adapter
 from veneer.config import LoraConfig, Targets
+from veneer.distributed import base_class
 from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
 from veneer.fileio.hashing import fingerprint_of
 from veneer.kernels import svd
+from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.models.base_weights import list_weights
 from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost

@@ -12,25 +12,21 @@ from typing import NamedTuple
 
 from veneer.attach import (
     Names,
-    ParamRef,
     Plans,
     TargetSpec,
     adapters_of,
-    bad_regex,
-    changed_refs,
-    check_full,
+    complete_plans,
     excluded_refs,
-    full_readers,
     is_matrix,
     name_problems,
-    overlaps,
-    own_parameters,
     plan_low,
     target_refs,
     with_ties,
 )
-from veneer.config import LoraConfig, Targets
+from veneer.bases import own_parameters
+from veneer.config import LoraConfig, Targets, bad_regex
 from veneer.errors import ConfigError, TargetError, raise_all, sentence
+from veneer.layers import ParamRef
 from veneer.tools.extract.weight_pairs import WeightPair
 
 #: the words of ``keep`` beside patterns
@@ -115,10 +111,8 @@ def plan(
         path, name = pair.entry.ref
         full[path] = (*full.get(path, ()), *(() if pair.entry.is_buffer else (name,)))
     full = {**dict.fromkeys(full, ()), **with_ties(names, full)}
-    check_full(names, full, problems)
-    problems += overlaps(names, changed_refs(low, full))
     buffers = frozenset(pair.entry.ref[0] for pair in full_pairs if pair.entry.is_buffer)
-    return Plans(config, tuple(low), full, buffers, full_readers(names, full))
+    return complete_plans(names, config, low, full, problems, full_modules=buffers)
 
 
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:

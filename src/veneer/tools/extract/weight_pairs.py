@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer import models
-from veneer.adapter_files.peft_mapping import kind_for
-from veneer.attach import Names, adapters_of, base_class, unwrap
+from veneer.attach import Names, adapters_of, unwrap
+from veneer.distributed import base_class
 from veneer.errors import ExtractError, listing, raise_all, sentence
-from veneer.layers import Dims, Layer
+from veneer.layers import Dims, Layer, kind_for
 from veneer.layers._base import GENERAL
 from veneer.models.base_weights import (
     BaseWeight,

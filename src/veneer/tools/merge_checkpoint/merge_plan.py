@@ -28,17 +28,10 @@ from torch import Tensor, nn
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.save_load import install_from
-from veneer.attach import (
-    Change,
-    changes,
-    detach,
-    output_change_problems,
-    parameter_path,
-    split_tie_problems,
-)
+from veneer.attach import Change, changes, detach, output_change_problems, split_tie_problems
 from veneer.attach import adapters as adapters_of
 from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
-from veneer.layers import Layer
+from veneer.layers import Layer, parameter_path
 from veneer.models.base_weights import slice_shape
 from veneer.models.meta import without_meta
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint

@@ -1,8 +1,11 @@
-"""Charts of the report: line charts as SVG, heat maps as tables with shaded cells.
+"""Charts of reports, of the demo and of the pages in docs: lines and ranges as SVG, heat maps as
+tables with shaded cells. They need neither scripts nor the network.
 
-The charts need neither scripts nor the network. A chart is as wide as its column, on a phone and on
-paper; its font sizes suit a width of 25 rem. The style sheet sets the colours, so one drawing
-serves light and dark mode.
+    lines, heat_map, table      parts of a page with the style sheet ``page.css``, which sets the
+                                colours, so one drawing serves light and dark mode. A chart is as
+                                wide as its column, on a phone and on paper
+    lines_file, ranges_file     SVG files that stand alone, readable on light and on dark pages, the
+                                same bytes on every machine
 """
 
 from __future__ import annotations
@@ -10,15 +13,65 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, EDGE = 400, 250, 40, 36, 26, 10
 #: the number of line colours in the style sheet
 COLOURS = 8
+#: line colours of files, which show on white and on black
+INKS = ("#c8691f", "#3d86b8", "#2f9a55", "#cf4a4e", "#857d70", "#8a63b0", "#b08a1f", "#2d9a96")
+ROW = 18
+#: a chart of ranges: its width, and the room for names at the left and half a label at the right
+RANGE_WIDTH, RANGE_LEFT, RANGE_EDGE = 640, 240, 20
+_TEXT_STYLE = "text { font: 12px system-ui, sans-serif; fill: #8a8479; }"
 
 Points = Sequence[tuple[float, float]]
 
 
-def lines(
+def lines(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> str:
+    """A chart of several lines with a legend below it. ``options`` are those of
+    ``_line_elements``."""
+    elements = _line_elements(series, x=x, y=y, **options)
+    if not elements:
+        return "<p>Nothing to draw: every value is 0.</p>"
+    legend = "".join(
+        f'<span class="s{number % COLOURS}">{escape(name)}</span>'
+        for number, name in enumerate(series)
+    )
+    title = escape(f"{y} by {x}: {', '.join(series)}")
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+        f' aria-label="{title}">{"".join(elements)}</svg><div'
+        f' class="key">{legend if len(series) > 1 else ""}</div>'
+    )
+
+
+def lines_file(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> str:
+    """``lines`` as the text of a file, with the legend in the drawing."""
+    elements = _line_elements(series, x=x, y=y, **options)
+    if not elements:
+        raise ValueError(
+            f"Found: no point above 0 in {', '.join(series)}. Expected: one. Do: leave log_y out."
+        )
+    legend = [*series] if len(series) > 1 else []
+    for number, name in enumerate(legend):
+        top = HEIGHT + ROW * number + 6
+        elements.append(
+            f'<line class="s{number % COLOURS}" x1="{LEFT}" x2="{LEFT + 22}" y1="{top}"'
+            f' y2="{top}"/>'
+        )
+        elements.append(f'<text x="{LEFT + 30}" y="{top + 4}">{escape(name)}</text>')
+    style = (
+        f"{_TEXT_STYLE} .axis {{ stroke: #8a847955; }}"
+        " polyline, path { fill: none; stroke-width: 1.75; }"
+        " circle { fill: currentColor; stroke: none; }"
+        f" line {{ stroke-width: 1.75; }} line.axis {{ stroke-width: 1; }} {_colour_style()}"
+    )
+    title = f"{y} by {x}: {', '.join(series)}"
+    return _svg_file(WIDTH, HEIGHT + ROW * len(legend), title, style, elements)
+
+
+def _line_elements(
     series: Mapping[str, Points],
     *,
     x: str,
@@ -29,8 +82,8 @@ def lines(
     bottom: float | None = 0.0,
     faint: Sequence[Points] = (),
     dots: bool = False,
-) -> str:
-    """A chart of several lines with a legend below it.
+) -> list[str]:
+    """The SVG elements of a chart of lines; none if there is no point to draw.
 
     Args:
         series: points (x, y) of each line, by its name in the legend.
@@ -48,7 +101,7 @@ def lines(
     }
     points = [point for line_points in (*series.values(), *faint) for point in line_points]
     if not points:
-        return "<p>Nothing to draw: every value is 0.</p>"
+        return []
     xs = min(p[0] for p in points), max(p[0] for p in points)
     y_min, y_max = min(p[1] for p in points), max(p[1] for p in points)
     y_min = y_min if log_y or bottom is None else min(bottom, y_min)
@@ -76,16 +129,7 @@ def lines(
         svg_points = [svg_point(point) for point in line_points]
         style = f"s{number % COLOURS}"
         elements += _circles(style, svg_points) if dots else [_polyline(style, svg_points)]
-    legend = "".join(
-        f'<span class="s{number % COLOURS}">{escape(name)}</span>'
-        for number, name in enumerate(series)
-    )
-    title = escape(f"{y} by {x}: {', '.join(series)}")
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{title}">{"".join(elements)}</svg><div'
-        f' class="key">{legend if len(series) > 1 else ""}</div>'
-    )
+    return elements
 
 
 def _polyline(style: str, svg_points: Iterable[str]) -> str:
@@ -218,4 +262,59 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return (
         "<div"
         f' class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def ranges_file(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], *, x: str) -> str:
+    """Panels below each other with a line for each name: its middle as a dot, and the range from
+    the least to the most. The axis starts at 0 and is the same in all panels."""
+    highest = max((most for values in panels.values() for _, _, most in values.values()), default=0)
+    scale = (RANGE_WIDTH - RANGE_LEFT - RANGE_EDGE) / (highest or 1)
+    elements, top = [], 0
+    for title, values in panels.items():
+        elements.append(f'<text class="title" x="4" y="{top + 16}">{escape(title)}</text>')
+        top += ROW + 6
+        bottom = top + ROW * len(values)
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            across = RANGE_LEFT + highest * share * scale
+            elements.append(
+                f'<line class="axis" x1="{across:.1f}" x2="{across:.1f}" y1="{top}"'
+                f' y2="{bottom}"/><text x="{across:.1f}" y="{bottom + 14}"'
+                f' text-anchor="middle">{highest * share:.3g}</text>'
+            )
+        for number, (name, (middle, least, most)) in enumerate(values.items()):
+            centre = top + ROW * number + ROW / 2
+            colour = f"s{number % COLOURS}"
+            ends = f'x1="{RANGE_LEFT + least * scale:.1f}" x2="{RANGE_LEFT + most * scale:.1f}"'
+            elements.append(
+                f'<text x="{RANGE_LEFT - 8}" y="{centre + 4}"'
+                f' text-anchor="end">{escape(name)}</text>'
+                f'<line class="{colour}" {ends} y1="{centre}" y2="{centre}"/>'
+                f'<circle class="{colour}" cx="{RANGE_LEFT + middle * scale:.1f}" cy="{centre}"'
+                ' r="4"/>'
+            )
+        top = bottom + ROW + 10
+    elements.append(
+        f'<text x="{(RANGE_LEFT + RANGE_WIDTH) / 2}" y="{top + 6}"'
+        f' text-anchor="middle">{escape(x)}</text>'
+    )
+    style = (
+        f"{_TEXT_STYLE} .title {{ font-weight: 600; }} .axis {{ stroke: #8a847955; }}"
+        " line { stroke-width: 2.5; } line.axis { stroke-width: 1; }"
+        f" circle {{ fill: currentColor; }} {_colour_style()}"
+    )
+    return _svg_file(RANGE_WIDTH, top + 14, f"{x}: {', '.join(panels)}", style, elements)
+
+
+def _colour_style() -> str:
+    return " ".join(
+        f".s{number} {{ stroke: {ink}; color: {ink}; }}" for number, ink in enumerate(INKS)
+    )
+
+
+def _svg_file(width: float, height: float, label: str, style: str, elements: Sequence[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"'
+        f' height="{height}" role="img" aria-label="{escape(label, quote=True)}">'
+        f"<style>{style}</style>{''.join(elements)}</svg>\n"
     )

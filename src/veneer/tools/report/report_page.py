@@ -3,8 +3,10 @@ paper, in light and dark mode.
 
 The input is ``Report.to_dict()``, with the measurements of ``veneer inspect`` under "losses":
 
-    losses   {"data": {source, tokens} | None, "general": {…} | None, "note": text | None, "rows": [row, …]}
-    row      {"what": "base" | "adapter" | "rank" | "repaired" | "weaker", "at": rank, factor or weight | None,
+    losses   {"data": {source, tokens} | None, "general": {…} | None, "note": text | None, "rows":
+             [row, …]}
+    row      {"what": "base" | "adapter" | "rank" | "repaired" | "weaker", "at": rank, factor or
+             weight | None,
               "removed": share of the change | None, "data": loss | None, "general": loss | None}
 """
 
@@ -234,7 +236,8 @@ def _similarity_section(facts: Facts) -> str:
     cosine = median(layer["shared"]["cosine"] for layer in both)
     return (
         f"{heading}<p>φ is 1 where one space lies within the other, 0 where they share no direction"
-        f" (Hu et al. 2021, section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}. {exclusive}</p>"
+        f" (Hu et al. 2021, section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}."
+        f" {exclusive}</p>"
         f"<figure>{lines(series, x='principal angle', y='degrees, mean', top=90.0)}</figure>"
         f'<div class="pair">{"".join(maps)}</div>'
     )

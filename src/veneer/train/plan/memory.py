@@ -32,10 +32,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach import base_class, format_bytes, only_name, state_of, use
+from veneer.attach import only_name, state_of, use
 from veneer.bases import storage_of
-from veneer.distributed import is_spread
-from veneer.errors import ConfigError
+from veneer.distributed import base_class, is_spread
+from veneer.errors import ConfigError, format_bytes
 from veneer.handle import Handle, attach
 from veneer.models.meta import count_attention, countable_model
 from veneer.train.plan.count import Cost, Step, count_step

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from veneer.attach import Names, fresh_parameters, plan
+from veneer.attach import Names, plan
 from veneer.errors import ConfigError, TargetError, TrainingError, VeneerError, raise_all
 from veneer.fileio.atomic import write_whole
 from veneer.models.remote_code import with_trust_of_config
@@ -234,7 +234,7 @@ class _SweepRun:
     def run(self, should_stop: Callable[[], bool]) -> SweepResult:
         set_seed(self.config.seed)
         self.model = self.task.load().model
-        if "seed" in self.settings.axes and fresh_parameters(Names(self.model)):
+        if "seed" in self.settings.axes and Names(self.model).fresh_parameters():
             problem = (
                 "axis 'seed', and a head that no checkpoint of the base held, whose start hangs on"
                 " the seed"

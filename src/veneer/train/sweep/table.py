@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from veneer.attach import format_bytes
+from veneer.errors import format_bytes
 from veneer.train.callbacks import say
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
