@@ -50,6 +50,7 @@ from veneer.attach import (
     check_full,
     full_readers,
     has_forward,
+    invocation_problems,
     kind_for,
     overlaps,
     own_parameters,
@@ -407,6 +408,8 @@ class _Match:
                 self.full_names[path] = tuple(key for key in tensors if key in module._parameters)
         check_full(names, self.full_names, self.problems)
         self.problems += overlaps(names, changed_refs(self.low, self.full_names))
+        if self.saved.config.invocation_tokens:
+            self.problems += invocation_problems(names, self.low, self.full_names)
 
     def take_base_weight(self, entry: LowRankPlan) -> None:
         """Remove the frozen weight of an adapted embedding or head from ``full``, where PEFT saves

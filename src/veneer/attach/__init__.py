@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from veneer.attach.layer.change import Change
     from veneer.attach.layer.dtypes import is_float
+    from veneer.attach.layer.invoked_adapter import InvokedAdapter
     from veneer.attach.layer.layer_adapter import LayerAdapter
     from veneer.attach.layer.lookup import (
         adapters,
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
         check_full,
         holders,
         holders_of,
+        invocation_problems,
         kind_for,
         name_problems,
     )
@@ -173,6 +175,7 @@ _LAZY = {
     "unwrap": "layer.lookup",  # the model inside of DDP and torch.compile
     # an adapted layer
     "Change": "layer.change",  # the change of one weight: its parameters, and ΔW from these
+    "InvokedAdapter": "layer.invoked_adapter",  # a LayerAdapter that acts from an invocation on
     "LayerAdapter": "layer.layer_adapter",  # what one adapter changes at one layer
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights
     "ROWS": "layer.token_rows",  # the name of the trained token rows among a Change's parameters
@@ -221,6 +224,7 @@ _LAZY = {
     "has_head": "planning.fresh_weights",  # whether a transformers model has a head
     "holders": "planning.refusals",  # the modules that hold each parameter
     "holders_of": "planning.refusals",  # the modules that hold one weight
+    "invocation_problems": "planning.refusals",  # why an adapter cannot act from an invocation on
     "is_matrix": "planning.plan",  # whether a low-rank change fits a parameter
     "kind_for": "planning.refusals",  # the layer kind that describes a parameter
     "name_problems": "planning.refusals",  # why an adapter of a name cannot be added

@@ -26,6 +26,7 @@ _SAME_VALUE = {
     "lora_dropout": "dropout",
     "layers_to_transform": "layers",
     "trainable_token_indices": "trainable_tokens",
+    "alora_invocation_tokens": "invocation_tokens",
 }
 BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
 #: starts that are variants of the same name in Veneer

@@ -123,6 +123,8 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
                 sentence(problem, "one of them", "leave one of the tied modules out of train_also")
             )
     problems += overlaps(names, changed_refs(low, full))
+    if config.invocation_tokens:
+        problems += refusals.invocation_problems(names, low, full)
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
         config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
