@@ -250,9 +250,7 @@ class Bank:
     def acquire(self, adapter_weights: Mapping[str, float]) -> Future[Lease]:
         """A future of a lease on the adapters of a blend ({name: weight}; an empty one is the base
         alone). It is done at once if all are in memory, else when a thread has loaded the others.
-
-        Raises:
-            SelectionError: an unknown name, or a weight that is not finite. The future raises others.
+        ``SelectionError``: an unknown name, or a weight that is not finite. The future raises others.
         """
         done: Future[Lease] = Future()
         with self._changed:
@@ -271,19 +269,20 @@ class Bank:
         return future
 
     @contextmanager
-    def rows(self, choices: Sequence[Any]) -> Iterator[None]:
+    def rows(self, choices: Sequence[Any], *, invoked: bool = False) -> Iterator[None]:
         """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a
         blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. The
-        selection applies to calls of this thread or asyncio task.
+        selection applies to calls of this thread or asyncio task. ``invoked``: the tokens of each
+        call are all behind the invocation of their row's adapter, if that has one.
 
         Raises:
-            SelectionError: an unknown name, no rows.
+            SelectionError: an unknown name, no rows, or invocation tokens that are not ``invoked``.
             AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
         """
         row_weights = row_weights_of(choices)
         names = {name: 1.0 for weights in row_weights if weights for name in weights}
         with self._acquire(names) as lease:
-            uses = uses_of_rows(self, choices, row_weights, lease)
+            uses = uses_of_rows(self, choices, row_weights, lease, invoked)
             with self._use_rows(uses):
                 yield
 
