@@ -3,16 +3,18 @@ folder."""
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
-from tests.support.tiny import write_rows, write_tiny
+from tests.support.tiny import tiny_model, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import veneer
 from veneer.errors import ConfigError
 from veneer.train.config import make_config
+from veneer.train.loss import causal_loss
 from veneer.train.run import fit
 
 TEXT = "<c>"
@@ -78,6 +80,31 @@ def test_preferences_are_learned_from_the_text_on(make, tmp_path):
     result = fit(make(task="dpo", data=data, max_steps=8), quiet=True)
     assert result.losses[-1] < result.losses[0]
     assert result.handle.config.invocation_tokens
+
+
+def test_runs_that_share_a_batch_are_invoked_each_by_its_own_tokens():
+    base = tiny_model(num_hidden_layers=1).double().train()
+    configs = {
+        name: veneer.LoraConfig(rank=2, targets=["*_proj"], invocation_tokens=tokens, dropout=drops)
+        for name, tokens, drops in (("a", [7, 8], 0.0), ("b", [9], 0.3), ("plain", (), 0.0))
+    }
+    rows = torch.tensor([[20, 7, 8, 21, 9, 22, 23], [9, 20, 21, 22, 23, 7, 8]])
+    batches = {name: {"input_ids": rows, "labels": rows} for name in configs}
+    separate = {}
+    for seed, (name, config) in enumerate(configs.items()):
+        model = copy.deepcopy(base)
+        torch.manual_seed(seed)
+        separate[name] = veneer.attach(model, config)
+        causal_loss(model, batches[name]).backward()
+    runs = veneer.train_many(base, configs, seeds={name: n for n, name in enumerate(configs)})
+    runs.backward(batches, causal_loss)
+    for name, run in runs.items():
+        gradients = [
+            torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()])
+            for adapter in (run, separate[name])
+        ]
+        assert torch.allclose(*gradients, rtol=1e-10, atol=1e-10), name
+        assert gradients[0].norm() > 1e-3
 
 
 @pytest.mark.parametrize(
