@@ -12,12 +12,14 @@ import peft
 import pytest
 import torch
 import transformers
+from tests.support.tiny import write_tiny
 from tests.support.toys import error
 from torch import nn
 
 import veneer
 from veneer.attach.invocation import find_starts
 from veneer.errors import AdapterError, ConfigError, MergeError, SelectionError, TargetError
+from veneer.models.load import load_base
 from veneer.tools.compose import compose
 from veneer.tools.convert import convert
 from veneer.tools.merge_checkpoint import merge_checkpoint
@@ -391,6 +393,37 @@ def test_a_check_reaches_every_change():
     veneer.attach(model, config)
     report = veneer.check(model, {"input_ids": torch.tensor([[5, 6, 1, 2, 7, 8]])})
     assert (report.compared, len(report.weights)) == (0, 14)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "bf16"])
+def test_packed_and_narrow_weights_are_changed_from_the_invocation_on(tmp_path, kind):
+    """The reference: the base fills a cache, and a plain adapter goes on from it."""
+    if kind != "bf16":
+        pytest.importorskip("bitsandbytes")
+    base = write_tiny(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    options = {"precision": "bf16"} if kind == "bf16" else {"quantize": kind, "precision": "fp32"}
+    model = load_base(base, device="cpu", **options).model
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    adapters = [
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets, **fields), name)
+        for name, fields in (("invoked", {"invocation_tokens": [1, 2]}), ("plain", {}))
+    ]
+    for parameters in zip(*(adapter.parameters() for adapter in adapters), strict=True):
+        parameters[0].data.add_(torch.randn_like(parameters[0]) * 0.3)
+        parameters[1].data.copy_(parameters[0])
+    ids = torch.tensor([[15, 16, 17, 1, 2, 18, 19]])
+    with torch.no_grad():
+        with veneer.use(model, None):
+            first = model(ids[:, :3], use_cache=True)
+        with veneer.use(model, "plain"):
+            rest = model(ids[:, 3:], past_key_values=_cache_of(first)).logits
+            assert error(model(ids).logits[:, 3:], rest) > 0.1
+        with veneer.use(model, "invoked"):
+            logits = model(ids).logits
+    # int8 rounds the inputs of all tokens of a call together
+    tolerance = 1e-3 if kind == "nf4" else 0.03
+    assert error(logits[:, :3], first.logits) < tolerance
+    assert error(logits[:, 3:], rest) < tolerance
 
 
 @pytest.mark.slow

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import httpx
+import peft
 import pytest
 import torch
+from tests.support.api_server import listening
+from tests.support.service import make_adapter, open_service
 from tests.support.serving import Client, alone, asked, make, prompts
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer, write_tiny
 
 import veneer
-from veneer.errors import SelectionError
+from veneer.errors import ConfigError, SelectionError
 from veneer.serve.attention import BLOCK
 from veneer.serve.engine import Engine
 
@@ -186,3 +190,64 @@ def test_a_blend_and_plain_rows_of_a_bank_are_refused(serving):
     with pytest.raises(SelectionError, match="'a' in a bank's rows, which has invocation tokens"):
         bank.generate(ids, adapters=["a"], max_new_tokens=2)
     assert ask(engine, (20, 7, 8), "a").wait().finish == "length"
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+def test_a_server_serves_folders_of_either_library(tmp_path):
+    base, adapters = write_tiny(tmp_path / "base"), tmp_path / "adapters"
+    tokenizer = tiny_tokenizer()
+    tokens = {name: tokenizer.encode(f"<{name}>") for name in ("ours", "theirs")}
+    targets = ["q_proj", "v_proj", "down_proj"]
+    make_adapter(adapters / "ours", 1, rank=2, targets=targets, invocation_tokens=tokens["ours"])
+    config = peft.LoraConfig(
+        target_modules=targets, task_type="CAUSAL_LM", alora_invocation_tokens=tokens["theirs"]
+    )
+    model = peft.get_peft_model(tiny_model(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(adapters / "theirs")
+    text = "a text that is asked about more than once. "
+    with listening(open_service(base, adapters)) as (url, _), httpx.Client(base_url=url) as http:
+
+        def complete(model, prompt, **fields):
+            body = {"model": model, "prompt": prompt, "max_tokens": 5, "temperature": 0, **fields}
+            answer = http.post("/v1/completions", json={**body, "return_token_ids": True})
+            return answer.status_code, answer.json()
+
+        status, answer = complete("tiny", text)
+        assert status == 200
+        for name, ids in tokens.items():
+            _, answer = complete(name, f"{text}<{name}>")
+            details = answer["usage"]["prompt_tokens_details"]
+            assert details["cached_tokens"] == len(text) // BLOCK * BLOCK
+            alone_model = tiny_model()
+            veneer.load(alone_model, adapters / name)
+            prompt = tokenizer.encode(text) + ids
+            assert answer["choices"][0]["token_ids"] == alone(alone_model, prompt, 5)
+        blend = {"ours": 0.5, "theirs": 0.5}
+        status, answer = complete("tiny", text, adapters=blend)
+        assert status == 400
+        assert "of which one has invocation tokens" in answer["error"]["message"]
+
+
+def test_an_attached_adapter_that_is_invoked_is_refused(models):
+    with pytest.raises(ConfigError, match="calls use 'default', which has invocation tokens"):
+        Engine(models["a"], tiny_tokenizer())
+
+
+def test_a_bank_takes_an_attached_adapter_with_its_invocation(models, folders):
+    model = make("llama")
+    veneer.load(model, folders["a"], name="a")
+    bank = veneer.Bank(model)
+    bank.put("copy", folders["a"], "a")
+    with bank.acquire({"copy": 1.0}).result() as lease:
+        assert lease.uses[0][0].invocation_tokens == TOKENS["a"]
+        ids = torch.tensor([[*TOKENS["a"], 20, 21]])
+        with torch.inference_mode(), bank.rows([lease], invoked=True):
+            logits = model(ids).logits
+        with torch.inference_mode():
+            expected = models["a"](ids).logits
+    assert torch.allclose(logits, expected, atol=1e-4)
+    bank.close()
