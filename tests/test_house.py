@@ -116,6 +116,7 @@ def test_a_new_file_of_a_folder_with_a_registry_is_imported_without_another_line
 ATTACH_FLOORS = [
     ["layer"],
     ["source", "rows"],
+    ["invocation"],
     ["planning", "select", "first_step"],
     ["merging", "checking", "install", "uninstall", "summary", "reference"],
     ["data_init"],

@@ -50,6 +50,7 @@ PEFT_FIELDS = {
     "layers_to_transform": "layers",
     "modules_to_save": "train_also",
     "trainable_token_indices": "trainable_tokens",
+    "alora_invocation_tokens": "invocation_tokens",
     "use_dora": 'variant="dora"',
     "use_rslora": 'variant="rslora"',
     "use_qalora": 'variant="qalora"',
@@ -68,8 +69,8 @@ PEFT_UNNEEDED = {
 }  # fmt: skip
 #: and those that PEFT alone offers
 PEFT_ONLY = {
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "qalora_group_size", "use_bdlora", "velora_config",
+    "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
+    "qalora_group_size", "use_bdlora", "velora_config",
 }  # fmt: skip
 
 
@@ -109,6 +110,10 @@ class LoraConfig:
             with them those of every weight that is tied to it; or {pattern: ids}, for an embedding
             or head by name. The other rows stay as they are; with ``targets=()`` nothing else is
             trained.
+        invocation_tokens: ids of the tokens that invoke the adapter (aLoRA, Greenewald et al. 2025,
+            arXiv:2504.12397): in each row it acts on the tokens from their last occurrence in
+            ``input_ids`` on, and a row without them is the base's. For linear layers of a model
+            that reads ``input_ids``, with a plain product B A. Empty acts on every token.
         variant: a name in ``veneer.variants.names()``.
         dtype: of the trained numbers: a torch.dtype, its name ("float32", "float64", "bfloat16",
             "float16") or a short one ("fp32", "bf16", …); kept as its name. None takes float32 for
@@ -131,6 +136,7 @@ class LoraConfig:
     train_also: str | Sequence[str] = ()
     bias: str = "none"
     trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    invocation_tokens: Sequence[int] = ()
     variant: str = "lora"
     dtype: str | torch.dtype | None = None
 
@@ -155,6 +161,7 @@ class LoraConfig:
             ("alphas", {}),
             ("slices", {}),
             ("trainable_tokens", ()),
+            ("invocation_tokens", ()),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, empty)
@@ -167,6 +174,8 @@ class LoraConfig:
             if isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "trainable_tokens", _tokens(self.trainable_tokens))
+        if isinstance(self.invocation_tokens, Iterable | int):
+            object.__setattr__(self, "invocation_tokens", _sequence(self.invocation_tokens))
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -183,6 +192,7 @@ class LoraConfig:
     def _problems(self):
         yield from self._strength_problems()
         yield from self._target_problems()
+        yield from self._invocation_problems()
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             yield sentence(
                 f"dropout={self.dropout!r}",
@@ -263,6 +273,27 @@ class LoraConfig:
                 "a list of block indices",
                 "use e.g. [0, 1, -1], or None for all",
             )
+
+    def _invocation_problems(self):
+        """Problems of ``invocation_tokens``, and of what would change tokens before them."""
+        tokens = self.invocation_tokens
+        if tokens == ():
+            return
+        if not isinstance(tokens, tuple) or not all(
+            type(id_) is int and id_ >= 0 for id_ in tokens
+        ):
+            do = "use e.g. tokenizer.encode(text, add_special_tokens=False)"
+            yield sentence(f"invocation_tokens={tokens!r}", "a list of token ids", do)
+        if self.variant in VARIANTS.names() and not _is_plain_product(self.variant):
+            plain = ", ".join(filter(_is_plain_product, VARIANTS.names()))
+            problem = f"variant={self.variant!r} with invocation_tokens"
+            yield sentence(problem, f"one of {plain}", 'use variant="lora"')
+        for name, nothing in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
+            value = getattr(self, name)
+            if value != nothing:
+                problem = f"{name}={value!r} with invocation_tokens"
+                expected = "changes that act from the invocation on: low-rank ones alone"
+                yield sentence(problem, expected, f"leave {name} out")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. A callable has no such form: ``attach`` replaces it by the paths that
@@ -394,6 +425,19 @@ def _tokens(value: Any) -> Any:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(sorted(value) if isinstance(value, Set) else value)
     return value
+
+
+def _sequence(value: Any) -> Any:
+    """Token ids in their order as a tuple; text and sets, which have none, stay as they are."""
+    if isinstance(value, str | Set | Mapping):
+        return value
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _is_plain_product(variant: str) -> bool:
+    """Whether a variant computes ΔW = s · B A from two parameters that train, as LoRA does."""
+    lora = VARIANTS["lora"]
+    return VARIANTS[variant].resolve is lora.resolve and not VARIANTS[variant].frozen
 
 
 def _ids(value: Any) -> bool:

@@ -44,6 +44,9 @@ class Context:
         blocks: blocks of generators that were opened in this thread or task, or in the one whose
             context was copied for this one.
         included: the blocks that are already part of ``selection``.
+        invoked: the ``InvokedCall`` of each model whose forward runs now, by the model's ``uid``,
+            for adapters with invocation tokens (``attach/invocation.py``).
+        prompts: the ``PromptStarts`` of each model whose ``generate`` runs now, by its ``uid``.
     """
 
     selection: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +56,8 @@ class Context:
     source: Any = field(default=None, repr=False, compare=False)
     blocks: tuple[Block, ...] = ()
     included: frozenset[Block] = frozenset()
+    invoked: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Block:

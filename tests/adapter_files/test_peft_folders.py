@@ -576,46 +576,6 @@ def without(path, field):
     return path
 
 
-def from_on(model, name, ids, start):
-    """docs/from-peft.md: the logits of the tokens from ``start`` on, of the adapter; those before
-    it are the base's."""
-    with torch.no_grad(), veneer.use(model, None):
-        cache = model(ids[:, :start], use_cache=True).past_key_values
-    with veneer.use(model, name):
-        return model(ids[:, start:], past_key_values=cache).logits
-
-
-def test_alora_is_lora_that_is_selected_from_its_tokens_on(tmp_path):
-    fields = {
-        "task_type": "CAUSAL_LM",
-        "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
-    }
-    theirs, path = by_peft(tmp_path / "theirs", llama(), alora_invocation_tokens=[1, 2], **fields)
-    ids, start = torch.tensor([[3, 5, 7, 1, 2, 4, 6, 8]]), 3
-    with pytest.raises(
-        AdapterError, match=r"alora_invocation_tokens=\[1, 2\].*from these tokens on"
-    ):
-        veneer.load(llama(), path)
-    model = llama()
-    handle = veneer.load(model, without(path, "alora_invocation_tokens"), name="a", trainable=True)
-    for parameter in theirs.parameters():
-        parameter.requires_grad_()
-    expected, logits = theirs(input_ids=ids).logits[:, start:], from_on(model, "a", ids, start)
-    assert error(logits, expected) < 1e-5
-    assert error(model(ids).logits[:, start:], expected) > 1e-3
-    for one in (expected, logits):
-        one[:, :-1].log_softmax(-1).gather(-1, ids[:, start + 1 :, None]).sum().backward()
-    projection = theirs.base_model.model.model.layers[0].self_attn.k_proj.lora_A["default"].weight
-    ours = handle.changes["model.layers.0.self_attn.k_proj.weight"].adapter_parameters["A"]
-    assert error(ours.grad[0], projection.grad) < 1e-5
-    with torch.no_grad(), veneer.use(model, None):
-        cache = model(ids[:, :start], use_cache=True).past_key_values
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    with veneer.use(model, "a"):
-        found = model.generate(ids, past_key_values=cache, **options)
-    assert torch.equal(found, theirs.generate(input_ids=ids, **options))
-
-
 def test_repeated_layers_are_those_of_a_base_that_has_them(tmp_path):
     config = transformers.LlamaConfig(
         **SMALL, num_hidden_layers=2, intermediate_size=24, num_key_value_heads=1

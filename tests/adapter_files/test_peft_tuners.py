@@ -431,9 +431,7 @@ def test_what_peft_computes_otherwise_is_refused(tmp_path, case):
         veneer.load(odd(groups=2), tmp_path / "grouped")
 
 
-@pytest.mark.parametrize(
-    "fields", [{"alora_invocation_tokens": [1, 2]}, {"layer_replication": [[0, 1], [0, 1]]}]
-)
+@pytest.mark.parametrize("fields", [{"layer_replication": [[0, 1], [0, 1]]}])
 def test_what_changes_more_than_weights_is_refused(tmp_path, fields):
     peft.get_peft_model(net(), peft.LoraConfig(target_modules=["q"])).save_pretrained(
         tmp_path / "adapter"

@@ -191,7 +191,7 @@ def test_names_that_are_patterns_here_keep_their_meaning() -> None:
 def test_every_field_that_cannot_be_expressed_is_named_at_once() -> None:
     fields = {
         "r": 4, "target_modules": ["q_proj"], "lora_bias": True, "layer_replication": [[0, 2]],
-        "alora_invocation_tokens": [1], "init_lora_weights": "gaussian", "of_the_future": 3,
+        "velora_config": {"rate": 1}, "init_lora_weights": "gaussian", "of_the_future": 3,
     }  # fmt: skip
     with pytest.raises(ConfigError, match="5 problems") as raised:
         veneer.LoraConfig.from_peft(fields)

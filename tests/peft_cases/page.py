@@ -21,7 +21,7 @@ class Reason:
 
 
 _PEFT_SAVES = "Let PEFT save it as LoRA (`save_as_lora`), or merge it there and take the difference (`veneer extract`)."
-_FROM_ON = "Load it as the LoRA that it is, and select it from these tokens on: [aLoRA](from-peft.md#alora)."
+_FROM_ON = "Keep the adapter beside the base, as with PEFT: no weight acts on some tokens alone."
 _REPEATED = (
     "Load it on a base that has these layers: [Repeated layers](from-peft.md#repeated-layers)."
 )
@@ -34,7 +34,7 @@ _FLAT = "Exclude that layer, or run each adapter on its rows alone; PEFT cannot 
 REASONS = [
     Reason(_pattern, _title, _do)
     for _pattern, _title, _do in (
-        ("alora_invocation_tokens", "aLoRA: a change from a token on", _FROM_ON),
+        ("invocation tokens", "aLoRA, merged", _FROM_ON),
         ("layer_replication", "Layers that PEFT repeats", _REPEATED),
         (
             _RESEARCH,

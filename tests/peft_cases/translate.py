@@ -20,8 +20,8 @@ class UntranslatedError(Exception):
 
 #: fields of which the docs say "not offered", or that mean PEFT's own arithmetic alone
 NOT_OFFERED = {
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "loftq_config",
-    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
+    "arrow_config", "kasa_config", "layer_replication", "lora_bias", "loftq_config", "monteclora_config",
+    "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
 #: ways to start that move no base weight, and the variant of ours
 STARTS = {"pissa": "pissa", "olora": "olora", "orthogonal": "orthogonal"}
@@ -75,6 +75,8 @@ def translated(
             ours["exclude"] = [*ours.get("exclude", []), *saved]  # PEFT adapts nothing inside them
     if tokens := fields.get("trainable_token_indices"):
         ours["trainable_tokens"] = tokens
+    if tokens := fields.get("alora_invocation_tokens"):
+        ours["invocation_tokens"] = tokens
     ours["bias"] = {"none": "none", "lora_only": "targets", "all": "all"}[
         fields.get("bias", "none")
     ]

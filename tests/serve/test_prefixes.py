@@ -128,3 +128,30 @@ def test_what_was_computed_with_an_adapter_goes_with_it():
     gc.collect()
     assert find_numbers(prefixes, 1) == [1]
     assert (len(prefixes), prefixes.budget.prefixes) == (1, 10)
+
+
+def test_blocks_before_an_invocation_are_the_base_s():
+    prefixes, adapters = open_cache(), [(Adapter("a"), 1.0)]
+    invoked = [Namespace(adapters, "", start) for start in (2 * BLOCK, BLOCK + 3, BLOCK + 5)]
+    add(prefixes, 1, 2)
+    assert [find_numbers(prefixes, 1, 2, namespace=each) for each in invoked] == [[1, 2], [1], [1]]
+    add(prefixes, 1, 2, 3, namespace=invoked[0])
+    add(prefixes, 1, 2, 3, namespace=invoked[1])
+    assert len(prefixes) == 5  # 1 and 2 of the base; 3 of the first; 2 and 3 of the second
+    assert find_numbers(prefixes, 1, 2, 3) == [1, 2]
+    assert [find_numbers(prefixes, 1, 2, 3, namespace=each) for each in invoked] == [
+        [1, 2, 3], [1, 2, 3], [1],
+    ]  # fmt: skip
+    assert find_numbers(prefixes, 1, 2, namespace=Namespace(adapters, "")) == []
+    assert find_numbers(prefixes, 1, 2, namespace=Namespace(adapters, "other", 2 * BLOCK)) == []
+    assert find_numbers(prefixes, 1, 2, namespace=Namespace((), "", float("inf"))) == [1, 2]
+
+
+def test_equal_tokens_have_equal_keys_up_to_an_invocation():
+    first, second = (Namespace([(Adapter(name), 1.0)], "", BLOCK) for name in "ab")
+    assert first.is_same_until(BLOCK, second)
+    assert first.is_same_until(BLOCK, BASE)
+    assert not first.is_same_until(2 * BLOCK, second)
+    assert not first.is_same_until(2 * BLOCK, BASE)
+    assert first.is_same_until(2 * BLOCK, first)
+    assert not first.is_same_until(BLOCK, Namespace([(Adapter("a"), 1.0)], ""))

@@ -151,6 +151,8 @@ class Client:
 class Adapter:
     """An adapter in memory."""
 
+    invocation_tokens = ()
+
     def __init__(self, name: str) -> None:
         self.uid = name
 
@@ -204,7 +206,8 @@ class Recorder:
         future.set_result(self._lease(blend))
 
     @contextlib.contextmanager
-    def rows(self, entries):
+    def rows(self, entries, *, invoked):
+        assert invoked
         for entry in entries:
             assert entry is None or entry in self.held
         self.calls.append([None if entry is None else entry.blend for entry in entries])

@@ -443,6 +443,7 @@ def test_what_cannot_be_spread_is_refused(make: Make, tmp_path: Path) -> None:
         "quantize": {"quantize": "nf4"},
         "a quantised base": {"base": str(tmp_path / "packed")},
         "cache_lower": {"cache_lower": True},
+        "invocation": {"invocation": "<c>"},
     }
     for why, changes in cases.items():
         with pytest.raises(ConfigError, match=f"fsdp with {why}"):

@@ -287,7 +287,8 @@ def test_what_cannot_be_cut_is_refused(
 
 
 def test_what_a_cut_base_cannot_do_is_refused(make: Callable[..., Any]) -> None:
-    for changes in ({"quantize": "nf4"}, {"cache_lower": True}, {"device_map": "auto"}):
+    refused = {"quantize": "nf4"}, {"cache_lower": True}, {"device_map": "auto"}
+    for changes in (*refused, {"invocation": "<c>"}):
         with pytest.raises(ConfigError, match=f"parallel tp with {next(iter(changes))}"):
             must_divide(make(parallel="tp", **changes), 2)
     must_divide(make(parallel="tp"), 2)

@@ -247,6 +247,7 @@ def _config(
     }
     target_modules = union if union and module_targets == set(targets) else sorted(set(targets))
     types = [str(config.get("peft_type")) for config in configs]
+    invocation = configs[0].get("alora_invocation_tokens")
     modules = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
     biases = [config.get("bias") or "none" for config in configs]
     fields = {
@@ -259,5 +260,6 @@ def _config(
         "bias": next((bias for bias in ("all", "lora_only") if bias in biases and full), "none"),
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
         **({"use_dora": True} if variant == "dora" else {}),
+        **({"alora_invocation_tokens": invocation} if invocation else {}),
     }
     return config_fields(fields, sizes, (configs[0]["r"], configs[0]["lora_alpha"]), parameters)

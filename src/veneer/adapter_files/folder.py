@@ -104,6 +104,14 @@ class AdapterFiles:
                 "merge it (`veneer merge`), and take the merged model",
             )
 
+    def refuse_invocation_tokens(self, operation: str) -> None:
+        """Raise AdapterError if the adapter acts on some tokens alone, which ``operation`` cannot
+        express."""
+        if tokens := self.config.invocation_tokens:
+            problem = f"{self.path}, which acts from its invocation tokens {list(tokens)} on, for "
+            do = "use it as the adapter that it is; `veneer serve` takes it"
+            raise AdapterError(problem + operation, "an adapter that acts on every token", do)
+
     def token_ids(self, weight: str) -> tuple[int, ...]:
         """The ids of the trained tokens of the weight at a path; of a tied weight, at the path in
         the file."""
@@ -456,5 +464,6 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
         train_also=config.get("modules_to_save") or (),
         variant=variant.name,
         trainable_tokens=config.get(peft_tokens.FIELD) or (),
+        invocation_tokens=config.get("alora_invocation_tokens") or (),
         bias=BIASES.get(config.get("bias") or "none", "none"),
     )

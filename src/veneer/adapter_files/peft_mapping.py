@@ -216,9 +216,13 @@ def peft_config(
         isinstance(entry.module, nn.MultiheadAttention) for entry in peft_form
     )
     kinds = {kind_for(entry.module, entry.weight).name for entry in peft_form}
+    task, tokens = _task(names.model), config.invocation_tokens
+    peft_type = _peft_type(names, peft_form)
+    if tokens and task != "CAUSAL_LM" and peft_type == "LORA":
+        peft_type = f"{peft.NOT_FOR_PEFT}: PEFT finds invocation tokens for task CAUSAL_LM alone"
     fields = {
-        "peft_type": _peft_type(names, peft_form),
-        "task_type": _task(names.model),
+        "peft_type": peft_type,
+        "task_type": task,
         "base_model_name_or_path": base_name,
         "lora_dropout": config.dropout if plain else 0.0,
         "target_modules": (
@@ -230,6 +234,7 @@ def peft_config(
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
         "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
         **({"lora_bias": True} if new_biases(names.model, name) else {}),
+        **({"alora_invocation_tokens": list(tokens)} if tokens else {}),
         **(variant.peft or {}),
     }
     alpha = variant.default_alpha if config.alpha is None else config.alpha

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from veneer.attach.layer.adapted_module import layer_states, state_of, walk, with_values
     from veneer.attach.layer.call import Call
     from veneer.attach.layer.change import Change
+    from veneer.attach.layer.invoked_adapter import InvokedAdapter
     from veneer.attach.layer.layer_adapter import LayerAdapter
     from veneer.attach.layer.lookup import (
         adapters,
@@ -130,6 +131,7 @@ _LAZY = {
     # an adapted layer
     "Change": "layer.change",  # the change of one weight: its parameters, and ΔW from these
     "Call": "layer.call",  # one call of an adapted module
+    "InvokedAdapter": "layer.invoked_adapter",  # a LayerAdapter that acts from an invocation on
     "LayerAdapter": "layer.layer_adapter",  # what one adapter changes at one layer
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights
     "ROWS": "layer.token_rows",  # the name of the trained token rows among a Change's parameters

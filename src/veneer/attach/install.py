@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.first_step import watch_first_step
+from veneer.attach.invocation import find_invocations, with_invocation
 from veneer.attach.layer.adapted_module import adapt_methods, adapt_module, set_child, state_of
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.fused_linear import SharedInputLayers
@@ -77,15 +78,19 @@ def install_adapter(
     layer_adapters = build_layer_adapters(
         names, plans, trainable=trainable, parameters=parameters, calibration=calibration
     )
-    attached = _ensure_adapters(model)
-    selected = _adapt_modules(attached, names, plans, layer_adapters)
+    attached, tokens = _ensure_adapters(model), tuple(plans.config.invocation_tokens)
+    selected: Any = _adapt_modules(attached, names, plans, layer_adapters)
+    selected = with_invocation(selected, name) if tokens else selected
+    active = ActiveAdapter(name, selected, on=attached.merged, invocation_tokens=tokens)
     for path, layer_adapter in layer_adapters.items():
         layer_state: Any = state_of(names.modules[path])
         set_child(layer_state, name, layer_adapter)
     attached.set_adapters(
         {**attached.configs, name: plans.config},
-        {**attached.selections, name: ActiveAdapter(name, selected, on=attached.merged)},
+        {**attached.selections, name: active},
     )
+    if tokens:
+        find_invocations(model, attached)
     watch_first_step(
         model,
         name,

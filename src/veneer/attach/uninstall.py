@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from veneer.attach.invocation import find_invocations
 from veneer.attach.layer.adapted_module import (
     layer_states,
     restore_module,
@@ -52,6 +53,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         for adapter in names:
             set_child(layer_state, adapter, None)
     remaining = [key for key in attached.configs if key not in names]
+    had_invocations = any(config.invocation_tokens for config in attached.configs.values())
     for selected in attached.selections.values():
         if selected.on in names:  # the merged weights are the base weights from now on
             selected.on = None
@@ -60,6 +62,8 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         {key: attached.configs[key] for key in remaining},
         {key: attached.selections[key] for key in remaining},
     )
+    if had_invocations:
+        find_invocations(model, attached)
     for _, module in walk(model) if not remaining else ():
         remove_overrides(module)
     _release_layers(model, attached)

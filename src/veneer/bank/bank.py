@@ -265,19 +265,20 @@ class Bank:
         return future
 
     @contextmanager
-    def rows(self, choices: Sequence[Any]) -> Iterator[None]:
+    def rows(self, choices: Sequence[Any], *, invoked: bool = False) -> Iterator[None]:
         """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a
         blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. The
-        selection applies to calls of this thread or asyncio task.
+        selection applies to calls of this thread or asyncio task. ``invoked``: the tokens of each
+        call are all behind the invocation of their row's adapter, if that has one.
 
         Raises:
-            SelectionError: an unknown name, no rows.
+            SelectionError: an unknown name, no rows, or invocation tokens that are not ``invoked``.
             AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
         """
         row_weights = row_weights_of(choices)
         names = {name: 1.0 for weights in row_weights if weights for name in weights}
         with self._acquire(names) as lease:
-            uses = uses_of_rows(self, choices, row_weights, lease)
+            uses = uses_of_rows(self, choices, row_weights, lease, invoked)
             with self._use_rows(uses):
                 yield
 

@@ -116,9 +116,11 @@ def uses_of_rows(
     choices: Sequence[Any],
     row_weights: Sequence[Mapping[str, float] | None],
     lease: Lease,
+    invoked: bool,
 ) -> tuple[Uses, ...]:
     """The resident adapters and weights of each row, without weights of 0. ``lease`` holds the
-    adapters of all rows whose choice is not itself a lease."""
+    adapters of all rows whose choice is not itself a lease. ``SelectionError``: an adapter has
+    invocation tokens, which a bank's rows do not search, and the tokens are not all ``invoked``."""
     adapters = (adapter for adapter, _ in lease.uses)
     resident = dict(zip(lease.adapter_weights, adapters, strict=True))
     blends = (
@@ -127,9 +129,16 @@ def uses_of_rows(
         else [(resident[name], weight) for name, weight in weights.items()]
         for choice, weights in zip(choices, row_weights, strict=True)
     )
-    return tuple(
+    uses = tuple(
         tuple((adapter, weight) for adapter, weight in blend if weight) for blend in blends
     )
+    for adapter in () if invoked else (adapter for row in uses for adapter, _ in row):
+        if adapter.invocation_tokens:
+            problem = f"{adapter.path.name!r} in a bank's rows, which has invocation tokens"
+            expected = "adapters that act on every token"
+            do = "veneer.load it and use veneer.use, or ask `veneer serve`"
+            raise SelectionError(problem, expected, do)
+    return uses
 
 
 def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.match_model import MatchCache, match
 from veneer.attach import (
+    InvokedAdapter,
     LayerAdapter,
     LowRankPlan,
     ModulePath,
@@ -108,7 +109,8 @@ class ResolvedLowRank:
 class ResidentAdapter:
     """An adapter in memory. ``uid``: never used again; ``parts``: the table of its
     ``ActiveAdapter``; ``nbytes``: bytes of tensors and Python objects; ``rank``: the largest one;
-    ``general``: keys of the parts that are not ``ResolvedLowRank``."""
+    ``general``: keys of the parts that are not ``ResolvedLowRank``; ``invocation_tokens``: those of
+    its config."""
 
     path: Path
     variant: str
@@ -116,6 +118,7 @@ class ResidentAdapter:
     nbytes: int
     rank: int
     general: frozenset[Any]
+    invocation_tokens: tuple[int, ...] = ()
     uid: int = field(default_factory=_COUNT.__next__)
 
 
@@ -156,7 +159,7 @@ def load_resident(
     recipe = recipes.get(id(low))  # ``cache`` holds this very tuple, so its id is unique
     if recipe is not None and not load_plan.full and recipe.config == config:
         tables = recipe.table(load_plan.adapter_parameters, dtype)
-        return _resident(path, config.variant, tables, [], len(tables))
+        return _resident(path, config, tables, [], len(tables))
     layer_adapters = build_layer_adapters(
         names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
     )
@@ -173,7 +176,7 @@ def load_resident(
     ) == len(low)
     if plain and all(map(_ordinary, low, modules)):
         recipes[id(low)] = Recipe(config, low, modules)
-    return _resident(path, config.variant, tables, general, len(layer_adapters))
+    return _resident(path, config, tables, general, len(layer_adapters))
 
 
 @torch.inference_mode(False)
@@ -188,11 +191,14 @@ def resident_of(
         module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)
     }
     resolved_low, general = _split_adapters(Names(model), layer_adapters, dtype)
-    table = attached.selections[name].table
+    table = {
+        key: entry.layer_adapter if isinstance(entry, InvokedAdapter) else entry
+        for key, entry in attached.selections[name].table.items()
+    }
     if general or any(id(layer_adapter) not in resolved_low for layer_adapter in table.values()):
         return None
     tables = {key: resolved_low[id(layer_adapter)] for key, layer_adapter in table.items()}
-    return _resident(path, attached.configs[name].variant, tables, [], len(tables))
+    return _resident(path, attached.configs[name], tables, [], len(tables))
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +252,7 @@ def _ordinary(entry: LowRankPlan, module: nn.Module) -> bool:
 
 def _resident(
     path: Path,
-    variant: str,
+    config: LoraConfig,
     tables: Mapping[Any, Any],
     general: Sequence[LayerAdapter],
     part_count: int,
@@ -267,11 +273,12 @@ def _resident(
     rank = max((len(change.A) for change in low.values()), default=0)
     return ResidentAdapter(
         path,
-        variant,
+        config.variant,
         tables,
         size + OVERHEAD * part_count,
         rank,
         frozenset(tables.keys() - low.keys()),
+        tuple(config.invocation_tokens),
     )
 
 

@@ -27,6 +27,7 @@ _SAME_VALUE = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "trainable_token_indices": "trainable_tokens",
+    "alora_invocation_tokens": "invocation_tokens",
 }
 BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
 #: starts that are variants of the same name in Veneer

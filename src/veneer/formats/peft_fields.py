@@ -67,6 +67,11 @@ _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "exclude_modules layers_pattern target_modules",
     ),
     (_token_ids, "a list of token ids, or one for each path", "trainable_token_indices"),
+    (
+        lambda value: isinstance(value, list) and _token_ids(value),
+        "a list of token ids",
+        "alora_invocation_tokens",
+    ),
     (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'", "bias"),
     (
         lambda value: _every(list, _is(int))(value if isinstance(value, list) else [value]),
@@ -77,9 +82,6 @@ _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
 _FIELD_TESTS = {field: (test, words) for test, words, fields in _FIELDS for field in fields.split()}
 #: the advice for a refused field, if it is not "use PEFT"
 _ADVICE = {
-    "alora_invocation_tokens": (
-        'take it out, and select the adapter from these tokens on (docs/from-peft.md, "aLoRA")'
-    ),
     "layer_replication": (
         'take it out, and load on a base that has these layers (docs/from-peft.md, "Repeated'
         ' layers")'
@@ -130,6 +132,7 @@ def check_config(
     problems += _missing_fields(config)
     problems += _start_problems(config, with_base)
     problems += _option_problems(config, with_base)
+    problems += _invocation_problems(config)
     problems += _value_problems(config)
     problems = problems or list(_bad_patterns(config))
     raise_all(AdapterError, f"This {CONFIG} cannot be used", problems)
@@ -177,6 +180,18 @@ def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str
             do = "set it to false, unless that base is GPTQ's"
         problem = "use_qalora=true, which pools inputs of GPTQ layers"
         yield sentence(problem, "A of all inputs", do)
+
+
+def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """The problems of options that would change tokens before an adapter's invocation."""
+    if not config.get("alora_invocation_tokens"):
+        return
+    names = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
+    for name in names:
+        if config.get(name) not in (None, False, "none") and config[name]:
+            problem = f"{name}={config[name]!r} with alora_invocation_tokens in {CONFIG}"
+            expected = "plain LoRA of linear layers, which acts from the invocation on"
+            yield sentence(problem, expected, "use PEFT for it")
 
 
 def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -72,6 +72,7 @@ def problems(
         (not isinstance(config.get("target_modules"), list | str), "it names no target modules"),
         (rank > limit, f"its rank is {rank}, above max_lora_rank {limit}"),
         (dora, "it is a DoRA"),
+        (config.get("alora_invocation_tokens"), "it acts from its invocation tokens on"),
         (saved, f"it trains modules in full ({listing(saved or (), 3)})"),
         (bias != "none", f"it trains biases (bias={bias!r})"),
         *((True, reason) for reason in (*_scales(config, names), *_names(names))),

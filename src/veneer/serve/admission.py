@@ -20,7 +20,7 @@ from typing import Any
 
 from veneer.errors import BankFullError
 from veneer.serve.request_state import RequestState
-from veneer.serve.requests import cause_of
+from veneer.serve.requests import RequestError, cause_of
 from veneer.serve.scheduler import Key, Scheduler
 
 log = logging.getLogger("veneer.serve")
@@ -106,8 +106,11 @@ class Admission:
             return
         if error := state.future.exception():
             self._refuse(state, error, running)
-        else:
-            state.lease = state.future.result()
+            return
+        try:
+            state.take_lease(state.future.result())
+        except RequestError as error:
+            self._refuse(state, error, running)
 
     def _refuse(self, state: RequestState, error: BaseException, running: int) -> None:
         """The adapters cannot be had: now, if others hold the memory; else the request ends."""

@@ -83,7 +83,7 @@ class Batch:
             return []
         with self._lock:
             order = self._scheduler.by_service(self.filling)
-        counts = [min(len(state.ids) - state.length, tokens) for state in order]
+        counts = [min(state.piece_end(state.length) - state.length, tokens) for state in order]
         chosen = fit_budget(counts, tokens)
         for number in chosen:
             order[number].filled = order[number].length + counts[number]

@@ -304,7 +304,7 @@ class Engine:
         ends these alone."""
         self._called, start = states, time.monotonic()
         try:
-            with self._select_adapters([state.lease for state in states]):
+            with self._select_adapters([state.acting_lease for state in states]):
                 ready, logits = call(states)
         except Exception as error:
             self._end_failed(states, error)
@@ -335,9 +335,9 @@ class Engine:
         running, start = self._batch.sort_running(), time.monotonic()
         states = [*running, *filling]
         self._called = states
-        leases = [state.lease for state in running]
+        leases = [state.acting_lease for state in running]
         for state in filling:
-            leases += [state.lease] * (state.filled - state.length)
+            leases += [state.acting_lease] * (state.filled - state.length)
         pieces: list[Any] = [
             (state.row, state.length, state.ids[state.length : state.filled]) for state in filling
         ]
@@ -364,7 +364,7 @@ class Engine:
         return True
 
     def _select_adapters(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
-        return nullcontext() if self._bank is None else self._bank.rows(leases)
+        return nullcontext() if self._bank is None else self._bank.rows(leases, invoked=True)
 
     def _score_prompts(self) -> None:
         """The next piece of prompts of which log-probabilities are asked for. An answer of one

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from veneer.attach import state_of
+from veneer.attach import adapters_of, state_of
 from veneer.errors import ConfigError
 from veneer.serve.attention import BLOCK, NOW, attend, round_up
 from veneer.serve.slots import LayerForm, Row, Slots
@@ -40,6 +40,13 @@ class Forward:
     def __init__(self, model: Any) -> None:
         if model.training:
             raise ConfigError("a model in training mode", "one in eval mode", "call model.eval()")
+        attached = adapters_of(model)
+        if attached is not None and attached.default.invocation_tokens:
+            problem = (
+                f"a model whose calls use {attached.default.name!r}, which has invocation tokens"
+            )
+            do = "detach it, and give the engine a bank that has its folder"
+            raise ConfigError(problem, "a base, or an adapter that acts on every token", do)
         self.model, self.device = model, next(model.parameters()).device
         self.context, self.forms = context(model.config), ()
         self.attention = model.config._attn_implementation

@@ -81,10 +81,10 @@ class Memory:
         this one's beginning than is cached."""
         if self.prefixes is None:
             return False
-        key, stop = _namespace_of(state).key, (len(self._find(state)) + 1) * BLOCK
+        namespace, stop = _namespace_of(state), (len(self._find(state)) + 1) * BLOCK
         return stop < len(state.ids) and any(
             each.length < stop <= len(each.ids)
-            and _namespace_of(each).key == key
+            and _namespace_of(each).is_same_until(stop, namespace)
             and each.ids[:stop] == state.ids[:stop]
             for each in filling
         )
@@ -134,7 +134,8 @@ def _namespace_of(state: RequestState) -> Namespace:
     if state.namespace is None:
         request = state.request
         salt = ("salt", request.cache_salt) if request.cache_salt else ("key", request.owner)
-        state.namespace = Namespace(getattr(state.lease, "uses", ()), salt)
+        uses = getattr(state.lease, "uses", ())
+        state.namespace = Namespace(uses, salt, state.acts_from)
     return state.namespace
 
 

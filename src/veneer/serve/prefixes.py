@@ -6,6 +6,10 @@
            └─ block    the 16 tokens behind them
                 └─ …
 
+Keys and values before the invocation of an adapter with invocation tokens are the base's: such a
+request begins in the namespace of the base, and its blocks from the invocation on are children of
+their own there.
+
 A tree by exact token ids: a block is found by its tokens and by all tokens before it, so no hash
 can be mistaken for another. An adapter stands for itself as it lies in memory, not for its name:
 one that is loaded anew, under whatever name, begins with an empty namespace, and the namespace of
@@ -26,18 +30,38 @@ from torch import Tensor
 from veneer.serve.attention import BLOCK
 from veneer.serve.slots import Budget
 
-Ids = tuple[int, ...]
-
 
 class Namespace:
     """Within which prefixes are shared: by requests that use the same ``adapters`` ((adapter in
-    memory, weight), …; none is the base) and have the same ``salt``."""
+    memory, weight), …; none is the base) and have the same ``salt``. ``acts_from``: the number of
+    the token from which the adapters act; those before it are the base's."""
 
-    def __init__(self, adapters: Iterable[tuple[Any, float]], salt: Hashable) -> None:
+    def __init__(
+        self, adapters: Iterable[tuple[Any, float]], salt: Hashable, acts_from: float = 0
+    ) -> None:
         used = [(adapter, weight) for adapter, weight in adapters if weight]
-        self.adapters = [adapter for adapter, _ in used]
+        self.adapters = [] if acts_from else [adapter for adapter, _ in used]
         # the id of an adapter in memory is never used again
-        self.key = tuple((adapter.uid, weight) for adapter, weight in used), salt
+        self.uses = tuple((adapter.uid, weight) for adapter, weight in used)
+        self.key = () if acts_from else self.uses, salt
+        self.acts_from = acts_from
+
+    def block_key(self, ids: Sequence[int], number: int) -> Hashable:
+        """By what block ``number`` is found among those that follow the same block: its tokens,
+        and from where on in it which adapters act."""
+        first = number * BLOCK
+        tokens = tuple(ids[first : first + BLOCK])
+        if not self.acts_from or first + BLOCK <= self.acts_from:
+            return tokens
+        return tokens, self.uses, max(0, self.acts_from - first)
+
+    def is_same_until(self, stop: int, namespace: Namespace) -> bool:
+        """Whether equal tokens before number ``stop`` have equal keys and values in both."""
+        acting = [
+            (each.uses, each.acts_from) if 0 < each.acts_from < stop else None
+            for each in (self, namespace)
+        ]
+        return self.key == namespace.key and acting[0] == acting[1]
 
 
 class Root:
@@ -45,20 +69,20 @@ class Root:
 
     def __init__(self, namespace: Namespace, gone: Callable[[Hashable], None]) -> None:
         self.key = namespace.key
-        self.children: dict[Ids, Block] = {}
+        self.children: dict[Hashable, Block] = {}
         self.references = [
             weakref.ref(adapter, lambda _: gone(self.key)) for adapter in namespace.adapters
         ]
 
 
 class Block:
-    """``BLOCK`` tokens behind those of ``parent``."""
+    """``BLOCK`` tokens behind those of ``parent``, among whose children it has a ``key``."""
 
-    __slots__ = ("children", "data", "ids", "parent", "used")
+    __slots__ = ("children", "data", "key", "parent", "used")
 
-    def __init__(self, ids: Ids, parent: Block | Root, data: Tensor) -> None:
-        self.ids, self.parent, self.data, self.used = ids, parent, data, 0.0
-        self.children: dict[Ids, Block] = {}
+    def __init__(self, key: Hashable, parent: Block | Root, data: Tensor) -> None:
+        self.key, self.parent, self.data, self.used = key, parent, data, 0.0
+        self.children: dict[Hashable, Block] = {}
 
 
 class Prefixes:
@@ -78,7 +102,7 @@ class Prefixes:
         """The longest cached beginning of a prompt, less than all of it: its last token is computed
         in any case."""
         self._drop_gone()
-        chain = self._walk(namespace.key, ids, (len(ids) - 1) // BLOCK)
+        chain = self._walk(namespace, ids, (len(ids) - 1) // BLOCK)
         self._touch(chain)
         return chain
 
@@ -94,7 +118,7 @@ class Prefixes:
         left out, from the end."""
         self._drop_gone()
         wanted = count // BLOCK
-        chain = self._walk(namespace.key, ids, wanted)
+        chain = self._walk(namespace, ids, wanted)
         self._touch(chain)
         room = self._make_room(wanted - len(chain), set(chain))
         if not room:
@@ -104,8 +128,8 @@ class Prefixes:
         parent: Block | Root = chain[-1] if chain else self._roots[namespace.key]
         first = len(chain)
         for number, data in enumerate(read(first, first + room), first):
-            block = Block(tuple(ids[number * BLOCK : (number + 1) * BLOCK]), parent, data)
-            parent.children[block.ids] = block
+            block = Block(namespace.block_key(ids, number), parent, data)
+            parent.children[block.key] = block
             self._order[block] = None
             self.budget.prefixes += self.block_bytes
             chain.append(block)
@@ -131,13 +155,13 @@ class Prefixes:
         """When the block that goes first was used, in seconds of ``time.monotonic``."""
         return next(iter(self._order)).used if self._order else None
 
-    def _walk(self, key: Hashable, ids: Sequence[int], most: int) -> list[Block]:
+    def _walk(self, namespace: Namespace, ids: Sequence[int], most: int) -> list[Block]:
         """The cached blocks with which these tokens begin, at most so many."""
         chain: list[Block] = []
-        root = self._roots.get(key)
-        children: Mapping[Ids, Block] = {} if root is None else root.children
+        root = self._roots.get(namespace.key)
+        children: Mapping[Hashable, Block] = {} if root is None else root.children
         for number in range(most):
-            block = children.get(tuple(ids[number * BLOCK : (number + 1) * BLOCK]))
+            block = children.get(namespace.block_key(ids, number))
             if block is None:
                 break
             chain.append(block)
@@ -166,7 +190,7 @@ class Prefixes:
     def _remove(self, block: Block) -> None:
         """Forget a block that no other follows."""
         del self._order[block]
-        del block.parent.children[block.ids]
+        del block.parent.children[block.key]
         self.budget.prefixes -= self.block_bytes
         if isinstance(block.parent, Root) and not block.parent.children:
             del self._roots[block.parent.key]

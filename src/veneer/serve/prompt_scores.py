@@ -87,18 +87,28 @@ class PromptScorer:
         """The requests of the next call: one with a prompt that is longer than a call, or several
         with short ones."""
         waiting = [state for state in states if state.score is not None and not state.score.done]
-        if not waiting or len(waiting[0].score.prompt) > self._width:
+        if not waiting or self._needs_pieces(waiting[0]):
             return waiting[:1]
-        short = [state for state in waiting if len(state.score.prompt) <= self._width]
+        short = [state for state in waiting if not self._needs_pieces(state)]
         lengths = [len(state.score.prompt) for state in short]
         return [short[i] for i in fit_budget(lengths, self._width)]
+
+    def _needs_pieces(self, state: Any) -> bool:
+        """Whether a prompt takes several calls: it is longer than one, or its adapters act on a
+        part of it."""
+        size = len(state.score.prompt)
+        return size > self._width or 0 < state.acts_from < size
 
     def compute(self, states: Sequence[Any]) -> None:
         """One call of the model, for the next piece of each."""
         scores: list[PromptScore] = [state.score for state in states]
-        if len(scores[0].prompt) > self._width and scores[0].cache is None:
+        if self._needs_pieces(states[0]) and scores[0].cache is None:
             scores[0].cache = self._forward.new_cache()
-        pieces = [score.prompt[score.length : score.length + self._width] for score in scores]
+        ends = [state.piece_end(state.score.length) for state in states]
+        pieces = [
+            score.prompt[score.length : min(end, score.length + self._width)]
+            for score, end in zip(scores, ends, strict=True)
+        ]
         logits = self._forward.score(pieces, scores[0].cache)
         for score, piece, row in zip(scores, pieces, logits, strict=True):
             score.take(row[: len(piece)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from veneer.serve.prefixes import Namespace
 from veneer.serve.prompt_scores import PromptScore
-from veneer.serve.requests import Cause, Finish, Piece, Request, Token
+from veneer.serve.requests import Cause, Finish, Piece, Request, RequestError, Token
 from veneer.serve.sampling import SampledToken, Sampler
 from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.slots import Row
@@ -19,6 +20,13 @@ log = logging.getLogger("veneer.serve")
 
 Deliver = Callable[[Piece], None]
 Wake = Callable[[], None]
+
+
+def _last_occurrence(prompt: Sequence[int], tokens: tuple[int, ...]) -> float:
+    """Where these tokens stand last in a prompt; infinity if they do not."""
+    starts = range(len(prompt) - len(tokens), -1, -1)
+    matches = (start for start in starts if tuple(prompt[start : start + len(tokens)]) == tokens)
+    return next(matches, math.inf)
 
 
 class RequestState:
@@ -52,6 +60,7 @@ class RequestState:
         self.cancelled = self.taken = self.done = False  # done: its finishing piece is delivered
         self.future: Any = None  # of its adapters, from when its turn is near
         self.lease: Any = None
+        self.acts_from: float = 0  # the number of its token from which its adapters act
         self.namespace: Namespace | None = None  # within which its computed tokens are cached
         self.started: int | None = None  # how many got a row before it
         self.row: Row | None = None  # from when its prompt is computed
@@ -68,6 +77,32 @@ class RequestState:
         """End it soon, from any thread: its last piece says "cancelled", unless it ended before."""
         self.cancelled = True
         self._wake()
+
+    def take_lease(self, lease: Any) -> None:
+        """Take the adapters, which are loaded. One with invocation tokens acts from the last
+        occurrence of these in the prompt on, or never. ``RequestError``: such a one in a blend."""
+        adapters = [adapter for adapter, weight in getattr(lease, "uses", ()) if weight]
+        tokens = next(filter(None, (adapter.invocation_tokens for adapter in adapters)), ())
+        if tokens and len(adapters) > 1:
+            names = ", ".join(repr(name) for name in lease.adapter_weights)
+            problem = f"a blend of {names}, of which one has invocation tokens"
+            raise RequestError(problem, "adapters that act on every token", "ask for one of them")
+        self.acts_from = _last_occurrence(self.request.prompt, tokens) if tokens else 0
+        self.lease = lease
+
+    @property
+    def acting_lease(self) -> Any:
+        """The adapters that act on the next token to compute, of the row or of a prompt that is
+        scored; None for the base alone."""
+        scoring = self.score is not None and not self.score.done
+        column = self.score.length if scoring and self.score else self.length
+        return self.lease if column >= self.acts_from else None
+
+    def piece_end(self, length: int) -> int:
+        """How many of its tokens may be computed in one call behind the first ``length``: those on
+        which the same adapters act."""
+        size = len(self.ids)
+        return size if length >= self.acts_from else int(min(size, self.acts_from))
 
     def accept(self, sampled: SampledToken, eos: frozenset[int]) -> Finish | None:
         """Take the next token; deliver it with what became certain, also where it has no text yet,

@@ -38,17 +38,25 @@ def attach_adapter(
     torch.manual_seed(config.seed)
     return attach(
         model,
-        lora_config(config, model, tokens),
+        lora_config(
+            config,
+            model,
+            tokens,
+            vocabulary.invocation_ids(config, task.processor, prepared.train),
+        ),
         name=OWN,
         **start_data(task, prepared.train, model),
     )
 
 
 def lora_config(
-    config: TrainConfig, model: Any, tokens: Mapping[str, tuple[int, ...]]
+    config: TrainConfig,
+    model: Any,
+    tokens: Mapping[str, tuple[int, ...]],
+    invocation: tuple[int, ...] = (),
 ) -> LoraConfig:
     """The configuration of a run's new adapter. ``tokens``: ids to train, by the path of the
-    embedding."""
+    embedding; ``invocation``: ids that invoke the adapter."""
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     return LoraConfig(
         rank=config.rank,
@@ -62,7 +70,19 @@ def lora_config(
         variant=config.variant,
         dtype=dtype,
         trainable_tokens=tokens,
+        invocation_tokens=invocation,
     )
+
+
+def invoked_example(handle: Any, example: dict[str, Any]) -> dict[str, Any]:
+    """An example (``Task.example``) of one row, with the adapter's invocation tokens behind it, if
+    it has any: without them the adapter would not act."""
+    tokens = handle.config.invocation_tokens
+    if not tokens:
+        return example
+    ids = example["input_ids"]
+    ids = torch.cat((ids, ids.new_tensor([tokens]).expand(len(ids), -1)), 1)
+    return {**example, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:

@@ -40,8 +40,10 @@ FREE_ON_RESUME = frozenset(
 # Fields that the files of an adapter define, if `adapter` names one to train further.
 ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant",
-    "adapter_dtype", "add_tokens", "trainable_tokens",
+    "adapter_dtype", "add_tokens", "trainable_tokens", "invocation",
 )  # fmt: skip
+#: tasks whose rows are sequences of a causal language model, in which an invocation can be found
+INVOKED_TASKS = ("sft", "dpo", "orpo", "kto", "grpo")
 
 
 def _panel(title: str) -> Any:
@@ -152,6 +154,12 @@ class TrainConfig(BaseModel):
     )
     trainable_tokens: list[str] = _adapter(
         [], "Tokens of the tokenizer to train besides, by their texts."
+    )
+    invocation: str | None = _adapter(
+        None,
+        "Text that invokes the adapter: it acts on the tokens from its last occurrence in a row on,"
+        " and the base on those before (aLoRA).",
+        min_length=1,
     )
     variant: str = _adapter(
         "lora",
@@ -337,6 +345,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "packing, cache_lower and offload_activations are for task sft; found task"
                 f" {self.task}"
+            )
+        if self.invocation is not None and (self.packing or self.task not in INVOKED_TASKS):
+            raise ValueError(
+                f"invocation is for rows of one sequence, of the tasks {', '.join(INVOKED_TASKS)};"
+                f" found {'packing' if self.packing else f'task {self.task}'}"
             )
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction are both given; expected one of them")

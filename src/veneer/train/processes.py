@@ -38,6 +38,7 @@ UNDIVIDED = {
         "a quantised base": "packed weights are not spread",
         "cache_lower": "its blocks run for a row at a time, in one process and not in another",
         "task grpo": "answers of different lengths take different numbers of passes",
+        "invocation": "it has not been tried on a model that is spread",
     },
     "tp": {
         "quantize": "packed weights are not cut",
@@ -45,6 +46,7 @@ UNDIVIDED = {
         "cache_lower": "its blocks would have to be cut as well",
         "device_map": "each process has a device",
         "task grpo": "its answers have not been tried on a model that is cut",
+        "invocation": "it has not been tried on a model that is cut",
         "a preference from adapter": (
             "the base is cut before that adapter is there once more, as it was"
         ),
@@ -255,6 +257,7 @@ def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
         "cache_lower": config.cache_lower,
         "device_map": config.device_map,
         "task grpo": config.task == "grpo",
+        "invocation": config.invocation is not None,
         "a preference from adapter": refers and config.adapter is not None,
     }
     for name, reason in UNDIVIDED[config.parallel].items():

@@ -35,7 +35,7 @@ from veneer.models.load import Base
 from veneer.models.remote_code import with_trust_of_config
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, sharding, vocabulary
-from veneer.train.adapter_setup import attach_adapter
+from veneer.train.adapter_setup import attach_adapter, invoked_example
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
@@ -144,7 +144,7 @@ def _fit_locked(
     )
     print_summary(task, base.model, handle, prepared, cached, console, processes)
     if config.check:
-        processes.run_on_all(lambda: _check_gradients(task, base.model, prepared))
+        processes.run_on_all(lambda: _check_gradients(task, base.model, prepared, handle))
     _divide_base(config, parallel, base.model, arguments.device, processes)
     before = processes.run_on_first(lambda: open_output(config, output, prepared, resume_point))
     stop = watch.StopOnSignal(console, alone=processes.count == 1, order=stop_order)
@@ -280,11 +280,11 @@ def _hash_parameter_counts(loaded: tuple[Base, Any, Any]) -> str:
     return hash_json([summary.trainable, summary.total])
 
 
-def _check_gradients(task: Task, model: Any, prepared: Prepared) -> None:
+def _check_gradients(task: Task, model: Any, prepared: Prepared, handle: Any) -> None:
     """Check on a short example that the forward reaches every adapted layer and that each gets a
     gradient. Restores the random state."""
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        check(model, task.example(prepared, model.device))
+        check(model, invoked_example(handle, task.example(prepared, model.device)))
 
 
 def _run_trainer(

@@ -9,6 +9,7 @@ the same rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,33 @@ def learn(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
     ]
     raise_all(ConfigError, "These tokens cannot be trained", problems)
     return tuple(sorted({token_ids[text] for text in trained}))
+
+
+def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Any) -> tuple[int, ...]:
+    """The tokens of ``invocation``; none if the configuration has none. ``rows``: the tokenised
+    rows of the data, if the task has such. Raises ``ConfigError`` if no row holds them: nothing
+    would train."""
+    if config.invocation is None:
+        return ()
+    ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
+    examples = getattr(rows, "input_ids", None)
+    if not ids or (examples and not any(map(partial(_holds, ids), examples))):
+        problem = f"invocation {config.invocation!r}, tokens {list(ids)}, in none of the rows"
+        do = (
+            "write it as it stands in the tokenised rows (`--dry-run` prints one), between texts"
+            " that no token joins with it, such as special tokens"
+        )
+        raise ConfigError(problem, "rows that hold these tokens one after the other", do)
+    return ids
+
+
+def _holds(ids: tuple[int, ...], row: list[int]) -> bool:
+    """Whether a row holds these tokens one after the other."""
+    return any(
+        tuple(row[start : start + len(ids)]) == ids
+        for start, token in enumerate(row)
+        if token == ids[0]
+    )
 
 
 def grow(model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int) -> dict[str, tuple[int, ...]]:

@@ -64,7 +64,7 @@ class CheckReport:
         adapter: the name of the adapter, or of the blend.
         weights: paths of the weights whose changes reach the output.
         compared: the number of changes whose gradients were also compared with the definition;
-            changes of packed weights are not.
+            changes of packed weights are not, nor those of an adapter with invocation tokens.
     """
 
     adapter: str
@@ -191,7 +191,8 @@ def _prove_changes(
     packed = _packed_layers(model, names[0])
     if len(names) > 1 and any(_packed_layers(model, adapter_name) != {} for adapter_name in names):
         packed = None
-    if problems or packed is None:
+    # the definition of an adapter with invocation tokens is no weight: it differs between tokens
+    if problems or packed is None or chosen.invocation_tokens:
         return problems, 0
     packed_changes = {
         id(change) for layer_adapter in packed.values() for change in layer_adapter.changes.values()

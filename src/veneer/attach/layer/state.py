@@ -52,12 +52,15 @@ class ActiveAdapter:
             therefore a change of those weights.
         stream: a block in which random numbers come from this adapter's own stream
             (``veneer/engine``), where its rows share a batch with others; None for torch's.
+        invocation_tokens: those of the adapter's config; empty for an adapter that acts on every
+            token.
     """
 
     name: str | None
     layer_adapters: Mapping[Any, Any] | None
     on: str | None = None
     stream: AbstractContextManager[Any] | None = None
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def table(self) -> Mapping[Any, Any]:

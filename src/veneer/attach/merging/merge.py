@@ -86,15 +86,20 @@ def merge(
 
     Raises:
         ConfigError: an unknown rounding.
-        MergeError: only a weight's own library can write it (GPTQ, AWQ, HQQ, FP8); a merged weight
-            would not be finite; the weights that the adapter was attached to are gone, or were not
-            kept; the adapter has different values for the names of a tied weight; or the weights
-            are spread over processes. Every weight keeps the bits that it had before.
+        MergeError: the adapter has invocation tokens; only a weight's own library can write it
+            (GPTQ, AWQ, HQQ, FP8); a merged weight would not be finite; the weights that the adapter
+            was attached to are gone, or were not kept; the adapter has different values for the
+            names of a tied weight; or the weights are spread over processes. Every weight keeps the
+            bits that it had before.
         SelectionError: there is no such adapter.
     """
     model = unwrap(model)
     name = only_name(model, name)
     attached = need_adapters(model, name)
+    if tokens := attached.configs[name].invocation_tokens:
+        problem = f"a merge of {name!r}, which acts from its invocation tokens {list(tokens)} on"
+        do = "use it as an adapter; `veneer serve` takes it as it is"
+        raise MergeError(problem, "an adapter that acts on every token", do)
     if name in attached.chain or not attached.can_merge(name):
         require_attached_base(attached, name, "a merge of")
     require_unsharded(model, "a merge")

@@ -148,6 +148,8 @@ def complete_plans(
     """
     refusals.check_full(names, full, problems, frozen)
     problems += overlaps(names, _changed_refs(low, full))
+    if config.invocation_tokens:
+        problems += refusals.invocation_problems(names, low, full)
     readers = () if problems else _full_readers(names, full)
     return Plans(config, tuple(low), full, full_modules, readers, split_ties)
 

@@ -2,16 +2,19 @@
 
 refusals_of     reasons against a low-rank change, for every module that holds or reads the weight
 check_full      reasons against training parameters in full
+invocation_problems     reasons against an adapter that acts from its invocation tokens on
 name_problems   reasons against any adapter of a given name
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any
 
 from torch import Tensor, nn
 
+from veneer.attach.invocation import takes_input_ids
 from veneer.attach.layer.adapted_module import walk
 from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
 from veneer.attach.layer.names import Names
@@ -22,6 +25,7 @@ from veneer.bases import storage_of, unreadable, weight_of
 from veneer.distributed import base_class, spread_problem, within_run_on_all
 from veneer.errors import listing, sentence
 from veneer.layers import ParamRef, kind_for, parameter_path
+from veneer.layers._base import factors
 
 
 def refusals_of(
@@ -220,6 +224,35 @@ def check_full(
                         problem, "one that may be trained", "leave it out, or unfreeze it first"
                     )
                 )
+
+
+def invocation_problems(
+    names: Names, low: Iterable[Any], full: Mapping[str, Iterable[str]]
+) -> Iterator[str]:
+    """Why an adapter with these changes (``LowRankPlan``) cannot act from its invocation tokens
+    on."""
+    cls = base_class(names.model)
+    readers = [path for path, module in names.modules.items() if takes_input_ids(module)]
+    config = getattr(names.model, "config", None)
+    if not readers or getattr(config, "is_encoder_decoder", False):
+        problem = f"invocation_tokens for a {cls.__name__}, "
+        problem += "which has an encoder" if readers else "whose forward takes no input_ids"
+        expected = "a model in whose input_ids they are found"
+        yield sentence(problem, expected, "leave invocation_tokens out")
+    for entry in low:
+        for path, weight in entry.holders:
+            module, kind = names.modules[path], kind_for(names.modules[path], weight)
+            factored = kind.product and factors(
+                kind, module, base_class(module), entry.storage.modules()
+            )
+            if not factored or entry.weight_readers or entry.tokens is not None:
+                problem = f"{path!r}, a {base_class(module).__name__}, with invocation_tokens"
+                expected = "linear layers, of whose tokens some change"
+                yield sentence(problem, expected, "exclude it")
+    for path in (path for path, parameters in full.items() if [*parameters]):
+        problem = f"{path!r} trained in full, with invocation_tokens"
+        expected = "changes that act from the invocation on: low-rank ones alone"
+        yield sentence(problem, expected, "leave it out")
 
 
 def name_problems(model: nn.Module, name: str) -> Iterator[str]:

@@ -60,6 +60,10 @@ def blend_adapters(uses: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter
     """The ``ActiveAdapter`` of a call that blends these (adapter, weight) pairs."""
     if len(uses) == 1 and uses[0][1] == 1:
         return uses[0][0]
+    if invoked := [str(selected.name) for selected, _ in uses if selected.invocation_tokens]:
+        problem = f"a blend with {', '.join(map(repr, invoked))}, which has invocation tokens"
+        do = "use it alone, or for some rows of the batch"
+        raise SelectionError(problem, "adapters that act on every token", do)
     on = common_base_adapter([selected for selected, _ in uses])
     return ActiveAdapter(
         " + ".join(f"{weight!r} {selected.name}" for selected, weight in uses),

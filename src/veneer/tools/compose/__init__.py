@@ -164,6 +164,7 @@ def compose(
     ]
     for file in files:
         file.refuse_trained_tokens("a combination of adapters")
+        file.refuse_invocation_tokens("a combination of adapters")
     used = [number for number, weight in enumerate(adapter_weights) if weight]
     notes = [
         f"{file.path} has weight 0 and is left out" for n, file in enumerate(files) if n not in used

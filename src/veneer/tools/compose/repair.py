@@ -122,6 +122,7 @@ def repair(
     must_not_exist(Path(out), overwrite)
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     saved.refuse_trained_tokens("a repair")
+    saved.refuse_invocation_tokens("a repair")
     weights, lows = FrozenWeights(base, model), applied_products(saved)
     if found is None:
         found = [*find_intruders(saved, weights, count=count, threshold=threshold)]

@@ -28,6 +28,8 @@ def require_supported(
     Raises:
         AdapterError: ``target`` cannot hold the adapter.
     """
+    if target.name not in ("veneer", "peft"):
+        saved.refuse_invocation_tokens(f"format {target.name!r}")
     # with a model, `install_from` makes these checks
     unchecked = target.name not in ("veneer", "dense") or base_info.module is None
     if unchecked:

@@ -195,6 +195,8 @@ def plan_job(
     folder = Path(base).expanduser()
     checkpoint = open_checkpoint(folder)  # before the adapters, because it fails sooner
     saved_adapters = [read(path) for path, _ in adapter_weights]
+    for saved in saved_adapters:
+        saved.refuse_invocation_tokens("a merge")
     tokenizer = common_tokenizer({str(path): path for path, _ in adapter_weights})
     stub_model = (
         linear_stub_model(checkpoint, saved_adapters)

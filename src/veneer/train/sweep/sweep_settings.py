@@ -29,7 +29,8 @@ CHANCE = frozenset({"seed", "data_seed"})
 #: settings that a sweep does not support
 UNSUPPORTED = (
     "packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens",
-    "trainable_tokens", "trackers", "device_map", "activation_checkpointing", "adapter",
+    "trainable_tokens", "invocation", "trackers", "device_map", "activation_checkpointing",
+    "adapter",
 )  # fmt: skip
 #: defaults: the shares of a run after which the weaker candidates end, and the share of candidates
 #: that continues
