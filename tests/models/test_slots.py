@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.serving import make
 
-from veneer.serve.attention import round_up
-from veneer.serve.forward import Forward
-from veneer.serve.slots import SMALLEST, Budget, LayerForm, Slots
+from veneer.models.decode.attention import round_up
+from veneer.models.decode.forward import Forward
+from veneer.models.decode.slots import SMALLEST, Budget, LayerForm, Slots
 
 CPU = torch.device("cpu")
 #: of the tiny Llama in float64: 2 layers, 2 key-value heads of 8 numbers

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from veneer.serve.attention import BLOCK, NOW, Decode, Fill, Together, round_up
-from veneer.serve.row_memory import LayerForm, Row, SizeClass
+from veneer.models.decode.attention import BLOCK, NOW, Decode, Fill, Together, round_up
+from veneer.models.decode.row_memory import LayerForm, Row, SizeClass
 
 #: columns of the smallest size class
 SMALLEST = 128

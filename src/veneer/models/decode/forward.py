@@ -24,8 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.attach import state_of
 from veneer.errors import ConfigError
-from veneer.serve.attention import BLOCK, NOW, attend, round_up
-from veneer.serve.slots import LayerForm, Row, Slots
+from veneer.models.decode.attention import BLOCK, NOW, attend, round_up
+from veneer.models.decode.slots import LayerForm, Row, Slots
 
 PREFIX = "veneer_slots_"
 
