@@ -173,10 +173,10 @@ def _ours(
 ) -> Callable[[], list[list[int]]]:
     """The work of the server's engine: prompts, then a token for each row a step, the most likely
     one."""
-    from veneer.serve.forward import Forward
+    from veneer.models.decode.forward import Forward
+    from veneer.models.decode.slots import Slots
     from veneer.serve.requests import Sampling
     from veneer.serve.sampling import Sampler, sample
-    from veneer.serve.slots import Slots
 
     forward = Forward(model)
     length = len(prompts[0])

@@ -40,6 +40,7 @@ TITLES = {
     "mixed": "Rows with different adapters",
     "experts": "Mixture of experts",
     "engine": "Generation without HTTP",
+    "rollouts": "Rollouts (GRPO)",
     "import_time": "Import",
     "compose": "Composing adapters",
     "merge": "Merging into a checkpoint",

@@ -74,11 +74,13 @@ def inside(monkeypatch, base):
 # benchmarks --smoke
 FEW = {
     "step": 2, "step_one_thread": 2, "step_memory": 1, "forward": 2, "mixed": 2, "merge_fidelity": 1, "plan_errors": 1,
+    "rollouts": 2,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [
     *(name for name, case in CASES.items() if case.group == "bench"),
+    "rollouts",
     pytest.param("plan_errors", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_case_runs(name, inside):

@@ -82,8 +82,8 @@ class Decoding:
     """A token of each row behind a prompt, on slots, as the server computes it."""
 
     def __init__(self, model: Any, length: int) -> None:
-        from veneer.serve.forward import Forward
-        from veneer.serve.slots import Slots
+        from veneer.models.decode.forward import Forward
+        from veneer.models.decode.slots import Slots
 
         self.forward, self.length = Forward(model), length
         self.slots = Slots(ROWS, length + 1, torch.device("cpu"))

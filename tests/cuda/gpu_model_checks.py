@@ -230,8 +230,8 @@ def blends(place: Place) -> str:
 
 @check("the engine: prompts, and decoding behind them")
 def engine(place: Place) -> str:
-    from veneer.serve.forward import Forward
-    from veneer.serve.slots import Slots
+    from veneer.models.decode.forward import Forward
+    from veneer.models.decode.slots import Slots
 
     model, _ = llama(place)
     model.eval()

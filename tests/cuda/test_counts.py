@@ -15,11 +15,11 @@ from torch import nn
 
 import veneer
 from veneer.kernels import device, dropout, fused
-from veneer.serve.forward import Forward
+from veneer.models.decode.forward import Forward
+from veneer.models.decode.slots import Slots
 from veneer.serve.processors import processors_of
 from veneer.serve.requests import Sampling
 from veneer.serve.sampling import Sampler, sample
-from veneer.serve.slots import Slots
 from veneer.train.loss import causal_loss, token_loss
 
 IDS = torch.randint(3, 250, (3, 17), generator=torch.Generator().manual_seed(5))

@@ -16,8 +16,8 @@ from torch import nn
 
 import veneer
 from veneer.errors import MergeError, TargetError, VeneerError
-from veneer.serve.forward import Forward
-from veneer.serve.slots import Slots
+from veneer.models.decode.forward import Forward
+from veneer.models.decode.slots import Slots
 from veneer.train.loss import causal_loss
 
 accelerate = pytest.importorskip("accelerate")

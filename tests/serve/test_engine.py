@@ -27,8 +27,8 @@ from tests.support.serving import (
 from tests.support.tiny import tiny_tokenizer
 
 from veneer.errors import BankFullError, ConfigError
+from veneer.models.decode.forward import context
 from veneer.serve.engine import Engine
-from veneer.serve.forward import context
 from veneer.serve.requests import Busy, RequestError
 from veneer.serve.text import Text
 

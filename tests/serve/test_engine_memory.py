@@ -12,12 +12,12 @@ from tests.support.serving import Client, Recorder, alone, asked, make, prompts
 from tests.support.tiny import tiny_tokenizer
 
 from veneer.errors import ConfigError
-from veneer.serve.attention import BLOCK
+from veneer.models.decode.attention import BLOCK
+from veneer.models.decode.slots import SMALLEST
 from veneer.serve.engine import Engine
 from veneer.serve.prefill_budget import MULTIPLE
 from veneer.serve.requests import RequestError
 from veneer.serve.scheduler import PROMPT
-from veneer.serve.slots import SMALLEST
 
 #: bytes of a token of the tiny Llama, in both layers
 TOKEN = 2 * 2 * (8 + 8) * 4

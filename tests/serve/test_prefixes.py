@@ -7,9 +7,9 @@ import gc
 import torch
 from tests.support.serving import Adapter
 
-from veneer.serve.attention import BLOCK
+from veneer.models.decode.attention import BLOCK
+from veneer.models.decode.slots import Budget
 from veneer.serve.prefixes import Namespace, Prefixes
-from veneer.serve.slots import Budget
 
 BASE = Namespace((), "")
 

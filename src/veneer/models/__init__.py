@@ -1,7 +1,8 @@
 """Base models and their files: locate, load, convert, and read tensor by tensor.
 
 The input is the name of a base as the user gives it; the output is a module, or tensors by name.
-Below train/ and serve/ only this package imports transformers, and only inside functions.
+Below train/ and serve/ only this package imports transformers, and only inside functions but for
+decode/, which is imported where a model is called.
 """
 
 from veneer.models.attention import use_products

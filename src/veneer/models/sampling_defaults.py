@@ -77,15 +77,28 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
     raise_all(ConfigError, f"The base's {FILE} was not taken", problems)
     if values.get("repetition_penalty") == 1:
         del values["repetition_penalty"]
+    return SamplingDefaults(
+        **values,
+        samples=bool(getattr(config, "do_sample", False)),
+        further_fields=_further_fields(config),
+    )
+
+
+def changes_greedy_tokens(config: Any) -> bool:
+    """Whether a generation config changes logits, or the search for tokens, besides temperature,
+    top_k and top_p."""
+    penalty = getattr(config, "repetition_penalty", None)
+    return penalty not in (None, 1) or bool(_further_fields(config))
+
+
+def _further_fields(config: Any) -> dict[str, Any]:
+    """The fields of ``NEUTRAL`` that have another value."""
     fields = {name: getattr(config, name, None) for name in NEUTRAL}
-    other_fields = {
+    return {
         name: value
         for name, value in fields.items()
         if value is not None and value not in NEUTRAL[name]
     }
-    return SamplingDefaults(
-        **values, samples=bool(getattr(config, "do_sample", False)), further_fields=other_fields
-    )
 
 
 def _finite(value: Any) -> bool:

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from veneer.errors import sentence
+from veneer.models.decode.forward import Forward, context, end_tokens
 from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
-from veneer.serve.forward import Forward, context, end_tokens
 from veneer.serve.grammars import Schemas
 from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
 from veneer.serve.prefill_budget import PrefillBudget

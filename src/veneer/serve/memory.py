@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from veneer.errors import ConfigError
-from veneer.serve.attention import BLOCK
+from veneer.models.decode.attention import BLOCK
+from veneer.models.decode.slots import Budget, LayerForm, Slots
 from veneer.serve.prefixes import Block, Namespace, Prefixes
 from veneer.serve.request_state import RequestState
-from veneer.serve.slots import Budget, LayerForm, Slots
 
 log = logging.getLogger("veneer.serve")
 

@@ -12,8 +12,7 @@ sooner by that, and few rows are kept waiting for it.
 
 from __future__ import annotations
 
-#: tokens of prompts up to which they are computed together with running rows
-TOGETHER = 128
+from veneer.models.decode.forward import TOGETHER
 
 #: of the time of a decode call, what prompts may take beside it
 SHARE = 0.7

@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.serve.attention import BLOCK
-from veneer.serve.slots import Budget
+from veneer.models.decode.attention import BLOCK
+from veneer.models.decode.slots import Budget
 
 
 class Namespace:

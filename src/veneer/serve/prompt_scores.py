@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.serve.forward import Forward
+from veneer.models.decode.forward import Forward
 from veneer.serve.scheduler import fit_budget
 
 #: bytes of the logits of one call, and the fewest tokens of one

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from veneer.models.decode.slots import Row
 from veneer.serve.prefixes import Namespace
 from veneer.serve.prompt_scores import PromptScore
 from veneer.serve.requests import Cause, Finish, Piece, Request, RequestError, Token
 from veneer.serve.sampling import SampledToken, Sampler
 from veneer.serve.scheduler import counted_as, key_of
-from veneer.serve.slots import Row
 from veneer.serve.text import Detokenizer, Text
 
 log = logging.getLogger("veneer.serve")

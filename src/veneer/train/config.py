@@ -135,6 +135,10 @@ class TrainConfig(BaseModel):
     answers: int = _task(8, "grpo: answers to each prompt.", ge=2)
     answer_tokens: int = _task(128, "grpo: longest answer in tokens.", ge=1)
     temperature: float = _task(1.0, "grpo: temperature at which answers are drawn.", gt=0)
+    rollouts: Literal["engine", "generate"] = _task(
+        "engine",
+        "grpo: how answers are computed: by the server's engine, or by transformers' own generate.",
+    )
 
     adapter: str | None = _adapter(
         None,

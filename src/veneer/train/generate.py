@@ -2,22 +2,39 @@
 
     texts = generate(model, tokenizer, ["2 + 2 =", …], max_new_tokens=32)
 
-Prompts of similar length share a batch, padded on the left so that every row continues from its
-last token. A row ends at the end-of-text token, at a stop string, or after `max_new_tokens`. The
-longest prompts run first, so that a lack of memory shows at once.
+A row ends at the end-of-text token, at a stop string, or after `max_new_tokens`. The longest
+prompts run first, so that a lack of memory shows at once. There are two ways:
+
+    engine      the calls of the server's engine (models/decode/continuations.py): equal prompts are
+                computed once, and the place of a row that ends is taken by the next one
+    generate    transformers' own: prompts of similar length share a batch, padded on the left, and
+                all wait for the longest answer
+
+The engine is used unless `rollouts` says otherwise, for those models that it can call. Stop
+strings, callbacks and the penalties of a base need transformers' own. Both draw the same numbers,
+so in float32 they give the same tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError
 from veneer.kernels.draws import generators, perturb, sample_seed
+from veneer.models.sampling_defaults import changes_greedy_tokens
+
+log = logging.getLogger("veneer.generate")
 
 Prompt = str | list[dict[str, Any]]
+#: how answers are computed
+Rollouts = Literal["engine", "generate"]
 
 
 @torch.no_grad()
@@ -45,7 +62,7 @@ def generate(
         temperature: 0 always takes the most likely token; above 0 samples.
         top_p: sample from the smallest set of tokens with this total probability.
         top_k: sample from this many most likely tokens; 0 is all.
-        batch_size: prompts per batch.
+        batch_size: prompts at a time.
         stop: strings that end a row.
         seed: of the sampling; prompt i draws from ``sample_seed(seed, i)`` in any batch. None draws
             a seed from torch's generator; otherwise the global random state does not change.
@@ -93,36 +110,109 @@ def continuations(
     say: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     penalties: bool = False,
+    rollouts: Rollouts = "engine",
 ) -> list[list[int]]:
     """The new token ids of each encoded prompt, in order, up to and including the end-of-text
     token. ``penalties``: apply those of the base's generation_config.json. Without them the tokens
-    are samples of the model's own distribution, which a policy loss requires. Other arguments and
-    errors as for ``generate``."""
+    are samples of the model's own distribution, which a policy loss requires. ``rollouts``: how
+    they are computed. Other arguments and errors as for ``generate``."""
+    _check_context(model, max(map(len, encoded), default=0), max_new_tokens)
+    if seed is None and temperature > 0:
+        seed = int(torch.randint(2**62, ()))
+    sampling = _Sampling(temperature, top_p, top_k, seed)
+    streams = bool(stop) or say is not None or should_stop is not None
+    penalised = penalties and changes_greedy_tokens(model.generation_config)
+    with _evaluating(model):
+        if rollouts == "engine" and encoded and max_new_tokens > 0 and not (streams or penalised):
+            end_tokens = _end_tokens(model, tokenizer, penalties)
+            answers = _by_engine(model, encoded, max_new_tokens, batch_size, sampling, end_tokens)
+            if answers is not None:
+                return answers
+        options = {"max_new_tokens": max_new_tokens, "stop_strings": list(stop) or None}
+        streaming = _stream_options(say, should_stop, tokenizer)
+        return _by_generate(
+            model, tokenizer, encoded, options, streaming, sampling, batch_size, penalties
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _end_tokens(model: Any, tokenizer: Any, penalties: bool) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's; where it has none, those of the generation
+    config, which applies with ``penalties``."""
+    end = tokenizer.eos_token_id
+    if end is None and penalties:
+        end = model.generation_config.eos_token_id
+    ids = end if isinstance(end, list | tuple) else [end]
+    return frozenset(id for id in ids if id is not None)
+
+
+def _by_engine(
+    model: Any,
+    encoded: Sequence[list[int]],
+    max_new_tokens: int,
+    rows: int,
+    sampling: _Sampling,
+    end_tokens: frozenset[int],
+) -> list[list[int]] | None:
+    """The answers by the engine; None where it cannot call the model, which the log says."""
+    from veneer.models.decode.continuations import Continuations, open_forward
+
+    try:
+        forward = open_forward(model, max(map(len, encoded)) + max_new_tokens)
+    except ConfigError as error:
+        _log_once(f"Answers are computed by transformers' own generate: {error.found}.")
+        return None
+    with contextlib.closing(forward):
+        return Continuations(
+            forward,
+            encoded,
+            sampling.sample,
+            max_new_tokens=max_new_tokens,
+            rows=rows,
+            end_tokens=end_tokens,
+        ).run()
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
+
+
+def _by_generate(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    limits: dict[str, Any],
+    streaming: dict[str, Any],
+    sampling: _Sampling,
+    batch_size: int,
+    penalties: bool,
+) -> list[list[int]]:
+    """The answers by transformers' own generate."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    _check_context(model, max(map(len, encoded), default=0), max_new_tokens)
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=end,
-        stop_strings=list(stop) or None,
-        use_cache=True,
-        do_sample=False,
-        num_beams=1,
+        **limits, pad_token_id=pad, eos_token_id=end, use_cache=True, do_sample=False, num_beams=1
     )
     options = {
         "generation_config": config,
-        **({"tokenizer": tokenizer} if stop else {}),
-        **_stream_options(say, should_stop, tokenizer),
+        **({"tokenizer": tokenizer} if limits["stop_strings"] else {}),
+        **streaming,
     }
-    if seed is None and temperature > 0:
-        seed = int(torch.randint(2**62, ()))
     answers: list[list[int]] = [[] for _ in encoded]
-    training, base_config = model.training, model.generation_config
-    model.eval()
+    base_config = model.generation_config
     try:
         if not penalties:  # transformers fills unset fields of `config` from the model's config
             model.generation_config = GenerationConfig()
@@ -130,16 +220,13 @@ def continuations(
             rows = order[start : start + batch_size]
             width = len(encoded[rows[0]])
             inputs = _pad_left([encoded[row] for row in rows], width, pad or 0, model.device)
-            if temperature > 0 and seed is not None:
-                seeds = [sample_seed(seed, row) for row in rows]
-                processors = _sampling(temperature, top_p, top_k, seeds)
-                options["logits_processor"] = LogitsProcessorList(processors)
+            if sampling.temperature > 0:
+                options["logits_processor"] = LogitsProcessorList(sampling.processors(rows))
             new = model.generate(**inputs, **options)[:, width:].tolist()
             for row, tokens in zip(rows, new, strict=True):
                 answers[row] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
     finally:
         model.generation_config = base_config
-        model.train(training)
     return answers
 
 
@@ -154,29 +241,51 @@ def _pad_left(
     return {name: torch.tensor(value, device=device) for name, value in inputs.items()}
 
 
-def _sampling(temperature: float, top_p: float, top_k: int, seeds: Sequence[int]) -> list[Any]:
-    """Logits processors whose greedy choice is a sample: temperature, top-k, top-p, and random
-    perturbation with one generator per row. transformers' own sampling uses one generator for a
-    batch, so the answer to a prompt would depend on the other prompts."""
-    from transformers import (
-        LogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+class _Sampling:
+    """Samples tokens of answers, each by the generator of its number: temperature, top-k, top-p,
+    and the argmax of randomly perturbed scores. transformers' own sampling uses one generator for a
+    batch, so the answer to a prompt would depend on the other prompts. With temperature 0 the most
+    likely token is taken."""
 
-    class Perturb(LogitsProcessor):
-        def __init__(self) -> None:
-            self.rows: list[torch.Generator] = []
+    def __init__(self, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            self.rows = self.rows or generators(seeds, scores.device)
-            return perturb(scores, self.rows)
+        self.temperature, self._seed = temperature, seed
+        self._warpers: list[Any] = []
+        if temperature > 0:
+            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+            self._warpers += [TopKLogitsWarper(top_k)] if top_k else []
+            self._warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        self._generators: dict[int, torch.Generator] = {}
 
-    processors: list[Any] = [TemperatureLogitsWarper(float(temperature))]
-    processors += [TopKLogitsWarper(top_k)] if top_k else []
-    processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    return [*processors, Perturb()]
+    def sample(self, logits: Tensor, numbers: Sequence[int]) -> list[int]:
+        """The next tokens of the answers with these numbers, from logits [n, vocabulary]."""
+        scores = logits.float()
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        if self.temperature > 0:
+            scores = self._perturb(scores, numbers)
+        return scores.argmax(-1).tolist()
+
+    def processors(self, numbers: Sequence[int]) -> list[Any]:
+        """Logits processors of transformers whose greedy choice is a sample."""
+        from transformers import LogitsProcessor
+
+        sampling = self
+
+        class Perturb(LogitsProcessor):
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                return sampling._perturb(scores, numbers)
+
+        return [*self._warpers, Perturb()]
+
+    def _perturb(self, scores: Tensor, numbers: Sequence[int]) -> Tensor:
+        assert self._seed is not None
+        for number in numbers:
+            if number not in self._generators:
+                seeds = [sample_seed(self._seed, number)]
+                (self._generators[number],) = generators(seeds, scores.device)
+        return perturb(scores, [self._generators[number] for number in numbers])
 
 
 def _check_context(model: Any, longest: int, max_new_tokens: int) -> None:

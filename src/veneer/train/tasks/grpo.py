@@ -6,8 +6,9 @@ answers, and the user's functions score them.
 
 A group is the answers to one prompt; ρ = π / π without gradient.
 
-The model's own `generate` samples the answers from the weights in training, so there is no second
-copy to update. Each answer is used for one step, so ρ is 1 and has π's gradient. KL is estimated by
+The answers are sampled from the weights in training, so there is no second copy to update, by the
+calls of the server's engine: the prompt of a group is computed once, and a short answer waits for
+no long one. Each answer is used for one step, so ρ is 1 and has π's gradient. KL is estimated by
 exp(d) - d - 1 with d = log π₀ - log π, and π₀ is the base with no adapter selected; with β = 0, the
 default, it is not computed.
 
@@ -172,6 +173,7 @@ class Grpo(Causal):
             max_new_tokens=self.config.answer_tokens,
             temperature=self.config.temperature if model.training else 0.0,
             batch_size=len(rows),
+            rollouts=self.config.rollouts,
         )
         device = batch["input_ids"].device
         rewards = self.rewards(rows, answers).to(device)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from veneer.serve.attention import BLOCK, NOW, Decode, Fill, Together, round_up
-from veneer.serve.row_memory import LayerForm, Row, SizeClass
+from veneer.models.decode.attention import BLOCK, NOW, Decode, Fill, Together, round_up
+from veneer.models.decode.row_memory import LayerForm, Row, SizeClass
 
 #: columns of the smallest size class
 SMALLEST = 128
@@ -86,13 +86,33 @@ class Slots(Cache):
 
     def allocate(self, length: int) -> Row | None:
         """A row for so many tokens; None where the budget has no room for it."""
-        columns = self.columns_for(length)
-        if columns not in self.classes:
-            self.classes[columns] = SizeClass(columns, self.forms)
-        size_class = self.classes[columns]
+        size_class = self._class_for(length)
         if len(size_class.rows) == size_class.capacity and not self._grow(size_class):
             return None
         return size_class.take()
+
+    def reserve(self, length: int, count: int) -> None:
+        """Have memory for so many more rows of so many tokens, so that ``allocate`` need not make
+        it row by row. Nothing happens where the budget has no room for all of them."""
+        size_class = self._class_for(length)
+        capacity = len(size_class.rows) + count
+        if capacity > size_class.capacity and self._make_room(size_class, capacity):
+            self._resize(size_class, capacity)
+
+    def copy(self, source: Row, targets: Sequence[Row], length: int) -> None:
+        """Let rows begin with the first ``length`` tokens of another one."""
+        for target in targets:
+            target.touched = max(target.touched, length)
+            for old, new in zip(source.size_class.layers, target.size_class.layers, strict=True):
+                new.keys[target.index, :, :length] = old.keys[source.index, :, :length]
+                new.values[target.index, :, :length] = old.values[source.index, :, :length]
+
+    def clear(self) -> None:
+        """Free all memory, also that of rows which somebody still refers to."""
+        for size_class in self.classes.values():
+            size_class.layers.clear()
+        self.classes.clear()
+        self._account()
 
     def widen(self, row: Row, length: int) -> bool:
         """Let a row have columns for so many tokens; False where the budget has no room for it, and
@@ -127,6 +147,12 @@ class Slots(Cache):
         if empty:
             self._account()
 
+    def _class_for(self, length: int) -> SizeClass:
+        columns = self.columns_for(length)
+        if columns not in self.classes:
+            self.classes[columns] = SizeClass(columns, self.forms)
+        return self.classes[columns]
+
     def _grow(self, size_class: SizeClass) -> bool:
         """Memory for another row, and for some more where the budget has it to spare."""
         used = len(size_class.rows)
@@ -134,11 +160,14 @@ class Slots(Cache):
         capacity = generous if self._lacking(size_class, generous) <= 0 else used + 1
         if not self._make_room(size_class, capacity):
             return False
+        self._resize(size_class, capacity)
+        return True
+
+    def _resize(self, size_class: SizeClass, capacity: int) -> None:
         try:
             size_class.resize(capacity)
         finally:
             self._account()
-        return True
 
     def _make_room(self, size_class: SizeClass, capacity: int) -> bool:
         """Whether the budget has room for so many rows of a class: by itself, or once memory that

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from veneer.serve.row_memory import Row, SizeClass
+    from veneer.models.decode.row_memory import Row, SizeClass
 
 # : columns are shown in multiples of this: views are made anew so rarely, and a mask has the
 # alignment that GPUs want

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.serving import make
 
-from veneer.serve.attention import round_up
-from veneer.serve.forward import Forward
-from veneer.serve.slots import SMALLEST, Budget, LayerForm, Slots
+from veneer.models.decode.attention import round_up
+from veneer.models.decode.forward import Forward
+from veneer.models.decode.slots import SMALLEST, Budget, LayerForm, Slots
 
 CPU = torch.device("cpu")
 #: of the tiny Llama in float64: 2 layers, 2 key-value heads of 8 numbers
@@ -267,3 +267,35 @@ def test_memory_that_runs_out_while_it_grows_leaves_rows_as_they_are(failing, le
         logits = forward.decode(slots, [row, second], [10, 11], [21, length - 1])
     assert near(logits[0], model, [*tokens, 9, 10])
     assert near(logits[1], model, [*[5] * (length - 1), 11])
+
+
+def test_rows_that_begin_with_a_copy_of_another_go_on_by_themselves():
+    model, forward = models_of("llama")
+    slots, tokens = Slots(6, 256, CPU, [FORM, FORM]), [7 * i % 250 + 3 for i in range(20)]
+    slots.reserve(40, 3)
+    (size_class,) = slots.classes.values()
+    assert (size_class.capacity, len(size_class.rows)) == (3, 0)
+    memory = size_class.layers[0].keys
+    with torch.no_grad():
+        row = slots.allocate(40)
+        forward.fill(slots, [row], [tokens])
+        copies = [slots.allocate(40), slots.allocate(40), slots.allocate(200)]
+        assert size_class.layers[0].keys is memory
+        slots.copy(row, copies, len(tokens))
+        slots.release(copies.pop(0))  # another row takes its place
+        rows = sorted([row, *copies], key=lambda each: each.position)
+        logits = forward.decode(slots, rows, [9, 10, 11], [20] * 3)
+        for number, token in enumerate((9, 10, 11)):
+            assert near(logits[number], model, [*tokens, token])
+    for each in rows:
+        slots.release(each)
+    assert all(not layer.keys.any() for each in slots.classes.values() for layer in each.layers)
+    slots.clear()
+    assert (slots.nbytes, slots.budget.rows, slots.budget.reserve) == (0, 0, 0)
+
+
+def test_nothing_is_reserved_that_the_budget_does_not_hold():
+    slots = Slots(8, 256, CPU, [FORM, FORM], Budget(4 * 128 * TOKEN))
+    slots.reserve(100, 8)
+    assert slots.nbytes == 0
+    assert slots.allocate(100) is not None

@@ -24,10 +24,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.attach import adapters_of, state_of
 from veneer.errors import ConfigError
-from veneer.serve.attention import BLOCK, NOW, attend, round_up
-from veneer.serve.slots import LayerForm, Row, Slots
+from veneer.models.decode.attention import BLOCK, NOW, attend, round_up
+from veneer.models.decode.slots import LayerForm, Row, Slots
 
 PREFIX = "veneer_slots_"
+
+#: tokens of prompts up to which they are computed in the call of the running rows
+TOGETHER = 128
 
 SelectRows = Callable[[int], AbstractContextManager[Any]]
 
@@ -50,6 +53,7 @@ class Forward:
         self.model, self.device = model, next(model.parameters()).device
         self.context, self.forms = context(model.config), ()
         self.attention = model.config._attn_implementation
+        self._attentions = _attentions_of(model.config, self.attention)
         parameters = inspect.signature(type(model).forward).parameters
         self.cache: Any = next(
             (name for name in ("cache", "past_key_values") if name in parameters), None
@@ -72,8 +76,10 @@ class Forward:
         try:
             model.set_attn_implementation(name)
         except ValueError as error:
+            model.set_attn_implementation(self._attentions)
             raise self._refusal(str(error)) from error
         if not model.config._attn_implementation.startswith(PREFIX):
+            model.set_attn_implementation(self._attentions)
             raise self._refusal("an attention of its own")
         head = model.get_output_embeddings()
         self.logits = (head if head is not None else model.get_input_embeddings()).weight.shape[0]
@@ -93,7 +99,7 @@ class Forward:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-            self.model.set_attn_implementation(self.attention)
+            self.model.set_attn_implementation(self._attentions)
 
     def fill(
         self,
@@ -193,7 +199,8 @@ class Forward:
         steps = min(9, length)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = [(37 * i + 11) % vocabulary for i in range(steps)]
-        with torch.inference_mode():
+        # no inference mode: tensors that the model keeps of a call are used in training, too
+        with torch.no_grad():
             with rows(1):
                 wanted = self.model(
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
@@ -245,6 +252,14 @@ class Forward:
                 logits = self.together(slots, rows[:1], ids[-1:], [total - 1], piece)
             yield total - 1, logits[0]
             yield half - 1, logits[1]
+
+
+def _attentions_of(config: Any, default: str) -> dict[str, Any]:
+    """The attention of a config and of those in it, as ``set_attn_implementation`` takes them."""
+    inner = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {"": config._attn_implementation or default} | {
+        name: _attentions_of(each, default) for name, each in inner.items() if each is not None
+    }
 
 
 def context(config: Any) -> int | None:
