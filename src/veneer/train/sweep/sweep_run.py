@@ -3,7 +3,7 @@
     result = sweep(*load_sweep(Path("sweep.yaml")))
     result.best           the folder of the winner, with the files of `veneer train`
 
-`output_folder.py` lists the files of the output. A sweep that was stopped or killed resumes from
+`sweep_record.py` lists the files of the output. A sweep that was stopped or killed resumes from
 its newest checkpoint and ends with the same numbers, bit for bit.
 """
 
@@ -41,26 +41,24 @@ from veneer.train.sweep.conclusions import (
     find_edges,
     repeat_winner,
 )
-from veneer.train.sweep.output_folder import (
-    BEST,
-    REPORT,
-    RESULT,
-    STATE,
-    TRAIN,
-    remove_checkpoints,
-    write_checkpoint,
-)
 from veneer.train.sweep.search import Search
 from veneer.train.sweep.sweep_page import page
 from veneer.train.sweep.sweep_record import (
+    BEST,
     ENDED,
     FAILED,
     FINISHED,
+    REPORT,
+    RESULT,
     RUNNING,
+    STATE,
+    TRAIN,
     WAITING,
     Candidate,
     State,
     format_changes,
+    remove_checkpoints,
+    write_checkpoint,
 )
 from veneer.train.sweep.sweep_settings import Sweep, must_fit
 from veneer.train.sweep.table import print_overview
