@@ -10,12 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import gc
-import io
-import subprocess
 import sys
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,21 +94,3 @@ def _seeded():
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny Llama and its tokenizer."""
     return write_tiny(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture
-def asked_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge of files asks a process of its own for a model's names, if the files alone do not
-    tell them. Here it asks this one, without the seconds in which a process imports its
-    libraries."""
-    from veneer.tools.merge_checkpoint import merge_plan
-
-    def run(command, *, input, **_):
-        assert "import answer_request" in command[-1]
-        answers = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # another process would print them
-            merge_plan.answer_request(io.BytesIO(input), answers)
-        return SimpleNamespace(returncode=0, stdout=answers.getvalue())
-
-    monkeypatch.setattr(merge_plan, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))

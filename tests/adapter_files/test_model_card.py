@@ -180,12 +180,12 @@ def test_the_hub_reads_the_card(tmp_path):
 
 
 def test_the_fingerprint_and_the_hash_are_those_of_inspect(tmp_path):
-    from veneer.cli.inspect import _fingerprint
+    from veneer.cli.inspect import _facts
 
     path = save(tmp_path / "a")
-    text, record = (path / NAME).read_text(), veneer.adapter_files.read(path).metadata
-    assert str(_fingerprint(record["base"]["weights"])) in section(text, "Base")
-    assert record["hashes"]["record"] in section(text, "Verify")
+    text, saved = (path / NAME).read_text(), veneer.adapter_files.read(path)
+    assert _facts(saved)["fingerprint"] in section(text, "Base")
+    assert saved.metadata["hashes"]["record"] in section(text, "Verify")
 
 
 # ---------------------------------------------------------------------------------------------- who

@@ -117,7 +117,6 @@ def test_the_bank_keeps_the_two_copies_apart(tmp_path):
     assert error(rows[1], llama()(IDS).logits[1]) < 1e-5
 
 
-@pytest.mark.usefixtures("asked_here")
 @pytest.mark.parametrize("modules", [BOTH, BOTH[:1], BOTH[1:]], ids=" ".join)
 def test_values_of_their_own_are_not_merged_into_one_weight(tmp_path, modules):
     path, expected = trained_by_peft(tmp_path / "theirs", modules)
@@ -139,7 +138,6 @@ def test_values_of_their_own_are_not_merged_into_one_weight(tmp_path, modules):
     )
 
 
-@pytest.mark.usefixtures("asked_here")
 def test_the_way_out_of_the_refusal_gives_peft_s_numbers(tmp_path):
     path, expected = trained_by_peft(tmp_path / "theirs")
     model = llama(tied=False)

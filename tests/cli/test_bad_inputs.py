@@ -261,7 +261,6 @@ def test_bad_bases(veneer: Case, base: Path, data: Path, adapter: Path, tmp_path
 # adapter
 
 
-@pytest.mark.usefixtures("asked_here")
 def test_an_adapter_of_another_base(
     veneer: Case, data: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -273,6 +273,7 @@ def test_help_loads_no_library_of_the_commands() -> None:
         ("yaml", ["train", "run.yaml"], "cli"),
         ("transformers", ["train", "--base", "b", "--data", "d", "--output", "o"], "train"),
         ("uvicorn", ["serve", "b"], "serve"),
+        ("ray", ["serve", "b", "--replicas", "2", "--port", "0"], "cluster"),
     ],
 )
 def test_a_package_that_is_not_installed_is_one_line_that_names_what_to_install(

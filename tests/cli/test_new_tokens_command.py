@@ -72,7 +72,6 @@ def test_convert_to_gguf_asks_for_the_grown_base(
     assert "fits this base alone" in found.out
 
 
-@pytest.mark.usefixtures("asked_here")
 def test_extract_of_a_vocabulary_that_grew_asks_for_a_base_that_grew_alike(
     veneer: Case, folders: Folders, tmp_path: Path
 ) -> None:

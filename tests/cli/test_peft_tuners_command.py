@@ -38,7 +38,7 @@ def vera(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, to
 
 
 @pytest.mark.filterwarnings("ignore::veneer.adapter_files.UnverifiedAdapter")
-def test_the_commands_take_a_folder_of_vera(veneer, asked_here, base, vera, tmp_path):
+def test_the_commands_take_a_folder_of_vera(veneer, base, vera, tmp_path):
     path, expected = vera
     run = veneer("inspect", path, "--json")
     assert run.code == 0, run.err

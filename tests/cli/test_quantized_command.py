@@ -21,7 +21,6 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.usefixtures("asked_here")
 def test_train_evaluate_generate_and_merge(veneer: Case, wide: Path, tmp_path: Path) -> None:
     data, output = write_rows(tmp_path / "sums.jsonl", sums(24)), tmp_path / "run"
     words = "--optimizer", "adamw_8bit", "--attn", "eager", "--device", "cpu", "--max-steps", 12

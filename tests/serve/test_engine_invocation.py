@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_model, tiny_tokenizer, write_tiny
 
 import veneer
 from veneer.errors import ConfigError, SelectionError
-from veneer.serve.attention import BLOCK
+from veneer.models.decode.attention import BLOCK
 from veneer.serve.engine import Engine
 
 #: the adapters, and the tokens that invoke them; none for one that acts on every token

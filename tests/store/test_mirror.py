@@ -11,8 +11,8 @@ from torch import nn
 import veneer
 from veneer.errors import RemoteError
 from veneer.formats import peft
-from veneer.store import mirror
-from veneer.store.mirror import Mirror
+from veneer.store import catalogue
+from veneer.store.catalogue import Mirror
 from veneer.store.remote import push
 
 
@@ -52,9 +52,9 @@ def test_what_is_pushed_is_seen_at_the_next_look(place, made, tmp_path, monkeypa
     }  # fmt: skip
     before = where.look()
     push(made[2], f"{place}/french")
-    pulled, real = [], mirror.pull
+    pulled, real = [], catalogue.pull
     monkeypatch.setattr(
-        mirror, "pull", lambda name, **options: pulled.append(name) or real(name, **options)
+        catalogue, "pull", lambda name, **options: pulled.append(name) or real(name, **options)
     )
     after = where.look()
     assert pulled == [f"{place}/french"]  # and german is not read again

@@ -19,14 +19,14 @@ from veneer.variants import VARIANTS
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The questions to the process that knows models."""
-    questions, run = [], merge_plan.subprocess.run
+    """The folders whose model was built."""
+    folders, build = [], merge_plan.model_with_head
     monkeypatch.setattr(
-        merge_plan.subprocess,
-        "run",
-        lambda *given, **how: questions.append(given) or run(*given, **how),
+        merge_plan,
+        "model_with_head",
+        lambda folder, saved: folders.append(folder) or build(folder, saved),
     )
-    return questions
+    return folders
 
 
 @pytest.mark.parametrize(
@@ -142,17 +142,14 @@ def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatc
         return swapped(map_checkpoint_names(model, swapped(dict.fromkeys(names))))
 
     monkeypatch.setattr(merge_plan.models, "map_checkpoint_names", rule)
-    monkeypatch.setattr(
-        merge_plan.subprocess,
-        "run",
-        lambda *given, **how: pytest.fail("the process of its own has other rules"),
-    )
     whole = tiny(tmp_path / "again")[0]
     real = merge_plan.plan_merge
     monkeypatch.setattr(
         veneer.tools.merge_checkpoint.job,
         "plan_merge",
-        lambda folder, given, drawn: real(folder, given, whole if drawn is None else drawn),
+        lambda checkpoint, given, saved, drawn: real(
+            checkpoint, given, saved, whole if drawn is None else drawn
+        ),
     )
     merge_checkpoint(base, [adapter], tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")

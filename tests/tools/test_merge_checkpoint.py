@@ -36,7 +36,7 @@ from veneer.errors import (
 from veneer.fileio.locks import hold_lock
 from veneer.kernels.switch import on
 from veneer.models.safetensors_dir import open_checkpoint
-from veneer.tools.merge_checkpoint import merge_checkpoint, merge_plan, prove
+from veneer.tools.merge_checkpoint import merge_checkpoint, prove
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was written by another library")
@@ -423,31 +423,6 @@ def test_two_processes_do_not_write_one_result(fcntl, tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # memory
-
-
-@pytest.mark.usefixtures("own_process")
-def test_no_code_of_the_folder_at_hand_is_run(tmp_path, monkeypatch):
-    """The child that knows the names is Python too, which would look for modules where the user
-    happens to be. Here it is a real one; other tests answer in its place."""
-    model, base = tiny(tmp_path / "base")
-    adapter = trained(
-        model, tmp_path / "adapter", targets="all"
-    )  # of norms too, for which the child is asked
-    for name in ("pickle", "torch", "veneer", "transformers"):
-        (adapter / f"{name}.py").write_text(
-            f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(7)"
-        )
-    monkeypatch.chdir(adapter)
-    asked, run = [], merge_plan.subprocess.run
-    monkeypatch.setattr(
-        merge_plan.subprocess,
-        "run",
-        lambda *given, **how: asked.append(given) or run(*given, **how),
-    )
-    merge_checkpoint(base, [adapter], tmp_path / "out")
-    assert asked
-    assert not (tmp_path / "ran").exists()
-    equal(tensors(tmp_path / "out"), in_memory(model, adapter, tmp_path / "memory"))
 
 
 def large(**shape):

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 import veneer
 from veneer import models
 from veneer.errors import ConfigError
-from veneer.train import start_data
+from veneer.train import adapter_setup
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS
 
@@ -39,7 +39,7 @@ def adapter_of(model: Any) -> dict[str, torch.Tensor]:
 def test_a_run_starts_where_attach_starts_with_the_first_rows(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
-    monkeypatch.setattr(start_data, "ROWS", 5)
+    monkeypatch.setattr(adapter_setup, "ROWS", 5)
     config, seen = make(variant=variant, max_steps=1, targets=["q_proj", "down_proj"]), AtStart()
     run = fit(config, callbacks=[seen], quiet=True)
     assert len(run.losses) == 1
@@ -62,15 +62,15 @@ def test_a_run_starts_where_attach_starts_with_the_first_rows(
 
 
 def test_rows_of_which_nothing_is_learnt_are_passed_by(make: Callable[..., Any]) -> None:
-    examples = start_data.Examples(
+    examples = adapter_setup.Examples(
         [[1, 2, 3], [4, 5, 6]], [[1, -100, -100], [-100, 5, 6]], [0, 1], 0, 0
     )
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     task = TASKS["sft"](make(variant="lora_ga"))
-    (batch,) = start_data.start_data(task, examples, model)["batches"]
+    (batch,) = adapter_setup.start_data(task, examples, model)["batches"]
     assert batch["input_ids"].tolist() == [[4, 5, 6]]
-    assert start_data.start_data(TASKS["sft"](make()), examples, model) == {}
+    assert adapter_setup.start_data(TASKS["sft"](make()), examples, model) == {}
 
 
 def test_what_is_no_part_of_the_data_is_asked_for(make: Callable[..., Any]) -> None:

@@ -302,15 +302,17 @@ def test_another_sweep_is_not_resumed_and_none_is_replaced_unasked(make: Make) -
     section = {"rungs": []}
     with pytest.raises(ZeroDivisionError):
         ran(make, "sweep", GRID, section, max_steps=4, save_every=1, on_step=crash_at((0, 2)))
-    with pytest.raises(OutputExistsError, match="unfinished sweep with another sweep"):
+    with pytest.raises(ConfigError, match="unfinished sweep with another conf"):
         ran(make, "sweep", GRID, {"rungs": [1]}, max_steps=4, save_every=1)
-    with pytest.raises(OutputExistsError, match="another rank"):
+    with pytest.raises(ConfigError, match="rank: was 4, is 3"):
         ran(make, "sweep", GRID, section, max_steps=4, save_every=1, rank=3)
     first = ran(make, "sweep", GRID, section, max_steps=4, save_every=2)
     with pytest.raises(OutputExistsError, match="finished sweep"):
         ran(make, "sweep", GRID, section, max_steps=4)
-    with pytest.raises(OutputExistsError, match="no sweep"):
+    with pytest.raises(OutputExistsError, match="no Veneer sweep"):
         ran(make, "sweep/best", GRID, section, max_steps=4)
+    with pytest.raises(OutputExistsError, match="no Veneer run"):
+        fit(make("sweep", max_steps=4, overwrite=True), quiet=True)
     again = ran(make, "sweep", GRID, section, max_steps=4, overwrite=True)
     assert again.facts["candidates"] == first.facts["candidates"]
 

@@ -62,7 +62,6 @@ def grown(base, seed=9):
     return model
 
 
-@pytest.mark.usefixtures("asked_here")
 def test_eight_added_tokens_are_trained_and_mean_the_same_everywhere(tmp_path):
     base = write_tiny(tmp_path / "base")
     result = fit(run(tmp_path, base, "run"), quiet=True)

@@ -104,21 +104,10 @@ def sampling_options(
     }
 
 
-def loading_options(
-    precision: str, quantize: str | None, device: str | None, device_map: str | None, attention: str
-) -> dict[str, Any]:
-    """Return the options of a command as the keyword arguments of `load_base`."""
-    return {
-        "precision": precision,
-        "quantize": quantize,
-        "device": device,
-        "device_map": device_map,
-        "attention": attention,
-    }
-
-
 def echo_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+    """Print a value as JSON, which has no infinity or NaN: these become null."""
+    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    typer.echo(json.dumps(strict, indent=2))
 
 
 def table_of(*heads: str) -> Table:

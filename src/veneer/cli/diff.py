@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -50,8 +49,7 @@ def diff_command(
             "difference": comparison.relative,
             "cosine": comparison.cosine,
         }
-        # JSON has no infinity or NaN: write null
-        echo_json(json.loads(json.dumps(facts), parse_constant=lambda _: None))
+        echo_json(facts)
     else:
         out.print(str(comparison), soft_wrap=True)
         if comparison.layers and not comparison.same_change:

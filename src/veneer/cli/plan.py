@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -188,6 +187,7 @@ def _model(settings: Any) -> Any:
     import veneer
     from veneer.models.meta import countable_model
     from veneer.models.remote_code import trust_remote_code
+    from veneer.train.adapter_setup import lora_config
     from veneer.variants import VARIANTS
 
     dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}[
@@ -197,20 +197,7 @@ def _model(settings: Any) -> Any:
         model = countable_model(settings.base, dtype)
     # a variant that needs data or weights to start has the shapes of lora
     variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"
-    adapter_dtypes = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}
-    config = veneer.LoraConfig(
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        targets=settings.targets,
-        exclude=settings.exclude,
-        layers=settings.layers,
-        train_also=settings.train_also,
-        bias=settings.bias,
-        variant=variant,
-        dtype=adapter_dtypes[settings.adapter_dtype],
-    )
-    veneer.attach(model, config)
+    veneer.attach(model, lora_config(settings.model_copy(update={"variant": variant}), model, {}))
     return model
 
 
@@ -233,19 +220,10 @@ def _print(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
     from veneer.cli.console import echo_json, out
 
     if as_json:
-        echo_json(_replace_non_finite(facts))
+        echo_json(facts)
         return
     for renderable in renderables:
         out.print(renderable, soft_wrap=isinstance(renderable, str))
-
-
-def _replace_non_finite(value: Any) -> Any:
-    """Replace infinity and NaN, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {name: _replace_non_finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replace_non_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tables(

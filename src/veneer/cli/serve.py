@@ -225,7 +225,11 @@ def _serve(
     with bind(host, listener.port) as server_socket:  # first of all, because it fails fastest
         listener = listener._replace(port=server_socket.getsockname()[1])
         if replicas is None:
-            plugin = None if train is None else _training_plugin(train, runs)
+            plugin = None
+            if train is not None:
+                from veneer.serve.training.registration import TrainingPlugin
+
+                plugin = TrainingPlugin(train, runs)
             _serve_here(settings, keyring, hosts, server_socket, listener, plugin)
             return
     _serve_on_ray(settings, hosts, listener, replicas)
@@ -242,18 +246,6 @@ def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
             problem, "train = true in an entry", "add it to the keys that may, or leave out --train"
         )
     return keyring
-
-
-def _training_plugin(folder: Path, runs: int) -> TrainingPlugin:
-    from veneer.errors import ConfigError
-
-    try:
-        from veneer.serve.training.registration import TrainingPlugin
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--train without {error.name}", "it", "pip install 'veneer[tinker]'"
-        ) from error
-    return TrainingPlugin(folder, runs)
 
 
 def _become_vllm(settings: Settings, name: str | None, listener: _Listener) -> None:
@@ -370,15 +362,9 @@ def _serve_on_ray(
     from dataclasses import replace
 
     from veneer.cli.console import err
-    from veneer.errors import ConfigError
+    from veneer.serve.cluster.on_ray import run
     from veneer.store.remote import is_remote
 
-    try:
-        from veneer.serve.cluster.on_ray import run
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--replicas without {error.name}", "Ray", "pip install 'veneer[cluster]'"
-        ) from error
     # replicas run in another working folder, so relative paths must become absolute
     if settings.adapters is not None and not is_remote(settings.adapters):
         settings = replace(settings, adapters=str(Path(settings.adapters).expanduser().resolve()))

@@ -112,14 +112,16 @@ def train_command(
         _find_rate(settings)
         return
     work, say = partial(_run, settings), partial(console.err.print, soft_wrap=True)
-    if launcher is None:
+    if workers is None:  # as without --launcher (_agree)
         stopped = work()
     else:
+        from veneer.train import ray
+
         restarts, gpus = (
             RESTARTS if max_restarts is None else max_restarts,
             False if settings.device == "cpu" else None,
         )
-        stopped = _ray().launch(work, workers, restarts, say, gpus)
+        stopped = ray.launch(work, workers, restarts, say, gpus)
     if stopped is not None:
         if processes.first:
             say(stopped)
@@ -156,17 +158,6 @@ def _agree(
             raise ConfigError(
                 f"{flag} without --launcher", "a launcher that starts them", "add --launcher ray"
             )
-
-
-def _ray() -> Any:
-    """Import the module for Ray only if it is used."""
-    try:
-        from veneer.train import ray
-    except ImportError as error:
-        raise ConfigError(
-            f"--launcher ray, and {error}", "Ray Train", "pip install 'veneer[cluster]'"
-        ) from error
-    return ray
 
 
 def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) -> str | None:

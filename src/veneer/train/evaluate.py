@@ -16,8 +16,8 @@ from veneer.train.data import TOOLS, Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
-from veneer.train.tasks._base import RECORDED, extract_settings
-from veneer.train.tokens import IGNORED, Examples
+from veneer.train.tasks._base import RECORDED, extract_settings, token_batch
+from veneer.train.tokens import Examples
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,8 @@ def to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
 def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels [b, s] of the examples at `rows`, padded on the
     right."""
-    width = max(examples.lengths[i] for i in rows)
     ids, labels = [examples.input_ids[i] for i in rows], [examples.labels[i] for i in rows]
-    columns = {
-        "input_ids": (ids, 0),
-        "attention_mask": ([[1] * len(row) for row in ids], 0),
-        "labels": (labels, IGNORED),
-    }
-    return {
-        name: torch.tensor([row + [fill] * (width - len(row)) for row in lists], device=device)
-        for name, (lists, fill) in columns.items()
-    }
+    return to(device, token_batch(ids, labels, 0))
 
 
 def exact(

@@ -22,14 +22,12 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from veneer.errors import ConfigError, TrainingError
 from veneer.models.remote_code import with_trust_of_config
-from veneer.train import vocabulary
-from veneer.train.adapter_setup import attach_adapter
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
-from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.make_trainer import trainer_of
+from veneer.train.run import load_model, prepare_data
 from veneer.train.tasks import TASKS
 
 LOW, HIGH, STEPS = 1e-6, 1.0, 80
@@ -135,9 +133,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         raise ConfigError(problem, "a task whose loss falls as it learns", do)
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
-    task.read_data()
-    ids = vocabulary.learn(config, task.open())
-    prepared = task.prepare()
+    ids, prepared = prepare_data(task)
     with tempfile.TemporaryDirectory() as folder:
         arguments = arguments_of(config, Path(folder), prepared)
         arguments.max_steps, arguments.warmup_steps = STEPS, 0
@@ -148,13 +144,12 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         )
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
-        base = task.load()._replace(tokenizer=task.processor)
-        handle = attach_adapter(task, base.model, prepared, ids)
+        base, handle, cached = load_model(task, task.load, prepared, ids, None)
         sweep = _Sweep()
         trainer = trainer_of(
             task,
             base.model,
-            HiddenStateCache(base.model) if config.cache_lower else None,
+            cached,
             args=arguments,
             train_dataset=prepared.train_set,
             processing_class=base.tokenizer,

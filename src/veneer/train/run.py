@@ -138,7 +138,7 @@ def _fit_locked(
     if parallel == "fsdp":
         load_base = partial(sharding.load, task, arguments.device, console)
     base, handle, cached = processes.run_on_all(
-        lambda: _load_model(task, load_base, prepared, ids, resume_point),
+        lambda: load_model(task, load_base, prepared, ids, resume_point),
         _hash_parameter_counts,
         "a model",
     )
@@ -215,7 +215,7 @@ def prepare_run(
     trainer's arguments. Writes nothing."""
     resume = processes.run_on_first(lambda: can_resume(config, output))
     task = processes.run_on_all(lambda: _make_task(config, processes))
-    ids, prepared = processes.run_on_all(lambda: _prepare_data(task), _hash_data, "data")
+    ids, prepared = processes.run_on_all(lambda: prepare_data(task), _hash_data, "data")
     resume_point = (
         _as_resume_point(
             processes.run_on_first(lambda: find_resume_point(config, output, prepared, console))
@@ -246,7 +246,7 @@ def _make_task(config: TrainConfig, processes: Processes) -> Task:
     return task
 
 
-def _prepare_data(task: Task) -> tuple[tuple[int, ...], Prepared]:
+def prepare_data(task: Task) -> tuple[tuple[int, ...], Prepared]:
     """(ids of the tokens to train, data of the run)."""
     task.read_data()
     ids, prepared = vocabulary.learn(task.config, task.open()), task.prepare()
@@ -263,7 +263,7 @@ def _as_resume_point(pair: list[Any] | tuple[str, int] | None) -> ResumePoint:
     return None if pair is None else (Path(pair[0]), pair[1])
 
 
-def _load_model(
+def load_model(
     task: Task,
     read: Callable[[], Base],
     prepared: Prepared,

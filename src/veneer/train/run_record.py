@@ -1,5 +1,7 @@
 """The record of a run in its output folder: whether a run there can be resumed, with which
 configuration, data and library versions it began, and the results that its files hold.
+
+The folder of a sweep has the same record, with the section `sweep:` of its configuration.
 """
 
 from __future__ import annotations
@@ -38,38 +40,44 @@ def open_output(
     return checkpoint.cut_log(output, resume_point[1] if resume_point is not None else 0)[-2:]
 
 
-def can_resume(config: TrainConfig, output: Path) -> bool:
+def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | None = None) -> bool:
     """Whether `output` holds a run to resume; False means that a new run starts. `overwrite` allows
     replacing a run that cannot be resumed; a run that can be resumed is resumed all the same.
+
+    Args:
+        sweep: the section of a sweep, which resumes sweeps instead of runs.
 
     Raises:
         OutputExistsError: `output` holds a finished run, an unfinished one that `resume` excludes,
             or other files.
         ConfigError: there is no run to resume, or it has another configuration.
     """
+    kind = "run" if sweep is None else "sweep"
     if output.is_file():
         raise OutputExistsError(
-            f"{output} is a file", "a folder for the run", "choose another output"
+            f"{output} is a file", f"a folder for the {kind}", "choose another output"
         )
     run = checkpoint.read_json(output / checkpoint.RUN)
-    if run is None and checkpoint.is_taken(output):
+    is_other = run is not None and ("sweep" in run) is (sweep is None)
+    if is_other or (run is None and checkpoint.is_taken(output)):
         do = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(
-            f"{output} is not empty and holds no Veneer run", "a new folder", do
+            f"{output} is not empty and holds no Veneer {kind}", "a new folder", do
         )
     if run is None or run["status"] == checkpoint.CLEARED:
         if config.resume:
             raise ConfigError(
-                f"no run in {output}", "one to resume", "leave out --resume, or check the path"
+                f"no {kind} in {output}", "one to resume", "leave out --resume, or check the path"
             )
         return False
     if run["status"] == "finished" and config.overwrite:
         return False
     if run["status"] == "finished":
         do = "choose another output, or pass --overwrite to replace it"
-        raise OutputExistsError(f"{output} holds a finished run", "a new folder", do)
+        raise OutputExistsError(f"{output} holds a finished {kind}", "a new folder", do)
     # defaults stand for settings that the run's version of Veneer lacked
-    old, new = {**TrainConfig.defaults(), **run["config"]}, config.content()
+    old = {**TrainConfig.defaults(), **run["config"], "sweep": run.get("sweep")}
+    new = {**config.content(), "sweep": sweep}
     changed = [
         name
         for name in {**old, **new}
@@ -82,7 +90,7 @@ def can_resume(config: TrainConfig, output: Path) -> bool:
     lines = "".join(f"\n  {name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
     raise (ConfigError if changed else OutputExistsError)(
         f"Found: {output} holds an unfinished"
-        f" run{' with another configuration' if changed else ''}.{lines}\nExpected: the same"
+        f" {kind}{' with another configuration' if changed else ''}.{lines}\nExpected: the same"
         " configuration, to resume it exactly, or a new folder. Do: undo the change, choose"
         " another output, or pass --overwrite to start over."
     )
@@ -93,23 +101,31 @@ def find_resume_point(
 ) -> tuple[str, int] | None:
     """(folder, step) of the newest checkpoint of the run in `output`; None if there is none, or if
     the data changed and `overwrite` is set. Raises `ConfigError` if the data changed otherwise."""
-    if checkpoint.read_json(output / checkpoint.RUN)["data"] == prepared.hashes:
+    run = checkpoint.read_json(output / checkpoint.RUN)
+    if run["data"] == prepared.hashes:
         if (newest := checkpoint.newest(output)) is None:
             return None
         say(console, f"Resuming from step {newest[1]} ({newest[0]}).")
-        print_changed_versions(checkpoint.read_json(output / checkpoint.RUN), console)
+        print_changed_versions(run, console)
         return str(newest[0]), newest[1]
     if config.overwrite:
         return None
     inputs = "the data"
     if config.adapter is not None:
         inputs = "the data, or the adapter that it trains further,"
-    problem = f"{inputs} have changed since the unfinished run in {output} began"
+    kind = "sweep" if "sweep" in run else "run"
+    problem = f"{inputs} have changed since the unfinished {kind} in {output} began"
     do = "restore them, choose another output, or pass --overwrite to start over"
     raise ConfigError(problem, "the same bytes, to resume it exactly", do)
 
 
-def write_status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
+def write_status(
+    output: Path,
+    status: str,
+    config: TrainConfig,
+    prepared: Prepared,
+    sweep: Mapping[str, Any] | None = None,
+) -> None:
     """Write run.json: the status, configuration, hashes of the data, steps and versions."""
     record = {
         "status": status,
@@ -117,6 +133,7 @@ def write_status(output: Path, status: str, config: TrainConfig, prepared: Prepa
         "data": prepared.hashes,
         "steps": prepared.steps,
         "versions": versions(),
+        **({} if sweep is None else {"sweep": sweep}),
     }
     checkpoint.write_json(output / checkpoint.RUN, record)
 

@@ -57,7 +57,7 @@ def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(
         worker.do(held.wait)  # all three wait together, and share a batch
         promised = [run.ask_pass(own) for run, own in zip(runs, data, strict=True)]
         held.set()
-        ends = [worker.promise(run.id, run.number) for run in runs]
+        ends = [worker.queue.promise(run.id, run.number) for run in runs]
         for end in ends:
             assert end.result(timeout=20).binary
         for run, asked, loss in zip(runs, promised, expected, strict=True):
@@ -112,7 +112,7 @@ def ends_again_and_again(base, folder, monkeypatch, asked):
         worker = training_of(service).worker
         if not deaths:
             for run, data in asked.items():
-                worker.accept(
+                worker.queue.accept(
                     run.id, run.next(), PASS, run.body(data, "cross_entropy").SerializeToString()
                 )
         try:
@@ -196,7 +196,7 @@ def test_a_server_that_is_closed_in_a_pass_does_not_give_it_up(base, tmp_path, m
         service = open_service(base, None, train=str(tmp_path))
         worker = training_of(service).worker
         if not number:
-            worker.accept(
+            worker.queue.accept(
                 run.id, run.next(), PASS, run.body(texts(0), "cross_entropy").SerializeToString()
             )
         if number < 5:

@@ -364,7 +364,7 @@ def test_a_run_that_goes_on_and_on_keeps_no_other_from_its_place(base, tmp_path,
         endless, other = runs
         promises = [endless.next() for _ in range(8)]
         for number in promises:
-            worker.accept(
+            worker.queue.accept(
                 endless.id,
                 number,
                 PASS,
@@ -376,14 +376,16 @@ def test_a_run_that_goes_on_and_on_keeps_no_other_from_its_place(base, tmp_path,
             if kind == "pass"
             else b'{"rate": 0.01}'
         )
-        worker.accept(other.id, other.next(), PASS if kind == "pass" else "step", body)
-        promise = worker.promise(other.id, other.number)
+        worker.queue.accept(other.id, other.next(), PASS if kind == "pass" else "step", body)
+        promise = worker.queue.promise(other.id, other.number)
         while not promise.done():
             worker.turn()
-        left = [number for number in promises if not worker.promise(endless.id, number).done()]
+        left = [
+            number for number in promises if not worker.queue.promise(endless.id, number).done()
+        ]
         assert len(left) >= 4
         while worker.queue.active():
             worker.turn()
-        assert all(worker.promise(endless.id, number).result().binary for number in promises)
+        assert all(worker.queue.promise(endless.id, number).result().binary for number in promises)
     finally:
         service.close()

@@ -31,7 +31,7 @@ def test_a_run_at_rest_has_no_line(base, tmp_path):
         for run in runs:
             client.result(client.post("unload_model", model_id=run.id))
         assert not worker.lines
-        again = worker.accept(runs[0].id, 1, PASS, b"")  # as after a connection that broke
+        again = worker.queue.accept(runs[0].id, 1, PASS, b"")  # as after a connection that broke
         assert again == 1
         worker.do(lambda: None).result(timeout=20)
         assert not worker.lines
@@ -98,7 +98,7 @@ def test_a_client_that_polls_leaves_nothing_at_its_promise(it, client):
     worker = it.training.worker
     worker.do(lambda: go.wait(20))
     promised = run.ask_pass(texts(0))
-    worker_promise = worker.promise(run.id, run.number)
+    worker_promise = worker.queue.promise(run.id, run.number)
     try:
         for _ in range(3):
             with pytest.raises(Exception, match="timed out"):

@@ -96,7 +96,7 @@ def test_a_number_that_does_not_come_is_answered_and_the_run_goes_on(base, tmp_p
         stepped = run.ask_step(0.02)
         training.sweep()
         training.sweep()  # which is soon after
-        assert training.worker.promise(run.id, 2) is None
+        assert training.worker.queue.promise(run.id, 2) is None
         monkeypatch.setattr(training_, "OVERDUE", 0.0)
         training.sweep()
         told = client.result(stepped)["metrics"]

@@ -124,7 +124,7 @@ def test_requests_are_computed_in_their_order_whenever_they_arrive(client, it):
     late = run.send(bodies[1].SerializeToString())
     step = client.post("optim_step", model_id=run.id, seq_id=2, adam_params={"learning_rate": 0.01})
     time.sleep(0.1)
-    assert not it.training.worker.promise(run.id, 3).done()
+    assert not it.training.worker.queue.promise(run.id, 3).done()
     first = run.send(bodies[0].SerializeToString())
     again = run.send(bodies[0].SerializeToString())  # as after a connection that broke
     assert again == first
@@ -569,7 +569,7 @@ def test_a_checkpoint_goes_on_with_its_optimiser(client, it):
     assert run.save("third", overwrite=True) == path
     for name, fields, words in (
         ("a/b", {}, "the name"),
-        ("short", {"ttl_seconds": 3}, "ttl_seconds 3"),
+        ("short", {"ttl_seconds": 3}, "in ttl_seconds"),
     ):
         with pytest.raises(Failed, match=words):
             run.save(name, **fields)
@@ -595,6 +595,7 @@ def test_checkpoints_are_listed_published_copied_and_deleted(client):
     info = client.post("weights_info", tinker_path=path)
     assert info["train_unembed"] is info["train_attn"] is True
     place = f"training_runs/{run.id}/checkpoints/weights/a"
+    assert client.http.put(f"/{place}/ttl", json={"ttl_seconds": 3}).status_code == 400
     assert client.http.put(f"/{place}/ttl", json={"ttl_seconds": 7200}).status_code == 204
     assert (
         client.get(f"training_runs/{run.id}/checkpoints")["checkpoints"][-1]["expires_at"]

@@ -71,7 +71,7 @@ def _promise(
     training: Training, run: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
 ) -> dict[str, str]:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    number = training.worker.accept(run, seq, kind, content)
+    number = training.worker.queue.accept(run, seq, kind, content)
     return {"request_id": f"{run}:{number}", "model_id": run}
 
 
@@ -88,7 +88,7 @@ async def queue_request(
     such run, or the run was unloaded."""
     row = run_of(training, key, run)
     training.record_heartbeat(row["session"])
-    if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
+    if row["unloaded"] and training.worker.queue.promise(run, -1 if seq is None else seq) is None:
         problem = f"the run {run}, which was unloaded or did not begin"
         raise Refusal(410, problem, "one that goes on", "create one, perhaps from a checkpoint")
     if kind in SAVES and key.bytes is not None and not isinstance(body, bytes):
@@ -101,7 +101,7 @@ async def queue_request(
 def _accept_pass(training: Training, key: Key, header: PassHeader, body: bytes) -> dict[str, str]:
     """Accept a pass and count its tokens. A pass that would exceed the quota is queued as a request
     that fails."""
-    is_repeated = header.seq and training.worker.promise(header.run, header.seq) is not None
+    is_repeated = header.seq and training.worker.queue.promise(header.run, header.seq) is not None
     if is_repeated:
         return _promise(training, header.run, header.seq, PASS, body)
     problem = over_quota(training.store, key.owner, "tokens", key.tokens, header.tokens)

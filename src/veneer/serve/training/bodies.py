@@ -28,6 +28,8 @@ Path = Annotated[str, Field(max_length=512)]
 Seq = Annotated[int, Field(ge=0, lt=2**31)]
 Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+#: how long a checkpoint is kept: an hour to ten years
+Stay = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
 
 
 def _few_entries(value: Any) -> Any:
@@ -127,7 +129,7 @@ class OptimStep(OfModel):
 class Save(OfModel):
     path: Annotated[str, Field(max_length=256)] | None = None
     seq_id: Seq | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: Stay | None = None
     overwrite: bool = False
     user_metadata: Metadata | None = None
 
@@ -137,14 +139,14 @@ class SaveForSampler(OfModel):
     sampling_session_seq_id: Seq | None = None
     kind: Literal["snapshot", "inflight"] = "snapshot"
     seq_id: Seq | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: Stay | None = None
     user_metadata: Metadata | None = None
 
 
 class SaveExternal(OfModel):
     path: Annotated[str, Field(max_length=256)]
     seq_id: Seq | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: Stay | None = None
     age_encryption_recipients: Annotated[list[str], Field(fail_fast=True, max_length=10)] | None = (
         None
     )
@@ -247,7 +249,7 @@ class OfPath(Body):
 
 
 class Ttl(Body):
-    ttl_seconds: int | None = None
+    ttl_seconds: Stay | None = None
 
 
 class CopyWeights(Body):
@@ -255,7 +257,7 @@ class CopyWeights(Body):
     model_seq_id: Seq | None = None
     destination_project_id: Id | None = None
     source_path: Path
-    ttl_seconds: int | None = None
+    ttl_seconds: Stay | None = None
     weights_access_token: Annotated[str, Field(max_length=4096)] | None = None
 
 

@@ -24,9 +24,6 @@ from veneer.serve.training.run_trainer import ADAPTER, Trainer
 from veneer.serve.training.store import NAME, Checkpoint, Store, folder_bytes, parse_checkpoint_path
 from veneer.serve.training.worker import Line, Worker
 
-#: the least and greatest ttl_seconds of a checkpoint: an hour, ten years
-LEAST_STAY, MOST_STAY = 3600, 10 * 366 * 86400
-
 
 @dataclass
 class Operations:
@@ -143,16 +140,11 @@ class Operations:
         return {"model_id": line.run, "type": "unload_model"}
 
     def _new_checkpoint(self, line: Line, kind: str, options: Mapping[str, Any]) -> Checkpoint:
-        """The address of a new checkpoint. ``DataError``: an invalid or used name, or an invalid
-        time to live."""
-        name, seconds = options.get("name") or f"step-{line.next}", options.get("ttl_seconds")
+        """The address of a new checkpoint. ``DataError``: an invalid or used name."""
+        name = options.get("name") or f"step-{line.next}"
         if not NAME.fullmatch(name):
             expected = "1 to 128 letters, digits and '._-', beginning with a letter or digit"
             raise DataError(f"the name {name[:200]!r}", expected, "choose another")
-        if seconds is not None and not LEAST_STAY <= seconds <= MOST_STAY:
-            raise DataError(
-                f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it"
-            )
         checkpoint = Checkpoint(line.run, kind, name)
         exists = self.store.checkpoint(checkpoint) is not None
         if exists and not self._is_saved(line, checkpoint) and not options.get("overwrite"):

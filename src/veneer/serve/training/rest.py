@@ -28,7 +28,6 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving
 from veneer.serve.training import bodies
 from veneer.serve.training.accept import check_quota, no_such, owns, run_of
-from veneer.serve.training.operations import LEAST_STAY, MOST_STAY
 from veneer.serve.training.routes import On, checkpoint_of, sampler_of, session_of
 from veneer.serve.training.run_trainer import ADAPTER
 from veneer.serve.training.store import KINDS, Checkpoint
@@ -151,16 +150,8 @@ def unpublish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
 def set_ttl(run: str, kind: str, name: str, body: bodies.Ttl, training: On, key: Asker) -> None:
     checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
-    _stay(body.ttl_seconds)
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     training.store.change_checkpoint(checkpoint, expires=expires)
-
-
-def _stay(seconds: int | None) -> None:
-    if seconds is not None and not LEAST_STAY <= seconds <= MOST_STAY:
-        raise Refusal(
-            400, f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it"
-        )
 
 
 @router.get("/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls")
@@ -215,7 +206,6 @@ def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any
 async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> dict[str, str]:
     """Copy a readable checkpoint to a new run that holds only copies."""
     checkpoint_of(training, key, body.source_path)
-    _stay(body.ttl_seconds)
     session = body.session_id
     if session is None:
         session = await training.write(training.store.new_session, key.owner, None, "a copy")

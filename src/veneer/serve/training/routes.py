@@ -436,7 +436,7 @@ def _promise(training: Training, key: Key, id: str) -> asyncio.Future[Answer] | 
     row = training.store.run(run) if number.isdecimal() and len(number) < 12 else None
     if row is None:
         return training.samples.find(id, key.owner)
-    promise = training.worker.promise(run, int(number)) if owns(key, row) else None
+    promise = training.worker.queue.promise(run, int(number)) if owns(key, row) else None
     return None if promise is None else promise.awaitable()
 
 

@@ -1,12 +1,11 @@
-"""An SQLite file with one connection that writes and several that read."""
+"""An SQLite file with one connection that writes."""
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from veneer.fileio.private import private_file
 
 class Index:
     """Any thread may call it. Each write is one transaction, which is on the disk when the call
-    returns. Reads use connections of their own, so that no read waits for the disk of a write."""
+    returns. A read opens a connection of its own, so that it does not wait for the disk of a
+    write."""
 
     def __init__(self, file: Path) -> None:
         private_file(file)
         self.lock = threading.RLock()  # held by the thread that writes
         self._file = file
-        self._readers: deque[sqlite3.Connection] = deque()  # connections that no thread uses now
         self._closed = False
         self._writer = self._connect()
 
@@ -37,14 +36,8 @@ class Index:
 
     def close(self) -> None:
         self._closed = True
-        self._close_readers()
         with self.lock:  # a running write ends first
             self._writer.close()
-
-    def _close_readers(self) -> None:
-        with suppress(IndexError):  # another thread closed the last one
-            while True:
-                self._readers.pop().close()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -65,16 +58,8 @@ class Index:
     def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         if self._closed:
             raise sqlite3.ProgrammingError("Cannot read a closed index.")
-        try:
-            reader = self._readers.pop()
-        except IndexError:  # other threads use all of them
-            reader = self._connect()
-        try:
+        with closing(self._connect()) as reader:
             return reader.execute(query, values).fetchall()
-        finally:
-            self._readers.append(reader)
-            if self._closed:
-                self._close_readers()
 
     def row(self, query: str, *values: Any) -> sqlite3.Row | None:
         """The first row of the result, or None."""

@@ -297,7 +297,9 @@ class Training:
             for number in range(first, after):
                 problem = f"no request {number} for {OVERDUE:g} s, though later ones came"
                 error = sentence(problem, "each number once", "send it again, with the next number")
-                self.worker.accept(line.run, number, MISSING, json.dumps({"error": error}).encode())
+                self.worker.queue.accept(
+                    line.run, number, MISSING, json.dumps({"error": error}).encode()
+                )
         self._gaps = gaps
 
     def _unused_checkpoints(self, moment: float) -> list[Checkpoint]:

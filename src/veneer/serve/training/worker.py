@@ -27,7 +27,7 @@ from veneer.errors import DataError, VeneerError, sentence
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import Shares
 from veneer.serve.training.curve import LOSS, Batch
-from veneer.serve.training.lines import Line, Promise, Queue, RunRequest
+from veneer.serve.training.lines import Line, Queue, RunRequest
 from veneer.serve.training.losses import check_datum, complete_settings
 from veneer.serve.training.run_memory import PASS, REPLAYED, Operation, RunMemory
 from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
@@ -115,14 +115,6 @@ class Worker:
         return self._thread.is_alive() and not self._closing
 
     # any thread
-
-    def accept(self, run: str, seq: int | None, kind: str, body: bytes) -> int:
-        """See ``Queue.accept``."""
-        return self.queue.accept(run, seq, kind, body)
-
-    def promise(self, run: str, seq: int) -> Promise | None:
-        """See ``Queue.promise``."""
-        return self.queue.promise(run, seq)
 
     def do(self, work: Callable[[], Any], run: str | None = None) -> Future[Any]:
         """Run a function on the worker's thread between two batches; with ``run``, once that run is

@@ -24,22 +24,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach import detach
-from veneer.errors import AdapterError, listing
+from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist, new_file
+from veneer.fileio.untrusted import Header, read_header
 from veneer.formats import FORMATS, BaseFacts, LowRankChange, MisreadElsewhere, Options, peft
 from veneer.formats._base import cast, read_tensors
+from veneer.formats.parts import PARTS
 from veneer.layers import parameter_path
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo, open_base
-from veneer.tools.convert.conversion_options import check_conversion_options
 from veneer.tools.convert.file_contents import build_adapter, list_changes
-from veneer.tools.convert.format_detection import detect
 from veneer.tools.convert.source_folder import read_source, read_tuner_type
 from veneer.tools.convert.target_support import list_losses, require_supported
 from veneer.tools.convert.token_changes import require_token_rows
@@ -233,3 +234,101 @@ def _adapter_on_base(
         yield model
     finally:
         detach(model, deltas.NAME)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_conversion_options(
+    dtype: str | None,
+    part: str | None,
+    rank: int | None,
+    energy: float | None,
+    whole: bool,
+    source_format: str,
+    target_format: str,
+) -> Options:
+    """The options as the formats take them.
+
+    Raises:
+        ConfigError: an option has no such value, or neither format uses it.
+        AdapterError: ``rank``, ``energy`` and ``whole`` contradict each other.
+    """
+    formats_with_parts = [name for name in FORMATS.names() if FORMATS[name].parts]
+    unknown_dtype = dtype is not None and dtype not in DTYPES
+    unknown_part = part is not None and part not in PARTS
+    unused_part = part is not None and not {source_format, target_format} & set(formats_with_parts)
+    fixed_dtype = dtype is not None and target_format == "veneer"
+    unused_rank = source_format != "dense" and not (rank is None and energy is None and not whole)
+    checks = [
+        (unknown_dtype, f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"),
+        (unknown_part, f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"),
+        (
+            unused_part,
+            f"a part, from {source_format} to {target_format}",
+            f"one for {listing(formats_with_parts)} alone",
+            "leave it out",
+        ),
+        (
+            fixed_dtype,
+            f"dtype {dtype!r} for a veneer folder, which holds the numbers as they train",
+            "none",
+            'leave it out, or choose "peft"',
+        ),
+        (
+            unused_rank,
+            f"rank, energy or whole for a {source_format} adapter",
+            "them for dense changes alone",
+            "leave them out",
+        ),
+    ]
+    problems = [sentence(*error_texts) for failed, *error_texts in checks if failed]
+    raise_all(ConfigError, "These options cannot be used", problems)
+    deltas.check_rank_options(rank, energy, whole)
+    return Options(None if dtype is None else DTYPES[dtype], part, rank, energy, whole)
+
+
+def detect(path: str | Path) -> str:
+    """The format of the adapter at ``path``: "veneer", "peft", "kohya", "diffusers", "gguf" or
+    "dense".
+
+    Raises:
+        AdapterError: nothing exists at ``path``, or no format recognises it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _detect_folder(path)
+    if not path.is_file():
+        raise AdapterError(f"nothing at {path}", "an adapter", "check the path")
+    with path.open("rb") as stream:
+        first_bytes = stream.read(16)
+    # a safetensors file begins with the length of its header in 8 bytes, then the header's JSON
+    is_safetensors = first_bytes[8:9] == b"{"
+    if not is_safetensors and first_bytes.startswith((b"PK", b"\x80")):
+        problem = f"{path}, a pickle, which runs code as it is opened"
+        raise AdapterError(problem, "safetensors or GGUF", "get the adapter as safetensors")
+    header = read_header(path) if is_safetensors else Header({}, {}, 0)
+    keys, metadata = header.tensors, header.metadata
+    for format_ in FORMATS:
+        if format_.recognises(first_bytes, keys, metadata):
+            return format_.name
+    if any(key.startswith(peft.PREFIX) for key in keys):
+        problem = f"{path}, the tensors of a PEFT folder without its {peft.CONFIG}"
+        raise AdapterError(problem, "the folder", "name the folder that holds both")
+    problem = f"{path} with keys such as {listing(sorted(keys), 2)}" if keys else f"{path}"
+    raise AdapterError(problem, f"one of {', '.join(FORMATS.names())}", "check the file")
+
+
+def _detect_folder(path: Path) -> str:
+    tensors = path / peft.TENSORS
+    if tensors.is_file():
+        return "veneer" if "veneer" in read_header(tensors).metadata else "peft"
+    files = sorted(path.iterdir())
+    if pickles := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
+        problem = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"
+        raise AdapterError(problem, peft.TENSORS, "save the adapter again as safetensors")
+    single_files = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
+    do = f"name the file, such as {path / single_files[0]}" if single_files else "check the path"
+    raise AdapterError(
+        f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do
+    )

@@ -19,7 +19,7 @@ import torch
 
 from veneer.adapter_files.file_names import TOKENIZER
 from veneer.models.safetensors_dir import Checkpoint
-from veneer.tools.merge_checkpoint.head import Head
+from veneer.tools.merge_checkpoint.growth import Head
 
 RECORD, CONFIG = "veneer_merge.json", "config.json"
 #: files that hold the same weights in other formats

@@ -1,21 +1,18 @@
 """Plan a merge from names and shapes alone, and merge one tensor.
 
-    plan_merge(folder, adapters)          ->  MergePlan: the edits of each tensor (slice of the
+    plan_merge(checkpoint, adapters, …)   ->  MergePlan: the edits of each tensor (slice of the
                                               parameter, weighted changes)
     merge_changes(edit, weight, dtype, …) ->  the merged slice, rounded once, and statistics of the
                                               rounding
 
 The model is built without weights (``models.meta_model``), and the adapters are loaded onto it by
 the code that loads them onto a real model, so this plan refuses everything that a live merge
-refuses. transformers, which maps the names, takes 140 MB of memory: for linear layers the records
-of Veneer's adapters suffice (``linear_stub_model``); otherwise a child process makes the plan.
+refuses. transformers, which maps the names, takes seconds to import: for linear layers the records
+of Veneer's adapters suffice (``linear_stub_model``).
 """
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,17 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from veneer import models
-from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.save_load import install_from
 from veneer.attach import Change, changes, detach, output_change_problems, split_tie_problems
 from veneer.attach import adapters as adapters_of
-from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
+from veneer.errors import CheckpointError, MergeError, listing, raise_all, sentence
 from veneer.layers import Layer, parameter_path
 from veneer.models.base_weights import slice_shape
 from veneer.models.meta import without_meta
-from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
-from veneer.tools.merge_checkpoint.growth import grow_checkpoint, grow_model
-from veneer.tools.merge_checkpoint.head import Head, add_tensors, model_with_head
+from veneer.models.safetensors_dir import Checkpoint
+from veneer.tools.merge_checkpoint.growth import (
+    Head,
+    add_tensors,
+    grow_checkpoint,
+    grow_model,
+    model_with_head,
+)
 
 #: an adapter folder and its weight in the merge
 Adapter = tuple[Path, float]
@@ -80,56 +82,26 @@ class MergePlan:
 
 
 def plan_merge(
-    folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    saved_adapters: Sequence[AdapterFiles],
+    model: nn.Module | None = None,
 ) -> MergePlan:
-    """Plan the merge of these adapters into the checkpoint in ``folder``. ``model``: the model of
-    the checkpoint, with or without weights; None lets a child process build it from the folder's
-    config.
+    """Plan the merge of these adapters into a checkpoint. ``saved_adapters``: the files of
+    ``adapters``; ``model``: the model of the checkpoint, with or without weights; None builds it
+    from the config in its folder.
 
     Raises:
-        AdapterError, TargetError: an adapter cannot be read or does not fit the model.
+        AdapterError, TargetError: an adapter does not fit the model.
         CheckpointError: the files lack a weight that an adapter changes, or store it in an
             unsupported form.
         MergeError: a change cannot be merged tensor by tensor.
     """
-    if model is not None:
-        return _plan(folder, adapters, model)
-    script = (
-        f"import sys; from {__name__} import answer_request;"
-        " answer_request(sys.stdin.buffer, sys.stdout.buffer)"
-    )
-    # -P: import no code from the current folder, which may be a downloaded one
-    command, request = [sys.executable, "-P", "-c", script], pickle.dumps((folder, adapters))
-    process = subprocess.run(command, input=request, stdout=subprocess.PIPE, check=False)
-    if process.returncode:
-        raise RuntimeError(
-            f"the process that reads the model's names ended with {process.returncode}"
-        )
-    result = pickle.loads(process.stdout)
-    if isinstance(result, VeneerError):
-        raise result
-    return result
-
-
-def answer_request(questions: Any, answers: Any) -> None:
-    """Run in the child process: read a pickled request, write a pickled plan or error."""
-    folder, adapters = pickle.load(questions)
-    stdout, sys.stdout = sys.stdout, sys.stderr  # stdout carries the pickled answer alone
-    try:
-        result: Any = _plan(folder, adapters, None)
-    except VeneerError as error:
-        result = error
-    finally:
-        sys.stdout = stdout
-    pickle.dump(result, answers)
-
-
-def _plan(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) -> MergePlan:
-    saved_adapters = [read(path) for path, _ in adapters]
     target_model, head = (
-        model_with_head(folder, saved_adapters) if model is None else (without_meta(model), None)
+        model_with_head(checkpoint.folder, saved_adapters)
+        if model is None
+        else (without_meta(model), None)
     )
-    checkpoint = open_checkpoint(folder)
     param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
     is_own_copy, sizes = model is None or target_model is not model, {}
     if is_own_copy and (rows := grow_model(target_model, saved_adapters)) is not None:

@@ -4,9 +4,8 @@
     search.py                 proposes candidates and decides which end early
     cohort.py                 candidates that train together on one base
     held_out.py               their evaluation on the held-out rows
-    sweep_record.py           every candidate's losses, as stored in checkpoints
+    sweep_record.py           every candidate's losses, and the files of the output
     sweep_run.py              a sweep, from its settings to the report
-    output_folder.py          resuming, status and checkpoints
     winner.py                 the winner's folder
     conclusions.py            edges of the searched ranges; the winner repeated as a single run
     table.py, sweep_page.py   output on the terminal; the report

@@ -27,14 +27,13 @@ from veneer.attach import check
 from veneer.engine import TrainedAdapter
 from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint
-from veneer.train.adapter_setup import lora_config
+from veneer.train.adapter_setup import lora_config, start_data
 from veneer.train.arguments import arguments_of
 from veneer.train.evaluate import to
 from veneer.train.loss import causal_loss
 from veneer.train.many import Runs
 from veneer.train.order import EpochSampler
 from veneer.train.prepare import Prepared, steps_an_epoch
-from veneer.train.start_data import start_data
 from veneer.train.sweep.held_out import OutputAsModel, evaluate_runs
 from veneer.train.tasks import Task
 

@@ -1,17 +1,31 @@
 """The record of a sweep: every candidate's losses and the progress of the sweep. Each checkpoint
-holds it; at the end it goes, with the conclusions, into `sweep.json` and the report."""
+holds it; at the end it goes, with the conclusions, into `sweep.json` and the report.
+
+output/
+  run.json               the record of a run (``train/run_record.py``), with the section `sweep:`
+  checkpoint-120/        state.json, and of each running candidate c03/adapter and c03/state.pt
+  best/                  the winner: adapter/, train.yaml, log.jsonl, metrics.json, run.json
+  sweep.json  report.html
+
+Checkpoints are written atomically.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from veneer.train import checkpoint
+from veneer.train.processes import Processes
 from veneer.train.sweep.sweep_settings import CHANCE
 
+#: names in the output folder
+BEST, REPORT, RESULT, STATE, TRAIN = "best", "report.html", "sweep.json", "state.json", "train.yaml"
 #: the statuses of a candidate
 WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "ended", "failed"
 
@@ -152,3 +166,15 @@ def _format_value(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(_format_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def write_checkpoint(output: Path, number: int, fill: Callable[[Path], None]) -> None:
+    """Write a checkpoint, then remove older ones. `fill` writes its files into a folder."""
+    checkpoint.write(output, number, fill, Processes())
+    remove_checkpoints(output, except_for=checkpoint.path_of(output, number))
+
+
+def remove_checkpoints(output: Path, except_for: Path | None = None) -> None:
+    for path in output.glob("checkpoint-*"):
+        if path != except_for:
+            shutil.rmtree(path)

@@ -3,7 +3,7 @@
     result = sweep(*load_sweep(Path("sweep.yaml")))
     result.best           the folder of the winner, with the files of `veneer train`
 
-`output_folder.py` lists the files of the output. A sweep that was stopped or killed resumes from
+`sweep_record.py` lists the files of the output. A sweep that was stopped or killed resumes from
 its newest checkpoint and ends with the same numbers, bit for bit.
 """
 
@@ -33,7 +33,7 @@ from veneer.train.callbacks import StopOnSignal, duration, say
 from veneer.train.config import TrainConfig, make_config, task_names
 from veneer.train.prepare import steps_an_epoch
 from veneer.train.processes import Processes
-from veneer.train.run_record import print_changed_versions
+from veneer.train.run_record import can_resume, find_resume_point, write_status
 from veneer.train.sweep.cohort import Cohort
 from veneer.train.sweep.conclusions import (
     describe_edge,
@@ -41,18 +41,24 @@ from veneer.train.sweep.conclusions import (
     find_edges,
     repeat_winner,
 )
-from veneer.train.sweep.output_folder import BEST, REPORT, RESULT, STATE, TRAIN, SweepFolder
 from veneer.train.sweep.search import Search
 from veneer.train.sweep.sweep_page import page
 from veneer.train.sweep.sweep_record import (
+    BEST,
     ENDED,
     FAILED,
     FINISHED,
+    REPORT,
+    RESULT,
     RUNNING,
+    STATE,
+    TRAIN,
     WAITING,
     Candidate,
     State,
     format_changes,
+    remove_checkpoints,
+    write_checkpoint,
 )
 from veneer.train.sweep.sweep_settings import Sweep, must_fit
 from veneer.train.sweep.table import print_overview
@@ -125,8 +131,7 @@ class _SweepRun:
         self.start_times = time.perf_counter(), time.process_time()
         self.config, self.settings, self.keep_going = _shared_config(config), settings, keep_going
         self.console, self.on_step, self.output = console, on_step, config.output.expanduser()
-        self.folder = SweepFolder(self.output, self.config, settings)
-        can_resume = self.folder.can_resume()
+        resumes = can_resume(self.config, self.output, settings.content())
         self.task: Task = TASKS[config.task](self.config)
         self.task.read_data()
         self.task.open()
@@ -135,7 +140,10 @@ class _SweepRun:
         self.search, self.steps = Search(settings, self.prepared.steps), self.prepared.steps
         self._check_rungs_in_first_epoch()
         self.eval_steps, self.save_steps = int(arguments.eval_steps or 1), int(arguments.save_steps)
-        self.resume_from = self.folder.find_checkpoint(self.prepared) if can_resume else None
+        resume_point = (
+            find_resume_point(self.config, self.output, self.prepared, console) if resumes else None
+        )
+        self.resume_from = None if resume_point is None else Path(resume_point[0])
         self.state = State() if self.resume_from is None else State.read(self.resume_from / STATE)
         self.earlier_times = self.state.seconds, self.state.cpu_seconds
         self.tasks: dict[str, Task] = {}
@@ -243,8 +251,6 @@ class _SweepRun:
         resume_from, folder_exists = self.resume_from, False
         if resume_from is not None:
             self._replay()
-            say(self.console, f"Resuming from {resume_from}.")
-            print_changed_versions(self.folder.read_run(), self.console)
         else:
             self._add(self._next_candidates())
         while self.state.in_cohort(self.state.cohort):
@@ -254,7 +260,7 @@ class _SweepRun:
             resume_from, folder_exists = None, True
             try:
                 if not self._train(cohort, should_stop):
-                    self.folder.write_status("interrupted", self.prepared)
+                    self._write_status("interrupted")
                     return self._result(interrupted=True)
                 self._finish_cohort(cohort)
             finally:
@@ -277,9 +283,12 @@ class _SweepRun:
             sum(candidate.parameters for candidate in self.state.in_cohort(self.state.cohort)),
         )
         if self.resume_from is None:
-            self.folder.clear()
+            checkpoint.clear(self.output, BEST, REPORT, RESULT)
         self.output.mkdir(parents=True, exist_ok=True)
-        self.folder.write_status("running", self.prepared)
+        self._write_status("running")
+
+    def _write_status(self, status: str) -> None:
+        write_status(self.output, status, self.config, self.prepared, self.settings.content())
 
     def _attach_cohort(self, resume_from: Path | None) -> Cohort:
         """Attach the candidates of the current cohort that have not ended."""
@@ -377,7 +386,7 @@ class _SweepRun:
             )
             state.write(folder / STATE)
 
-        self.folder.write_checkpoint(state.cohort * self.steps + state.step, fill)
+        write_checkpoint(self.output, state.cohort * self.steps + state.step, fill)
 
     def _finish_cohort(self, cohort: Cohort) -> None:
         """Mark the remaining candidates as finished, and save the best of all cohorts so far if it
@@ -446,8 +455,8 @@ class _SweepRun:
         result = self._result(interrupted=False)
         write_whole(self.output / RESULT, json.dumps(result.facts, indent=2) + "\n")
         write_whole(self.output / REPORT, page(result.facts))
-        self.folder.write_status("finished", self.prepared)
-        self.folder.remove_checkpoints()
+        self._write_status("finished")
+        remove_checkpoints(self.output)
         self._print_result(best)
         return result
 

@@ -15,8 +15,7 @@ from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
 from veneer.train.run import provenance_of, write_status
 from veneer.train.sweep.cohort import Cohort
-from veneer.train.sweep.output_folder import BEST, TRAIN
-from veneer.train.sweep.sweep_record import Candidate
+from veneer.train.sweep.sweep_record import BEST, TRAIN, Candidate
 from veneer.train.tasks import Task
 
 

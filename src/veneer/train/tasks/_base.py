@@ -24,12 +24,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from veneer import models
 from veneer.attach import adapters_of, unwrap, use
 from veneer.errors import ConfigError, DataError
 from veneer.models.load import Base
+from veneer.precision import at_least_float32
 from veneer.registry import Registry
 from veneer.train import data, prepare
 from veneer.train.config import TrainConfig
@@ -312,6 +314,18 @@ def token_batch(
         "attention_mask": pad_rows(mask, 0),
         "labels": pad_rows(labels, IGNORED),
     }
+
+
+def labelled_loss(logits: Tensor, labels: Tensor) -> TaskLoss:
+    """The summed cross-entropy at the positions that have a label, and the number of labels that
+    are the most likely. `logits`: [..., n]; `labels`: [...]."""
+    labels = labels.to(logits.device)
+    labelled = labels != IGNORED
+    labelled_logits, targets = logits[labelled], labels[labelled]
+    wide = labelled_logits.to(at_least_float32(labelled_logits.dtype))
+    correct = (labelled_logits.detach().argmax(dim=-1) == targets).sum()
+    total = cross_entropy(wide, targets, reduction="sum")
+    return TaskLoss(total, len(targets), {"accuracy": correct})
 
 
 def padding_token(tokenizer: Any) -> int:

@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from veneer import models
 from veneer.errors import ConfigError, DataError, listing
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
-from veneer.precision import at_least_float32
 from veneer.train import data
 from veneer.train.tasks._base import (
     Base,
@@ -37,10 +34,12 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
+    labelled_loss,
     pad_rows,
     padding_token,
     read_text_column,
     register,
+    token_batch,
 )
 from veneer.train.tasks._media import list_labelled_images, read_image
 from veneer.train.tokens import IGNORED
@@ -319,30 +318,17 @@ class Classify(Task):
                 "pixel_values": pixels,
                 "labels": torch.tensor([row["labels"][0] for row in rows]),
             }
-        ids = [row["ids"] for row in rows]
-        mask = pad_rows([[1] * len(row_ids) for row_ids in ids], 0)
-        batch = {"input_ids": pad_rows(ids, padding_token(self.processor)), "attention_mask": mask}
+        ids, labels = [row["ids"] for row in rows], [row["labels"] for row in rows]
+        batch = token_batch(ids, labels, padding_token(self.processor))
         if "token_types" in rows[0]:
             batch["token_type_ids"] = pad_rows([row["token_types"] for row in rows], 0)
-        labels = pad_rows([row["labels"] for row in rows], IGNORED)
-        return {**batch, "labels": labels if self.kind == "words" else labels[:, 0]}
+        return batch if self.kind == "words" else {**batch, "labels": batch["labels"][:, 0]}
 
     def items(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        logits: Tensor = model(**self.inputs(batch)).logits  # [b, labels] or [b, s, labels]
-        labels = batch["labels"].to(logits.device)
-        labelled = labels != IGNORED
-        labelled_logits, targets = logits[labelled], labels[labelled]
-        total = cross_entropy(
-            labelled_logits.to(at_least_float32(labelled_logits.dtype)), targets, reduction="sum"
-        )
-        return TaskLoss(
-            total,
-            len(targets),
-            {"accuracy": (labelled_logits.detach().argmax(dim=-1) == targets).sum()},
-        )
+        return labelled_loss(model(**self.inputs(batch)).logits, batch["labels"])
 
 
 def _label_name(label: Any, location: str) -> str:

@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from veneer import models
 from veneer.errors import ConfigError, DataError
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
-from veneer.precision import at_least_float32
 from veneer.train import data, prepare
 from veneer.train.tasks._base import (
     Base,
@@ -31,10 +29,12 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
+    labelled_loss,
     pad_rows,
     padding_token,
     read_text_column,
     register,
+    token_batch,
 )
 from veneer.train.tasks._media import read_audio
 from veneer.train.tokens import IGNORED
@@ -166,15 +166,9 @@ class Seq2seq(Task):
         return base
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        labels = pad_rows([row["labels"] for row in rows], IGNORED)
+        labels = [row["labels"] for row in rows]
         if not self.speech:
-            ids = [row["ids"] for row in rows]
-            mask = pad_rows([[1] * len(row_ids) for row_ids in ids], 0)
-            return {
-                "input_ids": pad_rows(ids, padding_token(self.processor)),
-                "attention_mask": mask,
-                "labels": labels,
-            }
+            return token_batch([row["ids"] for row in rows], labels, padding_token(self.processor))
         rate = int(self.features.sampling_rate)
         sounds = [read_audio(row["audio"], row["location"], row["folder"], rate) for row in rows]
         padding = "max_length" if hasattr(self.features, "n_samples") else True
@@ -185,7 +179,7 @@ class Seq2seq(Task):
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return {**inputs, "labels": labels}
+        return {**inputs, "labels": pad_rows(labels, IGNORED)}
 
     def items(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"] != IGNORED).sum())
@@ -220,15 +214,4 @@ class Seq2seq(Task):
         return int(config_of(self.config.base).decoder_start_token_id)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        logits: Tensor = model(**self.inputs(batch)).logits  # [b, s, v]
-        labels = batch["labels"].to(logits.device)
-        labelled = labels != IGNORED
-        labelled_logits, targets = logits[labelled], labels[labelled]
-        total = cross_entropy(
-            labelled_logits.to(at_least_float32(labelled_logits.dtype)), targets, reduction="sum"
-        )
-        return TaskLoss(
-            total,
-            len(targets),
-            {"accuracy": (labelled_logits.detach().argmax(dim=-1) == targets).sum()},
-        )
+        return labelled_loss(model(**self.inputs(batch)).logits, batch["labels"])
