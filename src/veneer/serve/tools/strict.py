@@ -68,10 +68,10 @@ class _Writer:
     def tag(self, text: str) -> str:
         return f"<[{self._special[text]}]>" if text in self._special else json.dumps(text)
 
-    def between_texts(self, tag: str, call: str, beside: Sequence[str] = ()) -> str:
-        """Rules of an answer in which ``call`` follows each ``tag``. Special tokens of ``beside``
+    def between_texts(self, tag: str, call: str, free_tags: Sequence[str] = ()) -> str:
+        """Rules of an answer in which ``call`` follows each ``tag``. Special tokens of ``free_tags``
         may stand in the text."""
-        marks = " | ".join(self.tag(mark) for mark in beside if mark in self._special)
+        marks = " | ".join(self.tag(mark) for mark in free_tags if mark in self._special)
         before = f"(TEXT ({marks}))* " if marks else ""
         rules = f"start: (head call)* {before}TEXT\ncall: {call}\n"
         if tag in self._special:
@@ -168,16 +168,16 @@ def _deepseek_v31(writer: _Writer) -> str:
 
 def _deepseek(writer: _Writer, write: Callable[[str, int], str]) -> str:
     call = f"WS ({writer.each_tool(write)}) WS {writer.tag(DeepSeek.CALL_END)}"
-    beside = (DeepSeek.BEGIN, DeepSeek.END)
-    return writer.between_texts(DeepSeek.CALL, call, beside) + writer.arguments()
+    free_tags = (DeepSeek.BEGIN, DeepSeek.END)
+    return writer.between_texts(DeepSeek.CALL, call, free_tags) + writer.arguments()
 
 
 def _qwen3_xml(writer: _Writer) -> str:
     call = writer.each_tool(
         lambda name, number: f'{json.dumps(name + ">")} WS parameters_{number} "</function>"'
     )
-    beside = (Qwen3Xml.OPEN, Qwen3Xml.CLOSE)
-    rules = [writer.between_texts(Qwen3Xml.FUNCTION, call, beside)]
+    free_tags = (Qwen3Xml.OPEN, Qwen3Xml.CLOSE)
+    rules = [writer.between_texts(Qwen3Xml.FUNCTION, call, free_tags)]
     for number, name in enumerate(writer.names):
         properties = writer.properties(name)
         if properties is None:
