@@ -60,14 +60,17 @@ from veneer.serve.tools.choose import CallReading, call_reading
 
 Tokens = list[tuple[int, ...]]
 
+#: what an operator and the page need, whoever computes the answers
+operations = APIRouter(route_class=Route)
 router = APIRouter(route_class=Route)
+CORE = (operations, router, tokenize.router, score.router)
 
 
-def create(service: Service, *routers: Any) -> FastAPI:
-    """The application of a service; ``routers`` are added to its own."""
+def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE) -> FastAPI:
+    """The application of a service; ``routers`` are added to its own, ``core``."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
-    for core_router in (router, tokenize.router, score.router):
+    for core_router in core:
         app.include_router(core_router)
     for extension in service.extensions:
         routers = (*extension.routers, *routers)
@@ -105,13 +108,13 @@ def _veneer(request: Request, error: Any) -> Response:
     return refusal.of(error).response(request.url.path)
 
 
-@router.get("/health")
+@operations.get("/health")
 async def health() -> dict[str, str]:
     """Whether the process lives."""
     return {"status": "ok"}
 
 
-@router.get("/ready")
+@operations.get("/ready")
 async def ready(service: Serving) -> Response:
     """Whether requests are taken, with the extensions that are there."""
     if not service.ready:
@@ -120,7 +123,7 @@ async def ready(service: Serving) -> Response:
     return JSONResponse({"status": "ready", "extensions": extensions})
 
 
-@router.get("/metrics")
+@operations.get("/metrics")
 async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Response:
     """Prometheus's metrics; ``adapters=0`` gives sums over the adapters."""
     service.metrics.ready.set(service.ready)
@@ -136,7 +139,7 @@ def _card(service: Service, name: str | None) -> dict[str, Any]:
     return {"id": name, **common, "root": service.catalogue.root(name), "parent": service.base}
 
 
-@router.get("/v1/models")
+@operations.get("/v1/models")
 async def models(service: Serving, key: Asker) -> dict[str, Any]:
     """The base and the adapters that the key may use."""
     names = await asyncio.to_thread(service.catalogue.refresh)
@@ -147,7 +150,7 @@ async def models(service: Serving, key: Asker) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models/{model:path}")
+@operations.get("/v1/models/{model:path}")
 async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
     """A model, with the form of prompt that it was trained on."""
     blend = await requested_adapters(service, key, model, None)
@@ -157,7 +160,7 @@ async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
     return {**_card(service, name), "prompt": form}
 
 
-@router.get("/v1/adapters")
+@operations.get("/v1/adapters")
 async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
     """The adapters that the key may use: whether each is in memory, its bytes and its users."""
     await asyncio.to_thread(service.catalogue.refresh)
@@ -171,7 +174,7 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
     return [{field: getattr(entry, field) for field in fields} for entry in visible]
 
 
-@router.post("/v1/load_lora_adapter")
+@operations.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> Response:
     """Load an adapter, or another one under a name that is served."""
     load = partial(service.catalogue.load, inplace=body.load_inplace, pin=body.pin)
@@ -181,7 +184,7 @@ async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> 
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@operations.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin) -> Response:
     """Take an adapter off the server. Its files stay."""
     await asyncio.get_running_loop().run_in_executor(

@@ -75,7 +75,7 @@ class PrefillBudget:
         return min(self.most_scored, max(MULTIPLE, count - count % MULTIPLE))
 
     def _seconds(self, running: int, filling: int) -> float:
-        """What prompts may take of a step beside running rows."""
+        """Seconds of a step that prompts may take beside running rows."""
         share = SHARE * max(1.0, 2 * filling / running)
         return self._decode * share if self.gap is None else self.gap
 
