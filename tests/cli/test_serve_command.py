@@ -333,7 +333,7 @@ def test_the_command_stands_before_a_vllm(base, adapter, tmp_path):
     try:
         url = f"http://127.0.0.1:{port}"
         Program.until(lambda: "open to whoever" in child.said or "1 keys" in child.said, 100)
-        assert "Starting vLLM" in child.said
+        assert "Starting vLLM for" in child.said
         headers = {"Authorization": "Bearer vnr-first"}
         body = {"model": "calc", "prompt": "hi"}
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401

@@ -186,6 +186,7 @@ def test_another_adapter_under_a_name_takes_its_place(it, adapters, made):
     shutil.rmtree(adapters / "french")
     until(lambda: it.post(model="french", prompt="hi").status_code == 404)
     until(lambda: it.state["loaded"] == {})
+    until(lambda: [file.name for file in it.service.engine._socket.parent.iterdir()] == ["socket"])
 
 
 def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):
@@ -208,6 +209,13 @@ def test_adapters_are_loaded_and_unloaded_by_vllms_routes(it, adapters):
     assert it.post("/v1/load_lora_adapter", "vnr-a", **body).status_code == 403
     assert it.post("/v1/load_lora_adapter", **body).status_code == 200
     assert "fr" in [card["id"] for card in it.get("/v1/models").json()["data"]]
+    assert len(it.state["loaded"]) == 1
+    old = it.text("fr")
+    body["load_inplace"] = True
+    assert it.post("/v1/load_lora_adapter", **{**body, "lora_path": "stranger"}).status_code == 400
+    assert it.text("fr") == old  # which stays
+    assert it.post("/v1/load_lora_adapter", **{**body, "lora_path": "german"}).status_code == 200
+    assert it.text("fr") != old
     assert len(it.state["loaded"]) == 1
     outside = it.post("/v1/load_lora_adapter", lora_name="x", lora_path="../base")
     assert outside.status_code == 400

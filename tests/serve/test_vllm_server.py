@@ -195,12 +195,19 @@ def test_adapters_of_a_place(base, adapters, tmp_path):
 def front(base, adapters, tmp_path_factory):
     """`--engine vllm`, without the command line."""
     python, folder = Path(os.environ["VLLM"]), tmp_path_factory.mktemp("front")
+    # the command of the build for processors looks for a package of another name, and ends
+    program = tmp_path_factory.mktemp("bin") / "vllm"
+    module = "vllm.entrypoints.openai.api_server"
+    program.write_text(
+        f'#!/bin/sh\nshift\nexec {python} -m {module} --enforce-eager --model "$@"\n'
+    )
+    program.chmod(0o755)
     for name in ("first", "second", "stranger"):
         shutil.copytree(adapters[name], folder / name)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in vllm_environment(python).items():
             patch.setenv(name, value)
-        patch.setattr("veneer.serve.vllm.find_program", lambda: str(python.parent / "vllm"))
+        patch.setattr("veneer.serve.vllm.find_program", lambda: str(program))
         fields = {"adapters": str(folder), "length": 128, "rows": 4, "name": "base"}
         keys = Keyring((Key("alice", hash_of("vnr-a"), ("*",)),))
         service = vllm_front.start(settings_of(str(base), **fields), keys)

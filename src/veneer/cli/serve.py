@@ -280,17 +280,20 @@ def _serve_here(
     engine: str,
 ) -> None:
     """Serve in this process, or with a vLLM behind it, until a signal ends it."""
+    import logging
+
     from veneer.cli.console import err
     from veneer.serve import api, start, vllm, vllm_front
 
+    log = logging.getLogger("veneer.serve")
     if engine == "vllm":
-        err.print(f"Starting vLLM for {settings.base}; its own words follow.", soft_wrap=True)
+        log.info("Starting vLLM for %s; its own words follow", settings.base)
         service = vllm_front.start(settings, keyring, _end_with_vllm)
         create = vllm_front.create
     else:
         start.prepare_process()
         if words := vllm.recommendation():
-            err.print(words, soft_wrap=True)
+            log.info("%s", words)
         with err.status(f"Loading {settings.base} …"):
             service = start.start(settings, keyring, plugin)
         create = api.create

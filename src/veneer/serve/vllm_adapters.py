@@ -54,7 +54,9 @@ class Loaded:
 
     name: str
     key: Key
+    folder: Path
     nbytes: int
+    blended: bool = False
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
     stale: bool = False
@@ -99,31 +101,27 @@ class VllmAdapters:
         with self._lock:
             old = self._names.get(name)
             self._names[name] = Registered(Path(path), pinned=old is not None and old.pinned)
-        if old is not None:
-            self._retire(name, old)
+        self._retire(name, old)
 
     def add(self, path: str | Path, *, name: str, replace: bool = False) -> None:
-        """Register an adapter and load it. If it cannot be loaded, an old one of its name stays."""
-        with self._loading, self._lock:
+        """Load an adapter and give it a name. If it cannot be loaded, an old one of the name
+        stays."""
+        with self._loading:
             old = self._names.get(name)
-        copy = self._copy(name, Path(path))
-        self.register(name, path, replace=replace)
-        with self._lock:
-            self._names[name].copy = copy
-        try:
-            self.acquire({name: 1.0}).release()
-        except BaseException:
-            if old is None:
-                self.remove(name)
-            else:
-                self.register(name, old.path, replace=True)
-            raise
+            pinned = old is not None and old.pinned
+            entry = Registered(Path(path), self._copy(name, Path(path)), pinned)
+            loaded = self._load({name: 1.0}, {name: entry})
+            with self._lock:
+                self._names[name] = entry
+            self._retire(name, old)
+            with self._lock:
+                self._loaded[loaded.key] = loaded
 
     def remove(self, name: str) -> None:
         with self._lock:
             old = self._names.pop(name, None)
+        self._retire(name, old)
         if old is not None:
-            self._retire(name, old)
             self.on_event("remove", name, 0.0)
 
     def pin(self, name: str) -> None:
@@ -171,7 +169,17 @@ class VllmAdapters:
             return lease
         with self._loading:
             lease = self.find(blend)
-            return self._load(blend) if lease is None else lease
+            if lease is not None:
+                return lease
+            weights = {name: weight for name, weight in blend.items() if weight}
+            entries = {name: self._need(name) for name in weights}
+            loaded = self._load(weights, entries)
+            with self._lock:
+                # a name that means another adapter by now is not found under this key
+                loaded.stale = any(self._names.get(name) is not entries[name] for name in entries)
+                if not loaded.stale:
+                    self._loaded[loaded.key] = loaded
+                return self._lease(loaded)
 
     def _need(self, name: str) -> Registered:
         with self._lock:
@@ -192,20 +200,20 @@ class VllmAdapters:
 
         return Lease(loaded.name, release)
 
-    def _load(self, blend: Mapping[str, float]) -> Lease:
-        weights = {name: weight for name, weight in blend.items() if weight}
-        entries, start = {name: self._need(name) for name in weights}, time.monotonic()
+    def _load(self, weights: Mapping[str, float], entries: Mapping[str, Registered]) -> Loaded:
+        """Load a blend of some adapters into vLLM."""
+        start, key = time.monotonic(), key_of(weights)
         label = next(iter(weights)) if len(weights) == 1 else "blend"
         try:
             for name, entry in entries.items():
                 if entry.copy is None:
                     entry.copy = self._copy(name, entry.path)
             copies = {name: entry.copy for name, entry in entries.items() if entry.copy}
-            key = key_of(weights)
             is_plain = list(weights.values()) == [1.0]
             folder = next(iter(copies.values())) if is_plain else self._compose(weights, copies)
-            loaded = Loaded(self._next_name(), key, (folder / peft.TENSORS).stat().st_size)
-            self._make_room(loaded.nbytes)
+            size = (folder / peft.TENSORS).stat().st_size
+            loaded = Loaded(self._next_name(), key, folder, size, blended=not is_plain)
+            self._make_room(size)
             body = {"lora_name": loaded.name, "lora_path": str(folder)}
             status, text = self._post("/v1/load_lora_adapter", body)
             if status != 200:
@@ -214,16 +222,9 @@ class VllmAdapters:
         except (AdapterError, OSError):
             self.on_event("fail", label, 0.0)
             raise
-        with self._lock:
-            # a name that means another adapter by now is not found under this key
-            current = all(self._names.get(name) is entry for name, entry in entries.items())
-            loaded.stale = not current
-            if current:
-                self._loaded[key] = loaded
-            lease = self._lease(loaded)
         self.on_event("load", label, time.monotonic() - start)
-        log.info("Loaded %s into vLLM", label if label != "blend" else dict(weights))
-        return lease
+        log.info("Loaded %s into vLLM", dict(weights))
+        return loaded
 
     def _next_name(self) -> str:
         return f"veneer-{self._secret}-{next(self._numbers)}"
@@ -284,7 +285,7 @@ class VllmAdapters:
             self._unload(oldest)
             self.on_event("evict", oldest.key[0][0] if len(oldest.key) == 1 else "blend", 0.0)
 
-    def _retire(self, name: str, old: Registered) -> None:
+    def _retire(self, name: str, old: Registered | None) -> None:
         """Unload an adapter and the blends with it, each when its last request has ended."""
         with self._lock:
             keys = [key for key in self._loaded if name in dict(key)]
@@ -294,8 +295,13 @@ class VllmAdapters:
             idle = [loaded for loaded in retired if not loaded.users]
         for loaded in idle:
             self._unload(loaded)
+        copy = None if old is None else old.copy
+        if copy is not None and all(loaded.folder != copy for loaded in retired):
+            shutil.rmtree(copy, ignore_errors=True)
 
     def _unload(self, loaded: Loaded) -> None:
         status, text = self._post("/v1/unload_lora_adapter", {"lora_name": loaded.name})
         if status != 200:
             log.warning("vLLM did not unload an adapter: %s", text[:500])
+        if loaded.stale or loaded.blended:  # a copy that may be loaded again stays
+            shutil.rmtree(loaded.folder, ignore_errors=True)

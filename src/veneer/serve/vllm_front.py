@@ -194,8 +194,8 @@ class Call:
             record.queue_seconds = waited
         ending = Ending(self, ticket, arrived)
         try:
-            ending.lease = self.service.bank.find(self.blend) or await self._load()
-            response = await self._send(ending.lease)
+            lease = ending.lease = self.service.bank.find(self.blend) or await self._load()
+            response = await self._send(lease)
         except BaseException:
             ending.end("error")
             raise
