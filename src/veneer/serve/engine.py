@@ -369,7 +369,8 @@ class Engine:
         pieces = [state.ids[state.length : state.filled] for state in states]
         starts, slots = [state.length for state in states], self._batch.memory.slots
         scores = [state.score for state in states if state.score and state.is_scored]
-        logits = self._forward.fill(slots, rows, pieces, starts, of_all_tokens=bool(scores))
+        options = {"of_all_tokens": True} if scores else {}
+        logits = self._forward.fill(slots, rows, pieces, starts, **options)
         if scores:
             by_row = [row[: len(piece)] for row, piece in zip(logits, pieces, strict=True)]
             for score, start, row in zip(scores, starts, by_row, strict=True):
