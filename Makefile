@@ -28,6 +28,7 @@ help:
 	@echo "make bench-tasks  what tasks of veneer train learn, beside PEFT, SNIPS=folder of its files (an hour)"
 	@echo "make bench-plan   veneer plan beside what runs take (25 minutes)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
+	@echo "make fuzz-serve hostile bodies for a server: no 5xx, no hang, flat memory (minutes; SEED=1)"
 	@echo "make stress     fifty clients of each kind, kills, a full disk: ten minutes a seed (SEED=1)"
 	@echo "make paper      what papers claim of LoRA, tried again: docs/paper/ (80 minutes; SNIPS=folder of its files)"
 	@echo "make docs       write the generated pages of docs/"
@@ -169,6 +170,10 @@ trainers: setup
 .PHONY: fuzz
 fuzz: setup  # ten thousand damaged adapter folders (minutes)
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz --count 10000 --seed $(or $(SEED),0)
+
+.PHONY: fuzz-serve
+fuzz-serve: setup  # five thousand hostile bodies for a server (minutes)
+	$(PASSIVE) OMP_NUM_THREADS=1 PYTHONPATH=.:benchmarks $(BIN)/python -m tests.stress.fuzz_serve --seed $(or $(SEED),0)
 
 .PHONY: stress
 stress: setup

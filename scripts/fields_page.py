@@ -1,69 +1,86 @@
-"""The table of docs/serving.md that has each field of vLLM's completions beside what this server
-does with it, read off the bodies that it takes."""
+"""The table of docs/serving.md that has each field of vLLM's bodies beside what this server does
+with it: vLLM's are those of `vllm_fields.json`, which an installed vLLM was asked for; ours are read
+off the bodies that the routes take, and tests/serve/test_fields.py sends each of them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel
 
 from veneer.serve.body_rules import HARMLESS, NEUTRAL
+from veneer.serve.messages.request import MessagesRequest
+from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.sampling_fields import GUIDED
 from veneer.serve.schemas import ChatRequest, CompletionRequest
+from veneer.serve.score import PAIR_NAMES, RerankRequest, ScoreRequest
+from veneer.serve.tokenize import DetokenizeRequest, TokenizeRequest
 
-#: the fields of both bodies of vLLM 0.28, then those of one, and those of its older versions
-VLLM = [
-    "model", "n", "seed", "stop", "stream", "stream_options", "temperature", "top_p", "user",
-    "max_tokens", "logprobs", "echo", "frequency_penalty", "presence_penalty", "logit_bias",
-    "response_format", "use_beam_search", "top_k", "min_p", "repetition_penalty", "watermarking",
-    "length_penalty", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens",
-    "skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens",
-    "truncation_side", "allowed_token_ids", "prompt_logprobs", "logprob_token_ids", "bad_words",
-    "add_special_tokens", "structured_outputs", "priority", "request_id", "session_id",
-    "return_tokens_as_token_ids", "return_token_ids", "routed_experts_prompt_start",
-    "return_token_offsets", "return_mm_kwargs", "cache_salt", "kv_transfer_params",
-    "ec_transfer_params", "vllm_xargs", "repetition_detection", "thinking_token_budget",
-    "stream_interval",
-]  # fmt: skip
-VLLM_CHAT = [
-    "messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "reasoning_effort",
-    "include_reasoning", "parallel_tool_calls", "add_generation_prompt", "continue_final_message",
-    "documents", "chat_template", "chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs",
-    "return_prompt_text",
-]  # fmt: skip
-VLLM_TEXT = ["prompt", "suffix", "prompt_embeds"]
-VLLM_OLDER = [*GUIDED, "guided_decoding_backend", "guided_whitespace_pattern", "best_of"]
+RECORD = Path(__file__).with_name("vllm_fields.json")
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/score": ScoreRequest,
+    "/rerank": RerankRequest,
+}
+#: older names that bodies take too
+OLDER: Mapping[str, frozenset[str]] = {
+    "/v1/chat/completions": frozenset(GUIDED),
+    "/v1/completions": frozenset(GUIDED),
+    "/score": frozenset(PAIR_NAMES),
+}
+#: fields of vLLM's older versions
+ONCE = [*GUIDED, "guided_decoding_backend", "guided_whitespace_pattern", "best_of"]
+SUPPORTED, NO_EFFECT, REFUSED = "yes", "no effect", "refused"
 
 
-def status_of(name: str, taken: set[str]) -> str:
-    """What the server does with a field, of which it takes some."""
-    if name in taken or name in GUIDED:
-        return "supported"
+def status_of(name: str, route: str) -> str:
+    """What a route does with a field."""
+    if name in BODIES[route].model_fields or name in OLDER.get(route, ()):
+        return SUPPORTED
     if name in NEUTRAL:
-        values = " or ".join(f"`{json.dumps(value)}`" for value in NEUTRAL[name])
-        return f"accepted at {values}"
-    return "no effect" if name in HARMLESS else "refused"
+        return " or ".join(f"`{json.dumps(value)}`" for value in NEUTRAL[name])
+    return NO_EFFECT if name in HARMLESS else REFUSED
 
 
-def rows() -> list[tuple[str, str, str]]:
-    """(field, where vLLM has it, what the server does with it)."""
-    chat, text = set(ChatRequest.model_fields), set(CompletionRequest.model_fields)
-    groups = (
-        (VLLM, "both", chat & text),
-        (VLLM_CHAT, "chat", chat),
-        (VLLM_TEXT, "completions", text),
-        (VLLM_OLDER, "both, once", chat & text),
-    )
-    return [
-        (name, place, status_of(name, taken))
-        for names, place, taken in groups
-        for name in sorted(names)
-    ]
+def vllm_fields() -> dict[str, list[str]]:
+    """The fields that vLLM has, and had, by route."""
+    fields: dict[str, list[str]] = json.loads(RECORD.read_text())["fields"]
+    completions = ("/v1/chat/completions", "/v1/completions")
+    return fields | {route: [*fields[route], *ONCE] for route in completions}
+
+
+def cells() -> dict[tuple[str, str], str]:
+    """What each route does with a field, by (field, route): with those of vLLM, and with those that
+    this server alone has, in italics."""
+    by_route = vllm_fields()
+    statuses = {
+        (name, route): status_of(name, route) for route, names in by_route.items() for name in names
+    }
+    own = {
+        (field.alias or name, route): f"*{SUPPORTED}*"
+        for route, body in BODIES.items()
+        for name, field in body.model_fields.items()
+        if (field.alias or name) not in by_route[route]
+    }
+    return statuses | own
 
 
 def table() -> str:
-    lines = ["| field | of vLLM's | here |", "|---|---|---|"]
-    lines += [f"| `{name}` | {place} | {status} |" for name, place, status in rows()]
-    own = sorted(
-        {*ChatRequest.model_fields, *CompletionRequest.model_fields}
-        - {*VLLM, *VLLM_CHAT, *VLLM_TEXT}
-    )
-    return "\n".join([*lines, *[f"| `{name}` | – | supported |" for name in own]])
+    statuses = cells()
+    heads = [f"`{route.rpartition('/v1')[2]}`" for route in BODIES]
+    lines = [f"| field | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in sorted({name for name, _ in statuses}):
+        row = [statuses.get((name, route), "–") for route in BODIES]
+        lines.append(f"| `{name}` | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def version() -> str:
+    return json.loads(RECORD.read_text())["version"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import httpx
@@ -15,6 +13,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
+from tests.support.fake_vllm import write_program
 from tests.support.forked import LARGE, Program
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -210,7 +209,7 @@ def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     dtypes = []
 
-    def listen(service, server_socket, listener, memory):
+    def listen(service, server_socket, listener, memory, create_app):
         dtypes.append((service.dtype, service.engine._forward.model.dtype))
         with TestClient(create(service), base_url="http://127.0.0.1") as client:
             dtypes.extend(card["dtype"] for card in client.get("/v1/models").json()["data"])
@@ -228,24 +227,25 @@ def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
 # vLLM
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [([], "float32"), (["--dtype", "bf16"], "bfloat16"), (["--dtype", "auto"], None)],
+)
 def test_vllm_is_told_the_type_since_its_auto_takes_bf16_for_a_base_in_float32(
-    veneer, base, monkeypatch
+    veneer, base, monkeypatch, arguments, wanted
 ):
     lines = []
 
-    def become(line):
-        lines.append(line)
+    def start(process):
+        lines.append(process._line)
         raise ConfigError("Found: the end of this process.")
 
-    monkeypatch.setattr("veneer.serve.vllm.run", become)
-    for asked, wanted in (
-        ([], "float32"),
-        (["--dtype", "bf16"], "bfloat16"),
-        (["--dtype", "auto"], None),
-    ):
-        veneer("serve", base, "--engine", "vllm", *asked)
-        line = lines.pop()
-        assert (line[line.index("--dtype") + 1] if "--dtype" in line else None) == wanted
+    monkeypatch.setattr("veneer.serve.vllm.find_program", lambda: "/bin/vllm")
+    monkeypatch.setattr("veneer.serve.vllm_process.VllmProcess.start", start)
+    run = veneer("serve", base, "--engine", "vllm", "--port", 0, *arguments)
+    assert "the end of this process" in run.err
+    (line,) = lines
+    assert (line[line.index("--dtype") + 1] if "--dtype" in line else None) == wanted
 
 
 def plain_adapter(path, rank, **fields):
@@ -268,34 +268,23 @@ def plain_adapter(path, rank, **fields):
 
 
 def test_the_command_line_of_vllm(tmp_path):
-    adapters = {name: plain_adapter(tmp_path / name, rank) for name, rank in (("b", 20), ("a", 4))}
-    line = vllm.command(
-        "base",
-        adapters,
-        name="tiny",
-        host="::1",
-        port=9,
-        length=512,
-        rows=4,
-        more=["--dtype", "float32"],
-    )
-    assert line == [
-        "vllm", "serve", "base", "--host", "::1", "--port", "9", "--served-model-name", "tiny",
-        "--max-model-len", "512", "--max-num-seqs", "4", "--enable-lora", "--max-lora-rank", "32", "--max-loras", "2",
-        "--max-cpu-loras", "2",
-        "--lora-modules", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--dtype", "float32",
+    socket = tmp_path / "socket"
+    fields = {"length": 512, "rows": 4, "tool_call_parser": "hermes", "more": ["--a", "b"]}
+    assert vllm.command("base", socket, 32, name="tiny", **fields) == [
+        "vllm", "serve", "base", "--uds", str(socket), "--served-model-name", "tiny",
+        "--max-model-len", "512", "--max-num-seqs", "4", "--tool-call-parser", "hermes",
+        "--enable-auto-tool-choice", "--enable-lora", "--max-lora-rank", "32", "--max-loras", "8",
+        "--max-cpu-loras", "64", "--a", "b",
     ]  # fmt: skip
-    assert vllm.command("base", {}) == [
-        "vllm",
-        "serve",
-        "base",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "8000",
-    ]
-    many = {str(number): adapters["a"] for number in range(20)}
-    assert vllm.command("base", many)[10:14] == ["--max-loras", "8", "--max-cpu-loras", "20"]
+
+
+def test_the_largest_rank_has_room_for_a_blend_of_two(tmp_path):
+    ranks = {"b": 20, "a": 4, "c": 16}
+    adapters = {name: plain_adapter(tmp_path / name, rank) for name, rank in ranks.items()}
+    assert vllm.largest_rank(adapters) == 64
+    assert vllm.largest_rank({"a": adapters["a"]}) == vllm.largest_rank({}) == 16
+    adapters["d"] = plain_adapter(tmp_path / "d", 500)
+    assert vllm.largest_rank(adapters) == 512
 
 
 def test_adapters_that_vllm_cannot_load_are_named(tmp_path):
@@ -305,7 +294,7 @@ def test_adapters_that_vllm_cannot_load_are_named(tmp_path):
         "large": plain_adapter(tmp_path / "large", 600),
     }
     with pytest.raises(AdapterError) as caught:
-        vllm.command("base", adapters)
+        vllm.largest_rank(adapters)
     assert "'dora'" in str(caught.value)
     assert "'large'" in str(caught.value)
     assert "'good'" not in str(caught.value)
@@ -314,14 +303,10 @@ def test_adapters_that_vllm_cannot_load_are_named(tmp_path):
 def test_vllm_that_is_not_installed(veneer, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm.shutil, "which", lambda *_, **__: None)
     plain_adapter(tmp_path / "adapters" / "a", 4)
-    run = veneer("serve", "base", "--adapters", tmp_path / "adapters", "--engine", "vllm")
+    options = ("--engine", "vllm", "--port", 0)
+    run = veneer("serve", "base", "--adapters", tmp_path / "adapters", *options)
     assert run.code == 2
     assert "pip install vllm" in run.err
-    (tmp_path / "keys.toml").write_text(veneer("keygen", "a").out)
-    run = veneer("serve", "base", "--engine", "vllm", "--keys", tmp_path / "keys.toml")
-    assert "--keys with --engine vllm" in run.err
-    run = veneer("serve", "base", "--engine", "vllm", "--tool-call-parser", "hermes")
-    assert "--tool-call-parser with --engine vllm" in run.err
 
 
 def test_a_parser_that_is_not_known_is_refused_before_the_base_is_loaded(veneer):
@@ -330,29 +315,36 @@ def test_a_parser_that_is_not_known_is_refused_before_the_base_is_loaded(veneer)
     assert "--tool-call-parser 'herms' (nearest: 'hermes'" in " ".join(run.err.split())
 
 
-def test_vllm_takes_the_place_of_this_process(veneer, tmp_path, monkeypatch):
-    """A stand-in for the command `vllm` writes what it was given."""
-    program = tmp_path / "bin" / "vllm"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
-    program.chmod(0o755)
-    adapter = plain_adapter(tmp_path / "adapters" / "a", 4)
-    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
-    line = [
-        sys.executable,
-        "-m",
-        "veneer.cli",
-        "serve",
-        "base",
-        "--adapters",
-        str(adapter.parent),
-        "--engine",
-        "vllm",
-    ]
-    subprocess.run(line, env=environment, capture_output=True, timeout=100, check=True)
-    called = (tmp_path / "called").read_text()
-    assert called.startswith("serve base --host 127.0.0.1 --port 8000 ")
-    assert f"--lora-modules a={adapter.resolve()}" in called
+@pytest.mark.slow
+def test_the_command_stands_before_a_vllm(base, adapter, tmp_path):
+    """The real command, with a stand-in for vLLM: keys and adapters are its own, and both end on
+    SIGTERM."""
+    folder = shutil.copytree(adapter, tmp_path / "adapters" / "calc").parent
+    program = write_program(tmp_path / "bin")
+    keys = tmp_path / "keys.toml"
+    keys.write_text(_entry("first", "vnr-first"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = ["veneer", "serve", str(base), "--adapters", str(folder), "--port", str(port)]
+    line += ["--engine", "vllm", "--keys", str(keys), "--name", "mine"]
+    code = f"import sys; sys.argv = {line}; from veneer.serve import vllm\n"
+    code += f"vllm.find_program = lambda: {str(program)!r}\nfrom veneer.cli import main; main()"
+    child = Program(code, *LARGE, HF_HUB_OFFLINE="1", COLUMNS="100")
+    try:
+        url = f"http://127.0.0.1:{port}"
+        Program.until(lambda: "open to whoever" in child.said or "1 keys" in child.said, 100)
+        assert "Starting vLLM for" in child.said
+        headers = {"Authorization": "Bearer vnr-first"}
+        body = {"model": "calc", "prompt": "hi"}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
+        answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers)
+        assert answer.json()["choices"][0]["text"].startswith("calc:hi")
+        assert "<!doctype html>" in httpx.get(url).text.lower()
+        child.kill(signal.SIGTERM)
+        assert child.wait(30) == 0
+    finally:
+        child.kill()
+        child.wait()
 
 
 # ---------------------------------------------------------------------------------------------- a

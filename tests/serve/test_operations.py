@@ -8,6 +8,7 @@ import logging
 import re
 import signal
 import time
+from html import escape
 
 import httpx
 import openai
@@ -16,9 +17,11 @@ from tests.serve.test_guard import process, stream
 from tests.support.api_server import BASE, fake_service, listening, serving, until
 
 from veneer.errors import ConfigError
-from veneer.serve import page
+from veneer.serve import docs_page, limits, page
 from veneer.serve.access import Key, Keyring, follow_keys, generate, hash_of
+from veneer.serve.api import create
 from veneer.serve.request_log import JsonFormatter, RequestRecord, TextFormatter, request_id_of
+from veneer.serve.schemas import ChatRequest
 from veneer.serve.settings import must_have_keys_for_any_origin, settings_of
 
 BODY = {"model": "french", "prompt": "my private words", "max_tokens": 5}
@@ -327,6 +330,44 @@ def test_a_page_of_the_api_by_option(tmp_path):
     assert not re.search(r"<script|https?://", text)
     for anchor in re.findall(r'href="#(\w+)"', text):
         assert f'id="{anchor}"' in text
+
+
+#: routes that take a POST or PUT and read no body
+WITHOUT_BODY = {
+    "/api/v1/training_runs/{run}/checkpoints/{kind}/{name}/publish", "/api/v1/telemetry",
+    "/api/v1/create_custom_loss", "/api/v1/auth/token", "/api/v1/sessions/{session}/project",
+}  # fmt: skip
+
+
+def test_every_route_has_a_summary_and_the_schema_of_its_body(tmp_path):
+    pytest.importorskip("google.protobuf")
+    from veneer.serve.training import live, rest, routes
+
+    service = fake_service(tmp_path / "dir", "french")
+    routers = (routes.router, routes.numbered, rest.router, live.router)
+    described = create(service, page.router, *routers).openapi()
+    text = docs_page.render(described)
+    operations = {
+        (method, path): operation
+        for path, methods in described["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert len(operations) > 50
+    for (method, path), operation in operations.items():
+        words = operation["summary"]
+        assert words.count(" ") or words in ("A run", "A sampler", "Draw samples"), (path, words)
+        assert operation["description"].replace("\n", " ").startswith(words)
+        assert escape(words) in text
+        if method in ("post", "put") and path not in WITHOUT_BODY:
+            (media,) = operation["requestBody"]["content"].values()
+            name = media["schema"].get("$ref", "").rpartition("/")[2]
+            assert name or media["schema"]["format"] == "binary", path
+            if name:
+                assert described["components"]["schemas"][name]["properties"]
+                assert f'<p>Body: <a href="#{name}">{name}</a></p>' in text
+    body = described["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {*body} == {*ChatRequest.model_fields}
+    assert body["n"]["maximum"] == limits.CHOICES
 
 
 # ----------------------------------------------------------------------------------------------

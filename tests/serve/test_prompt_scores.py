@@ -9,6 +9,8 @@ from tests.support.tiny import tiny_tokenizer
 
 from veneer.serve import prompt_scores
 from veneer.serve.engine import Engine
+from veneer.serve.prefill_budget import MULTIPLE
+from veneer.serve.prompt_scores import PromptScore
 from veneer.serve.requests import RequestError
 
 
@@ -79,18 +81,75 @@ def test_scores_are_those_of_one_call_whatever_the_pieces(name, width, opened, m
     assert all(not piece.prompt for piece in beside.pieces)
 
 
-@pytest.mark.parametrize("limit", [0, 1])
-def test_an_answer_of_no_token_or_of_one_needs_no_row(limit, opened):
+@pytest.mark.parametrize("limit", [0, 1, 5])
+def test_a_prompt_is_computed_once_whatever_follows(limit, opened):
     model = make("llama")
     engine = opened(model, rows=1)
-    engine._fill = lambda states: pytest.fail("a prompt was computed twice")
+    counts, fill = [], engine._forward.fill
+
+    def counted_fill(slots, rows, pieces, *args, **options):
+        counts.extend(map(len, pieces))
+        return fill(slots, rows, pieces, *args, **options)
+
+    engine._forward.fill = counted_fill
     asks = [ask for ask in prompts(8, 60) if len(ask) > 1]
     clients = [Client(engine, asked(ask, limit, prompt_logprobs=0)) for ask in asks]
     for ask, client in zip(asks, clients, strict=True):
-        assert client.wait().tokens == alone(model, ask, 1)[:limit]
+        assert client.wait().tokens == alone(model, ask, max(1, limit))[:limit]
         assert client.finish in ("length", "stop")
         check(model, ask, client, alternatives=0)
+    assert sum(counts) == sum(map(len, asks))
     assert engine.running == 0
+
+
+def test_a_scored_prompt_reads_no_prefix_and_leaves_one(opened):
+    model = make("llama")
+    engine = opened(model)
+    ask = tuple(range(5, 69))
+    plain = Client(engine, asked(ask, 3)).wait()
+    scored_client = Client(engine, asked(ask, 3, prompt_logprobs=0)).wait()
+    assert scored_client.pieces[-1].cached == 0
+    check(model, ask, scored_client, alternatives=0)
+    longer = Client(engine, asked((*ask, 7, 8), 0, prompt_logprobs=0)).wait()
+    again = Client(engine, asked((*ask, 7, 8), 3)).wait()
+    assert longer.pieces[-1].cached == 0
+    assert again.pieces[-1].cached == 64
+    assert plain.tokens == scored_client.tokens == alone(model, ask, 3)
+
+
+def test_the_pieces_of_a_prompt_take_the_time_that_the_gap_leaves(opened):
+    engine = opened(start=False, rows=2, gap=1e-9)
+    calls, fill, decode = [], engine._forward.fill, engine._forward.decode
+
+    def counted_fill(slots, rows, pieces, *args, **options):
+        calls.append(sum(map(len, pieces)))
+        return fill(slots, rows, pieces, *args, **options)
+
+    engine._forward.fill = counted_fill
+    engine._forward.decode = lambda *args: (calls.append("decode"), decode(*args))[1]
+    running = Client(engine, asked((5, 6), 60, ignore_eos=True))
+    with torch.inference_mode():
+        engine.step()
+        long = Client(engine, asked(tuple(range(5, 105)), 0, prompt_logprobs=0))
+        while not long.over.is_set():
+            engine.step()
+        running.ticket.cancel()
+        engine.step()
+    pieces = [call for call in calls[calls.index(MULTIPLE) :] if call != "decode"]
+    assert pieces == [MULTIPLE] * 12 + [4]
+    assert "8 8" not in " ".join(map(str, calls))
+
+
+def test_scores_that_are_computed_again_are_taken_once():
+    score = PromptScore((3, 1, 2), 1)
+    logits = torch.eye(4)
+    score.take(0, logits[:2])
+    first = list(score.tokens)
+    score.take(0, logits[:1])  # of a request that gave its row back
+    assert (score.length, score.done, score.tokens) == (2, False, first)
+    score.take(1, logits[1:3])
+    assert (score.length, score.done, score.tokens) == (3, True, first)
+    assert [token.token for token in score.tokens] == [3, 1, 2]
 
 
 def test_a_prompt_may_fill_the_context_if_nothing_follows(opened):
@@ -129,8 +188,13 @@ def test_running_rows_have_their_tokens_between_the_pieces_of_a_prompt(opened, m
     monkeypatch.setattr(prompt_scores, "LOGITS", 4 * 259 * 16)
     engine = opened(start=False, rows=2)
     order = []
-    score, decode = engine._forward.score, engine._forward.decode
-    engine._forward.score = lambda *args: (order.append("score"), score(*args))[1]
+    fill, decode = engine._forward.fill, engine._forward.decode
+
+    def noted_fill(*args, of_all_tokens=False, **options):
+        order.extend(["score"] * of_all_tokens)
+        return fill(*args, of_all_tokens=of_all_tokens, **options)
+
+    engine._forward.fill = noted_fill
     engine._forward.decode = lambda *args: (order.append("decode"), decode(*args))[1]
     running = Client(engine, asked((5, 6), 40, ignore_eos=True))
     with torch.inference_mode():
@@ -138,7 +202,7 @@ def test_running_rows_have_their_tokens_between_the_pieces_of_a_prompt(opened, m
         long = Client(engine, asked(tuple(range(5, 105)), 0, prompt_logprobs=0))
         while not long.over.is_set():
             engine.step()
-    assert order.count("score") == 7
+    assert order.count("score") >= 7
     first = order.index("score")
     assert "score score" not in " ".join(order[first:])
     running.ticket.cancel()
@@ -165,14 +229,14 @@ def test_a_request_that_is_cancelled_gives_its_adapter_back(when, opened, monkey
 def test_a_failure_ends_the_requests_of_its_call_alone(opened, caplog):
     model = make("llama")
     engine = opened(model)
-    score = engine._forward.score
+    fill = engine._forward.fill
 
-    def failing(rows, cache=None):
-        if any(9 in row for row in rows):
+    def failing(slots, rows, pieces, *args, **options):
+        if any(9 in piece for piece in pieces):
             raise RuntimeError("out of luck")
-        return score(rows, cache)
+        return fill(slots, rows, pieces, *args, **options)
 
-    engine._forward.score = failing
+    engine._forward.fill = failing
     bad = Client(engine, asked((9, 9), 3, prompt_logprobs=0)).wait()
     assert bad.finish == "error"
     assert "out of luck" in bad.error

@@ -4,14 +4,11 @@ what is refused."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from scripts import fields_page
 from tests.support.api_server import BASE, serving
 
 from veneer.serve import limits, prompts
-from veneer.serve.body_rules import NEUTRAL
 from veneer.serve.requests import Grammar
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -430,26 +427,6 @@ def test_forms_of_an_answer_reach_the_engine(it, http, route, fields, schema, gr
 def test_forms_that_are_none_are_refused(http, fields):
     error = error_of(post(http, **fields))
     assert error["param"] in ("structured_outputs", "guided_regex")
-
-
-def test_the_page_on_serving_has_each_field_beside_vllms():
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    assert f"<!-- fields -->\n{fields_page.table()}\n<!-- /fields -->" in page
-
-
-@pytest.mark.parametrize(
-    ("name", "place", "status"), fields_page.rows(), ids=lambda cell: cell[:30]
-)
-def test_a_field_is_treated_as_the_page_says(http, name, place, status):
-    route = "completions" if place == "completions" else "chat/completions"
-    answer = post(http, route, **{"max_tokens": 2, name: [{"strange": 1}]})
-    if status == "no effect":
-        assert answer.status_code == 200
-    else:
-        assert answer.status_code == 400
-    if status.startswith("accepted"):
-        for value in NEUTRAL[name]:
-            assert post(http, route, max_tokens=2, **{name: value}).status_code == 200
 
 
 @pytest.mark.parametrize("cause", ["grammar_limit", "no_token_left"])

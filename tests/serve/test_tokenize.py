@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.support.api_server import BASE, serving
+from tests.support.tool_models import TEMPLATE, TOOLS
 
 from veneer.serve import limits
 from veneer.serve.access import Key, Keyring, hash_of
@@ -48,9 +49,28 @@ def test_a_chat_has_the_tokens_that_an_answer_to_it_is_drawn_behind(it, http):
     assert tokens.count(2) == 1
 
 
+def test_the_tools_of_a_chat_are_a_part_of_its_tokens(it, http, monkeypatch):
+    template = TEMPLATE + "{% if shout %}{{ 'NOW' }}{% endif %}"
+    monkeypatch.setattr(it.service.tokenizer, "chat_template", template)
+    monkeypatch.setattr(it.service, "length", 4096)
+    fields = {"messages": HELLO, "tools": TOOLS, "chat_template_kwargs": {"shout": True}}
+    tokens = http.post("/tokenize", json=fields).json()["tokens"]
+    body = {"model": BASE, "max_tokens": 1, **fields}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert tokens == list(it.engine.seen[-1].prompt)
+    text = http.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert '"name": "get_weather"' in text
+    assert text.endswith("NOW")
+
+
 @pytest.mark.parametrize(
     ("route", "body", "param"),
     [
+        ("tokenize", {"prompt": "a", "tools": TOOLS}, "tools"),
+        ("tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ("tokenize", {"messages": HELLO, "tools": TOOLS}, "tools"),  # which its template leaves out
+        ("tokenize", {"messages": HELLO, "tools": [TOOLS[0]] * 2}, "tools"),
+        ("tokenize", {"messages": HELLO, "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
         ("tokenize", {}, "prompt"),
         ("tokenize", {"prompt": "a", "messages": HELLO}, "prompt"),
         ("tokenize", {"prompt": "x" * 300_000}, "prompt"),
@@ -63,6 +83,10 @@ def test_a_chat_has_the_tokens_that_an_answer_to_it_is_drawn_behind(it, http):
         ("tokenize", {"prompt": "a", "nonsense": 1}, "nonsense"),
         ("detokenize", {"tokens": []}, "tokens"),
         ("detokenize", {"tokens": [259]}, "tokens"),
+        ("detokenize", {"tokens": [-1]}, "tokens"),
+        ("detokenize", {"tokens": [2**31]}, "tokens"),
+        ("detokenize", {"tokens": [True]}, "tokens"),
+        ("detokenize", {"tokens": [5.0]}, "tokens"),
         ("detokenize", {"tokens": [5] * (512 * limits.TRUNCATED + 1)}, "tokens"),
         ("detokenize", {}, "tokens"),
     ],
@@ -82,6 +106,13 @@ def test_the_version(http):
     assert set(answer.json()) == {"version"}
     assert answer.json()["version"][0].isdigit()
     assert http.head("/version").status_code == 200
+
+
+def test_the_largest_list_of_tokens_is_read(http):
+    most = 512 * limits.TRUNCATED
+    answer = http.post("/detokenize", json={"tokens": [5] * most})
+    assert answer.status_code == 200
+    assert len(answer.json()["prompt"]) > 0
 
 
 @pytest.mark.parametrize("route", ["tokenize", "detokenize", "score", "rerank", "v2/rerank"])

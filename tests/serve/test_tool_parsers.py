@@ -168,6 +168,21 @@ def test_arguments_that_are_cut_off_stay_cut_off():
     assert parser.finish("length") == "length"
 
 
+def test_references_in_a_schema_say_what_a_text_is_to_be():
+    days: dict = {"anyOf": [{"$ref": "#/$defs/Days"}, {"type": "null"}]}
+    loop: dict = {"anyOf": [{"$ref": "#/$defs/Loop"}] * 40}
+    schema = {
+        "properties": {"days": days, "loop": loop},
+        "$defs": {"Days": {"type": "integer"}, "Loop": loop},
+    }
+    parser = PARSERS["qwen3_coder"]({"f": schema})
+    pairs = (("days", "2"), ("loop", "3"))
+    texts = "".join(f"<parameter={name}>\n{text}\n</parameter>\n" for name, text in pairs)
+    deltas = [*parser.feed(f"<function=f>\n{texts}</function>"), *parser.end()]
+    (call,) = join_deltas(deltas)
+    assert json.loads(call.arguments) == {"days": 2, "loop": "3"}
+
+
 def test_mistral_has_ids_of_its_own_kind():
     deltas, _ = parse("mistral", "[TOOL_CALLS]f{}[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{}")
     ids = [part.id for part in join_deltas(deltas)]

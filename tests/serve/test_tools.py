@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
+import torch
 from pydantic import BaseModel
 from tests.support.api_server import BASE, listening, serving
 from tests.support.service import open_service
@@ -422,6 +423,61 @@ def test_any_model_calls_as_it_must(tiny, choice, temperature):
         assert [(call.function.name, call.function.arguments) for call in streamed] == [
             (call.function.name, call.function.arguments) for call in chosen.message.tool_calls
         ]
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "responses", "messages"])
+def test_a_strict_tool_that_is_called_has_arguments_of_its_schema(tiny, route, monkeypatch):
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(tiny.service, "tool_call_parser", "llama3_json")
+    brace = tiny_tokenizer()("{")["input_ids"][0]
+    head = tiny.service.engine._forward.model.lm_head.weight
+    monkeypatch.setitem(vars(tiny.service), "timeout", 60.0)
+    with torch.inference_mode():
+        liking, head[brace, 0] = float(head[brace, 0]), 9.0  # a model that wants to call
+    try:
+        function = {"name": "get_weather", "description": "", "strict": True}
+        fields = {"messages": ASKED, "max_tokens": 120, "temperature": 0}
+        flat = {"type": "function", **function, "parameters": WEATHER}
+        if route == "chat/completions":
+            tools = [{"type": "function", "function": {**function, "parameters": WEATHER}}]
+        elif route == "responses":
+            fields = {"input": "the weather?", "max_output_tokens": 120, "temperature": 0}
+            tools = [flat]
+        else:
+            tools = [{**function, "input_schema": WEATHER}]
+        body = {"model": "tiny", "tools": tools, **fields}
+        answer = httpx.post(f"{tiny.url}/v1/{route}", json=body, timeout=60)
+        loose = json.loads(json.dumps(body).replace('"strict": true', '"strict": false'))
+        free = httpx.post(f"{tiny.url}/v1/{route}", json=loose, timeout=60)
+    finally:
+        with torch.inference_mode():
+            head[brace, 0] = liking
+    assert answer.status_code == free.status_code == 200, answer.text
+    if route == "chat/completions":
+        (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+    elif route == "responses":
+        (call,) = answer.json()["output"]
+        arguments = json.loads(call["arguments"])
+    else:
+        (call,) = answer.json()["content"]
+        arguments = call["input"]
+    assert arguments.keys() == {"city", "days"}
+    assert 1 <= arguments["days"] <= 9
+    assert "{{{{" in free.text.replace(" ", "")  # left alone, it writes no call
+
+
+def test_a_strict_schema_that_is_none_is_refused_as_openai_does(tiny):
+    pytest.importorskip("llguidance")
+    bad = tool("f", {"type": "object", "properties": {"a": {"type": "frog"}}})
+    body = {"model": "tiny", "messages": ASKED, "max_tokens": 2, "tools": [bad]}
+    assert httpx.post(f"{tiny.url}/v1/chat/completions", json=body).status_code == 200
+    bad["function"]["strict"] = True
+    answer = httpx.post(f"{tiny.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tools"
+    assert "frog" in answer.json()["error"]["message"]
 
 
 def test_tokens_in_the_cache_are_told_in_the_words_of_each_api(tiny):

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from tests.support.api_server import listening
 from tests.support.checkpoints import trained
 from tests.support.tiny import tiny_model, write_tiny
 
@@ -22,8 +23,12 @@ import veneer
 from cases.serving import vllm_environment
 from serve_cases import servers
 from veneer.adapter_files.file_names import content_hash
+from veneer.serve import vllm_front
+from veneer.serve.access import Key, Keyring, hash_of
+from veneer.serve.settings import settings_of
 from veneer.store.library import Library
 from veneer.store.remote import push
+from veneer.tools.compose import compose
 
 pytestmark = [
     pytest.mark.slow,
@@ -180,3 +185,56 @@ def test_adapters_of_a_place(base, adapters, tmp_path):
         push(adapters["third"], f"{store}/altered")
         alter(tmp_path / "store" / "altered" / content_hash(adapters["third"]))
         server.refused("altered", 404, "other files at")
+
+
+# ----------------------------------------------------------------------------------------------
+# behind this server
+
+
+@pytest.fixture(scope="module")
+def front(base, adapters, tmp_path_factory):
+    """`--engine vllm`, without the command line."""
+    python, folder = Path(os.environ["VLLM"]), tmp_path_factory.mktemp("front")
+    # the command of the build for processors looks for a package of another name, and ends
+    program = tmp_path_factory.mktemp("bin") / "vllm"
+    module = "vllm.entrypoints.openai.api_server"
+    program.write_text(
+        f'#!/bin/sh\nshift\nexec {python} -m {module} --enforce-eager --model "$@"\n'
+    )
+    program.chmod(0o755)
+    for name in ("first", "second", "stranger"):
+        shutil.copytree(adapters[name], folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in vllm_environment(python).items():
+            patch.setenv(name, value)
+        patch.setattr("veneer.serve.vllm.find_program", lambda: str(program))
+        fields = {"adapters": str(folder), "length": 128, "rows": 4, "name": "base"}
+        keys = Keyring((Key("alice", hash_of("vnr-a"), ("*",)),))
+        service = vllm_front.start(settings_of(str(base), **fields), keys)
+    with listening(service, create=vllm_front.create) as (url, _):
+        yield url
+
+
+def front_answer(url: str, **body) -> httpx.Response:
+    fields = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    fields |= {"model": "base", "return_token_ids": True}
+    headers = {"Authorization": "Bearer vnr-a"}
+    body = {**fields, **body}
+    return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=300)
+
+
+def test_a_front_answers_as_the_merged_models_do(front, adapters, tmp_path):
+    for name in (None, "first", "second"):
+        answer = front_answer(front, **({} if name is None else {"model": name}))
+        assert answer.status_code == 200, answer.text
+        tokens = answer.json()["choices"][0]["token_ids"]
+        assert tokens == merged(None if name is None else adapters[name])
+    blend = {"first": 0.6, "second": 0.4}
+    compose([adapters[name] for name in blend], tmp_path / "blend", weights=list(blend.values()))
+    answer = front_answer(front, adapters=blend)
+    assert answer.json()["choices"][0]["token_ids"] == merged(tmp_path / "blend")
+    assert answer.json()["model"] == "base"
+    refused = front_answer(front, model="stranger")
+    assert refused.status_code == 400
+    assert "another base" in refused.json()["error"]["message"]
+    assert httpx.post(f"{front}/v1/completions", json={}).status_code == 401

@@ -248,7 +248,9 @@ def fake_service(folder: Path, *names: str, keys: Keyring | None = None, **engin
 
 
 @contextmanager
-def listening(service: Service, grace: float = 5.0, *routers: Any) -> Iterator[tuple[str, Any]]:
+def listening(
+    service: Service, grace: float = 5.0, *routers: Any, create: Any = create
+) -> Iterator[tuple[str, Any]]:
     """The address of a service on a port of its own, and its server."""
     up, socket = threading.Event(), bind("127.0.0.1", 0)
     server = make(create(service, *routers), service.drain, grace, up.set)

@@ -26,7 +26,6 @@ from veneer.cli.serve_options import (
     LogFormat,
     OtlpEndpoint,
     PrefixCache,
-    is_of_environment,
 )
 from veneer.serve.request_log import formatter_of
 from veneer.serve.settings import Settings, settings_of, used_flags
@@ -89,7 +88,10 @@ StoredPrecision = Annotated[
         ),
     ),
 ]
-Engine = Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")]
+Engine = Annotated[
+    Literal["veneer", "vllm"],
+    Option(help="What computes: this server, or a vLLM that it starts and stands before."),
+]
 Replicas = Annotated[
     str | None,
     Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed."),
@@ -184,11 +186,10 @@ def serve_command(
         base, **names, **trust, **limits, **load, **operation, **cache, prefix_cache=prefix_cache
     )
     if engine == "vllm":
-        veneer_only = {"replicas": replicas, "train": train, **trust, **operation, **cache}
-        veneer_only["no_prefix_cache"] = not prefix_cache
-        _check_vllm_flags({**load, **veneer_only})
-        _become_vllm(settings, name, listener)
-    _serve(settings, listener, replicas, train, runs)
+        engine_only = {"replicas": replicas, "train": train, "docs": docs, **load, **cache}
+        engine_only |= {"no_prefix_cache": not prefix_cache, "tool_call_parser": None}
+        _check_vllm_flags(engine_only)
+    _serve(settings, listener, replicas, train, runs, engine)
 
 
 def _check_flags(
@@ -214,6 +215,7 @@ def _serve(
     replicas: str | None,
     train: Path | None,
     runs: int,
+    engine: str,
 ) -> None:
     """Serve in this process, or on Ray with ``replicas``."""
     from veneer.serve.guard import LOOPBACK
@@ -230,7 +232,7 @@ def _serve(
                 from veneer.serve.training.registration import TrainingPlugin
 
                 plugin = TrainingPlugin(train, runs)
-            _serve_here(settings, keyring, hosts, server_socket, listener, plugin)
+            _serve_here(settings, keyring, hosts, server_socket, listener, plugin, engine)
             return
     _serve_on_ray(settings, hosts, listener, replicas)
 
@@ -248,50 +250,13 @@ def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
     return keyring
 
 
-def _become_vllm(settings: Settings, name: str | None, listener: _Listener) -> None:
-    """Replace this process by vLLM's server. ``name``: the base's name if the user gave one."""
-    from veneer.errors import ConfigError
-    from veneer.models.load import pick_dtype, stored_dtype
-    from veneer.models.locate import folder_of
-    from veneer.serve import vllm
-    from veneer.serve.catalogue import served_folders
-
-    if listener.key_file is not None:
-        do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
-        raise ConfigError(
-            "--keys with --engine vllm", "vLLM's own keys, which know no adapters", do
-        )
-    base = settings.base
-    adapters = {} if settings.adapters is None else served_folders(settings.adapters)
-    if base.startswith("package:") or base.lower().endswith(".gguf"):  # vLLM cannot load these
-        base, name = str(folder_of(base)), settings.name
-    dtype, precision = None, settings.precision  # vLLM finds the dtype of a hub id
-    # vLLM's own "auto" takes bf16 for a base in float32
-    if precision == "stored" and Path(base).is_dir():
-        dtype = stored_dtype(base)
-    elif precision not in ("auto", "stored"):
-        dtype = pick_dtype(precision)
-    command = vllm.command(
-        base,
-        adapters,
-        name=name,
-        host=listener.host,
-        port=listener.port,
-        length=None if settings.length == Settings.length else settings.length,
-        rows=None if settings.rows == Settings.rows else settings.rows,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-    )
-    vllm.run(command)
 
 
 def _check_vllm_flags(options: dict[str, Any]) -> None:
-    """Raise ``ConfigError`` for flags that have no counterpart in vLLM's server."""
+    """Raise ``ConfigError`` for flags that are of this server's own engine."""
     from veneer.errors import ConfigError, listing
 
-    used = {
-        name: None if value in (False, [], "text") or is_of_environment(name, value) else value
-        for name, value in options.items()
-    }
+    used = {name: None if value is False else value for name, value in options.items()}
     if flags := used_flags(used):
         do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
         raise ConfigError(
@@ -306,25 +271,45 @@ def _serve_here(
     server_socket: Any,
     listener: _Listener,
     plugin: TrainingPlugin | None,
+    engine: str,
 ) -> None:
-    """Serve in this process until a signal ends it."""
+    """Serve in this process, or with a vLLM behind it, until a signal ends it."""
+    import logging
+
     from veneer.cli.console import err
-    from veneer.serve.start import prepare_process, start
+    from veneer.serve import api, start, vllm, vllm_front
 
-    prepare_process()
-    with err.status(f"Loading {settings.base} …"):
-        service = start(settings, keyring, plugin)
+    log = logging.getLogger("veneer.serve")
+    if engine == "vllm":
+        log.info("Starting vLLM for %s; its own words follow", settings.base)
+        service = vllm_front.start(settings, keyring, _end_with_vllm)
+        create = vllm_front.create
+    else:
+        start.prepare_process()
+        if words := vllm.recommendation():
+            log.info("%s", words)
+        with err.status(f"Loading {settings.base} …"):
+            service = start.start(settings, keyring, plugin)
+        create = api.create
     service.hosts = hosts
-    _listen(service, server_socket, listener, settings.memory)
+    _listen(service, server_socket, listener, settings.memory, create)
 
 
-def _listen(service: Any, server_socket: Any, listener: _Listener, memory: int | None) -> None:
+def _end_with_vllm(code: int) -> NoReturn:
+    """End as vLLM did, so that whatever started this server starts it again."""
+    import os
+
+    os._exit(code if 0 < code < 256 else 1)
+
+
+def _listen(
+    service: Any, server_socket: Any, listener: _Listener, memory: int | None, create: Any
+) -> None:
     from functools import partial
 
     from veneer.cli.console import share_log_handlers
     from veneer.serve import page
     from veneer.serve.access import follow_keys, reload_keys
-    from veneer.serve.api import create
     from veneer.serve.listen import make
 
     share_log_handlers("uvicorn")  # its tracebacks are lines of the log too
@@ -414,6 +399,7 @@ def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
     if not service.keys.open:
         access = f", {len(service.keys.keys)} keys"
     kind = "completions" if service.engine else "embeddings"
+    cache_memory = getattr(service.engine, "cache_memory", None)
     sampling = service.sampling.describe(("temperature", "top_k", "top_p"))
     rows = (
         ("address", f"{_address(listener)}/v1{access}"),
@@ -422,8 +408,8 @@ def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
         ("memory for adapters", "no limit" if budget is None else format_bytes(budget)),
         *(
-            [("memory for keys and values", format_bytes(service.engine.cache_memory))]
-            if service.engine
+            [("memory for keys and values", format_bytes(cache_memory))]
+            if cache_memory is not None
             else []
         ),
     )

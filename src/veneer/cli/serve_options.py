@@ -5,7 +5,6 @@ veneer serve --config serve.yaml --port 8001      a flag wins over the file
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,11 +15,6 @@ from veneer.cli.options import MANY
 from veneer.errors import ConfigError, nearest, raise_all, sentence
 
 OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
-
-
-def is_of_environment(name: str, value: Any) -> bool:
-    """Whether an option has the value of the environment, in which others may read it too."""
-    return name == "otlp_endpoint" and value == os.environ.get(OTLP_VARIABLE)
 
 
 def _read_file(ctx: Context, param: CallbackParam, value: Path | None) -> Path | None:

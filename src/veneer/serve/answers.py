@@ -125,7 +125,10 @@ class Form:
             if body.return_token_ids
             else None
         )
-        self.markers = {} if reading is None else reading.markers
+        #: fields of ``Sampling`` that the calls in the answers need
+        self.sampling: dict[str, Any] = {} if reading is None else {"markers": reading.markers}
+        if reading is not None and reading.grammar is not None:
+            self.sampling["grammar"] = reading.grammar
         self.parsers = [] if reading is None else [reading.new_parser() for _ in range(self.count)]
 
     async def complete(self, answers: Answers) -> dict[str, Any]:

@@ -19,20 +19,20 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from veneer.errors import VeneerError, sentence
 from veneer.serve import docs_page, limits, prompts, refusal, score, tokenize
 from veneer.serve.access import Key
-from veneer.serve.answers import Answers, Form, failure
+from veneer.serve.answers import Form, failure
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.messages.answer import MessagesView
 from veneer.serve.messages.request import CountRequest, MessagesRequest
 from veneer.serve.prompt_form import prompt_form
 from veneer.serve.refusal import Refusal
-from veneer.serve.requests import Busy
+from veneer.serve.requests import Busy, RequestError
 from veneer.serve.requests import Request as Job
 from veneer.serve.responses.answer import ResponsesView
 from veneer.serve.responses.request import ResponsesRequest
@@ -55,18 +55,22 @@ from veneer.serve.service import (
     requested_adapters,
     unless_gone,
 )
+from veneer.serve.submission import EventStream, submit
 from veneer.serve.tools.choose import CallReading, call_reading
 
 Tokens = list[tuple[int, ...]]
 
+#: what an operator and the page need, whoever computes the answers
+operations = APIRouter(route_class=Route)
 router = APIRouter(route_class=Route)
+CORE = (operations, router, tokenize.router, score.router)
 
 
-def create(service: Service, *routers: Any) -> FastAPI:
-    """The application of a service; ``routers`` are added to its own."""
+def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE) -> FastAPI:
+    """The application of a service; ``routers`` are added to its own, ``core``."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
-    for core_router in (router, tokenize.router, score.router):
+    for core_router in core:
         app.include_router(core_router)
     for extension in service.extensions:
         routers = (*extension.routers, *routers)
@@ -104,21 +108,24 @@ def _veneer(request: Request, error: Any) -> Response:
     return refusal.of(error).response(request.url.path)
 
 
-@router.get("/health")
+@operations.get("/health")
 async def health() -> dict[str, str]:
+    """Whether the process lives."""
     return {"status": "ok"}
 
 
-@router.get("/ready")
+@operations.get("/ready")
 async def ready(service: Serving) -> Response:
+    """Whether requests are taken, with the extensions that are there."""
     if not service.ready:
         raise service.unready()
     extensions = [extension.path_prefix for extension in service.extensions]
     return JSONResponse({"status": "ready", "extensions": extensions})
 
 
-@router.get("/metrics")
+@operations.get("/metrics")
 async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Response:
+    """Prometheus's metrics; ``adapters=0`` gives sums over the adapters."""
     service.metrics.ready.set(service.ready)
     page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
     return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -132,8 +139,9 @@ def _card(service: Service, name: str | None) -> dict[str, Any]:
     return {"id": name, **common, "root": service.catalogue.root(name), "parent": service.base}
 
 
-@router.get("/v1/models")
+@operations.get("/v1/models")
 async def models(service: Serving, key: Asker) -> dict[str, Any]:
+    """The base and the adapters that the key may use."""
     names = await asyncio.to_thread(service.catalogue.refresh)
     cards = [_card(service, None)] if key.base else []
     return {
@@ -142,8 +150,9 @@ async def models(service: Serving, key: Asker) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models/{model:path}")
+@operations.get("/v1/models/{model:path}")
 async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
+    """A model, with the form of prompt that it was trained on."""
     blend = await requested_adapters(service, key, model, None)
     name = next(iter(blend), None)
     folder = None if name is None else service.catalogue.folder_of(name)
@@ -151,8 +160,9 @@ async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
     return {**_card(service, name), "prompt": form}
 
 
-@router.get("/v1/adapters")
+@operations.get("/v1/adapters")
 async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
+    """The adapters that the key may use: whether each is in memory, its bytes and its users."""
     await asyncio.to_thread(service.catalogue.refresh)
     fields = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
     status = await asyncio.to_thread(service.bank.status)
@@ -164,8 +174,9 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
     return [{field: getattr(entry, field) for field in fields} for entry in visible]
 
 
-@router.post("/v1/load_lora_adapter")
+@operations.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> Response:
+    """Load an adapter, or another one under a name that is served."""
     load = partial(service.catalogue.load, inplace=body.load_inplace, pin=body.pin)
     await asyncio.get_running_loop().run_in_executor(
         service.admin, load, body.lora_name, body.lora_path
@@ -173,8 +184,9 @@ async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> 
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@operations.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin) -> Response:
+    """Take an adapter off the server. Its files stay."""
     await asyncio.get_running_loop().run_in_executor(
         service.admin, service.catalogue.unload, body.lora_name
     )
@@ -185,6 +197,7 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 async def chat_completions(
     body: ChatRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
+    """Answers to a chat, as OpenAI's API has them."""
     return await _answer_chat(request, body)
 
 
@@ -192,6 +205,7 @@ async def chat_completions(
 async def responses(
     body: ResponsesRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
+    """An answer in the form of OpenAI's Responses API."""
     names = {"messages": "input", "response_format": "text"}
     return await _answer_chat(
         request, body.chat(), lambda form: ResponsesView(form, body), names=names
@@ -202,6 +216,7 @@ async def responses(
 async def messages(
     body: MessagesRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
+    """An answer in the form of Anthropic's Messages API."""
     return await _answer_chat(
         request, body.chat(), lambda form: MessagesView(form, body), prefix="toolu"
     )
@@ -209,6 +224,7 @@ async def messages(
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict[str, int]:
+    """The number of tokens of a prompt, in the form of Anthropic's API."""
     await requested_adapters(service, key, body.model, body.adapters)
     prompt, _ = await _read_chat(service, body.chat())
     return {"input_tokens": len(prompt)}
@@ -222,7 +238,7 @@ async def _answer_chat(
     with ``prefix``; ``names`` are those of the client's fields, by the chat's."""
     service: Service = request.app.state.service
     key: Key = request.state.key
-    if body.forced_tool is not None:  # whose schema is that of the answer
+    if body.forced_tool is not None or body.strict_tools:  # whose schemas are in the answer's
         names = {**(names or {}), "response_format": "tools"}
     try:
         blend = await _may_generate(service, key, body)
@@ -236,6 +252,10 @@ async def _answer_chat(
     except Refusal as refused:
         refused.param = (names or {}).get(refused.param or "", refused.param)
         raise
+    except RequestError as error:  # a schema that cannot be followed
+        if body.forced_tool is None and not body.strict_tools:
+            raise
+        raise Refusal(400, str(error), param="tools") from error
 
 
 async def _read_chat(
@@ -258,8 +278,14 @@ async def _read_chat(
         if not tools:
             return prompt, None
         schemas = {tool.function.name: tool.function.parameters or {} for tool in callable_tools}
+        prompts.check_schema({name: schemas[name] for name in body.strict_tools})
         reading = call_reading(
-            schemas, body.forced_tool, service.tokenizer, service.tool_call_parser, prefix
+            schemas,
+            body.forced_tool,
+            service.tokenizer,
+            service.tool_call_parser,
+            prefix,
+            body.strict_tools,
         )
         return prompt, reading
 
@@ -270,6 +296,7 @@ async def _read_chat(
 async def completions(
     body: CompletionRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
+    """Texts that go on from prompts, as OpenAI's API has them."""
     blend = await _may_generate(service, key, body)
     sent, truncate, length = body.prompt, body.truncate_prompt_tokens, service.length
     if len(sent) * body.n > limits.ANSWERS:
@@ -366,7 +393,7 @@ async def _answer(
         Job(
             prompt,
             blend,
-            replace(body.sampling(most, number, service.sampling, bad_words), markers=form.markers),
+            replace(body.sampling(most, number, service.sampling, bad_words), **form.sampling),
             service.timeout,
             f"{form.id}-{number}",
             key.owner,
@@ -375,7 +402,7 @@ async def _answer(
         )
         for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
-    answers = await _submit(service, key, jobs)
+    answers = await submit(service, key, jobs)
     if not body.stream:
         try:
             content = await unless_gone(request, view.complete(answers))
@@ -393,7 +420,7 @@ async def _answer(
         if refused := failure(first[1], form.candid):
             raise refused
         otherwise.pop_all()
-    return _Stream(answers, view.events(first, pieces))
+    return EventStream(answers, view.events(first, pieces))
 
 
 def _check_prompt_logprobs(body: Asked, tokens: Tokens) -> None:
@@ -409,63 +436,11 @@ def _check_prompt_logprobs(body: Asked, tokens: Tokens) -> None:
         raise Refusal(400, problem, expected, "send fewer prompts at once", param=param)
 
 
-async def _submit(service: Service, key: Key, jobs: list[Job]) -> Answers:
-    """Submit requests of one blend. An extension's models count as tokens of the key."""
-    loop, charge = asyncio.get_running_loop(), None
-    extension = next(filter(None, map(service.extension_of, jobs[0].blend)), None)
-    if extension is not None:
-        most = sum(len(job.prompt) + job.sampling.max_tokens for job in jobs)
-        charge = await extension.reserve_tokens(key, most)
-
-    def submit() -> Answers:
-        try:
-            return Answers(service.engine, jobs, loop, charge)
-        except BaseException:
-            if charge is not None:
-                charge(0)
-            raise
-
-    if jobs[0].sampling.schema is None and jobs[0].sampling.grammar is None:
-        return submit()
-    try:
-        return await _submit_with_schema(service, submit)
-    except Exception:
-        if charge is not None:
-            charge(0)  # too much waits to be read; after ``submit`` it changes nothing
-        raise
-
-
-async def _submit_with_schema(service: Service, submit: Callable[[], Answers]) -> Answers:
-    """A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
-    submission = in_text_thread(service, limits.READING_SCHEMA, submit)
-    try:
-        return await asyncio.shield(submission)
-    except asyncio.CancelledError:
-        submission.add_done_callback(lambda done: done.exception() or done.result().cancel())
-        raise
-
-
-class _Stream(StreamingResponse):
-    """Server-sent events, which take their answers with them when the client goes away at any
-    moment."""
-
-    def __init__(self, answers: Answers, content: Any) -> None:
-        super().__init__(
-            content, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
-        )
-        self._answers = answers
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answers.cancel()  # also where the iterator was never entered
-
-
 @router.post("/v1/embeddings")
 async def embeddings(
     body: EmbeddingRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
+    """Vectors of texts; an encoder's."""
     blend = await requested_adapters(service, key, body.model, body.adapters)
     embedder = embedder_of(service)
     if body.dimensions not in (None, embedder.width):

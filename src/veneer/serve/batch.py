@@ -75,14 +75,21 @@ class Batch:
 
     def next_fill(self) -> list[RequestState]:
         """The requests of whose prompts this step computes tokens, each up to its ``filled``: those
-        of the least served key and adapter, in turn, within the tokens that there is time for."""
+        of the least served key and adapter, in turn, within the tokens that there is time for.
+        Prompts that are scored are computed apart from others."""
         if not self.filling:
-            return []
-        tokens = self._prefill_budget.tokens(len(self.running), len(self.filling), self.together)
-        if not tokens:
             return []
         with self._lock:
             order = self._scheduler.by_service(self.filling)
+        scored, rows, budget = order[0].is_scored, len(self.running), self._prefill_budget
+        tokens = (
+            budget.scored_tokens(rows, len(order))
+            if scored
+            else budget.tokens(rows, len(order), self.together)
+        )
+        if not tokens:
+            return []
+        order = [state for state in order if state.is_scored == scored]
         counts = [min(state.piece_end(state.length) - state.length, tokens) for state in order]
         chosen = fit_budget(counts, tokens)
         for number in chosen:

@@ -48,8 +48,8 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """A function that the model may call. ``strict`` has no effect of its own: a call that is
-    forced always follows its schema."""
+    """A function that the model may call. A call of one that is ``strict`` follows its schema; a
+    call that is forced always does."""
 
     type: Literal["function"]
     function: Function

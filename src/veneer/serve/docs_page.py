@@ -54,7 +54,7 @@ def render(description: Schema) -> str:
 
 def _section(method: str, path: str, operation: Schema) -> str:
     """A route: what it does, its parameters, the schema of its body."""
-    words = operation.get("description", "")  # a summary is the function's name again
+    words = operation.get("description") or operation.get("summary", "")
     rows = [
         (
             entry["name"],

@@ -34,11 +34,11 @@ from veneer.serve.grammars import Schemas
 from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
 from veneer.serve.prefill_budget import PrefillBudget
 from veneer.serve.processors import processors_of
-from veneer.serve.prompt_scores import PromptScorer
+from veneer.serve.prompt_scores import scored_per_call
 from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
 from veneer.serve.sampling import SampledToken, Sampler, sample
-from veneer.serve.scheduler import PROMPT, Scheduler
+from veneer.serve.scheduler import Scheduler
 from veneer.serve.text import Detokenizer
 
 log = logging.getLogger("veneer.serve")
@@ -102,7 +102,6 @@ class Engine:
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._eos = end_tokens(model, tokenizer)
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
-        self._scorer = PromptScorer(self._forward, prefill)
 
         # guards what follows; notified when there is something to do or to know
         self._wake = threading.Condition()
@@ -113,7 +112,8 @@ class Engine:
 
         # the engine's thread alone has these
         self._admission = Admission(bank, self._scheduler, self._wake, rows, self._poke, self._end)
-        self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill), prefix_cache
+        scored = scored_per_call(prefill, self._forward.logits)
+        self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill, scored), prefix_cache
         self._batch = self._new_batch()
         self._called: list[RequestState] = []  # for whom a call is made
         self._worked = False  # since memory was last given back
@@ -211,18 +211,18 @@ class Engine:
                 self._end(state, "cancelled" if state.cancelled else "timeout")
         self._batch.memory.trim(IDLE, PREFIX_IDLE)
         self._admission.admit(self.running)
-        self._score_prompts()
         self._start_requests()
         self._widen_rows()
         filling = self._batch.next_fill()
         tokens = sum(state.filled - state.length for state in filling)
-        together = self._batch.running and 0 < tokens <= self._batch.together
+        scored = bool(filling) and filling[0].is_scored
+        together = self._batch.running and 0 < tokens <= self._batch.together and not scored
         if together and self._compute_together(filling, tokens):
             return
         if filling:
             longest = max(state.filled - state.length for state in filling)
             seconds = self._compute(filling, self._fill)
-            self._prefill_budget.note_fill(len(filling) * longest, seconds)
+            self._prefill_budget.note_fill(len(filling) * longest, seconds, scored=scored)
             self._widen_rows()
         if self._batch.running:
             seconds = self._compute(self._batch.sort_running(), self._decode)
@@ -279,11 +279,8 @@ class Engine:
 
     def _start_requests(self) -> None:
         """Give rows to requests whose adapters are loaded, while there are rows and memory. A
-        request whose beginning another one is about to compute waits for that, and one whose
-        prompt is scored waits for its scores."""
+        request whose beginning another one is about to compute waits for that."""
         for state in self._admission.loaded:
-            if state.score is not None and not state.score.done:
-                continue
             if self.running >= self.rows:
                 return
             try:
@@ -366,42 +363,26 @@ class Engine:
     def _select_adapters(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases, invoked=True)
 
-    def _score_prompts(self) -> None:
-        """The next piece of prompts of which log-probabilities are asked for. An answer of one
-        token, or of none, ends with its prompt; others wait for a row as if theirs were new."""
-        group = self._scorer.next_group(self._admission.loaded)
-        if group:
-            self._compute(group, self._score)
-        for state in group:
-            if state.done or state.score is None or not state.score.done:
-                continue
-            state.send_prompt()
-            size, blend, ended_at = len(state.request.prompt), state.request.blend, time.monotonic()
-            last = state.score.last
-            self._charge(state, PROMPT * size)
-            if state.limit > 1:
-                continue
-            self._notify_observer("started", blend, ended_at - state.submitted)
-            self._notify_observer("tokens", blend, size, 0)
-            with self._wake:
-                self._scheduler.began(ended_at)
-            if state.limit == 0:
-                self._end(state, "length")
-            else:
-                self._compute([state], lambda states, logits=last: (states, logits))
-
-    def _score(self, states: list[RequestState]) -> Computed:
-        self._scorer.compute(states)
-        return [], None
-
     def _fill(self, states: list[RequestState]) -> Computed:
         """Prompts, or pieces of them. Requests whose prompts are complete run from now on, and
         their next tokens are sampled."""
         rows: list[Any] = [state.row for state in states]
         pieces = [state.ids[state.length : state.filled] for state in states]
-        starts = [state.length for state in states]
-        logits = self._forward.fill(self._batch.memory.slots, rows, pieces, starts)
+        starts, slots = [state.length for state in states], self._batch.memory.slots
+        scores = [state.score for state in states if state.score and state.is_scored]
+        options = {"of_all_tokens": True} if scores else {}
+        logits = self._forward.fill(slots, rows, pieces, starts, **options)
+        if scores:
+            by_row = [row[: len(piece)] for row, piece in zip(logits, pieces, strict=True)]
+            for score, start, row in zip(scores, starts, by_row, strict=True):
+                score.take(start, row)
+            logits = torch.stack([row[-1] for row in by_row])
         complete = self._batch.note_filled(states, torch.isfinite(logits.amax(-1)).tolist())
+        for number in complete if scores else ():
+            states[number].send_prompt()
+            if not states[number].limit:  # its prompt was all that was asked for
+                self._end(states[number], "length")
+        complete = [number for number in complete if states[number].limit]
         if len(complete) < len(states):
             logits = logits[complete] if complete else None
         return [states[number] for number in complete], logits

@@ -89,7 +89,8 @@ class Schemas:
         """A new matcher; it takes some milliseconds, and about a second for the first one.
         ``RequestError``: a schema or grammar that is not understood, a tokenizer of another kind,
         or llguidance is not installed."""
-        noun = "a grammar" if isinstance(schema, Grammar) else "a schema"
+        is_grammar = isinstance(schema, Grammar) and schema.kind != "lark"  # of tools' schemas
+        noun = "a grammar" if is_grammar else "a schema"
         try:
             import llguidance.hf
         except ImportError as error:

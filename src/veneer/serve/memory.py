@@ -79,7 +79,7 @@ class Memory:
     def waits_for(self, state: RequestState, filling: Iterable[RequestState]) -> bool:
         """Whether one of the requests that are ``filling`` their rows is about to compute more of
         this one's beginning than is cached."""
-        if self.prefixes is None:
+        if self.prefixes is None or state.is_scored:
             return False
         namespace, stop = _namespace_of(state), (len(self._find(state)) + 1) * BLOCK
         return stop < len(state.ids) and any(
@@ -123,7 +123,7 @@ class Memory:
         return None if oldest is None else max(0.0, oldest + prefix_idle - time.monotonic())
 
     def _find(self, state: RequestState) -> list[Block]:
-        if self.prefixes is None:
+        if self.prefixes is None or state.is_scored:
             return []
         return self.prefixes.find(_namespace_of(state), state.ids)
 

@@ -23,17 +23,22 @@ MULTIPLE = 8
 
 class PrefillBudget:
     """``gap``: seconds of a step that prompts may take while rows run; None follows the decode
-    calls. ``most``: tokens of prompts in any step, and in all steps in which no row runs."""
+    calls. ``most``: tokens of prompts in any step, and in all steps in which no row runs;
+    ``most_scored`` of prompts that are scored, whose tokens take longer."""
 
-    def __init__(self, gap: float | None, most: int) -> None:
+    def __init__(self, gap: float | None, most: int, most_scored: int | None = None) -> None:
         self.gap, self.most = gap, most
+        self.most_scored = most if most_scored is None else most_scored
         #: seconds of late: of a decode call, and of a prompt's token in a call of its own and in
-        #: one together with running rows
-        self._decode = self._apart = self._together = 0.0
+        #: one together with running rows, and of one that is scored
+        self._decode = self._apart = self._together = self._scored = 0.0
 
-    def note_fill(self, tokens: int, seconds: float) -> None:
+    def note_fill(self, tokens: int, seconds: float, *, scored: bool = False) -> None:
         """A call for so many tokens of prompts, padding included, took so long."""
-        self._apart = _average(self._apart, seconds / tokens)
+        if scored:
+            self._scored = _average(self._scored, seconds / tokens)
+        else:
+            self._apart = _average(self._apart, seconds / tokens)
 
     def note_decode(self, seconds: float) -> None:
         """A call for a token of each running row took so long."""
@@ -52,12 +57,26 @@ class PrefillBudget:
             return self.most
         if not self._decode:
             return 0
-        share = SHARE * max(1.0, 2 * filling / running)
-        seconds = self._decode * share if self.gap is None else self.gap
+        seconds = self._seconds(running, filling)
         count = int(seconds / (self._together or self._apart))
         if count > together:
             count = max(together, int(seconds / self._apart))
         return min(self.most, max(MULTIPLE, count - count % MULTIPLE))
+
+    def scored_tokens(self, running: int, filling: int) -> int:
+        """The same of prompts that are scored, in a call of their own."""
+        token_seconds = self._scored or self._apart
+        if not running or not token_seconds:
+            return self.most_scored
+        if not self._decode:
+            return 0
+        count = int(self._seconds(running, filling) / token_seconds)
+        return min(self.most_scored, max(MULTIPLE, count - count % MULTIPLE))
+
+    def _seconds(self, running: int, filling: int) -> float:
+        """Seconds of a step that prompts may take beside running rows."""
+        share = SHARE * max(1.0, 2 * filling / running)
+        return self._decode * share if self.gap is None else self.gap
 
 
 def _average(before: float, seconds: float) -> float:

@@ -2,26 +2,28 @@
 
     prompt → pieces → logits [rows, tokens, vocabulary] → each token's own, the k largest, its rank
 
-The engine's other calls compute the logits of a row's last token alone. Here they are those of all
-tokens, by the model's own attention, with keys and values beside the slots: no shared prefix can
-stand in for tokens of which the logits are asked for. The logits of a whole prompt may be
-gigabytes, so those of a piece are dropped before the next.
+Such a prompt is computed as others are, in pieces beside running rows, and its answer goes on
+behind it. But the logits of all of its tokens are computed, where other calls compute those of a
+row's last token alone: so no cached prefix can stand in for its tokens, and its pieces are calls of
+their own. The logits of a whole prompt may be gigabytes; those of a piece are dropped before the
+next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.models.decode.forward import Forward
-from veneer.serve.scheduler import fit_budget
-
 #: bytes of the logits of one call, and the fewest tokens of one
 LOGITS, FEWEST = 64 * 2**20, 16
+
+
+def scored_per_call(most: int, vocabulary: int) -> int:
+    """Tokens of prompts that one call scores, of at most ``most``."""
+    return max(FEWEST, min(most, LOGITS // (4 * vocabulary)))
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,22 @@ class PromptScore:
     prompt: Sequence[int]
     alternatives: int
     length: int = 0  # its tokens that are computed
-    cache: Any = None  # of a prompt that is longer than a call
     tokens: list[TokenScore] = field(default_factory=list)
-    last: Tensor | None = None  # logits [1, vocabulary] behind its last token
 
     @property
     def done(self) -> bool:
         return self.length == len(self.prompt)
 
-    def take(self, logits: Tensor) -> None:
-        """The next logits, [n, vocabulary]: those behind its next n tokens."""
+    def take(self, start: int, logits: Tensor) -> None:
+        """Logits [n, vocabulary]: those behind its tokens from number ``start`` on. Of a request
+        that gave its row back, the first of them were there before."""
+        logits = logits[max(0, self.length - start) :]
         start, self.length = self.length, self.length + len(logits)
-        if not start:
+        if not self.tokens:
             self.tokens.append(TokenScore(self.prompt[0]))
         following = self.prompt[start + 1 : self.length + 1]
         if following:
             self.tokens += _score_tokens(logits[: len(following)], following, self.alternatives)
-        if self.done:
-            self.last, self.cache = logits[-1:].clone(), None
 
 
 def _score_tokens(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenScore]:
@@ -73,42 +73,3 @@ def _score_tokens(logits: Tensor, tokens: Sequence[int], alternatives: int) -> l
         TokenScore(token, logprob, tuple(zip(ids, values, strict=True))[:alternatives], rank)
         for token, logprob, ids, values, rank in zip(*columns, strict=True)
     ]
-
-
-class PromptScorer:
-    """Computes the prompts of requests with a ``score``, a piece at a time. ``most``: tokens of one
-    call."""
-
-    def __init__(self, forward: Forward, most: int) -> None:
-        self._forward = forward
-        self._width = max(FEWEST, min(most, LOGITS // (4 * forward.logits)))
-
-    def next_group(self, states: Sequence[Any]) -> list[Any]:
-        """The requests of the next call: one with a prompt that is longer than a call, or several
-        with short ones."""
-        waiting = [state for state in states if state.score is not None and not state.score.done]
-        if not waiting or self._needs_pieces(waiting[0]):
-            return waiting[:1]
-        short = [state for state in waiting if not self._needs_pieces(state)]
-        lengths = [len(state.score.prompt) for state in short]
-        return [short[i] for i in fit_budget(lengths, self._width)]
-
-    def _needs_pieces(self, state: Any) -> bool:
-        """Whether a prompt takes several calls: it is longer than one, or its adapters act on a
-        part of it."""
-        size = len(state.score.prompt)
-        return size > self._width or 0 < state.acts_from < size
-
-    def compute(self, states: Sequence[Any]) -> None:
-        """One call of the model, for the next piece of each."""
-        scores: list[PromptScore] = [state.score for state in states]
-        if self._needs_pieces(states[0]) and scores[0].cache is None:
-            scores[0].cache = self._forward.new_cache()
-        ends = [state.piece_end(state.score.length) for state in states]
-        pieces = [
-            score.prompt[score.length : min(end, score.length + self._width)]
-            for score, end in zip(scores, ends, strict=True)
-        ]
-        logits = self._forward.score(pieces, scores[0].cache)
-        for score, piece, row in zip(scores, pieces, logits, strict=True):
-            score.take(row[: len(piece)])

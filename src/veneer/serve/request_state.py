@@ -73,6 +73,11 @@ class RequestState:
         self._pending: list[Token] = []
         self._new, self._stopped = "", False  # text and tokens that are sampled and not delivered
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the logits of all tokens that are computed for it are asked for."""
+        return self.score is not None and not self.score.done
+
     def cancel(self) -> None:
         """End it soon, from any thread: its last piece says "cancelled", unless it ended before."""
         self.cancelled = True

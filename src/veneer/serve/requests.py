@@ -26,9 +26,9 @@ Cause = Literal[
 @dataclass(frozen=True)
 class Grammar:
     """A form of the answer that is no JSON schema. ``text`` of a choice: its texts, as a list in
-    JSON; of a grammar: GBNF or Lark."""
+    JSON; of a grammar: GBNF or Lark; "lark" is one of the server's own."""
 
-    kind: Literal["regex", "choice", "grammar"]
+    kind: Literal["regex", "choice", "grammar", "lark"]
     text: str
 
 

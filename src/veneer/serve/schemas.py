@@ -279,6 +279,13 @@ class ChatRequest(Asked, TemplateFields):
     def callable_tools(self) -> list[Tool]:
         return [] if self.tool_choice == "none" else self.tools
 
+    @property
+    def strict_tools(self) -> list[str]:
+        """The tools of which a call that the model need not write follows its schema."""
+        functions = [tool.function for tool in self.callable_tools()]
+        forced = self.forced_tool is not None
+        return [function.name for function in functions if function.strict and not forced]
+
     def schema_of_answer(self) -> dict[str, Any] | None:
         if self.forced_tool is None:
             return super().schema_of_answer()

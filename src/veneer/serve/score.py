@@ -58,8 +58,18 @@ class PairRequest(Strict):
     use_activation: bool = True
 
 
+#: vLLM's other names of the two sides of pairs
+PAIR_NAMES = {
+    "queries": "text_1",
+    "data_1": "text_1",
+    "documents": "text_2",
+    "items": "text_2",
+    "data_2": "text_2",
+}
+
+
 class ScoreRequest(PairRequest):
-    """``queries`` and ``documents`` are newer names of ``text_1`` and ``text_2``."""
+    """The two sides may have other names (``PAIR_NAMES``)."""
 
     text_1: str | Texts
     text_2: str | Texts
@@ -67,10 +77,12 @@ class ScoreRequest(PairRequest):
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, data: Any) -> Any:
-        names = {"queries": "text_1", "documents": "text_2"}
-        if not isinstance(data, dict) or not names.keys() <= data.keys():
-            return data
-        return {names.get(name, name): value for name, value in data.items()}
+        sent = [name for name in PAIR_NAMES if isinstance(data, dict) and name in data]
+        for name in sent:
+            side = PAIR_NAMES[name]
+            if side in data or [PAIR_NAMES[alias] for alias in sent].count(side) > 1:
+                raise wrong(f"{name} beside another name of it", "one", f"send {side}", name)
+        return {PAIR_NAMES.get(name, name): data[name] for name in data} if sent else data
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -112,6 +124,7 @@ class RerankRequest(PairRequest):
 @router.post("/score")
 @router.post("/v1/score", include_in_schema=False)
 async def score(body: ScoreRequest, request: Request, service: Serving, key: Asker) -> Response:
+    """A score for each pair of texts; an encoder's or a classifier's."""
     scores, count = await _scores(request, service, key, body, body.pairs())
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
     return JSONResponse(
@@ -130,6 +143,7 @@ async def score(body: ScoreRequest, request: Request, service: Serving, key: Ask
 @router.post("/v1/rerank", include_in_schema=False)
 @router.post("/v2/rerank", include_in_schema=False)
 async def rerank(body: RerankRequest, request: Request, service: Serving, key: Asker) -> Response:
+    """Documents in the order of their scores for a query."""
     texts = body.texts()
     pairs = [(body.query, text) for text in texts]
     scores, count = await _scores(request, service, key, body, pairs)

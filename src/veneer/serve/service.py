@@ -175,6 +175,12 @@ def _reading_large(
 
 
 class Route(APIRoute):
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        # the first sentence of the function's docstring, in place of its name
+        sentences = " ".join(self.description.split()).split(". ")
+        self.summary = self.summary or sentences[0].removesuffix(".") or None
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
         model = None if self.body_field is None else self.body_field.field_info.annotation

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from veneer.serve import limits, prompts
 from veneer.serve.access import Key
 from veneer.serve.body_rules import Name, Strict
-from veneer.serve.chat_messages import Message, check_history
+from veneer.serve.chat_messages import Message, ToolList, check_history, check_tools
 from veneer.serve.refusal import Refusal, wrong
 from veneer.serve.sampling_fields import TemplateFields
 from veneer.serve.schemas import Tokens
@@ -32,10 +32,13 @@ from veneer.serve.service import (
 
 router = APIRouter(route_class=Route)
 
+#: fields that have a meaning beside messages alone
+OF_CHATS = {"tools", "continue_final_message", "chat_template_kwargs"}
+
 
 class TokenizeRequest(Strict, TemplateFields):
     """A ``prompt``, to which special tokens are added unless it says otherwise, or ``messages``, of
-    which the template adds them."""
+    which the template adds them, with the ``tools`` that it shows."""
 
     model: Name | None = None
     prompt: str | None = None
@@ -43,6 +46,7 @@ class TokenizeRequest(Strict, TemplateFields):
         Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)]
         | None
     ) = None
+    tools: ToolList = []
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
@@ -51,7 +55,12 @@ class TokenizeRequest(Strict, TemplateFields):
         if (self.prompt is None) == (self.messages is None):
             sent = "both prompt and messages" if self.messages else "neither prompt nor messages"
             raise wrong(sent, "one of them", "send one", "prompt")
+        if self.messages is None:
+            for name in self.model_fields_set & OF_CHATS:
+                if getattr(self, name):
+                    raise wrong(f"{name} beside prompt", "messages", "leave it out", name)
         check_history(self.messages or (), "messages")
+        check_tools(self.tools, None, False, "messages")
         return self
 
 
@@ -62,8 +71,10 @@ class DetokenizeRequest(Strict):
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[str, Any]:
+    """The tokens of a text, or of a chat in the base's template."""
     await _check_model(service, key, body.model)
     tokenizer, length = service.tokenizer, prompts.readable(service.length, -1)
+    tools = [tool.plain() for tool in body.tools]
 
     def read() -> tuple[list[int], list[str] | None]:
         if body.messages is None:
@@ -76,12 +87,12 @@ async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[
             arguments = body.template_arguments()
             ids = list(
                 prompts.chat(
-                    tokenizer, body.messages, length, (), arguments, add_special_tokens=added
+                    tokenizer, body.messages, length, tools, arguments, add_special_tokens=added
                 )
             )
         return ids, tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
 
-    size = len(body.prompt or "") + prompts.chat_size(body.messages or (), ())
+    size = len(body.prompt or "") + prompts.chat_size(body.messages or (), tools)
     ids, texts = await in_text_thread(service, size, read)
     return {
         "count": len(ids),
@@ -93,6 +104,7 @@ async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: Serving, key: Asker) -> dict[str, str]:
+    """The text of some tokens."""
     await _check_model(service, key, body.model)
     most = prompts.readable(service.length, -1)
     if len(body.tokens) > most:
@@ -108,6 +120,7 @@ async def detokenize(body: DetokenizeRequest, service: Serving, key: Asker) -> d
 
 @router.get("/version")
 async def version() -> dict[str, str]:
+    """The version of this server."""
     return {"version": _version()}
 
 

@@ -58,44 +58,15 @@ class Found(NamedTuple):
     number: int
 
 
-class Adapters:
-    """The adapters of one place. Several threads may ask at once."""
+class BaseProofs:
+    """Proofs that a base is the one that an adapter's record speaks of. Each weight of a base is read
+    once. Several threads may ask at once."""
 
-    def __init__(self, place: str, *, verify_base: bool = True, cache: Path | None = None) -> None:
-        """``cache``: where copies are kept; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME``
-        or ``~/.cache``."""
-        self._source = RemoteSource(place) if is_remote(place) else LibrarySource(Library(place))
-        self.verify_base, self._cache = verify_base, cache
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._weights: dict[str, BaseWeights | None] = {}
 
-    def find(self, base: str, name: str) -> Found | None:
-        """The adapter of a name for ``base`` (a folder or a hub id), or None if it can be no name
-        of ours.
-
-        Raises:
-            LibraryError, RemoteError: there is no such adapter, or no longer with this hash.
-            AdapterError: it was altered, was made for another base, or is one that vLLM cannot
-                serve.
-        """
-        plain, separator, version = name.partition("@")
-        if not NAME.fullmatch(plain) or (separator and not _VERSION.fullmatch(version)):
-            return None
-        path = self._source.pull(plain, version, cache=self._cache)
-        raise_all(
-            AdapterError,
-            "vLLM cannot load it",
-            [sentence(why, *ADVICE) for why in reasons_against(path)],
-        )
-        proven = (
-            self._must_be_base(base, path)
-            if self.verify_base
-            else "not compared, as VENEER_VERIFY_BASE=0 says"
-        )
-        log.info("Adapter %r: %s, base: %s", name, path, proven)
-        return Found(path, 1 + int(path.name[:15], 16))
-
-    def _must_be_base(self, base: str, path: Path) -> str:
+    def check(self, base: str, path: Path) -> str:
         """How far the base is that of the adapter's record, in words. ``BaseMismatchError``: it is
         not."""
         saved = record_in_header(
@@ -145,6 +116,43 @@ class Adapters:
             )
         proven = sum(value is not None for value in fingerprints.values())
         return f"{proven} of {len(recorded)} tensors proven"
+
+
+class Adapters:
+    """The adapters of one place. Several threads may ask at once."""
+
+    def __init__(self, place: str, *, verify_base: bool = True, cache: Path | None = None) -> None:
+        """``cache``: where copies are kept; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME``
+        or ``~/.cache``."""
+        self._source = RemoteSource(place) if is_remote(place) else LibrarySource(Library(place))
+        self.verify_base, self._cache = verify_base, cache
+        self._proofs = BaseProofs()
+
+    def find(self, base: str, name: str) -> Found | None:
+        """The adapter of a name for ``base`` (a folder or a hub id), or None if it can be no name
+        of ours.
+
+        Raises:
+            LibraryError, RemoteError: there is no such adapter, or no longer with this hash.
+            AdapterError: it was altered, was made for another base, or is one that vLLM cannot
+                serve.
+        """
+        plain, separator, version = name.partition("@")
+        if not NAME.fullmatch(plain) or (separator and not _VERSION.fullmatch(version)):
+            return None
+        path = self._source.pull(plain, version, cache=self._cache)
+        raise_all(
+            AdapterError,
+            "vLLM cannot load it",
+            [sentence(why, *ADVICE) for why in reasons_against(path)],
+        )
+        proven = (
+            self._proofs.check(base, path)
+            if self.verify_base
+            else "not compared, as VENEER_VERIFY_BASE=0 says"
+        )
+        log.info("Adapter %r: %s, base: %s", name, path, proven)
+        return Found(path, 1 + int(path.name[:15], 16))
 
 
 def _weights(base: str) -> BaseWeights | None:

@@ -259,9 +259,9 @@ AT_ONCE = 8
 
 
 class Mirror:
-    """The adapters at a place such as s3://bucket/adapters, as folders of this machine. One thread at
-    a time calls ``look``, which lists the place, fetches new adapters and returns {name:
-    folder}.
+    """The adapters at a place such as s3://bucket/adapters, as folders of this machine. One thread
+    at a time calls ``look``, which lists the place, fetches new adapters and returns
+    {name: folder}.
 
         PLACE/french/latest        written by ``veneer push ADAPTER PLACE/french``: the newest hash
         PLACE/french/<hash>/…      its files

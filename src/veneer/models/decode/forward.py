@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -107,9 +106,12 @@ class Forward:
         rows: Sequence[Row],
         prompts: Sequence[Sequence[int]],
         starts: Sequence[int] = (),
+        *,
+        of_all_tokens: bool = False,
     ) -> Tensor:
         """Logits [rows, vocabulary] of the last token of each of ``prompts``, which are stored in
-        the rows from columns ``starts`` on (0, if none are given)."""
+        the rows from columns ``starts`` on (0, if none are given); or [rows, width, vocabulary],
+        padding included, ``of_all_tokens``."""
         starts = starts or [0] * len(prompts)
         counts = [len(ids) for ids in prompts]
         width = max(counts)
@@ -124,7 +126,7 @@ class Forward:
         positions.clamp_(max=min(slots.length, self.context or slots.length) - 1)
         last = self._to_device([count - 1 for count in counts]) if width > 1 else None
         with slots.fill(rows, starts, counts, width):
-            return self._logits(slots, ids, positions, last)
+            return self._logits(slots, ids, positions, last, of_all_tokens=of_all_tokens)
 
     def _to_device(self, numbers: Any) -> Tensor:
         """Numbers on the device, by one copy, for which the processor does not wait."""
@@ -167,28 +169,24 @@ class Forward:
             logits = logits.index_select(0, rows_wanted.to(logits.device))
         return logits
 
-    def score(self, rows: Sequence[Sequence[int]], cache: Any = None) -> Tensor:
-        """Logits [rows, width, vocabulary] behind every token of some rows, by the model's own
-        attention, beside the slots. ``cache`` (``new_cache``): one row goes on from what it
-        holds."""
-        width = max(map(len, rows))
-        # what fills a row up is behind its tokens, and none of them sees it
-        ids = self._to_device([[*ids, *[ids[-1]] * (width - len(ids))] for ids in rows])
-        options = {"use_cache": False} if cache is None else {"use_cache": True, self.cache: cache}
-        return self.model(input_ids=ids, **options).logits
-
-    def new_cache(self) -> Any:
-        """An empty cache of transformers, for ``score``."""
-        return DynamicCache(config=self.model.config)
-
-    def _logits(self, slots: Slots, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
-        NOW.last = last
+    def _logits(
+        self,
+        slots: Slots,
+        ids: Tensor,
+        positions: Tensor,
+        last: Tensor | None,
+        *,
+        of_all_tokens: bool = False,
+    ) -> Tensor:
+        NOW.last = None if of_all_tokens else last
         try:
             logits = self.model(
                 input_ids=ids, position_ids=positions, use_cache=True, **{self.cache: slots}
             ).logits
         finally:
             NOW.last = None
+        if of_all_tokens:
+            return logits
         if logits.shape[1] > 1 and last is not None:  # a head that is no module
             logits = _last(logits, last)
         return logits[:, -1]

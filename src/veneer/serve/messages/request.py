@@ -108,7 +108,7 @@ class Turn(Strict):
 
 
 class ClientTool(Strict):
-    """A function of the client. ``strict`` has no effect of its own, as in a chat."""
+    """A function of the client."""
 
     type: Literal["custom"] = "custom"
     name: ToolName
@@ -156,7 +156,10 @@ class Conversation(Strict, ABC):
             Tool.model_construct(
                 type="function",
                 function=Function.model_construct(
-                    name=tool.name, description=tool.description, parameters=tool.input_schema
+                    name=tool.name,
+                    description=tool.description,
+                    parameters=tool.input_schema,
+                    strict=tool.strict,
                 ),
             )
             for tool in self.tools

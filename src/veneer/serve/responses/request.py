@@ -112,7 +112,10 @@ class FlatTool(Strict):
 
     def tool(self) -> Tool:
         function = Function.model_construct(
-            name=self.name, description=self.description, parameters=self.parameters
+            name=self.name,
+            description=self.description,
+            parameters=self.parameters,
+            strict=self.strict,
         )
         return Tool.model_construct(type="function", function=function)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from veneer.errors import ConfigError, listing, nearest, sentence
 from veneer.serve.refusal import Refusal
+from veneer.serve.requests import Grammar
 from veneer.serve.tools.deltas import CallParser
 from veneer.serve.tools.forced import ListedCalls, NamedCall
 from veneer.serve.tools.json_calls import DeepSeekV3, DeepSeekV31, Hermes, Llama3Json, Mistral
 from veneer.serve.tools.pythonic import Pythonic
+from veneer.serve.tools.strict import strict_grammar
 from veneer.serve.tools.xml_calls import Qwen3Xml
 
 PARSERS: dict[str, type[CallParser]] = {
@@ -51,20 +53,26 @@ def detect_parser(template: Any) -> str | None:
 
 @dataclass(frozen=True)
 class CallReading:
-    """How the answers of a request are read: a parser for each, and the special tokens, by id, of
-    which it has to see the text."""
+    """How the answers of a request are read: a parser for each, the special tokens, by id, of which
+    it has to see the text, and the grammar that the answers follow if a tool is strict."""
 
     new_parser: Callable[[], CallParser]
     markers: Mapping[int, str] = field(default_factory=dict)
+    grammar: Grammar | None = None
 
 
 def call_reading(
-    tools: Mapping[str, Any], forced: str | None, tokenizer: Any, parser: str | None, prefix: str
+    tools: Mapping[str, Any],
+    forced: str | None,
+    tokenizer: Any,
+    parser: str | None,
+    prefix: str,
+    strict: Collection[str] = (),
 ) -> CallReading:
     """How the answers to a request with ``tools``, schemas of parameters by name, are read.
     ``forced``: the name of the one that must be called, "" for any of them. ``parser``: the name
-    of the parser that the server was started with, if it was. ``Refusal``: no parser is known for
-    the base."""
+    of the parser that the server was started with, if it was. ``strict``: names of the tools whose
+    calls keep to their schemas. ``Refusal``: no parser is known for the base."""
     name = parser or detect_parser(tokenizer.chat_template)
     family = None if name is None else PARSERS[name]
     if forced is not None:
@@ -78,7 +86,9 @@ def call_reading(
             "have the server started with --tool-call-parser, or force a call by tool_choice",
         )
         raise Refusal(400, message, param="tools", code="no_tool_parser")
-    return CallReading(partial(family, tools, prefix), _marker_ids(tokenizer, family.markers))
+    markers = _marker_ids(tokenizer, family.markers)
+    grammar = strict_grammar(family, tools, strict, markers) if strict else None
+    return CallReading(partial(family, tools, prefix), markers, grammar)
 
 
 def _marker_ids(tokenizer: Any, markers: tuple[str, ...]) -> dict[int, str]:

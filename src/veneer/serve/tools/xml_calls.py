@@ -22,6 +22,9 @@ from typing import Any, ClassVar
 from veneer.fileio.untrusted import parse
 from veneer.serve.tools.deltas import CallParser
 
+#: references that are followed from one to the next
+REFERENCES = 8
+
 
 class Qwen3Xml(CallParser):
     """Qwen 3 Coder, and others that took its form."""
@@ -91,8 +94,10 @@ class Qwen3Xml(CallParser):
             self._drop(len(tag))
         # one line break on either side belongs to the notation
         text = "".join(self._value).removeprefix("\n").removesuffix("\n")
-        schema = self._parameters.get(self._name, {}).get("properties", {})
-        value = json_value(text, schema.get(self._argument) if isinstance(schema, dict) else None)
+        root = self._parameters.get(self._name, {})
+        schema = root.get("properties", {})
+        schema = schema.get(self._argument) if isinstance(schema, dict) else None
+        value = json_value(text, schema, root)
         comma = ", " if self._count else ""
         pair = (json.dumps(side, ensure_ascii=False) for side in (self._argument, value))
         self._add(comma + ": ".join(pair))
@@ -110,9 +115,10 @@ class Qwen3Xml(CallParser):
         return match[1]
 
 
-def json_value(text: str, schema: Any) -> Any:
-    """A parameter's text as the JSON value that its schema asks for; as text where it is none."""
-    types = _types(schema)
+def json_value(text: str, schema: Any, root: Any = None) -> Any:
+    """A parameter's text as the JSON value that its schema asks for; as text where it is none.
+    ``root``: the schema to which references are relative."""
+    types = json_types(schema, root)
     if not types or "string" in types:
         return None if "null" in types and text.strip() == "null" else text
     try:
@@ -122,15 +128,30 @@ def json_value(text: str, schema: Any) -> Any:
     return value
 
 
-def _types(schema: Any) -> set[str]:
-    """The JSON types that a schema allows, where it says so plainly."""
-    if not isinstance(schema, Mapping):
+def json_types(schema: Any, root: Any = None, visited: set[int] | None = None) -> set[str]:
+    """The JSON types that a schema allows, where it says so plainly. ``visited``: schemas that were
+    looked at, since references may lead back to them."""
+    schema, visited = follow_reference(schema, root), set() if visited is None else visited
+    if not isinstance(schema, Mapping) or id(schema) in visited:
         return set()
+    visited.add(id(schema))
     named = schema.get("type")
     types = {named} if isinstance(named, str) else set()
     if isinstance(named, list):
         types = {name for name in named if isinstance(name, str)}
     for choices in (schema.get("anyOf"), schema.get("oneOf")):
         for choice in choices if isinstance(choices, list) else ():
-            types |= _types(choice)
+            types |= json_types(choice, root, visited)
     return types
+
+
+def follow_reference(schema: Any, root: Any) -> Any:
+    """The schema that a reference within ``root`` names, or that of a few references in a row."""
+    for _ in range(REFERENCES):
+        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            return schema
+        schema = root
+        for step in reference.removeprefix("#/").split("/"):
+            schema = schema.get(step) if isinstance(schema, Mapping) else None
+    return None

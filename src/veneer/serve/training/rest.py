@@ -97,23 +97,27 @@ def _page(rows: Sequence[Any], limit: int, offset: int) -> tuple[Sequence[Any], 
 def training_runs(
     training: On, key: Asker, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
+    """The runs of a key, the newest first."""
     rows, cursor = _page(training.store.runs(key.owner), limit, offset)
     return {"training_runs": [_run(training, row) for row in rows], "cursor": cursor}
 
 
 @router.get("/training_runs/{run}")
 def training_run(run: str, training: On, key: Asker) -> dict[str, Any]:
+    """A run."""
     return _run(training, run_of(training, key, run))
 
 
 @router.get("/training_runs/{run}/checkpoints")
 def run_checkpoints(run: str, training: On, key: Asker) -> dict[str, Any]:
+    """The checkpoints of a run."""
     run_of(training, key, run)
     return {"checkpoints": [_checkpoint(row) for row in training.store.checkpoints(None, run)]}
 
 
 @router.get("/checkpoints")
 def checkpoints(training: On, key: Asker, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
+    """The checkpoints of a key, the newest first."""
     rows, cursor = _page(training.store.checkpoints(key.owner), limit, offset)
     return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
 
@@ -130,6 +134,7 @@ def _owner_checkpoint(
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
 async def delete_checkpoint(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+    """Delete a checkpoint."""
     checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     await training.change_checkpoints(partial(training.operations.delete, checkpoint))
 
@@ -143,12 +148,14 @@ def publish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
 def unpublish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+    """Let the owner's key alone read a checkpoint."""
     checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     training.store.change_checkpoint(checkpoint, public=0)
 
 
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
 def set_ttl(run: str, kind: str, name: str, body: bodies.Ttl, training: On, key: Asker) -> None:
+    """Change how long a checkpoint is kept."""
     checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     training.store.change_checkpoint(checkpoint, expires=expires)
@@ -186,6 +193,7 @@ def file(token: str, name: str, service: Serving) -> Response:
 
 @router.post("/weights_info")
 def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any]:
+    """The shape of a checkpoint's adapter."""
     _, row = checkpoint_of(training, key, body.tinker_path)
     config = json.loads(row["config"])
     targets = [config["targets"]] if isinstance(config["targets"], str) else config["targets"]
@@ -246,6 +254,7 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
 
 @router.get("/sessions")
 def sessions(training: On, key: Asker, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+    """The sessions of a key."""
     rows, _ = _page(training.store.sessions(key.owner), limit, offset)
     return {"sessions": [row["id"] for row in rows]}
 
@@ -301,6 +310,7 @@ def _session(training: Training, row: Any) -> dict[str, Any]:
 
 @router.get("/sessions/{session}")
 def session(session: str, training: On, key: Asker) -> dict[str, Any]:
+    """A session, with its runs and samplers."""
     row = session_of(training, key, session)
     return {
         "training_run_ids": [row["id"] for row in training.store.runs(key.owner, session)],
@@ -312,6 +322,7 @@ def session(session: str, training: On, key: Asker) -> dict[str, Any]:
 
 @router.get("/samplers/{sampler}")
 def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
+    """A sampler."""
     row = sampler_of(training, key, sampler)
     return {"sampler_id": row["id"], "base_model": training.base, "model_path": row["path"]}
 
@@ -327,6 +338,7 @@ def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
 @router.get("/billing/usage/checkpoints/current")
 @router.post("/auth/token")
 def not_here(request: Request, key: Asker) -> None:
+    """A route of the hosted service, which is refused."""
     problem = f"{request.method} {request.url.path[:200]}, of the hosted service"
     raise Refusal(
         400, problem, "what trains, samples and keeps checkpoints", "see docs/training-service.md"

@@ -58,6 +58,14 @@ SETTINGS = {
     "use_pyqwest_transport": False,
 }
 
+#: the body of a pass, for the description of the API
+PASS_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
 router = APIRouter(prefix="/api/v1", route_class=Route)
 #: routes for numbered requests of runs
 numbered = APIRouter(prefix="/api/v1", route_class=NumberedRoute)
@@ -134,16 +142,19 @@ def _adam(family: bodies.OptimizerFamily | None) -> None:
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
+    """Whether the process lives."""
     return {"status": "ok"}
 
 
 @router.post("/client/config")
 async def client_config(body: bodies.ClientConfig, training: On, key: Asker) -> dict[str, Any]:
+    """How a client of this server behaves."""
     return SETTINGS
 
 
 @router.post("/client/dynamic_config")
 async def dynamic_config(body: bodies.ClientConfig, training: On, key: Asker) -> dict[str, Any]:
+    """The same, asked for again while the client runs."""
     return {"refresh_interval_sec": 300, "sample_cancel_enabled": True}
 
 
@@ -155,6 +166,7 @@ async def telemetry(key: Asker) -> dict[str, str]:
 
 @router.get("/get_server_capabilities")
 async def capabilities(training: On, key: Asker) -> dict[str, Any]:
+    """The bases that can be trained here."""
     length = training.worker.length
     model = {
         "model_name": training.base,
@@ -167,6 +179,7 @@ async def capabilities(training: On, key: Asker) -> dict[str, Any]:
 
 @router.post("/create_session")
 async def create_session(body: bodies.CreateSession, training: On, key: Asker) -> dict[str, Any]:
+    """Begin a session, to which runs belong."""
     session = await training.write(
         training.store.new_session, key.owner, body.user_metadata, body.display_name
     )
@@ -184,12 +197,14 @@ async def create_session(body: bodies.CreateSession, training: On, key: Asker) -
 
 @router.post("/session_heartbeat")
 async def heartbeat(body: bodies.OfSession, training: On, key: Asker) -> dict[str, str]:
+    """Say that the client of a session is there."""
     _active(training, key, body.session_id)
     return {"type": "session_heartbeat"}
 
 
 @router.post("/sessions/{session}/finish")
 async def finish(session: str, body: bodies.Finish, training: On, key: Asker) -> Response:
+    """End a session."""
     session_of(training, key, session)
     await training.write(training.store.finish, session, body.reason.type)
     training.samples.leave(session)
@@ -221,6 +236,7 @@ def _new_run(
 
 @router.post("/create_model")
 async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> Any:
+    """Begin a run: an adapter that is trained."""
     _active(training, key, body.session_id)
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
@@ -280,6 +296,7 @@ async def load_weights(body: bodies.Load, training: On, service: Serving, key: A
 
 @router.post("/get_info")
 async def get_info(body: bodies.OfModel, training: On, key: Asker) -> dict[str, Any]:
+    """The base and the rank of a run."""
     row = run_of(training, key, body.model_id)
     data = {
         "arch": type(training.model).__name__,
@@ -299,11 +316,13 @@ async def get_info(body: bodies.OfModel, training: On, key: Asker) -> dict[str, 
 
 @router.post("/unload_model")
 async def unload_model(body: bodies.OfModel, training: On, key: Asker) -> Any:
+    """Take a run out of memory."""
     return await queue_request(training, key, body.model_id, None, "unload", {})
 
 
-@router.post("/forward_backward")
+@router.post("/forward_backward", openapi_extra=PASS_BODY)
 async def forward_backward(request: Request, service: Serving, training: On, key: Asker) -> Any:
+    """A forward pass, and a backward pass unless it is left out; a body in protobuf."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(
             415,
@@ -323,6 +342,7 @@ async def forward_backward(request: Request, service: Serving, training: On, key
 
 @numbered.post("/optim_step")
 async def optim_step(body: bodies.OptimStep, training: On, key: Asker) -> Any:
+    """A step of the optimizer."""
     if body.optimizer_params is not None or body.adam_params is None:
         raise Refusal(400, "parameters of another optimizer", "adam_params", "use AdamParams")
     adam_params = body.adam_params
@@ -338,6 +358,7 @@ async def optim_step(body: bodies.OptimStep, training: On, key: Asker) -> Any:
 
 @numbered.post("/save_weights")
 async def save_weights(body: bodies.Save, training: On, key: Asker) -> Any:
+    """Save a checkpoint from which training goes on."""
     options = body.model_dump(include={"ttl_seconds", "overwrite", "user_metadata"})
     return await queue_request(
         training, key, body.model_id, body.seq_id, "save", {**options, "name": body.path}
@@ -346,6 +367,7 @@ async def save_weights(body: bodies.Save, training: On, key: Asker) -> Any:
 
 @numbered.post("/save_weights_external")
 async def save_external(body: bodies.SaveExternal, training: On, key: Asker) -> Any:
+    """Save an adapter folder for other servers."""
     options = body.model_dump(include={"ttl_seconds", "age_encryption_recipients"})
     return await queue_request(
         training, key, body.model_id, body.seq_id, "external", {**options, "name": body.path}
@@ -354,6 +376,7 @@ async def save_external(body: bodies.SaveExternal, training: On, key: Asker) -> 
 
 @numbered.post("/save_weights_for_sampler")
 async def save_for_sampler(body: bodies.SaveForSampler, training: On, key: Asker) -> Any:
+    """Save a checkpoint to draw samples from."""
     row = run_of(training, key, body.model_id)
     options = body.model_dump(include={"ttl_seconds", "user_metadata", "kind"})
     options |= {"name": body.path, "session": row["session"]}
@@ -368,6 +391,7 @@ async def save_for_sampler(body: bodies.SaveForSampler, training: On, key: Asker
 
 @router.post("/create_sampling_session")
 async def create_sampler(body: bodies.CreateSampler, training: On, key: Asker) -> dict[str, str]:
+    """Begin to draw samples from the base, a checkpoint or a run."""
     _active(training, key, body.session_id)
     _of_base(training, body.base_model)
     if body.model_path is not None:
@@ -394,6 +418,7 @@ def sampler_of(training: Training, key: Key, id: str) -> Any:
 
 @router.post("/join_sampling_session")
 async def join_sampler(body: bodies.JoinSampler, training: On, key: Asker) -> dict[str, Any]:
+    """A sampler that another process has begun."""
     sampler_of(training, key, body.sampling_session_id)
     number = await training.write(training.store.join, body.sampling_session_id)
     return {"type": "join_sampling_session", "client_counter": number}
@@ -401,6 +426,7 @@ async def join_sampler(body: bodies.JoinSampler, training: On, key: Asker) -> di
 
 @router.post("/asample")
 async def asample(body: bodies.Sample, training: On, key: Asker) -> dict[str, Any]:
+    """Draw samples."""
     if body.sampling_session_id is not None:
         row = sampler_of(training, key, body.sampling_session_id)
         session, path = row["session"], row["path"]
@@ -427,6 +453,7 @@ async def asample(body: bodies.Sample, training: On, key: Asker) -> dict[str, An
 
 @router.post("/cancel_future")
 async def cancel_future(body: bodies.Cancel, training: On, key: Asker) -> Response:
+    """Cancel a request that waits or runs."""
     training.samples.cancel(body.request_id, key.owner)
     return Response(status_code=204)
 
@@ -463,6 +490,7 @@ async def retrieve_future(body: bodies.Retrieve, training: On, key: Asker) -> Re
 
 @router.post("/create_custom_loss")
 async def create_custom_loss(key: Asker) -> Response:
+    """A loss that the server would compute, which is refused."""
     raise Refusal(
         400,
         "a loss to be computed here",

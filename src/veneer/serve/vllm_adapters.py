@@ -1,0 +1,307 @@
+"""Adapters in a vLLM behind this server, loaded when they are first asked for: the ``bank`` of its
+``Service``.
+
+    folder → a copy, verified → its base is proven → POST /v1/load_lora_adapter
+    blend  → composed of such copies into a folder → the same
+
+vLLM reads the files of an adapter again whenever it comes back to memory, and trusts them: so they
+are copies that nobody else writes. Each has a name in vLLM that no client can guess. Another adapter
+under a name is another copy; requests that run end with the one that they began with, and vLLM's
+cache of prefixes, which goes by these names, never mixes them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.adapter_files import read
+from veneer.adapter_files.file_names import copy_files
+from veneer.bank.lease import Status
+from veneer.errors import AdapterError, BankFullError, SelectionError, raise_all, sentence
+from veneer.formats import peft
+from veneer.serve.scheduler import Key, key_of
+from veneer.serve.vllm import ADVICE, LOADED, reasons_against
+from veneer.serve.vllm_resolver import BaseProofs
+from veneer.tools.compose import compose
+
+log = logging.getLogger("veneer.serve")
+
+#: how an adapter is loaded or unloaded: a route and a body → (status, text)
+Post = Callable[[str, Mapping[str, Any]], tuple[int, str]]
+
+
+@dataclass
+class Registered:
+    """An adapter by its name: the folder that the catalogue found, and our copy of it."""
+
+    path: Path
+    copy: Path | None = None
+    pinned: bool = False
+
+
+@dataclass(eq=False)
+class Loaded:
+    """An adapter or a blend in vLLM, under ``name``. ``stale``: none of its next requests use it."""
+
+    name: str
+    key: Key
+    folder: Path
+    nbytes: int
+    blended: bool = False
+    users: int = 0
+    used_at: float = field(default_factory=time.monotonic)
+    stale: bool = False
+
+
+class Lease:
+    """The use of an adapter in vLLM by one request; ``name`` None is the base."""
+
+    def __init__(self, name: str | None, release: Callable[[], None] = lambda: None) -> None:
+        self.name, self._release = name, release
+
+    def release(self) -> None:
+        release, self._release = self._release, lambda: None
+        release()
+
+
+class VllmAdapters:
+    """``base``: the folder of the base. ``folder``: where copies are kept. ``rank``: the largest that
+    vLLM takes. ``budget``: bytes of adapter files that vLLM may have loaded. Any thread may call."""
+
+    crowded = False
+
+    def __init__(
+        self, post: Post, base: str, folder: Path, rank: int, budget: int | None = None, *,
+        verify_base: bool = True,
+    ) -> None:  # fmt: skip
+        self._post, self._base, self._folder, self._rank = post, base, folder, rank
+        self._budget, self._proofs = budget, BaseProofs() if verify_base else None
+        self.on_event: Callable[[str, str, float], None] = lambda kind, name, seconds: None
+        self._lock = threading.Lock()  # guards what follows; held for moments
+        self._loading = threading.RLock()  # held while files are copied and loaded
+        self._names: dict[str, Registered] = {}
+        self._loaded: dict[Key, Loaded] = {}
+        self._numbers = itertools.count(1)
+        self._secret = secrets.token_hex(8)
+
+    def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+        """Let a name mean an adapter folder. ``AdapterError``: vLLM cannot load it."""
+        reasons = reasons_against(Path(path), self._rank)
+        problem = f"Adapter {name!r} in {path}"
+        raise_all(AdapterError, problem, [sentence(why, *ADVICE) for why in reasons])
+        with self._lock:
+            old = self._names.get(name)
+            self._names[name] = Registered(Path(path), pinned=old is not None and old.pinned)
+        self._retire(name, old)
+
+    def add(self, path: str | Path, *, name: str, replace: bool = False) -> None:
+        """Load an adapter and give it a name. If it cannot be loaded, an old one of the name
+        stays."""
+        with self._loading:
+            old = self._names.get(name)
+            pinned = old is not None and old.pinned
+            entry = Registered(Path(path), self._copy(name, Path(path)), pinned)
+            loaded = self._load({name: 1.0}, {name: entry})
+            with self._lock:
+                self._names[name] = entry
+            self._retire(name, old)
+            with self._lock:
+                self._loaded[loaded.key] = loaded
+
+    def remove(self, name: str) -> None:
+        with self._lock:
+            old = self._names.pop(name, None)
+        self._retire(name, old)
+        if old is not None:
+            self.on_event("remove", name, 0.0)
+
+    def pin(self, name: str) -> None:
+        self._need(name).pinned = True
+        self.acquire({name: 1.0}).release()
+
+    def unpin(self, name: str) -> None:
+        self._need(name).pinned = False
+
+    def throttle_loads(self) -> None:
+        """Loads need no throttle: vLLM computes in a process of its own."""
+
+    def status(self) -> list[Status]:
+        with self._lock:
+            return [self._status(name, entry) for name, entry in self._names.items()]
+
+    def _status(self, name: str, entry: Registered) -> Status:
+        loaded = self._loaded.get(((name, 1.0),))
+        size = 0 if loaded is None else loaded.nbytes
+        users = 0 if loaded is None else loaded.users
+        return Status(name, entry.path, loaded is not None, size, entry.pinned, users, None, None)
+
+    def close(self) -> None:
+        """vLLM ends with all that it holds, and the folder of copies is its owner's."""
+
+    def find(self, blend: Mapping[str, float]) -> Lease | None:
+        """A lease on a blend that is loaded, or on the base; None where it has to be loaded."""
+        key = key_of({name: weight for name, weight in blend.items() if weight})
+        if not key:
+            return Lease(None)
+        with self._lock:
+            loaded = self._loaded.get(key)
+            return None if loaded is None else self._lease(loaded)
+
+    def acquire(self, blend: Mapping[str, float]) -> Lease:
+        """A lease on a blend, which is loaded if it is not there: that takes seconds.
+
+        Raises:
+            SelectionError: a name that is not registered.
+            AdapterError: an adapter is damaged, made for another base, or vLLM refuses it.
+            BankFullError: there is no room for it beside those in use.
+        """
+        lease = self.find(blend)
+        if lease is not None:
+            return lease
+        with self._loading:
+            lease = self.find(blend)
+            if lease is not None:
+                return lease
+            weights = {name: weight for name, weight in blend.items() if weight}
+            entries = {name: self._need(name) for name in weights}
+            loaded = self._load(weights, entries)
+            with self._lock:
+                # a name that means another adapter by now is not found under this key
+                loaded.stale = any(self._names.get(name) is not entries[name] for name in entries)
+                if not loaded.stale:
+                    self._loaded[loaded.key] = loaded
+                return self._lease(loaded)
+
+    def _need(self, name: str) -> Registered:
+        with self._lock:
+            if name not in self._names:
+                raise SelectionError(f"no adapter {name!r}", "one that is registered", "add it")
+            return self._names[name]
+
+    def _lease(self, loaded: Loaded) -> Lease:
+        loaded.users += 1
+        loaded.used_at = time.monotonic()
+
+        def release() -> None:
+            with self._lock:
+                loaded.users -= 1
+                unload = loaded.stale and not loaded.users
+            if unload:
+                self._unload(loaded)
+
+        return Lease(loaded.name, release)
+
+    def _load(self, weights: Mapping[str, float], entries: Mapping[str, Registered]) -> Loaded:
+        """Load a blend of some adapters into vLLM."""
+        start, key = time.monotonic(), key_of(weights)
+        label = next(iter(weights)) if len(weights) == 1 else "blend"
+        try:
+            for name, entry in entries.items():
+                if entry.copy is None:
+                    entry.copy = self._copy(name, entry.path)
+            copies = {name: entry.copy for name, entry in entries.items() if entry.copy}
+            is_plain = list(weights.values()) == [1.0]
+            folder = next(iter(copies.values())) if is_plain else self._compose(weights, copies)
+            size = (folder / peft.TENSORS).stat().st_size
+            loaded = Loaded(self._next_name(), key, folder, size, blended=not is_plain)
+            self._make_room(size)
+            body = {"lora_name": loaded.name, "lora_path": str(folder)}
+            status, text = self._post("/v1/load_lora_adapter", body)
+            if status != 200:
+                problem = f"an adapter that vLLM refuses ({text[:500]})"
+                raise AdapterError(sentence(problem, *ADVICE))
+        except (AdapterError, OSError):
+            self.on_event("fail", label, 0.0)
+            raise
+        self.on_event("load", label, time.monotonic() - start)
+        log.info("Loaded %s into vLLM", dict(weights))
+        return loaded
+
+    def _next_name(self) -> str:
+        return f"veneer-{self._secret}-{next(self._numbers)}"
+
+    def _copy(self, name: str, path: Path) -> Path:
+        """A copy of an adapter, verified, whose base is proven."""
+        folder = self._folder / f"copy-{next(self._numbers)}"
+        folder.mkdir()
+        try:
+            copy_files(path, folder)
+            read(folder)
+            reasons = reasons_against(folder, self._rank)
+            raise_all(
+                AdapterError, f"Adapter {name!r}", [sentence(why, *ADVICE) for why in reasons]
+            )
+            proof = (
+                "not compared" if self._proofs is None else self._proofs.check(self._base, folder)
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        log.info("Adapter %r: base %s", name, proof)
+        return folder
+
+    def _compose(self, weights: Mapping[str, float], copies: Mapping[str, Path]) -> Path:
+        """A folder that is the weighted sum of some adapters."""
+        folder = self._folder / f"blend-{next(self._numbers)}"
+        compose([copies[name] for name in weights], folder, weights=list(weights.values()))
+        reasons = reasons_against(folder, self._rank)
+        if reasons:
+            shutil.rmtree(folder, ignore_errors=True)
+            do = "blend fewer adapters, or write the blend with `veneer compose --rank`"
+            problems = [sentence(why, "a blend that vLLM can load", do) for why in reasons]
+            raise_all(AdapterError, "The blend cannot be served", problems)
+        return folder
+
+    def _make_room(self, nbytes: int) -> None:
+        """Unload what was used longest ago, so that one more fits. ``BankFullError``: the others are
+        in use."""
+        while True:
+            with self._lock:
+                total = sum(loaded.nbytes for loaded in self._loaded.values()) + nbytes
+                few = len(self._loaded) < LOADED
+                if few and (self._budget is None or total <= self._budget):
+                    return
+                pinned = {((name, 1.0),) for name, entry in self._names.items() if entry.pinned}
+                idle = [
+                    loaded
+                    for key, loaded in self._loaded.items()
+                    if not loaded.users and key not in pinned
+                ]
+                if not idle:
+                    problem = f"{total:,} bytes of adapters in use"
+                    expected = f"at most {self._budget:,}" if few else f"at most {LOADED} adapters"
+                    raise BankFullError(problem, expected, "try again later, or raise --memory")
+                oldest = min(idle, key=lambda loaded: loaded.used_at)
+                del self._loaded[oldest.key]
+            self._unload(oldest)
+            self.on_event("evict", oldest.key[0][0] if len(oldest.key) == 1 else "blend", 0.0)
+
+    def _retire(self, name: str, old: Registered | None) -> None:
+        """Unload an adapter and the blends with it, each when its last request has ended."""
+        with self._lock:
+            keys = [key for key in self._loaded if name in dict(key)]
+            retired = [self._loaded.pop(key) for key in keys]
+            for loaded in retired:
+                loaded.stale = True
+            idle = [loaded for loaded in retired if not loaded.users]
+        for loaded in idle:
+            self._unload(loaded)
+        copy = None if old is None else old.copy
+        if copy is not None and all(loaded.folder != copy for loaded in retired):
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def _unload(self, loaded: Loaded) -> None:
+        status, text = self._post("/v1/unload_lora_adapter", {"lora_name": loaded.name})
+        if status != 200:
+            log.warning("vLLM did not unload an adapter: %s", text[:500])
+        if loaded.stale or loaded.blended:  # a copy that may be loaded again stays
+            shutil.rmtree(loaded.folder, ignore_errors=True)

@@ -1,0 +1,379 @@
+"""This server in front of a vLLM that it starts: keys, adapters with proof, blends, budgets and the
+log are its own, and vLLM computes the answers.
+
+    Guard ──▶ key, adapters of the body ──▶ Gate: whose turn ──▶ VllmAdapters: loaded in vLLM
+          ──▶ the same body, with vLLM's name of the adapter ──▶ vLLM ──▶ its answer, with the client's
+
+Fields beside the model and the blend are vLLM's, and so are its answers and errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from pydantic import TypeAdapter, ValidationError
+
+from veneer.errors import sentence
+from veneer.fileio.untrusted import parse
+from veneer.models.load import load_tokenizer, pick_dtype, stored_dtype
+from veneer.models.locate import folder_of
+from veneer.models.remote_code import with_trust_of_config
+from veneer.models.sampling_defaults import SamplingDefaults
+from veneer.serve import api, vllm
+from veneer.serve.access import Keyring
+from veneer.serve.catalogue import Catalogue, served_folders
+from veneer.serve.metrics import Metrics
+from veneer.serve.refusal import RETRY, Refusal, of_body
+from veneer.serve.request_log import CURRENT, ID_HEADER
+from veneer.serve.scheduler import counted_as, key_of
+from veneer.serve.schemas import Blend
+from veneer.serve.service import (
+    Admin,
+    Asker,
+    Route,
+    Service,
+    Serving,
+    beside_loop,
+    requested_adapters,
+    unless_gone,
+)
+from veneer.serve.settings import Settings, must_have_keys_for_any_origin
+from veneer.serve.tools.choose import check_parser, detect_parser
+from veneer.serve.tracing import open_tracer
+from veneer.serve.vllm_adapters import Lease, VllmAdapters
+from veneer.serve.vllm_process import Ticket, VllmProcess
+
+log = logging.getLogger("veneer.serve")
+
+#: requests that are sent to vLLM at a time where ``--rows`` says nothing: its own default
+ROWS = 256
+#: routes whose body names a model, in vLLM as here
+FORWARDED = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+    "/v1/messages/count_tokens", "/v1/embeddings", "/tokenize", "/detokenize", "/score", "/v1/score",
+    "/rerank", "/v1/rerank", "/v2/rerank",
+)  # fmt: skip
+#: routes that need no model in the body
+WITHOUT_MODEL = ("/tokenize", "/detokenize")
+#: fields by which vLLM would go on from what another key has sent
+STORED = ("previous_response_id", "conversation", "background")
+#: routes whose prefixes a salt keeps apart
+SALTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+router = APIRouter(route_class=Route)
+_BLEND = TypeAdapter[dict[str, float]](Blend)
+
+
+def create(service: Service, *routers: Any) -> FastAPI:
+    """The application of a ``start``ed service."""
+    return api.create(service, *routers, core=(router, api.operations))
+
+
+@router.get("/metrics")
+async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Response:
+    """Prometheus's metrics of this server and of its vLLM; ``adapters=0``: sums of this server."""
+    service.metrics.ready.set(service.ready)
+    page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
+    if adapters and service.ready:
+        page += await asyncio.to_thread(service.engine.read, "/metrics")
+    return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def forward(request: Request, service: Serving, key: Asker) -> Response:
+    """An answer of vLLM; the fields of the body are vLLM's, and ``adapters`` is a blend."""
+    path = request.url.path
+    if "json" not in request.headers.get(
+        "content-type", ""
+    ):  # a page of another origin may send it
+        raise Refusal(400, "no JSON object", "one, with Content-Type: application/json", "send it")
+    body = await beside_loop(service, await request.body(), lambda body: _read_body(body, path))
+    model, blend = body.get("model"), body.pop("adapters", None)
+    if model is None:  # the tokens of all are the base's
+        model, blend = service.base, {}
+    else:
+        blend = await requested_adapters(service, key, model, blend)
+    if not service.ready:
+        raise service.unready()
+    if path in SALTED and key.owner and not body.get("cache_salt"):
+        body["cache_salt"] = _salt(service, key.owner)
+    call = Call(service, blend, path, model, body)
+    priority = body.get("priority")
+    ticket = Ticket(
+        key.owner, counted_as(blend), key_of(blend), priority if isinstance(priority, int) else 0
+    )
+    return await unless_gone(request, call.answer(ticket))
+
+
+for _path in FORWARDED:
+    router.add_api_route(_path, forward, methods=["POST"], name=_path.strip("/").replace("/", "_"))
+
+
+def _read_body(content: bytes, path: str) -> dict[str, Any]:
+    """The body of a request whose model and blend are checked. ``Refusal``: it names none."""
+    try:
+        body: Any = parse(content)
+    except ValueError as error:
+        raise Refusal(400, f"no JSON ({error})", "a JSON object", "check the body") from error
+    if not isinstance(body, dict):
+        raise Refusal(400, "no JSON object", "one, with Content-Type: application/json", "send it")
+    model = body.get("model")
+    absent = model is None and path in WITHOUT_MODEL
+    if not absent and not (isinstance(model, str) and 0 < len(model) <= 256):
+        raise Refusal(400, "no model", "its name, a text", "send it", param="model")
+    for name in STORED:
+        if body.get(name):
+            problem = f"{name}, and a server that keeps nothing of a request"
+            raise Refusal(400, problem, "the whole conversation", "leave it out", param=name)
+    if path == "/v1/responses":
+        body["store"] = False
+    if body.get("adapters") is not None:
+        try:
+            body["adapters"] = _BLEND.validate_python(body["adapters"], strict=True)
+        except ValidationError as error:
+            errors = [{**each, "loc": ("adapters", *each["loc"])} for each in error.errors()]
+            raise of_body(errors, body) from error
+    return body
+
+
+def _salt(service: Service, owner: str) -> str:
+    """A salt that keeps the prefixes of a key apart from those of others in vLLM's cache."""
+    return hashlib.sha256(f"{service.engine.secret}\0{owner}".encode()).hexdigest()
+
+
+class ForwardedStream(StreamingResponse):
+    """Events of vLLM, whose place is free also where none of them was read."""
+
+    def __init__(
+        self, events: AsyncIterator[bytes], response: httpx.Response, ending: Ending, kind: str
+    ) -> None:
+        super().__init__(events, response.status_code, media_type=kind)
+        self._response, self._ending = response, ending
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ending.end("cancelled")
+            await self._response.aclose()
+
+
+@dataclass
+class Call:
+    """One request for vLLM. ``model`` is what the client calls what answers."""
+
+    service: Service
+    blend: dict[str, float]
+    path: str
+    model: str
+    body: dict[str, Any]
+
+    async def answer(self, ticket: Ticket) -> Response:
+        """The answer, when its turn has come and its adapters are loaded. ``Busy``, or what
+        ``VllmAdapters.acquire`` raises."""
+        engine, observer = self.service.engine, self.service.metrics
+        record, arrived = CURRENT.get(), time.monotonic()
+        if record is not None:
+            record.ask(self.blend, 0)
+        await engine.gate.enter(ticket)
+        waited = time.monotonic() - arrived
+        observer.started(self.blend, waited)
+        if record is not None:
+            record.queue_seconds = waited
+        ending = Ending(self, ticket, arrived)
+        try:
+            lease = ending.lease = self.service.bank.find(self.blend) or await self._load()
+            response = await self._send(lease)
+        except BaseException:
+            ending.end("error")
+            raise
+        return await self._relay(response, ending)
+
+    async def _load(self) -> Lease:
+        loading = asyncio.ensure_future(asyncio.to_thread(self.service.bank.acquire, self.blend))
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            loading.add_done_callback(lambda done: done.exception() or done.result().release())
+            raise
+
+    async def _send(self, lease: Lease) -> httpx.Response:
+        record = CURRENT.get()
+        headers = {"content-type": "application/json"}
+        if record is not None:
+            headers[ID_HEADER] = record.request_id
+        body = {**self.body, "model": lease.name or self.service.base}
+        try:
+            content = json.dumps(body).encode()
+            return await self.service.engine.send("POST", self.path, content, headers)
+        except httpx.TimeoutException as error:
+            message = sentence("an answer that took too long", "one in time", "ask for less")
+            raise Refusal(504, message, code="timeout") from error
+        except httpx.TransportError as error:
+            raise lost() from error
+
+    async def _relay(self, response: httpx.Response, ending: Ending) -> Response:
+        """vLLM's answer as the client's: the name that it knows is in it."""
+        kind = response.headers.get("content-type", "application/json")
+        if kind.startswith("text/event-stream"):
+            return ForwardedStream(self._events(response, ending), response, ending, kind)
+        try:
+            content = self._rename(await response.aread(), ending.lease)
+        except httpx.TransportError as error:
+            ending.end("error")
+            raise lost() from error
+        except BaseException:
+            ending.end("cancelled")
+            raise
+        finally:
+            await response.aclose()
+        ending.count(content if kind.startswith("application/json") else b"")
+        ending.end("stop" if response.status_code < 400 else "error")
+        return Response(content, response.status_code, media_type=kind)
+
+    async def _events(self, response: httpx.Response, ending: Ending) -> AsyncIterator[bytes]:
+        outcome = "cancelled"
+        try:
+            async for line in response.aiter_lines():
+                ending.event(line)
+                yield self._rename(f"{line}\n".encode(), ending.lease)
+            outcome = "stop"
+        except httpx.TransportError:
+            outcome = "error"
+            yield b"data: " + json.dumps(lost().body()).encode() + b"\n\n"
+        finally:
+            ending.end(outcome)
+
+    def _rename(self, content: bytes, lease: Lease | None) -> bytes:
+        if lease is None or lease.name is None:
+            return content
+        return content.replace(lease.name.encode(), json.dumps(self.model)[1:-1].encode())
+
+
+class Ending:
+    """The end of a call, however it comes: its lease and its place are free, and it is counted."""
+
+    def __init__(self, call: Call, ticket: Ticket, arrived: float) -> None:
+        self._call, self._ticket, self._arrived = call, ticket, arrived
+        self.lease: Lease | None = None
+        self._prompt = self._generated = 0
+        self._over = False
+
+    def count(self, content: bytes) -> None:
+        """The usage in a complete answer."""
+        try:
+            usage = json.loads(content).get("usage") or {}
+        except (ValueError, AttributeError):
+            return
+        self._prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
+        self._generated = usage.get("completion_tokens") or usage.get("output_tokens") or 0
+
+    def event(self, line: str) -> None:
+        """A line of a stream: each event of data is a token, about."""
+        if not line.startswith("data: {"):
+            return
+        record = CURRENT.get()
+        if not self._generated:
+            seconds = time.monotonic() - self._arrived
+            self._call.service.metrics.first_token(self._call.blend, seconds)
+            if record is not None:
+                record.first_token_seconds = seconds
+        self._generated += 1
+
+    def end(self, outcome: str) -> None:
+        if self._over:
+            return
+        self._over = True
+        call, observer, record = self._call, self._call.service.metrics, CURRENT.get()
+        if self.lease is not None:
+            self.lease.release()
+        call.service.engine.gate.leave(self._ticket, self._generated or 1)
+        observer.tokens(call.blend, self._prompt, self._generated)
+        observer.finished(call.blend, outcome, time.monotonic() - self._arrived)
+        if record is not None:
+            record.prompt_tokens, record.generated_tokens = self._prompt, self._generated
+            record.end(outcome)
+
+
+def lost() -> Refusal:
+    message = sentence("a vLLM that ended in the middle of it", "one that runs", "send it again")
+    return Refusal(503, message, code="engine_stopped", headers={RETRY: "5"})
+
+
+@with_trust_of_config
+def start(
+    settings: Settings, keys: Keyring, ended: Callable[[int], None] = lambda code: None
+) -> Service:
+    """Start vLLM, and what stands before it. ``Service.close`` ends both; ``ended`` is called if vLLM
+    ends by itself."""
+    must_have_keys_for_any_origin(settings, keys.open)
+    check_parser(settings.tool_call_parser)
+    program = vllm.program()
+    folders = {} if settings.adapters is None else served_folders(settings.adapters)
+    rank = vllm.largest_rank(folders)
+    base = str(folder_of(settings.base))
+    tokenizer = load_tokenizer(base)
+    tracer = open_tracer(settings.otlp_endpoint, settings.name)
+    folder = tempfile.TemporaryDirectory(prefix="veneer-vllm-")
+    socket = Path(folder.name) / "socket"
+    rows = None if settings.rows == Settings.rows else settings.rows
+    line = vllm.command(
+        base,
+        socket,
+        rank,
+        name=settings.name,
+        length=None if settings.length == Settings.length else settings.length,
+        rows=rows,
+        dtype=_dtype(settings, base),
+        tool_call_parser=settings.tool_call_parser or detect_parser(tokenizer.chat_template),
+        more=["--trust-remote-code"] if settings.trust_remote_code else [],
+    )
+    engine = VllmProcess(
+        [program, *line[1:]], socket, rows or ROWS, settings.queue, settings.timeout, ended, folder
+    )
+    try:
+        engine.start()
+        verify_base = os.environ.get("VENEER_VERIFY_BASE", "1") != "0"
+        bank = VllmAdapters(
+            engine.post, base, Path(folder.name), rank, settings.memory, verify_base=verify_base
+        )
+        catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
+        metrics = Metrics(catalogue.known)
+        bank.on_event = metrics.event
+        for adapter in dict.fromkeys(settings.pin):
+            bank.pin(adapter)
+        catalogue.follow_pins()
+        metrics.watch(engine, bank)
+        card = engine.card()
+    except BaseException:
+        engine.close()
+        raise
+    catalogue.watch()
+    return Service(
+        base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
+        metrics=metrics, length=card["max_model_len"], vocabulary=len(tokenizer), engine=engine,
+        sampling=SamplingDefaults(), timeout=settings.timeout, dtype=_dtype(settings, base) or "auto",
+        cors=settings.cors, tracer=tracer,
+    )  # fmt: skip
+
+
+def _dtype(settings: Settings, base: str) -> str | None:
+    """The type to tell vLLM, whose own "auto" takes bf16 for a base in float32; None leaves it the
+    choice."""
+    precision = settings.precision
+    if precision == "auto":
+        return None
+    dtype = stored_dtype(base) if precision == "stored" else pick_dtype(precision)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
