@@ -222,7 +222,8 @@ class Embedder:
                 self._end(call)
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
-        """[texts of the batch, width], on the CPU; of a classifier's head [texts, labels]."""
+        """The embeddings [texts, width] of a batch, or a classifier's logits [texts, labels], on
+        the CPU."""
         texts, device = (
             [torch.tensor(call.texts[index]) for call, index in batch],
             self.model.device,

@@ -406,8 +406,8 @@ class Engine:
         return [states[number] for number in complete], logits
 
     def _widen_rows(self) -> None:
-        """Have memory for the next token of each running row. Requests that had to give theirs to
-        others are computed again later."""
+        """Make room for the next token of each running row. Requests that are preempted for it are
+        recomputed later."""
         for state in self._batch.widen():
             self._admission.put_back(state)
 

@@ -47,8 +47,8 @@ def _few_forms(value: Any) -> Any:
     return value
 
 
-def _few_arguments(value: Any) -> Any:
-    """The arguments of a template are few, and short."""
+def _limit_template_arguments(value: Any) -> Any:
+    """Limit the size of ``chat_template_kwargs``."""
     size = len(json.dumps(value)) if isinstance(value, dict) else 0
     if size > limits.TEMPLATE_KWARGS:
         expected = f"at most {limits.TEMPLATE_KWARGS:,}"
@@ -84,7 +84,7 @@ class TemplateFields(BaseModel):
 
     add_generation_prompt: bool | None = None  # true, unless continue_final_message is
     continue_final_message: bool = False
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few_arguments)] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_limit_template_arguments)] = {}
 
     @model_validator(mode="after")
     def _check_generation_prompt(self) -> Self:

@@ -28,8 +28,8 @@ from veneer.serve.tools.forced import MOST_CALLS, arguments_schema, calls_schema
 T = TypeVar("T")
 
 
-def _few(value: Any) -> Any:
-    """A mapping is counted before anything in it is looked at."""
+def _limit_blend(value: Any) -> Any:
+    """Refuse a blend of too many adapters before its entries are validated."""
     if isinstance(value, dict) and len(value) > limits.BLEND:
         raise wrong(
             f"{len(value):,} adapters in a blend", f"at most {limits.BLEND}", "leave some out"
@@ -88,7 +88,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Weight = Annotated[float, Field(ge=-limits.WEIGHT, le=limits.WEIGHT)]
 Blend = Annotated[
-    dict[Name, Weight], BeforeValidator(_few), Field(min_length=1, max_length=limits.BLEND)
+    dict[Name, Weight], BeforeValidator(_limit_blend), Field(min_length=1, max_length=limits.BLEND)
 ]
 
 

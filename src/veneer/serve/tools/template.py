@@ -55,21 +55,21 @@ class TemplateTools:
     calls: bool
 
 
-#: by tokenizer, its template and what that shows
-_KNOWN: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
+#: cache by tokenizer: (its chat template, what that template shows)
+_SHOWN_BY_TEMPLATE: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
 
 
 def template_tools(tokenizer: Any) -> TemplateTools:
     """How much the template of a tokenizer shows of tools."""
     template = str(tokenizer.chat_template)
-    cached = _KNOWN.get(tokenizer)
+    cached = _SHOWN_BY_TEMPLATE.get(tokenizer)
     if cached is None or cached[0] != template:
         chats = product((CALLED, CALLED[:2]), (None, [TOOL]))
         shown = TemplateTools(
             tools=_shows(tokenizer, NAME, [USER], [TOOL]),
             calls=any(_shows(tokenizer, ARGUMENT, chat, tools) for chat, tools in chats),
         )
-        cached = _KNOWN[tokenizer] = (template, shown)
+        cached = _SHOWN_BY_TEMPLATE[tokenizer] = (template, shown)
     return cached[1]
 
 
