@@ -105,7 +105,7 @@ def fingerprints_of(
 
     Args:
         bits: the values of merged weights before the merge, by identity
-        (``stored_weights.bits_before_merge``).
+            (``stored_weights.bits_before_merge``).
         kind: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
         as_loaded: as in ``Content.dense``.
     """

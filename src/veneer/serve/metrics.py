@@ -1,15 +1,14 @@
-"""The page that Prometheus reads at ``/metrics``: requests, tokens, loads and memory of each
-adapter, and latencies of the server.
+"""The page that Prometheus reads at ``/metrics``: per adapter requests, tokens, loads and memory; of
+the server, times.
 
-A label is the name of a registered adapter, "base", or "blend"; so clients cannot create labels,
-and the series of an adapter are removed with it. (An adapter that is itself called "base" or
-"blend" has the label "adapter:base".) At most ``MOST`` adapters have series of their own, the most
-requested ones; the others are counted together as "other", which bounds the page.
+A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones,
+and when an adapter goes its series go with it. (An adapter that is itself called "base" or "blend"
+has the label "adapter:base".) At most ``MOST`` adapters have series of their own, those that are
+asked for most; the others are counted together as "other", so the page has a bound.
 
-A histogram is a dozen series, and a server has hundreds of adapters; so adapters have counters
-only, and the histograms cover all adapters together. ``?adapters=0`` leaves out the adapters' names
-and gives sums, so that the page does not grow with them. Names and bounds of the histograms are
-vLLM's.
+A histogram is a dozen series, and a server has hundreds of adapters; so an adapter has counters
+alone, and histograms are of all together. ``?adapters=0`` leaves the adapters' names out and gives
+sums, whose size does not grow with them. Names and bounds of the histograms are vLLM's.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ Ids = tuple[int, ...]
 
 
 class Namespace:
-    """The requests that may share prefixes: those with the same ``adapters`` (pairs of an adapter
-    in memory and its weight; none for the base) and the same ``salt``."""
+    """Within which prefixes are shared: by requests that use the same ``adapters`` ((adapter in
+    memory, weight), …; none is the base) and have the same ``salt``."""
 
     def __init__(self, adapters: Iterable[tuple[Any, float]], salt: Hashable) -> None:
         used = [(adapter, weight) for adapter, weight in adapters if weight]
@@ -52,7 +52,7 @@ class Root:
 
 
 class Block:
-    """``BLOCK`` tokens that follow those of ``parent``, with their keys and values (``data``)."""
+    """``BLOCK`` tokens behind those of ``parent``."""
 
     __slots__ = ("children", "data", "ids", "parent", "used")
 
@@ -132,7 +132,7 @@ class Prefixes:
         return next(iter(self._order)).used if self._order else None
 
     def _walk(self, key: Hashable, ids: Sequence[int], most: int) -> list[Block]:
-        """The cached blocks of the first tokens of ``ids``, at most ``most`` blocks."""
+        """The cached blocks with which these tokens begin, at most so many."""
         chain: list[Block] = []
         root = self._roots.get(key)
         children: Mapping[Ids, Block] = {} if root is None else root.children

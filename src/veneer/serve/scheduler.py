@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from veneer.serve.requests import Busy
 
+#: a blend as a value: its (adapter name, weight) pairs, sorted (``key_of``)
 Key = tuple[tuple[str, float], ...]
 
 #: places of the queue that an adapter or a key may hold for each free place

@@ -30,7 +30,7 @@ LEAST_STAY, MOST_STAY = 3600, 10 * 366 * 86400
 
 @dataclass
 class Operations:
-    """The operations of a worker."""
+    """Executes the requests of runs other than passes and steps, in the thread of ``worker``."""
 
     worker: Worker
     trainer: Trainer

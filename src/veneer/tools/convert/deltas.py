@@ -157,8 +157,8 @@ def install_deltas(
         train_also=tuple(full),
         dtype="float32",
     )
-    full_param_readers, split_ties = full_readers(names, full_keys), split_tie_refs(names, full)
-    plans = Plans(config, tuple(low), full_keys, buffers, full_param_readers, split_ties)
+    readers, split_ties = full_readers(names, full_keys), split_tie_refs(names, full)
+    plans = Plans(config, tuple(low), full_keys, buffers, readers, split_ties)
     install_adapter(model, NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
         for module_path, _, module_parameters in adapters(model, NAME):
