@@ -193,8 +193,9 @@ class Asked(Strict, SamplingFields, ABC):
         base: SamplingDefaults,
         bad_words: Sequence[tuple[int, ...]] = (),
     ) -> Sampling:
-        """How answer number ``choice`` of the call is drawn; each has a seed of its own. ``base``:
-        of the fields that the client leaves out. ``bad_words``: the tokens of that field."""
+        """How answer ``choice`` of the call is sampled; each answer has its own seed. ``base``:
+        defaults of the fields that the client leaves out. ``bad_words``: the tokens of that
+        field."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = None if self.seed is None else sample_seed(self.seed, choice)
         temperature = _first(self.temperature, base.temperature, 1.0)
@@ -214,16 +215,15 @@ class Asked(Strict, SamplingFields, ABC):
 
     @abstractmethod
     def alternatives(self) -> int | None:
-        """How many alternatives beside each token are asked for; None for no probabilities at
-        all."""
+        """The number of alternatives for each token; None for no log-probabilities."""
 
     def token_limit(self) -> int | None:
-        """How many tokens an answer may have, as the client says."""
+        """The client's limit of tokens of an answer."""
         return self.max_tokens
 
     def prompt_alternatives(self) -> int | None:
-        """How many alternatives beside each token of the prompt have to be computed; None for none
-        of its probabilities."""
+        """The number of alternatives for each token of the prompt; None if the prompt is not
+        scored."""
         return self.prompt_logprobs
 
     def schema_of_answer(self) -> dict[str, Any] | None:
