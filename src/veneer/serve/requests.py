@@ -78,8 +78,7 @@ class Request:
     timeout: float  # seconds from submit to the last token
     id: str  # a name for logs
     owner: str = ""  # the name of the API key that asks; "" where there are no keys. Rows are shared between them first
-    # : with the same salt, requests of different keys share cached prefixes; None shares them
-    # within
+    # : with the same salt, requests of different keys share cached prefixes; None shares them within
     #: the key alone
     cache_salt: str | None = None
     priority: int = 0  # a lower one goes first, among the owner's requests for the same adapter
