@@ -1,4 +1,5 @@
-"""The page at ``/docs`` (``--docs``): the routes and bodies that ``/openapi.json`` describes, as HTML.
+"""The page at ``/docs`` (``--docs``): the routes and bodies that ``/openapi.json`` describes, as
+HTML.
 
 It is written here, without a script: the usual viewers of OpenAPI are loaded from another host,
 which the page's policy forbids and a server without a network cannot reach.
@@ -71,7 +72,7 @@ def _section(method: str, path: str, operation: Schema) -> str:
 
 
 def _schema_section(name: str, schema: Schema) -> str:
-    """A schema of a body: its fields, or what else it is."""
+    """The section of a schema: a table of its fields, or its type if it is no object."""
     required = schema.get("required", ())
     rows = [
         (field, _type_of(entry), _note(entry, field in required))
