@@ -40,6 +40,8 @@ def collect(pages: Path) -> None:
     (pages / "docs" / "api").mkdir()
     for name, text in api_pages().items():
         (pages / "docs" / "api" / f"{name}.md").write_text(text)
+    for page in pages.rglob("*.md"):
+        page.write_text(join_ranges(page.read_text()))
     for page in sorted((pages / "docs" / "tutorials").glob("*.md")):
         page.with_suffix(".ipynb").write_text(
             json.dumps(notebook(page.read_text()), indent=1, ensure_ascii=False)
@@ -47,6 +49,17 @@ def collect(pages: Path) -> None:
         with page.open("a") as file:
             file.write(f"\n[This page as a notebook]({page.stem}.ipynb)\n")
     (pages / "llms.txt").write_text(llms(pages))
+
+
+def join_ranges(text: str) -> str:
+    """A page whose tables do not break a range of numbers (1.06–1.15) at its dash: a word joiner on
+    both sides of it."""
+    return re.sub(
+        r"^\|.*",
+        lambda row: re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", row[0]),
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 # ---- the API

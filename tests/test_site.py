@@ -74,6 +74,12 @@ def test_a_notebook_is_its_page() -> None:
     assert len({cell["id"] for cell in made["cells"]}) == 4
 
 
+def test_a_range_in_a_table_is_not_broken_at_its_dash() -> None:
+    page = "1.06–1.15 in prose\n\n| a | 1.13 (1.06–1.15) | fp32 – bf16 |\n"
+    joined = "1.06–1.15 in prose\n\n| a | 1.13 (1.06\u2060–\u20601.15) | fp32 – bf16 |\n"
+    assert build_site.join_ranges(page) == joined
+
+
 def test_each_tutorial_has_its_notebook(pages: Path) -> None:
     tutorials = sorted((pages / "docs" / "tutorials").glob("*.md"))
     assert len(tutorials) >= 7

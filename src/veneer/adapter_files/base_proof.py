@@ -66,7 +66,7 @@ class Content:
         full_tensor = getattr(dense, "full_tensor", None)  # of a sharded weight
         return dense if full_tensor is None else full_tensor()
 
-    def stamp(self) -> tuple[Any, ...] | None:
+    def version(self) -> tuple[Any, ...] | None:
         """A value that changes with every write to the weight; None if no write can be detected."""
         sources = [self.anchor]
         if isinstance(self.anchor, nn.Module):
@@ -78,7 +78,7 @@ class Content:
         lie = (
             t for t in tensors if not is_traceable_wrapper_subclass(t) and t.layout == torch.strided
         )
-        return tuple(map(_stamp, lie)) or None
+        return tuple(map(_tensor_version, lie)) or None
 
 
 def _content(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> Content:
@@ -91,7 +91,7 @@ def _content(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> 
     return Content(weight.weight, weight.storage, stored, weight.weight)
 
 
-#: {(kind, as_loaded): (stamp, fingerprint)} by the identity of the tensor
+#: {(kind, as_loaded): (version, fingerprint)} by the identity of the tensor
 _CACHE: Any = WeakIdKeyDictionary()
 #: threads hash one after another, so that no fingerprint is computed twice
 _HASHING = threading.RLock()
@@ -113,15 +113,17 @@ def fingerprints_of(
     """
     with _HASHING, _prepare_storages(tensors):
         contents = [_content(tensor, bits or {}) for tensor in tensors]
-        stamps = [content.stamp() for content in contents]
+        versions = [content.version() for content in contents]
         fingerprints: list[str] = []
-        for content, stamp in zip(contents, stamps, strict=True):
-            cached_stamp, value = _CACHE.get(content.anchor, {}).get((kind, as_loaded), (None, ""))
-            if stamp is None or cached_stamp != stamp:
+        for content, version in zip(contents, versions, strict=True):
+            cached_version, value = _CACHE.get(content.anchor, {}).get(
+                (kind, as_loaded), (None, "")
+            )
+            if version is None or cached_version != version:
                 value = fingerprint(content.dense(as_loaded), kind)
                 # cache it unless another thread wrote to the weight meanwhile
-                if stamp is not None and content.stamp() == stamp:
-                    _CACHE.setdefault(content.anchor, {})[kind, as_loaded] = stamp, value
+                if version is not None and content.version() == version:
+                    _CACHE.setdefault(content.anchor, {})[kind, as_loaded] = version, value
             fingerprints.append(value)
         return fingerprints
 
@@ -183,7 +185,7 @@ def _prepare_storages(tensors: Sequence[ModuleWeight]) -> Iterator[None]:
                 tensor.storage.release(tensor.module)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+def _tensor_version(tensor: Tensor) -> tuple[Any, ...]:
     layout = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
     return *layout, 0 if tensor.is_inference() else tensor._version, _sample(tensor)
 

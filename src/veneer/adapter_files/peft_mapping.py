@@ -82,10 +82,10 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
                         parameter,
                     )
                 )
-    wraps = Counter(path for path, *_, parameter in adapted if parameter)
-    inside, entries = Counter(wraps), []
+    wrapper_counts = Counter(path for path, *_, parameter in adapted if parameter)
+    inside, entries = Counter(wrapper_counts), []
     for path, module, weight, change, transposed, parameter in adapted:
-        file_path, target = peft_paths.add_wrappers(path, wraps), path
+        file_path, target = peft_paths.add_wrappers(path, wrapper_counts), path
         if parameter:  # PEFT wraps the module once more for each further parameter
             inside[path] -= 1
             file_path = ".".join(
@@ -144,7 +144,7 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
             tensors[peft.key(entry.file_path, suffix)] = file_tensor(
                 kind.pack_vector(magnitude, shape)
             )
-    wraps, biases = _wraps(peft_form), new_biases(model, name)
+    wrapper_counts, biases = _wraps(peft_form), new_biases(model, name)
     for entry in peft_form if biases else ():
         value = biases.get(
             entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1])
@@ -154,8 +154,8 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
         )
     for path, _, layer_adapter in adapters(model, name):
         # the file has parameters that are trained in full below the wrappers
-        inside = [peft_paths.add_wrappers(path, wraps)] if path else []
-        file_path = ".".join([*inside, *["base_layer"] * wraps.get(path, 0)])
+        inside = [peft_paths.add_wrappers(path, wrapper_counts)] if path else []
+        file_path = ".".join([*inside, *["base_layer"] * wrapper_counts.get(path, 0)])
         for key, value in layer_adapter.full.state_dict().items():
             if key != "bias" or path not in biases:
                 tensors[peft.key(file_path, key)] = file_tensor(value)
@@ -270,7 +270,7 @@ def config_fields(
     }
 
 
-def _replaceable_modules(names: Names, name: str, wraps: Mapping[str, int]) -> list[str]:
+def _replaceable_modules(names: Names, name: str, wrapper_counts: Mapping[str, int]) -> list[str]:
     """The modules trained in full that PEFT can replace (``modules_to_save``), by the ends of their
     paths; PEFT loads the parameters of all others into the base."""
     trained = {
@@ -284,7 +284,7 @@ def _replaceable_modules(names: Names, name: str, wraps: Mapping[str, int]) -> l
         if parameters
         and path not in above
         and parameters.keys() >= set(own_parameters(names.modules[path]))
-        and peft_paths.add_wrappers(f"{path}.", wraps) == f"{path}."
+        and peft_paths.add_wrappers(f"{path}.", wrapper_counts) == f"{path}."
     }
     return sorted(
         path

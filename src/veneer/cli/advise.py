@@ -4,6 +4,7 @@ sources, as a configuration for `veneer train`."""
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +86,9 @@ def advise_command(
         say(console.err, f"\nNext:\n  {shlex.join(['veneer', 'train', str(output)])}")
 
 
-def _try_advice(settings: Any, advice: Any, steps: int, folder: Path, try_out: Any) -> Any:
+def _try_advice(
+    settings: Any, advice: Any, steps: int, folder: Path, try_out: Callable[..., Any]
+) -> Any:
     from veneer.cli import console
     from veneer.train.sweep.table import Progress
 

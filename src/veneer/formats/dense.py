@@ -37,23 +37,26 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     tensors, header = read_tensors(path)
     try:
         fields = parse(header[HEADER])
-        full, of, number = fields.get("full", []), fields.get("base") or {}, fields["format"]
-        if not _well_formed(full, of, number):
+        full, base_record = fields.get("full", []), fields.get("base") or {}
+        version = fields["format"]
+        if not _well_formed(full, base_record, version):
             raise TypeError("fields of other types")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"a damaged header {HEADER} in {path} ({error!r})"
         raise AdapterError(problem, "what the file is", "get the file again") from error
-    if number != FORMAT:
-        raise AdapterError(f"format {number} in {path}", f"{FORMAT}", "install a newer Veneer")
-    about = {"header": {HEADER: header[HEADER]}, "base": of}
-    return Contents(deltas=tensors, full=frozenset(full), base_name=of.get("name"), about=about)
+    if version != FORMAT:
+        raise AdapterError(f"format {version} in {path}", f"{FORMAT}", "install a newer Veneer")
+    about = {"header": {HEADER: header[HEADER]}, "base": base_record}
+    return Contents(
+        deltas=tensors, full=frozenset(full), base_name=base_record.get("name"), about=about
+    )
 
 
-def _well_formed(full: Any, base: Any, number: Any) -> bool:
+def _well_formed(full: Any, base: Any, version: Any) -> bool:
     """Whether the fields of the header have their types: names in a list, and a base as in Veneer's
     record."""
     names = isinstance(full, list) and all(isinstance(name, str) for name in full)
-    if not names or type(number) is not int or not isinstance(base, dict):
+    if not names or type(version) is not int or not isinstance(base, dict):
         return False
     tables = [base.get("weights") or {}, base.get("rest") or {}]
     hashes = all(

@@ -346,12 +346,12 @@ def _outside_of_mmdit(locations: Mapping[str, tuple[str, str]], base: BaseFacts)
     if not changed:
         return []
     start = next(weight.removesuffix(f"{module}.weight") for module, weight in changed.items())
-    matrices = (
+    matrix_names = (
         name for name, shape in base.shapes.items() if name.startswith(start) and len(shape) > 1
     )
     modules = {
         name.removeprefix(start).removesuffix(".weight")
-        for name in matrices
+        for name in matrix_names
         if name.endswith(".weight")
     }
     return sorted(module for module in modules | changed.keys() if not _MMDIT.fullmatch(module))

@@ -97,12 +97,13 @@ def strip_wrappers(path: str) -> tuple[str, int]:
     return ".".join(segment for segment in segments if segment != "base_layer"), depth
 
 
-def add_wrappers(path: str, wraps: Mapping[str, int]) -> str:
-    """The path with PEFT's wrappers. ``wraps``: the number of wrappers of each module above it."""
+def add_wrappers(path: str, wrapper_counts: Mapping[str, int]) -> str:
+    """The path with PEFT's wrappers. ``wrapper_counts``: how many wrappers each module above it
+    has."""
     segments = path.split(".") if path else []
     inside: list[str] = []
     for count, segment in enumerate(segments):
-        wrappers = wraps.get(".".join(segments[:count]), 0) if count else 0
+        wrappers = wrapper_counts.get(".".join(segments[:count]), 0) if count else 0
         inside += [*["base_layer"] * wrappers, segment]
     return ".".join(inside)
 

@@ -18,9 +18,9 @@ finished.
 - **16-bit outputs are rounded once**, including bias and change, if the device has products with
   float32 output (``_sums_wide``). With a gain, the product is rounded before the gain.
 
-Saved are x (or its factors), the low-rank factors in the dtype of the products, h if it is small,
-and with a gain its input. A weight may be a function that reads it (4-bit storage); backward reads
-it again.
+Backward gets x (or its factors), the low-rank factors in the dtype of the products, h if it is
+small, and the output before the gain, if there is one. A weight may be a function that reads it
+(4-bit storage); backward reads it again.
 """
 
 from __future__ import annotations

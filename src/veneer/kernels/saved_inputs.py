@@ -87,15 +87,15 @@ def input_to_save(x: Tensor, piece: bool = False) -> SavedInput:
     return SavedInput(x) if factors is None else factors
 
 
-def restore_input(saved: SavedInput, passed: bool) -> Tensor:
-    """x from what was saved. ``passed``: whether x has a gradient, which may be passed on to the
-    product's node."""
+def restore_input(saved: SavedInput, needs_gradient: bool) -> Tensor:
+    """x from what was saved. ``needs_gradient``: whether backward goes on to the product that made
+    x; its node then reuses act(g) from the gate."""
     first, second, third, gate = saved
     if second is None:
         return first
     if gate is not None:
         first = gate.activation(first)
-        if passed and not torch.is_grad_enabled():
+        if needs_gradient and not torch.is_grad_enabled():
             gate.output = first
     product = first * second
     if third is not None:

@@ -38,20 +38,20 @@ from veneer.errors import ConfigError, raise_all, sentence
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds between two looks at a file of keys
+#: seconds between two checks of a key file
 WATCH_SECONDS = 1.0
 PREFIX = "vnr-"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 QUOTAS = ("runs", "bytes", "tokens")
 FIELDS = dict.fromkeys(("name", "sha256", "adapters", "base", "admin", "train", *QUOTAS)).keys()
-#: bytes of a key file, and characters of a key that is sent
+#: most bytes of a key file, and most characters of a key in a request
 MAX_FILE, MAX_KEY = 4 * 2**20, 512
 
 
 @dataclass(frozen=True)
 class Key:
-    """A client, and what it may use."""
+    """A named API key and its permissions."""
 
     name: str
     sha256: str
@@ -65,12 +65,12 @@ class Key:
 
     @property
     def owner(self) -> str:
-        """For whom its requests are counted; "" on a server without keys, where everybody is
-        one."""
+        """The name that its requests are counted under; "" for all clients of a server without
+        keys."""
         return self.name if self.sha256 else ""
 
     def may_use(self, names: Iterable[str]) -> bool:
-        """Whether it may use all of these adapters; of none, the base."""
+        """Whether it may use all of these adapters; without names, whether it may use the base."""
         names = tuple(names)
         return all(map(self.sees, names)) if names else self.base
 
@@ -78,13 +78,13 @@ class Key:
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
-#: who asks a server without keys
+#: the key of every client of a server without keys
 ANYONE = Key("anyone", "", ("*",), base=True, admin=True, train=True)
 
 
 @dataclass(frozen=True)
 class Keyring:
-    """The keys of a server; None of them: everybody may do everything."""
+    """The keys of a server. Without keys, every client may do everything."""
 
     keys: tuple[Key, ...] | None = None
 
@@ -100,9 +100,7 @@ class Keyring:
         sent = sent.strip()
         if scheme.lower() != "bearer" or not sent or len(sent) > MAX_KEY:
             return None
-        digest = hash_of(
-            sent
-        )  # compared with all of them: a loop that stops early tells how far it got
+        digest = hash_of(sent)  # compared with every key, so that the time does not reveal a match
         matches = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
         return matches[0] if matches else None
 
@@ -112,8 +110,8 @@ def hash_of(key: str) -> str:
 
 
 def read_keys(path: str | Path) -> Keyring:
-    """The keys of a file. ``ConfigError`` says every entry that is wrong; a file without a key
-    locks everybody out."""
+    """The keys of a file. ``ConfigError`` lists every invalid entry. A file without keys refuses
+    every client."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE:
@@ -149,14 +147,13 @@ def read_keys(path: str | Path) -> Keyring:
 
 
 class KeyHolder(Protocol):
-    """A server, as far as its keys are concerned."""
+    """An object with the keys of a server."""
 
     keys: Keyring
 
 
 def reload_keys(holder: KeyHolder, path: Path) -> None:
-    """Take the keys of a file from now on. A file that is wrong changes nothing, and the log says
-    so."""
+    """Replace the keys by those of a file. An invalid file changes nothing and is logged."""
     try:
         holder.keys = read_keys(path)
     except ConfigError as error:
@@ -166,8 +163,8 @@ def reload_keys(holder: KeyHolder, path: Path) -> None:
 
 
 class FileWatch:
-    """A thread that calls ``changed`` when a file was written, replaced or removed, and once at
-    first: a base loads for a minute after its server has read the file."""
+    """A thread that calls ``changed`` when a file is written, replaced or removed, and once when it
+    starts, since loading the base may take a minute after the file was first read."""
 
     def __init__(self, path: Path, changed: Callable[[], None]) -> None:
         self._path, self._changed, self._stop = path, changed, threading.Event()
@@ -196,7 +193,7 @@ def _file_state(path: Path) -> tuple[int, int, int] | None:
 
 
 def follow_keys(holder: KeyHolder, path: Path) -> FileWatch:
-    """Let a server have the keys of a file as they are at each moment."""
+    """Reload a server's keys whenever their file changes."""
     return FileWatch(path, partial(reload_keys, holder, path))
 
 

@@ -1,5 +1,4 @@
-"""Which queued requests have their adapters loaded: those whose turn is near, a few more than there
-are free rows.
+"""Load the adapters of the next requests in the queue: of a few more than there are free rows.
 
     queue  --admit-->  loading  →  loaded  --take-->  a row
 
@@ -30,15 +29,15 @@ AHEAD = 4
 
 
 class Admission:
-    """The requests between the queue and the rows. The engine's thread alone calls it. ``lock``:
-    guards the scheduler. ``wake``: called, in any thread, when adapters have been loaded. ``end``:
-    ends a request: (state, "error", what went wrong, its cause)."""
+    """The requests that have left the queue and have no row yet. Only the engine's thread calls it.
+    ``lock`` guards the scheduler. ``wake()`` is called, from any thread, when adapters have been
+    loaded. ``end(state, "error", message, cause)`` ends a request."""
 
     def __init__(
         self, bank: Any, scheduler: Scheduler[RequestState], lock: AbstractContextManager[Any],
         rows: int, wake: Callable[[], None], end: Callable[..., None],
     ) -> None:  # fmt: skip
-        self.admitted: list[RequestState] = []  # whose adapters are loading or loaded
+        self.admitted: list[RequestState] = []  # their adapters are loading or loaded
         self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows
         self._wake, self._end = wake, end
         self._without: set[Key] = (
@@ -50,8 +49,8 @@ class Admission:
         return [state for state in self.admitted if state.lease is not None]
 
     def admit(self, running: int) -> None:
-        """Ask for the adapters of those who are next, and see whose are there. ``running``: rows
-        that are taken."""
+        """Start to load the adapters of the next requests, and give leases to those whose adapters
+        are loaded. ``running``: rows that are in use."""
         for state in [each for each in self.admitted if each.lease is None]:
             self._receive(state, running)
         loading = {state.key for state in self.admitted if state.lease is None}
@@ -85,11 +84,11 @@ class Admission:
             self.admitted.remove(state)
 
     def put_back(self, state: RequestState) -> None:
-        """A request that had a row waits for another, before all others. It keeps its lease."""
+        """Put a preempted request before all others. It keeps its lease."""
         self.admitted.insert(0, state)
 
     def release(self, state: RequestState) -> None:
-        """Give a request's lease back: now, or when it arrives."""
+        """Release a request's lease, now or as soon as its adapters are loaded."""
         future, state.future, state.lease = state.future, None, None
         if future is None:
             return
@@ -98,7 +97,7 @@ class Admission:
             if not future.cancelled() and future.exception() is None:
                 future.result().release()
 
-        future.add_done_callback(release)  # at once, if it is there
+        future.add_done_callback(release)  # called at once if the future is done
         self._without.clear()
 
     def _receive(self, state: RequestState, running: int) -> None:
@@ -113,7 +112,8 @@ class Admission:
             self._refuse(state, error, running)
 
     def _refuse(self, state: RequestState, error: BaseException, running: int) -> None:
-        """The adapters cannot be had: now, if others hold the memory; else the request ends."""
+        """The adapters could not be loaded. If leases of other requests occupy the memory, queue
+        the request again; otherwise end it with the error."""
         self.admitted.remove(state)
         if (running or self.admitted) and isinstance(error, BankFullError):
             self._without.add(state.key)

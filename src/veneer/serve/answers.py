@@ -1,10 +1,11 @@
-"""From pieces of the engine to answers in OpenAI's form, whole or as a stream of events.
+"""Answers in OpenAI's form from the engine's pieces, complete or as a stream of events.
 
     engine's thread ── Piece ──▶ call_soon_threadsafe ──▶ queue ──▶ ``Answers.pieces()`` ──▶
     ``whole`` or ``events``
 
-The queue needs no bound of its own: an answer has at most ``max_tokens`` pieces. When a client goes
-away, the task that reads is cancelled or closed, and ``Answers`` cancels what still runs.
+The queue needs no bound, since an answer has at most ``max_tokens`` pieces. When a client
+disconnects, the task that reads is cancelled or closed, and ``Answers`` cancels the requests that
+still run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Pieces = AsyncGenerator[tuple[int, Piece], None]
 
 
 class Answers:
-    """The answers to some requests, all of which were submitted or none."""
+    """The answers to several requests, which were submitted all or none."""
 
     def __init__(
         self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop,
@@ -60,12 +61,12 @@ class Answers:
             raise
 
     def _deliver(self, index: int, piece: Piece) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
+        with suppress(RuntimeError):  # the event loop has ended, so nothing reads any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
     async def pieces(self) -> Pieces:
-        """(number of the request, piece), until the last of each. Cancels what runs when it is left
-        early."""
+        """Yield (index of the request, piece) up to the last piece of each. If it is left early,
+        cancel the running requests."""
         try:
             while self._open:
                 index, piece = await self._queue.get()
@@ -76,7 +77,7 @@ class Answers:
                 yield index, piece
                 await asyncio.sleep(
                     0
-                )  # a full queue never waits, and others (and a client's leaving) need a turn
+                )  # reading a full queue never waits, and other tasks need their turn
         finally:
             self.cancel()
 
@@ -92,9 +93,9 @@ class Answers:
 
 
 class Form:
-    """How one call wants its answers. ``heads`` is the text that goes before each of them
-    (``echo``), or empty; ``candid`` is whether the client may read the words of an error inside the
-    server; ``reading`` is how calls of tools are read out of the answers, if they are."""
+    """The form of the answers to one call. ``heads``: the text before each answer (``echo``), or
+    empty. ``candid``: whether the client may see the text of internal errors. ``reading``: how tool
+    calls are parsed from the answers, or None."""
 
     def __init__(
         self, body: Asked, prompts: Sequence[Sequence[int]], heads: Sequence[str], candid: bool,
@@ -111,7 +112,7 @@ class Form:
         self.heads, self.candid = heads or [""] * self.count, candid
         self.alternatives, self.prompt_logprobs = body.alternatives(), body.prompt_logprobs
         self.logprobs = self.alternatives is not None
-        # the prompt's tokens stand before those of the answer
+        # the prompt's tokens come before those of the answer
         self.echo_logprobs = body.echo and self.logprobs and not self.chat
         # seconds of work, perhaps
         self.large = self.logprobs or self.prompt_logprobs is not None
@@ -138,7 +139,7 @@ class Form:
         return events(self, first, pieces)
 
     def deltas(self, index: int, piece: Piece) -> list[Delta]:
-        """The text and the calls that become certain with a piece of answer number ``index``."""
+        """The text and tool calls that a piece of answer ``index`` makes certain."""
         if not self.parsers:
             return [TextDelta(piece.text)] if piece.text else []
         parser = self.parsers[index]
@@ -146,11 +147,11 @@ class Form:
         return deltas + parser.end() if piece.finish else deltas
 
     def finish(self, index: int, piece: Piece) -> str | None:
-        """Why that answer ended with its last piece, in OpenAI's words."""
+        """OpenAI's ``finish_reason`` of an answer, from its last piece."""
         return self.parsers[index].finish(piece.finish) if self.parsers else piece.finish
 
     def name(self, id: int, text: str) -> str:
-        """A token as answers show it."""
+        """The name of a token in answers."""
         return f"token_id:{id}" if self.ids_as_tokens else text
 
     def show_tokens(self, index: int, tokens: Sequence[Token], *, first: bool) -> dict[str, Any]:
@@ -210,7 +211,7 @@ class Form:
 
 
 def failure(piece: Piece, candid: bool) -> Refusal | None:
-    """The error for an answer that did not come to its end."""
+    """The error of an answer that failed; None for one that ended."""
     match piece.finish:
         case "timeout":
             message = sentence(
@@ -229,7 +230,8 @@ def failure(piece: Piece, candid: bool) -> Refusal | None:
 
 
 def of_cause(why: str, cause: Cause | None, candid: bool) -> Refusal:
-    """The same statuses as where the cause is found before an answer begins (``refusal.of``)."""
+    """The error of a failure, with the status that it has before an answer begins
+    (``refusal.of``)."""
     match cause:
         case "bad_request":
             return Refusal(400, why, param="response_format")
@@ -281,7 +283,7 @@ async def whole(answers: Answers, form: Form) -> dict[str, Any]:
         usage = form.counts(generated, cached)
         return form.frame(choices, usage=usage, **form.show_prompt(prompt))
 
-    # 16 answers of 2,000 tokens with 20 alternatives each are seconds of work: not the loop's
+    # in a thread: 16 answers of 2,000 tokens with 20 alternatives each take seconds
     return await asyncio.to_thread(content) if form.large else content()
 
 
@@ -303,7 +305,7 @@ def _choice(form: Form, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
 
 
 def _message_fields(head: str, answer: Sequence[str | Call]) -> dict[str, Any]:
-    """An answer's text behind ``head``, and its calls, as a message has them."""
+    """The fields of a message: ``head`` and the answer's text, and its tool calls."""
     text = head + "".join(block for block in answer if isinstance(block, str))
     calls = [
         {
@@ -330,8 +332,8 @@ def _chat_delta(delta: Delta) -> dict[str, Any]:
 def _tool_events(
     form: Form, index: int, piece: Piece, shown: Any, usage: Mapping[str, Any] | None
 ) -> Iterator[bytes]:
-    """The events of one piece of an answer in which calls are looked for. The first of them has the
-    piece's tokens, and is there also where these tell nothing yet."""
+    """The events of one piece of an answer that may contain tool calls. The first event has the
+    piece's tokens, even if they give no text or call yet."""
     tokens = form.show_tokens(index, piece.tokens, first=False)
     deltas = [_chat_delta(delta) for delta in form.deltas(index, piece)]
     for delta in deltas or [{}] * bool(piece.tokens):
@@ -353,8 +355,8 @@ def _logprobs(form: Form, tokens: Sequence[Token], start: int) -> dict[str, Any]
 
 
 async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
-    """The answers as server-sent events; ``first`` was taken from ``pieces`` already, to see that
-    there is an answer. An answer that breaks off ends the stream with an event {"error": …} and
+    """The answers as server-sent events. ``first`` was already taken from ``pieces``, to see
+    whether there is an answer. An answer that fails ends the stream with an event {"error": …} and
     without [DONE]."""
     generated, offsets = 0, [0 if form.echo_logprobs else len(head) for head in form.heads]
     begun = [form.chat] * form.count  # whose prompt's ids were told
@@ -419,8 +421,8 @@ def _event(
 
 
 def _data(content: dict[str, Any]) -> bytes:
-    """An event, in ASCII: some readers of lines take U+2028 for an end, and a model could write an
-    event of its own."""
+    """An event, in ASCII: some clients treat U+2028 as the end of a line, and a model could then
+    write its own event."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
@@ -428,7 +430,7 @@ Name = Callable[[int, str], str]
 
 
 def chat_logprobs(tokens: Sequence[Token], name: Name) -> list[dict[str, Any]]:
-    """Probabilities as chats show them; ``name`` is how a token is called, by its id and text."""
+    """Log-probabilities in the form of chats. ``name(id, text)`` is the shown name of a token."""
 
     def entry(id: int, text: str, logprob: float | None) -> dict[str, Any]:
         token = {"token": name(id, text), "logprob": _json_logprob(logprob)}
@@ -444,13 +446,15 @@ def chat_logprobs(tokens: Sequence[Token], name: Name) -> list[dict[str, Any]]:
 
 
 def text_logprobs(tokens: Sequence[Token], start: int, count: int, name: Name) -> dict[str, Any]:
-    """Probabilities as completions show them, with ``count`` alternatives; ``start`` is where in
-    the text the first token begins. The first token of a prompt has none."""
+    """Log-probabilities in the form of completions, with ``count`` alternatives. ``start``: the
+    offset of the first token in the text. The first token of a prompt has none."""
     offsets = [*accumulate((len(token.text) for token in tokens), initial=start)][: len(tokens)]
     top: list[dict[str, float] | None] = []
     for token in tokens:
         shown: dict[str, float] = {}
-        for id, text, logprob in token.top[:count]:  # of two with one text, the more likely
+        for id, text, logprob in token.top[
+            :count
+        ]:  # of two alternatives with equal text, the more likely one
             shown.setdefault(name(id, text), _json_logprob(logprob))
         top.append(None if token.logprob is None else shown)
     return {
@@ -464,5 +468,6 @@ def text_logprobs(tokens: Sequence[Token], start: int, count: int, name: Name) -
 
 
 def _json_logprob(logprob: float | None) -> float:
-    """JSON has no infinity: a token that could not be drawn has OpenAI's -9999."""
+    """A log-probability for JSON, which has no infinity: a token with probability 0 has OpenAI's
+    -9999."""
     return -9999.0 if logprob is None or not logprob > -9999.0 else logprob

@@ -1,5 +1,5 @@
-"""The HTTP application: OpenAI's routes, vLLM's for adapters, and what an operator needs. Routes
-only; ``tokenize.py`` and ``score.py`` have those of vLLM beside OpenAI's.
+"""The HTTP application: OpenAI's routes, vLLM's routes for adapters, and routes for operators.
+Routes only; ``tokenize.py`` and ``score.py`` have further routes of vLLM.
 
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
@@ -86,7 +86,7 @@ def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE) ->
 
 
 def _invalid(request: Request, error: Any) -> Response:
-    """Which field is wrong, and why; never what was sent."""
+    """The answer to an invalid body: which field is wrong and why, without its content."""
     return refusal.of_body(error.errors(), error.body).response(request.url.path)
 
 
@@ -166,7 +166,7 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
     await asyncio.to_thread(service.catalogue.refresh)
     fields = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
     status = await asyncio.to_thread(service.bank.status)
-    is_served = service.catalogue.known  # the bank may hold more: what clients train
+    is_served = service.catalogue.known  # the bank also holds adapters in training
     visible = sorted(
         (entry for entry in status if is_served(entry.name) and key.sees(entry.name)),
         key=lambda entry: entry.name,
@@ -234,8 +234,8 @@ async def _answer_chat(
     request: Request, body: ChatRequest, view: Callable[[Form], Any] = lambda form: form,
     prefix: str = "call", names: Mapping[str, str] | None = None,
 ) -> Response:  # fmt: skip
-    """The answers to a chat, in the form that ``view`` makes of OpenAI's. The ids of calls begin
-    with ``prefix``; ``names`` are those of the client's fields, by the chat's."""
+    """The answers to a chat; ``view`` converts OpenAI's form to another API's. The ids of tool
+    calls begin with ``prefix``. ``names``: the client's field names, by those of a chat request."""
     service: Service = request.app.state.service
     key: Key = request.state.key
     if body.forced_tool is not None or body.strict_tools:  # whose schemas are in the answer's
@@ -261,7 +261,8 @@ async def _answer_chat(
 async def _read_chat(
     service: Service, body: ChatRequest, prefix: str = "call"
 ) -> tuple[tuple[int, ...], CallReading | None]:
-    """The tokens of a chat, and how calls are read out of its answers, if tools may be called."""
+    """The tokens of a chat, and how tool calls are parsed from its answers, if tools may be
+    called."""
     callable_tools = body.callable_tools()
     tools = [tool.plain() for tool in callable_tools]
     readable = prompts.readable(service.length, body.truncate_prompt_tokens)
@@ -311,7 +312,7 @@ async def completions(
     most = prompts.room(tokens, body.max_tokens, length, short=True)
 
     def echo_texts() -> list[str]:
-        """The prompts as they were sent; of one that was cut, what is left."""
+        """The texts of the prompts; of a truncated prompt, the rest."""
         return [
             text
             if isinstance(text, str) and len(prompt) == len(uncut)
@@ -331,8 +332,8 @@ async def read_texts(
     length: int,
     add_special_tokens: bool = True,
 ) -> Tokens:
-    """The tokens of some texts, each of which may have ``length``. Others have the tokenizer
-    between two groups of them."""
+    """The tokens of texts, each at most ``length``. Between two groups of texts, other requests get
+    their turn at the tokenizer."""
     tokens: Tokens = []
 
     def read(text: Any) -> tuple[int, ...]:
@@ -376,8 +377,8 @@ async def _answer(
     form: Form,
     view: Any,
 ) -> Response:
-    """The answers to ``body.n`` times each prompt, of at most ``most`` tokens each, as ``view``
-    writes them."""
+    """``body.n`` answers to each prompt, of at most ``most`` tokens each, in the form of
+    ``view``."""
     service: Service = request.app.state.service
     key: Key = request.state.key
     _check_prompt_logprobs(body, tokens)
@@ -407,7 +408,7 @@ async def _answer(
         try:
             content = await unless_gone(request, view.complete(answers))
         finally:
-            answers.cancel()  # also where it was never begun
+            answers.cancel()  # even if it never began
         return (
             await asyncio.to_thread(JSONResponse, content) if form.large else JSONResponse(content)
         )
@@ -416,7 +417,7 @@ async def _answer(
         pieces = answers.pieces()
         first = await unless_gone(
             request, anext(pieces)
-        )  # an answer that never starts gets a status of its own
+        )  # an answer that fails before it starts has an HTTP status
         if refused := failure(first[1], form.candid):
             raise refused
         otherwise.pop_all()
@@ -424,7 +425,7 @@ async def _answer(
 
 
 def _check_prompt_logprobs(body: Asked, tokens: Tokens) -> None:
-    """Refuse a call that asks for more log-probabilities of its prompts than an answer may hold."""
+    """Refuse a call that requests more log-probabilities of prompts than an answer may have."""
     alternatives = body.prompt_alternatives()
     if alternatives is None:
         return

@@ -1,7 +1,7 @@
-"""The requests that have rows: those whose prompts are computed, and those that run.
+"""The requests that have a row of the cache: those in prefill, and those that decode.
 
 add → filling → (its prompt is computed) → running → remove
-             widen: no memory for a next token → the request that started last is given back
+             widen: no memory for a next token → the request that started last is preempted
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 
 
 class Batch:
-    """Requests with rows in ``memory``: ``filling`` and ``running`` ones. The engine's thread alone
-    calls it. ``lock`` guards the scheduler, ``notify`` tells the engine's observer."""
+    """Requests with rows in ``memory``: ``filling`` (prefill) and ``running`` (decode). Only the
+    engine's thread calls it. ``lock`` guards the scheduler; ``notify`` calls the engine's
+    observer."""
 
     def __init__(
         self,
@@ -46,13 +47,13 @@ class Batch:
 
     @property
     def together(self) -> int:
-        """Tokens of prompts up to which they are computed in the call of the running rows: fewer
-        where these use several adapters, as a bank pads all of them to the longest."""
+        """The most prompt tokens that share a call with the running rows. Fewer if these use
+        several adapters, because a bank pads the rows of all of them to the longest."""
         blends = {state.key for state in (*self.filling, *self.running) if state.key}
         return min(TOGETHER, 2 * TOGETHER // max(1, len(blends)))
 
     def add(self, state: RequestState) -> bool:
-        """Give a request a row. False: there is no memory for it now."""
+        """Give a request a row, and return whether there was memory for it."""
         if not self.memory.start(state):
             return False
         self.filling.append(state)
@@ -67,7 +68,7 @@ class Batch:
         return True
 
     def remove(self, state: RequestState) -> None:
-        """Take the row of a request back, if it has one."""
+        """Free the row of a request, if it has one."""
         self.memory.release(state)
         for states in (self.filling, self.running):
             if state in states:
@@ -100,8 +101,9 @@ class Batch:
         return states
 
     def note_filled(self, states: Sequence[RequestState], finite: Sequence[bool]) -> list[int]:
-        """Tokens of these prompts are computed: which of the prompts are complete by that. These
-        requests run from now on. Keys of what is not ``finite`` are nobody else's beginning."""
+        """Record that tokens of these prompts were computed. Requests whose prompts are complete
+        begin to run; their indices are returned. Only keys and values of prompts whose logits are
+        ``finite`` are cached for other requests."""
         complete: list[int] = []
         for number, state in enumerate(states):
             with self._lock:
@@ -123,8 +125,8 @@ class Batch:
         return list(self.running)
 
     def widen(self) -> list[RequestState]:
-        """Let each running row have room for its next token. Where memory has none, the requests
-        that started last give their rows back: these, the last one first."""
+        """Make room for the next token of each running row. If memory runs out, preempt the
+        requests that started last, and return them, the latest first."""
         preempted: list[RequestState] = []
         for state in sorted(self.running, key=_start_order):
             while not self.memory.widen(state):
@@ -137,5 +139,5 @@ class Batch:
 
 
 def _start_order(state: RequestState) -> int:
-    """How many requests got a row before this one."""
+    """The number of requests that got a row before this one."""
     return -1 if state.started is None else state.started

@@ -1,5 +1,5 @@
-"""The adapters that a server serves: those of a source (``store/catalogue.py``), changed by the
-API, in step with the bank.
+"""The adapters that a server serves: those of a source (``store/catalogue.py``) and changes through
+the API, kept in sync with the bank.
 
     DIR/french/adapter_config.json     an adapter "french"; served while it is there
     DIR/index.json                     or DIR is a library: its names are the adapters
@@ -7,8 +7,8 @@ API, in step with the bank.
     s3://bucket/adapters               or a remote place, which the API does not change
 
 Nothing that a client sends reaches a file outside DIR: a name is a word without separators, a path
-is relative, has no "..", and must lie in DIR when all links are followed. The content of an adapter
-folder is judged by ``adapter_files``.
+is relative, has no "..", and must lie in DIR when all links are followed. ``adapter_files``
+verifies the content of an adapter folder.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from veneer.store.library import NAME
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds between two looks at the source: FRESH, or IDLE times the duration of a look, at most
-#: LATEST_LOOK
+#: seconds between two listings of the source: FRESH, or IDLE times the duration of a listing, at
+#: most LATEST_LOOK
 FRESH, IDLE, LATEST_LOOK = 1.0, 10, 10.0
 
 
 class ServedNames:
-    """The names that a source and its ``served.json`` serve. ``address`` None: none at all."""
+    """The names that a source and its ``served.json`` define; none if ``address`` is None."""
 
     def __init__(self, address: str | Path | None, base: str = "") -> None:
         """``ConfigError``: no such folder. ``base``: a name that no adapter may have."""
@@ -74,7 +74,9 @@ class ServedNames:
             try:
                 locations[name] = self.resolve_path(path)
             except (Refusal, AdapterError, LibraryError):
-                locations.pop(name, None)  # its folder is gone: so is the name, until it comes back
+                locations.pop(
+                    name, None
+                )  # without its folder the name is not served, until the folder is back
         return locations
 
     def list_source(self) -> dict[str, Location]:
@@ -86,7 +88,7 @@ class ServedNames:
         }
 
     def changeable_folder(self) -> Path:
-        """The folder whose names the API may change. ``Refusal``: there is none."""
+        """The folder whose names the API may change. ``Refusal``: the source is no such folder."""
         if isinstance(self.source, RemoteSource):
             problem = f"adapters that are those of {self.source.address}"
             expected = "a change at that place, which is seen in seconds"
@@ -99,9 +101,9 @@ class ServedNames:
         return self.folder
 
     def resolve_path(self, path: str) -> Location:
-        """The adapter that a client's path means: a name of the library, or a relative path in the
-        folder that stays in it whatever links do. ``Refusal``: it is no such path, or there is no
-        adapter. ``LibraryError``: the library has no such name."""
+        """The adapter of a client's path: a name of the library, or a relative path that lies in
+        the folder after links are followed. ``Refusal``: the path is invalid or has no adapter.
+        ``LibraryError``: the library has no such name."""
         self.changeable_folder()
         source: Any = self.source
         if isinstance(source, LibrarySource):
@@ -123,7 +125,7 @@ class ServedNames:
             ) from error
 
     def relocate(self, location: Location) -> Location:
-        """The same folder with the version that its files have now."""
+        """The same folder with the current version of its files."""
         if isinstance(self.source, FolderSource):
             return self.source.locate(location.path)
         return location
@@ -173,14 +175,14 @@ class ServedNames:
 
 
 class Catalogue:
-    """The served adapters, in step with the bank. Its methods block on the disk: call them in a
-    thread, but for ``known``, ``folder_of`` and ``root``."""
+    """The served adapters, kept in sync with the bank. All methods but ``known``, ``folder_of`` and
+    ``root`` read the disk: call them in a thread."""
 
     def __init__(
         self, address: str | Path | None, bank: Any, base: str = "", pin: Iterable[str] = ()
     ) -> None:
-        """Register every adapter of ``address`` (None: there are none, and none can be loaded) with
-        the bank. ``pin``: names to pin besides those that the API pins. ``ConfigError``: no such
+        """Register every adapter of ``address`` with the bank (None: there are none, and none can
+        be loaded). ``pin``: names to pin besides those that the API pins. ``ConfigError``: no such
         folder, a damaged ``served.json``. ``LibraryError``: a damaged index."""
         self.base, self._bank, self._always = base, bank, frozenset(pin)
         self._served = ServedNames(address, base)
@@ -198,11 +200,11 @@ class Catalogue:
         return tuple(sorted(filter(self.known, pinned)))
 
     def follow_pins(self) -> None:
-        """Load adapters that are pinned by now, by the API of this server or of another, and unpin
-        the others. A pinned adapter that cannot be loaded is named in the log: a server that would
-        not start for it would serve nobody."""
+        """Load the adapters that this server's API, or that of another server, has pinned, and
+        unpin the others. A pinned adapter that cannot be loaded is logged; it does not stop the
+        server."""
         pinned, before = frozenset(self.pinned), self._pins
-        self._pins = pinned  # first: a failure is not tried again every second
+        self._pins = pinned  # set first, so that a failure is not retried every second
         for name in sorted(pinned ^ before):
             try:
                 if name in pinned:
@@ -213,8 +215,8 @@ class Catalogue:
                 log.warning("Adapter %r was pinned and cannot be loaded: %s", name, error)
 
     def watch(self) -> None:
-        """Start a thread that follows the source: it looks every second, less often if a look takes
-        long. ``close`` ends it."""
+        """Start a thread that lists the source every second, or less often if listing takes long.
+        ``close`` stops it."""
         if self._served.source is not None:
             threading.Thread(target=self._follow, name="veneer-adapters", daemon=True).start()
 
@@ -234,11 +236,11 @@ class Catalogue:
             duration = time.monotonic() - start
 
     def known(self, name: str) -> bool:
-        """Whether a name is registered; looks at no disk."""
+        """Whether a name is registered. Does not read the disk."""
         return name in self._adapters
 
     def folder_of(self, name: str) -> Path | None:
-        """The folder of a registered adapter; looks at no disk."""
+        """The folder of a registered adapter. Does not read the disk."""
         location = self._adapters.resolve(name)
         return None if location is None else location.path
 
@@ -247,16 +249,16 @@ class Catalogue:
         return self._served.describe_path(name, self._adapters.resolve(name))
 
     def refresh(self, *, force: bool = False) -> tuple[str, ...]:
-        """Take over changes of the source; returns all names. Looks at the disk once a second at
-        most."""
+        """Apply changes of the source; returns all names. Lists the source at most once a
+        second."""
         is_due = force or time.monotonic() - self._looked >= FRESH
-        # an adapter that is being loaded has the lock, and makes nobody wait
+        # while an adapter is being loaded, do not wait for the lock
         if self._served.source is not None and is_due and self._lock.acquire(blocking=False):
             try:
                 self._sync()
-            except (OSError, VeneerError) as error:  # registered adapters go on being served
+            except (OSError, VeneerError) as error:  # registered adapters stay served
                 log.warning("The adapter folder cannot be read: %s", error)
-                self._looked = time.monotonic()  # a failure is not tried more often than a success
+                self._looked = time.monotonic()  # retry no sooner after a failure
             finally:
                 self._lock.release()
         return self._adapters.names
@@ -264,7 +266,7 @@ class Catalogue:
     def load(
         self, name: str, path: str | None, *, inplace: bool = False, pin: bool | None = None
     ) -> None:
-        """Load an adapter now, verified, and remember it.
+        """Verify and load an adapter now, and record it in ``served.json``.
 
         Args:
             path: in the folder, or its name in the library; None for a name that is there.
@@ -296,7 +298,7 @@ class Catalogue:
                 location = old or location
             try:
                 self._served.remember(name, location, path, pin)
-            except OSError:  # an adapter that a restart would forget is not loaded
+            except OSError:  # do not load an adapter that a restart would forget
                 self._drop(name)
                 if old is not None:
                     self._enter(name, self._served.relocate(old))
@@ -308,8 +310,8 @@ class Catalogue:
         log.info("Loaded adapter %r from %s", name, self.root(name))
 
     def unload(self, name: str) -> None:
-        """Serve an adapter no more. Its files stay, and calls that use it go on. ``Refusal``: there
-        is no such name."""
+        """Stop serving an adapter. Its files stay, and running calls finish. ``Refusal``: there is
+        no such name."""
         with self._lock, _refuse_disk_errors():
             self._served.changeable_folder()
             self._sync()
@@ -330,17 +332,17 @@ class Catalogue:
             raise Refusal(400, message, param="lora_name", code="bad_name")
 
     def _locate(self, name: str, path: str | None, old: Location | None) -> Location:
-        """The adapter to load: at a client's path, or the one that has the name."""
+        """The adapter to load: the one at ``path``, or else the one of the name."""
         if path is not None:
             return self._served.resolve_path(path)
         location = old or self._served.list_source().get(name)
         if location is None:
             message = "Both 'lora_name' and 'lora_path' must be provided for a name that is new."
             raise Refusal(400, message, param="lora_path", kind="InvalidUserInput")
-        return self._served.relocate(location)  # its files may have changed since the last look
+        return self._served.relocate(location)  # its files may have changed since the last listing
 
     def _drop(self, name: str) -> None:
-        self._adapters.remove(name)  # first: an observer of the removal asks `known`
+        self._adapters.remove(name)  # first, because an observer of the removal calls `known`
         self._bank.remove(name)
         self._pins -= {name}
 
@@ -355,15 +357,15 @@ class Catalogue:
         self._looked = time.monotonic()
 
     def _renew(self, name: str, location: Location) -> None:
-        """Let a name mean other files. The old adapter is used until the new one is in memory, and
-        running calls end with it; it stays if the new one cannot be loaded."""
+        """Replace the files of a name. The old adapter is used until the new one is in memory;
+        running calls finish with it. It stays if the new one cannot be loaded."""
         try:
             try:
                 status = self._bank.status()
                 resident = any(entry.resident for entry in status if entry.name == name)
                 change = self._bank.add if resident else self._bank.register
                 change(path=location.path, name=name, replace=True)
-            except BankFullError:  # there is no room for both
+            except BankFullError:  # memory does not hold both
                 self._bank.register(path=location.path, name=name, replace=True)
                 self._pins -= {name}
         except (VeneerError, OSError) as error:
@@ -374,8 +376,8 @@ class Catalogue:
             log.info("Adapter %r is another one from now on", name)
 
     def _enter(self, name: str, location: Location) -> None:
-        """Register a folder with the bank; a folder that is no complete adapter (yet) is left
-        out."""
+        """Register a folder with the bank. An incomplete adapter folder is skipped with a
+        warning."""
         try:
             self._bank.register(name, location.path)
         except (AdapterError, OSError) as error:

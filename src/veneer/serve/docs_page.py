@@ -73,7 +73,7 @@ def _section(method: str, path: str, operation: Schema) -> str:
 
 
 def _schema_section(name: str, schema: Schema) -> str:
-    """A schema of a body: its fields, or what else it is."""
+    """The section of a schema: a table of its fields, or its type if it is no object."""
     required = schema.get("required", ())
     rows = [
         (field, _type_of(entry), _note(entry, field in required))

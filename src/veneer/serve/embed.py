@@ -1,10 +1,9 @@
-"""Embeddings: texts through an encoder, each with its own adapter, many calls in one batch.
+"""Embeddings: texts of many calls go through an encoder in one batch, each with its own adapter.
 
     vector = pool over the tokens of (encoder(text)), of length 1 if the model's files say so
 
-One thread computes. It takes one text after the other, each of whose turn it is (``scheduler``),
-until the batch is full; so a call with 256 texts holds up a call with one for a batch, and no
-longer.
+One thread computes. It takes one text at a time from the call whose turn it is (``scheduler``)
+until the batch is full, so a call of 256 texts delays a call of one text by at most one batch.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ log = logging.getLogger("veneer.serve")
 
 
 def as_base64(vector: Tensor) -> str:
-    """A vector as little-endian float32 in base64, which OpenAI's client asks for."""
+    """A vector as little-endian float32 in base64, the format that OpenAI's client requests."""
     return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
 
 
@@ -48,8 +47,8 @@ class _Call:
     deadline: float
     began: float
     owner: str = ""
-    types: Sequence[tuple[int, ...]] | None = None  # of each token, where the model reads them
-    head: bool = False  # logits of the classifier's head are asked for, not vectors
+    types: Sequence[tuple[int, ...]] | None = None  # token types, if the model reads them
+    head: bool = False  # return the logits of the classifier's head instead of vectors
     priority: int = 0
     queued: bool = False
     done: Future[list[Tensor]] = field(default_factory=Future)
@@ -62,15 +61,14 @@ class _Call:
         self.holder = (
             self.owner,
             "" if self.owner else self.flow,
-        )  # for whom the texts that wait are counted
+        )  # the key, or adapter, that waiting texts are charged to
 
 
 class Embedder:
-    """Answers calls for embeddings in a thread of its own. ``model``: an encoder of transformers;
-    ``pad`` is the token that fills short rows. ``how``, ``normal``: see ``pool``. ``rows``,
-    ``tokens``: the most texts, and tokens with padding, of one batch. ``queue``: the most texts
-    that wait. ``observer``: as the engine's. ``labels``: of the head, if the model is a
-    classifier."""
+    """Answers calls for embeddings in its own thread. ``model``: an encoder of transformers;
+    ``pad`` is the padding token. ``how``, ``normal``: see ``pool``. ``rows``, ``tokens``: the most
+    texts, and tokens with padding, of a batch. ``queue``: the most waiting texts. ``observer``: as
+    for the engine. ``labels``: the labels of the head, if the model is a classifier."""
 
     def __init__(
         self, model: Any, bank: Any, *, pad: int = 0, how: str = "mean", normal: bool = True,
@@ -103,9 +101,9 @@ class Embedder:
         *,
         head: bool = False,
     ) -> Future[list[Tensor]]:
-        """The vectors of some texts, later; with ``head``, the logits of the classifier. ``types``:
-        the token types of each text. To cancel the future drops the call. ``Busy``: too many texts
-        wait, or too many of them are of the same key (without keys: of the same adapter)."""
+        """A future of the vectors of texts, or with ``head`` of the classifier's logits. ``types``:
+        the token types of each text. Cancelling the future drops the call. ``Busy``: too many texts
+        wait, or too many of the same key (without keys: of the same adapter)."""
         submitted_at = time.monotonic()
         if (record := CURRENT.get()) is not None:
             record.ask(blend, sum(map(len, texts)))
@@ -134,13 +132,13 @@ class Embedder:
         return call.done
 
     def drain(self, seconds: float) -> None:
-        """Refuse what is new, and wait until nothing is open."""
+        """Refuse new calls, and wait up to ``seconds`` for the open ones."""
         with self._changed:
             self._refuses = True
             self._changed.wait_for(lambda: not self.running, seconds)
 
     def close(self) -> None:
-        """End the thread; calls that are open fail."""
+        """Stop the thread. Open calls fail."""
         with self._changed:
             self._closed = self._refuses = True
             self._changed.notify_all()
@@ -169,8 +167,8 @@ class Embedder:
                 batch = self._take()
             if batch:
                 self._compute(batch)
-            del batch  # nothing of a call outlives it while the thread waits
-        for call in self._calls.waiting_requests():  # nobody adds to them any more
+            del batch  # keep no reference to a call while the thread waits
+        for call in self._calls.waiting_requests():  # no call is added any more
             self._end(call, _stopping())
 
     def _take(self) -> list[tuple[_Call, int]]:
@@ -223,7 +221,8 @@ class Embedder:
                 self._end(call)
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
-        """[texts of the batch, width], on the CPU; of a classifier's head [texts, labels]."""
+        """The embeddings [texts, width] of a batch, or a classifier's logits [texts, labels], on
+        the CPU."""
         texts, device = (
             [torch.tensor(call.texts[index]) for call, index in batch],
             self.model.device,
@@ -246,7 +245,8 @@ class Embedder:
             return pool(output.last_hidden_state, mask, self.how, self.normal).cpu()
 
     def _end(self, call: _Call, error: BaseException | None = None) -> None:
-        """Give the vectors or the error, and let go of the adapter; once."""
+        """Set the result or the error of a call, and release its adapter. Further calls do
+        nothing."""
         if call.lease is not None:
             call.lease.release()
         with suppress(InvalidStateError):  # cancelled meanwhile

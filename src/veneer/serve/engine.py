@@ -1,16 +1,16 @@
-"""The loop: requests come and go at every step.
+"""The engine's loop. Requests may start and end at every step (continuous batching).
 
     schedule → prefill → decode → sample → deliver
 
-One thread computes. A step is at most one call for new prompts and one call for a token of each
-running row. Beside running rows a prompt is computed in pieces, as many tokens a step as time
-allows (``prefill_budget.py``); a few of them are computed in the call of the rows.
+One thread computes. A step is at most one call for prompts (prefill) and one call for a token of
+each running row (decode). While rows run, prompts are computed in pieces, as many tokens a step as
+``prefill_budget.py`` allows; a few tokens join the decode call.
 
-    submit → queue (scheduler: fair) → its adapters are loaded → row (memory: within a budget),
-    which begins with what is cached → prompt → running → end
+    submit → queue (fair scheduler) → adapters loaded → row (within the memory budget), which begins
+    with a cached prefix → prefill → decode → end
 
-A running row for whose next token there is no memory takes that of the request that started last,
-which is computed again later: its tokens stay, and its client sees a pause.
+If there is no memory for the next token of a row, the request that started last is preempted. It
+keeps its tokens and is recomputed later; its client sees a pause.
 """
 
 from __future__ import annotations
@@ -43,35 +43,36 @@ from veneer.serve.text import Detokenizer
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds after which memory that nobody uses is given back to the system, and cached prefixes that
-#: nobody has asked for
+#: seconds after which unused memory is returned to the system, and after which unused prefixes are
+#: dropped
 IDLE, PREFIX_IDLE = 2.0, 300.0
 
-#: requests of a call whose next tokens are to be sampled, and their logits
+#: the requests of a call whose next tokens are sampled, and their logits
 Computed = tuple[list[RequestState], Tensor | None]
 
 
 class Engine:
-    """Answers requests with one model, many at a time, each with adapters of its own.
+    """Answers many requests at a time with one model, each with its own adapters.
 
     Args:
-        model: a causal language model of transformers. It is put into eval mode; while the engine
-            is open its attention is the engine's in the engine's calls. Let nothing else call it in
-            training mode.
+        model: a causal language model of transformers. It is put into eval mode. While the engine
+        is open, its attention is replaced in the engine's calls. No other code may call it in
+        training mode.
         tokenizer: of the model.
         bank: the adapters; None serves the base alone.
-        rows, queue: requests that run at a time, and that wait.
-        length: tokens of a prompt and its answer together; less where the model's own limit or
-            ``cache_memory`` is less.
-        prefill: tokens of prompts that are computed in one call.
+        rows, queue: most requests that run at a time, and that wait.
+        length: most tokens of a prompt and its answer together; the model's limit and
+        ``cache_memory`` may reduce it.
+        prefill: most prompt tokens of one call.
         observer: is told what happens: queued(blend), started(blend, waited), looked_up(blend,
             tokens, cached), first_token(blend, seconds), next_token(blend, seconds since the one
             before), tokens(blend, prompt, generated), preempted(blend), finished(blend, reason,
             seconds). Called by the engine's thread, queued by the client's.
-        turn: a block around each step, for what must not change the model's layers meanwhile.
-        cache_memory: bytes that keys and values may take, those of rows and of cached prefixes
-            together; None is half of what is free now.
-        prefix_cache: whether requests that begin alike share what was computed.
+        turn: a context manager around each step, so that other code does not change the model's
+        layers meanwhile.
+        cache_memory: most bytes of keys and values, of rows and cached prefixes together; None is
+        half of the free memory.
+        prefix_cache: whether requests reuse keys and values of common prefixes.
         gap: seconds of a step that prompts may take while rows run; None follows the time of the
             decode calls (see ``PrefillBudget``).
 
@@ -103,27 +104,27 @@ class Engine:
         self._eos = end_tokens(model, tokenizer)
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
 
-        # guards what follows; notified when there is something to do or to know
+        # guards the following attributes; notified when they change
         self._wake = threading.Condition()
         self._scheduler: Scheduler[RequestState] = Scheduler(queue)
         self._poked = self._draining = self._closing = False
         self._live = 0
         self._thread: threading.Thread | None = None
 
-        # the engine's thread alone has these
+        # used by the engine's thread only
         self._admission = Admission(bank, self._scheduler, self._wake, rows, self._poke, self._end)
         scored = scored_per_call(prefill, self._forward.logits)
         self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill, scored), prefix_cache
         self._batch = self._new_batch()
-        self._called: list[RequestState] = []  # for whom a call is made
-        self._worked = False  # since memory was last given back
+        self._called: list[RequestState] = []  # the requests of the running call
+        self._worked = False  # since unused memory was last returned
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> RequestState:
-        """Queue a request, from any thread; what is returned can ``cancel`` it. ``deliver`` is
+        """Queue a request, from any thread; the returned state can ``cancel`` it. ``deliver`` is
         called with each piece, in the engine's thread, and must return at once; the last piece, and
         no other, has ``finish``. ``RequestError``: a prompt that is empty, too long or of unknown
         tokens; a schema that is not understood. ``Busy``: the queue is full, or the engine is
@@ -163,14 +164,14 @@ class Engine:
         return state
 
     def drain(self, seconds: float) -> bool:
-        """Refuse new requests and wait, at most so long, until all others are over; whether they
-        are."""
+        """Refuse new requests and wait up to ``seconds`` for the others; return whether all have
+        ended."""
         with self._wake:
             self._draining = True
             return self._wake.wait_for(lambda: not self._live, timeout=seconds)
 
     def close(self) -> None:
-        """Stop. Requests that have not ended are cancelled; the model is given back as it was."""
+        """Stop the engine, cancel open requests and restore the model."""
         with self._wake:
             self._draining = self._closing = True
             self._poke()
@@ -191,7 +192,7 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values, those of rows and of cached prefixes."""
+        """Bytes of keys and values, of rows and cached prefixes."""
         return self._batch.memory.nbytes
 
     @property
@@ -204,7 +205,7 @@ class Engine:
             self._wake.notify_all()
 
     def step(self) -> None:
-        """One turn of the loop; ``start`` has a thread do nothing else."""
+        """One step of the loop. The thread of ``start`` repeats it."""
         self._worked, step_start = True, time.monotonic()
         for state in self._all():
             if state.cancelled or step_start >= state.deadline:
@@ -235,7 +236,7 @@ class Engine:
                 while self._work():
                     self._step_or_restart()
             finish = "cancelled"
-        finally:  # also where the thread itself fails: nobody waits for ever
+        finally:  # even if the thread fails, so that no client waits for ever
             with self._wake:
                 self._draining = True
             self._abandon(finish)
@@ -259,7 +260,8 @@ class Engine:
             return not self._closing
 
     def _step_or_restart(self) -> None:
-        """A step; one that fails between its calls ends all that ran, and memory is made anew."""
+        """Run a step. If it fails outside of its calls, end all running requests and allocate new
+        memory."""
         try:
             with self._turn:
                 self.step()
@@ -297,8 +299,8 @@ class Engine:
     def _compute(
         self, states: list[RequestState], call: Callable[[list[RequestState]], Computed]
     ) -> float:
-        """One call of the model for some requests, and what follows from it: its seconds. A failure
-        ends these alone."""
+        """Run one call of the model for ``states`` and sample their next tokens; return its
+        seconds. A failure ends only these requests."""
         self._called, start = states, time.monotonic()
         try:
             with self._select_adapters([state.acting_lease for state in states]):
@@ -312,7 +314,7 @@ class Engine:
         return time.monotonic() - start
 
     def _sample(self, states: list[RequestState], logits: Tensor) -> None:
-        """Give requests their next tokens, of logits [requests, vocabulary]."""
+        """Sample the next tokens of requests from logits [requests, vocabulary]."""
         try:
             sampled_tokens = sample(logits, [state.sampler for state in states])
         except Exception as error:
@@ -327,8 +329,8 @@ class Engine:
             self._end(state, "error", f"{type(error).__name__}: {error}")
 
     def _compute_together(self, filling: list[RequestState], tokens: int) -> bool:
-        """One call for the running rows and so many tokens of prompts. False: it failed, and ended
-        nobody; calls for either show whose failure it is."""
+        """One call for the running rows and ``tokens`` prompt tokens. Returns False if it failed:
+        no request is ended, and separate calls then show which one fails."""
         running, start = self._batch.sort_running(), time.monotonic()
         states = [*running, *filling]
         self._called = states
@@ -364,7 +366,7 @@ class Engine:
         return nullcontext() if self._bank is None else self._bank.rows(leases, invoked=True)
 
     def _fill(self, states: list[RequestState]) -> Computed:
-        """Prompts, or pieces of them. Requests whose prompts are complete run from now on, and
+        """Compute prompts, or pieces of them. Requests whose prompts are complete begin to run, and
         their next tokens are sampled."""
         rows: list[Any] = [state.row for state in states]
         pieces = [state.ids[state.length : state.filled] for state in states]
@@ -388,8 +390,8 @@ class Engine:
         return [states[number] for number in complete], logits
 
     def _widen_rows(self) -> None:
-        """Have memory for the next token of each running row. Requests that had to give theirs to
-        others are computed again later."""
+        """Make room for the next token of each running row. Requests that are preempted for it are
+        recomputed later."""
         for state in self._batch.widen():
             self._admission.put_back(state)
 
@@ -414,7 +416,7 @@ class Engine:
         self._notify_observer("tokens", state.request.blend, 0, 1)
         try:
             finish = state.accept(sampled, self._eos)
-        except RequestError as error:  # a schema that turns out to be too much
+        except RequestError as error:  # a schema that exceeds the limits of its matcher
             self._end(state, "error", str(error), cause_of(error))
         except Exception as error:
             log.exception("request %s: a token could not be taken", state.request.id)
@@ -430,27 +432,31 @@ class Engine:
         error: str | None = None,
         cause: Cause | None = None,
     ) -> None:
-        """A request is over, wherever it is: its row, its lease and its place are free, and its
-        client knows."""
+        """End a request in any state: free its row, its lease and its place, and deliver its last
+        piece."""
         if state.done:
             return
         if state.generated and finish != "error":
-            self._batch.memory.save(state)  # the answer too: a conversation goes on behind it
+            self._batch.memory.save(
+                state
+            )  # with the answer, because the next turn of a chat begins with it
         self._batch.remove(state)
         self._admission.remove(state)
         self._admission.release(state)
         state.namespace = None
         with self._wake:
             (self._scheduler.ended if state.taken else self._scheduler.remove)(state)
-        state.end(finish, error, cause)  # who sees the last piece finds the place free
+        state.end(
+            finish, error, cause
+        )  # last, so that a client that sees the last piece finds the place free
         with self._wake:
             self._live -= 1
-            self._poke()  # what it held may be what another waits for
+            self._poke()  # another request may wait for its memory
         self._notify_observer(
             "finished", state.request.blend, finish, time.monotonic() - state.submitted
         )
 
-    @torch.inference_mode()  # in which the slots that these leave were made, or grew
+    @torch.inference_mode()  # the mode in which the slots of these requests were created
     def _abandon(self, finish: Finish) -> None:
         for state in self._all():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)

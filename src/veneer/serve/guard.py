@@ -1,11 +1,11 @@
-"""Checks before every route: the key, the size of the body and its arrival in time; and what every
-answer has: an id, headers, a line in the log, a span.
+"""Middleware of every route. Before a route: checks of the key, and of the size and timely arrival
+of the body. After it: the id, headers, log line and span of the answer.
 
     limits of a connection (serve/listen.py) ──▶ Guard ──▶ routes
 
-A body is read whole before a route runs, against a count and a clock. Under /v1 a request without a
-valid key is refused before a byte of its body is read. The log names no query, no header and no
-body.
+A body is read completely before a route runs, within a limit of bytes and of seconds. Under /v1 a
+request without a valid key is refused before its body is read. Queries, headers and bodies are
+never logged.
 
 A server without keys answers loopback names in the Host header alone: a web page that points a name
 of its own at
@@ -32,9 +32,9 @@ from veneer.serve.request_log import CURRENT, ID_HEADER, RequestRecord, request_
 
 log = logging.getLogger("veneer.serve.access")
 
-#: paths that answer while the server drains: the operator's, and the page's own files
+#: paths that are served while the server drains: those for operators, and the files of the page
 ALWAYS = ("/health", "/ready", "/metrics")
-#: where a key is needed, besides the paths of extensions
+#: paths that need a key, besides those of extensions
 KEYED = ("/v1", "/v2", "/tokenize", "/detokenize", "/score", "/rerank")
 PAGE = "/web/"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -49,7 +49,7 @@ class Guard:
         self.app, self.service = app, service
         self.held: Counter[str | None] = (
             Counter()
-        )  # bytes of bodies, by the owner of the key; None: without one
+        )  # bytes of bodies in memory, by owner of the key; None: requests without a key
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -66,12 +66,12 @@ class Guard:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 self.service.metrics.responses.labels(str(record.status)).inc()
-                # a replica behind this server has added the same ones
+                # already added by a replica behind this server
                 theirs = [pair for pair in message.get("headers", ()) if pair[0] not in names]
                 message = {**message, "headers": [*theirs, *added]}
             await send(message)
 
-        # what comes next, such as a replica, takes the request by the same id
+        # the next server, such as a replica, uses the same request id
         unnamed = [pair for pair in scope["headers"] if pair[0].lower() != ID_HEADER.encode()]
         scope["headers"] = [*unnamed, (ID_HEADER.encode(), record.request_id.encode())]
         token = CURRENT.set(record)
@@ -90,14 +90,14 @@ class Guard:
     def _added_headers(
         self, path: str, request_id: str, origin: str | None
     ) -> list[tuple[bytes, bytes]]:
-        """The headers that every answer has, whoever gives it."""
+        """The headers of every answer."""
         private = [(b"cache-control", b"no-store")] if self._is_private(path) else []
         allowed = cors.origin_headers(self.service.cors, origin)
         return [(ID_HEADER.encode(), request_id.encode()), *_HEADERS, *private, *allowed]
 
     def _report(self, record: RequestRecord, path: str, headers: Headers) -> None:
-        """Write the line of a request that has ended, and send its span."""
-        # what asks every few seconds is of interest when it fails
+        """Log a request that has ended, and export its span."""
+        # routes that are polled every few seconds are logged only when they fail
         quiet = record.status == 200 and path in ALWAYS
         level = logging.DEBUG if quiet else logging.INFO
         if log.isEnabledFor(level):
@@ -130,7 +130,7 @@ class Guard:
                 most = limits.BODY if key is None or extension is None else extension.max_body
                 body = await _body(headers, receive, most, hold)
             except Refusal as refusal:
-                refusal.headers["connection"] = "close"  # what else it sends is not read
+                refusal.headers["connection"] = "close"  # the rest of the body is not read
                 await refusal.response(scope["path"])(scope, receive, send)
                 return
             if body is None:
@@ -138,8 +138,7 @@ class Guard:
             fresh = iter([{"type": "http.request", "body": body, "more_body": False}])
 
             async def again() -> Any:
-                """As if the body had not been read yet; afterwards it waits for the client to go
-                away."""
+                """Replay the body that was read, then wait for the client to disconnect."""
                 return next(fresh, None) or await receive()
 
             await self.app(scope, again, send)
@@ -149,10 +148,10 @@ class Guard:
                 del self.held[holder]
 
     def _check_room(self, holder: str | None, count: int) -> None:
-        """``Refusal``: so many bytes more are too many for all bodies together, or for those of one
+        """``Refusal``: ``count`` more bytes exceed the limit of all bodies together or of one
         key."""
         room = limits.BODIES - self.held.total()
-        if holder != "":  # on a server without keys everybody is one
+        if holder != "":  # without keys, all clients share one limit
             room = min(room, room - self.held[holder])
         if count > room:
             problem = "more bodies at one time than this server holds"
@@ -187,7 +186,7 @@ class Guard:
         return path.startswith(KEYED) or self._extension_at(path) is not None
 
     def _mask(self, path: str) -> str:
-        """A path for the log, without the secret that an extension's address may hold."""
+        """A path for the log, without the secret that an extension's path may contain."""
         extension = self._extension_at(path)
         if extension is None or not path.startswith(extension.secret_path):
             return path
@@ -196,7 +195,7 @@ class Guard:
 
 
 def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
-    """The key that is sent, in the form of an Authorization header. Some clients send it as
+    """The key of a request, as the value of an Authorization header. Some clients send it as
     X-API-Key, with a prefix."""
     sent = headers.get("x-api-key")
     for prefix in prefixes:
@@ -205,11 +204,12 @@ def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
 
 
 def _check_head(scope: Any, headers: Headers) -> None:
-    """``Refusal``: a head that two readers may take differently, or that is too long."""
+    """``Refusal``: headers that a proxy and this server may interpret differently, or that are too
+    long."""
     if "transfer-encoding" in headers and (
         "content-length" in headers or scope["http_version"] == "1.0"
     ):
-        # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the
+        # RFC 9112, 6.1: a proxy may follow the other header and take a part of the body for the
         # next request
         problem = (
             "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with"
@@ -223,7 +223,7 @@ def _check_head(scope: Any, headers: Headers) -> None:
 
 
 def _bug() -> Refusal:
-    """The answer to an exception that is nobody's fault but ours."""
+    """The answer to an unexpected exception."""
     return Refusal(500, "a bug in the server", "an answer", "tell whoever runs it", code="bug")
 
 
@@ -238,8 +238,8 @@ def no_key(headers: Any) -> Refusal:
 async def _body(
     headers: Headers, receive: Any, most: int, hold: Callable[[int], None]
 ) -> bytes | None:
-    """The whole body; None if the client went away. ``hold`` is called with the size of each part.
-    ``Refusal``: it is too large, or too slow."""
+    """The complete body; None if the client disconnected. ``hold`` is called with the size of each
+    chunk. ``Refusal``: the body is too large or too slow."""
     too_large = sentence("a body that is too large", f"at most {most:,} bytes", "send less at once")
     declared, body = headers.get("content-length", "0"), bytearray()
     if not declared.isdecimal() or len(declared) > 18 or int(declared) > most:

@@ -1,30 +1,28 @@
 """Bounds on everything that one client may send, hold or wait for, in one place.
 
-A bound is there for each thing whose size a client decides. What a request costs the engine
-(tokens, choices) is bounded by the context and the queue; these bound what it costs before it gets
-there.
+Everything whose size a client decides has a bound. The context and the queue bound what a request
+costs the engine (tokens, choices); the bounds here limit its cost before that.
 """
 
 from __future__ import annotations
 
 #: bytes of the names and values of all headers
 HEADERS = 16 * 2**10
-#: bytes of a body: some times the text of the longest context that is served
+#: bytes of a body: several times the text of the longest context
 BODY = 2**20
-# : bytes of the bodies of all requests together, from the first byte until the request has its
-# answer. The requests of
-#: a key, and those without one, have at most as many as are left for others
+#: bytes of the bodies of all requests together, from the first byte until the request is answered.
+#: The requests of one key (or all those without a key) may hold at most half of what is free
 BODIES = 256 * 2**20
-#: bytes of a body that the event loop reads itself; a thread parses larger ones
+#: bytes of a body that the event loop parses itself; a thread parses larger ones
 PARSED_INLINE = 16 * 2**10
-# : seconds for a request's line and headers to arrive, for its body, and for a reader to take what
-# was written
+#: seconds for the request line and headers to arrive, for the body to arrive, and for a client to
+#: read what was written
 HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: connections that are open at one time
 CONNECTIONS = 1024
 
-# : characters that wait for the tokenizer, of all clients together (one call is always taken), and
-# what a schema counts
+#: characters that wait for the tokenizer, of all clients together (one call is always accepted),
+#: and how many of them a schema counts as
 READING, READING_SCHEMA = 4 * 2**20, 64 * 2**10
 #: characters of a model's or an adapter's name
 NAME = 256

@@ -28,8 +28,8 @@ from veneer.serve import limits
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds for connections to close when nothing runs any more: what still waits then, such as a
-#: client that asks whether a training run has gone on, is cut off
+#: seconds for connections to close when no request runs any more. After that, requests that still
+#: wait, such as a poll of a training run, are cut off
 CLOSING = 0.5
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
@@ -38,7 +38,7 @@ _FULL = (
 
 
 class Connection(H11Protocol):
-    """One connection, with bounds on how many there are, and how long each may keep the server
+    """A connection. Bounds limit how many are open and how long each may keep the server
     waiting."""
 
     _timer: asyncio.TimerHandle | None = None
@@ -61,7 +61,7 @@ class Connection(H11Protocol):
         self._wait_for_head()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than we write."""
+        """The client reads more slowly than the server writes."""
         super().pause_writing()
         self._stall = self.loop.call_later(limits.STALL_SECONDS, self.transport.abort)
 
@@ -71,11 +71,11 @@ class Connection(H11Protocol):
             self._stall.cancel()
 
     def timeout_keep_alive_handler(self) -> None:
-        self.transport.abort()  # to close would wait for a client that does not read
+        self.transport.abort()  # closing would wait for a client that does not read
 
     def _wait_for_head(self) -> None:
-        """Start the clock when a head is awaited, and stop it when there is one. More bytes do not
-        start it anew."""
+        """Start the timeout when request headers are awaited, and stop it when they are complete.
+        Further bytes do not restart it."""
         inside = self.cycle is not None and not self.cycle.response_complete
         if inside and self._timer is not None:
             self._timer.cancel()
@@ -90,9 +90,9 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a drain of our own before it stops: ``drain`` blocks until nothing runs, at
-    most ``grace`` seconds; ``started`` is called when the server listens, ``reload`` on SIGHUP, in
-    a thread of its own."""
+    """A uvicorn server that drains before it stops. ``drain`` blocks until no request runs, for at
+    most ``grace`` seconds. ``started`` is called when the server listens; ``reload`` is called on
+    SIGHUP, in a new thread."""
 
     def __init__(
         self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float,
@@ -125,7 +125,7 @@ class Server(uvicorn.Server):
     def _hang_up(self, sig: int, frame: Any) -> None:
         if self._reload is not None:
             threading.Thread(target=self._reload, name="veneer-keys", daemon=True).start()
-        elif not self._draining:  # a terminal that closes may send several
+        elif not self._draining:  # a closing terminal may send several
             self.handle_exit(sig, frame)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -139,7 +139,7 @@ class Server(uvicorn.Server):
         end = time.monotonic() + self._grace
         try:
             self._drain(self._grace)
-            # an answer has ended when its client has all of it
+            # an answer is complete only when the client has received all of it
             while time.monotonic() < end and any(
                 map(_has_unsent, [*self.server_state.connections])
             ):
@@ -149,7 +149,7 @@ class Server(uvicorn.Server):
 
 
 def _has_unsent(connection: Any) -> bool:
-    """Whether a client has yet to take a part of its answer."""
+    """Whether a part of an answer has not been sent yet."""
     flow = connection.flow  # None while the connection is being made
     return flow is not None and (
         flow.write_paused or connection.transport.get_write_buffer_size() > 0
@@ -157,16 +157,15 @@ def _has_unsent(connection: Any) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address. ``ConfigError``: the port is taken, or the address not
-    this machine's."""
+    """A socket that listens at an address. ``ConfigError``: the port is in use, or the address does
+    not belong to this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         both = (
             family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-        )  # "::" is IPv4's addresses too
+        )  # "::" then includes IPv4 addresses
         listening = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
-        # for the connections too: asyncio does that by itself only for sockets that name their
-        # protocol
+        # inherited by the connections: asyncio sets it only for sockets that name their protocol
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except OSError as error:
@@ -189,8 +188,8 @@ def make(
     app: Any, drain: Callable[[float], Any], grace: float,
     started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
 ) -> Server:  # fmt: skip
-    """A server of an application; ``run([bind(host, port)])`` serves until a signal, or
-    ``should_exit``, ends it."""
+    """A server for an application. ``run([bind(host, port)])`` serves until a signal or
+    ``should_exit`` stops it."""
     config: Any = uvicorn.Config(
         app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False
     )

@@ -1,11 +1,11 @@
-"""Memory for the keys and values of the engine's requests: rows, cached prefixes, and the budget of
-both.
+"""Memory for keys and values of the engine's requests: rows, cached prefixes, and their common
+budget.
 
     request → row, which begins with the cached beginning of its tokens → computed blocks are cached
     → row released
 
-A row that needs memory takes what no row uses, then that of cached prefixes. Where that does not
-suffice, the engine decides which request gives its row back.
+A row that needs memory takes unused memory first, then that of cached prefixes. If that does not
+suffice, the engine preempts a request.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from veneer.serve.request_state import RequestState
 
 log = logging.getLogger("veneer.serve")
 
-#: tokens of an answer for which a row has room at first, so that few rows are moved soon
+#: answer tokens that a new row has room for, so that few rows must move soon
 HEADROOM = 32
 
-#: pages of memory of a system that does not say how many it has: 8 GiB
+#: memory pages of a system that does not report them: 8 GiB
 UNKNOWN_PAGES = 8 * 2**30 // mmap.PAGESIZE
 
 
@@ -64,9 +64,9 @@ class Memory:
         return self.budget.rows + self.budget.prefixes
 
     def start(self, state: RequestState) -> bool:
-        """Give a request a row that begins with the cached beginning of its tokens. False: there is
-        no room for it now."""
-        self._find(state)  # used now, so that another prefix makes room for the row
+        """Give a request a row that begins with the cached prefix of its tokens. Returns False if
+        there is no room now."""
+        self._find(state)  # marks the prefix as used, so that another one is evicted for the row
         row = self.slots.allocate(len(state.ids) + min(state.limit - state.generated, HEADROOM))
         if row is None:
             return False
@@ -90,7 +90,7 @@ class Memory:
         )
 
     def save(self, state: RequestState) -> None:
-        """Cache the tokens of a request that are computed."""
+        """Cache the computed tokens of a request."""
         row = state.row
         if self.prefixes is not None and row is not None:
             self.prefixes.add(
@@ -101,24 +101,25 @@ class Memory:
             )
 
     def widen(self, state: RequestState) -> bool:
-        """Have a column for the next token of a request; False: there is no room for it now."""
+        """Make room for the next token of a request. Returns False if there is none now."""
         return state.row is None or self.slots.widen(state.row, state.length + 1)
 
     def release(self, state: RequestState) -> None:
-        """Take a request's row back, if it has one."""
+        """Free a request's row, if it has one."""
         row, state.row = state.row, None
         if row is not None:
             self.slots.release(row)
 
     def trim(self, idle: float, prefix_idle: float) -> None:
-        """Free the memory of rows that nobody has had for ``idle`` seconds, and prefixes that
-        nobody has used for ``prefix_idle`` seconds."""
+        """Free the memory of rows unused for ``idle`` seconds, and prefixes unused for
+        ``prefix_idle`` seconds."""
         self.slots.trim(idle)
         if self.prefixes is not None:
             self.prefixes.expire(prefix_idle)
 
     def expires_in(self, prefix_idle: float) -> float | None:
-        """Seconds until a prefix has not been used for so long; None: there is none."""
+        """Seconds until the first prefix has been unused for ``prefix_idle`` seconds; None without
+        prefixes."""
         oldest = None if self.prefixes is None else self.prefixes.oldest
         return None if oldest is None else max(0.0, oldest + prefix_idle - time.monotonic())
 
@@ -129,8 +130,8 @@ class Memory:
 
 
 def _namespace_of(state: RequestState) -> Namespace:
-    """Within which a request that has its adapters shares prefixes: its ``cache_salt``, or else its
-    API key, decides with whom."""
+    """The namespace in which a request with loaded adapters shares prefixes: with requests of the
+    same ``cache_salt``, or else of the same API key."""
     if state.namespace is None:
         request = state.request
         salt = ("salt", request.cache_salt) if request.cache_salt else ("key", request.owner)
@@ -140,7 +141,7 @@ def _namespace_of(state: RequestState) -> Namespace:
 
 
 def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> int:
-    """Tokens of the longest row, at most ``length``, that ``limit`` bytes hold. ``ConfigError``:
+    """The tokens of the longest row that ``limit`` bytes hold, at most ``length``. ``ConfigError``:
     they hold none."""
     token = sum(form.nbytes for form in forms) + max(form.largest for form in forms)
     if limit is None or token * -(-length // BLOCK) * BLOCK <= limit:
@@ -160,8 +161,8 @@ def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> i
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses now: of a GPU, or of this machine within the limit of its control
-    group. Where the system does not say so, half of all memory."""
+    """The free memory of a GPU, or of this machine within the limit of its control group; half of
+    all memory if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not (meminfo := Path("/proc/meminfo")).is_file():
@@ -171,21 +172,20 @@ def free_bytes(device: torch.device) -> int:
     group = Path("/sys/fs/cgroup")
     limit = group / "memory.max"
     if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        cached = _number_of("inactive_file", group / "memory.stat")  # given back when it is needed
+        cached = _number_of("inactive_file", group / "memory.stat")  # the system frees it on demand
         used = int((group / "memory.current").read_text()) - cached
         free = min(free, max(0, int(text) - used))
     return free
 
 
 def _number_of(name: str, file: Path) -> int:
-    """The number behind a name at the beginning of a line; 0 where there is no such line."""
+    """The number after ``name`` in a line that begins with it; 0 if there is no such line."""
     lines = (line.split() for line in file.read_text().splitlines())
     return next((int(line[1]) for line in lines if line and line[0] == name), 0)
 
 
 def give_back() -> None:
-    """Let the C library give memory that nothing uses back to the system, where it can be told to
-    (glibc)."""
+    """Make the C library return unused memory to the system, if it supports that (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

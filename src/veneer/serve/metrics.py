@@ -27,11 +27,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 BASE, BLEND, UNLOADED, OTHER = "base", "blend", "unloaded", "other"
-#: the label of what was counted for adapters whose series are gone: in the sums, and not shown
+#: the label of counts of adapters whose series were removed: part of the sums, but not shown
 GONE = ""
 #: adapters that have series of their own
 MOST = 64
-#: an adapter takes the place of another when it was asked for this many times as often
+#: an adapter takes the place of another when it has this many times as many requests
 LEAD = 2
 
 LOADS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
@@ -48,16 +48,16 @@ REQUEST = (
 
 
 class Metrics:
-    """An observer of the engine and of the bank. Its methods are cheap and may be called in any
-    thread. ``known``: whether a name is a registered adapter; ``most``: how many of them have
-    series of their own."""
+    """An observer of the engine and of the bank. Its methods are cheap and may be called from any
+    thread. ``known(name)`` tells whether an adapter is registered; ``most`` is the number of
+    adapters with series of their own."""
 
     def __init__(self, known: Callable[[str], bool] = lambda name: True, most: int = MOST) -> None:
         self.registry = registry = CollectorRegistry()
         self._known, self._most = known, most
-        self._lock = threading.Lock()  # guards the places, and each series that has an adapter
+        self._lock = threading.Lock()  # guards ``_places`` and every series with an adapter label
         self._places: set[str] = set()  # adapters with series of their own
-        self._uses: Counts[str] = Counts()  # requests by adapter, also of those without a place
+        self._uses: Counts[str] = Counts()  # requests by adapter, with or without a place
 
         def count(name: str, help_: str, *labels: str) -> Counter:
             return Counter(name, help_, labels, registry=registry)
@@ -105,7 +105,7 @@ class Metrics:
         self._labelled = (self.requests, *tokens, *self.events.values())
 
     def queued(self, blend: Mapping[str, float]) -> None:
-        """Nothing is counted before a request ends; gauges say what waits."""
+        """Do nothing: requests are counted when they end, and gauges show the queue."""
 
     def started(self, blend: Mapping[str, float], waited: float) -> None:
         self.queue.observe(waited)
@@ -121,7 +121,7 @@ class Metrics:
         self.first.observe(seconds)
 
     def next_token(self, blend: Mapping[str, float], seconds: float) -> None:
-        """``seconds``: since the token before of the same answer."""
+        """``seconds``: since the previous token of the same answer."""
         self.between.observe(seconds)
 
     def tokens(self, blend: Mapping[str, float], prompt: int, generated: int) -> None:
@@ -154,7 +154,7 @@ class Metrics:
             counter.labels(self._label(blend), *labels).inc(amount)
 
     def label(self, blend: Mapping[str, float]) -> str:
-        """The adapter for which a blend is counted, as a label."""
+        """The label of the adapter that a blend is charged to."""
         with self._lock:
             return self._label(blend)
 
@@ -173,8 +173,8 @@ class Metrics:
         return _label_of(name)
 
     def _count_use(self, name: str) -> None:
-        """Count a request of an adapter. One without a place takes that of the adapter that is
-        asked for least, once it leads by a factor: a place changes hands rarely then."""
+        """Count a request of an adapter. An adapter without a place replaces the least requested
+        one with a place, once it has ``LEAD`` times its requests, so that places change rarely."""
         with self._lock:
             if not self._known(name):
                 return
@@ -187,8 +187,7 @@ class Metrics:
                 self._places.add(name)
 
     def _give_up_place(self, name: str) -> None:
-        """Take an adapter's series away. The sums keep what they counted, so that none goes
-        down."""
+        """Remove an adapter's series. Their counts stay in the sums, so that no sum decreases."""
         self._places.discard(name)
         label = _label_of(name)
         for counter in self._labelled:
@@ -198,9 +197,9 @@ class Metrics:
             counter.remove_by_labels({"adapter": label})
 
     def watch(self, engine: Any, bank: Any) -> None:
-        """Add the gauges that are read off engine and bank when somebody asks."""
+        """Add the gauges that read the engine and the bank when the page is requested."""
 
-        def cache_bytes() -> int:  # an encoder has no keys and values to keep
+        def cache_bytes() -> int:  # an encoder has no cache
             return getattr(engine, "cache_bytes", 0)
 
         def cache_share() -> float:
@@ -226,12 +225,12 @@ class Metrics:
         self.registry.register(_Residency(self, bank))
 
     def page(self, *, adapters: bool = True) -> bytes:
-        """In Prometheus' text format; without ``adapters``, sums over them."""
+        """The page in Prometheus' text format; without ``adapters``, sums over all adapters."""
         return generate_latest(_Shown(self.registry, adapters))  # pyright: ignore[reportArgumentType]
 
 
 class _Residency(Collector):
-    """The bytes of each adapter in memory; of those without series of their own, together."""
+    """The bytes of each adapter in memory; adapters without series of their own are added up."""
 
     def __init__(self, metrics: Metrics, bank: Any) -> None:
         self._metrics, self._bank = metrics, bank
@@ -250,8 +249,8 @@ class _Residency(Collector):
 
 @dataclass
 class _Shown:
-    """The metrics of a registry, without the times at which series were made, which are a third of
-    all."""
+    """The metrics of a registry without the creation times of series, which are a third of the
+    page."""
 
     registry: CollectorRegistry
     adapters: bool
@@ -279,8 +278,7 @@ def _label_of(name: str) -> str:
 
 
 def merged(pages: Mapping[str, bytes]) -> bytes:
-    """The pages of several servers as one, each sample with the label ``replica``: the name of its
-    server."""
+    """Merge the pages of several servers, and label each sample with its server (``replica``)."""
     families: dict[str, Metric] = {}
     for replica, page in sorted(pages.items()):
         for family in text_string_to_metric_families(page.decode()):

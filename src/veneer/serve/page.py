@@ -1,8 +1,8 @@
 """The page at ``/``: files of ``web/``, served as they are.
 
-Everything but the page itself lies under ``/web/<digest>/``, where the digest is that of all the
-files together: what a browser holds under such an address never changes. The page names the digest,
-so it is asked for anew each time. It needs no key; what it asks the API for does.
+Everything but the page itself lies under ``/web/<digest>/``, where the digest is the hash of all
+files together, so browsers may cache these addresses for ever. The page names the digest and is not
+cached. It needs no key, but its requests to the API do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# Only files of this server run, and a script cannot make HTML of a string, whatever a model says.
+# Only scripts of this server run, and none can turn a string, such as a model's output, into HTML.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -42,8 +42,7 @@ def digest(files: dict[str, bytes]) -> str:
     return total.hexdigest()[:16]
 
 
-# Read once: a server that is updated under its own feet goes on showing one page, not halves of
-# two.
+# Read once: after an update on disk, a running server still serves the files of one version.
 FILES = {file.name: file.read_bytes() for file in sorted(FOLDER.iterdir()) if file.suffix in TYPES}
 PAGE = (FOLDER / "index.html").read_bytes()
 DIGEST = digest({**FILES, "index.html": PAGE})
@@ -54,7 +53,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.api_route("/", methods=["GET", "HEAD"])
 def index(request: Request) -> Response:
-    """The page; 304 if the client has this very one."""
+    """The page; 304 if the client has this version."""
     headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": f'"{DIGEST}"'}
     client_tags = [
         tag.strip().removeprefix("W/")
@@ -67,8 +66,7 @@ def index(request: Request) -> Response:
 
 @router.api_route("/web/{version}/{name}", methods=["GET", "HEAD"])
 def file(version: str, name: str) -> Response:
-    """A file of the page, for ever. 404 for any other name, and for another version: this server
-    does not have it."""
+    """A file of the page, which clients may cache for ever. 404 for another name or version."""
     if version != DIGEST or name not in FILES:
         return Response("Not found", 404, media_type="text/plain; charset=utf-8", headers=HEADERS)
     headers = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}

@@ -1,6 +1,6 @@
-"""How many tokens of prompts a step computes beside running rows: by measured time.
+"""The number of prompt tokens that a step computes beside running rows, from measured times.
 
-    tokens = seconds that prompts may take / seconds that a token of them took of late
+    tokens = seconds that prompts may take / recent seconds of a prompt token
 
 A few tokens are computed in the call of the running rows, and cost what they add to it: its weights
 are read in any case. More of them are a call of their own. Without a ``gap`` prompts may take
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from veneer.models.decode.forward import TOGETHER
 
-#: of the time of a decode call, what prompts may take beside it
+#: the time for prompts as a share of the time of a decode call
 SHARE = 0.7
 
-#: tokens of a step are a multiple of this, and so the same ones for many steps
+#: tokens of a step are a multiple of this, so that many steps have the same number
 MULTIPLE = 8
 
 
@@ -41,11 +41,11 @@ class PrefillBudget:
             self._apart = _average(self._apart, seconds / tokens)
 
     def note_decode(self, seconds: float) -> None:
-        """A call for a token of each running row took so long."""
+        """Record the duration of a decode call."""
         self._decode = _average(self._decode, seconds)
 
     def note_together(self, tokens: int, seconds: float) -> None:
-        """A call for a token of each running row and so many tokens of prompts took so long."""
+        """Record the duration of a decode call with ``tokens`` prompt tokens."""
         added = max(seconds - self._decode, seconds / 20)
         self._together = _average(self._together or self._apart, added / tokens)
 
@@ -80,5 +80,5 @@ class PrefillBudget:
 
 
 def _average(before: float, seconds: float) -> float:
-    """Of late: the last one counts half."""
+    """A moving average in which the latest duration counts half."""
     return (before + seconds) / 2 if before else seconds

@@ -11,10 +11,10 @@ request begins in the namespace of the base, and its blocks from the invocation 
 their own there.
 
 A tree by exact token ids: a block is found by its tokens and by all tokens before it, so no hash
-can be mistaken for another. An adapter stands for itself as it lies in memory, not for its name:
-one that is loaded anew, under whatever name, begins with an empty namespace, and the namespace of
-one that has left memory is dropped. The block that was used longest ago goes first; the blocks
-behind a block go before it.
+can be mistaken for another. A namespace belongs to an adapter in memory, not to its name: an
+adapter that is loaded again begins with an empty namespace, and the namespace of an evicted adapter
+is dropped. The least recently used block is evicted first; the blocks
+that follow a block are evicted before it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Namespace:
 
 
 class Root:
-    """The beginning of a namespace's tree. It does not keep the adapters in memory."""
+    """The root of a namespace's tree of blocks. It holds weak references to the adapters: ``gone``
+    is called when one of them is freed."""
 
     def __init__(self, namespace: Namespace, gone: Callable[[Hashable], None]) -> None:
         self.key = namespace.key
@@ -92,15 +93,15 @@ class Prefixes:
     def __init__(self, block_bytes: int, budget: Budget) -> None:
         self.block_bytes, self.budget = block_bytes, budget
         self._roots: dict[Hashable, Root] = {}
-        self._order: OrderedDict[Block, None] = OrderedDict()  # the one to go first is the first
+        self._order: OrderedDict[Block, None] = OrderedDict()  # least recently used first
         self._gone: deque[Hashable] = deque()  # namespaces of adapters that have left memory
 
     def __len__(self) -> int:
         return len(self._order)
 
     def find(self, namespace: Namespace, ids: Sequence[int]) -> list[Block]:
-        """The longest cached beginning of a prompt, less than all of it: its last token is computed
-        in any case."""
+        """The blocks of the longest cached prefix of a prompt. It never covers the last token,
+        whose logits must be computed."""
         self._drop_gone()
         chain = self._walk(namespace, ids, (len(ids) - 1) // BLOCK)
         self._touch(chain)
@@ -113,9 +114,9 @@ class Prefixes:
         count: int,
         read: Callable[[int, int], Sequence[Tensor]],
     ) -> None:
-        """Cache the blocks of the first ``count`` tokens. ``read`` gives copies of those that are
-        missing, from one number to another. What does not fit beside blocks that were used later is
-        left out, from the end."""
+        """Cache the blocks of the first ``count`` tokens. ``read(first, stop)`` copies
+        the missing ones. Blocks that would need the memory of more recently used ones are left out,
+        from the end."""
         self._drop_gone()
         wanted = count // BLOCK
         chain = self._walk(namespace, ids, wanted)
@@ -137,14 +138,14 @@ class Prefixes:
         self._touch(chain)
 
     def evict(self, count: int) -> None:
-        """Free at least so many bytes, or all."""
+        """Free blocks until at least ``count`` bytes are free, or none is left."""
         self._drop_gone()
         wanted = self.budget.prefixes - count
         while self._order and self.budget.prefixes > wanted:
             self._remove(next(iter(self._order)))
 
     def expire(self, seconds: float) -> None:
-        """Free blocks that were not used for so long."""
+        """Free blocks that were not used for ``seconds``."""
         self._drop_gone()
         before = time.monotonic() - seconds
         while self._order and (oldest := next(iter(self._order))).used <= before:
@@ -152,7 +153,7 @@ class Prefixes:
 
     @property
     def oldest(self) -> float | None:
-        """When the block that goes first was used, in seconds of ``time.monotonic``."""
+        """When the least recently used block was used, in seconds of ``time.monotonic``."""
         return next(iter(self._order)).used if self._order else None
 
     def _walk(self, namespace: Namespace, ids: Sequence[int], most: int) -> list[Block]:
@@ -169,14 +170,14 @@ class Prefixes:
         return chain
 
     def _touch(self, chain: Sequence[Block]) -> None:
-        """Blocks are used now; the last one of the chain goes before those that it follows."""
+        """Mark the blocks of a chain as used now. Its last block will be evicted first."""
         moment = time.monotonic()
         for block in reversed(chain):
             block.used = moment
             self._order.move_to_end(block)
 
     def _make_room(self, wanted: int, spared: set[Block]) -> int:
-        """How many of so many blocks fit, once others that were used before are gone."""
+        """Evict less recently used blocks until ``wanted`` blocks fit; return how many do."""
         while self.budget.free < wanted * self.block_bytes and self._order:
             oldest = next(iter(self._order))
             if oldest in spared:
@@ -188,7 +189,7 @@ class Prefixes:
         )
 
     def _remove(self, block: Block) -> None:
-        """Forget a block that no other follows."""
+        """Remove a block that has no children."""
         del self._order[block]
         del block.parent.children[block.key]
         self.budget.prefixes -= self.block_bytes
@@ -196,7 +197,7 @@ class Prefixes:
             del self._roots[block.parent.key]
 
     def _drop_gone(self) -> None:
-        """Forget the namespaces of adapters that have left memory."""
+        """Remove the blocks of adapters that were evicted from memory."""
         while self._gone:
             root = self._roots.pop(self._gone.popleft(), None)
             below = list(root.children.values()) if root is not None else []

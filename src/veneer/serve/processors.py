@@ -1,11 +1,11 @@
-"""The logits of one row, changed as its request asks, before they are divided by the temperature.
+"""Logits processors of one row, as its request asks, applied before the temperature.
 
     allowed_token_ids → bad_words → min_tokens → logit_bias → repetition → frequency, presence
 
-The order is vLLM's: a bias moves the logit that a penalty scales. Each step is called as
-transformers calls a logits processor, and is one of transformers' where there is such a one: with
-the ids [1, n] of the answer so far and scores [1, vocabulary] in float32. Rows are changed one by
-one, since each has a history of its own; a row that asks for nothing has no steps.
+The order is vLLM's: a bias moves the logit that a penalty scales. Each step has the interface of
+transformers' logits processors, and is one of them where possible: it gets the ids [1, n] of the
+answer so far and scores [1, vocabulary] in float32. Rows are processed one by one, since each has
+its own history; a row without such fields has no steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Processor = Callable[[Any, Any], Tensor]
 
 
 class AllowedTokens(LogitsProcessor):
-    """No other tokens than these."""
+    """Forbid all tokens but these."""
 
     def __init__(self, tokens: Collection[int]) -> None:
         self._tokens, self._banned = sorted(tokens), torch.empty(0)
@@ -43,7 +43,7 @@ class AllowedTokens(LogitsProcessor):
 
 
 class PromptRepetitionPenalty(LogitsProcessor):
-    """transformers' repetition penalty, of the tokens of prompt and answer."""
+    """transformers' repetition penalty, for the tokens of prompt and answer."""
 
     def __init__(self, penalty: float, prompt: Sequence[int]) -> None:
         self._processor = RepetitionPenaltyLogitsProcessor(float(penalty))
@@ -55,7 +55,8 @@ class PromptRepetitionPenalty(LogitsProcessor):
 
 
 class CountPenalties(LogitsProcessor):
-    """OpenAI's two: logit −= frequency · count + presence, of each token of the answer so far."""
+    """OpenAI's frequency and presence penalties: logit −= frequency · count + presence, for each
+    token of the answer so far."""
 
     def __init__(self, frequency: float, presence: float) -> None:
         self._frequency, self._presence = frequency, presence
@@ -73,8 +74,8 @@ def processors_of(
     vocabulary: int,
     device: torch.device,
 ) -> list[Processor]:
-    """The steps of one request, in their order. ``ends``: the tokens that end a text;
-    ``vocabulary``: the number of logits. ``RequestError``: a token that the model does not have."""
+    """The processors of a request, in order. ``ends``: the tokens that end a text; ``vocabulary``:
+    the number of logits. ``RequestError``: a token that the model does not have."""
     _check_tokens(sampling, vocabulary)
     steps: list[Processor] = []
     if sampling.allowed_tokens is not None:

@@ -3,8 +3,7 @@ system prompt and example that its record may hold (``veneer train --record-exam
 
     {"mode": "chat" | "completion", "system": text | null, "example": text | null}
 
-The page opens with it. A folder of another library has no record: the base's chat template decides
-then, as it does for the base itself.
+For the base, and for a folder without a record, the base's chat template decides the mode.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from veneer.fileio.untrusted import read_json
 
 log = logging.getLogger("veneer.serve")
 
-#: characters of a system prompt or an example of a record that are passed on
+#: most characters of a recorded system prompt or example that are passed on
 LONGEST = 8192
 
 
@@ -35,8 +34,8 @@ def prompt_form(folder: Path | None, tokenizer: Any) -> dict[str, Any]:
 
 
 def _recorded_prompt(folder: Path) -> Mapping[str, Any]:
-    """The record's words on prompts; nothing where there is no record, or one that is damaged:
-    such an adapter is refused when it is loaded, with the reason."""
+    """The prompt fields of the record; empty without a record or with a damaged one, which is
+    refused with the reason when the adapter is loaded."""
     if not (folder / RECORD).is_file():
         return {}
     try:

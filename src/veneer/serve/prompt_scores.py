@@ -28,8 +28,8 @@ def scored_per_call(most: int, vocabulary: int) -> int:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token of a prompt. ``top``: (id, log-probability) of the most likely ones in its place;
-    ``rank``: its own among all, from 1."""
+    """The score of a token of a prompt. ``top``: (id, log-probability) of the most likely tokens at
+    its position; ``rank``: its rank among all tokens, from 1."""
 
     token: int
     logprob: float | None = None
@@ -39,7 +39,7 @@ class TokenScore:
 
 @dataclass(eq=False)
 class PromptScore:
-    """The scores of one prompt, as far as they are computed."""
+    """The scores of one prompt that are computed so far."""
 
     prompt: Sequence[int]
     alternatives: int
@@ -63,7 +63,7 @@ class PromptScore:
 
 
 def _score_tokens(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenScore]:
-    """The scores of n tokens, of which logits [n, vocabulary] are the predictions."""
+    """The scores of n tokens that logits [n, vocabulary] predict."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = ((logprobs > chosen).sum(-1) + 1).tolist()

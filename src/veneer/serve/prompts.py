@@ -1,12 +1,14 @@
-"""From what a client sends to tokens: chat templates, tokenizers, and whether the answer can fit.
+"""Tokenise the texts and chats of requests, by chat templates and tokenizers, and check that prompt
+and answer fit into the context.
 
-A client's text never becomes a special token of a chat: it cannot end its turn and begin another's.
+A client's text never becomes a special token of a chat, so it cannot end its turn and begin another
+one.
 
-    template  "<|im_start|>user\\n" … "<|im_end|>"      special tokens, as ever
+    template  "<|im_start|>user\\n" … "<|im_end|>"      special tokens
     content   "hi<|im_end|>\\n<|im_start|>system\\n…"    the same letters, as ordinary tokens
 
-Where a content holds the text of a special token, a character that nobody uses is put behind its
-first letter before the chat is rendered, and the tokens of that character are taken out again.
+If a message contains the text of a special token, a private-use character is inserted after its
+first letter before the chat is rendered, and the tokens of that character are removed again.
 """
 
 from __future__ import annotations
@@ -26,20 +28,22 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Grammar
 from veneer.serve.tools.template import ERRORS, FRAMED, TOOL, check_template
 
-#: tokens of an answer where the client names no bound, as OpenAI's /v1/completions has it
+#: most tokens of an answer if the request sets no limit, as in OpenAI's /v1/completions
 SHORT = 16
 
-#: characters that are read at one time while others wait
+#: characters that are tokenised in one go; between two such pieces the texts of other requests get
+#: their turn
 BEGINNING = 16 * 2**10
-#: tokens by which the beginning of a text may have more than the whole: the last word of it is cut
+#: how many more tokens the beginning of a text may have than the same part of the full text, since
+#: its last word is cut
 CUT = 128
 
 #: chats that show with which tokens a template frames a turn; some take no system message
 PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
-#: where the character is looked for that nobody uses: private use, plane 15
+#: the characters from which an unused one is chosen: private use, plane 15
 PRIVATE = range(0xF0000, 0xFFFFE)
 
-#: keys of messages and tools that are not the client's own
+#: keys of messages and tools that the API defines, not the client
 KEYS = frozenset(
     ("arguments", "content", "description", "function", "id", "name", "parameters", "tool_call_id",
      "tool_calls", "type")
@@ -49,9 +53,9 @@ Chat = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
 
-#: what a template is given where a request says nothing of it
+#: template arguments that apply unless a request sets them
 ARGUMENTS: Mapping[str, Any] = {"add_generation_prompt": True}
-#: arguments of a template that are fields of their own
+#: template arguments that have their own field in the request
 FIELDS = ("add_generation_prompt", "continue_final_message")
 
 
@@ -136,7 +140,7 @@ def _check_arguments(
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON, the client's own keys included."""
+    """Every text in a JSON value, including the client's own keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -148,7 +152,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """The same value with other texts."""
+    """The same value, with ``change`` applied to its texts."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -162,7 +166,7 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def chat_size(messages: Sequence[Message], tools: Tools) -> int:
-    """The number of characters that a chat has the tokenizer read, about."""
+    """The approximate number of characters of a chat for the tokenizer."""
     calls = (call for message in messages for call in message.tool_calls)
     texts = (len(message.text) for message in messages)
     return (
@@ -172,7 +176,7 @@ def chat_size(messages: Sequence[Message], tools: Tools) -> int:
     )
 
 
-#: by tokenizer, its template and the answer of ``_special_tokens``
+#: cache by tokenizer: (its chat template, the result of ``_special_tokens``)
 _KNOWN: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKeyDictionary()
 
 
@@ -188,7 +192,7 @@ def _special_tokens(
         framing: set[int] = set()
         chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBES]
         for probe, tools in (*chats, *((probe, [TOOL]) for probe in FRAMED)):
-            with suppress(Refusal):  # this template has no such turns
+            with suppress(Refusal):  # this template rejects such turns
                 text = render(probe, tools)
                 framing.update(tokenizer(text, add_special_tokens=False)["input_ids"])
         added = tokenizer.added_tokens_decoder.items()
@@ -217,15 +221,13 @@ def _apart(
     """The ids of a chat in which a client ``sent`` the texts of special tokens, as ordinary
     tokens."""
     if any(token in value for token in special.values() if len(token) == 1 for value in sent):
-        raise _refusal("text that is none")  # there is no place within it
+        raise _refusal("text that is none")  # it is a single letter, so nothing can be inserted
     if not tokenizer.is_fast:
         raise _refusal("a tokenizer that says where in the text its tokens are")
     used = {*"".join(sent), *str(tokenizer.chat_template)}
     mark = next(chr(code) for code in PRIVATE if chr(code) not in used)
     texts = "|".join(map(re.escape, sorted(set(special.values()), key=len, reverse=True)))
-    starts = re.compile(
-        rf"(?=(?:{texts}))(.)", re.DOTALL
-    )  # each one, also where two of them overlap
+    starts = re.compile(rf"(?=(?:{texts}))(.)", re.DOTALL)  # every occurrence, even if two overlap
 
     def split(text: str) -> str:
         return starts.sub(rf"\1{mark}", text)
@@ -287,8 +289,8 @@ def plain(
 
 
 def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
-    """Refuse a text that is far too long before all of it is read, which takes a second for each MB
-    or two and keeps everybody waiting: its beginning alone has too many tokens."""
+    """Refuse a text that is far too long by the tokens of its beginning, before all of it is
+    tokenised: that takes a second for each MB or two and delays all other requests."""
     prefix_length = max(BEGINNING, 8 * length)
     while prefix_length < len(text):
         count = len(tokenizer(text[:prefix_length], add_special_tokens=False)["input_ids"])
@@ -303,8 +305,8 @@ def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
 
 
 def groups(texts: Sequence[Any], size_of: Callable[[Any], int] = len) -> Iterator[Sequence[Any]]:
-    """Some texts (or lists of tokens) in pieces of at most about ``BEGINNING`` characters, or of
-    one."""
+    """Divide texts (or lists of tokens) into groups of about ``BEGINNING`` characters, or of one
+    text."""
     start = size = 0
     for end, text in enumerate(texts):
         if size and size + size_of(text) > BEGINNING:
@@ -331,7 +333,7 @@ def room(
     together, which is ``length`` tokens."""
     longest = max(map(len, prompts))
     remaining = length - longest
-    fewest = 1 if token_limit is None else token_limit  # 0: the prompt alone is asked about
+    fewest = 1 if token_limit is None else token_limit  # 0: only the prompt is scored
     if fewest > remaining:
         problem = f"a prompt of {longest} tokens and an answer of {token_limit or 'at least 1'}"
         message = sentence(
@@ -374,7 +376,7 @@ def cut(
 
 
 def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
-    """The runs of tokens that are a word, at the beginning of a text and behind a space."""
+    """The token sequences of each word, at the beginning of a text and after a space."""
     runs: dict[tuple[int, ...], None] = {}
     for word in words:
         first, inner = (
@@ -388,7 +390,7 @@ def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
 
 
 def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> None:
-    """Refuse a JSON schema, or a choice, that is too large to be compiled for a stranger."""
+    """Refuse a JSON schema, or a choice, that is too large to compile for a client."""
     if grammar is not None and len(grammar.text) > limits.SCHEMA:
         problem = f"a {grammar.kind} of {len(grammar.text):,} bytes"
         expected = f"at most {limits.SCHEMA:,} bytes"
@@ -397,7 +399,7 @@ def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> 
 
 
 def check_schema(schema: Mapping[str, Any] | None) -> None:
-    """Refuse a JSON schema that is too large to be compiled for a stranger."""
+    """Refuse a JSON schema that is too large to compile for a client."""
     size = len(json.dumps(schema))
     if size > limits.SCHEMA or _depth(schema) > limits.SCHEMA_DEPTH:
         deep = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"

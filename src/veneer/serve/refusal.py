@@ -4,8 +4,8 @@
     "model_not_found"}}
 
 A ``Refusal`` is raised where the reason is found and becomes an answer in one place. Errors of the
-library that a client can cause have a status here; all others are bugs of ours and answer 500
-without their text.
+library that a client can cause have a status here; all others are bugs and answer 500 without their
+text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from veneer.errors import (
 from veneer.serve.requests import Busy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-#: the route of Anthropic's API, and its words for statuses
+#: the route of Anthropic's API, and its names for statuses
 MESSAGES = "/v1/messages"
 MESSAGES_KINDS = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -80,7 +80,7 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
         }
 
     def messages_body(self) -> dict[str, Any]:
-        """In the form of Anthropic's API."""
+        """The body in the form of Anthropic's API."""
         default = "api_error" if self.status >= 500 else "invalid_request_error"
         kind = MESSAGES_KINDS.get(self.status, default)
         return {"type": "error", "error": {"type": kind, "message": str(self)}}
@@ -92,8 +92,8 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
 
 
 def no_such_model(name: str) -> Refusal:
-    """One answer to what is not there and to what this key may not use, so that a key cannot find
-    out which it is."""
+    """The same answer for a model that does not exist and for one that the key may not use, so that
+    a client cannot tell them apart."""
     name = name if len(name) <= 120 else f"{name[:120]}…"
     message = (
         f"The model {name!r} does not exist, or you do not have access to it. GET /v1/models lists"
@@ -136,7 +136,7 @@ def wrong(found: str, expected: str, do: str, param: str | None = None) -> Pydan
 
 
 def kind(value: Any) -> str:
-    """A value in words, without what is in it but for a number."""
+    """Describe a value without its content: its type, and a number's value."""
     match value:
         case None | True | False:
             return json.dumps(value)
@@ -150,10 +150,10 @@ def kind(value: Any) -> str:
 
 
 def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
-    """The answer to what pydantic found in a body; never what was sent. pydantic lists an error for
-    each form that a field may have (a text; a list of texts; …), the one for a text first. Of the
-    first field that is wrong, the one that says most is of the form that came nearest: not "no
-    text", but "a list of 17, at most 16"."""
+    """The answer to pydantic's errors in a body; it never repeats the body. pydantic lists an error
+    for each form that a field may have (a text; a list of texts; …). Of the first wrong field, the
+    error of the form that comes nearest is chosen: not "no text", but "a list of 17, at most
+    16"."""
     first = max(
         (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
         key=lambda error: (len(_path(error["loc"], body)), error["type"] not in OTHER_FORM),
@@ -181,7 +181,8 @@ def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
 
 
 def _path(loc: Sequence[str | int], body: Any) -> list[str]:
-    """A place in the body. pydantic's also names the forms that it tried, which are in no body."""
+    """The path of an error in the body. pydantic's ``loc`` also names the forms that it tried;
+    these are left out."""
     path: list[str] = []
     value: Any = body
     for step in loc[1:] if loc[:1] == ("body",) else loc:

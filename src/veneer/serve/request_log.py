@@ -1,4 +1,4 @@
-"""The server's log: one line a request, as text or as JSON, and every other line with its time.
+"""The server's log: one line for each request, as text or as JSON, and a time on every other line.
 
     Guard ──▶ RequestRecord, as a context variable ──▶ Answers, Embedder: tokens and times ──▶
     Guard: one line, one span
@@ -23,12 +23,12 @@ from veneer.errors import escape_controls
 
 FORMATS = ("text", "json")
 ID_HEADER = "x-request-id"
-#: an id that a client may give its request: printable, and short enough for a line of the log
+#: an id that a client may send with its request: printable, and short enough to log
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def request_id_of(sent: Sequence[str]) -> str:
-    """The id of a request: the one that its client sent, if it sent one that is valid."""
+    """The id of a request: the client's, if it sent a valid one, or a new one."""
     return sent[0] if len(sent) == 1 and _ID.fullmatch(sent[0]) else uuid.uuid4().hex
 
 
@@ -43,7 +43,7 @@ def blend_name(blend: Mapping[str, float]) -> str:
 
 @dataclass
 class RequestRecord:
-    """One HTTP request. The event loop alone changes it.
+    """One HTTP request. Only the event loop changes it.
 
     Fields:
         path: as the log may show it.
@@ -72,12 +72,12 @@ class RequestRecord:
     started_ns: int = field(default_factory=time.time_ns)  # since 1970
 
     def ask(self, blend: Mapping[str, float], prompt_tokens: int, sampling: Any = None) -> None:
-        """The model is asked for something."""
+        """Record that an answer was requested from the model."""
         self.blend, self.sampling = blend, sampling
         self.prompt_tokens += prompt_tokens
 
     def add(self, piece: Any, ticket: Any) -> None:
-        """A piece of an answer has come; ``ticket`` is what ``Engine.submit`` returned for it."""
+        """Record a piece of an answer. ``ticket``: the result of ``Engine.submit``."""
         self.generated_tokens += len(piece.tokens)
         if piece.tokens and self.first_token_seconds is None:
             self.first_token_seconds = time.monotonic() - self.started
@@ -89,7 +89,7 @@ class RequestRecord:
                 self.queue_seconds = max(waited, self.queue_seconds or 0.0)
 
     def end(self, reason: str) -> None:
-        """An answer has ended. Several that ended alike are one reason."""
+        """Record the end of an answer. Equal reasons of several answers are listed once."""
         if reason not in self.finish_reasons:
             self.finish_reasons.append(reason)
 
@@ -98,7 +98,7 @@ class RequestRecord:
         return None if self.blend is None else blend_name(self.blend)
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a line in JSON: the same ones in each."""
+        """The fields of a JSON line; every line has the same ones."""
         return {
             "request_id": self.request_id,
             "key": self.key,
@@ -116,7 +116,7 @@ class RequestRecord:
         }
 
     def line(self) -> str:
-        """The record as text; what does not apply to a request is left out."""
+        """The record as text, without the fields that do not apply to the request."""
         words = [self.key or "-", self.method, self.path, str(self.status or "gone")]
         words += [f"{self.total_seconds:.3f}s", f"id={self.request_id}"]
         if self.blend is not None:

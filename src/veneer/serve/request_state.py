@@ -1,4 +1,4 @@
-"""A request on its way through the engine."""
+"""The state of a request in the engine, from the queue to its last piece."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _last_occurrence(prompt: Sequence[int], tokens: tuple[int, ...]) -> float:
 
 
 class RequestState:
-    """The state of a request in the engine, of which ``limit`` tokens may be generated. The
-    engine's thread alone changes it; its client may ``cancel`` it."""
+    """The state of a request in the engine. ``limit``: most tokens of its answer. Only the engine's
+    thread changes it; its client may ``cancel`` it."""
 
     def __init__(
         self,
@@ -54,24 +54,27 @@ class RequestState:
         self.score = None if alternatives is None else PromptScore(request.prompt, alternatives)
         self.text = Text(detokenizer, request.prompt, sampling.stop, sampling.markers)
         self.submitted = time.monotonic()
-        self.started_at: float | None = None  # when its prompt began to be computed, the first time
-        self.sampled_at = 0.0  # when its last token was
+        self.started_at: float | None = None  # when prefill began for the first time
+        self.sampled_at = 0.0  # when its latest token was sampled
         self.deadline = self.submitted + request.timeout
         self.cancelled = self.taken = self.done = False  # done: its finishing piece is delivered
-        self.future: Any = None  # of its adapters, from when its turn is near
+        self.future: Any = None  # of its lease, once its adapters are requested
         self.lease: Any = None
         self.acts_from: float = 0  # the number of its token from which its adapters act
         self.namespace: Namespace | None = None  # within which its computed tokens are cached
-        self.started: int | None = None  # how many got a row before it
-        self.row: Row | None = None  # from when its prompt is computed
-        self.ids = list(request.prompt)  # and the tokens that were sampled
-        self.length = 0  # its tokens of which the row has keys and values
-        self.filled = 0  # those that it will have after this step's call for prompts
+        self.started: int | None = None  # its place in the order of starts
+        self.row: Row | None = None  # from the start of its prefill
+        self.ids = list(request.prompt)  # the prompt, then the sampled tokens
+        self.length = 0  # tokens whose keys and values are in the row
+        self.filled = 0  # the same after this step's prefill
         self.generated = 0
         self.cached = 0  # tokens of its prompt that were in the cache
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._pending: list[Token] = []
-        self._new, self._stopped = "", False  # text and tokens that are sampled and not delivered
+        self._new, self._stopped = (
+            "",
+            False,
+        )  # sampled text that is not delivered yet; whether a stop string ended it
 
     @property
     def is_scored(self) -> bool:
@@ -79,7 +82,8 @@ class RequestState:
         return self.score is not None and not self.score.done
 
     def cancel(self) -> None:
-        """End it soon, from any thread: its last piece says "cancelled", unless it ended before."""
+        """Ask the engine, from any thread, to end the request. Its last piece says "cancelled",
+        unless it ended before."""
         self.cancelled = True
         self._wake()
 
@@ -99,9 +103,7 @@ class RequestState:
     def acting_lease(self) -> Any:
         """The adapters that act on the next token to compute, of the row or of a prompt that is
         scored; None for the base alone."""
-        scoring = self.score is not None and not self.score.done
-        column = self.score.length if scoring and self.score else self.length
-        return self.lease if column >= self.acts_from else None
+        return self.lease if self.length >= self.acts_from else None
 
     def piece_end(self, length: int) -> int:
         """How many of its tokens may be computed in one call behind the first ``length``: those on
@@ -110,8 +112,8 @@ class RequestState:
         return size if length >= self.acts_from else int(min(size, self.acts_from))
 
     def accept(self, sampled: SampledToken, eos: frozenset[int]) -> Finish | None:
-        """Take the next token; deliver it with what became certain, also where it has no text yet,
-        unless the answer ends: why it does."""
+        """Add the next token. Deliver it with the text that became certain, which may be empty, or
+        return why the answer ends."""
         token, text_of = sampled.token, self._detokenizer.text
         assert token is not None
         self.ids.append(token)
@@ -132,7 +134,7 @@ class RequestState:
         return None
 
     def send_prompt(self) -> None:
-        """Deliver the prompt's tokens with their log-probabilities, all of which are computed."""
+        """Deliver the prompt's tokens with their log-probabilities, once all are computed."""
         assert self.score is not None
         text_of = self._detokenizer.text
         tokens = tuple(
@@ -148,7 +150,7 @@ class RequestState:
         self._send(prompt=tokens)
 
     def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
-        """Deliver what is left, with ``finish``."""
+        """Deliver the last piece, with ``finish``."""
         if not self._stopped and finish != "error":
             try:
                 self._new += self.text.end()

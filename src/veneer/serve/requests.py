@@ -1,4 +1,4 @@
-"""Values between the API and the engine, and the errors of handing one in."""
+"""The values that the API and the engine exchange, and the errors of submitting a request."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from veneer.errors import AdapterError, BankFullError, SelectionError, VeneerError
 
-# : why a request ended: a stop string or the end-of-text token, its limit of tokens, its client,
-# its time, a failure
+#: why a request ended: at a stop string or end token, at its limit of tokens, cancelled by its
+#: client, at its timeout, or by a failure
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
-#: what kind of failure it was, where it has a cause outside the server
+#: the kind of a failure whose cause is outside the server
 Cause = Literal[
     "bad_adapter",
     "model_not_found",
@@ -36,43 +36,41 @@ class Grammar:
 class Sampling:
     """How tokens are sampled."""
 
-    # at most so many; the engine's ``length`` may end the answer before. 0 asks for the
-    # log-probabilities of the prompt alone
+    # most tokens of the answer; the engine's ``length`` may end it before. 0: only score the prompt
     max_tokens: int
-    temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token each time
+    temperature: float = 1.0  # divides the logits; 0 always takes the most likely token
     top_p: float = (
-        1.0  # from the smallest set of tokens with this much probability (after ``top_k``)
+        1.0  # sample from the smallest set of tokens with this probability (after ``top_k``)
     )
-    top_k: int = 0  # from so many most likely tokens; 0 is off
+    top_k: int = 0  # sample from so many most likely tokens; 0 is off
     seed: int | None = (
-        None  # the same one gives the same tokens, in float32 also in another batch; None draws one
+        None  # equal seeds give equal tokens, in float32 in any batch; None: a random seed
     )
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
-    # : how many alternatives are told with the sampled token; None tells no probabilities at all.
-    # They are those of the
-    #: model, before temperature, top_k, top_p and schema
+    #: number of alternatives returned with each sampled token; None returns no log-probabilities.
+    #: They are the model's, before temperature, top_k, top_p and schema
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None  # a JSON schema that the answer follows
     ignore_eos: bool = False  # go on after the end-of-text token
-    stop_tokens: frozenset[int] = frozenset()  # tokens that end the answer, and are the last of it
-    grammar: Grammar | None = None  # another form that the answer follows
-    # how many alternatives are told with each token of the prompt; None tells nothing of it
+    stop_tokens: frozenset[int] = frozenset()  # tokens that end the answer and are its last token
+    grammar: Grammar | None = None  # another constraint of the answer
+    # number of alternatives returned with each token of the prompt; None: do not score it
     prompt_logprobs: int | None = None
-    min_p: float = 0.0  # from the tokens with this much of the largest probability
-    presence_penalty: float = 0.0  # taken from the logit of each token of the answer so far
-    frequency_penalty: float = 0.0  # the same, for each time that it is there
+    min_p: float = 0.0  # sample from tokens with this share of the largest probability
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens of the answer so far
+    frequency_penalty: float = 0.0  # the same, times their number of occurrences
     repetition_penalty: float = 1.0  # divides the logits of tokens of prompt and answer, if above 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits
-    min_tokens: int = 0  # before which nothing ends the answer but its grammar
-    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that the answer does not hold
+    min_tokens: int = 0  # fewest tokens before anything but a grammar ends the answer
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the answer must not contain
     allowed_tokens: frozenset[int] | None = None  # those that may be sampled; None: all
-    #: special tokens, by id, whose text is a part of the answer's text; of others it is left out
+    #: text of special tokens, by id, that belongs to the answer's text; others are left out
     markers: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is asked for."""
+    """A request for one answer."""
 
     prompt: tuple[int, ...]  # token ids, at least one
     blend: Mapping[str, float]  # adapters by name with their weights; empty is the base alone

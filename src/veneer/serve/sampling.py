@@ -3,10 +3,10 @@
     grammar's mask → processors → temperature → min_p → top_k → top_p
     → argmin of E_i / p_i, with exponential numbers E_i → token
 
-A row draws from a generator of its own, one number for each token of the vocabulary: so nobody else
-in the batch moves it. The vocabulary is sorted as little as possible: the 1,024 most likely tokens
-are taken, and a row whose top_p needs more of them is sorted alone. ``processors.py`` has what a
-row's request changes of its logits.
+Each row has its own generator and draws one number for each token of the vocabulary, so its tokens
+do not depend on the other rows of the batch. The vocabulary is sorted as little as possible: the
+1,024 most likely tokens are taken, and a row whose top_p needs more of them is sorted alone.
+``processors.py`` applies the changes of the logits that a request asks for.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from veneer.serve.requests import Cause, RequestError, Sampling, cause_of
 
 log = logging.getLogger("veneer.serve")
 
-#: tokens that are sorted at first where top_p asks for an order
+#: tokens that are sorted at first if top_p needs an order
 CANDIDATES = 1024
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A row's next token, with what ``Sampling.logprobs`` asked for: ``top`` are (id,
-    log-probability). ``token`` is None where none can be chosen, for the reason that ``error``
-    says."""
+    """The next token of a row. ``top``: the alternatives that ``Sampling.logprobs`` asks for, as
+    (id, log-probability). ``token`` is None if none can be chosen; ``error`` then has the
+    reason."""
 
     token: int | None
     logprob: float | None = None
@@ -58,8 +58,8 @@ NO_TOKEN_LEFT = SampledToken(
 
 
 class Sampler:
-    """Samples a row's tokens: how, the generator that it draws from, what changes its logits, and
-    where it is in its grammar."""
+    """The sampling state of a row: settings, random generator, logits processors, and the position
+    in its grammar."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Sampler:
         self._sampled: list[int] = []
 
     def draw(self, clocks: Tensor) -> None:
-        """Fill [vocabulary] with exponential numbers of rate 1, each time with others."""
+        """Fill ``clocks`` [vocabulary] with new exponential random numbers of rate 1."""
         if self._generator is None:
             self._generator = torch.Generator(clocks.device)
             seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
@@ -82,8 +82,8 @@ class Sampler:
         clocks.exponential_(generator=self._generator)
 
     def accept(self, token: int) -> bool:
-        """Go on behind ``token``; whether the grammar ends there. ``RequestError``: it goes no
-        further, since it is more than its matcher's limits allow, or no value fits it."""
+        """Advance the grammar by ``token``; return whether it is complete. ``RequestError``: it
+        cannot go on, because it exceeds the limits of its matcher or no value matches it."""
         if self.processors:
             self._sampled.append(token)
         if self.matcher is None:
@@ -95,7 +95,7 @@ class Sampler:
         return self.matcher.is_stopped()
 
     def allowed_tokens(self, logits: Tensor) -> Tensor:
-        """Which tokens the grammar allows next, [vocabulary] of bool."""
+        """The tokens that the grammar allows next, as a mask [vocabulary]."""
         allowed = allowed_tokens(self.matcher, logits)
         if self.layout is not None and self.layout.full:
             blank = self.layout.blank.to(logits.device)
@@ -103,7 +103,7 @@ class Sampler:
         return allowed
 
     def process(self, logits: Tensor) -> Tensor:
-        """Logits [vocabulary] in float32, as the processors change them."""
+        """Apply the processors to logits [vocabulary] in float32."""
         sampled = torch.tensor([self._sampled], dtype=torch.long, device="cpu")
         sampled, scores = sampled.to(logits.device, non_blocking=True), logits[None]
         for processor in self.processors:
@@ -127,7 +127,7 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
         facts.append(
             draw.short if len(drawn) == len(rows) else _spread(draw.short, drawn, len(rows))
         )
-    # all that the processor must know, at once: it waits for a device
+    # copy all results to the CPU at once: each copy waits for the device
     finite, chosen, *short = torch.stack([fact.to(tokens.dtype) for fact in facts]).tolist()
     for number, i in enumerate(drawn):
         if finite[i] and short[0][i]:
@@ -149,8 +149,8 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
 
 
 def _free_tokens(logits: Tensor, rows: Sequence[Sampler]) -> tuple[Tensor, dict[int, SampledToken]]:
-    """Logits without the tokens that requests forbid, and changed as they ask; and the rows of
-    which the grammar goes no further."""
+    """Apply the requests' masks and processors to logits. Returns them, and the rows that have no
+    token because their grammar failed."""
     masked = [i for i, row in enumerate(rows) if row.matcher is not None]
     changed = [i for i, row in enumerate(rows) if row.processors]
     failed: dict[int, SampledToken] = {}
@@ -162,7 +162,7 @@ def _free_tokens(logits: Tensor, rows: Sequence[Sampler]) -> tuple[Tensor, dict[
             free[i].masked_fill_(~rows[i].allowed_tokens(logits), -torch.inf)
         except RequestError as error:
             failed[i] = SampledToken(None, error=str(error), cause=cause_of(error))
-        except Exception as error:  # a schema is its client's: no other row ends with it
+        except Exception as error:  # a failing schema ends only the row of its request
             log.exception("a schema's mask could not be computed")
             failed[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
     for i in changed:
@@ -173,31 +173,32 @@ def _free_tokens(logits: Tensor, rows: Sequence[Sampler]) -> tuple[Tensor, dict[
 
 
 def _no_token(logits: Tensor, row: Sampler) -> SampledToken:
-    """Why a row has no token: its logits, or all that its request forbids."""
+    """The error of a row without a possible token: logits that are not finite, or a request that
+    forbids every token."""
     limited = row.matcher is not None or row.processors
     return NO_TOKEN_LEFT if limited and torch.isfinite(logits.max()) else NOT_FINITE
 
 
 def _tensor_like(values: Sequence[Any], like: Tensor) -> Tensor:
-    """Values on the device of a tensor, which nobody waits for."""
+    """Values as a tensor on the device of ``like``, copied without waiting."""
     return torch.tensor(values, device="cpu").to(like.device, non_blocking=True)
 
 
 def _rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """These rows, in their order."""
+    """Select rows of ``values``, in the order of ``rows``."""
     return (
         values if len(rows) == len(values) else values.index_select(0, _tensor_like(rows, values))
     )
 
 
 def _spread(values: Tensor, rows: Sequence[int], count: int) -> Tensor:
-    """Values of these rows, among ``count`` of which the others have 0."""
+    """Put ``values`` into the given rows of ``count`` rows; the others are 0."""
     return values.new_zeros(count).index_copy(0, _tensor_like(rows, values), values)
 
 
 class _Draw:
-    """Tokens for rows of logits [rows, vocabulary] in fp32. Of those in ``short`` top_p needs more
-    tokens than were sorted: ``again`` draws theirs, with the same clocks."""
+    """Draw tokens for rows of logits [rows, vocabulary] in float32. Rows in ``short`` need more
+    sorted tokens for their top_p: ``again`` draws their tokens with the same random numbers."""
 
     def __init__(self, logits: Tensor, rows: Sequence[Sampler]) -> None:
         self.settings = [row.sampling for row in rows]
@@ -212,7 +213,7 @@ class _Draw:
         ]
         self.scaled = (logits - logits.amax(-1, keepdim=True)) / warm
         if any(setting.min_p for setting in self.settings):
-            # the largest is 0 here, so a share of its probability is a distance from it
+            # the largest logit is 0 here, so a fraction of its probability is a distance from 0
             least = [
                 math.log(setting.min_p) if setting.min_p else -math.inf for setting in self.settings
             ]
@@ -232,13 +233,13 @@ class _Draw:
             self.short = short if all_ else _spread(short, cut, len(rows))
 
     def _nucleus(self, cut: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of rows with top_k or top_p: a token each, and whether more would have to be sorted for
-        it."""
+        """For rows with top_k or top_p: a token for each, and whether more tokens must be sorted to
+        choose it."""
         scaled, noise = _rows_of(self.scaled, cut), _rows_of(self.noise, cut)
         settings, vocabulary = [self.settings[i] for i in cut], scaled.shape[-1]
         most = min(vocabulary, max(CANDIDATES, *(setting.top_k for setting in settings)))
         values, ids = scaled.topk(most)
-        # mass of the whole vocabulary where top_k is off, of the k most likely where it is on
+        # probability of the whole vocabulary, or with top_k of the k most likely tokens
         total = scaled.logsumexp(-1)
         limits = _tensor_like([min(setting.top_k or most, most) for setting in settings], scaled)[
             :, None
@@ -261,8 +262,8 @@ class _Draw:
 
 
 def _first(values: Tensor, ids: Tensor, noise: Tensor, nucleus: Tensor) -> Tensor:
-    """Of sorted logits [rows, n] and their tokens, of those that are kept, whose clock rings first:
-    [rows]."""
+    """The token of each row whose random number divided by its probability is smallest, among the
+    sorted tokens that ``nucleus`` keeps: [rows]."""
     rings = (
         (values - noise.gather(-1, ids)).masked_fill(~nucleus, -torch.inf).argmax(-1, keepdim=True)
     )
@@ -270,8 +271,8 @@ def _first(values: Tensor, ids: Tensor, noise: Tensor, nucleus: Tensor) -> Tenso
 
 
 def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:
-    """Of sorted probabilities [rows, n] the first that reach ``top_p``, as a mask; the first one
-    always is."""
+    """A mask of the sorted probabilities [rows, n]: the first ones that add up to ``top_p``, and
+    always the first."""
     nucleus = chances.cumsum(-1) - chances < top_p
     nucleus[:, 0] = True
     return nucleus
@@ -280,8 +281,8 @@ def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:
 def _with_probabilities(
     logits: Tensor, row_indices: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
 ) -> list[SampledToken]:
-    """The chosen tokens of the rows that ask, with log-probabilities of them and of the most likely
-    ones."""
+    """Add log-probabilities, of the chosen and of the most likely tokens, to the rows that ask for
+    them."""
     counts = [rows[i].sampling.logprobs or 0 for i in row_indices]
     some = logits[list(row_indices)].float()
     total = some.logsumexp(-1, keepdim=True)

@@ -32,23 +32,23 @@ FORMS = 16
 GUIDED = {f"guided_{form}": form for form in ("json", "regex", "choice", "grammar")}
 
 
-def _few_biases(value: Any) -> Any:
-    """A mapping is counted before anything in it is looked at."""
+def _limit_biases(value: Any) -> Any:
+    """Refuse too many entries of ``logit_bias`` before they are validated."""
     if isinstance(value, dict) and len(value) > limits.BIASES:
         expected = f"at most {limits.BIASES:,}"
         raise wrong(f"{len(value):,} tokens in logit_bias", expected, "leave some out")
     return value
 
 
-def _few_forms(value: Any) -> Any:
+def _limit_forms(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > FORMS:
         expected = f"at most {FORMS}"
         raise wrong(f"{len(value):,} fields in structured_outputs", expected, "send one form")
     return value
 
 
-def _few_arguments(value: Any) -> Any:
-    """The arguments of a template are few, and short."""
+def _limit_template_arguments(value: Any) -> Any:
+    """Limit the size of ``chat_template_kwargs``."""
     size = len(json.dumps(value)) if isinstance(value, dict) else 0
     if size > limits.TEMPLATE_KWARGS:
         expected = f"at most {limits.TEMPLATE_KWARGS:,}"
@@ -84,7 +84,7 @@ class TemplateFields(BaseModel):
 
     add_generation_prompt: bool | None = None  # true, unless continue_final_message is
     continue_final_message: bool = False
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few_arguments)] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_limit_template_arguments)] = {}
 
     @model_validator(mode="after")
     def _check_generation_prompt(self) -> Self:
@@ -170,7 +170,7 @@ class SamplingFields(BaseModel):
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    logit_bias: Annotated[dict[TokenText, Bias], BeforeValidator(_few_biases)] = {}
+    logit_bias: Annotated[dict[TokenText, Bias], BeforeValidator(_limit_biases)] = {}
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     stop_token_ids: Annotated[
         list[TokenId], Field(fail_fast=True, max_length=limits.STOP_TOKENS)
@@ -183,7 +183,7 @@ class SamplingFields(BaseModel):
         ]
         | None
     ) = None
-    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_few_forms)] = None
+    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_limit_forms)] = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     truncate_prompt_tokens: Truncation | None = None
     return_token_ids: bool = False

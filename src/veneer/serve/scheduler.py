@@ -1,12 +1,12 @@
-"""Chooses the next request: of the key that was served least, within it the adapter that was, and
-within an adapter who came first.
+"""Choose the next request: from the API key that was served least, within it from the adapter that
+was served least, and within an adapter in the order of arrival.
 
     key ("alice")  →  adapter ("french")  →  requests by priority, then first come, first served
 
 This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens;
 ``docs/decisions/serve.md`` has the rules and the reasons. A server without keys
-has one key. The queue is bounded: an adapter, and each key, may hold at most three times as many
-places as are left.
+has one key. The queue is bounded: each adapter and each key may hold at most three times as many
+places as are still free.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from typing import Generic, Protocol, TypeVar
 
 from veneer.serve.requests import Busy
 
+#: a blend as a value: its (adapter name, weight) pairs, sorted (``key_of``)
 Key = tuple[tuple[str, float], ...]
 
-#: places of the queue that one may hold for each place that is left
+#: places of the queue that an adapter or a key may hold for each free place
 SHARE = 3
 
-#: tokens that a prompt's token counts as: it is computed with others in one call
+#: the cost of a prompt token in generated tokens: less, since many are computed in one call
 PROMPT = 0.25
 
-#: counts that are kept of those that have nothing to do: more than a server has adapters
+#: counts that are kept for idle adapters or keys: more than a server has adapters
 KEPT = 4096
 
 
 def key_of(blend: Mapping[str, float]) -> Key:
-    """A blend as a value: the base is ()."""
+    """A blend as a hashable value; () for the base."""
     return tuple(sorted(blend.items()))
 
 
 def counted_as(blend: Mapping[str, float]) -> str:
-    """The adapter for which a blend is counted: the one with the largest weight, by size; "" for
-    the base."""
+    """The adapter that a blend is charged to: the one whose weight has the largest magnitude; ""
+    for the base."""
     return min(
         (name for name in blend if blend[name]),
         key=lambda name: (-abs(blend[name]), name),
@@ -48,22 +49,23 @@ def counted_as(blend: Mapping[str, float]) -> str:
 class Waiting(Protocol):
     """The fields of a request that the scheduler reads."""
 
-    key: Key  # its blend
-    flow: str  # what it is counted as (``counted_as``)
-    owner: str  # the name of the API key that asks; "" where there are no keys
-    priority: int  # a lower one goes first, within its line
+    key: Key  # identifies its blend (``key_of``)
+    flow: str  # the adapter that it is charged to (``counted_as``)
+    owner: str  # the name of its API key; "" on a server without keys
+    priority: int  # lower runs first, within its line
 
 
 E = TypeVar("E", bound=Waiting)
 
 
 class Shares:
-    """Counts of some that share, by name. Somebody is busy from ``enter`` to ``leave``."""
+    """The tokens served to each of several competitors (keys, or adapters), by name. A name is busy
+    from ``enter`` until ``leave``: it has requests that wait or run."""
 
     def __init__(self) -> None:
         self.now = 0.0  # virtual time
         self._served: dict[str, float] = {}
-        self._since: dict[str, int] = {}  # of equally served ones, the one that has waited longest
+        self._since: dict[str, int] = {}  # order of the last turns: decides between equal counts
         self._busy: Counter[str] = Counter()
         self._order = itertools.count()
 
@@ -71,7 +73,7 @@ class Shares:
         return len(self._served)
 
     def enter(self, name: str) -> None:
-        """One more request of it waits or runs."""
+        """Count one more request of ``name``."""
         if not self._busy[name]:
             self._served[name] = max(self._served.get(name, 0.0), self.now)
             self._since.setdefault(name, next(self._order))
@@ -84,15 +86,15 @@ class Shares:
             self._forget()
 
     def least(self, names: Iterable[str]) -> str:
-        """The name with the least service, of some that are busy."""
+        """The least served of the busy ``names``."""
         return min(names, key=lambda name: (self._served[name], self._since[name]))
 
     def count_of(self, name: str) -> float:
-        """The tokens that count for a name that is busy."""
+        """The tokens that were charged to a busy name."""
         return self._served[name]
 
     def turn(self, name: str) -> None:
-        """It has its turn, and virtual time goes on to its count."""
+        """Give ``name`` its turn, and advance virtual time to its count."""
         self.now = max(self.now, self._served[name])
         self._since[name] = next(self._order)
 
@@ -100,8 +102,8 @@ class Shares:
         self._served[name] += tokens
 
     def _forget(self) -> None:
-        """Drop the counts of the idle that virtual time has passed; of more than ``KEPT`` others,
-        the smallest."""
+        """Drop the counts of idle names that virtual time has passed. If more than ``KEPT`` idle
+        names remain, drop the smallest counts too."""
         idle = [name for name in self._served if name not in self._busy]
         gone = [name for name in idle if not self._busy or self._served[name] <= self.now]
         if len(idle) - len(gone) > KEPT:
@@ -111,24 +113,23 @@ class Shares:
 
 
 class Scheduler(Generic[E]):
-    """The queue, of so many ``places``. It knows no thread: who calls holds a lock."""
+    """The queue, with room for ``places`` requests. It is not thread-safe: the caller holds a
+    lock."""
 
     def __init__(self, places: int) -> None:
         self.places, self.waiting = places, 0
-        self._lines: dict[str, dict[str, deque[E]]] = {}  # by owner and flow, none of them empty
+        self._lines: dict[str, dict[str, deque[E]]] = {}  # by owner and flow; none is empty
         self._owners = Shares()
-        self._flows: dict[str, Shares] = {}  # of each owner that is busy
-        self._starts: deque[float] = deque(maxlen=33)  # when the last ones began
+        self._flows: dict[str, Shares] = {}  # by busy owner
+        self._starts: deque[float] = deque(maxlen=33)  # when the last requests began
 
     def add(self, request: E) -> None:
-        """Put a request at the end of its line, but before those that have a higher number as
-        priority. ``Busy``: no place for it."""
+        """Put a request at the end of its line, but before requests of a higher ``priority``
+        number. ``Busy``: there is no place for it."""
         lines = self._lines.get(request.owner, {})
         theirs, flow_length = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
         room = float(self.places - self.waiting)
-        if (
-            request.owner
-        ):  # what the key may still add, before it has three times as many places as are left
+        if request.owner:  # places that the key may still take under the bound of its share
             room = (SHARE * room - theirs) / (1 + SHARE)
         if room <= 0 or flow_length >= SHARE * room:
             whose = (
@@ -149,17 +150,17 @@ class Scheduler(Generic[E]):
         line.insert(ahead, request)
 
     def push_back(self, request: E) -> None:
-        """Put a request that was taken before all others of its line again."""
+        """Put a request that was taken back to the front of its line."""
         self._grow(request).appendleft(request)
 
     def go_on(self, request: E) -> None:
-        """Put a request that was taken, and has more to do, behind all others of its line."""
+        """Put a request that was taken, and has more work, to the end of its line."""
         self._grow(request).append(request)
 
     def take(self, without: Collection[Key] = ()) -> E | None:
-        """Remove and return who runs next, of other blends than ``without``. It counts as running
-        until ``ended``."""
-        first: dict[str, dict[str, E]] = {}  # by owner and flow, who is next
+        """Remove and return the next request whose blend is not in ``without``. Call ``ended`` when
+        it is over."""
+        first: dict[str, dict[str, E]] = {}  # by owner and flow, the next request
         for owner, lines in self._lines.items():
             for flow, line in lines.items():
                 if (
@@ -189,8 +190,7 @@ class Scheduler(Generic[E]):
         ]
 
     def by_service(self, requests: Iterable[E]) -> list[E]:
-        """Requests that run, those of the least served key and adapter first; equal ones stay in
-        their order."""
+        """Running requests, sorted stably: the least served key and adapter first."""
         return sorted(
             requests,
             key=lambda request: (
@@ -200,12 +200,12 @@ class Scheduler(Generic[E]):
         )
 
     def charge(self, request: E, tokens: float) -> None:
-        """Count tokens that were computed for a request that runs."""
+        """Charge the tokens that were computed for a running request."""
         self._owners.charge(request.owner, tokens)
         self._flows[request.owner].charge(request.flow, tokens)
 
     def began(self, moment: float) -> None:
-        """Note that a request left the queue for good at ``now``, in seconds."""
+        """Record the time, in seconds, at which a request left the queue for good."""
         self._starts.append(moment)
 
     def ended(self, request: E) -> None:
@@ -215,14 +215,14 @@ class Scheduler(Generic[E]):
             del self._flows[request.owner]
 
     def retry_after(self) -> float:
-        """Seconds in which half of the queue begins, at the rate of late; between 1 and 60."""
+        """Seconds until half of the queue has begun, at the recent rate; between 1 and 60."""
         if len(self._starts) < 2:
             return 1.0
         each = (self._starts[-1] - self._starts[0]) / (len(self._starts) - 1)
         return min(60.0, max(1.0, each * self.waiting / 2))
 
     def _grow(self, request: E) -> deque[E]:
-        """Its line, which is about to have one more."""
+        """Return the line of a request that is about to be added, and count it."""
         self.waiting += 1
         return self._lines.setdefault(request.owner, {}).setdefault(request.flow, deque())
 
@@ -237,9 +237,9 @@ class Scheduler(Generic[E]):
 
 
 def fit_budget(lengths: list[int], budget: int) -> list[int]:
-    """Which of the waiting prompts (places in ``lengths``) are computed in the next call, padded to
-    the longest. The first always is. Others join while rows × longest stays within ``budget``
-    tokens and at most a quarter of it is padding."""
+    """The indices of the prompts that the next call computes, padded to the longest. The first
+    prompt is always one of them. Others join while rows × longest stays within ``budget`` tokens
+    and at most a quarter of it is padding."""
     chosen: list[int] = []
     longest = real = 0
     for position, length in enumerate(lengths):

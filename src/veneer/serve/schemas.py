@@ -28,8 +28,8 @@ from veneer.serve.tools.forced import MOST_CALLS, arguments_schema, calls_schema
 T = TypeVar("T")
 
 
-def _few(value: Any) -> Any:
-    """A mapping is counted before anything in it is looked at."""
+def _limit_blend(value: Any) -> Any:
+    """Refuse a blend of too many adapters before its entries are validated."""
     if isinstance(value, dict) and len(value) > limits.BLEND:
         raise wrong(
             f"{len(value):,} adapters in a blend", f"at most {limits.BLEND}", "leave some out"
@@ -91,7 +91,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Weight = Annotated[float, Field(ge=-limits.WEIGHT, le=limits.WEIGHT)]
 Blend = Annotated[
-    dict[Name, Weight], BeforeValidator(_few), Field(min_length=1, max_length=limits.BLEND)
+    dict[Name, Weight], BeforeValidator(_limit_blend), Field(min_length=1, max_length=limits.BLEND)
 ]
 
 
@@ -196,8 +196,9 @@ class Asked(Strict, SamplingFields, ABC):
         base: SamplingDefaults,
         bad_words: Sequence[tuple[int, ...]] = (),
     ) -> Sampling:
-        """How answer number ``choice`` of the call is drawn; each has a seed of its own. ``base``:
-        of the fields that the client leaves out. ``bad_words``: the tokens of that field."""
+        """How answer ``choice`` of the call is sampled; each answer has its own seed. ``base``:
+        defaults of the fields that the client leaves out. ``bad_words``: the tokens of that
+        field."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = None if self.seed is None else sample_seed(self.seed, choice)
         temperature = _first(self.temperature, base.temperature, 1.0)
@@ -217,16 +218,15 @@ class Asked(Strict, SamplingFields, ABC):
 
     @abstractmethod
     def alternatives(self) -> int | None:
-        """How many alternatives beside each token are asked for; None for no probabilities at
-        all."""
+        """The number of alternatives for each token; None for no log-probabilities."""
 
     def token_limit(self) -> int | None:
-        """How many tokens an answer may have, as the client says."""
+        """The client's limit of tokens of an answer."""
         return self.max_tokens
 
     def prompt_alternatives(self) -> int | None:
-        """How many alternatives beside each token of the prompt have to be computed; None for none
-        of its probabilities."""
+        """The number of alternatives for each token of the prompt; None if the prompt is not
+        scored."""
         return self.prompt_logprobs
 
     def schema_of_answer(self) -> dict[str, Any] | None:

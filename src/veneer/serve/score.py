@@ -1,5 +1,5 @@
-"""Scores of pairs of texts, and documents in the order of their scores for a query: vLLM's routes,
-and Jina's.
+"""Scores of pairs of texts, and documents ranked by their scores for a query: vLLM's and Jina's
+routes.
 
     POST /score  /v1/score                  text_1, text_2 → a score for each pair
     POST /rerank  /v1/rerank  /v2/rerank    query, documents → results, the best first
@@ -173,12 +173,12 @@ async def _scores(
     body: PairRequest,
     pairs: Sequence[tuple[str, str]],
 ) -> tuple[list[float], int]:
-    """A score for each pair, and the tokens that were read for them."""
+    """A score for each pair, and the number of tokens that were encoded."""
     blend = await requested_adapters(service, key, body.model, body.adapters)
     embedder = embedder_of(service)
     if embedder.labels:
         sequences: list[tuple[str, ...]] = list(pairs)
-    else:  # a text that is in several pairs is read once
+    else:  # a text of several pairs is encoded once
         sequences = [(text,) for text in dict.fromkeys(text for pair in pairs for text in pair)]
     ids, types = await _read(service, sequences, body.truncate_prompt_tokens)
     options = {"types": types, "head": True} if embedder.labels else {}
@@ -197,7 +197,7 @@ async def _scores(
 async def _read(
     service: Service, sequences: Sequence[tuple[str, ...]], truncate: int | None
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """The tokens, and their types, of some texts or pairs. ``Refusal``: one that does not fit."""
+    """The tokens, and their types, of texts or pairs. ``Refusal``: one that does not fit."""
     most = service.length if truncate is None or truncate < 1 else min(truncate, service.length)
     ids: list[tuple[int, ...]] = []
     types: list[tuple[int, ...]] = []

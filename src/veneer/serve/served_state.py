@@ -1,10 +1,9 @@
-"""``served.json`` in an adapter folder: what the API's routes for adapters leave for the next
-start.
+"""``served.json`` in a folder of adapters: changes through the API that outlast a restart.
 
     {"format": 1, "names": {"fr": {"path": "runs/7/adapter"}}, "pinned": [], "hidden": []}
 
-``names`` are those that are not the folder's own, ``hidden`` are folders that are not served
-although they are there.
+``names``: names that the folder itself does not have. ``hidden``: folders that exist but are not
+served.
 """
 
 from __future__ import annotations
@@ -74,9 +73,9 @@ def write_state(folder: Path, state: ServedState) -> None:
 
 @contextmanager
 def lock_state(folder: Path) -> Iterator[None]:
-    """No other server of this folder changes ``served.json`` meanwhile. The folder itself is
-    locked, because a folder that is mounted read-only can hold no lock file."""
-    import fcntl  # here: a system without it can serve, but change nothing
+    """A block in which no other server of this folder changes ``served.json``. The folder itself is
+    locked, because a read-only mount can hold no lock file."""
+    import fcntl  # imported here: a system without it can serve, but not change adapters
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -89,7 +88,7 @@ def lock_state(folder: Path) -> Iterator[None]:
             )
         yield
     finally:
-        # closing is not enough: a process that was forked meanwhile has the folder open too
+        # closing is not enough: a process that was forked meanwhile also holds the descriptor
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

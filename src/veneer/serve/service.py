@@ -1,5 +1,5 @@
-"""The service, and what every route needs first: the key of the request and the adapters that it
-names."""
+"""The state that all routes share (``Service``), and the dependencies of routes: the request's key
+and the adapters that it names."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ T = TypeVar("T")
 class Service:
     """A base, its adapters and the engine that serves them."""
 
-    base: str  # the name by which clients ask for it
-    source: str  # what it was loaded from
+    base: str  # its model name in the API
+    source: str  # folder, file, package or hub id
     tokenizer: Any
     bank: Any
     catalogue: Catalogue
     keys: Keyring
     metrics: Metrics
-    length: int  # tokens of the context, prompt and answer together
-    vocabulary: int  # tokens that the base knows
+    length: int  # most tokens of a prompt and its answer together
+    vocabulary: int  # number of tokens of the base
     engine: Any = None  # answers completions; None for an encoder
     embedder: Embedder | None = None  # answers embeddings; None for a causal model
     extensions: list[Extension] = field(default_factory=list)
     sampling: SamplingDefaults = field(
         default_factory=SamplingDefaults
-    )  # of requests that say nothing of it
-    tool_call_parser: str | None = None  # by name; None: the one that the chat template means
+    )  # for fields that a request leaves out
+    tool_call_parser: str | None = None  # name; None: detected from the chat template
     timeout: float = 600.0  # seconds that an answer may take
-    dtype: str = "float32"  # of the base's weights, in torch's word
-    hosts: tuple[str, ...] | None = None  # that are answered; None: all
+    dtype: str = "float32"  # of the base's weights, as torch names it
+    hosts: tuple[str, ...] | None = None  # accepted values of the Host header; None: all
     cors: tuple[str, ...] = ()  # origins of web pages that may send requests
-    docs: bool = False  # whether /docs is there
+    docs: bool = False  # whether /docs is served
     tracer: Tracer | None = None
     key_watch: FileWatch | None = None
     draining: bool = False
-    reading: int = 0  # characters that wait for the tokenizer; the event loop's alone
+    reading: int = 0  # characters waiting for the tokenizer; written by the event loop only
     started: int = field(default_factory=lambda: int(time.time()))
     texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
     bodies: ThreadPoolExecutor = field(
@@ -95,7 +95,7 @@ class Service:
         return Refusal(503, message, code="engine_stopped")
 
     def drain(self, seconds: float) -> None:
-        """Refuse what is new and wait until nothing runs, at most ``seconds``."""
+        """Refuse new requests and wait up to ``seconds`` for the running ones."""
         self.draining = True
         for extension in self.extensions:
             extension.drain()
@@ -114,13 +114,13 @@ class Service:
         self.bodies.shutdown(wait=False, cancel_futures=True)
         self.admin.shutdown(
             cancel_futures=True
-        )  # an adapter that is being loaded may be written down yet
+        )  # an adapter that is being loaded may still be recorded
         if self.tracer is not None:
             self.tracer.close()
 
 
 async def beside_loop(service: Service, body: bytes, read: Callable[[bytes], T]) -> T:
-    """The result of ``read`` for a body. A thread reads a large one, since that may take
+    """The result of ``read(body)``. A large body is read in a thread, since that may take
     seconds."""
     if len(body) <= limits.PARSED_INLINE:
         return read(body)

@@ -1,5 +1,5 @@
-"""From a base and adapters on the disk to a service: what `veneer serve` does, and each replica of
-a cluster."""
+"""Start a service from a base and adapters on disk, for `veneer serve` and each replica of a
+cluster."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def prepare_process() -> None:
     # oneDNN keeps a kernel for each shape of a 16-bit product, 1,024 of them by default: hundreds
     # of MiB
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    # whoever loads an adapter or answers HTTP gives Python back to the engine after so many
-    # seconds, not after 5 ms
+    # threads that load adapters or answer HTTP release the GIL to the engine after so many seconds,
+    # not after 5 ms
     sys.setswitchinterval(1e-4)
 
 
@@ -100,8 +100,8 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
 
 
 def _must_be_there(settings: Settings) -> None:
-    """Judge the adapters before the base is converted or loaded; of a remote place, that takes a
-    download."""
+    """Check the adapters before the base is converted or loaded. Those of a remote place are
+    downloaded for it."""
     if settings.adapters is not None and is_remote(settings.adapters):
         return
     adapters = {} if settings.adapters is None else served_folders(settings.adapters)

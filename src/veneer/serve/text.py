@@ -1,9 +1,9 @@
-"""Tokens → text, as it becomes certain: no half character, and nothing that may turn out to be a
-stop string.
+"""Detokenise a stream: give out text as soon as it is certain, never half a character and nothing
+that may become a stop string.
 
-A token is a few bytes, and a character may take several tokens: until they are there, decoding
-shows the replacement character U+FFFD at the end. And a text that ends in the first letters of a
-stop string waits for the next ones.
+A token is a few bytes, and a character may need several tokens: until all have arrived, decoding
+ends in the replacement character U+FFFD. A text that ends in the first letters of a stop string is
+held back until the next token decides.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
-# : what decoding shows for bytes that are no character (yet); at most three bytes of one can be
-# waiting for the rest
+#: how decoding shows bytes that are no character (yet). At most three bytes of a character can wait
+#: for its last byte
 UNKNOWN, MOST = "\ufffd", 3
 
-# : tokens of the prompt before which the answer is decoded: some tokenizers drop a space at the
-# very beginning
+#: the number of prompt tokens that are decoded together with the answer, because some tokenizers
+#: drop a space at the beginning of a text
 BEFORE = 6
 
 
 class Detokenizer:
-    """Decoding with one tokenizer; the texts of single tokens are remembered."""
+    """Decoding with one tokenizer; the texts of single tokens are cached."""
 
     def __init__(self, tokenizer: Any) -> None:
         decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
@@ -36,7 +36,7 @@ class Detokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """The text of ids without special tokens."""
         return self._decode(list(ids), skip_special_tokens=True)
 
 
@@ -57,18 +57,18 @@ class Text:
         self.stopped_by: str | None = None
         self._ids = list(
             prompt[-BEFORE:]
-        )  # what is decoded with each new token: a few tokens of context, then news
+        )  # decoded with each new token: a few tokens of context, then new tokens
         self._context = len(self._ids)
-        self._shown = detokenizer.decode(self._ids)  # the part of their text that is out
-        self._held = ""  # text that is decoded, and may be a part of a stop string
+        self._shown = detokenizer.decode(self._ids)  # the part of their text that was given out
+        self._held = ""  # decoded text that may be the beginning of a stop string
         if self._shown.endswith(
             UNKNOWN
-        ):  # the prompt ends within a character: the answer does not begin with its rest
+        ):  # the prompt ends within a character: do not begin the answer with the rest of it
             self._ids, self._context, self._shown = [], 0, ""
 
     def add(self, token: int, *, watched: bool = True) -> tuple[str, bool]:
-        """Text that is certain now, and whether a stop string ends it. Stop strings are looked for
-        in the text of tokens that are ``watched``."""
+        """Add a token; return the text that is certain now, and whether a stop string ends it. Only
+        text of ``watched`` tokens is searched for stop strings."""
         if token in self._markers:
             new = self._decode_certain(final=True) + self._markers[token]
             self._ids, self._context, self._shown = [], 0, ""
@@ -78,25 +78,24 @@ class Text:
         return self._give(new, final=False) if watched else (new, False)
 
     def end(self) -> str:
-        """The rest of the text when no token follows: also bytes that are no character, and
+        """The rest of the text once no token follows, including incomplete characters and
         beginnings of stop strings."""
         return self._give(self._decode_certain(final=True), final=True)[0]
 
     def _decode_certain(self, *, final: bool) -> str:
-        """The text of the tokens at hand that is not out yet, without the beginning of a character
-        at its end."""
+        """The new text of the current tokens, without an incomplete character at its end."""
         full_text, shown = self._detokenizer.decode(self._ids), self._shown
         out = len(shown)
         if not full_text.startswith(
             shown
-        ):  # bytes that had been no character read otherwise with those that follow
+        ):  # the following bytes changed how earlier incomplete bytes are decoded
             out = next(
                 (i for i, (a, b) in enumerate(zip(full_text, shown, strict=False)) if a != b),
                 len(full_text),
             )
         new = full_text[out:]
         waiting = 0 if final else min(len(new) - len(new.rstrip(UNKNOWN)), MOST)
-        if new and not waiting:  # these tokens are the context of the next ones
+        if new and not waiting:  # these tokens become the context of the next ones
             del self._ids[: self._context]
             self._context = len(self._ids)
             self._shown = self._detokenizer.decode(self._ids)
@@ -105,7 +104,7 @@ class Text:
         return new[: len(new) - waiting]
 
     def _give(self, new: str, *, final: bool) -> tuple[str, bool]:
-        """The certain beginning of the held text and the new one."""
+        """Give out what is certain of the held text followed by ``new``."""
         if not self._stop:
             return new, False
         text = self._held + new
@@ -116,7 +115,7 @@ class Text:
             ends = (word for word in self._stop if text.startswith(word, stop_position))
             self.stopped_by = next(ends)
             return text[:stop_position], True
-        # letters at the end of the text with which a stop string begins
+        # hold back letters at the end with which a stop string begins
         sizes = (
             n
             for word in self._stop

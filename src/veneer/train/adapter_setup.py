@@ -36,12 +36,15 @@ def attach_adapter(
     task: Task,
     model: Any,
     prepared: Prepared,
-    ids: tuple[int, ...],
+    trained_token_ids: tuple[int, ...],
     resume_point: ResumePoint = None,
 ) -> Any:
     """Attach the adapter of the resume point, the one that the run trains further, or a new one.
-    ``ids``: tokens to train. Returns its handle."""
-    config, tokens = task.config, vocabulary.grow(model, task.processor, ids, task.config.seed)
+    ``trained_token_ids``: tokens to train. Returns its handle."""
+    config, tokens = (
+        task.config,
+        vocabulary.grow(model, task.processor, trained_token_ids, task.config.seed),
+    )
     if resume_point is not None:
         return load(model, resume_point[0] / checkpoint.ADAPTER, name=OWN, trainable=True)
     if task.further is not None:

@@ -261,8 +261,8 @@ def _replace_adapted_base(cls: Any, base: Any) -> Any:
     attributes = {
         name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")
     }
-    make_class: Any = type(cls)
-    return make_class(
+    metaclass: Any = type(cls)
+    return metaclass(
         cls.__name__,
         tuple(_replace_adapted_base(class_base, base) for class_base in cls.__bases__),
         attributes,

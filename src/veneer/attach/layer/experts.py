@@ -202,9 +202,9 @@ def _contiguous(_: Any, weight: Unformed, **options: Any) -> Any:
 def _to(_: Any, weight: Any, *arguments: Any, **keywords: Any) -> Any:
     if not isinstance(weight, Unformed) or keywords.keys() - {"dtype", "device", "non_blocking"}:
         return NotImplemented
-    targets = [*arguments, keywords.get("dtype"), keywords.get("device")]
-    targets = [value for value in targets if value is not None]
-    if any(isinstance(value, Tensor | int) for value in targets):
+    conversions = [*arguments, keywords.get("dtype"), keywords.get("device")]
+    conversions = [value for value in conversions if value is not None]
+    if any(isinstance(value, Tensor | int) for value in conversions):
         return NotImplemented
     unchanged = all(
         (
@@ -212,7 +212,7 @@ def _to(_: Any, weight: Any, *arguments: Any, **keywords: Any) -> Any:
             if isinstance(value, torch.dtype)
             else torch.device(value) == weight.device
         )
-        for value in targets
+        for value in conversions
     )
     return weight if unchanged else NotImplemented
 

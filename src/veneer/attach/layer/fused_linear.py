@@ -83,6 +83,7 @@ class PendingOutputs(threading.local):
     """
 
     def __init__(self) -> None:
+        # (x, its version, outputs by key)
         self._pending: tuple[Any, int, dict[Any, Any]] = None, 0, {}
 
     def put(self, x: Tensor, outputs: dict[Any, Any]) -> None:

@@ -113,7 +113,7 @@ def unmatched_pattern_problems(
 def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
     """The modules that patterns of ``train_also`` match, and all modules below them, if they hold
     parameters of their own."""
-    with_parameters: dict[str, None] = {}
+    module_paths: dict[str, None] = {}
     for pattern in patterns:
         matches = _modules(names, pattern, field, problems)
         below = [
@@ -125,8 +125,8 @@ def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str
         if matches and not below:
             problem = f"{field} pattern {pattern!r} matches modules without parameters"
             problems.append(sentence(problem, "something to train", "remove it"))
-        with_parameters.update(dict.fromkeys(below))
-    return list(with_parameters)
+        module_paths.update(dict.fromkeys(below))
+    return list(module_paths)
 
 
 def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> list[str]:

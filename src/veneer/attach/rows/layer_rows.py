@@ -26,9 +26,11 @@ _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dt
 
 
 class LayerRows:
-    """Has the interface of ``LayerAdapter``, for calls of a layer with the rows of a batch.
+    """One layer in a batch whose rows select different adapters, with the interface of
+    ``LayerAdapter``.
 
-    ``layer_adapters``: for each selection of ``rows`` what it does at this layer; None for nothing.
+    ``layer_adapters``: for each selection of ``rows``, the object with the interface of
+    ``LayerAdapter`` at this layer, or None if it changes nothing here.
     """
 
     def __init__(self, rows: Any, layer_adapters: Sequence[Any]) -> None:

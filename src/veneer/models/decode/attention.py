@@ -1,12 +1,12 @@
-"""Attention of one call of the model, over keys and values that lie in size classes (``slots.py``).
+"""The attention of one call of the model, over keys and values in size classes (``slots.py``).
 
     fill       tokens of some rows, each from a column of its row on, right-padded to one width
-    decode     one token of each running row, behind the tokens that the row has
+    decode     one token of each running row, after the tokens that the row holds
     together   a decode, and tokens of further rows, each of which is a row of the batch by itself
 
-A call is told of a layer's new keys and values (``keep``), writes them into the rows, and is then
-asked for that layer's attention (``attend``). Linear layers see all rows as one batch; attention is
-computed for each run of neighbouring rows of one class, on views of the class's tensors.
+For each layer, ``keep`` writes the new keys and values into the rows, and ``attend`` then computes
+the attention. Linear layers see all rows as one batch; attention is computed for each run of
+neighbouring rows of one class, on views of the class's tensors.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from veneer.models.decode.row_memory import Row, SizeClass
 
-# : columns are shown in multiples of this: views are made anew so rarely, and a mask has the
-# alignment that GPUs want
+#: attention reads a multiple of this many columns, so that views are rarely created anew and masks
+#: have the alignment that GPUs need
 BLOCK = 16
 
-#: ``call``: the call that runs in this thread; ``last``: which token of each row the head reads
+#: of this thread: ``call`` is the running call; ``last`` the index of the token of each row that
+#: the head reads
 NOW = threading.local()
 
-#: further arguments of an attention that is computed here without them
+#: arguments of attention functions that are ignored here
 UNSUPPORTED = ("position_bias", "s_aux", "head_mask")
 
 
@@ -59,7 +60,7 @@ class Fill:
     def attend(
         self, query: Tensor, scale: float | None, window: int | None, cap: float | None
     ) -> Tensor:
-        """[rows, width, h, e] of queries [rows, h, width, d]."""
+        """The attention of queries [rows, h, width, d] -> [rows, width, h, e]."""
         key, value = self.new
         if not any(self.starts):
             return self.attend_to(query, key, value, 0, scale, window, cap)
@@ -85,7 +86,7 @@ class Fill:
         window: int | None,
         cap: float | None,
     ) -> Tensor:
-        """Attention of tokens that lie from column ``start`` on to the first columns of a row."""
+        """The attention of the tokens from column ``start`` on over the first columns of a row."""
         mask = self._mask(start, key.shape[2], window, query)
         if cap is not None:
             if mask is None:
@@ -107,8 +108,8 @@ class Fill:
         return attended.transpose(1, 2)
 
     def _mask(self, start: int, columns: int, window: int | None, query: Tensor) -> Tensor | None:
-        """The mask that is added to the scores, [width, columns]; None is "causal". Torch would
-        make one of a mask of bools again in each layer."""
+        """The additive mask of the scores, [width, columns]; None is "causal". Torch would convert
+        a boolean mask again in each layer."""
         if window is not None and start + self.width <= window:
             window = None
         if not start and window is None:
@@ -124,8 +125,9 @@ class Fill:
 
 
 class Run(NamedTuple):
-    """Neighbouring rows of a size class, which one attention serves: ``count`` of them from index
-    ``first`` of the class, and from ``batch_start`` of the batch; ``columns`` of them are read."""
+    """Neighbouring rows of a size class whose attention is computed in one call: ``count`` rows
+    from index ``first`` in the class and from ``batch_start`` in the batch. Their first ``columns``
+    columns are read."""
 
     size_class: SizeClass
     first: int
@@ -135,8 +137,8 @@ class Run(NamedTuple):
 
 
 class Decode:
-    """One token for each of ``rows``, which are sorted by their places in the size classes.
-    ``positions``: the columns of these tokens, [n]."""
+    """One token for each of ``rows``, which are sorted by size class and index. ``positions``: the
+    columns of these tokens, [n]."""
 
     def __init__(self, rows: Sequence[Row], lengths: Sequence[int], positions: Tensor) -> None:
         self.positions = positions
@@ -159,7 +161,7 @@ class Decode:
     def attend(
         self, query: Tensor, scale: float | None, window: int | None, cap: float | None
     ) -> Tensor:
-        """[n, 1, h, e] of queries [n, h, 1, d]."""
+        """The attention of queries [n, h, 1, d] -> [n, 1, h, e]."""
         if len(self.runs) == 1:
             return self._attend(0, query, scale, window, cap)
         outputs = [
@@ -179,7 +181,7 @@ class Decode:
         n, h, _, d = query.shape
         heads = key.shape[1]
         mask = self._mask(number, window, query)
-        # the queries of a key-value head are its rows
+        # the queries of one key-value head become rows
         grouped = query.reshape(n, heads, h // heads, d)
         if cap is not None:
             attended = _soft_capped_attention(grouped, key, value, mask == 0, scale, cap)
@@ -188,7 +190,7 @@ class Decode:
         return attended.reshape(n, 1, h, -1)
 
     def _targets(self, number: int, heads: int, device: torch.device) -> Tensor:
-        """Rows of the flat memory that the new keys of a group go to, [rows · heads]."""
+        """The rows of the flat memory that receive the new keys of a group, [rows · heads]."""
         form = number, heads, device
         if (targets := self.targets.get(form)) is None:
             size_class, start, stop = self.groups[number]
@@ -204,7 +206,7 @@ class Decode:
         return targets
 
     def _mask(self, number: int, window: int | None, query: Tensor) -> Tensor:
-        """The mask that is added to the scores of a run, [rows, 1, 1, columns]."""
+        """The additive mask of the scores of a run, [rows, 1, 1, columns]."""
         form = number, window, query.dtype, query.device
         if (mask := self.masks.get(form)) is None:
             run = self.runs[number]
@@ -221,9 +223,9 @@ class Decode:
 
 
 class Together:
-    """A ``Decode``, whose rows are the first of the batch, and behind them ``pieces``, each a
-    ``Fill`` of one row without padding, whose tokens are rows of the batch by themselves. All read
-    the weights once."""
+    """A ``Decode`` and ``pieces`` of prompts in one call, which reads the weights once. The batch
+    begins with the rows of the decode; each token of a piece (a ``Fill`` of one row without
+    padding) is a further row."""
 
     def __init__(self, decode: Decode, pieces: Sequence[Fill]) -> None:
         self.decode, self.pieces = decode, pieces
@@ -234,14 +236,14 @@ class Together:
         """Store keys and values [n + tokens, kv, 1, d]."""
         self.decode.keep(layer_index, key[: self.count], value[: self.count])
         for piece, batch in self._batches():
-            # [1, kv, tokens, d]: the tokens of a piece side by side, as a fill has them
+            # [1, kv, tokens, d], the shape that a fill expects
             keys, values = (each[batch, :, 0].transpose(0, 1)[None] for each in (key, value))
             piece.keep(layer_index, keys, values)
 
     def attend(
         self, query: Tensor, scale: float | None, window: int | None, cap: float | None
     ) -> Tensor:
-        """[n + tokens, 1, h, e] of queries [n + tokens, h, 1, d]."""
+        """The attention of queries [n + tokens, h, 1, d] -> [n + tokens, 1, h, e]."""
         outputs = [self.decode.attend(query[: self.count], scale, window, cap)]
         for piece, batch in self._batches():
             queries = query[batch, :, 0].transpose(0, 1)[None]
@@ -249,7 +251,7 @@ class Together:
         return torch.cat(outputs)
 
     def _batches(self) -> Iterator[tuple[Fill, slice]]:
-        """The pieces with their rows of the batch."""
+        """Each piece with its rows of the batch."""
         start = self.count
         for piece in self.pieces:
             yield piece, slice(start, start + piece.width)
@@ -257,8 +259,8 @@ class Together:
 
 
 def _runs_of(rows: Sequence[Row], lengths: Sequence[int]) -> list[Run]:
-    """The runs of rows that have ``lengths`` tokens, before each gets one more. ``ValueError``: the
-    rows are not sorted."""
+    """Group sorted rows, which hold ``lengths`` tokens before this call adds one, into runs.
+    ``ValueError``: the rows are not sorted."""
     runs: list[Run] = []
     for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if number and rows[number - 1].position >= row.position:
@@ -273,7 +275,8 @@ def _runs_of(rows: Sequence[Row], lengths: Sequence[int]) -> list[Run]:
 
 
 def _groups_of(runs: Sequence[Run]) -> list[tuple[SizeClass, int, int]]:
-    """Size classes with the parts of the batch, from a row to a row, that lie in them."""
+    """Each size class of the runs, with the first row of the batch in it and the row after its
+    last."""
     groups: list[tuple[SizeClass, int, int]] = []
     for run in runs:
         stop = run.batch_start + run.count
@@ -303,7 +306,7 @@ def _soft_capped_attention(
 
 
 def attend(query: Tensor, scaling: float | None, further: dict[str, Any]) -> Tensor:
-    """Attention of the running call -> [b, s, h, e]."""
+    """The attention of the running call -> [b, s, h, e]."""
     if unsupported := [name for name in UNSUPPORTED if further.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(unsupported)}")
     call = NOW.call

@@ -2,10 +2,9 @@
 
     logits = forward.fill(slots, …) | forward.decode(slots, …)    [rows, vocabulary], of last tokens
 
-The model is changed in two ways while a Forward is open: its attention is taken from the slots in
-calls of the engine (and is what it was in all others), and in these calls the output head is given
-the last hidden state of each row alone. Whether the architecture can be served so is not believed
-but tried, once.
+While a Forward is open, calls of the engine differ from others in two ways: attention reads keys
+and values from the slots, and the output head gets only the last hidden state of each row. A trial
+call shows whether the architecture gives the same logits so.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ SelectRows = Callable[[int], AbstractContextManager[Any]]
 
 
 class Forward:
-    """Calls of one causal language model of transformers, in eval mode; ``close`` gives it back as
-    it was. A token has so many ``logits``, and each layer keys and values of one of ``forms``.
+    """Calls of a causal language model of transformers, in eval mode; ``close`` restores the model.
+    ``logits``: their number for a token. ``forms``: the form of each layer's keys and values.
     ``ConfigError``: an architecture that cannot be called on slots."""
 
     def __init__(self, model: Any) -> None:
@@ -94,7 +93,7 @@ class Forward:
         )
 
     def close(self) -> None:
-        """Give the model its own attention back."""
+        """Restore the model's own attention."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -116,27 +115,27 @@ class Forward:
         counts = [len(ids) for ids in prompts]
         width = max(counts)
         if width > BLOCK or any(starts):
-            # fewer shapes: a processor's library keeps a kernel for each that it meets
+            # fewer shapes, because the CPU library caches a kernel for each
             width = round_up(width)
-        # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
+        # pad with the last token, which no other token attends to and which the model knows
         ids = self._to_device([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts])
         positions = torch.arange(width, device=self.device)
         positions = positions + self._to_device(list(starts))[:, None]
-        # those of padding may lie behind the last position that the model has
+        # positions of padding may exceed the last position of the model
         positions.clamp_(max=min(slots.length, self.context or slots.length) - 1)
         last = self._to_device([count - 1 for count in counts]) if width > 1 else None
         with slots.fill(rows, starts, counts, width):
             return self._logits(slots, ids, positions, last, of_all_tokens=of_all_tokens)
 
     def _to_device(self, numbers: Any) -> Tensor:
-        """Numbers on the device, by one copy, for which the processor does not wait."""
+        """Copy numbers to the device at once, without waiting."""
         return torch.tensor(numbers, device="cpu").to(self.device, non_blocking=True)
 
     def decode(
         self, slots: Slots, rows: Sequence[Row], tokens: Sequence[int], lengths: Sequence[int]
     ) -> Tensor:
-        """Logits [rows, vocabulary] behind one more token for each of the rows, which are sorted by
-        their positions and have ``lengths`` tokens."""
+        """Logits [rows, vocabulary] after one more token of each of the rows, which are sorted by
+        position and hold ``lengths`` tokens."""
         ids, positions = self._to_device([tokens, lengths]).unbind()
         with slots.decode(rows, lengths, positions):
             return self._logits(slots, ids[:, None], positions[:, None], None)
@@ -165,7 +164,7 @@ class Forward:
                 logits = self._logits(slots, batch[0][:, None], batch[1][:, None], None)
             finally:
                 NOW.rows = None
-        if len(logits) > len(wanted):  # a head with adapters, or one that is no module
+        if len(logits) > len(wanted):  # a head with adapters, or a head that is no module
             logits = logits.index_select(0, rows_wanted.to(logits.device))
         return logits
 
@@ -261,9 +260,9 @@ def _attentions_of(config: Any, default: str) -> dict[str, Any]:
 
 
 def context(config: Any) -> int | None:
-    """Positions that a row may have; None where the architecture sets no limit. Rotary frequencies
-    that change beyond a length are chosen for all rows of a call by its longest one. So rows end
-    before that length: no row's numbers may follow from its neighbours."""
+    """The most positions of a row; None if the architecture sets no limit. Rotary frequencies that
+    change beyond a length would be chosen for all rows of a call by the longest one. Rows therefore
+    end before that length, so that no row depends on others."""
     config = config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None)]
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -289,7 +288,7 @@ def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _last(values: Tensor, last: Tensor) -> Tensor:
-    """Of values [rows, width, ·] that in each row's column ``last``, [rows, 1, ·]."""
+    """Select column ``last`` of each row of values [rows, width, ·] -> [rows, 1, ·]."""
     return values[torch.arange(len(values), device=values.device), last.to(values.device)][:, None]
 
 
@@ -303,7 +302,7 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     ) -> tuple[Tensor, Any]:  # fmt: skip
         if getattr(NOW, "call", None) is not None:
             return attend(query, scaling, further), None
-        if implementation == "eager":  # transformers keeps it beside each model
+        if implementation == "eager":  # defined in the module of each model
             function = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
         else:
             function = ALL_ATTENTION_FUNCTIONS[implementation]
@@ -315,7 +314,7 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
 
 
 def _mask(implementation: str) -> Callable[..., Any]:
-    """No mask in calls of the engine, the one of ``own`` in all others."""
+    """A mask function: none in calls of the engine, the implementation's own in all others."""
 
     def mask(*args: Any, **options: Any) -> Any:
         if getattr(NOW, "call", None) is not None:

@@ -30,20 +30,20 @@ class LayerForm(NamedTuple):
 
 
 class Row:
-    """A row of a size class, at ``index``, which changes when others leave. ``touched``: columns
-    that may hold anything but zeros."""
+    """A row of a size class. ``index`` changes when the last row moves into a freed place.
+    ``touched``: how many of its first columns have been written; the others are zero."""
 
     def __init__(self, size_class: SizeClass, index: int) -> None:
         self.size_class, self.index, self.touched = size_class, index, 0
 
     @property
     def columns(self) -> int:
-        """Tokens that it holds at most."""
+        """The most tokens that the row can hold."""
         return self.size_class.columns
 
     @property
     def position(self) -> tuple[int, int]:
-        """By which the rows of a decode call are sorted."""
+        """The key that sorts the rows of a decode call."""
         return self.size_class.columns, self.index
 
 
@@ -65,7 +65,8 @@ class Layer:
         self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def show(self, first: int, count: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Views [count, kv, columns, ·], the same ones while the numbers stay."""
+        """Views [count, kv, columns, ·] of keys and values. Equal arguments give the same
+        objects."""
         view = first, count, columns
         if view not in self._views:
             if len(self._views) >= 8:
@@ -79,9 +80,12 @@ class Layer:
         return self.keys.nbytes + self.values.nbytes
 
     def resize(self, rows: int, used: int, *, grows: bool) -> None:
-        """Have memory for ``rows`` rows, of which the first ``used`` stay as they are. A tensor
-        that ``grows`` and has more rows already stays."""
-        for name in ("keys", "values"):  # one after the other: only one of them is there twice
+        """Allocate memory for ``rows`` rows and copy the first ``used``. With ``grows``, a tensor
+        that already has as many rows is left as it is."""
+        for name in (
+            "keys",
+            "values",
+        ):  # one after the other, so that only one of them exists twice at a time
             old = getattr(self, name)
             if not (grows and len(old) >= rows):
                 resized = old.new_zeros(rows, *old.shape[1:])
@@ -92,8 +96,9 @@ class Layer:
 
 
 class SizeClass:
-    """Rows of up to ``columns`` tokens. Each layer has memory for ``capacity`` rows, of which the
-    first are taken. ``forms``: of the model's layers; those that are not known yet are added."""
+    """Rows of up to ``columns`` tokens. Each layer has memory for ``capacity`` rows; the first
+    ``len(rows)`` of them are in use. ``forms``: the form of each layer of the model; the first call
+    of the model adds what is missing."""
 
     def __init__(self, columns: int, forms: list[LayerForm]) -> None:
         self.columns, self.forms, self.capacity = columns, forms, 0
@@ -113,7 +118,7 @@ class SizeClass:
         return capacity * self.columns * max((form.largest for form in self.forms), default=0)
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> Layer:
-        """The memory of a layer; of a model that was never called, these give its form."""
+        """The memory of a layer. At the model's first call, ``key`` and ``value`` give its form."""
         while len(self.layers) <= index:
             if len(self.forms) == len(self.layers):
                 widths = key.shape[-1], value.shape[-1]
@@ -122,8 +127,8 @@ class SizeClass:
         return self.layers[index]
 
     def resize(self, capacity: int) -> None:
-        """Have memory for so many rows, a layer at a time. Where it runs out, layers that have more
-        than the others keep it for the next time."""
+        """Allocate memory for ``capacity`` rows, one layer at a time. If memory runs out, layers
+        that already grew keep their memory for the next attempt."""
         grows = capacity > self.capacity
         for index, form in enumerate(self.forms):
             if index == len(self.layers):
@@ -133,22 +138,22 @@ class SizeClass:
         self.capacity = capacity
 
     def take(self) -> Row:
-        """The next row, for which there is memory."""
+        """Return a new row after the last. The caller has checked ``capacity``."""
         row = Row(self, len(self.rows))
         self.rows.append(row)
         return row
 
     def release(self, row: Row) -> None:
-        """The row is over, and the last one takes its place, if that is another. No number of it
-        stays."""
-        last = self.rows.pop()
-        columns = max(row.touched, last.touched)
+        """Free a row: the last row moves into its place, and the memory of the last one is zeroed,
+        so that no key or value of an ended request remains."""
+        last_row = self.rows.pop()
+        columns = max(row.touched, last_row.touched)
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
-                if row is not last:
-                    stored[row.index, :, :columns] = stored[last.index, :, :columns]
-                stored[last.index, :, : last.touched] = 0
-        if row is not last:
-            self.rows[row.index], last.index = last, row.index
+                if row is not last_row:
+                    stored[row.index, :, :columns] = stored[last_row.index, :, :columns]
+                stored[last_row.index, :, : last_row.touched] = 0
+        if row is not last_row:
+            self.rows[row.index], last_row.index = last_row, row.index
         if not self.rows:
             self.emptied = time.monotonic()

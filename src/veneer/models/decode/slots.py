@@ -4,11 +4,12 @@
     class of 256 columns    rows of up to 256 tokens: [rows, kv heads, 256, head dim]
     …                       twice as many, up to the longest row
 
-A row lies in the smallest class that holds it, and moves to the next one when it has outgrown it,
-so a long row takes memory and time of its own alone. The rows of a class are a dense prefix of its
+A row is stored in the smallest class that holds it, and moves to the next class when it grows, so a
+long row does not cost the other rows memory or time. The rows of a class are a dense prefix of its
 tensors: a row that ends is replaced by the last one. Row r holds its tokens in columns 0 … length −
-1; columns behind them are never seen, and are zero again once the row has left. Rotary positions
-are in the keys already: a row may be moved, and its beginning copied to another row.
+1; later columns are masked in attention, and are zeroed again when the row is freed. Rotary
+positions are already applied to the keys, so a row may be moved, and its prefix copied to another
+row.
 
 Memory is taken within a ``Budget``, which cached prefixes (``prefixes.py``) share.
 """
@@ -37,9 +38,9 @@ COPIED = 16
 
 
 class Budget:
-    """Bytes that rows and cached prefixes may take together, and those that they take. ``limit``
-    None is no bound. ``reserve`` stays free: a tensor is copied when a class gets more rows or
-    fewer, and both are there for a moment."""
+    """The bytes that rows and cached prefixes use, and the most that they may use together
+    (``limit``; None is no bound). ``reserve`` bytes stay free for the copy of a tensor while its
+    class is resized."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
@@ -74,7 +75,7 @@ class Slots(Cache):
         self.call: Fill | Decode | Together | None = None
 
     def columns_for(self, length: int) -> int:
-        """Columns of the class for rows of so many tokens."""
+        """The columns of the size class for rows of ``length`` tokens."""
         columns = self.smallest
         while columns < length:
             columns *= 2
@@ -115,8 +116,8 @@ class Slots(Cache):
         self._account()
 
     def widen(self, row: Row, length: int) -> bool:
-        """Let a row have columns for so many tokens; False where the budget has no room for it, and
-        the row is as it was."""
+        """Move a row to a class with room for ``length`` tokens. Returns False, and leaves the row
+        unchanged, if the budget has no room for it."""
         if length <= row.columns:
             return True
         wider = self.allocate(length)
@@ -138,7 +139,7 @@ class Slots(Cache):
         row.size_class.release(row)
 
     def trim(self, idle: float = 0.0) -> None:
-        """Free the memory of classes that have had no row for so many seconds."""
+        """Free the memory of classes that have had no row for ``idle`` seconds."""
         moment = time.monotonic()
         empty = [size_class for size_class in self.classes.values() if not size_class.rows]
         for size_class in empty:
@@ -154,7 +155,7 @@ class Slots(Cache):
         return self.classes[columns]
 
     def _grow(self, size_class: SizeClass) -> bool:
-        """Memory for another row, and for some more where the budget has it to spare."""
+        """Allocate memory for another row, and for some more if the budget allows it."""
         used = len(size_class.rows)
         generous = max(used + 1, min(used * 3 // 2, self.rows))
         capacity = generous if self._lacking(size_class, generous) <= 0 else used + 1
@@ -170,12 +171,12 @@ class Slots(Cache):
             self._account()
 
     def _make_room(self, size_class: SizeClass, capacity: int) -> bool:
-        """Whether the budget has room for so many rows of a class: by itself, or once memory that
-        no row uses is freed and others have given up theirs."""
+        """Whether the budget has room for ``capacity`` rows of a class. Frees memory that no row
+        uses, and asks ``reclaim`` for more, if necessary."""
         if self._lacking(size_class, capacity) <= 0:
             return True
         if self._lacking(size_class, capacity, least=True) > 0:
-            return False  # nothing would be gained
+            return False  # freeing memory would not suffice
         self.trim()
         self.classes[size_class.columns] = size_class
         if (lacking := self._lacking(size_class, capacity)) > 0:
@@ -188,8 +189,8 @@ class Slots(Cache):
         return self._lacking(size_class, capacity) <= 0
 
     def _lacking(self, size_class: SizeClass, capacity: int, *, least: bool = False) -> int:
-        """Bytes that the budget lacks for so many rows of a class; ``least`` is what it would lack
-        without cached prefixes and without memory that no row uses."""
+        """The bytes that the budget lacks for ``capacity`` rows of a class. ``least``: the bytes
+        that it would lack without cached prefixes and without memory that no row uses."""
         if self.budget.limit is None:
             return 0
         capacities = {
@@ -268,13 +269,13 @@ class Slots(Cache):
 
     @property
     def block_elements(self) -> int:
-        """Numbers of a block of ``BLOCK`` tokens, in all layers."""
+        """The number of elements of a block of ``BLOCK`` tokens, in all layers."""
         widths = (form.heads * (form.key_width + form.value_width) for form in self.forms)
         return BLOCK * sum(widths)
 
     @property
     def block_dtype(self) -> torch.dtype:
-        """A type that holds the numbers of all layers exactly."""
+        """A dtype that holds the keys and values of all layers exactly."""
         return reduce(torch.promote_types, (form.dtype for form in self.forms))
 
     def read_blocks(self, row: Row, first: int, stop: int) -> list[Tensor]:
@@ -287,11 +288,13 @@ class Slots(Cache):
             )
             for stored, copy in self._block_views(row, stacked, start):
                 copy.copy_(stored)
-            blocks += [block.clone() for block in stacked]  # each can be freed by itself
+            blocks += [
+                block.clone() for block in stacked
+            ]  # cloned, so that each can be freed separately
         return blocks
 
     def write_blocks(self, row: Row, blocks: Sequence[Tensor]) -> None:
-        """Let a row begin with copies of blocks."""
+        """Copy blocks into the first columns of a row."""
         row.touched = max(row.touched, len(blocks) * BLOCK)
         for start in range(0, len(blocks), COPIED):
             stacked = torch.stack(list(blocks[start : start + COPIED]))

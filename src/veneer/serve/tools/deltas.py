@@ -1,10 +1,10 @@
-"""Text and calls, as they become certain while a model writes.
+"""Text and tool calls of an answer, given out as soon as they are certain while the model writes.
 
     parser.feed("Let me see. <tool_c")   → TextDelta("Let me see.")
     parser.feed('all>{"name": "f", ')    → CallDelta(0, id="call_1f…", name="f")
     parser.feed('"arguments": {"a": ')   → CallDelta(0, arguments='{"a": ')
 
-Arguments are the model's own letters, so a call that is cut off has arguments that are cut off.
+Arguments are the model's text, unchanged: if a call is cut off, so are its arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Text for the reader."""
+    """Text outside of calls."""
 
     text: str
 
@@ -61,12 +61,13 @@ def short_id(prefix: str) -> str:
 
 class CallParser(ABC):
     """A parser of one answer. ``parameters``: the JSON schemas of the tools' parameters, by name;
-    ``prefix``: how the ids of calls begin; ``new_id`` makes one of it, in place of the class's own.
+    ``prefix``: how the ids of calls begin; ``new_id`` makes an id from it instead of the class's
+    function.
 
     A subclass reads ``_buffer`` in ``_step``, and gives text to ``_say`` and calls to ``_begin``
     and ``_add``."""
 
-    #: special tokens of the tokenizer whose text the parser has to see
+    #: special tokens whose text the parser needs
     markers: ClassVar[tuple[str, ...]] = ()
     new_id: ClassVar[NewId] = staticmethod(call_id)
 
@@ -83,14 +84,14 @@ class CallParser(ABC):
         self.calls = 0
 
     def feed(self, text: str) -> list[Delta]:
-        """The deltas that become certain with more text."""
+        """Add text, and return the deltas that it makes certain."""
         self._buffer += text
         while self._step(final=False):
             pass
         return self._take()
 
     def end(self) -> list[Delta]:
-        """The rest, when no text follows."""
+        """Return the remaining deltas; no text follows."""
         while self._step(final=True):
             pass
         if not self.calls:
@@ -99,16 +100,17 @@ class CallParser(ABC):
         return self._take()
 
     def finish(self, finish: str | None) -> str | None:
-        """OpenAI's reason for the end of an answer that the engine ended for this reason."""
+        """OpenAI's ``finish_reason`` for the engine's reason ``finish``."""
         return "tool_calls" if finish == "stop" and self.calls else finish
 
     @abstractmethod
     def _step(self, *, final: bool) -> bool:
-        """Read some of the buffer. False: nothing can be read before more text comes; where no text
-        follows (``final``), the buffer is empty then."""
+        """Read a part of the buffer. Returns False if nothing more can be read before further text
+        comes; with ``final`` no text follows, and the buffer is empty then."""
 
     def _say(self, text: str) -> None:
-        """Text for the reader. White space before and between calls is part of their notation."""
+        """Give out text. White space at its end is held back: before and between calls it belongs
+        to their notation."""
         text = self._blank + text
         shown = text.rstrip()
         self._blank = text[len(shown) :]
@@ -123,8 +125,8 @@ class CallParser(ABC):
         self._deltas.append(CallDelta(self.calls - 1, arguments=arguments))
 
     def _find(self, tags: Sequence[str], *, final: bool) -> tuple[int, str]:
-        """The position of the first of some tags in the buffer, and the tag; without one, the
-        length of the text that is certain to belong to none, and ""."""
+        """The position of the first tag in the buffer, and the tag. If there is none, the length of
+        the text that cannot belong to a tag, and ""."""
         positions = [(self._buffer.find(tag), tag) for tag in tags]
         first = min((pair for pair in positions if pair[0] >= 0), default=None)
         if first is not None:
@@ -132,7 +134,7 @@ class CallParser(ABC):
         return len(self._buffer) - (0 if final else held_length(self._buffer, tags)), ""
 
     def _drop(self, length: int) -> str:
-        """Take so many characters from the buffer."""
+        """Remove and return the first ``length`` characters of the buffer."""
         text, self._buffer = self._buffer[:length], self._buffer[length:]
         return text
 
@@ -142,7 +144,7 @@ class CallParser(ABC):
 
 
 def held_length(text: str, tags: Iterable[str]) -> int:
-    """The number of characters at the end of a text with which a tag may begin."""
+    """The length of the end of a text that may be the beginning of a tag."""
     lengths = (
         length
         for tag in tags
@@ -153,8 +155,7 @@ def held_length(text: str, tags: Iterable[str]) -> int:
 
 
 def merge(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same deltas, neighbours of one text or of the arguments of one call joined, without
-    those that say nothing."""
+    """Join neighbouring deltas of text, or of the arguments of one call, and drop empty ones."""
     merged: list[Delta] = []
     for delta in deltas:
         last = merged[-1] if merged else None

@@ -1,9 +1,10 @@
-"""Calls that a request demands: the answer follows a schema, so that any model calls as it must.
+"""Tool calls that a request forces (``tool_choice``): a JSON schema constrains the answer, so that
+any model produces a valid call.
 
     a named tool   {"a": 1}                                     the arguments alone
     any tool       [{"name": "f", "parameters": {"a": 1}}, …]   one call or several
 
-Neither is the notation of the model's family. It is what vLLM has models write here too.
+The notation is not that of the model's family; vLLM uses the same one here.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from typing import Any
 from veneer.serve.tools.deltas import CallParser
 from veneer.serve.tools.json_calls import JsonCall
 
-#: calls of one answer: without a bound, a small model goes on until its tokens are spent
+#: most calls of one answer: without a bound, a small model goes on until its tokens are used up
 MOST_CALLS = 16
 
 Schema = Mapping[str, Any]
 
 
 def arguments_schema(parameters: Schema | None) -> dict[str, Any]:
-    """The schema of a tool's arguments. A tool takes the parameters that it names, unless it says
-    otherwise: a small model would invent others."""
+    """The schema of a tool's arguments. Unless it says otherwise, no parameters besides the named
+    ones are allowed: a small model would invent some."""
     schema = dict(parameters or {"properties": {}})
     if {"$ref", "allOf", "anyOf", "oneOf"} & schema.keys():
         return schema
@@ -33,8 +34,8 @@ def arguments_schema(parameters: Schema | None) -> dict[str, Any]:
 
 
 def calls_schema(tools: Sequence[tuple[str, Schema | None]], most: int) -> dict[str, Any]:
-    """The schema of a list of at most ``most`` calls of these tools, (name, parameters) each. The
-    tools' own references are rewritten, since they lie deeper here."""
+    """The schema of a list of at most ``most`` calls of these (name, parameters) tools. References
+    within the tools' schemas are rewritten to their place in this one."""
     definitions = {
         f"tool_{number}": _rebase(arguments_schema(parameters), f"#/$defs/tool_{number}")
         for number, (_, parameters) in enumerate(tools)
@@ -56,7 +57,7 @@ def calls_schema(tools: Sequence[tuple[str, Schema | None]], most: int) -> dict[
 
 
 def _rebase(value: Any, root: str) -> Any:
-    """A schema whose references to itself hold below ``root``."""
+    """A schema with its internal references rewritten to lie below ``root``."""
     if isinstance(value, list):
         return [_rebase(child, root) for child in value]
     if not isinstance(value, dict):

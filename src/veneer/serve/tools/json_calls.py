@@ -6,8 +6,8 @@
     deepseek_v3   <｜tool▁call▁begin｜>function<｜tool▁sep｜>f ```json {…} ```<｜tool▁call▁end｜>
     deepseek_v31  <｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>
 
-A character is looked at once or twice, however many pieces the text comes in: an answer is read in
-the loop that serves everybody.
+Each character is read once or twice, however many pieces the text arrives in, because parsing runs
+in the event loop of all requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from veneer.serve.tools.deltas import CallParser, NewId, short_id
 
-#: characters of what stands between a tag and the arguments: the name, and words around it
+#: most characters between a tag and the arguments: the name, and words around it
 LONGEST_HEADER = 512
 
 
@@ -32,14 +32,15 @@ def match_header(pattern: re.Pattern[str], text: str, *, final: bool) -> re.Matc
 
 
 class ValueScanner:
-    """The end of one JSON value in a text that comes in pieces. Quotes and brackets alone are
-    followed: what is between them need not be JSON."""
+    """Find the end of a JSON value in a text that arrives in pieces. Only quotes and brackets are
+    followed; the text between them need not be valid JSON."""
 
     def __init__(self) -> None:
         self._depth, self._quoted, self._escaped = 0, False, False
 
     def scan(self, text: str, start: int = 0) -> tuple[int, bool]:
-        """The position behind what belongs to the value, and whether the value ends there."""
+        """The position after the last character of the value so far, and whether the value ends
+        there."""
         for position in range(start, len(text)):
             mark = text[position]
             if self._quoted:
@@ -57,7 +58,7 @@ class ValueScanner:
                 self._depth += 1
             elif mark in "}]":
                 self._depth -= 1
-                if self._depth <= 0:  # below: the object that holds this value ends
+                if self._depth <= 0:  # below 0: the enclosing object ends
                     return position + (self._depth == 0), True
             elif not self._depth and (mark == "," or mark.isspace()):
                 return position, True
@@ -87,7 +88,7 @@ class JsonCall:
         self._scanner: ValueScanner | None = None
 
     def read(self, text: str) -> int:
-        """Read some text; how many of its characters belong to the object."""
+        """Read text; return how many of its characters belong to the object."""
         position = 0
         while position < len(text) and not (self.done or self.failed):
             if self._scanner is None and text[position].isspace():
@@ -112,7 +113,7 @@ class JsonCall:
             self._expected = state
 
     def _read_value(self, text: str, position: int) -> int:
-        """Read a part of a key or of a value from a position on; the position behind it."""
+        """Read a part of a key or value from ``position`` on; return the position after it."""
         if self._scanner is None:
             mark = text[position]
             if self._expected == "key" and mark == "}":
@@ -167,7 +168,7 @@ class JsonCall:
 
 
 def _string(text: str) -> str | None:
-    """The text of a JSON string; None for what is none."""
+    """The text of a JSON string; None if it is not one."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -186,8 +187,8 @@ class ObjectCallParser(CallParser):
         self._call = JsonCall(self._begin, self._add)
 
     def _read_object(self, prefix: str, *, final: bool) -> JsonCall | None:
-        """Read the call that has begun, behind ``prefix``: the call once nothing more of it comes.
-        What only looked like a call is text."""
+        """Read the current call, which follows ``prefix``; return it once it has ended. If it turns
+        out to be no call, it becomes text."""
         call = self._call
         assert call is not None
         self._drop(call.read(self._buffer))

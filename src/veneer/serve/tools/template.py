@@ -1,7 +1,8 @@
-"""How much of tools a chat template shows: some show none, some show tools and no calls.
+"""Detect what a chat template shows of tools: some templates show none, some show tools but no
+calls.
 
-A template is asked by rendering: a tool with a name that stands nowhere else, and a call of it with
-such an argument.
+A test chat is rendered, with a tool and a call whose name and argument occur nowhere else, and the
+result is searched for them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CALLED: list[dict[str, Any]] = [
 #: chats with tools that show which tokens a template puts around tools and calls
 FRAMED = ([USER], CALLED, [{"role": "system", "content": "a"}, *CALLED, USER])
 
-#: what a template may raise at a chat that it does not take
+#: errors that a template may raise for a chat that it does not support
 ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
@@ -55,21 +56,21 @@ class TemplateTools:
     calls: bool
 
 
-#: by tokenizer, its template and what that shows
-_KNOWN: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
+#: cache by tokenizer: (its chat template, what that template shows)
+_SHOWN_BY_TEMPLATE: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
 
 
 def template_tools(tokenizer: Any) -> TemplateTools:
-    """How much the template of a tokenizer shows of tools."""
+    """What the chat template of a tokenizer shows of tools, from the cache if it is unchanged."""
     template = str(tokenizer.chat_template)
-    cached = _KNOWN.get(tokenizer)
+    cached = _SHOWN_BY_TEMPLATE.get(tokenizer)
     if cached is None or cached[0] != template:
         chats = product((CALLED, CALLED[:2]), (None, [TOOL]))
         shown = TemplateTools(
             tools=_shows(tokenizer, NAME, [USER], [TOOL]),
             calls=any(_shows(tokenizer, ARGUMENT, chat, tools) for chat, tools in chats),
         )
-        cached = _KNOWN[tokenizer] = (template, shown)
+        cached = _SHOWN_BY_TEMPLATE[tokenizer] = (template, shown)
     return cached[1]
 
 
@@ -103,8 +104,8 @@ def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
 
 
 def template_arguments(text: str) -> Any:
-    """The arguments of a call as templates want them: a JSON object as a mapping. A text that is
-    none, as a model may have written it, stays one."""
+    """The arguments of a call as templates want them: a JSON object as a mapping. A text that is no
+    JSON object, which a model may have written, stays a text."""
     try:
         value = parse(text or "{}")
     except ValueError:

@@ -197,8 +197,8 @@ class Queue:
         """Drop the line of an idle run. Only the worker's thread may call it: if another thread
         dropped the line while the run is loaded, the run would get a second line."""
         with self.wake:
-            rests = not line.waiting and line.current is None and line.name not in self._runs
-            if rests and self.lines.get(line.run) is line:
+            is_idle = not line.waiting and line.current is None and line.name not in self._runs
+            if is_idle and self.lines.get(line.run) is line:
                 del self.lines[line.run], self.named[line.name]
 
     def drop_idle(self) -> None:

@@ -27,7 +27,7 @@ from veneer.serve.training.worker import Line, Worker
 
 @dataclass
 class Operations:
-    """The operations of a worker."""
+    """Executes the requests of runs other than passes and steps, in the thread of ``worker``."""
 
     worker: Worker
     trainer: Trainer

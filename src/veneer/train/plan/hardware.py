@@ -65,7 +65,8 @@ class Hardware:
         return self.memory - CONTEXT
 
     def seconds(self, work: Work, itemsize: int = 2) -> float:
-        """Seconds that counted work takes, with products of ``itemsize`` bytes a number."""
+        """Seconds that ``work`` takes if matrix products have ``itemsize`` bytes for each
+        element."""
         peak = (self.peak16 if itemsize < 4 else self.peak32) * PRODUCTS
         bandwidth = self.bandwidth * BYTES
         return sum(

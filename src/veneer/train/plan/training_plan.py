@@ -167,9 +167,9 @@ class Planner:
         sizes["slack"] = round(SLACK * sum(sizes.values()))
         seconds = fits = None
         if on is not None:
-            computing = self._compute_seconds(run, cost, on)
+            compute_seconds = self._compute_seconds(run, cost, on)
             # gathers overlap with computation; reductions do not
-            seconds = max(computing, on.transfer_seconds(gathered, devices))
+            seconds = max(compute_seconds, on.transfer_seconds(gathered, devices))
             seconds += on.transfer_seconds(summed, devices)
             fits = sum(sizes.values()) <= on.usable
         return RunPlan(

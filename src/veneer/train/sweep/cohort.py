@@ -172,8 +172,7 @@ class Cohort:
 
     @property
     def _first_task(self) -> Task:
-        """The task of one candidate, for everything that candidates share; only the order of rows
-        differs."""
+        """The task of any candidate. The tasks of candidates differ only in the order of rows."""
         return next(iter(self.members.values())).task
 
     def _step_rows(self, order: int) -> Iterator[list[list[int]]]:

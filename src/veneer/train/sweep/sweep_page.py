@@ -206,7 +206,7 @@ def _candidate_table(candidates: Sequence[Facts], sweep: Facts) -> str:
     rows = [
         [
             candidate["name"],
-            *(format_changes({"": candidate["changes"].get(name, "")}).strip() for name in axes),
+            *(format_changes({"": candidate["changes"].get(axis, "")}).strip() for axis in axes),
             f"{candidate['parameters']:,}" if candidate["parameters"] else "–",
             str(len(candidate["losses"])),
             "–" if candidate["loss"] is None else f"{candidate['loss']:.4f}",
