@@ -98,8 +98,13 @@ async def go(request: Request) -> Response:
 
 
 ANSWERED = (
-    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize", "/score",
-)  # fmt: skip
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/tokenize",
+    "/score",
+)
 ROUTES = [
     Route("/health", lambda request: PlainTextResponse("")),
     Route("/metrics", lambda request: PlainTextResponse("vllm:num_requests_running 0.0\n")),

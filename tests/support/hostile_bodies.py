@@ -1,7 +1,7 @@
 """Bodies of the server's API: right ones for each route, and hostile ones that are made of them.
 
-Body number i of a seed is the same each time (``hostile_request``), so one that breaks something can
-be sent again alone.
+Body number i of a seed is the same each time (``hostile_request``), so one that breaks something
+can be sent again alone.
 """
 
 from __future__ import annotations
@@ -25,60 +25,129 @@ TOOL = {
 }
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 CHAT = {
-    "model": BASE, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "n": 1, "stop": ["w1"], "seed": 1,
-    "temperature": 0.5, "top_p": 0.5, "stream": False, "logprobs": True, "top_logprobs": 2,
+    "model": BASE,
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_tokens": 3,
+    "n": 1,
+    "stop": ["w1"],
+    "seed": 1,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "stream": False,
+    "logprobs": True,
+    "top_logprobs": 2,
     "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
     "adapters": {"french": 0.5},
-}  # fmt: skip
+}
 TEXT = {
-    "model": "french", "prompt": ["a", "b"], "max_tokens": 2, "echo": True, "logprobs": 1, "n": 1, "stream": True,
+    "model": "french",
+    "prompt": ["a", "b"],
+    "max_tokens": 2,
+    "echo": True,
+    "logprobs": 1,
+    "n": 1,
+    "stream": True,
     "stream_options": {"include_usage": True},
-}  # fmt: skip
+}
 TOOLS = {
-    "model": BASE, "tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False, "stream": True,
+    "model": BASE,
+    "tools": [TOOL],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "stream": True,
     "max_tokens": 4,
     "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "assistant", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "a", "content": "b"},
     ],
-}  # fmt: skip
+}
 RESPONSES = {
-    "model": BASE, "instructions": "a", "max_output_tokens": 3, "stream": True, "text": {"format": {"type": "text"}},
-    "tools": [{"type": "function", "name": "f", "parameters": {}}], "tool_choice": "auto", "store": False, "input": [
+    "model": BASE,
+    "instructions": "a",
+    "max_output_tokens": 3,
+    "stream": True,
+    "text": {"format": {"type": "text"}},
+    "tools": [{"type": "function", "name": "f", "parameters": {}}],
+    "tool_choice": "auto",
+    "store": False,
+    "input": [
         {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
         {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "a", "output": "b"},
     ],
-}  # fmt: skip
+}
 MESSAGES = {
-    "model": BASE, "max_tokens": 3, "system": "a", "stop_sequences": ["w1"], "stream": True, "top_k": 2,
-    "tools": [{"name": "f", "input_schema": {}, "strict": True}], "tool_choice": {"type": "auto"}, "messages": [
+    "model": BASE,
+    "max_tokens": 3,
+    "system": "a",
+    "stop_sequences": ["w1"],
+    "stream": True,
+    "top_k": 2,
+    "tools": [{"name": "f", "input_schema": {}, "strict": True}],
+    "tool_choice": {"type": "auto"},
+    "messages": [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}],
+        },
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "b"}]},
     ],
-}  # fmt: skip
+}
 #: what may be beside the fields of a completion
 SAMPLING = {
-    "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "min_p": 0.1, "logit_bias": {"5": 1},
-    "min_tokens": 1, "stop_token_ids": [5], "bad_words": ["a"], "allowed_token_ids": [5, 6], "prompt_logprobs": 1,
-    "truncate_prompt_tokens": 9, "return_token_ids": True, "request_id": "a", "priority": 1, "ignore_eos": True,
-    "top_k": 3, "cache_salt": "a", "guided_choice": ["a", "b"], "return_tokens_as_token_ids": True,
-    "add_special_tokens": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-}  # fmt: skip
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "min_p": 0.1,
+    "logit_bias": {"5": 1},
+    "min_tokens": 1,
+    "stop_token_ids": [5],
+    "bad_words": ["a"],
+    "allowed_token_ids": [5, 6],
+    "prompt_logprobs": 1,
+    "truncate_prompt_tokens": 9,
+    "return_token_ids": True,
+    "request_id": "a",
+    "priority": 1,
+    "ignore_eos": True,
+    "top_k": 3,
+    "cache_salt": "a",
+    "guided_choice": ["a", "b"],
+    "return_tokens_as_token_ids": True,
+    "add_special_tokens": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+}
 FORMS = [
-    {"regex": "(a|b)*c"}, {"regex": "(x+x+)+y"}, {"choice": ["a", "bc"]}, {"grammar": 'root ::= "a" root | "b"'},
-    {"json": {"type": "object", "properties": {"a": {"type": "integer"}}}}, {"json_object": True},
-    {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}}}},
-    {"json": {"enum": list(range(200))}}, {"regex": "a{1,5000}"}, {"grammar": "start: start start | "},
+    {"regex": "(a|b)*c"},
+    {"regex": "(x+x+)+y"},
+    {"choice": ["a", "bc"]},
+    {"grammar": 'root ::= "a" root | "b"'},
+    {"json": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    {"json_object": True},
+    {
+        "json": {
+            "$ref": "#/$defs/a",
+            "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}},
+        }
+    },
+    {"json": {"enum": list(range(200))}},
+    {"regex": "a{1,5000}"},
+    {"grammar": "start: start start | "},
     {"json": {"type": "string", "pattern": "^(a+)+$", "maxLength": 3}},
-]  # fmt: skip
+]
 ROUTES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [CHAT, TOOLS, {**TOOLS, "tool_choice": "required"}],
-    "/v1/completions": [TEXT, {"model": BASE, "prompt": [5, 6], "max_tokens": 0, "prompt_logprobs": 0}],
+    "/v1/completions": [
+        TEXT,
+        {"model": BASE, "prompt": [5, 6], "max_tokens": 0, "prompt_logprobs": 0},
+    ],
     "/v1/responses": [RESPONSES],
     "/v1/messages": [MESSAGES],
-    "/v1/messages/count_tokens": [{name: MESSAGES[name] for name in ("model", "messages", "tools")}],
+    "/v1/messages/count_tokens": [
+        {name: MESSAGES[name] for name in ("model", "messages", "tools")}
+    ],
     "/tokenize": [
         {"prompt": "a", "add_special_tokens": True, "return_token_strs": True},
         {"messages": TOOLS["messages"], "tools": [TOOL], "chat_template_kwargs": {"a": False}},
@@ -89,23 +158,65 @@ ROUTES: dict[str, list[dict[str, Any]]] = {
     "/rerank": [{"model": BASE, "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}],
     "/v1/load_lora_adapter": [{"lora_name": "new", "lora_path": "french", "load_inplace": True}],
     "/v1/unload_lora_adapter": [{"lora_name": "new"}],
-}  # fmt: skip
+}
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 #: routes of encoders
 ENCODED = ("/v1/embeddings", "/score", "/rerank")
 
 #: values that stand in the place of others
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, -(2**70), 0.5, -0.0, 1e308, "", "a", "x" * 3000, "\x00", "\ud800",
-    "<|im_end|>", "\u202e𝕊", "{{ 7 * 7 }}", "../../etc", [], {}, [[]], [None], ["a"] * 300, list(range(400)), {"": {}},
-    {"a": {"a": {"a": {"a": []}}}}, {"type": "object"}, {"$ref": "#"}, {str(i): i for i in range(200)},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    -(2**70),
+    0.5,
+    -0.0,
+    1e308,
+    "",
+    "a",
+    "x" * 3000,
+    "\x00",
+    "\ud800",
+    "<|im_end|>",
+    "\u202e𝕊",
+    "{{ 7 * 7 }}",
+    "../../etc",
+    [],
+    {},
+    [[]],
+    [None],
+    ["a"] * 300,
+    list(range(400)),
+    {"": {}},
+    {"a": {"a": {"a": {"a": []}}}},
+    {"type": "object"},
+    {"$ref": "#"},
+    {str(i): i for i in range(200)},
+]
 NAMES = ["", "a", "model", "__class__", "stream", "user", "n", "tools", "\ud83d", "x" * 300]
 #: bytes that are no bodies, or hardly
 RAW = [
-    b"", b"{", b"null", b"[1]", b'"a"', b"\xff\xfe", b"{}" * 50, b'{"model": NaN}', b'{"model": "a", "model": "b"}',
-    b"[" * 3000, b'{"a":' * 500, b"\x1f\x8b\x08\x00", b'{"model": "\\ud800"}', b"1e999", b'{"n": 1e400}',
-]  # fmt: skip
+    b"",
+    b"{",
+    b"null",
+    b"[1]",
+    b'"a"',
+    b"\xff\xfe",
+    b"{}" * 50,
+    b'{"model": NaN}',
+    b'{"model": "a", "model": "b"}',
+    b"[" * 3000,
+    b'{"a":' * 500,
+    b"\x1f\x8b\x08\x00",
+    b'{"model": "\\ud800"}',
+    b"1e999",
+    b'{"n": 1e400}',
+]
 
 
 @dataclass(frozen=True)

@@ -250,8 +250,6 @@ def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
     return keyring
 
 
-
-
 def _check_vllm_flags(options: dict[str, Any]) -> None:
     """Raise ``ConfigError`` for flags that are of this server's own engine."""
     from veneer.errors import ConfigError, listing

@@ -2,7 +2,8 @@
 log are its own, and vLLM computes the answers.
 
     Guard ──▶ key, adapters of the body ──▶ Gate: whose turn ──▶ VllmAdapters: loaded in vLLM
-          ──▶ the same body, with vLLM's name of the adapter ──▶ vLLM ──▶ its answer, with the client's
+          ──▶ the same body, with vLLM's name of the adapter ──▶ vLLM ──▶ its answer, with the
+          client's
 
 Fields beside the model and the blend are vLLM's, and so are its answers and errors.
 """
@@ -62,10 +63,20 @@ log = logging.getLogger("veneer.serve")
 ROWS = 256
 #: routes whose body names a model, in vLLM as here
 FORWARDED = (
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
-    "/v1/messages/count_tokens", "/v1/embeddings", "/tokenize", "/detokenize", "/score", "/v1/score",
-    "/rerank", "/v1/rerank", "/v2/rerank",
-)  # fmt: skip
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+    "/score",
+    "/v1/score",
+    "/rerank",
+    "/v1/rerank",
+    "/v2/rerank",
+)
 #: routes that need no model in the body
 WITHOUT_MODEL = ("/tokenize", "/detokenize")
 #: fields by which vLLM would go on from what another key has sent
@@ -316,8 +327,8 @@ def lost() -> Refusal:
 def start(
     settings: Settings, keys: Keyring, ended: Callable[[int], None] = lambda code: None
 ) -> Service:
-    """Start vLLM, and what stands before it. ``Service.close`` ends both; ``ended`` is called if vLLM
-    ends by itself."""
+    """Start vLLM, and what stands before it. ``Service.close`` ends both; ``ended`` is called if
+    vLLM ends by itself."""
     must_have_keys_for_any_origin(settings, keys.open)
     check_parser(settings.tool_call_parser)
     program = vllm.program()
@@ -362,11 +373,22 @@ def start(
         raise
     catalogue.watch()
     return Service(
-        base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
-        metrics=metrics, length=card["max_model_len"], vocabulary=len(tokenizer), engine=engine,
-        sampling=SamplingDefaults(), timeout=settings.timeout, dtype=_dtype(settings, base) or "auto",
-        cors=settings.cors, tracer=tracer,
-    )  # fmt: skip
+        base=settings.name,
+        source=settings.base,
+        tokenizer=tokenizer,
+        bank=bank,
+        catalogue=catalogue,
+        keys=keys,
+        metrics=metrics,
+        length=card["max_model_len"],
+        vocabulary=len(tokenizer),
+        engine=engine,
+        sampling=SamplingDefaults(),
+        timeout=settings.timeout,
+        dtype=_dtype(settings, base) or "auto",
+        cors=settings.cors,
+        tracer=tracer,
+    )
 
 
 def _dtype(settings: Settings, base: str) -> str | None:
