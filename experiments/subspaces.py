@@ -21,7 +21,6 @@ from torch.nn.functional import cross_entropy
 
 import veneer
 from experiments import snips
-from experiments.plots import lines
 from experiments.study import (
     HU,
     SEEDS,
@@ -39,6 +38,7 @@ from experiments.training import warmup_schedule
 from veneer.adapter_files import read
 from veneer.errors import sentence
 from veneer.tools.intruders import leading_triples
+from veneer.tools.report import charts
 
 #: ends of the paths of q and v
 ENDS = {"q": "self.query", "v": "self.value"}
@@ -457,7 +457,7 @@ def draw(runs: Sequence[Run]) -> dict[str, str]:
         series[title] = [
             (i, statistics.mean(values_of(runs, pair, name, i))) for i in POINTS[:count]
         ]
-    return {"shared": lines(series, x="directions i", y="φ(i, i)", top=1.0)}
+    return {"shared": charts.lines_file(series, x="directions i", y="φ(i, i)", top=1.0)}
 
 
 def missing_data() -> str | None:
