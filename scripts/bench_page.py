@@ -310,14 +310,15 @@ def _in_short() -> list[str]:
 def _about_runner() -> list[str]:
     return (
         _paragraph(
-            "All arms of a case and the floor run in one process, each once in a round, in an order"
-            " that is drawn anew for each round. A case has several processes, and the range that is"
-            f" shown lies between these. A process whose floor was more than {runner.LIMIT:.0%} away"
-            " from its median in any round is thrown away for all arms and counted. Peaks of memory"
-            " and whole training runs have a process to themselves. A record names its commit and is"
-            " never changed; the latest is shown, whatever it says. Every raw time is in"
-            " `benchmarks/results/NAME/COMMIT.json`. What was expected before is in"
-            " `benchmarks/predictions.md`, to which lines are only added."
+            "All arms of a case and the floor run in one process, each once in a round, in "
+            "an order that is drawn anew for each round. A case has several processes, and "
+            "the range that is shown lies between these. A process whose floor was more "
+            f"than {runner.LIMIT:.0%} away from its median in any round is thrown away for "
+            "all arms and counted. Peaks of memory and whole training runs have a process "
+            "to themselves. A record names its commit and is never changed; the latest is "
+            "shown, whatever it says. Every raw time is in "
+            "`benchmarks/results/NAME/COMMIT.json`. What was expected before is in "
+            "`benchmarks/predictions.md`, to which lines are only added."
         )
         + _count_repeats()
     )
@@ -330,8 +331,8 @@ def _count_repeats() -> list[str]:
     if not rows:
         return []
     text = (
-        f"{sum(again is not None for _, again in pairs)} of {len(pairs)} cases were recorded a second"
-        f" time, from a fresh clone of the same commit: {sum(row[-1] for row in rows)} of"
+        f"{sum(again is not None for _, again in pairs)} of {len(pairs)} cases were recorded a"
+        f" second time, from a fresh clone of the same commit: {sum(row[-1] for row in rows)} of"
         f" {len(rows)} medians of the second record lie in the range of the first. Both are in"
         " the details of each case."
     )

@@ -20,7 +20,12 @@ BODIES = {
     "/detokenize": ("serve.tokenize.protocol", ["DetokenizeRequest"]),
     "/score": (
         "pooling.scoring.protocol",
-        ["ScoreTextRequest", "ScoreDataRequest", "ScoreQueriesDocumentsRequest", "ScoreQueriesItemsRequest"],
+        [
+            "ScoreTextRequest",
+            "ScoreDataRequest",
+            "ScoreQueriesDocumentsRequest",
+            "ScoreQueriesItemsRequest",
+        ],
     ),
     "/rerank": ("pooling.scoring.protocol", ["RerankRequest"]),
 }  # fmt: skip

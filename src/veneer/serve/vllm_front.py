@@ -339,20 +339,15 @@ def start(
     tracer = open_tracer(settings.otlp_endpoint, settings.name)
     folder = tempfile.TemporaryDirectory(prefix="veneer-vllm-")
     socket = Path(folder.name) / "socket"
-    rows = None if settings.rows == Settings.rows else settings.rows
-    line = vllm.command(
-        base,
-        socket,
-        rank,
-        name=settings.name,
-        length=None if settings.length == Settings.length else settings.length,
-        rows=rows,
-        dtype=_dtype(settings, base),
-        tool_call_parser=settings.tool_call_parser or detect_parser(tokenizer.chat_template),
-        more=["--trust-remote-code"] if settings.trust_remote_code else [],
-    )
+    line = _command_line(settings, base, socket, rank, tokenizer)
     engine = VllmProcess(
-        [program, *line[1:]], socket, rows or ROWS, settings.queue, settings.timeout, ended, folder
+        [program, *line[1:]],
+        socket,
+        _row_limit(settings) or ROWS,
+        settings.queue,
+        settings.timeout,
+        ended,
+        folder,
     )
     try:
         engine.start()
@@ -388,6 +383,27 @@ def start(
         dtype=_dtype(settings, base) or "auto",
         cors=settings.cors,
         tracer=tracer,
+    )
+
+
+def _row_limit(settings: Settings) -> int | None:
+    """The number of rows that vLLM is told; None leaves it the choice."""
+    return None if settings.rows == Settings.rows else settings.rows
+
+
+def _command_line(
+    settings: Settings, base: str, socket: Path, rank: int, tokenizer: Any
+) -> list[str]:
+    return vllm.command(
+        base,
+        socket,
+        rank,
+        name=settings.name,
+        length=None if settings.length == Settings.length else settings.length,
+        rows=_row_limit(settings),
+        dtype=_dtype(settings, base),
+        tool_call_parser=settings.tool_call_parser or detect_parser(tokenizer.chat_template),
+        more=["--trust-remote-code"] if settings.trust_remote_code else [],
     )
 
 
