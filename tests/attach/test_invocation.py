@@ -197,6 +197,9 @@ def test_a_saved_adapter_is_the_same_for_peft(root, tmp_path, kind):
     path = handle.save(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(fresh(kind), path).double().eval()
     assert theirs.peft_config["default"].alora_invocation_tokens == [1, 2]
+    card = (path / "README.md").read_text()
+    assert "from its invocation `[1, 2]` on" in card
+    assert "vLLM cannot serve it" in card
     again, batch = fresh(kind), batch_of("in some rows")
     loaded = veneer.load(again, path)
     assert loaded.config.invocation_tokens == (1, 2)

@@ -190,6 +190,8 @@ class _Card:
             f" {self.config['lora_alpha']:g}. It holds the change of some weights of its base, and"
             " is of no use without it."
         )
+        if tokens := self.config.get("alora_invocation_tokens"):
+            text += f" It acts on the tokens from its invocation {_code(tokens)} on (aLoRA)."
         if kinds:
             listed = [f"{_code(kind)} × {count}" for kind, count in kinds.items()]
             text += f" It changes {len(paths)} weights: {_abbreviate(listed, 24)}."
