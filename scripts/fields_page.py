@@ -1,6 +1,6 @@
 """The table of docs/serving.md that has each field of vLLM's bodies beside what this server does
-with it: vLLM's are those of `vllm_fields.json`, which an installed vLLM was asked for; ours are read
-off the bodies that the routes take, and tests/serve/test_fields.py sends each of them."""
+with it: vLLM's are those of `vllm_fields.json`, which an installed vLLM was asked for; ours are
+read off the bodies that the routes take, and tests/serve/test_fields.py sends each of them."""
 
 from __future__ import annotations
 

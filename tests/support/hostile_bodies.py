@@ -1,7 +1,7 @@
 """Bodies of the server's API: right ones for each route, and hostile ones that are made of them.
 
-Body number i of a seed is the same each time (``hostile_request``), so one that breaks something can
-be sent again alone.
+Body number i of a seed is the same each time (``hostile_request``), so one that breaks something
+can be sent again alone.
 """
 
 from __future__ import annotations

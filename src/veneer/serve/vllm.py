@@ -33,8 +33,8 @@ ADVICE = (
 
 
 def largest_rank(adapters: Mapping[str, Path]) -> int:
-    """The ``--max-lora-rank`` for some adapter folders by name, and for blends of two of them, whose
-    ranks add up. ``AdapterError`` names each adapter that vLLM cannot load, and why."""
+    """The ``--max-lora-rank`` for some adapter folders by name, and for blends of two of them,
+    whose ranks add up. ``AdapterError`` names each adapter that vLLM cannot load, and why."""
     ranks, problems = [], []
     for adapter, path in adapters.items():
         problems += [

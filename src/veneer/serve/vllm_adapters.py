@@ -5,9 +5,9 @@
     blend  → composed of such copies into a folder → the same
 
 vLLM reads the files of an adapter again whenever it comes back to memory, and trusts them: so they
-are copies that nobody else writes. Each has a name in vLLM that no client can guess. Another adapter
-under a name is another copy; requests that run end with the one that they began with, and vLLM's
-cache of prefixes, which goes by these names, never mixes them.
+are copies that nobody else writes. Each has a name in vLLM that no client can guess. Another
+adapter under a name is another copy; requests that run end with the one that they began with, and
+vLLM's cache of prefixes, which goes by these names, never mixes them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Registered:
 
 @dataclass(eq=False)
 class Loaded:
-    """An adapter or a blend in vLLM, under ``name``. ``stale``: none of its next requests use it."""
+    """An adapter or a blend in vLLM, under ``name``. ``stale``: none of its next requests use
+    it."""
 
     name: str
     key: Key
@@ -74,8 +75,9 @@ class Lease:
 
 
 class VllmAdapters:
-    """``base``: the folder of the base. ``folder``: where copies are kept. ``rank``: the largest that
-    vLLM takes. ``budget``: bytes of adapter files that vLLM may have loaded. Any thread may call."""
+    """``base``: the folder of the base. ``folder``: where copies are kept. ``rank``: the largest
+    that vLLM takes. ``budget``: bytes of adapter files that vLLM may have loaded. Any thread may
+    call."""
 
     crowded = False
 
@@ -262,8 +264,8 @@ class VllmAdapters:
         return folder
 
     def _make_room(self, nbytes: int) -> None:
-        """Unload what was used longest ago, so that one more fits. ``BankFullError``: the others are
-        in use."""
+        """Unload what was used longest ago, so that one more fits. ``BankFullError``: the others
+        are in use."""
         while True:
             with self._lock:
                 total = sum(loaded.nbytes for loaded in self._loaded.values()) + nbytes

@@ -316,8 +316,8 @@ def lost() -> Refusal:
 def start(
     settings: Settings, keys: Keyring, ended: Callable[[int], None] = lambda code: None
 ) -> Service:
-    """Start vLLM, and what stands before it. ``Service.close`` ends both; ``ended`` is called if vLLM
-    ends by itself."""
+    """Start vLLM, and what stands before it. ``Service.close`` ends both; ``ended`` is called if
+    vLLM ends by itself."""
     must_have_keys_for_any_origin(settings, keys.open)
     check_parser(settings.tool_call_parser)
     program = vllm.program()

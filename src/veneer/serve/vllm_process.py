@@ -39,8 +39,8 @@ FOLLOW = (
 
 class VllmProcess:
     """vLLM, as the ``engine`` of a ``Service``. ``line``: its command line; ``address``: the socket
-    at which it listens; ``lost`` is called, in a thread, if it ends by itself; ``folder``, a temporary one, is
-    removed at the end."""
+    at which it listens; ``lost`` is called, in a thread, if it ends by itself; ``folder``, a
+    temporary one, is removed at the end."""
 
     def __init__(
         self, line: Sequence[str], address: Path, rows: int, queue: int, timeout: float,
@@ -109,8 +109,8 @@ class VllmProcess:
         return self.gate.waiting
 
     def post(self, path: str, body: Any) -> tuple[int, str]:
-        """Status and text of the answer to a request of our own, from any thread. ``OSError``: there
-        is none."""
+        """Status and text of the answer to a request of our own, from any thread. ``OSError``:
+        there is none."""
         try:
             answer = self._blocking.post(path, json=body)
         except httpx.HTTPError as error:

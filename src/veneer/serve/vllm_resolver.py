@@ -58,8 +58,8 @@ class Found(NamedTuple):
 
 
 class BaseProofs:
-    """Proofs that a base is the one that an adapter's record speaks of. Each weight of a base is read
-    once. Several threads may ask at once."""
+    """Proofs that a base is the one that an adapter's record speaks of. Each weight of a base is
+    read once. Several threads may ask at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

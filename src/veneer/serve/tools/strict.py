@@ -3,8 +3,8 @@ that has begun keeps to its tool's schema.
 
     hermes   text <tool_call> {"name": "f", "arguments": ⟨the schema of f⟩} </tool_call> text …
 
-The notation is the family's own, so a model goes on as it was trained to. A call names a tool of the
-request; the arguments of a tool that is not strict are any object. Keywords of a schema that
+The notation is the family's own, so a model goes on as it was trained to. A call names a tool of
+the request; the arguments of a tool that is not strict are any object. Keywords of a schema that
 llguidance does not know are left out, as a client may send all of JSON schema here. In Qwen 3
 Coder's notation a text is bound by its enum alone.
 
@@ -69,8 +69,8 @@ class _Writer:
         return f"<[{self._special[text]}]>" if text in self._special else json.dumps(text)
 
     def between_texts(self, tag: str, call: str, free_tags: Sequence[str] = ()) -> str:
-        """Rules of an answer in which ``call`` follows each ``tag``. Special tokens of ``free_tags``
-        may stand in the text."""
+        """Rules of an answer in which ``call`` follows each ``tag``. Special tokens of
+        ``free_tags`` may stand in the text."""
         marks = " | ".join(self.tag(mark) for mark in free_tags if mark in self._special)
         before = f"(TEXT ({marks}))* " if marks else ""
         rules = f"start: (head call)* {before}TEXT\ncall: {call}\n"
