@@ -1,5 +1,5 @@
-"""The grammar of answers with strict tools: text is free, a call that has begun keeps to its schema,
-and whatever the grammar allows is read by the family's parser as calls that are valid."""
+"""The grammar of answers with strict tools: text is free, a call that has begun keeps to its
+schema, and whatever the grammar allows is read by the family's parser as calls that are valid."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`--engine vllm`: keys, adapters with proof, blends and budgets in front of a vLLM, which is a small
-program here (`tests/support/fake_vllm.py`)."""
+"""`--engine vllm`: keys, adapters with proof, blends and budgets in front of a vLLM, which is a
+small program here (`tests/support/fake_vllm.py`)."""
 
 from __future__ import annotations
 

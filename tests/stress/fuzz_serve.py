@@ -1,7 +1,7 @@
 """Hostile bodies for a server with a tiny model: `python -m tests.stress.fuzz_serve --seed 1`.
 
-No answer may be an error of the server, none may hang, and memory stays flat. A body that breaks one
-of these is named by its number, and `--only NUMBER` sends it alone.
+No answer may be an error of the server, none may hang, and memory stays flat. A body that breaks
+one of these is named by its number, and `--only NUMBER` sends it alone.
 """
 
 from __future__ import annotations

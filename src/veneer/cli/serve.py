@@ -275,10 +275,12 @@ def _serve_here(
     import logging
 
     from veneer.cli.console import err
-    from veneer.serve import api, start, vllm, vllm_front
+    from veneer.serve import api, start, vllm
 
     log = logging.getLogger("veneer.serve")
     if engine == "vllm":
+        from veneer.serve import vllm_front
+
         log.info("Starting vLLM for %s; its own words follow", settings.base)
         service = vllm_front.start(settings, keyring, _end_with_vllm)
         create = vllm_front.create
