@@ -25,6 +25,8 @@ from runner import Arms, Case
 FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, a process each", "vllm"
 BEFORE = "veneer, an earlier commit"
 LENGTH = 1024
+#: the adapter with invocation tokens of the case `prefix`, and these tokens
+INVOKED, INVOCATION = "invoked", (5, 6, 7)
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ class Alone:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         layers = 2 if tiny else layers
         self.adapters = place.make(folder, dtype, 2, layers=layers, tiny=tiny, merged=False)
+        if cached:
+            place.add_invoked(folder, INVOKED, INVOCATION)
         self.vocabulary = 96 if tiny else 49152 * layers // 30
         self.groups: dict[str, ServerGroup] = {}
         for name in (OURS, VLLM) if "VLLM" in os.environ else (OURS,):
@@ -215,7 +219,8 @@ class Alone:
 def prefix_arms(
     stack: contextlib.ExitStack, seed: int, dtype: str, layers: int, prompt: int, tiny: bool = False
 ) -> Arms:
-    """Seconds to the first token: of a prompt that is new, and of one that was asked before."""
+    """Seconds to the first token: of a prompt that is new, of one that was asked before, and of one
+    that the base has answered before an adapter with invocation tokens is asked."""
     from serve_cases import client
 
     alone, numbers = Alone(stack, dtype, layers, tiny, cached=True), itertools.count()
@@ -232,6 +237,15 @@ def prefix_arms(
     for name in alone.groups:
         arms[f"{name}, first time"] = arm(name, lambda: next(numbers))
         arms[f"{name}, again"] = arm(name, lambda: -1)
+
+    async def switch(url: str) -> float:
+        ids = client.prompt((seed, next(numbers)), prompt, prompt, alone.vocabulary)
+        async with client.session() as http:
+            await client.ask(http, url, client.body("base", ids, 2))
+            request = client.body(INVOKED, [*ids, *INVOCATION], 2)
+            return (await client.ask(http, url, request)).first
+
+    arms[f"{OURS}, after the base, aLoRA"] = lambda: {"wall": alone.run(OURS, switch)}
     return arms
 
 
@@ -392,14 +406,15 @@ PREFIX = Case(
     " CPU build ($VLLM)",
     f"{OURS}, first time",
     [
-        {"threads": "default", "dtype": dtype, "layers": 6, "prompt": 1800}
+        {"threads": "default", "dtype": dtype, "layers": 30, "prompt": 1800}
         for dtype in ("float32", "bfloat16")
     ],
     prefix_arms,
     {"tiny": True, "prompt": 40},
     shown={"wall": ("to the first token", "ratio")},
+    rounds=3,
     group="serve",
-    minutes=5,
+    minutes=12,
     lacks=missing,
 )
 GAP = Case(
@@ -415,7 +430,7 @@ GAP = Case(
             "dtype": dtype,
             "layers": 6,
             "streams": 8,
-            "tokens": 96,
+            "tokens": 64,
             "prompt": 1800,
         }
         for dtype in ("float32", "bfloat16")
@@ -427,6 +442,7 @@ GAP = Case(
         "gap p50": ("between two, ms, p50", ",.0f"),
         "gap p95": ("between two, ms, p95", ",.0f"),
     },
+    rounds=3,
     group="serve",
     minutes=8,
     lacks=missing,

@@ -10,6 +10,7 @@ tokens it got: no server has to hold back half a character.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -70,6 +71,21 @@ def make(
                 model=plain,
             )
     return names
+
+
+def add_invoked(folder: Path, name: str, invocation: Sequence[int]) -> None:
+    """Write ``adapters/NAME``, which acts from these tokens on, for the base of ``make``."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
+    config = veneer.LoraConfig(rank=RANK, invocation_tokens=tuple(invocation))
+    handle = veneer.attach(model, config)
+    generator = torch.Generator().manual_seed(2)
+    for change in handle.changes.values():
+        for value in change.parameters():
+            value.data.normal_(0, 0.02, generator=generator)
+    handle.save(folder / "adapters" / name)
 
 
 def _tokenizer(size: int):
