@@ -473,9 +473,9 @@ def test_an_adapted_linear_layer_makes_few_calls():
     layer = nn.Linear(8, 8)
     assert calls(layer, torch.randn(2, 3, 8)) <= 9
     veneer.attach(layer, veneer.LoraConfig(rank=2))
-    assert calls(layer, torch.randn(2, 3, 8)) <= 23
+    assert calls(layer, torch.randn(2, 3, 8)) <= 25
     with torch.no_grad():
-        assert calls(layer, torch.randn(1, 1, 8)) <= 23
+        assert calls(layer, torch.randn(1, 1, 8)) <= 25
 
 
 def test_the_plan_forms_weights_for_many_tokens_in_float32_only():

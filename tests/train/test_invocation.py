@@ -41,7 +41,6 @@ def make(tmp_path):
     return run
 
 
-@pytest.mark.usefixtures("asked_here")
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}])
 def test_the_adapter_of_a_run_acts_from_the_text_on(make, changes):
     config = make(**changes)
