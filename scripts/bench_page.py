@@ -243,7 +243,11 @@ def page() -> str:
     ]
     for name, case in cases.items():
         recorded = runner.records(name, RESULTS)
-        about = recorded[-1]["about"] if recorded else case.about
+        about = (
+            case.about
+            if not recorded or _is_same_work(recorded[-1], case)
+            else recorded[-1]["about"]
+        )
         lines += [f"## {TITLES[name]}", "", *_paragraph(f"{about} (`{name}`)")]
         lines += _record_section(recorded) if recorded else ["Not recorded by the runner yet.", ""]
     lines += [
@@ -252,6 +256,11 @@ def page() -> str:
         *_recorded_before(),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _is_same_work(result: Mapping[str, Any], case: Any) -> bool:
+    """Whether a record is of the settings that the case has now, so that its words apply."""
+    return [entry["setting"] for entry in result["cases"]] == [*map(dict, case.settings)]
 
 
 def plots() -> dict[str, str]:
@@ -362,7 +371,9 @@ def _record_section(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
                 "",
                 *table(["", *(title for title, _ in shown.values())], rows),
             ]
-    lines = [*_paragraph(f"Equal: {result['equal']}."), *_paragraph(_provenance(result)), *lines]
+    case = _known_cases()[result["name"]]
+    equal = case.equal if _is_same_work(result, case) else result["equal"]
+    lines = [*_paragraph(f"Equal: {equal}."), *_paragraph(_provenance(result)), *lines]
     lines += [*_history(recorded), *_repeat_section(result)]
     return [*picture, *_details("Numbers, machine and history", lines)]
 
