@@ -80,10 +80,12 @@ class LayerRows:
                 if layer_adapter is None:
                     outputs.append(method_of(base, method)(module, *row_args, **row_kwargs))
                 else:
-                    row_call = call._replace(
-                        args=row_args, kwargs=row_kwargs, share=False, seed=seed
+                    # no name for the call: it would hold these rows while the next are taken
+                    outputs.append(
+                        layer_adapter.run(
+                            call._replace(args=row_args, kwargs=row_kwargs, share=False, seed=seed)
+                        )
                     )
-                    outputs.append(layer_adapter.run(row_call))
         return kind.put(module, outputs, spread(order, tokens or 1))
 
     def _run_single(self, call: Call) -> Any:
