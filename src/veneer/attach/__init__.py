@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         install_adapter,
         open_bank,
     )
+    from veneer.attach.invocation import find_starts
     from veneer.attach.layer.adapted_module import layer_states, state_of, walk, with_values
     from veneer.attach.layer.call import Call
     from veneer.attach.layer.change import Change
@@ -131,6 +132,7 @@ _LAZY = {
     # an adapted layer
     "Change": "layer.change",  # the change of one weight: its parameters, and ΔW from these
     "Call": "layer.call",  # one call of an adapted module
+    "find_starts": "invocation",  # where the last occurrence of invocation tokens begins
     "InvokedAdapter": "layer.invoked_adapter",  # a LayerAdapter that acts from an invocation on
     "LayerAdapter": "layer.layer_adapter",  # what one adapter changes at one layer
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from veneer.attach import find_starts
 from veneer.models.decode.slots import Row
 from veneer.serve.prefixes import Namespace
 from veneer.serve.prompt_scores import PromptScore
@@ -20,13 +23,6 @@ log = logging.getLogger("veneer.serve")
 
 Deliver = Callable[[Piece], None]
 Wake = Callable[[], None]
-
-
-def _last_occurrence(prompt: Sequence[int], tokens: tuple[int, ...]) -> float:
-    """Where these tokens stand last in a prompt; infinity if they do not."""
-    starts = range(len(prompt) - len(tokens), -1, -1)
-    matches = (start for start in starts if tuple(prompt[start : start + len(tokens)]) == tokens)
-    return next(matches, math.inf)
 
 
 class RequestState:
@@ -96,7 +92,8 @@ class RequestState:
             names = ", ".join(repr(name) for name in lease.adapter_weights)
             problem = f"a blend of {names}, of which one has invocation tokens"
             raise RequestError(problem, "adapters that act on every token", "ask for one of them")
-        self.acts_from = _last_occurrence(self.request.prompt, tokens) if tokens else 0
+        start = find_starts(torch.tensor([self.request.prompt]), tokens)[0] if tokens else 0
+        self.acts_from = math.inf if start is None else start
         self.lease = lease
 
     @property
