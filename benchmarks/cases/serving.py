@@ -23,7 +23,8 @@ from typing import Any
 from runner import Arms, Case
 
 FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, a process each", "vllm"
-BEFORE = "veneer, an earlier commit"
+#: the arm of an earlier commit is called by it
+EARLIER = "veneer at "
 LENGTH = 1024
 #: the adapter with invocation tokens of the case `prefix`, and these tokens
 INVOKED, INVOCATION = "invoked", (5, 6, 7)
@@ -59,9 +60,9 @@ def command_of(
     limits = ["--rows", str(rows), "--length", str(length)]
     if name in (OURS, MERGED):  # rounds repeat their prompts
         limits += [] if cached else ["--no-prefix-cache"]
-    if name in (OURS, BEFORE):
+    if name == OURS or name.startswith(EARLIER):
         more = ["--adapters", str(folder / "adapters"), "--precision", "stored"]
-        tree = {"PYTHONPATH": f"{os.environ['BEFORE']}/src"} if name == BEFORE else {}
+        tree = {} if name == OURS else {"PYTHONPATH": f"{os.environ['BEFORE']}/src"}
         return [*ours, str(folder / "base"), *more, *limits], {"env": tree}
     if name == MERGED:  # each serves the model that its adapter was merged into
         more = ["--name", adapters[number], "--precision", "stored"]
@@ -93,6 +94,14 @@ def command_of(
         ], {"ready": "/health", "env": vllm_environment(python), "seconds": 900}
     peer = str(Path(__file__).parent.parent / "serve_cases" / "peers.py")
     return [sys.executable, peer, str(folder), *limits], {}
+
+
+def earlier_arms() -> list[str]:
+    """The arm of the commit whose tree $BEFORE names, if it names one."""
+    if "BEFORE" not in os.environ:
+        return []
+    command = ["git", "-C", os.environ["BEFORE"], "rev-parse", "--short=12", "HEAD"]
+    return [EARLIER + subprocess.check_output(command, text=True).strip()]
 
 
 def vllm_environment(python: Path) -> dict[str, str]:
@@ -149,9 +158,8 @@ def serve_arms(
         return group
 
     groups = {FLOOR: start(FLOOR, 1), OURS: start(OURS, 1), MERGED: start(MERGED, adapters)}
-    for name, variable in ((VLLM, "VLLM"), (BEFORE, "BEFORE")):
-        if variable in os.environ:
-            groups[name] = start(name, 1)
+    for name in (VLLM, *earlier_arms()) if "VLLM" in os.environ else earlier_arms():
+        groups[name] = start(name, 1)
     reference: list[Any] = []
 
     def arm(group: ServerGroup) -> Callable[[], Mapping[str, float]]:
@@ -163,9 +171,8 @@ def serve_arms(
             held = servers.memory(group.servers)
             group.signal(signal.SIGSTOP)
             report = client.summary(answers, seconds, tokens)
-            reference[:] = (
-                reference or answers
-            )  # those of the floor, which is the first arm to warm up
+            # the first arm to warm up is the floor
+            reference[:] = reference or answers
             return {
                 "wall": seconds,
                 "rate": report["rate"],
@@ -345,6 +352,11 @@ def long_row_arms(
     return arms
 
 
+def in_both_dtypes(**setting: Any) -> list[dict[str, Any]]:
+    dtypes = ("float32", "bfloat16")
+    return [{"threads": "default", "dtype": dtype, **setting} for dtype in dtypes]
+
+
 def missing() -> str | None:
     python = os.environ.get("VLLM")
     if (
@@ -360,28 +372,15 @@ def missing() -> str | None:
 SERVE = Case(
     "serve",
     "32 clients over 8 adapters on one base of SmolLM2-135M's shape (6 of 30 layers) over HTTP, "
-    "prompts "
-    "of 32 to 256 tokens, 32 tokens to each.",
+    "prompts of 32 to 256 tokens, 32 tokens to each.",
     "base, adapters of rank 8, prompts and number of tokens, greedy, 32 rows, all cores; `merged` "
-    "are eight models "
-    "merged before, each behind a `veneer serve` of its own; `vllm` is its CPU build ($VLLM), told "
-    "the dtype; `alike` "
-    "is the share of tokens that are PEFT's up to the first that differs",
+    "are eight models merged before, each behind a `veneer serve` of its own; `vllm` is its CPU "
+    "build ($VLLM), told the dtype; `alike` is the share of tokens that are PEFT's up to the first "
+    "that differs",
     FLOOR,
-    [
-        {
-            "threads": "default",
-            "dtype": dtype,
-            "adapters": 8,
-            "clients": 32,
-            "turns": 1,
-            "tokens": 32,
-            "prompts": [32, 256],
-            "rows": 32,
-            "layers": 6,
-        }
-        for dtype in ("float32", "bfloat16")
-    ],
+    in_both_dtypes(
+        adapters=8, clients=32, turns=1, tokens=32, prompts=[32, 256], rows=32, layers=6
+    ),
     serve_arms,
     {"tiny": True, "adapters": 2, "clients": 4, "tokens": 8, "prompts": [4, 12], "rows": 4},
     shown={
@@ -406,10 +405,7 @@ PREFIX = Case(
     " has answered the prompt, and an adapter is asked that its last three tokens invoke; `vllm` is"
     " its CPU build ($VLLM)",
     f"{OURS}, first time",
-    [
-        {"threads": "default", "dtype": dtype, "layers": 30, "prompt": 1800}
-        for dtype in ("float32", "bfloat16")
-    ],
+    in_both_dtypes(layers=30, prompt=1800),
     prefix_arms,
     {"tiny": True, "prompt": 40},
     shown={"wall": ("to the first token", "ratio")},
@@ -425,17 +421,7 @@ GAP = Case(
     "the same base, prompts and threads, 16 rows, prefix caches off; a prompt arrives when the one "
     "before is answered; `vllm` is its CPU build ($VLLM)",
     f"{OURS}, alone",
-    [
-        {
-            "threads": "default",
-            "dtype": dtype,
-            "layers": 6,
-            "streams": 8,
-            "tokens": 64,
-            "prompt": 1800,
-        }
-        for dtype in ("float32", "bfloat16")
-    ],
+    in_both_dtypes(layers=6, streams=8, tokens=64, prompt=1800),
     gap_arms,
     {"tiny": True, "streams": 2, "tokens": 8, "prompt": 40},
     shown={
@@ -456,17 +442,7 @@ LONG_ROW = Case(
     "the long one; `together`: all in one batch; memory is the server's after the last answer, "
     "beside that before the first",
     f"{OURS}, apart",
-    [
-        {
-            "threads": "default",
-            "dtype": dtype,
-            "layers": 6,
-            "streams": 16,
-            "tokens": 64,
-            "prompt": 1800,
-        }
-        for dtype in ("float32", "bfloat16")
-    ],
+    in_both_dtypes(layers=6, streams=16, tokens=64, prompt=1800),
     long_row_arms,
     {"tiny": True, "streams": 3, "tokens": 8, "prompt": 40},
     shown={
