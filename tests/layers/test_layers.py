@@ -428,3 +428,20 @@ def test_weights_of_one_module_may_have_changes_of_different_ranks(module, tmp_p
     again = veneer.load(fresh, tmp_path / "adapter")
     loaded = dict(again.named_parameters())
     assert all(torch.equal(number, loaded[name]) for name, number in handle.named_parameters())
+
+
+def test_a_kind_says_which_of_its_methods_is_missing():
+    class Unfinished(Layer):
+        name = "unfinished"
+
+        def types(self):
+            return ()
+
+        def examples(self):
+            return iter(())
+
+    kind, x = Unfinished(), torch.ones(1)
+    calls = {"op": (x, x, None), "update": (x, None, None), "inputs": ("weight", ())}
+    for method, arguments in calls.items():
+        with pytest.raises(NotImplementedError, match=rf"'unfinished'.*{method}\(\).*Unfinished"):
+            getattr(kind, method)(None, *arguments)

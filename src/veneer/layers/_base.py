@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from veneer.errors import sentence
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
 
@@ -118,16 +119,22 @@ class Layer(ABC):
         """Why this module cannot carry an adapter, or None."""
         return None
 
+    def _undefined(self, method: str) -> NotImplementedError:
+        problem = f"the layer kind {self.name!r}, whose class defines no {method}()"
+        return NotImplementedError(
+            sentence(problem, "one that its forward needs", f"define it in {type(self).__name__}")
+        )
+
     # The factored path: a kind that is linear in its one weight overrides `op` and `update`.
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The class's own forward, on ``weight`` and ``bias`` in place of the module's."""
-        raise NotImplementedError
+        raise self._undefined("op")
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         """``y + op(x; ΔW)`` through the bottleneck (``op(x; ΔW)`` alone if y is None), in the dtype
         of x."""
-        raise NotImplementedError
+        raise self._undefined("update")
 
     def fused(
         self,
@@ -155,7 +162,7 @@ class Layer(ABC):
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         """The rows that ΔW of this weight (of a child's by its path below) multiplies in a call
         with these arguments, [g, tokens, in]."""
-        raise NotImplementedError
+        raise self._undefined("inputs")
 
     # The materialised path runs the module's own forward on a view of it.
 
