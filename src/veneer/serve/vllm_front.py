@@ -2,8 +2,8 @@
 log are its own, and vLLM computes the answers.
 
     Guard ──▶ key, adapters of the body ──▶ Gate: whose turn ──▶ VllmAdapters: loaded in vLLM
-          ──▶ the same body, with vLLM's name of the adapter ──▶ vLLM ──▶ its answer, with the
-          client's
+          ──▶ the same body, with vLLM's name of the adapter ──▶ vLLM
+          ──▶ its answer, with the client's name
 
 Fields beside the model and the blend are vLLM's, and so are its answers and errors.
 """
