@@ -282,6 +282,16 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
     return reading
 
 
+async def await_or_undo(work: asyncio.Future[T], undo: Callable[[T], object]) -> T:
+    """The result of ``work``, which goes on if the caller is cancelled; its result is undone
+    then."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        work.add_done_callback(lambda done: done.exception() or undo(done.result()))
+        raise
+
+
 async def unless_gone(request: Request, work: Any) -> Any:
     """The result of ``work``. ``Refusal``: the client went away first, and the work is
     cancelled."""

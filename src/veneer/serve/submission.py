@@ -4,7 +4,6 @@ client goes away."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -13,7 +12,7 @@ from veneer.serve import limits
 from veneer.serve.access import Key
 from veneer.serve.answers import Answers
 from veneer.serve.requests import Request as Job
-from veneer.serve.service import Service, in_text_thread
+from veneer.serve.service import Service, await_or_undo, in_text_thread
 
 
 async def submit(service: Service, key: Key, jobs: list[Job]) -> Answers:
@@ -35,20 +34,12 @@ async def submit(service: Service, key: Key, jobs: list[Job]) -> Answers:
     if jobs[0].sampling.schema is None and jobs[0].sampling.grammar is None:
         return submit_all()
     try:
-        return await _submit_with_schema(service, submit_all)
+        # a schema is compiled when it is submitted, with the tokenizer: in that one's thread
+        submission = in_text_thread(service, limits.READING_SCHEMA, submit_all)
+        return await await_or_undo(submission, Answers.cancel)
     except Exception:
         if charge is not None:
             charge(0)  # too much waits to be read; after ``submit_all`` it changes nothing
-        raise
-
-
-async def _submit_with_schema(service: Service, submit: Callable[[], Answers]) -> Answers:
-    """A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
-    submission = in_text_thread(service, limits.READING_SCHEMA, submit)
-    try:
-        return await asyncio.shield(submission)
-    except asyncio.CancelledError:
-        submission.add_done_callback(lambda done: done.exception() or done.result().cancel())
         raise
 
 

@@ -47,6 +47,7 @@ from veneer.serve.service import (
     Route,
     Service,
     Serving,
+    await_or_undo,
     beside_loop,
     requested_adapters,
     unless_gone,
@@ -214,11 +215,7 @@ class Call:
 
     async def _load(self) -> Lease:
         loading = asyncio.ensure_future(asyncio.to_thread(self.service.bank.acquire, self.blend))
-        try:
-            return await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            loading.add_done_callback(lambda done: done.exception() or done.result().release())
-            raise
+        return await await_or_undo(loading, Lease.release)
 
     async def _send(self, lease: Lease) -> httpx.Response:
         record = CURRENT.get()
