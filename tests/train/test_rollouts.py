@@ -19,6 +19,8 @@ from tests.support.tasks import config_of
 from tests.support.tiny import tiny_model
 
 import veneer
+from veneer import context
+from veneer.attach import adapters_of
 from veneer.models.decode import continuations as engine
 from veneer.models.decode.forward import Forward
 from veneer.train import generate
@@ -196,6 +198,24 @@ def test_the_model_is_tried_once_and_again_after_a_change(monkeypatch):
     by_engine, by_generate = both_ways(model.double(), UNEQUAL)
     assert by_engine == by_generate
     assert len(tried) == 2
+
+
+def test_the_base_is_tried_without_its_adapters():
+    """A trained adapter may amplify the rounding of bf16 beyond the trial's bound."""
+    model, used = make("llama"), []
+    random_adapter(model, "default", 1)
+    uid = adapters_of(model).uid
+
+    def note_selection(module: Any, inputs: Any) -> None:
+        chosen = context.current.selection.get(uid)
+        used.append("default" if chosen is None else chosen.name)
+
+    model.model.layers[0].register_forward_pre_hook(note_selection)
+    engine.open_forward(model, 9).close()
+    assert used
+    assert set(used) == {None}
+    both_ways(model, UNEQUAL[:2])
+    assert used[-1] == "default"
 
 
 # ---- and nothing is left behind

@@ -14,11 +14,13 @@ from __future__ import annotations
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.attach import adapters_of, use
 from veneer.errors import ConfigError
 from veneer.models.decode.forward import TOGETHER, Forward
 from veneer.models.decode.row_memory import LayerForm, Row
@@ -42,8 +44,9 @@ Sample = Callable[[Tensor, Sequence[int]], list[int]]
 
 def open_forward(model: Any, length: int) -> Forward:
     """A ``Forward`` of a model of transformers in eval mode, for rows of up to ``length`` tokens.
-    ``close`` gives the model back as it was. Its calls are tried beside the model's own forward
-    once, and again after a change of its attention, dtype or device.
+    ``close`` gives the model back as it was. Calls of the base are tried beside its own forward
+    once, and again after a change of its attention, dtype or device: adapters are no part of what
+    is tried, and a trained one may amplify the rounding of 16 bits beyond what a trial allows.
 
     Raises:
         ConfigError: the model cannot be called on slots, or not with such long rows.
@@ -66,7 +69,7 @@ def open_forward(model: Any, length: int) -> Forward:
         forward = Forward(model)
         try:
             if verdict is None:
-                forward.prove(forward.context or TRIAL)
+                forward.prove(forward.context or TRIAL, lambda count: _base_of(model))
             else:
                 forward.forms = verdict
         except BaseException:
@@ -84,6 +87,13 @@ def open_forward(model: Any, length: int) -> Forward:
             "shorten the prompts, or ask for fewer new tokens",
         )
     return forward
+
+
+def _base_of(model: Any) -> AbstractContextManager[Any]:
+    """A block in which calls use the base; with a merged adapter, the weights as they are."""
+    attached = adapters_of(model)
+    plain = attached is None or attached.merged is not None
+    return nullcontext() if plain else use(model, None)
 
 
 class _Continuation:
