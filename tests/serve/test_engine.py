@@ -58,12 +58,16 @@ def opened(tokenizer):
 
 
 def clean(engine) -> bool:
-    """No number of a row that left is in the slots."""
+    """Whether the slots hold zeros, but for the rows that are kept of the last requests."""
+    memory = engine._batch.memory
+    kept_rows = [(each.row.size_class, each.row.index) for each in memory.kept]
     return all(
-        not stored.abs().sum()
-        for size_class in engine._batch.memory.slots.classes.values()
+        not stored[index].any()
+        for size_class in memory.slots.classes.values()
         for layer in size_class.layers
         for stored in (layer.keys, layer.values)
+        for index in range(len(stored))
+        if (size_class, index) not in kept_rows
     )
 
 

@@ -3,7 +3,9 @@ answers is what it answers without them."""
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,8 +15,9 @@ from tests.support.tiny import tiny_tokenizer
 
 from veneer.errors import ConfigError
 from veneer.models.decode.attention import BLOCK
-from veneer.models.decode.slots import SMALLEST
+from veneer.models.decode.slots import SMALLEST, Slots
 from veneer.serve.engine import Engine
+from veneer.serve.memory import KEPT_ROWS
 from veneer.serve.prefill_budget import MULTIPLE
 from veneer.serve.requests import RequestError
 from veneer.serve.scheduler import PROMPT
@@ -207,6 +210,95 @@ def test_what_is_not_finite_is_nobodys_beginning(opened):
     assert (client.tokens, cached_tokens(client)) == (alone(make("llama"), prompt, 3), 0)
 
 
+@pytest.fixture
+def copied(monkeypatch):
+    """The numbers of the blocks that were copied into rows."""
+    counts, write = [], Slots.write_blocks
+
+    def counting(slots, row, blocks):
+        counts.append(len(blocks))
+        write(slots, row, blocks)
+
+    monkeypatch.setattr(Slots, "write_blocks", counting)
+    return counts
+
+
+def test_a_conversation_continues_the_row_of_its_last_turn(opened, copied):
+    engine, prompt = opened(), ids(40)
+    for turn in range(3):
+        client = Client(engine, asked(prompt, 10, ignore_eos=True))
+        work_off(engine, [client])
+        assert client.tokens == alone(make("llama"), prompt, 10)
+        assert (cached_tokens(client) > 0) == (turn > 0)
+        prompt = (*prompt, *client.tokens, *ids(5, turn))
+    assert copied == [0]  # by the first turn, for which nothing was cached
+    again = Client(engine, asked(ids(40), 10, ignore_eos=True))  # behind longer rows
+    work_off(engine, [again])
+    assert (cached_tokens(again), copied) == (32, [0])
+    assert again.tokens == alone(make("llama"), ids(40), 10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": ids(60, 1)},
+        {"prompt": (*ids(60), *ids(100, 1))},  # a larger row
+        {"owner": "bob"},
+        {"cache_salt": "secret"},
+        {"blend": {"a": 1.0}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_no_request_continues_the_row_of_another_s_tokens(changes, opened, copied):
+    engine = opened(bank=Recorder(), rows=4)
+    request = asked(ids(60), 3)
+    first = Client(engine, request)
+    work_off(engine, [first])
+    (kept,) = engine._batch.memory.kept
+    assert kept.ids == [*request.prompt, *first.tokens[:-1]]
+    other = replace(request, **changes)
+    client = Client(engine, other)
+    work_off(engine, [client])
+    assert client.tokens == alone(make("llama"), other.prompt, 3)
+    assert len(copied) == len(engine._batch.memory.kept) == 2
+
+
+def test_rows_of_the_last_requests_are_kept(opened, copied):
+    engine, conversations = opened(rows=4), [ids(60, seed) for seed in range(KEPT_ROWS + 1)]
+    running = Client(engine, asked(ids(20, 9), 150, ignore_eos=True))  # beside the others
+    for turn, copies in enumerate((KEPT_ROWS + 2, KEPT_ROWS + 3)):
+        for number in range(KEPT_ROWS + 1)[:: 1 - 2 * turn]:
+            client = Client(engine, asked(conversations[number], 3, ignore_eos=True))
+            work_off(engine, [client])
+            assert client.tokens == alone(make("llama"), conversations[number], 3)
+            conversations[number] = (*conversations[number], *client.tokens, 5)
+        assert len(copied) == copies  # in the second turn by the first conversation alone
+    assert len(engine._batch.memory.kept) == KEPT_ROWS
+    work_off(engine, [running])
+    assert running.tokens == alone(make("llama"), ids(20, 9), 150)
+
+
+def test_kept_rows_give_way_within_the_budget(opened):
+    engine = opened(cache_memory=budget_for(3), length=250)
+    for seed, length in enumerate((100, 90, 100, 200, 20)):
+        client = Client(engine, asked(ids(length, seed), 30, ignore_eos=True))
+        work_off(engine, [client])
+        assert client.tokens == alone(make("llama"), ids(length, seed), 30)
+
+
+def test_a_kept_row_keeps_no_adapter_in_memory(opened):
+    bank = Recorder()
+    engine = opened(bank=bank)
+    work_off(engine, [Client(engine, asked(ids(60), 3, blend={"a": 1.0}))])
+    adapter = weakref.ref(bank.adapters.pop("a"))
+    gc.collect()
+    assert engine._batch.memory.kept
+    assert adapter() is None
+    with torch.inference_mode():
+        engine.step()
+    assert not engine._batch.memory.kept
+
+
 # ----------------------------------------------------------------------------------------------
 # the budget
 
@@ -326,10 +418,12 @@ def test_memory_goes_back_when_nobody_uses_it(opened, monkeypatch):
     engine = opened(rows=4)
     clients = [Client(engine, asked(ids(number * 40 + 5), 5)) for number in range(4)]
     work_off(engine, clients)
-    assert not any(each.rows for each in engine._batch.memory.slots.classes.values())
+    kept = engine._batch.memory.kept
+    in_use = [row for each in engine._batch.memory.slots.classes.values() for row in each.rows]
+    assert {id(row) for row in in_use} == {id(each.row) for each in kept}
     with torch.inference_mode():
         engine.step()
-    assert engine._batch.memory.budget.rows == 0
+    assert len(kept) == 4
     assert live_bytes(engine) == engine.cache_bytes > 0
     monkeypatch.setattr(module, "PREFIX_IDLE", 0.0)
     with torch.inference_mode():

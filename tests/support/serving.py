@@ -4,6 +4,7 @@ records, a client."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import random
 import threading
@@ -148,13 +149,17 @@ class Client:
         return self.pieces[-1].error
 
 
+#: numbers of adapters in memory, none of which is used twice
+_UIDS = itertools.count()
+
+
 class Adapter:
     """An adapter in memory."""
 
     invocation_tokens = ()
 
     def __init__(self, name: str) -> None:
-        self.uid = name
+        self.name, self.uid = name, next(_UIDS)
 
 
 class Lease:

@@ -437,13 +437,11 @@ class Engine:
         if state.done:
             return
         if state.generated and finish != "error":
-            self._batch.memory.save(
-                state
-            )  # with the answer, because the next turn of a chat begins with it
+            # with the answer, because the next turn of a chat begins with it
+            self._batch.memory.keep(state)
         self._batch.remove(state)
         self._admission.remove(state)
         self._admission.release(state)
-        state.namespace = None
         with self._wake:
             (self._scheduler.ended if state.taken else self._scheduler.remove)(state)
         state.end(

@@ -2,7 +2,7 @@
 budget.
 
     request → row, which begins with the cached beginning of its tokens → computed blocks are cached
-    → row released
+    → row released, or kept for a request that continues it
 
 A row that needs memory takes unused memory first, then that of cached prefixes. If that does not
 suffice, the engine preempts a request.
@@ -16,13 +16,15 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from veneer.errors import ConfigError
 from veneer.models.decode.attention import BLOCK
+from veneer.models.decode.row_memory import Row
 from veneer.models.decode.slots import Budget, LayerForm, Slots
 from veneer.serve.prefixes import Block, Namespace, Prefixes
 from veneer.serve.request_state import RequestState
@@ -32,14 +34,32 @@ log = logging.getLogger("veneer.serve")
 #: answer tokens that a new row has room for, so that few rows must move soon
 HEADROOM = 32
 
+#: rows of ended requests that are kept. Each may split the attention of running rows into one more
+#: call a layer.
+KEPT_ROWS = 4
+
 #: memory pages of a system that does not report them: 8 GiB
 UNKNOWN_PAGES = 8 * 2**30 // mmap.PAGESIZE
+
+
+class KeptRow(NamedTuple):
+    """The row of a request that ended at time ``ended`` (``time.monotonic``). It holds the keys and
+    values of tokens ``ids``, which requests of ``namespace`` may reuse."""
+
+    row: Row
+    ids: Sequence[int]
+    namespace: Namespace
+    ended: float
 
 
 class Memory:
     """Rows of ``length`` tokens for at most ``rows`` requests at a time, of a model whose layers
     have ``forms``, within ``limit`` bytes. Without ``prefix_cache`` every request is computed from
-    its first token on."""
+    its first token on.
+
+    The rows of the last requests that ended are ``kept``, the oldest first. A request that begins
+    with the tokens of one continues it, which copies no block.
+    """
 
     def __init__(
         self,
@@ -54,6 +74,7 @@ class Memory:
         self.budget = Budget(limit)
         self.slots = Slots(rows, length, device, forms, self.budget)
         self.prefixes: Prefixes | None = None
+        self.kept: list[KeptRow] = []
         if prefix_cache:
             block_bytes = self.slots.block_elements * self.slots.block_dtype.itemsize
             self.prefixes = Prefixes(block_bytes, self.budget)
@@ -66,8 +87,13 @@ class Memory:
     def start(self, state: RequestState) -> bool:
         """Give a request a row that begins with the cached prefix of its tokens. Returns False if
         there is no room now."""
-        self._find(state)  # marks the prefix as used, so that another one is evicted for the row
-        row = self.slots.allocate(len(state.ids) + min(state.limit - state.generated, HEADROOM))
+        blocks = self._find(state)  # marks them as used, so that others are evicted for the row
+        size = len(state.ids) + min(state.limit - state.generated, HEADROOM)
+        if self._continue_kept_row(state, size, len(blocks) * BLOCK):
+            return True
+        row = self.slots.allocate(size)
+        if row is None and self._release_kept_rows():
+            row = self.slots.allocate(size)
         if row is None:
             return False
         state.row = row
@@ -75,6 +101,49 @@ class Memory:
         self.slots.write_blocks(row, [block.data for block in blocks])
         state.length = len(blocks) * BLOCK
         return True
+
+    def _continue_kept_row(self, state: RequestState, size: int, cached: int) -> bool:
+        """Give a request a kept row that has room for ``size`` tokens, no more than a new one, and
+        holds at least as many of the request's tokens as are ``cached`` in blocks. Returns False if
+        there is none."""
+        if state.is_scored:
+            return False
+        columns = self.slots.columns_for(size)
+        shared, number = max(
+            (
+                (_shared_tokens(kept, state), number)
+                for number, kept in enumerate(self.kept)
+                if kept.row.columns == columns
+            ),
+            default=(0, 0),
+        )
+        if shared < max(cached, BLOCK):
+            return False
+        state.row, state.length = self.kept.pop(number).row, shared
+        return True
+
+    def keep(self, state: RequestState) -> None:
+        """Cache the computed tokens of a request that ends, and keep its row; if too many rows are
+        kept then, release the oldest."""
+        self.save(state)
+        if self.prefixes is None or state.row is None:
+            return
+        ids = state.ids[: state.length]
+        self.kept.append(KeptRow(state.row, ids, _namespace_of(state), time.monotonic()))
+        state.row = None
+        if len(self.kept) > KEPT_ROWS:
+            self.slots.release(self.kept.pop(0).row)
+
+    def _release_kept_rows(
+        self, is_released: Callable[[KeptRow], bool] = lambda kept: True
+    ) -> bool:
+        """Release kept rows, all or those for which ``is_released``; return whether there were
+        any."""
+        released = [kept for kept in self.kept if is_released(kept)]
+        self.kept = [kept for kept in self.kept if kept not in released]
+        for kept in released:
+            self.slots.release(kept.row)
+        return bool(released)
 
     def waits_for(self, state: RequestState, filling: Iterable[RequestState]) -> bool:
         """Whether one of the requests that are ``filling`` their rows is about to compute more of
@@ -102,7 +171,10 @@ class Memory:
 
     def widen(self, state: RequestState) -> bool:
         """Make room for the next token of a request. Returns False if there is none now."""
-        return state.row is None or self.slots.widen(state.row, state.length + 1)
+        row, size = state.row, state.length + 1
+        if row is None or self.slots.widen(row, size):
+            return True
+        return self._release_kept_rows() and self.slots.widen(row, size)
 
     def release(self, state: RequestState) -> None:
         """Free a request's row, if it has one."""
@@ -111,17 +183,23 @@ class Memory:
             self.slots.release(row)
 
     def trim(self, idle: float, prefix_idle: float) -> None:
-        """Free the memory of rows unused for ``idle`` seconds, and prefixes unused for
-        ``prefix_idle`` seconds."""
+        """Free the memory of rows unused for ``idle`` seconds. Before, release kept rows, and free
+        prefixes, that were unused for ``prefix_idle`` seconds or whose adapter left memory."""
+        moment = time.monotonic()
+        self._release_kept_rows(
+            lambda kept: kept.ended <= moment - prefix_idle or kept.namespace.is_gone
+        )
         self.slots.trim(idle)
         if self.prefixes is not None:
             self.prefixes.expire(prefix_idle)
 
     def expires_in(self, prefix_idle: float) -> float | None:
-        """Seconds until the first prefix has been unused for ``prefix_idle`` seconds; None without
-        prefixes."""
-        oldest = None if self.prefixes is None else self.prefixes.oldest
-        return None if oldest is None else max(0.0, oldest + prefix_idle - time.monotonic())
+        """Seconds until the first prefix or kept row has been unused for ``prefix_idle`` seconds;
+        None if there is neither."""
+        last_uses = [kept.ended for kept in self.kept]
+        if self.prefixes is not None and self.prefixes.oldest is not None:
+            last_uses.append(self.prefixes.oldest)
+        return max(0.0, min(last_uses) + prefix_idle - time.monotonic()) if last_uses else None
 
     def _find(self, state: RequestState) -> list[Block]:
         if self.prefixes is None or state.is_scored:
@@ -138,6 +216,20 @@ def _namespace_of(state: RequestState) -> Namespace:
         uses = getattr(state.lease, "uses", ())
         state.namespace = Namespace(uses, salt, state.acts_from)
     return state.namespace
+
+
+def _shared_tokens(kept: KeptRow, state: RequestState) -> int:
+    """The number of a request's tokens, in whole blocks, whose keys and values a kept row holds. It
+    never includes the last token, whose logits must be computed."""
+    namespace, most = _namespace_of(state), min(len(kept.ids), len(state.ids) - 1)
+    pairs = zip(kept.ids[:most], state.ids[:most], strict=True)
+    equal = next((number for number, (old, new) in enumerate(pairs) if old != new), most)
+    invoked = int(min(equal, namespace.acts_from, kept.namespace.acts_from))
+    for count in (equal, invoked):  # before an invocation both are the base's
+        shared = count // BLOCK * BLOCK
+        if kept.namespace.is_same_until(shared, namespace):
+            return shared
+    return 0
 
 
 def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> int:

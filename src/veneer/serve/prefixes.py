@@ -40,11 +40,17 @@ class Namespace:
         self, adapters: Iterable[tuple[Any, float]], salt: Hashable, acts_from: float = 0
     ) -> None:
         used = [(adapter, weight) for adapter, weight in adapters if weight]
-        self.adapters = [] if acts_from else [adapter for adapter, _ in used]
+        # weak, so that a namespace keeps no adapter in memory
+        self.references = [] if acts_from else [weakref.ref(adapter) for adapter, _ in used]
         # the id of an adapter in memory is never used again
         self.uses = tuple((adapter.uid, weight) for adapter, weight in used)
         self.key = () if acts_from else self.uses, salt
         self.acts_from = acts_from
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether one of the adapters has left memory."""
+        return any(reference() is None for reference in self.references)
 
     def block_key(self, ids: Sequence[int], number: int) -> Hashable:
         """By what block ``number`` is found among those that follow the same block: its tokens,
@@ -72,7 +78,9 @@ class Root:
         self.key = namespace.key
         self.children: dict[Hashable, Block] = {}
         self.references = [
-            weakref.ref(adapter, lambda _: gone(self.key)) for adapter in namespace.adapters
+            weakref.ref(adapter, lambda _: gone(self.key))
+            for reference in namespace.references
+            if (adapter := reference()) is not None
         ]
 
 
