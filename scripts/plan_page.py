@@ -240,16 +240,16 @@ ERRORS = {"held_error": 0.10, "memory_error": 0.10, "time_error": 0.15}
 
 def published() -> list[str]:
     """Beside figures of others; who they are stands in the text of the page."""
-    nemo = planner("8B").plan(Run(2, 4096, accumulate=16), on=DEVICES["h100"])
+    nemo = planner("8B").plan(Run(2, 4096, accumulate=16), hardware=DEVICES["h100"])
     large = [
         planner("70B").plan(Run(1, 4096, accumulate=32), how, 8, DEVICES["h100"])
         for how in ("fsdp", "tp")
     ]
     tune = planner("8B", 8, "q_proj,v_proj", "bfloat16")
     card, other = DEVICES["rtx4090"], Run(2, 2048, checkpointing=True)
-    lora = tune.plan(other, on=card)
-    packed = tune.plan(Run(2, 2048, checkpointing=True, quantize="nf4"), on=card)
-    whole = tune.plan(Run(2, 2048), on=card)
+    lora = tune.plan(other, hardware=card)
+    packed = tune.plan(Run(2, 2048, checkpointing=True, quantize="nf4"), hardware=card)
+    whole = tune.plan(Run(2, 2048), hardware=card)
     flops = nemo.operations / nemo.tokens / 1e9
     rows = [
         [

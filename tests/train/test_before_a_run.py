@@ -152,7 +152,7 @@ SHOWN = {
 def test_an_example_is_shown_as_one_reads_it(name: str, tmp_path: Path) -> None:
     config = config_of(name, tmp_path, eval_fraction=0.0)
     task = TASKS[config.task](config)
-    task.open()
+    task.open_base()
     shown = task.segments(task.prepare().train[0])
     told = [f"{'learnt' if learnt else 'read'} {part} {text}" for learnt, part, text in shown]
     assert told == [line.format(*config.reward) for line in SHOWN[name]]
@@ -175,11 +175,11 @@ def test_a_prompt_of_several_turns_is_shown_once(tmp_path: Path) -> None:
     )
     config = config_of("dpo", tmp_path, data=str(data), eval_fraction=0.0)
     task = TASKS["dpo"](config)
-    task.open()
+    task.open_base()
     prompt, chosen, rejected = task.segments(task.prepare().train[0])
     assert prompt == (False, "prompt", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
-    assert (chosen.learnt, chosen.name, chosen.text[0]) == (True, "chosen", "b")
-    assert (rejected.learnt, rejected.name, rejected.text[0]) == (True, "rejected", "c")
+    assert (chosen.is_trained, chosen.name, chosen.text[0]) == (True, "chosen", "b")
+    assert (rejected.is_trained, rejected.name, rejected.text[0]) == (True, "rejected", "c")
 
 
 def test_a_base_that_is_quantised_already_is_loaded(

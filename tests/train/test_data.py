@@ -172,7 +172,7 @@ def test_a_row_whose_completion_is_cut_away_is_dropped(tmp_path: Path) -> None:
         write_rows(tmp_path / "a.jsonl", [{"prompt": "a" * 50, "completion": "b"}, ROWS[0]])
     )
     examples = tokens.tokenise(rows, TOKENIZER, max_length=20, too_long="truncate")
-    assert examples.index == [1]
+    assert examples.record_indices == [1]
     assert examples.dropped == 1
 
 

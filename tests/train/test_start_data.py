@@ -46,7 +46,7 @@ def test_a_run_starts_where_attach_starts_with_the_first_rows(
 
     base = models.load_base(config.base, precision="fp32")
     task = TASKS["sft"](config)
-    task.open()
+    task.open_base()
     rows = task.prepare().train
     batches = [
         {"input_ids": torch.tensor([rows.input_ids[i]]), "labels": torch.tensor([rows.labels[i]])}

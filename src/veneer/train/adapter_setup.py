@@ -47,8 +47,8 @@ def attach_adapter(
     )
     if resume_point is not None:
         return load(model, resume_point[0] / checkpoint.ADAPTER, name=OWN, trainable=True)
-    if task.further is not None:
-        return load_to_train(model, task.further)
+    if task.initial_adapter is not None:
+        return load_to_train(model, task.initial_adapter)
     torch.manual_seed(config.seed)
     return attach(
         model,

@@ -61,7 +61,7 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
         )
     task = TASKS["sft"](config)
     task.read_data()
-    task.open()
+    task.open_base()
     prepared = task.prepare()
     learnt, numbers, width, kind = prepared.train.trained_tokens, *_base(config)
     advice = [_rank(learnt, numbers), _rate(width, kind, prepared.steps), *_fixed_advice()]

@@ -90,11 +90,11 @@ def _check_settings(config: TrainConfig, on_cpu: bool) -> None:
             "offload_activations, and a run on the processor, whose activations are in main memory"
             " already"
         )
-        do = (
+        remedy = (
             "leave it out; to hold fewer of them, set activation_checkpointing or a smaller"
             " batch_size"
         )
-        raise ConfigError(problem, "a GPU", do)
+        raise ConfigError(problem, "a GPU", remedy)
     optimisers = [str(name.value) for name in OptimizerNames]
     if config.optimiser not in optimisers:
         problem = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"

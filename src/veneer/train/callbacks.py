@@ -76,12 +76,12 @@ class StopOnNan(TrainerCallback):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 problem = f"the {name.replace('_', ' ')} is {value} at step {state.global_step}"
-                do = (
+                remedy = (
                     "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision"
                     " fp32)"
                 )
                 raise TrainingError(
-                    problem, "a finite number", f"{do}; the last checkpoint is intact"
+                    problem, "a finite number", f"{remedy}; the last checkpoint is intact"
                 )
 
 
@@ -133,7 +133,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, console: Console, start: int, task: Task) -> None:
         self.formatters = {
-            f"eval_{name}": measure_formatter(name, task.item) for name in task.measures
+            f"eval_{name}": measure_formatter(name, task.loss_unit) for name in task.measures
         }
         self.console, self.start = console, start  # first step of this session
         self.bar: Progress | None = None

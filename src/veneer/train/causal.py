@@ -42,8 +42,8 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
             f"{name}, a {type(model).__name__} whose predictions change with the tokens that come"
             " after them"
         )
-        do = (
+        remedy = (
             "choose a causal base; to train another kind of model, call veneer.attach on it in"
             " Python"
         )
-        raise ConfigError(problem, "a causal language model, which cannot see its labels", do)
+        raise ConfigError(problem, "a causal language model, which cannot see its labels", remedy)

@@ -140,8 +140,8 @@ def select_fields(
             for field, column in picked.items()
             if column in lacking
         ]
-        do = f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
-        raise DataError(problem, f"the columns {list_names(picked.values())}", do)
+        remedy = f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
+        raise DataError(problem, f"the columns {list_names(picked.values())}", remedy)
     for location, row in raw:
         if lacking := [column for column in picked.values() if row.get(column) is None]:
             problem = (
@@ -225,10 +225,10 @@ def read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
     if not path.exists():
         missing = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
         suggestion = nearest(path.name, [file.name for file in folder.glob("*")])
-        do = "run `make demo`, which writes it" if folder.name == DEMO else "check the path"
+        remedy = "run `make demo`, which writes it" if folder.name == DEMO else "check the path"
         raise DataError(
             f"The data file {path} does not exist{missing}.\nExpected a readable"
-            f" file{suggestion}.\nDo: {do}."
+            f" file{suggestion}.\nDo: {remedy}."
         )
     if path.is_dir():
         data_files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
@@ -330,8 +330,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                         f"{path}, line {reader.line_num} has {len(row)} fields; expected"
                         f" {len(names)}"
                     )
-                    do = "quote fields that hold commas or line breaks"
-                    raise DataError(f"{problem}, as in the header.\nDo: {do}.")
+                    remedy = "quote fields that hold commas or line breaks"
+                    raise DataError(f"{problem}, as in the header.\nDo: {remedy}.")
                 yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise DataError(

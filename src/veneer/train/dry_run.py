@@ -116,9 +116,9 @@ def _show(task: Task, prepared: Prepared, console: Console) -> None:
     """Print the first example by segments, each of which is either only read or learnt."""
     segments = task.segments(prepared.train[0])
     width = max(len(segment.name) for segment in segments)
-    say(console, f"Example  row {prepared.train.index[0] + 1} of the data:")
-    for learnt, name, text in segments:
-        head = f"{'learnt' if learnt else 'read':<6}" + (f" {name:<{width}}" if width else "")
+    say(console, f"Example  row {prepared.train.record_indices[0] + 1} of the data:")
+    for is_trained, name, text in segments:
+        label = f"{'learnt' if is_trained else 'read':<6}" + (f" {name:<{width}}" if width else "")
         shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
         for line in shown.split("\n"):
-            say(console, f"  {head} │ {line}")
+            say(console, f"  {label} │ {line}")

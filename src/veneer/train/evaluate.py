@@ -16,7 +16,7 @@ from veneer.train.data import TOOLS, Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
-from veneer.train.tasks._base import RECORDED, extract_settings, token_batch
+from veneer.train.tasks._base import RECORDED_FIELDS, extract_settings, token_batch
 from veneer.train.tokens import Examples
 
 
@@ -73,17 +73,17 @@ def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) ->
 
 
 def task_of(
-    record: Mapping[str, Any], base: str, data: str, loading: Mapping[str, Any], **fields: Any
+    record: Mapping[str, Any], base: str, data: str, load_options: Mapping[str, Any], **fields: Any
 ) -> Task:
     """The task in an adapter's metadata (`Task.record`; {"name": …} for a task without one), on
     other data. ``loading``: arguments of `load_base`; ``fields``: fields of `TrainConfig` that
     override the record's, unless they are None. Raises `ConfigError`."""
-    config = {name: value for name, value in record.items() if name in RECORDED}
+    config = {name: value for name, value in record.items() if name in RECORDED_FIELDS}
     config |= {name: value for name, value in fields.items() if value is not None}
     name = record.get("name", "sft")
     config |= {"task": name, "base": base, "data": data, "output": "."}
     task_config = make_config(config, "what the adapter says of its task")
-    return TASKS[name](task_config, extract_settings(record), loading)
+    return TASKS[name](task_config, extract_settings(record), load_options)
 
 
 def to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:

@@ -63,8 +63,8 @@ class RateSweep:
             problem = (
                 f"a loss that no rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} brings down"
             )
-            do = "look at the data (--dry-run shows an example), or start with the default rate"
-            raise TrainingError(problem, "one that falls somewhere", do)
+            remedy = "look at the data (--dry-run shows an example), or start with the default rate"
+            raise TrainingError(problem, "one that falls somewhere", remedy)
         rate = self.rates[best] / 10
         digit = 10.0 ** math.floor(math.log10(rate))
         return float(f"{round(rate / digit) * digit:.0e}")
@@ -126,11 +126,11 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
     does not measure progress; ``TrainingError``: the first loss is not finite.
     """
     if config.task == "grpo":
-        problem, do = (
+        problem, remedy = (
             "task grpo, whose loss is zero at every rate",
             "try a few rates, and watch reward in log.jsonl",
         )
-        raise ConfigError(problem, "a task whose loss falls as it learns", do)
+        raise ConfigError(problem, "a task whose loss falls as it learns", remedy)
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
     ids, prepared = prepare_data(task)
@@ -163,12 +163,12 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
             f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates"
             f" {LOW:g} to {HIGH:g}",
         )
-        with as_reference(base.model, task.further, task.needs_reference()):
+        with as_reference(base.model, task.initial_adapter, task.needs_reference()):
             trainer.train()
     if not sweep.losses:
-        problem, do = (
+        problem, remedy = (
             "a loss that is not a number at the first step",
             "train in fp32 (--precision fp32)",
         )
-        raise TrainingError(problem, "a finite number", do)
+        raise TrainingError(problem, "a finite number", remedy)
     return sweep.result

@@ -24,7 +24,7 @@ from veneer.store.library import resolve
 OWN, REFERENCE = "default", "reference"
 
 
-class Start(NamedTuple):
+class InitialAdapter(NamedTuple):
     """The folder of an adapter to train further, the hash of its files, and its record of the task
     that trained it."""
 
@@ -33,7 +33,7 @@ class Start(NamedTuple):
     task: Mapping[str, Any]
 
 
-def start_of(adapter: str | None) -> Start | None:
+def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
     """The start of a run from an adapter; None if the run trains a new one. Raises ``AdapterError``
     for a damaged or missing adapter, and ``ConfigError`` for an adapter that trains tokens, because
     the base may not have rows for them yet."""
@@ -42,16 +42,16 @@ def start_of(adapter: str | None) -> Start | None:
     folder = resolve(adapter)
     files = read(folder)
     if files.tokens:
-        problem, do = (
+        problem, remedy = (
             f"adapter {adapter}, which trains tokens",
             "merge it (`veneer merge`), and train on the merged base",
         )
-        raise ConfigError(problem, "changes of weights alone", do)
+        raise ConfigError(problem, "changes of weights alone", remedy)
     task = files.metadata.get("provenance", {}).get("task")
-    return Start(folder, content_hash(folder), task if isinstance(task, dict) else {})
+    return InitialAdapter(folder, content_hash(folder), task if isinstance(task, dict) else {})
 
 
-def load_to_train(model: Any, start: Start) -> Handle:
+def load_to_train(model: Any, start: InitialAdapter) -> Handle:
     """Attach the adapter. Raises ``ConfigError`` if the base has a new head of random weights that
     the adapter does not train; otherwise raises as ``veneer.load``."""
     names = Names(model)
@@ -78,7 +78,7 @@ def load_to_train(model: Any, start: Start) -> Handle:
 
 
 @contextmanager
-def as_reference(model: Any, start: Start | None, refers: bool) -> Iterator[None]:
+def as_reference(model: Any, start: InitialAdapter | None, refers: bool) -> Iterator[None]:
     """A block around the steps of a run. If the loss compares with the initial adapter (`refers`),
     that adapter is attached as a second one in the block, but not selected."""
     if start is None or not refers:

@@ -293,8 +293,8 @@ def _check_context(model: Any, longest: int, max_new_tokens: int) -> None:
     context = context_of(model)
     if context is not None and longest and longest + max_new_tokens > context:
         problem = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
-        do = "shorten the prompt, or ask for fewer new tokens"
-        raise DataError(problem, f"at most {context:,} together, the model's context", do)
+        remedy = "shorten the prompt, or ask for fewer new tokens"
+        raise DataError(problem, f"at most {context:,} together, the model's context", remedy)
 
 
 def context_of(model: Any) -> int | None:

@@ -80,7 +80,7 @@ def prepare(
         config.epochs * steps_an_epoch(config, len(sets["train"]), world)
     )
     hashes = {name: split_records.sha256 for name, split_records in records.items()}
-    prompt = prompt_of([rows.rows[i] for i in examples["train"].index])
+    prompt = prompt_of([rows.rows[i] for i in examples["train"].record_indices])
     return Prepared(
         train=examples["train"],
         evaluation=examples.get("eval"),

@@ -91,9 +91,9 @@ class Processes:
         """Raise `TrainingError` if the launcher of this process is gone: a restarted launcher would
         start more processes, which would write to the same output."""
         if self.ranks is not None and os.getppid() != self.parent:
-            do = "start it again: it goes on from the last checkpoint"
+            remedy = "start it again: it goes on from the last checkpoint"
             raise TrainingError(
-                "the launcher of this process is gone", "torchrun, until the end", do
+                "the launcher of this process is gone", "torchrun, until the end", remedy
             )
 
     def run_on_all(
@@ -233,8 +233,8 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
         return config
     if config.device_map is not None:
         problem = f"device_map over {processes} processes, each of which has a device"
-        do = "leave out device_map, or run without torchrun"
-        raise ConfigError(problem, "one of the two", do)
+        remedy = "leave out device_map, or run without torchrun"
+        raise ConfigError(problem, "one of the two", remedy)
     rows, passes = split_step(config.batch_size, config.grad_accum, processes)
     if compares_rows and rows != config.batch_size:
         step = _describe_step(config.batch_size, config.grad_accum, processes)

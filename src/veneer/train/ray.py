@@ -106,8 +106,8 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except ConnectionError as error:
         problem = f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error})"
-        do = "check the address; unset it for a Ray on this machine"
-        raise ConfigError(problem, "one that answers", do) from error
+        remedy = "check the address; unset it for a Ray on this machine"
+        raise ConfigError(problem, "one that answers", remedy) from error
     try:
         gpu = _use_gpus(workers, say, gpus)
         driver_node = ray.get_runtime_context().get_node_id()
@@ -211,11 +211,11 @@ def _raise_failure(error: BaseException | None, max_restarts: int) -> None:
         f"worker {listing(map(str, sorted(error.worker_failures)))} that died, after {max_restarts}"
         " restarts"
     )
-    do = (
+    remedy = (
         "see what killed it (memory?) in Ray's logs; the same command goes on from the last"
         " checkpoint"
     )
-    raise TrainingError(problem, "workers that live", do) from None
+    raise TrainingError(problem, "workers that live", remedy) from None
 
 
 class WatchFailures(UserCallback):

@@ -56,7 +56,7 @@ from veneer.train.run_record import (
 )
 from veneer.train.run_summary import print_summary
 from veneer.train.tasks import TASKS, Task
-from veneer.train.tasks._base import LOADING
+from veneer.train.tasks._base import LOAD_OPTIONS
 from veneer.train.tensor_parallel import split
 
 
@@ -238,8 +238,8 @@ def _make_task(config: TrainConfig, processes: Processes) -> Task:
     config = share(config, processes.shares, compares_rows=kind.compares_rows)
     divided = config.parallel != "ddp" and processes.count > 1
     if divided:
-        loading = {name: getattr(config, name) for name in LOADING}
-        options = {"loading": {**loading, "device": "cpu"}}
+        load_options = {name: getattr(config, name) for name in LOAD_OPTIONS}
+        options = {"load_options": {**load_options, "device": "cpu"}}
     task = kind(config, **options)
     if divided:
         must_divide(config, processes.count, task.needs_reference())
@@ -249,9 +249,9 @@ def _make_task(config: TrainConfig, processes: Processes) -> Task:
 def prepare_data(task: Task) -> tuple[tuple[int, ...], Prepared]:
     """(ids of the tokens to train, data of the run)."""
     task.read_data()
-    ids, prepared = vocabulary.learn(task.config, task.open()), task.prepare()
-    if task.further is not None:
-        prepared = replace(prepared, hashes={**prepared.hashes, "adapter": task.further.hash})
+    ids, prepared = vocabulary.learn(task.config, task.open_base()), task.prepare()
+    if task.initial_adapter is not None:
+        prepared = replace(prepared, hashes={**prepared.hashes, "adapter": task.initial_adapter.hash})
     return ids, prepared
 
 
@@ -301,7 +301,7 @@ def _run_trainer(
     if resume_point is not None and resume_point[1] >= prepared.steps:
         return  # the run was killed between its last checkpoint and its end
     try:
-        with stop, as_reference(trainer.model, task.further, task.needs_reference()):
+        with stop, as_reference(trainer.model, task.initial_adapter, task.needs_reference()):
             trainer.train(
                 resume_from_checkpoint=str(resume_point[0]) if resume_point is not None else None
             )
@@ -333,11 +333,11 @@ def _replace_connection_errors() -> Iterator[None]:
         if "losed by peer" not in str(error) and "reset by peer" not in str(error):
             raise
         problem = "a process of this run that is gone, in the middle of a step"
-        do = (
+        remedy = (
             "see what it printed, or what killed it (memory?); the same command goes on from the"
             " last checkpoint"
         )
-        lost = TrainingError(problem, "all of them", do)
+        lost = TrainingError(problem, "all of them", remedy)
         lost.told_elsewhere = getattr(error, "told_elsewhere", False)
         raise lost from error
 

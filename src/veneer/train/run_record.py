@@ -60,9 +60,9 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
     run = checkpoint.read_json(output / checkpoint.RUN)
     is_other = run is not None and ("sweep" in run) is (sweep is None)
     if is_other or (run is None and checkpoint.is_taken(output)):
-        do = "choose another output; Veneer replaces nothing that it did not write"
+        remedy = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(
-            f"{output} is not empty and holds no Veneer {kind}", "a new folder", do
+            f"{output} is not empty and holds no Veneer {kind}", "a new folder", remedy
         )
     if run is None or run["status"] == checkpoint.CLEARED:
         if config.resume:
@@ -73,8 +73,8 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
     if run["status"] == "finished" and config.overwrite:
         return False
     if run["status"] == "finished":
-        do = "choose another output, or pass --overwrite to replace it"
-        raise OutputExistsError(f"{output} holds a finished {kind}", "a new folder", do)
+        remedy = "choose another output, or pass --overwrite to replace it"
+        raise OutputExistsError(f"{output} holds a finished {kind}", "a new folder", remedy)
     # defaults stand for settings that the run's version of Veneer lacked
     old = {**TrainConfig.defaults(), **run["config"], "sweep": run.get("sweep")}
     new = {**config.content(), "sweep": sweep}
@@ -115,8 +115,8 @@ def find_resume_point(
         inputs = "the data, or the adapter that it trains further,"
     kind = "sweep" if "sweep" in run else "run"
     problem = f"{inputs} have changed since the unfinished {kind} in {output} began"
-    do = "restore them, choose another output, or pass --overwrite to start over"
-    raise ConfigError(problem, "the same bytes, to resume it exactly", do)
+    remedy = "restore them, choose another output, or pass --overwrite to start over"
+    raise ConfigError(problem, "the same bytes, to resume it exactly", remedy)
 
 
 def write_status(

@@ -36,7 +36,7 @@ def print_summary(
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     storage += [f"on {', '.join(devices)}"] if len(devices) > 1 else []
     say(console, f"Base     {config.base} ({', '.join(storage)})")
-    say(console, f"Data     {config.data}: {task.amount(train)}{notes}")
+    say(console, f"Data     {config.data}: {task.describe_size(train)}{notes}")
     if prepared.unused:
         say(console, f"         columns that are not used: {', '.join(prepared.unused)}")
     if prepared.evaluation is not None:
@@ -59,7 +59,7 @@ def print_summary(
         }[config.parallel]
         scope = "" if is_spread(model.modules()) else divided_later
         scope = f" in each{scope}" if processes.count > 1 else ""
-        say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}{scope}")
+        say(console, f"Memory   {memory.estimate(model, config, *task.largest_batch(prepared))}{scope}")
     if cached is not None:
         examples = [train] if prepared.evaluation is None else [train, prepared.evaluation]
         tokens = sum(sum(dataset_rows.lengths) for dataset_rows in examples)

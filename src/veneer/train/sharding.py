@@ -59,9 +59,9 @@ def load(task: Task, device: torch.device, console: Console) -> Base:
     elif "gradient" in VARIANTS[config.variant].needs:
         reason = f"variant {config.variant!r} starts from gradients of whole weights"
     if reason is None:
-        loading = task.loading
-        task.loading = {
-            **loading,
+        load_options = task.load_options
+        task.load_options = {
+            **load_options,
             "device": str(device),
             "spread": partial(shard, device=device, size=config.shard_size),
         }
@@ -70,7 +70,7 @@ def load(task: Task, device: torch.device, console: Console) -> Base:
             reshard(base.model)  # the task may have run a forward
             return base
         except WholeOnlyError as error:
-            task.loading, reason = loading, str(error)
+            task.load_options, reason = load_options, str(error)
     say(console, f"Loading  each process reads the whole base first: {reason}")
     return task.load()
 

@@ -144,9 +144,9 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
             f"parallel tp over {processes} processes of {type(model).__name__}, with"
             f" {listing(problems)}"
         )
-        do = "set parallel to fsdp or ddp"
+        remedy = "set parallel to fsdp or ddp"
         raise ConfigError(
-            problem, "a model that transformers' plan cuts evenly, and adapters A, B", do
+            problem, "a model that transformers' plan cuts evenly, and adapters A, B", remedy
         )
     return layers
 

@@ -27,7 +27,7 @@ class Examples:
 
     input_ids: list[list[int]]
     labels: list[list[int]]
-    index: list[int]
+    record_indices: list[int]
     dropped: int = 0
     truncated: int = 0
 
@@ -175,11 +175,11 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
                 f"{rows.source}, {location} holds {omitted[0]}, and the base's chat template has no"
                 " place for them"
             )
-            do = (
+            remedy = (
                 "choose a base whose template has, or write the calls as the content of the"
                 " messages"
             )
-            raise DataError(problem, f"a chat template that shows {omitted[0]}", do)
+            raise DataError(problem, f"a chat template that shows {omitted[0]}", remedy)
 
 
 def _append_end(

@@ -259,7 +259,7 @@ class TaskTrainer(TrainsAdapter):
         samples, _ = super().get_batch_samples(*args)
         real = [inputs for inputs in samples if SPARE not in inputs]
         masks = [inputs["attention_mask"].sum() for inputs in real if "attention_mask" in inputs]
-        items = torch.tensor(sum(map(self.task.items, real)), device=self.accelerator.device)
+        items = torch.tensor(sum(map(self.task.count_items, real)), device=self.accelerator.device)
         tokens: Any = sum(masks, torch.zeros_like(items))
         counts = self._sum_counts(items, tokens.to(items.device))
         _, all_tokens, *signals = counts.tolist()

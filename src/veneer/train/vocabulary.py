@@ -61,11 +61,11 @@ def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Any) -> tuple[int,
     examples = getattr(rows, "input_ids", None)
     if not ids or (examples and not any(map(partial(_holds, ids), examples))):
         problem = f"invocation {config.invocation!r}, tokens {list(ids)}, in none of the rows"
-        do = (
+        remedy = (
             "write it as it stands in the tokenised rows (`--dry-run` prints one), between texts"
             " that no token joins with it, such as special tokens"
         )
-        raise ConfigError(problem, "rows that hold these tokens one after the other", do)
+        raise ConfigError(problem, "rows that hold these tokens one after the other", remedy)
     return ids
 
 
