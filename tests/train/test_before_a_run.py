@@ -20,7 +20,7 @@ from veneer.errors import ConfigError, DataError, OutputExistsError, TargetError
 from veneer.models.load import meta_base
 from veneer.models.locate import config_of as base_config
 from veneer.train.dry_run import dry_run
-from veneer.train.find_rate import HIGH, LOW, RateSweep, find_rate
+from veneer.train.find_rate import HIGHEST_RATE, LOWEST_RATE, RateSweep, find_rate
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS
 
@@ -98,8 +98,8 @@ def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(
     config = make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0)
     sweep = find_rate(config, console=Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
-    assert sweep.rates[0] == pytest.approx(LOW)
-    assert sweep.rates[-1] <= HIGH * 1.001
+    assert sweep.rates[0] == pytest.approx(LOWEST_RATE)
+    assert sweep.rates[-1] <= HIGHEST_RATE * 1.001
     assert len(sweep.rates) == len(sweep.losses)
     assert len(sweep.lines()) == 17
     losses = fit(make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0, learning_rate=sweep.suggested_rate),
@@ -108,7 +108,7 @@ def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(
 
 
 def sweep_of(loss: Callable[[float], float]) -> RateSweep:
-    rates = tuple(LOW * (HIGH / LOW) ** (k / 79) for k in range(80))
+    rates = tuple(LOWEST_RATE * (HIGHEST_RATE / LOWEST_RATE) ** (k / 79) for k in range(80))
     return RateSweep(rates, tuple(map(loss, rates)))
 
 

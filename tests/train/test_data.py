@@ -16,7 +16,7 @@ from tests.support.tiny import sums, tiny_tokenizer, write_rows
 from veneer.errors import DataError
 from veneer.train import data, tokens
 from veneer.train.data import Columns
-from veneer.train.evaluate import exact
+from veneer.train.evaluate import exact_match_rate
 from veneer.train.prepare import prompt_of
 
 TOKENIZER = tiny_tokenizer()
@@ -278,7 +278,7 @@ def test_calls_of_tools_are_not_compared_as_text(tmp_path: Path) -> None:
     ):
         rows = data.read(write_rows(tmp_path / "rows.jsonl", [row]))
         with pytest.raises(DataError, match=r"line 1: tools.*leave out --exact"):
-            exact(None, None, rows)
+            exact_match_rate(None, None, rows)
 
 
 GREETING = [{"role": "user", "content": "Hi"}]

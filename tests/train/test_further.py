@@ -155,7 +155,7 @@ def test_a_base_that_is_cut_has_no_second_adapter() -> None:
     }
     config = make_config(given)
     with pytest.raises(ConfigError, match="parallel tp with a preference from adapter"):
-        must_divide(config, 2, refers=True)
+        must_divide(config, 2, needs_reference=True)
     must_divide(config, 2)
 
 

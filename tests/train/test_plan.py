@@ -335,7 +335,7 @@ def test_stacks_of_experts_are_not_packed():
 
 
 def test_several_devices_share_the_rows_of_a_step():
-    """As `veneer train` does under torchrun (`processes.share`)."""
+    """As `veneer train` does under torchrun (`processes.share_config`)."""
     planner = Planner(countable(LLAMA))
     run = Run(4, 32, accumulate=3)
     for strategy, shares in {"ddp": (4, 3, 2), "fsdp": (4, 3, 2), "tp": (12, 12)}.items():

@@ -272,7 +272,7 @@ def _measure(request: _Request, options: dict[str, Any]) -> None:
             measured = measure.evaluate(loaded.model, examples, batch_size=options["batch_size"])
             results[label] = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
             if first is not None:
-                results[label]["exact"] = measure.exact(
+                results[label]["exact"] = measure.exact_match_rate(
                     loaded.model, loaded.tokenizer, first, max_new_tokens=options["max_new_tokens"]
                 )
     if request.as_json:

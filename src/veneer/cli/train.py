@@ -123,7 +123,7 @@ def train_command(
         )
         stopped = ray.launch(work, workers, restarts, say, gpus)
     if stopped is not None:
-        if processes.first:
+        if processes.is_first:
             say(stopped)
             say(f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
         raise Exit(130)
@@ -170,8 +170,8 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
 
     console.setup_logging()  # a Ray worker starts here
     processes = join()
-    err = console.err if processes.first else Console(quiet=True)
-    if not processes.first:  # messages that all processes would print come from the first one only
+    err = console.err if processes.is_first else Console(quiet=True)
+    if not processes.is_first:  # messages that all processes would print come from the first one only
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     if processes.run_on_first(lambda: finished_before(str(settings.output))):

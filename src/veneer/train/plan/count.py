@@ -233,7 +233,8 @@ def _count_distinct_blocks(
     block_counts = [(config, config.num_hidden_layers) for config in _block_count_configs(model)]
 
     def cost_of(blocks: Sequence[nn.Module]) -> Cost:
-        for config, block_count in block_counts:  # transformers runs at most `num_hidden_layers` blocks
+        # transformers runs at most `num_hidden_layers` blocks
+        for config, block_count in block_counts:
             config.num_hidden_layers = max(block_count, len(blocks))
         _set_block_list(model, path, nn.ModuleList(blocks))
         return run()

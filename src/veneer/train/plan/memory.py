@@ -40,7 +40,7 @@ from veneer.errors import ConfigError, format_bytes
 from veneer.handle import Handle, attach
 from veneer.models.meta import count_attention, countable_model
 from veneer.train.plan.count import Cost, Step, count_step
-from veneer.train.sharding import blocks as gathered_blocks
+from veneer.train.sharding import gathered_blocks
 from veneer.variants import VARIANTS
 
 #: how many values of state an optimiser keeps for each value of a parameter, by a substring of the
@@ -166,8 +166,8 @@ def _format_total(bytes_by_use: Mapping[str, int]) -> str:
 
 def _format_lower_bound(bytes_by_use: Mapping[str, int], error: ConfigError) -> str:
     return (
-        f"at least {_format_total(bytes_by_use).removeprefix('about ')}; activations are not counted:"
-        f" {error.found}"
+        f"at least {_format_total(bytes_by_use).removeprefix('about ')}; activations are not"
+        f" counted: {error.found}"
     )
 
 

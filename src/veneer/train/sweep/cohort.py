@@ -29,9 +29,9 @@ from veneer.attach import check
 from veneer.engine import TrainedAdapter
 from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint
-from veneer.train.adapter_setup import lora_config, start_data
+from veneer.train.adapter_setup import lora_config, calibration_arguments
 from veneer.train.arguments import arguments_of
-from veneer.train.evaluate import to
+from veneer.train.evaluate import move_batch
 from veneer.train.loss import causal_loss
 from veneer.train.many import Runs
 from veneer.train.order import EpochSampler
@@ -129,7 +129,7 @@ class Cohort:
         if resumed_from is not None:
             self.runs.add(name, resumed_from / name / checkpoint.ADAPTER, seed=config.seed)
             return
-        calibration = start_data(task, self.prepared.train, self.model)
+        calibration = calibration_arguments(task, self.prepared.train, self.model)
         adapter_config = lora_config(config, self.model, {})
         self.runs.add(name, adapter_config, seed=config.seed, **calibration)
         # candidates with equal adapter configs need only one check
@@ -231,7 +231,7 @@ class Cohort:
         task, rows = self._first_task, self.prepared.train
         batches = []
         for indices in passes:
-            batch = to(self.model.device, task.collate([rows[i] for i in indices]))
+            batch = move_batch(self.model.device, task.collate([rows[i] for i in indices]))
             items = task.count_items(batch)
             batches.append((batch if task.name == "sft" else (task.inputs(batch), batch), items))
         return batches

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from veneer.train.evaluate import to
+from veneer.train.evaluate import move_batch
 from veneer.train.many import Runs
 from veneer.train.tasks import Task
 
@@ -28,7 +28,7 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
     model.eval()
     try:
         for names, indices in plan_passes(list(tasks), rows.lengths, task.config.batch_size):
-            batch = to(model.device, task.collate([rows[i] for i in indices]))
+            batch = move_batch(model.device, task.collate([rows[i] for i in indices]))
             batch_sums = _batch_sums(runs, {name: tasks[name] for name in names}, batch)
             for name, (count, measures) in batch_sums.items():
                 item_counts[name] += count

@@ -72,7 +72,8 @@ class Progress:
             say(
                 self.console,
                 f"step {state.step:>5}/{steps}  {remaining} of {len(cohort)} go on; best"
-                f" {best.name} ({format_changes(best.changes)}), {loss_name} {_sortable_loss(best):.4f}",
+                f" {best.name} ({format_changes(best.changes)}), {loss_name}"
+                f" {_sortable_loss(best):.4f}",
             )
 
 
@@ -138,7 +139,8 @@ def print_overview(
         f"Data     {config.data}: {task.describe_size(prepared.train)}",
         f"         {len(prepared.evaluation):,} examples to evaluate on",
         f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples",
-        f"Sweep    {search.count} candidates ({settings.sampler_name}), {at_once} at once{rung_note}",
+        f"Sweep    {search.count} candidates ({settings.sampler_name}),"
+        f" {at_once} at once{rung_note}",
         f"         {trainable_parameters:,} numbers train at once",
     ]
     for line in lines:

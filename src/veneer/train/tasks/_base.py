@@ -37,7 +37,7 @@ from veneer.train import data, prepare
 from veneer.train.config import TrainConfig
 from veneer.train.further import REFERENCE, read_initial_adapter
 from veneer.train.prepare import Prepared
-from veneer.train.tokens import IGNORED, stretches
+from veneer.train.tokens import IGNORED, label_runs
 
 __all__ = ["TASKS", "Prepared", "RowSegment", "Rows", "Task", "TaskLoss", "register"]
 
@@ -207,9 +207,9 @@ class Task(ABC):
 
     def read(self, source: str, split: str) -> data.Records:
         """Read the records of a source, with columns renamed to their roles."""
-        raw, digest = data.raw_rows(source, split)
+        located_rows, digest = data.raw_rows(source, split)
         return data.select_fields(
-            raw, source, digest, self.required_columns, self.optional_columns, self.config.columns
+            located_rows, source, digest, self.required_columns, self.optional_columns, self.config.columns
         )
 
     @abstractmethod
@@ -223,8 +223,8 @@ class Task(ABC):
     def token_segments(self, name: str, ids: list[int], labels: list[int]) -> list[RowSegment]:
         """The segments of a sequence of token ids and labels, each named `name`."""
         return [
-            RowSegment(learnt, name, self.processor.decode(segment_ids))
-            for learnt, segment_ids in stretches(ids, labels)
+            RowSegment(is_trained, name, self.processor.decode(segment_ids))
+            for is_trained, segment_ids in label_runs(ids, labels)
         ]
 
     def load(self) -> Base:
@@ -384,20 +384,21 @@ def apply_max_length(
     if long_indices and config.too_long == "error":
         longest_index = max(long_indices, key=text_lengths.__getitem__)
         problem = (
-            f"{len(long_indices)} of {len(rows)} examples of {records.source} with more than {limit:,}"
-            " tokens"
+            f"{len(long_indices)} of {len(rows)} examples of {records.source} with more than"
+            f" {limit:,} tokens"
         )
-        problem += f"; the longest, {records.locations[longest_index]}, has {text_lengths[longest_index]:,}"
+        length = text_lengths[longest_index]
+        problem += f"; the longest, {records.locations[longest_index]}, has {length:,}"
         remedy = (
-            f"raise it with --max-length {text_lengths[longest_index]} (if the model allows it), or choose"
-            " --too-long truncate or "
+            f"raise it with --max-length {length} (if the model allows it), or choose --too-long"
+            " truncate or "
         )
         raise DataError(problem, f"at most {limit:,}", f"{remedy}drop")
     if config.too_long == "truncate":
-        long_indices = {*long}
+        long_set = {*long_indices}
         return (
             [*range(len(rows))],
-            [truncate(row) if i in long_indices else row for i, row in enumerate(rows)],
+            [truncate(row) if i in long_set else row for i, row in enumerate(rows)],
             len(long_indices),
         )
     retained_indices = [i for i in range(len(rows)) if text_lengths[i] <= limit]
@@ -408,7 +409,7 @@ def apply_max_length(
 
 
 def read_text_column(records: data.Records, column: str) -> list[str]:
-    """The values of a column that holds texts. `DataError`: one is empty or no text."""
+    """The values of a column of texts. Raises `DataError` if a value is empty or no text."""
     for row, location in zip(records.rows, records.locations, strict=True):
         if not isinstance(row[column], str) or not row[column].strip():
             problem = f"{records.source}, {location}: {column} is {row[column]!r}"[:300]

@@ -87,10 +87,10 @@ class Classify(Task):
     def read(self, source: str, split: str) -> data.Records:
         folder = Path(source).expanduser()
         if folder.is_dir():
-            raw, digest = list_labelled_images(folder)
+            located_rows, digest = list_labelled_images(folder)
         else:
-            raw, digest = data.raw_rows(source, split)
-        renamed, column_names = self.config.columns, [*raw[0][1]]
+            located_rows, digest = data.raw_rows(source, split)
+        renamed, column_names = self.config.columns, [*located_rows[0][1]]
         kinds = [kind for kind in HEADS if kind in renamed or kind in column_names]
         if len(kinds) != 1 or (self.row_kind and kinds != [self.row_kind]):
             problem = f"{source} has the columns {listing(map(repr, column_names))}"
@@ -103,7 +103,7 @@ class Classify(Task):
         self.row_kind = kinds[0]
         columns = ("words", "labels") if self.row_kind == "words" else (self.row_kind, "label")
         return data.select_fields(
-            raw, source, digest, columns, ("text_pair",) if self.row_kind == "text" else (), renamed
+            located_rows, source, digest, columns, ("text_pair",) if self.row_kind == "text" else (), renamed
         )
 
     def _processor(self) -> Any:

@@ -138,7 +138,8 @@ def ranking_losses(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]
         anchors: vectors [b, h].
         candidates: vectors [k · b, h], the positives first, in the order of the anchors.
     """
-    scores = COSINE_SCALE * normalize(anchors, dim=-1) @ normalize(candidates, dim=-1).mT  # [b, k · b]
+    # [b, k · b]
+    scores = COSINE_SCALE * normalize(anchors, dim=-1) @ normalize(candidates, dim=-1).mT
     targets = torch.arange(len(anchors), device=scores.device)
     return cross_entropy(scores, targets, reduction="none"), scores.detach().argmax(dim=-1)
 

@@ -79,9 +79,9 @@ class Grpo(CausalTask):
     def read(self, source: str, split: str) -> data.Records:
         """Read all columns: the reward functions get all columns except the prompt."""
         _ = self.reward_functions  # report an invalid file before the base is read
-        raw, digest = data.raw_rows(source, split)
+        located_rows, digest = data.raw_rows(source, split)
         records = data.select_fields(
-            raw, source, digest, self.required_columns, self.optional_columns, self.config.columns
+            located_rows, source, digest, self.required_columns, self.optional_columns, self.config.columns
         )
         column = self.config.columns.get("prompt", "prompt")
         rows = [
@@ -89,7 +89,7 @@ class Grpo(CausalTask):
                 "prompt": record["prompt"],
                 "columns": {name: value for name, value in row.items() if name != column},
             }
-            for record, (_, row) in zip(records.rows, raw, strict=True)
+            for record, (_, row) in zip(records.rows, located_rows, strict=True)
         ]
         return replace(records, rows=rows, unused=())
 

@@ -86,9 +86,9 @@ class Seq2seq(Task):
         )
 
     def read(self, source: str, split: str) -> data.Records:
-        raw, digest = data.raw_rows(source, split)
+        located_rows, digest = data.raw_rows(source, split)
         columns = ("audio", "text") if self.is_speech else ("prompt", "completion")
-        return data.select_fields(raw, source, digest, columns, (), self.config.columns)
+        return data.select_fields(located_rows, source, digest, columns, (), self.config.columns)
 
     def encode(self, records: data.Records) -> Rows:
         answers = self._answer_ids(
@@ -97,12 +97,14 @@ class Seq2seq(Task):
         if self.is_speech:
             folder = Path(records.source).expanduser().parent
             sample_rate = int(self.feature_extractor.sampling_rate)
-            max_samples = getattr(self.feature_extractor, "n_samples", None)  # Whisper's window, in samples
+            # the number of samples in Whisper's window
+            max_samples = getattr(self.feature_extractor, "n_samples", None)
             rows = []
             for row, location, labels in zip(records.rows, records.locations, answers, strict=True):
                 samples = read_audio(row["audio"], f"{records.source}, {location}", folder, sample_rate)
                 if max_samples is not None and len(samples) > max_samples:
-                    problem = f"{records.source}, {location}: {len(samples) / sample_rate:.1f} s of audio"
+                    seconds = len(samples) / sample_rate
+                    problem = f"{records.source}, {location}: {seconds:.1f} s of audio"
                     raise DataError(
                         problem,
                         f"at most {max_samples / sample_rate:.1f} s, what the base hears at once",
@@ -119,7 +121,8 @@ class Seq2seq(Task):
         limit = self.max_length()
         text_lengths = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
 
-        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:  # both end with the end-of-text token
+        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
+            # prompt and answer both end with the end-of-text token, which must remain
             long_fields = [name for name in ("ids", "labels") if name in row and len(row[name]) > limit]
             return {**row, **{name: [*row[name][: limit - 1], row[name][-1]] for name in long_fields}}
 
@@ -150,7 +153,11 @@ class Seq2seq(Task):
         seconds = len(read_audio(row["audio"], row["location"], row["folder"], sample_rate)) / sample_rate
         file_name = f"{row['audio']}, " if isinstance(row["audio"], str) else ""
         return [
-            RowSegment(False, "audio", f"{file_name}{seconds:.2f} s at {sample_rate:,} samples a second"),
+            RowSegment(
+                False,
+                "audio",
+                f"{file_name}{seconds:.2f} s at {sample_rate:,} samples a second",
+            ),
             answer,
         ]
 
