@@ -102,7 +102,7 @@ def training(base: str) -> list[str]:
         for device, count in MACHINES[base]:
             run = Run(1, 4096, accumulate=count, checkpointing=True, quantize=quantize)
             for strategy in ("ddp", "fsdp", "tp") if count > 1 else ("ddp",):
-                if strategy == "tp" and count > DEVICES[device].machine:
+                if strategy == "tp" and count > DEVICES[device].devices_per_machine:
                     continue  # its sums are waited for, over a network
                 if strategy == "ddp" and count > 1 and base != "8B":
                     continue  # as much memory as one device
@@ -337,9 +337,9 @@ def devices() -> list[str]:
             f"{one.memory / 1e9:.0f}",
             f"{one.peak16 / 1e12:,.0f}",
             f"{one.peak32 / 1e12:,.0f}",
-            f"{one.bandwidth / 1e9:,.0f}",
-            f"{one.link / 1e9:.0f}",
-            str(one.machine),
+            f"{one.memory_bandwidth / 1e9:,.0f}",
+            f"{one.link_bandwidth / 1e9:.0f}",
+            str(one.devices_per_machine),
             f"{one.network.bandwidth / 1e9:g}",
             linked(one),
         ]

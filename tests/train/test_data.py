@@ -17,7 +17,7 @@ from veneer.errors import DataError
 from veneer.train import data, tokens
 from veneer.train.data import Columns
 from veneer.train.evaluate import exact_match_rate
-from veneer.train.prepare import prompt_of
+from veneer.train.prepare import sample_prompt
 
 TOKENIZER = tiny_tokenizer()
 ROWS = sums(4)
@@ -310,7 +310,7 @@ GREETING = [{"role": "user", "content": "Hi"}]
 def test_a_prompt_to_show_is_of_one_short_line_if_there_is_one(
     rows: list[dict[str, Any]], expected: Any
 ) -> None:
-    assert prompt_of(rows) == expected
+    assert sample_prompt(rows) == expected
 
 
 @pytest.mark.parametrize(

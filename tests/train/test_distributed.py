@@ -23,7 +23,7 @@ from veneer.errors import ConfigError
 from veneer.train import checkpoint
 from veneer.train.config import make_config
 from veneer.train.order import EpochSampler, ShareSampler
-from veneer.train.processes import must_divide, share_config
+from veneer.train.processes import check_divided_settings, share_config
 from veneer.train.run import fit
 
 Make = Callable[..., Any]
@@ -447,10 +447,10 @@ def test_what_cannot_be_spread_is_refused(make: Make, tmp_path: Path) -> None:
     }
     for why, changes in cases.items():
         with pytest.raises(ConfigError, match=f"fsdp with {why}"):
-            must_divide(make(parallel="fsdp", **changes), 2)
-    must_divide(make(parallel="fsdp"), 2)
-    must_divide(make(parallel="fsdp", shard_size=2), 4)
+            check_divided_settings(make(parallel="fsdp", **changes), 2)
+    check_divided_settings(make(parallel="fsdp"), 2)
+    check_divided_settings(make(parallel="fsdp", shard_size=2), 4)
     with pytest.raises(ConfigError, match="shard_size 4 of 6 processes"):
-        must_divide(make(parallel="fsdp", shard_size=4), 6)
+        check_divided_settings(make(parallel="fsdp", shard_size=4), 6)
     with pytest.raises(ConfigError, match="shard_size is for parallel fsdp; found parallel ddp"):
         make(shard_size=2)

@@ -477,7 +477,7 @@ def test_each_device_has_a_source(one):
     maker = (".nvidia.com", "rocm.docs.amd.com")
     assert one.network.source is None or urlsplit(one.network.source).hostname.endswith(maker)
     assert (one.network.source is None) == (one.network.bandwidth == 12.5e9)
-    assert one.peak16 >= one.peak32 > one.bandwidth > one.link >= one.host > 0
+    assert one.peak16 >= one.peak32 > one.memory_bandwidth > one.link_bandwidth >= one.host_bandwidth > 0
 
 
 def test_the_help_names_all_devices():

@@ -20,7 +20,7 @@ import veneer
 from veneer.errors import ConfigError, DataError
 from veneer.train import data
 from veneer.train.config import make_config, task_names
-from veneer.train.evaluate import evaluate_task, task_of
+from veneer.train.evaluate import evaluate_task, task_from_record
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS, Rows
 from veneer.train.tasks._media import read_audio, read_image
@@ -74,7 +74,7 @@ def test_a_task_learns_and_its_adapter_is_measured_alike(name: str, folder: Path
     record = veneer.adapter_files.read(result.adapter).metadata["provenance"]["task"]
     assert "reward" not in record
     extra = {"reward": config.reward} if name == "grpo" else {}
-    task = task_of(
+    task = task_from_record(
         record, config.base, config.data, {"precision": "fp32"}, eval_fraction=0.25, **extra
     )
     task.open_base()

@@ -19,7 +19,7 @@ from tests.support.toys import error, randomise
 import veneer
 from veneer.distributed import average_gradients, is_sharded
 from veneer.errors import ConfigError
-from veneer.train.processes import must_divide
+from veneer.train.processes import check_divided_settings
 from veneer.train.tensor_parallel import cut_layers, cut_model
 
 # the ranks are processes of their own, of which no warning tells
@@ -290,5 +290,5 @@ def test_what_a_cut_base_cannot_do_is_refused(make: Callable[..., Any]) -> None:
     refused = {"quantize": "nf4"}, {"cache_lower": True}, {"device_map": "auto"}
     for changes in (*refused, {"invocation": "<c>"}):
         with pytest.raises(ConfigError, match=f"parallel tp with {next(iter(changes))}"):
-            must_divide(make(parallel="tp", **changes), 2)
-    must_divide(make(parallel="tp"), 2)
+            check_divided_settings(make(parallel="tp", **changes), 2)
+    check_divided_settings(make(parallel="tp"), 2)

@@ -192,9 +192,9 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
     from veneer.errors import ConfigError
     from veneer.store.library import resolve
     from veneer.train.callbacks import measure_formatter
-    from veneer.train.evaluate import evaluate_task, task_of
+    from veneer.train.evaluate import evaluate_task, task_from_record
 
-    task = task_of(record, request.base, request.data, request.loading, **options)
+    task = task_from_record(record, request.base, request.data, request.loading, **options)
     if request.adapter is None and not task.evaluates_base:
         problem = f"task {task.name} without an adapter, whose base has a head of random weights"
         raise ConfigError(

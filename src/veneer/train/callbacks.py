@@ -111,7 +111,7 @@ class StopOnSignal(TrainerCallback):
         # Python allows signal handlers in the main thread only
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {
-                number: signal.signal(number, self._handle)
+                number: signal.signal(number, self._handle_signal)
                 for number in (signal.SIGINT, signal.SIGTERM)
             }
         return self
@@ -120,7 +120,7 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
@@ -201,7 +201,7 @@ class ProgressBar(TrainerCallback):
             return ""
         remaining_seconds = (total_steps - step) * (last_time - first_time) / (step - first_step)
         tokens_per_second = (tokens - first_tokens) / (last_time - first_time)
-        return f"  {tokens_per_second:,.0f} tokens/s  {duration(remaining_seconds)} left"
+        return f"  {tokens_per_second:,.0f} tokens/s  {format_duration(remaining_seconds)} left"
 
     def close(self) -> None:
         """Remove the bar. Must be called after errors too, because the bar hides the cursor."""
@@ -231,7 +231,7 @@ def measure_formatter(name: str, loss_unit: str) -> Callable[[float], str]:
     return lambda value: f"{name} {value:.4f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A readable duration: 42 s, 3 min 5 s, 2 h 10 min."""
     minutes, seconds_left = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)

@@ -50,7 +50,7 @@ def newest(output: Path) -> tuple[Path, int] | None:
         if path.is_dir()
     }
     checkpoints = [(path, int(step)) for path, step in step_texts.items() if step.isdecimal()]
-    return max(checkpoints, key=lambda pair: pair[1], default=None)
+    return max(checkpoints, key=lambda checkpoint: checkpoint[1], default=None)
 
 
 def clear(output: Path, *names: str) -> None:
@@ -67,7 +67,7 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
     """A block in which no other run writes to `output`. First removes the incomplete files of
     killed runs. Raises `OutputExistsError` if another process writes its run there."""
 
-    def refusal(holder: str) -> OutputExistsError:
+    def make_refusal(holder: str) -> OutputExistsError:
         problem = f"{holder}, which writes its run to {output}"
         return OutputExistsError(
             problem, "one run for an output folder", "wait for it, or choose another output"
@@ -75,7 +75,7 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
 
     def hold_output_lock() -> None:
         if not output.is_file():  # `can_resume` refuses a file
-            stack.enter_context(hold_lock(output / LOCK, refusal))
+            stack.enter_context(hold_lock(output / LOCK, make_refusal))
         if (output / RUN).exists():  # leave folders of other programs alone
             sweep(output)
 
@@ -88,7 +88,7 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
             output.rmdir()  # the run could not begin
 
 
-def is_taken(output: Path) -> bool:
+def has_other_files(output: Path) -> bool:
     """Whether the folder holds anything but the lock of this run and incomplete run records."""
     return output.is_dir() and not all(
         file.name.startswith((LOCK, f".{RUN}.")) for file in output.iterdir()

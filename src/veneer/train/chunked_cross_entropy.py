@@ -59,7 +59,7 @@ class ChunkedCrossEntropy:
         if not logits.requires_grad:
             return
         gradient = softmax.scatter_(1, labels, p - 1)  # softmax - onehot
-        parameters = [parameter for parameter in _leaves(logits) if parameter is not leaf]
+        parameters = [parameter for parameter in _leaf_tensors(logits) if parameter is not leaf]
         inputs = [leaf, *parameters] if leaf.requires_grad else parameters
         with torch.autocast(logits.device.type, enabled=False):
             gradients = list(torch.autograd.grad(logits, inputs, gradient.to(logits.dtype)[None]))
@@ -167,7 +167,7 @@ def make_leaf(rows: Tensor) -> Tensor:
     return rows.detach().requires_grad_(rows.requires_grad)
 
 
-def _leaves(output: Tensor) -> list[Tensor]:
+def _leaf_tensors(output: Tensor) -> list[Tensor]:
     """The leaf tensors of the autograd graph of ``output``."""
     leaves, visited, pending = [], set(), [output.grad_fn]
     while pending:

@@ -46,7 +46,7 @@ ADAPTER_FIELDS = (
 INVOKED_TASKS = ("sft", "dpo", "orpo", "kto", "grpo")
 
 
-def _panel(title: str) -> Any:
+def _field_factory(title: str) -> Any:
     """A function that defines a field, which `veneer train --help` shows under ``title``."""
 
     def field(default: Any, help: str, **limits: Any) -> Any:
@@ -56,7 +56,7 @@ def _panel(title: str) -> Any:
 
 
 _data, _task, _adapter, _optimiser, _run = map(
-    _panel, ("Base and data", "Task", "Adapter", "Optimiser", "Run")
+    _field_factory, ("Base and data", "Task", "Adapter", "Optimiser", "Run")
 )
 
 
@@ -422,7 +422,7 @@ def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainC
     try:
         return TrainConfig(**fields)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_describe_problem(problem) for problem in error.errors()]
     raise ConfigError(
         f"{source} is not a valid training configuration:\n"
         + "\n".join(f"  - {line}" for line in lines)
@@ -476,7 +476,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _explain(problem: Any) -> str:
+def _describe_problem(problem: Any) -> str:
     """One line of text for a validation error of pydantic."""
     name = ".".join(str(key) for key in problem["loc"][:1])
     error_type, rejected = problem["type"], problem["input"]

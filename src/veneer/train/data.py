@@ -118,27 +118,27 @@ def select_fields(
     digest: str,
     required: Sequence[str],
     optional: Sequence[str] = (),
-    renamed: Mapping[str, str] | None = None,
+    column_names: Mapping[str, str] | None = None,
 ) -> Records:
     """The records of a task other than sft. Each row has the `required` fields, and the `optional`
     fields that the first row has. Values are not changed.
 
     Args:
-        renamed: the column of a field whose name differs from the field's.
+        column_names: the column of a field whose name differs from the field's.
 
     Raises:
-        DataError: `renamed` has an unknown field, a column is missing (with the nearest name), or a
-            row lacks a column of the first row.
+        DataError: `column_names` has an unknown field, a column is missing (with the nearest name),
+            or a row lacks a column of the first row.
     """
-    renamed, names = renamed or {}, list(located_rows[0][1])
-    if unknown := [field for field in renamed if field not in (*required, *optional)]:
+    column_names, names = column_names or {}, list(located_rows[0][1])
+    if unknown := [field for field in column_names if field not in (*required, *optional)]:
         problem = (
             f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*required, *optional])}"
         )
         raise DataError(problem, f"one of {', '.join([*required, *optional])}", "correct it")
-    column_by_field = {field: renamed.get(field, field) for field in required}
+    column_by_field = {field: column_names.get(field, field) for field in required}
     column_by_field |= {
-        field: renamed.get(field, field) for field in optional if field in renamed or field in names
+        field: column_names.get(field, field) for field in optional if field in column_names or field in names
     }
     if missing_columns := [column for column in column_by_field.values() if column not in names]:
         problem = (

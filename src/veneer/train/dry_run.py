@@ -19,7 +19,7 @@ from veneer.models.load import best_device, meta_base
 from veneer.models.locate import config_of
 from veneer.models.remote_code import with_trust_of_config
 from veneer.train.adapter_setup import attach_adapter
-from veneer.train.callbacks import duration, say
+from veneer.train.callbacks import format_duration, say
 from veneer.train.config import TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.prepare import Prepared
@@ -94,7 +94,7 @@ def _describe_time(task: Task, model: Any, prepared: Prepared, steps: int) -> st
     operations = 2 * tokens * (passes * weight_count + 2 * head_weight_count)
     device = config.device or best_device()
     speed = _measure_speed(device, model.dtype, round(min(tokens, 1024)) or 1)
-    least_time = duration(steps * operations / speed)
+    least_time = format_duration(steps * operations / speed)
     return f"at least {least_time} (the base's products at the {speed / 1e9:,.0f} GFLOP/s of now)"
 
 

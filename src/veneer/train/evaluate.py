@@ -78,7 +78,7 @@ def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) ->
     return {**means, "items": items}
 
 
-def task_of(
+def task_from_record(
     record: Mapping[str, Any], base: str, data: str, load_options: Mapping[str, Any], **fields: Any
 ) -> Task:
     """The task in an adapter's metadata (`Task.record`; {"name": …} for an adapter without a

@@ -30,6 +30,7 @@ from veneer.train.make_trainer import make_trainer
 from veneer.train.run import load_model, prepare_data
 from veneer.train.tasks import TASKS
 
+#: the first and the last learning rate of the test, and its number of steps
 LOWEST_RATE, HIGHEST_RATE, STEPS = 1e-6, 1.0, 80
 #: the test ends when the smoothed loss reaches this multiple of its lowest value, but not before a
 #: third of the steps
@@ -63,9 +64,9 @@ class RateSweep:
     def suggested_rate(self) -> float:
         """The suggested learning rate, rounded to one digit. Raises ``TrainingError`` if the loss
         never falls."""
-        smoothed = self.smoothed_losses
-        best_index = min(range(len(smoothed)), key=smoothed.__getitem__)
-        if best_index == 0 or smoothed[best_index] > 0.995 * smoothed[0]:
+        smoothed_losses = self.smoothed_losses
+        best_index = min(range(len(smoothed_losses)), key=smoothed_losses.__getitem__)
+        if best_index == 0 or smoothed_losses[best_index] > 0.995 * smoothed_losses[0]:
             problem = (
                 f"a loss that no rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} brings down"
             )
@@ -77,14 +78,14 @@ class RateSweep:
 
     def lines(self, count: int = 16) -> list[str]:
         """A printable table of about `count` rates with their smoothed losses, as bars."""
-        smoothed = self.smoothed_losses
-        low, high = min(smoothed), max(smoothed[0], min(smoothed))
-        shown_indices = sorted({round(k * (len(smoothed) - 1) / (count - 1)) for k in range(count)})
+        smoothed_losses = self.smoothed_losses
+        low, high = min(smoothed_losses), max(smoothed_losses[0], min(smoothed_losses))
+        shown_indices = sorted({round(k * (len(smoothed_losses) - 1) / (count - 1)) for k in range(count)})
         lines = ["     rate     loss"]
         for k in shown_indices:
-            bar_share = min(max((smoothed[k] - low) / ((high - low) or 1.0), 0.0), 1.2)
+            bar_share = min(max((smoothed_losses[k] - low) / ((high - low) or 1.0), 0.0), 1.2)
             lines.append(
-                f"{self.rates[k]:9.1e} {smoothed[k]:8.4f}  {'█' * (1 + round(28 * bar_share))}"
+                f"{self.rates[k]:9.1e} {smoothed_losses[k]:8.4f}  {'█' * (1 + round(28 * bar_share))}"
             )
         return lines
 
@@ -115,8 +116,8 @@ class _SweepCallback(TrainerCallback):
             control.should_training_stop = True
             return
         self.losses.append(loss)
-        smoothed = self.result.smoothed_losses
-        if len(smoothed) > STEPS // 3 and smoothed[-1] > STOP_FACTOR * min(smoothed):
+        smoothed_losses = self.result.smoothed_losses
+        if len(smoothed_losses) > STEPS // 3 and smoothed_losses[-1] > STOP_FACTOR * min(smoothed_losses):
             control.should_training_stop = True
 
     @property

@@ -301,14 +301,14 @@ class _Sampling:
 def _check_context(model: Any, prompt_length: int, max_new_tokens: int) -> None:
     """Raise `DataError` if a prompt of ``prompt_length`` tokens and the new tokens together exceed
     the model's context."""
-    context = context_of(model)
+    context = context_tokens(model)
     if context is not None and prompt_length and prompt_length + max_new_tokens > context:
         problem = f"a prompt of {prompt_length:,} tokens and {max_new_tokens:,} new ones"
         remedy = "shorten the prompt, or ask for fewer new tokens"
         raise DataError(problem, f"at most {context:,} together, the model's context", remedy)
 
 
-def context_of(model: Any) -> int | None:
+def context_tokens(model: Any) -> int | None:
     """The maximal number of positions in a model's config, or None."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 

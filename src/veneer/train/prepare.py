@@ -74,14 +74,14 @@ def prepare(
             `dataset()`.
     """
     rows = read(config.data, config.split)
-    held_out = read(config.eval_data, "train") if config.eval_data is not None else None
+    held_out_records = read(config.eval_data, "train") if config.eval_data is not None else None
     if config.eval_fraction:
-        rows, held_out = split(
+        rows, held_out_records = split(
             rows,
             config.eval_fraction,
             config.seed if config.eval_seed is None else config.eval_seed,
         )
-    records = {"train": rows} if held_out is None else {"train": rows, "eval": held_out}
+    records = {"train": rows} if held_out_records is None else {"train": rows, "eval": held_out_records}
     examples = {name: encode(split_records) for name, split_records in records.items()}
     sets = {
         name: encoded.dataset() if make_dataset is None else make_dataset(encoded, length)
@@ -92,7 +92,7 @@ def prepare(
         config.epochs * steps_an_epoch(config, len(sets["train"]), process_count)
     )
     hashes = {name: split_records.sha256 for name, split_records in records.items()}
-    prompt = prompt_of([rows.rows[i] for i in examples["train"].record_indices])
+    prompt = sample_prompt([rows.rows[i] for i in examples["train"].record_indices])
     return Prepared(
         train=examples["train"],
         evaluation=examples.get("eval"),
@@ -110,10 +110,10 @@ def steps_an_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
     return math.ceil(math.ceil(rows / (config.batch_size * processes)) / config.grad_accum)
 
 
-def prompt_of(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
+def sample_prompt(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
     """A sample prompt: the chat of the first row, if it has one. Else the printable prompt with the
     fewest lines, and among these the shortest; None if no prompt is printable."""
-    prompts = [_prompt_in(row) for row in rows]
+    prompts = [_prompt_of_row(row) for row in rows]
     if isinstance(prompts[0], list):
         return prompts[0]
     printable = [
@@ -127,12 +127,12 @@ def prompt_of(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
     return min(printable, key=lambda text: (text.count("\n"), len(text)), default=None)
 
 
-def _prompt_in(row: dict[str, Any]) -> Any:
+def _prompt_of_row(row: dict[str, Any]) -> Any:
     """The prompt or chat of a row. For a row with only a text, its first five words."""
     for field in ("messages", "prompt"):
         if field in row:
             return row[field]
-    text = row.get("held_out_indices", row.get("text"))
+    text = row.get("chosen", row.get("text"))
     return " ".join(text.split(maxsplit=5)[:5]) if isinstance(text, str) else text
 
 

@@ -201,7 +201,7 @@ def leave(output: str) -> None:
         dist.destroy_process_group()
 
 
-def finished_before(output: str) -> bool:
+def is_run_finished(output: str) -> bool:
     """Whether processes of the same launcher have already finished the run in `output`. The
     launcher restarts them all if one of them fails while it exits."""
     import torch.distributed as dist
@@ -243,11 +243,11 @@ def share_config(config: TrainConfig, processes: int, *, compares_rows: bool) ->
         step = _describe_step(config.batch_size, config.grad_accum, processes)
         problem = f"{step}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
         expected = f"{config.batch_size} in a forward pass"
-        raise ConfigError(f"{problem} compares", expected, _advice(processes))
+        raise ConfigError(f"{problem} compares", expected, _division_advice(processes))
     return config.model_copy(update={"batch_size": batch_size, "grad_accum": passes})
 
 
-def must_divide(config: TrainConfig, process_count: int, needs_reference: bool = False) -> None:
+def check_divided_settings(config: TrainConfig, process_count: int, needs_reference: bool = False) -> None:
     """Raise `ConfigError` for settings that do not work on a base that is sharded over (fsdp) or
     cut between (tp) `process_count` processes. ``needs_reference``: as `Task.needs_reference`."""
     from veneer.models.locate import config_of
@@ -281,7 +281,7 @@ def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, i
     share_size, remainder = divmod(batch_size * grad_accum, processes)
     if remainder:
         problem = _describe_step(batch_size, grad_accum, processes)
-        raise ConfigError(problem, "as many for each process", _advice(processes))
+        raise ConfigError(problem, "as many for each process", _division_advice(processes))
     passes = next(
         passes for passes in range(1, share_size + 1) if share_size % passes == 0 and share_size // passes <= batch_size
     )
@@ -296,5 +296,5 @@ def _describe_step(batch_size: int, grad_accum: int, processes: int) -> str:
     return f"{examples}, over {processes} processes"
 
 
-def _advice(processes: int) -> str:
+def _division_advice(processes: int) -> str:
     return f"set grad_accum to a multiple of {processes}, or start another number of processes"

@@ -274,13 +274,13 @@ def _worker(config: dict[str, Any]) -> None:
             portable_error = RuntimeError(f"{type(error).__name__}: {error}")
         if not isinstance(error, VeneerError | OSError):
             portable_error.add_note(f"In a worker:\n{traceback.format_exc()}")
-        portable_error.recurs = _recurs(error)
+        portable_error.recurs = _would_recur(error)
         if portable_error is error:
             raise
         raise portable_error from error
 
 
-def _recurs(error: Exception) -> bool:
+def _would_recur(error: Exception) -> bool:
     """Whether new workers would raise the same error. False for consequences of another worker's
     death, and for torch's errors of a device or a connection."""
     if isinstance(error, VeneerError):

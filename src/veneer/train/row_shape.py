@@ -214,7 +214,7 @@ def _parse_tool_call(call: Any, location: str) -> dict[str, Any]:
             ' {"type": "function", "function": {"name": "...", "arguments": {...}}}.\nDo:'
             " fix or remove that row."
         )
-    parsed = {
+    parsed_function = {
         "name": function["name"],
         "arguments": {name: value for name, value in arguments.items() if value is not None},
     }
@@ -226,7 +226,7 @@ def _parse_tool_call(call: Any, location: str) -> dict[str, Any]:
     return {
         "type": "function",
         **{name: value for name, value in extra_fields.items() if value is not None},
-        "function": parsed,
+        "function": parsed_function,
     }
 
 

@@ -45,7 +45,7 @@ from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.make_trainer import make_trainer
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
-from veneer.train.processes import Processes, join, must_divide, share_config
+from veneer.train.processes import Processes, join, check_divided_settings, share_config
 from veneer.train.run_record import (
     ResumePoint,
     can_resume,
@@ -252,7 +252,7 @@ def _make_task(config: TrainConfig, processes: Processes) -> Task:
         options = {"load_options": {**load_options, "device": "cpu"}}
     task = task_class(config, **options)
     if is_divided:
-        must_divide(config, processes.count, task.needs_reference())
+        check_divided_settings(config, processes.count, task.needs_reference())
     return task
 
 
@@ -403,7 +403,7 @@ def _finish(
     losses = result.losses
     loss_change = f"loss {losses[0]:.4f} → {losses[-1]:.4f}"
     loss_change += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-    say(console, f"Done     {result.steps:,} steps in {watch.duration(result.seconds)}: {loss_change}")
+    say(console, f"Done     {result.steps:,} steps in {watch.format_duration(result.seconds)}: {loss_change}")
     say(console, f"Adapter  {result.adapter}")
     return replace(
         result, metrics=metrics, prompt=prepared.prompt if task.generates_text() else None

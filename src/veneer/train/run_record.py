@@ -59,7 +59,7 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
         )
     run = checkpoint.read_json(output / checkpoint.RUN)
     is_other_kind = run is not None and ("sweep" in run) is (sweep is None)
-    if is_other_kind or (run is None and checkpoint.is_taken(output)):
+    if is_other_kind or (run is None and checkpoint.has_other_files(output)):
         remedy = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(
             f"{output} is not empty and holds no Veneer {kind}", "a new folder", remedy
@@ -78,19 +78,19 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
     # settings that the run's version of Veneer did not have get their defaults
     recorded_settings = {**TrainConfig.defaults(), **run["config"], "sweep": run.get("sweep")}
     current_settings = {**config.content(), "sweep": sweep}
-    changed = [
+    changed_names = [
         name
         for name in {**recorded_settings, **current_settings}
         if name not in FREE_ON_RESUME and recorded_settings.get(name) != current_settings.get(name)
     ]
-    if not changed and config.resume is not False:
+    if not changed_names and config.resume is not False:
         return True
     if config.overwrite or checkpoint.newest(output) is None:  # nothing would be lost
         return False
-    lines = "".join(f"\n  {name}: was {recorded_settings.get(name)!r}, is {current_settings.get(name)!r}" for name in changed)
-    raise (ConfigError if changed else OutputExistsError)(
+    lines = "".join(f"\n  {name}: was {recorded_settings.get(name)!r}, is {current_settings.get(name)!r}" for name in changed_names)
+    raise (ConfigError if changed_names else OutputExistsError)(
         f"Found: {output} holds an unfinished"
-        f" {kind}{' with another configuration' if changed else ''}.{lines}\nExpected: the same"
+        f" {kind}{' with another configuration' if changed_names else ''}.{lines}\nExpected: the same"
         " configuration, to resume it exactly, or a new folder. Do: undo the change, choose"
         " another output, or pass --overwrite to start over."
     )
@@ -148,15 +148,15 @@ def versions() -> dict[str, str]:
 def print_changed_versions(run: Mapping[str, Any], console: Console) -> None:
     """Print the libraries whose versions differ from those that a resumed run began with."""
     recorded, installed = run.get("versions", {}), versions()
-    changed = [
+    changed_versions = [
         f"{name} {recorded[name]}, now {current}"
         for name, current in installed.items()
         if recorded.get(name, current) != current
     ]
-    if changed:
+    if changed_versions:
         say(
             console,
-            f"Versions The run was made with {'; '.join(changed)}: its losses may differ from those"
+            f"Versions The run was made with {'; '.join(changed_versions)}: its losses may differ from those"
             " of a run that",
         )
         say(

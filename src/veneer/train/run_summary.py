@@ -60,9 +60,9 @@ def print_summary(
             "fsdp": ", before the base is spread",
             "tp": ", before the base is cut",
         }[config.parallel]
-        scope = "" if is_spread(model.modules()) else division_note
-        scope = f" in each{scope}" if processes.count > 1 else ""
-        say(console, f"Memory   {memory.estimate(model, config, *task.largest_batch(prepared))}{scope}")
+        memory_note = "" if is_spread(model.modules()) else division_note
+        memory_note = f" in each{memory_note}" if processes.count > 1 else ""
+        say(console, f"Memory   {memory.estimate(model, config, *task.largest_batch(prepared))}{memory_note}")
     if hidden_state_cache is not None:
         examples = [train] if prepared.evaluation is None else [train, prepared.evaluation]
         tokens = sum(sum(dataset_rows.lengths) for dataset_rows in examples)

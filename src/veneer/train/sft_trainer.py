@@ -13,7 +13,7 @@ from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.loss import token_loss
 from veneer.train.order import WEIGHTLESS
 from veneer.train.tokens import IGNORED
-from veneer.train.trainer import AdapterTrainerBase, marked_as_adapted
+from veneer.train.trainer import AdapterTrainerBase, mark_as_adapted
 
 #: key of a batch's number of labels
 LABELS = "veneer_labels"
@@ -41,7 +41,7 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         **kwargs: Any,
     ) -> None:
         forward_attribute = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
-        with marked_as_adapted(model):
+        with mark_as_adapted(model):
             super().__init__(model, **kwargs)
         model.__dict__.pop("forward", None)  # SFTTrainer's fused head
         model.__dict__.update(forward_attribute)

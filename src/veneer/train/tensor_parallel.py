@@ -318,7 +318,7 @@ def _forward_of(layer: CutLayer, parallel_group: _ParallelGroup) -> Callable[...
         if layer.partition in (COLUMNS, EXPERTS):
             args = tuple(map(parallel_group.sum_gradient_of, args))
             kwargs = {name: parallel_group.sum_gradient_of(value) for name, value in kwargs.items()}
-        with shards_in_place(layer, parallel_group):
+        with use_local_shards(layer, parallel_group):
             y = type(module).forward(module, *args, **kwargs)
         return parallel_group.sum_output(y) if layer.partition in (ROWS, EXPERTS) else y
 
@@ -326,7 +326,7 @@ def _forward_of(layer: CutLayer, parallel_group: _ParallelGroup) -> Callable[...
 
 
 @contextmanager
-def shards_in_place(layer: CutLayer, parallel_group: Any) -> Iterator[None]:
+def use_local_shards(layer: CutLayer, parallel_group: Any) -> Iterator[None]:
     """A context in which a layer and its adapters hold the shards of this process."""
     module, values = layer.module, dict(layer.values)
     modules, has_dropout = [module], False

@@ -78,7 +78,7 @@ def tokenise(
         DataError: a row is too long and `too_long` is "error", a row has no label, no row is left,
             or a chat meets a tokenizer without a chat template.
     """
-    encode, labels_all = _encoder(rows, tokenizer), rows.kind != "text" and not completion_only
+    encode, labels_all = _make_encoder(rows, tokenizer), rows.kind != "text" and not completion_only
     examples: list[tuple[list[int], list[int], int]] = []
     long_rows: list[tuple[int, int]] = []
     truncated = 0
@@ -135,7 +135,7 @@ def _length_error(
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
-def _encoder(rows: Records, tokenizer: Any) -> Encoder:
+def _make_encoder(rows: Records, tokenizer: Any) -> Encoder:
     """The encoder for the shape of the rows."""
     if rows.kind == "text":
         return lambda row, location: _encode_text(row["text"], tokenizer)

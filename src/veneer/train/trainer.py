@@ -44,7 +44,7 @@ from veneer.train.tasks import Rows, Task, TaskLoss
 
 
 @contextmanager
-def marked_as_adapted(model: Any) -> Iterator[None]:
+def mark_as_adapted(model: Any) -> Iterator[None]:
     """A block in which the model carries PEFT's mark, by which transformers' trainer recognises
     that a quantised model has adapters. Outside of the block, the mark would make methods of the
     model call PEFT."""
@@ -243,7 +243,7 @@ class TaskTrainer(AdapterTrainerBase):
     def __init__(
         self, model: Any, *, task: Task, adapter: Any, base_name: str, **kwargs: Any
     ) -> None:
-        with marked_as_adapted(model):
+        with mark_as_adapted(model):
             super().__init__(model, data_collator=task.collate, **kwargs)
         self.task, self.measures = task, task.measures
         self.adapter, self.base_name = adapter, base_name

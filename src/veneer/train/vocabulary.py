@@ -59,7 +59,7 @@ def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Any) -> tuple[int,
         return ()
     ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
     examples = getattr(rows, "input_ids", None)
-    if not ids or (examples and not any(map(partial(_contains, ids), examples))):
+    if not ids or (examples and not any(map(partial(_contains_tokens, ids), examples))):
         problem = f"invocation {config.invocation!r}, tokens {list(ids)}, in none of the rows"
         remedy = (
             "write it as it stands in the tokenised rows (`--dry-run` prints one), between texts"
@@ -69,7 +69,7 @@ def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Any) -> tuple[int,
     return ids
 
 
-def _contains(ids: tuple[int, ...], row: list[int]) -> bool:
+def _contains_tokens(ids: tuple[int, ...], row: list[int]) -> bool:
     """Whether a row of token ids contains ``ids`` as consecutive tokens."""
     return any(
         tuple(row[start : start + len(ids)]) == ids

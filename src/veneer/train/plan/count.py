@@ -59,14 +59,14 @@ class Cost:
     forward_work: Work = field(default_factory=Counter)
     backward_work: Work = field(default_factory=Counter)
 
-    def plus(self, added: Cost, times: int = 1) -> Cost:
-        """The sum of this cost and ``times`` the ``added`` one."""
-        sizes = (getattr(self, name) + times * getattr(added, name) for name in _BYTE_FIELDS)
+    def plus(self, addend: Cost, times: int = 1) -> Cost:
+        """The sum of this cost and ``times`` times the cost ``addend``."""
+        byte_values = (getattr(self, name) + times * getattr(addend, name) for name in _BYTE_FIELDS)
         calls = (
-            _add_work(getattr(self, name), getattr(added, name), times)
+            _add_work(getattr(self, name), getattr(addend, name), times)
             for name in ("forward_work", "backward_work")
         )
-        return Cost(*sizes, *calls)
+        return Cost(*byte_values, *calls)
 
     @property
     def peak_bytes(self) -> int:
@@ -85,13 +85,13 @@ class Cost:
         """The cost on each of ``devices`` devices that divide matrices and attention heads. Each
         device holds and reads all tensors as wide as the hidden state in full."""
         saved_on_others = (self.saved_bytes - self.replicated_bytes) * (devices - 1) // devices
-        sizes = (
+        byte_values = (
             self.saved_bytes - saved_on_others,
             self.replicated_bytes,
             self.loss_peak_bytes - saved_on_others,
             self.backward_peak_bytes - saved_on_others,
         )
-        return Cost(*sizes, shard_work(self.forward_work, devices), shard_work(self.backward_work, devices))
+        return Cost(*byte_values, shard_work(self.forward_work, devices), shard_work(self.backward_work, devices))
 
 
 _BYTE_FIELDS = ("saved_bytes", "replicated_bytes", "loss_peak_bytes", "backward_peak_bytes")
@@ -100,14 +100,14 @@ _BYTE_FIELDS = ("saved_bytes", "replicated_bytes", "loss_peak_bytes", "backward_
 def shard_work(work: Work, devices: int) -> Work:
     """The work of each of ``devices`` devices that divide it."""
     shares = Work()
-    for (operations, bytes_moved, replicated), count in work.items():
-        divisor = 1 if replicated else devices
-        shares[operations // divisor, bytes_moved // divisor, replicated] += count
+    for (operations, bytes_moved, is_replicated), count in work.items():
+        divisor = 1 if is_replicated else devices
+        shares[operations // divisor, bytes_moved // divisor, is_replicated] += count
     return shares
 
 
-def _add_work(work: Work, added: Work, times: int) -> Work:
-    return Counter({call: work[call] + times * added[call] for call in {*work, *added}})
+def _add_work(work: Work, addend: Work, times: int) -> Work:
+    return Counter({call: work[call] + times * addend[call] for call in {*work, *addend}})
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,10 @@ def _count_distinct_blocks(
     on the model with one block of each kind, and for each kind with a second block of that kind."""
     path, block_list = _block_list(model)
     blocks_by_signature: dict[Any, list[nn.Module]] = {}
-    frozen = True  # forward saves nothing below the lowest adapted block
+    is_frozen = True  # forward saves nothing below the lowest adapted block
     for block in block_list:
-        frozen &= not any(p.requires_grad for p in block.parameters())
-        blocks_by_signature.setdefault((frozen, *_block_signature(block)), []).append(block)
+        is_frozen &= not any(p.requires_grad for p in block.parameters())
+        blocks_by_signature.setdefault((is_frozen, *_block_signature(block)), []).append(block)
     distinct_blocks = [equal_blocks[0] for equal_blocks in blocks_by_signature.values()]
     block_counts = [(config, config.num_hidden_layers) for config in _block_count_configs(model)]
 
@@ -278,23 +278,30 @@ def _run_step(model: Any, batch: int, length: int, labelled_share: float, chunke
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     head: Any = model.get_output_embeddings()
-    width = model.get_input_embeddings().weight.shape[-1]
+    hidden_size = model.get_input_embeddings().weight.shape[-1]
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     decoder = model.base_model if model.base_model is not model else model
-    with _OperationCounter(model, width) as counter:
-        states = decoder(input_ids=ids, use_cache=False)[0]
-        saved, replicated = counter.measure_live_bytes()
-        rows = states.flatten(0, 1)[: max(1, round(batch * length * labelled_share))]
+    with _OperationCounter(model, hidden_size) as counter:
+        hidden_states = decoder(input_ids=ids, use_cache=False)[0]
+        saved_bytes, replicated_bytes = counter.measure_live_bytes()
+        rows = hidden_states.flatten(0, 1)[: max(1, round(batch * length * labelled_share))]
         gradients = (
             torch.zeros_like(rows)
             if head is None
             else (_chunked_loss_gradient if chunked_loss else _full_loss_gradient)(head, rows.detach())
         )
-        forward, counter.work = counter.work, Counter()
+        forward_work, counter.work = counter.work, Counter()
         loss_peak_bytes, counter.peak_bytes = counter.peak_bytes, counter.live_bytes
         rows.backward(gradients)
-        del states, rows, gradients
-        return Cost(saved, replicated, loss_peak_bytes, counter.peak_bytes, forward, counter.work)
+        del hidden_states, rows, gradients
+        return Cost(
+            saved_bytes,
+            replicated_bytes,
+            loss_peak_bytes,
+            counter.peak_bytes,
+            forward_work,
+            counter.work,
+        )
 
 
 def _chunked_loss_gradient(head: Any, rows: Tensor) -> Tensor:
@@ -368,17 +375,17 @@ def _block_signature(block: nn.Module) -> tuple[Any, ...]:
 
 
 class _OperationCounter(TorchDispatchMode):
-    """Dispatch mode that records each operation's work, and the bytes of the storages that
-    operations create, until these are saved_change. Storages of the model's own tensors are not counted.
+    """A dispatch mode that records each operation's work, and the bytes of the storages that
+    operations create, until these are freed. Storages of the model's own tensors are not counted.
 
     Args:
-        width: number of features of hidden states.
+        hidden_size: number of features of hidden states.
     """
 
-    def __init__(self, model: nn.Module, width: int) -> None:
+    def __init__(self, model: nn.Module, hidden_size: int) -> None:
         super().__init__()
         self.work: Work = Counter()
-        self.width, self.live_bytes, self.peak_bytes = width, 0, 0
+        self.hidden_size, self.live_bytes, self.peak_bytes = hidden_size, 0, 0
         self.storages: dict[int, tuple[Any, int, bool]] = {}
         tensors = [*model.parameters(), *model.buffers()]
         self.model_storages = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -388,7 +395,7 @@ class _OperationCounter(TorchDispatchMode):
 
     def measure_live_bytes(self) -> tuple[int, int]:
         """(bytes that are held now, the share of these in tensors as wide as a hidden state)."""
-        return self.live_bytes, sum(size for _, size, replicated in self.storages.values() if replicated)
+        return self.live_bytes, sum(size for _, size, is_replicated in self.storages.values() if is_replicated)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -404,10 +411,10 @@ class _OperationCounter(TorchDispatchMode):
         if outputs and not returns_views and "empty" not in func._schema.name:
             bytes_moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
             operations = count_operations(func, args, kwargs, output)
-            replicated = not operations and all(
-                tensor.dim() > 1 and tensor.shape[-1] == self.width for tensor in outputs
+            is_replicated = not operations and all(
+                tensor.dim() > 1 and tensor.shape[-1] == self.hidden_size for tensor in outputs
             )
-            self.work[operations, bytes_moved, replicated] += 1
+            self.work[operations, bytes_moved, is_replicated] += 1
         return output
 
     def _track_storage(self, tensor: Tensor) -> None:
@@ -417,7 +424,7 @@ class _OperationCounter(TorchDispatchMode):
             return
         size = storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._untrack_storage(key))
-        self.storages[key] = reference, size, tensor.dim() > 1 and tensor.shape[-1] == self.width
+        self.storages[key] = reference, size, tensor.dim() > 1 and tensor.shape[-1] == self.hidden_size
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 

@@ -42,10 +42,10 @@ class Hardware:
         memory: size of its memory in bytes.
         peak16, peak32: operations a second of dense products, in 16 bits with float32 accumulation,
             and in float32.
-        bandwidth: bytes a second that it reads from or writes to its memory.
-        link: bytes a second to other devices of the same machine, in one direction.
-        host: bytes a second that it reads from main memory.
-        machine: number of devices of a machine, which are joined by such links.
+        memory_bandwidth: bytes a second that it reads from or writes to its memory.
+        link_bandwidth: bytes a second to other devices of the same machine, in one direction.
+        host_bandwidth: bytes a second that it reads from main memory.
+        devices_per_machine: number of devices of a machine, which are joined by such links.
         network: the network between machines.
         source: the address at which all figures except the network's are published.
     """
@@ -54,10 +54,10 @@ class Hardware:
     memory: float
     peak16: float
     peak32: float
-    bandwidth: float
-    link: float
-    host: float
-    machine: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    host_bandwidth: float
+    devices_per_machine: int
     network: Network
     source: str
 
@@ -69,7 +69,7 @@ class Hardware:
     def seconds(self, work: Work, itemsize: int = 2) -> float:
         """Seconds that ``work`` takes if the elements of its matrices have ``itemsize`` bytes."""
         peak_rate = (self.peak16 if itemsize < 4 else self.peak32) * PRODUCTS
-        bandwidth = self.bandwidth * BYTES
+        bandwidth = self.memory_bandwidth * BYTES
         return sum(
             count * max(operations / peak_rate, bytes_moved / bandwidth, LAUNCH)
             for (operations, bytes_moved, _), count in work.items()
@@ -81,7 +81,7 @@ class Hardware:
         bytes of each device."""
         return sent / (
             LINKS
-            * (self.link if devices <= self.machine else min(self.link, self.network.bandwidth))
+            * (self.link_bandwidth if devices <= self.devices_per_machine else min(self.link_bandwidth, self.network.bandwidth))
         )
 
 

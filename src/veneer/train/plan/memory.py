@@ -94,9 +94,9 @@ def memory_breakdown(
                 bytes_by_use["workspace"] += max((group.cost.saved_bytes for group in step.blocks), default=0)
         # accumulated gradients exist during a pass; the gradients of the last pass, and the
         # buffers in which they are sent, replace activations that backward has freed
-        accumulated = trained_bytes if accumulate > 1 else 0
-        bytes_by_use["gradients"] = accumulated + max(
-            0, trained_bytes - accumulated + buffer_bytes - bytes_by_use["activations"] - bytes_by_use["workspace"]
+        accumulated_bytes = trained_bytes if accumulate > 1 else 0
+        bytes_by_use["gradients"] = accumulated_bytes + max(
+            0, trained_bytes - accumulated_bytes + buffer_bytes - bytes_by_use["activations"] - bytes_by_use["workspace"]
         )
     return bytes_by_use
 
@@ -121,8 +121,8 @@ def shard_base(
     two_block_bytes = 2 * max((block_bytes for _, block_bytes in blocks), default=0)
     peaks_at_loss = cost.loss_peak_bytes > cost.backward_peak_bytes + two_block_bytes
     workspace = bytes_by_use["workspace"] - cost.peak_bytes + (cost.loss_peak_bytes if peaks_at_loss else cost.backward_peak_bytes)
-    gathered = {"gathered": root_bytes + (0 if peaks_at_loss else two_block_bytes)}
-    return bytes_by_use | {"base": -(-bytes_by_use["base"] // devices), "workspace": workspace} | gathered
+    gathered_bytes = {"gathered": root_bytes + (0 if peaks_at_loss else two_block_bytes)}
+    return bytes_by_use | {"base": -(-bytes_by_use["base"] // devices), "workspace": workspace} | gathered_bytes
 
 
 def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
@@ -137,11 +137,11 @@ def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
         bytes_by_use, offloaded_size = predict(model, config, tokens, labelled)
     except ConfigError as error:  # a model that cannot be counted may still train
         return _format_lower_bound(memory_breakdown(model, config.optimiser, None), error)
-    text = _format_total(bytes_by_use)
+    description = _format_total(bytes_by_use)
     return (
-        f"{text}, and activations of {format_bytes(offloaded_size)} in main memory"
+        f"{description}, and activations of {format_bytes(offloaded_size)} in main memory"
         if config.offload_activations
-        else text
+        else description
     )
 
 
@@ -219,29 +219,29 @@ def _breakdown_at_once(
         "checkpointing": config.activation_checkpointing,
     }
     bytes_by_use = memory_breakdown(model, config.optimiser, step, **options)
-    state_total = sum(
+    optimiser_bytes = sum(
         state_bytes(parameter, run.config.optimiser)
         for run in runs.values()
         for parameter in run.parameters
     )
-    return bytes_by_use | {"optimiser": round(state_total)}
+    return bytes_by_use | {"optimiser": round(optimiser_bytes)}
 
 
 def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
     """(bytes by use, bytes of activations in main memory). Arguments as `estimate`; raises as
     `count_model_step`."""
     rows = max(1, min(config.batch_size, tokens))
-    processes = dist.get_world_size() if config.parallel == "fsdp" and dist.is_initialized() else 1
+    process_count = dist.get_world_size() if config.parallel == "fsdp" and dist.is_initialized() else 1
     step = count_model_step(
-        model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1), chunked_loss=processes == 1
+        model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1), chunked_loss=process_count == 1
     )
     checkpointing = config.activation_checkpointing
     options = {"checkpointing": checkpointing, "offload": config.offload_activations}
     bytes_by_use = memory_breakdown(model, config.optimiser, step, accumulate=config.grad_accum, **options)
-    if processes > 1:
+    if process_count > 1:
         blocks = [(1, weight_bytes(block)[0]) for block in gathered_blocks(model)]
         bytes_by_use = shard_base(
-            bytes_by_use, step.with_checkpointing if checkpointing else step.total, blocks, processes
+            bytes_by_use, step.with_checkpointing if checkpointing else step.total, blocks, process_count
         )
     return bytes_by_use, offloaded_bytes(step, checkpointing) if config.offload_activations else 0
 

@@ -43,8 +43,8 @@ class Load:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        counts = ("prompt", "answer", "adapters", "rows", "devices")
-        invalid = [name for name in counts if getattr(self, name) < 1] + ["requests"] * (
+        count_fields = ("prompt", "answer", "adapters", "rows", "devices")
+        invalid = [name for name in count_fields if getattr(self, name) < 1] + ["requests"] * (
             self.requests <= 0
         )
         if invalid:
@@ -105,7 +105,7 @@ def plan_service(model: Any, load: Load, hardware: Hardware) -> Service:
         0, min(load.rows, math.floor((free_bytes - adapter_bytes) / (row_bytes + adapter_bytes * (load.adapters > 1))))
     )
     peak_rate = PRODUCTS * (hardware.peak16 if itemsize < 4 else hardware.peak32) * load.devices
-    bandwidth = BYTES * hardware.bandwidth * load.devices
+    bandwidth = BYTES * hardware.memory_bandwidth * load.devices
     if rows == 0:
         return Service(hardware.name, load, base_bytes, adapter_bytes, row_bytes, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
     in_memory = min(load.adapters, math.floor((free_bytes - rows * row_bytes) / adapter_bytes))
@@ -132,7 +132,7 @@ def plan_service(model: Any, load: Load, hardware: Hardware) -> Service:
         1 / busy_seconds,
         replicas,
         hits,
-        adapter_bytes / hardware.host,
+        adapter_bytes / hardware.host_bandwidth,
     )
 
 

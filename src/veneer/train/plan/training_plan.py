@@ -114,7 +114,7 @@ class Planner:
         self._steps: dict[Any, Step] = {}
 
     def step(self, run: Run, chunked_loss: bool = True) -> Step:
-        key = run.batch, run.length, run.labelled, run.quantize is None, chunked
+        key = run.batch, run.length, run.labelled, run.quantize is None, chunked_loss
         if key not in self._steps:
             self._steps[key] = count_step(
                 self.model, *key[:2], labelled_share=run.labelled, is_plain=key[3], chunked_loss=chunked_loss

@@ -44,7 +44,7 @@ STATE = "state.pt"
 
 
 @dataclass(eq=False)
-class Member:
+class CohortMember:
     """A candidate in training: its task, and its adapter on the engine."""
 
     task: Task
@@ -96,15 +96,15 @@ class Cohort:
     ) -> None:
         self.model, self.prepared = model, prepared
         self.runs, self.failed = Runs(model), dict[str, str]()
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, CohortMember] = {}
         self._step_rows: dict[int, Iterator[list[list[int]]]] = {}
         self._checked_configs: list[Any] = []
         try:
-            self._for_each(tasks, lambda name: self._attach(name, tasks[name], resumed_from))
-            is_decayed = _find_decayed(model)
+            self._for_each(tasks, lambda name: self._attach_candidate(name, tasks[name], resumed_from))
+            decay_flags = _find_decay_flags(model)
             self._for_each(
                 self.runs,
-                lambda name: self._start(name, tasks[name], output, resumed_from, is_decayed),
+                lambda name: self._start_candidate(name, tasks[name], output, resumed_from, decay_flags),
             )
             if not keep_going:
                 problems = [f"candidate {name}: {problem}" for name, problem in self.failed.items()]
@@ -124,7 +124,7 @@ class Cohort:
                 if name in self.runs:
                     self.runs.remove(name)
 
-    def _attach(self, name: str, task: Task, resumed_from: Path | None) -> None:
+    def _attach_candidate(self, name: str, task: Task, resumed_from: Path | None) -> None:
         config = task.config
         if resumed_from is not None:
             self.runs.add(name, resumed_from / name / checkpoint.ADAPTER, seed=config.seed)
@@ -137,20 +137,20 @@ class Cohort:
             check(self.model, task.example(self.prepared, self.model.device), name)
             self._checked_configs.append(adapter_config)
 
-    def _start(
+    def _start_candidate(
         self,
         name: str,
         task: Task,
         output: Path,
         resumed_from: Path | None,
-        is_decayed: Mapping[int, bool],
+        decay_flags: Mapping[int, bool],
     ) -> None:
         """Create a candidate's optimiser and schedule, and restore their state from a
         checkpoint."""
         adapter = self.runs.engine.adapters[name]
         arguments, steps = arguments_of(task.config, output, self.prepared), self.prepared.steps
         adapter.optimizer = _create_optimizer(
-            arguments, self.model, adapter.parameters, is_decayed
+            arguments, self.model, adapter.parameters, decay_flags
         )
         adapter.scheduler = get_scheduler(
             arguments.lr_scheduler_type,
@@ -163,7 +163,7 @@ class Cohort:
             adapter.load_state_dict(state_dict)
         else:  # transformers' Trainer also seeds after the adapter is attached
             adapter.stream.restart(task.config.seed)
-        self.members[name] = Member(task, adapter)
+        self.members[name] = CohortMember(task, adapter)
 
     def begin(self, step: int) -> None:
         """Begin with the rows of the step after `step`."""
@@ -203,16 +203,16 @@ class Cohort:
         finite are dropped and listed in `failed`."""
         if self._step % self.steps_an_epoch == 0:
             self.draw_loader_seed()
-        passes = {
+        passes_by_seed = {
             order_seed: self._collate(next(rows)) for order_seed, rows in self._step_rows.items()}
         losses = dict.fromkeys(self.members, 0.0)
         item_totals = {
-            order_seed: max(sum(items for _, items in batches), 1) for order_seed, batches in passes.items()
+            order_seed: max(sum(items for _, items in batches), 1) for order_seed, batches in passes_by_seed.items()
         }
-        for pass_index in range(max(map(len, passes.values()))):
+        for pass_index in range(max(map(len, passes_by_seed.values()))):
             batches, weights = {}, {}
             for name, member in self.members.items():
-                batches[name], items = passes[member.order_seed][pass_index]
+                batches[name], items = passes_by_seed[member.order_seed][pass_index]
                 weights[name] = items / item_totals[member.order_seed]
             pass_losses = self.runs.backward(batches, self._loss_functions(), weights=weights)
             for name, loss in pass_losses.items():
@@ -225,7 +225,7 @@ class Cohort:
                 self.remove(name)
         return {name: losses[name] for name in losses if name in self.members}
 
-    def _collate(self, passes: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
+    def _collate(self, passes_by_seed: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
         """For each forward pass, its batch as `Runs.backward` takes it, and the number of items in
         the batch's mean loss."""
         task, rows = self._first_task, self.prepared.train
@@ -281,11 +281,12 @@ class Cohort:
 
 
 def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The mean loss of a batch by ``task``, from the output of a forward that was shared."""
     loss = task.loss(OutputAsModel(output, training=True), batch)
     return loss.total / max(loss.items, 1)
 
 
-def _find_decayed(model: Any) -> dict[int, bool]:
+def _find_decay_flags(model: Any) -> dict[int, bool]:
     """By the id of each trainable parameter, whether weight decay applies to it. The order is that
     of the model's parameters."""
     decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
@@ -297,7 +298,7 @@ def _find_decayed(model: Any) -> dict[int, bool]:
 
 
 def _create_optimizer(
-    arguments: Any, model: Any, parameters: list[nn.Parameter], is_decayed: Mapping[int, bool]
+    arguments: Any, model: Any, parameters: list[nn.Parameter], decay_flags: Mapping[int, bool]
 ) -> torch.optim.Optimizer:
     """The optimiser that transformers' Trainer creates for these arguments, over the parameters of
     one candidate."""
@@ -306,8 +307,8 @@ def _create_optimizer(
         {
             "params": [
                 parameters_by_id[key]
-                for key, decayed in is_decayed.items()
-                if key in parameters_by_id and decayed is group_decayed
+                for key, is_decayed in decay_flags.items()
+                if key in parameters_by_id and is_decayed is group_decayed
             ],
             "weight_decay": weight_decay,
         }

@@ -32,7 +32,7 @@ def find_edges(
     dropout of 0, is no edge."""
     winner_edges = []
     for axis, values in axes.items():
-        bounds = _bounds(values)
+        bounds = _axis_bounds(values)
         if axis in SEED_AXES or bounds is None or axis not in changes:
             continue
         low, high = bounds
@@ -45,7 +45,7 @@ def find_edges(
     return winner_edges
 
 
-def _bounds(values: list[Any] | Range) -> tuple[float, float] | None:
+def _axis_bounds(values: list[Any] | Range) -> tuple[float, float] | None:
     """The lowest and the highest value of an axis; None if its values are not distinct numbers."""
     if isinstance(values, Range):
         return values.low, values.high

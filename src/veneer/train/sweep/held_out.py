@@ -51,12 +51,12 @@ def plan_passes(
     of tokens by row. `batch_size`: rows of a forward, if the lengths are 0, as for images."""
     row_order, start = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), 0
     while start < len(row_order):
-        longest = lengths[row_order[start]]
-        row_count = max(1, TOKENS // (longest * len(names))) if longest else batch_size
+        row_tokens = lengths[row_order[start]]
+        row_count = max(1, TOKENS // (row_tokens * len(names))) if row_tokens else batch_size
         indices = row_order[start : start + row_count]
-        names_per_pass = max(1, TOKENS // (longest * len(indices))) if longest else len(names)
-        for first_name in range(0, len(names), names_per_pass):
-            yield names[first_name : first_name + names_per_pass], indices
+        candidates_per_pass = max(1, TOKENS // (row_tokens * len(indices))) if row_tokens else len(names)
+        for first in range(0, len(names), candidates_per_pass):
+            yield names[first : first + candidates_per_pass], indices
         start += len(indices)
 
 
@@ -67,8 +67,8 @@ def _batch_sums(
     sums: dict[str, tuple[int, dict[str, Any]]] = {}
     if next(iter(tasks.values())).name == "sft":
         losses_by_run = runs.label_losses(dict.fromkeys(tasks, batch), accuracy=True)
-        for name, (losses, _, correct) in losses_by_run.items():
-            measures = {"loss": losses.sum(), "accuracy": cast(Tensor, correct).sum()}
+        for name, (losses, _, is_correct) in losses_by_run.items():
+            measures = {"loss": losses.sum(), "accuracy": cast(Tensor, is_correct).sum()}
             sums[name] = len(losses), measures
         return sums
     outputs = runs.outputs({name: (task.inputs(batch), None) for name, task in tasks.items()})

@@ -12,7 +12,7 @@ import yaml
 
 from veneer.tools.report.charts import COLOURS, Points, lines, table
 from veneer.tools.report.report_page import document
-from veneer.train.callbacks import duration
+from veneer.train.callbacks import format_duration
 from veneer.train.sweep.conclusions import describe_edge, describe_repetition
 from veneer.train.sweep.sweep_record import ENDED, FAILED, FINISHED, format_changes
 
@@ -84,7 +84,7 @@ def _summary_cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[
             for status in (ENDED, FAILED)
             if status_counts[status]),
     )
-    yield duration(facts["cpu_seconds"]), f"of CPU time, in {duration(facts['seconds'])}"
+    yield format_duration(facts["cpu_seconds"]), f"of CPU time, in {format_duration(facts['seconds'])}"
 
 
 def _winner_section(facts: Facts) -> str:

@@ -30,7 +30,7 @@ from veneer.models.remote_code import with_trust_of_config
 from veneer.train import checkpoint
 from veneer.train.adapter_setup import lora_config
 from veneer.train.arguments import arguments_of
-from veneer.train.callbacks import StopOnSignal, duration, say
+from veneer.train.callbacks import StopOnSignal, format_duration, say
 from veneer.train.config import TrainConfig, make_config, task_names
 from veneer.train.prepare import steps_an_epoch
 from veneer.train.processes import Processes
@@ -263,7 +263,7 @@ class _SweepRun:
             try:
                 if not self._train(cohort, should_stop):
                     self._write_status("interrupted")
-                    return self._result(interrupted=True)
+                    return self._build_result(interrupted=True)
                 self._finish_cohort(cohort)
             finally:
                 cohort.close()
@@ -271,7 +271,7 @@ class _SweepRun:
             self.state.cohort, self.state.step = self.state.cohort + 1, 0
             if not self.state.in_cohort(self.state.cohort) and (added := self._next_candidates()):
                 self._add_candidates(added)
-        return self._finish()
+        return self._finish_sweep()
 
     def _open_output(self, cohort: Cohort) -> None:
         """Print the overview and create the output folder. This happens after the first cohort is
@@ -297,14 +297,14 @@ class _SweepRun:
         candidates = {
             candidate.name: candidate for candidate in self.state.in_cohort(self.state.cohort)
         }
-        names = [
+        active_names = [
             name
             for name, candidate in candidates.items()
             if candidate.status in (WAITING, RUNNING, FINISHED)
         ]
-        tasks = {name: self.tasks[name] for name in names}
+        tasks = {name: self.tasks[name] for name in active_names}
         cohort = Cohort(self.model, tasks, self.prepared, self.output, resume_from, self.keep_going)
-        for name in names:
+        for name in active_names:
             candidate = candidates[name]
             if name in cohort.failed:
                 candidate.status, candidate.note = FAILED, cohort.failed[name]
@@ -352,9 +352,9 @@ class _SweepRun:
             is_due = False  # the rungs take the place of regular evaluations
         if not cohort.members or not (is_due or is_rung):
             return
-        by_training_loss = is_rung and self.settings.judged_by == "training"
-        losses = self._held_out_losses(cohort) if is_due or not by_training_loss else {}
-        if by_training_loss:
+        judges_training_loss = is_rung and self.settings.judged_by == "training"
+        losses = self._held_out_losses(cohort) if is_due or not judges_training_loss else {}
+        if judges_training_loss:
             losses = {name: mean(state[name].losses[step // 2 :]) for name in cohort.members}
             for name, loss in losses.items():
                 state[name].judged.append((step, loss))
@@ -435,12 +435,12 @@ class _SweepRun:
             facts["config"] = changed_settings(winner_config)
         return {**facts, **self.winner_facts, **state_facts}
 
-    def _result(self, interrupted: bool) -> SweepResult:
+    def _build_result(self, interrupted: bool) -> SweepResult:
         facts = self.facts()
         best = facts["folder"] and Path(facts["folder"])
         return SweepResult(self.output, best, interrupted, facts)
 
-    def _finish(self) -> SweepResult:
+    def _finish_sweep(self) -> SweepResult:
         if self.state.best is None:
             notes = "; ".join(
                 f"{candidate.name}: {candidate.note}"
@@ -456,7 +456,7 @@ class _SweepRun:
             "alone": repeat_winner(self._single_run_config(best), best.losses),
         }
         self._update_times()
-        result = self._result(interrupted=False)
+        result = self._build_result(interrupted=False)
         write_whole(self.output / RESULT, json.dumps(result.facts, indent=2) + "\n")
         write_whole(self.output / REPORT, page(result.facts))
         self._write_status("finished")
@@ -465,7 +465,7 @@ class _SweepRun:
         return result
 
     def _print_result(self, best: Candidate) -> None:
-        elapsed, changes = duration(self.state.seconds), format_changes(best.changes)
+        elapsed, changes = format_duration(self.state.seconds), format_changes(best.changes)
         lines = [
             f"Done     in {elapsed}: {best.name} ({changes})",
             f"         evaluation {best.loss:.4f}, {best.parameters:,} numbers",

@@ -170,14 +170,14 @@ def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
     try:
         return Sweep(**fields)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
+        lines = list(dict.fromkeys(_describe_problem(problem) for problem in error.errors()))
     raise ConfigError(
         f"The section `sweep:` of {source} is not valid:\n"
         + "\n".join(f"  - {line}" for line in lines)
     )
 
 
-def _explain(problem: Any) -> str:
+def _describe_problem(problem: Any) -> str:
     """One line of text for a validation error of pydantic."""
     location = [
         str(component)

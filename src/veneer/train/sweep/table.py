@@ -124,7 +124,7 @@ def print_overview(
     """Print the base, the data, the steps, the number of candidates and the estimated memory.
 
     Args:
-        trainable_parameters: their number, summed over the candidates of the cohort.
+        trainable_parameters: number of trainable parameters of all candidates of the cohort.
     """
     config, settings, model = task.config, search.settings, cohort.model
     base_bytes = sum(

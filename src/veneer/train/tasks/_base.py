@@ -194,10 +194,12 @@ class Task(ABC):
     def record(self) -> dict[str, Any]:
         """The task record of an adapter: the task's name, the fields of `RECORDED_FIELDS` that
         differ from their defaults, and `settings`."""
-        default = TrainConfig.defaults()
-        recorded = {name: getattr(self.config, name) for name in RECORDED_FIELDS}
-        changed = {name: value for name, value in recorded.items() if value != default[name]}
-        return {"name": self.name, **changed, **self.settings()}
+        default_values = TrainConfig.defaults()
+        recorded_fields = {name: getattr(self.config, name) for name in RECORDED_FIELDS}
+        changed_fields = {
+            name: value for name, value in recorded_fields.items() if value != default_values[name]
+        }
+        return {"name": self.name, **changed_fields, **self.settings()}
 
     def prepare(self) -> Prepared:
         return prepare.prepare(self.config, self.records, self.encode, self.max_length())
@@ -330,9 +332,9 @@ def labelled_loss(logits: Tensor, labels: Tensor) -> TaskLoss:
     labels = labels.to(logits.device)
     labelled = labels != IGNORED
     labelled_logits, targets = logits[labelled], labels[labelled]
-    wide_logits = labelled_logits.to(at_least_float32(labelled_logits.dtype))
+    float_logits = labelled_logits.to(at_least_float32(labelled_logits.dtype))
     correct = (labelled_logits.detach().argmax(dim=-1) == targets).sum()
-    total = cross_entropy(wide_logits, targets, reduction="sum")
+    total = cross_entropy(float_logits, targets, reduction="sum")
     return TaskLoss(total, len(targets), {"accuracy": correct})
 
 
@@ -434,13 +436,13 @@ def load_function(spec: str) -> Callable[..., Any]:
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        names = [
+        function_names = [
             key
             for key, value in vars(module).items()
             if callable(value) and not key.startswith("_")
         ]
         raise ConfigError(
-            f"no function {name!r} in {module_path}; it has {', '.join(names) or 'none'}",
+            f"no function {name!r} in {module_path}; it has {', '.join(function_names) or 'none'}",
             "one",
             "name it",
         )

@@ -90,8 +90,8 @@ class Classify(Task):
             located_rows, digest = list_labelled_images(folder)
         else:
             located_rows, digest = data.raw_rows(source, split)
-        renamed, column_names = self.config.columns, [*located_rows[0][1]]
-        kinds = [kind for kind in HEADS if kind in renamed or kind in column_names]
+        columns_by_role, column_names = self.config.columns, [*located_rows[0][1]]
+        kinds = [kind for kind in HEADS if kind in columns_by_role or kind in column_names]
         if len(kinds) != 1 or (self.row_kind and kinds != [self.row_kind]):
             problem = f"{source} has the columns {listing(map(repr, column_names))}"
             expected_columns = "`text` and `label`, `words` and `labels`, or `image` and `label`"
@@ -103,10 +103,10 @@ class Classify(Task):
         self.row_kind = kinds[0]
         columns = ("words", "labels") if self.row_kind == "words" else (self.row_kind, "label")
         return data.select_fields(
-            located_rows, source, digest, columns, ("text_pair",) if self.row_kind == "text" else (), renamed
+            located_rows, source, digest, columns, ("text_pair",) if self.row_kind == "text" else (), columns_by_role
         )
 
-    def _processor(self) -> Any:
+    def _load_processor(self) -> Any:
         if self.row_kind != "image":
             return models.load_tokenizer(self.config.base)
         from transformers import AutoImageProcessor
@@ -118,7 +118,7 @@ class Classify(Task):
 
     def encode(self, records: data.Records) -> Rows:
         if self.processor is None:
-            self.processor = self._processor()
+            self.processor = self._load_processor()
         column = "labels" if self.row_kind == "words" else "label"
         locations = [f"{records.source}, {location}" for location in records.locations]
         label_names = [
@@ -160,7 +160,7 @@ class Classify(Task):
 
     @cached_property
     def _has_head(self) -> bool:
-        """Whether the base has a head of the class `HEADS[kind]`."""
+        """Whether the base has a head of the class `HEADS[row_kind]`."""
         architectures = getattr(config_of(self.config.base), "architectures", None) or ()
         return any(
             architecture.endswith(HEADS[self.row_kind].removeprefix("AutoModel"))
@@ -170,17 +170,17 @@ class Classify(Task):
     def _encode_text(
         self, records: data.Records, locations: list[str], label_indices: list[list[int]]
     ) -> Rows:
-        texts = [
+        text_columns = [
             read_text_column(records, column)
             for column in ("text", "text_pair")
             if column in records.rows[0]
         ]
-        ids = self.processor(*texts)["input_ids"]
+        ids = self.processor(*text_columns)["input_ids"]
         rows = [
             {"ids": list(token_ids), "labels": label}
             for token_ids, label in zip(ids, label_indices, strict=True)
         ]
-        return self._token_rows(records, rows, texts)
+        return self._build_token_rows(records, rows, text_columns)
 
     def _encode_words(
         self, records: data.Records, locations: list[str], label_indices: list[list[int]]
@@ -204,20 +204,22 @@ class Classify(Task):
                     "as many",
                     "fix that row",
                 )
-            encoded = self.processor(words, is_split_into_words=True)
-            word_indices = encoded.word_ids()
+            encoding = self.processor(words, is_split_into_words=True)
+            word_indices = encoding.word_ids()
             labelled_words: set[int | None] = {None}
             token_labels = [IGNORED] * len(word_indices)
             for i, word in enumerate(word_indices):
                 if word not in labelled_words:
                     labelled_words.add(word)
                     token_labels[i] = labels[word]
-            rows.append({"ids": list(encoded["input_ids"]), "labels": token_labels})
-        return self._token_rows(records, rows, [])
+            rows.append({"ids": list(encoding["input_ids"]), "labels": token_labels})
+        return self._build_token_rows(records, rows, [])
 
-    def _token_rows(
-        self, records: data.Records, rows: list[dict[str, Any]], texts: list[Any]
+    def _build_token_rows(
+        self, records: data.Records, rows: list[dict[str, Any]], text_columns: list[Any]
     ) -> Rows:
+        """Apply the maximal length to encoded rows. ``text_columns``: the texts by column; empty
+        for words."""
         limit = self.max_length()
 
         def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -234,9 +236,9 @@ class Classify(Task):
         retained_indices, rows, truncated_count = apply_max_length(
             records, rows, lengths, self.config, limit, truncate_row
         )
-        if len(texts) == 2:  # token types mark the text of each token, if the base uses them
+        if len(text_columns) == 2:  # token types mark the text of each token, if the base uses them
             token_types = self.processor(
-                *([column_texts[i] for i in retained_indices] for column_texts in texts)
+                *([column_texts[i] for i in retained_indices] for column_texts in text_columns)
             ).get("token_type_ids")
             if token_types is not None:
                 rows = [
@@ -277,15 +279,18 @@ class Classify(Task):
         text = RowSegment(False, self.row_kind, self.processor.decode(row["ids"]))
         if self.row_kind == "text":
             return [text, RowSegment(True, "label", row_labels[0])]
-        starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
-        words = [row["ids"][start:end] for start, end in pairwise([*starts, len(row["ids"])])]
-        word_texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in words]
+        word_starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+        word_ids = [row["ids"][start:end] for start, end in pairwise([*word_starts, len(row["ids"])])]
+        word_texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in word_ids]
         return [
             text,
             RowSegment(
                 True,
                 "labels",
-                ", ".join(f"{word} → {label}" for word, label in zip(word_texts, row_labels, strict=True)),
+                ", ".join(
+                    f"{word} → {label}"
+                    for word, label in zip(word_texts, row_labels, strict=True)
+                ),
             ),
         ]
 

@@ -78,10 +78,10 @@ class Embed(Task):
 
         def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
             # an encoder's sequence ends with a special token, which must remain
-            shortened = [
+            shortened_texts = [
                 ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in row["ids"]
             ]
-            return {**row, "ids": shortened}
+            return {**row, "ids": shortened_texts}
 
         retained_indices, rows, truncated_count = apply_max_length(
             records, rows, text_lengths, self.config, limit, truncate_row
@@ -122,9 +122,9 @@ class Embed(Task):
         scores = batch["labels"].to(vectors.device, vectors.dtype)
         if bool(scores.isnan().any()):
             anchors, candidates = vectors[: len(scores)], vectors[len(scores) :]
-            row_losses, nearest = ranking_losses(anchors, candidates)
-            targets = torch.arange(len(scores), device=nearest.device)
-            return TaskLoss(row_losses.sum(), len(scores), {"accuracy": (nearest == targets).sum()})
+            row_losses, nearest_indices = ranking_losses(anchors, candidates)
+            targets = torch.arange(len(scores), device=nearest_indices.device)
+            return TaskLoss(row_losses.sum(), len(scores), {"accuracy": (nearest_indices == targets).sum()})
         anchors, candidates = vectors.chunk(2)
         cosines = cosine_similarity(anchors, candidates)
         distances = (cosines - scores).abs()
@@ -132,11 +132,12 @@ class Embed(Task):
 
 
 def ranking_losses(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses [b], index of the nearest candidate [b]).
+    """(loss of each of b anchors [b], index of its nearest candidate [b]).
 
     Args:
-        anchors: vectors [b, h].
-        candidates: vectors [k · b, h], the positives first, in the order of the anchors.
+        anchors: vectors of h features, [b, h].
+        candidates: k vectors for each anchor, [k · b, h]. The positives come first, in the order
+            of the anchors.
     """
     # [b, k · b]
     scores = COSINE_SCALE * normalize(anchors, dim=-1) @ normalize(candidates, dim=-1).mT

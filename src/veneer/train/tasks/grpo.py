@@ -68,10 +68,10 @@ class Grpo(CausalTask):
 
     def prepare(self) -> Prepared:
         prepared = super().prepare()
-        files = {spec.rpartition(":")[0] for spec in self.config.reward}
+        reward_files = {spec.rpartition(":")[0] for spec in self.config.reward}
         hashes = {
             file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
-            for file in sorted(files)
+            for file in sorted(reward_files)
         }
         # a run whose reward functions have changed must not resume
         return replace(prepared, hashes={**prepared.hashes, **hashes})
@@ -187,11 +187,11 @@ class Grpo(CausalTask):
         reward_spreads = rewards.view(-1, answers_per_prompt).std(1)
         sums["reward_spread"] = reward_spreads.sum() * answers_per_prompt
         prompts = [row["ids"] for row in rows]
-        answer_pairs = [
+        labelled_answers = [
             ([*ids, *answer_ids], [*[IGNORED] * len(ids), *answer_ids])
             for ids, answer_ids in zip(prompts, answers, strict=True)
         ]
-        inputs = {name: value.to(device) for name, value in self.collate_pairs(answer_pairs).items()}
+        inputs = {name: value.to(device) for name, value in self.collate_pairs(labelled_answers).items()}
         log_p = log_probabilities(model, inputs, self.config.temperature)
         reference_log_p = None
         if self.config.beta:

@@ -131,9 +131,9 @@ def _rows_with_locations(records: data.Records) -> Any:
 def _parse_label(label: Any, location: str) -> bool:
     """Whether a row's label calls the answer good. Raises `DataError` for any other label."""
     spellings = {"true": True, "false": False, "1": True, "0": False}
-    parsed = spellings.get(label.strip().lower()) if isinstance(label, str) else label
-    if isinstance(parsed, bool) or parsed in (0, 1):
-        return bool(parsed)
+    is_good = spellings.get(label.strip().lower()) if isinstance(label, str) else label
+    if isinstance(is_good, bool) or is_good in (0, 1):
+        return bool(is_good)
     raise DataError(
         f"{location}: label is {label!r}",
         "true for a good answer, false for a bad one",
