@@ -79,8 +79,8 @@ class Head:
         hidden = getattr(output, "last_hidden_state", None)
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
             return None
-        flat = hidden.flatten(0, 1)
-        return flat if self.is_rowwise(flat[positions[:3].to(flat.device)].detach()) else None
+        flat_rows = hidden.flatten(0, 1)
+        return flat_rows if self.is_rowwise(flat_rows[positions[:3].to(flat_rows.device)].detach()) else None
 
     def is_rowwise(self, rows: Tensor) -> bool:
         """Whether the logits of some rows stay the same in a larger batch and in another order;
@@ -136,9 +136,9 @@ class Head:
             # a forward may call the layer twice and need both outputs
             if self.memory_in_use or not is_plain:
                 return functional.linear(rows, weight, bias)
-            self.memory_in_use, size = True, rows.shape[:-1].numel() * len(weight)
-            if self.memory.numel() < size:
-                self.memory = rows.new_empty(size)
+            self.memory_in_use, logit_count = True, rows.shape[:-1].numel() * len(weight)
+            if self.memory.numel() < logit_count:
+                self.memory = rows.new_empty(logit_count)
             return _LinearInto.apply(rows, weight, bias, self.memory)  # pyright: ignore[reportReturnType]
 
         return body_view(model, (name,), forward)
@@ -151,13 +151,13 @@ class _LinearInto(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor
     ) -> Tensor:
-        flat = rows.flatten(0, -2)
-        output = memory[: len(flat) * len(weight)].view(len(flat), len(weight))
+        flat_rows = rows.flatten(0, -2)
+        output = memory[: len(flat_rows) * len(weight)].view(len(flat_rows), len(weight))
         ctx.save_for_backward(weight)
         if bias is None:
-            torch.mm(flat, weight.mT, out=output)
+            torch.mm(flat_rows, weight.mT, out=output)
         else:
-            torch.addmm(bias, flat, weight.mT, out=output)
+            torch.addmm(bias, flat_rows, weight.mT, out=output)
         # `.data`: autograd must not treat the result as a view of `memory`
         return output.view(*rows.shape[:-1], len(weight)).data
 
@@ -196,12 +196,12 @@ def find_body(model: nn.Module) -> ModulePath | None:
         return None
     model_adapters = adapters_of(model)
     if model_adapters is not None:
-        active = context.current.selection.get(model_adapters.uid, model_adapters.default)
+        active_adapter = context.current.selection.get(model_adapters.uid, model_adapters.default)
         # with one adapter per row of the batch, the head would no longer know which row is which
         if (
-            active.name is None
-            and active.layer_adapters
-            and _changes_outside(model, path, active.layer_adapters)
+            active_adapter.name is None
+            and active_adapter.layer_adapters
+            and _changes_outside(model, path, active_adapter.layer_adapters)
         ):
             return None
     return path
@@ -231,9 +231,9 @@ def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
 def _changes_outside(model: nn.Module, path: ModulePath, changes: Mapping[Any, Any]) -> bool:
     """Whether an adapter changes a layer outside the body. ``changes``: the adapter's changes by
     the key of the layer."""
-    outside = [module.key for module in _modules_outside(model, path) if isinstance(module, LayerState)]
-    keys = {key[0] if isinstance(key, tuple) else key for key in changes} if outside else set()
-    return any(key in keys for key in outside)
+    outside_keys = [module.key for module in _modules_outside(model, path) if isinstance(module, LayerState)]
+    changed_keys = {key[0] if isinstance(key, tuple) else key for key in changes} if outside_keys else set()
+    return any(key in changed_keys for key in outside_keys)
 
 
 def changes_head(model: nn.Module, path: ModulePath) -> bool:
@@ -241,11 +241,11 @@ def changes_head(model: nn.Module, path: ModulePath) -> bool:
     model_adapters = adapters_of(model)
     if model_adapters is None:
         return False
-    active = context.current.selection.get(model_adapters.uid, model_adapters.default)
+    active_adapter = context.current.selection.get(model_adapters.uid, model_adapters.default)
     return (
-        active is not None
-        and bool(active.layer_adapters)
-        and _changes_outside(model, path, active.layer_adapters or {})
+        active_adapter is not None
+        and bool(active_adapter.layer_adapters)
+        and _changes_outside(model, path, active_adapter.layer_adapters or {})
     )
 
 

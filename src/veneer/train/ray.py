@@ -178,7 +178,7 @@ def _stop_on_signal(channel: Any, say: Say) -> Iterator[None]:
     signal ends it immediately."""
     is_stop_requested = False
 
-    def handle(number: int, frame: Any) -> None:
+    def handle_signal(number: int, frame: Any) -> None:
         nonlocal is_stop_requested
         if is_stop_requested:
             raise KeyboardInterrupt
@@ -186,7 +186,7 @@ def _stop_on_signal(channel: Any, say: Say) -> Iterator[None]:
         channel.request_stop.remote()
         say("Stopping after this step … (again to stop at once)")
 
-    previous_handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -268,16 +268,16 @@ def _worker(config: dict[str, Any]) -> None:
         if is_first:
             ray.get(channel.set_result.remote(result))  # arrives after all printed lines
     except Exception as error:
-        portable_error: Any = error
+        picklable_error: Any = error
         if not isinstance(error, VeneerError) and type(error) not in vars(builtins).values():
-            # an error class of another library may not be portable_error
-            portable_error = RuntimeError(f"{type(error).__name__}: {error}")
+            # an error class of another library may not be picklable
+            picklable_error = RuntimeError(f"{type(error).__name__}: {error}")
         if not isinstance(error, VeneerError | OSError):
-            portable_error.add_note(f"In a worker:\n{traceback.format_exc()}")
-        portable_error.recurs = _would_recur(error)
-        if portable_error is error:
+            picklable_error.add_note(f"In a worker:\n{traceback.format_exc()}")
+        picklable_error.recurs = _would_recur(error)
+        if picklable_error is error:
             raise
-        raise portable_error from error
+        raise picklable_error from error
 
 
 def _would_recur(error: Exception) -> bool:

@@ -118,12 +118,12 @@ def cut_model(model: Any, device: torch.device) -> None:
         layer.module.__dict__["forward"] = _forward_of(layer, parallel_group)
 
 
-def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
+def cut_layers(model: Any, process_count: int, rank: int) -> list[CutLayer]:
     """The layers of the model that are cut, with their cuts for process ``rank``. Does not change
     the model. Raises as ``cut_model``."""
     plan: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
     problems = [f"{style!r} in its plan" for style in sorted({*plan.values()} - {*STYLES} - UNCUT)]
-    problems += _indivisible_heads(model.config.get_text_config(), processes)
+    problems += _indivisible_heads(model.config.get_text_config(), process_count)
     layers = []
     for path, module in model.named_modules():
         if (partition := STYLES.get(style_of(plan, path))) is None:
@@ -140,18 +140,18 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
                 problems.append(f"{path}.{name}, which its plan leaves out")
                 continue
             axis = -1 if weight_partition == ROWS or weight.ndim == 1 else -2
-            size, blocks = weight.shape[axis], 2 if style == "packed_colwise" else 1
-            if size % (blocks * processes):
-                problems.append(f"{size} {'inputs' if weight_partition == ROWS else 'outputs'} of {path}")
+            axis_size, matrix_count = weight.shape[axis], 2 if style == "packed_colwise" else 1
+            if axis_size % (matrix_count * process_count):
+                problems.append(f"{axis_size} {'inputs' if weight_partition == ROWS else 'outputs'} of {path}")
                 continue
-            indices = torch.arange(size).view(blocks, processes, -1)[:, rank]
+            indices = torch.arange(axis_size).view(matrix_count, process_count, -1)[:, rank]
             layer.weights[name] = Cut(weight_partition, axis, indices.flatten())
         problems += _unsupported_adapters(path, layer)
     if not problems and not any(layer.weights for layer in layers):
         problems.append("no plan of transformers that cuts matrices")
     if problems:
         problem = (
-            f"parallel tp over {processes} processes of {type(model).__name__}, with"
+            f"parallel tp over {process_count} processes of {type(model).__name__}, with"
             f" {listing(problems)}"
         )
         remedy = "set parallel to fsdp or ddp"
@@ -164,15 +164,15 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
 def style_of(plan: Mapping[str, str], path: str, name: str | None = None) -> str:
     """The plan's style for the parameter ``name`` of the module at ``path``, or else for the
     module; "" if the plan has neither. Plans write ``*`` for the numbers in a path."""
-    key = re.sub(r"\.\d+(?=\.|$)", ".*", path)
-    return (plan.get(f"{key}.{name}") if name else None) or plan.get(key, "")
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+    return (plan.get(f"{pattern}.{name}") if name else None) or plan.get(pattern, "")
 
 
-def _indivisible_heads(config: Any, processes: int) -> Iterator[str]:
+def _indivisible_heads(config: Any, process_count: int) -> Iterator[str]:
     """Problems with cutting attention, which can only be cut between its heads."""
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
-        if isinstance(heads, int) and heads % processes:
+        if isinstance(heads, int) and heads % process_count:
             yield f"{name} {heads}"
 
 
@@ -189,9 +189,9 @@ def _unsupported_adapters(path: str, layer: CutLayer) -> Iterator[str]:
         if adapter.read_below or adapter.entries:
             yield f"{path}, of which other methods than forward read adapted weights"
         for name, change in adapter.changes.items():
-            names = {*change._parameters, *change._buffers} - {*PARTITION_BY_PARAMETER}
-            resolves = (VARIANTS["lora"].resolve, VARIANTS["dora"].resolve)
-            if names or change.variant.resolve not in resolves:
+            unknown_parameters = {*change._parameters, *change._buffers} - {*PARTITION_BY_PARAMETER}
+            supported_resolves = (VARIANTS["lora"].resolve, VARIANTS["dora"].resolve)
+            if unknown_parameters or change.variant.resolve not in supported_resolves:
                 yield f"variant {change.variant.name!r} at {path}"
             if (
                 change.rows is not None
@@ -218,15 +218,15 @@ def _keep_shard(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.d
 
     weight: Any = layer.module._parameters[name]
     axis = cut.axis % weight.ndim
-    local = weight.detach().index_select(axis, cut.indices.to(weight.device)).to(device)
+    local_weight = weight.detach().index_select(axis, cut.indices.to(weight.device)).to(device)
     gap_count = int((cut.indices.diff() != 1).sum()) if mesh.size() > 1 else 0
     placement = _StridedShard(axis, split_factor=gap_count + 1) if gap_count else ShardPlacement(axis)
-    sharded = DTensor.from_local(
-        local, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride()
+    sharded_weight = DTensor.from_local(
+        local_weight, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride()
     )
-    parameter = nn.Parameter(sharded, requires_grad=False)
+    parameter = nn.Parameter(sharded_weight, requires_grad=False)
     layer.module._parameters[name] = parameter
-    layer.values[id(parameter)] = nn.Parameter(local, requires_grad=False)
+    layer.values[id(parameter)] = nn.Parameter(local_weight, requires_grad=False)
 
 
 # ------------------------------------------------------------------------------ call a cut layer
@@ -328,57 +328,57 @@ def _forward_of(layer: CutLayer, parallel_group: _ParallelGroup) -> Callable[...
 @contextmanager
 def use_local_shards(layer: CutLayer, parallel_group: Any) -> Iterator[None]:
     """A context in which a layer and its adapters hold the shards of this process."""
-    module, values = layer.module, dict(layer.values)
+    module, local_values = layer.module, dict(layer.values)
     modules, has_dropout = [module], False
     with ExitStack() as stack:
         for adapter in _layer_adapters(module):
-            values |= _shards_of_full_parameters(adapter, layer, parallel_group)
+            local_values |= _shards_of_full_parameters(adapter, layer, parallel_group)
             modules.append(adapter.full)
             for name, change in adapter.changes.items():
-                values |= _shards_of_change(change, layer.weights.get(name), parallel_group)
+                local_values |= _shards_of_change(change, layer.weights.get(name), parallel_group)
                 modules.append(change)
                 has_dropout = has_dropout or bool(change.training and change.dropout)
                 stack.enter_context(_with_local_dims(change, layer.weights.get(name), parallel_group))
         bias = module._parameters.get("bias")
         if layer.partition == ROWS and bias is not None and parallel_group.rank:
-            values[id(bias)] = None  # only the first process adds it
-        stack.enter_context(with_values(modules, values))
+            local_values[id(bias)] = None  # only the first process adds it
+        stack.enter_context(with_values(modules, local_values))
         stack.enter_context(_local_seed(parallel_group) if has_dropout and layer.partition == ROWS else nullcontext())
         yield
 
 
 def _shards_of_full_parameters(adapter: LayerAdapter, layer: CutLayer, parallel_group: Any) -> dict[int, Any]:
     """The shards of the parameters that an adapter trains in full, by the id of the parameter."""
-    values: dict[int, Any] = {}
+    local_values: dict[int, Any] = {}
     for name, value in adapter.full._parameters.items():
         if value is None:
             continue
         cut = layer.weights.get(name)
-        # a bias that the base's layer lacks
+        # an added bias, which the layer of the base does not have
         if cut is None and name == "bias" and layer.partition == COLUMNS:
             cut = next(iter(layer.weights.values()))._replace(axis=-1)
         if layer.partition == ROWS and name == "bias" and parallel_group.rank:
-            values[id(value)] = torch.zeros_like(value)
+            local_values[id(value)] = torch.zeros_like(value)
         elif cut is None:
-            values[id(value)] = TakeShard.apply(value, 0, None, parallel_group.count)
+            local_values[id(value)] = TakeShard.apply(value, 0, None, parallel_group.count)
         else:
-            values[id(value)] = TakeShard.apply(value, cut.axis % value.ndim, cut.indices, parallel_group.count)
-    return values
+            local_values[id(value)] = TakeShard.apply(value, cut.axis % value.ndim, cut.indices, parallel_group.count)
+    return local_values
 
 
 def _shards_of_change(change: Change, cut: Cut | None, parallel_group: Any) -> dict[int, Any]:
     """The shards of the parameters of a change, by the id of the parameter: A [g, r, in],
     B [g, out, r], magnitude [g · out], for g groups and rank r."""
-    values: dict[int, Any] = {}
-    tables: Mapping[str, Any] = {**change._parameters, **change._buffers}
-    for name, value in tables.items():
+    local_values: dict[int, Any] = {}
+    tensors: Mapping[str, Any] = {**change._parameters, **change._buffers}
+    for name, value in tensors.items():
         indices = cut.indices if cut is not None and PARTITION_BY_PARAMETER[name] == cut.partition else None
         if name == "magnitude":
-            grouped = value.view(change.dims.groups, -1)
-            values[id(value)] = cast(Tensor, TakeShard.apply(grouped, 1, indices, parallel_group.count)).flatten()
+            grouped_magnitude = value.view(change.dims.groups, -1)
+            local_values[id(value)] = cast(Tensor, TakeShard.apply(grouped_magnitude, 1, indices, parallel_group.count)).flatten()
         else:
-            values[id(value)] = TakeShard.apply(value, 2 if name == "A" else 1, indices, parallel_group.count)
-    return values
+            local_values[id(value)] = TakeShard.apply(value, 2 if name == "A" else 1, indices, parallel_group.count)
+    return local_values
 
 
 @contextmanager
@@ -388,9 +388,9 @@ def _with_local_dims(change: Change, cut: Cut | None, parallel_group: Any) -> It
         yield
         return
     dims, variant = change.dims, change.variant
-    size = len(cut.indices)
+    local_size = len(cut.indices)
     groups, out, in_ = dims
-    change.dims = Dims(groups, out, size) if cut.partition == ROWS else Dims(groups, size, in_)
+    change.dims = Dims(groups, out, local_size) if cut.partition == ROWS else Dims(groups, local_size, in_)
     if cut.partition == ROWS and variant.resolve is VARIANTS["dora"].resolve:
         change.variant = replace(variant, resolve=_dora_resolve(parallel_group.group))
     try:
@@ -404,10 +404,10 @@ def _dora_resolve(group: Any) -> Callable[..., Any]:
     squared row norms over the processes, one number per output."""
 
     def resolve(parameters: Mapping[str, Tensor], scale: float, base: Callable[[], Tensor]) -> Any:
-        low = LowRank(parameters["A"], parameters["B"], scale)
-        squares = row_norms(base(), low).square()
-        dist.all_reduce(squares, group=group)
-        return low, gain_of(parameters["magnitude"], squares.sqrt())
+        low_rank = LowRank(parameters["A"], parameters["B"], scale)
+        squared_norms = row_norms(base(), low_rank).square()
+        dist.all_reduce(squared_norms, group=group)
+        return low_rank, gain_of(parameters["magnitude"], squared_norms.sqrt())
 
     return resolve
 
