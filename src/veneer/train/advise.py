@@ -97,7 +97,9 @@ def _advise_rate(width: int, model_type: str, steps: int) -> Advice:
             f"ten times the rate of training everything, as fitted to a {family} of width {width:,}"
         )
     if steps <= SHORT_RUN_STEPS:
-        rate, source = rate * SHORT_RUN_FACTOR, LORA_WITHOUT_REGRET if source == LORA_WITHOUT_REGRET else f"{source}; {LORA_WITHOUT_REGRET}"
+        rate *= SHORT_RUN_FACTOR
+        if source != LORA_WITHOUT_REGRET:
+            source = f"{source}; {LORA_WITHOUT_REGRET}"
         reason += f"; half as much again for a run of {steps} steps, since B begins at 0"
     return Advice("learning_rate", float(f"{rate:.2g}"), reason, source)
 

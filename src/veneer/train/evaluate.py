@@ -45,18 +45,18 @@ class Evaluation:
 def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluation:
     """Evaluate a causal language model on examples. Restores the model's training mode."""
     row_order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
-    total, items, correct, training = 0.0, 0, 0, model.training
+    total_loss, token_count, correct_count, training = 0.0, 0, 0, model.training
     model.eval()
     try:
         for start in range(0, len(row_order), batch_size):
-            rows = row_order[start : start + batch_size]
-            result = token_loss(model, collate(examples, rows, model.device), accuracy=True)
-            total += float(result.total)
-            items += int(result.items)
-            correct += int(result.correct)
+            row_indices = row_order[start : start + batch_size]
+            result = token_loss(model, collate(examples, row_indices, model.device), accuracy=True)
+            total_loss += float(result.total)
+            token_count += int(result.items)
+            correct_count += int(result.correct)
     finally:
         model.train(training)
-    return Evaluation(total / max(items, 1), correct / max(items, 1), items, len(examples))
+    return Evaluation(total_loss / max(token_count, 1), correct_count / max(token_count, 1), token_count, len(examples))
 
 
 @torch.no_grad()
@@ -64,17 +64,17 @@ def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) ->
     """The loss and the measures of a task other than sft, as means over the items of all rows, and
     the number of "items"."""
     row_order = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
-    total, items, sums, training = 0.0, 0, dict[str, float](), model.training
+    total_loss, items, sums, training = 0.0, 0, dict[str, float](), model.training
     model.eval()
     try:
         for start in range(0, len(row_order), batch_size):
             batch = task.collate([rows[i] for i in row_order[start : start + batch_size]])
             loss = task.loss(model, move_batch(model.device, batch))
-            total, items = total + float(loss.total), items + loss.items
+            total_loss, items = total_loss + float(loss.total), items + loss.items
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in loss.sums.items()}
     finally:
         model.train(training)
-    means = {name: value / max(items, 1) for name, value in {"loss": total, **sums}.items()}
+    means = {name: value / max(items, 1) for name, value in {"loss": total_loss, **sums}.items()}
     return {**means, "items": items}
 
 
@@ -104,10 +104,10 @@ def move_batch(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels [b, s] of the examples at `rows`, padded on the
+def collate(examples: Examples, row_indices: list[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels [b, s] of the examples at `row_indices`, padded on the
     right."""
-    ids, labels = [examples.input_ids[i] for i in rows], [examples.labels[i] for i in rows]
+    ids, labels = [examples.input_ids[i] for i in row_indices], [examples.labels[i] for i in row_indices]
     return move_batch(device, token_batch(ids, labels, 0))
 
 

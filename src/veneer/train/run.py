@@ -185,7 +185,7 @@ def _fit_locked(
     results = processes.run_on_first(lambda: read_results(output, interrupted=is_interrupted))
     result = _build_result(results, output, base, handle, interrupted=is_interrupted)
     if not result.interrupted:
-        return _finish(config, task, result, prepared, console, processes)
+        return _finish_run(config, task, result, prepared, console, processes)
     processes.run_on_first(lambda: write_status(output, "interrupted", config, prepared))
     return result
 
@@ -269,9 +269,9 @@ def _hash_data(data: tuple[tuple[int, ...], Prepared]) -> str:
     return hash_json([data[0], data[1].steps, data[1].hashes])
 
 
-def _as_resume_point(checkpoint_step: list[Any] | tuple[str, int] | None) -> ResumePoint:
-    """The resume point of a (checkpoint folder, step) that came from another process as JSON."""
-    return None if checkpoint_step is None else (Path(checkpoint_step[0]), checkpoint_step[1])
+def _as_resume_point(folder_and_step: list[Any] | tuple[str, int] | None) -> ResumePoint:
+    """The resume point of a (checkpoint folder, step) that came as JSON from another process."""
+    return None if folder_and_step is None else (Path(folder_and_step[0]), folder_and_step[1])
 
 
 def load_model(
@@ -375,7 +375,7 @@ def _build_result(
     )
 
 
-def _finish(
+def _finish_run(
     config: TrainConfig,
     task: Task,
     result: Result,
