@@ -66,7 +66,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         prediction_loss_only=True,
         save_steps=save_every,
         save_total_limit=config.keep_checkpoints,
-        load_best_model_at_end=bool(early_stopping),  # by the loss
+        load_best_model_at_end=bool(early_stopping),  # the checkpoint with the lowest loss
         restore_callback_states_from_checkpoint=True,
         logging_steps=1,
         logging_nan_inf_filter=False,  # the filter would hide a nan from `StopOnNan`

@@ -85,7 +85,7 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
             yield
     finally:
         if processes.is_first and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()  # the run could not begin
+            output.rmdir()  # the run could not begin and wrote nothing
 
 
 def has_other_files(output: Path) -> bool:
@@ -104,7 +104,7 @@ def write(
     target = path_of(output, step)
 
     def fill_folder(folder: Path) -> None:
-        with disk_errors(target):  # not around errors of the communication between processes
+        with disk_errors(target):  # not for errors of the communication of processes
             fill(folder)
 
     with ExitStack() as stack:

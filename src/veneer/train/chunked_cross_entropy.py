@@ -33,8 +33,8 @@ class ChunkedCrossEntropy:
         self.accuracy = accuracy
         self.total = first_logits.new_zeros((), dtype=at_least_float32(first_logits.dtype))
         self.correct = first_logits.new_zeros((), dtype=torch.long)
-        self.log_p: list[Tensor] = []  # [c, 1] per chunk: of each label
-        self.is_correct: list[Tensor] = []  # [c] per chunk: whether a label is most likely
+        self.log_p: list[Tensor] = []  # log p of each label, [c, 1] per chunk
+        self.is_correct: list[Tensor] = []  # of each label, [c] per chunk
         self.row_gradients: list[Tensor] = []  # [c, h] per chunk
         self.parameter_gradients: dict[Tensor, Tensor] = {}  # by parameter of the head
         # one buffer serves all chunks: to allocate a buffer for each chunk would take longer than
@@ -58,7 +58,7 @@ class ChunkedCrossEntropy:
         self.log_p.append(log_p)
         if not logits.requires_grad:
             return
-        gradient = softmax.scatter_(1, labels, p - 1)  # softmax - onehot
+        gradient = softmax.scatter_(1, labels, p - 1)  # softmax(logits) - onehot(labels)
         parameters = [parameter for parameter in _leaf_tensors(logits) if parameter is not leaf]
         inputs = [leaf, *parameters] if leaf.requires_grad else parameters
         with torch.autocast(logits.device.type, enabled=False):
@@ -157,7 +157,7 @@ def _softmax_into(logits: Tensor, labels: Tensor, out: Tensor) -> tuple[Tensor, 
     p = out.gather(1, labels)
     log_p = p.log()
     is_unlikely = (p < MIN_EXACT_P).squeeze(1)
-    if is_unlikely.any():  # the logarithm of such a probability is not exact
+    if is_unlikely.any():  # the logarithm of a probability below MIN_EXACT_P is not exact
         log_p[is_unlikely] = torch.log_softmax(logits[is_unlikely], dim=-1).gather(1, labels[is_unlikely])
     return p, log_p
 

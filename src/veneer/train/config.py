@@ -457,7 +457,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}, which is nested too deep", "lines such as `rank: 16`", "fix it"
         ) from error
-    except ValueError as error:  # a number of thousands of digits, or an invalid date
+    except ValueError as error:  # such as an invalid date or a huge number
         raise ConfigError(
             f"{path}, with a value that cannot be read ({error})"[:300],
             "lines such as `rank: 16`",

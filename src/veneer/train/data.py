@@ -176,7 +176,7 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
     try:
         with quiet():
             dataset = load_dataset(identifier, config or None, split=split)
-    # `datasets` raises some twenty unrelated types here; to the user they all mean the same
+    # `datasets` raises about twenty unrelated error types here, which mean the same to a user
     except Exception as error:
         raise DataError(
             f"No data at {name!r}: there is no such file here, and the hub says:"

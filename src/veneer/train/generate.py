@@ -34,7 +34,7 @@ log = logging.getLogger("veneer.generate")
 
 #: a text, or the messages of a chat
 Prompt = str | list[dict[str, Any]]
-#: how answers are computed, as explained above
+#: how answers are computed: by the server's engine, or by transformers' own generate
 Rollouts = Literal["engine", "generate"]
 
 

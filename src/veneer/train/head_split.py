@@ -168,16 +168,16 @@ class _LinearInto(torch.autograd.Function):
 
 
 def find_body(model: nn.Module) -> ModulePath | None:
-    """The path to the module that computes a model's hidden states, or None if the model's forward
-    cannot be split there."""
-    # not a model of transformers, or one in a wrapper that must see each call (DDP, FSDP)
+    """The path to the module that computes a model's hidden states (its body), or None if the
+    model's forward cannot be split into body and head."""
+    # the model is not transformers', or is in a wrapper that must see each call (DDP, FSDP)
     if not hasattr(type(model), "base_model_prefix"):
         return None
     # gradients that are computed within the forward cannot be part of a compiled graph
     if torch.compiler.is_compiling() or model.__dict__.get("_compiled_call_impl") is not None:
         return None
     if any(model.__dict__.get(hooks) for hooks in _HOOKS):
-        return None  # hooks expect one call per batch (FSDP2's do)
+        return None  # hooks, such as FSDP2's, expect one call per batch
     class_forward = inspect.unwrap(base_class(model).forward)
     forward = model.__dict__.get("forward")
     if forward is not None and not (
@@ -185,7 +185,7 @@ def find_body(model: nn.Module) -> ModulePath | None:
         and forward.__self__ is model
         and inspect.unwrap(forward.__func__) is class_forward
     ):
-        return None  # replaced by more than a wrapper of the class's forward
+        return None  # the model has another forward than a wrapper of its class's
     bodies = [
         (path, is_late) for path, is_late in submodule_calls(class_forward) if _is_model(model, path)
     ]

@@ -132,7 +132,7 @@ def join() -> Processes:
 
     if not dist.is_initialized():
         backend = "gloo"
-        if torch.cuda.is_available():  # gloo for tensors in main memory
+        if torch.cuda.is_available():  # nccl for tensors on GPUs
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         timeout = timedelta(seconds=PATIENCE)

@@ -98,7 +98,7 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         ConfigError: there is no cluster at RAY_ADDRESS.
         KeyboardInterrupt: a second Ctrl-C.
     """
-    # otherwise Ray would log and repeat the printed lines
+    # these variables keep Ray from logging and repeating the printed lines
     for name in ("PRINT_PATCH", "WORKER_STRUCTURED_LOGGING"):
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
     try:
@@ -122,7 +122,7 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
                 ),
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=uses_gpus),
                 run_config=RunConfig(
-                    storage_path=folder,  # for Ray's own checkpoints, of which there are none
+                    storage_path=folder,  # for checkpoints by Ray, which this run does not write
                     failure_config=FailureConfig(max_failures=max_restarts),
                     callbacks=[WatchFailures(channel, workers)],
                 ),

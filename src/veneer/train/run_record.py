@@ -85,7 +85,7 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
     ]
     if not changed_names and config.resume is not False:
         return True
-    if config.overwrite or checkpoint.newest(output) is None:  # nothing would be lost
+    if config.overwrite or checkpoint.newest(output) is None:  # no work would be lost
         return False
     lines = "".join(f"\n  {name}: was {recorded_settings.get(name)!r}, is {current_settings.get(name)!r}" for name in changed_names)
     raise (ConfigError if changed_names else OutputExistsError)(

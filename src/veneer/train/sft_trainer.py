@@ -43,7 +43,7 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         forward_attribute = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
         with mark_as_adapted(model):
             super().__init__(model, **kwargs)
-        model.__dict__.pop("forward", None)  # SFTTrainer's fused head
+        model.__dict__.pop("forward", None)  # removes SFTTrainer's fused head
         model.__dict__.update(forward_attribute)
         self.adapter, self.base_name = adapter, base_name
         self.hidden_state_cache = hidden_state_cache

@@ -68,7 +68,7 @@ def load(task: Task, device: torch.device, console: Console) -> Base:
         }
         try:
             base = task.load()
-            reshard(base.model)  # the task may have run a forward
+            reshard(base.model)  # a forward of the task leaves weights gathered
             return base
         except WholeOnlyError as error:
             task.load_options, full_load_reason = load_options, str(error)

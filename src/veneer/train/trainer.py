@@ -8,7 +8,7 @@ The loop, accumulation, precision, devices, schedules, optimisers, packing, coll
 are trl's and transformers'. The following are replaced:
 
 - the loss: `loss.token_loss`, because trl's fused head multiplies by `lm_head.weight` and so
-  bypasses an adapter there;
+  bypasses an adapter of the head;
 - the order of the examples: it is a function of (seed, epoch), because an order drawn from the
   global generator differs after a resume; examples of similar length share a batch, because the
   padding is computed too;

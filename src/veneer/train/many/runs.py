@@ -225,7 +225,7 @@ class Runs(Mapping[str, Handle]):
 
     def outputs(self, batches: Mapping[str, Any]) -> dict[str, Any]:
         """The model's output for the batches of some runs, in shared forwards without gradients.
-        Takes and raises the same as ``label_losses``, for any model."""
+        Arguments and errors are those of ``label_losses``; the model may be any model."""
         return self._forward(batches, None)
 
     def _forward(self, batches: Mapping[str, Any], forward: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from veneer.models.messages import first_line
 LOSS_ROWS = 256
 
 #: (operations, bytes moved, whether tensor parallelism replicates the call on each device) ->
-#: number of such calls
+#: number of calls with these values
 Work = Counter[tuple[int, int, bool]]
 
 
@@ -274,7 +274,7 @@ def _count_distinct_blocks(
 def _run_step(model: Any, batch: int, length: int, labelled_share: float, chunked_loss: bool = True) -> Cost:
     """The cost of a step, measured with all blocks that the model has now."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # gradients exist beforehand, as while batches accumulate; `memory.py` counts their bytes
+    # gradients are allocated first, as while batches accumulate; `memory.py` counts their bytes
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     head: Any = model.get_output_embeddings()
@@ -312,7 +312,7 @@ def _chunked_loss_gradient(head: Any, rows: Tensor) -> Tensor:
 
 def _chunk_gradient(head: Any, rows: Tensor) -> Tensor:
     logits = head(rows)
-    float_logits = logits.detach().float()  # alive until the function returns
+    float_logits = logits.detach().float()  # counted until the function returns
     return torch.autograd.grad(logits, rows, float_logits.softmax(-1).to(logits.dtype))[0]
 
 
@@ -324,7 +324,7 @@ def _full_loss_gradient(head: Any, rows: Tensor) -> Tensor:
 
 def _summed_loss(head: Any, rows: Tensor) -> Tensor:
     labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    logits = head(rows)  # alive until the function returns
+    logits = head(rows)  # counted until the function returns
     return torch.nn.functional.cross_entropy(logits[labels].float(), labels, reduction="sum")
 
 
@@ -443,7 +443,7 @@ def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
             return 2 * left_factor.numel() * right_factor.shape[-1]
         if right_factor.dim() == 3:  # each row times the matrix of its group
             return 2 * left_factor.numel() * right_factor.shape[-1]
-        return 2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]  # gradient
+        return 2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]  # the gradient of a stack of matrices
     flop_formula = flop_registry.get(func._overloadpacket)
     operations = int(flop_formula(*args, **kwargs, out_val=output)) if flop_formula is not None else 0
     if "attention" in name and _call_argument(func, "is_causal", args, kwargs):

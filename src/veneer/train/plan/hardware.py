@@ -135,7 +135,7 @@ DEVICES = {
             "h200", 141 * GB, 989 * T, 67 * T, 4.8 * TB, 450 * GB, PCIE5, 8, _DGX,
             "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446",
         ),
-        # 7,680 bits at 3,996 MHz, twice a cycle: 7.67 TB/s
+        # memory bandwidth: 7,680 bits, twice a cycle at 3,996 MHz, are 7.67 TB/s
         # (https://github.com/pytorch/ao/pull/4002)
         Hardware("b200", 180 * GB, 2250 * T, 75 * T, 7.7 * TB, 900 * GB, PCIE5, 8, _DGX, _HGX),
         Hardware(

@@ -192,7 +192,7 @@ def predict_at_once(
     config = next(iter(runs.values())).config
     rows = max(1, min(config.batch_size, tokens))
     length, breakdowns = max(1, round(tokens / rows)), []
-    for names in groups.values():  # groups run in turn
+    for names in groups.values():  # groups run one after another
         trained_counts = {
             name: sum(parameter.numel() for parameter in runs[name].parameters) for name in names
         }

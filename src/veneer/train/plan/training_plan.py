@@ -151,7 +151,7 @@ class Planner:
             offload=run.offload,
             quantize=run.quantize,
         )
-        gathered_bytes = summed_bytes = 0  # that a device sends in a step
+        gathered_bytes = summed_bytes = 0  # bytes that a device sends in a step
         if devices > 1:
             ring_share = (devices - 1) / devices
             if strategy == "fsdp":

@@ -112,7 +112,7 @@ def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
                 quiet=True,
                 stop_order=should_stop,
             )
-    except (VeneerError, OSError, RuntimeError) as error:  # the sweep keeps its result
+    except (VeneerError, OSError, RuntimeError) as error:  # the sweep itself has succeeded
         return {"problem": first_line(error)}
     differences = [
         abs(repeated - original)

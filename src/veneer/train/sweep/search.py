@@ -68,7 +68,7 @@ class Search:
             return {name for name in losses if self.trials[name].should_prune()} - {best}
         if step not in self.rungs:
             return set()
-        ranking = sorted(losses, key=losses.__getitem__)  # of equal losses, the earlier continues
+        ranking = sorted(losses, key=losses.__getitem__)  # stable: of equals, the earlier continues
         return {*ranking[math.ceil(round(len(ranking) * self.settings.keep, 6)) :]}
 
     def report_end(self, name: str, loss: float | None, ended_early: bool) -> None:
@@ -108,7 +108,7 @@ class Search:
     def _suggest_settings(self, trial: Any) -> dict[str, Any]:
         settings = {}
         for axis, values in self.settings.axes.items():
-            # by index: Optuna takes no lists, such as targets, as values
+            # as an index, because Optuna accepts no list (such as targets) as a value
             if isinstance(values, list):
                 settings[axis] = values[trial.suggest_categorical(axis, [*range(len(values))])]
             elif axis in INTEGERS:
@@ -156,7 +156,7 @@ def _create_study(settings: Sweep, adaptive: bool) -> Any:
             f"{problem}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = settings.sampler if adaptive else "RandomSampler"  # unused: it gets no axes
+    sampler = settings.sampler if adaptive else "RandomSampler"  # not used, because it gets no axes
     return optuna.create_study(
         sampler=_create_component(optuna.samplers, sampler, "sampler", seed=settings.seed),
         pruner=_create_component(optuna.pruners, settings.pruner or "NopPruner", "pruner"),

@@ -24,7 +24,7 @@ from veneer.train import checkpoint
 from veneer.train.processes import Processes
 from veneer.train.sweep.sweep_settings import SEED_AXES
 
-#: names in the output folder
+#: names of files and folders in the output folder of a sweep
 BEST, REPORT, RESULT, STATE, TRAIN = "best", "report.html", "sweep.json", "state.json", "train.yaml"
 #: the statuses of a candidate
 WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "ended", "failed"

@@ -155,7 +155,7 @@ class Task(ABC):
         self.initial_adapter = read_initial_adapter(config.adapter)
         if self.initial_adapter is not None and self.initial_adapter.task.get("name") == self.name:
             task_settings = task_settings or extract_settings(self.initial_adapter.task)
-        #: `settings` in the adapter's record, written by the run that made it; else empty
+        #: the `settings` that an earlier run wrote into the adapter's record, or none
         self.recorded_settings: Mapping[str, Any] = task_settings or {}
         self.processor: Any = None
         self._records: dict[tuple[str, str], data.Records] = {}

@@ -183,7 +183,7 @@ class Grpo(CausalTask):
         }
         if not model.training:
             return TaskLoss(-rewards.sum(), len(rows), sums)
-        # standard deviation by prompt
+        # the standard deviation of the rewards of each prompt's answers
         reward_spreads = rewards.view(-1, answers_per_prompt).std(1)
         sums["reward_spread"] = reward_spreads.sum() * answers_per_prompt
         prompts = [row["ids"] for row in rows]
