@@ -88,7 +88,7 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
             output.rmdir()  # the run could not begin and wrote nothing
 
 
-def has_other_files(output: Path) -> bool:
+def has_foreign_files(output: Path) -> bool:
     """Whether the folder holds anything but the lock of this run and incomplete run records."""
     return output.is_dir() and not all(
         file.name.startswith((LOCK, f".{RUN}.")) for file in output.iterdir()

@@ -164,8 +164,8 @@ def _parse_message(message: Any, location: str) -> dict[str, Any]:
             # Parquet fills absent keys with None
             message = {key: value for key, value in message.items() if value is not None}
     match message:
-        case {"role": str(), "content": [*content_parts]} if content_parts and all(map(_is_text, content_parts)):
-            content = "".join(content_part["text"] for content_part in content_parts)
+        case {"role": str(), "content": [*text_segments]} if text_segments and all(map(_is_text, text_segments)):
+            content = "".join(text_segment["text"] for text_segment in text_segments)
             message = {**message, "content": content}
     match message:
         case {"role": "assistant", "tool_calls": [_, *_] as calls} if isinstance(
@@ -186,12 +186,12 @@ def _parse_message(message: Any, location: str) -> dict[str, Any]:
     )
 
 
-def _is_text(content_part: Any) -> bool:
+def _is_text(text_segment: Any) -> bool:
     """Whether a part of a message's content is a text."""
     return (
-        isinstance(content_part, dict)
-        and content_part.get("type") == "text"
-        and isinstance(content_part.get("text"), str)
+        isinstance(text_segment, dict)
+        and text_segment.get("type") == "text"
+        and isinstance(text_segment.get("text"), str)
     )
 
 

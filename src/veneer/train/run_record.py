@@ -58,8 +58,8 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
             f"{output} is a file", f"a folder for the {kind}", "choose another output"
         )
     run = checkpoint.read_json(output / checkpoint.RUN)
-    is_other_kind = run is not None and ("sweep" in run) is (sweep is None)
-    if is_other_kind or (run is None and checkpoint.has_other_files(output)):
+    is_wrong_kind = run is not None and ("sweep" in run) is (sweep is None)
+    if is_wrong_kind or (run is None and checkpoint.has_foreign_files(output)):
         remedy = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(
             f"{output} is not empty and holds no Veneer {kind}", "a new folder", remedy

@@ -84,12 +84,12 @@ class Cost:
     def shard(self, devices: int) -> Cost:
         """The cost on each of ``devices`` devices that divide matrices and attention heads. Each
         device holds and reads all tensors as wide as the hidden state in full."""
-        saved_on_others = (self.saved_bytes - self.replicated_bytes) * (devices - 1) // devices
+        remote_bytes = (self.saved_bytes - self.replicated_bytes) * (devices - 1) // devices
         byte_values = (
-            self.saved_bytes - saved_on_others,
+            self.saved_bytes - remote_bytes,
             self.replicated_bytes,
-            self.loss_peak_bytes - saved_on_others,
-            self.backward_peak_bytes - saved_on_others,
+            self.loss_peak_bytes - remote_bytes,
+            self.backward_peak_bytes - remote_bytes,
         )
         return Cost(*byte_values, shard_work(self.forward_work, devices), shard_work(self.backward_work, devices))
 
