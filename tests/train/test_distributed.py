@@ -422,7 +422,8 @@ def test_checkpoints_are_whole_whoever_wrote_them(make: Make, tmp_path: Path) ->
     config, whole = make("run", **changes), make("whole", **changes)
     stop = "import os\nfrom transformers import Trainer\nstep, seen = Trainer.training_step, []\n"
     stop += "def stopping(self, *args, **kwargs):\n    seen.append(self)\n"
-    stop += "    if len(seen) == 4:\n        self.stop.requested = True\n        self.stop.stopped = self.stop.single_process\n"
+    stop += "    if len(seen) == 4:\n        self.stop.requested = True\n"
+    stop += "        self.stop.stopped = self.stop.single_process\n"
     stop += "    return step(self, *args, **kwargs)\nTrainer.training_step = stopping"
     for processes, parallel in ((4, "fsdp"), (2, "ddp"), (1, "ddp")):
         wait_for_all(train(config, tmp_path, processes, "--parallel", parallel, before=stop), 130)

@@ -188,14 +188,17 @@ def test_checkpointing_trades_activations_for_a_forward_pass():
     again = step.with_checkpointing
     (block,) = step.blocks
     assert again.operations == step.total.operations + 3 * operations(block.cost.forward_work)
-    assert again.saved_bytes == step.total.saved_bytes - 3 * (block.cost.saved_bytes - step.hidden_bytes)
+    assert again.saved_bytes == step.total.saved_bytes - 3 * (
+        block.cost.saved_bytes - step.hidden_bytes
+    )
     assert again.saved_bytes < again.peak_bytes < step.total.peak_bytes
 
 
 def test_the_loss_is_counted_as_it_is_computed():
     assert count.LOSS_ROWS == loss.CHUNK
     few, all_ = (
-        count.count_step(countable(LLAMA), 2, 256, labelled_share=share).total for share in (0.25, 1.0)
+        count.count_step(countable(LLAMA), 2, 256, labelled_share=share).total
+        for share in (0.25, 1.0)
     )
     assert operations(all_.forward_work) - operations(few.forward_work) == 2 * 2 * 64 * 300 * 384
 
@@ -258,7 +261,9 @@ def test_runs_at_once_hold_the_rows_of_all_that_share_a_forward():
     for name in "bc":
         parameters[name] = veneer.attach(model, veneer.LoraConfig(rank=2), name).parameters()
     numbers = sum(parameter.numel() for parameter in own)
-    runs = {name: memory.ConcurrentRun(SETTINGS, each, rows_key=0) for name, each in parameters.items()}
+    runs = {
+        name: memory.ConcurrentRun(SETTINGS, each, rows_key=0) for name, each in parameters.items()
+    }
     found = memory.predict_at_once(model, runs, 64, 32)
     assert found["base"] == alone["base"]
     assert found["adapter"] == 3 * alone["adapter"]
@@ -477,7 +482,14 @@ def test_each_device_has_a_source(one):
     maker = (".nvidia.com", "rocm.docs.amd.com")
     assert one.network.source is None or urlsplit(one.network.source).hostname.endswith(maker)
     assert (one.network.source is None) == (one.network.bandwidth == 12.5e9)
-    assert one.peak16 >= one.peak32 > one.memory_bandwidth > one.link_bandwidth >= one.host_bandwidth > 0
+    assert (
+        one.peak16
+        >= one.peak32
+        > one.memory_bandwidth
+        > one.link_bandwidth
+        >= one.host_bandwidth
+        > 0
+    )
 
 
 def test_the_help_names_all_devices():

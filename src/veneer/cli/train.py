@@ -171,7 +171,9 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
     console.setup_logging()  # a Ray worker starts here
     processes = join()
     err = console.err if processes.is_first else Console(quiet=True)
-    if not processes.is_first:  # messages that all processes would print come from the first one only
+    if (
+        not processes.is_first
+    ):  # messages that all processes would print come from the first one only
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     if processes.run_on_first(lambda: is_run_finished(str(settings.output))):

@@ -129,7 +129,8 @@ def calibration_arguments(task: Task, rows: Any, model: Any) -> dict[str, Any]:
     first_batches = (task.inputs(task.collate([row])) for row in rows.rows[:CALIBRATION_ROWS])
     return {
         "batches": [
-            {name: _move_to(value, model.device) for name, value in batch.items()} for batch in first_batches
+            {name: _move_to(value, model.device) for name, value in batch.items()}
+            for batch in first_batches
         ]
     }
 
@@ -138,7 +139,9 @@ def _move_to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _calibration_batches(examples: Examples, device: torch.device, with_labels: bool) -> Iterator[dict[str, Any]]:
+def _calibration_batches(
+    examples: Examples, device: torch.device, with_labels: bool
+) -> Iterator[dict[str, Any]]:
     """The first ``CALIBRATION_ROWS`` rows that have a label, in the order of the data, as keyword
     arguments of the model."""
     labelled_rows = (
@@ -148,7 +151,9 @@ def _calibration_batches(examples: Examples, device: torch.device, with_labels: 
     )
     for row in islice(labelled_rows, CALIBRATION_ROWS):
         ids = torch.tensor([examples.input_ids[row]], device=device)
-        labels = {"labels": torch.tensor([examples.labels[row]], device=device)} if with_labels else {}
+        labels = (
+            {"labels": torch.tensor([examples.labels[row]], device=device)} if with_labels else {}
+        )
         yield {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

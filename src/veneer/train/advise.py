@@ -66,7 +66,11 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     prepared = task.prepare()
     trained_tokens = prepared.train.trained_tokens
     rank_parameters, width, model_type = _read_base_sizes(config)
-    advice = [_advise_rank(trained_tokens, rank_parameters), _advise_rate(width, model_type, prepared.steps), *_fixed_advice()]
+    advice = [
+        _advise_rank(trained_tokens, rank_parameters),
+        _advise_rate(width, model_type, prepared.steps),
+        *_fixed_advice(),
+    ]
     return advice, prepared
 
 
@@ -120,7 +124,10 @@ def _fixed_advice() -> list[Advice]:
             f"{LORA_WITHOUT_REGRET}; {QLORA_PAPER}",
         ),
         Advice(
-            "batch_size", 8, "adapters lose more by a large batch than full training does", LORA_WITHOUT_REGRET
+            "batch_size",
+            8,
+            "adapters lose more by a large batch than full training does",
+            LORA_WITHOUT_REGRET,
         ),
     ]
 
@@ -167,12 +174,16 @@ def try_out(
         "rank": list(dict.fromkeys([max(1, rank // 4), rank])),
     }
     steps = min(steps, TRIAL_STEPS)
-    trial_config = apply_advice(config, advice).model_copy(update={"output": folder, "max_steps": steps})
+    trial_config = apply_advice(config, advice).model_copy(
+        update={"output": folder, "max_steps": steps}
+    )
     result = sweep(trial_config, make_sweep({"axes": axes}), **options)
     if result.interrupted:
         return None
     facts = result.facts
-    best = next(candidate for candidate in facts["candidates"] if candidate["name"] == facts["best"])
+    best = next(
+        candidate for candidate in facts["candidates"] if candidate["name"] == facts["best"]
+    )
     reason = f"best of {len(facts['candidates'])} after {steps} steps, loss {best['loss']:.4f}"
     return [
         (

@@ -27,7 +27,9 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     _check_settings(config, is_on_cpu)
     early_stopping = config.early_stopping  # the best checkpoint must belong to an evaluation
     eval_every = (
-        config.eval_every or (early_stopping and config.save_every) or max(1, math.ceil(prepared.steps / 5))
+        config.eval_every
+        or (early_stopping and config.save_every)
+        or max(1, math.ceil(prepared.steps / 5))
     )
     save_every = config.save_every or (
         eval_every if early_stopping else max(1, math.ceil(prepared.steps / 10))

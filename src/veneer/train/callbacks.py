@@ -40,9 +40,7 @@ class LossLog(TrainerCallback):
 
     def __init__(self, output: Path, previous_lines: list[dict[str, Any]], task: Task) -> None:
         self.path, self.measures = output / LOG, task.measures
-        self.seconds_before = (
-            float(previous_lines[-1]["seconds"]) if previous_lines else 0.0
-        )
+        self.seconds_before = float(previous_lines[-1]["seconds"]) if previous_lines else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start_time = time.perf_counter() - self.seconds_before
@@ -100,7 +98,10 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(
-        self, console: Console, single_process: bool = True, stop_order: Callable[[], bool] | None = None
+        self,
+        console: Console,
+        single_process: bool = True,
+        stop_order: Callable[[], bool] | None = None,
     ) -> None:
         self.requested, self.stopped = False, False
         self.single_process, self.console = single_process, console
@@ -196,7 +197,10 @@ class ProgressBar(TrainerCallback):
             say(self.console, f"step {step:>5}/{state.max_steps}  {text}")
 
     def _format_speed(self, total_steps: int) -> str:
-        (first_time, first_tokens, first_step), (last_time, tokens, step) = self.recent_steps[0], self.recent_steps[-1]
+        (first_time, first_tokens, first_step), (last_time, tokens, step) = (
+            self.recent_steps[0],
+            self.recent_steps[-1],
+        )
         if step == first_step or last_time <= first_time:
             return ""
         remaining_seconds = (total_steps - step) * (last_time - first_time) / (step - first_step)

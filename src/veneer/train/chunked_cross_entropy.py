@@ -40,7 +40,9 @@ class ChunkedCrossEntropy:
         # one buffer serves all chunks: to allocate a buffer for each chunk would take longer than
         # to compute the exponentials
         self.softmax = first_logits.new_empty(first_logits.shape[-2:], dtype=self.total.dtype)
-        self.float_buffer = None if first_logits.dtype == self.softmax.dtype else torch.empty_like(self.softmax)
+        self.float_buffer = (
+            None if first_logits.dtype == self.softmax.dtype else torch.empty_like(self.softmax)
+        )
 
     def add(self, leaf: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a chunk: its rows as a leaf tensor [c, h], their logits [1, c, v] and labels [c]."""
@@ -69,7 +71,9 @@ class ChunkedCrossEntropy:
             if parameter in self.parameter_gradients:
                 self.parameter_gradients[parameter] += chunk_gradient
             else:  # summed in float32 and rounded to 16 bits once, after the last chunk
-                self.parameter_gradients[parameter] = chunk_gradient.to(at_least_float32(chunk_gradient.dtype))
+                self.parameter_gradients[parameter] = chunk_gradient.to(
+                    at_least_float32(chunk_gradient.dtype)
+                )
 
     def differentiable_total(self, rows: Tensor) -> Tensor:
         """The summed loss as a differentiable function of all n rows [n, h] and of the head's
@@ -112,7 +116,11 @@ class _PrecomputedRowGradients(torch.autograd.Function):
     def backward(ctx: Any, output_gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         _refuse_second_derivative()
         (gradients,) = ctx.saved_tensors
-        return None, None, gradients * output_gradient.to(gradients.device, gradients.dtype)[:, None]
+        return (
+            None,
+            None,
+            gradients * output_gradient.to(gradients.device, gradients.dtype)[:, None],
+        )
 
 
 def _refuse_second_derivative() -> None:
@@ -158,7 +166,9 @@ def _softmax_into(logits: Tensor, labels: Tensor, out: Tensor) -> tuple[Tensor, 
     log_p = p.log()
     is_unlikely = (p < MIN_EXACT_P).squeeze(1)
     if is_unlikely.any():  # the logarithm of a probability below MIN_EXACT_P is not exact
-        log_p[is_unlikely] = torch.log_softmax(logits[is_unlikely], dim=-1).gather(1, labels[is_unlikely])
+        log_p[is_unlikely] = torch.log_softmax(logits[is_unlikely], dim=-1).gather(
+            1, labels[is_unlikely]
+        )
     return p, log_p
 
 

@@ -97,7 +97,9 @@ def advise_columns(
                 " where it holds something: write both into one column `prompt`, and"
                 f" `{completion_column}` into `completion`; {flags} would leave `{context}` out."
             )
-    prompt_column = prompt or find_likely_column("prompt", [name for name in names if name != completion])
+    prompt_column = prompt or find_likely_column(
+        "prompt", [name for name in names if name != completion]
+    )
     completion_column = completion or find_likely_column(
         "completion", [name for name in names if name not in (prompt_column, prompt)]
     )

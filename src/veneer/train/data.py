@@ -138,7 +138,9 @@ def select_fields(
         raise DataError(problem, f"one of {', '.join([*required, *optional])}", "correct it")
     column_by_field = {field: column_names.get(field, field) for field in required}
     column_by_field |= {
-        field: column_names.get(field, field) for field in optional if field in column_names or field in names
+        field: column_names.get(field, field)
+        for field in optional
+        if field in column_names or field in names
     }
     if missing_columns := [column for column in column_by_field.values() if column not in names]:
         problem = (
@@ -151,19 +153,27 @@ def select_fields(
             for field, column in column_by_field.items()
             if column in missing_columns
         ]
-        remedy = f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
+        remedy = (
+            f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
+        )
         raise DataError(problem, f"the columns {list_names(column_by_field.values())}", remedy)
     for location, row in located_rows:
-        if missing_columns := [column for column in column_by_field.values() if row.get(column) is None]:
+        if missing_columns := [
+            column for column in column_by_field.values() if row.get(column) is None
+        ]:
             problem = (
                 f"{source}, {location} holds nothing in {missing_columns[0]!r};"
                 f" it has {list_names(row)}"
             )
             expected = f"{missing_columns[0]!r} in every row, as in the first"
             raise DataError(problem, expected, "add it, or remove that row")
-    rows = [{field: row[column] for field, column in column_by_field.items()} for _, row in located_rows]
+    rows = [
+        {field: row[column] for field, column in column_by_field.items()} for _, row in located_rows
+    ]
     unused = tuple(name for name in names if name not in column_by_field.values())
-    return Records("columns", rows, [location for location, _ in located_rows], source, digest, unused)
+    return Records(
+        "columns", rows, [location for location, _ in located_rows], source, digest, unused
+    )
 
 
 def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
@@ -238,7 +248,9 @@ def read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
     if not path.exists():
         folder_note = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
         suggestion = nearest(path.name, [file.name for file in folder.glob("*")])
-        remedy = "run `make demo`, which writes it" if folder.name == DEMO_FOLDER else "check the path"
+        remedy = (
+            "run `make demo`, which writes it" if folder.name == DEMO_FOLDER else "check the path"
+        )
         raise DataError(
             f"The data file {path} does not exist{folder_note}.\nExpected a readable"
             f" file{suggestion}.\nDo: {remedy}."
@@ -248,7 +260,9 @@ def read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
         file_list = (
             f": it holds {', '.join(data_files[:8])}" if data_files else " (it holds no data file)"
         )
-        raise DataError(f"{path} is a folder; expected one data file.\nDo: name the file{file_list}.")
+        raise DataError(
+            f"{path} is a folder; expected one data file.\nDo: name the file{file_list}."
+        )
     if suffix not in READERS:
         raise DataError(
             f"Cannot tell the format of {path} from its ending {path.suffix or '(none)'!r}.\n"

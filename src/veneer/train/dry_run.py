@@ -49,7 +49,10 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
         config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
     )
     needs_only_shapes = (
-        not is_quantised and not token_ids and not VARIANTS[config.variant].needs and config.adapter is None
+        not is_quantised
+        and not token_ids
+        and not VARIANTS[config.variant].needs
+        and config.adapter is None
     )
     if needs_only_shapes and task.generates_text():
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
@@ -63,7 +66,10 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     # encoder and decoder read different tokens.
     has_time_bound = task.name != "grpo" and not getattr(model.config, "is_encoder_decoder", False)
     if has_time_bound and any(prepared.train.lengths):
-        say(console, f"Time     {_describe_time(task, model, prepared, prepared.steps - completed_steps)}")
+        say(
+            console,
+            f"Time     {_describe_time(task, model, prepared, prepared.steps - completed_steps)}",
+        )
     _print_example(task, prepared, console)
     say(console, "Nothing was written. The same command without --dry-run starts the run.")
 
@@ -82,7 +88,9 @@ def _describe_time(task: Task, model: Any, prepared: Prepared, steps: int) -> st
     weight_count = sum(
         parameter.numel()
         for parameter in model.parameters()
-        if parameter.dim() > 1 and id(parameter) not in embedding_ids and not parameter.requires_grad
+        if parameter.dim() > 1
+        and id(parameter) not in embedding_ids
+        and not parameter.requires_grad
     )
     labelled_share = (
         0 if head is None else prepared.train.trained_tokens / max(sum(prepared.train.lengths), 1)

@@ -56,7 +56,12 @@ def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluati
             correct_count += int(result.correct)
     finally:
         model.train(training)
-    return Evaluation(total_loss / max(token_count, 1), correct_count / max(token_count, 1), token_count, len(examples))
+    return Evaluation(
+        total_loss / max(token_count, 1),
+        correct_count / max(token_count, 1),
+        token_count,
+        len(examples),
+    )
 
 
 @torch.no_grad()
@@ -104,10 +109,15 @@ def move_batch(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def collate(examples: Examples, row_indices: list[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
+def collate(
+    examples: Examples, row_indices: list[int], device: Any = "cpu"
+) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels [b, s] of the examples at `row_indices`, padded on the
     right."""
-    ids, labels = [examples.input_ids[i] for i in row_indices], [examples.labels[i] for i in row_indices]
+    ids, labels = (
+        [examples.input_ids[i] for i in row_indices],
+        [examples.labels[i] for i in row_indices],
+    )
     return move_batch(device, token_batch(ids, labels, 0))
 
 
@@ -134,7 +144,11 @@ def exact_match_rate(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     completions = [row["completion"] for row in rows.rows]
-    expected_answers = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    expected_answers = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
     return sum(
-        answer.strip() == expected.strip() for answer, expected in zip(answers, expected_answers, strict=True)
+        answer.strip() == expected.strip()
+        for answer, expected in zip(answers, expected_answers, strict=True)
     ) / max(len(rows), 1)

@@ -2,10 +2,10 @@
 
     rate_k = low · (high / low)^(k / steps)        for step k, with the run's optimiser
 
-The loss falls at first, faster as the rate grows, and rises once the rate is too high. The suggested
-rate is a tenth of the rate at the lowest smoothed loss, where steps begin to be too long. The test
-is from Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186. It
-writes no files and discards the trained adapter.
+The loss falls at first, faster as the rate grows, and rises once the rate is too high. The
+suggested rate is a tenth of the rate at the lowest smoothed loss, where steps begin to be too long.
+The test is from Smith 2017, "Cyclical Learning Rates for Training Neural Networks",
+arXiv:1506.01186. It writes no files and discards the trained adapter.
 """
 
 from __future__ import annotations
@@ -80,13 +80,14 @@ class RateSweep:
         """A printable table of about `count` rates with their smoothed losses, as bars."""
         smoothed_losses = self.smoothed_losses
         low, high = min(smoothed_losses), max(smoothed_losses[0], min(smoothed_losses))
-        shown_indices = sorted({round(k * (len(smoothed_losses) - 1) / (count - 1)) for k in range(count)})
+        shown_indices = sorted(
+            {round(k * (len(smoothed_losses) - 1) / (count - 1)) for k in range(count)}
+        )
         lines = ["     rate     loss"]
         for k in shown_indices:
             bar_share = min(max((smoothed_losses[k] - low) / ((high - low) or 1.0), 0.0), 1.2)
-            lines.append(
-                f"{self.rates[k]:9.1e} {smoothed_losses[k]:8.4f}  {'█' * (1 + round(28 * bar_share))}"
-            )
+            bar = "█" * (1 + round(28 * bar_share))
+            lines.append(f"{self.rates[k]:9.1e} {smoothed_losses[k]:8.4f}  {bar}")
         return lines
 
 
@@ -117,7 +118,9 @@ class _SweepCallback(TrainerCallback):
             return
         self.losses.append(loss)
         smoothed_losses = self.result.smoothed_losses
-        if len(smoothed_losses) > STEPS // 3 and smoothed_losses[-1] > STOP_FACTOR * min(smoothed_losses):
+        if len(smoothed_losses) > STEPS // 3 and smoothed_losses[-1] > STOP_FACTOR * min(
+            smoothed_losses
+        ):
             control.should_training_stop = True
 
     @property

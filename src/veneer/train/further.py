@@ -3,8 +3,8 @@ that dpo continues.
 
 The adapter's files define its targets, rank and variant; the run defines the data, the loss and the
 learning rate. If the loss compares with a reference policy, that reference is the adapter in its
-initial state, as in TRL. It is a second, frozen adapter on the same base (``as_reference``), and the
-loss selects it (``tasks/_base.reference``).
+initial state, as in TRL. It is a second, frozen adapter on the same base (``as_reference``), which
+the loss selects (``tasks/_base.reference``).
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
 
 
 @contextmanager
-def as_reference(model: Any, initial_adapter: InitialAdapter | None, needs_reference: bool) -> Iterator[None]:
+def as_reference(
+    model: Any, initial_adapter: InitialAdapter | None, needs_reference: bool
+) -> Iterator[None]:
     """A block around the steps of a run. If the loss compares with the initial adapter
     (`needs_reference`), the block attaches that adapter as a second one and does not select it."""
     if initial_adapter is None or not needs_reference:

@@ -130,9 +130,16 @@ def continuations(
     needs_streaming = bool(stop) or say is not None or should_stop is not None
     has_penalties = penalties and changes_greedy_tokens(model.generation_config)
     with _evaluation_mode(model):
-        if rollouts == "engine" and prompt_ids and max_new_tokens > 0 and not (needs_streaming or has_penalties):
+        if (
+            rollouts == "engine"
+            and prompt_ids
+            and max_new_tokens > 0
+            and not (needs_streaming or has_penalties)
+        ):
             end_tokens = _end_tokens(model, tokenizer, penalties)
-            answers = _answer_by_engine(model, prompt_ids, max_new_tokens, batch_size, sampling, end_tokens)
+            answers = _answer_by_engine(
+                model, prompt_ids, max_new_tokens, batch_size, sampling, end_tokens
+            )
             if answers is not None:
                 return answers
         options = {"max_new_tokens": max_new_tokens, "stop_strings": list(stop) or None}
@@ -212,7 +219,12 @@ def _answer_by_generate(
     end_token = tokenizer.eos_token_id
     pad = end_token if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
-        **limits, pad_token_id=pad, eos_token_id=end_token, use_cache=True, do_sample=False, num_beams=1
+        **limits,
+        pad_token_id=pad,
+        eos_token_id=end_token,
+        use_cache=True,
+        do_sample=False,
+        num_beams=1,
     )
     options = {
         "generation_config": config,
@@ -232,7 +244,9 @@ def _answer_by_generate(
                 options["logits_processor"] = LogitsProcessorList(sampling.processors(rows))
             new_tokens = model.generate(**inputs, **options)[:, width:].tolist()
             for row, tokens in zip(rows, new_tokens, strict=True):
-                answers[row] = tokens[: tokens.index(end_token) + 1] if end_token in tokens else tokens
+                answers[row] = (
+                    tokens[: tokens.index(end_token) + 1] if end_token in tokens else tokens
+                )
     finally:
         model.generation_config = base_config
     return answers

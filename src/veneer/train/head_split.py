@@ -80,7 +80,11 @@ class Head:
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
             return None
         flat_rows = hidden.flatten(0, 1)
-        return flat_rows if self.is_rowwise(flat_rows[positions[:3].to(flat_rows.device)].detach()) else None
+        return (
+            flat_rows
+            if self.is_rowwise(flat_rows[positions[:3].to(flat_rows.device)].detach())
+            else None
+        )
 
     def is_rowwise(self, rows: Tensor) -> bool:
         """Whether the logits of some rows stay the same in a larger batch and in another order;
@@ -103,9 +107,16 @@ class Head:
         batched_shape = (1, 2 * len(rows), logits.shape[-1])
         is_rowwise = logits.shape[:-1] == (1, len(rows)) and batched.shape == batched_shape
         if is_rowwise:
-            separate_logits, batched_logits = logits.detach()[0], batched.detach()[0, len(rows) :].flip(0)
-            tolerance = torch.finfo(separate_logits.dtype).eps ** 0.5 * float(separate_logits.abs().max())
-            is_rowwise = torch.allclose(separate_logits, batched_logits, rtol=0, atol=tolerance, equal_nan=True)
+            separate_logits, batched_logits = (
+                logits.detach()[0],
+                batched.detach()[0, len(rows) :].flip(0),
+            )
+            tolerance = torch.finfo(separate_logits.dtype).eps ** 0.5 * float(
+                separate_logits.abs().max()
+            )
+            is_rowwise = torch.allclose(
+                separate_logits, batched_logits, rtol=0, atol=tolerance, equal_nan=True
+            )
         ROWWISE[self.model], self.memory_in_use = is_rowwise, False
         return is_rowwise
 
@@ -187,7 +198,9 @@ def find_body(model: nn.Module) -> ModulePath | None:
     ):
         return None  # the model has another forward than a wrapper of its class's
     bodies = [
-        (path, is_late) for path, is_late in submodule_calls(class_forward) if _is_model(model, path)
+        (path, is_late)
+        for path, is_late in submodule_calls(class_forward)
+        if _is_model(model, path)
     ]
     if len(bodies) != 1 or bodies[0][1]:
         return None
@@ -212,11 +225,19 @@ def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
     happen once per batch: gather a sharded head, or call a hook on the gradient of a parameter."""
     outside_modules = list(_modules_outside(model, path))
     outside_parameters = [
-        value for module in outside_modules for value in module._parameters.values() if value is not None
+        value
+        for module in outside_modules
+        for value in module._parameters.values()
+        if value is not None
     ]
     if any(isinstance(value, DTensor) for value in outside_parameters):
-        body_parameter_ids = {id(value) for value in model.get_submodule(".".join(path)).parameters()}
-        if any(isinstance(value, DTensor) and id(value) not in body_parameter_ids for value in outside_parameters):
+        body_parameter_ids = {
+            id(value) for value in model.get_submodule(".".join(path)).parameters()
+        }
+        if any(
+            isinstance(value, DTensor) and id(value) not in body_parameter_ids
+            for value in outside_parameters
+        ):
             return True
     # To visit all parameters in each step would cost as much as a layer, so this is done only for
     # an adapted head: it may read the change of a weight that it shares with the body. A forward
@@ -231,8 +252,12 @@ def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
 def _changes_outside(model: nn.Module, path: ModulePath, changes: Mapping[Any, Any]) -> bool:
     """Whether an adapter changes a layer outside the body. ``changes``: the adapter's changes by
     the key of the layer."""
-    outside_keys = [module.key for module in _modules_outside(model, path) if isinstance(module, LayerState)]
-    changed_keys = {key[0] if isinstance(key, tuple) else key for key in changes} if outside_keys else set()
+    outside_keys = [
+        module.key for module in _modules_outside(model, path) if isinstance(module, LayerState)
+    ]
+    changed_keys = (
+        {key[0] if isinstance(key, tuple) else key for key in changes} if outside_keys else set()
+    )
     return any(key in changed_keys for key in outside_keys)
 
 
@@ -272,7 +297,9 @@ def body_view(module: nn.Module, path: ModulePath, replacement: Callable[..., An
     if not path:
         module_view = view(module, type(module), {})
         module_view.__dict__.update(
-            {hooks: OrderedDict() for hooks in _HOOKS}, _compiled_call_impl=None, forward=replacement
+            {hooks: OrderedDict() for hooks in _HOOKS},
+            _compiled_call_impl=None,
+            forward=replacement,
         )
         return module_view
     child_view = body_view(module._modules[path[0]], path[1:], replacement)  # pyright: ignore[reportArgumentType]

@@ -108,9 +108,7 @@ class HiddenStateCache:
             return states[0]
         finally:
             hook.remove()
-        raise ConfigError(
-            "a forward that does not run the model's blocks", "one that does", REMEDY
-        )
+        raise ConfigError("a forward that does not run the model's blocks", "one that does", REMEDY)
 
     @contextmanager
     def _replace_blocks(self, hidden: Tensor) -> Iterator[None]:
@@ -164,7 +162,9 @@ class _StopForward(Exception):  # noqa: N818 (control flow, not an error)
 def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
     """(the blocks below the lowest one with a trained parameter, number of all blocks)."""
     requirement = "everything that trains to lie in the upper blocks"
-    trained_names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained_names = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ConfigError("a base that is sharded over processes", "a whole one", REMEDY)
     stacks = {
@@ -172,23 +172,32 @@ def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
     }
     for path, stack in stacks.items():
         if trained_names and all(name.startswith(f"{path}.") for name in trained_names):
-            lowest_index = min(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in trained_names)
+            lowest_index = min(
+                int(name.removeprefix(f"{path}.").partition(".")[0]) for name in trained_names
+            )
             if not lowest_index:
                 raise ConfigError("an adapter in block 0", requirement, f"set layers, or {REMEDY}")
             dropout_rates = [
-                module.p for module in stack[:lowest_index].modules() if isinstance(module, nn.Dropout)
+                module.p
+                for module in stack[:lowest_index].modules()
+                if isinstance(module, nn.Dropout)
             ]
             config_fields = vars(model.config).items()
-            dropout_rates += [value for name, value in config_fields if name.endswith(("dropout", "_pdrop"))]
+            dropout_rates += [
+                value for name, value in config_fields if name.endswith(("dropout", "_pdrop"))
+            ]
             if any(isinstance(p, float | int) and p > 0 for p in dropout_rates):
                 problem = "a base with dropout, which draws anew each time"
                 raise ConfigError(problem, "dropout of 0 in the base's configuration", REMEDY)
             return list(stack[:lowest_index]), len(stack)
     longest_stack = max(stacks, key=lambda path: len(stacks[path]), default="")
     outside_name = next(
-        (name for name in trained_names if not name.startswith(f"{longest_stack}.")), "nothing that trains"
+        (name for name in trained_names if not name.startswith(f"{longest_stack}.")),
+        "nothing that trains",
     )
-    raise ConfigError(f"{outside_name!r}, outside the blocks", requirement, f"set targets, or {REMEDY}")
+    raise ConfigError(
+        f"{outside_name!r}, outside the blocks", requirement, f"set targets, or {REMEDY}"
+    )
 
 
 def _split_rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:

@@ -167,7 +167,9 @@ def label_losses(
         "use_cache": False,
         **{name: value for name, value in inputs.items() if name != "labels"},
     }
-    adds_balancing_loss = getattr(getattr(unwrap(model), "config", None), "output_router_logits", False)
+    adds_balancing_loss = getattr(
+        getattr(unwrap(model), "config", None), "output_router_logits", False
+    )
     if adds_balancing_loss and torch.is_grad_enabled():
         problem = "output_router_logits=True, for a loss of the balance of experts over all rows"
         raise ConfigError(
@@ -177,7 +179,9 @@ def label_losses(
     has_label, body_path = target != IGNORED, find_body(model)
     counts, outputs = has_label.sum(1), None
     # the chunks would sum the gradients of an adapted head over the labels
-    is_head_trained = torch.is_grad_enabled() and body_path is not None and changes_head(model, body_path)
+    is_head_trained = (
+        torch.is_grad_enabled() and body_path is not None and changes_head(model, body_path)
+    )
     if body_path is not None and has_label.any() and not is_head_trained:
         rows, sums, outputs, _ = _forward_in_chunks(
             model, body_path, model_inputs, labels, accuracy, chunk, None
@@ -190,7 +194,9 @@ def label_losses(
     float_logits = logits.to(at_least_float32(logits.dtype))
     target_ids = target[has_label].to(float_logits.device)
     losses = functional.cross_entropy(float_logits, target_ids, reduction="none")
-    return LabelLosses(losses, counts, float_logits.argmax(dim=-1) == target_ids if accuracy else None)
+    return LabelLosses(
+        losses, counts, float_logits.argmax(dim=-1) == target_ids if accuracy else None
+    )
 
 
 def log_probabilities(
@@ -279,7 +285,10 @@ def _loss_of_columns(
 def _balancing_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     """The weighted load-balancing loss that a mixture-of-experts model returns if its config has
     `output_router_logits`."""
-    balancing_loss, config = getattr(outputs, "aux_loss", None), getattr(unwrap(model), "config", None)
+    balancing_loss, config = (
+        getattr(outputs, "aux_loss", None),
+        getattr(unwrap(model), "config", None),
+    )
     return (
         balancing_loss * float(getattr(config, "router_aux_loss_coef", 0.0))
         if isinstance(balancing_loss, Tensor)
@@ -321,8 +330,12 @@ def _loss_in_chunks(
     if sums is None:
         logits = outputs.logits
         items = items.to(logits.device)
-        return TokenLoss(logits.to(at_least_float32(logits.dtype)).sum() * 0.0, items, items, balancing_loss)
-    return TokenLoss(sums.differentiable_total(rows), items.to(sums.total.device), sums.correct, balancing_loss)
+        return TokenLoss(
+            logits.to(at_least_float32(logits.dtype)).sum() * 0.0, items, items, balancing_loss
+        )
+    return TokenLoss(
+        sums.differentiable_total(rows), items.to(sums.total.device), sums.correct, balancing_loss
+    )
 
 
 def _forward_in_chunks(

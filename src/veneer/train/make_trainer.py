@@ -9,7 +9,9 @@ from veneer.train.tasks import Task
 from veneer.train.trainer import TaskTrainer
 
 
-def make_trainer(task: Task, model: Any, hidden_state_cache: HiddenStateCache | None, **options: Any) -> Any:
+def make_trainer(
+    task: Task, model: Any, hidden_state_cache: HiddenStateCache | None, **options: Any
+) -> Any:
     """The trainer of a task: `AdapterTrainer` for sft, which supports packing and offloading; else
     `TaskTrainer`."""
     if task.name == "sft":  # imported only here, because trl takes half a second to import

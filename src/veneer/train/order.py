@@ -50,7 +50,9 @@ class EpochSampler(Sampler[int]):
         if not self.grouped:
             return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         indices = get_length_grouped_indices(self.lengths, self.step_rows, generator=generator)
-        first, *batches = (indices[i : i + self.step_rows] for i in range(0, len(indices), self.step_rows))
+        first, *batches = (
+            indices[i : i + self.step_rows] for i in range(0, len(indices), self.step_rows)
+        )
         # a short last batch stays last, because it would shift all batches after it
         last = batches.pop() if batches and len(indices) % self.step_rows else []
         order = torch.randperm(len(batches), generator=generator).tolist()
@@ -63,7 +65,9 @@ class ShareSampler(BatchSampler):
     earlier rows. Here such a process gets a single row without weight, written ~index, so that the
     other processes do not wait for it."""
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, rank: int, process_count: int) -> None:
+    def __init__(
+        self, sampler: Sampler[int], batch_size: int, rank: int, process_count: int
+    ) -> None:
         self.sampler: Any = sampler
         self.batch_size, self.drop_last = batch_size, False
         self.rank, self.process_count = rank, process_count

@@ -81,7 +81,9 @@ def prepare(
             config.eval_fraction,
             config.seed if config.eval_seed is None else config.eval_seed,
         )
-    records = {"train": rows} if held_out_records is None else {"train": rows, "eval": held_out_records}
+    records = (
+        {"train": rows} if held_out_records is None else {"train": rows, "eval": held_out_records}
+    )
     examples = {name: encode(split_records) for name, split_records in records.items()}
     sets = {
         name: encoded.dataset() if make_dataset is None else make_dataset(encoded, length)

@@ -138,7 +138,9 @@ def join() -> Processes:
         timeout = timedelta(seconds=PATIENCE)
         store, rank, process_count = next(rendezvous("env://", timeout=timeout))
         store = fresh_store(store, rank, process_count)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=process_count, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=process_count, timeout=timeout
+        )
     return Processes(all_ranks("train", PATIENCE))
 
 
@@ -241,13 +243,17 @@ def share_config(config: TrainConfig, processes: int, *, compares_rows: bool) ->
     batch_size, passes = split_step(config.batch_size, config.grad_accum, processes)
     if compares_rows and batch_size != config.batch_size:
         step = _describe_step(config.batch_size, config.grad_accum, processes)
-        problem = f"{step}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
+        problem = (
+            f"{step}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
+        )
         expected = f"{config.batch_size} in a forward pass"
         raise ConfigError(f"{problem} compares", expected, _division_advice(processes))
     return config.model_copy(update={"batch_size": batch_size, "grad_accum": passes})
 
 
-def check_divided_settings(config: TrainConfig, process_count: int, needs_reference: bool = False) -> None:
+def check_divided_settings(
+    config: TrainConfig, process_count: int, needs_reference: bool = False
+) -> None:
     """Raise `ConfigError` for settings that do not work on a base that is sharded over (fsdp) or
     cut between (tp) `process_count` processes. ``needs_reference``: as `Task.needs_reference`."""
     from veneer.models.locate import config_of
@@ -283,7 +289,9 @@ def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, i
         problem = _describe_step(batch_size, grad_accum, processes)
         raise ConfigError(problem, "as many for each process", _division_advice(processes))
     passes = next(
-        passes for passes in range(1, share_size + 1) if share_size % passes == 0 and share_size // passes <= batch_size
+        passes
+        for passes in range(1, share_size + 1)
+        if share_size % passes == 0 and share_size // passes <= batch_size
     )
     return share_size // passes, passes
 

@@ -186,7 +186,9 @@ def _stop_on_signal(channel: Any, say: Say) -> Iterator[None]:
         channel.request_stop.remote()
         say("Stopping after this step … (again to stop at once)")
 
-    previous_handlers = {number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {
+        number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:

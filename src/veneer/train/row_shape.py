@@ -65,7 +65,8 @@ def detect_columns(
     suggestions = [
         f"{name!r} looks like {match[0]!r}"
         for name in names
-        if (match := difflib.get_close_matches(name.lower(), sft_columns, 1, 0.6)) and name not in sft_columns
+        if (match := difflib.get_close_matches(name.lower(), sft_columns, 1, 0.6))
+        and name not in sft_columns
     ]
     raise DataError(
         f"{source} has the columns {list_names(names)}.\n"
@@ -164,7 +165,9 @@ def _parse_message(message: Any, location: str) -> dict[str, Any]:
             # Parquet fills absent keys with None
             message = {key: value for key, value in message.items() if value is not None}
     match message:
-        case {"role": str(), "content": [*text_segments]} if text_segments and all(map(_is_text, text_segments)):
+        case {"role": str(), "content": [*text_segments]} if text_segments and all(
+            map(_is_text, text_segments)
+        ):
             content = "".join(text_segment["text"] for text_segment in text_segments)
             message = {**message, "content": content}
     match message:

@@ -45,7 +45,7 @@ from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.make_trainer import make_trainer
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
-from veneer.train.processes import Processes, join, check_divided_settings, share_config
+from veneer.train.processes import Processes, check_divided_settings, join, share_config
 from veneer.train.run_record import (
     ResumePoint,
     can_resume,
@@ -120,7 +120,9 @@ def fit(
     processes = join()
     processes.same_rows = config.parallel == "tp"
     console = (
-        (console or Console(stderr=True, quiet=quiet)) if processes.is_first else Console(quiet=True)
+        (console or Console(stderr=True, quiet=quiet))
+        if processes.is_first
+        else Console(quiet=True)
     )
     output = config.output.expanduser()
     with checkpoint.only_writer(output, processes):
@@ -194,7 +196,10 @@ def _divide_base(
     config: TrainConfig, parallel: str, model: Any, device: torch.device, processes: Processes
 ) -> None:
     """Divide the base over the processes: by sharding (fsdp), or by cutting its matrices (tp)."""
-    divide_functions = {"fsdp": partial(sharding.shard, shard_size=config.shard_size), "tp": cut_model}
+    divide_functions = {
+        "fsdp": partial(sharding.shard, shard_size=config.shard_size),
+        "tp": cut_model,
+    }
     if divide := divide_functions.get(parallel):
         processes.run_on_all(lambda: divide(model, device))
 
@@ -261,7 +266,9 @@ def prepare_data(task: Task) -> tuple[tuple[int, ...], Prepared]:
     task.read_data()
     token_ids, prepared = vocabulary.add_tokens(task.config, task.open_base()), task.prepare()
     if task.initial_adapter is not None:
-        prepared = replace(prepared, hashes={**prepared.hashes, "adapter": task.initial_adapter.hash})
+        prepared = replace(
+            prepared, hashes={**prepared.hashes, "adapter": task.initial_adapter.hash}
+        )
     return token_ids, prepared
 
 
@@ -403,7 +410,11 @@ def _finish_run(
     losses = result.losses
     loss_change = f"loss {losses[0]:.4f} → {losses[-1]:.4f}"
     loss_change += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-    say(console, f"Done     {result.steps:,} steps in {watch.format_duration(result.seconds)}: {loss_change}")
+    say(
+        console,
+        f"Done     {result.steps:,} steps in {watch.format_duration(result.seconds)}:"
+        f" {loss_change}",
+    )
     say(console, f"Adapter  {result.adapter}")
     return replace(
         result, metrics=metrics, prompt=prepared.prompt if task.generates_text() else None

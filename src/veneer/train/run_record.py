@@ -87,11 +87,14 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
         return True
     if config.overwrite or checkpoint.newest(output) is None:  # no work would be lost
         return False
-    lines = "".join(f"\n  {name}: was {recorded_settings.get(name)!r}, is {current_settings.get(name)!r}" for name in changed_names)
+    lines = "".join(
+        f"\n  {name}: was {recorded_settings.get(name)!r}, is {current_settings.get(name)!r}"
+        for name in changed_names
+    )
     raise (ConfigError if changed_names else OutputExistsError)(
         f"Found: {output} holds an unfinished"
-        f" {kind}{' with another configuration' if changed_names else ''}.{lines}\nExpected: the same"
-        " configuration, to resume it exactly, or a new folder. Do: undo the change, choose"
+        f" {kind}{' with another configuration' if changed_names else ''}.{lines}\nExpected: the"
+        " same configuration, to resume it exactly, or a new folder. Do: undo the change, choose"
         " another output, or pass --overwrite to start over."
     )
 
@@ -156,8 +159,8 @@ def print_changed_versions(run: Mapping[str, Any], console: Console) -> None:
     if changed_versions:
         say(
             console,
-            f"Versions The run was made with {'; '.join(changed_versions)}: its losses may differ from those"
-            " of a run that",
+            f"Versions The run was made with {'; '.join(changed_versions)}: its losses may differ"
+            " from those of a run that",
         )
         say(
             console,
@@ -199,7 +202,10 @@ def prompt_record(prompt: str | list[Any] | None, with_texts: bool) -> dict[str,
     # of several messages of a role, the first remains
     content_by_role = {message["role"]: message.get("content") for message in reversed(prompt)}
     prompt_texts = {"system": content_by_role.get("system"), "example": content_by_role.get("user")}
-    return {**record, **{name: text for name, text in prompt_texts.items() if isinstance(text, str)}}
+    return {
+        **record,
+        **{name: text for name, text in prompt_texts.items() if isinstance(text, str)},
+    }
 
 
 def provenance_of(

@@ -30,7 +30,9 @@ def print_summary(
     processes = processes or Processes()
     config, train = task.config, prepared.train
     long_examples = {"dropped": train.dropped, "truncated": train.truncated}
-    notes = "".join(f", {count:,} examples {change}" for change, count in long_examples.items() if count)
+    notes = "".join(
+        f", {count:,} examples {change}" for change, count in long_examples.items() if count
+    )
     storage_notes = [str(model.dtype).removeprefix("torch.")]
     storage_notes += [f"linear layers in {config.quantize}"] if config.quantize else []
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -45,7 +47,9 @@ def print_summary(
     process_note = (
         f", {local_rows} in each of {processes.count} processes" if processes.count > 1 else ""
     )
-    row_name = f"packed rows, of at most {prepared.max_length} tokens" if config.packing else "examples"
+    row_name = (
+        f"packed rows, of at most {prepared.max_length} tokens" if config.packing else "examples"
+    )
     step_rows = local_rows * processes.share_count
     say(console, f"Steps    {prepared.steps:,} of {step_rows} {row_name}{process_note}")
     if config.parallel != "ddp" and processes.count == 1:
@@ -62,7 +66,11 @@ def print_summary(
         }[config.parallel]
         memory_note = "" if is_spread(model.modules()) else division_note
         memory_note = f" in each{memory_note}" if processes.count > 1 else ""
-        say(console, f"Memory   {memory.estimate(model, config, *task.largest_batch(prepared))}{memory_note}")
+        say(
+            console,
+            f"Memory   {memory.estimate(model, config, *task.largest_batch(prepared))}"
+            f"{memory_note}",
+        )
     if hidden_state_cache is not None:
         examples = [train] if prepared.evaluation is None else [train, prepared.evaluation]
         tokens = sum(sum(dataset_rows.lengths) for dataset_rows in examples)

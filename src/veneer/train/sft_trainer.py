@@ -40,7 +40,9 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         hidden_state_cache: HiddenStateCache | None,
         **kwargs: Any,
     ) -> None:
-        forward_attribute = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
+        forward_attribute = (
+            {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
+        )
         with mark_as_adapted(model):
             super().__init__(model, **kwargs)
         model.__dict__.pop("forward", None)  # removes SFTTrainer's fused head
@@ -78,7 +80,10 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
             )
             passes = torch.full_like(tokens, len(weighted_inputs))
             all_counts = torch.stack([*counts, *self._sum_counts(tokens, passes)]).tolist()
-            counts, (token_total, self._passes, *stop_requests) = all_counts[: len(counts)], all_counts[len(counts) :]
+            counts, (token_total, self._passes, *stop_requests) = (
+                all_counts[: len(counts)],
+                all_counts[len(counts) :],
+            )
             self._stop_if_requested(stop_requests)
             batches = [
                 {**inputs, LABELS: count} for inputs, count in zip(batches, counts, strict=True)
@@ -114,5 +119,7 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         # the balancing loss shall be a mean over the passes of all processes, whose gradients are
         # averaged
         if result.balancing_loss is not None and not is_weightless:
-            loss = loss + result.balancing_loss * (self.processes.share_count / self._passes if training else 1)
+            loss = loss + result.balancing_loss * (
+                self.processes.share_count / self._passes if training else 1
+            )
         return loss

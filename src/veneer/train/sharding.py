@@ -45,7 +45,9 @@ def gathered_blocks(model: nn.Module) -> list[nn.Module]:
     separate_blocks = [
         block
         for block in candidates
-        if all(owners_by_id[id(parameter)] <= {*block.modules()} for parameter in block.parameters())
+        if all(
+            owners_by_id[id(parameter)] <= {*block.modules()} for parameter in block.parameters()
+        )
     ]
     return separate_blocks[::-1]
 
@@ -85,7 +87,9 @@ def shard(model: Any, device: torch.device, shard_size: int | None = None) -> No
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     process_count = torch.distributed.get_world_size()
-    copy_dimension = {} if shard_size in (None, process_count) else {"copies": process_count // shard_size}
+    copy_dimension = (
+        {} if shard_size in (None, process_count) else {"copies": process_count // shard_size}
+    )
     mesh_sizes = {**copy_dimension, "shares": shard_size or process_count}
     mesh = init_device_mesh(device.type, (*mesh_sizes.values(),), mesh_dim_names=(*mesh_sizes,))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}

@@ -15,8 +15,8 @@ Rejected: shards of A and B as parameters. The gradient of A in a column-wise la
 row-wise layer, would still need a sum. Checkpoints, optimiser states and initial values would have
 to be split and joined.
 
-Layers whose input and output are complete in the plan (an embedding, a head, a fused projection that
-transformers gathers) are not cut. Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
+Layers whose input and output are complete in the plan (an embedding, a head, a fused projection
+that transformers gathers) are not cut. Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ def cut_layers(model: Any, process_count: int, rank: int) -> list[CutLayer]:
             axis = -1 if weight_partition == ROWS or weight.ndim == 1 else -2
             axis_size, matrix_count = weight.shape[axis], 2 if style == "packed_colwise" else 1
             if axis_size % (matrix_count * process_count):
-                problems.append(f"{axis_size} {'inputs' if weight_partition == ROWS else 'outputs'} of {path}")
+                problems.append(
+                    f"{axis_size} {'inputs' if weight_partition == ROWS else 'outputs'} of {path}"
+                )
                 continue
             indices = torch.arange(axis_size).view(matrix_count, process_count, -1)[:, rank]
             layer.weights[name] = Cut(weight_partition, axis, indices.flatten())
@@ -220,7 +222,9 @@ def _keep_shard(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.d
     axis = cut.axis % weight.ndim
     local_weight = weight.detach().index_select(axis, cut.indices.to(weight.device)).to(device)
     gap_count = int((cut.indices.diff() != 1).sum()) if mesh.size() > 1 else 0
-    placement = _StridedShard(axis, split_factor=gap_count + 1) if gap_count else ShardPlacement(axis)
+    placement = (
+        _StridedShard(axis, split_factor=gap_count + 1) if gap_count else ShardPlacement(axis)
+    )
     sharded_weight = DTensor.from_local(
         local_weight, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride()
     )
@@ -295,7 +299,9 @@ class TakeShard(torch.autograd.Function):
     ``process_count``, so that the later average over the processes is the sum of the terms."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, axis: int, indices: Tensor | None, process_count: int) -> Tensor:
+    def forward(
+        ctx: Any, parameter: Tensor, axis: int, indices: Tensor | None, process_count: int
+    ) -> Tensor:
         ctx.shape, ctx.axis, ctx.indices = parameter.shape, axis, indices
         ctx.process_count = process_count
         if indices is None:
@@ -338,16 +344,24 @@ def use_local_shards(layer: CutLayer, parallel_group: Any) -> Iterator[None]:
                 local_values |= _shards_of_change(change, layer.weights.get(name), parallel_group)
                 modules.append(change)
                 has_dropout = has_dropout or bool(change.training and change.dropout)
-                stack.enter_context(_with_local_dims(change, layer.weights.get(name), parallel_group))
+                stack.enter_context(
+                    _with_local_dims(change, layer.weights.get(name), parallel_group)
+                )
         bias = module._parameters.get("bias")
         if layer.partition == ROWS and bias is not None and parallel_group.rank:
             local_values[id(bias)] = None  # only the first process adds it
         stack.enter_context(with_values(modules, local_values))
-        stack.enter_context(_local_seed(parallel_group) if has_dropout and layer.partition == ROWS else nullcontext())
+        stack.enter_context(
+            _local_seed(parallel_group)
+            if has_dropout and layer.partition == ROWS
+            else nullcontext()
+        )
         yield
 
 
-def _shards_of_full_parameters(adapter: LayerAdapter, layer: CutLayer, parallel_group: Any) -> dict[int, Any]:
+def _shards_of_full_parameters(
+    adapter: LayerAdapter, layer: CutLayer, parallel_group: Any
+) -> dict[int, Any]:
     """The shards of the parameters that an adapter trains in full, by the id of the parameter."""
     local_values: dict[int, Any] = {}
     for name, value in adapter.full._parameters.items():
@@ -362,7 +376,9 @@ def _shards_of_full_parameters(adapter: LayerAdapter, layer: CutLayer, parallel_
         elif cut is None:
             local_values[id(value)] = TakeShard.apply(value, 0, None, parallel_group.count)
         else:
-            local_values[id(value)] = TakeShard.apply(value, cut.axis % value.ndim, cut.indices, parallel_group.count)
+            local_values[id(value)] = TakeShard.apply(
+                value, cut.axis % value.ndim, cut.indices, parallel_group.count
+            )
     return local_values
 
 
@@ -372,12 +388,20 @@ def _shards_of_change(change: Change, cut: Cut | None, parallel_group: Any) -> d
     local_values: dict[int, Any] = {}
     tensors: Mapping[str, Any] = {**change._parameters, **change._buffers}
     for name, value in tensors.items():
-        indices = cut.indices if cut is not None and PARTITION_BY_PARAMETER[name] == cut.partition else None
+        indices = (
+            cut.indices
+            if cut is not None and PARTITION_BY_PARAMETER[name] == cut.partition
+            else None
+        )
         if name == "magnitude":
             grouped_magnitude = value.view(change.dims.groups, -1)
-            local_values[id(value)] = cast(Tensor, TakeShard.apply(grouped_magnitude, 1, indices, parallel_group.count)).flatten()
+            local_values[id(value)] = cast(
+                Tensor, TakeShard.apply(grouped_magnitude, 1, indices, parallel_group.count)
+            ).flatten()
         else:
-            local_values[id(value)] = TakeShard.apply(value, 2 if name == "A" else 1, indices, parallel_group.count)
+            local_values[id(value)] = TakeShard.apply(
+                value, 2 if name == "A" else 1, indices, parallel_group.count
+            )
     return local_values
 
 
@@ -390,7 +414,9 @@ def _with_local_dims(change: Change, cut: Cut | None, parallel_group: Any) -> It
     dims, variant = change.dims, change.variant
     local_size = len(cut.indices)
     groups, out, in_ = dims
-    change.dims = Dims(groups, out, local_size) if cut.partition == ROWS else Dims(groups, local_size, in_)
+    change.dims = (
+        Dims(groups, out, local_size) if cut.partition == ROWS else Dims(groups, local_size, in_)
+    )
     if cut.partition == ROWS and variant.resolve is VARIANTS["dora"].resolve:
         change.variant = replace(variant, resolve=_dora_resolve(parallel_group.group))
     try:

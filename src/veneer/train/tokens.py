@@ -175,7 +175,9 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
             TOOLS: bool(row.get(TOOLS)),
             "tool_calls": any("tool_calls" in message for message in messages),
         }
-        if omitted := [word for word, is_in_row in occurs.items() if is_in_row and word not in template]:
+        if omitted := [
+            word for word, is_in_row in occurs.items() if is_in_row and word not in template
+        ]:
             problem = (
                 f"{rows.source}, {location} holds {omitted[0]}, and the base's chat template has no"
                 " place for them"
@@ -193,7 +195,9 @@ def _append_end(
     """Append the end-of-text token, which teaches the model to stop."""
     end_token = tokenizer.eos_token_id
     return (
-        (tokens, is_labelled) if end_token is None or tokens[-1:] == [end_token] else ([*tokens, end_token], [*is_labelled, True])
+        (tokens, is_labelled)
+        if end_token is None or tokens[-1:] == [end_token]
+        else ([*tokens, end_token], [*is_labelled, True])
     )
 
 

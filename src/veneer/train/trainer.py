@@ -102,7 +102,9 @@ class AdapterTrainerBase(Trainer):
         loader = super()._get_dataloader(dataset, *args, **kwargs)
         if self.processes.count == 1:
             return loader
-        process_loader = share_loader(loader, self.processes.share_index, self.processes.share_count, self._remove_weight)
+        process_loader = share_loader(
+            loader, self.processes.share_index, self.processes.share_count, self._remove_weight
+        )
         return prepare_data_loader(
             process_loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
@@ -224,7 +226,10 @@ class AdapterTrainerBase(Trainer):
         if is_main_process:
             limit, best_checkpoint = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(
-                run_dir, save_total_limit=limit, best_model_checkpoint=best_checkpoint, use_mtime=False
+                run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=best_checkpoint,
+                use_mtime=False,
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -259,8 +264,14 @@ class TaskTrainer(AdapterTrainerBase):
     def get_batch_samples(self, *args: Any) -> Any:
         batches, _ = super().get_batch_samples(*args)
         weighted_inputs = [inputs for inputs in batches if WEIGHTLESS not in inputs]
-        token_counts = [inputs["attention_mask"].sum() for inputs in weighted_inputs if "attention_mask" in inputs]
-        item_count = torch.tensor(sum(map(self.task.count_items, weighted_inputs)), device=self.accelerator.device)
+        token_counts = [
+            inputs["attention_mask"].sum()
+            for inputs in weighted_inputs
+            if "attention_mask" in inputs
+        ]
+        item_count = torch.tensor(
+            sum(map(self.task.count_items, weighted_inputs)), device=self.accelerator.device
+        )
         tokens: Any = sum(token_counts, torch.zeros_like(item_count))
         counts = self._sum_counts(item_count, tokens.to(item_count.device))
         _, global_tokens, *stop_requests = counts.tolist()

@@ -78,7 +78,9 @@ def _contains_tokens(ids: tuple[int, ...], row: list[int]) -> bool:
     )
 
 
-def add_embedding_rows(model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int) -> dict[str, tuple[int, ...]]:
+def add_embedding_rows(
+    model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int
+) -> dict[str, tuple[int, ...]]:
     """Give the base's embeddings a row for each token of the tokenizer. Returns the value of
     ``LoraConfig.trainable_tokens``: ``ids``, by the path of the embedding, and by the path of the
     head if it is not tied to the embedding."""

@@ -159,8 +159,8 @@ class Runs(Mapping[str, Handle]):
             each run's loss, without its weight.
 
         Raises:
-            DataError, ConfigError: a batch or a loss has an unsupported form. An error that a loss raises
-                gets a note with the run's name.
+            DataError, ConfigError: a batch or a loss has an unsupported form. An error that a loss
+                raises gets a note with the run's name.
             SelectionError: the model mixes rows. In all these cases the gradients are unchanged.
         """
         requests = self.build_requests(batches, loss, weights)
@@ -261,7 +261,9 @@ def _label_losses(
     joined = label_losses(model, {**inputs, "labels": labels}, accuracy=accuracy)
     counts = joined.counts.split([batch.row_count for batch in batches.values()])
     label_counts = [int(row_counts.sum()) for row_counts in counts]
-    is_correct = [None] * len(counts) if joined.is_correct is None else joined.is_correct.split(label_counts)
+    is_correct = (
+        [None] * len(counts) if joined.is_correct is None else joined.is_correct.split(label_counts)
+    )
     run_values = zip(joined.losses.split(label_counts), counts, is_correct, strict=True)
     return {name: LabelLosses(*values) for name, values in zip(batches, run_values, strict=True)}
 

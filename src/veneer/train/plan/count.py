@@ -91,7 +91,11 @@ class Cost:
             self.loss_peak_bytes - remote_bytes,
             self.backward_peak_bytes - remote_bytes,
         )
-        return Cost(*byte_values, shard_work(self.forward_work, devices), shard_work(self.backward_work, devices))
+        return Cost(
+            *byte_values,
+            shard_work(self.forward_work, devices),
+            shard_work(self.backward_work, devices),
+        )
 
 
 _BYTE_FIELDS = ("saved_bytes", "replicated_bytes", "loss_peak_bytes", "backward_peak_bytes")
@@ -150,7 +154,11 @@ class Step:
             )
             cost = cost.plus(recomputed, group.count)
         return cost.plus(
-            Cost(backward_peak_bytes=max((group.cost.saved_bytes for group in self.blocks), default=0))
+            Cost(
+                backward_peak_bytes=max(
+                    (group.cost.saved_bytes for group in self.blocks), default=0
+                )
+            )
         )
 
     def shard(self, devices: int) -> Step:
@@ -247,7 +255,9 @@ def _count_distinct_blocks(
                 repeated_blocks = [
                     repetition
                     for block in distinct_blocks
-                    for repetition in ([block, second_block] if block is equal_blocks[0] else [block])
+                    for repetition in (
+                        [block, second_block] if block is equal_blocks[0] else [block]
+                    )
                 ]
                 groups.append(
                     BlockGroup(
@@ -271,7 +281,9 @@ def _count_distinct_blocks(
     return total, tuple(groups)
 
 
-def _run_step(model: Any, batch: int, length: int, labelled_share: float, chunked_loss: bool = True) -> Cost:
+def _run_step(
+    model: Any, batch: int, length: int, labelled_share: float, chunked_loss: bool = True
+) -> Cost:
     """The cost of a step, measured with all blocks that the model has now."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # gradients are allocated first, as while batches accumulate; `memory.py` counts their bytes
@@ -288,7 +300,9 @@ def _run_step(model: Any, batch: int, length: int, labelled_share: float, chunke
         gradients = (
             torch.zeros_like(rows)
             if head is None
-            else (_chunked_loss_gradient if chunked_loss else _full_loss_gradient)(head, rows.detach())
+            else (_chunked_loss_gradient if chunked_loss else _full_loss_gradient)(
+                head, rows.detach()
+            )
         )
         forward_work, counter.work = counter.work, Counter()
         loss_peak_bytes, counter.peak_bytes = counter.peak_bytes, counter.live_bytes
@@ -307,7 +321,9 @@ def _run_step(model: Any, batch: int, length: int, labelled_share: float, chunke
 def _chunked_loss_gradient(head: Any, rows: Tensor) -> Tensor:
     """The gradient of the cross-entropy with respect to the rows, computed in chunks of rows as in
     ``train/loss.py``."""
-    return torch.cat([_chunk_gradient(head, chunk.requires_grad_()) for chunk in rows.split(LOSS_ROWS)])
+    return torch.cat(
+        [_chunk_gradient(head, chunk.requires_grad_()) for chunk in rows.split(LOSS_ROWS)]
+    )
 
 
 def _chunk_gradient(head: Any, rows: Tensor) -> Tensor:
@@ -395,7 +411,9 @@ class _OperationCounter(TorchDispatchMode):
 
     def measure_live_bytes(self) -> tuple[int, int]:
         """(bytes that are held now, the share of these in tensors as wide as a hidden state)."""
-        return self.live_bytes, sum(size for _, size, is_replicated in self.storages.values() if is_replicated)
+        return self.live_bytes, sum(
+            size for _, size, is_replicated in self.storages.values() if is_replicated
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -424,7 +442,11 @@ class _OperationCounter(TorchDispatchMode):
             return
         size = storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._untrack_storage(key))
-        self.storages[key] = reference, size, tensor.dim() > 1 and tensor.shape[-1] == self.hidden_size
+        self.storages[key] = (
+            reference,
+            size,
+            tensor.dim() > 1 and tensor.shape[-1] == self.hidden_size,
+        )
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
@@ -443,9 +465,13 @@ def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
             return 2 * left_factor.numel() * right_factor.shape[-1]
         if right_factor.dim() == 3:  # each row times the matrix of its group
             return 2 * left_factor.numel() * right_factor.shape[-1]
-        return 2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]  # the gradient of a stack of matrices
+        return (
+            2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]
+        )  # the gradient of a stack of matrices
     flop_formula = flop_registry.get(func._overloadpacket)
-    operations = int(flop_formula(*args, **kwargs, out_val=output)) if flop_formula is not None else 0
+    operations = (
+        int(flop_formula(*args, **kwargs, out_val=output)) if flop_formula is not None else 0
+    )
     if "attention" in name and _call_argument(func, "is_causal", args, kwargs):
         length = args[1].shape[-2] if "backward" in name else args[0].shape[-2]
         operations = operations * (length + 1) // (2 * length)
@@ -457,5 +483,8 @@ def _call_argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     names = [argument.name for argument in func._schema.arguments]
     parameter_index = names.index(name) if name in names else None
     return kwargs.get(
-        name, args[parameter_index] if parameter_index is not None and parameter_index < len(args) else None
+        name,
+        args[parameter_index]
+        if parameter_index is not None and parameter_index < len(args)
+        else None,
     )

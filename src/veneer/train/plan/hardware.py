@@ -81,7 +81,11 @@ class Hardware:
         bytes of each device."""
         return sent / (
             LINKS
-            * (self.link_bandwidth if devices <= self.devices_per_machine else min(self.link_bandwidth, self.network.bandwidth))
+            * (
+                self.link_bandwidth
+                if devices <= self.devices_per_machine
+                else min(self.link_bandwidth, self.network.bandwidth)
+            )
         )
 
 
@@ -99,7 +103,7 @@ _VLLM_MORI = "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/b
 #: complete machines have a network adapter of 400 or 200 Gbit/s for each device; for machines of
 #: devices that are sold singly, one of 100 Gbit/s is assumed
 _DGX, _A100 = Network(400 * GB, f"{_BASEPOD}core-components.html"), Network(200 * GB, _DGX_A100)
-_AMD, _ASSUMED = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
+_AMD, _OTHER = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
 
 #: devices by name. The rates are those of dense products; datasheets since Ampere also give twice
 #: these rates, for weights of which half are zeros ("with sparsity").
@@ -107,20 +111,20 @@ DEVICES = {
     device.name: device
     for device in (
         Hardware(
-            "l4", 24 * GB, 121 * T, 30.3 * T, 300 * GB, PCIE4, PCIE4, 8, _ASSUMED,
+            "l4", 24 * GB, 121 * T, 30.3 * T, 300 * GB, PCIE4, PCIE4, 8, _OTHER,
             "https://www.nvidia.com/en-us/data-center/l4/",
         ),
         Hardware(
-            "a10", 24 * GB, 125 * T, 31.2 * T, 600 * GB, PCIE4, PCIE4, 8, _ASSUMED,
+            "a10", 24 * GB, 125 * T, 31.2 * T, 600 * GB, PCIE4, PCIE4, 8, _OTHER,
             f"{_NVIDIA_PDF}/a10/pdf/a10-datasheet.pdf",
         ),
         Hardware(
-            "rtx3090", 24 * GB, 71 * T, 35.6 * T, 936 * GB, PCIE4, PCIE4, 4, _ASSUMED,
+            "rtx3090", 24 * GB, 71 * T, 35.6 * T, 936 * GB, PCIE4, PCIE4, 4, _OTHER,
             "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf",
         ),
-        Hardware("rtx4090", 24 * GB, 165.2 * T, 82.6 * T, 1008 * GB, PCIE4, PCIE4, 4, _ASSUMED, _ADA),
+        Hardware("rtx4090", 24 * GB, 165.2 * T, 82.6 * T, 1008 * GB, PCIE4, PCIE4, 4, _OTHER, _ADA),
         Hardware(
-            "l40s", 48 * GB, 362.05 * T, 91.6 * T, 864 * GB, PCIE4, PCIE4, 8, _ASSUMED,
+            "l40s", 48 * GB, 362.05 * T, 91.6 * T, 864 * GB, PCIE4, PCIE4, 8, _OTHER,
             "https://www.nvidia.com/en-us/data-center/l40s/",
         ),
         Hardware(

@@ -45,7 +45,14 @@ from veneer.variants import VARIANTS
 
 #: how many values of state an optimiser keeps for each value of a parameter, by a substring of the
 #: optimiser's name; other optimisers keep 2, as Adam does
-STATES_PER_VALUE = {"sgd": 0, "adafactor": 0.1, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}
+STATES_PER_VALUE = {
+    "sgd": 0,
+    "adafactor": 0.1,
+    "adagrad": 1,
+    "lion": 1,
+    "rmsprop": 1,
+    "ademamix": 3,
+}
 #: how many values of optimiser state share a scale, by the bits of a value; the number of values of
 #: the smallest tensor whose state is quantised
 STATE_BLOCK, MIN_QUANTIZED = {8: 256, 4: 128}, 4096
@@ -79,7 +86,10 @@ def memory_breakdown(
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained_bytes = sum(parameter.nbytes for parameter in trainable)
-    bytes_by_use = {"base": base_bytes, **({"one weight unpacked": unpacked_bytes} if unpacked_bytes else {})}
+    bytes_by_use = {
+        "base": base_bytes,
+        **({"one weight unpacked": unpacked_bytes} if unpacked_bytes else {}),
+    }
     bytes_by_use |= {
         "adapter": trained_bytes,
         "gradients": trained_bytes,
@@ -87,16 +97,26 @@ def memory_breakdown(
     }
     if step is not None:
         cost = step.with_checkpointing if checkpointing else step.total
-        bytes_by_use |= {"activations": cost.saved_bytes, "workspace": cost.peak_bytes - cost.saved_bytes}
+        bytes_by_use |= {
+            "activations": cost.saved_bytes,
+            "workspace": cost.peak_bytes - cost.saved_bytes,
+        }
         if offload:  # the running block's activations stay on the device
             bytes_by_use["activations"] -= offloaded_bytes(step, checkpointing)
             if not checkpointing:
-                bytes_by_use["workspace"] += max((group.cost.saved_bytes for group in step.blocks), default=0)
+                bytes_by_use["workspace"] += max(
+                    (group.cost.saved_bytes for group in step.blocks), default=0
+                )
         # accumulated gradients exist during a pass; the gradients of the last pass, and the
         # buffers in which they are sent, replace activations that backward has freed
         accumulated_bytes = trained_bytes if accumulate > 1 else 0
         bytes_by_use["gradients"] = accumulated_bytes + max(
-            0, trained_bytes - accumulated_bytes + buffer_bytes - bytes_by_use["activations"] - bytes_by_use["workspace"]
+            0,
+            trained_bytes
+            - accumulated_bytes
+            + buffer_bytes
+            - bytes_by_use["activations"]
+            - bytes_by_use["workspace"],
         )
     return bytes_by_use
 
@@ -120,9 +140,17 @@ def shard_base(
     root_bytes = bytes_by_use["base"] - sum(count * block_bytes for count, block_bytes in blocks)
     two_block_bytes = 2 * max((block_bytes for _, block_bytes in blocks), default=0)
     peaks_at_loss = cost.loss_peak_bytes > cost.backward_peak_bytes + two_block_bytes
-    workspace = bytes_by_use["workspace"] - cost.peak_bytes + (cost.loss_peak_bytes if peaks_at_loss else cost.backward_peak_bytes)
+    workspace = (
+        bytes_by_use["workspace"]
+        - cost.peak_bytes
+        + (cost.loss_peak_bytes if peaks_at_loss else cost.backward_peak_bytes)
+    )
     gathered_bytes = {"gathered": root_bytes + (0 if peaks_at_loss else two_block_bytes)}
-    return bytes_by_use | {"base": -(-bytes_by_use["base"] // devices), "workspace": workspace} | gathered_bytes
+    return (
+        bytes_by_use
+        | {"base": -(-bytes_by_use["base"] // devices), "workspace": workspace}
+        | gathered_bytes
+    )
 
 
 def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
@@ -159,7 +187,9 @@ def estimate_at_once(
 def _format_total(bytes_by_use: Mapping[str, int]) -> str:
     """The total memory and its uses in words, without uses of 0 bytes."""
     use_list = ", ".join(
-        f"{name} {format_bytes(size_bytes)}" for name, size_bytes in bytes_by_use.items() if size_bytes
+        f"{name} {format_bytes(size_bytes)}"
+        for name, size_bytes in bytes_by_use.items()
+        if size_bytes
     )
     return f"about {format_bytes(sum(bytes_by_use.values()))} ({use_list})"
 
@@ -198,7 +228,11 @@ def predict_at_once(
         }
         largest_adapter = max(names, key=trained_counts.__getitem__)
         step = count_model_step(
-            model, rows * len(names), length, labelled / max(tokens, 1), adapter_name=largest_adapter
+            model,
+            rows * len(names),
+            length,
+            labelled / max(tokens, 1),
+            adapter_name=largest_adapter,
         )
         bytes_by_use = _breakdown_at_once(model, runs, step, gradients_wait=len(groups) > 1)
         # each layer's factors are concatenated in the dtype of the base and saved for backward
@@ -231,17 +265,28 @@ def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[s
     """(bytes by use, bytes of activations in main memory). Arguments as `estimate`; raises as
     `count_model_step`."""
     rows = max(1, min(config.batch_size, tokens))
-    process_count = dist.get_world_size() if config.parallel == "fsdp" and dist.is_initialized() else 1
+    process_count = (
+        dist.get_world_size() if config.parallel == "fsdp" and dist.is_initialized() else 1
+    )
     step = count_model_step(
-        model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1), chunked_loss=process_count == 1
+        model,
+        rows,
+        max(1, round(tokens / rows)),
+        labelled / max(tokens, 1),
+        chunked_loss=process_count == 1,
     )
     checkpointing = config.activation_checkpointing
     options = {"checkpointing": checkpointing, "offload": config.offload_activations}
-    bytes_by_use = memory_breakdown(model, config.optimiser, step, accumulate=config.grad_accum, **options)
+    bytes_by_use = memory_breakdown(
+        model, config.optimiser, step, accumulate=config.grad_accum, **options
+    )
     if process_count > 1:
         blocks = [(1, weight_bytes(block)[0]) for block in gathered_blocks(model)]
         bytes_by_use = shard_base(
-            bytes_by_use, step.with_checkpointing if checkpointing else step.total, blocks, process_count
+            bytes_by_use,
+            step.with_checkpointing if checkpointing else step.total,
+            blocks,
+            process_count,
         )
     return bytes_by_use, offloaded_bytes(step, checkpointing) if config.offload_activations else 0
 
@@ -280,10 +325,19 @@ def count_model_step(
             "a decoder of tokens",
             "plan a like one",
         )
-    meta_model = _copy_without_weights(model) if is_copyable else _unpacked_copy(model, adapter_name)
-    with nullcontext() if adapter_name is None or not is_copyable else use(meta_model, adapter_name):
+    meta_model = (
+        _copy_without_weights(model) if is_copyable else _unpacked_copy(model, adapter_name)
+    )
+    with (
+        nullcontext() if adapter_name is None or not is_copyable else use(meta_model, adapter_name)
+    ):
         return count_step(
-            meta_model, batch, length, labelled_share=labelled_share, is_plain=is_plain, chunked_loss=chunked_loss
+            meta_model,
+            batch,
+            length,
+            labelled_share=labelled_share,
+            is_plain=is_plain,
+            chunked_loss=chunked_loss,
         )
 
 
@@ -304,7 +358,9 @@ def _copy_without_weights(model: Any) -> Any:
     for tensor in [*model.parameters(), *model.buffers()]:
         meta_tensor = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = (
-            nn.Parameter(meta_tensor, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta_tensor
+            nn.Parameter(meta_tensor, tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else meta_tensor
         )
     return count_attention(copy.deepcopy(model, memo)).train()
 

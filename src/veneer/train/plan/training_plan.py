@@ -1,7 +1,7 @@
 """Plan a training run on 1 … n devices by each strategy: what each device holds, computes and
 sends, and for how long.
 
-A step on n devices has the same number of examples as on one, as in ``veneer train`` under torchrun.
+A step has as many examples on n devices as on one device, as under torchrun.
 
     ddp     each device has all weights and its share of the rows
     fsdp    each device has its share of the rows and of the frozen weights. It gathers the weights
@@ -117,7 +117,11 @@ class Planner:
         key = run.batch, run.length, run.labelled, run.quantize is None, chunked_loss
         if key not in self._steps:
             self._steps[key] = count_step(
-                self.model, *key[:2], labelled_share=run.labelled, is_plain=key[3], chunked_loss=chunked_loss
+                self.model,
+                *key[:2],
+                labelled_share=run.labelled,
+                is_plain=key[3],
+                chunked_loss=chunked_loss,
             )
         return self._steps[key]
 
@@ -261,7 +265,11 @@ def plan_all(
 
 
 def recommend(
-    planner: Planner, run: Run, device_counts: Sequence[int], strategies: Sequence[str], hardware: Hardware
+    planner: Planner,
+    run: Run,
+    device_counts: Sequence[int],
+    strategies: Sequence[str],
+    hardware: Hardware,
 ) -> str:
     """Recommend in words the fewest devices that suffice, and the fastest strategy on them. If no
     number suffices, name the least memory that is needed."""
@@ -277,7 +285,9 @@ def recommend(
         variations.append((f"{prefix} in nf4", replace(smallest_run, quantize="nf4")))
     for description, variation in variations:
         fitting_plans = [
-            plan for plan in plan_all(planner, variation, device_counts, strategies, hardware)[0] if plan.fits
+            plan
+            for plan in plan_all(planner, variation, device_counts, strategies, hardware)[0]
+            if plan.fits
         ]
         if fitting_plans:
             fewest_devices = min(plan.devices for plan in fitting_plans)
@@ -293,10 +303,13 @@ def recommend(
             usage = f"{best.total / 2**30:.1f} GiB of {hardware.usable_memory / 2**30:.1f}"
             return f"{device_names}{description}: {usage}, {best.speed:,.0f} tokens/s a device"
     smallest = min(
-        plan_all(planner, variations[-1][1], device_counts, strategies, hardware)[0], key=lambda plan: plan.total
+        plan_all(planner, variations[-1][1], device_counts, strategies, hardware)[0],
+        key=lambda plan: plan.total,
     )
     smallest_need = f"{smallest.total / 2**30:.1f} GiB at the least"
     problem = f"nothing fits: {smallest_need}, on {smallest.devices} devices by {smallest.strategy}"
     return sentence(
-        problem, f"{hardware.usable_memory / 2**30:.1f} GiB of {hardware.name}", "take more or larger devices"
+        problem,
+        f"{hardware.usable_memory / 2**30:.1f} GiB of {hardware.name}",
+        "take more or larger devices",
     )

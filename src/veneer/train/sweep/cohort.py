@@ -29,7 +29,7 @@ from veneer.attach import check
 from veneer.engine import TrainedAdapter
 from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint
-from veneer.train.adapter_setup import lora_config, calibration_arguments
+from veneer.train.adapter_setup import calibration_arguments, lora_config
 from veneer.train.arguments import arguments_of
 from veneer.train.evaluate import move_batch
 from veneer.train.loss import causal_loss
@@ -100,11 +100,15 @@ class Cohort:
         self._step_rows: dict[int, Iterator[list[list[int]]]] = {}
         self._checked_configs: list[Any] = []
         try:
-            self._for_each(tasks, lambda name: self._attach_candidate(name, tasks[name], resumed_from))
+            self._for_each(
+                tasks, lambda name: self._attach_candidate(name, tasks[name], resumed_from)
+            )
             decay_flags = _find_decay_flags(model)
             self._for_each(
                 self.runs,
-                lambda name: self._start_candidate(name, tasks[name], output, resumed_from, decay_flags),
+                lambda name: self._start_candidate(
+                    name, tasks[name], output, resumed_from, decay_flags
+                ),
             )
             if not keep_going:
                 problems = [f"candidate {name}: {problem}" for name, problem in self.failed.items()]
@@ -204,10 +208,12 @@ class Cohort:
         if self._step % self.steps_an_epoch == 0:
             self.draw_loader_seed()
         passes_by_seed = {
-            order_seed: self._collate(next(rows)) for order_seed, rows in self._step_rows.items()}
+            order_seed: self._collate(next(rows)) for order_seed, rows in self._step_rows.items()
+        }
         losses = dict.fromkeys(self.members, 0.0)
         item_totals = {
-            order_seed: max(sum(items for _, items in batches), 1) for order_seed, batches in passes_by_seed.items()
+            order_seed: max(sum(items for _, items in batches), 1)
+            for order_seed, batches in passes_by_seed.items()
         }
         for pass_index in range(max(map(len, passes_by_seed.values()))):
             batches, weights = {}, {}
@@ -225,7 +231,7 @@ class Cohort:
                 self.remove(name)
         return {name: losses[name] for name in losses if name in self.members}
 
-    def _collate(self, passes_by_seed: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
+    def _collate(self, passes: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
         """For each forward pass, its batch as `Runs.backward` takes it, and the number of items in
         the batch's mean loss."""
         task, rows = self._first_task, self.prepared.train
@@ -259,7 +265,9 @@ class Cohort:
         del self.members[name]
         order_seeds = {member.order_seed for member in self.members.values()}
         self._step_rows = {
-            order_seed: rows for order_seed, rows in self._step_rows.items() if order_seed in order_seeds
+            order_seed: rows
+            for order_seed, rows in self._step_rows.items()
+            if order_seed in order_seeds
         }
 
     def save(self, folder: Path, provenance: Callable[[str], Mapping[str, Any]]) -> None:

@@ -54,7 +54,9 @@ def plan_passes(
         row_tokens = lengths[row_order[start]]
         row_count = max(1, TOKENS // (row_tokens * len(names))) if row_tokens else batch_size
         indices = row_order[start : start + row_count]
-        candidates_per_pass = max(1, TOKENS // (row_tokens * len(indices))) if row_tokens else len(names)
+        candidates_per_pass = (
+            max(1, TOKENS // (row_tokens * len(indices))) if row_tokens else len(names)
+        )
         for first in range(0, len(names), candidates_per_pass):
             yield names[first : first + candidates_per_pass], indices
         start += len(indices)

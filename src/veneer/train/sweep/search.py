@@ -78,7 +78,11 @@ class Search:
             return
         TrialState = import_module("optuna.trial").TrialState
         state = (
-            TrialState.FAIL if loss is None else TrialState.PRUNED if ended_early else TrialState.COMPLETE
+            TrialState.FAIL
+            if loss is None
+            else TrialState.PRUNED
+            if ended_early
+            else TrialState.COMPLETE
         )
         self.study.tell(
             self.trials[name], None if state is not TrialState.COMPLETE else loss, state=state
@@ -102,7 +106,8 @@ class Search:
         generator = random.Random(self.settings.seed)
         while True:
             yield {
-                axis: _draw_value(generator, axis, values) for axis, values in self.settings.axes.items()
+                axis: _draw_value(generator, axis, values)
+                for axis, values in self.settings.axes.items()
             }
 
     def _suggest_settings(self, trial: Any) -> dict[str, Any]:
@@ -151,7 +156,9 @@ def _create_study(settings: Sweep, adaptive: bool) -> Any:
     try:
         optuna: Any = import_module("optuna")
     except ImportError as error:
-        problem = f"sampler {settings.sampler_name!r}" if adaptive else f"pruner {settings.pruner!r}"
+        problem = (
+            f"sampler {settings.sampler_name!r}" if adaptive else f"pruner {settings.pruner!r}"
+        )
         raise ConfigError(
             f"{problem}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
         ) from error

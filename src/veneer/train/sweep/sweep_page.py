@@ -80,11 +80,17 @@ def _summary_cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[
     }
     yield (
         str(status_counts[FINISHED]),
-        "ran to the end" + "".join(f", {status_counts[status]} {status}"
+        "ran to the end"
+        + "".join(
+            f", {status_counts[status]} {status}"
             for status in (ENDED, FAILED)
-            if status_counts[status]),
+            if status_counts[status]
+        ),
     )
-    yield format_duration(facts["cpu_seconds"]), f"of CPU time, in {format_duration(facts['seconds'])}"
+    yield (
+        format_duration(facts["cpu_seconds"]),
+        f"of CPU time, in {format_duration(facts['seconds'])}",
+    )
 
 
 def _winner_section(facts: Facts) -> str:
@@ -113,7 +119,10 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
         for candidate in drawn_candidates
     ]
     training_curves = [_average_steps(candidate["losses"]) for candidate in drawn_candidates]
-    loss_limit, charts = _loss_axis_limit([candidate["measured"] for candidate in drawn_candidates]), []
+    loss_limit, charts = (
+        _loss_axis_limit([candidate["measured"] for candidate in drawn_candidates]),
+        [],
+    )
     for y_label, curves in (
         ("loss on the rows held out", held_out_curves),
         ("loss in training", training_curves),
@@ -148,7 +157,10 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
 def _loss_axis_limit(curves: Sequence[Points]) -> float:
     """The upper end of the loss axis. Higher losses are drawn at this limit; else a candidate that
     diverges would flatten the curves of all others."""
-    first_losses, best_loss = [curve[0][1] for curve in curves], min(curve[-1][1] for curve in curves)
+    first_losses, best_loss = (
+        [curve[0][1] for curve in curves],
+        min(curve[-1][1] for curve in curves),
+    )
     return max(sorted(first_losses)[len(first_losses) // 2] * 1.1, best_loss + 0.1)
 
 
@@ -176,7 +188,8 @@ def _quality_section(candidates: Sequence[Facts]) -> str:
     best_loss = candidates[0]["loss"]
     loss_limit = max(best_loss * 1.5, *(loss for _, loss in series[labels[FINISHED]]))
     series = {
-        label: [(x, min(loss, loss_limit)) for x, loss in points] for label, points in series.items()
+        label: [(x, min(loss, loss_limit)) for x, loss in points]
+        for label, points in series.items()
     }
     chart = lines(
         series, x="trainable parameters, in thousands", y="last loss", bottom=None, dots=True

@@ -448,7 +448,9 @@ class _SweepRun:
                 if candidate.note
             )
             remedy = "lower the learning rates, or train in fp32 (--precision fp32)"
-            raise TrainingError(f"no candidate that ran to its end ({notes})", "one at least", remedy)
+            raise TrainingError(
+                f"no candidate that ran to its end ({notes})", "one at least", remedy
+            )
         best = self.state[self.state.best]
         self.model = None  # frees memory: the repetition loads the base again
         self.winner_facts = {

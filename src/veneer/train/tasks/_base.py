@@ -149,7 +149,9 @@ class Task(ABC):
         self.config = config
         #: keyword arguments of `models.load_base`
         self.load_options = (
-            {name: getattr(config, name) for name in LOAD_OPTIONS} if load_options is None else dict(load_options)
+            {name: getattr(config, name) for name in LOAD_OPTIONS}
+            if load_options is None
+            else dict(load_options)
         )
         #: the adapter that the run trains further; None if it trains a new adapter
         self.initial_adapter = read_initial_adapter(config.adapter)
@@ -211,7 +213,12 @@ class Task(ABC):
         """Read the records of a source, with columns renamed to their roles."""
         located_rows, digest = data.raw_rows(source, split)
         return data.select_fields(
-            located_rows, source, digest, self.required_columns, self.optional_columns, self.config.columns
+            located_rows,
+            source,
+            digest,
+            self.required_columns,
+            self.optional_columns,
+            self.config.columns,
         )
 
     @abstractmethod

@@ -65,7 +65,10 @@ def list_labelled_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]]
         ([(location, {"image": path, "label": label})], a hash of the names and contents).
     """
     images = [
-        (f"{label_folder.name}/{file.name}", {"image": str(file.resolve()), "label": label_folder.name})
+        (
+            f"{label_folder.name}/{file.name}",
+            {"image": str(file.resolve()), "label": label_folder.name},
+        )
         for label_folder in sorted(folder.iterdir())
         if label_folder.is_dir()
         for file in sorted(label_folder.iterdir())

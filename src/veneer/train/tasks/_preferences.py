@@ -81,7 +81,9 @@ class PreferenceTask(CausalTask):
             {index: i for i, index in enumerate(examples.record_indices)}
             for examples in answer_examples
         ]
-        retained_indices = [index for index in answer_examples[0].record_indices if index in positions[1]]
+        retained_indices = [
+            index for index in answer_examples[0].record_indices if index in positions[1]
+        ]
         if not retained_indices:
             problem = f"no pair of {records.source} whose answers are both short enough"
             raise DataError(problem, "at least one", "raise max_length")
@@ -94,7 +96,9 @@ class PreferenceTask(CausalTask):
             ]
             encoded_rows.append({"chosen": answers[0], "rejected": answers[1]})
             lengths.append(2 * max(len(ids) for ids, _ in answers))
-            trained_counts.append(sum(label != IGNORED for _, labels in answers for label in labels))
+            trained_counts.append(
+                sum(label != IGNORED for _, labels in answers for label in labels)
+            )
         return Rows(
             encoded_rows,
             lengths,
@@ -128,7 +132,9 @@ class PreferenceTask(CausalTask):
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return self.collate_pairs([row[column] for column in ("chosen", "rejected") for row in rows])
+        return self.collate_pairs(
+            [row[column] for column in ("chosen", "rejected") for row in rows]
+        )
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
         return len(batch["input_ids"]) // 2
@@ -145,9 +151,16 @@ def answers_with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         prompt = row["prompt"]
     elif isinstance(chosen, list) and isinstance(rejected, list):
         shared_count = 0
-        while shared_count < min(len(chosen), len(rejected)) - 1 and chosen[shared_count] == rejected[shared_count]:
+        while (
+            shared_count < min(len(chosen), len(rejected)) - 1
+            and chosen[shared_count] == rejected[shared_count]
+        ):
             shared_count += 1
-        prompt, chosen, rejected = chosen[:shared_count], chosen[shared_count:], rejected[shared_count:]
+        prompt, chosen, rejected = (
+            chosen[:shared_count],
+            chosen[shared_count:],
+            rejected[shared_count:],
+        )
     else:
         return {"chosen": {"text": chosen}, "rejected": {"text": rejected}}
     return {

@@ -103,7 +103,12 @@ class Classify(Task):
         self.row_kind = kinds[0]
         columns = ("words", "labels") if self.row_kind == "words" else (self.row_kind, "label")
         return data.select_fields(
-            located_rows, source, digest, columns, ("text_pair",) if self.row_kind == "text" else (), columns_by_role
+            located_rows,
+            source,
+            digest,
+            columns,
+            ("text_pair",) if self.row_kind == "text" else (),
+            columns_by_role,
         )
 
     def _load_processor(self) -> Any:
@@ -280,16 +285,19 @@ class Classify(Task):
         if self.row_kind == "text":
             return [text, RowSegment(True, "label", row_labels[0])]
         word_starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
-        word_ids = [row["ids"][start:end] for start, end in pairwise([*word_starts, len(row["ids"])])]
-        word_texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in word_ids]
+        word_ids = [
+            row["ids"][start:end] for start, end in pairwise([*word_starts, len(row["ids"])])
+        ]
+        word_texts = [
+            self.processor.decode(ids, skip_special_tokens=True).strip() for ids in word_ids
+        ]
         return [
             text,
             RowSegment(
                 True,
                 "labels",
                 ", ".join(
-                    f"{word} → {label}"
-                    for word, label in zip(word_texts, row_labels, strict=True)
+                    f"{word} → {label}" for word, label in zip(word_texts, row_labels, strict=True)
                 ),
             ),
         ]

@@ -66,7 +66,10 @@ class Embed(Task):
         text_columns = [
             column for column in ("anchor", "positive", "negative") if column in records.rows[0]
         ]
-        column_ids = [self.processor(read_text_column(records, column))["input_ids"] for column in text_columns]
+        column_ids = [
+            self.processor(read_text_column(records, column))["input_ids"]
+            for column in text_columns
+        ]
         rows: list[dict[str, Any]] = [
             {"ids": [list(ids[i]) for ids in column_ids]} for i in range(len(records))
         ]
@@ -88,7 +91,11 @@ class Embed(Task):
         )
         lengths = [len(text_columns) * max(map(len, row["ids"])) for row in rows]
         return Rows(
-            rows, lengths, retained_indices, dropped=len(records) - len(rows), truncated=truncated_count
+            rows,
+            lengths,
+            retained_indices,
+            dropped=len(records) - len(rows),
+            truncated=truncated_count,
         )
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
@@ -124,7 +131,9 @@ class Embed(Task):
             anchors, candidates = vectors[: len(scores)], vectors[len(scores) :]
             row_losses, nearest_indices = ranking_losses(anchors, candidates)
             targets = torch.arange(len(scores), device=nearest_indices.device)
-            return TaskLoss(row_losses.sum(), len(scores), {"accuracy": (nearest_indices == targets).sum()})
+            return TaskLoss(
+                row_losses.sum(), len(scores), {"accuracy": (nearest_indices == targets).sum()}
+            )
         anchors, candidates = vectors.chunk(2)
         cosines = cosine_similarity(anchors, candidates)
         distances = (cosines - scores).abs()

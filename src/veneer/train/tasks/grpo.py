@@ -81,7 +81,12 @@ class Grpo(CausalTask):
         _ = self.reward_functions  # report an invalid file before the base is read
         located_rows, digest = data.raw_rows(source, split)
         records = data.select_fields(
-            located_rows, source, digest, self.required_columns, self.optional_columns, self.config.columns
+            located_rows,
+            source,
+            digest,
+            self.required_columns,
+            self.optional_columns,
+            self.config.columns,
         )
         column = self.config.columns.get("prompt", "prompt")
         rows = [
@@ -191,7 +196,9 @@ class Grpo(CausalTask):
             ([*ids, *answer_ids], [*[IGNORED] * len(ids), *answer_ids])
             for ids, answer_ids in zip(prompts, answers, strict=True)
         ]
-        inputs = {name: value.to(device) for name, value in self.collate_pairs(labelled_answers).items()}
+        inputs = {
+            name: value.to(device) for name, value in self.collate_pairs(labelled_answers).items()
+        }
         log_p = log_probabilities(model, inputs, self.config.temperature)
         reference_log_p = None
         if self.config.beta:
@@ -224,7 +231,9 @@ class Grpo(CausalTask):
         }
         total_rewards = torch.zeros(len(rows), dtype=torch.float64)
         for spec, function in zip(self.config.reward, self.reward_functions, strict=True):
-            total_rewards += _reward_tensor(spec, _call_with_accepted_arguments(function, arguments), len(rows))
+            total_rewards += _reward_tensor(
+                spec, _call_with_accepted_arguments(function, arguments), len(rows)
+            )
         return total_rewards.float()
 
 

@@ -60,7 +60,14 @@ class Kto(CausalTask):
         ]
         trained_counts = [2 * (len(row["ids"]) - row["start"]) for row in rows]
         lengths = [2 * len(row["ids"]) for row in rows]
-        return Rows(rows, lengths, examples.record_indices, trained_counts, examples.dropped, examples.truncated)
+        return Rows(
+            rows,
+            lengths,
+            examples.record_indices,
+            trained_counts,
+            examples.dropped,
+            examples.truncated,
+        )
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         prompt, completion = (
@@ -102,13 +109,17 @@ class Kto(CausalTask):
         with reference(model):
             reference_log_p = answer_log_probabilities(model, inputs)
         with torch.no_grad():
-            drift = answer_log_probabilities(model, mismatched_inputs) - reference_log_p[len(is_good) :]
+            drift = (
+                answer_log_probabilities(model, mismatched_inputs) - reference_log_p[len(is_good) :]
+            )
         rewards = answer_log_probabilities(model, matched_inputs) - reference_log_p[: len(is_good)]
         beta = BETA if self.config.beta is None else self.config.beta
         signs = torch.where(is_good.to(rewards.device), 1.0, -1.0).to(rewards.dtype)
         signed_rewards = (beta * rewards * signs).detach()
         sums = {"accuracy": (signed_rewards > 0).sum(), "reward": signed_rewards.sum()}
-        return TaskLoss(losses(rewards, drift, is_good.to(rewards.device), beta).sum(), len(is_good), sums)
+        return TaskLoss(
+            losses(rewards, drift, is_good.to(rewards.device), beta).sum(), len(is_good), sums
+        )
 
 
 def losses(rewards: Tensor, drift: Tensor, is_good: Tensor, beta: float) -> Tensor:

@@ -48,4 +48,6 @@ def _log_complement(log_p: Tensor) -> Tensor:
     is_likely = log_p > -0.6931471805599453  # log 1/2
     unlikely_log_p = torch.where(is_likely, log_p.new_tensor(-1.0), log_p)
     likely_log_p = torch.where(is_likely, log_p.clamp(max=-tiny), log_p.new_tensor(-0.5))
-    return torch.where(is_likely, torch.log(-torch.expm1(likely_log_p)), torch.log1p(-torch.exp(unlikely_log_p)))
+    return torch.where(
+        is_likely, torch.log(-torch.expm1(likely_log_p)), torch.log1p(-torch.exp(unlikely_log_p))
+    )

@@ -101,7 +101,9 @@ class Seq2seq(Task):
             max_samples = getattr(self.feature_extractor, "n_samples", None)
             rows = []
             for row, location, labels in zip(records.rows, records.locations, answers, strict=True):
-                samples = read_audio(row["audio"], f"{records.source}, {location}", folder, sample_rate)
+                samples = read_audio(
+                    row["audio"], f"{records.source}, {location}", folder, sample_rate
+                )
                 if max_samples is not None and len(samples) > max_samples:
                     seconds = len(samples) / sample_rate
                     problem = f"{records.source}, {location}: {seconds:.1f} s of audio"
@@ -123,8 +125,13 @@ class Seq2seq(Task):
 
         def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
             # prompt and answer both end with the end-of-text token, which must remain
-            long_fields = [name for name in ("ids", "labels") if name in row and len(row[name]) > limit]
-            return {**row, **{name: [*row[name][: limit - 1], row[name][-1]] for name in long_fields}}
+            long_fields = [
+                name for name in ("ids", "labels") if name in row and len(row[name]) > limit
+            ]
+            return {
+                **row,
+                **{name: [*row[name][: limit - 1], row[name][-1]] for name in long_fields},
+            }
 
         retained_indices, rows, truncated_count = apply_max_length(
             records, rows, text_lengths, self.config, limit, truncate_row
@@ -132,7 +139,14 @@ class Seq2seq(Task):
         # rows of similar length share a batch; the length of audio is not counted
         lengths = [len(row["labels"]) + len(row.get("ids", ())) for row in rows]
         trained_counts = [len(row["labels"]) for row in rows]
-        return Rows(rows, lengths, retained_indices, trained_counts, len(records) - len(rows), truncated_count)
+        return Rows(
+            rows,
+            lengths,
+            retained_indices,
+            trained_counts,
+            len(records) - len(rows),
+            truncated_count,
+        )
 
     def _answer_ids(self, texts: list[str]) -> list[list[int]]:
         end_token, answers = self.processor.eos_token_id, []
@@ -150,7 +164,9 @@ class Seq2seq(Task):
         if not self.is_speech:
             return [RowSegment(False, "prompt", self.processor.decode(row["ids"])), answer]
         sample_rate = int(self.feature_extractor.sampling_rate)
-        seconds = len(read_audio(row["audio"], row["location"], row["folder"], sample_rate)) / sample_rate
+        seconds = (
+            len(read_audio(row["audio"], row["location"], row["folder"], sample_rate)) / sample_rate
+        )
         file_name = f"{row['audio']}, " if isinstance(row["audio"], str) else ""
         return [
             RowSegment(
@@ -177,7 +193,9 @@ class Seq2seq(Task):
         if not self.is_speech:
             return token_batch([row["ids"] for row in rows], labels, padding_token(self.processor))
         sample_rate = int(self.feature_extractor.sampling_rate)
-        clips = [read_audio(row["audio"], row["location"], row["folder"], sample_rate) for row in rows]
+        clips = [
+            read_audio(row["audio"], row["location"], row["folder"], sample_rate) for row in rows
+        ]
         padding = "max_length" if hasattr(self.feature_extractor, "n_samples") else True
         inputs = self.feature_extractor(
             clips,
