@@ -59,18 +59,7 @@ def print_summary(
             " starts several)",
         )
     if not console.quiet:  # the estimate counts a step, which takes a while
-        division_note = {
-            "ddp": "",
-            "fsdp": ", before the base is spread",
-            "tp": ", before the base is cut",
-        }[config.parallel]
-        memory_note = "" if is_spread(model.modules()) else division_note
-        memory_note = f" in each{memory_note}" if processes.count > 1 else ""
-        say(
-            console,
-            f"Memory   {memory.estimate(model, config, *task.largest_batch(prepared))}"
-            f"{memory_note}",
-        )
+        _print_memory(task, model, prepared, console, processes)
     if hidden_state_cache is not None:
         examples = [train] if prepared.evaluation is None else [train, prepared.evaluation]
         tokens = sum(sum(dataset_rows.lengths) for dataset_rows in examples)
@@ -82,3 +71,18 @@ def print_summary(
             f" run once for each row; {cache_size} are kept",
         )
     say(console, str(handle.summary()))
+
+
+def _print_memory(
+    task: Task, model: Any, prepared: Prepared, console: Console, processes: Processes
+) -> None:
+    """Print the estimated memory of a step, and to which processes and weights it applies."""
+    division_note = {
+        "ddp": "",
+        "fsdp": ", before the base is spread",
+        "tp": ", before the base is cut",
+    }[task.config.parallel]
+    memory_note = "" if is_spread(model.modules()) else division_note
+    memory_note = f" in each{memory_note}" if processes.count > 1 else ""
+    estimate = memory.estimate(model, task.config, *task.largest_batch(prepared))
+    say(console, f"Memory   {estimate}{memory_note}")

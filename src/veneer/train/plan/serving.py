@@ -101,32 +101,13 @@ def plan_service(model: Any, load: Load, hardware: Hardware) -> Service:
     operations, row_bytes = count_forward(model, length)
     operations /= length
     free_bytes = load.devices * hardware.usable_memory / (1 + SLACK) - base_bytes
-    rows = max(
-        0,
-        min(
-            load.rows,
-            math.floor(
-                (free_bytes - adapter_bytes) / (row_bytes + adapter_bytes * (load.adapters > 1))
-            ),
-        ),
-    )
+    bytes_per_row = row_bytes + adapter_bytes * (load.adapters > 1)
+    rows = max(0, min(load.rows, math.floor((free_bytes - adapter_bytes) / bytes_per_row)))
     peak_rate = PRODUCTS * (hardware.peak16 if itemsize < 4 else hardware.peak32) * load.devices
     bandwidth = BYTES * hardware.memory_bandwidth * load.devices
+    load_fields = (hardware.name, load, base_bytes, adapter_bytes, row_bytes)
     if rows == 0:
-        return Service(
-            hardware.name,
-            load,
-            base_bytes,
-            adapter_bytes,
-            row_bytes,
-            0,
-            0,
-            math.inf,
-            0.0,
-            0,
-            0.0,
-            math.inf,
-        )
+        return Service(*load_fields, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
     in_memory = min(load.adapters, math.floor((free_bytes - rows * row_bytes) / adapter_bytes))
     distinct_adapters = load.adapters * (1 - (1 - 1 / load.adapters) ** rows)
     read_bytes = (
@@ -140,11 +121,7 @@ def plan_service(model: Any, load: Load, hardware: Hardware) -> Service:
     replicas = math.ceil(load.requests * busy_seconds / BUSY)
     hits = min(1.0, in_memory * replicas / load.adapters)
     return Service(
-        hardware.name,
-        load,
-        base_bytes,
-        adapter_bytes,
-        row_bytes,
+        *load_fields,
         rows,
         in_memory,
         step,
