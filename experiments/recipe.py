@@ -158,15 +158,15 @@ def order_of_trl(enabled: bool) -> Iterator[None]:
     """A block in which `veneer train` takes rows in transformers' order, whatever their lengths."""
     from transformers import Trainer
 
-    from veneer.train.trainer import TrainsAdapter
+    from veneer.train.trainer import AdapterTrainerBase
 
-    sampler = TrainsAdapter._get_train_sampler
+    sampler = AdapterTrainerBase._get_train_sampler
     if enabled:
-        TrainsAdapter._get_train_sampler = Trainer._get_train_sampler
+        AdapterTrainerBase._get_train_sampler = Trainer._get_train_sampler
     try:
         yield
     finally:
-        TrainsAdapter._get_train_sampler = sampler
+        AdapterTrainerBase._get_train_sampler = sampler
 
 
 def by_side(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -102,7 +102,7 @@ def training(base: str) -> list[str]:
         for device, count in MACHINES[base]:
             run = Run(1, 4096, accumulate=count, checkpointing=True, quantize=quantize)
             for strategy in ("ddp", "fsdp", "tp") if count > 1 else ("ddp",):
-                if strategy == "tp" and count > DEVICES[device].machine:
+                if strategy == "tp" and count > DEVICES[device].devices_per_machine:
                     continue  # its sums are waited for, over a network
                 if strategy == "ddp" and count > 1 and base != "8B":
                     continue  # as much memory as one device
@@ -240,16 +240,16 @@ ERRORS = {"held_error": 0.10, "memory_error": 0.10, "time_error": 0.15}
 
 def published() -> list[str]:
     """Beside figures of others; who they are stands in the text of the page."""
-    nemo = planner("8B").plan(Run(2, 4096, accumulate=16), on=DEVICES["h100"])
+    nemo = planner("8B").plan(Run(2, 4096, accumulate=16), hardware=DEVICES["h100"])
     large = [
         planner("70B").plan(Run(1, 4096, accumulate=32), how, 8, DEVICES["h100"])
         for how in ("fsdp", "tp")
     ]
     tune = planner("8B", 8, "q_proj,v_proj", "bfloat16")
     card, other = DEVICES["rtx4090"], Run(2, 2048, checkpointing=True)
-    lora = tune.plan(other, on=card)
-    packed = tune.plan(Run(2, 2048, checkpointing=True, quantize="nf4"), on=card)
-    whole = tune.plan(Run(2, 2048), on=card)
+    lora = tune.plan(other, hardware=card)
+    packed = tune.plan(Run(2, 2048, checkpointing=True, quantize="nf4"), hardware=card)
+    whole = tune.plan(Run(2, 2048), hardware=card)
     flops = nemo.operations / nemo.tokens / 1e9
     rows = [
         [
@@ -337,9 +337,9 @@ def devices() -> list[str]:
             f"{one.memory / 1e9:.0f}",
             f"{one.peak16 / 1e12:,.0f}",
             f"{one.peak32 / 1e12:,.0f}",
-            f"{one.bandwidth / 1e9:,.0f}",
-            f"{one.link / 1e9:.0f}",
-            str(one.machine),
+            f"{one.memory_bandwidth / 1e9:,.0f}",
+            f"{one.link_bandwidth / 1e9:.0f}",
+            str(one.devices_per_machine),
             f"{one.network.bandwidth / 1e9:g}",
             linked(one),
         ]

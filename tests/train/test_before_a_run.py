@@ -20,7 +20,7 @@ from veneer.errors import ConfigError, DataError, OutputExistsError, TargetError
 from veneer.models.load import meta_base
 from veneer.models.locate import config_of as base_config
 from veneer.train.dry_run import dry_run
-from veneer.train.find_rate import HIGH, LOW, RateSweep, find_rate
+from veneer.train.find_rate import HIGHEST_RATE, LOWEST_RATE, RateSweep, find_rate
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS
 
@@ -98,8 +98,8 @@ def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(
     config = make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0)
     sweep = find_rate(config, console=Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
-    assert sweep.rates[0] == pytest.approx(LOW)
-    assert sweep.rates[-1] <= HIGH * 1.001
+    assert sweep.rates[0] == pytest.approx(LOWEST_RATE)
+    assert sweep.rates[-1] <= HIGHEST_RATE * 1.001
     assert len(sweep.rates) == len(sweep.losses)
     assert len(sweep.lines()) == 17
     losses = fit(make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0, learning_rate=sweep.suggested_rate),
@@ -108,7 +108,7 @@ def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(
 
 
 def sweep_of(loss: Callable[[float], float]) -> RateSweep:
-    rates = tuple(LOW * (HIGH / LOW) ** (k / 79) for k in range(80))
+    rates = tuple(LOWEST_RATE * (HIGHEST_RATE / LOWEST_RATE) ** (k / 79) for k in range(80))
     return RateSweep(rates, tuple(map(loss, rates)))
 
 
@@ -152,7 +152,7 @@ SHOWN = {
 def test_an_example_is_shown_as_one_reads_it(name: str, tmp_path: Path) -> None:
     config = config_of(name, tmp_path, eval_fraction=0.0)
     task = TASKS[config.task](config)
-    task.open()
+    task.open_base()
     shown = task.segments(task.prepare().train[0])
     told = [f"{'learnt' if learnt else 'read'} {part} {text}" for learnt, part, text in shown]
     assert told == [line.format(*config.reward) for line in SHOWN[name]]
@@ -175,11 +175,11 @@ def test_a_prompt_of_several_turns_is_shown_once(tmp_path: Path) -> None:
     )
     config = config_of("dpo", tmp_path, data=str(data), eval_fraction=0.0)
     task = TASKS["dpo"](config)
-    task.open()
+    task.open_base()
     prompt, chosen, rejected = task.segments(task.prepare().train[0])
     assert prompt == (False, "prompt", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
-    assert (chosen.learnt, chosen.name, chosen.text[0]) == (True, "chosen", "b")
-    assert (rejected.learnt, rejected.name, rejected.text[0]) == (True, "rejected", "c")
+    assert (chosen.is_trained, chosen.name, chosen.text[0]) == (True, "chosen", "b")
+    assert (rejected.is_trained, rejected.name, rejected.text[0]) == (True, "rejected", "c")
 
 
 def test_a_base_that_is_quantised_already_is_loaded(

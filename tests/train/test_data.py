@@ -16,8 +16,8 @@ from tests.support.tiny import sums, tiny_tokenizer, write_rows
 from veneer.errors import DataError
 from veneer.train import data, tokens
 from veneer.train.data import Columns
-from veneer.train.evaluate import exact
-from veneer.train.prepare import prompt_of
+from veneer.train.evaluate import exact_match_rate
+from veneer.train.prepare import sample_prompt
 
 TOKENIZER = tiny_tokenizer()
 ROWS = sums(4)
@@ -172,7 +172,7 @@ def test_a_row_whose_completion_is_cut_away_is_dropped(tmp_path: Path) -> None:
         write_rows(tmp_path / "a.jsonl", [{"prompt": "a" * 50, "completion": "b"}, ROWS[0]])
     )
     examples = tokens.tokenise(rows, TOKENIZER, max_length=20, too_long="truncate")
-    assert examples.index == [1]
+    assert examples.record_indices == [1]
     assert examples.dropped == 1
 
 
@@ -278,7 +278,7 @@ def test_calls_of_tools_are_not_compared_as_text(tmp_path: Path) -> None:
     ):
         rows = data.read(write_rows(tmp_path / "rows.jsonl", [row]))
         with pytest.raises(DataError, match=r"line 1: tools.*leave out --exact"):
-            exact(None, None, rows)
+            exact_match_rate(None, None, rows)
 
 
 GREETING = [{"role": "user", "content": "Hi"}]
@@ -310,7 +310,7 @@ GREETING = [{"role": "user", "content": "Hi"}]
 def test_a_prompt_to_show_is_of_one_short_line_if_there_is_one(
     rows: list[dict[str, Any]], expected: Any
 ) -> None:
-    assert prompt_of(rows) == expected
+    assert sample_prompt(rows) == expected
 
 
 @pytest.mark.parametrize(

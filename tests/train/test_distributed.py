@@ -23,7 +23,7 @@ from veneer.errors import ConfigError
 from veneer.train import checkpoint
 from veneer.train.config import make_config
 from veneer.train.order import EpochSampler, ShareSampler
-from veneer.train.processes import must_divide, share
+from veneer.train.processes import check_divided_settings, share_config
 from veneer.train.run import fit
 
 Make = Callable[..., Any]
@@ -261,7 +261,7 @@ def test_shares() -> None:
     fields = {"base": "b", "data": "d", "output": "o"}
 
     def own(processes: int, **changes: Any) -> tuple[int, int]:
-        config = share(make_config({**fields, **changes}), processes, compares_rows=False)
+        config = share_config(make_config({**fields, **changes}), processes, compares_rows=False)
         return config.batch_size, config.grad_accum
 
     assert own(1, batch_size=7, grad_accum=3) == (7, 3)
@@ -272,13 +272,13 @@ def test_shares() -> None:
     assert own(3, batch_size=7, grad_accum=3) == (7, 1)
     for number, batch, accumulated in itertools.product(range(2, 9), range(1, 9), range(1, 4)):
         config = make_config({**fields, "batch_size": batch, "grad_accum": number * accumulated})
-        mine = share(
+        mine = share_config(
             config, number, compares_rows=True
         )  # what is advised where a step does not divide
         assert (mine.batch_size, mine.grad_accum) == (batch, accumulated)
     for changes in ({"batch_size": 3}, {"batch_size": 4}):
         with pytest.raises(ConfigError, match="set grad_accum to a multiple of 2"):
-            share(make_config({**fields, **changes}), 2, compares_rows=True)
+            share_config(make_config({**fields, **changes}), 2, compares_rows=True)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
@@ -422,7 +422,8 @@ def test_checkpoints_are_whole_whoever_wrote_them(make: Make, tmp_path: Path) ->
     config, whole = make("run", **changes), make("whole", **changes)
     stop = "import os\nfrom transformers import Trainer\nstep, seen = Trainer.training_step, []\n"
     stop += "def stopping(self, *args, **kwargs):\n    seen.append(self)\n"
-    stop += "    if len(seen) == 4:\n        self.stop.requested = True\n        self.stop.stopped = self.stop.alone\n"
+    stop += "    if len(seen) == 4:\n        self.stop.requested = True\n"
+    stop += "        self.stop.stopped = self.stop.single_process\n"
     stop += "    return step(self, *args, **kwargs)\nTrainer.training_step = stopping"
     for processes, parallel in ((4, "fsdp"), (2, "ddp"), (1, "ddp")):
         wait_for_all(train(config, tmp_path, processes, "--parallel", parallel, before=stop), 130)
@@ -447,10 +448,10 @@ def test_what_cannot_be_spread_is_refused(make: Make, tmp_path: Path) -> None:
     }
     for why, changes in cases.items():
         with pytest.raises(ConfigError, match=f"fsdp with {why}"):
-            must_divide(make(parallel="fsdp", **changes), 2)
-    must_divide(make(parallel="fsdp"), 2)
-    must_divide(make(parallel="fsdp", shard_size=2), 4)
+            check_divided_settings(make(parallel="fsdp", **changes), 2)
+    check_divided_settings(make(parallel="fsdp"), 2)
+    check_divided_settings(make(parallel="fsdp", shard_size=2), 4)
     with pytest.raises(ConfigError, match="shard_size 4 of 6 processes"):
-        must_divide(make(parallel="fsdp", shard_size=4), 6)
+        check_divided_settings(make(parallel="fsdp", shard_size=4), 6)
     with pytest.raises(ConfigError, match="shard_size is for parallel fsdp; found parallel ddp"):
         make(shard_size=2)

@@ -22,7 +22,7 @@ from veneer.adapter_files import read
 from veneer.attach.layer.lookup import need_adapters
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError
 from veneer.train.config import make_config
-from veneer.train.processes import must_divide
+from veneer.train.processes import check_divided_settings
 from veneer.train.run import fit
 
 Make = Callable[..., Any]
@@ -155,8 +155,8 @@ def test_a_base_that_is_cut_has_no_second_adapter() -> None:
     }
     config = make_config(given)
     with pytest.raises(ConfigError, match="parallel tp with a preference from adapter"):
-        must_divide(config, 2, refers=True)
-    must_divide(config, 2)
+        check_divided_settings(config, 2, needs_reference=True)
+    check_divided_settings(config, 2)
 
 
 @pytest.mark.filterwarnings("ignore:.* does not prove all of this base")

@@ -109,13 +109,13 @@ def test_the_operations_are_those_of_the_products():
     base, thin = sum(a * b for a, b in shapes), sum(rank * (a + b) for a, b in shapes)
     attention = 4 * batch * 4 * length * (length + 1) // 2 * 16
     forward, head = 3 * (2 * tokens * (base + thin) + attention), 2 * tokens * width * 300
-    assert operations(step.total.forward) == forward + 2 * head
+    assert operations(step.total.forward_work) == forward + 2 * head
     # no gradient goes below the lowest block; flash attention computes its products again, 5 in
     # place of 2
     below = 2 * tokens * sum(a * b for a, b in shapes[:3])
     backward = 3 * (2 * tokens * (base + 2 * thin) + attention * 5 // 2) - below
     thin_below = 2 * tokens * rank * 3 * width  # of A in the lowest block's three first layers
-    assert operations(step.total.backward) == backward - thin_below
+    assert operations(step.total.backward_work) == backward - thin_below
 
 
 def operations(work: count.Work) -> int:
@@ -129,10 +129,10 @@ def test_what_blocks_cost_adds_up(base):
     with count_on_meta():
         whole = count._run_step(model, 2, 32, 1.0)
     said = count.count_step(countable(base), 2, 32).total
-    assert said.saved == whole.saved
+    assert said.saved_bytes == whole.saved_bytes
     assert said.operations == whole.operations
-    assert +said.forward == +whole.forward
-    assert said.peak == pytest.approx(whole.peak, rel=0.02)
+    assert +said.forward_work == +whole.forward_work
+    assert said.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_block_saves_what_autograd_keeps(base, dtype, config):
             sum(size for place, size in storages(saved_tensors(states)).items() if place not in own)
         )
     step = count.count_step(countable({**base, "num_hidden_layers": 3}, dtype, **config), 4, 128)
-    assert step.blocks[-1].cost.saved == pytest.approx(saved[1] - saved[0], rel=0.03)
+    assert step.blocks[-1].cost.saved_bytes == pytest.approx(saved[1] - saved[0], rel=0.03)
 
 
 def test_blocks_below_the_lowest_adapter_keep_nothing():
     lower, upper = count.count_step(countable(LLAMA, layers=[-1]), 2, 32).blocks
     assert (lower.count, upper.count) == (2, 1)
-    assert lower.cost.saved == lower.cost.backward.total() == 0
-    assert upper.cost.saved > 0
+    assert lower.cost.saved_bytes == lower.cost.backward_work.total() == 0
+    assert upper.cost.saved_bytes > 0
 
 
 @pytest.mark.parametrize("config", [{}, {"layers": [-1]}], ids=["all", "the last"])
@@ -175,29 +175,32 @@ def test_few_blocks_cost_what_each_of_many_does(config):
     one, two, three, four = (count.count_step(countable({**LLAMA, "num_hidden_layers": n}, **config), 2, 16).total
                              for n in (1, 2, 3, 4))  # fmt: skip
     assert (
-        two.forward.total() - one.forward.total()
-        == four.forward.total() - three.forward.total()
+        two.forward_work.total() - one.forward_work.total()
+        == four.forward_work.total() - three.forward_work.total()
         > 0
     )
-    assert three.saved - two.saved == four.saved - three.saved
-    assert (four.saved > three.saved) is not bool(config)
+    assert three.saved_bytes - two.saved_bytes == four.saved_bytes - three.saved_bytes
+    assert (four.saved_bytes > three.saved_bytes) is not bool(config)
 
 
 def test_checkpointing_trades_activations_for_a_forward_pass():
     step = count.count_step(countable(LLAMA), 4, 64)
     again = step.with_checkpointing
     (block,) = step.blocks
-    assert again.operations == step.total.operations + 3 * operations(block.cost.forward)
-    assert again.saved == step.total.saved - 3 * (block.cost.saved - step.hidden_bytes)
-    assert again.saved < again.peak < step.total.peak
+    assert again.operations == step.total.operations + 3 * operations(block.cost.forward_work)
+    assert again.saved_bytes == step.total.saved_bytes - 3 * (
+        block.cost.saved_bytes - step.hidden_bytes
+    )
+    assert again.saved_bytes < again.peak_bytes < step.total.peak_bytes
 
 
 def test_the_loss_is_counted_as_it_is_computed():
-    assert count.ROWS == loss.CHUNK
+    assert count.LOSS_ROWS == loss.CHUNK
     few, all_ = (
-        count.count_step(countable(LLAMA), 2, 256, labelled=share).total for share in (0.25, 1.0)
+        count.count_step(countable(LLAMA), 2, 256, labelled_share=share).total
+        for share in (0.25, 1.0)
     )
-    assert operations(all_.forward) - operations(few.forward) == 2 * 2 * 64 * 300 * 384
+    assert operations(all_.forward_work) - operations(few.forward_work) == 2 * 2 * 64 * 300 * 384
 
 
 MPT = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 300}
@@ -258,14 +261,16 @@ def test_runs_at_once_hold_the_rows_of_all_that_share_a_forward():
     for name in "bc":
         parameters[name] = veneer.attach(model, veneer.LoraConfig(rank=2), name).parameters()
     numbers = sum(parameter.numel() for parameter in own)
-    runs = {name: memory.ConcurrentRun(SETTINGS, each, rows=0) for name, each in parameters.items()}
+    runs = {
+        name: memory.ConcurrentRun(SETTINGS, each, rows_key=0) for name, each in parameters.items()
+    }
     found = memory.predict_at_once(model, runs, 64, 32)
     assert found["base"] == alone["base"]
     assert found["adapter"] == 3 * alone["adapter"]
     assert found["optimiser"] == 3 * alone["optimiser"]
     # rows of three as of one with all of them, and the factors that are joined
     assert found["activations"] == alone["activations"] + 3 * numbers * model.dtype.itemsize
-    apart = {name: run._replace(rows=name) for name, run in runs.items()}
+    apart = {name: run._replace(rows_key=name) for name, run in runs.items()}
     each = memory.predict_at_once(model, apart, 64, 32)
     assert each["activations"] < found["activations"] / 2
     assert each["gradients"] == each["adapter"], "those of runs that are through wait"
@@ -284,7 +289,7 @@ def test_the_blocks_are_those_of_the_text():
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["re:.*language_model.*q_proj"]))
     step = memory.count_model_step(model, 2, 16, 1.0)
     assert sum(blocks.count for blocks in step.blocks) == 3
-    assert step.with_checkpointing.saved < step.total.saved
+    assert step.with_checkpointing.saved_bytes < step.total.saved_bytes
 
 
 # ---- memory
@@ -295,7 +300,7 @@ def test_the_blocks_are_those_of_the_text():
 def test_the_parts_of_a_run_are_what_holds_them(batch):
     model = countable(LLAMA)
     planner, run = Planner(model), Run(batch, 64, accumulate=2)
-    planned = planner.plan(run, on=find_hardware("h100"))
+    planned = planner.plan(run, hardware=find_hardware("h100"))
     own = 4 * planner.trainable  # float32 on a 16-bit base
     assert planned.memory["adapter"] == planned.memory["gradients"] == own
     assert planned.memory["optimiser"] == 2 * own
@@ -335,7 +340,7 @@ def test_stacks_of_experts_are_not_packed():
 
 
 def test_several_devices_share_the_rows_of_a_step():
-    """As `veneer train` does under torchrun (`processes.share`)."""
+    """As `veneer train` does under torchrun (`processes.share_config`)."""
     planner = Planner(countable(LLAMA))
     run = Run(4, 32, accumulate=3)
     for strategy, shares in {"ddp": (4, 3, 2), "fsdp": (4, 3, 2), "tp": (12, 12)}.items():
@@ -374,8 +379,8 @@ def test_fsdp_spreads_the_base_and_gathers_it_twice_a_pass():
         root + 2 * block,
     )  # at the loss, or while blocks run
     held = [planned.memory[name] for name in ("gathered", "activations", "workspace")]
-    cost = planner.step(planned.run, chunked=False).total
-    assert sum(held) == root + max(cost.peak_loss, cost.peak_backward + 2 * block)
+    cost = planner.step(planned.run, chunked_loss=False).total
+    assert sum(held) == root + max(cost.loss_peak_bytes, cost.backward_peak_bytes + 2 * block)
     assert planned.run.accumulate == 3  # of one row
     assert planned.sent == round(
         3 / 4 * (planned.run.accumulate * (2 * 3 * block + root) + 2 * 4 * planner.trainable)
@@ -388,7 +393,7 @@ def test_fsdp_has_the_logits_of_all_rows():
     ddp, fsdp = (
         planner.plan(Run(2, 512), strategy, 2).memory["workspace"] for strategy in ("ddp", "fsdp")
     )
-    assert fsdp - ddp >= (512 - count.ROWS) * 3000 * (2 + 4)
+    assert fsdp - ddp >= (512 - count.LOSS_ROWS) * 3000 * (2 + 4)
 
 
 def test_tp_cuts_what_transformers_cuts():
@@ -403,7 +408,7 @@ def test_tp_cuts_what_transformers_cuts():
     assert two.operations == pytest.approx(one.operations - blocks / 2)  # the head is whole on each
     sums = 3 * 4 * (2 * 32 * 64 * 2)  # blocks · sums · bytes of a hidden state, of a ring of two
     assert two.sent == sums + 4 * planner.trainable
-    wide = sum(3 * blocks.cost.replicated for blocks in planner.step(Run(2, 32)).blocks)
+    wide = sum(3 * blocks.cost.replicated_bytes for blocks in planner.step(Run(2, 32)).blocks)
     assert one.memory["activations"] > two.memory["activations"] > wide
 
 
@@ -477,7 +482,14 @@ def test_each_device_has_a_source(one):
     maker = (".nvidia.com", "rocm.docs.amd.com")
     assert one.network.source is None or urlsplit(one.network.source).hostname.endswith(maker)
     assert (one.network.source is None) == (one.network.bandwidth == 12.5e9)
-    assert one.peak16 >= one.peak32 > one.bandwidth > one.link >= one.host > 0
+    assert (
+        one.peak16
+        >= one.peak32
+        > one.memory_bandwidth
+        > one.link_bandwidth
+        >= one.host_bandwidth
+        > 0
+    )
 
 
 def test_the_help_names_all_devices():

@@ -39,14 +39,14 @@ def adapter_of(model: Any) -> dict[str, torch.Tensor]:
 def test_a_run_starts_where_attach_starts_with_the_first_rows(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
-    monkeypatch.setattr(adapter_setup, "ROWS", 5)
+    monkeypatch.setattr(adapter_setup, "CALIBRATION_ROWS", 5)
     config, seen = make(variant=variant, max_steps=1, targets=["q_proj", "down_proj"]), AtStart()
     run = fit(config, callbacks=[seen], quiet=True)
     assert len(run.losses) == 1
 
     base = models.load_base(config.base, precision="fp32")
     task = TASKS["sft"](config)
-    task.open()
+    task.open_base()
     rows = task.prepare().train
     batches = [
         {"input_ids": torch.tensor([rows.input_ids[i]]), "labels": torch.tensor([rows.labels[i]])}
@@ -68,9 +68,9 @@ def test_rows_of_which_nothing_is_learnt_are_passed_by(make: Callable[..., Any])
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     task = TASKS["sft"](make(variant="lora_ga"))
-    (batch,) = adapter_setup.start_data(task, examples, model)["batches"]
+    (batch,) = adapter_setup.calibration_arguments(task, examples, model)["batches"]
     assert batch["input_ids"].tolist() == [[4, 5, 6]]
-    assert adapter_setup.start_data(TASKS["sft"](make()), examples, model) == {}
+    assert adapter_setup.calibration_arguments(TASKS["sft"](make()), examples, model) == {}
 
 
 def test_what_is_no_part_of_the_data_is_asked_for(make: Callable[..., Any]) -> None:

@@ -40,7 +40,7 @@ def ours(
     """(mean loss, the model, its task): in float64, with an adapter that is no longer at its
     start."""
     task = TASKS[name](config_of(name, folder, **changes))
-    task.open()
+    task.open_base()
     records = task.read(task.config.data, "train")
     batch = task.collate(task.encode(records).rows[: len(rows)])
     model: Any = task.load().model
@@ -48,7 +48,7 @@ def ours(
     torch.manual_seed(0)
     randomise(veneer.attach(model, veneer.LoraConfig(rank=4)), 0.1)
     found = task.loss(model, batch)
-    assert found.items == task.items(batch)
+    assert found.items == task.count_items(batch)
     return float(found.total) / found.items, model, task
 
 

@@ -20,7 +20,7 @@ import veneer
 from veneer.errors import ConfigError, DataError
 from veneer.train import data
 from veneer.train.config import make_config, task_names
-from veneer.train.evaluate import evaluate_task, task_of
+from veneer.train.evaluate import evaluate_task, task_from_record
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS, Rows
 from veneer.train.tasks._media import read_audio, read_image
@@ -74,10 +74,10 @@ def test_a_task_learns_and_its_adapter_is_measured_alike(name: str, folder: Path
     record = veneer.adapter_files.read(result.adapter).metadata["provenance"]["task"]
     assert "reward" not in record
     extra = {"reward": config.reward} if name == "grpo" else {}
-    task = task_of(
+    task = task_from_record(
         record, config.base, config.data, {"precision": "fp32"}, eval_fraction=0.25, **extra
     )
-    task.open()
+    task.open_base()
     prepared = task.prepare()
     model: Any = task.load().model
     veneer.load(model, result.adapter)
@@ -181,7 +181,7 @@ def test_a_quantised_base(name: str, folder: Path) -> None:
 def test_a_reference_is_the_base_and_takes_no_memory(folder: Path) -> None:
     config = config_of("dpo", folder)
     task = TASKS["dpo"](config)
-    task.open()
+    task.open_base()
     rows: Rows = task.prepare().train
     model: Any = task.load().model
     before = sum(parameter.numel() for parameter in model.parameters())
@@ -228,7 +228,7 @@ def test_what_is_wrong_is_told_before_weights_are_read(
     file = write_rows(tmp_path / "rows.jsonl", rows)
     config = config_of(case, folder, data=str(file), eval_fraction=0.0, **changes)
     task = TASKS[config.task](config)
-    task.open()
+    task.open_base()
     task.load = lambda: pytest.fail("the weights were read")  # type: ignore[method-assign]
     with pytest.raises((ConfigError, DataError), match=message):
         task.prepare()
@@ -284,7 +284,7 @@ def test_a_reward_function_that_is_wrong(
     )
     config = config_of("grpo", folder, reward=[spec.format(tmp_path)])
     task: Any = TASKS["grpo"](config)
-    task.open()
+    task.open_base()
     with pytest.raises((ConfigError, DataError), match=message):
         rows = task.prepare().train.rows[:8]
         task.rewards(rows, [[5, 6]] * 8)
@@ -331,7 +331,7 @@ def test_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
             Image.new("L", (8, 8), shade).save(tmp_path / label / f"{i}.png")
     config = config_of("classify images", folder, data=str(tmp_path), max_steps=8, check=False)
     task: Any = TASKS["classify"](config)
-    task.open()
+    task.open_base()
     prepared = task.prepare()
     assert task.labels == ["dark", "light"]
     assert len(prepared.train) + len(prepared.evaluation) == 12
@@ -373,7 +373,7 @@ def test_a_head_that_knows_the_labels_keeps_them(folder: Path, tmp_path: Path) -
     model.save_pretrained(tmp_path / "head")
     tiny_tokenizer().save_pretrained(tmp_path / "head")
     task: Any = TASKS["classify"](config_of("classify", folder, base=str(tmp_path / "head")))
-    task.open()
+    task.open_base()
     task.prepare()
     assert task.labels == ["is b", "is a", "is c"]
     assert torch.equal(task.load().model.classifier.weight, model.classifier.weight)
@@ -383,7 +383,7 @@ def test_a_head_that_knows_the_labels_keeps_them(folder: Path, tmp_path: Path) -
             "classify", folder, base=str(tmp_path / "head"), data=str(file), eval_fraction=0.0
         )
     )
-    task.open()
+    task.open_base()
     task.prepare()
     with pytest.raises(DataError, match="whose head knows 3 labels, and data with 2"):
         task.load()

@@ -19,8 +19,8 @@ from tests.support.toys import error, randomise
 import veneer
 from veneer.distributed import average_gradients, is_sharded
 from veneer.errors import ConfigError
-from veneer.train.processes import must_divide
-from veneer.train.tensor_parallel import cut_layers, split
+from veneer.train.processes import check_divided_settings
+from veneer.train.tensor_parallel import cut_layers, cut_model
 
 # the ranks are processes of their own, of which no warning tells
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -115,7 +115,7 @@ def outputs_and_gradients(rank: int, folder: Path) -> None:
     for case in CASES:
         model, handle = attached(case)
         expected = differentiated(*attached(case))
-        split(model, torch.device("cpu"))
+        cut_model(model, torch.device("cpu"))
         cut = [p for p in model.parameters() if is_sharded(p)]
         assert cut, case
         assert all(2 * p.to_local().numel() == p.numel() for p in cut), case
@@ -134,7 +134,7 @@ def checkpointing_computes_the_same(rank: int, folder: Path) -> None:
     expected = differentiated(*attached("lora"))
     model, handle = attached("lora")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    split(model, torch.device("cpu"))
+    cut_model(model, torch.device("cpu"))
     differentiated(model, handle)
     average_gradients([*handle.parameters()])
     for parameter, gradient in zip(handle.parameters(), expected[1], strict=True):
@@ -146,7 +146,7 @@ def the_adapter_is_saved_whole(rank: int, folder: Path) -> None:
         model, handle = attached(case)
         if rank == 0:
             handle.save(folder / f"{case} one", alone=True)
-        split(model, torch.device("cpu"))
+        cut_model(model, torch.device("cpu"))
         handle.save(folder / f"{case} two")
 
 
@@ -162,7 +162,7 @@ def what_is_summed(rank: int, folder: Path) -> None:
     hidden = IDS.numel() * 32
     for case, norms in (("lora", 0), ("dora", 2 * 2)):
         model, handle = attached(case)
-        split(model, torch.device("cpu"))
+        cut_model(model, torch.device("cpu"))
         sent.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "all_reduce", counted)
@@ -185,7 +185,7 @@ def dropout_is_that_of_one_process(rank: int, folder: Path) -> None:
         )
         torch.manual_seed(1)
         randomise(handle, 0.1)
-    split(model, torch.device("cpu"))
+    cut_model(model, torch.device("cpu"))
     layer, x = model.model.layers[0].self_attn.q_proj, torch.ones(1, 64, 32)
     torch.manual_seed(3)
     drops = [layer(x) for _ in range(2)]
@@ -290,5 +290,5 @@ def test_what_a_cut_base_cannot_do_is_refused(make: Callable[..., Any]) -> None:
     refused = {"quantize": "nf4"}, {"cache_lower": True}, {"device_map": "auto"}
     for changes in (*refused, {"invocation": "<c>"}):
         with pytest.raises(ConfigError, match=f"parallel tp with {next(iter(changes))}"):
-            must_divide(make(parallel="tp", **changes), 2)
-    must_divide(make(parallel="tp"), 2)
+            check_divided_settings(make(parallel="tp", **changes), 2)
+    check_divided_settings(make(parallel="tp"), 2)

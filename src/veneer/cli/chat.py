@@ -336,14 +336,14 @@ class Conversation:
 
         import veneer
         from veneer.kernels.draws import sample_seed
-        from veneer.train.generate import context_of, encode, generate
+        from veneer.train.generate import context_tokens, encode, generate
 
         history = self.history(self.label_of(choice))
         if self.templated:
             prompt: Any = [*history, {"role": "user", "content": text}]
         else:
             prompt = f"{history}\n{text}" if history else text
-        context, tokens = context_of(self.model), len(encode(prompt, self.tokenizer))
+        context, tokens = context_tokens(self.model), len(encode(prompt, self.tokenizer))
         sampling = dict(self.sampling)
         if context is not None:
             if tokens >= context:

@@ -192,10 +192,10 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
     from veneer.errors import ConfigError
     from veneer.store.library import resolve
     from veneer.train.callbacks import measure_formatter
-    from veneer.train.evaluate import evaluate_task, task_of
+    from veneer.train.evaluate import evaluate_task, task_from_record
 
-    task = task_of(record, request.base, request.data, request.loading, **options)
-    if request.adapter is None and not task.compares:
+    task = task_from_record(record, request.base, request.data, request.loading, **options)
+    if request.adapter is None and not task.evaluates_base:
         problem = f"task {task.name} without an adapter, whose base has a head of random weights"
         raise ConfigError(
             problem, "the adapter that holds the head", "name its folder with --adapter"
@@ -203,7 +203,7 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
     folder = None if request.adapter is None else resolve(request.adapter)
     tokenizer = None if folder is None else tokenizer_beside(folder)
     task.read_data()
-    task.open()
+    task.open_base()
     task.processor = task.processor if tokenizer is None else tokenizer
     rows = task.prepare().train
     loaded = task.load()
@@ -213,7 +213,7 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
         else veneer.load(loaded.model, folder, verify_base=request.verify, grow=True)
     )
     results: dict[str, dict[str, Any]] = {}
-    with_base = task.compares and not request.only_adapter
+    with_base = task.evaluates_base and not request.only_adapter
     for label, selected in base_and_adapter(handle, base=with_base):
         with err.status(f"Measuring the {label} on {len(rows):,} examples …"), selected:
             results[label] = evaluate_task(
@@ -228,7 +228,7 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
         table.add_row(
             label,
             f"{measures['loss']:.4f}",
-            *(measure_formatter(name, task.item)(measures[name]) for name in names),
+            *(measure_formatter(name, task.loss_unit)(measures[name]) for name in names),
         )
     out.print(table)
     out.print(f"{len(rows):,} examples{f', {rows.dropped:,} dropped' if rows.dropped else ''}")
@@ -272,7 +272,7 @@ def _measure(request: _Request, options: dict[str, Any]) -> None:
             measured = measure.evaluate(loaded.model, examples, batch_size=options["batch_size"])
             results[label] = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
             if first is not None:
-                results[label]["exact"] = measure.exact(
+                results[label]["exact"] = measure.exact_match_rate(
                     loaded.model, loaded.tokenizer, first, max_new_tokens=options["max_new_tokens"]
                 )
     if request.as_json:

@@ -19,7 +19,7 @@ from typer import Argument, Exit, Option
 from veneer.cli.options import NEW_TOKENS, merge_flag_values
 from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
-from veneer.train.processes import finished_before, join, leave
+from veneer.train.processes import is_run_finished, join, leave
 
 if TYPE_CHECKING:
     from veneer.train.run import Result
@@ -123,7 +123,7 @@ def train_command(
         )
         stopped = ray.launch(work, workers, restarts, say, gpus)
     if stopped is not None:
-        if processes.first:
+        if processes.is_first:
             say(stopped)
             say(f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
         raise Exit(130)
@@ -170,11 +170,13 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
 
     console.setup_logging()  # a Ray worker starts here
     processes = join()
-    err = console.err if processes.first else Console(quiet=True)
-    if not processes.first:  # messages that all processes would print come from the first one only
+    err = console.err if processes.is_first else Console(quiet=True)
+    if (
+        not processes.is_first
+    ):  # messages that all processes would print come from the first one only
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    if processes.run_on_first(lambda: finished_before(str(settings.output))):
+    if processes.run_on_first(lambda: is_run_finished(str(settings.output))):
         say(err, f"The run in {settings.output} is finished.")
         leave(str(settings.output))
         return None
@@ -226,9 +228,9 @@ def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
 
 def _room(prompt: str, result: Result) -> list[str]:
     """Flags for a shorter answer if the context has no room for one of the default length."""
-    from veneer.train.generate import context_of, encode
+    from veneer.train.generate import context_tokens, encode
 
-    context = context_of(result.model)
+    context = context_tokens(result.model)
     room = NEW_TOKENS if context is None else context - len(encode(prompt, result.tokenizer))
     return [] if room >= NEW_TOKENS else ["--max-new-tokens", str(room)]
 

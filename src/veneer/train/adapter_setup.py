@@ -1,10 +1,10 @@
-"""The adapter of a run: a new one as the configuration says, a given one that is trained further,
-or the one of a checkpoint.
+"""The adapter of a run: a new adapter as the configuration says, the adapter that the run trains
+further, or the adapter of a checkpoint.
 
-Some variants compute their initial values from calibration data: the first rows of the training
-data. EVA and CorDA use the inputs of each layer, LoRA-GA the gradient of each weight. Each row is a
-batch of its own, so that the inputs contain no padding. The loss is the model's own, a mean over
-the labels of the row.
+Some variants compute their initial values from calibration data, which are the first rows of the
+training data. EVA and CorDA use the inputs of each layer, LoRA-GA the gradient of each weight. Each
+row is a separate batch, so that the inputs contain no padding. The loss is the model's own, a mean
+over the labels of the row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from veneer.errors import ConfigError
 from veneer.handle import attach, load
 from veneer.train import checkpoint, vocabulary
 from veneer.train.config import TrainConfig
-from veneer.train.further import OWN, load_to_train
+from veneer.train.further import TRAINED, load_to_train
 from veneer.train.prepare import Prepared
 from veneer.train.run_record import ResumePoint
 from veneer.train.tasks import Task
@@ -29,7 +29,7 @@ from veneer.train.tokens import IGNORED, Examples
 from veneer.variants import VARIANTS
 
 #: number of rows of calibration data
-ROWS = 64
+CALIBRATION_ROWS = 64
 
 
 def attach_adapter(
@@ -39,38 +39,38 @@ def attach_adapter(
     trained_token_ids: tuple[int, ...],
     resume_point: ResumePoint = None,
 ) -> Any:
-    """Attach the adapter of the resume point, the one that the run trains further, or a new one.
-    ``trained_token_ids``: tokens to train. Returns its handle."""
-    config, tokens = (
+    """Attach the adapter of the resume point, the adapter that the run trains further, or a new
+    adapter. ``trained_token_ids``: ids of the tokens to train. Returns the adapter's handle."""
+    config, ids_by_path = (
         task.config,
-        vocabulary.grow(model, task.processor, trained_token_ids, task.config.seed),
+        vocabulary.add_embedding_rows(model, task.processor, trained_token_ids, task.config.seed),
     )
     if resume_point is not None:
-        return load(model, resume_point[0] / checkpoint.ADAPTER, name=OWN, trainable=True)
-    if task.further is not None:
-        return load_to_train(model, task.further)
+        return load(model, resume_point[0] / checkpoint.ADAPTER, name=TRAINED, trainable=True)
+    if task.initial_adapter is not None:
+        return load_to_train(model, task.initial_adapter)
     torch.manual_seed(config.seed)
     return attach(
         model,
         lora_config(
             config,
             model,
-            tokens,
+            ids_by_path,
             vocabulary.invocation_ids(config, task.processor, prepared.train),
         ),
-        name=OWN,
-        **start_data(task, prepared.train, model),
+        name=TRAINED,
+        **calibration_arguments(task, prepared.train, model),
     )
 
 
 def lora_config(
     config: TrainConfig,
     model: Any,
-    tokens: Mapping[str, tuple[int, ...]],
-    invocation: tuple[int, ...] = (),
+    ids_by_path: Mapping[str, tuple[int, ...]],
+    invocation_ids: tuple[int, ...] = (),
 ) -> LoraConfig:
-    """The configuration of a run's new adapter. ``tokens``: ids to train, by the path of the
-    embedding; ``invocation``: ids that invoke the adapter."""
+    """The configuration of a run's new adapter. ``ids_by_path``: ids to train, by the path of the
+    embedding; ``invocation_ids``: ids that invoke the adapter."""
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     return LoraConfig(
         rank=config.rank,
@@ -83,25 +83,25 @@ def lora_config(
         bias=config.bias,
         variant=config.variant,
         dtype=dtype,
-        trainable_tokens=tokens,
-        invocation_tokens=invocation,
+        trainable_tokens=ids_by_path,
+        invocation_tokens=invocation_ids,
     )
 
 
 def invoked_example(handle: Any, example: dict[str, Any]) -> dict[str, Any]:
-    """An example (``Task.example``) of one row, with the adapter's invocation tokens behind it, if
-    it has any: without them the adapter would not act."""
-    tokens = handle.config.invocation_tokens
-    if not tokens:
+    """An example (``Task.example``) of one row, followed by the adapter's invocation tokens if it
+    has any. Without these tokens the adapter would not act."""
+    invocation_tokens = handle.config.invocation_tokens
+    if not invocation_tokens:
         return example
     ids = example["input_ids"]
-    ids = torch.cat((ids, ids.new_tensor([tokens]).expand(len(ids), -1)), 1)
+    ids = torch.cat((ids, ids.new_tensor([invocation_tokens]).expand(len(ids), -1)), 1)
     return {**example, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
-    """Paths of the modules of a task's head that the base's files lack. They train in full; the
-    target "all-linear" includes them already."""
+    """The paths of the modules of a task's head that the base's files lack. They are trained in
+    full. The target "all-linear" already includes them."""
     if "all-linear" in pattern_list(config.targets):
         return []
     names = Names(model)
@@ -111,45 +111,49 @@ def _new_heads(model: Any, config: TrainConfig) -> list[str]:
     )
 
 
-def start_data(task: Task, rows: Any, model: Any) -> dict[str, Any]:
-    """The arguments of ``attach`` that the task's variant needs: ``batches``, or nothing. The
-    caller provides arguments that do not come from the data, such as LoftQ's original weights.
-    Raises ``ConfigError`` for a variant that needs gradients and a task whose loss is not the
-    model's own."""
+def calibration_arguments(task: Task, rows: Any, model: Any) -> dict[str, Any]:
+    """The arguments of ``attach`` that the task's variant needs from the data: ``batches``, or
+    none. Other arguments, such as LoftQ's original weights, are left to the caller. Raises
+    ``ConfigError`` for a variant that needs gradients and a task whose loss is not the model's."""
     variant = task.config.variant
     needs = VARIANTS[variant].needs & {"inputs", "gradient"}
     if not needs:
         return {}
     if isinstance(rows, Examples):
-        return {"batches": list(_batches(rows, model.device, "gradient" in needs))}
+        return {"batches": list(_calibration_batches(rows, model.device, "gradient" in needs))}
     if "gradient" in needs:
         problem = f"variant {variant!r} for task {task.name!r}, whose loss is not the model's own"
         raise ConfigError(
             problem, "task sft", "choose a variant that starts from inputs, such as eva"
         )
-    first = (task.inputs(task.collate([row])) for row in rows.rows[:ROWS])
+    first_batches = (task.inputs(task.collate([row])) for row in rows.rows[:CALIBRATION_ROWS])
     return {
         "batches": [
-            {name: _on(value, model.device) for name, value in batch.items()} for batch in first
+            {name: _move_to(value, model.device) for name, value in batch.items()}
+            for batch in first_batches
         ]
     }
 
 
-def _on(value: Any, device: torch.device) -> Any:
+def _move_to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _batches(examples: Examples, device: torch.device, learns: bool) -> Iterator[dict[str, Any]]:
-    """The first ``ROWS`` rows that have a label, as arguments of the model, in the order of the
-    data."""
-    learnt = (
+def _calibration_batches(
+    examples: Examples, device: torch.device, with_labels: bool
+) -> Iterator[dict[str, Any]]:
+    """The first ``CALIBRATION_ROWS`` rows that have a label, in the order of the data, as keyword
+    arguments of the model."""
+    labelled_rows = (
         row
         for row, labels in enumerate(examples.labels)
         if any(label != IGNORED for label in labels[1:])
     )
-    for row in islice(learnt, ROWS):
+    for row in islice(labelled_rows, CALIBRATION_ROWS):
         ids = torch.tensor([examples.input_ids[row]], device=device)
-        labels = {"labels": torch.tensor([examples.labels[row]], device=device)} if learns else {}
+        labels = (
+            {"labels": torch.tensor([examples.labels[row]], device=device)} if with_labels else {}
+        )
         yield {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

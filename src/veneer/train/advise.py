@@ -1,8 +1,9 @@
 """`veneer advise`: initial settings for a run, from published results, each with its source.
 
-    rank      trainable numbers ≥ tokens with a label, rounded up to a power of two
-    rate      ten times that of full fine-tuning, 1.5 times as much for a short run; for Llama and
-              Qwen 10 · 5e-5 · (2000 / width)^p
+    rank      the least power of two with which the adapter has at least as many parameters as there
+              are tokens with a label
+    rate      ten times the rate of full fine-tuning, and 1.5 times that for a short run; for Llama
+              and Qwen 10 · 5e-5 · (2000 / width)^p
     scale     alpha / r with alpha 32, so that the best rate does not depend on the rank
     targets   all linear layers
 
@@ -23,21 +24,21 @@ from veneer.train.config import TrainConfig, make_config
 from veneer.train.prepare import Prepared
 from veneer.train.tasks import TASKS
 
-REGRET = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
-PRIMER = "Tinker's documentation, LoRA Primer, tinker-docs.thinkingmachines.ai"
-COOKBOOK = (
+LORA_WITHOUT_REGRET = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
+LORA_PRIMER = "Tinker's documentation, LoRA Primer, tinker-docs.thinkingmachines.ai"
+TINKER_COOKBOOK = (
     "tinker-cookbook, hyperparam_utils.get_lr, github.com/thinking-machines-lab/tinker-cookbook"
 )
-QLORA = "Dettmers et al. 2023, QLoRA, arXiv:2305.14314"
-LORA = "Hu et al. 2021, LoRA, arXiv:2106.09685"
+QLORA_PAPER = "Dettmers et al. 2023, QLoRA, arXiv:2305.14314"
+LORA_PAPER = "Hu et al. 2021, LoRA, arXiv:2106.09685"
 
-#: smallest and largest advised rank
-RANKS = 4, 512
-#: exponent p of the rate's decrease with the width, for the families with a published fit; the rate
-#: for all others
-EXPONENTS, USUAL = {"llama": 0.781, "qwen": 0.0775}, 2e-4
-#: maximal steps of a short run; factor of its rate; maximal steps of a trial
-SHORT, FASTER, TRIAL = 100, 1.5, 48
+#: the smallest and the largest rank that is advised
+RANK_LIMITS = 4, 512
+#: the exponent p of the rate's decrease with the width, for the model families with a published
+#: fit; the rate for all other families
+WIDTH_EXPONENTS, DEFAULT_RATE = {"llama": 0.781, "qwen": 0.0775}, 2e-4
+#: the maximal number of steps of a short run; the factor of its rate; the maximal steps of a trial
+SHORT_RUN_STEPS, SHORT_RUN_FACTOR, TRIAL_STEPS = 100, 1.5, 48
 
 
 class Advice(NamedTuple):
@@ -52,8 +53,8 @@ class Advice(NamedTuple):
 
 @with_trust_of_config
 def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
-    """(advice for the data and base of `config`, the prepared data). Reads no weights. Raises as
-    `fit` does."""
+    """Return (advice for the data and base of `config`, the prepared data). Reads no weights.
+    Raises the errors that `fit` raises for the data or the base."""
     if config.task != "sft":
         problem = f"task {config.task}, of whose rows nobody knows how much they teach"
         raise ConfigError(
@@ -61,40 +62,48 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
         )
     task = TASKS["sft"](config)
     task.read_data()
-    task.open()
+    task.open_base()
     prepared = task.prepare()
-    learnt, numbers, width, kind = prepared.train.trained_tokens, *_base(config)
-    advice = [_rank(learnt, numbers), _rate(width, kind, prepared.steps), *_fixed_advice()]
+    trained_tokens = prepared.train.trained_tokens
+    rank_parameters, width, model_type = _read_base_sizes(config)
+    advice = [
+        _advise_rank(trained_tokens, rank_parameters),
+        _advise_rate(width, model_type, prepared.steps),
+        *_fixed_advice(),
+    ]
     return advice, prepared
 
 
-def _rank(learnt: int, numbers: int) -> Advice:
-    low, high = RANKS
-    wanted = 2 ** math.ceil(math.log2(max(learnt / numbers, 1)))
-    rank = min(max(wanted, low), high)
+def _advise_rank(trained_tokens: int, rank_parameters: int) -> Advice:
+    low, high = RANK_LIMITS
+    needed_rank = 2 ** math.ceil(math.log2(max(trained_tokens / rank_parameters, 1)))
+    rank = min(max(needed_rank, low), high)
     reason = (
-        f"{learnt:,} tokens are learnt, and a rank has {numbers:,} numbers: {rank * numbers:,} "
+        f"{trained_tokens:,} tokens are learnt, and a rank has {rank_parameters:,} numbers:"
+        f" {rank * rank_parameters:,} "
     )
     reason += (
         "are at least as many"
-        if wanted <= high
+        if needed_rank <= high
         else "are fewer, so training everything may learn more"
     )
-    return Advice("rank", rank, reason, PRIMER)
+    return Advice("rank", rank, reason, LORA_PRIMER)
 
 
-def _rate(width: int, kind: str, steps: int) -> Advice:
-    family = next((name for name in EXPONENTS if name in kind), None)
+def _advise_rate(width: int, model_type: str, steps: int) -> Advice:
+    family = next((name for name in WIDTH_EXPONENTS if name in model_type), None)
     if family is None:
-        rate, source = USUAL, REGRET
-        reason = f"ten times {USUAL / 10:g}, which is usual for training everything"
+        rate, source = DEFAULT_RATE, LORA_WITHOUT_REGRET
+        reason = f"ten times {DEFAULT_RATE / 10:g}, which is usual for training everything"
     else:
-        rate, source = 10 * 5e-5 * (2000 / width) ** EXPONENTS[family], COOKBOOK
+        rate, source = 10 * 5e-5 * (2000 / width) ** WIDTH_EXPONENTS[family], TINKER_COOKBOOK
         reason = (
             f"ten times the rate of training everything, as fitted to a {family} of width {width:,}"
         )
-    if steps <= SHORT:
-        rate, source = rate * FASTER, REGRET if source == REGRET else f"{source}; {REGRET}"
+    if steps <= SHORT_RUN_STEPS:
+        rate *= SHORT_RUN_FACTOR
+        if source != LORA_WITHOUT_REGRET:
+            source = f"{source}; {LORA_WITHOUT_REGRET}"
         reason += f"; half as much again for a run of {steps} steps, since B begins at 0"
     return Advice("learning_rate", float(f"{rate:.2g}"), reason, source)
 
@@ -106,22 +115,25 @@ def _fixed_advice() -> list[Advice]:
             "alpha",
             32.0,
             "alpha / r: the best rate is then nearly the same for every rank",
-            f"{LORA}; {REGRET}",
+            f"{LORA_PAPER}; {LORA_WITHOUT_REGRET}",
         ),
         Advice(
             "targets",
             "all-linear",
             "attention alone learns less, at as many numbers too",
-            f"{REGRET}; {QLORA}",
+            f"{LORA_WITHOUT_REGRET}; {QLORA_PAPER}",
         ),
         Advice(
-            "batch_size", 8, "adapters lose more by a large batch than full training does", REGRET
+            "batch_size",
+            8,
+            "adapters lose more by a large batch than full training does",
+            LORA_WITHOUT_REGRET,
         ),
     ]
 
 
-def _base(config: TrainConfig) -> tuple[int, int, str]:
-    """(trainable numbers of an adapter of rank 1, width, model type) of a base, from its config."""
+def _read_base_sizes(config: TrainConfig) -> tuple[int, int, str]:
+    """(parameters of an adapter of rank 1, hidden size, model type) of a base, from its config."""
     import torch
 
     from veneer.config import LoraConfig
@@ -132,42 +144,46 @@ def _base(config: TrainConfig) -> tuple[int, int, str]:
     base_config = config_of(config.base)
     base_config = getattr(base_config, "text_config", None) or base_config
     model = countable_model(config.base, torch.bfloat16)
-    numbers = attach(model, LoraConfig(rank=1, targets="all-linear")).summary().trainable
+    rank_parameters = attach(model, LoraConfig(rank=1, targets="all-linear")).summary().trainable
     embedding: Any = model.get_input_embeddings()
-    return numbers, int(embedding.weight.shape[1]), str(base_config.model_type)
+    return rank_parameters, int(embedding.weight.shape[1]), str(base_config.model_type)
 
 
 def apply_advice(config: TrainConfig, advice: Sequence[Advice]) -> TrainConfig:
     """`config` with the advised settings."""
-    return make_config({**config.content(), **_values(advice)})
+    return make_config({**config.content(), **_values_by_setting(advice)})
 
 
-def _values(advice: Sequence[Advice]) -> dict[str, Any]:
+def _values_by_setting(advice: Sequence[Advice]) -> dict[str, Any]:
     return {setting: value for setting, value, *_ in advice}
 
 
 def try_out(
     config: TrainConfig, advice: Sequence[Advice], steps: int, folder: Path, **options: Any
 ) -> list[Advice] | None:
-    """The advice with the best rank and rate of a short sweep in `folder`, over a third, one and
-    three times the advised rate and over a quarter of and the full advised rank. None if the sweep
-    was interrupted; it then left a checkpoint. ``options``: arguments of `sweep`."""
+    """Improve the advised rate and rank by a short sweep in `folder`, over 1/3, 1 and 3 times the
+    advised rate and over the advised rank and a quarter of it. Returns None if the sweep was
+    interrupted; a checkpoint then holds its state. ``options``: arguments of `sweep`."""
     from veneer.train.sweep.sweep_run import sweep
     from veneer.train.sweep.sweep_settings import make_sweep
 
-    values = _values(advice)
+    values = _values_by_setting(advice)
     rate, rank = values["learning_rate"], values["rank"]
     axes = {
         "learning_rate": [float(f"{rate * factor:.2g}") for factor in (1 / 3, 1, 3)],
         "rank": list(dict.fromkeys([max(1, rank // 4), rank])),
     }
-    steps = min(steps, TRIAL)
-    trial = apply_advice(config, advice).model_copy(update={"output": folder, "max_steps": steps})
-    result = sweep(trial, make_sweep({"axes": axes}), **options)
+    steps = min(steps, TRIAL_STEPS)
+    trial_config = apply_advice(config, advice).model_copy(
+        update={"output": folder, "max_steps": steps}
+    )
+    result = sweep(trial_config, make_sweep({"axes": axes}), **options)
     if result.interrupted:
         return None
     facts = result.facts
-    best = next(run for run in facts["candidates"] if run["name"] == facts["best"])
+    best = next(
+        candidate for candidate in facts["candidates"] if candidate["name"] == facts["best"]
+    )
     reason = f"best of {len(facts['candidates'])} after {steps} steps, loss {best['loss']:.4f}"
     return [
         (
@@ -175,9 +191,9 @@ def try_out(
                 setting, best["changes"][setting], f"{reason}; advised was {value:g}", str(folder)
             )
             if setting in best["changes"]
-            else Advice(setting, value, first_reason, source)
+            else Advice(setting, value, previous_reason, source)
         )
-        for setting, value, first_reason, source in advice
+        for setting, value, previous_reason, source in advice
     ]
 
 
@@ -185,11 +201,11 @@ def as_yaml(config: TrainConfig, advice: Sequence[Advice]) -> str:
     """The YAML configuration of a run with the advised settings, and the reasons as comments."""
     import yaml
 
-    default, advised = TrainConfig.defaults(), _values(advice)
+    default, advised_values = TrainConfig.defaults(), _values_by_setting(advice)
     settings = {
         name: value
         for name, value in config.content().items()
-        if name not in advised and (name not in default or value != default[name])
+        if name not in advised_values and (name not in default or value != default[name])
     }
     lines = [yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()]
     for setting, value, reason, source in advice:

@@ -1,4 +1,4 @@
-"""The arguments of transformers' `Trainer`, or of trl's `SFTTrainer` for the task sft, from a
+"""The arguments of transformers' `Trainer`, or of trl's `SFTTrainer` for the task sft, made from a
 configuration."""
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     """The trainer's arguments for a configuration and its data. Raises `ConfigError` for an
     optimiser or a tracker that transformers does not know, and for offloading activations on a
     CPU."""
-    on_cpu = "cpu" in (config.device_map, config.device or best_device())
-    _check_settings(config, on_cpu)
-    early = config.early_stopping  # its best checkpoint must coincide with an evaluation
+    is_on_cpu = "cpu" in (config.device_map, config.device or best_device())
+    _check_settings(config, is_on_cpu)
+    early_stopping = config.early_stopping  # the best checkpoint must belong to an evaluation
     eval_every = (
-        config.eval_every or (early and config.save_every) or max(1, math.ceil(prepared.steps / 5))
+        config.eval_every
+        or (early_stopping and config.save_every)
+        or max(1, math.ceil(prepared.steps / 5))
     )
     save_every = config.save_every or (
-        eval_every if early else max(1, math.ceil(prepared.steps / 10))
+        eval_every if early_stopping else max(1, math.ceil(prepared.steps / 10))
     )
     arguments_class, sft_arguments = TrainingArguments, {}
     if config.task == "sft":  # no other task needs trl, which takes half a second to import
@@ -66,7 +68,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         prediction_loss_only=True,
         save_steps=save_every,
         save_total_limit=config.keep_checkpoints,
-        load_best_model_at_end=bool(early),  # by the loss
+        load_best_model_at_end=bool(early_stopping),  # the checkpoint with the lowest loss
         restore_callback_states_from_checkpoint=True,
         logging_steps=1,
         logging_nan_inf_filter=False,  # the filter would hide a nan from `StopOnNan`
@@ -77,24 +79,24 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         disable_tqdm=True,
         remove_unused_columns=config.task == "sft",  # collators of other tasks read all columns
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=on_cpu,
+        use_cpu=is_on_cpu,
         **sft_arguments,
     )
 
 
-def _check_settings(config: TrainConfig, on_cpu: bool) -> None:
-    """Raise `ConfigError` for an unknown optimiser or tracker, which transformers would refuse
-    later, with a traceback, and for offloading activations on a CPU."""
-    if config.offload_activations and on_cpu:
+def _check_settings(config: TrainConfig, is_on_cpu: bool) -> None:
+    """Raise `ConfigError` for an unknown optimiser or tracker, and for offloading activations on a
+    CPU. transformers would refuse the first two later, with a traceback."""
+    if config.offload_activations and is_on_cpu:
         problem = (
             "offload_activations, and a run on the processor, whose activations are in main memory"
             " already"
         )
-        do = (
+        remedy = (
             "leave it out; to hold fewer of them, set activation_checkpointing or a smaller"
             " batch_size"
         )
-        raise ConfigError(problem, "a GPU", do)
+        raise ConfigError(problem, "a GPU", remedy)
     optimisers = [str(name.value) for name in OptimizerNames]
     if config.optimiser not in optimisers:
         problem = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
@@ -102,13 +104,13 @@ def _check_settings(config: TrainConfig, on_cpu: bool) -> None:
             problem, "one that transformers knows", f"choose for example {listing(optimisers, 4)}"
         )
     for tracker in config.trackers:
-        if tracker not in (ready := get_available_reporting_integrations()):
+        if tracker not in (installed_trackers := get_available_reporting_integrations()):
             problem = (
                 f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown"
                 " or not installed"
             )
             raise ConfigError(
                 problem,
-                f"one that is (here: {listing(ready)})",
+                f"one that is (here: {listing(installed_trackers)})",
                 "install its package, or correct it",
             )

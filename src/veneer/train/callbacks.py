@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from veneer.train.tasks import Task
 
 
-#: warning if the first step of a run has equal rewards for all answers
-ALIKE = (
+#: the warning if, in the first step of a run, all answers to each prompt get equal rewards
+EQUAL_REWARDS_WARNING = (
     "step {step:>5}  Every answer to a prompt got the same reward ({reward:.3f}), so that this step"
     " taught nothing. If later steps show ± 0.000 too, nothing is trained: see what the reward"
     " function gets and gives, raise the temperature, or draw more answers."
@@ -34,39 +34,39 @@ ALIKE = (
 
 
 class LossLog(TrainerCallback):
-    """Write one JSON line per step to output/log.jsonl: step, loss, grad_norm, learning_rate,
-    epoch, tokens, seconds. `seconds` and `tokens` continue from the last line of `before`, the log
-    of a resumed run."""
+    """Writes one JSON line per step to output/log.jsonl: step, loss, grad_norm, learning_rate,
+    epoch, tokens, seconds. `previous_lines`: the last lines of the log of a resumed run, whose
+    `seconds` the new lines continue."""
 
-    def __init__(self, output: Path, before: list[dict[str, Any]], task: Task) -> None:
+    def __init__(self, output: Path, previous_lines: list[dict[str, Any]], task: Task) -> None:
         self.path, self.measures = output / LOG, task.measures
-        self.before = float(before[-1]["seconds"]) if before else 0.0
+        self.seconds_before = float(previous_lines[-1]["seconds"]) if previous_lines else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter() - self.before
+        self.start_time = time.perf_counter() - self.seconds_before
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        keep = {"loss", "grad_norm", "learning_rate", "epoch", "eval_loss", *self.measures}
-        keep |= {f"eval_{name}" for name in self.measures}
+        logged_names = {"loss", "grad_norm", "learning_rate", "epoch", "eval_loss", *self.measures}
+        logged_names |= {f"eval_{name}" for name in self.measures}
         line: dict[str, Any] = {
             "step": state.global_step,
-            **{name: logs[name] for name in logs if name in keep},
+            **{name: logs[name] for name in logs if name in logged_names},
         }
         if not line.keys() & {"loss", "eval_loss"}:
             return  # transformers' summary at the end of a run
         if "num_tokens" in logs:
             line["tokens"] = int(logs["num_tokens"])
-        line["seconds"] = round(time.perf_counter() - self.started, 3)
+        line["seconds"] = round(time.perf_counter() - self.start_time, 3)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 class StopOnNan(TrainerCallback):
-    """Raise `TrainingError` if the loss or the gradient is not finite, because further steps would
+    """Raises `TrainingError` if the loss or the gradient is not finite, because further steps would
     only spoil the adapter."""
 
     def on_log(
@@ -76,71 +76,79 @@ class StopOnNan(TrainerCallback):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 problem = f"the {name.replace('_', ' ')} is {value} at step {state.global_step}"
-                do = (
+                remedy = (
                     "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision"
                     " fp32)"
                 )
                 raise TrainingError(
-                    problem, "a finite number", f"{do}; the last checkpoint is intact"
+                    problem, "a finite number", f"{remedy}; the last checkpoint is intact"
                 )
 
 
 class StopOnSignal(TrainerCallback):
-    """End the run after the current step, with a checkpoint, on Ctrl-C or SIGTERM. A second Ctrl-C
-    ends it immediately; a second SIGTERM does not, because a scheduler and torchrun may each send
-    one. Use as a context manager around `trainer.train()`. `requested`: a signal arrived, or
-    `order` returned True. `stopped`: the run ends. With several processes (not `alone`) all must
-    end after the same step, so the trainer sets `stopped` in all of them together."""
+    """Ends the run after the current step, with a checkpoint, on Ctrl-C or SIGTERM. A second Ctrl-C
+    ends the run immediately. A second SIGTERM does not, because a scheduler and torchrun may each
+    send one. Use as a context manager around `trainer.train()`.
+
+    Attributes:
+        requested: whether a signal arrived in this process, or `stop_order` returned True.
+        stopped: whether the run ends after this step.
+        single_process: whether the run has one process. Several processes must all end after the
+            same step, so the trainer then sets `stopped` in all of them together.
+    """
 
     def __init__(
-        self, console: Console, alone: bool = True, order: Callable[[], bool] | None = None
+        self,
+        console: Console,
+        single_process: bool = True,
+        stop_order: Callable[[], bool] | None = None,
     ) -> None:
         self.requested, self.stopped = False, False
-        self.alone, self.console = alone, console
-        self._order = order
-        self._before: dict[int, Any] = {}
+        self.single_process, self.console = single_process, console
+        self._stop_order = stop_order
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         # Python allows signal handlers in the main thread only
         if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._handle)
+            self._previous_handlers = {
+                number: signal.signal(number, self._handle_signal)
                 for number in (signal.SIGINT, signal.SIGTERM)
             }
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
             say(self.console, "Stopping after this step … (Ctrl-C to stop at once)")
-        self.requested, self.stopped = True, self.stopped or self.alone
+        self.requested, self.stopped = True, self.stopped or self.single_process
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._order is not None and not self.requested and self._order():
-            self.requested, self.stopped = True, self.alone
+        if self._stop_order is not None and not self.requested and self._stop_order():
+            self.requested, self.stopped = True, self.single_process
         if self.stopped and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
 
 class ProgressBar(TrainerCallback):
-    """Show the loss, tokens per second and the remaining time: as a live bar on a terminal, else as
-    a line every ten seconds."""
+    """Shows the loss, the tokens per second and the remaining time: as a live bar on a terminal,
+    else as a line every ten seconds."""
 
-    def __init__(self, console: Console, start: int, task: Task) -> None:
+    def __init__(self, console: Console, start_step: int, task: Task) -> None:
         self.formatters = {
-            f"eval_{name}": measure_formatter(name, task.item) for name in task.measures
+            f"eval_{name}": measure_formatter(name, task.loss_unit) for name in task.measures
         }
-        self.console, self.start = console, start  # first step of this session
+        self.console, self.start_step = console, start_step
         self.bar: Progress | None = None
-        self.task: Any = None
+        self.bar_task: Any = None
         # (seconds, tokens, step) of the last 50 steps
-        self.recent: deque[tuple[float, int, int]] = deque(maxlen=51)
-        self.printed = 0.0
+        self.recent_steps: deque[tuple[float, int, int]] = deque(maxlen=51)
+        self.last_print_time = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -155,18 +163,18 @@ class ProgressBar(TrainerCallback):
                 expand=True,
                 refresh_per_second=4,
             )
-            self.task = self.bar.add_task(
+            self.bar_task = self.bar.add_task(
                 "", total=state.max_steps, completed=state.global_step, text="first step …"
             )
             self.bar.start()
-        self.printed = time.perf_counter()
+        self.last_print_time = time.perf_counter()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        step, clock = state.global_step, time.perf_counter()
+        step, now = state.global_step, time.perf_counter()
         if "eval_loss" in logs:
             measures = "".join(
                 f", {format_measure(logs[name])}"
@@ -176,36 +184,39 @@ class ProgressBar(TrainerCallback):
             say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{measures}")
         if "loss" not in logs:
             return
-        self.recent.append((clock, int(logs.get("num_tokens", 0)), step))
-        text = f"loss {logs['loss']:.4f}{_reward(logs)}{self._speed(state.max_steps)}"
-        if step == self.start + 1 and logs.get("reward_spread", 1.0) <= 1e-6 * max(
+        self.recent_steps.append((now, int(logs.get("num_tokens", 0)), step))
+        text = f"loss {logs['loss']:.4f}{_format_reward(logs)}{self._format_speed(state.max_steps)}"
+        if step == self.start_step + 1 and logs.get("reward_spread", 1.0) <= 1e-6 * max(
             1.0, abs(logs.get("reward", 0.0))
         ):
-            say(self.console, ALIKE.format(step=step, reward=logs["reward"]))
+            say(self.console, EQUAL_REWARDS_WARNING.format(step=step, reward=logs["reward"]))
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, text=text)
-        elif step in (self.start + 1, state.max_steps) or clock - self.printed > 10:
-            self.printed = clock
+            self.bar.update(self.bar_task, completed=step, text=text)
+        elif step in (self.start_step + 1, state.max_steps) or now - self.last_print_time > 10:
+            self.last_print_time = now
             say(self.console, f"step {step:>5}/{state.max_steps}  {text}")
 
-    def _speed(self, total: int) -> str:
-        (start, first_tokens, first_step), (end, tokens, step) = self.recent[0], self.recent[-1]
-        if step == first_step or end <= start:
+    def _format_speed(self, total_steps: int) -> str:
+        (first_time, first_tokens, first_step), (last_time, tokens, step) = (
+            self.recent_steps[0],
+            self.recent_steps[-1],
+        )
+        if step == first_step or last_time <= first_time:
             return ""
-        remaining = (total - step) * (end - start) / (step - first_step)
-        rate = (tokens - first_tokens) / (end - start)
-        return f"  {rate:,.0f} tokens/s  {duration(remaining)} left"
+        remaining_seconds = (total_steps - step) * (last_time - first_time) / (step - first_step)
+        tokens_per_second = (tokens - first_tokens) / (last_time - first_time)
+        return f"  {tokens_per_second:,.0f} tokens/s  {format_duration(remaining_seconds)} left"
 
     def close(self) -> None:
-        """Stop drawing. Call it after errors too, because the bar hides the terminal's cursor."""
+        """Remove the bar. Must be called after errors too, because the bar hides the cursor."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
-def _reward(logs: dict[str, Any]) -> str:
-    """The mean reward of a step and its spread among the answers to one prompt; "" for a task
-    without rewards."""
+def _format_reward(logs: dict[str, Any]) -> str:
+    """The mean reward of a step, and the spread of the rewards of a prompt's answers, as text. ""
+    for a task without rewards."""
     if "reward_spread" not in logs:
         return ""
     return f"  reward {logs['reward']:.3f} ± {logs['reward_spread']:.3f}"
@@ -217,17 +228,17 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def measure_formatter(name: str, item: str) -> Callable[[float], str]:
-    """A function that formats a measure's value. ``item``: what the task counts, such as token."""
+def measure_formatter(name: str, loss_unit: str) -> Callable[[float], str]:
+    """A function that formats the value of a measure. ``loss_unit``: as in `Task.loss_unit`."""
     if name == "accuracy":
-        return lambda value: f"{value:.1%} of {item}s right"
+        return lambda value: f"{value:.1%} of {loss_unit}s right"
     return lambda value: f"{name} {value:.4f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A readable duration: 42 s, 3 min 5 s, 2 h 10 min."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
+    minutes, seconds_left = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min {seconds_left} s" if minutes else f"{seconds_left} s"

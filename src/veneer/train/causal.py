@@ -1,6 +1,6 @@
 """Test that a model is causal: it predicts each token only from the tokens before it.
 
-    rows 0 and 1 differ from token t on    →    logits before t are equal
+    rows 0 and 1 differ only from token t on    →    their logits before t are equal
 
 A model that sees later tokens reads its labels in its input, so the loss falls although it learns
 nothing. ``models.must_be_causal`` recognises transformers' encoders by their config; this test runs
@@ -15,35 +15,43 @@ import torch
 
 from veneer.errors import ConfigError
 
-#: tokens of a test row, and the number of leading tokens that both rows share
-LENGTH, SAME = 8, 5
+#: number of tokens of a test row, and of the leading tokens that both test rows share
+ROW_TOKENS, SHARED_TOKENS = 8, 5
 
 
 @torch.no_grad()
 def must_not_see_later_tokens(model: Any, name: str) -> None:
-    """Raise a ConfigError if the logits of a position depend on later tokens. ``model``: a model of
-    transformers; it is called with input_ids and attention_mask [2, LENGTH] in evaluation mode, and
-    its mode is restored. ``name``: the base's name in the error."""
-    size = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(LENGTH) * 7 + 3).remainder(size).repeat(2, 1)
-    ids[1, SAME:] = (ids[1, SAME:] + size // 2).remainder(size)
+    """Raise a ConfigError if the logits of a position depend on later tokens.
+
+    Args:
+        model: a model of transformers. It is called with input_ids and attention_mask
+            [2, ROW_TOKENS] in evaluation mode; then its mode is restored.
+        name: the name of the base, for the error.
+    """
+    vocabulary_size = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(ROW_TOKENS) * 7 + 3).remainder(vocabulary_size).repeat(2, 1)
+    ids[1, SHARED_TOKENS:] = (ids[1, SHARED_TOKENS:] + vocabulary_size // 2).remainder(
+        vocabulary_size
+    )
     ids, training = ids.to(model.device), model.training
     model.eval()
     try:
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[
-            :, :SAME
+            :, :SHARED_TOKENS
         ]
     finally:
         model.train(training)
-    first, second = logits.double()
+    first_logits, second_logits = logits.double()
     # In one batch, equal inputs give equal logits, except for the order of sums on a GPU.
-    if (first - second).norm() > max(1e-4, 4 * torch.finfo(logits.dtype).eps) * first.norm():
+    if (first_logits - second_logits).norm() > max(
+        1e-4, 4 * torch.finfo(logits.dtype).eps
+    ) * first_logits.norm():
         problem = (
             f"{name}, a {type(model).__name__} whose predictions change with the tokens that come"
             " after them"
         )
-        do = (
+        remedy = (
             "choose a causal base; to train another kind of model, call veneer.attach on it in"
             " Python"
         )
-        raise ConfigError(problem, "a causal language model, which cannot see its labels", do)
+        raise ConfigError(problem, "a causal language model, which cannot see its labels", remedy)

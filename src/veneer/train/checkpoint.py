@@ -3,13 +3,13 @@
 output/
   run.json                 status (running, interrupted, finished, cleared), configuration, hashes
                            of the data
-  log.jsonl                one line per step and per evaluation; a resumed run first drops the lines
-                           after its step
-  checkpoint-120/          always complete: it gets its name when all of its files are on the disk
+  log.jsonl                one line per step and per evaluation; when a run resumes from a step, the
+                           lines of later steps are dropped
+  checkpoint-120/          always complete: it gets its name once all of its files are written
     adapter/  optimizer.pt  scheduler.pt  trainer_state.json
-    rng_state.pth          with several processes one each: rng_state_0.pth, rng_state_1.pth, …
+    rng_state.pth          with several processes one file each: rng_state_0.pth, rng_state_1.pth, …
   .checkpoint-130.….tmp/   an incomplete checkpoint of a killed run; the next start removes it
-  adapter/  metrics.json   the result
+  adapter/  metrics.json   the result of a finished run
   .run.lock                held while a run writes here; .run.lock.holder names the process
 """
 
@@ -44,13 +44,13 @@ def path_of(output: str | Path, step: int) -> Path:
 
 def newest(output: Path) -> tuple[Path, int] | None:
     """(folder, step) of the newest checkpoint, or None."""
-    steps = {
+    step_texts = {
         path: path.name.removeprefix("checkpoint-")
         for path in output.glob("checkpoint-*")
         if path.is_dir()
     }
-    checkpoints = [(path, int(step)) for path, step in steps.items() if step.isdecimal()]
-    return max(checkpoints, key=lambda pair: pair[1], default=None)
+    checkpoints = [(path, int(step)) for path, step in step_texts.items() if step.isdecimal()]
+    return max(checkpoints, key=lambda checkpoint: checkpoint[1], default=None)
 
 
 def clear(output: Path, *names: str) -> None:
@@ -64,32 +64,32 @@ def clear(output: Path, *names: str) -> None:
 
 @contextmanager
 def only_writer(output: Path, processes: Processes) -> Iterator[None]:
-    """A block in which no other run writes to `output`. Removes incomplete files of killed runs at
-    its start. Raises `OutputExistsError` if another process writes its run there."""
+    """A block in which no other run writes to `output`. First removes the incomplete files of
+    killed runs. Raises `OutputExistsError` if another process writes its run there."""
 
-    def refusal(holder: str) -> OutputExistsError:
+    def make_refusal(holder: str) -> OutputExistsError:
         problem = f"{holder}, which writes its run to {output}"
         return OutputExistsError(
             problem, "one run for an output folder", "wait for it, or choose another output"
         )
 
-    def hold() -> None:
+    def hold_output_lock() -> None:
         if not output.is_file():  # `can_resume` refuses a file
-            stack.enter_context(hold_lock(output / LOCK, refusal))
+            stack.enter_context(hold_lock(output / LOCK, make_refusal))
         if (output / RUN).exists():  # leave folders of other programs alone
             sweep(output)
 
     try:
         with ExitStack() as stack:
-            processes.run_on_first(hold)
+            processes.run_on_first(hold_output_lock)
             yield
     finally:
-        if processes.first and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()  # the run could not begin
+        if processes.is_first and output.is_dir() and not any(output.iterdir()):
+            output.rmdir()  # the run could not begin and wrote nothing
 
 
-def is_taken(output: Path) -> bool:
-    """Whether the folder holds more than the lock of this run and incomplete run records."""
+def has_foreign_files(output: Path) -> bool:
+    """Whether the folder holds anything but the lock of this run and incomplete run records."""
     return output.is_dir() and not all(
         file.name.startswith((LOCK, f".{RUN}.")) for file in output.iterdir()
     )
@@ -98,13 +98,13 @@ def is_taken(output: Path) -> bool:
 def write(
     output: str | Path, step: int, fill: Callable[[Path], None], processes: Processes
 ) -> None:
-    """Write checkpoint-`step`: every process fills a temporary folder, which gets its final name
-    once all are done. If one process fails, the folder is removed and all raise. A failed write
-    raises `OSError`, whichever library reported it."""
+    """Write the folder checkpoint-`step`: every process calls `fill` on a temporary folder, which
+    gets its final name once all processes are done. If one process fails, the folder is removed and
+    all raise. A failed write raises `OSError`, whichever library reported it."""
     target = path_of(output, step)
 
     def fill_folder(folder: Path) -> None:
-        with disk_errors(target):  # not around errors of the communication between processes
+        with disk_errors(target):  # not for errors of the communication of processes
             fill(folder)
 
     with ExitStack() as stack:
@@ -115,7 +115,7 @@ def write(
             processes.run_on_all(stack.close)
         except BaseException:
             # the first process removed the folder, but this one may have created it again since
-            if not processes.first:
+            if not processes.is_first:
                 shutil.rmtree(folder.parent, ignore_errors=True)
             raise
 
@@ -131,12 +131,13 @@ def read_json(path: Path) -> Any:
 
 def read_log(output: Path) -> list[dict[str, Any]]:
     """The lines of the log, without a last line that is incomplete after a power cut."""
-    text = (output / LOG).read_text(encoding="utf-8") if (output / LOG).is_file() else ""
-    return [json.loads(line) for line in text.split("\n") if line.endswith("}")]
+    log_text = (output / LOG).read_text(encoding="utf-8") if (output / LOG).is_file() else ""
+    return [json.loads(line) for line in log_text.split("\n") if line.endswith("}")]
 
 
 def cut_log(output: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after `step`, which the resumed run computes again, and return the others."""
+    """Drop the lines of the log after `step`, because the resumed run computes these steps again.
+    Returns the remaining lines."""
     lines = [line for line in read_log(output) if line["step"] <= step]
     write_whole(output / LOG, "".join(json.dumps(line) + "\n" for line in lines))
     return lines

@@ -2,8 +2,9 @@
 
     for each chunk:  logits [1, c, v]  →  Σ -log p,  ∂/∂rows [c, h],  ∂/∂(the head's parameters)
 
-The sum over the chunks is a scalar with precomputed gradients, so neither logits nor the head's
-graph stay in memory.
+c: rows of a chunk; v: size of the vocabulary; h: features of a hidden state. The sum over the
+chunks is a scalar with precomputed gradients, so neither the logits nor the graph of the head stay
+in memory.
 """
 
 from __future__ import annotations
@@ -17,71 +18,79 @@ from veneer.errors import sentence
 from veneer.precision import at_least_float32
 
 #: smallest probability whose logarithm is exact in float32
-TINY = 1e-30
+MIN_EXACT_P = 1e-30
 
 
 class ChunkedCrossEntropy:
-    """Sums over the chunks: the loss, its gradients, the number of right answers. ``like``: logits
-    [1, c, v] of the largest chunk, for the shape, dtype and device of the sums. ``accuracy``:
-    whether to count right answers."""
+    """Sums over the chunks: the loss, its gradients, and the number of correct predictions.
 
-    def __init__(self, like: Tensor, accuracy: bool) -> None:
+    Args:
+        first_logits: logits [1, c, v] of the largest chunk, for the sums' shape, dtype and device.
+        accuracy: whether to count the labels that are the most likely token.
+    """
+
+    def __init__(self, first_logits: Tensor, accuracy: bool) -> None:
         self.accuracy = accuracy
-        self.total = like.new_zeros((), dtype=at_least_float32(like.dtype))
-        self.correct = like.new_zeros((), dtype=torch.long)
-        self.log_p: list[Tensor] = []  # of each label, [c, 1] per chunk
-        self.right: list[Tensor] = []  # whether each label is the most likely token, [c] per chunk
+        self.total = first_logits.new_zeros((), dtype=at_least_float32(first_logits.dtype))
+        self.correct = first_logits.new_zeros((), dtype=torch.long)
+        self.log_p: list[Tensor] = []  # log p of each label, [c, 1] per chunk
+        self.is_correct: list[Tensor] = []  # of each label, [c] per chunk
         self.row_gradients: list[Tensor] = []  # [c, h] per chunk
-        self.gradients: dict[Tensor, Tensor] = {}  # by parameter of the head
-        # one buffer for all chunks: allocating one for each would take longer than computing the
-        # exponentials
-        self.softmax = like.new_empty(like.shape[-2:], dtype=self.total.dtype)
-        self.wide = None if like.dtype == self.softmax.dtype else torch.empty_like(self.softmax)
+        self.parameter_gradients: dict[Tensor, Tensor] = {}  # by parameter of the head
+        # one buffer serves all chunks: to allocate a buffer for each chunk would take longer than
+        # to compute the exponentials
+        self.softmax = first_logits.new_empty(first_logits.shape[-2:], dtype=self.total.dtype)
+        self.float_buffer = (
+            None if first_logits.dtype == self.softmax.dtype else torch.empty_like(self.softmax)
+        )
 
-    def add(self, leaf: Tensor, logits: Tensor, answers: Tensor) -> None:
-        """Add a chunk: a leaf with its rows [c, h], their logits [1, c, v], their labels [c]."""
-        answers = answers.to(logits.device)[:, None]
-        wide = logits.detach()[0]
-        if self.wide is not None:
-            wide = self.wide[: len(wide)].copy_(wide)
-        softmax = self.softmax[: len(wide)]
-        p, log_p = _softmax_into(wide, answers, softmax)
+    def add(self, leaf: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a chunk: its rows as a leaf tensor [c, h], their logits [1, c, v] and labels [c]."""
+        labels = labels.to(logits.device)[:, None]
+        float_logits = logits.detach()[0]
+        if self.float_buffer is not None:
+            float_logits = self.float_buffer[: len(float_logits)].copy_(float_logits)
+        softmax = self.softmax[: len(float_logits)]
+        p, log_p = _softmax_into(float_logits, labels, softmax)
         if self.accuracy:
-            right = (softmax.argmax(dim=-1, keepdim=True) == answers).squeeze(1)
-            self.correct += right.sum()
-            self.right.append(right)
+            is_correct = (softmax.argmax(dim=-1, keepdim=True) == labels).squeeze(1)
+            self.correct += is_correct.sum()
+            self.is_correct.append(is_correct)
         self.total -= log_p.sum()
         self.log_p.append(log_p)
         if not logits.requires_grad:
             return
-        gradient = softmax.scatter_(1, answers, p - 1)  # softmax - onehot
-        parameters = [parameter for parameter in _leaves(logits) if parameter is not leaf]
-        wanted = [leaf, *parameters] if leaf.requires_grad else parameters
+        gradient = softmax.scatter_(1, labels, p - 1)  # softmax(logits) - onehot(labels)
+        parameters = [parameter for parameter in _leaf_tensors(logits) if parameter is not leaf]
+        inputs = [leaf, *parameters] if leaf.requires_grad else parameters
         with torch.autocast(logits.device.type, enabled=False):
-            gradients = list(torch.autograd.grad(logits, wanted, gradient.to(logits.dtype)[None]))
+            gradients = list(torch.autograd.grad(logits, inputs, gradient.to(logits.dtype)[None]))
         if leaf.requires_grad:
             self.row_gradients.append(gradients.pop(0))
-        for parameter, chunk in zip(parameters, gradients, strict=True):
-            if parameter in self.gradients:
-                self.gradients[parameter] += chunk
+        for parameter, chunk_gradient in zip(parameters, gradients, strict=True):
+            if parameter in self.parameter_gradients:
+                self.parameter_gradients[parameter] += chunk_gradient
             else:  # summed in float32 and rounded to 16 bits once, after the last chunk
-                self.gradients[parameter] = chunk.to(at_least_float32(chunk.dtype))
+                self.parameter_gradients[parameter] = chunk_gradient.to(
+                    at_least_float32(chunk_gradient.dtype)
+                )
 
-    def differentiable(self, rows: Tensor) -> Tensor:
-        """The total as a differentiable function of all rows [n, h] and the head's parameters."""
+    def differentiable_total(self, rows: Tensor) -> Tensor:
+        """The summed loss as a differentiable function of all n rows [n, h] and of the head's
+        parameters."""
         gradients = {rows: torch.cat(self.row_gradients)} if self.row_gradients else {}
         gradients |= {
             parameter: gradient.to(parameter.dtype)
-            for parameter, gradient in self.gradients.items()
+            for parameter, gradient in self.parameter_gradients.items()
         }
         if not gradients:
             return self.total
         return _PrecomputedGradients.apply(self.total, list(gradients.values()), *gradients)  # pyright: ignore[reportReturnType]
 
     def label_losses(self, rows: Tensor) -> Tensor:
-        """The loss of each label [n] as a differentiable function of the rows [n, h]. Raises
-        `NotImplementedError` if the head has parameters that train."""
-        if self.gradients:
+        """The loss of each of n labels, [n], as a differentiable function of the rows [n, h].
+        Raises `NotImplementedError` if the head has parameters that train."""
+        if self.parameter_gradients:
             problem = (
                 "the losses of each label of a head that trains, whose gradient is known of"
                 " their sum"
@@ -96,7 +105,7 @@ class ChunkedCrossEntropy:
 
 
 class _PrecomputedRowGradients(torch.autograd.Function):
-    """Losses [n] of rows [n, h], with the gradient of each loss in its row."""
+    """Losses [n] of rows [n, h], with a precomputed gradient of each loss in its row."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
@@ -104,10 +113,14 @@ class _PrecomputedRowGradients(torch.autograd.Function):
         return losses.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, output_gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         _refuse_second_derivative()
         (gradients,) = ctx.saved_tensors
-        return None, None, gradients * upstream.to(gradients.device, gradients.dtype)[:, None]
+        return (
+            None,
+            None,
+            gradients * output_gradient.to(gradients.device, gradients.dtype)[:, None],
+        )
 
 
 def _refuse_second_derivative() -> None:
@@ -119,7 +132,7 @@ def _refuse_second_derivative() -> None:
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """A scalar total, with its gradient in each input."""
+    """A scalar, with a precomputed gradient in each input."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -127,42 +140,45 @@ class _PrecomputedGradients(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
+    def backward(ctx: Any, output_gradient: Tensor) -> Any:
         _refuse_second_derivative()
-        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        gradients = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
         return (
             None,
             None,
             *(
-                gradient * upstream.to(gradient.device) if needed else None
-                for gradient, needed in pairs
+                gradient * output_gradient.to(gradient.device) if is_needed else None
+                for gradient, is_needed in gradients
             ),
         )
 
 
-def _softmax_into(logits: Tensor, answers: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill ``out`` with the softmax of logits [c, v]. Returns (p, log p) of the answers, [c, 1]."""
+def _softmax_into(logits: Tensor, labels: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill ``out`` with the softmax of logits [c, v]. Returns (p, log p) of the labels, [c, 1]
+    each."""
     if not logits.is_cpu:  # a test for small probabilities would wait for the device
         torch.sub(logits, logits.logsumexp(dim=-1, keepdim=True), out=out)
-        log_p = out.gather(1, answers)
+        log_p = out.gather(1, labels)
         out.exp_()
         return log_p.exp(), log_p
     torch.softmax(logits, dim=-1, out=out)
-    p = out.gather(1, answers)
+    p = out.gather(1, labels)
     log_p = p.log()
-    unlikely = (p < TINY).squeeze(1)
-    if unlikely.any():  # the logarithm of such a probability is not exact
-        log_p[unlikely] = torch.log_softmax(logits[unlikely], dim=-1).gather(1, answers[unlikely])
+    is_unlikely = (p < MIN_EXACT_P).squeeze(1)
+    if is_unlikely.any():  # the logarithm of a probability below MIN_EXACT_P is not exact
+        log_p[is_unlikely] = torch.log_softmax(logits[is_unlikely], dim=-1).gather(
+            1, labels[is_unlikely]
+        )
     return p, log_p
 
 
-def leaf_of(rows: Tensor) -> Tensor:
-    """Rows as a leaf of a new graph, which requires a gradient if the rows do."""
+def make_leaf(rows: Tensor) -> Tensor:
+    """The rows as a leaf of a new autograd graph. It requires a gradient if the rows do."""
     return rows.detach().requires_grad_(rows.requires_grad)
 
 
-def _leaves(output: Tensor) -> list[Tensor]:
-    """The leaf tensors of an output's graph."""
+def _leaf_tensors(output: Tensor) -> list[Tensor]:
+    """The leaf tensors of the autograd graph of ``output``."""
     leaves, visited, pending = [], set(), [output.grad_fn]
     while pending:
         node: Any = pending.pop()
@@ -171,5 +187,5 @@ def _leaves(output: Tensor) -> list[Tensor]:
         visited.add(node)
         if hasattr(node, "variable"):  # the graph ends in a leaf
             leaves.append(node.variable)
-        pending += [below for below, _ in node.next_functions]
+        pending += [next_node for next_node, _ in node.next_functions]
     return leaves

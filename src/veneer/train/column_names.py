@@ -1,7 +1,8 @@
-"""Usual column names of public data sets, for the advice in errors. Data is never read by a guess.
+"""Usual column names of public data sets, for the advice in error messages. They are never used to
+choose the columns that are read.
 
-advice(["instruction", "input"], first_row)     what to do, with the flags that name the columns
-likely("label", ["sentence", "intent"])         the likely column of a field, or None
+advise_columns(["instruction", "input"], first_row, …)      what to do, with the flags to use
+find_likely_column("label", ["sentence", "intent"])         the likely column of a field, or None
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 from veneer.errors import listing
 
-#: usual column names of a field, the most usual first
-NAMES = {
+#: by field, its usual column names, the most usual first
+USUAL_NAMES = {
     "messages": (
         "messages",
         "conversations",
@@ -55,45 +56,51 @@ NAMES = {
     "anchor": ("anchor", "query", "question", "sentence1", "premise"),
     "positive": ("positive", "pos", "answer", "passage", "document", "sentence2", "hypothesis"),
 }
-#: data sets with an optional context column that belongs to the prompt: (name, prompt, context,
-#: completion)
-FORMS = (
+#: data sets with an optional context column that belongs to the prompt: (name of the data set,
+#: prompt column, context column, completion column)
+PROMPT_DATA_SETS = (
     ("alpaca", "instruction", "input", "output"),
     ("dolly", "instruction", "context", "response"),
 )
 
 
-def likely(field: str, names: Sequence[str]) -> str | None:
-    """The column whose name is usual for a field, or close to the field's name; else None."""
-    lower = {name.lower(): name for name in reversed(names)}
-    for usual in NAMES.get(field, (field,)):
-        if usual in lower:
-            return lower[usual]
-    near = difflib.get_close_matches(field, lower, 1, 0.75)
-    return lower[near[0]] if near else None
+def find_likely_column(field: str, names: Sequence[str]) -> str | None:
+    """The column whose name is usual for a field, or similar to the field's name; else None."""
+    by_lower_name = {name.lower(): name for name in reversed(names)}
+    for usual in USUAL_NAMES.get(field, (field,)):
+        if usual in by_lower_name:
+            return by_lower_name[usual]
+    close_names = difflib.get_close_matches(field, by_lower_name, 1, 0.75)
+    return by_lower_name[close_names[0]] if close_names else None
 
 
-def advice(
-    names: Sequence[str], first: Mapping[str, Any], prompt: str | None, completion: str | None
+def advise_columns(
+    names: Sequence[str], first_row: Mapping[str, Any], prompt: str | None, completion: str | None
 ) -> str:
-    """What to do about columns that fit no shape of sft. ``first``: the first row. ``prompt``,
-    ``completion``: the columns that the user has already named."""
-    chats = [name for name in names if _is_chat(first.get(name))]
-    if prompt is None and completion is None and (chats or likely("messages", names)):
-        chat = chats[0] if chats else likely("messages", names)
+    """Advice for a data set whose columns fit no shape of rows of the task sft.
+
+    Args:
+        first_row: the first row of the data.
+        prompt, completion: the columns that the user has already named, if any.
+    """
+    chats = [name for name in names if _is_chat(first_row.get(name))]
+    if prompt is None and completion is None and (chats or find_likely_column("messages", names)):
+        chat = chats[0] if chats else find_likely_column("messages", names)
         return f"name the column of the chats: --messages-column {chat}."
-    for form, prompt_column, context, completion_column in FORMS:
+    for data_set, prompt_column, context, completion_column in PROMPT_DATA_SETS:
         if prompt is None and completion is None and {prompt_column, completion_column} <= {*names}:
             flags = f"--prompt-column {prompt_column} --completion-column {completion_column}"
             if context not in names:
-                return f"name these columns of {form}: {flags}."
+                return f"name these columns of {data_set}: {flags}."
             return (
-                f"these are the columns of {form}, whose `{context}` belongs to the prompt where it"
-                f" holds something: write both into one column `prompt`, and `{completion_column}`"
-                f" into `completion`; {flags} would leave `{context}` out."
+                f"these are the columns of {data_set}, whose `{context}` belongs to the prompt"
+                " where it holds something: write both into one column `prompt`, and"
+                f" `{completion_column}` into `completion`; {flags} would leave `{context}` out."
             )
-    prompt_column = prompt or likely("prompt", [name for name in names if name != completion])
-    completion_column = completion or likely(
+    prompt_column = prompt or find_likely_column(
+        "prompt", [name for name in names if name != completion]
+    )
+    completion_column = completion or find_likely_column(
         "completion", [name for name in names if name not in (prompt_column, prompt)]
     )
     if prompt_column is not None and completion_column is not None:
@@ -134,9 +141,10 @@ def advice(
 
 
 def _is_chat(value: Any) -> bool:
-    turns = (
+    """Whether a value is a list of chat messages."""
+    is_list_of_objects = (
         isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
     )
-    return turns and all(
+    return is_list_of_objects and all(
         {"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys() for turn in value
     )

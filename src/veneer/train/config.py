@@ -29,7 +29,7 @@ from veneer.errors import ConfigError, nearest
 #: torch's name of a dtype -> its short name in the settings
 _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
-# Fields that may change when a run is resumed: they do not affect the computed numbers.
+# Fields that may change when a run is resumed, because they do not affect the computed numbers.
 FREE_ON_RESUME = frozenset(
     {
         "resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output",
@@ -37,7 +37,7 @@ FREE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
-# Fields that the files of an adapter define, if `adapter` names one to train further.
+# Fields that the adapter's files define if `adapter` names an adapter to train further.
 ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant",
     "adapter_dtype", "add_tokens", "trainable_tokens", "invocation",
@@ -46,8 +46,8 @@ ADAPTER_FIELDS = (
 INVOKED_TASKS = ("sft", "dpo", "orpo", "kto", "grpo")
 
 
-def _panel(title: str) -> Any:
-    """A function that defines fields which `veneer train --help` shows under a title."""
+def _field_factory(title: str) -> Any:
+    """A function that defines a field, which `veneer train --help` shows under ``title``."""
 
     def field(default: Any, help: str, **limits: Any) -> Any:
         return Field(default, description=help, json_schema_extra={"panel": title}, **limits)
@@ -56,7 +56,7 @@ def _panel(title: str) -> Any:
 
 
 _data, _task, _adapter, _optimiser, _run = map(
-    _panel, ("Base and data", "Task", "Adapter", "Optimiser", "Run")
+    _field_factory, ("Base and data", "Task", "Adapter", "Optimiser", "Run")
 )
 
 
@@ -71,8 +71,8 @@ class TrainConfig(BaseModel):
     Defaults and their sources: rank 16 on all linear layers and a learning rate ten times that of
     full fine-tuning (2e-4 against the usual 2e-5) follow "LoRA Without Regret" (Schulman and
     Thinking Machines, 2025), which finds the factor of ten independent of rank and model size,
-    attention-only adapters worse at equal parameters, and small batches better than large ones. A
-    short warm-up and no weight decay: B starts at zero and the update is small anyway.
+    attention-only adapters worse at equal parameters, and small batches better than large ones. The
+    warm-up is short and weights do not decay, since B starts at zero and the update is small.
     """
 
     model_config = ConfigDict(
@@ -276,13 +276,13 @@ class TrainConfig(BaseModel):
     @field_validator("precision", "adapter_dtype", mode="before")
     @classmethod
     def _shorten_dtype(cls, value: Any) -> Any:
-        """torch's name of a dtype, or a ``torch.dtype``, as the short name."""
+        """Replace torch's name of a dtype, or a ``torch.dtype``, by the short name."""
         return _SHORT_DTYPES.get(str(value).removeprefix("torch."), value)
 
     @field_validator("columns", mode="before")
     @classmethod
     def _parse_columns(cls, value: Any) -> Any:
-        """Parse the flag's form, `part=column` pairs with commas between."""
+        """Parse the text of the flag: pairs `field=column`, separated by commas."""
         if not isinstance(value, str):
             return value
         pairs = [pair.strip().partition("=") for pair in value.split(",") if pair.strip()]
@@ -307,8 +307,8 @@ class TrainConfig(BaseModel):
     )
     @classmethod
     def _split_list(cls, value: Any, info: ValidationInfo) -> Any:
-        """Split a comma-separated text, the flags' form of a list. A single value becomes a list of
-        one element, except for `targets`."""
+        """Split a comma-separated text, which is how a flag gives a list. A single value becomes a
+        list of one element, except for `targets`."""
         if info.field_name == "resume":
             return None if value == "auto" else value
         if isinstance(value, str) and "," in value and not value.startswith("re:"):
@@ -333,7 +333,7 @@ class TrainConfig(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _agree(self) -> TrainConfig:
+    def _check_agreement(self) -> TrainConfig:
         if self.task == "sft" and self.columns:
             raise ValueError(
                 "columns is for the other tasks; name the columns of sft with prompt_column and its"
@@ -398,18 +398,18 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """The default values of the optional fields, as in `content`."""
+        """The default values of the optional fields, by field."""
         return {
             name: info.default for name, info in cls.model_fields.items() if not info.is_required()
         }
 
 
 def load_config(path: Path | None = None, **changes: Any) -> TrainConfig:
-    """The configuration in the YAML file at `path`, overridden by the `changes` that are not None.
+    """Read a configuration: the YAML file at `path`, overridden by the `changes` that are not None.
 
     Raises:
         ConfigError: the file cannot be read or parsed, or has unknown fields or wrong values, which
-            are reported all at once.
+            are all reported at once.
     """
     overrides = {name: value for name, value in changes.items() if value is not None}
     if path is None:
@@ -422,7 +422,7 @@ def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainC
     try:
         return TrainConfig(**fields)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_describe_problem(problem) for problem in error.errors()]
     raise ConfigError(
         f"{source} is not a valid training configuration:\n"
         + "\n".join(f"  - {line}" for line in lines)
@@ -434,9 +434,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        near = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+        suggestion = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise ConfigError(
-            f"The configuration {path} does not exist{near}.\nDo: check the path."
+            f"The configuration {path} does not exist{suggestion}.\nDo: check the path."
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -457,7 +457,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}, which is nested too deep", "lines such as `rank: 16`", "fix it"
         ) from error
-    except ValueError as error:  # a number of thousands of digits, or an invalid date
+    except ValueError as error:  # such as an invalid date or a huge number
         raise ConfigError(
             f"{path}, with a value that cannot be read ({error})"[:300],
             "lines such as `rank: 16`",
@@ -476,18 +476,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _explain(problem: Any) -> str:
-    """One line for a validation error of pydantic."""
+def _describe_problem(problem: Any) -> str:
+    """One line of text for a validation error of pydantic."""
     name = ".".join(str(key) for key in problem["loc"][:1])
-    kind, rejected = problem["type"], problem["input"]
-    if kind == "extra_forbidden":
+    error_type, rejected = problem["type"], problem["input"]
+    if error_type == "extra_forbidden":
         if name == "sweep":
             return "sweep is a section for `veneer sweep`"
-        near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1, cutoff=0.4)
+        close_names = difflib.get_close_matches(name, TrainConfig.model_fields, n=1, cutoff=0.4)
         return f"unknown field {name!r}" + (
-            f"; did you mean {near[0]!r}?" if near else "; see `veneer train --help`"
+            f"; did you mean {close_names[0]!r}?" if close_names else "; see `veneer train --help`"
         )
-    if kind == "missing":
+    if error_type == "missing":
         description = TrainConfig.model_fields[name].description
         return f"{name} is missing: {description} (add `{name}: …` or --{name.replace('_', '-')})"
     message = problem["msg"].removeprefix("Value error, ")

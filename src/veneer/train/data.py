@@ -3,11 +3,11 @@
     source (jsonl json csv tsv parquet txt | hub id)
         -> rows of one shape (chat | prompt + completion | text)
 
-Every row is checked before any model is loaded, and each error names the line. `row_shape` decides
-which columns are used and checks their values.
+Every row is checked before any model is loaded, and each error names the line of the row.
+`row_shape` decides which columns are used and checks their values.
 
-Each format of a file is read by the plainest reader there is (`json`, `csv`, `pyarrow.parquet`): a
-reader that guesses types would turn the completion `42` into a number. A `.txt` file holds one
+Each file format is read by the simplest reader there is (`json`, `csv`, `pyarrow.parquet`), because
+a reader that guesses types would turn the completion `42` into a number. A `.txt` file holds one
 example a line; empty lines are skipped.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 from veneer.errors import DataError, nearest
 from veneer.models.messages import first_line, quiet
-from veneer.train.column_names import likely
+from veneer.train.column_names import find_likely_column
 from veneer.train.row_shape import (
     TOOLS,
     Columns,
@@ -43,12 +43,17 @@ log = logging.getLogger("veneer.data")
 
 @dataclass(frozen=True)
 class Records:
-    """Raw rows of one shape. `kind` is "messages" (each row {"messages": [{"role", "content"},
-    ...]}), "prompt" (each row {"prompt", "completion"}, both strings or both message lists), "text"
-    (each row {"text"}), or "columns" (each row has the fields of a task other than sft). A row with
-    a chat may also hold "tools". `locations[i]` locates row i in the source ("line 12"), `sha256`
-    is the hash of the source's bytes (for a hub data set, of the rows), and `unused` lists the
-    columns of the first row that the task does not read."""
+    """The rows of a data set, all of one shape.
+
+    Fields:
+        kind: the shape of the rows: "messages" ({"messages": [{"role", "content"}, ...]}), "prompt"
+            ({"prompt", "completion"}, both texts or both message lists), "text" ({"text"}), or
+            "columns" (the fields of a task other than sft). A row with a chat may also hold
+            "tools".
+        locations: by row, its location in the source, such as "line 12".
+        sha256: the hash of the source's bytes; for a hub data set, the hash of its rows.
+        unused: the columns of the first row that the task does not read.
+    """
 
     kind: Kind
     rows: list[dict[str, Any]]
@@ -70,37 +75,37 @@ class Records:
 
 def read(source: str | Path, columns: Columns | None = None, *, split: str = "train") -> Records:
     """Read and check every row of `source`: a file (see `READERS`) or the id of a data set on the
-    hub. Raises `DataError` for a missing, unreadable or empty source, for a line that is not JSON
-    (with its number), for missing columns (with the present names and the nearest one) and for
-    values of a wrong type."""
-    raw, digest = raw_rows(source, split)
-    return _build_records(raw, columns or Columns(), str(source), digest)
+    hub. Raises `DataError` for a missing, unreadable or empty source, for a line that is not JSON,
+    for missing columns and for values of a wrong type. The error names the line, or the columns of
+    the source and the one with the nearest name."""
+    located_rows, digest = raw_rows(source, split)
+    return _build_records(located_rows, columns or Columns(), str(source), digest)
 
 
 def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, Any]], str]:
-    """([(location, row)], sha256 of the bytes) of a source, with its columns unchanged. There is at
-    least one row, and each row is an object. Raises as `read` does, except for columns."""
+    """Read a source: ([(location, row)], sha256 of its bytes). The columns are not changed. There
+    is at least one row, and each row is an object. Raises as `read` does, except for columns."""
     if is_local(source):
-        raw, digest = read_file(Path(source).expanduser())
+        located_rows, digest = read_file(Path(source).expanduser())
     else:
-        raw, digest = _read_hub(str(source), split)
-    if not raw:
+        located_rows, digest = _read_hub(str(source), split)
+    if not located_rows:
         raise DataError(
             f"The data set {source} is empty: it holds no example.\nExpected at least one row.\nDo:"
             " check that the path is right and that the file was written completely."
         )
-    for location, row in raw:
+    for location, row in located_rows:
         if not isinstance(row, dict):
             raise DataError(
                 f"{source}, {location} is a JSON {json_type(row)}: {snippet(to_json(row))}\n"
                 'Expected an object, such as {"text": "..."}.\nDo: fix or remove that line.'
             )
-    return raw, digest
+    return located_rows, digest
 
 
 def is_local(source: str | Path) -> bool:
-    """Whether a source names a local file or folder, existing or not; otherwise it names a data set
-    on the hub."""
+    """Whether a source names a local file or folder, which need not exist. Otherwise it names a
+    data set on the hub."""
     path = Path(source).expanduser()
     return (
         path.suffix.lower() in READERS or path.exists() or str(source).startswith((".", "/", "~"))
@@ -108,62 +113,80 @@ def is_local(source: str | Path) -> bool:
 
 
 def select_fields(
-    raw: list[tuple[str, Any]],
+    located_rows: list[tuple[str, Any]],
     source: str,
     digest: str,
-    wanted: Sequence[str],
+    required: Sequence[str],
     optional: Sequence[str] = (),
-    renamed: Mapping[str, str] | None = None,
+    column_names: Mapping[str, str] | None = None,
 ) -> Records:
-    """Records of a task other than sft, by field: the `wanted` fields, and the `optional` ones that
-    the first row has. `renamed` maps a field to its column. Values stay unchanged. Raises
-    `DataError` for an unknown field or a missing column, with the nearest name, and for a row that
-    lacks a column of the first row."""
-    renamed, names = renamed or {}, list(raw[0][1])
-    if unknown := [field for field in renamed if field not in (*wanted, *optional)]:
+    """The records of a task other than sft. Each row has the `required` fields, and the `optional`
+    fields that the first row has. Values are not changed.
+
+    Args:
+        column_names: the column of a field whose name differs from the field's.
+
+    Raises:
+        DataError: `column_names` has an unknown field, a column is missing (with the nearest name),
+            or a row lacks a column of the first row.
+    """
+    column_names, names = column_names or {}, list(located_rows[0][1])
+    if unknown := [field for field in column_names if field not in (*required, *optional)]:
         problem = (
-            f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*wanted, *optional])}"
+            f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*required, *optional])}"
         )
-        raise DataError(problem, f"one of {', '.join([*wanted, *optional])}", "correct it")
-    picked = {field: renamed.get(field, field) for field in wanted}
-    picked |= {
-        field: renamed.get(field, field) for field in optional if field in renamed or field in names
+        raise DataError(problem, f"one of {', '.join([*required, *optional])}", "correct it")
+    column_by_field = {field: column_names.get(field, field) for field in required}
+    column_by_field |= {
+        field: column_names.get(field, field)
+        for field in optional
+        if field in column_names or field in names
     }
-    if lacking := [column for column in picked.values() if column not in names]:
+    if missing_columns := [column for column in column_by_field.values() if column not in names]:
         problem = (
-            f"{source} has no column {lacking[0]!r}{nearest(lacking[0], names)}; it has"
-            f" {list_names(names)}"
+            f"{source} has no column {missing_columns[0]!r}{nearest(missing_columns[0], names)};"
+            f" it has {list_names(names)}"
         )
-        free = [name for name in names if name not in picked.values()]
+        unused_names = [name for name in names if name not in column_by_field.values()]
         pairs = [
-            f"{field}={likely(field, free) or 'COLUMN'}"
-            for field, column in picked.items()
-            if column in lacking
+            f"{field}={find_likely_column(field, unused_names) or 'COLUMN'}"
+            for field, column in column_by_field.items()
+            if column in missing_columns
         ]
-        do = f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
-        raise DataError(problem, f"the columns {list_names(picked.values())}", do)
-    for location, row in raw:
-        if lacking := [column for column in picked.values() if row.get(column) is None]:
+        remedy = (
+            f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
+        )
+        raise DataError(problem, f"the columns {list_names(column_by_field.values())}", remedy)
+    for location, row in located_rows:
+        if missing_columns := [
+            column for column in column_by_field.values() if row.get(column) is None
+        ]:
             problem = (
-                f"{source}, {location} holds nothing in {lacking[0]!r}; it has {list_names(row)}"
+                f"{source}, {location} holds nothing in {missing_columns[0]!r};"
+                f" it has {list_names(row)}"
             )
-            expected = f"{lacking[0]!r} in every row, as in the first"
+            expected = f"{missing_columns[0]!r} in every row, as in the first"
             raise DataError(problem, expected, "add it, or remove that row")
-    rows = [{field: row[column] for field, column in picked.items()} for _, row in raw]
-    unused = tuple(name for name in names if name not in picked.values())
-    return Records("columns", rows, [location for location, _ in raw], source, digest, unused)
+    rows = [
+        {field: row[column] for field, column in column_by_field.items()} for _, row in located_rows
+    ]
+    unused = tuple(name for name in names if name not in column_by_field.values())
+    return Records(
+        "columns", rows, [location for location, _ in located_rows], source, digest, unused
+    )
 
 
 def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
-    """Rows and hash of a hub data set; "owner/name:config" chooses a configuration."""
+    """The rows of a hub data set and their hash. The name "owner/name:config" selects a
+    configuration of the data set."""
     from datasets import load_dataset
 
     identifier, _, config = name.partition(":")
     log.info("Asking the hub for the data set %s …", name)
     try:
         with quiet():
-            table = load_dataset(identifier, config or None, split=split)
-    # `datasets` raises some twenty unrelated types here; to the user they all mean the same
+            dataset = load_dataset(identifier, config or None, split=split)
+    # `datasets` raises about twenty unrelated error types here, which mean the same to a user
     except Exception as error:
         raise DataError(
             f"No data at {name!r}: there is no such file here, and the hub says:"
@@ -171,7 +194,7 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
             " on the Hugging Face hub.\nDo: check the path or the id; for a private data set log"
             " in with `hf auth login`."
         ) from error
-    rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
+    rows = [(f"row {number}", row) for number, row in enumerate(dataset, 1)]
     digest = hashlib.sha256(
         json.dumps([row for _, row in rows], sort_keys=True, default=str).encode()
     ).hexdigest()
@@ -179,14 +202,14 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
 
 
 def _build_records(
-    raw: list[tuple[str, Any]], columns: Columns, source: str, digest: str
+    located_rows: list[tuple[str, Any]], columns: Columns, source: str, digest: str
 ) -> Records:
-    """Detect the columns of sft from the first row, and bring every row into that shape."""
-    names = list(raw[0][1])
-    kind, picked = detect_columns(names, raw[0][1], columns, source)
+    """Find the columns of the task sft by the first row, and bring every row into that shape."""
+    names = list(located_rows[0][1])
+    kind, column_by_field = detect_columns(names, located_rows[0][1], columns, source)
     rows = []
-    for location, row in raw:
-        for column in picked.values():
+    for location, row in located_rows:
+        for column in column_by_field.values():
             if column not in row:
                 raise DataError(
                     f"{source}, {location} has no column {column!r}; it has"
@@ -195,7 +218,7 @@ def _build_records(
                 )
         checked_row = {
             field: check_text_or_chat(row[column], field, column, f"{source}, {location}")
-            for field, column in picked.items()
+            for field, column in column_by_field.items()
         }
         if kind == "prompt" and isinstance(checked_row["prompt"], str) is not isinstance(
             checked_row["completion"], str
@@ -205,37 +228,41 @@ def _build_records(
                 f" {json_type(checked_row['completion'])}.\nExpected both to be text, or both to be"
                 " lists of messages.\nDo: bring both into one form."
             )
-        chat = any(isinstance(value, list) for value in checked_row.values())
-        if chat and row.get(TOOLS) is not None:
+        has_chat = any(isinstance(value, list) for value in checked_row.values())
+        if has_chat and row.get(TOOLS) is not None:
             checked_row[TOOLS] = parse_tools(row[TOOLS], f"{source}, {location}")
         rows.append(checked_row)
-    used_columns = {*picked.values(), *(TOOLS for row in rows if TOOLS in row)}
+    used_columns = {*column_by_field.values(), *(TOOLS for row in rows if TOOLS in row)}
     unused = tuple(name for name in names if name not in used_columns)
-    return Records(kind, rows, [location for location, _ in raw], source, digest, unused)
+    return Records(kind, rows, [location for location, _ in located_rows], source, digest, unused)
 
 
-#: folder of the demo data, which `make demo` writes
-DEMO = ".demo"
+#: name of the folder of the demo data, which `make demo` writes
+DEMO_FOLDER = ".demo"
 
 
 def read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
-    """([(location, row)], sha256 of the bytes) of a data file. Raises `DataError` for a path that
-    does not exist, is a folder, has no known suffix, or cannot be read."""
+    """Read a data file: ([(location, row)], sha256 of its bytes). Raises `DataError` for a path
+    that does not exist, is a folder, has no known suffix, or cannot be read."""
     suffix, folder = path.suffix.lower(), path.parent
     if not path.exists():
-        missing = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
+        folder_note = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
         suggestion = nearest(path.name, [file.name for file in folder.glob("*")])
-        do = "run `make demo`, which writes it" if folder.name == DEMO else "check the path"
+        remedy = (
+            "run `make demo`, which writes it" if folder.name == DEMO_FOLDER else "check the path"
+        )
         raise DataError(
-            f"The data file {path} does not exist{missing}.\nExpected a readable"
-            f" file{suggestion}.\nDo: {do}."
+            f"The data file {path} does not exist{folder_note}.\nExpected a readable"
+            f" file{suggestion}.\nDo: {remedy}."
         )
     if path.is_dir():
         data_files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
-        files = (
+        file_list = (
             f": it holds {', '.join(data_files[:8])}" if data_files else " (it holds no data file)"
         )
-        raise DataError(f"{path} is a folder; expected one data file.\nDo: name the file{files}.")
+        raise DataError(
+            f"{path} is a folder; expected one data file.\nDo: name the file{file_list}."
+        )
     if suffix not in READERS:
         raise DataError(
             f"Cannot tell the format of {path} from its ending {path.suffix or '(none)'!r}.\n"
@@ -279,8 +306,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_json(text: str, location: str) -> Any:
-    """The JSON value of a text. Raises `DataError` for valid JSON that Python's parser refuses
-    (nesting too deep, integers too long), and `JSONDecodeError` for invalid JSON."""
+    """Parse a JSON text. Raises `JSONDecodeError` for invalid JSON, and `DataError` for valid JSON
+    that Python's parser refuses, with too deep nesting or too long integers."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -330,8 +357,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                         f"{path}, line {reader.line_num} has {len(row)} fields; expected"
                         f" {len(names)}"
                     )
-                    do = "quote fields that hold commas or line breaks"
-                    raise DataError(f"{problem}, as in the header.\nDo: {do}.")
+                    remedy = "quote fields that hold commas or line breaks"
+                    raise DataError(f"{problem}, as in the header.\nDo: {remedy}.")
                 yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise DataError(
@@ -354,13 +381,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _check_unique_columns(names: Sequence[str], path: Path) -> None:
-    """Refuse two columns of the same name: a row as a dict would keep only the last."""
+    """Raise `DataError` for two columns of the same name: a row as a dict would hold only the
+    last."""
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         problem = f"{path} has the column {repeated[0]!r} {names.count(repeated[0])} times"
         raise DataError(problem, "columns of different names", "rename or remove one of them")
 
 
-#: reader by the suffix of a file
+#: by the suffix of a file, its reader, which yields (location, row)
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

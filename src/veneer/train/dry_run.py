@@ -1,10 +1,10 @@
 """`veneer train --dry-run`: everything up to the first step, without writing any file.
 
 The output folder, the data, the tokens and the targets are checked as in a run. The base is on the
-meta device, with shapes and without weights. It is loaded only if it is quantised or will be, if it
-gets new tokens or the head of a task other than language, if the variant starts from data, or if an
-adapter is trained further. Not checked are the properties that need weights: whether the forward
-reaches every adapter, and whether the loss is finite.
+meta device, with shapes and without weights. It is loaded with its weights only if it is or will be
+quantised, if it gets new tokens or the head of a task other than language, if the variant starts
+from data, or if an adapter is trained further. Properties that need the weights are not checked:
+whether the forward reaches every adapter, and whether the loss is finite.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from veneer.models.load import best_device, meta_base
 from veneer.models.locate import config_of
 from veneer.models.remote_code import with_trust_of_config
 from veneer.train.adapter_setup import attach_adapter
-from veneer.train.callbacks import duration, say
+from veneer.train.callbacks import format_duration, say
 from veneer.train.config import TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.prepare import Prepared
@@ -29,10 +29,10 @@ from veneer.train.run_summary import print_summary
 from veneer.train.tasks import Task
 from veneer.variants import VARIANTS
 
-#: seconds for which matrix products are timed
-TIMED = 0.3
+#: for how many seconds matrix products are timed
+TIMED_SECONDS = 0.3
 #: maximal number of characters that are shown of each segment of the example
-SHOWN = 1000
+MAX_SHOWN = 1000
 
 
 @with_trust_of_config
@@ -44,81 +44,90 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     """
     console = console or Console(stderr=True)
     output = config.output.expanduser()
-    task, ids, prepared, resume_point, _ = prepare_run(config, output, console, Processes())
-    quantized = (
+    task, token_ids, prepared, resume_point, _ = prepare_run(config, output, console, Processes())
+    is_quantised = (
         config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
     )
-    shapes_suffice = (
-        not quantized and not ids and not VARIANTS[config.variant].needs and config.adapter is None
+    needs_only_shapes = (
+        not is_quantised
+        and not token_ids
+        and not VARIANTS[config.variant].needs
+        and config.adapter is None
     )
-    if shapes_suffice and task.generates_text():
+    if needs_only_shapes and task.generates_text():
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
         model = task.load().model
-    handle = attach_adapter(task, model, prepared, ids)
-    cached = HiddenStateCache(model) if config.cache_lower else None
-    print_summary(task, model, handle, prepared, cached, console)
-    done = 0 if resume_point is None else resume_point[1]
-    # There is no bound for grpo, whose answers may be short, nor for encoder-decoder models, of
-    # which each half reads other tokens.
-    bounded = task.name != "grpo" and not getattr(model.config, "is_encoder_decoder", False)
-    if bounded and any(prepared.train.lengths):
-        say(console, f"Time     {_time(task, model, prepared, prepared.steps - done)}")
-    _show(task, prepared, console)
+    handle = attach_adapter(task, model, prepared, token_ids)
+    hidden_state_cache = HiddenStateCache(model) if config.cache_lower else None
+    print_summary(task, model, handle, prepared, hidden_state_cache, console)
+    completed_steps = 0 if resume_point is None else resume_point[1]
+    # There is no bound for grpo, whose answers may be short, nor for encoder-decoder models, whose
+    # encoder and decoder read different tokens.
+    has_time_bound = task.name != "grpo" and not getattr(model.config, "is_encoder_decoder", False)
+    if has_time_bound and any(prepared.train.lengths):
+        say(
+            console,
+            f"Time     {_describe_time(task, model, prepared, prepared.steps - completed_steps)}",
+        )
+    _print_example(task, prepared, console)
     say(console, "Nothing was written. The same command without --dry-run starts the run.")
 
 
-def _time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
-    """A lower bound of the time of some steps: the matrix products of the base in forward and
-    backward, at this machine's current speed. It ignores that backward ends at the lowest adapted
-    block, and all other operations of a step."""
+def _describe_time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
+    """A lower bound of the time of ``steps`` steps, in words: the time of the base's matrix
+    products in forward and backward, at this machine's current speed. It leaves out all other
+    operations of a step, and assumes that backward visits every block."""
     config = task.config
     tokens = (
         sum(prepared.train.lengths) / len(prepared.train) * config.batch_size * config.grad_accum
     )
     embedding = model.get_input_embeddings()
-    tables = {id(embedding.weight)} if embedding is not None else set()
+    embedding_ids = {id(embedding.weight)} if embedding is not None else set()
     head = model.get_output_embeddings()
-    weights = sum(
+    weight_count = sum(
         parameter.numel()
         for parameter in model.parameters()
-        if parameter.dim() > 1 and id(parameter) not in tables and not parameter.requires_grad
+        if parameter.dim() > 1
+        and id(parameter) not in embedding_ids
+        and not parameter.requires_grad
     )
-    labelled = (
+    labelled_share = (
         0 if head is None else prepared.train.trained_tokens / max(sum(prepared.train.lengths), 1)
     )
-    if head is not None and id(head.weight) not in tables:
-        weights -= head.weight.numel()
-    head_weights = 0 if head is None else head.weight.numel() * labelled
+    if head is not None and id(head.weight) not in embedding_ids:
+        weight_count -= head.weight.numel()
+    head_weight_count = 0 if head is None else head.weight.numel() * labelled_share
     passes = 3 if config.activation_checkpointing else 2
-    operations = 2 * tokens * (passes * weights + 2 * head_weights)
+    operations = 2 * tokens * (passes * weight_count + 2 * head_weight_count)
     device = config.device or best_device()
-    speed = _speed(device, model.dtype, round(min(tokens, 1024)) or 1)
-    least = duration(steps * operations / speed)
-    return f"at least {least} (the base's products at the {speed / 1e9:,.0f} GFLOP/s of now)"
+    speed = _measure_speed(device, model.dtype, round(min(tokens, 1024)) or 1)
+    least_time = format_duration(steps * operations / speed)
+    return f"at least {least_time} (the base's products at the {speed / 1e9:,.0f} GFLOP/s of now)"
 
 
-def _speed(device: str, dtype: torch.dtype, tokens: int) -> float:
-    """Operations per second of a product [tokens, 1024] · [1024, 1024] on this device."""
+def _measure_speed(device: str, dtype: torch.dtype, tokens: int) -> float:
+    """Measure the operations per second of a matrix product [tokens, 1024] · [1024, 1024]."""
     x, weight = (torch.randn(size, 1024, device=device, dtype=dtype) for size in (tokens, 1024))
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     torch.mm(x, weight)
-    wait()
+    synchronize()
     start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < TIMED:
+    while time.perf_counter() - start < TIMED_SECONDS:
         torch.mm(x, weight)
-        wait()
+        synchronize()
         count += 1
     return count * 2 * tokens * 1024**2 / (time.perf_counter() - start)
 
 
-def _show(task: Task, prepared: Prepared, console: Console) -> None:
-    """Print the first example by segments, each of which is either only read or learnt."""
+def _print_example(task: Task, prepared: Prepared, console: Console) -> None:
+    """Print the segments of the first example, and whether the model learns each or only reads
+    it."""
     segments = task.segments(prepared.train[0])
     width = max(len(segment.name) for segment in segments)
-    say(console, f"Example  row {prepared.train.index[0] + 1} of the data:")
-    for learnt, name, text in segments:
-        head = f"{'learnt' if learnt else 'read':<6}" + (f" {name:<{width}}" if width else "")
-        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
-        for line in shown.split("\n"):
-            say(console, f"  {head} │ {line}")
+    say(console, f"Example  row {prepared.train.record_indices[0] + 1} of the data:")
+    for is_trained, name, text in segments:
+        label = f"{'learnt' if is_trained else 'read':<6}" + (f" {name:<{width}}" if width else "")
+        shown_text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} …"
+        for line in shown_text.split("\n"):
+            say(console, f"  {label} │ {line}")

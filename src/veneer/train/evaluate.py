@@ -16,14 +16,20 @@ from veneer.train.data import TOOLS, Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
-from veneer.train.tasks._base import RECORDED, extract_settings, token_batch
+from veneer.train.tasks._base import RECORDED_FIELDS, extract_settings, token_batch
 from veneer.train.tokens import Examples
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss`: mean negative log-likelihood in nats over `tokens` tokens with a label; `accuracy`:
-    share of these tokens that are the most likely token."""
+    """The result of an evaluation.
+
+    Fields:
+        loss: mean negative log-likelihood in nats of the tokens with a label.
+        accuracy: share of these tokens that are the most likely token.
+        tokens: number of tokens with a label.
+        examples: number of examples.
+    """
 
     loss: float
     accuracy: float
@@ -37,76 +43,90 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluation:
-    """Evaluate a causal language model. Its training mode is restored."""
-    order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
-    total, items, correct, training = 0.0, 0, 0, model.training
+    """Evaluate a causal language model on examples. Restores the model's training mode."""
+    row_order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
+    total_loss, token_count, correct_count, training = 0.0, 0, 0, model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            result = token_loss(model, collate(examples, rows, model.device), accuracy=True)
-            total += float(result.total)
-            items += int(result.items)
-            correct += int(result.correct)
+        for start in range(0, len(row_order), batch_size):
+            row_indices = row_order[start : start + batch_size]
+            result = token_loss(model, collate(examples, row_indices, model.device), accuracy=True)
+            total_loss += float(result.total)
+            token_count += int(result.items)
+            correct_count += int(result.correct)
     finally:
         model.train(training)
-    return Evaluation(total / max(items, 1), correct / max(items, 1), items, len(examples))
+    return Evaluation(
+        total_loss / max(token_count, 1),
+        correct_count / max(token_count, 1),
+        token_count,
+        len(examples),
+    )
 
 
 @torch.no_grad()
 def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) -> dict[str, float]:
     """The loss and the measures of a task other than sft, as means over the items of all rows, and
-    the number of items."""
-    order = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
-    total, items, sums, training = 0.0, 0, dict[str, float](), model.training
+    the number of "items"."""
+    row_order = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
+    total_loss, items, sums, training = 0.0, 0, dict[str, float](), model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            batch = task.collate([rows[i] for i in order[start : start + batch_size]])
-            loss = task.loss(model, to(model.device, batch))
-            total, items = total + float(loss.total), items + loss.items
+        for start in range(0, len(row_order), batch_size):
+            batch = task.collate([rows[i] for i in row_order[start : start + batch_size]])
+            loss = task.loss(model, move_batch(model.device, batch))
+            total_loss, items = total_loss + float(loss.total), items + loss.items
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in loss.sums.items()}
     finally:
         model.train(training)
-    means = {name: value / max(items, 1) for name, value in {"loss": total, **sums}.items()}
+    means = {name: value / max(items, 1) for name, value in {"loss": total_loss, **sums}.items()}
     return {**means, "items": items}
 
 
-def task_of(
-    record: Mapping[str, Any], base: str, data: str, loading: Mapping[str, Any], **fields: Any
+def task_from_record(
+    record: Mapping[str, Any], base: str, data: str, load_options: Mapping[str, Any], **fields: Any
 ) -> Task:
-    """The task in an adapter's metadata (`Task.record`; {"name": …} for a task without one), on
-    other data. ``loading``: arguments of `load_base`; ``fields``: fields of `TrainConfig` that
-    override the record's, unless they are None. Raises `ConfigError`."""
-    config = {name: value for name, value in record.items() if name in RECORDED}
-    config |= {name: value for name, value in fields.items() if value is not None}
+    """The task in an adapter's metadata (`Task.record`; {"name": …} for an adapter without a
+    record), with other data. Raises `ConfigError`.
+
+    Args:
+        load_options: arguments of `load_base`.
+        fields: fields of `TrainConfig` that override the record's, unless they are None.
+    """
+    config_fields = {name: value for name, value in record.items() if name in RECORDED_FIELDS}
+    config_fields |= {name: value for name, value in fields.items() if value is not None}
     name = record.get("name", "sft")
-    config |= {"task": name, "base": base, "data": data, "output": "."}
-    task_config = make_config(config, "what the adapter says of its task")
-    return TASKS[name](task_config, extract_settings(record), loading)
+    config_fields |= {"task": name, "base": base, "data": data, "output": "."}
+    task_config = make_config(config_fields, "what the adapter says of its task")
+    return TASKS[name](task_config, extract_settings(record), load_options)
 
 
-def to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
+def move_batch(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Move the tensors of a batch to a device."""
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
 
 
-def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels [b, s] of the examples at `rows`, padded on the
+def collate(
+    examples: Examples, row_indices: list[int], device: Any = "cpu"
+) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels [b, s] of the examples at `row_indices`, padded on the
     right."""
-    ids, labels = [examples.input_ids[i] for i in rows], [examples.labels[i] for i in rows]
-    return to(device, token_batch(ids, labels, 0))
+    ids, labels = (
+        [examples.input_ids[i] for i in row_indices],
+        [examples.labels[i] for i in row_indices],
+    )
+    return move_batch(device, token_batch(ids, labels, 0))
 
 
-def exact(
+def exact_match_rate(
     model: Any, tokenizer: Any, rows: Records, *, max_new_tokens: int = 64, batch_size: int = 16
 ) -> float:
-    """Share of prompt/completion rows whose greedy continuation equals the completion, except for
-    surrounding whitespace. Raises `DataError` for rows with tools or tool calls, because answers
-    are compared as text."""
+    """The share of the prompt/completion rows whose greedy continuation equals the completion,
+    except for surrounding whitespace. Raises `DataError` for rows with tools or tool calls, because
+    answers are compared as text."""
     for row, location in zip(rows.rows, rows.locations, strict=True):
         answer = row["completion"]
         if row.get(TOOLS) or (
@@ -124,7 +144,11 @@ def exact(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     completions = [row["completion"] for row in rows.rows]
-    wanted = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    expected_answers = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
     return sum(
-        answer.strip() == want.strip() for answer, want in zip(answers, wanted, strict=True)
+        answer.strip() == expected.strip()
+        for answer, expected in zip(answers, expected_answers, strict=True)
     ) / max(len(rows), 1)

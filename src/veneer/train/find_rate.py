@@ -1,11 +1,11 @@
 """`veneer train --find-rate`: a learning rate for a run, from a short range test on its data.
 
-    rate_k = low · (high / low)^(k / steps)        one step each, with the run's optimiser
+    rate_k = low · (high / low)^(k / steps)        for step k, with the run's optimiser
 
-The loss first falls, faster as the rate grows, and rises when the rate is too high. The suggested
-rate is a tenth of the rate at the lowest smoothed loss, where steps begin to be too long. The test
-is from Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186. It
-writes no files and discards the trained adapter.
+The loss falls at first, faster as the rate grows, and rises once the rate is too high. The
+suggested rate is a tenth of the rate at the lowest smoothed loss, where steps begin to be too long.
+The test is from Smith 2017, "Cyclical Learning Rates for Training Neural Networks",
+arXiv:1506.01186. It writes no files and discards the trained adapter.
 """
 
 from __future__ import annotations
@@ -26,27 +26,34 @@ from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
-from veneer.train.make_trainer import trainer_of
+from veneer.train.make_trainer import make_trainer
 from veneer.train.run import load_model, prepare_data
 from veneer.train.tasks import TASKS
 
-LOW, HIGH, STEPS = 1e-6, 1.0, 80
-#: the sweep ends at this multiple of the lowest smoothed loss, after a third of the rates
-WORSE = 1.5
+#: the first and the last learning rate of the test, and its number of steps
+LOWEST_RATE, HIGHEST_RATE, STEPS = 1e-6, 1.0, 80
+#: the test ends when the smoothed loss reaches this multiple of its lowest value, but not before a
+#: third of the steps
+STOP_FACTOR = 1.5
 #: decay of the running mean of the losses
 DECAY = 0.8
 
 
 @dataclass(frozen=True)
 class RateSweep:
-    """``rates``, and the ``losses`` (sft: nats per token) before each rate was applied;
-    ``smoothed_losses``: their bias-corrected running mean."""
+    """The result of a range test.
+
+    Fields:
+        rates: the learning rate of each step.
+        losses: the loss of each step, before its rate was applied (sft: nats per token).
+    """
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
 
     @property
     def smoothed_losses(self) -> tuple[float, ...]:
+        """The bias-corrected running mean of the losses."""
         means, mean = [], 0.0
         for count, loss in enumerate(self.losses, 1):
             mean = DECAY * mean + (1 - DECAY) * loss
@@ -55,37 +62,38 @@ class RateSweep:
 
     @property
     def suggested_rate(self) -> float:
-        """A learning rate, rounded to one digit. Raises ``TrainingError`` if the loss never
-        falls."""
-        smoothed = self.smoothed_losses
-        best = min(range(len(smoothed)), key=smoothed.__getitem__)
-        if best == 0 or smoothed[best] > 0.995 * smoothed[0]:
+        """The suggested learning rate, rounded to one digit. Raises ``TrainingError`` if the loss
+        never falls."""
+        smoothed_losses = self.smoothed_losses
+        best_index = min(range(len(smoothed_losses)), key=smoothed_losses.__getitem__)
+        if best_index == 0 or smoothed_losses[best_index] > 0.995 * smoothed_losses[0]:
             problem = (
                 f"a loss that no rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} brings down"
             )
-            do = "look at the data (--dry-run shows an example), or start with the default rate"
-            raise TrainingError(problem, "one that falls somewhere", do)
-        rate = self.rates[best] / 10
-        digit = 10.0 ** math.floor(math.log10(rate))
-        return float(f"{round(rate / digit) * digit:.0e}")
+            remedy = "look at the data (--dry-run shows an example), or start with the default rate"
+            raise TrainingError(problem, "one that falls somewhere", remedy)
+        rate = self.rates[best_index] / 10
+        power_of_ten = 10.0 ** math.floor(math.log10(rate))
+        return float(f"{round(rate / power_of_ten) * power_of_ten:.0e}")
 
     def lines(self, count: int = 16) -> list[str]:
         """A printable table of about `count` rates with their smoothed losses, as bars."""
-        smoothed = self.smoothed_losses
-        low, high = min(smoothed), max(smoothed[0], min(smoothed))
-        shown = sorted({round(k * (len(smoothed) - 1) / (count - 1)) for k in range(count)})
+        smoothed_losses = self.smoothed_losses
+        low, high = min(smoothed_losses), max(smoothed_losses[0], min(smoothed_losses))
+        shown_indices = sorted(
+            {round(k * (len(smoothed_losses) - 1) / (count - 1)) for k in range(count)}
+        )
         lines = ["     rate     loss"]
-        for k in shown:
-            share = min(max((smoothed[k] - low) / ((high - low) or 1.0), 0.0), 1.2)
-            lines.append(
-                f"{self.rates[k]:9.1e} {smoothed[k]:8.4f}  {'█' * (1 + round(28 * share))}"
-            )
+        for k in shown_indices:
+            bar_share = min(max((smoothed_losses[k] - low) / ((high - low) or 1.0), 0.0), 1.2)
+            bar = "█" * (1 + round(28 * bar_share))
+            lines.append(f"{self.rates[k]:9.1e} {smoothed_losses[k]:8.4f}  {bar}")
         return lines
 
 
-class _Sweep(TrainerCallback):
-    """Set the rate of each step and record its loss; stop when the loss is far above its lowest
-    value."""
+class _SweepCallback(TrainerCallback):
+    """Sets the rate of each step and records its loss. Stops the run when the smoothed loss is far
+    above its lowest value."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -94,7 +102,7 @@ class _Sweep(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
-        rate = LOW * (HIGH / LOW) ** (state.global_step / (STEPS - 1))
+        rate = LOWEST_RATE * (HIGHEST_RATE / LOWEST_RATE) ** (state.global_step / (STEPS - 1))
         self.rates.append(rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -109,8 +117,10 @@ class _Sweep(TrainerCallback):
             control.should_training_stop = True
             return
         self.losses.append(loss)
-        smoothed = self.result.smoothed_losses
-        if len(smoothed) > STEPS // 3 and smoothed[-1] > WORSE * min(smoothed):
+        smoothed_losses = self.result.smoothed_losses
+        if len(smoothed_losses) > STEPS // 3 and smoothed_losses[-1] > STOP_FACTOR * min(
+            smoothed_losses
+        ):
             control.should_training_stop = True
 
     @property
@@ -120,20 +130,20 @@ class _Sweep(TrainerCallback):
 
 @with_trust_of_config
 def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSweep:
-    """Sweep the rates on the data of ``config``, one step each. Ignores the output folder.
+    """Train on the data of ``config`` with one step for each rate. Ignores the output folder.
 
     Raises: as ``fit`` does before its first step; ``ConfigError``: the task is grpo, whose loss
     does not measure progress; ``TrainingError``: the first loss is not finite.
     """
     if config.task == "grpo":
-        problem, do = (
+        problem, remedy = (
             "task grpo, whose loss is zero at every rate",
             "try a few rates, and watch reward in log.jsonl",
         )
-        raise ConfigError(problem, "a task whose loss falls as it learns", do)
+        raise ConfigError(problem, "a task whose loss falls as it learns", remedy)
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
-    ids, prepared = prepare_data(task)
+    token_ids, prepared = prepare_data(task)
     with tempfile.TemporaryDirectory() as folder:
         arguments = arguments_of(config, Path(folder), prepared)
         arguments.max_steps, arguments.warmup_steps = STEPS, 0
@@ -144,16 +154,16 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         )
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
-        base, handle, cached = load_model(task, task.load, prepared, ids, None)
-        sweep = _Sweep()
-        trainer = trainer_of(
+        base, handle, hidden_state_cache = load_model(task, task.load, prepared, token_ids, None)
+        callback = _SweepCallback()
+        trainer = make_trainer(
             task,
             base.model,
-            cached,
+            hidden_state_cache,
             args=arguments,
             train_dataset=prepared.train_set,
             processing_class=base.tokenizer,
-            callbacks=[sweep],
+            callbacks=[callback],
             adapter=handle,
             base_name=config.base,
         )
@@ -161,14 +171,14 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         say(
             console,
             f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates"
-            f" {LOW:g} to {HIGH:g}",
+            f" {LOWEST_RATE:g} to {HIGHEST_RATE:g}",
         )
-        with as_reference(base.model, task.further, task.needs_reference()):
+        with as_reference(base.model, task.initial_adapter, task.needs_reference()):
             trainer.train()
-    if not sweep.losses:
-        problem, do = (
+    if not callback.losses:
+        problem, remedy = (
             "a loss that is not a number at the first step",
             "train in fp32 (--precision fp32)",
         )
-        raise TrainingError(problem, "a finite number", do)
-    return sweep.result
+        raise TrainingError(problem, "a finite number", remedy)
+    return callback.result

@@ -1,9 +1,10 @@
-"""An adapter that a run trains further (`adapter` of the configuration), such as sft's before dpo.
+"""An adapter that a run trains further (`adapter` of the configuration), such as an sft adapter
+that dpo continues.
 
 The adapter's files define its targets, rank and variant; the run defines the data, the loss and the
-learning rate. If the loss compares with a reference, the adapter in its initial state is the
-reference, as in TRL: a second, frozen adapter on the same base (``as_reference``), which the loss
-selects (``tasks/_base.reference``).
+learning rate. If the loss compares with a reference policy, that reference is the adapter in its
+initial state, as in TRL. It is a second, frozen adapter on the same base (``as_reference``), which
+the loss selects (``tasks/_base.reference``).
 """
 
 from __future__ import annotations
@@ -20,54 +21,59 @@ from veneer.errors import ConfigError, listing
 from veneer.handle import Handle, load
 from veneer.store.library import resolve
 
-#: names of the adapters of a run
-OWN, REFERENCE = "default", "reference"
+#: names of the adapters of a run: the one that trains, and its initial state as the reference
+TRAINED, REFERENCE = "default", "reference"
 
 
-class Start(NamedTuple):
-    """The folder of an adapter to train further, the hash of its files, and its record of the task
-    that trained it."""
+class InitialAdapter(NamedTuple):
+    """An adapter to train further.
+
+    Fields:
+        folder: its adapter folder.
+        hash: the hash of its files.
+        task: its record of the task that trained it; empty if it has none.
+    """
 
     folder: Path
     hash: str
     task: Mapping[str, Any]
 
 
-def start_of(adapter: str | None) -> Start | None:
-    """The start of a run from an adapter; None if the run trains a new one. Raises ``AdapterError``
-    for a damaged or missing adapter, and ``ConfigError`` for an adapter that trains tokens, because
-    the base may not have rows for them yet."""
+def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
+    """Read the adapter that a run trains further. ``adapter``: where it is; None for a run that
+    trains a new adapter. Raises ``AdapterError`` for a damaged or missing adapter, and
+    ``ConfigError`` for one that trains tokens, since the base may lack rows for them."""
     if adapter is None:
         return None
     folder = resolve(adapter)
     files = read(folder)
     if files.tokens:
-        problem, do = (
+        problem, remedy = (
             f"adapter {adapter}, which trains tokens",
             "merge it (`veneer merge`), and train on the merged base",
         )
-        raise ConfigError(problem, "changes of weights alone", do)
+        raise ConfigError(problem, "changes of weights alone", remedy)
     task = files.metadata.get("provenance", {}).get("task")
-    return Start(folder, content_hash(folder), task if isinstance(task, dict) else {})
+    return InitialAdapter(folder, content_hash(folder), task if isinstance(task, dict) else {})
 
 
-def load_to_train(model: Any, start: Start) -> Handle:
-    """Attach the adapter. Raises ``ConfigError`` if the base has a new head of random weights that
-    the adapter does not train; otherwise raises as ``veneer.load``."""
+def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
+    """Attach an adapter to train it further. Raises ``ConfigError`` if the base has a new head of
+    random weights that the adapter does not train, and else the errors of ``veneer.load``."""
     names = Names(model)
-    heads = fresh_head(names, names.fresh_parameters().values())
-    handle = load(model, start.folder, name=OWN, trainable=True)
+    new_head_parameters = fresh_head(names, names.fresh_parameters().values())
+    handle = load(model, initial_adapter.folder, name=TRAINED, trainable=True)
     layers = handle.layers
-    lacking = [
+    untrained_paths = [
         path
-        for path, name in heads
+        for path, name in new_head_parameters
         if path not in layers or name not in (*layers[path].changes, *layers[path].full._parameters)
     ]
-    if lacking:
+    if untrained_paths:
         handle.detach()
         problem = (
-            f"{listing(sorted({*lacking}))}, of random weights, which the adapter {start.folder}"
-            " does not train"
+            f"{listing(sorted({*untrained_paths}))}, of random weights, which the adapter"
+            f" {initial_adapter.folder} does not train"
         )
         raise ConfigError(
             problem,
@@ -78,15 +84,17 @@ def load_to_train(model: Any, start: Start) -> Handle:
 
 
 @contextmanager
-def as_reference(model: Any, start: Start | None, refers: bool) -> Iterator[None]:
-    """A block around the steps of a run. If the loss compares with the initial adapter (`refers`),
-    that adapter is attached as a second one in the block, but not selected."""
-    if start is None or not refers:
+def as_reference(
+    model: Any, initial_adapter: InitialAdapter | None, needs_reference: bool
+) -> Iterator[None]:
+    """A block around the steps of a run. If the loss compares with the initial adapter
+    (`needs_reference`), the block attaches that adapter as a second one and does not select it."""
+    if initial_adapter is None or not needs_reference:
         yield
         return
-    load(model, start.folder, name=REFERENCE)
+    load(model, initial_adapter.folder, name=REFERENCE)
     try:
-        with use(model, OWN):
+        with use(model, TRAINED):
             yield
     finally:
         detach(model, REFERENCE)

@@ -2,17 +2,17 @@
 
     texts = generate(model, tokenizer, ["2 + 2 =", …], max_new_tokens=32)
 
-A row ends at the end-of-text token, at a stop string, or after `max_new_tokens`. The longest
-prompts run first, so that a lack of memory shows at once. There are two ways:
+An answer ends at the end-of-text token, at a stop string, or after `max_new_tokens`. The longest
+prompts run first, so that a lack of memory shows at once. Answers are computed in one of two ways:
 
-    engine      the calls of the server's engine (models/decode/continuations.py): equal prompts are
-                computed once, and the place of a row that ends is taken by the next one
-    generate    transformers' own: prompts of similar length share a batch, padded on the left, and
-                all wait for the longest answer
+    engine      by the server's engine (models/decode/continuations.py): equal prompts are computed
+                once, and the next prompt starts in the slot of an answer that has ended
+    generate    by transformers' own generate: prompts of similar length share a batch, padded on
+                the left, and all wait for the longest answer
 
-The engine is used unless `rollouts` says otherwise, for those models that it can call. Stop
-strings, callbacks and the penalties of a base need transformers' own. Both draw the same numbers,
-so in float32 they give the same tokens.
+The engine is used for the models that it can call, unless `rollouts` is "generate". Stop strings,
+callbacks and the penalties of a base need transformers' own generate. Both draw the same random
+numbers, so in float32 they give the same tokens.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from veneer.models.sampling_defaults import changes_greedy_tokens
 
 log = logging.getLogger("veneer.generate")
 
+#: a text, or the messages of a chat
 Prompt = str | list[dict[str, Any]]
-#: how answers are computed
+#: how answers are computed: by the server's engine, or by transformers' own generate
 Rollouts = Literal["engine", "generate"]
 
 
@@ -61,22 +62,23 @@ def generate(
             tokenizer's chat template.
         temperature: 0 always takes the most likely token; above 0 samples.
         top_p: sample from the smallest set of tokens with this total probability.
-        top_k: sample from this many most likely tokens; 0 is all.
-        batch_size: prompts at a time.
-        stop: strings that end a row.
-        seed: of the sampling; prompt i draws from ``sample_seed(seed, i)`` in any batch. None draws
-            a seed from torch's generator; otherwise the global random state does not change.
+        top_k: sample from this number of most likely tokens; 0 samples from all.
+        batch_size: number of prompts that are computed at a time.
+        stop: strings that end an answer.
+        seed: the seed of the sampling. Prompt i draws from ``sample_seed(seed, i)``, whatever its
+            batch. None draws a seed from torch's generator; else the global random state does not
+            change.
         say: called with each new piece of text, for a single prompt.
         should_stop: called after each token; generation ends when it returns True.
 
     Raises:
         DataError: a prompt is empty, or longer than the model's context with `max_new_tokens`.
     """
-    encoded = [encode(prompt, tokenizer) for prompt in prompts]
-    sampled = continuations(
+    prompt_ids = [encode(prompt, tokenizer) for prompt in prompts]
+    answers = continuations(
         model,
         tokenizer,
-        encoded,
+        prompt_ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -88,9 +90,9 @@ def generate(
         should_stop=should_stop,
         penalties=True,
     )
-    texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    for word in stop:
-        texts = [text.split(word, 1)[0] for text in texts]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    for stop_string in stop:
+        texts = [text.split(stop_string, 1)[0] for text in texts]
     return texts
 
 
@@ -98,7 +100,7 @@ def generate(
 def continuations(
     model: Any,
     tokenizer: Any,
-    encoded: Sequence[list[int]],
+    prompt_ids: Sequence[list[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -112,31 +114,43 @@ def continuations(
     penalties: bool = False,
     rollouts: Rollouts = "engine",
 ) -> list[list[int]]:
-    """The new token ids of each encoded prompt, in order, up to and including the end-of-text
-    token. ``penalties``: apply those of the base's generation_config.json. Without them the tokens
-    are samples of the model's own distribution, which a policy loss requires. ``rollouts``: how
-    they are computed. Other arguments and errors as for ``generate``."""
-    _check_context(model, max(map(len, encoded), default=0), max_new_tokens)
+    """The new token ids of each prompt, in order, up to and including the end-of-text token.
+
+    Args:
+        prompt_ids: the token ids of each prompt.
+        penalties: apply the penalties of the base's generation_config.json. Without them the tokens
+            are samples of the model's distribution, which a policy loss requires.
+        rollouts: how the answers are computed.
+
+    Other arguments and errors are those of ``generate``."""
+    _check_context(model, max(map(len, prompt_ids), default=0), max_new_tokens)
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))
     sampling = _Sampling(temperature, top_p, top_k, seed)
-    streams = bool(stop) or say is not None or should_stop is not None
-    penalised = penalties and changes_greedy_tokens(model.generation_config)
-    with _evaluating(model):
-        if rollouts == "engine" and encoded and max_new_tokens > 0 and not (streams or penalised):
+    needs_streaming = bool(stop) or say is not None or should_stop is not None
+    has_penalties = penalties and changes_greedy_tokens(model.generation_config)
+    with _evaluation_mode(model):
+        if (
+            rollouts == "engine"
+            and prompt_ids
+            and max_new_tokens > 0
+            and not (needs_streaming or has_penalties)
+        ):
             end_tokens = _end_tokens(model, tokenizer, penalties)
-            answers = _by_engine(model, encoded, max_new_tokens, batch_size, sampling, end_tokens)
+            answers = _answer_by_engine(
+                model, prompt_ids, max_new_tokens, batch_size, sampling, end_tokens
+            )
             if answers is not None:
                 return answers
         options = {"max_new_tokens": max_new_tokens, "stop_strings": list(stop) or None}
-        streaming = _stream_options(say, should_stop, tokenizer)
-        return _by_generate(
-            model, tokenizer, encoded, options, streaming, sampling, batch_size, penalties
+        stream_options = _stream_options(say, should_stop, tokenizer)
+        return _answer_by_generate(
+            model, tokenizer, prompt_ids, options, stream_options, sampling, batch_size, penalties
         )
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluation_mode(model: Any) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
@@ -146,38 +160,39 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _end_tokens(model: Any, tokenizer: Any, penalties: bool) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's; where it has none, those of the generation
-    config, which applies with ``penalties``."""
-    end = tokenizer.eos_token_id
-    if end is None and penalties:
-        end = model.generation_config.eos_token_id
-    ids = end if isinstance(end, list | tuple) else [end]
-    return frozenset(id for id in ids if id is not None)
+    """The ids that end an answer: the tokenizer's end-of-text token. If the tokenizer has none, and
+    ``penalties`` is set, the end-of-text tokens of the generation config."""
+    end_token = tokenizer.eos_token_id
+    if end_token is None and penalties:
+        end_token = model.generation_config.eos_token_id
+    ids = end_token if isinstance(end_token, list | tuple) else [end_token]
+    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
-def _by_engine(
+def _answer_by_engine(
     model: Any,
-    encoded: Sequence[list[int]],
+    prompt_ids: Sequence[list[int]],
     max_new_tokens: int,
-    rows: int,
+    slot_count: int,
     sampling: _Sampling,
     end_tokens: frozenset[int],
 ) -> list[list[int]] | None:
-    """The answers by the engine; None where it cannot call the model, which the log says."""
+    """The answers, computed by the engine with ``slot_count`` answers at a time. None if the engine
+    cannot call the model; the log then says why."""
     from veneer.models.decode.continuations import Continuations, open_forward
 
     try:
-        forward = open_forward(model, max(map(len, encoded)) + max_new_tokens)
+        forward = open_forward(model, max(map(len, prompt_ids)) + max_new_tokens)
     except ConfigError as error:
         _log_once(f"Answers are computed by transformers' own generate: {error.found}.")
         return None
     with contextlib.closing(forward):
         return Continuations(
             forward,
-            encoded,
+            prompt_ids,
             sampling.sample,
             max_new_tokens=max_new_tokens,
-            rows=rows,
+            rows=slot_count,
             end_tokens=end_tokens,
         ).run()
 
@@ -187,44 +202,51 @@ def _log_once(message: str) -> None:
     log.warning(message)
 
 
-def _by_generate(
+def _answer_by_generate(
     model: Any,
     tokenizer: Any,
-    encoded: Sequence[list[int]],
+    prompt_ids: Sequence[list[int]],
     limits: dict[str, Any],
-    streaming: dict[str, Any],
+    stream_options: dict[str, Any],
     sampling: _Sampling,
     batch_size: int,
     penalties: bool,
 ) -> list[list[int]]:
-    """The answers by transformers' own generate."""
+    """The answers, computed by transformers' own generate."""
     from transformers import GenerationConfig, LogitsProcessorList
 
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    end = tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    row_order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
+    end_token = tokenizer.eos_token_id
+    pad = end_token if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
-        **limits, pad_token_id=pad, eos_token_id=end, use_cache=True, do_sample=False, num_beams=1
+        **limits,
+        pad_token_id=pad,
+        eos_token_id=end_token,
+        use_cache=True,
+        do_sample=False,
+        num_beams=1,
     )
     options = {
         "generation_config": config,
         **({"tokenizer": tokenizer} if limits["stop_strings"] else {}),
-        **streaming,
+        **stream_options,
     }
-    answers: list[list[int]] = [[] for _ in encoded]
+    answers: list[list[int]] = [[] for _ in prompt_ids]
     base_config = model.generation_config
     try:
         if not penalties:  # transformers fills unset fields of `config` from the model's config
             model.generation_config = GenerationConfig()
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = len(encoded[rows[0]])
-            inputs = _pad_left([encoded[row] for row in rows], width, pad or 0, model.device)
+        for start in range(0, len(row_order), batch_size):
+            rows = row_order[start : start + batch_size]
+            width = len(prompt_ids[rows[0]])
+            inputs = _pad_left([prompt_ids[row] for row in rows], width, pad or 0, model.device)
             if sampling.temperature > 0:
                 options["logits_processor"] = LogitsProcessorList(sampling.processors(rows))
-            new = model.generate(**inputs, **options)[:, width:].tolist()
-            for row, tokens in zip(rows, new, strict=True):
-                answers[row] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+            new_tokens = model.generate(**inputs, **options)[:, width:].tolist()
+            for row, tokens in zip(rows, new_tokens, strict=True):
+                answers[row] = (
+                    tokens[: tokens.index(end_token) + 1] if end_token in tokens else tokens
+                )
     finally:
         model.generation_config = base_config
     return answers
@@ -233,19 +255,19 @@ def _by_generate(
 def _pad_left(
     prompts: Sequence[list[int]], width: int, pad: int, device: Any
 ) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, [b, width]."""
-    short = [width - len(prompt) for prompt in prompts]
-    ids = [[pad] * count + prompt for count, prompt in zip(short, prompts, strict=True)]
-    mask = [[0] * count + [1] * (width - count) for count in short]
+    """The input_ids and attention_mask of b prompts, [b, width], padded on the left."""
+    padding_counts = [width - len(prompt) for prompt in prompts]
+    ids = [[pad] * count + prompt for count, prompt in zip(padding_counts, prompts, strict=True)]
+    mask = [[0] * count + [1] * (width - count) for count in padding_counts]
     inputs = {"input_ids": ids, "attention_mask": mask}
     return {name: torch.tensor(value, device=device) for name, value in inputs.items()}
 
 
 class _Sampling:
-    """Samples tokens of answers, each by the generator of its number: temperature, top-k, top-p,
-    and the argmax of randomly perturbed scores. transformers' own sampling uses one generator for a
-    batch, so the answer to a prompt would depend on the other prompts. With temperature 0 the most
-    likely token is taken."""
+    """Samples the tokens of answers by temperature, top-k and top-p. Each answer has its own random
+    generator, whose noise is added to the scores before the argmax. transformers' own sampling uses
+    one generator for a batch, so the answer to a prompt would depend on the other prompts. With
+    temperature 0, the most likely token is taken."""
 
     def __init__(self, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -258,46 +280,49 @@ class _Sampling:
             self._warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         self._generators: dict[int, torch.Generator] = {}
 
-    def sample(self, logits: Tensor, numbers: Sequence[int]) -> list[int]:
-        """The next tokens of the answers with these numbers, from logits [n, vocabulary]."""
+    def sample(self, logits: Tensor, answer_indices: Sequence[int]) -> list[int]:
+        """The next token of each of n answers, from logits [n, vocabulary]. ``answer_indices``: the
+        indices of the answers among all answers."""
         scores = logits.float()
         for warper in self._warpers:
             scores = warper(None, scores)
         if self.temperature > 0:
-            scores = self._perturb(scores, numbers)
+            scores = self._perturb(scores, answer_indices)
         return scores.argmax(-1).tolist()
 
-    def processors(self, numbers: Sequence[int]) -> list[Any]:
-        """Logits processors of transformers whose greedy choice is a sample."""
+    def processors(self, answer_indices: Sequence[int]) -> list[Any]:
+        """Logits processors of transformers after which the greedy choice is a random sample."""
         from transformers import LogitsProcessor
 
         sampling = self
 
-        class Perturb(LogitsProcessor):
+        class PerturbScores(LogitsProcessor):
             def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-                return sampling._perturb(scores, numbers)
+                return sampling._perturb(scores, answer_indices)
 
-        return [*self._warpers, Perturb()]
+        return [*self._warpers, PerturbScores()]
 
-    def _perturb(self, scores: Tensor, numbers: Sequence[int]) -> Tensor:
+    def _perturb(self, scores: Tensor, answer_indices: Sequence[int]) -> Tensor:
+        """Add the noise of each answer's generator to its scores."""
         assert self._seed is not None
-        for number in numbers:
-            if number not in self._generators:
-                seeds = [sample_seed(self._seed, number)]
-                (self._generators[number],) = generators(seeds, scores.device)
-        return perturb(scores, [self._generators[number] for number in numbers])
+        for index in answer_indices:
+            if index not in self._generators:
+                seeds = [sample_seed(self._seed, index)]
+                (self._generators[index],) = generators(seeds, scores.device)
+        return perturb(scores, [self._generators[index] for index in answer_indices])
 
 
-def _check_context(model: Any, longest: int, max_new_tokens: int) -> None:
-    """Raise `DataError` if the longest prompt with the new tokens exceeds the model's context."""
-    context = context_of(model)
-    if context is not None and longest and longest + max_new_tokens > context:
-        problem = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
-        do = "shorten the prompt, or ask for fewer new tokens"
-        raise DataError(problem, f"at most {context:,} together, the model's context", do)
+def _check_context(model: Any, prompt_length: int, max_new_tokens: int) -> None:
+    """Raise `DataError` if a prompt of ``prompt_length`` tokens and the new tokens together exceed
+    the model's context."""
+    context = context_tokens(model)
+    if context is not None and prompt_length and prompt_length + max_new_tokens > context:
+        problem = f"a prompt of {prompt_length:,} tokens and {max_new_tokens:,} new ones"
+        remedy = "shorten the prompt, or ask for fewer new tokens"
+        raise DataError(problem, f"at most {context:,} together, the model's context", remedy)
 
 
-def context_of(model: Any) -> int | None:
+def context_tokens(model: Any) -> int | None:
     """The maximal number of positions in a model's config, or None."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -332,8 +357,8 @@ def _stream_options(
 
 
 def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The token ids of a text, or of a chat by the tokenizer's template, including the header of
-    the answer. Raises `DataError` for an empty prompt or a chat without a template."""
+    """The token ids of a text, or of a chat by the tokenizer's chat template, which ends with the
+    header of the answer. Raises `DataError` for an empty prompt or a chat without a template."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:

@@ -1,10 +1,12 @@
-"""Split of a model's forward into its body and its head, so that the head runs on chosen rows only.
+"""Split a causal language model's forward into its body and its head, so that the head can run on
+chosen rows only.
 
     body(inputs) → hidden [b, s, h] → chosen rows [n, h] → head(rows) → logits [1, n, v]
 
-The model itself defines the head: its own forward runs on a view of the model whose body returns
-the rows at hand. `find_body` reads in the source of the forward whether it can be split, and `Head`
-tests once per model, on a few rows, that the head treats each row on its own.
+b: rows of the batch; s: tokens; h: features; n: chosen hidden states; v: size of the vocabulary.
+The model itself defines the head: the model's forward runs on a view of the model whose body
+returns the chosen rows. `find_body` reads in the source of the forward whether it can be split.
+`Head` tests once per model, on a few rows, that the head treats each row on its own.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from veneer.attach import LayerState, adapters_of, submodule_calls, use, view
 from veneer.distributed import base_class
 from veneer.kernels import fused
 
-#: whether the head of a model treats each row on its own, once tested
+#: by model, whether its head treats each row on its own; filled by `Head.is_rowwise`
 ROWWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -38,8 +40,8 @@ ModulePath = tuple[str, ...]
 
 
 class Head:
-    """The rest of a model's forward after its body, as a function of rows [n, h], each of which it
-    treats on its own."""
+    """The head of a model: its forward after the body, as a function of rows [n, h]. It treats each
+    row on its own."""
 
     def __init__(self, model: nn.Module, path: ModulePath, inputs: dict[str, Any]) -> None:
         self.model, self.inputs = model, inputs
@@ -48,7 +50,7 @@ class Head:
             self.inputs = {**inputs, "output_router_logits": False}
         self.output: Any = None
         self.rows = self.memory = torch.empty(0)
-        #: whether logits that the caller still needs lie in `memory`
+        #: whether `memory` holds logits that the caller still needs
         self.memory_in_use = False
         self.view = self.reuse_memory(
             body_view(model, path, lambda *_, **__: with_rows(self.output, self.rows))
@@ -59,83 +61,95 @@ class Head:
         return self.view(**self.inputs)
 
     def release(self) -> None:
-        """Drop the references to the tensors of the call. This object and its view of the model
-        refer to each other, so the tensors would otherwise live until garbage is collected."""
+        """Drop the references to the tensors of the call. The head and its view of the model refer
+        to each other, so the tensors would otherwise live until garbage is collected."""
         self.output, self.rows, self.memory, self.inputs = None, torch.empty(0), torch.empty(0), {}
 
     def call_within_forward(self, rows: Tensor) -> Any:
-        """The head on rows while the model's forward is running. It bypasses a wrapper of the
-        forward, such as accelerate's autocast, which is already entered and not reentrant."""
+        """Run the head on rows while the model's forward is running. This bypasses a wrapper of the
+        forward, such as accelerate's autocast, which was already entered and is not reentrant."""
         self.rows = rows
         return base_class(self.model).forward(self.view, **self.inputs)
 
     def hidden_rows(self, output: Any, labels: Tensor, positions: Tensor) -> Tensor | None:
-        """The body's hidden states as rows [b · s, h]. None if there is not one for each token of
-        labels [b, s], or if the head mixes rows, which is tested on the rows at `positions`."""
+        """The hidden states of the body's output as rows [b · s, h]. None if there is not one for
+        each token of the labels [b, s], or if the head mixes rows, which is tested on the rows at
+        `positions`."""
         self.output = output
         hidden = getattr(output, "last_hidden_state", None)
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
             return None
-        flat = hidden.flatten(0, 1)
-        return flat if self.is_rowwise(flat[positions[:3].to(flat.device)].detach()) else None
+        flat_rows = hidden.flatten(0, 1)
+        return (
+            flat_rows
+            if self.is_rowwise(flat_rows[positions[:3].to(flat_rows.device)].detach())
+            else None
+        )
 
     def is_rowwise(self, rows: Tensor) -> bool:
         """Whether the logits of some rows stay the same in a larger batch and in another order;
         tested once per model."""
-        rowwise = ROWWISE.get(self.model)
-        if rowwise is not None or len(rows) == 0:
-            return rowwise is not False
-        # both results below are needed at once, so neither may lie in the shared memory
-        attached, self.memory_in_use = adapters_of(self.model), True
+        is_rowwise = ROWWISE.get(self.model)
+        if is_rowwise is not None or len(rows) == 0:
+            return is_rowwise is not False
+        # the logits of both calls below are needed at once, so neither may be in the shared memory
+        model_adapters, self.memory_in_use = adapters_of(self.model), True
         # The test runs without the adapter, because dropout would differ between the two calls. It
-        # does not run under no_grad, because autocast would then cache the weights that it casts,
-        # and the first chunk would get them without a gradient.
+        # runs with gradients, because autocast under no_grad would cache the weights that it casts,
+        # and the first chunk would get these weights without a gradient.
         with (
             nullcontext()
-            if attached is None or attached.has_unrelated_merges
-            else use(self.model, attached.merged)
+            if model_adapters is None or model_adapters.has_unrelated_merges
+            else use(self.model, model_adapters.merged)
         ):
             logits = self.call_within_forward(rows).logits
             batched = self.call_within_forward(torch.cat([-rows, rows.flip(0)])).logits
         batched_shape = (1, 2 * len(rows), logits.shape[-1])
-        rowwise = logits.shape[:-1] == (1, len(rows)) and batched.shape == batched_shape
-        if rowwise:
-            separate, reordered = logits.detach()[0], batched.detach()[0, len(rows) :].flip(0)
-            tolerance = torch.finfo(separate.dtype).eps ** 0.5 * float(separate.abs().max())
-            rowwise = torch.allclose(separate, reordered, rtol=0, atol=tolerance, equal_nan=True)
-        ROWWISE[self.model], self.memory_in_use = rowwise, False
-        return rowwise
+        is_rowwise = logits.shape[:-1] == (1, len(rows)) and batched.shape == batched_shape
+        if is_rowwise:
+            separate_logits, batched_logits = (
+                logits.detach()[0],
+                batched.detach()[0, len(rows) :].flip(0),
+            )
+            tolerance = torch.finfo(separate_logits.dtype).eps ** 0.5 * float(
+                separate_logits.abs().max()
+            )
+            is_rowwise = torch.allclose(
+                separate_logits, batched_logits, rtol=0, atol=tolerance, equal_nan=True
+            )
+        ROWWISE[self.model], self.memory_in_use = is_rowwise, False
+        return is_rowwise
 
     def reuse_memory(self, model: nn.Module) -> nn.Module:
         """A view of the model whose output layer writes the logits of each chunk into the memory of
-        the previous chunk, because allocating that much memory on a CPU takes time. The model
-        itself if its output layer is not a frozen, unhooked `nn.Linear` on the CPU."""
+        the previous chunk, because to allocate that much memory on a CPU takes time. Returns the
+        model itself if its output layer is not a frozen `nn.Linear` without hooks on the CPU."""
         layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
         name = next(
             (name for name, child in model._modules.items() if child is layer is not None), None
         )
-        # hooks, or an instance's own forward (accelerate's), do more than the class does
-        overrides = ("forward", *_HOOKS)
+        # hooks, or a forward that is set on the instance (by accelerate), do more than the class
+        override_names = ("forward", *_HOOKS)
         if (
             name is None
             or type(layer) is not nn.Linear
-            or any(layer.__dict__.get(attribute) for attribute in overrides)
+            or any(layer.__dict__.get(attribute) for attribute in override_names)
         ):
             return model
 
         def forward(rows: Tensor) -> Tensor:
             weight, bias = layer.weight, layer.bias
-            plain = (
+            is_plain = (
                 rows.is_cpu
                 and fused.applies(rows, weight)
                 and (bias is None or not bias.requires_grad)
             )
-            # a forward may call the layer twice and needs both results
-            if self.memory_in_use or not plain:
+            # a forward may call the layer twice and need both outputs
+            if self.memory_in_use or not is_plain:
                 return functional.linear(rows, weight, bias)
-            self.memory_in_use, size = True, rows.shape[:-1].numel() * len(weight)
-            if self.memory.numel() < size:
-                self.memory = rows.new_empty(size)
+            self.memory_in_use, logit_count = True, rows.shape[:-1].numel() * len(weight)
+            if self.memory.numel() < logit_count:
+                self.memory = rows.new_empty(logit_count)
             return _LinearInto.apply(rows, weight, bias, self.memory)  # pyright: ignore[reportReturnType]
 
         return body_view(model, (name,), forward)
@@ -148,13 +162,13 @@ class _LinearInto(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor
     ) -> Tensor:
-        flat = rows.flatten(0, -2)
-        output = memory[: len(flat) * len(weight)].view(len(flat), len(weight))
+        flat_rows = rows.flatten(0, -2)
+        output = memory[: len(flat_rows) * len(weight)].view(len(flat_rows), len(weight))
         ctx.save_for_backward(weight)
         if bias is None:
-            torch.mm(flat, weight.mT, out=output)
+            torch.mm(flat_rows, weight.mT, out=output)
         else:
-            torch.addmm(bias, flat, weight.mT, out=output)
+            torch.addmm(bias, flat_rows, weight.mT, out=output)
         # `.data`: autograd must not treat the result as a view of `memory`
         return output.view(*rows.shape[:-1], len(weight)).data
 
@@ -165,16 +179,16 @@ class _LinearInto(torch.autograd.Function):
 
 
 def find_body(model: nn.Module) -> ModulePath | None:
-    """The path to the module that computes a model's hidden states, or None if the model's forward
-    cannot be split there."""
-    # not a model of transformers, or one in a wrapper that must see each call (DDP, FSDP)
+    """The path to the module that computes a model's hidden states (its body), or None if the
+    model's forward cannot be split into body and head."""
+    # the model is not transformers', or is in a wrapper that must see each call (DDP, FSDP)
     if not hasattr(type(model), "base_model_prefix"):
         return None
     # gradients that are computed within the forward cannot be part of a compiled graph
     if torch.compiler.is_compiling() or model.__dict__.get("_compiled_call_impl") is not None:
         return None
     if any(model.__dict__.get(hooks) for hooks in _HOOKS):
-        return None  # hooks expect one call per batch (FSDP2's do)
+        return None  # hooks, such as FSDP2's, expect one call per batch
     class_forward = inspect.unwrap(base_class(model).forward)
     forward = model.__dict__.get("forward")
     if forward is not None and not (
@@ -182,77 +196,92 @@ def find_body(model: nn.Module) -> ModulePath | None:
         and forward.__self__ is model
         and inspect.unwrap(forward.__func__) is class_forward
     ):
-        return None  # replaced by more than a wrapper of the class's forward
+        return None  # the model has another forward than a wrapper of its class's
     bodies = [
-        (path, late) for path, late in submodule_calls(class_forward) if _is_model(model, path)
+        (path, is_late)
+        for path, is_late in submodule_calls(class_forward)
+        if _is_model(model, path)
     ]
     if len(bodies) != 1 or bodies[0][1]:
         return None
     path = bodies[0][0]
     if _head_acts_per_call(model, path):
         return None
-    attached = adapters_of(model)
-    if attached is not None:
-        active = context.current.selection.get(attached.uid, attached.default)
+    model_adapters = adapters_of(model)
+    if model_adapters is not None:
+        active_adapter = context.current.selection.get(model_adapters.uid, model_adapters.default)
         # with one adapter per row of the batch, the head would no longer know which row is which
         if (
-            active.name is None
-            and active.layer_adapters
-            and _changes_outside(model, path, active.layer_adapters)
+            active_adapter.name is None
+            and active_adapter.layer_adapters
+            and _changes_outside(model, path, active_adapter.layer_adapters)
         ):
             return None
     return path
 
 
 def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
-    """Whether a module outside the body would repeat per chunk an action meant to happen once per
-    batch: gather a sharded head, or call a hook on the gradient of a parameter."""
-    outside = list(_outside(model, path))
-    values = [
-        value for module in outside for value in module._parameters.values() if value is not None
+    """Whether a module outside the body would repeat for each chunk an action that is meant to
+    happen once per batch: gather a sharded head, or call a hook on the gradient of a parameter."""
+    outside_modules = list(_modules_outside(model, path))
+    outside_parameters = [
+        value
+        for module in outside_modules
+        for value in module._parameters.values()
+        if value is not None
     ]
-    if any(isinstance(value, DTensor) for value in values):
-        inside = {id(value) for value in model.get_submodule(".".join(path)).parameters()}
-        if any(isinstance(value, DTensor) and id(value) not in inside for value in values):
+    if any(isinstance(value, DTensor) for value in outside_parameters):
+        body_parameter_ids = {
+            id(value) for value in model.get_submodule(".".join(path)).parameters()
+        }
+        if any(
+            isinstance(value, DTensor) and id(value) not in body_parameter_ids
+            for value in outside_parameters
+        ):
             return True
-    # Visiting all parameters in each step would cost as much as a layer, so only an adapted head
-    # does: it may read the change of a weight that it shares with the body. Not detected: a forward
-    # that reads a weight of the body by its path, which no model of transformers does.
-    adapted = any(isinstance(module, LayerState) for module in outside)
+    # To visit all parameters in each step would cost as much as a layer, so this is done only for
+    # an adapted head: it may read the change of a weight that it shares with the body. A forward
+    # that reads a weight of the body by its path is not detected; no model of transformers does so.
+    has_adapted_head = any(isinstance(module, LayerState) for module in outside_modules)
     return any(
         value.requires_grad and value._backward_hooks
-        for value in (model.parameters() if adapted else values)
+        for value in (model.parameters() if has_adapted_head else outside_parameters)
     )
 
 
 def _changes_outside(model: nn.Module, path: ModulePath, changes: Mapping[Any, Any]) -> bool:
-    """Whether an adapter, with these changes by layer key, changes a layer outside the body."""
-    outside = [module.key for module in _outside(model, path) if isinstance(module, LayerState)]
-    keys = {key[0] if isinstance(key, tuple) else key for key in changes} if outside else set()
-    return any(key in keys for key in outside)
+    """Whether an adapter changes a layer outside the body. ``changes``: the adapter's changes by
+    the key of the layer."""
+    outside_keys = [
+        module.key for module in _modules_outside(model, path) if isinstance(module, LayerState)
+    ]
+    changed_keys = (
+        {key[0] if isinstance(key, tuple) else key for key in changes} if outside_keys else set()
+    )
+    return any(key in changed_keys for key in outside_keys)
 
 
 def changes_head(model: nn.Module, path: ModulePath) -> bool:
     """Whether the active adapter changes a layer outside the model's body."""
-    attached = adapters_of(model)
-    if attached is None:
+    model_adapters = adapters_of(model)
+    if model_adapters is None:
         return False
-    active = context.current.selection.get(attached.uid, attached.default)
+    active_adapter = context.current.selection.get(model_adapters.uid, model_adapters.default)
     return (
-        active is not None
-        and bool(active.layer_adapters)
-        and _changes_outside(model, path, active.layer_adapters or {})
+        active_adapter is not None
+        and bool(active_adapter.layer_adapters)
+        and _changes_outside(model, path, active_adapter.layer_adapters or {})
     )
 
 
-def _outside(module: nn.Module, path: ModulePath) -> Iterator[nn.Module]:
-    """A module and its descendants, without the module at a path and its descendants."""
+def _modules_outside(module: nn.Module, path: ModulePath) -> Iterator[nn.Module]:
+    """A module and its descendants, except the module at ``path`` and its descendants."""
     if not path:
         return
     yield module
     for name, child in module._modules.items():
         if name == path[0]:
-            yield from _outside(child, path[1:])  # pyright: ignore[reportArgumentType]
+            yield from _modules_outside(child, path[1:])  # pyright: ignore[reportArgumentType]
         elif child is not None:
             yield from child.modules()
 
@@ -263,16 +292,18 @@ def _is_model(model: nn.Module, path: ModulePath) -> bool:
     return hasattr(type(module), "base_model_prefix")
 
 
-def body_view(module: nn.Module, path: ModulePath, answer: Callable[..., Any]) -> nn.Module:
-    """A view of a module in which `answer` replaces the forward of the submodule at a path."""
+def body_view(module: nn.Module, path: ModulePath, replacement: Callable[..., Any]) -> nn.Module:
+    """A view of a module in which `replacement` replaces the forward of the submodule at a path."""
     if not path:
-        replaced = view(module, type(module), {})
-        replaced.__dict__.update(
-            {hooks: OrderedDict() for hooks in _HOOKS}, _compiled_call_impl=None, forward=answer
+        module_view = view(module, type(module), {})
+        module_view.__dict__.update(
+            {hooks: OrderedDict() for hooks in _HOOKS},
+            _compiled_call_impl=None,
+            forward=replacement,
         )
-        return replaced
-    below = body_view(module._modules[path[0]], path[1:], answer)  # pyright: ignore[reportArgumentType]
-    module_view = view(module, type(module), {}, {path[0]: below})
+        return module_view
+    child_view = body_view(module._modules[path[0]], path[1:], replacement)  # pyright: ignore[reportArgumentType]
+    module_view = view(module, type(module), {}, {path[0]: child_view})
     forward = module_view.__dict__.get("forward")
     if isinstance(forward, MethodType):
         module_view.__dict__["forward"] = MethodType(forward.__func__, module_view)
@@ -280,7 +311,7 @@ def body_view(module: nn.Module, path: ModulePath, answer: Callable[..., Any]) -
 
 
 def with_rows(output: Any, rows: Tensor) -> Any:
-    """A copy of the body's output whose hidden states are rows [n, h], as a batch of one."""
-    changed = copy.copy(output)
-    changed.last_hidden_state = rows[None]
-    return changed
+    """A copy of the body's output whose hidden states are ``rows`` [n, h], as a batch of one."""
+    new_output = copy.copy(output)
+    new_output.last_hidden_state = rows[None]
+    return new_output

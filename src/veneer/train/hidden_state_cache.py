@@ -1,9 +1,11 @@
-"""Hidden-state cache of the frozen lower blocks: their output is computed once per row of the data.
+"""A cache of the hidden states after the frozen lower blocks of a model: these blocks run once for
+each row of the data.
 
     row (ids, positions)  →  blocks 0 … k-1, alone in a batch  →  cached hidden states [s, h]
     batch of rows         →  cached states, zero-padded        →  blocks k …, the head
 
-Each row is computed alone, without padding, so that a resumed run ends in the same bits.
+s: tokens of a row; h: features of a hidden state. Each row is computed alone, without padding, so
+that a resumed run ends with the same bits.
 """
 
 from __future__ import annotations
@@ -24,25 +26,32 @@ from veneer.errors import ConfigError
 
 #: model inputs on which the hidden states of a row may depend
 KEY_INPUTS = {"input_ids", "attention_mask", "position_ids"}
-#: model inputs on which they do not depend, or that follow from the positions (flash attention)
+#: model inputs on which hidden states do not depend, or which follow from the positions (for flash
+#: attention)
 IGNORED_INPUTS = {
     "labels", "num_items_in_batch", "use_cache", "logits_to_keep", "return_dict", "seq_idx",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 }  # fmt: skip
-INSTEAD = "leave out cache_lower"
+REMEDY = "leave out cache_lower"
 
 
 class HiddenStateCache:
-    """The frozen lower blocks of a model, and their output for each row. ``model``: a causal
-    language model of transformers whose trainable parameters all lie in its upper blocks. Raises
-    ``ConfigError`` if a parameter outside the blocks trains, if there are no blocks below the
-    trained ones, or if these have dropout."""
+    """The frozen lower blocks of a model, and their output for each row.
+
+    Args:
+        model: a causal language model of transformers whose trainable parameters are all in its
+            upper blocks.
+
+    Raises:
+        ConfigError: a parameter outside the blocks trains, there are no blocks below the trained
+            ones, or these have dropout.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.blocks, self.count = _frozen_blocks(model)
+        self.blocks, self.block_count = _frozen_blocks(model)
         #: hidden states [s, h] by the hash of a row's inputs, in main memory
         self.states: dict[bytes, Tensor] = {}
-        #: further outputs of a block; None if its output is not a tuple
+        #: the outputs of a block after its hidden states; None if a block returns no tuple
         self.extra_outputs: tuple[Any, ...] | None = None
 
     @property
@@ -52,25 +61,32 @@ class HiddenStateCache:
 
     @contextmanager
     def use_for(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """A block in which the model's forward on this batch reads the hidden states from the
-        cache, which computes missing ones. ``inputs``: the model's keyword arguments: input_ids
-        [b, s] with an attention_mask (padding on the right), or the position_ids of packed rows, or
-        neither. Raises ``ConfigError`` for other inputs, for padding on the left, and if the upper
-        blocks depend on more than the hidden states (tested on the first row)."""
+        """A context in which the model's forward on a batch reads the hidden states from the cache.
+        Rows that the cache lacks are computed first.
+
+        Args:
+            inputs: the model's keyword arguments: input_ids [b, s] of b rows, with an
+                attention_mask (padding on the right), with the position_ids of packed rows, or
+                with neither.
+
+        Raises:
+            ConfigError: there are other inputs, or padding on the left; or the upper blocks depend
+                on more than the hidden states, which is tested on the first row.
+        """
         hidden = []
-        for row in _rows(inputs):
+        for row in _split_rows(inputs):
             content = b"".join(
                 name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row)
             )
-            key, first = hashlib.blake2b(content, digest_size=16).digest(), not self.states
+            key, is_first_row = hashlib.blake2b(content, digest_size=16).digest(), not self.states
             if key not in self.states:
                 self.states[key] = self._compute_states(unwrap(model), row)
-            if first:
-                self._test(unwrap(model), row, self.states[key])
+            if is_first_row:
+                self._test_cached_states(unwrap(model), row, self.states[key])
             hidden.append(self.states[key])
         batch = pad_sequence(hidden, batch_first=True).to(inputs["input_ids"].device)
-        padding = inputs["input_ids"].shape[1] - batch.shape[1]
-        with self._replace_blocks(nn.functional.pad(batch, (0, 0, 0, padding))):
+        padding_columns = inputs["input_ids"].shape[1] - batch.shape[1]
+        with self._replace_blocks(nn.functional.pad(batch, (0, 0, 0, padding_columns))):
             yield
 
     @torch.no_grad()
@@ -92,41 +108,39 @@ class HiddenStateCache:
             return states[0]
         finally:
             hook.remove()
-        raise ConfigError(
-            "a forward that does not run the model's blocks", "one that does", INSTEAD
-        )
+        raise ConfigError("a forward that does not run the model's blocks", "one that does", REMEDY)
 
     @contextmanager
     def _replace_blocks(self, hidden: Tensor) -> Iterator[None]:
-        """A block in which the last lower block returns these hidden states, and each other lower
-        block returns its input."""
+        """A context in which the last lower block returns ``hidden``, and each other lower block
+        returns its input."""
 
-        def replacement(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward_of_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = (
                 hidden if block is self.blocks[-1] else args[0] if args else kwargs["hidden_states"]
             )
             return output if self.extra_outputs is None else (output, *self.extra_outputs)
 
-        before = [block.__dict__.get("forward") for block in self.blocks]
+        previous_forwards = [block.__dict__.get("forward") for block in self.blocks]
         try:
             for block in self.blocks:
-                block.forward = partial(replacement, block)
+                block.forward = partial(forward_of_block, block)
             yield
         finally:
-            for block, forward in zip(self.blocks, before, strict=True):
+            for block, forward in zip(self.blocks, previous_forwards, strict=True):
                 block.__dict__.pop("forward", None)
                 if forward is not None:
                     block.forward = forward
 
     @torch.no_grad()
-    def _test(self, model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> None:
+    def _test_cached_states(self, model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> None:
         """Raise ``ConfigError`` unless the model computes the same logits from the hidden states as
         from the row."""
         modes = {module: module.training for module in model.modules()}
         try:
             model.eval()
             reference = model(**row, use_cache=False).logits
-            # a forward on another row replaces any state that the lower blocks store in the model
+            # a forward on a different row replaces any state that lower blocks keep in the model
             model(**{**row, "input_ids": row["input_ids"].flip(1)}, use_cache=False)
             with self._replace_blocks(hidden.to(reference.device)[None]):
                 logits = model(**row, use_cache=False).logits
@@ -137,63 +151,74 @@ class HiddenStateCache:
             self.states.clear()
             problem = "blocks above that read more of the lower ones than their hidden states"
             raise ConfigError(
-                problem, "a stack of blocks, each on the output of the one before", INSTEAD
+                problem, "a stack of blocks, each on the output of the one before", REMEDY
             )
 
 
 class _StopForward(Exception):  # noqa: N818 (control flow, not an error)
-    """Ends a forward after the lower blocks."""
+    """Raised by a hook to end a forward after the lower blocks."""
 
 
 def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
     """(the blocks below the lowest one with a trained parameter, number of all blocks)."""
     requirement = "everything that trains to lie in the upper blocks"
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained_names = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ConfigError("a base that is sharded over processes", "a whole one", INSTEAD)
+        raise ConfigError("a base that is sharded over processes", "a whole one", REMEDY)
     stacks = {
         path: stack for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList)
     }
     for path, stack in stacks.items():
-        if trained and all(name.startswith(f"{path}.") for name in trained):
-            lowest = min(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in trained)
-            if not lowest:
-                raise ConfigError("an adapter in block 0", requirement, f"set layers, or {INSTEAD}")
-            drops = [
-                module.p for module in stack[:lowest].modules() if isinstance(module, nn.Dropout)
+        if trained_names and all(name.startswith(f"{path}.") for name in trained_names):
+            lowest_index = min(
+                int(name.removeprefix(f"{path}.").partition(".")[0]) for name in trained_names
+            )
+            if not lowest_index:
+                raise ConfigError("an adapter in block 0", requirement, f"set layers, or {REMEDY}")
+            dropout_rates = [
+                module.p
+                for module in stack[:lowest_index].modules()
+                if isinstance(module, nn.Dropout)
             ]
-            config = vars(model.config).items()
-            drops += [value for name, value in config if name.endswith(("dropout", "_pdrop"))]
-            if any(isinstance(p, float | int) and p > 0 for p in drops):
+            config_fields = vars(model.config).items()
+            dropout_rates += [
+                value for name, value in config_fields if name.endswith(("dropout", "_pdrop"))
+            ]
+            if any(isinstance(p, float | int) and p > 0 for p in dropout_rates):
                 problem = "a base with dropout, which draws anew each time"
-                raise ConfigError(problem, "dropout of 0 in the base's configuration", INSTEAD)
-            return list(stack[:lowest]), len(stack)
-    stack = max(stacks, key=lambda path: len(stacks[path]), default="")
-    outside = next(
-        (name for name in trained if not name.startswith(f"{stack}.")), "nothing that trains"
+                raise ConfigError(problem, "dropout of 0 in the base's configuration", REMEDY)
+            return list(stack[:lowest_index]), len(stack)
+    longest_stack = max(stacks, key=lambda path: len(stacks[path]), default="")
+    outside_name = next(
+        (name for name in trained_names if not name.startswith(f"{longest_stack}.")),
+        "nothing that trains",
     )
-    raise ConfigError(f"{outside!r}, outside the blocks", requirement, f"set targets, or {INSTEAD}")
+    raise ConfigError(
+        f"{outside_name!r}, outside the blocks", requirement, f"set targets, or {REMEDY}"
+    )
 
 
-def _rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-    """The inputs of each row [1, s], without its padding."""
+def _split_rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """The inputs of each row, [1, s] for its s tokens, without its padding."""
     unsupported = (
         {name for name, value in inputs.items() if value is not None} - KEY_INPUTS - IGNORED_INPUTS
     )
     if unsupported:
-        raise ConfigError(f"inputs {sorted(unsupported)}", f"only {sorted(KEY_INPUTS)}", INSTEAD)
+        raise ConfigError(f"inputs {sorted(unsupported)}", f"only {sorted(KEY_INPUTS)}", REMEDY)
     mask = inputs.get("attention_mask")
     rows = []
-    for number in range(len(inputs["input_ids"])):
+    for row_index in range(len(inputs["input_ids"])):
         row = {
-            name: inputs[name][number : number + 1]
+            name: inputs[name][row_index : row_index + 1]
             for name in KEY_INPUTS
             if inputs.get(name) is not None
         }
         if mask is not None:
-            length = int(mask[number].sum())
-            if not bool(mask[number, :length].all()):
-                raise ConfigError("padding on the left", "padding on the right", INSTEAD)
+            length = int(mask[row_index].sum())
+            if not bool(mask[row_index, :length].all()):
+                raise ConfigError("padding on the left", "padding on the right", REMEDY)
             row = {name: value[:, :length] for name, value in row.items()}
         rows.append(row)
     return rows

@@ -3,14 +3,15 @@ logits at a time.
 
     loss = Σ_{b,t : label[b,t+1] ≠ -100}  -log softmax(logits[b,t])[label[b,t+1]]  /  items
 
-The body runs once, the rows without a label are dropped, and the head runs on `chunk` rows at a
-time. Each chunk is differentiated as soon as its loss is known:
+b: row of the batch; t: position; items: number of labels. The body of the model runs once, hidden
+states without a label are dropped, and the output head runs on `chunk` rows at a time. Each chunk
+is differentiated as soon as its loss is computed:
 
-    hidden [b, s, h] → rows [n, h]
-    for each chunk of rows: logits [c, v] → Σ -log p, ∂/∂rows, ∂/∂(head parameters)
+    hidden [b, s, h] → rows [n, h], the n hidden states with a label
+    for each chunk of c rows: logits [c, v] → Σ -log p, ∂/∂rows, ∂/∂(head parameters)
 
-`head_split` finds the head of a model, if its forward can be split into body and head. Any other
-model computes the logits of all columns that have a label.
+`head_split` finds the head of a model, if its forward can be split into body and head. For any
+other model, the logits of all columns that have a label are computed at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.nn import functional
 from veneer.attach import unwrap
 from veneer.errors import ConfigError
 from veneer.precision import at_least_float32
-from veneer.train.chunked_cross_entropy import ChunkedCrossEntropy, leaf_of
+from veneer.train.chunked_cross_entropy import ChunkedCrossEntropy, make_leaf
 from veneer.train.head_split import (
     Head,
     ModulePath,
@@ -46,30 +47,39 @@ __all__ = [
     "token_loss",
 ]
 
-#: Rows of logits at a time. Fewer rows read the head's weight more often; more do not fit into the
-#: CPU's caches.
+#: Maximal number of rows of logits at a time. With fewer rows, the head's weight is read more
+#: often; more rows do not fit into the caches of a CPU.
 CHUNK = 256
 
 
 class TokenLoss(NamedTuple):
-    """`total`: summed negative log-likelihood in nats, a scalar with gradient; `items`: number of
-    labels in the sum; `correct`: number of labels that are the most likely token (0 without
-    `accuracy`); `extra`: the weighted load-balancing loss of a mixture-of-experts model, or
-    None."""
+    """The summed loss of the labels of a batch.
+
+    Fields:
+        total: summed negative log-likelihood in nats, a scalar with gradient.
+        items: number of labels in the sum.
+        correct: number of labels that are the most likely token; 0 without `accuracy`.
+        balancing_loss: the weighted load-balancing loss of a mixture-of-experts model, or None.
+    """
 
     total: Tensor
     items: Tensor
     correct: Tensor
-    extra: Tensor | None
+    balancing_loss: Tensor | None
 
 
 class LabelLosses(NamedTuple):
-    """`losses`: -log p of each label, [n], row after row; `counts`: number of labels in each row,
-    [b]; `right`: whether each label is the most likely token, [n] (None without `accuracy`)."""
+    """The loss of each label of a batch.
+
+    Fields:
+        losses: -log p of each of n labels, [n], row after row.
+        counts: number of labels in each of b rows, [b].
+        is_correct: whether each label is the most likely token, [n]; None without `accuracy`.
+    """
 
     losses: Tensor
     counts: Tensor
-    right: Tensor | None
+    is_correct: Tensor | None
 
 
 def token_loss(
@@ -82,13 +92,18 @@ def token_loss(
 ) -> TokenLoss:
     """The summed loss of one batch.
 
-    `inputs` are the model's keyword arguments with `labels` [b, s] (not shifted, -100 where the
-    loss does not count). Works on any `transformers` causal language model. At most `chunk` rows of
-    logits are in memory at a time if the model's forward is a body followed by a head that treats
-    each row on its own. Any other model holds the logits of all columns with a label; so does a
-    model inside DDP, FSDP or `torch.compile`, and one with a different adapter per row. The total
-    has dtype float32, or float64 for float64 logits, and can be differentiated once. `count` is the
-    number of labels, if the caller knows it: the host then need not wait for the GPU to count.
+    Works on any causal language model of `transformers`. At most `chunk` rows of logits are in
+    memory at a time if the model's forward is a body followed by a head that treats each row on its
+    own. Any other model holds the logits of all columns with a label; so does a model inside DDP,
+    FSDP or `torch.compile`, and one with a different adapter per row. The total has dtype float32,
+    or float64 for float64 logits, and can be differentiated once.
+
+    Args:
+        inputs: the model's keyword arguments, with `labels` [rows, tokens], not shifted, and -100
+            where the loss does not count.
+        accuracy: whether to count the labels that are the most likely token.
+        count: the number of labels, if the caller knows it: the host then need not wait for the GPU
+            to count them.
 
     Raises:
         ConfigError: `chunk` is less than 1.
@@ -102,15 +117,15 @@ def token_loss(
         if name not in ("labels", "num_items_in_batch")
     }
     model_inputs.setdefault("use_cache", False)
-    path = find_body(model)
-    if path is not None:
-        return _loss_in_chunks(model, path, model_inputs, labels, accuracy, chunk, count)
+    body_path = find_body(model)
+    if body_path is not None:
+        return _loss_in_chunks(model, body_path, model_inputs, labels, accuracy, chunk, count)
     columns = _labelled_columns(labels)
     if "logits_to_keep" in inspect.signature(type(unwrap(model)).forward).parameters:
         # A list of ints indexes hidden states on any device; a tensor would have to be on the
         # device of the last block, if the model is spread over several.
-        spread = len({parameter.device for parameter in model.parameters()}) > 1
-        model_inputs["logits_to_keep"] = columns.tolist() if spread else columns
+        is_spread = len({parameter.device for parameter in model.parameters()}) > 1
+        model_inputs["logits_to_keep"] = columns.tolist() if is_spread else columns
     return _loss_of_columns(model, model(**model_inputs), columns, labels, accuracy)
 
 
@@ -134,99 +149,106 @@ def causal_loss(
     result = token_loss(model, inputs, chunk=chunk)
     items = result.items if num_items_in_batch is None else num_items_in_batch
     loss = result.total / torch.as_tensor(items, device=result.total.device).clamp(min=1)
-    return loss if result.extra is None else loss + result.extra.to(loss.device)
+    return loss if result.balancing_loss is None else loss + result.balancing_loss.to(loss.device)
 
 
 def label_losses(
     model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = False, chunk: int = CHUNK
 ) -> LabelLosses:
-    """`token_loss` before the sum, for rows with different weights. It can be differentiated once.
+    """The losses that `token_loss` sums, for a loss that weights the rows differently. They can be
+    differentiated once.
 
     Raises:
-        ConfigError: the model adds a load-balancing loss over all rows, which the gradients would
-            lack.
+        ConfigError: the model adds a load-balancing loss over all rows, whose gradients would be
+            missing.
     """
     labels: Tensor = inputs["labels"]
     model_inputs = {
         "use_cache": False,
         **{name: value for name, value in inputs.items() if name != "labels"},
     }
-    balanced = getattr(getattr(unwrap(model), "config", None), "output_router_logits", False)
-    if balanced and torch.is_grad_enabled():
+    adds_balancing_loss = getattr(
+        getattr(unwrap(model), "config", None), "output_router_logits", False
+    )
+    if adds_balancing_loss and torch.is_grad_enabled():
         problem = "output_router_logits=True, for a loss of the balance of experts over all rows"
         raise ConfigError(
             problem, "losses of each row", "set it to False, or train the adapters one by one"
         )
     target = labels[:, 1:]
-    wanted, path = target != IGNORED, find_body(model)
-    counts, outputs = wanted.sum(1), None
+    has_label, body_path = target != IGNORED, find_body(model)
+    counts, outputs = has_label.sum(1), None
     # the chunks would sum the gradients of an adapted head over the labels
-    head_trains = torch.is_grad_enabled() and path is not None and changes_head(model, path)
-    if path is not None and wanted.any() and not head_trains:
+    is_head_trained = (
+        torch.is_grad_enabled() and body_path is not None and changes_head(model, body_path)
+    )
+    if body_path is not None and has_label.any() and not is_head_trained:
         rows, sums, outputs, _ = _forward_in_chunks(
-            model, path, model_inputs, labels, accuracy, chunk, None
+            model, body_path, model_inputs, labels, accuracy, chunk, None
         )
         if rows is not None and sums is not None:
             return LabelLosses(
-                sums.label_losses(rows), counts, torch.cat(sums.right) if accuracy else None
+                sums.label_losses(rows), counts, torch.cat(sums.is_correct) if accuracy else None
             )
-    logits = (model(**model_inputs) if outputs is None else outputs).logits[:, :-1][wanted]
-    wide = logits.to(at_least_float32(logits.dtype))
-    answers = target[wanted].to(wide.device)
-    losses = functional.cross_entropy(wide, answers, reduction="none")
-    return LabelLosses(losses, counts, wide.argmax(dim=-1) == answers if accuracy else None)
+    logits = (model(**model_inputs) if outputs is None else outputs).logits[:, :-1][has_label]
+    float_logits = logits.to(at_least_float32(logits.dtype))
+    target_ids = target[has_label].to(float_logits.device)
+    losses = functional.cross_entropy(float_logits, target_ids, reduction="none")
+    return LabelLosses(
+        losses, counts, float_logits.argmax(dim=-1) == target_ids if accuracy else None
+    )
 
 
 def log_probabilities(
     model: nn.Module, inputs: Mapping[str, Any], temperature: float = 1.0
 ) -> Tensor:
-    """log p of each label given the tokens before it, [b, s - 1]; 0 at positions without a label.
-    Can be differentiated as often as the model.
+    """log p of each label given the tokens before it, [b, s - 1] for labels [b, s]; 0 at positions
+    without a label. Can be differentiated as often as the model.
 
     `inputs` as for `token_loss`. Only rows with a label reach the head, if the model's forward can
     be split there. Their logits, divided by `temperature`, are kept for backward, because a
-    preference loss knows the weights of the labels only after all of them."""
+    preference loss knows the weight of each label only once it has the log p of all."""
     labels: Tensor = inputs["labels"]
     model_inputs = {
         "use_cache": False,
         **{name: value for name, value in inputs.items() if name != "labels"},
     }
     target = labels[:, 1:]
-    wanted = target != IGNORED
+    has_label = target != IGNORED
     logits = _labelled_logits(
         model, model_inputs, labels
-    )  # [n, v], in the order of wanted.nonzero()
-    answers = target[wanted].to(logits.device)
-    wide = logits.to(at_least_float32(logits.dtype)) / temperature
-    log_p = -functional.cross_entropy(wide, answers, reduction="none")
-    return log_p.new_zeros(wanted.shape).masked_scatter(wanted.to(log_p.device), log_p)
+    )  # [n, v], in the order of has_label.nonzero()
+    target_ids = target[has_label].to(logits.device)
+    float_logits = logits.to(at_least_float32(logits.dtype)) / temperature
+    log_p = -functional.cross_entropy(float_logits, target_ids, reduction="none")
+    return log_p.new_zeros(has_label.shape).masked_scatter(has_label.to(log_p.device), log_p)
 
 
 def _labelled_logits(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
     """The logits [n, v] of the positions whose next token has a label."""
-    wanted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
-    path, is_split = find_body(model), False
-    if path is None:
-        return model(**inputs).logits[wanted]
-    positions = wanted.flatten().nonzero().squeeze(1)  # [n]
-    body, head = model.get_submodule(".".join(path)), Head(model, path, inputs)
+    has_label = functional.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+    body_path, is_split = find_body(model), False
+    if body_path is None:
+        return model(**inputs).logits[has_label]
+    positions = has_label.flatten().nonzero().squeeze(1)  # [n]
+    body, head = model.get_submodule(".".join(body_path)), Head(model, body_path, inputs)
 
-    def answer(*args: Any, **kwargs: Any) -> Any:
+    def split_forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal is_split
         output = body(*args, **kwargs)
-        flat = head.hidden_rows(output, labels, positions)
-        if flat is None:
+        hidden_rows = head.hidden_rows(output, labels, positions)
+        if hidden_rows is None:
             return output
         is_split = True
-        return with_rows(output, flat.index_select(0, positions.to(flat.device)))
+        return with_rows(output, hidden_rows.index_select(0, positions.to(hidden_rows.device)))
 
-    logits = body_view(model, path, answer)(**inputs).logits
+    logits = body_view(model, body_path, split_forward)(**inputs).logits
     head.release()
-    return logits[0] if is_split else logits[wanted.to(logits.device)]
+    return logits[0] if is_split else logits[has_label.to(logits.device)]
 
 
 def _labelled_columns(labels: Tensor) -> Tensor:
-    """The columns [c] whose next token has a label in any row; column 0 if there is none."""
+    """The c columns [c] whose next token has a label in any row; column 0 if there is none."""
     columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
     # Without labels the graph must still reach the parameters, because a distributed backward waits
     # for every rank.
@@ -236,75 +258,89 @@ def _labelled_columns(labels: Tensor) -> Tensor:
 def _loss_of_columns(
     model: nn.Module, outputs: Any, columns: Tensor, labels: Tensor, accuracy: bool
 ) -> TokenLoss:
-    """The loss from the full logits of `columns`; the output has these columns or all of them."""
+    """The loss of a model that cannot be split, from the logits of `columns`. The logits in
+    `outputs` are those of `columns` or of all columns."""
     logits = outputs.logits
     if logits.shape[1] != len(columns):
         logits = logits[:, columns.to(logits.device)]
     target = labels[:, 1:][:, columns]  # [b, c]: labels of the logits [b, c, v]
-    cells = (target != IGNORED).flatten().nonzero().squeeze(1)  # [n]
-    answers = target.flatten()[cells].to(logits.device)  # [n]
-    label_logits = logits.flatten(0, 1)[cells.to(logits.device)]  # [n, v]
+    labelled_positions = (target != IGNORED).flatten().nonzero().squeeze(1)  # [n]
+    target_ids = target.flatten()[labelled_positions].to(logits.device)  # [n]
+    label_logits = logits.flatten(0, 1)[labelled_positions.to(logits.device)]  # [n, v]
     label_logits = label_logits.to(at_least_float32(label_logits.dtype))
     total = (
-        functional.cross_entropy(label_logits, answers, reduction="sum")
-        if len(answers)
+        functional.cross_entropy(label_logits, target_ids, reduction="sum")
+        if len(target_ids)
         else label_logits.sum() * 0.0
     )
     correct = (
-        (label_logits.detach().argmax(dim=-1) == answers).sum()
+        (label_logits.detach().argmax(dim=-1) == target_ids).sum()
         if accuracy
-        else torch.zeros_like(answers.sum())
+        else torch.zeros_like(target_ids.sum())
     )
-    items = torch.full_like(correct, len(answers))
+    items = torch.full_like(correct, len(target_ids))
     return TokenLoss(total, items, correct, _balancing_loss(model, outputs))
 
 
 def _balancing_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     """The weighted load-balancing loss that a mixture-of-experts model returns if its config has
     `output_router_logits`."""
-    extra, config = getattr(outputs, "aux_loss", None), getattr(unwrap(model), "config", None)
+    balancing_loss, config = (
+        getattr(outputs, "aux_loss", None),
+        getattr(unwrap(model), "config", None),
+    )
     return (
-        extra * float(getattr(config, "router_aux_loss_coef", 0.0))
-        if isinstance(extra, Tensor)
+        balancing_loss * float(getattr(config, "router_aux_loss_coef", 0.0))
+        if isinstance(balancing_loss, Tensor)
         else None
     )
 
 
 class _ChunkedForward(NamedTuple):
-    """`rows`: hidden states [n, h] of the positions with a label, or None if the model could not be
-    split; `sums`: losses and gradients of their chunks, if there are any; `outputs`: the model's
-    output if it is still needed; `extra`: the load-balancing loss."""
+    """The result of `_forward_in_chunks`.
+
+    Fields:
+        rows: hidden states [n, h] of the n positions with a label; None if the model could not be
+            split.
+        sums: the losses and gradients of the chunks of rows; None if there are no chunks.
+        outputs: the model's output if it is still needed, else None.
+        balancing_loss: the load-balancing loss of the model, or None.
+    """
 
     rows: Tensor | None
     sums: ChunkedCrossEntropy | None
     outputs: Any
-    extra: Tensor | None
+    balancing_loss: Tensor | None
 
 
 def _loss_in_chunks(
     model: nn.Module,
-    path: ModulePath,
+    body_path: ModulePath,
     inputs: dict[str, Any],
     labels: Tensor,
     accuracy: bool,
     chunk: int,
     count: int | None,
 ) -> TokenLoss:
-    forward = _forward_in_chunks(model, path, inputs, labels, accuracy, chunk, count)
-    rows, sums, outputs, extra = forward
+    forward = _forward_in_chunks(model, body_path, inputs, labels, accuracy, chunk, count)
+    rows, sums, outputs, balancing_loss = forward
     if rows is None:  # the body returns other hidden states, or the head mixes rows
         return _loss_of_columns(model, outputs, _labelled_columns(labels), labels, accuracy)
     items = (labels[:, 1:] != IGNORED).sum()
     if sums is None:
         logits = outputs.logits
         items = items.to(logits.device)
-        return TokenLoss(logits.to(at_least_float32(logits.dtype)).sum() * 0.0, items, items, extra)
-    return TokenLoss(sums.differentiable(rows), items.to(sums.total.device), sums.correct, extra)
+        return TokenLoss(
+            logits.to(at_least_float32(logits.dtype)).sum() * 0.0, items, items, balancing_loss
+        )
+    return TokenLoss(
+        sums.differentiable_total(rows), items.to(sums.total.device), sums.correct, balancing_loss
+    )
 
 
 def _forward_in_chunks(
     model: nn.Module,
-    path: ModulePath,
+    body_path: ModulePath,
     inputs: dict[str, Any],
     labels: Tensor,
     accuracy: bool,
@@ -314,42 +350,43 @@ def _forward_in_chunks(
     """Run the body once and the head on `chunk` labelled rows at a time."""
     # [b, s]: the next token at each position
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    wanted = targets != IGNORED
+    has_label = targets != IGNORED
     if count is None or labels.is_cpu:
-        positions = wanted.flatten().nonzero().squeeze(1)  # [n]
+        positions = has_label.flatten().nonzero().squeeze(1)  # [n]
     else:
-        positions = wanted.flatten().byte().argsort(descending=True, stable=True)[:count]
-    answers = targets.flatten().index_select(0, positions)  # [n]
-    body, head = model.get_submodule(".".join(path)), Head(model, path, inputs)
+        positions = has_label.flatten().byte().argsort(descending=True, stable=True)[:count]
+    target_ids = targets.flatten().index_select(0, positions)  # [n]
+    body, head = model.get_submodule(".".join(body_path)), Head(model, body_path, inputs)
     rows: Tensor | None = None
-    first = torch.empty(0)
+    first_chunk = torch.empty(0)
 
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        """The body's output with the first chunk as its hidden states, so that the rest of the
-        model's forward is the head on that chunk. The body's further outputs stay, because the
-        model may compute a loss from them."""
-        nonlocal rows, first
+    def split_forward(*args: Any, **kwargs: Any) -> Any:
+        """The body's output with the first chunk as its hidden states. The remaining forward of the
+        model is then the head on that chunk. Further outputs of the body are not changed, because
+        the model may compute a loss from them."""
+        nonlocal rows, first_chunk
         output = body(*args, **kwargs)
-        flat = head.hidden_rows(output, labels, positions)
-        if flat is None:
+        hidden_rows = head.hidden_rows(output, labels, positions)
+        if hidden_rows is None:
             return output
         if len(positions) == 0:
-            rows = first = flat[:1]  # without labels the graph must still reach the parameters
+            # without labels the graph must still reach the parameters
+            rows = first_chunk = hidden_rows[:1]
         else:
-            rows = flat.index_select(0, positions.to(flat.device))  # [n, h]
-            first = leaf_of(rows[:chunk])
-        return with_rows(output, first)
+            rows = hidden_rows.index_select(0, positions.to(hidden_rows.device))  # [n, h]
+            first_chunk = make_leaf(rows[:chunk])
+        return with_rows(output, first_chunk)
 
-    outputs = head.reuse_memory(body_view(model, path, answer))(**inputs)
-    extra = None if rows is None else _balancing_loss(model, outputs)
+    outputs = head.reuse_memory(body_view(model, body_path, split_forward))(**inputs)
+    balancing_loss = None if rows is None else _balancing_loss(model, outputs)
     if rows is None or len(positions) == 0:
         head.release()
-        return _ChunkedForward(rows, None, outputs, extra)
+        return _ChunkedForward(rows, None, outputs, balancing_loss)
     sums = ChunkedCrossEntropy(outputs.logits, accuracy)
-    sums.add(first, outputs.logits, answers[:chunk])
+    sums.add(first_chunk, outputs.logits, target_ids[:chunk])
     del outputs  # frees the logits of the first chunk
     for start in range(chunk, len(rows), chunk):
-        leaf = leaf_of(rows[start : start + chunk])
-        sums.add(leaf, head(leaf).logits, answers[start : start + chunk])
+        leaf = make_leaf(rows[start : start + chunk])
+        sums.add(leaf, head(leaf).logits, target_ids[start : start + chunk])
     head.release()
-    return _ChunkedForward(rows, sums, None, extra)
+    return _ChunkedForward(rows, sums, None, balancing_loss)

@@ -1,4 +1,4 @@
-"""The trainer of a task."""
+"""The function that makes the trainer of a task."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from veneer.train.tasks import Task
 from veneer.train.trainer import TaskTrainer
 
 
-def trainer_of(task: Task, model: Any, cached: HiddenStateCache | None, **options: Any) -> Any:
+def make_trainer(
+    task: Task, model: Any, hidden_state_cache: HiddenStateCache | None, **options: Any
+) -> Any:
     """The trainer of a task: `AdapterTrainer` for sft, which supports packing and offloading; else
     `TaskTrainer`."""
     if task.name == "sft":  # imported only here, because trl takes half a second to import
         from veneer.train.sft_trainer import AdapterTrainer
 
-        return AdapterTrainer(model, hidden_state_cache=cached, **options)
+        return AdapterTrainer(model, hidden_state_cache=hidden_state_cache, **options)
     return TaskTrainer(model, task=task, **options)

@@ -16,15 +16,22 @@ from veneer.train.config import TrainConfig
 
 #: default maximal length of an example in tokens, if the model's context is longer
 DEFAULT_MAX_LENGTH = 2048
-#: maximal number of characters of a sample prompt
-SHORT = 200
+#: maximal number of characters of a sample prompt that is a text
+MAX_PROMPT_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, ready for the trainer, and the number of steps. `train` and `evaluation`
-    are `tokens.Examples` or `tasks.Rows`. `unused`: columns that the task does not read. `prompt`:
-    a sample prompt from the data, a text or a chat; None if no prompt fits into a line."""
+    """The data of a run, ready for the trainer, and the number of steps.
+
+    Fields:
+        train, evaluation: the rows, as `tokens.Examples` or `tasks.Rows`.
+        train_set, eval_set: the same rows as the trainer's data sets.
+        max_length: maximal number of tokens of a row.
+        hashes: by data set, the hash of its source.
+        unused: columns of the data that the task does not read.
+        prompt: a sample prompt from the data, a text or a chat; None if no prompt is short enough.
+    """
 
     train: Any
     evaluation: Any
@@ -56,31 +63,38 @@ def prepare(
     read: Callable[[str, str], data.Records],
     encode: Callable[[data.Records], Any],
     length: int,
-    dataset: Callable[[Any, int], Any] | None = None,
+    make_dataset: Callable[[Any, int], Any] | None = None,
 ) -> Prepared:
-    """Read, check, split and encode the data of `config`, and count the steps. ``read``: (source,
-    split) to records; ``encode``: records to examples; ``dataset``: (examples, length) to the
-    trainer's data set, in place of the examples' `dataset()`."""
+    """Read, check, split and encode the data of `config`, and count the steps.
+
+    Args:
+        read: (source, split) -> records.
+        encode: records -> examples.
+        make_dataset: (examples, length) -> the trainer's data set; by default the examples'
+            `dataset()`.
+    """
     rows = read(config.data, config.split)
-    held_out = read(config.eval_data, "train") if config.eval_data is not None else None
+    held_out_records = read(config.eval_data, "train") if config.eval_data is not None else None
     if config.eval_fraction:
-        rows, held_out = split(
+        rows, held_out_records = split(
             rows,
             config.eval_fraction,
             config.seed if config.eval_seed is None else config.eval_seed,
         )
-    records = {"train": rows} if held_out is None else {"train": rows, "eval": held_out}
+    records = (
+        {"train": rows} if held_out_records is None else {"train": rows, "eval": held_out_records}
+    )
     examples = {name: encode(split_records) for name, split_records in records.items()}
     sets = {
-        name: encoded.dataset() if dataset is None else dataset(encoded, length)
+        name: encoded.dataset() if make_dataset is None else make_dataset(encoded, length)
         for name, encoded in examples.items()
     }
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    process_count = int(os.environ.get("WORLD_SIZE", "1"))
     steps = config.max_steps or math.ceil(
-        config.epochs * steps_an_epoch(config, len(sets["train"]), world)
+        config.epochs * steps_an_epoch(config, len(sets["train"]), process_count)
     )
     hashes = {name: split_records.sha256 for name, split_records in records.items()}
-    prompt = prompt_of([rows.rows[i] for i in examples["train"].index])
+    prompt = sample_prompt([rows.rows[i] for i in examples["train"].record_indices])
     return Prepared(
         train=examples["train"],
         evaluation=examples.get("eval"),
@@ -98,25 +112,25 @@ def steps_an_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
     return math.ceil(math.ceil(rows / (config.batch_size * processes)) / config.grad_accum)
 
 
-def prompt_of(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
-    """A sample prompt: the chat of the first row, if it has one; else the shortest printable prompt
-    of the fewest lines, or None."""
-    prompts = [_prompt_in(row) for row in rows]
+def sample_prompt(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
+    """A sample prompt: the chat of the first row, if it has one. Else the printable prompt with the
+    fewest lines, and among these the shortest; None if no prompt is printable."""
+    prompts = [_prompt_of_row(row) for row in rows]
     if isinstance(prompts[0], list):
         return prompts[0]
     printable = [
         text
         for text in prompts
         if isinstance(text, str)
-        and len(text) <= SHORT
+        and len(text) <= MAX_PROMPT_CHARACTERS
         and text.strip()
         and text.replace("\n", "").isprintable()
     ]
     return min(printable, key=lambda text: (text.count("\n"), len(text)), default=None)
 
 
-def _prompt_in(row: dict[str, Any]) -> Any:
-    """The prompt or chat of a row; of a row with only a text, its first five words."""
+def _prompt_of_row(row: dict[str, Any]) -> Any:
+    """The prompt or chat of a row. For a row with only a text, its first five words."""
     for field in ("messages", "prompt"):
         if field in row:
             return row[field]
@@ -125,21 +139,21 @@ def _prompt_in(row: dict[str, Any]) -> Any:
 
 
 def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records, data.Records]:
-    """(training rows, held-out rows), each in the original order. A random `fraction` of the rows,
-    at least one, is held out; the same rows for the same seed."""
+    """Split rows into (training rows, held-out rows), each in the original order. A random
+    `fraction` of the rows, at least one row, is held out; equal seeds give equal splits."""
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         problem = f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on"
         raise ConfigError(problem, "at least one", "lower it")
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    return rows.select([i for i in range(len(rows)) if i not in chosen]), rows.select(
-        sorted(chosen)
+    held_out_indices = set(random.Random(seed).sample(range(len(rows)), count))
+    return rows.select([i for i in range(len(rows)) if i not in held_out_indices]), rows.select(
+        sorted(held_out_indices)
     )
 
 
 def pack(dataset: Any, max_length: int) -> Any:
-    """Pack several examples into rows of at most `max_length` tokens, with their lengths in the
-    column seq_lengths."""
+    """Pack several examples into each row of at most `max_length` tokens. The column seq_lengths
+    holds the lengths of a row's examples."""
     from datasets.utils.logging import (
         disable_progress_bar,
         enable_progress_bar,
@@ -147,10 +161,10 @@ def pack(dataset: Any, max_length: int) -> Any:
     )
     from trl.data_utils import pack_dataset
 
-    shown = is_progress_bar_enabled()
+    was_enabled = is_progress_bar_enabled()
     disable_progress_bar()
     try:
         return pack_dataset(dataset, max_length, "bfd")
     finally:
-        if shown:
+        if was_enabled:
             enable_progress_bar()

@@ -4,9 +4,9 @@
     gradients   averaged over the processes once per step, the only communication
     files       only the first process writes and prints
 
-Everything else runs in every process: each reads the data and the base, and attaches the adapter.
-All run the same stages, and each stage has one outcome: either all processes complete it, or all
-raise the error of the one that failed (`distributed.Ranks`).
+Every process reads the data and the base, and attaches the adapter. All processes run the same
+stages, and each stage has one outcome: all processes complete it, or all raise the error of the
+process that failed (`distributed.Ranks`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: seconds that a process waits for the others, which may read the base from a slower disk
+#: seconds that a process waits for other processes, which may read the base from a slower disk
 PATIENCE = 3600.0
-#: key in the launcher's store: output folder of the run that its processes have finished
+#: key in the launcher's store; its value is the output folder of the run that has finished
 FINISHED = "veneer/finished"
-#: settings that a base divided over the processes excludes, with the reason, by `parallel`
-UNDIVIDED = {
+#: by `parallel`, the settings that a base divided over processes does not support, and the reasons
+UNSUPPORTED_SETTINGS = {
     "fsdp": {
         "quantize": "packed weights are not spread",
         "a quantised base": "packed weights are not spread",
@@ -57,12 +57,12 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """The processes of one run. `ranks` is None for a run in one process. `same_rows`: each process
-    computes on all rows with a part of the base (tensor parallelism), not on its share of the
-    rows."""
+    """The processes of one run. `ranks`: None for a run in one process. `same_rows`: whether each
+    process computes all rows with a shard of the base (tensor parallelism), instead of computing
+    its share of the rows with the full base."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks, self.same_rows, self.parent = ranks, False, os.getppid()
+        self.ranks, self.same_rows, self.parent_pid = ranks, False, os.getppid()
 
     @property
     def count(self) -> int:
@@ -73,33 +73,34 @@ class Processes:
         return 0 if self.ranks is None else self.ranks.rank
 
     @property
-    def shares(self) -> int:
+    def share_count(self) -> int:
         """The number of shares into which the rows of a step are divided."""
         return 1 if self.same_rows else self.count
 
     @property
-    def share(self) -> int:
+    def share_index(self) -> int:
         """The index of this process's share."""
         return 0 if self.same_rows else self.rank
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this process writes and prints."""
         return self.ranks is None or self.ranks.writes
 
     def must_have_parent(self) -> None:
-        """Raise `TrainingError` if the launcher of this process is gone: a restarted launcher would
-        start more processes, which would write to the same output."""
-        if self.ranks is not None and os.getppid() != self.parent:
-            do = "start it again: it goes on from the last checkpoint"
+        """Raise `TrainingError` if the launcher of this process is gone. Else a new launcher could
+        start other processes, which would write to the same output."""
+        if self.ranks is not None and os.getppid() != self.parent_pid:
+            remedy = "start it again: it goes on from the last checkpoint"
             raise TrainingError(
-                "the launcher of this process is gone", "torchrun, until the end", do
+                "the launcher of this process is gone", "torchrun, until the end", remedy
             )
 
     def run_on_all(
         self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", subject: str = ""
     ) -> T:
-        """Run `work` in every process, as `Ranks.run_on_all` does: all return, or all raise."""
+        """Run `work` in every process, as `Ranks.run_on_all` does: it returns in all, or raises in
+        all."""
         return work() if self.ranks is None else self.ranks.run_on_all(work, summary, subject)
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
@@ -109,7 +110,7 @@ class Processes:
 
 
 def join() -> Processes:
-    """Join the processes that a launcher started; without a launcher, this process alone.
+    """Join the processes that a launcher started. Without a launcher, return this process alone.
 
     Raises:
         ConfigError: the environment sets a WORLD_SIZE, but not the other variables of a launcher.
@@ -131,23 +132,27 @@ def join() -> Processes:
 
     if not dist.is_initialized():
         backend = "gloo"
-        if torch.cuda.is_available():  # gloo for tensors in main memory
+        if torch.cuda.is_available():  # nccl for tensors on GPUs
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         timeout = timedelta(seconds=PATIENCE)
-        store, rank, count = next(rendezvous("env://", timeout=timeout))
-        store = fresh_store(store, rank, count)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+        store, rank, process_count = next(rendezvous("env://", timeout=timeout))
+        store = fresh_store(store, rank, process_count)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=process_count, timeout=timeout
+        )
     return Processes(all_ranks("train", PATIENCE))
 
 
-def fresh_store(store: Any, rank: int, count: int, patience: float = PATIENCE) -> Any:
-    """An empty namespace of `store` for the processes of this start. torchrun's store outlives the
-    processes that it restarts and keeps their entries, so torch 2.13 would connect to their old
-    addresses. Each machine counts restarts on its own, so the first process names the namespace
-    with a random token. Every other process writes its own token under that name, and accepts the
-    name once its token is in the list that the first process publishes there: a name left by an
-    earlier start never lists it.
+def fresh_store(store: Any, rank: int, process_count: int, patience: float = PATIENCE) -> Any:
+    """Create an empty namespace of `store` for the processes of this start. torchrun's store
+    outlives the processes that it restarts and keeps their entries, so torch 2.13 would connect to
+    their old addresses.
+
+    Each machine counts restarts separately, so the first process names the namespace with a random
+    token. Every other process writes its own token under that name. It accepts the name once the
+    first process has published a list there that contains its token. A name from an earlier start
+    never lists it.
 
     Raises:
         TrainingError: some processes do not arrive in `patience` seconds.
@@ -158,11 +163,11 @@ def fresh_store(store: Any, rank: int, count: int, patience: float = PATIENCE) -
 
     token, deadline = uuid4().hex, time.monotonic() + patience
     if rank == 0:
-        keys = [f"veneer/{token}/{peer}" for peer in range(1, count)]
+        keys = [f"veneer/{token}/{peer}" for peer in range(1, process_count)]
         store.set("veneer/start", token)
-        if absent := wait_for_keys(store, keys, patience):
+        if missing := wait_for_keys(store, keys, patience):
             raise _timeout_error(
-                f"{len(absent)} of {len(keys)} other processes did not come", patience
+                f"{len(missing)} of {len(keys)} other processes did not come", patience
             )
         store.set(f"veneer/{token}/all", json.dumps([store.get(key).decode() for key in keys]))
         return PrefixStore(token, store)
@@ -198,9 +203,9 @@ def leave(output: str) -> None:
         dist.destroy_process_group()
 
 
-def finished_before(output: str) -> bool:
-    """Whether processes of the same launcher have already finished the run in `output`. They are
-    restarted if one of them fails while it exits."""
+def is_run_finished(output: str) -> bool:
+    """Whether processes of the same launcher have already finished the run in `output`. The
+    launcher restarts them all if one of them fails while it exits."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
@@ -218,13 +223,13 @@ def _launcher_store() -> Any:
     return store
 
 
-def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainConfig:
-    """The configuration of one of several processes, such that a step of all of them together has
-    the number of examples in `config` (`split_step`).
+def share_config(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainConfig:
+    """The configuration of each of several processes. A step of all of them together has the number
+    of examples that `config` gives (`split_step`).
 
     Args:
-        compares_rows: the loss compares the examples of one forward pass, so their number must
-            not change.
+        compares_rows: whether the loss compares the examples of a forward pass, so that their
+            number must not change.
 
     Raises:
         ConfigError: the examples of a step cannot be divided evenly.
@@ -233,23 +238,27 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
         return config
     if config.device_map is not None:
         problem = f"device_map over {processes} processes, each of which has a device"
-        do = "leave out device_map, or run without torchrun"
-        raise ConfigError(problem, "one of the two", do)
-    rows, passes = split_step(config.batch_size, config.grad_accum, processes)
-    if compares_rows and rows != config.batch_size:
+        remedy = "leave out device_map, or run without torchrun"
+        raise ConfigError(problem, "one of the two", remedy)
+    batch_size, passes = split_step(config.batch_size, config.grad_accum, processes)
+    if compares_rows and batch_size != config.batch_size:
         step = _describe_step(config.batch_size, config.grad_accum, processes)
-        problem = f"{step}: {rows} in a forward pass, whose rows the loss of task {config.task}"
+        problem = (
+            f"{step}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
+        )
         expected = f"{config.batch_size} in a forward pass"
-        raise ConfigError(f"{problem} compares", expected, _advice(processes))
-    return config.model_copy(update={"batch_size": rows, "grad_accum": passes})
+        raise ConfigError(f"{problem} compares", expected, _division_advice(processes))
+    return config.model_copy(update={"batch_size": batch_size, "grad_accum": passes})
 
 
-def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
-    """Raise `ConfigError` for settings that do not work on a base that is spread (fsdp) or cut (tp)
-    over `count` processes. ``refers``: whether the loss compares with a reference."""
+def check_divided_settings(
+    config: TrainConfig, process_count: int, needs_reference: bool = False
+) -> None:
+    """Raise `ConfigError` for settings that do not work on a base that is sharded over (fsdp) or
+    cut between (tp) `process_count` processes. ``needs_reference``: as `Task.needs_reference`."""
     from veneer.models.locate import config_of
 
-    in_use = {
+    settings_in_use = {
         "quantize": config.quantize,
         "a quantised base": (
             getattr(config_of(config.base), "quantization_config", None) is not None
@@ -258,14 +267,14 @@ def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
         "device_map": config.device_map,
         "task grpo": config.task == "grpo",
         "invocation": config.invocation is not None,
-        "a preference from adapter": refers and config.adapter is not None,
+        "a preference from adapter": needs_reference and config.adapter is not None,
     }
-    for name, reason in UNDIVIDED[config.parallel].items():
-        if in_use[name]:
+    for name, reason in UNSUPPORTED_SETTINGS[config.parallel].items():
+        if settings_in_use[name]:
             problem = f"parallel {config.parallel} with {name}: {reason}"
             raise ConfigError(problem, "one of them", "set parallel to ddp, or leave the other out")
-    if config.shard_size is not None and count % config.shard_size:
-        problem = f"shard_size {config.shard_size} of {count} processes"
+    if config.shard_size is not None and process_count % config.shard_size:
+        problem = f"shard_size {config.shard_size} of {process_count} processes"
         raise ConfigError(
             problem, "a number that divides them", "set it to the processes of a machine"
         )
@@ -275,12 +284,14 @@ def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, i
     """(examples per forward pass, forward passes) of a step in one of several processes that share
     its examples: the fewest equal passes of at most `batch_size` examples. Raises `ConfigError` if
     the examples cannot be divided evenly."""
-    share_size, rest = divmod(batch_size * grad_accum, processes)
-    if rest:
+    share_size, remainder = divmod(batch_size * grad_accum, processes)
+    if remainder:
         problem = _describe_step(batch_size, grad_accum, processes)
-        raise ConfigError(problem, "as many for each process", _advice(processes))
+        raise ConfigError(problem, "as many for each process", _division_advice(processes))
     passes = next(
-        n for n in range(1, share_size + 1) if share_size % n == 0 and share_size // n <= batch_size
+        passes
+        for passes in range(1, share_size + 1)
+        if share_size % passes == 0 and share_size // passes <= batch_size
     )
     return share_size // passes, passes
 
@@ -293,5 +304,5 @@ def _describe_step(batch_size: int, grad_accum: int, processes: int) -> str:
     return f"{examples}, over {processes} processes"
 
 
-def _advice(processes: int) -> str:
+def _division_advice(processes: int) -> str:
     return f"set grad_accum to a multiple of {processes}, or start another number of processes"

@@ -1,16 +1,15 @@
-"""A run in several workers that Ray Train starts, and restarts when one dies.
+"""A run in several worker processes that Ray Train starts, and restarts when one of them dies.
 
     driver                                     workers
     launch(work, …)  ── work ─────────────▶    work(stop_requested), in torch.distributed
     prints           ◀─ lines ─────────────    stderr of the first worker
     Ctrl-C           ── stop_requested() ─▶    called after each step
 
-Workers run in the driver's working folder.
-
-Ray places the workers, connects them, and replaces all of them when one dies. Everything else works
-as under torchrun: Veneer writes the checkpoints to the output folder, which all workers can access,
-and new workers resume from the newest one. An error that would recur in new workers ends the run at
-once, and the driver raises the original error.
+Workers run in the driver's working folder. Ray places the workers, connects them, and replaces all
+of them when one dies. Everything else works as under torchrun: Veneer writes the checkpoints to the
+output folder, which all workers can access, and new workers resume from the newest checkpoint. An
+error that would recur in new workers ends the run at once, and the driver raises the original
+error.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ from veneer.errors import ConfigError, TrainingError, VeneerError, listing
 from veneer.train.processes import PATIENCE
 
 #: seconds between two polls of the workers' lines
-POLL = 0.2
+POLL_SECONDS = 0.2
 
 StopRequested = Callable[[], bool]
 Say = Callable[[str], Any]
-#: the work of each worker; its argument tells whether the run shall stop. The driver gets the
-#: result of the first worker
+#: the work of each worker. Its argument returns whether the run shall stop; its result in the first
+#: worker is the result of the run.
 Work = Callable[[StopRequested], Any]
 
 
@@ -91,7 +90,7 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         work: an importable function, because the workers get it by its name.
         max_restarts: how often all workers may restart because one died.
         say: prints a line.
-        gpus: whether each worker gets a GPU. None: if the cluster has any.
+        gpus: whether each worker gets a GPU; by default, if the cluster has any.
 
     Raises:
         Exception: the error of a worker.
@@ -99,41 +98,41 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         ConfigError: there is no cluster at RAY_ADDRESS.
         KeyboardInterrupt: a second Ctrl-C.
     """
-    # otherwise Ray would log and repeat the printed lines
+    # these variables keep Ray from logging and repeating the printed lines
     for name in ("PRINT_PATCH", "WORKER_STRUCTURED_LOGGING"):
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except ConnectionError as error:
         problem = f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error})"
-        do = "check the address; unset it for a Ray on this machine"
-        raise ConfigError(problem, "one that answers", do) from error
+        remedy = "check the address; unset it for a Ray on this machine"
+        raise ConfigError(problem, "one that answers", remedy) from error
     try:
-        gpu = _use_gpus(workers, say, gpus)
+        uses_gpus = _use_gpus(workers, say, gpus)
         driver_node = ray.get_runtime_context().get_node_id()
-        on_driver = NodeAffinitySchedulingStrategy(driver_node, soft=False)
-        actor = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=on_driver)
-        channel = actor.remote()
+        driver_affinity = NodeAffinitySchedulingStrategy(driver_node, soft=False)
+        actor_class = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=driver_affinity)
+        channel = actor_class.remote()
         with tempfile.TemporaryDirectory() as folder:
             trainer = TorchTrainer(
                 _worker,
                 train_loop_config={"work": work, "channel": channel, "folder": str(Path.cwd())},
                 torch_config=TorchConfig(
-                    "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=int(PATIENCE)
+                    "cpu:gloo,cuda:nccl" if uses_gpus else "gloo", timeout_s=int(PATIENCE)
                 ),
-                scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=uses_gpus),
                 run_config=RunConfig(
-                    storage_path=folder,  # for Ray's own checkpoints, of which there are none
+                    storage_path=folder,  # for checkpoints by Ray, which this run does not write
                     failure_config=FailureConfig(max_failures=max_restarts),
                     callbacks=[WatchFailures(channel, workers)],
                 ),
             )
-            # in a thread of its own, because Ray would kill the workers on Ctrl-C in this one
+            # in a separate thread, because Ray would kill the workers on Ctrl-C in this thread
             future = _run_in_thread(trainer.fit)
             with _stop_on_signal(channel, say):
                 while not future.done():
                     _print_lines(channel, say)
-                    time.sleep(POLL)
+                    time.sleep(POLL_SECONDS)
         _print_lines(channel, say)
         _raise_failure(future.exception(), max_restarts)
         return ray.get(channel.get_result.remote())
@@ -142,16 +141,16 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
 
 
 def _use_gpus(workers: int, say: Say, gpus: bool | None) -> bool:
-    """Whether the workers get GPUs. Prints which resources the cluster lacks for them."""
+    """Return whether the workers get GPUs. Prints which resources the cluster lacks for them."""
     resources: dict[str, Any] = ray.cluster_resources()
-    gpu = resources.get("GPU", 0) > 0 if gpus is None else gpus
-    for kind in ("CPU", "GPU") if gpu else ("CPU",):
-        if (count := int(resources.get(kind, 0))) < workers:
+    uses_gpus = resources.get("GPU", 0) > 0 if gpus is None else gpus
+    for resource in ("CPU", "GPU") if uses_gpus else ("CPU",):
+        if (count := int(resources.get(resource, 0))) < workers:
             say(
-                f"The cluster has {count} {kind}s for {workers} workers, which wait for more"
+                f"The cluster has {count} {resource}s for {workers} workers, which wait for more"
                 " (or Ctrl-C)."
             )
-    return gpu
+    return uses_gpus
 
 
 def _run_in_thread(work: Callable[[], Any]) -> Future[Any]:
@@ -177,33 +176,35 @@ def _print_lines(channel: Any, say: Say) -> None:
 def _stop_on_signal(channel: Any, say: Say) -> Iterator[None]:
     """A block in which Ctrl-C or SIGTERM ends the run after a step, with a checkpoint, and a second
     signal ends it immediately."""
-    requested = False
+    is_stop_requested = False
 
-    def handle(number: int, frame: Any) -> None:
-        nonlocal requested
-        if requested:
+    def handle_signal(number: int, frame: Any) -> None:
+        nonlocal is_stop_requested
+        if is_stop_requested:
             raise KeyboardInterrupt
-        requested = True
+        is_stop_requested = True
         channel.request_stop.remote()
         say("Stopping after this step … (again to stop at once)")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {
+        number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 def _raise_failure(error: BaseException | None, max_restarts: int) -> None:
-    """Raise the original error of a failed run."""
+    """Raise the original error of a run that failed; do nothing for None."""
     if isinstance(error, ControllerError) and hasattr(error.controller_failure, "recurs"):
         raise error.controller_failure from None
     if not isinstance(error, WorkerGroupError):
         if error is not None:
             raise error
         return
-    # prefer an error that a worker raised to the news that a worker died
+    # an error that a worker raised says more than the death of another worker
     for failure in error.worker_failures.values():
         if hasattr(failure, "recurs") and not getattr(failure, "told_elsewhere", False):
             raise failure from None
@@ -211,21 +212,23 @@ def _raise_failure(error: BaseException | None, max_restarts: int) -> None:
         f"worker {listing(map(str, sorted(error.worker_failures)))} that died, after {max_restarts}"
         " restarts"
     )
-    do = (
+    remedy = (
         "see what killed it (memory?) in Ray's logs; the same command goes on from the last"
         " checkpoint"
     )
-    raise TrainingError(problem, "workers that live", do) from None
+    raise TrainingError(problem, "workers that live", remedy) from None
 
 
 class WatchFailures(UserCallback):
-    """Callback of Ray's controller, which would otherwise restart all workers after any error."""
+    """A callback of Ray's controller. Without it, the controller would restart all workers after
+    any error."""
 
     def __init__(self, channel: Any, workers: int) -> None:
         self.channel, self.workers = channel, workers
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise an error that would recur, so that Ray ends the run. Print any other failure."""
+        """Raise an error that would recur in new workers, so that Ray ends the run. Print any other
+        failure."""
         for error in worker_exceptions.values():
             if getattr(error, "recurs", False):
                 raise error
@@ -242,18 +245,18 @@ class _ChannelFile(io.TextIOBase):
     """A text file whose lines the driver prints."""
 
     def __init__(self, channel: Any) -> None:
-        self.channel, self.rest = channel, ""
+        self.channel, self.unfinished_line = channel, ""
 
     def write(self, text: str) -> int:
-        *lines, self.rest = (self.rest + text).split("\n")
+        *lines, self.unfinished_line = (self.unfinished_line + text).split("\n")
         if lines:
             self.channel.say.remote("\n".join(lines))
         return len(text)
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """The main function of each worker."""
-    first, channel = get_context().get_world_rank() == 0, config["channel"]
+    """The main function of each worker. ``config``: the work, the channel and the folder."""
+    is_first, channel = get_context().get_world_rank() == 0, config["channel"]
     try:
         try:
             os.chdir(config["folder"])  # relative paths must mean the same as in the driver
@@ -262,24 +265,24 @@ def _worker(config: dict[str, Any]) -> None:
             raise ConfigError(
                 problem, "the driver's, on a file system that all share", "start it in such one"
             ) from error
-        with redirect_stderr(_ChannelFile(channel)) if first else nullcontext():
-            result = config["work"](lambda: first and ray.get(channel.stop_requested.remote()))
-        if first:
+        with redirect_stderr(_ChannelFile(channel)) if is_first else nullcontext():
+            result = config["work"](lambda: is_first and ray.get(channel.stop_requested.remote()))
+        if is_first:
             ray.get(channel.set_result.remote(result))  # arrives after all printed lines
     except Exception as error:
-        picklable: Any = error
+        picklable_error: Any = error
         if not isinstance(error, VeneerError) and type(error) not in vars(builtins).values():
             # an error class of another library may not be picklable
-            picklable = RuntimeError(f"{type(error).__name__}: {error}")
+            picklable_error = RuntimeError(f"{type(error).__name__}: {error}")
         if not isinstance(error, VeneerError | OSError):
-            picklable.add_note(f"In a worker:\n{traceback.format_exc()}")
-        picklable.recurs = _recurs(error)
-        if picklable is error:
+            picklable_error.add_note(f"In a worker:\n{traceback.format_exc()}")
+        picklable_error.recurs = _would_recur(error)
+        if picklable_error is error:
             raise
-        raise picklable from error
+        raise picklable_error from error
 
 
-def _recurs(error: Exception) -> bool:
+def _would_recur(error: Exception) -> bool:
     """Whether new workers would raise the same error. False for consequences of another worker's
     death, and for torch's errors of a device or a connection."""
     if isinstance(error, VeneerError):

@@ -1,6 +1,6 @@
-"""Shape of a data row: detect which columns the task sft reads, and check their values.
+"""The shape of a data row: find which columns the task sft reads, and check their values.
 
-column names of the first row  ->  "messages" | "prompt" (+ completion) | "text"
+column names of the first row  ->  "messages" | "prompt" (with a completion) | "text"
 value of a column              ->  a text, or a list of messages {"role", "content"}
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from veneer.errors import DataError, listing, nearest
-from veneer.train.column_names import advice, likely
+from veneer.train.column_names import advise_columns, find_likely_column
 
 Kind = Literal["messages", "prompt", "text", "columns"]
 
@@ -25,7 +25,7 @@ LABELS = ("label", "labels", "label_text")
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names by field; None stands for the column with the field's own name, if there is
+    """The column name of each field. None stands for a column with the field's name, if there is
     one."""
 
     messages: str | None = None
@@ -35,11 +35,11 @@ class Columns:
 
 
 def detect_columns(
-    names: list[str], first: dict[str, Any], columns: Columns, source: str
+    names: list[str], first_row: dict[str, Any], columns: Columns, source: str
 ) -> tuple[Kind, dict[str, str]]:
-    """(shape, column by field) of the rows: from the columns that the options name, else from the
-    usual names, the most specific shape first. Raises `DataError` if no shape fits, or if the rows
-    belong to another task than sft."""
+    """Find the shape of the rows and the column of each field. The columns that the options name
+    decide; else the usual names do, the most specific shape first. Raises `DataError` if no shape
+    fits, or if the rows belong to another task than sft."""
     for option, column in vars(columns).items():
         if column is not None and column not in names:
             raise DataError(
@@ -48,30 +48,31 @@ def detect_columns(
                 f" example --{option}-column {names[0]}."
             )
     if not any(vars(columns).values()):
-        _refuse_other_tasks(names, first, source)
+        _refuse_other_tasks(names, first_row, source)
     if columns.messages is not None:
         return "messages", {"messages": columns.messages}
     if columns.text is not None:
         return "text", {"text": columns.text}
-    no_pair_named = columns.prompt is None and columns.completion is None
-    if no_pair_named and (chat := _chat_column(names)):
+    is_pair_unnamed = columns.prompt is None and columns.completion is None
+    if is_pair_unnamed and (chat := _chat_column(names)):
         return "messages", {"messages": chat}
     prompt, completion = columns.prompt or "prompt", columns.completion or "completion"
     if prompt in names and completion in names:
         return "prompt", {"prompt": prompt, "completion": completion}
-    if no_pair_named and "text" in names:
+    if is_pair_unnamed and "text" in names:
         return "text", {"text": "text"}
-    wanted = ("messages", "prompt", "completion", "text")
-    near = [
+    sft_columns = ("messages", "prompt", "completion", "text")
+    suggestions = [
         f"{name!r} looks like {match[0]!r}"
         for name in names
-        if (match := difflib.get_close_matches(name.lower(), wanted, 1, 0.6)) and name not in wanted
+        if (match := difflib.get_close_matches(name.lower(), sft_columns, 1, 0.6))
+        and name not in sft_columns
     ]
     raise DataError(
         f"{source} has the columns {list_names(names)}.\n"
         "Expected `messages` (a chat), or `prompt` and `completion`, or `text`."
-        f"{' ' + '; '.join(near) + '.' if near else ''}\n"
-        f"Do: {advice(names, first, columns.prompt, columns.completion)}"
+        f"{' ' + '; '.join(suggestions) + '.' if suggestions else ''}\n"
+        f"Do: {advise_columns(names, first_row, columns.prompt, columns.completion)}"
     )
 
 
@@ -79,17 +80,17 @@ def _chat_column(names: list[str]) -> str | None:
     return next((name for name in ("messages", "conversations") if name in names), None)
 
 
-def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) -> None:
-    """Refuse rows of preferences or labels: a language model trained on them would not learn what
-    they express. Called only if the user names no columns; naming some accepts that the others are
-    ignored."""
+def _refuse_other_tasks(names: list[str], first_row: dict[str, Any], source: str) -> None:
+    """Raise `DataError` for rows of preferences or labels: a language model trained on them would
+    not learn what they express. Called only if the user names no columns, since a user who names
+    some accepts that the others are ignored."""
     if {"chosen", "rejected"} <= {*names}:
         flags = (
             "--messages-column chosen"
-            if isinstance(first["chosen"], list)
+            if isinstance(first_row["chosen"], list)
             else "--text-column chosen"
         )
-        prompt = likely("prompt", names)
+        prompt = find_likely_column("prompt", names)
         flags = flags if prompt is None else f"--prompt-column {prompt} --completion-column chosen"
         raise DataError(
             f"{source} holds preferences: the columns {list_names(names)}.\nExpected examples to"
@@ -116,8 +117,8 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
 
 
 def check_texts_or_chats(row: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """A row of prompt and completion, or of text, with each value checked by `check_text_or_chat`.
-    Raises `DataError`, also if some values are texts and others are chats."""
+    """Check each value of a row of prompt and completion, or of text (`check_text_or_chat`), and
+    return the row. Raises `DataError`, also if some values are texts and others are chats."""
     checked = {
         field: check_text_or_chat(value, field, field, location) for field, value in row.items()
     }
@@ -131,7 +132,7 @@ def check_texts_or_chats(row: Mapping[str, Any], location: str) -> dict[str, Any
 
 
 def check_text_or_chat(value: Any, field: str, column: str, location: str) -> Any:
-    """The text or the parsed messages in a column. Raises `DataError` for anything else."""
+    """The text or the parsed messages in a column of a row. Raises `DataError` for other values."""
     if field != "messages" and isinstance(value, str):
         return value
     if field != "text" and isinstance(value, list):
@@ -150,9 +151,9 @@ def check_text_or_chat(value: Any, field: str, column: str, location: str) -> An
 
 
 def _parse_message(message: Any, location: str) -> dict[str, Any]:
-    """One chat message in the form {"role", "content"}. Converts the ShareGPT form {"from",
-    "value"}, joins a content of several text parts into one text, and parses the arguments of tool
-    calls that are JSON text (OpenAI's form) into dicts, which chat templates expect."""
+    """Parse a chat message to the form {"role", "content"}. Converts the ShareGPT form {"from",
+    "value"}, and joins a content of several texts into one text. Arguments of tool calls that are
+    JSON text (OpenAI's form) become dicts, which chat templates expect."""
     match message:
         case {"from": str(role), "value": content}:
             message = {
@@ -164,8 +165,11 @@ def _parse_message(message: Any, location: str) -> dict[str, Any]:
             # Parquet fills absent keys with None
             message = {key: value for key, value in message.items() if value is not None}
     match message:
-        case {"role": str(), "content": [*texts]} if texts and all(map(_is_text, texts)):
-            message = {**message, "content": "".join(text["text"] for text in texts)}
+        case {"role": str(), "content": [*text_segments]} if text_segments and all(
+            map(_is_text, text_segments)
+        ):
+            content = "".join(text_segment["text"] for text_segment in text_segments)
+            message = {**message, "content": content}
     match message:
         case {"role": "assistant", "tool_calls": [_, *_] as calls} if isinstance(
             message.get("content", ""), str
@@ -185,15 +189,18 @@ def _parse_message(message: Any, location: str) -> dict[str, Any]:
     )
 
 
-def _is_text(content_part: Any) -> bool:
+def _is_text(text_segment: Any) -> bool:
+    """Whether a part of a message's content is a text."""
     return (
-        isinstance(content_part, dict)
-        and content_part.get("type") == "text"
-        and isinstance(content_part.get("text"), str)
+        isinstance(text_segment, dict)
+        and text_segment.get("type") == "text"
+        and isinstance(text_segment.get("text"), str)
     )
 
 
 def _parse_tool_call(call: Any, location: str) -> dict[str, Any]:
+    """A tool call of a message, with its arguments as a dict. Raises `DataError` for an invalid
+    call."""
     function = call.get("function", call) if isinstance(call, dict) else None
     arguments = function.get("arguments") if isinstance(function, dict) else None
     try:
@@ -210,25 +217,25 @@ def _parse_tool_call(call: Any, location: str) -> dict[str, Any]:
             ' {"type": "function", "function": {"name": "...", "arguments": {...}}}.\nDo:'
             " fix or remove that row."
         )
-    parsed = {
+    parsed_function = {
         "name": function["name"],
         "arguments": {name: value for name, value in arguments.items() if value is not None},
     }
-    extra = {
+    extra_fields = {
         name: value
         for name, value in call.items()
         if name not in ("function", "name", "arguments", "type")
     }
     return {
         "type": "function",
-        **{name: value for name, value in extra.items() if value is not None},
-        "function": parsed,
+        **{name: value for name, value in extra_fields.items() if value is not None},
+        "function": parsed_function,
     }
 
 
 def parse_tools(value: Any, location: str) -> list[Any]:
-    """The tools of a row, as a list of JSON schemas. ``value`` is that list, or the list as JSON
-    text, which is the form that a table's column can hold. Raises `DataError` otherwise."""
+    """The tools of a row, as a list of JSON schemas. ``value`` is the list, or the list as JSON
+    text, since a column of a table can hold no list. Raises `DataError` otherwise."""
     try:
         tools = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):

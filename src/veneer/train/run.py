@@ -5,7 +5,8 @@
 
 The cheapest checks come first: the output folder, the base's config, the data, the tokens, then the
 weights. A run that was stopped or killed resumes from its newest complete checkpoint when it is
-started again with the same configuration. Its losses are bit for bit those of an uninterrupted run.
+started again with the same configuration. Its losses are then bit for bit those of an uninterrupted
+run.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.make_trainer import trainer_of
+from veneer.train.make_trainer import make_trainer
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
-from veneer.train.processes import Processes, join, must_divide, share
+from veneer.train.processes import Processes, check_divided_settings, join, share_config
 from veneer.train.run_record import (
     ResumePoint,
     can_resume,
@@ -56,17 +57,22 @@ from veneer.train.run_record import (
 )
 from veneer.train.run_summary import print_summary
 from veneer.train.tasks import TASKS, Task
-from veneer.train.tasks._base import LOADING
-from veneer.train.tensor_parallel import split
+from veneer.train.tasks._base import LOAD_OPTIONS
+from veneer.train.tensor_parallel import cut_model
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run. `losses[i]` is the loss of step i + 1 (sft: nats per token) and
-    `eval_losses` holds (step, loss) pairs; these, `seconds` and `tokens` cover the run from its
-    first step, including sessions before a resume. After an interruption, `interrupted` is true and
-    `adapter` is the folder in the newest checkpoint. `prompt` is a prompt from the data, a text or
-    a chat, if the base generates text."""
+    """The result of a run. Losses, seconds and tokens count from the first step of the run, also if
+    the run was resumed.
+
+    Fields:
+        adapter: the adapter folder; after an interruption, the one in the newest checkpoint.
+        losses: the loss of each step (sft: nats per token).
+        eval_losses: (step, loss) of each evaluation.
+        checkpoint: the newest checkpoint, or None.
+        prompt: a prompt from the data, a text or a chat; None if the base generates no text.
+    """
 
     adapter: Path
     output: Path
@@ -96,14 +102,14 @@ def fit(
     """Train an adapter as `config` says and save it to `config.output / "adapter"`.
 
     Args:
-        callbacks: additional `transformers.TrainerCallback`s.
-        console: output of progress and notes; stderr by default.
+        callbacks: `transformers.TrainerCallback`s to call in addition.
+        console: where progress and notes are printed; stderr by default.
         quiet: print nothing to the default console.
         stop_order: called after each step; once it returns True, the run ends with a checkpoint, as
             after Ctrl-C.
 
     Raises:
-        OutputExistsError: the output folder holds a finished run or files that are not a run, or
+        OutputExistsError: the output folder holds a finished run or other files, or
             another process writes its run there.
         ConfigError: the unfinished run there has another configuration, or the base cannot be
             loaded or is not a causal language model.
@@ -114,7 +120,9 @@ def fit(
     processes = join()
     processes.same_rows = config.parallel == "tp"
     console = (
-        (console or Console(stderr=True, quiet=quiet)) if processes.first else Console(quiet=True)
+        (console or Console(stderr=True, quiet=quiet))
+        if processes.is_first
+        else Console(quiet=True)
     )
     output = config.output.expanduser()
     with checkpoint.only_writer(output, processes):
@@ -129,56 +137,57 @@ def _fit_locked(
     stop_order: Callable[[], bool] | None,
     processes: Processes,
 ) -> Result:
-    """`fit`, while no other run can write to `output`."""
-    task, ids, prepared, resume_point, arguments = prepare_run(config, output, console, processes)
+    """The work of `fit`, while no other run can write to `output`."""
+    run_inputs = prepare_run(config, output, console, processes)
+    task, token_ids, prepared, resume_point, arguments = run_inputs
     _use_one_gpu(config, arguments, console)
     set_seed(config.seed)
     parallel = config.parallel if processes.count > 1 else "ddp"
     load_base = task.load
     if parallel == "fsdp":
         load_base = partial(sharding.load, task, arguments.device, console)
-    base, handle, cached = processes.run_on_all(
-        lambda: load_model(task, load_base, prepared, ids, resume_point),
+    base, handle, hidden_state_cache = processes.run_on_all(
+        lambda: load_model(task, load_base, prepared, token_ids, resume_point),
         _hash_parameter_counts,
         "a model",
     )
-    print_summary(task, base.model, handle, prepared, cached, console, processes)
+    print_summary(task, base.model, handle, prepared, hidden_state_cache, console, processes)
     if config.check:
         processes.run_on_all(lambda: _check_gradients(task, base.model, prepared, handle))
     _divide_base(config, parallel, base.model, arguments.device, processes)
-    before = processes.run_on_first(lambda: open_output(config, output, prepared, resume_point))
-    stop = watch.StopOnSignal(console, alone=processes.count == 1, order=stop_order)
+    log_lines = processes.run_on_first(lambda: open_output(config, output, prepared, resume_point))
+    stop = watch.StopOnSignal(console, single_process=processes.count == 1, stop_order=stop_order)
     bar = watch.ProgressBar(console, resume_point[1] if resume_point else 0, task)
-    early = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
-    log = watch.LossLog(output, before, task)
-    trainer = trainer_of(
+    early_stop = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
+    log = watch.LossLog(output, log_lines, task)
+    trainer = make_trainer(
         task,
         base.model,
-        cached,
+        hidden_state_cache,
         args=arguments,
         train_dataset=prepared.train_set,
         eval_dataset=prepared.eval_set,
         processing_class=base.tokenizer,
-        callbacks=[log, watch.StopOnNan(), stop, bar, *early, *callbacks],
+        callbacks=[log, watch.StopOnNan(), stop, bar, *early_stop, *callbacks],
         adapter=handle,
         base_name=config.base,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.processes, trainer.stop = processes, stop
     trainer.group_by_length = config.group_by_length
-    if processes.share:
-        # each share of the rows needs its own dropout and answers; numpy's seeds have 32 bits
-        set_seed(sample_seed(config.seed, processes.share) % 2**32)
-    trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
+    if processes.share_index:
+        # each process needs its own dropout and answers for its rows; numpy's seeds have 32 bits
+        set_seed(sample_seed(config.seed, processes.share_index) % 2**32)
+    trainer._total_train_tokens = max((line.get("tokens", 0) for line in log_lines), default=0)
     with _replace_connection_errors():
         processes.run_on_all(
             lambda: _run_trainer(trainer, task, resume_point, prepared, stop, bar, output)
         )
-    stopped = stop.stopped and trainer.state.global_step < prepared.steps
-    results = processes.run_on_first(lambda: read_results(output, interrupted=stopped))
-    result = _build_result(results, output, base, handle, interrupted=stopped)
+    is_interrupted = stop.stopped and trainer.state.global_step < prepared.steps
+    results = processes.run_on_first(lambda: read_results(output, interrupted=is_interrupted))
+    result = _build_result(results, output, base, handle, interrupted=is_interrupted)
     if not result.interrupted:
-        return _finish(config, task, result, prepared, console, processes)
+        return _finish_run(config, task, result, prepared, console, processes)
     processes.run_on_first(lambda: write_status(output, "interrupted", config, prepared))
     return result
 
@@ -186,23 +195,26 @@ def _fit_locked(
 def _divide_base(
     config: TrainConfig, parallel: str, model: Any, device: torch.device, processes: Processes
 ) -> None:
-    """Shard (fsdp) or cut (tp) the base over the processes."""
-    dividers = {"fsdp": partial(sharding.shard, size=config.shard_size), "tp": split}
-    if divide := dividers.get(parallel):
+    """Divide the base over the processes: by sharding (fsdp), or by cutting its matrices (tp)."""
+    divide_functions = {
+        "fsdp": partial(sharding.shard, shard_size=config.shard_size),
+        "tp": cut_model,
+    }
+    if divide := divide_functions.get(parallel):
         processes.run_on_all(lambda: divide(model, device))
 
 
 def _use_one_gpu(config: TrainConfig, arguments: TrainingArguments, console: Console) -> None:
     """Train on one of several visible GPUs, and print how to use all of them. transformers would
     otherwise copy the model to all of them in each step (`nn.DataParallel`), which trl refuses."""
-    if (visible := arguments.n_gpu) <= 1:
+    if (gpu_count := arguments.n_gpu) <= 1:
         return
     arguments._n_gpu = 1
     if config.device_map is None:
         say(
             console,
-            f"{visible} GPUs are visible; this run trains on {arguments.device}"
-            f" (CUDA_VISIBLE_DEVICES chooses one; `torchrun --nproc-per-node {visible} -m"
+            f"{gpu_count} GPUs are visible; this run trains on {arguments.device}"
+            f" (CUDA_VISIBLE_DEVICES chooses one; `torchrun --nproc-per-node {gpu_count} -m"
             " veneer.cli train …` trains on all).",
         )
 
@@ -210,22 +222,25 @@ def _use_one_gpu(config: TrainConfig, arguments: TrainingArguments, console: Con
 def prepare_run(
     config: TrainConfig, output: Path, console: Console, processes: Processes
 ) -> tuple[Task, tuple[int, ...], Prepared, ResumePoint, TrainingArguments]:
-    """Check and prepare everything that needs no weights: the task with this process's share of a
-    step, the ids of the tokens to train, the data, the checkpoint to resume from (or None), and the
-    trainer's arguments. Writes nothing."""
-    resume = processes.run_on_first(lambda: can_resume(config, output))
+    """Check and prepare everything that needs no weights. Writes nothing.
+
+    Returns:
+        (the task with this process's share of a step, ids of the tokens to train, the data, the
+        checkpoint to resume from or None, the trainer's arguments).
+    """
+    should_resume = processes.run_on_first(lambda: can_resume(config, output))
     task = processes.run_on_all(lambda: _make_task(config, processes))
-    ids, prepared = processes.run_on_all(lambda: prepare_data(task), _hash_data, "data")
+    token_ids, prepared = processes.run_on_all(lambda: prepare_data(task), _hash_data, "data")
     resume_point = (
         _as_resume_point(
             processes.run_on_first(lambda: find_resume_point(config, output, prepared, console))
         )
-        if resume
+        if should_resume
         else None
     )
     return (
         task,
-        ids,
+        token_ids,
         prepared,
         resume_point,
         processes.run_on_all(lambda: arguments_of(task.config, output, prepared)),
@@ -233,45 +248,50 @@ def prepare_run(
 
 
 def _make_task(config: TrainConfig, processes: Processes) -> Task:
-    """The task, with this process's share of the examples of a step."""
-    kind, options = TASKS[config.task], {}
-    config = share(config, processes.shares, compares_rows=kind.compares_rows)
-    divided = config.parallel != "ddp" and processes.count > 1
-    if divided:
-        loading = {name: getattr(config, name) for name in LOADING}
-        options = {"loading": {**loading, "device": "cpu"}}
-    task = kind(config, **options)
-    if divided:
-        must_divide(config, processes.count, task.needs_reference())
+    """Create the task, with this process's share of the examples of a step."""
+    task_class, options = TASKS[config.task], {}
+    config = share_config(config, processes.share_count, compares_rows=task_class.compares_rows)
+    is_divided = config.parallel != "ddp" and processes.count > 1
+    if is_divided:
+        load_options = {name: getattr(config, name) for name in LOAD_OPTIONS}
+        options = {"load_options": {**load_options, "device": "cpu"}}
+    task = task_class(config, **options)
+    if is_divided:
+        check_divided_settings(config, processes.count, task.needs_reference())
     return task
 
 
 def prepare_data(task: Task) -> tuple[tuple[int, ...], Prepared]:
     """(ids of the tokens to train, data of the run)."""
     task.read_data()
-    ids, prepared = vocabulary.learn(task.config, task.open()), task.prepare()
-    if task.further is not None:
-        prepared = replace(prepared, hashes={**prepared.hashes, "adapter": task.further.hash})
-    return ids, prepared
+    token_ids, prepared = vocabulary.add_tokens(task.config, task.open_base()), task.prepare()
+    if task.initial_adapter is not None:
+        prepared = replace(
+            prepared, hashes={**prepared.hashes, "adapter": task.initial_adapter.hash}
+        )
+    return token_ids, prepared
 
 
 def _hash_data(data: tuple[tuple[int, ...], Prepared]) -> str:
     return hash_json([data[0], data[1].steps, data[1].hashes])
 
 
-def _as_resume_point(pair: list[Any] | tuple[str, int] | None) -> ResumePoint:
-    return None if pair is None else (Path(pair[0]), pair[1])
+def _as_resume_point(folder_and_step: list[Any] | tuple[str, int] | None) -> ResumePoint:
+    """The resume point of a (checkpoint folder, step) that came as JSON from another process."""
+    return None if folder_and_step is None else (Path(folder_and_step[0]), folder_and_step[1])
 
 
 def load_model(
     task: Task,
-    read: Callable[[], Base],
+    load_base: Callable[[], Base],
     prepared: Prepared,
-    ids: tuple[int, ...],
+    token_ids: tuple[int, ...],
     resume_point: ResumePoint,
 ) -> tuple[Base, Any, Any]:
-    base = read()._replace(tokenizer=task.processor)
-    handle = attach_adapter(task, base.model, prepared, ids, resume_point)
+    """Load the base and attach the adapter. Returns (base, handle of the adapter, cache of hidden
+    states or None)."""
+    base = load_base()._replace(tokenizer=task.processor)
+    handle = attach_adapter(task, base.model, prepared, token_ids, resume_point)
     return base, handle, HiddenStateCache(base.model) if task.config.cache_lower else None
 
 
@@ -301,7 +321,7 @@ def _run_trainer(
     if resume_point is not None and resume_point[1] >= prepared.steps:
         return  # the run was killed between its last checkpoint and its end
     try:
-        with stop, as_reference(trainer.model, task.further, task.needs_reference()):
+        with stop, as_reference(trainer.model, task.initial_adapter, task.needs_reference()):
             trainer.train(
                 resume_from_checkpoint=str(resume_point[0]) if resume_point is not None else None
             )
@@ -311,9 +331,9 @@ def _run_trainer(
         ) from error
     except OSError as error:
         note = "There is no checkpoint yet; the same command starts over."
-        if (last := checkpoint.newest(output)) is not None:
+        if (newest := checkpoint.newest(output)) is not None:
             note = (
-                f"The newest complete checkpoint is {last[0]}; start the same command again to go"
+                f"The newest complete checkpoint is {newest[0]}; start the same command again to go"
                 " on from it."
             )
         error.add_note(note)
@@ -325,7 +345,7 @@ def _run_trainer(
 @contextmanager
 def _replace_connection_errors() -> Iterator[None]:
     """A block whose connection errors become a `TrainingError` with advice. A process that fails
-    with an error reports it to the others; a lost connection means that one died silently."""
+    with an error reports it to the others; a lost connection means that a process died silently."""
     try:
         yield
     # all surviving processes raise the error of the first one that lost its connection
@@ -333,22 +353,22 @@ def _replace_connection_errors() -> Iterator[None]:
         if "losed by peer" not in str(error) and "reset by peer" not in str(error):
             raise
         problem = "a process of this run that is gone, in the middle of a step"
-        do = (
+        remedy = (
             "see what it printed, or what killed it (memory?); the same command goes on from the"
             " last checkpoint"
         )
-        lost = TrainingError(problem, "all of them", do)
-        lost.told_elsewhere = getattr(error, "told_elsewhere", False)
-        raise lost from error
+        connection_error = TrainingError(problem, "all of them", remedy)
+        connection_error.told_elsewhere = getattr(error, "told_elsewhere", False)
+        raise connection_error from error
 
 
 def _build_result(
     results: dict[str, Any], output: Path, base: Base, handle: Any, interrupted: bool
 ) -> Result:
-    last = results["checkpoint"]
+    checkpoint_path = results["checkpoint"]
     paths = {
         "adapter": Path(results["adapter"]),
-        "checkpoint": None if last is None else Path(last),
+        "checkpoint": None if checkpoint_path is None else Path(checkpoint_path),
         "output": output,
     }
     evaluations = [(step, loss) for step, loss in results["eval_losses"]]
@@ -362,7 +382,7 @@ def _build_result(
     )
 
 
-def _finish(
+def _finish_run(
     config: TrainConfig,
     task: Task,
     result: Result,
@@ -370,7 +390,7 @@ def _finish(
     console: Console,
     processes: Processes,
 ) -> Result:
-    """Write the adapter and metrics.json, then mark the run as finished; this write is the last."""
+    """Write the adapter and metrics.json. The last write marks the run as finished."""
     metrics = processes.run_on_first(lambda: _collect_metrics(config, task, result))
     provenance = provenance_of(config, task, prepared, result.model, metrics)
 
@@ -388,9 +408,13 @@ def _finish(
     processes.run_on_first(write_files)
     result.model.eval()
     losses = result.losses
-    change = f"loss {losses[0]:.4f} → {losses[-1]:.4f}"
-    change += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-    say(console, f"Done     {result.steps:,} steps in {watch.duration(result.seconds)}: {change}")
+    loss_change = f"loss {losses[0]:.4f} → {losses[-1]:.4f}"
+    loss_change += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
+    say(
+        console,
+        f"Done     {result.steps:,} steps in {watch.format_duration(result.seconds)}:"
+        f" {loss_change}",
+    )
     say(console, f"Adapter  {result.adapter}")
     return replace(
         result, metrics=metrics, prompt=prepared.prompt if task.generates_text() else None

@@ -1,7 +1,7 @@
-"""The record of a run in its output folder: whether a run there can be resumed, with which
-configuration, data and library versions it began, and the results that its files hold.
+"""The record of a run in its output folder: with which configuration, data and library versions the
+run began, whether it can be resumed, and the results in its files.
 
-The folder of a sweep has the same record, with the section `sweep:` of its configuration.
+The folder of a sweep has the same record, which also holds the section `sweep:` of its YAML file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from veneer.train.config import FREE_ON_RESUME, TrainConfig
 from veneer.train.prepare import Prepared
 from veneer.train.tasks import Task
 
-#: the checkpoint to resume from and its step; None for a run from the start
+#: (checkpoint folder, step) to resume from; None for a run that begins with step 1
 ResumePoint = tuple[Path, int] | None
 
 
@@ -41,11 +41,11 @@ def open_output(
 
 
 def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | None = None) -> bool:
-    """Whether `output` holds a run to resume; False means that a new run starts. `overwrite` allows
-    replacing a run that cannot be resumed; a run that can be resumed is resumed all the same.
+    """Whether `output` holds a run that this run resumes; otherwise this run begins anew. With
+    `overwrite`, a run that cannot be resumed is replaced, and one that can is still resumed.
 
     Args:
-        sweep: the section of a sweep, which resumes sweeps instead of runs.
+        sweep: the section `sweep:`, for a sweep; then only a sweep can be resumed.
 
     Raises:
         OutputExistsError: `output` holds a finished run, an unfinished one that `resume` excludes,
@@ -58,11 +58,11 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
             f"{output} is a file", f"a folder for the {kind}", "choose another output"
         )
     run = checkpoint.read_json(output / checkpoint.RUN)
-    is_other = run is not None and ("sweep" in run) is (sweep is None)
-    if is_other or (run is None and checkpoint.is_taken(output)):
-        do = "choose another output; Veneer replaces nothing that it did not write"
+    is_wrong_kind = run is not None and ("sweep" in run) is (sweep is None)
+    if is_wrong_kind or (run is None and checkpoint.has_foreign_files(output)):
+        remedy = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(
-            f"{output} is not empty and holds no Veneer {kind}", "a new folder", do
+            f"{output} is not empty and holds no Veneer {kind}", "a new folder", remedy
         )
     if run is None or run["status"] == checkpoint.CLEARED:
         if config.resume:
@@ -73,25 +73,28 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
     if run["status"] == "finished" and config.overwrite:
         return False
     if run["status"] == "finished":
-        do = "choose another output, or pass --overwrite to replace it"
-        raise OutputExistsError(f"{output} holds a finished {kind}", "a new folder", do)
-    # defaults stand for settings that the run's version of Veneer lacked
-    old = {**TrainConfig.defaults(), **run["config"], "sweep": run.get("sweep")}
-    new = {**config.content(), "sweep": sweep}
-    changed = [
+        remedy = "choose another output, or pass --overwrite to replace it"
+        raise OutputExistsError(f"{output} holds a finished {kind}", "a new folder", remedy)
+    # settings that the run's version of Veneer did not have get their defaults
+    recorded_settings = {**TrainConfig.defaults(), **run["config"], "sweep": run.get("sweep")}
+    current_settings = {**config.content(), "sweep": sweep}
+    changed_names = [
         name
-        for name in {**old, **new}
-        if name not in FREE_ON_RESUME and old.get(name) != new.get(name)
+        for name in {**recorded_settings, **current_settings}
+        if name not in FREE_ON_RESUME and recorded_settings.get(name) != current_settings.get(name)
     ]
-    if not changed and config.resume is not False:
+    if not changed_names and config.resume is not False:
         return True
-    if config.overwrite or checkpoint.newest(output) is None:  # nothing would be lost
+    if config.overwrite or checkpoint.newest(output) is None:  # no work would be lost
         return False
-    lines = "".join(f"\n  {name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
-    raise (ConfigError if changed else OutputExistsError)(
+    lines = "".join(
+        f"\n  {name}: was {recorded_settings.get(name)!r}, is {current_settings.get(name)!r}"
+        for name in changed_names
+    )
+    raise (ConfigError if changed_names else OutputExistsError)(
         f"Found: {output} holds an unfinished"
-        f" {kind}{' with another configuration' if changed else ''}.{lines}\nExpected: the same"
-        " configuration, to resume it exactly, or a new folder. Do: undo the change, choose"
+        f" {kind}{' with another configuration' if changed_names else ''}.{lines}\nExpected: the"
+        " same configuration, to resume it exactly, or a new folder. Do: undo the change, choose"
         " another output, or pass --overwrite to start over."
     )
 
@@ -110,13 +113,13 @@ def find_resume_point(
         return str(newest[0]), newest[1]
     if config.overwrite:
         return None
-    inputs = "the data"
+    changed_inputs = "the data"
     if config.adapter is not None:
-        inputs = "the data, or the adapter that it trains further,"
+        changed_inputs = "the data, or the adapter that it trains further,"
     kind = "sweep" if "sweep" in run else "run"
-    problem = f"{inputs} have changed since the unfinished {kind} in {output} began"
-    do = "restore them, choose another output, or pass --overwrite to start over"
-    raise ConfigError(problem, "the same bytes, to resume it exactly", do)
+    problem = f"{changed_inputs} have changed since the unfinished {kind} in {output} began"
+    remedy = "restore them, choose another output, or pass --overwrite to start over"
+    raise ConfigError(problem, "the same bytes, to resume it exactly", remedy)
 
 
 def write_status(
@@ -126,7 +129,7 @@ def write_status(
     prepared: Prepared,
     sweep: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write run.json: the status, configuration, hashes of the data, steps and versions."""
+    """Write run.json with the status, configuration, hashes of the data, steps and versions."""
     record = {
         "status": status,
         "config": config.content(),
@@ -147,17 +150,17 @@ def versions() -> dict[str, str]:
 
 def print_changed_versions(run: Mapping[str, Any], console: Console) -> None:
     """Print the libraries whose versions differ from those that a resumed run began with."""
-    before, installed = run.get("versions", {}), versions()
-    changed = [
-        f"{name} {before[name]}, now {current}"
+    recorded, installed = run.get("versions", {}), versions()
+    changed_versions = [
+        f"{name} {recorded[name]}, now {current}"
         for name, current in installed.items()
-        if before.get(name, current) != current
+        if recorded.get(name, current) != current
     ]
-    if changed:
+    if changed_versions:
         say(
             console,
-            f"Versions The run was made with {'; '.join(changed)}: its losses may differ from those"
-            " of a run that",
+            f"Versions The run was made with {'; '.join(changed_versions)}: its losses may differ"
+            " from those of a run that",
         )
         say(
             console,
@@ -166,13 +169,13 @@ def print_changed_versions(run: Mapping[str, Any], console: Console) -> None:
 
 
 def read_results(output: Path, interrupted: bool) -> dict[str, Any]:
-    """The results of a run that ended, from its files, as JSON values."""
+    """Read the results of a run that ended from its files, as JSON values."""
     lines = checkpoint.read_log(output)
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     tokens = max((line.get("tokens", 0) for line in lines), default=0)
-    last, step = checkpoint.newest(output) or (None, 0)
-    folder, steps = (last, step) if interrupted else (output, len(losses))
+    newest, step = checkpoint.newest(output) or (None, 0)
+    folder, steps = (newest, step) if interrupted else (output, len(losses))
     if folder is None:
         raise RuntimeError(f"the run in {output} was stopped, yet wrote no checkpoint")
     return {
@@ -182,23 +185,27 @@ def read_results(output: Path, interrupted: bool) -> dict[str, Any]:
         "steps": steps,
         "seconds": lines[-1]["seconds"] if lines else 0.0,
         "tokens": tokens,
-        "checkpoint": last and str(last),
+        "checkpoint": newest and str(newest),
     }
 
 
 def prompt_record(prompt: str | list[Any] | None, with_texts: bool) -> dict[str, str]:
-    """How the adapter is prompted, from a prompt of its data: as a "chat", or as a text that goes
-    on ("completion"). ``with_texts``: also the system prompt and the prompt itself, which
-    are the data's."""
-    chat = isinstance(prompt, list)
-    record = {"mode": "chat" if chat else "completion"}
+    """A record of how the adapter is prompted, derived from a prompt of its data: "chat", or
+    "completion" for a text that the model continues. ``with_texts``: whether to add the system
+    prompt and the prompt itself, which come from the data."""
+    is_chat = isinstance(prompt, list)
+    record = {"mode": "chat" if is_chat else "completion"}
     if not with_texts or prompt is None:
         return record
     if not isinstance(prompt, list):
         return {**record, "example": prompt}
-    texts = {message["role"]: message.get("content") for message in reversed(prompt)}  # the first
-    named = {"system": texts.get("system"), "example": texts.get("user")}
-    return {**record, **{name: text for name, text in named.items() if isinstance(text, str)}}
+    # of several messages of a role, the first remains
+    content_by_role = {message["role"]: message.get("content") for message in reversed(prompt)}
+    prompt_texts = {"system": content_by_role.get("system"), "example": content_by_role.get("user")}
+    return {
+        **record,
+        **{name: text for name, text in prompt_texts.items() if isinstance(text, str)},
+    }
 
 
 def provenance_of(

@@ -21,7 +21,7 @@ def print_summary(
     model: Any,
     handle: Any,
     prepared: Prepared,
-    cached: HiddenStateCache | None,
+    hidden_state_cache: HiddenStateCache | None,
     console: Console,
     processes: Processes | None = None,
 ) -> None:
@@ -29,22 +29,29 @@ def print_summary(
     adapter."""
     processes = processes or Processes()
     config, train = task.config, prepared.train
-    changed = {"dropped": train.dropped, "truncated": train.truncated}
-    notes = "".join(f", {count:,} examples {change}" for change, count in changed.items() if count)
-    storage = [str(model.dtype).removeprefix("torch.")]
-    storage += [f"linear layers in {config.quantize}"] if config.quantize else []
+    long_examples = {"dropped": train.dropped, "truncated": train.truncated}
+    notes = "".join(
+        f", {count:,} examples {change}" for change, count in long_examples.items() if count
+    )
+    storage_notes = [str(model.dtype).removeprefix("torch.")]
+    storage_notes += [f"linear layers in {config.quantize}"] if config.quantize else []
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    storage += [f"on {', '.join(devices)}"] if len(devices) > 1 else []
-    say(console, f"Base     {config.base} ({', '.join(storage)})")
-    say(console, f"Data     {config.data}: {task.amount(train)}{notes}")
+    storage_notes += [f"on {', '.join(devices)}"] if len(devices) > 1 else []
+    say(console, f"Base     {config.base} ({', '.join(storage_notes)})")
+    say(console, f"Data     {config.data}: {task.describe_size(train)}{notes}")
     if prepared.unused:
         say(console, f"         columns that are not used: {', '.join(prepared.unused)}")
     if prepared.evaluation is not None:
         say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
     local_rows = config.batch_size * config.grad_accum
-    split = f", {local_rows} in each of {processes.count} processes" if processes.count > 1 else ""
-    rows = f"packed rows, of at most {prepared.max_length} tokens" if config.packing else "examples"
-    say(console, f"Steps    {prepared.steps:,} of {local_rows * processes.shares} {rows}{split}")
+    process_note = (
+        f", {local_rows} in each of {processes.count} processes" if processes.count > 1 else ""
+    )
+    row_name = (
+        f"packed rows, of at most {prepared.max_length} tokens" if config.packing else "examples"
+    )
+    step_rows = local_rows * processes.share_count
+    say(console, f"Steps    {prepared.steps:,} of {step_rows} {row_name}{process_note}")
     if config.parallel != "ddp" and processes.count == 1:
         say(
             console,
@@ -52,23 +59,30 @@ def print_summary(
             " starts several)",
         )
     if not console.quiet:  # the estimate counts a step, which takes a while
-        divided_later = {
-            "ddp": "",
-            "fsdp": ", before the base is spread",
-            "tp": ", before the base is cut",
-        }[config.parallel]
-        scope = "" if is_spread(model.modules()) else divided_later
-        scope = f" in each{scope}" if processes.count > 1 else ""
-        say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}{scope}")
-    if cached is not None:
+        _print_memory(task, model, prepared, console, processes)
+    if hidden_state_cache is not None:
         examples = [train] if prepared.evaluation is None else [train, prepared.evaluation]
         tokens = sum(sum(dataset_rows.lengths) for dataset_rows in examples)
         width = model.get_input_embeddings().weight.shape[1]
         cache_size = format_bytes(tokens * width * model.dtype.itemsize)
         say(
             console,
-            f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row;"
-            f" {cache_size}"
-            " are kept",
+            f"Lower    {len(hidden_state_cache.blocks)} of {hidden_state_cache.block_count} blocks"
+            f" run once for each row; {cache_size} are kept",
         )
     say(console, str(handle.summary()))
+
+
+def _print_memory(
+    task: Task, model: Any, prepared: Prepared, console: Console, processes: Processes
+) -> None:
+    """Print the estimated memory of a step, and to which processes and weights it applies."""
+    division_note = {
+        "ddp": "",
+        "fsdp": ", before the base is spread",
+        "tp": ", before the base is cut",
+    }[task.config.parallel]
+    memory_note = "" if is_spread(model.modules()) else division_note
+    memory_note = f" in each{memory_note}" if processes.count > 1 else ""
+    estimate = memory.estimate(model, task.config, *task.largest_batch(prepared))
+    say(console, f"Memory   {estimate}{memory_note}")

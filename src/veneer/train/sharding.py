@@ -1,12 +1,13 @@
 """Sharding of the frozen base weights over the processes of a run, by FSDP2's `fully_shard`.
 
-    base       each process holds a shard; a block is gathered before it computes, then resharded
-    adapter    complete in each process, in float32 over a 16-bit base; its gradients are averaged
-               as without FSDP
+    base       each process holds a shard; a block is gathered before it computes, and then sharded
+               again
+    adapter    complete in each process, in float32 if the base has 16 bits; its gradients are
+               averaged as without FSDP
 
-Trained parameters are not sharded: they are small and would have to be gathered too. With
-`shard_size` there are several copies of the base, each sharded over that many processes (HSDP), and
-blocks are gathered only within a copy.
+Trained parameters are not sharded, because they are small and would have to be gathered too. With
+`shard_size` there are several copies of the base, each sharded over that number of processes
+(HSDP). Blocks are then gathered only among the processes of a copy.
 """
 
 from __future__ import annotations
@@ -27,70 +28,74 @@ from veneer.train.tasks import Task
 from veneer.variants import VARIANTS
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time, inner ones first: the modules that transformers
-    does not split over devices, without those that share a parameter with a module outside, which
-    are gathered together with the rest."""
-    names = {*(getattr(model, "_no_split_modules", None) or ())}
+def gathered_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered one at a time, inner modules first: those that transformers
+    does not split over devices, except modules that share a parameter with a module outside. These
+    are gathered together with the remaining model."""
+    block_classes = {*(getattr(model, "_no_split_modules", None) or ())}
     candidates = [
         module
         for module in model.modules()
-        if base_class(module).__name__ in names and module is not model
+        if base_class(module).__name__ in block_classes and module is not model
     ]
-    holders = defaultdict[int, set[nn.Module]](set)
+    owners_by_id = defaultdict[int, set[nn.Module]](set)
     for module in model.modules():
         for parameter in module._parameters.values():
-            holders[id(parameter)].add(module)
-    separate = [
+            owners_by_id[id(parameter)].add(module)
+    separate_blocks = [
         block
         for block in candidates
-        if all(holders[id(parameter)] <= {*block.modules()} for parameter in block.parameters())
+        if all(
+            owners_by_id[id(parameter)] <= {*block.modules()} for parameter in block.parameters()
+        )
     ]
-    return separate[::-1]
+    return separate_blocks[::-1]
 
 
 def load(task: Task, device: torch.device, console: Console) -> Base:
-    """Load the base of a task, frozen and sharded over all processes: each reads its shard of the
-    files. If that is impossible, each process reads the full base, and `shard` must be called after
-    an adapter is attached and checked."""
-    config, reason = task.config, None
+    """Load the base of a task, frozen and sharded over all processes, each of which reads its shard
+    of the files. If that is impossible, each process reads the full base, and `shard` must be
+    called after an adapter is attached and checked."""
+    config, full_load_reason = task.config, None
     if config.add_tokens or config.trainable_tokens:
-        reason = "trained tokens, whose rows may be new, need the whole embedding"
+        full_load_reason = "trained tokens, whose rows may be new, need the whole embedding"
     elif "gradient" in VARIANTS[config.variant].needs:
-        reason = f"variant {config.variant!r} starts from gradients of whole weights"
-    if reason is None:
-        loading = task.loading
-        task.loading = {
-            **loading,
+        full_load_reason = f"variant {config.variant!r} starts from gradients of whole weights"
+    if full_load_reason is None:
+        load_options = task.load_options
+        task.load_options = {
+            **load_options,
             "device": str(device),
-            "spread": partial(shard, device=device, size=config.shard_size),
+            "spread": partial(shard, device=device, shard_size=config.shard_size),
         }
         try:
             base = task.load()
-            reshard(base.model)  # the task may have run a forward
+            reshard(base.model)  # a forward of the task leaves weights gathered
             return base
         except WholeOnlyError as error:
-            task.loading, reason = loading, str(error)
-    say(console, f"Loading  each process reads the whole base first: {reason}")
+            task.load_options, full_load_reason = load_options, str(error)
+    say(console, f"Loading  each process reads the whole base first: {full_load_reason}")
     return task.load()
 
 
-def shard(model: Any, device: torch.device, size: int | None = None) -> None:
-    """Shard the frozen weights over all processes, or over each group of `size` consecutive ranks,
-    and move the other parameters to `device`, on which the processes communicate."""
+def shard(model: Any, device: torch.device, shard_size: int | None = None) -> None:
+    """Shard the frozen weights over all processes, or over each group of `shard_size` consecutive
+    ranks. The other parameters are moved to `device`, on which the processes communicate."""
     if is_spread(model.modules()):
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    count = torch.distributed.get_world_size()
-    copies = {} if size in (None, count) else {"copies": count // size}
-    sizes = {**copies, "shares": size or count}
-    mesh = init_device_mesh(device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
+    process_count = torch.distributed.get_world_size()
+    copy_dimension = (
+        {} if shard_size in (None, process_count) else {"copies": process_count // shard_size}
+    )
+    mesh_sizes = {**copy_dimension, "shares": shard_size or process_count}
+    mesh = init_device_mesh(device.type, (*mesh_sizes.values(),), mesh_dim_names=(*mesh_sizes,))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for parameter in trained:
         parameter.data = parameter.data.to(device)
-    for block in blocks(model):
+    for block in gathered_blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=trained)
     fully_shard(model, mesh=mesh, ignored_params=trained)
     # on a CPU, communication does not overlap with computation, so prefetching only costs memory

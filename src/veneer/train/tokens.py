@@ -1,9 +1,9 @@
-"""Tokenisation of records: token ids, and labels on the tokens that the loss counts.
+"""Tokenise records: token ids, and labels at the tokens that the loss counts.
 
     row  ->  input_ids [s], labels [s]      labels = input_ids where the loss counts, else -100
 
-The loss counts the tokens that the model must write: the completion, the assistant's turns, or all
-of a plain text.
+The loss counts the tokens that the model must learn to write: the completion, the assistant's
+turns, or all of a row that is only a text.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ IGNORED = -100  # the label that torch's cross-entropy skips
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows. `input_ids[i]` and `labels[i]` are lists of equal length; `index[i]` is the
-    index of the record. `dropped` and `truncated` count the records that were too long."""
+    """Tokenised rows.
+
+    Fields:
+        input_ids, labels: by row, its token ids and as many labels.
+        record_indices: by row, the index of its record in the data.
+        dropped, truncated: number of records that were dropped or cut, because they were too long.
+    """
 
     input_ids: list[list[int]]
     labels: list[list[int]]
-    index: list[int]
+    record_indices: list[int]
     dropped: int = 0
     truncated: int = 0
 
@@ -65,32 +70,32 @@ def tokenise(
     """Token ids and labels of every row, at most `max_length` tokens each.
 
     Args:
-        too_long: the treatment of a longer row. "truncate" keeps its start if this has a label, and
-            otherwise drops the row.
+        too_long: what to do with a longer row. "truncate" keeps the beginning of the row if this
+            has a label, and else drops the row.
         completion_only: label only completions and assistant turns, not prompts.
 
     Raises:
         DataError: a row is too long and `too_long` is "error", a row has no label, no row is left,
             or a chat meets a tokenizer without a chat template.
     """
-    encode, learn_all = _encoder(rows, tokenizer), rows.kind != "text" and not completion_only
+    encode, labels_all = _make_encoder(rows, tokenizer), rows.kind != "text" and not completion_only
     examples: list[tuple[list[int], list[int], int]] = []
-    long: list[tuple[int, int]] = []
+    long_rows: list[tuple[int, int]] = []
     truncated = 0
     for i, row in enumerate(rows.rows):
-        tokens, learn = encode(row, rows.locations[i])
+        tokens, is_labelled = encode(row, rows.locations[i])
         targets = [
-            token if flag or learn_all else IGNORED
-            for token, flag in zip(tokens, learn, strict=True)
+            token if flag or labels_all else IGNORED
+            for token, flag in zip(tokens, is_labelled, strict=True)
         ]
         # a first token has no context to be predicted from, so it never counts
-        learns = any(target != IGNORED for target in targets[1:max_length])
+        has_label = any(target != IGNORED for target in targets[1:max_length])
         if len(tokens) > max_length:
-            long.append((len(tokens), i))
-            if too_long != "truncate" or not learns:
+            long_rows.append((len(tokens), i))
+            if too_long != "truncate" or not has_label:
                 continue
             truncated += 1
-        elif not learns:
+        elif not has_label:
             field = {"messages": "assistant's part", "prompt": "completion", "text": "text"}[
                 rows.kind
             ]
@@ -100,22 +105,22 @@ def tokenise(
                 " that row."
             )
         examples.append((tokens[:max_length], targets[:max_length], i))
-    if not examples or (long and too_long == "error"):
-        raise _length_error(rows, long, max_length, too_long)
-    ids, labels, index = map(list, zip(*examples, strict=True))
-    return Examples(ids, labels, index, dropped=len(rows) - len(ids), truncated=truncated)
+    if not examples or (long_rows and too_long == "error"):
+        raise _length_error(rows, long_rows, max_length, too_long)
+    ids, labels, record_indices = map(list, zip(*examples, strict=True))
+    return Examples(ids, labels, record_indices, dropped=len(rows) - len(ids), truncated=truncated)
 
 
 def _length_error(
-    rows: Records, long: list[tuple[int, int]], max_length: int, too_long: str
+    rows: Records, long_rows: list[tuple[int, int]], max_length: int, too_long: str
 ) -> DataError:
-    """The error for rows that are too long. ``long``: (tokens, index) of each of them."""
-    length, longest = max(long, default=(0, 0))
-    if long and too_long == "error":
+    """The error for rows that are too long. ``long_rows``: (number of tokens, index) of each."""
+    length, row_index = max(long_rows, default=(0, 0))
+    if long_rows and too_long == "error":
         return DataError(
-            f"{len(long)} of {len(rows)} examples of {rows.source}"
-            f" {'is' if len(long) == 1 else 'are'} longer than the context of {max_length:,}"
-            f" tokens; the longest, {rows.locations[longest]}, has {length:,}.\nExpected at most"
+            f"{len(long_rows)} of {len(rows)} examples of {rows.source}"
+            f" {'is' if len(long_rows) == 1 else 'are'} longer than the context of {max_length:,}"
+            f" tokens; the longest, {rows.locations[row_index]}, has {length:,}.\nExpected at most"
             f" {max_length:,} tokens.\nDo: raise it with --max-length {length} (if the model allows"
             " it), or choose --too-long truncate (cuts the end) or --too-long drop (leaves them"
             " out)."
@@ -126,12 +131,12 @@ def _length_error(
     )
 
 
+#: (row, its location for errors) -> (token ids, by token whether it belongs to a completion)
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
-def _encoder(rows: Records, tokenizer: Any) -> Encoder:
-    """A function from one row and its location, for errors, to its token ids and a flag for each
-    token: whether it belongs to a completion."""
+def _make_encoder(rows: Records, tokenizer: Any) -> Encoder:
+    """The encoder for the shape of the rows."""
     if rows.kind == "text":
         return lambda row, location: _encode_text(row["text"], tokenizer)
     if rows.kind == "prompt" and isinstance(rows.rows[0]["prompt"], str):
@@ -158,7 +163,7 @@ def _encoder(rows: Records, tokenizer: Any) -> Encoder:
 
 
 def _must_show_tools(rows: Records, tokenizer: Any) -> None:
-    """Refuse tools and tool calls that the chat template would silently omit."""
+    """Raise `DataError` for tools and tool calls that the chat template would silently omit."""
     template = str(tokenizer.chat_template)
     for row, location in zip(rows.rows, rows.locations, strict=True):
         messages = [
@@ -166,33 +171,38 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
             for value in (row.get(field) for field in ("messages", "prompt", "completion"))
             for message in value or []
         ]
-        used = {
+        occurs = {
             TOOLS: bool(row.get(TOOLS)),
             "tool_calls": any("tool_calls" in message for message in messages),
         }
-        if omitted := [word for word, in_row in used.items() if in_row and word not in template]:
+        if omitted := [
+            word for word, is_in_row in occurs.items() if is_in_row and word not in template
+        ]:
             problem = (
                 f"{rows.source}, {location} holds {omitted[0]}, and the base's chat template has no"
                 " place for them"
             )
-            do = (
+            remedy = (
                 "choose a base whose template has, or write the calls as the content of the"
                 " messages"
             )
-            raise DataError(problem, f"a chat template that shows {omitted[0]}", do)
+            raise DataError(problem, f"a chat template that shows {omitted[0]}", remedy)
 
 
 def _append_end(
-    tokens: list[int], learn: list[bool], tokenizer: Any
+    tokens: list[int], is_labelled: list[bool], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
     """Append the end-of-text token, which teaches the model to stop."""
-    end = tokenizer.eos_token_id
+    end_token = tokenizer.eos_token_id
     return (
-        (tokens, learn) if end is None or tokens[-1:] == [end] else ([*tokens, end], [*learn, True])
+        (tokens, is_labelled)
+        if end_token is None or tokens[-1:] == [end_token]
+        else ([*tokens, end_token], [*is_labelled, True])
     )
 
 
 def _encode_text(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Encode a row that is only a text; all its tokens are labelled."""
     tokens = list(tokenizer(text)["input_ids"])
     return (
         _append_end(tokens, [True] * len(tokens), tokenizer)
@@ -204,17 +214,17 @@ def _encode_text(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
 def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Encode a prompt and a completion that are texts. If a token would span both, the completion
     is encoded separately, so that the prompt has the same tokens as in generation."""
-    head = list(tokenizer(prompt)["input_ids"])
+    prompt_tokens = list(tokenizer(prompt)["input_ids"])
     tokens = list(tokenizer(prompt + completion)["input_ids"])
-    if tokens[: len(head)] != head:
-        tokens = head + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    learn = [False] * len(head) + [True] * (len(tokens) - len(head))
-    return _append_end(tokens, learn, tokenizer) if completion else (tokens, learn)
+    if tokens[: len(prompt_tokens)] != prompt_tokens:
+        tokens = prompt_tokens + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    is_labelled = [False] * len(prompt_tokens) + [True] * (len(tokens) - len(prompt_tokens))
+    return _append_end(tokens, is_labelled, tokenizer) if completion else (tokens, is_labelled)
 
 
 def _training_template(tokenizer: Any) -> str | None:
-    """A chat template that marks the assistant's turns: the tokenizer's, or trl's version of it, or
-    None."""
+    """A chat template that marks the assistant's turns: the tokenizer's template, or trl's version
+    of it, or None."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     template = tokenizer.chat_template
@@ -244,23 +254,23 @@ def _encode_by_template(
 def _encode_turns(
     prompt: list[Any], completion: list[Any], tokenizer: Any, location: str, tools: Any
 ) -> tuple[list[int], list[bool]]:
-    """Encode a chat by prefixes: the tokens of a turn are those that it adds to the chat before it.
-    The assistant's turns in `completion` are learnt. Raises `DataError` for a template that changes
-    earlier turns."""
+    """Encode a chat by prefixes: the tokens of a turn are those by which the chat grows when the
+    turn is added. The assistant's turns in `completion` are labelled. Raises `DataError` for a
+    template that changes earlier turns."""
     messages = [*prompt, *completion]
-    cuts: list[tuple[int, bool]] = [(0, False)]
-    full = chat_tokens(messages, tokenizer, tools=tools)
-    for number, message in enumerate(messages):
-        learn = number >= len(prompt) and message["role"] == "assistant"
-        if learn:  # generation provides the header ("<|im_start|>assistant"): it is not learnt
-            prefix = chat_tokens(messages[:number], tokenizer, header=True, tools=tools)
-            cuts.append((_prefix_length(prefix, full, location), False))
-        prefix = chat_tokens(messages[: number + 1], tokenizer, tools=tools)
-        cuts.append((_prefix_length(prefix, full, location), learn))
-    flags = [False] * len(full)
-    for (start, _), (end, learn) in pairwise(cuts):
-        flags[start:end] = [learn] * (end - start)
-    return full, flags
+    turn_ends: list[tuple[int, bool]] = [(0, False)]
+    full_tokens = chat_tokens(messages, tokenizer, tools=tools)
+    for turn, message in enumerate(messages):
+        is_trained = turn >= len(prompt) and message["role"] == "assistant"
+        if is_trained:  # generation provides the header ("<|im_start|>assistant"): it is not learnt
+            prefix = chat_tokens(messages[:turn], tokenizer, header=True, tools=tools)
+            turn_ends.append((_prefix_length(prefix, full_tokens, location), False))
+        prefix = chat_tokens(messages[: turn + 1], tokenizer, tools=tools)
+        turn_ends.append((_prefix_length(prefix, full_tokens, location), is_trained))
+    is_labelled = [False] * len(full_tokens)
+    for (start, _), (end, is_trained) in pairwise(turn_ends):
+        is_labelled[start:end] = [is_trained] * (end - start)
+    return full_tokens, is_labelled
 
 
 def chat_tokens(
@@ -277,9 +287,9 @@ def chat_tokens(
     return list(tokenizer.apply_chat_template(messages, **options)["input_ids"]) if messages else []
 
 
-def _prefix_length(prefix: list[int], full: list[int], location: str) -> int:
-    """The length of `prefix`. Raises `DataError` if it is not a prefix of `full`."""
-    if full[: len(prefix)] == prefix:
+def _prefix_length(prefix: list[int], full_tokens: list[int], location: str) -> int:
+    """The length of `prefix`. Raises `DataError` if it is not a prefix of `full_tokens`."""
+    if full_tokens[: len(prefix)] == prefix:
         return len(prefix)
     raise DataError(
         f"{location}: the chat template rewrites earlier turns when a turn follows, so its"
@@ -289,8 +299,9 @@ def _prefix_length(prefix: list[int], full: list[int], location: str) -> int:
     )
 
 
-def stretches(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
-    """(whether it is learnt, token ids) of each run of consecutive tokens with or without label."""
+def label_runs(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
+    """(whether the tokens have labels, token ids) of each run of consecutive tokens with or without
+    labels."""
     start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):

@@ -1,20 +1,21 @@
-"""transformers' trainers for Veneer's adapters: loss without full logits, reproducible order of the
-data, atomic checkpoints.
+"""transformers' trainers for Veneer's adapters, with a loss that needs no full logits, an order of
+the data that can be reproduced, and atomic checkpoints.
 
 `TaskTrainer` is transformers' `Trainer` with the loss of a task; the task sft uses
 `sft_trainer.AdapterTrainer`, based on trl's.
 
 The loop, accumulation, precision, devices, schedules, optimisers, packing, collation and trackers
-are those of trl and transformers. The following are replaced:
+are trl's and transformers'. The following are replaced:
 
 - the loss: `loss.token_loss`, because trl's fused head multiplies by `lm_head.weight` and so
-  bypasses an adapter there;
-- the order of the examples: a function of (seed, epoch), because one drawn from the global
-  generator differs after a resume; examples of similar length share a batch, because padding is
-  computed too;
-- the evaluation loss: a mean over tokens, because a mean over batches depends on the batch size;
-- checkpoints: the adapter instead of the model, under a temporary name that is renamed when
-  complete.
+  bypasses an adapter of the head;
+- the order of the examples: it is a function of (seed, epoch), because an order drawn from the
+  global generator differs after a resume; examples of similar length share a batch, because the
+  padding is computed too;
+- the evaluation loss: it is a mean over tokens, because a mean over batches depends on the batch
+  size;
+- checkpoints: they hold the adapter instead of the model, and are written under a temporary name
+  that is changed once they are complete.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from veneer.distributed import average_gradients, reshard
 from veneer.precision import double
 from veneer.train import checkpoint
 from veneer.train.callbacks import StopOnSignal
-from veneer.train.order import SPARE, EpochSampler, share_loader
+from veneer.train.order import WEIGHTLESS, EpochSampler, share_loader
 from veneer.train.processes import Processes
 from veneer.train.tasks import Rows, Task, TaskLoss
 
 
 @contextmanager
-def marked_as_adapted(model: Any) -> Iterator[None]:
+def mark_as_adapted(model: Any) -> Iterator[None]:
     """A block in which the model carries PEFT's mark, by which transformers' trainer recognises
-    that a quantised model has adapters. Outside, the mark would make methods of the model call
-    PEFT."""
+    that a quantised model has adapters. Outside of the block, the mark would make methods of the
+    model call PEFT."""
     model.__dict__["_hf_peft_config_loaded"] = True
     try:
         yield
@@ -54,9 +55,9 @@ def marked_as_adapted(model: Any) -> Iterator[None]:
         del model.__dict__["_hf_peft_config_loaded"]
 
 
-class TrainsAdapter(Trainer):
-    """The parts of a `Trainer` of an adapter that do not depend on the loss: the order of the rows,
-    evaluation, checkpoints, and sums over several processes. `run.fit` sets `processes`, `stop` and
+class AdapterTrainerBase(Trainer):
+    """A `Trainer` of an adapter, without the loss: the order of the rows, the evaluation, the
+    checkpoints, and sums over several processes. `run.fit` sets `processes`, `stop` and
     `group_by_length`."""
 
     adapter: Any
@@ -64,10 +65,10 @@ class TrainsAdapter(Trainer):
     processes = Processes()
     stop: StopOnSignal | None = None
     group_by_length = True
-    #: sums over the evaluation so far: loss, items, measures
-    _eval_total: torch.Tensor | None = None
+    #: sums of an evaluation so far: [loss, items, measures …]
+    _eval_sums: torch.Tensor | None = None
     measures: tuple[str, ...] = ("accuracy",)
-    #: metadata of a checkpoint's adapter besides the step
+    #: metadata of the adapter in a checkpoint, in addition to the step
     provenance: dict[str, Any] = {}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -77,51 +78,53 @@ class TrainsAdapter(Trainer):
             if isinstance(dataset, Rows)
             else [len(ids) for ids in dataset["input_ids"]]
         )
-        batch = (
+        step_rows = (
             self.args.train_batch_size
             * self.args.gradient_accumulation_steps
-            * self.processes.shares
+            * self.processes.share_count
         )
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return EpochSampler(lengths, batch, seed, self.group_by_length)
+        return EpochSampler(lengths, step_rows, seed, self.group_by_length)
 
     @functools.cached_property
     def _flops_per_entry(self) -> int:
-        """transformers' count of operations for one entry of a batch. It is cached, because it is
-        the same for all entries and visits the full model."""
+        """transformers' count of operations for one entry of an input tensor. It is cached, because
+        it is the same for all entries and its computation visits the full model."""
         name = getattr(self.model, "main_input_name", "input_ids")
         return super().floating_point_ops({name: torch.empty(1)})
 
     def floating_point_ops(self, inputs: Any) -> int:
-        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        return 0 if main is None else main.numel() * self._flops_per_entry
+        main_input = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if main_input is None else main_input.numel() * self._flops_per_entry
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """A loader with every row once, for any number of processes."""
+        """A loader that yields every row once, for any number of processes."""
         loader = super()._get_dataloader(dataset, *args, **kwargs)
         if self.processes.count == 1:
             return loader
-        share = share_loader(loader, self.processes.share, self.processes.shares, self._spare)
+        process_loader = share_loader(
+            loader, self.processes.share_index, self.processes.share_count, self._remove_weight
+        )
         return prepare_data_loader(
-            share, self.args.device, num_processes=1, process_index=0, put_on_device=True
+            process_loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
-    def _spare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch without weight in the loss: its rows belong to another process."""
+    def _remove_weight(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with no weight in the loss, because its rows belong to another process."""
         return batch
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepare the training without torch's DDP around the model. DDP would broadcast all base
-        weights at its construction, hide the model from the loss, which would then compute full
-        logits, and need to know which parameters a pass may skip. `average_gradients` only
-        communicates the adapter's gradients, once per step."""
+        """Prepare the training, but do not wrap the model in torch's DDP. DDP would broadcast all
+        base weights when it is created, and need to know which parameters a pass may skip. It would
+        also hide the model from the loss, which would then compute full logits. Instead,
+        `average_gradients` communicates the adapter's gradients, once per step."""
         # with this flag, transformers does not wrap the model
         self.is_distributed_loading_by_transformers = self.processes.count > 1
         return super()._prepare_for_training(*args, **kwargs)
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        """Broadcast the trained parameters of the first process, because initial values may be
-        rounded differently on other devices."""
+        """Broadcast the trained parameters of the first process to the others, where initial values
+        may be rounded differently."""
         with torch.no_grad():
             for parameter in self._trained_parameters:
                 dist.broadcast(parameter.data, src=0)
@@ -140,46 +143,46 @@ class TrainsAdapter(Trainer):
         return loss
 
     def get_tp_size(self) -> int:
-        """Number of processes that compute on the same rows."""
-        return self.processes.count // self.processes.shares
+        """The number of processes that compute the same rows."""
+        return self.processes.count // self.processes.share_count
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all shares of the rows, in the same shape."""
-        if self.processes.shares > 1:
+        """Sum a tensor over all shares of the rows, element by element."""
+        if self.processes.share_count > 1:
             dist.all_reduce(value)
         return value
 
     def _sum_counts(self, *counts: torch.Tensor) -> torch.Tensor:
-        """Counts of this step, summed over all shares of the rows. With several processes, the last
-        element is the number of processes with a request to stop."""
+        """Sum counts of this step over all shares of the rows. With several processes, a last
+        element is added: the number of processes with a request to stop."""
         if self.processes.count == 1:
             return torch.stack(counts)
-        requested = self.stop is not None and self.stop.requested
-        sums = torch.stack([*counts, torch.full_like(counts[0], int(requested))])
+        is_stop_requested = self.stop is not None and self.stop.requested
+        sums = torch.stack([*counts, torch.full_like(counts[0], int(is_stop_requested))])
         dist.all_reduce(sums)
         sums[:-1] //= self.get_tp_size()
         return sums
 
-    def _stop_on_signals(self, signals: list[int]) -> None:
+    def _stop_if_requested(self, stop_requests: list[int]) -> None:
         """Stop all processes after this step if one of them has a request to stop."""
-        if self.stop is not None and any(signals):
+        if self.stop is not None and any(stop_requests):
             self.stop.stopped = True
 
     def _add_evaluation(self, *sums: torch.Tensor) -> None:
-        """Add to the sums of an evaluation: loss, items, then each measure."""
+        """Add a batch's loss, number of items and measures to the sums of an evaluation."""
         device = self.accelerator.device
         counts = torch.stack([double(value.detach().to(device)) for value in sums])
-        self._eval_total = counts if self._eval_total is None else self._eval_total + counts
+        self._eval_sums = counts if self._eval_sums is None else self._eval_sums + counts
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The evaluation loop of transformers, with the loss and the measures as means over all
         items."""
-        self._eval_total = None
+        self._eval_sums = None
         output = super().evaluation_loop(*args, **kwargs)
         reshard(self.adapter.model)  # FSDP keeps weights gathered if no backward follows
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if self._eval_total is not None and output.metrics is not None:
-            loss, items, *sums = self._sum(self._eval_total).tolist()
+        if self._eval_sums is not None and output.metrics is not None:
+            loss, items, *sums = self._sum(self._eval_sums).tolist()
             output.metrics[f"{prefix}_loss"] = loss / max(items, 1)
             for name, value in zip(self.measures, sums, strict=True):
                 if not math.isnan(value):  # these rows do not have the measure
@@ -187,13 +190,13 @@ class TrainsAdapter(Trainer):
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write checkpoint-N atomically: adapter, optimiser, schedule, random states, trainer
-        state."""
+        """Write checkpoint-N atomically, with the adapter, the states of the optimiser and of the
+        schedule, the random states and the trainer's state."""
         from transformers.trainer_callback import ExportableState
         from transformers.trainer_utils import rotate_checkpoints
 
         self.store_flos()
-        step, main = self.state.global_step, self.args.should_save
+        step, is_main_process = self.state.global_step, self.args.should_save
         callbacks: Any = self.state.stateful_callbacks
         run_dir = self._get_output_dir(trial=trial)
 
@@ -203,7 +206,7 @@ class TrainsAdapter(Trainer):
             self.adapter.save(
                 folder / checkpoint.ADAPTER, base_name=self.base_name, provenance=provenance
             )
-            if main and self.adapter.config.trainable_tokens:
+            if is_main_process and self.adapter.config.trainable_tokens:
                 tokenizer: Any = self.processing_class
                 tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
             self._save_optimizer_and_scheduler(str(folder))
@@ -213,21 +216,24 @@ class TrainsAdapter(Trainer):
                 self.state.best_model_checkpoint = str(
                     checkpoint.path_of(run_dir, self.state.best_global_step)
                 )
-            if main:
+            if is_main_process:
                 for callback in [*self.callback_handler.callbacks, self.control]:
                     if isinstance(callback, ExportableState):
                         callbacks[type(callback).__name__] = callback.state()
                 self.state.save_to_json(str(folder / checkpoint.STATE))
 
         checkpoint.write(run_dir, step, fill, self.processes)
-        if main:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if is_main_process:
+            limit, best_checkpoint = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(
-                run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
+                run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=best_checkpoint,
+                use_mtime=False,
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Do nothing: `run.fit` loads the checkpoint's adapter instead of attaching a new one."""
+        """Do nothing: `run.fit` has already loaded the checkpoint's adapter."""
 
     def _load_best_model(self) -> None:
         """Load the adapter's parameters from the best checkpoint."""
@@ -235,14 +241,14 @@ class TrainsAdapter(Trainer):
             refill(self.adapter.model, Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
 
 
-class TaskTrainer(TrainsAdapter):
+class TaskTrainer(AdapterTrainerBase):
     """A `Trainer` with the loss of a task. Takes `Trainer`'s arguments, with `Rows` as data sets,
-    and `adapter` and `base_name` as `AdapterTrainer`."""
+    and the arguments `adapter` and `base_name` of `AdapterTrainer`."""
 
     def __init__(
         self, model: Any, *, task: Task, adapter: Any, base_name: str, **kwargs: Any
     ) -> None:
-        with marked_as_adapted(model):
+        with mark_as_adapted(model):
             super().__init__(model, data_collator=task.collate, **kwargs)
         self.task, self.measures = task, task.measures
         self.adapter, self.base_name = adapter, base_name
@@ -256,26 +262,32 @@ class TaskTrainer(TrainsAdapter):
             )
 
     def get_batch_samples(self, *args: Any) -> Any:
-        samples, _ = super().get_batch_samples(*args)
-        real = [inputs for inputs in samples if SPARE not in inputs]
-        masks = [inputs["attention_mask"].sum() for inputs in real if "attention_mask" in inputs]
-        items = torch.tensor(sum(map(self.task.items, real)), device=self.accelerator.device)
-        tokens: Any = sum(masks, torch.zeros_like(items))
-        counts = self._sum_counts(items, tokens.to(items.device))
-        _, all_tokens, *signals = counts.tolist()
-        self._stop_on_signals(signals)
-        self._total_train_tokens += all_tokens
-        return samples, counts[0]
+        batches, _ = super().get_batch_samples(*args)
+        weighted_inputs = [inputs for inputs in batches if WEIGHTLESS not in inputs]
+        token_counts = [
+            inputs["attention_mask"].sum()
+            for inputs in weighted_inputs
+            if "attention_mask" in inputs
+        ]
+        item_count = torch.tensor(
+            sum(map(self.task.count_items, weighted_inputs)), device=self.accelerator.device
+        )
+        tokens: Any = sum(token_counts, torch.zeros_like(item_count))
+        counts = self._sum_counts(item_count, tokens.to(item_count.device))
+        _, global_tokens, *stop_requests = counts.tolist()
+        self._stop_if_requested(stop_requests)
+        self._total_train_tokens += global_tokens
+        return batches, counts[0]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The task's loss; also adds to the sums of its measures."""
-        spare = SPARE in inputs
+        is_weightless = WEIGHTLESS in inputs
         result = self.task.loss(
-            model, {name: value for name, value in inputs.items() if name != SPARE}
+            model, {name: value for name, value in inputs.items() if name != WEIGHTLESS}
         )
-        if spare:
+        if is_weightless:
             result = TaskLoss(
                 result.total * 0.0, 0, {name: value * 0 for name, value in result.sums.items()}
             )
@@ -287,16 +299,16 @@ class TaskTrainer(TrainsAdapter):
         for name, value in zip(("items", *self.measures), (items, *sums), strict=True):
             self._train_sums[name] = self._train_sums.get(name, 0.0) + float(value)
         loss = result.total / (result.items if num_items_in_batch is None else num_items_in_batch)
-        return loss * (self.processes.shares if num_items_in_batch is not None else 1)
+        return loss * (self.processes.share_count if num_items_in_batch is not None else 1)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss only; `compute_loss` adds it to the sums of the evaluation."""
+        """Compute only the loss; `compute_loss` adds it to the sums of the evaluation."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log also the number of tokens so far and the means of the task's measures since the last
-        entry."""
+        """Add to the log entry the number of tokens so far, and the means of the task's measures
+        since the last entry."""
         if "loss" in logs:
             local_sums = torch.tensor([*self._train_sums.values()], dtype=torch.float32)
             global_sums = self._sum(local_sums.to(self.accelerator.device)).tolist()

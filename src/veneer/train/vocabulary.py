@@ -1,9 +1,9 @@
-"""Tokens that a run adds or trains: they are added to the tokenizer, the base's embeddings get rows
+"""Tokens that a run adds or trains. They are added to the tokenizer, the base's embeddings get rows
 for them, and the adapter trains these rows.
 
 An added token is ordinary text to the tokenizer, not a special token, so that clients may write it
-(``serve/prompts.py`` removes special tokens from texts). transformers initialises the new rows near
-the mean of the others; here it does so with the run's seed, because a resumed run must begin with
+(``serve/prompts.py`` removes special tokens from texts). transformers initialises new rows near the
+mean of the other rows. Here it does so with the run's seed, because a resumed run must begin with
 the same rows.
 """
 
@@ -18,7 +18,7 @@ from veneer.errors import ConfigError, raise_all, sentence
 from veneer.train.config import TrainConfig
 
 
-def learn(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
+def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
     """Add the tokens of a configuration to its tokenizer, and return the ids of all tokens to train
     in ascending order. Raises ``ConfigError`` for a token to train that the tokenizer lacks, and if
     the task's processor is not a tokenizer."""
@@ -30,47 +30,47 @@ def learn(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
             " how rows are read"
         )
         raise ConfigError(problem, "a task that begins with a tokenizer", "leave them out")
-    empty = [text for text in config.add_tokens if not text.strip()]
-    if empty:
+    blank_texts = [text for text in config.add_tokens if not text.strip()]
+    if blank_texts:
         raise ConfigError(
-            f"add_tokens with {empty[0]!r}", "texts that are not blank", "leave it out"
+            f"add_tokens with {blank_texts[0]!r}", "texts that are not blank", "leave it out"
         )
     tokenizer.add_tokens(config.add_tokens)
     token_ids = tokenizer.get_vocab()
-    trained = [*config.add_tokens, *config.trainable_tokens]
-    lacking = [text for text in trained if text not in token_ids]
+    trained_texts = [*config.add_tokens, *config.trainable_tokens]
+    unknown_texts = [text for text in trained_texts if text not in token_ids]
     problems = [
         sentence(
             f"trainable_tokens {text!r}",
             f"a token of the {len(token_ids):,} of {config.base}",
             "use add_tokens",
         )
-        for text in lacking
+        for text in unknown_texts
     ]
     raise_all(ConfigError, "These tokens cannot be trained", problems)
-    return tuple(sorted({token_ids[text] for text in trained}))
+    return tuple(sorted({token_ids[text] for text in trained_texts}))
 
 
 def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Any) -> tuple[int, ...]:
-    """The tokens of ``invocation``; none if the configuration has none. ``rows``: the tokenised
-    rows of the data, if the task has such. Raises ``ConfigError`` if no row holds them: nothing
-    would train."""
+    """The token ids of ``invocation``; none if the configuration has no invocation. ``rows``: the
+    tokenised rows of the data, if the task has such rows. Raises ``ConfigError`` if no row contains
+    the tokens, because then nothing would train."""
     if config.invocation is None:
         return ()
     ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
     examples = getattr(rows, "input_ids", None)
-    if not ids or (examples and not any(map(partial(_holds, ids), examples))):
+    if not ids or (examples and not any(map(partial(_contains_tokens, ids), examples))):
         problem = f"invocation {config.invocation!r}, tokens {list(ids)}, in none of the rows"
-        do = (
+        remedy = (
             "write it as it stands in the tokenised rows (`--dry-run` prints one), between texts"
             " that no token joins with it, such as special tokens"
         )
-        raise ConfigError(problem, "rows that hold these tokens one after the other", do)
+        raise ConfigError(problem, "rows that hold these tokens one after the other", remedy)
     return ids
 
 
-def _holds(ids: tuple[int, ...], row: list[int]) -> bool:
-    """Whether a row holds these tokens one after the other."""
+def _contains_tokens(ids: tuple[int, ...], row: list[int]) -> bool:
+    """Whether a row of token ids contains ``ids`` as consecutive tokens."""
     return any(
         tuple(row[start : start + len(ids)]) == ids
         for start, token in enumerate(row)
@@ -78,10 +78,12 @@ def _holds(ids: tuple[int, ...], row: list[int]) -> bool:
     )
 
 
-def grow(model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int) -> dict[str, tuple[int, ...]]:
-    """Give the base's embeddings a row for each token of its tokenizer. Returns the value of
-    ``LoraConfig.trainable_tokens``: the ids, by the path of the embedding and of a head that is not
-    tied to it."""
+def add_embedding_rows(
+    model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int
+) -> dict[str, tuple[int, ...]]:
+    """Give the base's embeddings a row for each token of the tokenizer. Returns the value of
+    ``LoraConfig.trainable_tokens``: ``ids``, by the path of the embedding, and by the path of the
+    head if it is not tied to the embedding."""
     if not ids:
         return {}
     if len(model.get_input_embeddings().weight) <= max(ids):
@@ -90,6 +92,6 @@ def grow(model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int) -> dict[st
             model.resize_token_embeddings(len(tokenizer))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(module): path for path, module in model.named_modules()}
-    untied = head is not None and head.weight is not embedding.weight
-    tables = [embedding, head] if untied else [embedding]
-    return {paths[id(table)]: ids for table in tables}
+    is_untied = head is not None and head.weight is not embedding.weight
+    trained_modules = [embedding, head] if is_untied else [embedding]
+    return {paths[id(module)]: ids for module in trained_modules}

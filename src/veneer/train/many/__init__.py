@@ -3,9 +3,9 @@
     runs = veneer.train_many(model, {"a": LoraConfig(rank=8), "b": LoraConfig(variant="dora")})
     losses = runs.backward({"a": (x, y), "b": (u, v)}, loss)    # the base is computed once for all
 
-In: a model, configs, and batches of each run. Out: gradients of each run's own parameters, as its
-own loop would compute them. The caller provides optimisers, schedules, clipping, accumulation and
-the order of data for each run.
+The caller passes a model, configs, and batches of each run, and gets the gradients of each run's
+parameters, as a separate loop would compute them. The caller also provides each run's optimiser,
+schedule, clipping, accumulation and order of the data.
 """
 
 from veneer.train.many.runs import LabelLoss, Runs, train_many

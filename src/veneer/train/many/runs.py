@@ -23,13 +23,13 @@ from veneer.errors import ConfigError, DataError, TargetError, VeneerError, rais
 from veneer.handle import Handle, attach, load
 from veneer.train.loss import LabelLosses, causal_loss, label_losses
 
-#: (a run's rows of the output, its target) -> scalar
+#: a loss function: (the output for a run's rows, the run's target) -> scalar
 Loss = Callable[[Any, Any], Tensor]
 
 
 class LabelLoss(NamedTuple):
-    """A loss of a causal language model that needs only −log p of each label, [n], in the order of
-    the rows. ``function`` maps these to a scalar."""
+    """A loss of a causal language model that needs only the values −log p of the n labels, [n], in
+    the order of the rows. ``function`` maps these values to a scalar."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -46,10 +46,11 @@ def train_many(
     Args:
         model: any module that computes each row of a batch independently of the others.
         configs: by the run's name; a path is an adapter folder whose training continues.
-        seeds: the seed of a run's start and dropout, one for all or by name. A run has the numbers
-            of ``torch.manual_seed(seed)``, ``veneer.attach`` and a separate loop.
-        keep_going: leave out runs that cannot begin, and losses that raise; ``Runs.failed`` holds
-            their errors.
+        seeds: the seed of the initial values and the dropout of a run; one for all runs, or a seed
+            by name. A run computes the same numbers as a separate loop after
+            ``torch.manual_seed(seed)`` and ``veneer.attach``.
+        keep_going: leave out runs that cannot begin, and losses that raise an error, instead of
+            raising it; ``Runs.failed`` holds these errors.
 
     Raises:
         TargetError: the problems of all configs. The model is unchanged.
@@ -84,8 +85,8 @@ class Runs(Mapping[str, Handle]):
     """Runs by name, each the ``Handle`` of its adapter. Pass ``runs["a"].parameters()`` to an
     optimiser.
 
-    ``failed``: the errors of runs that did not begin, and of losses that raised in the last
-    ``backward``. ``engine``: the ``StepEngine`` that computes them.
+    ``failed``: by name, the errors of runs that did not begin, and of losses that raised in the
+    last ``backward``. ``engine``: the ``StepEngine`` that computes the runs.
     """
 
     def __init__(self, model: nn.Module, keep_going: bool = False) -> None:
@@ -104,16 +105,16 @@ class Runs(Mapping[str, Handle]):
         return len(self._handles)
 
     def add(
-        self, name: str, config: LoraConfig | str | Path, *, seed: int = 0, **start: Any
+        self, name: str, config: LoraConfig | str | Path, *, seed: int = 0, **start_options: Any
     ) -> Handle:
-        """Add another run. ``start``: ``batches``, ``loss`` and ``original`` of
-        ``veneer.attach``."""
+        """Add another run. ``start_options``: the arguments ``batches``, ``loss`` and ``original``
+        of ``veneer.attach``."""
         stream = self.engine.new_stream(seed)
         with stream:
             if isinstance(config, LoraConfig):
-                handle = attach(self.model, config, name, **start)
+                handle = attach(self.model, config, name, **start_options)
             else:
-                handle = load(self.model, config, name=name, trainable=True, **start)
+                handle = load(self.model, config, name=name, trainable=True, **start_options)
         self._handles[name] = handle
         self.engine.add(name, handle.parameters(), stream)
         return handle
@@ -144,37 +145,38 @@ class Runs(Mapping[str, Handle]):
         does.
 
         Args:
-            batches: by run, for any of them: ``(inputs, target)``, with inputs a tensor, a tuple of
-                positional or a mapping of keyword arguments of the model; or a mapping of keyword
-                arguments with "labels" as the target. All tensors of the inputs hold the run's rows
-                along the first axis. Batches whose shapes differ only in rows share a forward.
-            loss: ``(output, target) -> scalar`` of the run's own rows, one for all or by run.
-                ``veneer.train.loss.causal_loss`` is the mean loss by label of a causal language
-                model; for another loss of such a model pass a ``LabelLoss``.
+            batches: by run, for all or some of the runs: ``(inputs, target)``, where inputs are a
+                tensor, a tuple of positional arguments or a mapping of keyword arguments of the
+                model; or a mapping of keyword arguments with the target under "labels". The first
+                axis of each tensor of the inputs is the run's rows. Batches whose shapes differ
+                only in the number of rows share a forward.
+            loss: ``(output, target) -> scalar`` of a run's rows; one for all runs, or one by run.
+                ``veneer.train.loss.causal_loss`` is the mean loss of the labels of a causal
+                language model. For another loss of such a model pass a ``LabelLoss``.
             weights: a factor of each run's gradient; by default 1.
 
         Returns:
             each run's loss, without its weight.
 
         Raises:
-            DataError, ConfigError: a batch or a loss of another form. An error that a loss raises
-                has a note with the run's name.
+            DataError, ConfigError: a batch or a loss has an unsupported form. An error that a loss
+                raises gets a note with the run's name.
             SelectionError: the model mixes rows. In all these cases the gradients are unchanged.
         """
-        requests = self.requests(batches, loss, weights)
+        requests = self.build_requests(batches, loss, weights)
         self.failed = {}
         result = self.engine.backward(requests, self.keep_going)
         self.failed = result.failures
         return {name: result.values[name] for name in batches if name in result.values}
 
-    def requests(
+    def build_requests(
         self,
         batches: Mapping[str, Any],
         loss: Loss | LabelLoss | Mapping[str, Loss | LabelLoss],
         weights: Mapping[str, float] | None = None,
     ) -> dict[str, PassRequest]:
-        """Convert the arguments of ``backward`` to requests of the engine. Raises its ``DataError``
-        and ``ConfigError``."""
+        """Convert the arguments of ``backward`` to requests of the engine. Raises ``DataError`` and
+        ``ConfigError`` as ``backward`` does."""
         weights = weights or {}
         unknown = [name for name in (*batches, *weights) if name not in self]
         if unknown:
@@ -192,7 +194,7 @@ class Runs(Mapping[str, Handle]):
                     "pass one for all, or one by name",
                 )
         mean_loss_names = {name for name, function in losses.items() if function is causal_loss}
-        forward = partial(_causal_values, mean_loss_names)
+        forward = partial(_causal_forward, mean_loss_names)
         requests = {}
         for name, batch in batches.items():
             adapter_batch, weight = self.engine.read_batch(name, batch), weights.get(name, 1.0)
@@ -209,20 +211,21 @@ class Runs(Mapping[str, Handle]):
     def label_losses(
         self, batches: Mapping[str, Any], *, accuracy: bool = False
     ) -> dict[str, LabelLosses]:
-        """`veneer.train.loss.label_losses` of the batches of some runs, in shared forwards without
-        gradients.
+        """Compute `veneer.train.loss.label_losses` for the batches of some runs, in shared forwards
+        without gradients.
 
         Args:
             batches: by run, in the form of ``backward`` for a causal language model.
 
         Raises:
-            DataError: a batch of another form. SelectionError: the model mixes rows.
+            DataError: a batch has an unsupported form.
+            SelectionError: the model mixes rows.
         """
         return self._forward(batches, partial(_label_losses, accuracy=accuracy))
 
     def outputs(self, batches: Mapping[str, Any]) -> dict[str, Any]:
         """The model's output for the batches of some runs, in shared forwards without gradients.
-        Takes and raises the same as ``label_losses``, for any model."""
+        Arguments and errors are those of ``label_losses``; the model may be any model."""
         return self._forward(batches, None)
 
     def _forward(self, batches: Mapping[str, Any], forward: Any) -> dict[str, Any]:
@@ -234,11 +237,11 @@ class Runs(Mapping[str, Handle]):
         return {name: values[name] for name in batches}
 
 
-def _causal_values(
+def _causal_forward(
     mean_loss_names: set[str], model: nn.Module, batches: Mapping[str, AdapterBatch]
 ) -> dict[str, Tensor]:
-    """−log p of each run's labels; for a single run in ``mean_loss_names`` their mean, by a loss
-    that needs less memory."""
+    """By run, −log p of its labels. For a single run in ``mean_loss_names``, the mean of these,
+    computed by a loss that needs less memory."""
     if len(batches) == 1 and not mean_loss_names.isdisjoint(batches):
         ((name, batch),) = batches.items()
         inputs = {**_keyword_inputs(name, batch), "labels": batch.target}
@@ -249,18 +252,20 @@ def _causal_values(
 def _label_losses(
     model: nn.Module, batches: Mapping[str, AdapterBatch], accuracy: bool = False
 ) -> dict[str, LabelLosses]:
-    """−log p of each run's labels, in one forward."""
-    without_target = [
+    """By run, −log p of its labels, from one forward of all batches."""
+    batches_without_labels = [
         batch._replace(kwargs=_keyword_inputs(name, batch)) for name, batch in batches.items()
     ]
-    _, inputs = join_batches(without_target)
+    _, inputs = join_batches(batches_without_labels)
     labels = torch.cat([batch.target for batch in batches.values()])
     joined = label_losses(model, {**inputs, "labels": labels}, accuracy=accuracy)
     counts = joined.counts.split([batch.row_count for batch in batches.values()])
     label_counts = [int(row_counts.sum()) for row_counts in counts]
-    right = [None] * len(counts) if joined.right is None else joined.right.split(label_counts)
-    pieces = zip(joined.losses.split(label_counts), counts, right, strict=True)
-    return {name: LabelLosses(*piece) for name, piece in zip(batches, pieces, strict=True)}
+    is_correct = (
+        [None] * len(counts) if joined.is_correct is None else joined.is_correct.split(label_counts)
+    )
+    run_values = zip(joined.losses.split(label_counts), counts, is_correct, strict=True)
+    return {name: LabelLosses(*values) for name, values in zip(batches, run_values, strict=True)}
 
 
 def _keyword_inputs(name: str, batch: AdapterBatch) -> dict[str, Any]:
@@ -279,5 +284,5 @@ def _apply_label_loss(loss: LabelLoss, losses: Tensor, target: Any) -> Tensor:
 
 
 def _mean(losses: Tensor, target: Any) -> Tensor:
-    """The mean of −log p of labels; a scalar is the mean already."""
+    """The mean of the losses of labels. A scalar is already a mean and is returned unchanged."""
     return losses if not losses.dim() else losses.sum() / max(len(losses), 1)

@@ -2,13 +2,13 @@
 
 The model's own forward and backward run on tensors that have shapes and no data, and a dispatch
 mode records every operation. The only assumption about the architecture is that its blocks repeat:
-one block of each kind runs, and a second run with one more block gives the cost of each repetition.
+one block of each kind runs, and a second run with one further block gives the cost of a repetition.
 
     step = edges + Σ count · block          for bytes held, operations and bytes moved
 
-Saved bytes are exact if the device saves the same tensors as torch's meta device. Workspaces inside
-a kernel and the slack of an allocator are not counted. Attention is taken as causal: its kernels
-compute only the half below the diagonal, so half of the operations are counted.
+The saved bytes are exact if the device saves the same tensors as torch's meta device. Memory that a
+kernel takes while it runs, and unused memory of an allocator, are not counted. Attention is assumed
+causal. Its kernels compute only the half below the diagonal, so half of its operations are counted.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from veneer.kernels.device import count_on_meta
 from veneer.models.messages import first_line
 
 #: number of rows whose logits exist at once, as in the loss of ``veneer train``
-ROWS = 256
+LOSS_ROWS = 256
 
 #: (operations, bytes moved, whether tensor parallelism replicates the call on each device) ->
-#: number of such calls
+#: number of calls with these values
 Work = Counter[tuple[int, int, bool]]
 
 
@@ -43,75 +43,80 @@ class Cost:
     """The cost of a step or of a block.
 
     Fields:
-        saved: bytes that forward keeps for backward.
-        replicated: bytes of these in tensors as wide as the hidden state, which tensor parallelism
-            keeps whole on each device.
-        peak_loss, peak_backward: the most bytes held until the gradient of the loss is computed,
-            and from then on, without the gradients of parameters.
-        forward, backward: the calls of operations.
+        saved_bytes: bytes that forward saves for backward.
+        replicated_bytes: the share of `saved_bytes` in tensors as wide as the hidden state, which
+            tensor parallelism keeps in full on each device.
+        loss_peak_bytes: the most bytes held until the gradient of the loss is computed.
+        backward_peak_bytes: the most bytes held from then on. Neither counts the gradients of
+            parameters.
+        forward_work, backward_work: the operations of forward and of backward.
     """
 
-    saved: int = 0
-    replicated: int = 0
-    peak_loss: int = 0
-    peak_backward: int = 0
-    forward: Work = field(default_factory=Counter)
-    backward: Work = field(default_factory=Counter)
+    saved_bytes: int = 0
+    replicated_bytes: int = 0
+    loss_peak_bytes: int = 0
+    backward_peak_bytes: int = 0
+    forward_work: Work = field(default_factory=Counter)
+    backward_work: Work = field(default_factory=Counter)
 
-    def plus(self, added: Cost, times: int = 1) -> Cost:
-        """The sum of this cost and ``times`` the ``added`` one."""
-        sizes = (getattr(self, name) + times * getattr(added, name) for name in _BYTES)
+    def plus(self, addend: Cost, times: int = 1) -> Cost:
+        """The sum of this cost and ``times`` times the cost ``addend``."""
+        byte_values = (getattr(self, name) + times * getattr(addend, name) for name in _BYTE_FIELDS)
         calls = (
-            _add_work(getattr(self, name), getattr(added, name), times)
-            for name in ("forward", "backward")
+            _add_work(getattr(self, name), getattr(addend, name), times)
+            for name in ("forward_work", "backward_work")
         )
-        return Cost(*sizes, *calls)
+        return Cost(*byte_values, *calls)
 
     @property
-    def peak(self) -> int:
+    def peak_bytes(self) -> int:
         """The most bytes that the step holds."""
-        return max(self.peak_loss, self.peak_backward)
+        return max(self.loss_peak_bytes, self.backward_peak_bytes)
 
     @property
     def operations(self) -> int:
         return sum(
             operations * count
-            for work in (self.forward, self.backward)
+            for work in (self.forward_work, self.backward_work)
             for (operations, _, _), count in work.items()
         )
 
     def shard(self, devices: int) -> Cost:
         """The cost on each of ``devices`` devices that divide matrices and attention heads. Each
-        holds and reads all tensors as wide as the hidden state."""
-        saved_elsewhere = (self.saved - self.replicated) * (devices - 1) // devices
-        sizes = (
-            self.saved - saved_elsewhere,
-            self.replicated,
-            self.peak_loss - saved_elsewhere,
-            self.peak_backward - saved_elsewhere,
+        device holds and reads all tensors as wide as the hidden state in full."""
+        remote_bytes = (self.saved_bytes - self.replicated_bytes) * (devices - 1) // devices
+        byte_values = (
+            self.saved_bytes - remote_bytes,
+            self.replicated_bytes,
+            self.loss_peak_bytes - remote_bytes,
+            self.backward_peak_bytes - remote_bytes,
         )
-        return Cost(*sizes, shard_work(self.forward, devices), shard_work(self.backward, devices))
+        return Cost(
+            *byte_values,
+            shard_work(self.forward_work, devices),
+            shard_work(self.backward_work, devices),
+        )
 
 
-_BYTES = ("saved", "replicated", "peak_loss", "peak_backward")
+_BYTE_FIELDS = ("saved_bytes", "replicated_bytes", "loss_peak_bytes", "backward_peak_bytes")
 
 
 def shard_work(work: Work, devices: int) -> Work:
-    """The work of one of several devices."""
+    """The work of each of ``devices`` devices that divide it."""
     shares = Work()
-    for (operations, moved, replicated), count in work.items():
-        divisor = 1 if replicated else devices
-        shares[operations // divisor, moved // divisor, replicated] += count
+    for (operations, bytes_moved, is_replicated), count in work.items():
+        divisor = 1 if is_replicated else devices
+        shares[operations // divisor, bytes_moved // divisor, is_replicated] += count
     return shares
 
 
-def _add_work(work: Work, added: Work, times: int) -> Work:
-    return Counter({call: work[call] + times * added[call] for call in {*work, *added}})
+def _add_work(work: Work, addend: Work, times: int) -> Work:
+    return Counter({call: work[call] + times * addend[call] for call in {*work, *addend}})
 
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """``count`` equal blocks: one of them, and the cost of each."""
+    """A group of ``count`` equal blocks: one of them, and the cost of each."""
 
     count: int
     block: nn.Module
@@ -120,12 +125,12 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class Step:
-    """The step of one batch.
+    """The counted step of a batch.
 
     Fields:
-        total: its cost.
-        blocks: the repeated blocks, whose costs ``total`` includes.
-        hidden_bytes: size of a hidden state of the batch.
+        total: the cost of the step.
+        blocks: the groups of repeated blocks; ``total`` includes their costs.
+        hidden_bytes: bytes of a hidden state of all tokens of the batch.
     """
 
     total: Cost
@@ -137,24 +142,28 @@ class Step:
         """The cost with activation checkpointing: each block saves only its input and runs again
         before its backward."""
         cost = self.total
-        for blocks in self.blocks:
-            block_cost = blocks.cost
-            freed = self.hidden_bytes - block_cost.saved
+        for group in self.blocks:
+            block_cost = group.cost
+            saved_change = self.hidden_bytes - block_cost.saved_bytes
             recomputed = Cost(
-                freed,
-                self.hidden_bytes - block_cost.replicated,
-                freed,
-                freed,
-                backward=block_cost.forward,
+                saved_change,
+                self.hidden_bytes - block_cost.replicated_bytes,
+                saved_change,
+                saved_change,
+                backward_work=block_cost.forward_work,
             )
-            cost = cost.plus(recomputed, blocks.count)
+            cost = cost.plus(recomputed, group.count)
         return cost.plus(
-            Cost(peak_backward=max((blocks.cost.saved for blocks in self.blocks), default=0))
+            Cost(
+                backward_peak_bytes=max(
+                    (group.cost.saved_bytes for group in self.blocks), default=0
+                )
+            )
         )
 
     def shard(self, devices: int) -> Step:
-        """The step of one of several devices that divide the blocks' matrices; each has the whole
-        embedding and output head."""
+        """The step of each of ``devices`` devices that divide the matrices of the blocks. Each has
+        the full embedding and output head."""
         blocks = tuple(replace(group, cost=group.cost.shard(devices)) for group in self.blocks)
         total = self.total
         for full, shard in zip(self.blocks, blocks, strict=True):
@@ -167,28 +176,29 @@ def count_step(
     batch: int,
     length: int,
     *,
-    labelled: float = 1.0,
-    plain: bool = True,
-    chunked: bool = True,
+    labelled_share: float = 1.0,
+    is_plain: bool = True,
+    chunked_loss: bool = True,
 ) -> Step:
     """Count a step of ``batch`` rows of ``length`` tokens: forward, loss and backward.
 
     Args:
         model: a result of ``countable_model``, with an adapter attached.
-        labelled: share of the tokens that have a label; only these pass through the output head.
-        plain: whether the frozen weights are plain, so that an adapted linear layer is one autograd
-            function. A packed weight (4 or 8 bits) is multiplied by its library, and the adapter
-            saves its inputs in addition.
-        chunked: whether the loss computes the logits of ``ROWS`` rows at a time. False: of all rows
-            at once, as for a base that FSDP shards.
+        labelled_share: share of the tokens that have a label; only these pass through the output
+            head.
+        is_plain: whether the frozen weights are unpacked tensors, so that an adapted linear layer
+            is a single autograd function. A packed weight (4 or 8 bits) is multiplied by its
+            library, and the adapter saves its inputs in addition.
+        chunked_loss: whether the loss computes the logits of ``LOSS_ROWS`` rows at a time. False:
+            of all rows at once, as for a base that FSDP shards.
 
     Raises:
         ConfigError: the model has no repeated blocks, or cannot run on tensors without data.
     """
     embedding = model.get_input_embeddings().weight
-    with count_on_meta() if plain else nullcontext():
-        total, blocks = _count_by_block_kind(
-            model, lambda: _run_step(model, batch, length, labelled, chunked)
+    with count_on_meta() if is_plain else nullcontext():
+        total, blocks = _count_distinct_blocks(
+            model, lambda: _run_step(model, batch, length, labelled_share, chunked_loss)
         )
     return Step(total, blocks, batch * length * embedding.shape[-1] * embedding.element_size())
 
@@ -210,45 +220,48 @@ def count_forward(model: Any, length: int) -> tuple[int, int]:
         ]
         # integer tensors of a cache are counters, not keys or values
         cache_bytes = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
-        return Cost(saved=cache_bytes, forward=counter.work)
+        return Cost(saved_bytes=cache_bytes, forward_work=counter.work)
 
-    total, _ = _count_by_block_kind(model, run)
-    return total.operations, total.saved
+    total, _ = _count_distinct_blocks(model, run)
+    return total.operations, total.saved_bytes
 
 
-def _count_by_block_kind(
+def _count_distinct_blocks(
     model: Any, run: Callable[[], Cost]
 ) -> tuple[Cost, tuple[BlockGroup, ...]]:
-    """The cost of ``run`` for all blocks, measured with one block of each kind, and once more for
-    each kind with a second block of it. Also returns the groups of equal blocks."""
+    """(cost of ``run`` on the model with all blocks, groups of equal blocks). ``run`` is measured
+    on the model with one block of each kind, and for each kind with a second block of that kind."""
     path, block_list = _block_list(model)
-    kinds: dict[Any, list[nn.Module]] = {}
-    frozen = True  # forward saves nothing below the lowest adapted block
+    blocks_by_signature: dict[Any, list[nn.Module]] = {}
+    is_frozen = True  # forward saves nothing below the lowest adapted block
     for block in block_list:
-        frozen &= not any(p.requires_grad for p in block.parameters())
-        kinds.setdefault((frozen, *_block_signature(block)), []).append(block)
-    one_of_each = [equal_blocks[0] for equal_blocks in kinds.values()]
-    depths = [(config, config.num_hidden_layers) for config in _depth_configs(model)]
+        is_frozen &= not any(p.requires_grad for p in block.parameters())
+        blocks_by_signature.setdefault((is_frozen, *_block_signature(block)), []).append(block)
+    distinct_blocks = [equal_blocks[0] for equal_blocks in blocks_by_signature.values()]
+    block_counts = [(config, config.num_hidden_layers) for config in _block_count_configs(model)]
 
     def cost_of(blocks: Sequence[nn.Module]) -> Cost:
-        for config, number in depths:  # transformers runs at most `num_hidden_layers` blocks
-            config.num_hidden_layers = max(number, len(blocks))
+        # transformers runs at most `num_hidden_layers` blocks
+        for config, block_count in block_counts:
+            config.num_hidden_layers = max(block_count, len(blocks))
         _set_block_list(model, path, nn.ModuleList(blocks))
         return run()
 
     try:
         with torch.random.fork_rng(devices=[]):  # dropout draws a seed
-            total, blocks = cost_of(one_of_each), []
-            for equal_blocks in kinds.values():
-                another = equal_blocks[:2][-1]
-                with_another = [
-                    repeated
-                    for block in one_of_each
-                    for repeated in ([block, another] if block is equal_blocks[0] else [block])
+            total, groups = cost_of(distinct_blocks), []
+            for equal_blocks in blocks_by_signature.values():
+                second_block = equal_blocks[:2][-1]
+                repeated_blocks = [
+                    repetition
+                    for block in distinct_blocks
+                    for repetition in (
+                        [block, second_block] if block is equal_blocks[0] else [block]
+                    )
                 ]
-                blocks.append(
+                groups.append(
                     BlockGroup(
-                        len(equal_blocks), equal_blocks[0], cost_of(with_another).plus(total, -1)
+                        len(equal_blocks), equal_blocks[0], cost_of(repeated_blocks).plus(total, -1)
                     )
                 )
     except Exception as error:  # the model's own code may fail on tensors without data
@@ -261,65 +274,78 @@ def _count_by_block_kind(
     finally:
         _set_block_list(model, path, block_list)
         model.zero_grad()
-        for config, depth in depths:
-            config.num_hidden_layers = depth
-    for group in blocks:
+        for config, block_count in block_counts:
+            config.num_hidden_layers = block_count
+    for group in groups:
         total = total.plus(group.cost, group.count - 1)
-    return total, tuple(blocks)
+    return total, tuple(groups)
 
 
-def _run_step(model: Any, batch: int, length: int, labelled: float, chunked: bool = True) -> Cost:
-    """The cost of one step of the model as it is."""
+def _run_step(
+    model: Any, batch: int, length: int, labelled_share: float, chunked_loss: bool = True
+) -> Cost:
+    """The cost of a step, measured with all blocks that the model has now."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # gradients exist beforehand, as while batches accumulate; `memory.py` counts their bytes
+    # gradients are allocated first, as while batches accumulate; `memory.py` counts their bytes
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     head: Any = model.get_output_embeddings()
-    width = model.get_input_embeddings().weight.shape[-1]
+    hidden_size = model.get_input_embeddings().weight.shape[-1]
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     decoder = model.base_model if model.base_model is not model else model
-    with _OperationCounter(model, width) as counter:
-        states = decoder(input_ids=ids, use_cache=False)[0]
-        saved, replicated = counter.live_bytes()
-        rows = states.flatten(0, 1)[: max(1, round(batch * length * labelled))]
+    with _OperationCounter(model, hidden_size) as counter:
+        hidden_states = decoder(input_ids=ids, use_cache=False)[0]
+        saved_bytes, replicated_bytes = counter.measure_live_bytes()
+        rows = hidden_states.flatten(0, 1)[: max(1, round(batch * length * labelled_share))]
         gradients = (
             torch.zeros_like(rows)
             if head is None
-            else (_chunked_loss_gradient if chunked else _full_loss_gradient)(head, rows.detach())
+            else (_chunked_loss_gradient if chunked_loss else _full_loss_gradient)(
+                head, rows.detach()
+            )
         )
-        forward, counter.work = counter.work, Counter()
-        peak_loss, counter.peak = counter.peak, counter.live
+        forward_work, counter.work = counter.work, Counter()
+        loss_peak_bytes, counter.peak_bytes = counter.peak_bytes, counter.live_bytes
         rows.backward(gradients)
-        del states, rows, gradients
-        return Cost(saved, replicated, peak_loss, counter.peak, forward, counter.work)
+        del hidden_states, rows, gradients
+        return Cost(
+            saved_bytes,
+            replicated_bytes,
+            loss_peak_bytes,
+            counter.peak_bytes,
+            forward_work,
+            counter.work,
+        )
 
 
 def _chunked_loss_gradient(head: Any, rows: Tensor) -> Tensor:
-    """Gradient of the cross-entropy with respect to the rows, computed in chunks as in
+    """The gradient of the cross-entropy with respect to the rows, computed in chunks of rows as in
     ``train/loss.py``."""
-    return torch.cat([_chunk_gradient(head, chunk.requires_grad_()) for chunk in rows.split(ROWS)])
+    return torch.cat(
+        [_chunk_gradient(head, chunk.requires_grad_()) for chunk in rows.split(LOSS_ROWS)]
+    )
 
 
 def _chunk_gradient(head: Any, rows: Tensor) -> Tensor:
     logits = head(rows)
-    float_logits = logits.detach().float()  # alive until the function returns
+    float_logits = logits.detach().float()  # counted until the function returns
     return torch.autograd.grad(logits, rows, float_logits.softmax(-1).to(logits.dtype))[0]
 
 
 def _full_loss_gradient(head: Any, rows: Tensor) -> Tensor:
-    """The same from the logits of all rows at once, as ``train/loss.py`` does if the output head
-    cannot be called separately."""
+    """The gradient of the cross-entropy with respect to the rows, from the logits of all rows at
+    once, as ``train/loss.py`` computes it if the output head cannot be called separately."""
     return torch.autograd.grad(_summed_loss(head, rows.requires_grad_()), rows)[0]
 
 
 def _summed_loss(head: Any, rows: Tensor) -> Tensor:
     labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    logits = head(rows)  # alive until the function returns
+    logits = head(rows)  # counted until the function returns
     return torch.nn.functional.cross_entropy(logits[labels].float(), labels, reduction="sum")
 
 
-def _depth_configs(model: nn.Module) -> list[Any]:
-    """The distinct configs, of the model and of models inside it, that set the number of blocks."""
+def _block_count_configs(model: nn.Module) -> list[Any]:
+    """The configs of the model and of its submodules that set a number of blocks, each once."""
     configs = {
         id(config): config
         for module in model.modules()
@@ -365,17 +391,17 @@ def _block_signature(block: nn.Module) -> tuple[Any, ...]:
 
 
 class _OperationCounter(TorchDispatchMode):
-    """Dispatch mode that records each operation's work, and the bytes of the storages that
+    """A dispatch mode that records each operation's work, and the bytes of the storages that
     operations create, until these are freed. Storages of the model's own tensors are not counted.
 
     Args:
-        width: number of features of hidden states.
+        hidden_size: number of features of hidden states.
     """
 
-    def __init__(self, model: nn.Module, width: int) -> None:
+    def __init__(self, model: nn.Module, hidden_size: int) -> None:
         super().__init__()
         self.work: Work = Counter()
-        self.width, self.live, self.peak = width, 0, 0
+        self.hidden_size, self.live_bytes, self.peak_bytes = hidden_size, 0, 0
         self.storages: dict[int, tuple[Any, int, bool]] = {}
         tensors = [*model.parameters(), *model.buffers()]
         self.model_storages = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -383,29 +409,31 @@ class _OperationCounter(TorchDispatchMode):
             p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None
         }
 
-    def live_bytes(self) -> tuple[int, int]:
-        """(bytes that are held now, bytes of these in tensors as wide as a hidden state)."""
-        return self.live, sum(size for _, size, replicated in self.storages.values() if replicated)
+    def measure_live_bytes(self) -> tuple[int, int]:
+        """(bytes that are held now, the share of these in tensors as wide as a hidden state)."""
+        return self.live_bytes, sum(
+            size for _, size, is_replicated in self.storages.values() if is_replicated
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         inputs = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-        outputs = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        outputs = [tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
         for tensor in outputs:
             self._track_storage(tensor)
         input_storages = {tensor.untyped_storage()._cdata for tensor in inputs}
-        views = not func._schema.is_mutable and all(
+        returns_views = not func._schema.is_mutable and all(
             tensor.untyped_storage()._cdata in input_storages for tensor in outputs
         )
-        if outputs and not views and "empty" not in func._schema.name:
-            moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
-            operations = count_operations(func, args, kwargs, out)
-            replicated = not operations and all(
-                tensor.dim() > 1 and tensor.shape[-1] == self.width for tensor in outputs
+        if outputs and not returns_views and "empty" not in func._schema.name:
+            bytes_moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
+            operations = count_operations(func, args, kwargs, output)
+            is_replicated = not operations and all(
+                tensor.dim() > 1 and tensor.shape[-1] == self.hidden_size for tensor in outputs
             )
-            self.work[operations, moved, replicated] += 1
-        return out
+            self.work[operations, bytes_moved, is_replicated] += 1
+        return output
 
     def _track_storage(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -414,16 +442,20 @@ class _OperationCounter(TorchDispatchMode):
             return
         size = storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._untrack_storage(key))
-        self.storages[key] = reference, size, tensor.dim() > 1 and tensor.shape[-1] == self.width
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self.storages[key] = (
+            reference,
+            size,
+            tensor.dim() > 1 and tensor.shape[-1] == self.hidden_size,
+        )
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _untrack_storage(self, key: int) -> None:
         _, size, _ = self.storages.pop(key)
-        self.live -= size
+        self.live_bytes -= size
 
 
-def count_operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
     """Floating-point operations of a matrix product or attention, two for each multiplication; 0
     for any other operation."""
     name = func._schema.name.removeprefix("aten::").rstrip("_")
@@ -433,9 +465,13 @@ def count_operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
             return 2 * left_factor.numel() * right_factor.shape[-1]
         if right_factor.dim() == 3:  # each row times the matrix of its group
             return 2 * left_factor.numel() * right_factor.shape[-1]
-        return 2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]  # gradient
-    formula = flop_registry.get(func._overloadpacket)
-    operations = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+        return (
+            2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]
+        )  # the gradient of a stack of matrices
+    flop_formula = flop_registry.get(func._overloadpacket)
+    operations = (
+        int(flop_formula(*args, **kwargs, out_val=output)) if flop_formula is not None else 0
+    )
     if "attention" in name and _call_argument(func, "is_causal", args, kwargs):
         length = args[1].shape[-2] if "backward" in name else args[0].shape[-2]
         operations = operations * (length + 1) // (2 * length)
@@ -445,7 +481,10 @@ def count_operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 def _call_argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """The argument of a call with this name; None if the function has no such parameter."""
     names = [argument.name for argument in func._schema.arguments]
-    position = names.index(name) if name in names else None
+    parameter_index = names.index(name) if name in names else None
     return kwargs.get(
-        name, args[position] if position is not None and position < len(args) else None
+        name,
+        args[parameter_index]
+        if parameter_index is not None and parameter_index < len(args)
+        else None,
     )

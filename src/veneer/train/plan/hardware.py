@@ -2,8 +2,9 @@
 
     seconds = Σ calls · max(operations / (PRODUCTS · peak), bytes / (BYTES · bandwidth), LAUNCH)
 
-A roofline for each call. The three shares are those of a well-used device and the same for all
-devices. They are measured, not published, so ratios of times are more reliable than times.
+This is a roofline for each call of an operation. The three shares (``PRODUCTS``, ``BYTES`` and
+``LINKS``) are those of a well-used device, the same for all devices. They are measured, not
+published, so ratios of times are more reliable than times.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import NamedTuple
 from veneer.errors import ConfigError, nearest
 from veneer.train.plan.count import Work
 
-#: achieved shares of published figures: of the peak by large products, of the bandwidth by passes
-#: over memory, and of the bandwidth of links between devices
+#: achieved shares of published figures: of the peak rate by large matrix products, of the memory
+#: bandwidth by operations that only move data, and of the bandwidth of links between devices
 PRODUCTS, BYTES, LINKS = 0.65, 0.8, 0.75
-#: least seconds of a call: the launch of a kernel
+#: least seconds of a call, which the launch of its kernel takes
 LAUNCH = 4e-6
 #: bytes of a GPU that no program can use: the driver's context, and workspaces of libraries
 CONTEXT = 0.75 * 2**30
@@ -26,8 +27,8 @@ SLACK = 0.05
 
 
 class Network(NamedTuple):
-    """Bandwidth from one machine to others in bytes a second, and its source (None: an
-    assumption)."""
+    """Bandwidth from one machine to others in bytes a second, and the address of its source, None
+    if the bandwidth is an assumption."""
 
     bandwidth: float
     source: str | None
@@ -35,96 +36,100 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device.
+    """The published figures of a device.
 
     Fields:
-        memory: bytes.
+        memory: size of its memory in bytes.
         peak16, peak32: operations a second of dense products, in 16 bits with float32 accumulation,
             and in float32.
-        bandwidth: bytes a second of its memory.
-        link: bytes a second to other devices of its machine, in one direction.
-        host: bytes a second that it reads from main memory.
-        machine: number of devices that these links join.
+        memory_bandwidth: bytes a second that it reads from or writes to its memory.
+        link_bandwidth: bytes a second to other devices of the same machine, in one direction.
+        host_bandwidth: bytes a second that it reads from main memory.
+        devices_per_machine: number of devices of a machine, which are joined by such links.
         network: the network between machines.
-        source: where the figures but the network's are published.
+        source: the address at which all figures except the network's are published.
     """
 
     name: str
     memory: float
     peak16: float
     peak32: float
-    bandwidth: float
-    link: float
-    host: float
-    machine: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    host_bandwidth: float
+    devices_per_machine: int
     network: Network
     source: str
 
     @property
-    def usable(self) -> float:
+    def usable_memory(self) -> float:
+        """Bytes that a program can use."""
         return self.memory - CONTEXT
 
     def seconds(self, work: Work, itemsize: int = 2) -> float:
-        """Seconds that ``work`` takes if matrix products have ``itemsize`` bytes for each
-        element."""
-        peak = (self.peak16 if itemsize < 4 else self.peak32) * PRODUCTS
-        bandwidth = self.bandwidth * BYTES
+        """Seconds that ``work`` takes if the elements of its matrices have ``itemsize`` bytes."""
+        peak_rate = (self.peak16 if itemsize < 4 else self.peak32) * PRODUCTS
+        bandwidth = self.memory_bandwidth * BYTES
         return sum(
-            count * max(operations / peak, moved / bandwidth, LAUNCH)
-            for (operations, moved, _), count in work.items()
+            count * max(operations / peak_rate, bytes_moved / bandwidth, LAUNCH)
+            for (operations, bytes_moved, _), count in work.items()
         )
 
     def transfer_seconds(self, sent: float, devices: int) -> float:
-        """Seconds in which one of ``devices`` devices sends ``sent`` bytes. Between machines,
-        collectives run one ring for each network adapter, so a device can use all of them for its
-        share."""
+        """Seconds in which each of ``devices`` devices sends ``sent`` bytes. Between machines,
+        collectives run one ring for each network adapter, so all adapters of a machine carry the
+        bytes of each device."""
         return sent / (
             LINKS
-            * (self.link if devices <= self.machine else min(self.link, self.network.bandwidth))
+            * (
+                self.link_bandwidth
+                if devices <= self.devices_per_machine
+                else min(self.link_bandwidth, self.network.bandwidth)
+            )
         )
 
 
 GB, TB, T = 1e9, 1e12, 1e12
-#: NVLink and xGMI are published as the sum of both directions; 16 lanes of PCIe send 32 GB/s (4.0)
-#: or 64 GB/s (5.0)
+#: bytes a second of 16 lanes of PCIe 4.0 and 5.0 in one direction. NVLink and xGMI are published as
+#: the sum of both directions; the figures below are half of it.
 PCIE4, PCIE5 = 32 * GB, 64 * GB
 
-_PDF = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center"
+_NVIDIA_PDF = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center"
 _ADA = "https://images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf"
 _HGX = "https://www.nvidia.com/en-us/data-center/hgx/"
 _BASEPOD = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest/"
 _DGX_A100 = "https://developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100/"
 _VLLM_MORI = "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/benchmark-docker/vllm-mori-distributed.html"
-#: complete machines from the makers have a network adapter of 400 or 200 Gbit/s for each device;
-#: for machines of devices sold singly, one of 100 Gbit/s is assumed
+#: complete machines have a network adapter of 400 or 200 Gbit/s for each device; for machines of
+#: devices that are sold singly, one of 100 Gbit/s is assumed
 _DGX, _A100 = Network(400 * GB, f"{_BASEPOD}core-components.html"), Network(200 * GB, _DGX_A100)
-_AMD, _ANY = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
+_AMD, _OTHER = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
 
-#: figures for dense products; datasheets since Ampere also give twice these, for weights of which
-#: half are zeros ("with sparsity")
+#: devices by name. The rates are those of dense products; datasheets since Ampere also give twice
+#: these rates, for weights of which half are zeros ("with sparsity").
 DEVICES = {
     device.name: device
     for device in (
         Hardware(
-            "l4", 24 * GB, 121 * T, 30.3 * T, 300 * GB, PCIE4, PCIE4, 8, _ANY,
+            "l4", 24 * GB, 121 * T, 30.3 * T, 300 * GB, PCIE4, PCIE4, 8, _OTHER,
             "https://www.nvidia.com/en-us/data-center/l4/",
         ),
         Hardware(
-            "a10", 24 * GB, 125 * T, 31.2 * T, 600 * GB, PCIE4, PCIE4, 8, _ANY,
-            f"{_PDF}/a10/pdf/a10-datasheet.pdf",
+            "a10", 24 * GB, 125 * T, 31.2 * T, 600 * GB, PCIE4, PCIE4, 8, _OTHER,
+            f"{_NVIDIA_PDF}/a10/pdf/a10-datasheet.pdf",
         ),
         Hardware(
-            "rtx3090", 24 * GB, 71 * T, 35.6 * T, 936 * GB, PCIE4, PCIE4, 4, _ANY,
+            "rtx3090", 24 * GB, 71 * T, 35.6 * T, 936 * GB, PCIE4, PCIE4, 4, _OTHER,
             "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf",
         ),
-        Hardware("rtx4090", 24 * GB, 165.2 * T, 82.6 * T, 1008 * GB, PCIE4, PCIE4, 4, _ANY, _ADA),
+        Hardware("rtx4090", 24 * GB, 165.2 * T, 82.6 * T, 1008 * GB, PCIE4, PCIE4, 4, _OTHER, _ADA),
         Hardware(
-            "l40s", 48 * GB, 362.05 * T, 91.6 * T, 864 * GB, PCIE4, PCIE4, 8, _ANY,
+            "l40s", 48 * GB, 362.05 * T, 91.6 * T, 864 * GB, PCIE4, PCIE4, 8, _OTHER,
             "https://www.nvidia.com/en-us/data-center/l40s/",
         ),
         Hardware(
             "a100", 80 * GB, 312 * T, 19.5 * T, 2.039 * TB, 300 * GB, PCIE4, 8, _A100,
-            f"{_PDF}/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
+            f"{_NVIDIA_PDF}/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
         ),
         Hardware(
             "h100", 80 * GB, 989 * T, 67 * T, 3.35 * TB, 450 * GB, PCIE5, 8, _DGX,
@@ -134,7 +139,7 @@ DEVICES = {
             "h200", 141 * GB, 989 * T, 67 * T, 4.8 * TB, 450 * GB, PCIE5, 8, _DGX,
             "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446",
         ),
-        # 7,680 bits at 3,996 MHz, twice a cycle: 7.67 TB/s
+        # memory bandwidth: 7,680 bits, twice a cycle at 3,996 MHz, are 7.67 TB/s
         # (https://github.com/pytorch/ao/pull/4002)
         Hardware("b200", 180 * GB, 2250 * T, 75 * T, 7.7 * TB, 900 * GB, PCIE5, 8, _DGX, _HGX),
         Hardware(

@@ -2,9 +2,10 @@
 
     memory   base + adapters in memory + keys and values of the running rows + slack
              ≤ the devices' memory
-    step     max(time of bytes, time of operations) of one token for each row: the weights once
-             (packed ones also unpacked), each adapter of the batch once, each row's keys and values
-    request  its prompt's operations, and a row's share of one step for each token of its answer
+    step     max(time of bytes, time of operations) of one token for each row. The bytes are the
+             weights once (packed weights also unpacked), each adapter of the batch once, and each
+             row's keys and values
+    request  its prompt's operations, and for each token of its answer a row's share of one step
 
 A replica is ``devices`` devices that share the weights by tensor parallelism. Rows fill the memory
 that the adapters leave, up to ``rows``. The load is spread evenly over replicas, each of which is
@@ -22,7 +23,7 @@ from veneer.train.plan.count import count_forward
 from veneer.train.plan.hardware import BYTES, PRODUCTS, SLACK, Hardware
 from veneer.train.plan.memory import packed_linears, packed_weight_bytes, weight_bytes
 
-#: share of the time that a replica is busy at the load
+#: share of the time that a replica is busy under the planned load
 BUSY = 0.7
 
 
@@ -42,12 +43,12 @@ class Load:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        counts = ("prompt", "answer", "adapters", "rows", "devices")
-        wrong = [name for name in counts if getattr(self, name) < 1] + ["requests"] * (
+        count_fields = ("prompt", "answer", "adapters", "rows", "devices")
+        invalid = [name for name in count_fields if getattr(self, name) < 1] + ["requests"] * (
             self.requests <= 0
         )
-        if wrong:
-            problem = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+        if invalid:
+            problem = ", ".join(f"{name}={getattr(self, name)!r}" for name in invalid)
             raise ConfigError(
                 problem, "counts of at least 1, and more than 0 requests a second", "correct it"
             )
@@ -60,13 +61,13 @@ class Service:
     Fields:
         base, adapter, row: bytes of the base, of one adapter, and of the keys and values of one row
             of full length.
-        rows: rows that run at once in a replica; 0 if the base and one row do not fit.
-        in_memory: adapters that fit into a replica's memory beside these rows, at most all.
+        rows: number of rows that run at once in a replica; 0 if the base and one row do not fit.
+        in_memory: number of adapters that fit into a replica's memory beside these rows.
         step: seconds for one token of each row.
-        answered: requests a second that a replica can answer.
+        answered: number of requests a second that a replica can answer.
         replicas: number of replicas for the load.
-        hits: share of the requests whose adapter is in memory, if adapters are equally popular and
-            each is assigned to one replica.
+        hits: share of the requests whose adapter is in memory, if all adapters are equally popular
+            and each is assigned to one replica.
         fetch: seconds to read an adapter from main memory.
     """
 
@@ -84,75 +85,71 @@ class Service:
     fetch: float
 
 
-def plan_service(model: Any, load: Load, on: Hardware) -> Service:
-    """Plan ``load`` on the hardware ``on``. ``model``: a result of ``countable_model``, with an
-    adapter of the intended shape attached."""
+def plan_service(model: Any, load: Load, hardware: Hardware) -> Service:
+    """Plan a service for ``load`` on ``hardware``. ``model``: a result of ``countable_model`` with
+    an adapter of the intended shape attached."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     itemsize = model.dtype.itemsize
-    adapter = itemsize * sum(parameter.numel() for parameter in trained)
-    base = (
+    adapter_bytes = itemsize * sum(parameter.numel() for parameter in trained)
+    base_bytes = (
         weight_bytes(model) if load.quantize is None else packed_weight_bytes(model, load.quantize)
     )[0]
     linears = packed_linears(model, load.quantize) if load.quantize else []
     # each unpacked weight is written once and read once
-    unpacked = 2 * sum(weight.nbytes for weight, _ in linears)
+    unpacking_bytes = 2 * sum(weight.nbytes for weight, _ in linears)
     length = load.prompt + load.answer
-    operations, row = count_forward(model, length)
+    operations, row_bytes = count_forward(model, length)
     operations /= length
-    room = load.devices * on.usable / (1 + SLACK) - base
-    rows = max(
-        0, min(load.rows, math.floor((room - adapter) / (row + adapter * (load.adapters > 1))))
-    )
-    peak = PRODUCTS * (on.peak16 if itemsize < 4 else on.peak32) * load.devices
-    bandwidth = BYTES * on.bandwidth * load.devices
+    free_bytes = load.devices * hardware.usable_memory / (1 + SLACK) - base_bytes
+    bytes_per_row = row_bytes + adapter_bytes * (load.adapters > 1)
+    rows = max(0, min(load.rows, math.floor((free_bytes - adapter_bytes) / bytes_per_row)))
+    peak_rate = PRODUCTS * (hardware.peak16 if itemsize < 4 else hardware.peak32) * load.devices
+    bandwidth = BYTES * hardware.memory_bandwidth * load.devices
+    load_fields = (hardware.name, load, base_bytes, adapter_bytes, row_bytes)
     if rows == 0:
-        return Service(on.name, load, base, adapter, row, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
-    in_memory = min(load.adapters, math.floor((room - rows * row) / adapter))
+        return Service(*load_fields, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
+    in_memory = min(load.adapters, math.floor((free_bytes - rows * row_bytes) / adapter_bytes))
     distinct_adapters = load.adapters * (1 - (1 - 1 / load.adapters) ** rows)
     read_bytes = (
-        _weights_read(model, base, rows)
-        + unpacked
-        + distinct_adapters * adapter
-        + rows * row * (load.prompt + load.answer / 2) / length
+        _expected_weight_bytes(model, base_bytes, rows)
+        + unpacking_bytes
+        + distinct_adapters * adapter_bytes
+        + rows * row_bytes * (load.prompt + load.answer / 2) / length
     )
-    step = max(read_bytes / bandwidth, rows * operations / peak)
-    busy = load.prompt * operations / peak + load.answer * step / rows
-    replicas = math.ceil(load.requests * busy / BUSY)
+    step = max(read_bytes / bandwidth, rows * operations / peak_rate)
+    busy_seconds = load.prompt * operations / peak_rate + load.answer * step / rows
+    replicas = math.ceil(load.requests * busy_seconds / BUSY)
     hits = min(1.0, in_memory * replicas / load.adapters)
     return Service(
-        on.name,
-        load,
-        base,
-        adapter,
-        row,
+        *load_fields,
         rows,
         in_memory,
         step,
-        1 / busy,
+        1 / busy_seconds,
         replicas,
         hits,
-        adapter / on.host,
+        adapter_bytes / hardware.host_bandwidth,
     )
 
 
-def _weights_read(model: Any, base: int, rows: int) -> float:
-    """Expected bytes of the weights that one step reads. Of a stack of experts it reads those to
-    which at least one row is routed."""
+def _expected_weight_bytes(model: Any, base_bytes: int, rows: int) -> float:
+    """Expected bytes of the weights that one step reads. Of a stack of experts, a step reads the
+    experts to which it routes at least one row."""
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(
         config, "n_routed_experts", None
     )
     experts = experts or getattr(config, "num_experts", None)
     experts_per_token = getattr(config, "num_experts_per_tok", None)
-    table = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     # a step reads only one row of the embedding for each token
-    lookup_only = 0 if head is not None and head.weight is table else table.nbytes
+    unread_bytes = 0 if head is not None and head.weight is embedding else embedding.nbytes
     if not experts or not experts_per_token:
-        return base - lookup_only
-    stacks = sum(
+        return base_bytes - unread_bytes
+    stack_bytes = sum(
         parameter.nbytes
         for parameter in model.parameters()
         if parameter.dim() == 3 and len(parameter) == experts and not parameter.requires_grad
     )
-    return base - lookup_only - stacks * (1 - experts_per_token / experts) ** rows
+    return base_bytes - unread_bytes - stack_bytes * (1 - experts_per_token / experts) ** rows

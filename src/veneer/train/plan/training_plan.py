@@ -1,18 +1,19 @@
 """Plan a training run on 1 … n devices by each strategy: what each device holds, computes and
 sends, and for how long.
 
-A step has as many examples on n devices as on one, as in ``veneer train`` under torchrun.
+A step has as many examples on n devices as on one device, as under torchrun.
 
     ddp     each device has all weights and its share of the rows
-    fsdp    each device has its share of the rows and of the frozen weights, and gathers these
-            block by block in forward and again in backward; the loss computes the logits of all
-            rows at once, since the output head cannot be called on chunks
-    tp      each device has its share of the blocks' matrices, by transformers' plan for the
-            model, and all rows; forward sums the outputs of a block's two row-wise layers, and
-            backward the gradients at the inputs of its column-wise layers
+    fsdp    each device has its share of the rows and of the frozen weights. It gathers the weights
+            of a block before the block's forward and again before its backward. The loss computes
+            the logits of all rows at once, since the output head cannot be called on chunks
+    tp      each device has all rows, and its share of the blocks' matrices by transformers' plan
+            for the model. Forward sums the outputs of a block's two row-wise layers over the
+            devices; backward sums the gradients at the inputs of its column-wise layers
 
-Each device has the whole adapter, whose gradients are summed once a step in float32. In a ring of n
-devices, each sends (n - 1) / n of the gathered bytes, and twice that share of the summed bytes.
+Each device has the full adapter, whose gradients are summed once a step in float32. In a ring of n
+devices, each sends (n - 1) / n of the bytes that are gathered, and twice that share of the bytes
+that are summed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from veneer.train.processes import split_step
 from veneer.train.tensor_parallel import COLUMNS, ROWS, STYLES, style_of
 
 STRATEGIES = ("ddp", "fsdp", "tp")
-#: bytes of a number of a summed gradient: float32
+#: bytes of each value of a gradient that is summed over the devices: float32
 GRADIENT_ITEMSIZE = 4
 
 
@@ -38,10 +39,10 @@ class Run:
     """The properties of a run that do not depend on the devices.
 
     Fields:
-        batch: rows of ``length`` tokens in a forward pass, at most.
-        accumulate: forward passes of a step of one device.
+        batch: maximal number of rows of ``length`` tokens in a forward pass.
+        accumulate: number of forward passes in a step of one device.
         labelled: share of the tokens that have a label.
-        offload: whether activations lie in main memory.
+        offload: whether activations are in main memory.
     """
 
     batch: int = 8
@@ -69,15 +70,15 @@ class Run:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run on a number of devices.
+    """The plan of a run on ``devices`` devices.
 
     Fields:
         run: the run of one device, with its share of the rows.
         memory: the most bytes that a device holds, by use.
-        operations, sent: operations of a device in a step, and the bytes that it sends.
+        operations, sent: operations of a device in a step, and the bytes that the device sends.
         tokens: tokens of a step on all devices together.
-        seconds: seconds of a step; None without hardware.
-        fits: whether a device has enough memory; None without hardware.
+        seconds: seconds of a step; None if no hardware is named.
+        fits: whether a device has enough memory; None if no hardware is named.
     """
 
     strategy: str
@@ -97,12 +98,12 @@ class RunPlan:
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second of one device; None without hardware."""
+        """Tokens a second of one device; None if no hardware is named."""
         return None if self.seconds is None else self.tokens / self.seconds / self.devices
 
 
 class Planner:
-    """Plans runs of one model with its adapter. A step is counted once for each shape of a
+    """Plans the runs of a model with its adapter. It counts a step once for each shape of a
     batch."""
 
     def __init__(self, model: Any) -> None:
@@ -112,86 +113,90 @@ class Planner:
         self.total = sum(parameter.numel() for parameter in model.parameters()) - self.trainable
         self._steps: dict[Any, Step] = {}
 
-    def step(self, run: Run, chunked: bool = True) -> Step:
-        key = run.batch, run.length, run.labelled, run.quantize is None, chunked
+    def step(self, run: Run, chunked_loss: bool = True) -> Step:
+        key = run.batch, run.length, run.labelled, run.quantize is None, chunked_loss
         if key not in self._steps:
             self._steps[key] = count_step(
-                self.model, *key[:2], labelled=run.labelled, plain=key[3], chunked=chunked
+                self.model,
+                *key[:2],
+                labelled_share=run.labelled,
+                is_plain=key[3],
+                chunked_loss=chunked_loss,
             )
         return self._steps[key]
 
     def plan(
-        self, run: Run, strategy: str = "ddp", devices: int = 1, on: Hardware | None = None
+        self, run: Run, strategy: str = "ddp", devices: int = 1, hardware: Hardware | None = None
     ) -> RunPlan:
         """Plan one run.
 
         Raises:
-            ConfigError: the strategy is unknown or impossible: rows that cannot be divided; packed
-                weights that would be sharded; tp for a model without a plan in transformers, or on
-                a number of devices that does not divide the heads.
+            ConfigError: the strategy is unknown or impossible. Impossible are rows that cannot be
+                divided, packed weights that would be sharded, and tp for a model without a plan in
+                transformers or on a number of devices that does not divide the heads.
         """
         _check_strategy(run, strategy, devices)
         tokens = run.batch * run.length * run.accumulate
         if strategy != "tp":
-            rows, passes = split_step(run.batch, run.accumulate, devices)
-            run = replace(run, batch=rows, accumulate=passes)
-        step = self.step(run, chunked=strategy != "fsdp" or devices == 1)
+            batch, passes = split_step(run.batch, run.accumulate, devices)
+            run = replace(run, batch=batch, accumulate=passes)
+        step = self.step(run, chunked_loss=strategy != "fsdp" or devices == 1)
         if strategy == "tp":
             step = step.shard(devices)
         cost = step.with_checkpointing if run.checkpointing else step.total
-        buckets = GRADIENT_ITEMSIZE * self.trainable if devices > 1 else 0
-        sizes = memory_breakdown(
+        gradient_bytes = GRADIENT_ITEMSIZE * self.trainable if devices > 1 else 0
+        bytes_by_use = memory_breakdown(
             self.model,
             run.optimiser,
             step,
             accumulate=run.accumulate,
-            sent=buckets,
+            buffer_bytes=gradient_bytes,
             checkpointing=run.checkpointing,
             offload=run.offload,
             quantize=run.quantize,
         )
-        gathered = summed = 0  # bytes that a device sends
+        gathered_bytes = summed_bytes = 0  # bytes that a device sends in a step
         if devices > 1:
-            ring = (devices - 1) / devices
+            ring_share = (devices - 1) / devices
             if strategy == "fsdp":
                 blocks = [(group.count, weight_bytes(group.block)[0]) for group in step.blocks]
                 block_total = sum(count * block_bytes for count, block_bytes in blocks)
-                gathered = ring * (2 * block_total + sizes["base"] - block_total) * run.accumulate
-                sizes = shard_base(sizes, cost, blocks, devices)
+                gathered_bytes = ring_share * (block_total + bytes_by_use["base"]) * run.accumulate
+                bytes_by_use = shard_base(bytes_by_use, cost, blocks, devices)
             if strategy == "tp":
-                sizes["base"] -= self._sharded_bytes(devices) * (devices - 1) // devices
+                bytes_by_use["base"] -= self._sharded_bytes(devices) * (devices - 1) // devices
                 block_count = sum(group.count for group in step.blocks)
-                sums = block_count * 2 * (3 if run.checkpointing else 2)
-                summed = 2 * ring * step.hidden_bytes * sums * run.accumulate
-            summed += 2 * ring * buckets
-        sizes["slack"] = round(SLACK * sum(sizes.values()))
+                reductions = block_count * 2 * (3 if run.checkpointing else 2)
+                summed_bytes = 2 * ring_share * step.hidden_bytes * reductions * run.accumulate
+            summed_bytes += 2 * ring_share * gradient_bytes
+        bytes_by_use["slack"] = round(SLACK * sum(bytes_by_use.values()))
         seconds = fits = None
-        if on is not None:
-            compute_seconds = self._compute_seconds(run, cost, on)
+        if hardware is not None:
+            compute_seconds = self._compute_seconds(run, cost, hardware)
             # gathers overlap with computation; reductions do not
-            seconds = max(compute_seconds, on.transfer_seconds(gathered, devices))
-            seconds += on.transfer_seconds(summed, devices)
-            fits = sum(sizes.values()) <= on.usable
+            seconds = max(compute_seconds, hardware.transfer_seconds(gathered_bytes, devices))
+            seconds += hardware.transfer_seconds(summed_bytes, devices)
+            fits = sum(bytes_by_use.values()) <= hardware.usable_memory
         return RunPlan(
             strategy=strategy,
             devices=devices,
             run=run,
-            hardware=None if on is None else on.name,
-            memory=sizes,
+            hardware=None if hardware is None else hardware.name,
+            memory=bytes_by_use,
             operations=cost.operations * run.accumulate,
-            sent=round(gathered + summed),
+            sent=round(gathered_bytes + summed_bytes),
             tokens=tokens,
             seconds=seconds,
             fits=fits,
         )
 
-    def _compute_seconds(self, run: Run, cost: Cost, on: Hardware) -> float:
-        """Seconds that a device computes in a step."""
-        work = [cost.forward, cost.backward]
+    def _compute_seconds(self, run: Run, cost: Cost, hardware: Hardware) -> float:
+        """Seconds of a step that a device computes, without communication."""
+        work = [cost.forward_work, cost.backward_work]
         if run.quantize:
             work.append(self._unpacking_work(run))
         itemsize = self.model.dtype.itemsize
-        return sum(on.seconds(pass_work, itemsize) for pass_work in work) * run.accumulate
+        return sum(hardware.seconds(pass_work, itemsize) for pass_work in work) * run.accumulate
 
     def _sharded_bytes(self, devices: int) -> int:
         """Bytes of the frozen weights that tensor parallelism divides among the devices."""
@@ -218,8 +223,8 @@ class Planner:
         return sharded_bytes
 
     def _unpacking_work(self, run: Run) -> Work:
-        """The work to unpack each packed weight in forward and in backward: read it, and write it
-        in the dtype of the products."""
+        """The work to unpack each packed weight in forward and in backward: to read it, and to
+        write it in the dtype of the products."""
         passes, work = 3 if run.checkpointing else 2, Work()
         for weight, packed_size in packed_linears(self.model, str(run.quantize)):
             work[0, weight.nbytes + packed_size, False] += passes
@@ -242,60 +247,69 @@ def _check_strategy(run: Run, strategy: str, devices: int) -> None:
 def plan_all(
     planner: Planner,
     run: Run,
-    counts: Sequence[int],
+    device_counts: Sequence[int],
     strategies: Iterable[str],
-    on: Hardware | None,
+    hardware: Hardware | None,
 ) -> tuple[list[RunPlan], list[str]]:
-    """(plans for all counts of devices and strategies, reasons why some are impossible)."""
-    plans, rejected = [], []
-    for devices in counts:
+    """(plans for all numbers of devices and strategies, the reasons why others are impossible)."""
+    plans, rejections = [], []
+    for devices in device_counts:
         for strategy in [*strategies][:1] if devices == 1 else strategies:
             try:
-                plans.append(planner.plan(run, strategy, devices, on))
+                plans.append(planner.plan(run, strategy, devices, hardware))
             except ConfigError as error:
-                rejected.append(str(error))
+                rejections.append(str(error))
     if not plans:
-        raise ConfigError(rejected[0])
-    return plans, [*dict.fromkeys(rejected)]
+        raise ConfigError(rejections[0])
+    return plans, [*dict.fromkeys(rejections)]
 
 
 def recommend(
-    planner: Planner, run: Run, counts: Sequence[int], strategies: Sequence[str], on: Hardware
+    planner: Planner,
+    run: Run,
+    device_counts: Sequence[int],
+    strategies: Sequence[str],
+    hardware: Hardware,
 ) -> str:
-    """Recommend in words the fewest devices that suffice, and the fastest strategy for them. If
-    nothing fits, name the smallest requirement."""
-    changes: list[tuple[str, Run]] = [("", run)]
+    """Recommend in words the fewest devices that suffice, and the fastest strategy on them. If no
+    number suffices, name the least memory that is needed."""
+    variations: list[tuple[str, Run]] = [("", run)]
     if not run.checkpointing:
-        changes.append((" with activation checkpointing", replace(run, checkpointing=True)))
+        variations.append((" with activation checkpointing", replace(run, checkpointing=True)))
     smallest_run = replace(run, checkpointing=True)
     if run.batch > 1:
         smallest_run = replace(smallest_run, batch=1, accumulate=run.accumulate * run.batch)
-        changes.append((" with checkpointing and a row at a time, accumulated", smallest_run))
+        variations.append((" with checkpointing and a row at a time, accumulated", smallest_run))
     if run.quantize is None:
         prefix = " with checkpointing, a row at a time," if smallest_run != run else ""
-        changes.append((f"{prefix} in nf4", replace(smallest_run, quantize="nf4")))
-    for change, changed in changes:
-        feasible = [
-            plan for plan in plan_all(planner, changed, counts, strategies, on)[0] if plan.fits
+        variations.append((f"{prefix} in nf4", replace(smallest_run, quantize="nf4")))
+    for description, variation in variations:
+        fitting_plans = [
+            plan
+            for plan in plan_all(planner, variation, device_counts, strategies, hardware)[0]
+            if plan.fits
         ]
-        if feasible:
-            fewest = min(plan.devices for plan in feasible)
+        if fitting_plans:
+            fewest_devices = min(plan.devices for plan in fitting_plans)
             best = max(
-                (plan for plan in feasible if plan.devices == fewest),
+                (plan for plan in fitting_plans if plan.devices == fewest_devices),
                 key=lambda plan: plan.speed or 0,
             )
             device_names = (
-                f"{best.devices} × {on.name}, {best.strategy}"
+                f"{best.devices} × {hardware.name}, {best.strategy}"
                 if best.devices > 1
-                else f"one {on.name}"
+                else f"one {hardware.name}"
             )
-            usage = f"{best.total / 2**30:.1f} GiB of {on.usable / 2**30:.1f}"
-            return f"{device_names}{change}: {usage}, {best.speed:,.0f} tokens/s a device"
+            usage = f"{best.total / 2**30:.1f} GiB of {hardware.usable_memory / 2**30:.1f}"
+            return f"{device_names}{description}: {usage}, {best.speed:,.0f} tokens/s a device"
     smallest = min(
-        plan_all(planner, changes[-1][1], counts, strategies, on)[0], key=lambda plan: plan.total
+        plan_all(planner, variations[-1][1], device_counts, strategies, hardware)[0],
+        key=lambda plan: plan.total,
     )
-    smallest_size = f"{smallest.total / 2**30:.1f} GiB at the least"
-    problem = f"nothing fits: {smallest_size}, on {smallest.devices} devices by {smallest.strategy}"
+    smallest_need = f"{smallest.total / 2**30:.1f} GiB at the least"
+    problem = f"nothing fits: {smallest_need}, on {smallest.devices} devices by {smallest.strategy}"
     return sentence(
-        problem, f"{on.usable / 2**30:.1f} GiB of {on.name}", "take more or larger devices"
+        problem,
+        f"{hardware.usable_memory / 2**30:.1f} GiB of {hardware.name}",
+        "take more or larger devices",
     )

@@ -1,12 +1,12 @@
 """`veneer sweep`: train several configurations of one run at once on one base, and keep the best.
 
     sweep_settings.py         the section `sweep:`: axes, sampler, rungs
-    search.py                 proposes candidates and decides which end early
-    cohort.py                 candidates that train together on one base
-    held_out.py               their evaluation on the held-out rows
+    search.py                 proposes candidates, and decides which of them end early
+    cohort.py                 trains several candidates together on one base
+    held_out.py               evaluates these candidates on the held-out rows
     sweep_record.py           every candidate's losses, and the files of the output
-    sweep_run.py              a sweep, from its settings to the report
-    winner.py                 the winner's folder
+    sweep_run.py              runs a sweep, from its settings to the report
+    winner.py                 writes the folder of the best candidate, the winner
     conclusions.py            edges of the searched ranges; the winner repeated as a single run
     table.py, sweep_page.py   output on the terminal; the report
 

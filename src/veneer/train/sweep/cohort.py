@@ -1,12 +1,14 @@
 """Candidates that train together on one base: each step is one forward and one backward for all
 candidates whose batches have equal shapes (``veneer/engine``).
 
-A candidate has the numbers of its own run of `veneer train`: the same start, order of rows,
-optimiser, schedule, clipping and random numbers. Candidates with one data seed have the same rows
-in each step and share its forward; candidates with other rows take forwards of their own.
+A candidate trains exactly as in a separate run of `veneer train`: with the same initial adapter,
+order of rows, optimiser, schedule, clipping and random numbers. Candidates with equal data seeds
+have the same rows in each step and share the forward of these rows. Candidates with other rows need
+a separate forward.
 
-Besides dropout, torch's data loaders draw a number from the default generator at the start of each
-epoch and each evaluation; `draw` does the same here.
+In a separate run, torch's data loaders draw a number from the default generator at the start of
+each epoch and of each evaluation. `draw_loader_seed` does the same here, so that dropout then draws
+the same numbers.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from veneer.attach import check
 from veneer.engine import TrainedAdapter
 from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint
-from veneer.train.adapter_setup import lora_config, start_data
+from veneer.train.adapter_setup import calibration_arguments, lora_config
 from veneer.train.arguments import arguments_of
-from veneer.train.evaluate import to
+from veneer.train.evaluate import move_batch
 from veneer.train.loss import causal_loss
 from veneer.train.many import Runs
 from veneer.train.order import EpochSampler
@@ -42,7 +44,7 @@ STATE = "state.pt"
 
 
 @dataclass(eq=False)
-class Member:
+class CohortMember:
     """A candidate in training: its task, and its adapter on the engine."""
 
     task: Task
@@ -53,18 +55,18 @@ class Member:
         return self.adapter.parameters
 
     @property
-    def order(self) -> int:
-        """The seed of the order of its rows."""
+    def order_seed(self) -> int:
+        """The seed of the order of the candidate's rows."""
         config = self.task.config
         return config.seed if config.data_seed is None else config.data_seed
 
     def step(self, loss: float) -> str | None:
-        """Take the optimiser's step. Returns a problem instead if the loss or the gradient is not
-        finite."""
-        norm = self.adapter.clip(self.task.config.max_grad_norm or 0.0)
+        """Take a step of the optimiser. If the loss or the gradient norm is not finite, take no
+        step and return the problem."""
+        gradient_norm = self.adapter.clip(self.task.config.max_grad_norm or 0.0)
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if not math.isfinite(norm):
+        if not math.isfinite(gradient_norm):
             return "the gradient is not finite"
         self.adapter.step()
         return None
@@ -80,7 +82,7 @@ class Cohort:
         keep_going: leave out candidates that cannot begin; otherwise raise a ``TargetError`` that
             names all of them.
 
-    ``failed``: by candidate, why it could not begin or was dropped.
+    ``failed``: by candidate, the reason why it could not begin or was dropped.
     """
 
     def __init__(
@@ -94,15 +96,19 @@ class Cohort:
     ) -> None:
         self.model, self.prepared = model, prepared
         self.runs, self.failed = Runs(model), dict[str, str]()
-        self.members: dict[str, Member] = {}
-        self._rows: dict[int, Iterator[list[list[int]]]] = {}
-        self._checked: list[Any] = []
+        self.members: dict[str, CohortMember] = {}
+        self._step_rows: dict[int, Iterator[list[list[int]]]] = {}
+        self._checked_configs: list[Any] = []
         try:
-            self._for_each(tasks, lambda name: self._attach(name, tasks[name], resumed_from))
-            weight_decays = _weight_decays(model)
+            self._for_each(
+                tasks, lambda name: self._attach_candidate(name, tasks[name], resumed_from)
+            )
+            decay_flags = _find_decay_flags(model)
             self._for_each(
                 self.runs,
-                lambda name: self._start(name, tasks[name], output, resumed_from, weight_decays),
+                lambda name: self._start_candidate(
+                    name, tasks[name], output, resumed_from, decay_flags
+                ),
             )
             if not keep_going:
                 problems = [f"candidate {name}: {problem}" for name, problem in self.failed.items()]
@@ -122,33 +128,33 @@ class Cohort:
                 if name in self.runs:
                     self.runs.remove(name)
 
-    def _attach(self, name: str, task: Task, resumed_from: Path | None) -> None:
+    def _attach_candidate(self, name: str, task: Task, resumed_from: Path | None) -> None:
         config = task.config
         if resumed_from is not None:
             self.runs.add(name, resumed_from / name / checkpoint.ADAPTER, seed=config.seed)
             return
-        start = start_data(task, self.prepared.train, self.model)
-        lora = lora_config(config, self.model, {})
-        self.runs.add(name, lora, seed=config.seed, **start)
+        calibration = calibration_arguments(task, self.prepared.train, self.model)
+        adapter_config = lora_config(config, self.model, {})
+        self.runs.add(name, adapter_config, seed=config.seed, **calibration)
         # candidates with equal adapter configs need only one check
-        if config.check and lora not in self._checked:
+        if config.check and adapter_config not in self._checked_configs:
             check(self.model, task.example(self.prepared, self.model.device), name)
-            self._checked.append(lora)
+            self._checked_configs.append(adapter_config)
 
-    def _start(
+    def _start_candidate(
         self,
         name: str,
         task: Task,
         output: Path,
         resumed_from: Path | None,
-        weight_decays: Mapping[int, bool],
+        decay_flags: Mapping[int, bool],
     ) -> None:
         """Create a candidate's optimiser and schedule, and restore their state from a
         checkpoint."""
         adapter = self.runs.engine.adapters[name]
         arguments, steps = arguments_of(task.config, output, self.prepared), self.prepared.steps
         adapter.optimizer = _create_optimizer(
-            arguments, self.model, adapter.parameters, weight_decays
+            arguments, self.model, adapter.parameters, decay_flags
         )
         adapter.scheduler = get_scheduler(
             arguments.lr_scheduler_type,
@@ -157,31 +163,31 @@ class Cohort:
             num_training_steps=steps,
         )
         if resumed_from is not None:
-            state = torch.load(resumed_from / name / STATE, weights_only=True)
-            adapter.load_state_dict(state)
+            state_dict = torch.load(resumed_from / name / STATE, weights_only=True)
+            adapter.load_state_dict(state_dict)
         else:  # transformers' Trainer also seeds after the adapter is attached
             adapter.stream.restart(task.config.seed)
-        self.members[name] = Member(task, adapter)
+        self.members[name] = CohortMember(task, adapter)
 
     def begin(self, step: int) -> None:
-        """Go to the rows of the step after `step`."""
+        """Begin with the rows of the step after `step`."""
         self.model.train()
         self._step = step
-        for order in {member.order for member in self.members.values()}:
-            self._rows[order] = islice(self._step_rows(order), step, None)
+        for order_seed in {member.order_seed for member in self.members.values()}:
+            self._step_rows[order_seed] = islice(self._iterate_steps(order_seed), step, None)
 
     @property
     def _first_task(self) -> Task:
         """The task of any candidate. The tasks of candidates differ only in the order of rows."""
         return next(iter(self.members.values())).task
 
-    def _step_rows(self, order: int) -> Iterator[list[list[int]]]:
+    def _iterate_steps(self, order_seed: int) -> Iterator[list[list[int]]]:
         """The row indices of each step, as a list of forward passes, for candidates with this
-        order."""
+        order of rows."""
         config = self._first_task.config
         lengths = self.prepared.train.lengths
         sampler = EpochSampler(
-            [*lengths], config.batch_size * config.grad_accum, order, config.group_by_length
+            [*lengths], config.batch_size * config.grad_accum, order_seed, config.group_by_length
         )
         for epoch in range(self.prepared.steps):
             sampler.set_epoch(epoch)
@@ -200,18 +206,21 @@ class Cohort:
         """Train one step. Returns each candidate's loss. Candidates whose loss or gradient is not
         finite are dropped and listed in `failed`."""
         if self._step % self.steps_an_epoch == 0:
-            self.draw()
-        passes = {order: self._collate(next(rows)) for order, rows in self._rows.items()}
-        losses = dict.fromkeys(self.members, 0.0)
-        totals = {
-            order: max(sum(items for _, items in batches), 1) for order, batches in passes.items()
+            self.draw_loader_seed()
+        passes_by_seed = {
+            order_seed: self._collate(next(rows)) for order_seed, rows in self._step_rows.items()
         }
-        for index in range(max(map(len, passes.values()))):
+        losses = dict.fromkeys(self.members, 0.0)
+        item_totals = {
+            order_seed: max(sum(items for _, items in batches), 1)
+            for order_seed, batches in passes_by_seed.items()
+        }
+        for pass_index in range(max(map(len, passes_by_seed.values()))):
             batches, weights = {}, {}
             for name, member in self.members.items():
-                batches[name], items = passes[member.order][index]
-                weights[name] = items / totals[member.order]
-            pass_losses = self.runs.backward(batches, self._losses(), weights=weights)
+                batches[name], items = passes_by_seed[member.order_seed][pass_index]
+                weights[name] = items / item_totals[member.order_seed]
+            pass_losses = self.runs.backward(batches, self._loss_functions(), weights=weights)
             for name, loss in pass_losses.items():
                 losses[name] += float(loss) * weights[name]
         self._step += 1
@@ -223,17 +232,17 @@ class Cohort:
         return {name: losses[name] for name in losses if name in self.members}
 
     def _collate(self, passes: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
-        """(batch in the form of `Runs.backward`, number of items in its mean loss) of each forward
-        pass."""
+        """For each forward pass, its batch as `Runs.backward` takes it, and the number of items in
+        the batch's mean loss."""
         task, rows = self._first_task, self.prepared.train
         batches = []
         for indices in passes:
-            batch = to(self.model.device, task.collate([rows[i] for i in indices]))
-            items = task.items(batch)
+            batch = move_batch(self.model.device, task.collate([rows[i] for i in indices]))
+            items = task.count_items(batch)
             batches.append((batch if task.name == "sft" else (task.inputs(batch), batch), items))
         return batches
 
-    def _losses(self) -> Any:
+    def _loss_functions(self) -> Any:
         if self._first_task.name == "sft":
             return causal_loss
         return {name: partial(_mean_loss, member.task) for name, member in self.members.items()}
@@ -243,9 +252,9 @@ class Cohort:
         tasks = {name: member.task for name, member in self.members.items()}
         return evaluate_runs(self.runs, tasks, self.prepared.evaluation)
 
-    def draw(self) -> None:
-        """Draw the number that torch's data loader takes at the start of an epoch or evaluation,
-        from each candidate's random stream."""
+    def draw_loader_seed(self) -> None:
+        """Draw a number from each candidate's random stream, as torch's data loader does at the
+        start of an epoch or evaluation."""
         for member in self.members.values():
             with member.adapter.stream:
                 torch.empty((), dtype=torch.int64).random_()
@@ -254,12 +263,16 @@ class Cohort:
         """End a candidate and free its memory."""
         self.runs.remove(name)
         del self.members[name]
-        orders = {member.order for member in self.members.values()}
-        self._rows = {order: rows for order, rows in self._rows.items() if order in orders}
+        order_seeds = {member.order_seed for member in self.members.values()}
+        self._step_rows = {
+            order_seed: rows
+            for order_seed, rows in self._step_rows.items()
+            if order_seed in order_seeds
+        }
 
     def save(self, folder: Path, provenance: Callable[[str], Mapping[str, Any]]) -> None:
-        """Save each candidate's adapter and state to a folder of its name. `provenance`: returns
-        the provenance of an adapter by the candidate's name."""
+        """Save each candidate's adapter and optimiser state to a folder of its name.
+        `provenance`: maps a candidate's name to the provenance in its adapter's record."""
         for name, member in self.members.items():
             (folder / name).mkdir()
             self.runs[name].save(
@@ -276,37 +289,38 @@ class Cohort:
 
 
 def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The mean loss of a batch by ``task``, from the output of a forward that was shared."""
     loss = task.loss(OutputAsModel(output, training=True), batch)
     return loss.total / max(loss.items, 1)
 
 
-def _weight_decays(model: Any) -> dict[int, bool]:
-    """Whether weight decay applies, by the id of each trainable parameter, in the order of the
-    names."""
-    decayed = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
+def _find_decay_flags(model: Any) -> dict[int, bool]:
+    """By the id of each trainable parameter, whether weight decay applies to it. The order is that
+    of the model's parameters."""
+    decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
     return {
-        id(parameter): name in decayed
+        id(parameter): name in decayed_names
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
 
 
 def _create_optimizer(
-    arguments: Any, model: Any, parameters: list[nn.Parameter], weight_decays: Mapping[int, bool]
+    arguments: Any, model: Any, parameters: list[nn.Parameter], decay_flags: Mapping[int, bool]
 ) -> torch.optim.Optimizer:
-    """The optimiser of transformers' Trainer for these arguments, over one candidate's
-    parameters."""
-    by_id = {id(parameter): parameter for parameter in parameters}
+    """The optimiser that transformers' Trainer creates for these arguments, over the parameters of
+    one candidate."""
+    parameters_by_id = {id(parameter): parameter for parameter in parameters}
     groups = [
         {
             "params": [
-                by_id[key]
-                for key, decay in weight_decays.items()
-                if key in by_id and decay is has_decay
+                parameters_by_id[key]
+                for key, is_decayed in decay_flags.items()
+                if key in parameters_by_id and is_decayed is group_decayed
             ],
             "weight_decay": weight_decay,
         }
-        for has_decay, weight_decay in ((True, arguments.weight_decay), (False, 0.0))
+        for group_decayed, weight_decay in ((True, arguments.weight_decay), (False, 0.0))
     ]
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)

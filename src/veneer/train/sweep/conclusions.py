@@ -1,5 +1,5 @@
-"""Conclusions about a sweep's winner: whether a wider search could find a better candidate, and
-whether the winner has the same losses when it trains as a single run."""
+"""Conclusions about the winner of a sweep: whether a wider search could find a better candidate,
+and whether the winner has the same losses when it trains as a single run."""
 
 from __future__ import annotations
 
@@ -16,59 +16,62 @@ from veneer.errors import VeneerError
 from veneer.models.messages import first_line
 from veneer.train.config import TrainConfig
 from veneer.train.run import fit
-from veneer.train.sweep.sweep_settings import CHANCE, Range
+from veneer.train.sweep.sweep_settings import SEED_AXES, Range
 
 #: number of steps of the winner's repetition
 REPEATED_STEPS = 20
-#: the share of a range at each end that counts as its edge
-EDGE = 0.1
+#: the edges of a range: this share of its width at each end
+EDGE_SHARE = 0.1
 
 
 def find_edges(
     axes: Mapping[str, list[Any] | Range], changes: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The numeric axes at whose lowest or highest value the winner lies: {"axis", "value", "side",
-    "tried"}. A limit of the setting itself, such as a dropout of 0, is no edge."""
+    """The numeric axes on which the value of the winner lies at an end of the tried values, as
+    {"axis", "value", "side", "tried": [lowest, highest]}. A limit of the setting itself, such as a
+    dropout of 0, is no edge."""
     winner_edges = []
     for axis, values in axes.items():
-        bounds = _bounds(values)
-        if axis in CHANCE or bounds is None or axis not in changes:
+        bounds = _axis_bounds(values)
+        if axis in SEED_AXES or bounds is None or axis not in changes:
             continue
         low, high = bounds
-        value, log = changes[axis], isinstance(values, Range) and values.log
-        share = _relative_position(value, low, high, log)
-        margin = EDGE if isinstance(values, Range) else 0.0
-        side = "lowest" if share <= margin else "highest" if share >= 1 - margin else None
+        value, is_log = changes[axis], isinstance(values, Range) and values.log
+        position = _relative_position(value, low, high, is_log)
+        margin = EDGE_SHARE if isinstance(values, Range) else 0.0
+        side = "lowest" if position <= margin else "highest" if position >= 1 - margin else None
         if side is not None and not (side == "lowest" and value == _lower_limit(axis)):
             winner_edges.append({"axis": axis, "value": value, "side": side, "tried": [low, high]})
     return winner_edges
 
 
-def _bounds(values: list[Any] | Range) -> tuple[float, float] | None:
+def _axis_bounds(values: list[Any] | Range) -> tuple[float, float] | None:
+    """The lowest and the highest value of an axis; None if its values are not distinct numbers."""
     if isinstance(values, Range):
         return values.low, values.high
-    numbers = {
+    numeric_values = {
         value for value in values if isinstance(value, int | float) and not isinstance(value, bool)
     }
     return (
-        (min(numbers), max(numbers))
-        if len(numbers) > 1 and len(numbers) == len(set(map(str, values)))
+        (min(numeric_values), max(numeric_values))
+        if len(numeric_values) > 1 and len(numeric_values) == len(set(map(str, values)))
         else None
     )
 
 
-def _relative_position(value: float, low: float, high: float, log: bool) -> float:
-    """The position of a value between ``low`` and ``high``, 0 to 1."""
-    if log:
+def _relative_position(value: float, low: float, high: float, is_log: bool) -> float:
+    """The position of a value between ``low`` (0) and ``high`` (1), on a logarithmic scale if
+    ``is_log``."""
+    if is_log:
         value, low, high = math.log(value), math.log(low), math.log(high)
     return (value - low) / (high - low)
 
 
 def _lower_limit(axis: str) -> float | None:
     """The least valid value of a setting, if the limit is inclusive."""
-    limits = TrainConfig.model_fields[axis].metadata
-    inclusive = (limit.ge for limit in limits if isinstance(limit, annotated_types.Ge))
-    return next(inclusive, None)  # pyright: ignore
+    constraints = TrainConfig.model_fields[axis].metadata
+    inclusive_limits = (limit.ge for limit in constraints if isinstance(limit, annotated_types.Ge))
+    return next(inclusive_limits, None)  # pyright: ignore
 
 
 def describe_edge(edge: Mapping[str, Any]) -> str:
@@ -80,35 +83,36 @@ def describe_edge(edge: Mapping[str, Any]) -> str:
 
 
 def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any]:
-    """Train the first steps of the winner again with `veneer train`'s loop, and compare the losses
-    with those of the sweep.
+    """Train the first steps of the winner again with the loop of `veneer train`, and compare its
+    losses with the losses in the sweep.
 
     Returns:
-        {"steps", "largest" difference, "step" of the largest, "last" difference}, or {"problem"} if
-        the comparison failed.
+        {"steps": number of steps, "largest": the largest difference of a loss, "step": where it
+        occurs, "last": the difference in the last step}, or {"problem": text} if the repetition
+        failed.
     """
-    count, steps = 0, min(REPEATED_STEPS, len(losses))
+    step_count, steps = 0, min(REPEATED_STEPS, len(losses))
 
-    def enough() -> bool:
-        nonlocal count
-        count += 1
-        return count >= steps
+    def should_stop() -> bool:
+        nonlocal step_count
+        step_count += 1
+        return step_count >= steps
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            changes = {
+            overrides = {
                 "output": Path(folder) / "again",
                 "check": False,
                 "eval_every": 10**9,
                 "save_every": 10**9,
             }
             result = fit(
-                config.model_copy(update=changes),
+                config.model_copy(update=overrides),
                 console=Console(quiet=True),
                 quiet=True,
-                stop_order=enough,
+                stop_order=should_stop,
             )
-    except (VeneerError, OSError, RuntimeError) as error:  # the sweep keeps its result
+    except (VeneerError, OSError, RuntimeError) as error:  # the sweep itself has succeeded
         return {"problem": first_line(error)}
     differences = [
         abs(repeated - original)
@@ -125,14 +129,14 @@ def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
     }
 
 
-def describe_repetition(alone: Mapping[str, Any]) -> str:
-    if "problem" in alone:
+def describe_repetition(repetition: Mapping[str, Any]) -> str:
+    if "problem" in repetition:
         return (
             "How far the winner trained alone goes from its curve could not be measured:"
-            f" {alone['problem']}"
+            f" {repetition['problem']}"
         )
     return (
-        f"Trained again alone for {alone['steps']:,} steps, its losses differ from those of the"
-        f" sweep by at most {alone['largest']:.1e} (step {alone['step']}), and by"
-        f" {alone['last']:.1e} at the last of them."
+        f"Trained again alone for {repetition['steps']:,} steps, its losses differ from those of"
+        f" the sweep by at most {repetition['largest']:.1e} (step {repetition['step']}), and by"
+        f" {repetition['last']:.1e} at the last of them."
     )

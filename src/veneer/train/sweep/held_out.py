@@ -1,8 +1,8 @@
 """Losses and measures of candidates on the held-out rows, in shared forwards of the base.
 
-A forward has the same rows for each of several candidates. A candidate's loss does not depend on
-the others, except for rounding. Memory is that of `TOKENS` tokens without gradients, for any number
-of candidates.
+One forward computes the same rows for several candidates. A candidate's loss does not depend on the
+other candidates of the forward, except for rounding. A forward has at most about `TOKENS` tokens
+and keeps no gradients, so its memory does not grow with the number of candidates.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from veneer.train.evaluate import to
+from veneer.train.evaluate import move_batch
 from veneer.train.many import Runs
 from veneer.train.tasks import Task
 
-#: tokens of a forward, with padding: enough to use a processor fully
+#: maximal number of tokens of a forward, with padding; enough to use a processor fully
 TOKENS = 2048
 
 
 def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str, dict[str, float]]:
-    """The loss and measures of each run of `tasks`, as means over the items of all rows."""
+    """The loss and measures of each run of `tasks` on `rows`, as means over their items."""
     task, model = next(iter(tasks.values())), runs.model
     sums: dict[str, dict[str, float]] = {name: {} for name in tasks}
-    items, training = dict.fromkeys(tasks, 0), model.training
+    item_counts, training = dict.fromkeys(tasks, 0), model.training
     model.eval()
     try:
         for names, indices in plan_passes(list(tasks), rows.lengths, task.config.batch_size):
-            batch = to(model.device, task.collate([rows[i] for i in indices]))
+            batch = move_batch(model.device, task.collate([rows[i] for i in indices]))
             batch_sums = _batch_sums(runs, {name: tasks[name] for name in names}, batch)
             for name, (count, measures) in batch_sums.items():
-                items[name] += count
+                item_counts[name] += count
                 sums[name] = {
                     measure: sums[name].get(measure, 0.0) + float(value)
                     for measure, value in measures.items()
@@ -39,7 +39,7 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
     finally:
         model.train(training)
     return {
-        name: {measure: value / max(items[name], 1) for measure, value in measures.items()}
+        name: {measure: value / max(item_counts[name], 1) for measure, value in measures.items()}
         for name, measures in sums.items()
     }
 
@@ -47,28 +47,30 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
 def plan_passes(
     names: Sequence[str], lengths: Sequence[int], batch_size: int
 ) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
-    """(candidates, row indices) of each forward, the longest rows first. `batch_size`: rows of each
-    candidate, if rows have no lengths in tokens."""
-    order, start = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), 0
-    while start < len(order):
-        width = lengths[order[start]]
-        row_count = max(1, TOKENS // (width * len(names))) if width else batch_size
-        indices = order[start : start + row_count]
-        together = max(1, TOKENS // (width * len(indices))) if width else len(names)
-        for first in range(0, len(names), together):
-            yield names[first : first + together], indices
+    """(names of candidates, row indices) of each forward, the longest rows first. `lengths`: number
+    of tokens by row. `batch_size`: rows of a forward, if the lengths are 0, as for images."""
+    row_order, start = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), 0
+    while start < len(row_order):
+        row_tokens = lengths[row_order[start]]
+        row_count = max(1, TOKENS // (row_tokens * len(names))) if row_tokens else batch_size
+        indices = row_order[start : start + row_count]
+        candidates_per_pass = (
+            max(1, TOKENS // (row_tokens * len(indices))) if row_tokens else len(names)
+        )
+        for first in range(0, len(names), candidates_per_pass):
+            yield names[first : first + candidates_per_pass], indices
         start += len(indices)
 
 
 def _batch_sums(
     runs: Runs, tasks: Mapping[str, Task], batch: Any
 ) -> dict[str, tuple[int, dict[str, Any]]]:
-    """(number of items of the batch, sums over them) by run."""
+    """By run, (number of items of the batch, sum of the loss and of each measure over them)."""
     sums: dict[str, tuple[int, dict[str, Any]]] = {}
     if next(iter(tasks.values())).name == "sft":
-        by_run = runs.label_losses(dict.fromkeys(tasks, batch), accuracy=True)
-        for name, (losses, _, correct) in by_run.items():
-            measures = {"loss": losses.sum(), "accuracy": cast(Tensor, correct).sum()}
+        losses_by_run = runs.label_losses(dict.fromkeys(tasks, batch), accuracy=True)
+        for name, (losses, _, is_correct) in losses_by_run.items():
+            measures = {"loss": losses.sum(), "accuracy": cast(Tensor, is_correct).sum()}
             sums[name] = len(losses), measures
         return sums
     outputs = runs.outputs({name: (task.inputs(batch), None) for name, task in tasks.items()})
@@ -79,8 +81,8 @@ def _batch_sums(
 
 
 class OutputAsModel:
-    """Takes the place of the model in a task's loss and returns an output that has been computed
-    already."""
+    """A stand-in for the model in a task's loss: a call returns an output that was computed
+    before."""
 
     def __init__(self, output: Any, training: bool) -> None:
         self.output, self.training = output, training

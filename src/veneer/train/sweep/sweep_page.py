@@ -12,78 +12,88 @@ import yaml
 
 from veneer.tools.report.charts import COLOURS, Points, lines, table
 from veneer.tools.report.report_page import document
-from veneer.train.callbacks import duration
+from veneer.train.callbacks import format_duration
 from veneer.train.sweep.conclusions import describe_edge, describe_repetition
 from veneer.train.sweep.sweep_record import ENDED, FAILED, FINISHED, format_changes
 
+#: the contents of `sweep.json`, or an object in it
 Facts = Mapping[str, Any]
 
-#: number of points of a training curve; each is the mean of several steps
-POINTS = 60
+#: number of points of a training curve, each the mean of consecutive steps
+CURVE_POINTS = 60
 
 
 def page(facts: Facts) -> str:
-    candidates = sorted(facts["candidates"], key=_rank)
+    """The HTML text of the report. ``facts``: the contents of `sweep.json`."""
+    candidates = sorted(facts["candidates"], key=_ranking_key)
     sweep = facts["sweep"]
-    lead = (
+    introduction = (
         f"{facts['base']} on {facts['data']}, {facts['steps']:,} steps. Tried:"
         f" {', '.join(sweep['axes'])}"
     )
-    lead += f" ({facts['sampler']}). "
+    introduction += f" ({facts['sampler']}). "
     if facts["rungs"]:
-        lead += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
+        introduction += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
         if sweep["judged_by"] == "training":
-            lead += (
+            introduction += (
                 ", judged by their mean loss in training over the latter half of the steps up to"
                 " there"
             )
-            lead += ", which is their last loss here"
-        lead += ". "
-    lead += (
+            introduction += ", which is their last loss here"
+        introduction += ". "
+    introduction += (
         f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says"
         " otherwise."
     )
     sections = [
-        _winner(facts),
-        _curves(candidates),
-        _quality(candidates),
-        _spread(facts),
-        _candidate_table(candidates, sweep),
+        _winner_section(facts),
+        _curves_section(candidates),
+        _quality_section(candidates),
+        _spread_section(facts),
+        _candidates_section(candidates, sweep),
     ]
     section_html = "".join(f"<section>{section}</section>" for section in sections if section)
     footer = f"{escape(facts['output'])}. <code>sweep.json</code> has the same numbers."
     return document(
         f"Sweep of {len(candidates)} candidates",
-        lead,
-        _cards(facts, candidates),
+        introduction,
+        _summary_cards(facts, candidates),
         section_html,
         footer,
     )
 
 
-def _rank(candidate: Facts) -> tuple[bool, float]:
-    """Sort key: candidates that ran to their end first, then by loss."""
+def _ranking_key(candidate: Facts) -> tuple[bool, float]:
+    """The sort key of a candidate: those that ran to their end come first, then by loss."""
     return candidate["status"] != FINISHED, (
         float("inf") if candidate["loss"] is None else candidate["loss"]
     )
 
 
-def _cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[str, str]]:
+def _summary_cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[str, str]]:
     best = candidates[0]
     yield f"{best['loss']:.4f}", f"loss of the winner, {best['name']}"
     yield f"{best['parameters']:,}", "numbers that it trains"
-    count = {
+    status_counts = {
         status: sum(candidate["status"] == status for candidate in candidates)
         for status in (FINISHED, ENDED, FAILED)
     }
     yield (
-        str(count[FINISHED]),
-        "ran to the end" + "".join(f", {count[s]} {s}" for s in (ENDED, FAILED) if count[s]),
+        str(status_counts[FINISHED]),
+        "ran to the end"
+        + "".join(
+            f", {status_counts[status]} {status}"
+            for status in (ENDED, FAILED)
+            if status_counts[status]
+        ),
     )
-    yield duration(facts["cpu_seconds"]), f"of CPU time, in {duration(facts['seconds'])}"
+    yield (
+        format_duration(facts["cpu_seconds"]),
+        f"of CPU time, in {format_duration(facts['seconds'])}",
+    )
 
 
-def _winner(facts: Facts) -> str:
+def _winner_section(facts: Facts) -> str:
     best = next(
         candidate for candidate in facts["candidates"] if candidate["name"] == facts["best"]
     )
@@ -102,15 +112,18 @@ def _candidate_label(candidate: Facts) -> str:
     return f"{candidate['name']}: {format_changes(candidate['changes'])}"
 
 
-def _curves(candidates: Sequence[Facts]) -> str:
+def _curves_section(candidates: Sequence[Facts]) -> str:
     drawn_candidates = [candidate for candidate in candidates if candidate["measured"]]
     held_out_curves = [
         [(step, measures["loss"]) for step, measures in candidate["evaluations"]]
         for candidate in drawn_candidates
     ]
-    training_curves = [_average_stretches(candidate["losses"]) for candidate in drawn_candidates]
-    ceiling, charts = _ceiling([candidate["measured"] for candidate in drawn_candidates]), []
-    for y, curves in (
+    training_curves = [_average_steps(candidate["losses"]) for candidate in drawn_candidates]
+    loss_limit, charts = (
+        _loss_axis_limit([candidate["measured"] for candidate in drawn_candidates]),
+        [],
+    )
+    for y_label, curves in (
         ("loss on the rows held out", held_out_curves),
         ("loss in training", training_curves),
     ):
@@ -125,38 +138,43 @@ def _curves(candidates: Sequence[Facts]) -> str:
         ):
             continue  # only one evaluation, at the end
         labelled_curves = [
-            (candidate, [(x, min(value, ceiling)) for x, value in curve])
+            (candidate, [(step, min(loss, loss_limit)) for step, loss in curve])
             for candidate, curve in labelled_curves
         ]
         series = {
             _candidate_label(candidate): curve for candidate, curve in labelled_curves[:COLOURS]
         }
-        faint = [curve for _, curve in labelled_curves[COLOURS:]]
-        charts.append(f"<figure>{lines(series, x='step', y=y, bottom=None, faint=faint)}</figure>")
+        faint_curves = [curve for _, curve in labelled_curves[COLOURS:]]
+        chart = lines(series, x="step", y=y_label, bottom=None, faint=faint_curves)
+        charts.append(f"<figure>{chart}</figure>")
     note = f" The best {COLOURS} have colours." if len(drawn_candidates) > COLOURS else ""
     return (
-        f"<h2>Curves</h2><p>Cut at {ceiling:.3g}.{note}</p><div"
+        f"<h2>Curves</h2><p>Cut at {loss_limit:.3g}.{note}</p><div"
         f' class="pair">{"".join(charts)}</div>'
     )
 
 
-def _ceiling(curves: Sequence[Points]) -> float:
-    """The limit of the loss axis. Higher losses are drawn at it: a diverging candidate would
-    otherwise flatten the curves of all others."""
-    firsts, best = [curve[0][1] for curve in curves], min(curve[-1][1] for curve in curves)
-    return max(sorted(firsts)[len(firsts) // 2] * 1.1, best + 0.1)
+def _loss_axis_limit(curves: Sequence[Points]) -> float:
+    """The upper end of the loss axis. Higher losses are drawn at this limit; else a candidate that
+    diverges would flatten the curves of all others."""
+    first_losses, best_loss = (
+        [curve[0][1] for curve in curves],
+        min(curve[-1][1] for curve in curves),
+    )
+    return max(sorted(first_losses)[len(first_losses) // 2] * 1.1, best_loss + 0.1)
 
 
-def _average_stretches(losses: Sequence[float]) -> list[tuple[float, float]]:
-    width = max(1, len(losses) // POINTS)
-    stretches = [losses[i : i + width] for i in range(0, len(losses), width)]
+def _average_steps(losses: Sequence[float]) -> list[tuple[float, float]]:
+    """(last step, mean loss) of consecutive steps, as about `CURVE_POINTS` points of a curve."""
+    steps_per_point = max(1, len(losses) // CURVE_POINTS)
+    point_losses = [losses[i : i + steps_per_point] for i in range(0, len(losses), steps_per_point)]
     return [
-        (min((number + 1) * width, len(losses)), mean(stretch))
-        for number, stretch in enumerate(stretches)
+        (min((index + 1) * steps_per_point, len(losses)), mean(averaged))
+        for index, averaged in enumerate(point_losses)
     ]
 
 
-def _quality(candidates: Sequence[Facts]) -> str:
+def _quality_section(candidates: Sequence[Facts]) -> str:
     labels = {FINISHED: "ran to the end", ENDED: "ended early, where it ended"}
     series = {
         label: [
@@ -167,10 +185,11 @@ def _quality(candidates: Sequence[Facts]) -> str:
         for status, label in labels.items()
     }
     series = {label: points for label, points in series.items() if points}
-    best = candidates[0]["loss"]
-    ceiling = max(best * 1.5, *(loss for _, loss in series[labels[FINISHED]]))
+    best_loss = candidates[0]["loss"]
+    loss_limit = max(best_loss * 1.5, *(loss for _, loss in series[labels[FINISHED]]))
     series = {
-        label: [(x, min(loss, ceiling)) for x, loss in points] for label, points in series.items()
+        label: [(x, min(loss, loss_limit)) for x, loss in points]
+        for label, points in series.items()
     }
     chart = lines(
         series, x="trainable parameters, in thousands", y="last loss", bottom=None, dots=True
@@ -178,7 +197,7 @@ def _quality(candidates: Sequence[Facts]) -> str:
     return f"<h2>Quality against trainable parameters</h2><figure>{chart}</figure>"
 
 
-def _spread(facts: Facts) -> str:
+def _spread_section(facts: Facts) -> str:
     if not facts["spread"]:
         return ""
     rows = [
@@ -200,7 +219,7 @@ def _spread(facts: Facts) -> str:
     return f"<h2>Spread over seeds</h2><p>{note}</p>{table(headings, rows)}"
 
 
-def _candidate_table(candidates: Sequence[Facts], sweep: Facts) -> str:
+def _candidates_section(candidates: Sequence[Facts], sweep: Facts) -> str:
     axes = [*sweep["axes"]]
     headings = ["candidate", *axes, ">numbers", ">steps", ">loss", ""]
     rows = [

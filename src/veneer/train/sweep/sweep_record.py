@@ -1,9 +1,9 @@
 """The record of a sweep: every candidate's losses and the progress of the sweep. Each checkpoint
-holds it; at the end it goes, with the conclusions, into `sweep.json` and the report.
+holds the record. At the end, `sweep.json` and the report hold it together with the conclusions.
 
 output/
   run.json               the record of a run (``train/run_record.py``), with the section `sweep:`
-  checkpoint-120/        state.json, and of each running candidate c03/adapter and c03/state.pt
+  checkpoint-120/        state.json; for each running candidate, c03/adapter and c03/state.pt
   best/                  the winner: adapter/, train.yaml, log.jsonl, metrics.json, run.json
   sweep.json  report.html
 
@@ -22,9 +22,9 @@ from typing import Any
 
 from veneer.train import checkpoint
 from veneer.train.processes import Processes
-from veneer.train.sweep.sweep_settings import CHANCE
+from veneer.train.sweep.sweep_settings import SEED_AXES
 
-#: names in the output folder
+#: names of files and folders in the output folder of a sweep
 BEST, REPORT, RESULT, STATE, TRAIN = "best", "report.html", "sweep.json", "state.json", "train.yaml"
 #: the statuses of a candidate
 WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "ended", "failed"
@@ -32,15 +32,15 @@ WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "e
 
 @dataclass
 class Candidate:
-    """One candidate.
+    """The record of a candidate of a sweep.
 
     Fields:
-        changes: its settings, where they differ from the sweep's configuration.
-        note: why it failed.
+        changes: the settings of the candidate that differ from the sweep's configuration.
+        note: the reason why the candidate failed; else empty.
         parameters: number of trainable parameters.
         losses: the training loss of each step, from step 1.
-        evaluations: (step, the loss and measures on the held-out rows).
-        judged: (step, mean training loss) of rungs that compare training losses.
+        evaluations: (step, {measure: mean over the held-out rows}), with the measure "loss".
+        judged: (step, mean training loss) at the rungs that compare training losses.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Candidate:
 
     @property
     def loss_history(self) -> list[tuple[int, float]]:
-        """(step, loss on the held-out rows), in order; at rungs that compare training losses, the
-        mean training loss instead."""
+        """(step, loss on the held-out rows), in the order of the steps. At rungs that compare
+        training losses, the mean training loss takes its place."""
         held_out = {step: measures["loss"] for step, measures in self.evaluations}
         return sorted((held_out | dict(self.judged)).items())
 
@@ -68,8 +68,13 @@ class Candidate:
 
 @dataclass
 class State:
-    """The state of a sweep after `step` steps of cohort number `cohort`. `best`: the candidate
-    whose adapter is in the folder `best/`."""
+    """The state of a sweep.
+
+    Fields:
+        cohort, step: index of the cohort that trains, and the number of its completed steps.
+        seconds, cpu_seconds: time that the sweep took so far, in all its processes.
+        best: name of the candidate whose adapter is in the folder `best/`.
+    """
 
     cohort: int = 0
     step: int = 0
@@ -97,7 +102,7 @@ class State:
         return cls(**fields, candidates=candidates)
 
     def losses_by_step(self, cohort: int) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, loss of each candidate that was compared there), in order."""
+        """(step, {candidate: loss}) at the steps that compare candidates of a cohort, in order."""
         losses: dict[int, dict[str, float]] = {}
         for candidate in self.in_cohort(cohort):
             for step, loss in candidate.loss_history:
@@ -113,15 +118,16 @@ class State:
         )
 
     def spread(self) -> list[dict[str, Any]]:
-        """Mean and deviation of the losses of finished candidates that differ only in seeds."""
+        """For each group of finished candidates that differ only in their seeds, the mean and the
+        standard deviation of their losses."""
         groups: dict[str, list[Candidate]] = {}
-        distinct: list[dict[str, Any]] = []  # a sampler may draw the same settings again
+        distinct_changes: list[dict[str, Any]] = []  # a sampler may draw the same settings again
         for candidate in self.finished_candidates():
-            if candidate.changes in distinct:
+            if candidate.changes in distinct_changes:
                 continue
-            distinct.append(candidate.changes)
+            distinct_changes.append(candidate.changes)
             settings = {
-                name: value for name, value in candidate.changes.items() if name not in CHANCE
+                name: value for name, value in candidate.changes.items() if name not in SEED_AXES
             }
             groups.setdefault(json.dumps(settings), []).append(candidate)
         spreads = []
@@ -168,10 +174,15 @@ def _format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def write_checkpoint(output: Path, number: int, fill: Callable[[Path], None]) -> None:
-    """Write a checkpoint, then remove older ones. `fill` writes its files into a folder."""
-    checkpoint.write(output, number, fill, Processes())
-    remove_checkpoints(output, except_for=checkpoint.path_of(output, number))
+def write_checkpoint(output: Path, total_steps: int, fill: Callable[[Path], None]) -> None:
+    """Write a checkpoint, then remove older ones.
+
+    Args:
+        total_steps: number of steps of all cohorts so far; it names the checkpoint.
+        fill: writes the files of the checkpoint into a folder.
+    """
+    checkpoint.write(output, total_steps, fill, Processes())
+    remove_checkpoints(output, except_for=checkpoint.path_of(output, total_steps))
 
 
 def remove_checkpoints(output: Path, except_for: Path | None = None) -> None:

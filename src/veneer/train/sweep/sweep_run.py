@@ -1,7 +1,8 @@
-"""One sweep: cohorts of candidates, one after another, each trained at once on one base.
+"""A sweep, from its settings to its report. Cohorts of candidates train one after another; the
+candidates of a cohort train at once on one base.
 
     result = sweep(*load_sweep(Path("sweep.yaml")))
-    result.best           the folder of the winner, with the files of `veneer train`
+    result.best           the folder of the best candidate, with the files of `veneer train`
 
 `sweep_record.py` lists the files of the output. A sweep that was stopped or killed resumes from
 its newest checkpoint and ends with the same numbers, bit for bit.
@@ -29,7 +30,7 @@ from veneer.models.remote_code import with_trust_of_config
 from veneer.train import checkpoint
 from veneer.train.adapter_setup import lora_config
 from veneer.train.arguments import arguments_of
-from veneer.train.callbacks import StopOnSignal, duration, say
+from veneer.train.callbacks import StopOnSignal, format_duration, say
 from veneer.train.config import TrainConfig, make_config, task_names
 from veneer.train.prepare import steps_an_epoch
 from veneer.train.processes import Processes
@@ -60,11 +61,12 @@ from veneer.train.sweep.sweep_record import (
     remove_checkpoints,
     write_checkpoint,
 )
-from veneer.train.sweep.sweep_settings import Sweep, must_fit
+from veneer.train.sweep.sweep_settings import Sweep, check_sweep_support
 from veneer.train.sweep.table import print_overview
 from veneer.train.sweep.winner import changed_settings, single_run_config, write_winner
 from veneer.train.tasks import TASKS, Task
 
+#: (state, number of steps of a full run) -> None
 StepCallback = Callable[[State, int], None]
 
 
@@ -73,7 +75,7 @@ class SweepResult:
     """The result of a sweep.
 
     Fields:
-        best: the winner's folder; None before a cohort has ended.
+        best: the folder of the best candidate; None until a cohort has ended.
         facts: the contents of `sweep.json`.
     """
 
@@ -94,7 +96,7 @@ def sweep(
     on_step: StepCallback = lambda state, steps: None,
     stop_order: Callable[[], bool] | None = None,
 ) -> SweepResult:
-    """Train the candidates of `settings`, each `config` with changes, and keep the best.
+    """Train the candidates of `settings`, each `config` with changes, and save the best.
 
     Args:
         keep_going: leave out candidates that cannot begin, instead of raising.
@@ -117,8 +119,8 @@ def sweep(
 
 
 class _SweepRun:
-    """A sweep in progress. `start_times`, `earlier_times`: (wall seconds, CPU seconds) at the start
-    of this process, and that earlier processes took before a checkpoint."""
+    """A sweep in progress. `start_times`: the clocks at the start of this process, as (wall
+    seconds, CPU seconds). `earlier_times`: the same times of earlier processes, summed."""
 
     def __init__(
         self,
@@ -134,7 +136,7 @@ class _SweepRun:
         resumes = can_resume(self.config, self.output, settings.content())
         self.task: Task = TASKS[config.task](self.config)
         self.task.read_data()
-        self.task.open()
+        self.task.open_base()
         self.prepared = self.task.prepare()
         arguments = arguments_of(self.config, self.output, self.prepared)
         self.search, self.steps = Search(settings, self.prepared.steps), self.prepared.steps
@@ -151,44 +153,44 @@ class _SweepRun:
         self.winner_facts: dict[str, Any] = {}
 
     def _check_rungs_in_first_epoch(self) -> None:
-        """Raise `ConfigError` if a rung compares training losses after the first epoch, when rows
-        have been trained on before."""
-        epoch = steps_an_epoch(self.config, len(self.prepared.train))
-        last = max(self.search.rungs, default=0)
-        if self.settings.judged_by == "training" and last > epoch:
+        """Raise `ConfigError` if a rung compares training losses after the first epoch, when the
+        candidates have trained on the same rows before."""
+        epoch_steps = steps_an_epoch(self.config, len(self.prepared.train))
+        last_rung = max(self.search.rungs, default=0)
+        if self.settings.judged_by == "training" and last_rung > epoch_steps:
             problem = (
-                f"judged_by training, a rung at step {last} and an epoch of {epoch}, after which"
-                " rows come again"
+                f"judged_by training, a rung at step {last_rung} and an epoch of {epoch_steps},"
+                " after which rows come again"
             )
-            do = "name earlier ones, or set judged_by: held_out"
-            raise ConfigError(problem, "rungs within the first epoch", do)
+            remedy = "name earlier ones, or set judged_by: held_out"
+            raise ConfigError(problem, "rungs within the first epoch", remedy)
 
     # ---- candidates
 
     def _next_candidates(self) -> list[Candidate]:
-        """The next candidates: one cohort if a sampler needs the results of earlier ones, else
-        all."""
+        """The next candidates: those of one cohort if the sampler needs the results of earlier
+        candidates, else all."""
         count = self.settings.at_once if self.search.adaptive else self.search.count
         changes_by_name = self.search.ask(count)
-        existing = len(self.state.candidates)
+        existing_count = len(self.state.candidates)
         return [
-            Candidate(name, (existing + index) // self.settings.at_once, changes)
+            Candidate(name, (existing_count + index) // self.settings.at_once, changes)
             for index, (name, changes) in enumerate(changes_by_name.items())
         ]
 
-    def _add(self, candidates: list[Candidate]) -> None:
-        """Add new candidates. Raises `TargetError` for those that cannot begin, unless
-        `keep_going` and others can."""
-        problems = [problem for candidate in candidates if (problem := self._prepare(candidate))]
+    def _add_candidates(self, candidates: list[Candidate]) -> None:
+        """Add new candidates. Raises `TargetError` if some cannot begin, unless `keep_going` is set
+        and others can."""
+        problems = [problem for candidate in candidates if (problem := self._make_task(candidate))]
         if not self.keep_going or (not self.state.candidates and len(problems) == len(candidates)):
             raise_all(TargetError, "The sweep cannot begin", problems)
         self.state.candidates += candidates
 
-    def _prepare(self, candidate: Candidate) -> str | None:
+    def _make_task(self, candidate: Candidate) -> str | None:
         """Create the task of a candidate. Returns the problem if it cannot begin."""
         try:
             config = make_config({**self.config.content(), **candidate.changes})
-            task = copy.copy(self.task)  # shares the processor and what it derived from the data
+            task = copy.copy(self.task)  # shares the processor and all that depends on the data
             task.config = config
             arguments_of(config, self.output, self.prepared)
             plan(self.model, lora_config(config, self.model, {}), candidate.name)
@@ -199,8 +201,8 @@ class _SweepRun:
         return None
 
     def _replay(self) -> None:
-        """Bring the search to the state of the checkpoint: repeat its calls with the recorded
-        losses. Raises `ConfigError` if it then proposes other candidates."""
+        """Bring the search to its state at the checkpoint: repeat its calls with the recorded
+        losses. Raises `ConfigError` if the search then proposes other candidates than recorded."""
         replayed: dict[str, dict[str, Any]] = {}
         for cohort in range(self.state.cohort + 1):
             if not replayed or self.search.adaptive:
@@ -219,17 +221,17 @@ class _SweepRun:
                 "resume with the versions of before, or pass --overwrite",
             )
         for candidate in self.state.candidates:
-            unfailed = candidate.status in (WAITING, RUNNING, FINISHED)
-            if unfailed and (problem := self._prepare(candidate)):
+            can_continue = candidate.status in (WAITING, RUNNING, FINISHED)
+            if can_continue and (problem := self._make_task(candidate)):
                 raise ConfigError(f"Found: {problem}")
 
     def _repeat_next_candidates(self, count: int) -> list[Candidate]:
-        """`_next_candidates` as it was called when the sweep had `count` candidates."""
-        recorded, self.state.candidates = self.state.candidates, self.state.candidates[:count]
+        """Call `_next_candidates` as when the sweep had `count` candidates."""
+        all_candidates, self.state.candidates = self.state.candidates, self.state.candidates[:count]
         try:
             return self._next_candidates()
         finally:
-            self.state.candidates = recorded
+            self.state.candidates = all_candidates
 
     def _report_ends(self, cohort: int) -> None:
         """Report the last losses of a cohort to the search."""
@@ -252,7 +254,7 @@ class _SweepRun:
         if resume_from is not None:
             self._replay()
         else:
-            self._add(self._next_candidates())
+            self._add_candidates(self._next_candidates())
         while self.state.in_cohort(self.state.cohort):
             cohort = self._attach_cohort(resume_from)
             if not folder_exists:
@@ -261,15 +263,15 @@ class _SweepRun:
             try:
                 if not self._train(cohort, should_stop):
                     self._write_status("interrupted")
-                    return self._result(interrupted=True)
+                    return self._build_result(interrupted=True)
                 self._finish_cohort(cohort)
             finally:
                 cohort.close()
             self._report_ends(self.state.cohort)
             self.state.cohort, self.state.step = self.state.cohort + 1, 0
-            if not self.state.in_cohort(self.state.cohort) and (more := self._next_candidates()):
-                self._add(more)
-        return self._finish()
+            if not self.state.in_cohort(self.state.cohort) and (added := self._next_candidates()):
+                self._add_candidates(added)
+        return self._finish_sweep()
 
     def _open_output(self, cohort: Cohort) -> None:
         """Print the overview and create the output folder. This happens after the first cohort is
@@ -295,14 +297,14 @@ class _SweepRun:
         candidates = {
             candidate.name: candidate for candidate in self.state.in_cohort(self.state.cohort)
         }
-        names = [
+        active_names = [
             name
             for name, candidate in candidates.items()
             if candidate.status in (WAITING, RUNNING, FINISHED)
         ]
-        tasks = {name: self.tasks[name] for name in names}
+        tasks = {name: self.tasks[name] for name in active_names}
         cohort = Cohort(self.model, tasks, self.prepared, self.output, resume_from, self.keep_going)
-        for name in names:
+        for name in active_names:
             candidate = candidates[name]
             if name in cohort.failed:
                 candidate.status, candidate.note = FAILED, cohort.failed[name]
@@ -316,7 +318,8 @@ class _SweepRun:
         return cohort
 
     def _train(self, cohort: Cohort, should_stop: Callable[[], bool]) -> bool:
-        """Train a cohort to its end. Returns False if it was stopped, after a checkpoint."""
+        """Train a cohort to its end. Returns False if the training was stopped; a checkpoint then
+        holds its state."""
         state = self.state
         while state.step < self.steps and cohort.members:
             losses = cohort.step()
@@ -328,29 +331,30 @@ class _SweepRun:
                 if state[name].status == RUNNING:
                     state[name].status, state[name].note = FAILED, note
             self.on_step(state, self.steps)
-            end = state.step == self.steps or not cohort.members
-            stop = not end and should_stop()
-            if stop or end or state.step % self.save_steps == 0:
+            is_last_step = state.step == self.steps or not cohort.members
+            must_stop = not is_last_step and should_stop()
+            if must_stop or is_last_step or state.step % self.save_steps == 0:
                 self._write_checkpoint(cohort)
-            if stop:
+            if must_stop:
                 return False
         return True
 
     def _evaluate(self, cohort: Cohort) -> None:
-        """Evaluate at rungs and at the steps of a single run; if there are rungs and no
-        `eval_every`, at rungs and at the end. At a rung, the weaker candidates end."""
+        """Evaluate the candidates at rungs and at the steps at which a single run evaluates. With
+        rungs and without `eval_every`: only at rungs and at the end. At a rung, the weaker
+        candidates end."""
         state, step = self.state, self.state.step
-        due = step % self.eval_steps == 0 or step == self.steps
-        rung = step in self.search.rungs
-        if due:
-            cohort.draw()
+        is_due = step % self.eval_steps == 0 or step == self.steps
+        is_rung = step in self.search.rungs
+        if is_due:
+            cohort.draw_loader_seed()
         if self.config.eval_every is None and self.search.rungs and step < self.steps:
-            due = False  # the rungs take the place of regular evaluations
-        if not cohort.members or not (due or rung):
+            is_due = False  # the rungs take the place of regular evaluations
+        if not cohort.members or not (is_due or is_rung):
             return
-        by_training_loss = rung and self.settings.judged_by == "training"
-        losses = self._held_out_losses(cohort) if due or not by_training_loss else {}
-        if by_training_loss:
+        judges_training_loss = is_rung and self.settings.judged_by == "training"
+        losses = self._held_out_losses(cohort) if is_due or not judges_training_loss else {}
+        if judges_training_loss:
             losses = {name: mean(state[name].losses[step // 2 :]) for name in cohort.members}
             for name, loss in losses.items():
                 state[name].judged.append((step, loss))
@@ -389,8 +393,8 @@ class _SweepRun:
         write_checkpoint(self.output, state.cohort * self.steps + state.step, fill)
 
     def _finish_cohort(self, cohort: Cohort) -> None:
-        """Mark the remaining candidates as finished, and save the best of all cohorts so far if it
-        is among them."""
+        """Mark the remaining candidates of a cohort as finished. If one of them is the best so far,
+        save it."""
         for name in cohort.members:
             self.state[name].status = FINISHED
         ranking = self.state.finished_candidates()
@@ -413,11 +417,11 @@ class _SweepRun:
             "base": config.base,
             "data": config.data,
             "task": config.task,
-            "item": self.task.item,
+            "item": self.task.loss_unit,
             "output": str(self.output),
             "steps": self.steps,
             "sweep": self.settings.content(),
-            "sampler": self.settings.chosen,
+            "sampler": self.settings.sampler_name,
             "rungs": self.search.rungs,
             "folder": None,
             "command": None,
@@ -431,20 +435,22 @@ class _SweepRun:
             facts["config"] = changed_settings(winner_config)
         return {**facts, **self.winner_facts, **state_facts}
 
-    def _result(self, interrupted: bool) -> SweepResult:
+    def _build_result(self, interrupted: bool) -> SweepResult:
         facts = self.facts()
         best = facts["folder"] and Path(facts["folder"])
         return SweepResult(self.output, best, interrupted, facts)
 
-    def _finish(self) -> SweepResult:
+    def _finish_sweep(self) -> SweepResult:
         if self.state.best is None:
             notes = "; ".join(
                 f"{candidate.name}: {candidate.note}"
                 for candidate in self.state.candidates
                 if candidate.note
             )
-            do = "lower the learning rates, or train in fp32 (--precision fp32)"
-            raise TrainingError(f"no candidate that ran to its end ({notes})", "one at least", do)
+            remedy = "lower the learning rates, or train in fp32 (--precision fp32)"
+            raise TrainingError(
+                f"no candidate that ran to its end ({notes})", "one at least", remedy
+            )
         best = self.state[self.state.best]
         self.model = None  # frees memory: the repetition loads the base again
         self.winner_facts = {
@@ -452,7 +458,7 @@ class _SweepRun:
             "alone": repeat_winner(self._single_run_config(best), best.losses),
         }
         self._update_times()
-        result = self._result(interrupted=False)
+        result = self._build_result(interrupted=False)
         write_whole(self.output / RESULT, json.dumps(result.facts, indent=2) + "\n")
         write_whole(self.output / REPORT, page(result.facts))
         self._write_status("finished")
@@ -461,9 +467,9 @@ class _SweepRun:
         return result
 
     def _print_result(self, best: Candidate) -> None:
-        time_text, changes = duration(self.state.seconds), format_changes(best.changes)
+        elapsed, changes = format_duration(self.state.seconds), format_changes(best.changes)
         lines = [
-            f"Done     in {time_text}: {best.name} ({changes})",
+            f"Done     in {elapsed}: {best.name} ({changes})",
             f"         evaluation {best.loss:.4f}, {best.parameters:,} numbers",
             *(f"Edge     {describe_edge(edge)}" for edge in self.winner_facts["edges"]),
             f"Alone    {describe_repetition(self.winner_facts['alone'])}",
@@ -475,12 +481,12 @@ class _SweepRun:
 
 
 def _shared_config(config: TrainConfig) -> TrainConfig:
-    """`config`, with settings that all candidates must share. Raises `ConfigError` if a sweep
-    cannot run it."""
-    must_fit(config)
-    if not TASKS[config.task].one_pass:
+    """`config` with the settings that all candidates must share. Raises `ConfigError` if a sweep
+    does not support the configuration."""
+    check_sweep_support(config)
+    if not TASKS[config.task].uses_single_forward:
         problem = f"task {config.task}, whose loss takes more than one pass of its rows"
-        names = ", ".join(name for name in task_names() if TASKS[name].one_pass)
+        names = ", ".join(name for name in task_names() if TASKS[name].uses_single_forward)
         raise ConfigError(
             problem, f"one of {names}", "train its candidates one after another with `veneer train`"
         )

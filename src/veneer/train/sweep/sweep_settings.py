@@ -1,10 +1,10 @@
-"""Settings of a sweep beside the run's own configuration: the section `sweep:` of its YAML file.
+"""The settings of a sweep: the section `sweep:` of a YAML file that also configures the run.
 
 axes       the values to try: a list, or a range {low, high, log}
 sampler    grid (every combination of lists), random, or the name of a sampler of Optuna
-rungs      the steps at which the weaker candidates end; or `pruner`: the name of one of Optuna's
-judged_by the loss that a rung compares: that on the held-out rows, or the mean training loss of the
-           latter half of the steps so far, which needs no evaluation
+rungs      the steps at which the weaker candidates end; or `pruner`, the name of a pruner of Optuna
+judged_by  the loss that a rung compares: the loss on the held-out rows, or the mean training loss
+           of the latter half of the steps so far, which needs no evaluation
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ AXES = (
     "adapter_dtype", "learning_rate", "schedule", "warmup", "optimiser", "weight_decay",
     "adam_beta2", "max_grad_norm", "seed", "data_seed",
 )  # fmt: skip
-#: the seeds: candidates that differ only in these repeat one setting
-CHANCE = frozenset({"seed", "data_seed"})
+#: the axes that are seeds. Candidates that differ only in their seeds repeat the same settings.
+SEED_AXES = frozenset({"seed", "data_seed"})
 #: settings that a sweep does not support
 UNSUPPORTED = (
     "packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens",
     "trainable_tokens", "invocation", "trackers", "device_map", "activation_checkpointing",
     "adapter",
 )  # fmt: skip
-#: defaults: the shares of a run after which the weaker candidates end, and the share of candidates
-#: that continues
+#: defaults of `rungs`, as shares of the run, and of `keep`, the share of the candidates that
+#: continues after a rung
 RUNGS, KEEP = (1 / 9, 1 / 3), 1 / 3
 
 
 class Range(BaseModel):
-    """Numbers from `low` to `high`, drawn uniformly, or with `log` log-uniformly."""
+    """A range of numbers from `low` to `high`. They are drawn uniformly, or log-uniformly if `log`
+    is set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,7 +72,7 @@ class Sweep(BaseModel):
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _check(self) -> Sweep:
+    def _check_fields(self) -> Sweep:
         for name, values in self.axes.items():
             if name not in AXES:
                 raise ValueError(
@@ -92,11 +93,11 @@ class Sweep(BaseModel):
                 f"sampler grid and {conflict}; expected lists of values alone, all of which are"
                 " tried"
             )
-        if self.chosen != "grid" and self.candidates is None:
+        if self.sampler_name != "grid" and self.candidates is None:
             raise ValueError(
                 "no `candidates:`; expected how many to draw, since not every combination is tried"
             )
-        if self.chosen == "random" and not ranges and (self.candidates or 0) > combinations:
+        if self.sampler_name == "random" and not ranges and (self.candidates or 0) > combinations:
             problem = (
                 f"candidates: {self.candidates}, and {combinations} combinations of the axes'"
                 " values"
@@ -120,7 +121,7 @@ class Sweep(BaseModel):
         return self
 
     @property
-    def chosen(self) -> str:
+    def sampler_name(self) -> str:
         """The name of the sampler. By default the grid of all combinations, or "random" if there is
         a range or `candidates`."""
         name = self.sampler["name"] if isinstance(self.sampler, dict) else self.sampler
@@ -134,10 +135,10 @@ class Sweep(BaseModel):
     def rung_steps(self, steps: int) -> list[int]:
         """The steps after which the weaker candidates end. Raises `ConfigError` for a rung beyond
         the end of the run."""
-        if beyond := [rung for rung in self.rungs or () if rung >= max(steps, 1)]:
-            problem = f"rung {beyond[0]:g} in a run of {steps} steps"
-            do = "name an earlier step, or a share such as 0.3"
-            raise ConfigError(problem, f"less than {steps}", do)
+        if late_rungs := [rung for rung in self.rungs or () if rung >= max(steps, 1)]:
+            problem = f"rung {late_rungs[0]:g} in a run of {steps} steps"
+            remedy = "name an earlier step, or a share such as 0.3"
+            raise ConfigError(problem, f"less than {steps}", remedy)
         rungs = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
         steps_of_rungs = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in rungs}
         return sorted(step for step in steps_of_rungs if step < steps)
@@ -147,8 +148,8 @@ class Sweep(BaseModel):
 
 
 def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
-    """Read the configuration of a YAML file, with `changes` over it, and its section `sweep:`.
-    Raises `ConfigError`."""
+    """Read a YAML file: the configuration of a run, overridden by `changes`, and the section
+    `sweep:`. Raises `ConfigError`."""
     fields = {
         **read_yaml(path),
         **{name: value for name, value in changes.items() if value is not None},
@@ -169,14 +170,15 @@ def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
     try:
         return Sweep(**fields)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
+        lines = list(dict.fromkeys(_describe_problem(problem) for problem in error.errors()))
     raise ConfigError(
         f"The section `sweep:` of {source} is not valid:\n"
         + "\n".join(f"  - {line}" for line in lines)
     )
 
 
-def _explain(problem: Any) -> str:
+def _describe_problem(problem: Any) -> str:
+    """One line of text for a validation error of pydantic."""
     location = [
         str(component)
         for component in problem["loc"]
@@ -192,7 +194,7 @@ def _explain(problem: Any) -> str:
     return f"{'.'.join(location)}: {message}" if location else message
 
 
-def must_fit(config: TrainConfig) -> None:
+def check_sweep_support(config: TrainConfig) -> None:
     """Raise `ConfigError` for settings of a run that a sweep does not support."""
     default = TrainConfig.defaults()
     for name in UNSUPPORTED:

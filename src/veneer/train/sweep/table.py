@@ -26,13 +26,13 @@ from veneer.train.sweep.sweep_record import (
 )
 from veneer.train.tasks import Task
 
-#: number of candidates that the table shows, the best ones
-ROWS = 30
+#: maximal number of candidates in the table, which shows the best ones
+MAX_ROWS = 30
 
 
 class Progress:
-    """Shows the state of a sweep; call it after each step. Use as a context manager around the
-    sweep."""
+    """Shows the progress of a sweep; `sweep` calls it after each step. Use it as a context manager
+    around the sweep."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -44,7 +44,7 @@ class Progress:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -65,28 +65,30 @@ class Progress:
             if candidate.loss_history and candidate.loss_history[-1][0] == state.step
         ]
         if evaluated:
-            best = min(evaluated, key=_loss)
+            best = min(evaluated, key=_sortable_loss)
             remaining = sum(candidate.status in (RUNNING, FINISHED) for candidate in cohort)
             by_training_loss = best.judged and best.judged[-1][0] == state.step
-            kind = "mean loss in training" if by_training_loss else "evaluation"
+            loss_name = "mean loss in training" if by_training_loss else "evaluation"
             say(
                 self.console,
                 f"step {state.step:>5}/{steps}  {remaining} of {len(cohort)} go on; best"
-                f" {best.name} ({format_changes(best.changes)}), {kind} {_loss(best):.4f}",
+                f" {best.name} ({format_changes(best.changes)}), {loss_name}"
+                f" {_sortable_loss(best):.4f}",
             )
 
 
-def _loss(candidate: Candidate) -> float:
+def _sortable_loss(candidate: Candidate) -> float:
+    """The last loss of a candidate; infinity if it has none."""
     return float("inf") if candidate.loss is None else candidate.loss
 
 
 def candidate_table(state: State, steps: int) -> Table:
-    """A table of the candidates: running ones, then ended ones, then waiting ones, the best of each
-    first."""
-    group = {RUNNING: 0, FINISHED: 0, WAITING: 2}
+    """A table of the candidates: those that run, then those that ended, then those that wait. Each
+    group begins with its best candidate."""
+    status_order = {RUNNING: 0, FINISHED: 0, WAITING: 2}
     ranking = sorted(
         state.candidates,
-        key=lambda candidate: (group.get(candidate.status, 1), _loss(candidate)),
+        key=lambda candidate: (status_order.get(candidate.status, 1), _sortable_loss(candidate)),
     )
     table = Table(box=None, header_style="bold", caption_justify="left")
     for heading in ("", "settings", "step", "loss", "held out", ""):
@@ -95,7 +97,7 @@ def candidate_table(state: State, steps: int) -> Table:
             justify="right" if heading in ("step", "loss", "held out") else "left",
             overflow="fold",
         )
-    for candidate in ranking[:ROWS]:
+    for candidate in ranking[:MAX_ROWS]:
         evaluations = candidate.evaluations
         table.add_row(
             candidate.name,
@@ -106,8 +108,8 @@ def candidate_table(state: State, steps: int) -> Table:
             candidate.status,
             style="" if candidate.status in (RUNNING, FINISHED) else "dim",
         )
-    if len(ranking) > ROWS:
-        table.caption = f"and {len(ranking) - ROWS} more"
+    if len(ranking) > MAX_ROWS:
+        table.caption = f"and {len(ranking) - MAX_ROWS} more"
     return table
 
 
@@ -122,7 +124,7 @@ def print_overview(
     """Print the base, the data, the steps, the number of candidates and the estimated memory.
 
     Args:
-        trainable_parameters: the sum over the candidates of the cohort.
+        trainable_parameters: number of trainable parameters of all candidates of the cohort.
     """
     config, settings, model = task.config, search.settings, cohort.model
     base_bytes = sum(
@@ -131,21 +133,22 @@ def print_overview(
     dtype = str(model.dtype).removeprefix("torch.")
     at_once = min(settings.at_once, search.count)
     rungs = ", ".join(map(str, search.rungs))
-    ends = f"; the weaker end after steps {rungs}" if rungs else ""
+    rung_note = f"; the weaker end after steps {rungs}" if rungs else ""
     lines = [
         f"Base     {config.base} ({dtype}, {format_bytes(base_bytes)})",
-        f"Data     {config.data}: {task.amount(prepared.train)}",
+        f"Data     {config.data}: {task.describe_size(prepared.train)}",
         f"         {len(prepared.evaluation):,} examples to evaluate on",
         f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples",
-        f"Sweep    {search.count} candidates ({settings.chosen}), {at_once} at once{ends}",
+        f"Sweep    {search.count} candidates ({settings.sampler_name}),"
+        f" {at_once} at once{rung_note}",
         f"         {trainable_parameters:,} numbers train at once",
     ]
     for line in lines:
         say(console, line)
     if not console.quiet:  # the estimate counts a step, which takes time
         runs = {
-            name: memory.ConcurrentRun(member.task.config, member.parameters, member.order)
+            name: memory.ConcurrentRun(member.task.config, member.parameters, member.order_seed)
             for name, member in cohort.members.items()
         }
-        estimate = memory.estimate_at_once(model, runs, *task.largest(prepared))
+        estimate = memory.estimate_at_once(model, runs, *task.largest_batch(prepared))
         say(console, f"Memory   {estimate}")

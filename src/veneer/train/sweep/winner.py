@@ -1,4 +1,5 @@
-"""The folder of a sweep's winner, with the files that `veneer train` writes for a single run."""
+"""The folder of a sweep's winner (its best candidate), with the files that `veneer train` writes
+for a single run."""
 
 from __future__ import annotations
 
@@ -21,17 +22,17 @@ from veneer.train.tasks import Task
 
 def single_run_config(config: TrainConfig, output: Path, eval_steps: int) -> TrainConfig:
     """The configuration with which `veneer train` repeats a candidate."""
-    changes = {
+    overrides = {
         "output": output / "again",
         "eval_every": eval_steps,
         "overwrite": False,
         "resume": None,
     }
-    return config.model_copy(update=changes)
+    return config.model_copy(update=overrides)
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults, as a YAML file must list them."""
+    """The settings that differ from their defaults; a YAML file must list only these."""
     default: Mapping[str, Any] = TrainConfig.defaults()
     return {
         name: value
@@ -43,7 +44,7 @@ def changed_settings(config: TrainConfig) -> dict[str, Any]:
 def write_winner(
     output: Path, config: TrainConfig, candidate: Candidate, task: Task, cohort: Cohort
 ) -> None:
-    """Write the folder of the best candidate, replacing that of an earlier cohort.
+    """Write the folder of the best candidate. It replaces the folder that an earlier cohort wrote.
 
     Args:
         output: the folder of the sweep.
@@ -51,7 +52,7 @@ def write_winner(
         cohort: the cohort to which the candidate is still attached.
     """
     handle, prepared = cohort.runs[candidate.name], cohort.prepared
-    metrics = _metrics(candidate, handle.summary(), prepared)
+    metrics = _winner_metrics(candidate, handle.summary(), prepared)
     provenance = provenance_of(config, task, prepared, cohort.model, metrics)
     with new_folder(output / BEST, overwrite=True, replaces=[checkpoint.RUN, EVERYTHING]) as folder:
         handle.save(folder / checkpoint.ADAPTER, base_name=config.base, provenance=provenance)
@@ -63,7 +64,8 @@ def write_winner(
         write_status(folder, "finished", config, prepared)
 
 
-def _metrics(candidate: Candidate, summary: Any, prepared: Prepared) -> dict[str, Any]:
+def _winner_metrics(candidate: Candidate, summary: Any, prepared: Prepared) -> dict[str, Any]:
+    """The content of the winner's metrics.json."""
     _, last_evaluation = candidate.evaluations[-1]
     return {
         "steps": prepared.steps,

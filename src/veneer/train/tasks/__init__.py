@@ -1,7 +1,7 @@
 """The tasks of `veneer train`: one file a task, looked up by name in the registry `TASKS`.
 
-In: a configuration. Out: rows as tensors, a model with the head that the task needs, the loss of a
-batch.
+A task turns the records of a configuration's data into rows of tensors, loads a model with the head
+that it needs, and computes the loss of a batch.
 """
 
 from veneer.registry import import_all

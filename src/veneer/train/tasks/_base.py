@@ -2,15 +2,15 @@
 the loss and the measures.
 
     read_data  read local files; needs no base
-    open       check the base's config and return the processor (tokenizer or image processor)
+    open_base  check the base's config and return the processor (tokenizer or image processor)
     prepare    rows → Prepared
     segments   a row → the texts that the model reads and learns, for display
     load       the base with the head of the task
     collate    rows → a batch
     loss       (model, batch) → TaskLoss
 
-The loss of a step is the sum of its batches' totals divided by the sum of their items, so batches
-of unequal size are weighted correctly. An evaluation averages its measures in the same way.
+The loss of a step is Σ total / Σ items over its batches (`TaskLoss`), so that batches of unequal
+size are weighted correctly. An evaluation averages each measure over the items in the same way.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from veneer.precision import at_least_float32
 from veneer.registry import Registry
 from veneer.train import data, prepare
 from veneer.train.config import TrainConfig
-from veneer.train.further import REFERENCE, start_of
+from veneer.train.further import REFERENCE, read_initial_adapter
 from veneer.train.prepare import Prepared
-from veneer.train.tokens import IGNORED, stretches
+from veneer.train.tokens import IGNORED, label_runs
 
 __all__ = ["TASKS", "Prepared", "RowSegment", "Rows", "Task", "TaskLoss", "register"]
 
@@ -47,8 +47,8 @@ class TaskLoss(NamedTuple):
 
     Fields:
         total: the summed loss, a scalar with gradient.
-        items: the number of summands (the same as `Task.items`).
-        sums: each measure that these rows have, summed over the same items.
+        items: the number of summands in `total`, as `Task.count_items` returns it.
+        sums: the sum of each measure over the same items, by the measure's name.
     """
 
     total: Tensor
@@ -57,29 +57,34 @@ class TaskLoss(NamedTuple):
 
 
 class RowSegment(NamedTuple):
-    """A segment of a row for display: whether the model learns it or only reads it, its name and
-    its text."""
+    """A segment of a row, for display.
 
-    learnt: bool
+    Fields:
+        is_trained: whether the model learns to write the segment; otherwise it only reads it.
+        name: what the segment is, such as "prompt".
+        text: the segment's text.
+    """
+
+    is_trained: bool
     name: str
     text: str
 
 
 @dataclass(frozen=True)
 class Rows(Dataset[dict[str, Any]]):
-    """Rows as the collator takes them.
+    """The rows of a data set, each an input of the task's `collate`.
 
     Fields:
         lengths: number of tokens by row, for grouping rows of similar length; 0 for images.
-        index: by row, the index of its record.
-        learnt: by row, the number of tokens that the output head sees.
-        dropped, truncated: number of records that were too long.
+        record_indices: by row, the index of its record in the data.
+        trained_counts: by row, the number of its tokens that reach the output head.
+        dropped, truncated: number of records that were dropped or cut, because they were too long.
     """
 
     rows: list[dict[str, Any]]
     lengths: list[int]
-    index: list[int]
-    learnt: list[int] = field(default_factory=list)
+    record_indices: list[int]
+    trained_counts: list[int] = field(default_factory=list)
     dropped: int = 0
     truncated: int = 0
 
@@ -91,16 +96,16 @@ class Rows(Dataset[dict[str, Any]]):
 
     @property
     def trained_tokens(self) -> int:
-        """The number of tokens that the output head sees."""
-        return sum(self.learnt)
+        """The number of tokens that reach the output head."""
+        return sum(self.trained_counts)
 
     def dataset(self) -> Rows:
         return self
 
 
 def extract_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`Task.settings` of the run that wrote this task record into an adapter."""
-    return {name: value for name, value in record.items() if name not in {"name", *RECORDED}}
+    """The `Task.settings` in the task record that a run wrote into its adapter."""
+    return {name: value for name, value in record.items() if name not in {"name", *RECORDED_FIELDS}}
 
 
 class Task(ABC):
@@ -111,69 +116,72 @@ class Task(ABC):
             over the items.
         required_columns, optional_columns: the roles of the columns that the task reads;
             `TrainConfig.columns` maps roles to names of columns.
-        auto: the auto class of transformers that makes the model.
-        item: the unit that the loss is a mean over, in words.
-        compares: whether an evaluation also measures the base without the adapter. False for a
-            base with a new head, whose result means nothing.
+        auto_class: the name of the class of transformers that loads the model.
+        loss_unit: the unit over which the loss is a mean, such as "token" or "pair".
+        evaluates_base: whether an evaluation also measures the base without the adapter. False if
+            the task adds a new head to the base: before training, its outputs mean nothing.
         compares_rows: whether the loss of a row depends on the other rows of its forward pass.
-        one_pass: whether the loss needs a single forward of `inputs`, so that several runs can
-            share it.
+        uses_single_forward: whether the loss needs a single forward of `inputs`, so that several
+            runs can share the forward.
     """
 
     name: ClassVar[str] = ""
     measures: ClassVar[tuple[str, ...]] = ("accuracy",)
     required_columns: ClassVar[tuple[str, ...]] = ()
     optional_columns: ClassVar[tuple[str, ...]] = ()
-    auto: str = "AutoModelForCausalLM"
-    item: ClassVar[str] = "example"
-    compares: ClassVar[bool] = True
+    auto_class: str = "AutoModelForCausalLM"
+    loss_unit: ClassVar[str] = "example"
+    evaluates_base: ClassVar[bool] = True
     compares_rows: ClassVar[bool] = False
-    one_pass: ClassVar[bool] = False
+    uses_single_forward: ClassVar[bool] = False
 
     @classmethod
     def generates_text(cls) -> bool:
         """Whether the task trains a causal language model, which can generate text."""
-        return cls.auto == "AutoModelForCausalLM"
+        return cls.auto_class == "AutoModelForCausalLM"
 
     def __init__(
         self,
         config: TrainConfig,
         task_settings: Mapping[str, Any] | None = None,
-        loading: Mapping[str, Any] | None = None,
+        load_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
-        #: options of `load_base`
-        self.loading = (
-            {name: getattr(config, name) for name in LOADING} if loading is None else dict(loading)
+        #: keyword arguments of `models.load_base`
+        self.load_options = (
+            {name: getattr(config, name) for name in LOAD_OPTIONS}
+            if load_options is None
+            else dict(load_options)
         )
-        #: the adapter folder whose training the run continues, or None
-        self.further = start_of(config.adapter)
-        if self.further is not None and self.further.task.get("name") == self.name:
-            task_settings = task_settings or extract_settings(self.further.task)
-        #: `settings` of the run that made the adapter, from the adapter's record; else empty
+        #: the adapter that the run trains further; None if it trains a new adapter
+        self.initial_adapter = read_initial_adapter(config.adapter)
+        if self.initial_adapter is not None and self.initial_adapter.task.get("name") == self.name:
+            task_settings = task_settings or extract_settings(self.initial_adapter.task)
+        #: the `settings` that an earlier run wrote into the adapter's record, or none
         self.recorded_settings: Mapping[str, Any] = task_settings or {}
         self.processor: Any = None
         self._records: dict[tuple[str, str], data.Records] = {}
 
     def needs_reference(self) -> bool:
-        """Whether the loss compares the model with a `reference`."""
+        """Whether the loss compares the model with a reference policy (`reference`)."""
         return False
 
     def read_data(self) -> None:
-        """Read local files before the base, so that an error in them is reported before a
-        conversion of the base, which may take a minute. Data sets of the hub are read later: a
-        missing base is noticed sooner than they download."""
+        """Read the local data files. This happens before the base is opened, so that an error in
+        the data is reported before a conversion of the base, which may take a minute. Data sets of
+        the hub are downloaded later, so that a missing base is reported before the download."""
         config = self.config
         for source, split in ((config.data, config.split), (config.eval_data, "train")):
             if source is not None and data.is_local(source):
                 self._records[source, split] = self.read(source, split)
 
     def records(self, source: str, split: str) -> data.Records:
-        """Return the records that ``read_data`` has read, and forget them; else call ``read``."""
+        """The records of a source. Takes those that `read_data` has read and forgets them; else
+        calls `read`."""
         rows = self._records.pop((source, split), None)
         return self.read(source, split) if rows is None else rows
 
-    def open(self) -> Any:
+    def open_base(self) -> Any:
         """Check the base's config and return its processor. Reads no weights."""
         if self.generates_text():
             models.must_be_causal(self.config.base)
@@ -181,17 +189,19 @@ class Task(ABC):
         return self.processor
 
     def settings(self) -> dict[str, Any]:
-        """Values, beside the configuration, that a later evaluation of the adapter needs; they
-        must be valid JSON."""
+        """The values that a later evaluation of the adapter needs in addition to the
+        configuration. They must be JSON values."""
         return {}
 
     def record(self) -> dict[str, Any]:
-        """The task record of an adapter: the name, the fields of `RECORDED` that differ from their
-        defaults, and `settings`."""
-        default = TrainConfig.defaults()
-        recorded = {name: getattr(self.config, name) for name in RECORDED}
-        changed = {name: value for name, value in recorded.items() if value != default[name]}
-        return {"name": self.name, **changed, **self.settings()}
+        """The task record of an adapter: the task's name, the fields of `RECORDED_FIELDS` that
+        differ from their defaults, and `settings`."""
+        default_values = TrainConfig.defaults()
+        recorded_fields = {name: getattr(self.config, name) for name in RECORDED_FIELDS}
+        changed_fields = {
+            name: value for name, value in recorded_fields.items() if value != default_values[name]
+        }
+        return {"name": self.name, **changed_fields, **self.settings()}
 
     def prepare(self) -> Prepared:
         return prepare.prepare(self.config, self.records, self.encode, self.max_length())
@@ -201,9 +211,14 @@ class Task(ABC):
 
     def read(self, source: str, split: str) -> data.Records:
         """Read the records of a source, with columns renamed to their roles."""
-        raw, digest = data.raw_rows(source, split)
+        located_rows, digest = data.raw_rows(source, split)
         return data.select_fields(
-            raw, source, digest, self.required_columns, self.optional_columns, self.config.columns
+            located_rows,
+            source,
+            digest,
+            self.required_columns,
+            self.optional_columns,
+            self.config.columns,
         )
 
     @abstractmethod
@@ -217,8 +232,8 @@ class Task(ABC):
     def token_segments(self, name: str, ids: list[int], labels: list[int]) -> list[RowSegment]:
         """The segments of a sequence of token ids and labels, each named `name`."""
         return [
-            RowSegment(learnt, name, self.processor.decode(segment_ids))
-            for learnt, segment_ids in stretches(ids, labels)
+            RowSegment(is_trained, name, self.processor.decode(segment_ids))
+            for is_trained, segment_ids in label_runs(ids, labels)
         ]
 
     def load(self) -> Base:
@@ -226,8 +241,8 @@ class Task(ABC):
         return Base(self.model(), self.processor, self.config.base)
 
     def model(self, **fields: Any) -> Any:
-        """Load the base by the class `auto`. ``fields``: values for the model's config."""
-        return models.load_head(self.config.base, self.auto, **self.loading, **fields)
+        """Load the base by the class `auto_class`. ``fields``: values for the model's config."""
+        return models.load_head(self.config.base, self.auto_class, **self.load_options, **fields)
 
     @abstractmethod
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -235,11 +250,11 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        """The loss of a batch on the model's device. Measures are computed in eval mode at
-        least."""
+        """The loss of a batch whose tensors are on the model's device. In training mode, the
+        measures may be missing."""
 
-    def items(self, batch: Mapping[str, Any]) -> int:
-        """The number of items that the loss of a batch sums; by default its rows."""
+    def count_items(self, batch: Mapping[str, Any]) -> int:
+        """The number of items that the loss of a batch sums; by default one for each row."""
         return len(batch["labels"])
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,7 +262,8 @@ class Task(ABC):
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        """Keyword arguments of a forward that runs every adapted layer, from a short row."""
+        """The model's keyword arguments for a short row of the training data, whose forward runs
+        every adapted layer."""
         inputs = self.inputs(
             self.collate([prepared.train.rows[short_row_index(prepared.train.lengths)]])
         )
@@ -256,35 +272,36 @@ class Task(ABC):
             for name, value in inputs.items()
         }
 
-    def largest(self, prepared: Prepared) -> tuple[int, int]:
-        """(tokens with padding, tokens that the output head sees) of the batch that needs the
-        most memory."""
+    def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
+        """(tokens with padding, tokens that reach the output head) of the batch that needs the most
+        memory."""
         rows: Rows = prepared.train
         longest_rows = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)[
             : self.config.batch_size
         ]
         return len(longest_rows) * rows.lengths[longest_rows[0]], (
-            sum(rows.learnt[i] for i in longest_rows) if rows.learnt else 0
+            sum(rows.trained_counts[i] for i in longest_rows) if rows.trained_counts else 0
         )
 
-    def amount(self, rows: Any) -> str:
+    def describe_size(self, rows: Any) -> str:
         """The size of the training data, in words."""
         tokens = f", {sum(rows.lengths):,} tokens" if any(rows.lengths) else ""
         return f"{len(rows):,} examples{tokens}"
 
 
-#: the least length of a row for a check: attention must mix several tokens
+#: least number of tokens of an example row (`Task.example`), so that attention mixes several tokens
 MIN_TOKENS = 8
-LOADING = ("precision", "device", "attention", "quantize", "device_map")
-#: the fields of the configuration that `record` keeps. `reward` is left out, since it names code:
-#: an evaluation must name the code that it runs.
-RECORDED = ("columns", "beta", "answers", "answer_tokens", "temperature", "max_length")
+#: the fields of the configuration that `models.load_base` takes
+LOAD_OPTIONS = ("precision", "device", "attention", "quantize", "device_map")
+#: the fields of the configuration that `Task.record` writes. `reward` is missing because it names
+#: code: whoever evaluates the adapter must name the code to run.
+RECORDED_FIELDS = ("columns", "beta", "answers", "answer_tokens", "temperature", "max_length")
 
 TASKS: Registry[type[Task]] = Registry("task")
 
 
 def register(cls: type[Task]) -> type[Task]:
-    """A decorator that registers a task under the name of its file."""
+    """Register a task under the name of its file. Use as a decorator of the class."""
     cls.name = cls.__module__.rpartition(".")[2]
     return TASKS.add(cls.name, cls)
 
@@ -299,7 +316,7 @@ def short_row_index(lengths: Sequence[int]) -> int:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """[b, s]: rows of integers, padded with `fill` on the right."""
+    """Rows of integers as one tensor [rows, longest row], padded on the right with `fill`."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
@@ -307,7 +324,7 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
 def token_batch(
     ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int
 ) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels, [b, s] each, padded on the right."""
+    """input_ids, attention_mask and labels, [rows, longest row] each, padded on the right."""
     mask = [[1] * len(row) for row in ids]
     return {
         "input_ids": pad_rows(ids, pad),
@@ -317,14 +334,14 @@ def token_batch(
 
 
 def labelled_loss(logits: Tensor, labels: Tensor) -> TaskLoss:
-    """The summed cross-entropy at the positions that have a label, and the number of labels that
-    are the most likely. `logits`: [..., n]; `labels`: [...]."""
+    """The summed cross-entropy at the positions that have a label. The measure "accuracy" counts
+    the labels that are the most likely class. `logits`: [..., classes]; `labels`: [...]."""
     labels = labels.to(logits.device)
     labelled = labels != IGNORED
     labelled_logits, targets = logits[labelled], labels[labelled]
-    wide = labelled_logits.to(at_least_float32(labelled_logits.dtype))
+    float_logits = labelled_logits.to(at_least_float32(labelled_logits.dtype))
     correct = (labelled_logits.detach().argmax(dim=-1) == targets).sum()
-    total = cross_entropy(wide, targets, reduction="sum")
+    total = cross_entropy(float_logits, targets, reduction="sum")
     return TaskLoss(total, len(targets), {"accuracy": correct})
 
 
@@ -337,9 +354,9 @@ def padding_token(tokenizer: Any) -> int:
 
 @contextmanager
 def reference(model: Any) -> Iterator[None]:
-    """Context manager: within it the model is the reference policy, without gradients and dropout.
-    The reference is the base without an adapter, which needs no second copy of the weights; in a
-    run that continues an adapter, it is that adapter as loaded."""
+    """A block in which the model is the reference policy, without gradients and dropout. The
+    reference is the base without an adapter, which needs no second copy of the weights. In a run
+    that trains an adapter further, the reference is that adapter as it was loaded."""
     unwrapped = unwrap(model)
     training, adapters = unwrapped.training, adapters_of(unwrapped)
     unwrapped.eval()
@@ -356,50 +373,52 @@ def reference(model: Any) -> Iterator[None]:
 def apply_max_length(
     records: data.Records,
     rows: Sequence[dict[str, Any]],
-    longest: Sequence[int],
+    text_lengths: Sequence[int],
     config: TrainConfig,
     limit: int,
-    cut: Callable[[dict[str, Any]], dict[str, Any]],
+    truncate: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> tuple[list[int], list[dict[str, Any]], int]:
     """Drop or truncate rows whose longest text has more than `limit` tokens, or raise `DataError`,
     as `config.too_long` says.
 
     Args:
-        longest: by row, the number of tokens of its longest text.
-        cut: truncates a row.
+        text_lengths: by row, the number of tokens of its longest text.
+        limit: the maximal number of tokens of a text.
+        truncate: a function that truncates a row.
 
     Returns:
-        (indices of the retained rows, the rows, number of truncated rows).
+        (indices of the retained rows, the retained rows, number of truncated rows).
     """
-    long = [i for i, length in enumerate(longest) if length > limit]
-    if long and config.too_long == "error":
-        worst = max(long, key=longest.__getitem__)
+    long_indices = [i for i, length in enumerate(text_lengths) if length > limit]
+    if long_indices and config.too_long == "error":
+        longest_index = max(long_indices, key=text_lengths.__getitem__)
         problem = (
-            f"{len(long)} of {len(rows)} examples of {records.source} with more than {limit:,}"
-            " tokens"
+            f"{len(long_indices)} of {len(rows)} examples of {records.source} with more than"
+            f" {limit:,} tokens"
         )
-        problem += f"; the longest, {records.locations[worst]}, has {longest[worst]:,}"
-        do = (
-            f"raise it with --max-length {longest[worst]} (if the model allows it), or choose"
-            " --too-long truncate or "
+        length = text_lengths[longest_index]
+        problem += f"; the longest, {records.locations[longest_index]}, has {length:,}"
+        remedy = (
+            f"raise it with --max-length {length} (if the model allows it), or choose --too-long"
+            " truncate or "
         )
-        raise DataError(problem, f"at most {limit:,}", f"{do}drop")
+        raise DataError(problem, f"at most {limit:,}", f"{remedy}drop")
     if config.too_long == "truncate":
-        long_indices = {*long}
+        long_set = {*long_indices}
         return (
             [*range(len(rows))],
-            [cut(row) if i in long_indices else row for i, row in enumerate(rows)],
-            len(long),
+            [truncate(row) if i in long_set else row for i, row in enumerate(rows)],
+            len(long_indices),
         )
-    kept_indices = [i for i in range(len(rows)) if longest[i] <= limit]
-    if not kept_indices:
+    retained_indices = [i for i in range(len(rows)) if text_lengths[i] <= limit]
+    if not retained_indices:
         problem = f"all {len(rows)} examples of {records.source} have more than {limit:,} tokens"
         raise DataError(problem, f"some with at most {limit:,}", "raise max_length")
-    return kept_indices, [rows[i] for i in kept_indices], 0
+    return retained_indices, [rows[i] for i in retained_indices], 0
 
 
 def read_text_column(records: data.Records, column: str) -> list[str]:
-    """The values of a column that holds texts. `DataError`: one is empty or no text."""
+    """The values of a column of texts. Raises `DataError` if a value is empty or no text."""
     for row, location in zip(records.rows, records.locations, strict=True):
         if not isinstance(row[column], str) or not row[column].strip():
             problem = f"{records.source}, {location}: {column} is {row[column]!r}"[:300]
@@ -424,13 +443,13 @@ def load_function(spec: str) -> Callable[..., Any]:
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        names = [
+        function_names = [
             key
             for key, value in vars(module).items()
             if callable(value) and not key.startswith("_")
         ]
         raise ConfigError(
-            f"no function {name!r} in {module_path}; it has {', '.join(names) or 'none'}",
+            f"no function {name!r} in {module_path}; it has {', '.join(function_names) or 'none'}",
             "one",
             "name it",
         )

@@ -1,7 +1,8 @@
 """Read the image or audio of a row, given as a file or as numbers.
 
-image   a path, or nested lists [h][w] or [h][w][c] of 0 to 255 (as transformers' processors take)
-audio   a path to a .wav file, numbers of -1 to 1, or {"array": […], "sampling_rate": 16000}
+image   a path, or nested lists [height][width] or [height][width][channels] of numbers from 0 to
+        255 (a form that transformers' image processors take)
+audio   a path to a .wav file, numbers from -1 to 1, or {"array": […], "sampling_rate": 16000}
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 
 from veneer.errors import DataError
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 def read_image(value: Any, location: str, folder: Path) -> np.ndarray:
-    """An image as [h, w, 3], 0 to 255.
+    """The image as an array [height, width, 3] of numbers from 0 to 255.
 
     Args:
         location: the row, for errors.
@@ -58,14 +59,20 @@ def read_image(value: Any, location: str, folder: Path) -> np.ndarray:
 
 
 def list_labelled_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """([(location, {"image", "label"})] of the files folder/LABEL/FILE, sorted by name; a hash of
-    names and contents)."""
+    """Read the images of the files folder/LABEL/FILE, sorted by name.
+
+    Returns:
+        ([(location, {"image": path, "label": label})], a hash of the names and contents).
+    """
     images = [
-        (f"{sub.name}/{file.name}", {"image": str(file.resolve()), "label": sub.name})
-        for sub in sorted(folder.iterdir())
-        if sub.is_dir()
-        for file in sorted(sub.iterdir())
-        if file.suffix.lower() in IMAGES
+        (
+            f"{label_folder.name}/{file.name}",
+            {"image": str(file.resolve()), "label": label_folder.name},
+        )
+        for label_folder in sorted(folder.iterdir())
+        if label_folder.is_dir()
+        for file in sorted(label_folder.iterdir())
+        if file.suffix.lower() in IMAGE_SUFFIXES
     ]
     if not images:
         raise DataError(
@@ -78,9 +85,10 @@ def list_labelled_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]]
 
 
 def read_audio(value: Any, location: str, folder: Path, rate: int) -> np.ndarray:
-    """Audio as [samples], -1 to 1. Raises `DataError` unless it has `rate` samples a second."""
+    """The audio as an array [samples] of numbers from -1 to 1. Raises `DataError` unless it has
+    `rate` samples a second."""
     if isinstance(value, str):
-        samples, recorded_rate = _wav(folder / Path(value).expanduser(), location)
+        samples, recorded_rate = _read_wav(folder / Path(value).expanduser(), location)
     else:
         audio = value if isinstance(value, dict) else {"array": value}
         recorded_rate = audio.get("sampling_rate") or rate
@@ -105,7 +113,8 @@ def read_audio(value: Any, location: str, folder: Path, rate: int) -> np.ndarray
     return samples
 
 
-def _wav(path: Path, location: str) -> tuple[np.ndarray, int]:
+def _read_wav(path: Path, location: str) -> tuple[np.ndarray, int]:
+    """(samples from -1 to 1, the mean of all channels; samples a second) of a 16-bit .wav file."""
     try:
         with wave.open(str(path)) as file:
             sample_bytes = file.getsampwidth()

@@ -1,14 +1,14 @@
 """Classify: texts, words of a sentence, or images.
 
-    text, label              one label a text       (text_pair besides: of two texts)
-    words, labels            one label a word       words: a list of texts, labels: as many
-    image, label             one label an image     or a folder: data/LABEL/FILE.png
+    text, label              one label for each text     (with text_pair: for each pair of texts)
+    words, labels            one label for each word     (two lists of equal length)
+    image, label             one label for each image    (or a folder: data/LABEL/FILE.png)
 
-    loss = -log p(label)                            a mean over labels
+    loss = -log p(label)                                 a mean over labels
 
 A new head is trained in full, unless the base has a head with all labels of the data. Labels are
-texts or integers; their names are saved with the adapter. A word of several tokens has its label on
-the first.
+texts or integers; their names are saved with the adapter. The first token of a word carries the
+word's label; the other tokens have none.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from veneer.train.tasks._base import (
 from veneer.train.tasks._media import list_labelled_images, read_image
 from veneer.train.tokens import IGNORED
 
+#: the class of transformers that loads the base with a head, by what the rows hold
 HEADS = {
     "text": "AutoModelForSequenceClassification",
     "words": "AutoModelForTokenClassification",
@@ -53,16 +54,16 @@ HEADS = {
 
 @register
 class Classify(Task):
-    auto = HEADS["text"]  # changed by `load` for words and images
-    item, compares = "label", False  # an untrained head gives no baseline
-    one_pass = True
+    auto_class = HEADS["text"]  # changed by `load` for words and images
+    loss_unit, evaluates_base = "label", False  # an untrained head gives no baseline
+    uses_single_forward = True
 
-    def __init__(self, config: Any, task_settings: Any = None, loading: Any = None) -> None:
-        super().__init__(config, task_settings, loading)
-        kind = self.recorded_settings.get("kind", "")
+    def __init__(self, config: Any, task_settings: Any = None, load_options: Any = None) -> None:
+        super().__init__(config, task_settings, load_options)
+        row_kind = self.recorded_settings.get("kind", "")
         labels = self.recorded_settings.get("labels", [])
         if (
-            kind not in ("", *HEADS)
+            row_kind not in ("", *HEADS)
             or not isinstance(labels, list)
             or not all(isinstance(label, str) for label in labels)
         ):
@@ -72,41 +73,46 @@ class Classify(Task):
                 "a kind of rows and a list of labels",
                 "name an adapter of the task classify",
             )
-        self.kind: str = kind
+        self.row_kind: str = row_kind
         self.labels: list[str] = labels
 
-    def open(self) -> Any:
+    def open_base(self) -> Any:
         """Check that the base has a config. `encode` loads the processor, since the columns of the
         data decide between a tokenizer and an image processor."""
         config_of(self.config.base)
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "labels": self.labels}
+        return {"kind": self.row_kind, "labels": self.labels}
 
     def read(self, source: str, split: str) -> data.Records:
         folder = Path(source).expanduser()
         if folder.is_dir():
-            raw, digest = list_labelled_images(folder)
+            located_rows, digest = list_labelled_images(folder)
         else:
-            raw, digest = data.raw_rows(source, split)
-        renamed, names = self.config.columns, [*raw[0][1]]
-        kinds = [kind for kind in HEADS if kind in renamed or kind in names]
-        if len(kinds) != 1 or (self.kind and kinds != [self.kind]):
-            problem = f"{source} has the columns {listing(map(repr, names))}"
+            located_rows, digest = data.raw_rows(source, split)
+        columns_by_role, column_names = self.config.columns, [*located_rows[0][1]]
+        kinds = [kind for kind in HEADS if kind in columns_by_role or kind in column_names]
+        if len(kinds) != 1 or (self.row_kind and kinds != [self.row_kind]):
+            problem = f"{source} has the columns {listing(map(repr, column_names))}"
             expected_columns = "`text` and `label`, `words` and `labels`, or `image` and `label`"
             raise DataError(
                 problem,
-                self.kind or expected_columns,
+                self.row_kind or expected_columns,
                 "name them, for instance --columns text=sentence,label=intent",
             )
-        self.kind = kinds[0]
-        columns = ("words", "labels") if self.kind == "words" else (self.kind, "label")
+        self.row_kind = kinds[0]
+        columns = ("words", "labels") if self.row_kind == "words" else (self.row_kind, "label")
         return data.select_fields(
-            raw, source, digest, columns, ("text_pair",) if self.kind == "text" else (), renamed
+            located_rows,
+            source,
+            digest,
+            columns,
+            ("text_pair",) if self.row_kind == "text" else (),
+            columns_by_role,
         )
 
-    def _processor(self) -> Any:
-        if self.kind != "image":
+    def _load_processor(self) -> Any:
+        if self.row_kind != "image":
             return models.load_tokenizer(self.config.base)
         from transformers import AutoImageProcessor
 
@@ -117,68 +123,69 @@ class Classify(Task):
 
     def encode(self, records: data.Records) -> Rows:
         if self.processor is None:
-            self.processor = self._processor()
-        column = "labels" if self.kind == "words" else "label"
+            self.processor = self._load_processor()
+        column = "labels" if self.row_kind == "words" else "label"
         locations = [f"{records.source}, {location}" for location in records.locations]
         label_names = [
             [
                 _label_name(label, location)
-                for label in (row[column] if self.kind == "words" else [row[column]])
+                for label in (row[column] if self.row_kind == "words" else [row[column]])
             ]
             for row, location in zip(records.rows, locations, strict=True)
         ]
         self._choose_labels(label_names, locations)
         label_index = {label: i for i, label in enumerate(self.labels)}
         label_indices = [[label_index[label] for label in labels] for labels in label_names]
-        return getattr(self, f"_encode_{self.kind}")(records, locations, label_indices)
+        return getattr(self, f"_encode_{self.row_kind}")(records, locations, label_indices)
 
     def _choose_labels(self, label_names: list[list[str]], locations: list[str]) -> None:
-        """Set `labels`, unless they are set: the base's if its head has all labels of the data,
-        else those of the data. Raises `DataError` for a row whose label is not among them."""
+        """Set `labels` if they are not set: to the labels of the base if its head has all labels of
+        the data, else to the labels of the data. Raises `DataError` for a row with another
+        label."""
         if not self.labels:
-            data_labels = {label for labels in label_names for label in labels}
+            labels_in_data = {label for labels in label_names for label in labels}
             id2label = getattr(config_of(self.config.base), "id2label", None) or {}
-            base_labels = [str(id2label[number]) for number in sorted(id2label)]
-            all_numeric = all(label.lstrip("-").isdecimal() for label in data_labels)
+            base_labels = [str(id2label[index]) for index in sorted(id2label)]
+            all_numeric = all(label.lstrip("-").isdecimal() for label in labels_in_data)
             self.labels = (
                 base_labels
-                if self._has_head and data_labels <= {*base_labels}
-                else sorted(data_labels, key=int if all_numeric else str)
+                if self._has_head and labels_in_data <= {*base_labels}
+                else sorted(labels_in_data, key=int if all_numeric else str)
             )
             if len(self.labels) < 2:
                 raise DataError(
                     f"one label alone, {self.labels[0]!r}", "two or more", "check the label column"
                 )
-        known_labels = {*self.labels}
+        valid_labels = {*self.labels}
         for labels, location in zip(label_names, locations, strict=True):
-            if unknown_labels := [label for label in labels if label not in known_labels]:
+            if unknown_labels := [label for label in labels if label not in valid_labels]:
                 problem = f"{location}: the label {unknown_labels[0]!r}"
                 expected = f"one of {listing(self.labels)}, as in the training data"
                 raise DataError(problem, expected, "fix or remove that row")
 
     @cached_property
     def _has_head(self) -> bool:
-        """Whether the base has a head of the class `HEADS[kind]`."""
+        """Whether the base has a head of the class `HEADS[row_kind]`."""
         architectures = getattr(config_of(self.config.base), "architectures", None) or ()
         return any(
-            architecture.endswith(HEADS[self.kind].removeprefix("AutoModel"))
+            architecture.endswith(HEADS[self.row_kind].removeprefix("AutoModel"))
             for architecture in architectures
         )
 
     def _encode_text(
         self, records: data.Records, locations: list[str], label_indices: list[list[int]]
     ) -> Rows:
-        texts = [
+        text_columns = [
             read_text_column(records, column)
             for column in ("text", "text_pair")
             if column in records.rows[0]
         ]
-        ids = self.processor(*texts)["input_ids"]
+        ids = self.processor(*text_columns)["input_ids"]
         rows = [
             {"ids": list(token_ids), "labels": label}
             for token_ids, label in zip(ids, label_indices, strict=True)
         ]
-        return self._token_rows(records, rows, texts)
+        return self._build_token_rows(records, rows, text_columns)
 
     def _encode_words(
         self, records: data.Records, locations: list[str], label_indices: list[list[int]]
@@ -202,23 +209,25 @@ class Classify(Task):
                     "as many",
                     "fix that row",
                 )
-            encoded = self.processor(words, is_split_into_words=True)
-            word_indices = encoded.word_ids()
+            encoding = self.processor(words, is_split_into_words=True)
+            word_indices = encoding.word_ids()
             labelled_words: set[int | None] = {None}
             token_labels = [IGNORED] * len(word_indices)
             for i, word in enumerate(word_indices):
                 if word not in labelled_words:
                     labelled_words.add(word)
                     token_labels[i] = labels[word]
-            rows.append({"ids": list(encoded["input_ids"]), "labels": token_labels})
-        return self._token_rows(records, rows, [])
+            rows.append({"ids": list(encoding["input_ids"]), "labels": token_labels})
+        return self._build_token_rows(records, rows, [])
 
-    def _token_rows(
-        self, records: data.Records, rows: list[dict[str, Any]], texts: list[Any]
+    def _build_token_rows(
+        self, records: data.Records, rows: list[dict[str, Any]], text_columns: list[Any]
     ) -> Rows:
+        """Apply the maximal length to encoded rows. ``text_columns``: the texts by column; empty
+        for words."""
         limit = self.max_length()
 
-        def cut(row: dict[str, Any]) -> dict[str, Any]:
+        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
             # an encoder's sequence ends with a special token, which must remain
             ids = [*row["ids"][: limit - 1], row["ids"][-1]]
             labels = (
@@ -229,12 +238,12 @@ class Classify(Task):
             return {"ids": ids, "labels": labels}
 
         lengths = [len(row["ids"]) for row in rows]
-        kept_indices, rows, truncated_count = apply_max_length(
-            records, rows, lengths, self.config, limit, cut
+        retained_indices, rows, truncated_count = apply_max_length(
+            records, rows, lengths, self.config, limit, truncate_row
         )
-        if len(texts) == 2:  # token types mark the text of each token, if the base uses them
+        if len(text_columns) == 2:  # token types mark the text of each token, if the base uses them
             token_types = self.processor(
-                *([column_texts[i] for i in kept_indices] for column_texts in texts)
+                *([column_texts[i] for i in retained_indices] for column_texts in text_columns)
             ).get("token_type_ids")
             if token_types is not None:
                 rows = [
@@ -244,7 +253,7 @@ class Classify(Task):
         return Rows(
             rows,
             [len(row["ids"]) for row in rows],
-            kept_indices,
+            retained_indices,
             dropped=len(records) - len(rows),
             truncated=truncated_count,
         )
@@ -252,8 +261,8 @@ class Classify(Task):
     def _encode_image(
         self, records: data.Records, locations: list[str], label_indices: list[list[int]]
     ) -> Rows:
-        """Each image is read here once to report errors, and again for its batch: as tensors they
-        would fill the memory."""
+        """Read each image once, to report errors. `collate` reads it again, because all images
+        as tensors would fill the memory."""
         folder = Path(records.source).expanduser().parent
         rows = [
             {"image": row["image"], "location": location, "folder": folder, "labels": labels}
@@ -264,52 +273,58 @@ class Classify(Task):
         return Rows(rows, [0] * len(rows), [*range(len(rows))])
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
-        names = [self.labels[label] for label in row["labels"] if label != IGNORED]
-        if self.kind == "image":
+        row_labels = [self.labels[label] for label in row["labels"] if label != IGNORED]
+        if self.row_kind == "image":
             height, width, _ = read_image(row["image"], row["location"], row["folder"]).shape
             file_name = f"{row['image']}, " if isinstance(row["image"], str) else ""
             return [
                 RowSegment(False, "image", f"{file_name}{width} × {height} pixels"),
-                RowSegment(True, "label", names[0]),
+                RowSegment(True, "label", row_labels[0]),
             ]
-        text = RowSegment(False, self.kind, self.processor.decode(row["ids"]))
-        if self.kind == "text":
-            return [text, RowSegment(True, "label", names[0])]
-        starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
-        words = [row["ids"][start:end] for start, end in pairwise([*starts, len(row["ids"])])]
-        word_texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in words]
+        text = RowSegment(False, self.row_kind, self.processor.decode(row["ids"]))
+        if self.row_kind == "text":
+            return [text, RowSegment(True, "label", row_labels[0])]
+        word_starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+        word_ids = [
+            row["ids"][start:end] for start, end in pairwise([*word_starts, len(row["ids"])])
+        ]
+        word_texts = [
+            self.processor.decode(ids, skip_special_tokens=True).strip() for ids in word_ids
+        ]
         return [
             text,
             RowSegment(
                 True,
                 "labels",
-                ", ".join(f"{word} → {name}" for word, name in zip(word_texts, names, strict=True)),
+                ", ".join(
+                    f"{word} → {label}" for word, label in zip(word_texts, row_labels, strict=True)
+                ),
             ),
         ]
 
     def load(self) -> Base:
-        self.auto = HEADS[self.kind]
-        names = dict(enumerate(self.labels))
+        self.auto_class = HEADS[self.row_kind]
+        label_names = dict(enumerate(self.labels))
         fields: dict[str, Any] = {
-            "id2label": names,
-            "label2id": {label: number for number, label in names.items()},
+            "id2label": label_names,
+            "label2id": {label: index for index, label in label_names.items()},
         }
-        if self.kind != "image":
+        if self.row_kind != "image":
             fields["pad_token_id"] = padding_token(self.processor)
-        head_size = getattr(config_of(self.config.base), "num_labels", None)
-        if self._has_head and head_size != len(self.labels):
+        head_labels = getattr(config_of(self.config.base), "num_labels", None)
+        if self._has_head and head_labels != len(self.labels):
             problem = (
-                f"{self.config.base}, whose head knows {head_size} labels, and data with"
+                f"{self.config.base}, whose head knows {head_labels} labels, and data with"
                 f" {len(self.labels)}"
             )
-            do = "name a base without a head, or change the labels of the data"
-            raise DataError(problem, "the labels of the head, or no head", do)
+            remedy = "name a base without a head, or change the labels of the data"
+            raise DataError(problem, "the labels of the head, or no head", remedy)
         model = self.model(**fields)
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if self.kind == "image":
+        if self.row_kind == "image":
             images = [read_image(row["image"], row["location"], row["folder"]) for row in rows]
             pixels = self.processor(images, input_data_format="channels_last", return_tensors="pt")[
                 "pixel_values"
@@ -322,9 +337,9 @@ class Classify(Task):
         batch = token_batch(ids, labels, padding_token(self.processor))
         if "token_types" in rows[0]:
             batch["token_type_ids"] = pad_rows([row["token_types"] for row in rows], 0)
-        return batch if self.kind == "words" else {**batch, "labels": batch["labels"][:, 0]}
+        return batch if self.row_kind == "words" else {**batch, "labels": batch["labels"][:, 0]}
 
-    def items(self, batch: Mapping[str, Any]) -> int:
+    def count_items(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
@@ -332,7 +347,8 @@ class Classify(Task):
 
 
 def _label_name(label: Any, location: str) -> str:
-    """The name of a label: a text, an integer or a boolean. Raises `DataError` for others."""
+    """The name of a label that is a text, an integer or a boolean. Raises `DataError` for any other
+    value."""
     if isinstance(label, bool | int | str):
         return str(label)
     if isinstance(label, float) and label.is_integer():

@@ -3,9 +3,10 @@ a rejected answer.
 
     loss = -log σ(β · ((log π(chosen) - log π₀(chosen)) - (log π(rejected) - log π₀(rejected))))
 
-π is the base with the adapter, π₀ the base alone: the same weights, with no adapter selected. log π
-of an answer is a sum over its tokens. Measures: the share of pairs in which the chosen answer's log
-π - log π₀ is larger (`accuracy`), and the difference times β (`margin`).
+π is the base with the adapter, π₀ the same weights with no adapter selected. log π of an answer is
+a sum over its tokens. The reward of an answer is β · (log π - log π₀). Measures: the share of pairs
+whose chosen answer has the larger reward (`accuracy`), and the difference of the rewards
+(`margin`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from veneer.train.tasks._base import TaskLoss, reference, register
-from veneer.train.tasks._preferences import Preference, answer_log_probabilities, pair_measures
+from veneer.train.tasks._preferences import PreferenceTask, answer_log_probabilities, pair_measures
 
-BETA = 0.1  # the paper's
+BETA = 0.1  # the default of the paper
 
 
 @register
-class Dpo(Preference):
+class Dpo(PreferenceTask):
     def needs_reference(self) -> bool:
         return True
 
@@ -38,10 +39,10 @@ class Dpo(Preference):
 
 
 def rewards(log_p: Tensor, reference_log_p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """β · (log π - log π₀) of the chosen and of the rejected answers, [b] each.
+    """The rewards β · (log π - log π₀) of b chosen and of b rejected answers, [b] each.
 
     Args:
-        log_p, reference_log_p: log π and log π₀ of all answers, the chosen ones first, [2b].
+        log_p, reference_log_p: log π and log π₀ of the answers, the chosen answers first, [2b].
     """
     chosen, rejected = (beta * (log_p - reference_log_p)).chunk(2)
     return chosen, rejected

@@ -37,75 +37,83 @@ from veneer.train.tasks._base import (
     register,
 )
 
-SCALE = 20.0  # factor of cosines, the default of sentence-transformers
+COSINE_SCALE = 20.0  # factor of cosines, the default of sentence-transformers
 
 
 @register
 class Embed(Task):
     required_columns = ("anchor", "positive")
     optional_columns = ("negative", "label")
-    auto = "AutoModel"
-    measures, item = ("accuracy", "error"), "pair"
+    auto_class = "AutoModel"
+    measures, loss_unit = ("accuracy", "error"), "pair"
     compares_rows = True
 
-    def open(self) -> Any:
+    def open_base(self) -> Any:
         self.processor = models.load_tokenizer(self.config.base)
         return self.processor
 
     def load(self) -> Base:
-        self.encoder = models.load_encoder(self.config.base, **self.loading)
+        self.encoder = models.load_encoder(self.config.base, **self.load_options)
         return Base(self.encoder.model, self.processor, self.config.base)
 
     def encode(self, records: data.Records) -> Rows:
-        cosine = "label" in records.rows[0]
-        if cosine and "negative" in records.rows[0]:
+        has_labels = "label" in records.rows[0]
+        if has_labels and "negative" in records.rows[0]:
             problem = f"{records.source} has both `negative` and `label`"
             raise DataError(
                 problem, "one of them", "remove one, or name the columns to read with --columns"
             )
-        sides = [
+        text_columns = [
             column for column in ("anchor", "positive", "negative") if column in records.rows[0]
         ]
-        ids = [self.processor(read_text_column(records, column))["input_ids"] for column in sides]
-        rows: list[dict[str, Any]] = [
-            {"ids": [list(side[i]) for side in ids]} for i in range(len(records))
+        column_ids = [
+            self.processor(read_text_column(records, column))["input_ids"]
+            for column in text_columns
         ]
-        if cosine:
+        rows: list[dict[str, Any]] = [
+            {"ids": [list(ids[i]) for ids in column_ids]} for i in range(len(records))
+        ]
+        if has_labels:
             for row, record, location in zip(rows, records.rows, records.locations, strict=True):
-                row["label"] = _score(record["label"], f"{records.source}, {location}")
+                row["label"] = _parse_cosine(record["label"], f"{records.source}, {location}")
         limit = self.max_length()
-        longest = [max(map(len, row["ids"])) for row in rows]
+        text_lengths = [max(map(len, row["ids"])) for row in rows]
 
-        def cut(row: dict[str, Any]) -> dict[str, Any]:
+        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
             # an encoder's sequence ends with a special token, which must remain
-            shortened = [
+            shortened_texts = [
                 ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in row["ids"]
             ]
-            return {**row, "ids": shortened}
+            return {**row, "ids": shortened_texts}
 
-        kept_indices, rows, truncated_count = apply_max_length(
-            records, rows, longest, self.config, limit, cut
+        retained_indices, rows, truncated_count = apply_max_length(
+            records, rows, text_lengths, self.config, limit, truncate_row
         )
-        lengths = [len(sides) * max(map(len, row["ids"])) for row in rows]
+        lengths = [len(text_columns) * max(map(len, row["ids"])) for row in rows]
         return Rows(
-            rows, lengths, kept_indices, dropped=len(records) - len(rows), truncated=truncated_count
+            rows,
+            lengths,
+            retained_indices,
+            dropped=len(records) - len(rows),
+            truncated=truncated_count,
         )
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
-        sides = zip(("anchor", "positive", "negative"), row["ids"], strict=False)
-        target = (
+        column_ids = zip(("anchor", "positive", "negative"), row["ids"], strict=False)
+        label = (
             ("cosine", f"{row['label']:g}")
             if "label" in row
             else ("nearest", "positive, of all in the batch")
         )
         return [
-            *(RowSegment(False, side, self.processor.decode(ids)) for side, ids in sides),
-            RowSegment(True, *target),
+            *(RowSegment(False, column, self.processor.decode(ids)) for column, ids in column_ids),
+            RowSegment(True, *label),
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """[sides · b, s]: all anchors, all positives, all negatives."""
-        ids = [row["ids"][side] for side in range(len(rows[0]["ids"])) for row in rows]
+        """The batch of b rows, whose texts are stacked: all anchors, then all positives, then all
+        negatives."""
+        ids = [row["ids"][column] for column in range(len(rows[0]["ids"])) for row in rows]
         mask = pad_rows([[1] * len(row) for row in ids], 0)
         scores = torch.tensor([row.get("label", float("nan")) for row in rows])
         return {
@@ -121,9 +129,11 @@ class Embed(Task):
         scores = batch["labels"].to(vectors.device, vectors.dtype)
         if bool(scores.isnan().any()):
             anchors, candidates = vectors[: len(scores)], vectors[len(scores) :]
-            row_losses, nearest = ranking_losses(anchors, candidates)
-            targets = torch.arange(len(scores), device=nearest.device)
-            return TaskLoss(row_losses.sum(), len(scores), {"accuracy": (nearest == targets).sum()})
+            row_losses, nearest_indices = ranking_losses(anchors, candidates)
+            targets = torch.arange(len(scores), device=nearest_indices.device)
+            return TaskLoss(
+                row_losses.sum(), len(scores), {"accuracy": (nearest_indices == targets).sum()}
+            )
         anchors, candidates = vectors.chunk(2)
         cosines = cosine_similarity(anchors, candidates)
         distances = (cosines - scores).abs()
@@ -131,18 +141,21 @@ class Embed(Task):
 
 
 def ranking_losses(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses [b], index of the nearest candidate [b]).
+    """(loss of each of b anchors [b], index of its nearest candidate [b]).
 
     Args:
-        anchors: [b, h].
-        candidates: [k · b, h], the positives first, in the order of the anchors.
+        anchors: vectors of h features, [b, h].
+        candidates: k vectors for each anchor, [k · b, h]. The positives come first, in the order
+            of the anchors.
     """
-    scores = SCALE * normalize(anchors, dim=-1) @ normalize(candidates, dim=-1).mT  # [b, k · b]
+    # [b, k · b]
+    scores = COSINE_SCALE * normalize(anchors, dim=-1) @ normalize(candidates, dim=-1).mT
     targets = torch.arange(len(anchors), device=scores.device)
     return cross_entropy(scores, targets, reduction="none"), scores.detach().argmax(dim=-1)
 
 
-def _score(value: Any, location: str) -> float:
+def _parse_cosine(value: Any, location: str) -> float:
+    """The cosine in a row's column `label`. Raises `DataError` for any other value."""
     try:
         score = float(value)
     except (TypeError, ValueError):

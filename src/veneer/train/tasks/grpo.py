@@ -4,19 +4,19 @@ answers, and the user's functions score them.
     A = (reward - mean of the group) / (standard deviation of the group + 1e-4)
     loss of an answer = mean over its tokens of  -ρ · A + β · KL(π ‖ π₀)
 
-A group is the answers to one prompt; ρ = π / π without gradient.
+A group is all answers to one prompt. ρ = π / sg(π), where sg stops the gradient.
 
-The answers are sampled from the weights in training, so there is no second copy to update, by the
-calls of the server's engine: the prompt of a group is computed once, and a short answer waits for
-no long one. Each answer is used for one step, so ρ is 1 and has π's gradient. KL is estimated by
-exp(d) - d - 1 with d = log π₀ - log π, and π₀ is the base with no adapter selected; with β = 0, the
-default, it is not computed.
+The answers are sampled from the weights that train, so there is no second copy of the model to
+update. The server's engine computes them: the prompt of a group is computed once, and a short
+answer does not wait for a long one. Each answer is used for one step, so ρ is 1 and has π's
+gradient. KL is estimated by exp(d) - d - 1 with d = log π₀ - log π. π₀ is the base with no adapter
+selected. With β = 0, the default, KL is not computed.
 
-A reward is FILE.py:NAME of a function in trl's form: f(prompts=…, completions=…, **columns) → a
-number for each completion. Prompts and completions are texts, or lists of messages if the prompts
-are chats. An evaluation takes the greedy answer to each prompt; its loss is -reward. A training
-step reports the mean reward and `reward_spread`, the mean over the prompts of the standard
-deviation of their answers' rewards: if it is 0, A is 0 and nothing is learnt.
+A reward is FILE.py:NAME of a function with trl's signature: f(prompts=…, completions=…, **columns)
+returns a number for each completion. Prompts and completions are texts, or lists of messages if the
+prompts are chats. An evaluation takes the greedy answer to each prompt; its loss is -reward. A
+training step reports the mean reward and `reward_spread`: the standard deviation of the rewards of
+a prompt's answers, as a mean over the prompts. If it is 0, A is 0 and the step teaches nothing.
 """
 
 from __future__ import annotations
@@ -49,39 +49,44 @@ from veneer.train.tasks._base import (
     reference,
     register,
 )
-from veneer.train.tasks._preferences import Causal
+from veneer.train.tasks._preferences import CausalTask
 from veneer.train.tokens import IGNORED
 
 
 @register
-class Grpo(Causal):
+class Grpo(CausalTask):
     required_columns = ("prompt",)
     measures = ("reward", "reward_spread", "answer_length")
-    item = "answer"
+    loss_unit = "answer"
 
     def needs_reference(self) -> bool:
         return bool(self.config.beta)
 
     @cached_property
-    def functions(self) -> list[Any]:
+    def reward_functions(self) -> list[Any]:
         return [load_function(spec) for spec in self.config.reward]
 
     def prepare(self) -> Prepared:
         prepared = super().prepare()
-        files = {spec.rpartition(":")[0] for spec in self.config.reward}
+        reward_files = {spec.rpartition(":")[0] for spec in self.config.reward}
         hashes = {
             file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
-            for file in sorted(files)
+            for file in sorted(reward_files)
         }
         # a run whose reward functions have changed must not resume
         return replace(prepared, hashes={**prepared.hashes, **hashes})
 
     def read(self, source: str, split: str) -> data.Records:
-        """Read all columns: the reward functions get those besides the prompt."""
-        _ = self.functions  # report an invalid file before the base is read
-        raw, digest = data.raw_rows(source, split)
+        """Read all columns: the reward functions get all columns except the prompt."""
+        _ = self.reward_functions  # report an invalid file before the base is read
+        located_rows, digest = data.raw_rows(source, split)
         records = data.select_fields(
-            raw, source, digest, self.required_columns, self.optional_columns, self.config.columns
+            located_rows,
+            source,
+            digest,
+            self.required_columns,
+            self.optional_columns,
+            self.config.columns,
         )
         column = self.config.columns.get("prompt", "prompt")
         rows = [
@@ -89,13 +94,13 @@ class Grpo(Causal):
                 "prompt": record["prompt"],
                 "columns": {name: value for name, value in row.items() if name != column},
             }
-            for record, (_, row) in zip(records.rows, raw, strict=True)
+            for record, (_, row) in zip(records.rows, located_rows, strict=True)
         ]
         return replace(records, rows=rows, unused=())
 
     def encode(self, records: data.Records) -> Rows:
-        limit = self.max_length() - self.config.answer_tokens
-        if limit < 1:
+        prompt_limit = self.max_length() - self.config.answer_tokens
+        if prompt_limit < 1:
             problem = (
                 f"answer_tokens {self.config.answer_tokens} of at most {self.max_length()} tokens"
                 " in all"
@@ -112,23 +117,23 @@ class Grpo(Causal):
                 {"ids": encode(prompt, self.processor), "prompt": prompt, "columns": row["columns"]}
             )
         lengths = [len(row["ids"]) for row in rows]
-        kept_indices, rows, truncated_count = apply_max_length(
+        retained_indices, rows, truncated_count = apply_max_length(
             records,
             rows,
             lengths,
             self.config,
-            limit,
-            lambda row: {**row, "ids": row["ids"][-limit:]},
+            prompt_limit,
+            lambda row: {**row, "ids": row["ids"][-prompt_limit:]},
         )
         lengths_with_answers = [
             (len(row["ids"]) + self.config.answer_tokens) * self.config.answers for row in rows
         ]
-        learnt = [self.config.answers * self.config.answer_tokens] * len(rows)
+        trained_counts = [self.config.answers * self.config.answer_tokens] * len(rows)
         return Rows(
             rows,
             lengths_with_answers,
-            kept_indices,
-            learnt,
+            retained_indices,
+            trained_counts,
             len(records) - len(rows),
             truncated_count,
         )
@@ -153,14 +158,14 @@ class Grpo(Causal):
         return {"input_ids": pad_rows(ids, 0), "attention_mask": mask, "rows": list(rows)}
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        """A prompt with an answer, as in a step; the answer's tokens are arbitrary."""
+        """The model's keyword arguments for a prompt with an answer of arbitrary tokens."""
         prompt = min((row["ids"] for row in prepared.train.rows), key=len)
         ids = torch.tensor(
             [[*prompt, *range(min(MIN_TOKENS, self.config.answer_tokens))]], device=device
         )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
-    def items(self, batch: Mapping[str, Any]) -> int:
+    def count_items(self, batch: Mapping[str, Any]) -> int:
         return len(batch["rows"]) * self.config.answers
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
@@ -183,15 +188,17 @@ class Grpo(Causal):
         }
         if not model.training:
             return TaskLoss(-rewards.sum(), len(rows), sums)
-        # standard deviation by prompt
+        # the standard deviation of the rewards of each prompt's answers
         reward_spreads = rewards.view(-1, answers_per_prompt).std(1)
         sums["reward_spread"] = reward_spreads.sum() * answers_per_prompt
         prompts = [row["ids"] for row in rows]
-        pairs = [
+        labelled_answers = [
             ([*ids, *answer_ids], [*[IGNORED] * len(ids), *answer_ids])
             for ids, answer_ids in zip(prompts, answers, strict=True)
         ]
-        inputs = {name: value.to(device) for name, value in self.batch(pairs).items()}
+        inputs = {
+            name: value.to(device) for name, value in self.collate_pairs(labelled_answers).items()
+        }
         log_p = log_probabilities(model, inputs, self.config.temperature)
         reference_log_p = None
         if self.config.beta:
@@ -208,8 +215,8 @@ class Grpo(Causal):
         )
 
     def rewards(self, rows: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> Tensor:
-        """The sum of the reward functions for each answer, [n]. Raises `DataError` if a function
-        returns no finite number for an answer."""
+        """The sum of the reward functions' values for each of n answers, [n]. Raises `DataError` if
+        a function does not return a finite number for each answer."""
         texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
         completions = [
@@ -222,17 +229,19 @@ class Grpo(Causal):
             for name in rows[0]["columns"]
             if name not in arguments
         }
-        total = torch.zeros(len(rows), dtype=torch.float64)
-        for spec, function in zip(self.config.reward, self.functions, strict=True):
-            total += _reward_tensor(spec, _call_with_accepted(function, arguments), len(rows))
-        return total.float()
+        total_rewards = torch.zeros(len(rows), dtype=torch.float64)
+        for spec, function in zip(self.config.reward, self.reward_functions, strict=True):
+            total_rewards += _reward_tensor(
+                spec, _call_with_accepted_arguments(function, arguments), len(rows)
+            )
+        return total_rewards.float()
 
 
 def advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """The advantage of each answer over its group, [n].
+    """The advantage of each of n answers over the answers of its group, [n].
 
     Args:
-        rewards: [n], group after group.
+        rewards: [n]; the answers of a group are consecutive.
         group_size: number of answers to a prompt.
     """
     groups = rewards.view(-1, group_size)
@@ -248,11 +257,11 @@ def losses(
     reference_log_p: Tensor | None,
     beta: float,
 ) -> Tensor:
-    """The loss of each answer, [n].
+    """The loss of each of n answers, [n].
 
     Args:
-        log_p, reference_log_p: log π and log π₀ of each token, [n, t]; no KL term without the
-            second.
+        log_p, reference_log_p: log π and log π₀ of each of t tokens, [n, t]. Without
+            ``reference_log_p``, the loss has no KL term.
         answer_advantages: [n].
         answer_mask: True at the tokens of the answers, [n, t].
     """
@@ -263,8 +272,8 @@ def losses(
     return (token_losses * answer_mask).sum(1) / answer_mask.sum(1).clamp(min=1)
 
 
-def _call_with_accepted(function: Any, arguments: dict[str, Any]) -> Any:
-    """Call a function with those arguments that its signature accepts."""
+def _call_with_accepted_arguments(function: Any, arguments: dict[str, Any]) -> Any:
+    """Call a function with the arguments that its signature accepts."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return function(**arguments)
@@ -272,6 +281,8 @@ def _call_with_accepted(function: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _reward_tensor(spec: str, values: Any, count: int) -> Tensor:
+    """The values that the reward function ``spec`` returned, as a tensor [count]. Raises
+    `DataError` if they are not ``count`` finite numbers."""
     try:
         rewards = torch.as_tensor([float(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError) as error:

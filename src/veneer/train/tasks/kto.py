@@ -5,9 +5,10 @@ are labelled good or bad.
     z = max(0, mean of r over prompts with another row's answer), without gradient
     loss = 1 - σ(β · (r - z)) if y is good, 1 - σ(β · (z - r)) if it is bad
 
-Mismatched pairs are each prompt of a batch with the answer of the row before it, so a batch needs
-two rows. Measures: the share of answers whose reward β · r is positive if good and negative if bad
-(`accuracy`), and the mean of β · r for good and -β · r for bad ones (`reward`).
+z is estimated on mismatched pairs: each prompt of a batch with the answer of the row before it. So
+a batch needs two rows. Measures: the share of answers whose reward β · r has the right sign,
+positive for good and negative for bad answers (`accuracy`), and the mean reward, with the sign
+changed for bad answers (`reward`).
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from torch import Tensor
 from veneer.errors import ConfigError, DataError
 from veneer.train import data
 from veneer.train.tasks._base import Rows, RowSegment, TaskLoss, reference, register
-from veneer.train.tasks._preferences import Causal, answer_log_probabilities
+from veneer.train.tasks._preferences import CausalTask, answer_log_probabilities
 from veneer.train.tokens import IGNORED
 
-BETA = 0.1  # the paper's
+BETA = 0.1  # the default of the paper
 
 
 @register
-class Kto(Causal):
+class Kto(CausalTask):
     required_columns = ("prompt", "completion", "label")
-    item = "answer"
+    loss_unit = "answer"
     measures = ("accuracy", "reward")
     compares_rows = True
 
@@ -39,7 +40,7 @@ class Kto(Causal):
             raise ConfigError(
                 "kto with batch_size 1", "at least 2: others' answers measure the drift", "raise it"
             )
-        good = [
+        is_good = [
             _parse_label(row["label"], f"{records.source}, {location}")
             for row, location in _rows_with_locations(records)
         ]
@@ -51,15 +52,22 @@ class Kto(Causal):
             {
                 "ids": ids,
                 "start": next(i for i, label in enumerate(labels) if label != IGNORED),
-                "good": good[index],
+                "good": is_good[index],
             }
             for ids, labels, index in zip(
-                examples.input_ids, examples.labels, examples.index, strict=True
+                examples.input_ids, examples.labels, examples.record_indices, strict=True
             )
         ]
-        learnt = [2 * (len(row["ids"]) - row["start"]) for row in rows]
+        trained_counts = [2 * (len(row["ids"]) - row["start"]) for row in rows]
         lengths = [2 * len(row["ids"]) for row in rows]
-        return Rows(rows, lengths, examples.index, learnt, examples.dropped, examples.truncated)
+        return Rows(
+            rows,
+            lengths,
+            examples.record_indices,
+            trained_counts,
+            examples.dropped,
+            examples.truncated,
+        )
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         prompt, completion = (
@@ -74,51 +82,57 @@ class Kto(Causal):
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """[2b, s]: the rows, then each prompt with the answer of the row before it."""
+        """The batch of b rows, [2b, s]: the rows, then each prompt with the answer of the row
+        before it."""
         limit, pairs = self.max_length(), []
-        for prompt, answer in [
+        for prompt_row, answer_row in [
             *zip(rows, rows, strict=True),
             *zip(rows, [rows[-1], *rows[:-1]], strict=True),
         ]:
-            head, tail = prompt["ids"][: prompt["start"]], answer["ids"][answer["start"] :]
-            ids = [*head, *tail][:limit]
-            pairs.append((ids, [*[IGNORED] * len(head), *tail][:limit]))
-        return {**self.batch(pairs), "good": torch.tensor([row["good"] for row in rows])}
+            prompt_ids = prompt_row["ids"][: prompt_row["start"]]
+            answer_ids = answer_row["ids"][answer_row["start"] :]
+            ids = [*prompt_ids, *answer_ids][:limit]
+            pairs.append((ids, [*[IGNORED] * len(prompt_ids), *answer_ids][:limit]))
+        return {**self.collate_pairs(pairs), "good": torch.tensor([row["good"] for row in rows])}
 
     def needs_reference(self) -> bool:
         return True
 
-    def items(self, batch: Mapping[str, Any]) -> int:
+    def count_items(self, batch: Mapping[str, Any]) -> int:
         return len(batch["good"])
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        good = batch["good"]
+        is_good = batch["good"]
         inputs = {name: value for name, value in batch.items() if name != "good"}
-        matched = {name: value[: len(good)] for name, value in inputs.items()}
-        mismatched = {name: value[len(good) :] for name, value in inputs.items()}
+        matched_inputs = {name: value[: len(is_good)] for name, value in inputs.items()}
+        mismatched_inputs = {name: value[len(is_good) :] for name, value in inputs.items()}
         with reference(model):
             reference_log_p = answer_log_probabilities(model, inputs)
         with torch.no_grad():
-            drift = answer_log_probabilities(model, mismatched) - reference_log_p[len(good) :]
-        reward = answer_log_probabilities(model, matched) - reference_log_p[: len(good)]
+            drift = (
+                answer_log_probabilities(model, mismatched_inputs) - reference_log_p[len(is_good) :]
+            )
+        rewards = answer_log_probabilities(model, matched_inputs) - reference_log_p[: len(is_good)]
         beta = BETA if self.config.beta is None else self.config.beta
-        sign = torch.where(good.to(reward.device), 1.0, -1.0).to(reward.dtype)
-        gain = (beta * reward * sign).detach()
-        sums = {"accuracy": (gain > 0).sum(), "reward": gain.sum()}
-        return TaskLoss(losses(reward, drift, good.to(reward.device), beta).sum(), len(good), sums)
+        signs = torch.where(is_good.to(rewards.device), 1.0, -1.0).to(rewards.dtype)
+        signed_rewards = (beta * rewards * signs).detach()
+        sums = {"accuracy": (signed_rewards > 0).sum(), "reward": signed_rewards.sum()}
+        return TaskLoss(
+            losses(rewards, drift, is_good.to(rewards.device), beta).sum(), len(is_good), sums
+        )
 
 
-def losses(reward: Tensor, drift: Tensor, good: Tensor, beta: float) -> Tensor:
-    """The loss of each answer, [b].
+def losses(rewards: Tensor, drift: Tensor, is_good: Tensor, beta: float) -> Tensor:
+    """The loss of each of b answers, [b].
 
     Args:
-        reward: log π - log π₀ of the answers, [b].
-        drift: the same of the mismatched answers, [b].
-        good: whether each answer is good, [b].
+        rewards: log π - log π₀ of the answers, [b].
+        drift: log π - log π₀ of the mismatched answers, [b].
+        is_good: whether each answer is good, [b].
     """
     # a single row at the end of the data has no other row's answer to be paired with
-    gain = reward - (drift.mean().clamp(min=0).detach() if len(drift) > 1 else 0.0)
-    return 1 - torch.sigmoid(beta * torch.where(good, gain, -gain))
+    shifted_rewards = rewards - (drift.mean().clamp(min=0).detach() if len(drift) > 1 else 0.0)
+    return 1 - torch.sigmoid(beta * torch.where(is_good, shifted_rewards, -shifted_rewards))
 
 
 def _rows_with_locations(records: data.Records) -> Any:
@@ -126,6 +140,7 @@ def _rows_with_locations(records: data.Records) -> Any:
 
 
 def _parse_label(label: Any, location: str) -> bool:
+    """Whether a row's label calls the answer good. Raises `DataError` for any other label."""
     spellings = {"true": True, "false": False, "1": True, "0": False}
     is_good = spellings.get(label.strip().lower()) if isinstance(label, str) else label
     if isinstance(is_good, bool) or is_good in (0, 1):

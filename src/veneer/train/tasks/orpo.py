@@ -5,8 +5,8 @@ preference loss in one, without a reference model.
     odds(y) = p(y) / (1 - p(y))
 
 log p of an answer is the mean over its tokens. As in the paper, the first term covers the chosen
-answer alone (trl's includes the prompt). Measures: the share of pairs whose chosen answer has the
-higher mean log p (`accuracy`), and the difference (`margin`).
+answer alone; trl's term includes the prompt. Measures: the share of pairs whose chosen answer has
+the higher mean log p (`accuracy`), and the difference of the two (`margin`).
 """
 
 from __future__ import annotations
@@ -20,31 +20,34 @@ from torch.nn.functional import logsigmoid
 
 from veneer.train.loss import log_probabilities
 from veneer.train.tasks._base import TaskLoss, register
-from veneer.train.tasks._preferences import Preference, pair_measures
+from veneer.train.tasks._preferences import PreferenceTask, pair_measures
 from veneer.train.tokens import IGNORED
 
 BETA = 0.1  # λ of the paper
 
 
 @register
-class Orpo(Preference):
+class Orpo(PreferenceTask):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        count = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
-        chosen, rejected = (log_probabilities(model, batch).sum(dim=1) / count).chunk(2)
+        label_counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+        chosen, rejected = (log_probabilities(model, batch).sum(dim=1) / label_counts).chunk(2)
         beta = BETA if self.config.beta is None else self.config.beta
         total = (-chosen - beta * log_ratio(chosen, rejected)).sum()
         return TaskLoss(total, len(chosen), pair_measures(chosen, rejected))
 
 
 def log_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """log σ of the log odds ratio, [b], of mean log-probabilities [b]."""
-    return logsigmoid((chosen - rejected) - (_log_rest(chosen) - _log_rest(rejected)))
+    """log σ of the log odds ratio of b pairs, [b], from the mean log-probabilities of their
+    answers, [b] each."""
+    return logsigmoid((chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected)))
 
 
-def _log_rest(log_p: Tensor) -> Tensor:
-    """log(1 - p), accurate for p near 1 and near 0."""
+def _log_complement(log_p: Tensor) -> Tensor:
+    """log(1 - p) from log p, accurate for p near 1 and near 0."""
     tiny = torch.finfo(log_p.dtype).tiny
-    near = log_p > -0.6931471805599453  # log 1/2
-    far_safe = torch.where(near, log_p.new_tensor(-1.0), log_p)
-    near_safe = torch.where(near, log_p.clamp(max=-tiny), log_p.new_tensor(-0.5))
-    return torch.where(near, torch.log(-torch.expm1(near_safe)), torch.log1p(-torch.exp(far_safe)))
+    is_likely = log_p > -0.6931471805599453  # log 1/2
+    unlikely_log_p = torch.where(is_likely, log_p.new_tensor(-1.0), log_p)
+    likely_log_p = torch.where(is_likely, log_p.clamp(max=-tiny), log_p.new_tensor(-0.5))
+    return torch.where(
+        is_likely, torch.log(-torch.expm1(likely_log_p)), torch.log1p(-torch.exp(unlikely_log_p))
+    )

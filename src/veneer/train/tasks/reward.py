@@ -1,5 +1,5 @@
-"""A reward model: a score for a text, higher for the better of two answers (Bradley and Terry,
-1952).
+"""A reward model, which gives each text a score: of two answers, the better one shall get the
+higher score (Bradley and Terry, 1952).
 
     loss = -log σ(r(chosen) - r(rejected))
 
@@ -18,16 +18,16 @@ from torch.nn.functional import logsigmoid
 from veneer import models
 from veneer.precision import at_least_float32
 from veneer.train.tasks._base import Base, RowSegment, Task, TaskLoss, padding_token, register
-from veneer.train.tasks._preferences import Preference, pair_measures
+from veneer.train.tasks._preferences import PreferenceTask, pair_measures
 
 
 @register
-class Reward(Preference):
-    auto = "AutoModelForSequenceClassification"
-    compares = False  # an untrained head gives no baseline
-    one_pass = True
+class Reward(PreferenceTask):
+    auto_class = "AutoModelForSequenceClassification"
+    evaluates_base = False  # an untrained head gives no baseline
+    uses_single_forward = True
 
-    def open(self) -> Any:
+    def open_base(self) -> Any:
         self.processor = models.load_tokenizer(self.config.base)
         return self.processor
 
@@ -37,7 +37,7 @@ class Reward(Preference):
         return Base(model, self.processor, self.config.base)
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
-        segments = [segment._replace(learnt=False) for segment in super().segments(row)]
+        segments = [segment._replace(is_trained=False) for segment in super().segments(row)]
         return [*segments, RowSegment(True, "score", "higher for chosen than for rejected")]
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,5 +52,5 @@ class Reward(Preference):
 
 
 def pair_losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The loss of each pair, [b], from the rewards of its answers, [b] each."""
+    """The loss of each of b pairs, [b], from the rewards of their answers, [b] each."""
     return -logsigmoid(chosen - rejected)

@@ -1,7 +1,7 @@
 """Encoder-decoder models: text to text, or speech to text.
 
-prompt, completion    T5, BART, …            prompt: what the encoder reads
-audio, text           Whisper, Moonshine, …  audio: a .wav file or its numbers (`_media.py`)
+prompt, completion    T5, BART, …            the encoder reads the prompt
+audio, text           Whisper, Moonshine, …  audio: a .wav file or its samples (`_media.py`)
 
 loss = -log p(token of the answer)           a mean over tokens
 """
@@ -42,17 +42,17 @@ from veneer.train.tokens import IGNORED
 
 @register
 class Seq2seq(Task):
-    auto, item = "AutoModelForSeq2SeqLM", "token"
-    one_pass = True
+    auto_class, loss_unit = "AutoModelForSeq2SeqLM", "token"
+    uses_single_forward = True
 
     def read_data(self) -> None:
-        """Check that local files can be parsed. Their columns are checked later, since the base
-        decides which ones are needed."""
+        """Check that local files can be parsed. Their columns are checked later, because the class
+        of the base decides which columns are needed."""
         for source in filter(None, (self.config.data, self.config.eval_data)):
             if data.is_local(source):
                 data.raw_rows(source)
 
-    def open(self) -> Any:
+    def open_base(self) -> Any:
         config = config_of(self.config.base)
         if not getattr(config, "is_encoder_decoder", False):
             problem = f"{self.config.base}, a {config.model_type} model"
@@ -61,22 +61,22 @@ class Seq2seq(Task):
                 "an encoder with a decoder, such as T5 or Whisper",
                 "choose another base or task",
             )
-        from transformers.models.auto import modeling_auto as auto
+        from transformers.models.auto import modeling_auto
 
-        self.speech = config.model_type in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
-        self.auto = "AutoModelForSpeechSeq2Seq" if self.speech else "AutoModelForSeq2SeqLM"
+        self.is_speech = config.model_type in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+        self.auto_class = "AutoModelForSpeechSeq2Seq" if self.is_speech else "AutoModelForSeq2SeqLM"
         self.processor = models.load_tokenizer(self.config.base)
-        if self.speech:
+        if self.is_speech:
             from transformers import AutoFeatureExtractor
 
             with loading(self.config.base):
-                self.features = AutoFeatureExtractor.from_pretrained(
+                self.feature_extractor = AutoFeatureExtractor.from_pretrained(
                     find_base(self.config.base), **code_options(self.config.base)
                 )
         return self.processor
 
     def max_length(self) -> int:
-        """The limit of an answer, and of a text that the encoder reads."""
+        """The maximal number of tokens of an answer, and of a text that the encoder reads."""
         config = config_of(self.config.base)
         limit = getattr(config, "max_target_positions", None)
         return (
@@ -86,26 +86,30 @@ class Seq2seq(Task):
         )
 
     def read(self, source: str, split: str) -> data.Records:
-        raw, digest = data.raw_rows(source, split)
-        columns = ("audio", "text") if self.speech else ("prompt", "completion")
-        return data.select_fields(raw, source, digest, columns, (), self.config.columns)
+        located_rows, digest = data.raw_rows(source, split)
+        columns = ("audio", "text") if self.is_speech else ("prompt", "completion")
+        return data.select_fields(located_rows, source, digest, columns, (), self.config.columns)
 
     def encode(self, records: data.Records) -> Rows:
         answers = self._answer_ids(
-            read_text_column(records, "text" if self.speech else "completion")
+            read_text_column(records, "text" if self.is_speech else "completion")
         )
-        if self.speech:
+        if self.is_speech:
             folder = Path(records.source).expanduser().parent
-            rate = int(self.features.sampling_rate)
-            limit = getattr(self.features, "n_samples", None)  # Whisper's window, in samples
+            sample_rate = int(self.feature_extractor.sampling_rate)
+            # the number of samples in Whisper's window
+            max_samples = getattr(self.feature_extractor, "n_samples", None)
             rows = []
             for row, location, labels in zip(records.rows, records.locations, answers, strict=True):
-                sound = read_audio(row["audio"], f"{records.source}, {location}", folder, rate)
-                if limit is not None and len(sound) > limit:
-                    problem = f"{records.source}, {location}: {len(sound) / rate:.1f} s of audio"
+                samples = read_audio(
+                    row["audio"], f"{records.source}, {location}", folder, sample_rate
+                )
+                if max_samples is not None and len(samples) > max_samples:
+                    seconds = len(samples) / sample_rate
+                    problem = f"{records.source}, {location}: {seconds:.1f} s of audio"
                     raise DataError(
                         problem,
-                        f"at most {limit / rate:.1f} s, what the base hears at once",
+                        f"at most {max_samples / sample_rate:.1f} s, what the base hears at once",
                         "cut it",
                     )
                 source_fields = {"location": f"{records.source}, {location}", "folder": folder}
@@ -117,24 +121,37 @@ class Seq2seq(Task):
                 for token_ids, labels in zip(ids, answers, strict=True)
             ]
         limit = self.max_length()
-        longest = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
+        text_lengths = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
 
-        def cut(row: dict[str, Any]) -> dict[str, Any]:  # both end with the end-of-text token
-            names = [name for name in ("ids", "labels") if name in row and len(row[name]) > limit]
-            return {**row, **{name: [*row[name][: limit - 1], row[name][-1]] for name in names}}
+        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
+            # prompt and answer both end with the end-of-text token, which must remain
+            long_fields = [
+                name for name in ("ids", "labels") if name in row and len(row[name]) > limit
+            ]
+            return {
+                **row,
+                **{name: [*row[name][: limit - 1], row[name][-1]] for name in long_fields},
+            }
 
-        kept_indices, rows, truncated_count = apply_max_length(
-            records, rows, longest, self.config, limit, cut
+        retained_indices, rows, truncated_count = apply_max_length(
+            records, rows, text_lengths, self.config, limit, truncate_row
         )
         # rows of similar length share a batch; the length of audio is not counted
         lengths = [len(row["labels"]) + len(row.get("ids", ())) for row in rows]
-        learnt = [len(row["labels"]) for row in rows]
-        return Rows(rows, lengths, kept_indices, learnt, len(records) - len(rows), truncated_count)
+        trained_counts = [len(row["labels"]) for row in rows]
+        return Rows(
+            rows,
+            lengths,
+            retained_indices,
+            trained_counts,
+            len(records) - len(rows),
+            truncated_count,
+        )
 
     def _answer_ids(self, texts: list[str]) -> list[list[int]]:
         end_token, answers = self.processor.eos_token_id, []
         for ids in self.processor(text_target=texts)["input_ids"]:
-            ids = ids[1:] if ids[:1] == [self.start] else ids  # `inputs` prepends it again
+            ids = ids[1:] if ids[:1] == [self.start_token] else ids  # `inputs` prepends it again
             answers.append(
                 list(ids) if end_token is None or ids[-1:] == [end_token] else [*ids, end_token]
             )
@@ -142,15 +159,21 @@ class Seq2seq(Task):
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         answer = RowSegment(
-            True, "text" if self.speech else "completion", self.processor.decode(row["labels"])
+            True, "text" if self.is_speech else "completion", self.processor.decode(row["labels"])
         )
-        if not self.speech:
+        if not self.is_speech:
             return [RowSegment(False, "prompt", self.processor.decode(row["ids"])), answer]
-        rate = int(self.features.sampling_rate)
-        seconds = len(read_audio(row["audio"], row["location"], row["folder"], rate)) / rate
+        sample_rate = int(self.feature_extractor.sampling_rate)
+        seconds = (
+            len(read_audio(row["audio"], row["location"], row["folder"], sample_rate)) / sample_rate
+        )
         file_name = f"{row['audio']}, " if isinstance(row["audio"], str) else ""
         return [
-            RowSegment(False, "audio", f"{file_name}{seconds:.2f} s at {rate:,} samples a second"),
+            RowSegment(
+                False,
+                "audio",
+                f"{file_name}{seconds:.2f} s at {sample_rate:,} samples a second",
+            ),
             answer,
         ]
 
@@ -167,31 +190,34 @@ class Seq2seq(Task):
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         labels = [row["labels"] for row in rows]
-        if not self.speech:
+        if not self.is_speech:
             return token_batch([row["ids"] for row in rows], labels, padding_token(self.processor))
-        rate = int(self.features.sampling_rate)
-        sounds = [read_audio(row["audio"], row["location"], row["folder"], rate) for row in rows]
-        padding = "max_length" if hasattr(self.features, "n_samples") else True
-        inputs = self.features(
-            sounds,
-            sampling_rate=rate,
+        sample_rate = int(self.feature_extractor.sampling_rate)
+        clips = [
+            read_audio(row["audio"], row["location"], row["folder"], sample_rate) for row in rows
+        ]
+        padding = "max_length" if hasattr(self.feature_extractor, "n_samples") else True
+        inputs = self.feature_extractor(
+            clips,
+            sampling_rate=sample_rate,
             padding=padding,
             return_attention_mask=True,
             return_tensors="pt",
         )
         return {**inputs, "labels": pad_rows(labels, IGNORED)}
 
-    def items(self, batch: Mapping[str, Any]) -> int:
+    def count_items(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the forward. `decoder_input_ids` are the labels shifted right, after the
-        start token. Audio features are cast to the dtype of the base, which Whisper expects."""
+        """Keyword arguments of the model's forward. `decoder_input_ids` are the labels shifted
+        right by one position, after the start token. Audio features are cast to the dtype of the
+        base, which Whisper expects."""
         labels: Tensor = batch["labels"]
-        start = torch.full_like(labels[:, :1], self.start)
+        start_tokens = torch.full_like(labels[:, :1], self.start_token)
         decoder_ids = torch.cat(
             [
-                start,
+                start_tokens,
                 labels[:, :-1].masked_fill(
                     labels[:, :-1] == IGNORED, padding_token(self.processor)
                 ),
@@ -209,7 +235,7 @@ class Seq2seq(Task):
         return {**encoder_inputs, "decoder_input_ids": decoder_ids, "use_cache": False}
 
     @cached_property
-    def start(self) -> int:
+    def start_token(self) -> int:
         """The decoder's start token."""
         return int(config_of(self.config.base).decoder_start_token_id)
 

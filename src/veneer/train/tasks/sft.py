@@ -1,5 +1,5 @@
-"""Supervised fine-tuning on chats, prompts with completions, or texts. Trained by trl's
-`SFTTrainer` (`sft_trainer.py`), with packing and the hidden-state cache."""
+"""Supervised fine-tuning on chats, prompts with completions, or texts. trl's `SFTTrainer` runs the
+training (`sft_trainer.py`), with packing and the hidden-state cache."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from veneer.train.tokens import IGNORED
 
 @register
 class Sft(Task):
-    item = "token"
-    one_pass = True
+    loss_unit = "token"
+    uses_single_forward = True
 
     def prepare(self) -> Prepared:
-        dataset = (
+        pack = (
             (lambda examples, length: prepare.pack(examples.dataset(), length))
             if self.config.packing
             else None
         )
-        return prepare.prepare(self.config, self.records, self.encode, self.max_length(), dataset)
+        return prepare.prepare(self.config, self.records, self.encode, self.max_length(), pack)
 
     def read(self, source: str, split: str) -> data.Records:
         config = self.config
@@ -63,7 +63,7 @@ class Sft(Task):
         return self.token_segments("", row["input_ids"], row["labels"])
 
     def load(self) -> Base:
-        base = models.load_base(self.config.base, **self.loading)
+        base = models.load_base(self.config.base, **self.load_options)
         must_not_see_later_tokens(base.model, self.config.base)
         return base
 
@@ -78,7 +78,7 @@ class Sft(Task):
         result = token_loss(model, batch, accuracy=not model.training)
         return TaskLoss(result.total, int(result.items), {"accuracy": result.correct})
 
-    def items(self, batch: Mapping[str, Any]) -> int:
+    def count_items(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
@@ -87,18 +87,18 @@ class Sft(Task):
         )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
-    def largest(self, prepared: Prepared) -> tuple[int, int]:
+    def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
         train, config = prepared.train, self.config
         if config.packing:
             batch_tokens = prepared.max_length * config.batch_size
             return batch_tokens, round(batch_tokens * train.trained_tokens / sum(train.lengths))
-        longest = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[
+        longest_rows = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[
             : config.batch_size
         ]
-        labelled = sum(label != IGNORED for i in longest for label in train.labels[i])
-        return len(longest) * train.lengths[longest[0]], labelled
+        labelled_tokens = sum(label != IGNORED for i in longest_rows for label in train.labels[i])
+        return len(longest_rows) * train.lengths[longest_rows[0]], labelled_tokens
 
-    def amount(self, rows: Any) -> str:
+    def describe_size(self, rows: Any) -> str:
         return (
             f"{len(rows):,} examples, {sum(rows.lengths):,} tokens, {rows.trained_tokens:,} of them"
             " learnt"
