@@ -72,7 +72,7 @@ def test_a_blend_is_a_field_of_its_own(it, client):
 
 def test_an_adapter_that_appears_in_the_folder_is_found(it, client):
     adapter_at(it.folder / "late")
-    it.service.catalogue._looked = -1e9  # as if a second had passed
+    it.service.catalogue._listed_at = -1e9  # as if a second had passed
     assert client.completions.create(model="late", prompt="a").model == "late"
     assert "late" in [card.id for card in client.models.list()]
 

@@ -280,7 +280,7 @@ def minilm(tmp_path_factory):
         loaded.model,
         bank,
         pad=loaded.tokenizer.pad_token_id,
-        how=loaded.pooling,
+        pooling=loaded.pooling,
         normal=loaded.normal,
     )
     service = Service(

@@ -16,7 +16,7 @@ from veneer.serve.access import Keyring
 from veneer.serve.api import create
 from veneer.serve.cluster import gateway, routing
 from veneer.serve.cluster.gateway import Gateway, complete_answer, messages
-from veneer.serve.metrics import merged
+from veneer.serve.metrics import merge_pages
 
 REPLICAS = ("one", "two", "three")
 ADAPTERS = [f"adapter-{number}" for number in range(3000)]
@@ -255,6 +255,6 @@ def test_pages_that_differ_are_merged():
         "b": b"",
     }
     assert (
-        merged(pages).decode()
+        merge_pages(pages).decode()
         == '# HELP x_total X.\n# TYPE x_total counter\nx_total{adapter="f\\"r",replica="a"} 2.0\n'
     )

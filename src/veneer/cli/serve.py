@@ -223,7 +223,7 @@ def _serve(
 
     keyring = _read_keyring(listener.key_file, train)
     host = listener.host
-    hosts = (*LOOPBACK, host.lower()) if keyring.open and is_loopback(host) else None
+    hosts = (*LOOPBACK, host.lower()) if keyring.is_open and is_loopback(host) else None
     with bind(host, listener.port) as server_socket:  # first of all, because it fails fastest
         listener = listener._replace(port=server_socket.getsockname()[1])
         if replicas is None:
@@ -396,7 +396,7 @@ def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
 
     names = service.catalogue.refresh()
     access = ", open to whoever can reach it"
-    if not service.keys.open:
+    if not service.keys.is_open:
         access = f", {len(service.keys.keys)} keys"
     kind = "completions" if service.engine else "embeddings"
     cache_memory = getattr(service.engine, "cache_memory", None)

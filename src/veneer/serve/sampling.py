@@ -97,8 +97,8 @@ class Sampler:
     def allowed_tokens(self, logits: Tensor) -> Tensor:
         """The tokens that the grammar allows next, as a mask [vocabulary]."""
         allowed = allowed_tokens(self.matcher, logits)
-        if self.layout is not None and self.layout.full:
-            blank = self.layout.blank.to(logits.device)
+        if self.layout is not None and self.layout.is_full:
+            blank = self.layout.is_blank.to(logits.device)
             allowed[: len(blank)] &= ~blank
         return allowed
 

@@ -181,7 +181,7 @@ class Asked(Strict, SamplingFields, ABC):
             problem = "structured_outputs beside response_format"
             raise wrong(problem, "one of them", "send one", "structured_outputs")
         most = self.token_limit()
-        if most == 0 and self.prompt_alternatives() is None:
+        if most == 0 and self.prompt_alternative_count() is None:
             expected = "at least 1, or 0 with echo or prompt_logprobs"
             raise wrong("the number 0 in max_tokens", expected, "ask for more", "max_tokens")
         if most is not None and self.min_tokens > most:
@@ -210,21 +210,21 @@ class Asked(Strict, SamplingFields, ABC):
             max(top_k, 0),
             seed,
             stop,
-            self.alternatives(),
+            self.alternative_count(),
             self.schema_of_answer(),
-            prompt_logprobs=self.prompt_alternatives(),
+            prompt_logprobs=self.prompt_alternative_count(),
             **self.sampling_options(bad_words),
         )
 
     @abstractmethod
-    def alternatives(self) -> int | None:
+    def alternative_count(self) -> int | None:
         """The number of alternatives for each token; None for no log-probabilities."""
 
     def token_limit(self) -> int | None:
         """The client's limit of tokens of an answer."""
         return self.max_tokens
 
-    def prompt_alternatives(self) -> int | None:
+    def prompt_alternative_count(self) -> int | None:
         """The number of alternatives for each token of the prompt; None if the prompt is not
         scored."""
         return self.prompt_logprobs
@@ -319,7 +319,7 @@ class ChatRequest(Asked, TemplateFields):
             )
         return self
 
-    def alternatives(self) -> int | None:
+    def alternative_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
 
@@ -335,10 +335,10 @@ class CompletionRequest(Asked):
     logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     add_special_tokens: bool = True
 
-    def alternatives(self) -> int | None:
+    def alternative_count(self) -> int | None:
         return self.logprobs
 
-    def prompt_alternatives(self) -> int | None:
+    def prompt_alternative_count(self) -> int | None:
         echoed = self.logprobs if self.echo else None
         if echoed is None and self.echo and self.max_tokens == 0:
             echoed = 0  # nothing else of it is computed

@@ -27,7 +27,7 @@ from torch.nn.functional import cosine_similarity
 from veneer.errors import AdapterError, SelectionError, sentence
 from veneer.serve import limits, prompts
 from veneer.serve.access import Key
-from veneer.serve.answers import of_cause
+from veneer.serve.answers import refusal_of_cause
 from veneer.serve.body_rules import Name, Strict
 from veneer.serve.embed import Embedder
 from veneer.serve.refusal import Refusal, wrong
@@ -181,7 +181,7 @@ async def _scores(
     else:  # a text of several pairs is encoded once
         sequences = [(text,) for text in dict.fromkeys(text for pair in pairs for text in pair)]
     ids, types = await _read(service, sequences, body.truncate_prompt_tokens)
-    options = {"types": types, "head": True} if embedder.labels else {}
+    options = {"token_types": token_types, "with_head": True} if embedder.labels else {}
     vectors = await vectors_of(request, service, key, ids, blend, **options)
     count = sum(map(len, ids))
     if embedder.labels:
@@ -206,14 +206,14 @@ async def _read(
         for texts in group:
             for text in texts:
                 prompts.check_fits(
-                    service.tokenizer, text, prompts.readable(service.length, truncate), "text_1"
+                    service.tokenizer, text, prompts.max_prompt_tokens(service.length, truncate), "text_1"
                 )
             options = {} if truncate is None else {"truncation": True, "max_length": most}
             encoded = service.tokenizer(*texts, return_token_type_ids=True, **options)
             ids.append(tuple(encoded["input_ids"]))
             types.append(tuple(encoded["token_type_ids"]))
 
-    for group in prompts.groups(sequences, size_of=lambda texts: sum(map(len, texts))):
+    for group in prompts.group_texts(sequences, size_of=lambda texts: sum(map(len, texts))):
         size = sum(len(text) for texts in group for text in texts)
         await in_text_thread(service, size, lambda group=group: read(group))
     longest = max(map(len, ids))
@@ -257,7 +257,7 @@ async def vectors_of(
     except (AdapterError, SelectionError, Refusal) as error:  # as the engine has it
         if isinstance(error, Refusal) and error.code != "engine_error":
             raise
-        raise of_cause(str(error), cause_of(error), key.admin) from error
+        raise refusal_of_cause(str(error), cause_of(error), key.admin) from error
 
 
 def _has_sigmoid(config: Any) -> bool:

@@ -41,7 +41,7 @@ def prepare_process() -> None:
 @with_trust_of_config
 def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Service:
     """Load the base and start the engine, extended by ``plugin``. ``Service.close`` ends it."""
-    must_have_keys_for_any_origin(settings, keys.open)
+    must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
     _must_be_there(settings)
     tracer = open_tracer(settings.otlp_endpoint, settings.name)
@@ -126,7 +126,7 @@ def _embedder(encoder: Any, bank: Bank, rows: int, metrics: Metrics) -> Embedder
         encoder.model,
         bank,
         pad=encoder.tokenizer.pad_token_id or 0,
-        how=encoder.pooling,
+        pooling=encoder.pooling,
         normal=encoder.normal,
         rows=rows,
         observer=metrics,

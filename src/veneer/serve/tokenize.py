@@ -73,8 +73,8 @@ class DetokenizeRequest(Strict):
 async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[str, Any]:
     """The tokens of a text, or of a chat in the base's template."""
     await _check_model(service, key, body.model)
-    tokenizer, length = service.tokenizer, prompts.readable(service.length, -1)
-    tools = [tool.plain() for tool in body.tools]
+    tokenizer, length = service.tokenizer, prompts.max_prompt_tokens(service.length, -1)
+    tools = [tool.template_dict() for tool in body.tools]
 
     def read() -> tuple[list[int], list[str] | None]:
         if body.messages is None:
@@ -86,7 +86,7 @@ async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[
             added = bool(body.add_special_tokens)
             arguments = body.template_arguments()
             ids = list(
-                prompts.chat(
+                prompts.chat_tokens(
                     tokenizer, body.messages, length, tools, arguments, add_special_tokens=added
                 )
             )
@@ -106,7 +106,7 @@ async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[
 async def detokenize(body: DetokenizeRequest, service: Serving, key: Asker) -> dict[str, str]:
     """The text of some tokens."""
     await _check_model(service, key, body.model)
-    most = prompts.readable(service.length, -1)
+    most = prompts.max_prompt_tokens(service.length, -1)
     if len(body.tokens) > most:
         problem, expected = f"{len(body.tokens):,} tokens", f"at most {most:,}"
         raise Refusal(400, problem, expected, "send fewer at once", param="tokens")

@@ -326,7 +326,7 @@ def start(
 ) -> Service:
     """Start vLLM, and what stands before it. ``Service.close`` ends both; ``ended`` is called if
     vLLM ends by itself."""
-    must_have_keys_for_any_origin(settings, keys.open)
+    must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
     program = vllm.program()
     folders = {} if settings.adapters is None else served_folders(settings.adapters)

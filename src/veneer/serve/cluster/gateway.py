@@ -25,7 +25,7 @@ from veneer.serve import limits
 from veneer.serve.access import Keyring
 from veneer.serve.cluster.routing import OPERATOR, adapter_of
 from veneer.serve.guard import Guard
-from veneer.serve.metrics import Metrics, merged
+from veneer.serve.metrics import Metrics, merge_pages
 from veneer.serve.refusal import RETRY, Refusal
 
 log = logging.getLogger("veneer.serve")
@@ -104,7 +104,7 @@ class Gateway:
         answer = next((answer for answer in answers if answer.status != 200), answers[0])
         if answer.status == 200:
             page = await asyncio.to_thread(
-                merged, {answer.replica: answer.body for answer in answers}
+                merge_pages, {answer.replica: answer.body for answer in answers}
             )
             headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
             answer = CompleteAnswer(

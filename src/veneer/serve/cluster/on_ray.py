@@ -168,7 +168,7 @@ def application(
     """The gateway and the replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to
     Ray."""
     # report an invalid file here, not in the log of a process that fails to start
-    must_have_keys_for_any_origin(settings, _keyring(keys).open)
+    must_have_keys_for_any_origin(settings, _keyring(keys).is_open)
     router: dict[str, Any] = {
         "request_router_class": AdapterRouter,
         "request_router_kwargs": {"rows": settings.rows},

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any
 
 from veneer.fileio.untrusted import parse
-from veneer.serve.answers import Answers, Form, Pieces, collect, failure
+from veneer.serve.answers import AnswerForm, Answers, Pieces, collect, failure
 from veneer.serve.messages.request import MessagesRequest
 from veneer.serve.requests import Piece
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, call_id, join_deltas
@@ -26,7 +26,7 @@ Event = dict[str, Any]
 class MessagesView:
     """The answer to one request, written as it comes."""
 
-    def __init__(self, form: Form, body: MessagesRequest) -> None:
+    def __init__(self, form: AnswerForm, body: MessagesRequest) -> None:
         self._form, self._model = form, body.model
         self._id = call_id("msg")
         self._block = ""  # the type of the block that is open
@@ -53,7 +53,7 @@ class MessagesView:
                 step = await anext(pieces, None)
 
     def _of_piece(self, piece: Piece) -> Iterator[Event]:
-        refusal = failure(piece, self._form.candid)
+        refusal = failure(piece, self._form.shows_internal_errors)
         if refusal is not None:
             yield refusal.messages_body()
             return
@@ -102,14 +102,14 @@ class MessagesView:
 
     def _end(self, piece: Piece) -> dict[str, Any]:
         """Why the answer ended with this piece, and what it cost."""
-        finish = self._form.finish(0, piece)
+        finish = self._form.finish_reason(0, piece)
         reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
         reason = reasons.get(finish or "", "stop_sequence" if piece.stop else "end_turn")
         stop = piece.stop if reason == "stop_sequence" else None
         return {"stop_reason": reason, "stop_sequence": stop, "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
-        counts = self._form.counts(self._generated, {0: self._cached})
+        counts = self._form.usage_counts(self._generated, {0: self._cached})
         return {
             "input_tokens": counts["prompt_tokens"] - self._cached,
             "cache_creation_input_tokens": 0,

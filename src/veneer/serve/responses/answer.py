@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from veneer.serve.answers import Answers, Form, Pieces, collect, failure
+from veneer.serve.answers import AnswerForm, Answers, Pieces, collect, failure
 from veneer.serve.requests import Piece
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.tools.deltas import CallDelta, Delta, call_id
@@ -31,7 +31,7 @@ Event = dict[str, Any]
 class ResponsesView:
     """The answer to one request, written as it comes."""
 
-    def __init__(self, form: Form, body: ResponsesRequest) -> None:
+    def __init__(self, form: AnswerForm, body: ResponsesRequest) -> None:
         self._form, self._body = form, body
         self._id, self._created = call_id("resp"), int(time.time())
         self._output: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ class ResponsesView:
 
     def _of_piece(self, piece: Piece) -> Iterator[Event]:
         """The events that follow from one piece of the answer."""
-        refusal = failure(piece, self._form.candid)
+        refusal = failure(piece, self._form.shows_internal_errors)
         if refusal is not None:
             error = {"code": "server_error", "message": str(refusal)}
             response = self._response("failed", error=error)
@@ -157,7 +157,7 @@ class ResponsesView:
         }  # fmt: skip
 
     def _usage(self) -> dict[str, Any]:
-        counts = self._form.counts(self._generated, {0: self._cached})
+        counts = self._form.usage_counts(self._generated, {0: self._cached})
         return {
             "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": self._cached, "cache_write_tokens": 0},
