@@ -540,7 +540,7 @@ def test_large_texts_that_wait_for_the_tokenizer_are_bounded(it, route):
     """Forty texts of 1 MB kept a short one waiting for as many seconds; what is too much gets 429
     at once."""
     text, begun, go = "a" * 900_000, threading.Event(), threading.Event()
-    it.service.texts.submit(lambda: (begun.set(), go.wait(20)))
+    it.service.text_executor.submit(lambda: (begun.set(), go.wait(20)))
     assert begun.wait(10)
     said = (
         {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
@@ -555,7 +555,7 @@ def test_large_texts_that_wait_for_the_tokenizer_are_bounded(it, route):
         found = sorted(answer.result().status_code for answer in waiting)
     assert found == [400] * 4 + [429] * 4
     assert it.client().completions.create(model=BASE, prompt="a").choices
-    assert it.service.reading == 0
+    assert it.service.waiting_chars == 0
 
 
 def test_a_request_that_meets_the_end_of_the_engine_gets_503(tmp_path):

@@ -24,7 +24,7 @@ from veneer.errors import sentence
 from veneer.serve.refusal import RETRY, Refusal
 from veneer.serve.request_log import CURRENT
 from veneer.serve.requests import Cause, Piece, Request, Token
-from veneer.serve.schemas import Asked, ChatRequest
+from veneer.serve.schemas import GenerationRequest, ChatRequest
 from veneer.serve.tools.choose import CallReading
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas
 
@@ -103,7 +103,7 @@ class AnswerForm:
     """
 
     def __init__(
-        self, body: Asked, prompts: Sequence[Sequence[int]], echoed_texts: Sequence[str],
+        self, body: GenerationRequest, prompts: Sequence[Sequence[int]], echoed_texts: Sequence[str],
         shows_internal_errors: bool, reading: CallReading | None = None,
     ) -> None:  # fmt: skip
         self.is_chat, self.model = isinstance(body, ChatRequest), body.model
@@ -243,7 +243,7 @@ def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
 
 
 def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bool) -> Refusal:
-    """The error response for a failure in the engine. Its status is the one that ``refusal.of``
+    """The error response for a failure in the engine. Its status is the one that ``error_refusal``
     gives the same failure before an answer begins."""
     match cause:
         case "bad_request":

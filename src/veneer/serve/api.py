@@ -33,11 +33,11 @@ from veneer.serve.messages.request import CountRequest, MessagesRequest
 from veneer.serve.prompt_form import prompt_form
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy, RequestError
-from veneer.serve.requests import Request as Job
+from veneer.serve.requests import Request as EngineRequest
 from veneer.serve.responses.answer import ResponsesView
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.schemas import (
-    Asked,
+    GenerationRequest,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -53,7 +53,7 @@ from veneer.serve.service import (
     Serving,
     in_text_thread,
     requested_adapters,
-    unless_gone,
+    unless_disconnected,
 )
 from veneer.serve.submission import EventStream, submit
 from veneer.serve.tools.choose import CallReading, call_reading
@@ -88,7 +88,7 @@ def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE) ->
 
 def _answer_invalid_body(request: Request, error: Any) -> Response:
     """Answer an invalid body: name the field that is wrong and the reason, without its content."""
-    return refusal.of_body(error.errors(), error.body).response(request.url.path)
+    return refusal.body_refusal(error.errors(), error.body).response(request.url.path)
 
 
 def _answer_http_error(request: Request, error: Any) -> Response:
@@ -104,8 +104,8 @@ def _answer_veneer_error(request: Request, error: Any) -> Response:
     service: Service = request.app.state.service
     # the engine may have stopped while the prompt was read
     if isinstance(error, Busy) and not service.ready:
-        error = service.unready()
-    return refusal.of(error).response(request.url.path)
+        error = service.unready_refusal()
+    return refusal.error_refusal(error).response(request.url.path)
 
 
 @operations.get("/health")
@@ -118,7 +118,7 @@ async def health() -> dict[str, str]:
 async def ready(service: Serving) -> Response:
     """Whether the server takes requests, and the path prefixes of its extensions."""
     if not service.ready:
-        raise service.unready()
+        raise service.unready_refusal()
     extensions = [extension.path_prefix for extension in service.extensions]
     return JSONResponse({"status": "ready", "extensions": extensions})
 
@@ -182,7 +182,7 @@ async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> 
     """Load an adapter under a new name, or replace the adapter of a served name."""
     load = partial(service.catalogue.load, inplace=body.load_inplace, pin=body.pin)
     await asyncio.get_running_loop().run_in_executor(
-        service.admin, load, body.lora_name, body.lora_path
+        service.admin_executor, load, body.lora_name, body.lora_path
     )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -191,7 +191,7 @@ async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> 
 async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin) -> Response:
     """Stop serving an adapter. Its files stay."""
     await asyncio.get_running_loop().run_in_executor(
-        service.admin, service.catalogue.unload, body.lora_name
+        service.admin_executor, service.catalogue.unload, body.lora_name
     )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -374,7 +374,7 @@ async def read_texts(
     return tokens
 
 
-async def _authorized_blend(service: Service, key: Key, body: Asked) -> dict[str, float]:
+async def _authorized_blend(service: Service, key: Key, body: GenerationRequest) -> dict[str, float]:
     """The adapters that a generation request names, with their weights. ``Refusal``: the key may
     not use them, the base generates no text, or the requested grammar is too large."""
     extension = service.extension_of(body.model) if body.adapters is None else None
@@ -393,7 +393,7 @@ async def _authorized_blend(service: Service, key: Key, body: Asked) -> dict[str
 
 async def _answer(
     request: Request,
-    body: Asked,
+    body: GenerationRequest,
     blend: dict[str, float],
     tokens: Tokens,
     max_tokens: int,
@@ -414,8 +414,8 @@ async def _answer(
         char_count = sum(map(len, body.bad_words))
         tokenize_words = partial(prompts.word_tokens, service.tokenizer, body.bad_words)
         bad_words = await in_text_thread(service, char_count, tokenize_words)
-    jobs = [
-        Job(
+    engine_requests = [
+        EngineRequest(
             prompt,
             blend,
             replace(
@@ -430,10 +430,10 @@ async def _answer(
         )
         for answer_index, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
-    answers = await submit(service, key, jobs)
+    answers = await submit(service, key, engine_requests)
     if not body.stream:
         try:
-            content = await unless_gone(request, view.complete(answers))
+            content = await unless_disconnected(request, view.complete(answers))
         finally:
             answers.cancel()  # also if ``complete`` was never started
         return (
@@ -445,14 +445,14 @@ async def _answer(
         on_failure.callback(answers.cancel)
         pieces = answers.pieces()
         # wait for the first piece: an answer that fails before it starts gets an HTTP error status
-        first = await unless_gone(request, anext(pieces))
+        first = await unless_disconnected(request, anext(pieces))
         if refused := failure(first[1], form.shows_internal_errors):
             raise refused
         on_failure.pop_all()
     return EventStream(answers, view.events(first, pieces))
 
 
-def _check_prompt_logprobs(body: Asked, tokens: Tokens) -> None:
+def _check_prompt_logprobs(body: GenerationRequest, tokens: Tokens) -> None:
     """Refuse a request for more log-probabilities of prompt tokens than one response may have."""
     alternative_count = body.prompt_alternative_count()
     if alternative_count is None:

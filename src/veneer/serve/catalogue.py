@@ -122,9 +122,9 @@ class ServedNames:
         try:
             return source.resolve(path)
         except LibraryError as error:
-            kind = "NotFoundError"
+            error_type = "NotFoundError"
             raise Refusal(
-                404, str(error), param="lora_path", code="not_found", kind=kind
+                404, str(error), param="lora_path", code="not_found", error_type=error_type
             ) from error
 
     def relocate(self, location: Location) -> Location:
@@ -297,8 +297,9 @@ class Catalogue:
             if old is not None and not inplace and (has_new_path or (resident and pin is None)):
                 do = "If you want to load the adapter in place, set 'load_inplace' to True."
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
-                kind = "InvalidUserInput"
-                raise Refusal(400, message, param="lora_name", code="already_loaded", kind=kind)
+                error_type = "InvalidUserInput"
+                code = "already_loaded"
+                raise Refusal(400, message, param="lora_name", code=code, error_type=error_type)
             if has_new_path or inplace or not (resident or pin is False):
                 self._bank.add(location.path, name=name, replace=old is not None)
                 self._adapters.accept(name, location)
@@ -326,8 +327,8 @@ class Catalogue:
             if name not in self._adapters:
                 near = nearest(name, self._adapters.names)
                 message = f"The lora adapter {name[:128]!r} cannot be found{near}."
-                code, kind = "model_not_found", "NotFoundError"
-                raise Refusal(404, message, param="lora_name", code=code, kind=kind)
+                code, error_type = "model_not_found", "NotFoundError"
+                raise Refusal(404, message, param="lora_name", code=code, error_type=error_type)
             self._served.forget(name)
             self._unregister(name)
         log.info("Unloaded adapter %r", name)
@@ -346,7 +347,7 @@ class Catalogue:
         location = old or self._served.list_source().get(name)
         if location is None:
             message = "Both 'lora_name' and 'lora_path' must be provided for a name that is new."
-            raise Refusal(400, message, param="lora_path", kind="InvalidUserInput")
+            raise Refusal(400, message, param="lora_path", error_type="InvalidUserInput")
         return self._served.relocate(location)  # its files may have changed since the last listing
 
     def _unregister(self, name: str) -> None:
