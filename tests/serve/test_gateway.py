@@ -144,7 +144,7 @@ def test_a_stream_begins_anew_only_before_its_first_event(fleet):
 
 
 def test_when_all_attempts_are_lost_the_client_may_try_again(fleet):
-    fleet.dying = [0] * gateway.TRIES
+    fleet.dying = [0] * gateway.MAX_ATTEMPTS
     answer = fleet.request("POST", "/v1/completions", json=BODY)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
     assert answer.headers["retry-after"]
@@ -155,7 +155,7 @@ def test_what_a_replica_refuses_is_passed_on(fleet):
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert fleet.request("POST", "/v1/completions", content=b"{").status_code == 400
     assert fleet.request("GET", "/v1/models").json()["data"][1]["id"] == "french"
-    assert fleet.asked == ["nobody", "", routing.OPERATOR]
+    assert fleet.asked == ["nobody", "", routing.NO_MODEL_KEY]
 
 
 def test_a_body_that_is_too_large_reaches_no_replica(fleet):

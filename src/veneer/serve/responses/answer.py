@@ -35,10 +35,11 @@ class ResponsesView:
         self._form, self._body = form, body
         self._id, self._created = call_id("resp"), int(time.time())
         self._output: list[dict[str, Any]] = []
-        self._item_is_open = False  # the last item is not done
+        self._item_is_open = False  # whether more of the last output item may follow
         self._generated_tokens = self._cached_tokens = self._event_number = 0
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
+        """The response body, once the answer has ended."""
         (pieces,) = await collect(answers, self._form)
         events = [event for piece in pieces for event in self._piece_events(piece)]
         return events[-1]["response"]
@@ -131,6 +132,7 @@ class ResponsesView:
         return {**self._item_event(event_type), "content_index": 0, **fields}
 
     def _encode(self, event: Event) -> bytes:
+        """A server-sent event, with the next number."""
         data = json.dumps({**event, "sequence_number": self._event_number}, separators=(",", ":"))
         self._event_number += 1
         return f"event: {event['type']}\ndata: {data}\n\n".encode()

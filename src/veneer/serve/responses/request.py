@@ -200,8 +200,8 @@ class ResponsesRequest(Strict):
         return None if self.text is None else self.text.format
 
     def messages(self) -> list[Message]:
-        """The messages of the chat. Tool calls that follow an assistant's text or another call become
-        one message with it."""
+        """The messages of the chat. Tool calls that follow an assistant's text or another call
+        become one message with it."""
         messages: list[Message] = []
 
         def add(role: str, text: str, **fields: Any) -> None:
@@ -232,7 +232,8 @@ class ResponsesRequest(Strict):
             schema = JsonSchema.model_construct(schema_=answer_format.schema_)
             answer_format = SchemaFormat.model_construct(type="json_schema", json_schema=schema)
         return ChatRequest.model_construct(
-            model=self.model, adapters=self.adapters, messages=self.messages(), tools=self._chat_tools(),
+            model=self.model, adapters=self.adapters, messages=self.messages(),
+            tools=self._chat_tools(),
             tool_choice=self._chat_tool_choice(), parallel_tool_calls=self.parallel_tool_calls,
             response_format=answer_format, temperature=self.temperature, top_p=self.top_p,
             top_k=self.top_k, seed=self.seed, max_tokens=self.max_output_tokens, stream=self.stream,
@@ -241,4 +242,4 @@ class ResponsesRequest(Strict):
 
 def _text(content: str | list[ContentPart]) -> str:
     """Content as one text."""
-    return content if isinstance(content, str) else "".join(piece.text for piece in content)
+    return content if isinstance(content, str) else "".join(block.text for block in content)
