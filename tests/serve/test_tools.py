@@ -332,7 +332,10 @@ def test_arguments_that_are_no_json_stay_text():
         "role": "assistant",
         "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": '{"a'}}],
     }
-    assert Message.model_validate(call).template_dict()["tool_calls"][0]["function"]["arguments"] == '{"a'
+    assert (
+        Message.model_validate(call).template_dict()["tool_calls"][0]["function"]["arguments"]
+        == '{"a'
+    )
 
 
 def test_a_result_has_the_name_of_its_tool():

@@ -5,7 +5,7 @@
     sha256 = "2c26b4…"                hash of the key that the client sends
     adapters = ["french-*", "chat"]   patterns of the adapters it may use; none by default
     base = true                       may use the base without an adapter; true by default
-    admin = false                     may load and unload adapters and read metrics; false by default
+    admin = false                     may load and unload adapters, read metrics; false by default
     train = false                     may use the training routes, and the base alone, which is
                                       what an untrained run answers with; false by default
     runs = 10                         most adapters in training at one time
@@ -70,8 +70,8 @@ class Key:
         return self.name if self.sha256 else ""
 
     def may_use(self, names: Iterable[str]) -> bool:
-        """Whether the key may use all adapters in ``names``; if it is empty, whether the key may use
-        the base."""
+        """Whether the key may use all adapters in ``names``; if it is empty, whether the key may
+        use the base."""
         names = tuple(names)
         return all(map(self.sees, names)) if names else self.base
 
@@ -145,7 +145,8 @@ def read_keys(path: str | Path) -> Keyring:
             if count > 1
         )
         problems += [
-            sentence(f"{field} {value!r} twice", "once", "take one of them out") for value in duplicates
+            sentence(f"{field} {value!r} twice", "once", "take one of them out")
+            for value in duplicates
         ]
     raise_all(ConfigError, f"The key file {path} was not taken", problems)
     return Keyring(tuple(keys))

@@ -24,7 +24,7 @@ from veneer.errors import sentence
 from veneer.serve.refusal import RETRY, Refusal
 from veneer.serve.request_log import CURRENT
 from veneer.serve.requests import Cause, Piece, Request, Token
-from veneer.serve.schemas import GenerationRequest, ChatRequest
+from veneer.serve.schemas import ChatRequest, GenerationRequest
 from veneer.serve.tools.choose import CallReading
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas
 
@@ -103,8 +103,9 @@ class AnswerForm:
     """
 
     def __init__(
-        self, body: GenerationRequest, prompts: Sequence[Sequence[int]], echoed_texts: Sequence[str],
-        shows_internal_errors: bool, reading: CallReading | None = None,
+        self, body: GenerationRequest, prompts: Sequence[Sequence[int]],
+        echoed_texts: Sequence[str], shows_internal_errors: bool,
+        reading: CallReading | None = None,
     ) -> None:  # fmt: skip
         self.is_chat, self.model = isinstance(body, ChatRequest), body.model
         self.created = int(time.time())

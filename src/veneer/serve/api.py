@@ -37,10 +37,10 @@ from veneer.serve.requests import Request as EngineRequest
 from veneer.serve.responses.answer import ResponsesView
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.schemas import (
-    GenerationRequest,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    GenerationRequest,
     LoadRequest,
     UnloadRequest,
 )
@@ -374,7 +374,9 @@ async def read_texts(
     return tokens
 
 
-async def _authorized_blend(service: Service, key: Key, body: GenerationRequest) -> dict[str, float]:
+async def _authorized_blend(
+    service: Service, key: Key, body: GenerationRequest
+) -> dict[str, float]:
     """The adapters that a generation request names, with their weights. ``Refusal``: the key may
     not use them, the base generates no text, or the requested grammar is too large."""
     extension = service.extension_of(body.model) if body.adapters is None else None

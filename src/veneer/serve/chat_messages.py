@@ -99,7 +99,9 @@ class Message(Strict):
     @model_validator(mode="after")
     def _check_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
-            raise value_error(f"tool_calls in a message of {self.role}", "an assistant's", "leave it out")
+            raise value_error(
+                f"tool_calls in a message of {self.role}", "an assistant's", "leave it out"
+            )
         if (self.tool_call_id is None) == (self.role == "tool"):
             article = "no" if self.role == "tool" else "a"
             problem = f"{article} tool_call_id in a message of {self.role}"
@@ -138,7 +140,9 @@ def check_history(messages: Sequence[Message], param: str) -> None:
         if message.tool_call_id is not None:
             if message.tool_call_id not in function_names:
                 problem = f"a tool's result for the call {message.tool_call_id[:80]!r}"
-                raise value_error(problem, "a call of an earlier message", "send that message too", param)
+                raise value_error(
+                    problem, "a call of an earlier message", "send that message too", param
+                )
             message.name = message.name or function_names[message.tool_call_id]
 
 
@@ -150,12 +154,18 @@ def check_tools(
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
         duplicate = next(name for name in names if names.count(name) > 1)
-        raise value_error(f"two tools named {duplicate!r}", "names that differ", "rename one", "tools")
+        raise value_error(
+            f"two tools named {duplicate!r}", "names that differ", "rename one", "tools"
+        )
     if isinstance(choice, NamedChoice) and choice.function.name not in names:
         problem = f"tool_choice {choice.function.name[:80]!r}, which is no tool of the request"
         raise value_error(problem, "a name in tools", "check the spelling", "tool_choice")
     if choice == "required" and not names:
-        raise value_error("tool_choice 'required' without tools", "both", "add tools", "tool_choice")
+        raise value_error(
+            "tool_choice 'required' without tools", "both", "add tools", "tool_choice"
+        )
     if has_format and names and choice != "none":
         problem = f"{param} beside tools that may be called"
-        raise value_error(problem, "one of them", 'leave one out, or send tool_choice "none"', param)
+        raise value_error(
+            problem, "one of them", 'leave one out, or send tool_choice "none"', param
+        )

@@ -61,7 +61,9 @@ def preflight_response(origins: Collection[str], headers: Any) -> Response:
         "access-control-allow-methods": ALLOWED_METHODS,
         "access-control-max-age": str(CACHE_SECONDS),
         "access-control-allow-headers": (
-            requested_names if _HEADER_NAMES.fullmatch(requested_names) else "authorization, content-type"
+            requested_names
+            if _HEADER_NAMES.fullmatch(requested_names)
+            else "authorization, content-type"
         ),
     }
     return Response(status_code=204, headers=response_headers)

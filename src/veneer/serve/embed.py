@@ -220,9 +220,7 @@ class Embedder:
                 f"{type(error).__name__}: {error}",
             )
         are_finite = torch.isfinite(vectors).all(-1).tolist()
-        failed = {
-            call for call, is_finite in zip(calls, are_finite, strict=True) if not is_finite
-        }
+        failed = {call for call, is_finite in zip(calls, are_finite, strict=True) if not is_finite}
         for call in failed:
             self._end(call, Refusal(500, reason, code="engine_error"))
         for call, vector in zip(calls, vectors, strict=True):

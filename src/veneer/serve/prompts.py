@@ -314,7 +314,9 @@ def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
         prefix_length *= 4
 
 
-def group_texts(texts: Sequence[Any], size_of: Callable[[Any], int] = len) -> Iterator[Sequence[Any]]:
+def group_texts(
+    texts: Sequence[Any], size_of: Callable[[Any], int] = len
+) -> Iterator[Sequence[Any]]:
     """Divide texts, or lists of token ids, into groups of about ``GROUP_CHARS`` characters. A text
     that is longer is a group by itself."""
     start = size = 0

@@ -53,7 +53,9 @@ def _limit_template_arguments(value: Any) -> Any:
     byte_count = len(json.dumps(value)) if isinstance(value, dict) else 0
     if byte_count > limits.TEMPLATE_KWARGS:
         expected = f"at most {limits.TEMPLATE_KWARGS:,}"
-        raise value_error(f"{byte_count:,} bytes in chat_template_kwargs", expected, "leave some out")
+        raise value_error(
+            f"{byte_count:,} bytes in chat_template_kwargs", expected, "leave some out"
+        )
     return value
 
 
@@ -142,7 +144,9 @@ class StructuredOutputs(BaseModel):
         if len(sent_names) != 1:
             problem = f"{' and '.join(sent_names) or 'nothing'} in structured_outputs"
             expected = f"one of {', '.join(constraints)}"
-            raise value_error(problem, expected, "send one form of the answer", "structured_outputs")
+            raise value_error(
+                problem, expected, "send one form of the answer", "structured_outputs"
+            )
         if isinstance(self.json_, str):
             try:
                 schema = parse(self.json_.encode())
@@ -150,7 +154,9 @@ class StructuredOutputs(BaseModel):
                 schema = None
             if not isinstance(schema, dict):
                 do = "check structured_outputs.json"
-                raise value_error("a text that is no JSON schema", "an object", do, "structured_outputs")
+                raise value_error(
+                    "a text that is no JSON schema", "an object", do, "structured_outputs"
+                )
             self.json_ = schema
         return self
 
@@ -186,14 +192,18 @@ class SamplingFields(BaseModel):
         ]
         | None
     ) = None
-    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_limit_structured_outputs)] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None, BeforeValidator(_limit_structured_outputs)
+    ] = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     truncate_prompt_tokens: Truncation | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     request_id: (
         Annotated[
-            str, Field(min_length=1, max_length=limits.REQUEST_ID), AfterValidator(_refuse_unprintable)
+            str,
+            Field(min_length=1, max_length=limits.REQUEST_ID),
+            AfterValidator(_refuse_unprintable),
         ]
         | None
     ) = None
@@ -203,12 +213,16 @@ class SamplingFields(BaseModel):
     @classmethod
     def _rename_guided(cls, data: Any) -> Any:
         """Turn a field with an older name (``GUIDED``) into a field of ``structured_outputs``."""
-        sent_names = [name for name in GUIDED if isinstance(data, dict) and data.get(name) is not None]
+        sent_names = [
+            name for name in GUIDED if isinstance(data, dict) and data.get(name) is not None
+        ]
         if not sent_names:
             return data
         if len(sent_names) > 1 or data.get("structured_outputs") is not None:
             second_name = [*sent_names[1:], "structured_outputs"][0]
-            raise value_error(f"{sent_names[0]} beside {second_name}", "one of them", "send one", sent_names[0])
+            raise value_error(
+                f"{sent_names[0]} beside {second_name}", "one of them", "send one", sent_names[0]
+            )
         other_fields = {name: value for name, value in data.items() if name not in GUIDED}
         return {
             **other_fields,

@@ -110,9 +110,7 @@ class Shares:
         the smallest counts too."""
         idle = [name for name in self._served if name not in self._busy]
         expired = [
-            name
-            for name in idle
-            if not self._busy or self._served[name] <= self.virtual_time
+            name for name in idle if not self._busy or self._served[name] <= self.virtual_time
         ]
         if len(idle) - len(expired) > MAX_IDLE:
             expired = sorted(idle, key=self._served.__getitem__)[: len(idle) - MAX_IDLE]

@@ -53,9 +53,7 @@ class Service:
     embedder: Embedder | None = None  # answers embeddings; None for a causal model
     extensions: list[Extension] = field(default_factory=list)
     # values of sampling fields that a request leaves out
-    sampling: SamplingDefaults = field(
-        default_factory=SamplingDefaults
-    )
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     tool_call_parser: str | None = None  # its name; None: detect it from the chat template
     timeout: float = 600.0  # seconds that an answer may take
     dtype: str = "float32"  # of the base's weights, as torch names it
@@ -175,6 +173,7 @@ def _with_large_bodies(
     handle: Callable[[Any], Coroutine[Any, Any, Response]], model: Any
 ) -> Callable[[Any], Coroutine[Any, Any, Response]]:
     """A request handler that parses a large body in a thread before it calls ``handle``."""
+
     async def parse_and_handle(request: Any) -> Response:
         await request.parse_large_body(model)
         return await handle(request)
@@ -187,7 +186,7 @@ class Route(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        # OpenAPI shows the first sentence of the route function's docstring, not the function's name
+        # OpenAPI shows the first sentence of the function's docstring, not the function's name
         sentences = " ".join(self.description.split()).split(". ")
         self.summary = self.summary or sentences[0].removesuffix(".") or None
 

@@ -96,7 +96,7 @@ def settings_of(base: str, **options: Any) -> Settings:
 
 
 def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
-    """The distinct ``origins``. ``ConfigError``: a browser would send one of them in another way."""
+    """The distinct ``origins``. ``ConfigError``: no browser would send one of them as it is."""
     origins = tuple(dict.fromkeys(origins))
     invalid = [origin for origin in origins if origin != "*" and not _ORIGIN.fullmatch(origin)]
     problems = [

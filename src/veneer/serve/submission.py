@@ -21,7 +21,9 @@ async def submit(service: Service, key: Key, engine_requests: list[EngineRequest
     loop, charge = asyncio.get_running_loop(), None
     extension = next(filter(None, map(service.extension_of, engine_requests[0].blend)), None)
     if extension is not None:
-        token_count = sum(len(request.prompt) + request.sampling.max_tokens for request in engine_requests)
+        token_count = sum(
+            len(request.prompt) + request.sampling.max_tokens for request in engine_requests
+        )
         charge = await extension.reserve_tokens(key, token_count)
 
     def submit_all() -> Answers:

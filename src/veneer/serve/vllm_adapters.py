@@ -267,9 +267,7 @@ class VllmAdapters:
         if reasons:
             shutil.rmtree(folder, ignore_errors=True)
             do = "blend fewer adapters, or write the blend with `veneer compose --rank`"
-            problems = [
-                sentence(reason, "a blend that vLLM can load", do) for reason in reasons
-            ]
+            problems = [sentence(reason, "a blend that vLLM can load", do) for reason in reasons]
             raise_all(AdapterError, "The blend cannot be served", problems)
         return folder
 

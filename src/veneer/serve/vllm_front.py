@@ -154,9 +154,7 @@ def _read_body(content: bytes, path: str) -> dict[str, Any]:
         try:
             body["adapters"] = _BLEND.validate_python(body["adapters"], strict=True)
         except ValidationError as error:
-            errors = [
-                {**detail, "loc": ("adapters", *detail["loc"])} for detail in error.errors()
-            ]
+            errors = [{**detail, "loc": ("adapters", *detail["loc"])} for detail in error.errors()]
             raise body_refusal(errors, body) from error
     return body
 

@@ -53,9 +53,7 @@ def register() -> None:
             from veneer.serve.vllm_resolver import Adapters
 
             with self.lock:  # all threads share one instance, which caches the base's fingerprints
-                self.adapters = self.adapters or Adapters(
-                    library_address, verify_base=verify_base
-                )
+                self.adapters = self.adapters or Adapters(library_address, verify_base=verify_base)
             try:
                 return self.adapters.find(base, name)
             except (VeneerError, OSError) as error:

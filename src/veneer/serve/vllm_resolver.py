@@ -94,7 +94,9 @@ class BaseProofs:
             if fingerprint not in (None, recorded[weight_name])
         ]
         missing = [
-            weight_name for weight_name in base_record["weights"] if fingerprints[weight_name] is None
+            weight_name
+            for weight_name in base_record["weights"]
+            if fingerprints[weight_name] is None
         ]
         if different or missing:
             differences = [
@@ -119,7 +121,9 @@ class BaseProofs:
 class Adapters:
     """The adapters of one library or remote address. Several threads may call ``find`` at once."""
 
-    def __init__(self, address: str, *, verify_base: bool = True, cache: Path | None = None) -> None:
+    def __init__(
+        self, address: str, *, verify_base: bool = True, cache: Path | None = None
+    ) -> None:
         """``cache``: the folder for copies; None: ``veneer/adapters`` in ``$XDG_CACHE_HOME``
         or ``~/.cache``."""
         self._source = (

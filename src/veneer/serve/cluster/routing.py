@@ -5,9 +5,9 @@ Each pair of an adapter and a replica has a hash. The replica with the largest h
 the adapter (rendezvous hashing: Thaler and Ravishankar 1998). The adapters in memory need not be
 tracked, because a replica loads the adapters of the requests that it gets. If a replica is removed,
 only the adapters whose home it was move, each to the replica with the next largest hash. A new
-replica takes over some adapters of every other replica. A request whose home has no free row goes to
-the replica with the next largest hash. So an adapter with more requests than one replica can answer
-is in memory on two replicas, always the same two.
+replica takes over some adapters of every other replica. A request whose home has no free row goes
+to the replica with the next largest hash. So an adapter with more requests than one replica can
+answer is in memory on two replicas, always the same two.
 """
 
 from __future__ import annotations

@@ -130,7 +130,12 @@ def _content_block(text_or_call: str | Call) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict):
         return {"type": "text", "text": f"{text_or_call.name} {text_or_call.arguments}"}
-    return {"type": "tool_use", "id": text_or_call.id, "name": text_or_call.name, "input": arguments}
+    return {
+        "type": "tool_use",
+        "id": text_or_call.id,
+        "name": text_or_call.name,
+        "input": arguments,
+    }
 
 
 def _encode(event: Event) -> bytes:

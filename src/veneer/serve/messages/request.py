@@ -91,7 +91,9 @@ class Turn(Strict):
         misplaced = types & {"tool_result" if self.role == "assistant" else "tool_use"}
         if misplaced:
             problem = f"a block of {misplaced.pop()} in a message of {self.role}"
-            raise value_error(problem, "tool_use of an assistant, tool_result of a user", "change it")
+            raise value_error(
+                problem, "tool_use of an assistant, tool_result of a user", "change it"
+            )
         return self
 
     def messages(self) -> list[Message]:

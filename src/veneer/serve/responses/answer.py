@@ -115,7 +115,9 @@ class ResponsesView:
         entry["status"], self._item_is_open = status, False
         if entry["type"] == "message":
             content = entry["content"][0]
-            yield self._content_event("response.output_text.done", text=content["text"], logprobs=[])
+            yield self._content_event(
+                "response.output_text.done", text=content["text"], logprobs=[]
+            )
             yield self._content_event("response.content_part.done", part=dict(content))
         else:
             event_type = "response.function_call_arguments.done"

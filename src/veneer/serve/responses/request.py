@@ -181,7 +181,9 @@ class ResponsesRequest(Strict):
     def _check_conversation(self) -> Self:
         if self.store:
             problem = "store true, and a server that keeps no response"
-            raise value_error(problem, "false", "leave it out, and keep the response yourself", "store")
+            raise value_error(
+                problem, "false", "leave it out, and keep the response yourself", "store"
+            )
         check_history(self.messages(), "input")
         has_format = not isinstance(self._text_format(), TextFormat | None)
         check_tools(self._chat_tools(), self._chat_tool_choice(), has_format, "text")
