@@ -191,7 +191,7 @@ def test_a_fault_ends_the_batch_alone(embedder, caplog):
     with pytest.raises(Refusal, match="a fault"):
         embedder.submit([(1,)] * 6, {}, 10).result(10)
     embedder.drain(10)
-    embedder._refuses = embedder.model.fails = False
+    embedder._refuses_calls = embedder.model.fails = False
     assert values(embedder.submit([(3,)], {}, 10)) == [3]
     assert embedder.bank.held == 0
     assert "A batch of embeddings failed" in caplog.text

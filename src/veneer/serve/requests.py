@@ -154,5 +154,6 @@ CAUSES: dict[type[VeneerError], Cause] = {
 
 def cause_of(error: BaseException) -> Cause | None:
     """The cause of a failure; None if the server itself is at fault."""
-    causes = (cause for error_class, cause in CAUSES.items() if isinstance(error, error_class))
-    return next(causes, None)
+    return next(
+        (cause for error_class, cause in CAUSES.items() if isinstance(error, error_class)), None
+    )
