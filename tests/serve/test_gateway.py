@@ -15,7 +15,7 @@ from tests.support.api_server import fake_service
 from veneer.serve.access import Keyring
 from veneer.serve.api import create
 from veneer.serve.cluster import gateway, routing
-from veneer.serve.cluster.gateway import Gateway, complete_answer, messages
+from veneer.serve.cluster.gateway import Gateway, answer_messages, complete_answer
 from veneer.serve.metrics import merge_pages
 
 REPLICAS = ("one", "two", "three")
@@ -27,27 +27,32 @@ class LostError(Exception):
 
 
 def test_adapters_are_shared_out_and_stay_where_they_are():
-    homes = {adapter: routing.order(adapter, REPLICAS)[0] for adapter in ADAPTERS}
+    homes = {adapter: routing.preferred_replicas(adapter, REPLICAS)[0] for adapter in ADAPTERS}
     assert all(900 < count < 1100 for count in Counter(homes.values()).values())
-    fewer = {adapter: routing.order(adapter, REPLICAS[:2])[0] for adapter in ADAPTERS}
+    fewer = {adapter: routing.preferred_replicas(adapter, REPLICAS[:2])[0] for adapter in ADAPTERS}
     assert all(fewer[adapter] == home for adapter, home in homes.items() if home != "three")
-    more = {adapter: routing.order(adapter, (*REPLICAS, "four"))[0] for adapter in ADAPTERS}
+    more = {
+        adapter: routing.preferred_replicas(adapter, (*REPLICAS, "four"))[0] for adapter in ADAPTERS
+    }
     assert all(more[adapter] in (home, "four") for adapter, home in homes.items())
     assert 650 < Counter(more.values())["four"] < 850
 
 
 def test_a_replica_without_a_free_row_gives_way_to_the_next():
-    first, second, third = routing.order("french", REPLICAS)
-    assert routing.groups("french", dict.fromkeys(REPLICAS, 0), 4)[:3] == [
+    first, second, third = routing.preferred_replicas("french", REPLICAS)
+    assert routing.replica_groups("french", dict.fromkeys(REPLICAS, 0), 4)[:3] == [
         [first],
         [second],
         [third],
     ]
-    assert routing.groups("french", {first: 4, second: 3, third: 0}, 4)[:2] == [[second], [third]]
-    assert routing.groups("french", dict.fromkeys(REPLICAS, 9), 4) == [
+    assert routing.replica_groups("french", {first: 4, second: 3, third: 0}, 4)[:2] == [
+        [second],
+        [third],
+    ]
+    assert routing.replica_groups("french", dict.fromkeys(REPLICAS, 9), 4) == [
         [*REPLICAS]
     ]  # whoever has least
-    assert routing.groups("", dict.fromkeys(REPLICAS, 0), 4) == [
+    assert routing.replica_groups("", dict.fromkeys(REPLICAS, 0), 4) == [
         [*REPLICAS]
     ]  # the base is in all of them
 
@@ -84,7 +89,9 @@ class Fleet:
         self.asked.append(adapter)
         left = self.dying.pop(0) if self.dying else None
         try:
-            async for message in messages(self.applications[len(self.asked) % 2], request, body):
+            async for message in answer_messages(
+                self.applications[len(self.asked) % 2], request, body
+            ):
                 if left is not None and left == 0:
                     raise LostError
                 left = left and left - 1
@@ -223,7 +230,7 @@ def test_a_replica_that_dies_while_the_numbers_are_read(fleet):
     async def lost(request, body):
         raise LostError
 
-    fleet.gateway._ask_all = lost
+    fleet.gateway._ask_all_replicas = lost
     answer = fleet.request("GET", "/metrics")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
 

@@ -310,7 +310,7 @@ def _listen(
     from veneer.cli.console import share_log_handlers
     from veneer.serve import page
     from veneer.serve.access import follow_keys, reload_keys
-    from veneer.serve.listen import make
+    from veneer.serve.listen import make_server
 
     share_log_handlers("uvicorn")  # its tracebacks are lines of the log too
     with closing(service):
@@ -322,7 +322,7 @@ def _listen(
             path = listener.key_file.absolute()
             service.key_watch = follow_keys(service, path)
             reload = partial(reload_keys, service, path)  # on SIGHUP, at once
-        make(app, service.drain, listener.grace, announce, reload).run([server_socket])
+        make_server(app, service.drain, listener.grace, announce, reload).run([server_socket])
     _end_process()
 
 

@@ -223,10 +223,10 @@ def _entry_problems(entry: Any) -> Iterable[str]:
             "run `veneer keygen NAME`",
         )
     patterns = entry.get("adapters", [])
-    are_valid = isinstance(patterns, list) and all(
+    are_valid_patterns = isinstance(patterns, list) and all(
         isinstance(pattern, str) and pattern.isprintable() and pattern for pattern in patterns
     )
-    if not are_valid:
+    if not are_valid_patterns:
         yield sentence(
             f"adapters {patterns!r}",
             "a list of names or patterns",

@@ -21,8 +21,8 @@ from itertools import accumulate
 from typing import Any
 
 from veneer.errors import sentence
-from veneer.serve.refusal import RETRY, Refusal
-from veneer.serve.request_log import CURRENT
+from veneer.serve.refusal import RETRY_AFTER, Refusal
+from veneer.serve.request_log import CURRENT_RECORD
 from veneer.serve.requests import Cause, Piece, Request, Token
 from veneer.serve.schemas import ChatRequest, GenerationRequest
 from veneer.serve.tools.choose import CallReading
@@ -46,11 +46,10 @@ class Answers:
         self._charge, self._token_count = charge, sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: list[Any] = []
-        self._record = CURRENT.get()
+        self._record = CURRENT_RECORD.get()
         if self._record is not None:
-            prompts = {
-                id(request.prompt): request.prompt for request in requests
-            }  # the n answers to a prompt share it
+            # the n answers to a prompt share it
+            prompts = {id(request.prompt): request.prompt for request in requests}
             prompt_tokens = sum(map(len, prompts.values()))
             self._record.ask(requests[0].blend, prompt_tokens, requests[0].sampling)
         try:
@@ -76,9 +75,8 @@ class Answers:
                 if self._record is not None:
                     self._record.add(piece, self._tickets[index])
                 yield index, piece
-                await asyncio.sleep(
-                    0
-                )  # reading a full queue never waits, so let other tasks run here
+                # reading a full queue never waits, so let other tasks run here
+                await asyncio.sleep(0)
         finally:
             self.cancel()
 
@@ -235,7 +233,7 @@ def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
             message = sentence(
                 "an answer that was cancelled", "one that ends", "send the request again"
             )
-            return Refusal(503, message, code="cancelled", headers={RETRY: "5"})
+            return Refusal(503, message, code="cancelled", headers={RETRY_AFTER: "5"})
         case "error":
             reason = piece.error or "no reason given"
             return refusal_of_cause(reason, piece.cause, shows_internal_errors)
@@ -252,25 +250,29 @@ def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bo
         case "grammar_limit" | "no_token_left":  # ``reason`` tells the client what to change
             return Refusal(400, reason, code=cause)
         case "out_of_memory":
-            return Refusal(503, reason, code=cause, headers={RETRY: "5"})
+            return Refusal(503, reason, code=cause, headers={RETRY_AFTER: "5"})
         case "bad_adapter":
-            parts = (
+            phrases = (
                 "an adapter that cannot be loaded",
                 "a whole one of this base",
                 "tell whoever runs the server",
             )
             status, param = 400, "model"
         case "model_not_found":
-            parts = "an adapter that is served no more", "one that is", "GET /v1/models lists yours"
+            phrases = (
+                "an adapter that is served no more",
+                "one that is",
+                "GET /v1/models lists yours",
+            )
             status, param = 404, "model"
         case _:
-            parts = "an error in the server", "an answer", "tell whoever runs it"
+            phrases = "an error in the server", "an answer", "tell whoever runs it"
             status, param = 500, None
-    message = reason if shows_internal_errors else sentence(*parts)
+    message = reason if shows_internal_errors else sentence(*phrases)
     return Refusal(status, message, param=param, code=cause or "engine_error")
 
 
-async def collect(answers: Answers, form: AnswerForm) -> list[list[Piece]]:
+async def collect_pieces(answers: Answers, form: AnswerForm) -> list[list[Piece]]:
     """Wait until all answers have ended; return the pieces of each. ``Refusal``: one failed."""
     pieces_by_answer: list[list[Piece]] = [[] for _ in range(form.answer_count)]
     async with aclosing(answers.pieces()) as pieces:
@@ -283,7 +285,7 @@ async def collect(answers: Answers, form: AnswerForm) -> list[list[Piece]]:
 
 async def complete_body(answers: Answers, form: AnswerForm) -> dict[str, Any]:
     """The response body with all answers, once all have ended. ``Refusal``: an answer failed."""
-    pieces_by_answer = await collect(answers, form)
+    pieces_by_answer = await collect_pieces(answers, form)
     generated = sum(
         len(piece.tokens) for answer_pieces in pieces_by_answer for piece in answer_pieces
     )
@@ -312,10 +314,10 @@ def _choice(form: AnswerForm, index: int, pieces: Sequence[Piece]) -> dict[str, 
         deltas = [delta for piece in pieces for delta in form.deltas(index, piece)]
         message |= _message_fields(echoed_text, join_deltas(deltas))
     content: dict[str, Any] = {"message": message} if form.is_chat else {"text": echoed_text + text}
-    extras = form.token_id_fields(index, tokens, first=True)
-    extras |= {} if form.is_chat else form.prompt_logprob_fields(prompt)
+    extra_fields = form.token_id_fields(index, tokens, first=True)
+    extra_fields |= {} if form.is_chat else form.prompt_logprob_fields(prompt)
     content |= {"logprobs": logprobs, "finish_reason": form.finish_reason(index, pieces[-1])}
-    return {"index": index, **content, **extras}
+    return {"index": index, **content, **extra_fields}
 
 
 def _message_fields(echoed_text: str, blocks: Sequence[str | Call]) -> dict[str, Any]:

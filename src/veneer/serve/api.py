@@ -64,10 +64,10 @@ Tokens = list[tuple[int, ...]]
 operations = APIRouter(route_class=Route)
 #: routes that Veneer's own engine answers
 router = APIRouter(route_class=Route)
-CORE = (operations, router, tokenize.router, score.router)
+CORE_ROUTERS = (operations, router, tokenize.router, score.router)
 
 
-def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE) -> FastAPI:
+def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROUTERS) -> FastAPI:
     """The application of a service, with the routes of ``core`` and of ``routers``."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
@@ -258,7 +258,9 @@ async def _answer_chat(
         max_tokens = prompts.answer_token_limit([prompt], token_limit, service.length, is_chat=True)
         echoed_texts = [body.messages[-1].text] * body.n if body.echo else []
         form = AnswerForm(body, [prompt], echoed_texts, key.admin, reading)
-        return await _answer(request, body, blend, [prompt], max_tokens, form, view(form))
+        return await _generate_response(
+            request, body, blend, [prompt], max_tokens, form, view(form)
+        )
     except Refusal as refused:
         refused.param = (client_names or {}).get(refused.param or "", refused.param)
         raise
@@ -277,7 +279,7 @@ async def _read_chat(
     tools = [tool.template_dict() for tool in callable_tools]
     max_prompt_tokens = prompts.max_prompt_tokens(service.length, body.truncate_prompt_tokens)
 
-    def read() -> tuple[tuple[int, ...], CallReading | None]:
+    def tokenize_chat() -> tuple[tuple[int, ...], CallReading | None]:
         prompt = prompts.chat_tokens(
             service.tokenizer,
             body.messages,
@@ -300,7 +302,7 @@ async def _read_chat(
         )
         return prompt, reading
 
-    return await in_text_thread(service, prompts.chat_size(body.messages, tools), read)
+    return await in_text_thread(service, prompts.chat_size(body.messages, tools), tokenize_chat)
 
 
 @router.post("/v1/completions")
@@ -342,7 +344,7 @@ async def completions(
         echoed_texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts)
     repeated_texts = [text for text in echoed_texts for _ in range(body.n)]
     form = AnswerForm(body, tokens, repeated_texts, key.admin)
-    return await _answer(request, body, blend, tokens, max_tokens, form, form)
+    return await _generate_response(request, body, blend, tokens, max_tokens, form, form)
 
 
 async def read_texts(
@@ -357,7 +359,7 @@ async def read_texts(
     the texts, for errors."""
     tokens: Tokens = []
 
-    def read(text: Any) -> tuple[int, ...]:
+    def tokenize_text(text: Any) -> tuple[int, ...]:
         return prompts.prompt_tokens(
             service.tokenizer,
             text,
@@ -369,7 +371,7 @@ async def read_texts(
 
     for group in prompts.group_texts(texts):
         tokens += await in_text_thread(
-            service, sum(map(len, group)), lambda texts=group: list(map(read, texts))
+            service, sum(map(len, group)), lambda texts=group: list(map(tokenize_text, texts))
         )
     return tokens
 
@@ -393,7 +395,7 @@ async def _authorized_blend(
     return blend
 
 
-async def _answer(
+async def _generate_response(
     request: Request,
     body: GenerationRequest,
     blend: dict[str, float],

@@ -191,8 +191,8 @@ class Catalogue:
         API pins. ``ConfigError``: there is no such folder, or ``served.json`` is damaged.
         ``LibraryError``: the index of the library is damaged."""
         self.base, self._bank, self._always_pinned = base, bank, frozenset(pin)
-        self._served = ServedNames(address, base)
-        self._adapters = store_catalogue.Catalogue(self._served.list)
+        self._served_names = ServedNames(address, base)
+        self._adapters = store_catalogue.Catalogue(self._served_names.list)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._warnings: dict[str, str] = {}  # last one, by adapter name
@@ -203,7 +203,7 @@ class Catalogue:
     @property
     def pinned(self) -> tuple[str, ...]:
         """The names of registered adapters that are to stay in memory."""
-        pinned = self._served.state.pinned | self._always_pinned
+        pinned = self._served_names.state.pinned | self._always_pinned
         return tuple(sorted(filter(self.known, pinned)))
 
     def follow_pins(self) -> None:
@@ -224,7 +224,7 @@ class Catalogue:
     def watch(self) -> None:
         """Start a thread that lists the source every second, or less often if listing takes long.
         ``close`` stops it."""
-        if self._served.source is not None:
+        if self._served_names.source is not None:
             threading.Thread(target=self._watch_source, name="veneer-adapters", daemon=True).start()
 
     def close(self) -> None:
@@ -253,14 +253,14 @@ class Catalogue:
 
     def root(self, name: str) -> str:
         """The ``lora_path`` with which a client can load this adapter."""
-        return self._served.describe_path(name, self._adapters.resolve(name))
+        return self._served_names.describe_path(name, self._adapters.resolve(name))
 
     def refresh(self, *, force: bool = False) -> tuple[str, ...]:
         """Apply the changes of the source; return all names. The source is listed at most once a
         second, unless ``force``."""
         is_due = force or time.monotonic() - self._listed_at >= MIN_INTERVAL
         # while an adapter is being loaded, do not wait for the lock
-        if self._served.source is not None and is_due and self._lock.acquire(blocking=False):
+        if self._served_names.source is not None and is_due and self._lock.acquire(blocking=False):
             try:
                 self._sync()
             except (OSError, VeneerError) as error:  # registered adapters stay served
@@ -286,31 +286,35 @@ class Catalogue:
             AdapterError: the adapter is damaged, altered, or made for another base.
         """
         with self._lock, _refuse_disk_errors():
-            self._served.changeable_folder()
+            self._served_names.changeable_folder()
             self._check_name(name)
             self._sync()
-            old = self._adapters.resolve(name)
-            location = self._locate(name, path, old)
+            old_location = self._adapters.resolve(name)
+            location = self._locate(name, path, old_location)
             status = {entry.name: entry for entry in self._bank.status()}
             resident = name in status and status[name].resident
-            has_new_path = old is None or location.path != old.path
-            if old is not None and not inplace and (has_new_path or (resident and pin is None)):
+            has_new_path = old_location is None or location.path != old_location.path
+            if (
+                old_location is not None
+                and not inplace
+                and (has_new_path or (resident and pin is None))
+            ):
                 do = "If you want to load the adapter in place, set 'load_inplace' to True."
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
                 error_type = "InvalidUserInput"
                 code = "already_loaded"
                 raise Refusal(400, message, param="lora_name", code=code, error_type=error_type)
             if has_new_path or inplace or not (resident or pin is False):
-                self._bank.add(location.path, name=name, replace=old is not None)
+                self._bank.add(location.path, name=name, replace=old_location is not None)
                 self._adapters.accept(name, location)
             else:
-                location = old or location
+                location = old_location or location
             try:
-                self._served.remember(name, location, path, pin)
+                self._served_names.remember(name, location, path, pin)
             except OSError:  # do not load an adapter that a restart would forget
                 self._unregister(name)
-                if old is not None:
-                    self._register(name, self._served.relocate(old))
+                if old_location is not None:
+                    self._register(name, self._served_names.relocate(old_location))
                     if status[name].pinned:
                         self._bank.pin(name)
                 raise
@@ -322,14 +326,14 @@ class Catalogue:
         """Stop serving an adapter. Its files stay, and running calls finish. ``Refusal``: there is
         no such name."""
         with self._lock, _refuse_disk_errors():
-            self._served.changeable_folder()
+            self._served_names.changeable_folder()
             self._sync()
             if name not in self._adapters:
-                near = nearest(name, self._adapters.names)
-                message = f"The lora adapter {name[:128]!r} cannot be found{near}."
+                suggestion = nearest(name, self._adapters.names)
+                message = f"The lora adapter {name[:128]!r} cannot be found{suggestion}."
                 code, error_type = "model_not_found", "NotFoundError"
                 raise Refusal(404, message, param="lora_name", code=code, error_type=error_type)
-            self._served.forget(name)
+            self._served_names.forget(name)
             self._unregister(name)
         log.info("Unloaded adapter %r", name)
 
@@ -340,15 +344,16 @@ class Catalogue:
             message = sentence(f"lora_name {name[:128]!r}", expected, "choose another")
             raise Refusal(400, message, param="lora_name", code="bad_name")
 
-    def _locate(self, name: str, path: str | None, old: Location | None) -> Location:
+    def _locate(self, name: str, path: str | None, old_location: Location | None) -> Location:
         """The location of the adapter to load: at ``path``, or else the location of the name."""
         if path is not None:
-            return self._served.resolve_path(path)
-        location = old or self._served.list_source().get(name)
+            return self._served_names.resolve_path(path)
+        location = old_location or self._served_names.list_source().get(name)
         if location is None:
             message = "Both 'lora_name' and 'lora_path' must be provided for a name that is new."
             raise Refusal(400, message, param="lora_path", error_type="InvalidUserInput")
-        return self._served.relocate(location)  # its files may have changed since the last listing
+        # the files may have changed since the last listing
+        return self._served_names.relocate(location)
 
     def _unregister(self, name: str) -> None:
         self._adapters.remove(name)  # first, because an observer of the removal calls `known`

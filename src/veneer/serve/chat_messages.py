@@ -114,7 +114,7 @@ class Message(Strict):
         return (
             self.content
             if isinstance(self.content, str)
-            else "".join(text_part.text for text_part in self.content)
+            else "".join(block.text for block in self.content)
         )
 
     def template_dict(self) -> dict[str, Any]:

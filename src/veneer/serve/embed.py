@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from veneer.errors import sentence
 from veneer.models.encoders import pool
 from veneer.serve.refusal import Refusal
-from veneer.serve.request_log import CURRENT
+from veneer.serve.request_log import CURRENT_RECORD
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import SHARE, Scheduler, counted_as, key_of
 
@@ -70,28 +70,29 @@ class Embedder:
 
     Args:
         model: an encoder of transformers.
-        pad: the id of the padding token.
+        pad_id: the token id of padding.
         pooling, normal: how token vectors become a text's vector (``encoders.pool``).
         rows, tokens: the most texts, and the most tokens with padding, of a batch.
         queue: the most texts that may wait.
         observer: gets the same calls as the engine's observer.
-        labels: the number of labels of the model's head, if it is a classifier.
+        label_count: the number of labels of the model's head, if it is a classifier.
     """
 
     def __init__(
-        self, model: Any, bank: Any, *, pad: int = 0, pooling: str = "mean", normal: bool = True,
+        self, model: Any, bank: Any, *, pad_id: int = 0, pooling: str = "mean", normal: bool = True,
         rows: int = 32, tokens: int = 8192, queue: int = 1024, observer: Any = None,
-        labels: int = 0,
+        label_count: int = 0,
     ) -> None:  # fmt: skip
-        self.model, self.bank, self.pad = model, bank, pad
+        self.model, self.bank, self.pad_id = model, bank, pad_id
         self.pooling, self.normal = pooling, normal
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
-        self.labels = labels
+        self.label_count = label_count
         parameters = inspect.signature(type(model).forward).parameters
         self._reads_types = "token_type_ids" in parameters
         self.width = int(model.config.hidden_size)
         self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # ``queue`` bounds texts instead
-        self._held: Counter[tuple[str, str]] = Counter()  # waiting texts by ``_Call.account``
+        # number of waiting texts, by ``_Call.account``
+        self._waiting_by_account: Counter[tuple[str, str]] = Counter()
         self.running = self.waiting = 0  # ``running`` counts calls, ``waiting`` texts
         self._closed = self._refuses_calls = False
         self._changed = threading.Condition()
@@ -112,26 +113,29 @@ class Embedder:
         logits. ``token_types``: one sequence for each text. Cancelling the future drops the call.
         ``Busy``: too many texts wait, in all or of the same key (without keys: adapter)."""
         submitted_at = time.monotonic()
-        if (record := CURRENT.get()) is not None:
+        if (record := CURRENT_RECORD.get()) is not None:
             record.ask(blend, sum(map(len, texts)))
         deadline = submitted_at + timeout
         call = _Call(texts, blend, deadline, submitted_at, owner, token_types, with_head)
         with self._changed:
-            held_count, free_places = self._held[call.account], self.queue - self.waiting
+            account_count, free_count = (
+                self._waiting_by_account[call.account],
+                self.queue - self.waiting,
+            )
             is_crowded = self.waiting and (
-                len(texts) > free_places
-                or (held_count and held_count + len(texts) > SHARE * free_places)
+                len(texts) > free_count
+                or (account_count and account_count + len(texts) > SHARE * free_count)
             )
             if self._refuses_calls or is_crowded:
                 account_kind = "key" if owner else "adapter"
                 problem = (
-                    f"{self.waiting} texts that wait, {held_count} of them of the same"
+                    f"{self.waiting} texts that wait, {account_count} of them of the same"
                     f" {account_kind}"
                 )
                 expected = f"at most {self.queue}, with room for others"
                 raise Busy(sentence(problem, expected, "send it again later"), 1.0)
             self.running, self.waiting = self.running + 1, self.waiting + len(texts)
-            self._held[call.account] += len(texts)
+            self._waiting_by_account[call.account] += len(texts)
         try:
             lease = self.bank.acquire(blend)
         except BaseException:
@@ -184,7 +188,7 @@ class Embedder:
     def _take_batch(self) -> list[tuple[_Call, int]]:
         """Take the texts of the next batch from the queue, as (call, index of the text)."""
         batch: list[tuple[_Call, int]] = []
-        longest = 0
+        max_length = 0
         while (call := self._calls.take()) is not None:
             in_batch = any(batch_call is call for batch_call, _ in batch)
             if not in_batch and (call.result.cancelled() or time.monotonic() > call.deadline):
@@ -193,19 +197,19 @@ class Embedder:
                 )
                 self._end(call, refusal)
                 continue
-            length = max(longest, len(call.texts[call.next_text]))
+            length = max(max_length, len(call.texts[call.next_text]))
             is_full = len(batch) == self.rows or length * (len(batch) + 1) > self.tokens
             if batch and (is_full or call.with_head != batch[0][0].with_head):
                 self._calls.push_back(call)
                 break
-            longest = length
+            max_length = length
             if not call.next_text and self.observer is not None:
                 self.observer.started(call.blend, time.monotonic() - call.submitted_at)
             batch.append((call, call.next_text))
             self._calls.charge(call, len(call.texts[call.next_text]))
             call.next_text += 1
             if call.next_text < len(call.texts):
-                self._calls.go_on(call)
+                self._calls.requeue(call)
         return batch
 
     def _compute(self, batch: list[tuple[_Call, int]]) -> None:
@@ -220,11 +224,13 @@ class Embedder:
                 f"{type(error).__name__}: {error}",
             )
         are_finite = torch.isfinite(vectors).all(-1).tolist()
-        failed = {call for call, is_finite in zip(calls, are_finite, strict=True) if not is_finite}
-        for call in failed:
+        failed_calls = {
+            call for call, is_finite in zip(calls, are_finite, strict=True) if not is_finite
+        }
+        for call in failed_calls:
             self._end(call, Refusal(500, reason, code="engine_error"))
         for call, vector in zip(calls, vectors, strict=True):
-            if call in failed:
+            if call in failed_calls:
                 continue
             call.vectors.append(vector)
             if len(call.vectors) == len(call.texts):
@@ -239,7 +245,7 @@ class Embedder:
             [torch.tensor(call.texts[index]) for call, index in batch],
             self.model.device,
         )
-        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad).to(device)
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad_id).to(device)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self._reads_types and any(call.token_types is not None for call, _ in batch):
@@ -251,7 +257,7 @@ class Embedder:
             ]
             inputs["token_type_ids"] = pad_sequence(token_types, batch_first=True).to(device)
         with_head = batch[0][0].with_head
-        model = self.model if with_head or not self.labels else self.model.base_model
+        model = self.model if with_head or not self.label_count else self.model.base_model
         with torch.inference_mode(), self.bank.rows([call.lease for call, _ in batch]):
             output = model(**inputs)
             if with_head:
@@ -276,8 +282,8 @@ class Embedder:
             if call.is_queued and not self._calls.remove(call):
                 self._calls.ended(call)
             self.running, self.waiting = self.running - 1, self.waiting - len(call.texts)
-            self._held[call.account] -= len(call.texts)
-            self._held += Counter()  # drop accounts without waiting texts
+            self._waiting_by_account[call.account] -= len(call.texts)
+            self._waiting_by_account += Counter()  # drop accounts without waiting texts
             self._changed.notify_all()
 
 

@@ -27,8 +27,8 @@ from starlette.datastructures import Headers
 from veneer.errors import sentence
 from veneer.serve import cors, limits
 from veneer.serve.extension import Extension
-from veneer.serve.refusal import RETRY, Refusal, draining
-from veneer.serve.request_log import CURRENT, ID_HEADER, RequestRecord, request_id_of
+from veneer.serve.refusal import RETRY_AFTER, Refusal, draining_refusal
+from veneer.serve.request_log import CURRENT_RECORD, ID_HEADER, RequestRecord, request_id_of
 
 log = logging.getLogger("veneer.serve.access")
 
@@ -55,7 +55,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers, path = Headers(scope=scope), scope["path"]
-        logged_path = ascii(self._mask(path)[:200])[1:-1]
+        logged_path = ascii(self._mask_secret(path)[:200])[1:-1]
         client_ids = headers.getlist(ID_HEADER)
         record = RequestRecord(request_id_of(client_ids), scope["method"], logged_path)
         added_headers = self._added_headers(path, record.request_id, headers.get("origin"))
@@ -73,9 +73,11 @@ class Guard:
             await send(message)
 
         # pass the request id to the application, which may be a gateway to replicas
-        other_headers = [pair for pair in scope["headers"] if pair[0].lower() != ID_HEADER.encode()]
-        scope["headers"] = [*other_headers, (ID_HEADER.encode(), record.request_id.encode())]
-        token = CURRENT.set(record)
+        client_headers = [
+            pair for pair in scope["headers"] if pair[0].lower() != ID_HEADER.encode()
+        ]
+        scope["headers"] = [*client_headers, (ID_HEADER.encode(), record.request_id.encode())]
+        token = CURRENT_RECORD.set(record)
         try:
             await self._check_and_run(scope, receive, reply)
         except Exception:
@@ -83,7 +85,7 @@ class Guard:
                 await _unexpected_error().response(scope["path"])(scope, receive, reply)
             raise  # uvicorn logs it
         finally:
-            CURRENT.reset(token)
+            CURRENT_RECORD.reset(token)
             record.key = getattr(scope.get("state", {}).get("key"), "name", None)
             record.total_seconds = time.monotonic() - record.started
             self._report(record, path, headers)
@@ -163,7 +165,7 @@ class Guard:
                 f"at most {limits.BODIES:,} bytes together, half of what others leave for one key"
             )
             message = sentence(problem, expected, "send it again in a second")
-            raise Refusal(429, message, code="too_many_bodies", headers={RETRY: "1"})
+            raise Refusal(429, message, code="too_many_bodies", headers={RETRY_AFTER: "1"})
 
     def _check_access(self, scope: Any, headers: Headers, key: Any) -> None:
         """``Refusal``: the Host header is wrong, the server drains, or the path needs a key."""
@@ -178,7 +180,7 @@ class Guard:
         path = scope["path"]
         answers_always = path in (*OPERATOR_PATHS, "/") or path.startswith(PAGE_FILES)
         if self.service.draining and not answers_always:
-            raise draining()
+            raise draining_refusal()
         extension = self._extension_at(path)
         is_public = extension is not None and path.startswith(extension.public_paths)
         if key is None and self._is_private(path) and not is_public:
@@ -196,7 +198,7 @@ class Guard:
         """Whether requests for a path need a key."""
         return path.startswith(PRIVATE_PATHS) or self._extension_at(path) is not None
 
-    def _mask(self, path: str) -> str:
+    def _mask_secret(self, path: str) -> str:
         """A path for the log, without the secret that an extension's path may contain."""
         extension = self._extension_at(path)
         if extension is None or not path.startswith(extension.secret_path):

@@ -191,7 +191,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def make(
+def make_server(
     app: Any, drain: Callable[[float], Any], grace: float,
     started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
 ) -> Server:  # fmt: skip

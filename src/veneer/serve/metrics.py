@@ -27,13 +27,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-BASE, BLEND, UNLOADED, OTHER = "base", "blend", "unloaded", "other"
+BASE, BLEND, UNLOADED, OVERFLOW = "base", "blend", "unloaded", "other"
 #: the label for the counts of removed series, which are part of sums but are not shown
 REMOVED = ""
 #: the most adapters that have a label of their own
 MAX_LABELLED = 64
 #: an adapter takes over the label of another once it has this many times as many requests
-LEAD = 2
+TAKEOVER_FACTOR = 2
 
 #: upper bounds of histogram buckets, in seconds
 LOAD_BUCKETS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
@@ -51,14 +51,16 @@ REQUEST_BUCKETS = (
 
 class Metrics:
     """The metrics of a server, as an observer of the engine and the bank. Any thread may call the
-    methods, which are cheap. ``is_known(name)``: whether an adapter is registered.
+    methods, which are cheap. ``is_registered(name)``: whether an adapter is registered.
     ``max_labelled``: the most adapters that have a label of their own."""
 
     def __init__(
-        self, is_known: Callable[[str], bool] = lambda name: True, max_labelled: int = MAX_LABELLED
+        self,
+        is_registered: Callable[[str], bool] = lambda name: True,
+        max_labelled: int = MAX_LABELLED,
     ) -> None:
         self.registry = registry = CollectorRegistry()
-        self._is_known, self._max_labelled = is_known, max_labelled
+        self._is_registered, self._max_labelled = is_registered, max_labelled
         self._lock = threading.Lock()  # guards ``_labelled`` and each series with an adapter label
         self._labelled: set[str] = set()  # adapters with a label of their own
         self._request_counts: Counts[str] = Counts()  # by adapter, with or without a label
@@ -149,7 +151,7 @@ class Metrics:
             self._count(self.events[kind], {name: 1.0}, 1)
         if kind == "load":
             self.load_seconds.observe(seconds)
-        if kind == "remove" and not self._is_known(name):
+        if kind == "remove" and not self._is_registered(name):
             with self._lock:
                 self._request_counts.pop(name, None)
                 self._remove_series(name)
@@ -171,26 +173,28 @@ class Metrics:
         if len(blend) > 1:
             return BLEND
         (name,) = blend
-        if not self._is_known(name):
+        if not self._is_registered(name):
             return UNLOADED
         if name not in self._labelled:
             if len(self._labelled) >= self._max_labelled:
-                return OTHER
+                return OVERFLOW
             self._labelled.add(name)
         return _label_of(name)
 
     def _count_request(self, name: str) -> None:
-        """Count a request of an adapter. Once an adapter without a label has ``LEAD`` times the
-        requests of the least requested labelled one, it takes over that label. The factor keeps
-        labels from changing often."""
+        """Count a request of an adapter. Once an adapter without a label has ``TAKEOVER_FACTOR``
+        times the requests of the least requested labelled one, it takes over that label. The factor
+        keeps labels from changing often."""
         with self._lock:
-            if not self._is_known(name):
+            if not self._is_registered(name):
                 return
             self._request_counts[name] += 1
             if name in self._labelled or len(self._labelled) < self._max_labelled:
                 return
             least_requested = min(self._labelled, key=self._request_counts.__getitem__)
-            if self._request_counts[name] >= LEAD * max(1, self._request_counts[least_requested]):
+            if self._request_counts[name] >= TAKEOVER_FACTOR * max(
+                1, self._request_counts[least_requested]
+            ):
                 self._remove_series(least_requested)
                 self._labelled.add(name)
 
@@ -288,7 +292,7 @@ class _ShownMetrics:
 
 def _label_of(name: str) -> str:
     """The label of an adapter name, which must differ from the labels with another meaning."""
-    return f"adapter:{name}" if name in (BASE, BLEND, UNLOADED, OTHER) else name
+    return f"adapter:{name}" if name in (BASE, BLEND, UNLOADED, OVERFLOW) else name
 
 
 def merge_pages(pages: Mapping[str, bytes]) -> bytes:

@@ -21,7 +21,7 @@ from veneer.fileio.untrusted import read_json
 log = logging.getLogger("veneer.serve")
 
 #: a recorded system prompt or example with more characters is left out
-LONGEST = 8192
+MAX_CHARS = 8192
 
 
 def prompt_form(folder: Path | None, tokenizer: Any) -> dict[str, Any]:
@@ -49,5 +49,5 @@ def _recorded_prompt(folder: Path) -> Mapping[str, Any]:
 
 
 def _short_text(value: Any) -> str | None:
-    """``value`` if it is a text of at most ``LONGEST`` characters, else None."""
-    return value if isinstance(value, str) and 0 < len(value) <= LONGEST else None
+    """``value`` if it is a text of at most ``MAX_CHARS`` characters, else None."""
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_CHARS else None

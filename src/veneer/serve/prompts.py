@@ -102,18 +102,18 @@ def chat_tokens(
             raise Refusal(400, message, param="messages", code="template") from error
 
     message_dicts = [message.template_dict() for message in messages]
-    special, normalized = _special_tokens(
+    special_texts, normalized = _special_tokens(
         tokenizer, lambda chat, tools: render(chat, tools, DEFAULT_ARGUMENTS)
     )
-    _check_arguments(tokenizer, arguments, special.values())
+    _check_arguments(tokenizer, arguments, special_texts.values())
     text = render(message_dicts, tools)
     check_fits(tokenizer, text, length, "messages")
     values = [value for entry in message_dicts for name, value in entry.items() if name != "role"]
     client_texts = list(_texts([values, tools]))
-    joined = "\0".join(client_texts)
-    if normalized or any(token in joined for token in special.values()):
+    joined_texts = "\0".join(client_texts)
+    if normalized or any(token in joined_texts for token in special_texts.values()):
         ids = _tokenize_marked(
-            tokenizer, message_dicts, tools, client_texts, render, special, add_special_tokens
+            tokenizer, message_dicts, tools, client_texts, render, special_texts, add_special_tokens
         )
     else:
         ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -121,7 +121,7 @@ def chat_tokens(
 
 
 def _check_arguments(
-    tokenizer: Any, arguments: Mapping[str, Any], special: Collection[str]
+    tokenizer: Any, arguments: Mapping[str, Any], special_texts: Collection[str]
 ) -> None:
     """Refuse ``chat_template_kwargs`` that are arguments of the tokenizer itself, that the template
     does not read (unless null or false), that are lists or objects, or that contain the text of a
@@ -141,7 +141,7 @@ def _check_arguments(
             problem = "which the template does not read"
         elif isinstance(value, list | dict):
             problem, expected = "a list or an object", "a text, a number, true or false"
-        elif isinstance(value, str) and any(token in value for token in special):
+        elif isinstance(value, str) and any(token in value for token in special_texts):
             problem, expected = "which holds the text of a special token", "text that is none"
         if problem:
             problem = f"{name[:100]!r} in chat_template_kwargs, {problem}"
@@ -224,32 +224,34 @@ def _tokenize_marked(
     tools: Tools,
     client_texts: Sequence[str],
     render: Callable[[Chat, Tools], str],
-    special: Mapping[int, str],
+    special_texts: Mapping[int, str],
     add_special_tokens: bool = False,
 ) -> list[int]:
     """The token ids of a chat whose ``client_texts`` contain texts of special tokens. A mark inside
     each such text makes the tokenizer read it as ordinary text; the mark's tokens are dropped."""
-    short_tokens = [token for token in special.values() if len(token) == 1]
+    short_tokens = [token for token in special_texts.values() if len(token) == 1]
     if any(token in value for token in short_tokens for value in client_texts):
-        raise _refusal("text that is none")  # a mark cannot split a text of one character
+        # a mark cannot split a text of one character
+        raise _special_token_refusal("text that is none")
     if not tokenizer.is_fast:
-        raise _refusal("a tokenizer that says where in the text its tokens are")
+        raise _special_token_refusal("a tokenizer that says where in the text its tokens are")
     used_chars = {*"".join(client_texts), *str(tokenizer.chat_template)}
     mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in used_chars)
-    texts = "|".join(map(re.escape, sorted(set(special.values()), key=len, reverse=True)))
-    starts = re.compile(rf"(?=(?:{texts}))(.)", re.DOTALL)  # also finds occurrences that overlap
+    texts = "|".join(map(re.escape, sorted(set(special_texts.values()), key=len, reverse=True)))
+    # the lookahead also finds occurrences that overlap
+    start_pattern = re.compile(rf"(?=(?:{texts}))(.)", re.DOTALL)
 
     def insert_marks(text: str) -> str:
-        return starts.sub(rf"\1{mark}", text)
+        return start_pattern.sub(rf"\1{mark}", text)
 
-    marked = [
+    marked_chat = [
         {
             name: value if name == "role" else _map_texts(value, insert_marks)
             for name, value in message.items()
         }
         for message in chat
     ]
-    text = render(marked, _map_texts(tools, insert_marks))
+    text = render(marked_chat, _map_texts(tools, insert_marks))
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     ids = []
     for id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
@@ -257,15 +259,15 @@ def _tokenize_marked(
         if span == mark:
             continue
         # the unknown token stands for any text that the tokenizer lacks
-        is_special = id in special and id != tokenizer.unk_token_id
+        is_special = id in special_texts and id != tokenizer.unk_token_id
         is_added = add_special_tokens and start == end  # the tokenizer puts it around the text
-        if is_special and not is_added and span.strip() != special[id].strip():
-            raise _refusal("text that is none and does not look like one")
+        if is_special and not is_added and span.strip() != special_texts[id].strip():
+            raise _special_token_refusal("text that is none and does not look like one")
         ids.append(id)
     return ids
 
 
-def _refusal(expected: str) -> Refusal:
+def _special_token_refusal(expected: str) -> Refusal:
     problem = "the text of a special token in a message"
     return Refusal(400, problem, expected, "leave it out", param="messages", code="special_token")
 
@@ -347,9 +349,9 @@ def answer_token_limit(
     ``is_chat``. ``length``: the context length in tokens. ``Refusal``: the context does not hold
     prompt and answer."""
     longest = max(map(len, prompts))
-    remaining = length - longest
-    needed = 1 if token_limit is None else token_limit  # 0: only score the prompt
-    if needed > remaining:
+    remaining_tokens = length - longest
+    needed_tokens = 1 if token_limit is None else token_limit  # 0: only score the prompt
+    if needed_tokens > remaining_tokens:
         problem = f"a prompt of {longest} tokens and an answer of {token_limit or 'at least 1'}"
         message = sentence(
             problem, f"at most {length} tokens together", "shorten the prompt, or ask for fewer"
@@ -362,7 +364,7 @@ def answer_token_limit(
         )
     if token_limit is not None:
         return token_limit
-    return remaining if is_chat else min(DEFAULT_MAX_TOKENS, remaining)
+    return remaining_tokens if is_chat else min(DEFAULT_MAX_TOKENS, remaining_tokens)
 
 
 def max_prompt_tokens(length: int, truncate: int | None) -> int:
@@ -387,8 +389,8 @@ def truncate_prompt(
             "ask for fewer",
             param="truncate_prompt_tokens",
         )
-    room = length - (DEFAULT_MAX_TOKENS if token_limit is None else token_limit)
-    return prompt[-(truncate if truncate > 0 else max(1, room)) :]
+    free_tokens = length - (DEFAULT_MAX_TOKENS if token_limit is None else token_limit)
+    return prompt[-(truncate if truncate > 0 else max(1, free_tokens)) :]
 
 
 def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
@@ -417,21 +419,21 @@ def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> 
 def check_schema(schema: Mapping[str, Any] | None) -> None:
     """Refuse a JSON schema that would take too long to compile."""
     size = len(json.dumps(schema))
-    if size > limits.SCHEMA or _depth(schema) > limits.SCHEMA_DEPTH:
-        deep = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
+    if size > limits.SCHEMA or _nesting_depth(schema) > limits.SCHEMA_DEPTH:
+        depth_text = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
         expected = f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels"
         raise Refusal(
             400,
-            f"a schema of {size:,} bytes{deep}",
+            f"a schema of {size:,} bytes{depth_text}",
             expected,
             "simplify it",
             param="response_format",
         )
 
 
-def _depth(value: Any) -> int:
+def _nesting_depth(value: Any) -> int:
     """How deep the lists and objects of a JSON value are nested."""
     children = (
         value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     )
-    return 0 if children is None else 1 + max(map(_depth, children), default=0)
+    return 0 if children is None else 1 + max(map(_nesting_depth, children), default=0)

@@ -31,13 +31,13 @@ from veneer.serve.requests import Busy
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 #: the route of Anthropic's API, and the error types of that API by HTTP status
-MESSAGES = "/v1/messages"
+MESSAGES_PATH = "/v1/messages"
 MESSAGES_ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
     504: "timeout_error",
 }  # fmt: skip
-RETRY = "Retry-After"
+RETRY_AFTER = "Retry-After"
 #: the error type, for pydantic, of errors whose message is written here
 CUSTOM_TYPE = "bad_value"
 #: pydantic's types of errors that only say that a value has another JSON type
@@ -93,7 +93,7 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
 
     def response(self, path: str = "") -> JSONResponse:
         """The response to a request for ``path``, in the format of that route's API."""
-        body = self.messages_body() if path.startswith(MESSAGES) else self.body()
+        body = self.messages_body() if path.startswith(MESSAGES_PATH) else self.body()
         return JSONResponse(body, self.status, self.headers)
 
 
@@ -108,14 +108,14 @@ def no_such_model(name: str) -> Refusal:
     return Refusal(404, message, param="model", code="model_not_found")
 
 
-def draining() -> Refusal:
+def draining_refusal() -> Refusal:
     """The refusal of a server that shuts down."""
     message = sentence(
         "a server that is shutting down",
         "one that takes requests",
         "send it to another, or try later",
     )
-    return Refusal(503, message, code="draining", headers={RETRY: "5"})
+    return Refusal(503, message, code="draining", headers={RETRY_AFTER: "5"})
 
 
 def error_refusal(error: VeneerError) -> Refusal:
@@ -124,14 +124,14 @@ def error_refusal(error: VeneerError) -> Refusal:
         case Refusal():
             return error
         case Busy():
-            retry_headers = {RETRY: str(max(1, min(3600, math.ceil(error.retry_after))))}
+            retry_headers = {RETRY_AFTER: str(max(1, min(3600, math.ceil(error.retry_after))))}
             return Refusal(429, str(error), code="queue_full", headers=retry_headers)
         case SelectionError():
             return Refusal(404, str(error), param="model", code="model_not_found")
         case AdapterError() | LibraryError():
             return Refusal(400, str(error), param="lora_path", code="bad_adapter")
         case BankFullError():
-            return Refusal(503, str(error), code="out_of_memory", headers={RETRY: "5"})
+            return Refusal(503, str(error), code="out_of_memory", headers={RETRY_AFTER: "5"})
         case _:
             return Refusal(400, str(error))
 
@@ -165,37 +165,37 @@ def body_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     lists an error for each type that a field may have (a text; a list of texts; …). For the first
     invalid field, the error of the type that the value comes closest to is chosen: not "no text",
     but "a list of 17, at most 16"."""
-    first = max(
+    first_error = max(
         (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
         key=lambda error: (
             len(_body_path(error["loc"], body)),
             error["type"] not in WRONG_JSON_TYPE,
         ),
     )
-    field_path = _body_path(first["loc"], body)
+    field_path = _body_path(first_error["loc"], body)
     param, dotted_path = (field_path[0][:200] if field_path else None), ".".join(field_path)[:200]
-    if first["type"] == CUSTOM_TYPE:
-        message, param = first["msg"], first.get("ctx", {}).get("param") or param
-    elif first["type"] == "extra_forbidden":
+    if first_error["type"] == CUSTOM_TYPE:
+        message, param = first_error["msg"], first_error.get("ctx", {}).get("param") or param
+    elif first_error["type"] == "extra_forbidden":
         message = sentence(
             f"the field {dotted_path!r}, which is not supported",
             "the fields of the docs",
             "leave it out",
         )
-    elif not field_path and first["type"] in ("missing", *WRONG_JSON_TYPE):
+    elif not field_path and first_error["type"] in ("missing", *WRONG_JSON_TYPE):
         message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
-    elif first["type"] == "missing":
+    elif first_error["type"] == "missing":
         message = sentence(f"no field {dotted_path!r}", "one", "add it")
     else:
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = first_error["msg"].removeprefix("Value error, ")
         match = _EXPECTED.fullmatch(reason)
         expected = (match[1] if match else reason)[:300]
         message = sentence(
-            f"{describe_value(first.get('input'))} in {dotted_path or 'the body'}",
+            f"{describe_value(first_error.get('input'))} in {dotted_path or 'the body'}",
             expected,
             "change it",
         )
-    return Refusal(400, message, param=param, code=first["type"])
+    return Refusal(400, message, param=param, code=first_error["type"])
 
 
 def _body_path(loc: Sequence[str | int], body: Any) -> list[str]:

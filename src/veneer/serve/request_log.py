@@ -135,7 +135,7 @@ class RequestRecord:
 
 
 #: the record of the request that the current task, or a thread that works for the task, answers
-CURRENT: ContextVar[RequestRecord | None] = ContextVar("veneer_request", default=None)
+CURRENT_RECORD: ContextVar[RequestRecord | None] = ContextVar("veneer_request", default=None)
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -114,12 +114,14 @@ class Sampler:
 
 def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
     """Sample the next token of each row of ``logits`` [rows, vocabulary]."""
-    processed, failed = _process_logits(logits, rows)
-    largest, tokens = processed.max(dim=-1)
-    results = [torch.isfinite(largest), tokens]
+    processed_logits, failed_rows = _process_logits(logits, rows)
+    largest_logits, tokens = processed_logits.max(dim=-1)
+    results = [torch.isfinite(largest_logits), tokens]
     random_rows = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if random_rows:
-        draw = _Draw(_rows_of(processed, random_rows).float(), [rows[i] for i in random_rows])
+        draw = _Draw(
+            _rows_of(processed_logits, random_rows).float(), [rows[i] for i in random_rows]
+        )
         is_every_row = len(random_rows) == len(rows)
         results[1] = (
             draw.tokens
@@ -130,21 +132,21 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
         results.append(needs_sort if is_every_row else _spread(needs_sort, random_rows, len(rows)))
     # copy all results to the CPU at once: each copy waits for the device
     packed = torch.stack([result.to(tokens.dtype) for result in results])
-    finite, chosen, *unsorted = packed.tolist()
+    finite, chosen_tokens, *unsorted = packed.tolist()
     for index, i in enumerate(random_rows):
         if finite[i] and unsorted[0][i]:
-            chosen[i] = draw.sort_and_draw(index)  # pyright: ignore[reportPossiblyUnboundVariable]
+            chosen_tokens[i] = draw.sort_and_draw(index)  # pyright: ignore[reportPossiblyUnboundVariable]
     rows_with_logprobs = [
         i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]
     ]
     sampled = {
         i: SampledToken(token) if finite[i] else _no_token(logits[i], rows[i])
-        for i, token in enumerate(chosen)
-    } | failed
+        for i, token in enumerate(chosen_tokens)
+    } | failed_rows
     if rows_with_logprobs:
         sampled |= zip(
             rows_with_logprobs,
-            _with_logprobs(logits, rows_with_logprobs, chosen, rows),
+            _with_logprobs(logits, rows_with_logprobs, chosen_tokens, rows),
             strict=True,
         )
     return list(sampled.values())
@@ -154,26 +156,26 @@ def _process_logits(
     logits: Tensor, rows: Sequence[Sampler]
 ) -> tuple[Tensor, dict[int, SampledToken]]:
     """Apply the masks of grammars and the logits processors. Returns the new logits, and results
-    without a token for the rows whose grammar failed, by row."""
+    without a token for the rows whose grammar failed_rows, by row."""
     grammar_rows = [i for i, row in enumerate(rows) if row.matcher is not None]
     processor_rows = [i for i, row in enumerate(rows) if row.processors]
-    failed: dict[int, SampledToken] = {}
+    failed_rows: dict[int, SampledToken] = {}
     if not grammar_rows and not processor_rows:
-        return logits, failed
-    processed = logits.to(torch.float32 if processor_rows else logits.dtype, copy=True)
+        return logits, failed_rows
+    processed_logits = logits.to(torch.float32 if processor_rows else logits.dtype, copy=True)
     for i in grammar_rows:
         try:
-            processed[i].masked_fill_(~rows[i].allowed_tokens(logits), -torch.inf)
+            processed_logits[i].masked_fill_(~rows[i].allowed_tokens(logits), -torch.inf)
         except RequestError as error:
-            failed[i] = SampledToken(None, error=str(error), cause=cause_of(error))
+            failed_rows[i] = SampledToken(None, error=str(error), cause=cause_of(error))
         except Exception as error:  # a schema that fails ends only its own row
             log.exception("a schema's mask could not be computed")
-            failed[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
+            failed_rows[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
     for i in processor_rows:
-        processed[i] = rows[i].process(processed[i])
-    for i in failed:
-        processed[i] = torch.nan
-    return processed, failed
+        processed_logits[i] = rows[i].process(processed_logits[i])
+    for i in failed_rows:
+        processed_logits[i] = torch.nan
+    return processed_logits, failed_rows
 
 
 def _no_token(logits: Tensor, row: Sampler) -> SampledToken:
@@ -189,7 +191,7 @@ def _tensor_like(values: Sequence[Any], like: Tensor) -> Tensor:
 
 
 def _rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """The given rows of ``values``, in this order."""
+    """The given rows of ``values``, in the order of ``rows``."""
     return (
         values if len(rows) == len(values) else values.index_select(0, _tensor_like(rows, values))
     )
@@ -215,20 +217,20 @@ class _Draw:
         # already has all of the probability
         temperatures = [max(setting.temperature, 1e-5) for setting in self.settings]
         divisors = _tensor_like(temperatures, logits)[:, None]
-        self.scaled = (logits - logits.amax(-1, keepdim=True)) / divisors
+        self.scaled_logits = (logits - logits.amax(-1, keepdim=True)) / divisors
         if any(setting.min_p for setting in self.settings):
             # the largest logit is 0 here: log(min_p) is the logit with min_p times its probability
             min_logits = [
                 math.log(setting.min_p) if setting.min_p else -math.inf for setting in self.settings
             ]
-            is_below = self.scaled < _tensor_like(min_logits, logits)[:, None]
-            self.scaled = self.scaled.masked_fill(is_below, -torch.inf)
+            is_below = self.scaled_logits < _tensor_like(min_logits, logits)[:, None]
+            self.scaled_logits = self.scaled_logits.masked_fill(is_below, -torch.inf)
         self.needs_sort = logits.new_zeros(len(rows), dtype=torch.bool)
         nucleus_rows = [
             i for i, setting in enumerate(self.settings) if setting.top_k or setting.top_p < 1
         ]
         self.tokens = (
-            (self.scaled - self.log_noise).argmax(-1)
+            (self.scaled_logits - self.log_noise).argmax(-1)
             if len(nucleus_rows) < len(rows)
             else self.needs_sort.long()
         )
@@ -244,7 +246,7 @@ class _Draw:
     def _draw_nucleus(self, nucleus_rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw a token for each row with top_k or top_p. Returns the tokens, and whether more
         tokens of the row must be sorted to draw its token."""
-        scaled = _rows_of(self.scaled, nucleus_rows)
+        scaled = _rows_of(self.scaled_logits, nucleus_rows)
         log_noise = _rows_of(self.log_noise, nucleus_rows)
         settings, vocabulary = [self.settings[i] for i in nucleus_rows], scaled.shape[-1]
         candidate_count = min(vocabulary, max(CANDIDATES, *(setting.top_k for setting in settings)))
@@ -265,11 +267,13 @@ class _Draw:
 
     def sort_and_draw(self, row: int) -> int:
         """Sort all tokens of a row, and draw its token from its nucleus."""
-        order = self.scaled[row : row + 1].sort(descending=True)
-        top_p = torch.full_like(order.values[:, :1], self.settings[row].top_p)
-        in_nucleus = _nucleus_mask(torch.softmax(order.values, -1), top_p)
+        sorted_logits = self.scaled_logits[row : row + 1].sort(descending=True)
+        top_p = torch.full_like(sorted_logits.values[:, :1], self.settings[row].top_p)
+        in_nucleus = _nucleus_mask(torch.softmax(sorted_logits.values, -1), top_p)
         log_noise = self.log_noise[row : row + 1]
-        return int(_first_arrival(order.values, order.indices, log_noise, in_nucleus))
+        return int(
+            _first_arrival(sorted_logits.values, sorted_logits.indices, log_noise, in_nucleus)
+        )
 
 
 def _first_arrival(values: Tensor, ids: Tensor, log_noise: Tensor, in_nucleus: Tensor) -> Tensor:
@@ -290,19 +294,24 @@ def _nucleus_mask(probabilities: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _with_logprobs(
-    logits: Tensor, row_indices: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
+    logits: Tensor,
+    row_indices: Sequence[int],
+    chosen_tokens: Sequence[int],
+    rows: Sequence[Sampler],
 ) -> list[SampledToken]:
     """The results of the rows ``row_indices``, with the log-probabilities of the chosen token and
     of the most likely tokens."""
     counts = [rows[i].sampling.logprobs or 0 for i in row_indices]
     row_logits = logits[list(row_indices)].float()
     log_total = row_logits.logsumexp(-1, keepdim=True)
-    ids = torch.tensor([chosen[i] for i in row_indices], device=logits.device)[:, None]
+    ids = torch.tensor([chosen_tokens[i] for i in row_indices], device=logits.device)[:, None]
     logprobs = (row_logits.gather(-1, ids) - log_total)[:, 0].tolist()
     top = (row_logits - log_total).topk(min(max(*counts, 1), row_logits.shape[-1]))
     top_tokens = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
-        SampledToken(chosen[i], logprob, tuple(zip(indices[:count], values[:count], strict=True)))
+        SampledToken(
+            chosen_tokens[i], logprob, tuple(zip(indices[:count], values[:count], strict=True))
+        )
         for i, logprob, count, (indices, values) in zip(
             row_indices, logprobs, counts, top_tokens, strict=True
         )

@@ -119,11 +119,11 @@ class Shares:
 
 
 class Scheduler(Generic[RequestT]):
-    """The queue, with room for ``places`` requests. It is not thread-safe: callers need a lock of
+    """The queue, with room for ``capacity`` requests. It is not thread-safe: callers need a lock of
     their own."""
 
-    def __init__(self, places: int) -> None:
-        self.places, self.waiting = places, 0
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.waiting = capacity, 0
         # waiting requests in order, by owner and flow; no queue is empty
         self._queues: dict[str, dict[str, deque[RequestT]]] = {}
         self._owner_shares = Shares()
@@ -137,10 +137,10 @@ class Scheduler(Generic[RequestT]):
         owner_queues = self._queues.get(request.owner, {})
         owner_length = sum(map(len, owner_queues.values()))
         flow_length = len(owner_queues.get(request.flow, ()))
-        free_places = float(self.places - self.waiting)
+        free_count = float(self.capacity - self.waiting)
         if request.owner:  # the places that the bound leaves for the key
-            free_places = (SHARE * free_places - owner_length) / (1 + SHARE)
-        if free_places <= 0 or flow_length >= SHARE * free_places:
+            free_count = (SHARE * free_count - owner_length) / (1 + SHARE)
+        if free_count <= 0 or flow_length >= SHARE * free_count:
             queued_text = (
                 f"{owner_length} of them of the same key and {flow_length}"
                 if request.owner
@@ -148,23 +148,23 @@ class Scheduler(Generic[RequestT]):
             )
             raise Busy(
                 f"Found: {self.waiting} requests that wait, {queued_text} for the same adapter."
-                f" Expected: at most {self.places}, with room for others. Do: try again in"
+                f" Expected: at most {self.capacity}, with room for others. Do: try again in"
                 f" {self.retry_after():.0f} seconds.",
                 self.retry_after(),
             )
         self._owner_shares.enter(request.owner)
         self._flows.setdefault(request.owner, Shares()).enter(request.flow)
-        queue = self._reserve_place(request)
+        queue = self._count_in_queue(request)
         position = sum(entry.priority <= request.priority for entry in queue)
         queue.insert(position, request)
 
     def push_back(self, request: RequestT) -> None:
         """Put a request that ``take`` has returned back to the front of its queue."""
-        self._reserve_place(request).appendleft(request)
+        self._count_in_queue(request).appendleft(request)
 
-    def go_on(self, request: RequestT) -> None:
+    def requeue(self, request: RequestT) -> None:
         """Put a request that ``take`` has returned, and that has more work, at its queue's end."""
-        self._reserve_place(request).append(request)
+        self._count_in_queue(request).append(request)
 
     def take(self, without: Collection[Key] = ()) -> RequestT | None:
         """Remove and return the next request whose blend is not in ``without``. Call ``ended`` when
@@ -237,7 +237,7 @@ class Scheduler(Generic[RequestT]):
         seconds_per_start = (self._starts[-1] - self._starts[0]) / (len(self._starts) - 1)
         return min(60.0, max(1.0, seconds_per_start * self.waiting / 2))
 
-    def _reserve_place(self, request: RequestT) -> deque[RequestT]:
+    def _count_in_queue(self, request: RequestT) -> deque[RequestT]:
         """Return the queue to which the caller adds a request, and count the request."""
         self.waiting += 1
         return self._queues.setdefault(request.owner, {}).setdefault(request.flow, deque())
@@ -260,10 +260,10 @@ def fit_budget(lengths: list[int], budget: int) -> list[int]:
     chosen: list[int] = []
     longest = token_count = 0
     for index, length in enumerate(lengths):
-        width = max(longest, length)
-        padded_count = width * (len(chosen) + 1)
+        padded_length = max(longest, length)
+        padded_count = padded_length * (len(chosen) + 1)
         is_dense = (token_count + length) * 4 >= padded_count * 3
         if not chosen or (padded_count <= budget and is_dense):
             chosen.append(index)
-            longest, token_count = width, token_count + length
+            longest, token_count = padded_length, token_count + length
     return chosen

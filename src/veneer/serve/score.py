@@ -177,15 +177,15 @@ async def _score_pairs(
     """The score of each pair, and the number of tokens that were encoded."""
     blend = await requested_adapters(service, key, body.model, body.adapters)
     embedder = embedder_of(service)
-    if embedder.labels:
+    if embedder.label_count:
         sequences: list[tuple[str, ...]] = list(pairs)
     else:  # encode a text that is in several pairs once
         sequences = [(text,) for text in dict.fromkeys(text for pair in pairs for text in pair)]
     ids, token_types = await _tokenize(service, sequences, body.truncate_prompt_tokens)
-    options = {"token_types": token_types, "with_head": True} if embedder.labels else {}
+    options = {"token_types": token_types, "with_head": True} if embedder.label_count else {}
     vectors = await vectors_of(request, service, key, ids, blend, **options)
     token_count = sum(map(len, ids))
-    if embedder.labels:
+    if embedder.label_count:
         logits = torch.stack(vectors)[:, 0]
         applies_sigmoid = body.use_activation and _has_sigmoid(embedder.model.config)
         return (logits.sigmoid() if applies_sigmoid else logits).tolist(), token_count

@@ -94,7 +94,7 @@ class Service:
     def unready_refusal(self) -> Refusal:
         """The refusal of a request while the service is not ready."""
         if self.draining:
-            return refusal.draining()
+            return refusal.draining_refusal()
         message = sentence(
             "an engine that does not run", "one that does", "look at the log, start it again"
         )
@@ -286,7 +286,8 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
         service.waiting_chars -= size
 
     service.waiting_chars += size
-    run = copy_context().run  # ``work`` sees the request's variables (``request_log.CURRENT``)
+    # ``work`` sees the request's context variables (``request_log.CURRENT_RECORD``)
+    run = copy_context().run
     running = asyncio.get_running_loop().run_in_executor(service.text_executor, run, work)
     running.add_done_callback(release)
     return running
@@ -309,14 +310,14 @@ async def unless_disconnected(request: Request, work: Any) -> Any:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(wait_for_disconnect())
+    work_task = asyncio.ensure_future(work)
+    disconnect_task = asyncio.ensure_future(wait_for_disconnect())
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait((work_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
+        if not work_task.done():
             raise Refusal(499, "a client that went away", "one that waits", "send it again")
-        return working.result()
+        return work_task.result()
     finally:
-        for task in (working, leaving):
+        for task in (work_task, disconnect_task):
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(work_task, disconnect_task, return_exceptions=True)

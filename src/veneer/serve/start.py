@@ -46,12 +46,12 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     _check_adapters_exist(settings)
     tracer = open_tracer(settings.otlp_endpoint, settings.name)
     is_causal = models.is_causal(settings.base)
-    loaded: Any = (_load_causal if is_causal else _load_encoder)(settings)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    loaded_base: Any = (_load_causal if is_causal else _load_encoder)(settings)
+    model, tokenizer = loaded_base.model, loaded_base.tokenizer
     sampling = sampling_defaults(model)
-    if ignored := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
-        log.warning("Not applied here, of the base's %s: %s", FILE, ignored)
-    base_length = models.context_length(settings.base) if is_causal else loaded.length
+    if ignored_fields := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
+        log.warning("Not applied here, of the base's %s: %s", FILE, ignored_fields)
+    base_length = models.context_length(settings.base) if is_causal else loaded_base.length
     length = min(settings.length, base_length or settings.length)
     bank = Bank(model, settings.memory)
     catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
@@ -79,7 +79,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
         engine.start()
         length = engine.length
     else:
-        embedder = _make_embedder(loaded, bank, rows, metrics)
+        embedder = _make_embedder(loaded_base, bank, rows, metrics)
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
     service = Service(
@@ -125,12 +125,12 @@ def _make_embedder(encoder: Any, bank: Bank, rows: int, metrics: Metrics) -> Emb
     return Embedder(
         encoder.model,
         bank,
-        pad=encoder.tokenizer.pad_token_id or 0,
+        pad_id=encoder.tokenizer.pad_token_id or 0,
         pooling=encoder.pooling,
         normal=encoder.normal,
         rows=rows,
         observer=metrics,
-        labels=encoder.labels,
+        label_count=encoder.labels,
     )
 
 

@@ -65,32 +65,32 @@ class Text:
         self._ids = list(prompt[-CONTEXT_TOKENS:])
         self._context_count = len(self._ids)
         # the text of ``_ids``, as far as it was returned or precedes the answer
-        self._returned = detokenizer.decode(self._ids)
-        self._held = ""  # decoded text that may be the beginning of a stop string
+        self._returned_text = detokenizer.decode(self._ids)
+        self._held_text = ""  # decoded text that may be the beginning of a stop string
         # if the prompt ends within a character, the answer must not begin with the end of it
-        if self._returned.endswith(UNKNOWN):
-            self._ids, self._context_count, self._returned = [], 0, ""
+        if self._returned_text.endswith(UNKNOWN):
+            self._ids, self._context_count, self._returned_text = [], 0, ""
 
     def add(self, token: int, *, watched: bool = True) -> tuple[str, bool]:
         """Add a token. Returns the text that is certain now, and whether a stop string ended it.
         Only the text of ``watched`` tokens is searched for stop strings."""
         if token in self._markers:
-            new_text = self._decode_certain(final=True) + self._markers[token]
-            self._ids, self._context_count, self._returned = [], 0, ""
-            return self._hold_back(new_text, final=False) if watched else (new_text, False)
+            new_text = self._decode_certain(is_final=True) + self._markers[token]
+            self._ids, self._context_count, self._returned_text = [], 0, ""
+            return self._hold_back(new_text, is_final=False) if watched else (new_text, False)
         self._ids.append(token)
-        new_text = self._decode_certain(final=False)
-        return self._hold_back(new_text, final=False) if watched else (new_text, False)
+        new_text = self._decode_certain(is_final=False)
+        return self._hold_back(new_text, is_final=False) if watched else (new_text, False)
 
     def end(self) -> str:
         """Return the text that was held back, because no token follows: incomplete characters and
         beginnings of stop strings."""
-        return self._hold_back(self._decode_certain(final=True), final=True)[0]
+        return self._hold_back(self._decode_certain(is_final=True), is_final=True)[0]
 
-    def _decode_certain(self, *, final: bool) -> str:
+    def _decode_certain(self, *, is_final: bool) -> str:
         """The text that the current tokens add. An incomplete character at its end is left out,
-        unless the text is ``final``, since no token follows."""
-        full_text, returned = self._detokenizer.decode(self._ids), self._returned
+        unless ``is_final``: then no token follows that could complete it."""
+        full_text, returned = self._detokenizer.decode(self._ids), self._returned_text
         start = len(returned)
         if not full_text.startswith(returned):
             # the new token changed how earlier incomplete bytes are decoded: find the first change
@@ -100,27 +100,27 @@ class Text:
             )
         new_text = full_text[start:]
         unknown_count = len(new_text) - len(new_text.rstrip(UNKNOWN))
-        incomplete = 0 if final else min(unknown_count, MAX_INCOMPLETE)
+        incomplete = 0 if is_final else min(unknown_count, MAX_INCOMPLETE)
         if new_text and not incomplete:  # these tokens become the context of the next ones
             del self._ids[: self._context_count]
             self._context_count = len(self._ids)
-            self._returned = self._detokenizer.decode(self._ids)
+            self._returned_text = self._detokenizer.decode(self._ids)
             return new_text
-        self._returned = full_text[: len(full_text) - incomplete]
+        self._returned_text = full_text[: len(full_text) - incomplete]
         return new_text[: len(new_text) - incomplete]
 
-    def _hold_back(self, new_text: str, *, final: bool) -> tuple[str, bool]:
+    def _hold_back(self, new_text: str, *, is_final: bool) -> tuple[str, bool]:
         """Return the certain part of the held text and ``new_text``, and whether a stop string
         ended it."""
         if not self._stop:
             return new_text, False
-        text = self._held + new_text
+        text = self._held_text + new_text
         stop_position = min(
             (position for position in map(text.find, self._stop) if position >= 0), default=-1
         )
         if stop_position >= 0:
-            ends = (word for word in self._stop if text.startswith(word, stop_position))
-            self.stopped_by = next(ends)
+            stop_words = (word for word in self._stop if text.startswith(word, stop_position))
+            self.stopped_by = next(stop_words)
             return text[:stop_position], True
         # hold back an end of the text that is the beginning of a stop string
         lengths = (
@@ -129,6 +129,6 @@ class Text:
             for length in range(min(len(word), len(text) + 1))
             if text.endswith(word[:length])
         )
-        held_length = 0 if final else max(lengths)
-        self._held = text[len(text) - held_length :]
+        held_length = 0 if is_final else max(lengths)
+        self._held_text = text[len(text) - held_length :]
         return text[: len(text) - held_length], False

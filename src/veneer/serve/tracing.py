@@ -53,13 +53,13 @@ class Tracer:
         """Make and send the span of a request that has ended. ``headers``: of the request."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
-        parent = self._propagator.extract({"traceparent": headers.get("traceparent", "")})
+        parent_context = self._propagator.extract({"traceparent": headers.get("traceparent", "")})
         attributes = self._attributes(record)
         operation = attributes.get("gen_ai.operation.name")
         name = f"{operation} {record.adapter}" if operation else f"{record.method} {record.path}"
         span = self._tracer.start_span(
             name,
-            context=parent,
+            context=parent_context,
             kind=SpanKind.SERVER,
             attributes=attributes,
             start_time=record.started_ns,
@@ -102,11 +102,11 @@ class Tracer:
     def close(self) -> None:
         """Send the remaining spans. If the collector does not answer, this gives up after
         ``FLUSH_SECONDS``."""
-        closing = threading.Thread(
+        shutdown_thread = threading.Thread(
             target=self._provider.shutdown, name="veneer-traces", daemon=True
         )
-        closing.start()
-        closing.join(FLUSH_SECONDS)
+        shutdown_thread.start()
+        shutdown_thread.join(FLUSH_SECONDS)
 
 
 def open_tracer(endpoint: str | None, base: str) -> Tracer | None:

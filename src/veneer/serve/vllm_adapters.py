@@ -108,28 +108,30 @@ class VllmAdapters:
         problem = f"Adapter {name!r} in {path}"
         raise_all(AdapterError, problem, [sentence(reason, *ADVICE) for reason in reasons])
         with self._lock:
-            old = self._names.get(name)
-            self._names[name] = RegisteredAdapter(Path(path), pinned=old is not None and old.pinned)
-        self._retire(name, old)
+            old_entry = self._names.get(name)
+            self._names[name] = RegisteredAdapter(
+                Path(path), pinned=old_entry is not None and old_entry.pinned
+            )
+        self._retire(name, old_entry)
 
     def add(self, path: str | Path, *, name: str, replace: bool = False) -> None:
         """Load an adapter under a name. If this fails, an old adapter of the name stays."""
         with self._loading:
-            old = self._names.get(name)
-            pinned = old is not None and old.pinned
+            old_entry = self._names.get(name)
+            pinned = old_entry is not None and old_entry.pinned
             entry = RegisteredAdapter(Path(path), self._copy(name, Path(path)), pinned)
             loaded = self._load({name: 1.0}, {name: entry})
             with self._lock:
                 self._names[name] = entry
-            self._retire(name, old)
+            self._retire(name, old_entry)
             with self._lock:
                 self._loaded[loaded.key] = loaded
 
     def remove(self, name: str) -> None:
         with self._lock:
-            old = self._names.pop(name, None)
-        self._retire(name, old)
-        if old is not None:
+            old_entry = self._names.pop(name, None)
+        self._retire(name, old_entry)
+        if old_entry is not None:
             self.on_event("remove", name, 0.0)
 
     def pin(self, name: str) -> None:
@@ -297,7 +299,7 @@ class VllmAdapters:
             self._unload(oldest)
             self.on_event("evict", oldest.key[0][0] if len(oldest.key) == 1 else "blend", 0.0)
 
-    def _retire(self, name: str, old: RegisteredAdapter | None) -> None:
+    def _retire(self, name: str, old_entry: RegisteredAdapter | None) -> None:
         """Mark the adapter of a name, and the blends that contain it, as stale. Each is unloaded
         when its last request has ended."""
         with self._lock:
@@ -308,7 +310,7 @@ class VllmAdapters:
             idle = [loaded for loaded in retired if not loaded.users]
         for loaded in idle:
             self._unload(loaded)
-        copy = None if old is None else old.copy
+        copy = None if old_entry is None else old_entry.copy
         if copy is not None and all(loaded.folder != copy for loaded in retired):
             shutil.rmtree(copy, ignore_errors=True)
 

@@ -37,8 +37,8 @@ from veneer.serve import api, vllm
 from veneer.serve.access import Keyring
 from veneer.serve.catalogue import Catalogue, served_folders
 from veneer.serve.metrics import Metrics
-from veneer.serve.refusal import RETRY, Refusal, body_refusal
-from veneer.serve.request_log import CURRENT, ID_HEADER
+from veneer.serve.refusal import RETRY_AFTER, Refusal, body_refusal
+from veneer.serve.request_log import CURRENT_RECORD, ID_HEADER
 from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.schemas import Blend
 from veneer.serve.service import (
@@ -199,7 +199,7 @@ class Call:
         """Wait for the request's turn, load its blend, and return vLLM's answer. ``Busy``, or an
         error of ``VllmAdapters.acquire``."""
         engine, observer = self.service.engine, self.service.metrics
-        record, arrived_at = CURRENT.get(), time.monotonic()
+        record, arrived_at = CURRENT_RECORD.get(), time.monotonic()
         if record is not None:
             record.ask(self.blend, 0)
         await engine.gate.enter(ticket)
@@ -221,7 +221,7 @@ class Call:
         return await await_or_undo(loading, Lease.release)
 
     async def _send(self, lease: Lease) -> httpx.Response:
-        record = CURRENT.get()
+        record = CURRENT_RECORD.get()
         headers = {"content-type": "application/json"}
         if record is not None:
             headers[ID_HEADER] = record.request_id
@@ -250,7 +250,7 @@ class Call:
             raise
         finally:
             await response.aclose()
-        call_end.count(content if media_type.startswith("application/json") else b"")
+        call_end.count_usage(content if media_type.startswith("application/json") else b"")
         call_end.end("stop" if response.status_code < 400 else "error")
         return Response(content, response.status_code, media_type=media_type)
 
@@ -258,7 +258,7 @@ class Call:
         outcome = "cancelled"
         try:
             async for line in response.aiter_lines():
-                call_end.event(line)
+                call_end.count_event(line)
                 yield self._rename(f"{line}\n".encode(), call_end.lease)
             outcome = "stop"
         except httpx.TransportError:
@@ -282,7 +282,7 @@ class CallEnd:
         self._prompt_tokens = self._generated_tokens = 0
         self._has_ended = False
 
-    def count(self, content: bytes) -> None:
+    def count_usage(self, content: bytes) -> None:
         """Count the tokens that a complete answer's field ``usage`` has."""
         try:
             usage = json.loads(content).get("usage") or {}
@@ -291,11 +291,11 @@ class CallEnd:
         self._prompt_tokens = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
         self._generated_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
 
-    def event(self, line: str) -> None:
+    def count_event(self, line: str) -> None:
         """Count a line of a stream: an event with data is about one token."""
         if not line.startswith("data: {"):
             return
-        record = CURRENT.get()
+        record = CURRENT_RECORD.get()
         if not self._generated_tokens:
             seconds = time.monotonic() - self._arrived_at
             self._call.service.metrics.first_token(self._call.blend, seconds)
@@ -307,7 +307,7 @@ class CallEnd:
         if self._has_ended:
             return
         self._has_ended = True
-        call, observer, record = self._call, self._call.service.metrics, CURRENT.get()
+        call, observer, record = self._call, self._call.service.metrics, CURRENT_RECORD.get()
         if self.lease is not None:
             self.lease.release()
         call.service.engine.gate.leave(self._ticket, self._generated_tokens or 1)
@@ -321,14 +321,14 @@ class CallEnd:
 
 def engine_lost() -> Refusal:
     message = sentence("a vLLM that ended in the middle of it", "one that runs", "send it again")
-    return Refusal(503, message, code="engine_stopped", headers={RETRY: "5"})
+    return Refusal(503, message, code="engine_stopped", headers={RETRY_AFTER: "5"})
 
 
 @with_trust_of_config
 def start(
-    settings: Settings, keys: Keyring, ended: Callable[[int], None] = lambda code: None
+    settings: Settings, keys: Keyring, on_exit: Callable[[int], None] = lambda status: None
 ) -> Service:
-    """Start vLLM and the service before it. ``Service.close`` stops both. ``ended`` is called if
+    """Start vLLM and the service before it. ``Service.close`` stops both. ``on_exit`` is called if
     vLLM ends by itself."""
     must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
@@ -347,7 +347,7 @@ def start(
         _row_limit(settings) or DEFAULT_ROWS,
         settings.queue,
         settings.timeout,
-        ended,
+        on_exit,
         folder,
     )
     try:
@@ -363,7 +363,7 @@ def start(
             bank.pin(adapter)
         catalogue.follow_pins()
         metrics.watch(engine, bank)
-        card = engine.card()
+        model_card = engine.model_card()
     except BaseException:
         engine.close()
         raise
@@ -376,7 +376,7 @@ def start(
         catalogue=catalogue,
         keys=keys,
         metrics=metrics,
-        length=card["max_model_len"],
+        length=model_card["max_model_len"],
         vocabulary=len(tokenizer),
         engine=engine,
         sampling=SamplingDefaults(),

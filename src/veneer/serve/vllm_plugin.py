@@ -45,7 +45,7 @@ def register() -> None:
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             adapter = await asyncio.to_thread(self.find, base_model_name, lora_name)
             return adapter and LoRARequest(
-                lora_name=lora_name, lora_int_id=adapter.number, lora_path=str(adapter.path)
+                lora_name=lora_name, lora_int_id=adapter.lora_id, lora_path=str(adapter.path)
             )
 
         def find(self, base: str, name: str) -> Any:

@@ -1,7 +1,7 @@
 """A vLLM process that this server starts, watches and stops. It listens at a Unix socket in a
 folder that only this user may enter, so clients reach it only through this server.
 
-    start → loading → ready → (if vLLM ends by itself: ``ready`` is false, and ``lost`` is called)
+    start → loading → ready → (vLLM ends by itself: ``ready`` is false, and ``on_exit`` is called)
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class VllmProcess:
         rows: the most requests that are sent to vLLM at one time.
         queue: the most requests that wait.
         timeout: seconds that an answer may take.
-        lost: called in a thread, with the exit status, if vLLM ends by itself.
+        on_exit: called in a thread, with the exit status, if vLLM ends by itself.
         folder: a temporary folder, removed when vLLM ends.
     """
 
     def __init__(
         self, line: Sequence[str], address: Path, rows: int, queue: int, timeout: float,
-        lost: Callable[[int], None] = lambda code: None, folder: Any = None,
+        on_exit: Callable[[int], None] = lambda status: None, folder: Any = None,
     ) -> None:  # fmt: skip
-        self._line, self._socket, self._lost, self._timeout = line, address, lost, timeout
+        self._line, self._socket, self._on_exit, self._timeout = line, address, on_exit, timeout
         self.gate, self._folder, self.secret = Gate(rows, queue), folder, secrets.token_hex(16)
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,8 +81,8 @@ class VllmProcess:
         )
         try:
             while not self._is_healthy():
-                if (code := self._process.poll()) is not None:
-                    problem = f"vLLM, which ended with status {code} before it was ready"
+                if (exit_status := self._process.poll()) is not None:
+                    problem = f"vLLM, which ended with status {exit_status} before it was ready"
                     do = "see its own words above"
                     raise ConfigError(problem, "one that loads the base", do)
                 time.sleep(POLL_SECONDS)
@@ -106,13 +106,13 @@ class VllmProcess:
     def _watch(self) -> None:
         """Wait until vLLM ends, and report an end that this server did not ask for."""
         assert self._process is not None
-        code = self._process.wait()
+        exit_status = self._process.wait()
         self.ready = False
         if not self._closing:
-            log.error("vLLM ended by itself, with status %d; this server ends too", code)
+            log.error("vLLM ended by itself, with status %d; this server ends too", exit_status)
             if self._folder is not None:
                 self._folder.cleanup()
-            self._lost(code)
+            self._on_exit(exit_status)
 
     @property
     def running(self) -> int:
@@ -139,7 +139,7 @@ class VllmProcess:
             return b""
         return answer.content if answer.status_code == 200 else b""
 
-    def card(self) -> dict[str, Any]:
+    def model_card(self) -> dict[str, Any]:
         """vLLM's description of the base, from its /v1/models."""
         return json.loads(self.read("/v1/models"))["data"][0]
 

@@ -53,7 +53,7 @@ class AdapterCopy(NamedTuple):
     folder's name, a hash."""
 
     path: Path
-    number: int
+    lora_id: int
 
 
 class BaseProofs:

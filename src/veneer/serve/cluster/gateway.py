@@ -25,7 +25,7 @@ from veneer.serve.access import Keyring
 from veneer.serve.cluster.routing import NO_MODEL_KEY, adapter_of
 from veneer.serve.guard import Guard
 from veneer.serve.metrics import Metrics, merge_pages
-from veneer.serve.refusal import RETRY, Refusal
+from veneer.serve.refusal import RETRY_AFTER, Refusal
 
 log = logging.getLogger("veneer.serve")
 
@@ -53,10 +53,10 @@ class Gateway:
     Args:
         base: the base's model name.
         hosts: host names accepted in the Host header; None: all.
-        ask: sends a request, as (adapter, ASGI scope, body), to a replica and yields the ASGI
-            messages of its answer.
-        ask_all: sends a request to all replicas.
-        lost: the exceptions which mean that a replica has died.
+        ask_replica: sends a request, as (adapter, ASGI scope, body), to a replica and yields the
+            ASGI messages of its answer.
+        ask_all_replicas: sends a request to all replicas.
+        death_errors: the exceptions which mean that a replica has died.
     """
 
     draining, extensions, tracer = False, (), None  # for ``Guard``; replicas send spans
@@ -66,14 +66,15 @@ class Gateway:
         base: str,
         keys: Keyring,
         hosts: tuple[str, ...] | None,
-        ask: Callable[[str, Message, bytes], AsyncGenerator[Message]],
-        ask_all: Callable[[Message, bytes], Awaitable[Sequence[CompleteAnswer]]],
-        lost: tuple[type[Exception], ...],
+        ask_replica: Callable[[str, Message, bytes], AsyncGenerator[Message]],
+        ask_all_replicas: Callable[[Message, bytes], Awaitable[Sequence[CompleteAnswer]]],
+        death_errors: tuple[type[Exception], ...],
         cors: tuple[str, ...] = (),
     ) -> None:
         self.base, self.keys, self.hosts, self.cors = base, keys, hosts, cors
         self.metrics = Metrics()
-        self._ask, self._ask_all, self._lost = ask, ask_all, lost
+        self._ask_replica, self._ask_all_replicas = ask_replica, ask_all_replicas
+        self._death_errors = death_errors
         self.app = Guard(self._answer, self)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
@@ -94,7 +95,7 @@ class Gateway:
                     if is_large
                     else adapter_of(body, self.base)
                 )
-            await relay(lambda: self._ask(adapter, message, body), send, self._lost)
+            await relay(lambda: self._ask_replica(adapter, message, body), send, self._death_errors)
         except Refusal as refusal:
             await refusal.response(scope["path"])(scope, receive, send)
 
@@ -102,8 +103,8 @@ class Gateway:
         """Send the metrics of all replicas, each labelled with its replica. If a replica refuses
         the request, send its refusal instead."""
         try:
-            answers = await self._ask_all(message, body)
-        except self._lost as error:
+            answers = await self._ask_all_replicas(message, body)
+        except self._death_errors as error:
             raise no_replica() from error
         if not answers:
             raise no_replica()
@@ -125,13 +126,13 @@ class Gateway:
 async def relay(
     request_answer: Callable[[], AsyncGenerator[Message]],
     send: Callable[[Message], Awaitable[None]],
-    lost: tuple[type[Exception], ...],
+    death_errors: tuple[type[Exception], ...],
 ) -> None:
     """Forward the answer of the first attempt that succeeds. ``request_answer``: asks a replica and
-    yields the messages of its answer. ``lost``: the exceptions which mean that a replica has died.
+    yields the messages of its answer. ``death_errors``: the exceptions of a dead replica.
     ``Refusal``: all attempts failed."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        start: Message | None = None  # is sent with the first message of the body
+        start_message: Message | None = None  # is sent with the first message of the body
         has_begun = has_ended = False
         try:
             async with aclosing(request_answer()) as messages:
@@ -142,14 +143,14 @@ async def relay(
                             for name, value in message["headers"]
                             if name.lower() not in _CONNECTION_HEADERS
                         ]
-                        start = {**message, "headers": headers}
+                        start_message = {**message, "headers": headers}
                         continue
-                    if not has_begun and start is not None:
-                        await send(start)
+                    if not has_begun and start_message is not None:
+                        await send(start_message)
                         has_begun = True
                     await send(message)
                     has_ended = not message.get("more_body", False)
-        except lost as error:
+        except death_errors as error:
             # the client has the complete answer; the connection may be used for its next request
             if has_ended:
                 return
@@ -168,7 +169,7 @@ async def relay(
 
 def no_replica() -> Refusal:
     message = sentence("no replica that answers", "one", "try again later")
-    return Refusal(503, message, code="replica_lost", headers={RETRY: "5"})
+    return Refusal(503, message, code="replica_lost", headers={RETRY_AFTER: "5"})
 
 
 def broken_off() -> bytes:
@@ -199,7 +200,7 @@ def transferable_scope(scope: Message) -> Message:
     return {**request, "headers": [(bytes(name), bytes(value)) for name, value in scope["headers"]]}
 
 
-async def messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Message]:
+async def answer_messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Message]:
     """Yield the ASGI messages of an application's answer to a request. For the application, closing
     the generator is a disconnect of the client."""
     queue: asyncio.Queue[Message | None] = asyncio.Queue()  # holds at most one answer
@@ -223,7 +224,7 @@ async def messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Me
 async def complete_answer(name: str, app: Any, request: Message, body: bytes) -> CompleteAnswer:
     """The complete answer of an application to a request. ``name``: the name of the replica."""
     status, headers, content = 500, [], bytearray()
-    async with aclosing(messages(app, request, body)) as answer:
+    async with aclosing(answer_messages(app, request, body)) as answer:
         async for message in answer:
             if message["type"] == "http.response.start":
                 status, headers = message["status"], list(message["headers"])

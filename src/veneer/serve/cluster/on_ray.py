@@ -42,8 +42,8 @@ HEALTH_CHECK_SECONDS = 2.0
 
 
 class AdapterRouter(RequestRouter):
-    """A request router of Ray that uses ``routing.groups``. Ray passes the adapter as the id of a
-    multiplexed model."""
+    """A request router of Ray that uses ``routing.replica_groups``. Ray passes the adapter as the
+    id of a multiplexed model."""
 
     def initialize_state(self, rows: int = 16) -> None:
         self._rows = rows
@@ -64,7 +64,7 @@ class AdapterRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True  # wait if all replicas are full
         return [
             [by_name[name] for name in group]
-            for group in routing.groups(adapter, running, self._rows)
+            for group in routing.replica_groups(adapter, running, self._rows)
         ]
 
 
@@ -87,7 +87,7 @@ class Replica:
 
     async def stream(self, request: dict[str, Any], body: bytes) -> AsyncGenerator[dict[str, Any]]:
         """Yield the ASGI messages of the answer to a request."""
-        async with aclosing(gateway.messages(self.application, request, body)) as messages:
+        async with aclosing(gateway.answer_messages(self.application, request, body)) as messages:
             async for message in messages:
                 yield message
 
@@ -112,10 +112,16 @@ class Gateway:
         self, replicas: Any, settings: Settings, keys: str | None, hosts: tuple[str, ...] | None
     ) -> None:
         _log_to_stderr(settings.log_format)
-        lost = (RayActorError, DeploymentUnavailableError)
+        death_errors = (RayActorError, DeploymentUnavailableError)
         self._replicas = replicas
         self.gateway = gateway.Gateway(
-            settings.name, _keyring(keys), hosts, self._ask, self._ask_all, lost, settings.cors
+            settings.name,
+            _keyring(keys),
+            hosts,
+            self._ask_replica,
+            self._ask_all_replicas,
+            death_errors,
+            settings.cors,
         )
         if keys is not None:
             follow_keys(self.gateway, Path(keys))  # until this process ends
@@ -123,7 +129,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         return self.gateway.app
 
-    async def _ask(
+    async def _ask_replica(
         self, adapter: str, request: dict[str, Any], body: bytes
     ) -> AsyncGenerator[dict[str, Any]]:
         answer = self._replicas.options(stream=True, multiplexed_model_id=adapter).stream.remote(
@@ -136,7 +142,9 @@ class Gateway:
             answer.cancel()  # the client has disconnected, so cancel its request
             raise
 
-    async def _ask_all(self, request: dict[str, Any], body: bytes) -> list[gateway.CompleteAnswer]:
+    async def _ask_all_replicas(
+        self, request: dict[str, Any], body: bytes
+    ) -> list[gateway.CompleteAnswer]:
         responses = self._replicas.broadcast("complete_answer", request, body)
         return await asyncio.to_thread(responses.results, timeout_s=limits.BODY_SECONDS)
 

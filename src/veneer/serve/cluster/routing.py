@@ -25,7 +25,7 @@ from veneer.serve.scheduler import counted_as
 NO_MODEL_KEY = "/"
 
 
-def order(adapter: str, replicas: Iterable[str]) -> list[str]:
+def preferred_replicas(adapter: str, replicas: Iterable[str]) -> list[str]:
     """The names of replicas by preference for an adapter, the adapter's home first."""
     return sorted(
         replicas,
@@ -34,7 +34,7 @@ def order(adapter: str, replicas: Iterable[str]) -> list[str]:
     )
 
 
-def groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str]]:
+def replica_groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str]]:
     """Groups of replicas to try, one group after the other. Within a group, the caller takes the
     replica with the fewest requests. ``adapter``: "" for the base, which every replica has.
     ``running``: the number of requests of each replica. ``rows``: how many requests a replica
@@ -42,7 +42,9 @@ def groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str
     all_replicas = list(running)
     if not adapter:
         return [all_replicas]
-    preferred = [[name] for name in order(adapter, all_replicas) if running[name] < rows]
+    preferred = [
+        [name] for name in preferred_replicas(adapter, all_replicas) if running[name] < rows
+    ]
     return [*preferred, all_replicas]
 
 

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any
 
 from veneer.fileio.untrusted import parse
-from veneer.serve.answers import AnswerForm, Answers, Pieces, collect, failure
+from veneer.serve.answers import AnswerForm, Answers, Pieces, collect_pieces, failure
 from veneer.serve.messages.request import MessagesRequest
 from veneer.serve.requests import Piece
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, call_id, join_deltas
@@ -35,7 +35,7 @@ class MessagesView:
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
         """The response body, once the answer has ended."""
-        (pieces,) = await collect(answers, self._form)
+        (pieces,) = await collect_pieces(answers, self._form)
         self._generated_tokens = sum(len(piece.tokens) for piece in pieces)
         self._cached_tokens = pieces[-1].cached
         deltas = [delta for piece in pieces for delta in self._form.deltas(0, piece)]

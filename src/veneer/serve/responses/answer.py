@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from veneer.serve.answers import AnswerForm, Answers, Pieces, collect, failure
+from veneer.serve.answers import AnswerForm, Answers, Pieces, collect_pieces, failure
 from veneer.serve.requests import Piece
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.tools.deltas import CallDelta, Delta, call_id
@@ -40,7 +40,7 @@ class ResponsesView:
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
         """The response body, once the answer has ended."""
-        (pieces,) = await collect(answers, self._form)
+        (pieces,) = await collect_pieces(answers, self._form)
         events = [event for piece in pieces for event in self._piece_events(piece)]
         return events[-1]["response"]
 
