@@ -48,7 +48,7 @@ class Answers:
         self._tickets: list[Any] = []
         self._record = CURRENT_RECORD.get()
         if self._record is not None:
-            # the n answers to a prompt share it
+            # count a prompt once, although its n answers are n requests
             prompts = {id(request.prompt): request.prompt for request in requests}
             prompt_tokens = sum(map(len, prompts.values()))
             self._record.ask(requests[0].blend, prompt_tokens, requests[0].sampling)
@@ -61,6 +61,7 @@ class Answers:
             raise
 
     def _deliver(self, index: int, piece: Piece) -> None:
+        """Put a piece of answer ``index`` into the queue, from the engine's thread."""
         with suppress(RuntimeError):  # the event loop has ended, so nothing reads any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
@@ -81,6 +82,7 @@ class Answers:
             self.cancel()
 
     def cancel(self) -> None:
+        """Cancel the requests that still run, and charge the tokens so far."""
         if self._unfinished:
             for ticket in self._tickets:
                 ticket.cancel()
@@ -252,23 +254,19 @@ def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bo
         case "out_of_memory":
             return Refusal(503, reason, code=cause, headers={RETRY_AFTER: "5"})
         case "bad_adapter":
-            phrases = (
+            texts = (
                 "an adapter that cannot be loaded",
                 "a whole one of this base",
                 "tell whoever runs the server",
             )
             status, param = 400, "model"
         case "model_not_found":
-            phrases = (
-                "an adapter that is served no more",
-                "one that is",
-                "GET /v1/models lists yours",
-            )
+            texts = "an adapter that is served no more", "one that is", "GET /v1/models lists yours"
             status, param = 404, "model"
         case _:
-            phrases = "an error in the server", "an answer", "tell whoever runs it"
+            texts = "an error in the server", "an answer", "tell whoever runs it"
             status, param = 500, None
-    message = reason if shows_internal_errors else sentence(*phrases)
+    message = reason if shows_internal_errors else sentence(*texts)
     return Refusal(status, message, param=param, code=cause or "engine_error")
 
 

@@ -88,7 +88,7 @@ class Embedder:
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
         self.label_count = label_count
         parameters = inspect.signature(type(model).forward).parameters
-        self._reads_types = "token_type_ids" in parameters
+        self._reads_token_types = "token_type_ids" in parameters
         self.width = int(model.config.hidden_size)
         self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # ``queue`` bounds texts instead
         # number of waiting texts, by ``_Call.account``
@@ -139,7 +139,7 @@ class Embedder:
         try:
             lease = self.bank.acquire(blend)
         except BaseException:
-            self._end(call)
+            self._end_call(call)
             raise
         lease.add_done_callback(lambda lease: self._queue_loaded(call, lease))
         return call.result
@@ -162,7 +162,7 @@ class Embedder:
         try:
             call.lease = lease.result()
         except BaseException as error:
-            self._end(call, error)
+            self._end_call(call, error)
             return
         with self._changed:
             if not self._closed:
@@ -170,7 +170,7 @@ class Embedder:
                 call.is_queued = True
                 self._changed.notify_all()
         if not call.is_queued:
-            self._end(call, _stopping())
+            self._end_call(call, _stopping_refusal())
 
     def _run(self) -> None:
         while True:
@@ -183,7 +183,7 @@ class Embedder:
                 self._compute(batch)
             del batch  # keep no reference to a call while the thread waits
         for call in self._calls.waiting_requests():  # no call is added any more
-            self._end(call, _stopping())
+            self._end_call(call, _stopping_refusal())
 
     def _take_batch(self) -> list[tuple[_Call, int]]:
         """Take the texts of the next batch from the queue, as (call, index of the text)."""
@@ -195,7 +195,7 @@ class Embedder:
                 refusal = Refusal(
                     504, "texts that took too long", "an answer in time", "send fewer at once"
                 )
-                self._end(call, refusal)
+                self._end_call(call, refusal)
                 continue
             length = max(max_length, len(call.texts[call.next_text]))
             is_full = len(batch) == self.rows or length * (len(batch) + 1) > self.tokens
@@ -228,7 +228,7 @@ class Embedder:
             call for call, is_finite in zip(calls, are_finite, strict=True) if not is_finite
         }
         for call in failed_calls:
-            self._end(call, Refusal(500, reason, code="engine_error"))
+            self._end_call(call, Refusal(500, reason, code="engine_error"))
         for call, vector in zip(calls, vectors, strict=True):
             if call in failed_calls:
                 continue
@@ -236,7 +236,7 @@ class Embedder:
             if len(call.vectors) == len(call.texts):
                 if self.observer is not None:
                     self.observer.tokens(call.blend, sum(map(len, call.texts)), 0)
-                self._end(call)
+                self._end_call(call)
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
         """The embeddings [texts, width] of a batch, or a classifier's logits [texts, labels], on
@@ -248,7 +248,7 @@ class Embedder:
         ids = pad_sequence(texts, batch_first=True, padding_value=self.pad_id).to(device)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._reads_types and any(call.token_types is not None for call, _ in batch):
+        if self._reads_token_types and any(call.token_types is not None for call, _ in batch):
             token_types = [
                 torch.zeros_like(text)
                 if call.token_types is None
@@ -264,7 +264,7 @@ class Embedder:
                 return output.logits.float().cpu()
             return pool(output.last_hidden_state, mask, self.pooling, self.normal).cpu()
 
-    def _end(self, call: _Call, error: BaseException | None = None) -> None:
+    def _end_call(self, call: _Call, error: BaseException | None = None) -> None:
         """Set the result or the error of a call, and release its adapter."""
         if call.lease is not None:
             call.lease.release()
@@ -287,7 +287,7 @@ class Embedder:
             self._changed.notify_all()
 
 
-def _stopping() -> Refusal:
+def _stopping_refusal() -> Refusal:
     return Refusal(
         503, "a server that stops", "one that runs", "send it to another", code="draining"
     )

@@ -65,7 +65,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 self.service.metrics.responses.labels(str(record.status)).inc()
-                # a replica behind this server has added some of them before
+                # a replica behind this server may have added headers of the same names
                 route_headers = [
                     pair for pair in message.get("headers", ()) if pair[0] not in added_names
                 ]

@@ -64,58 +64,60 @@ class Shares:
 
     def __init__(self) -> None:
         self.virtual_time = 0.0  # in tokens
-        self._served: dict[str, float] = {}
+        self._served_tokens: dict[str, float] = {}
         # number of the last turn, by name: of equal counts, the name with the older turn is first
         self._last_turn: dict[str, int] = {}
-        self._busy: Counter[str] = Counter()
+        self._request_counts: Counter[str] = Counter()
         self._turn_numbers = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._served)
+        return len(self._served_tokens)
 
     def enter(self, name: str) -> None:
         """Count one more request of ``name``."""
-        if not self._busy[name]:
-            self._served[name] = max(self._served.get(name, 0.0), self.virtual_time)
+        if not self._request_counts[name]:
+            self._served_tokens[name] = max(self._served_tokens.get(name, 0.0), self.virtual_time)
             self._last_turn.setdefault(name, next(self._turn_numbers))
-        self._busy[name] += 1
+        self._request_counts[name] += 1
 
     def leave(self, name: str) -> None:
         """Count one request of ``name`` less."""
-        self._busy[name] -= 1
-        if not self._busy[name]:
-            del self._busy[name]
+        self._request_counts[name] -= 1
+        if not self._request_counts[name]:
+            del self._request_counts[name]
             self._forget()
 
     def least(self, names: Iterable[str]) -> str:
         """The name that was served the fewest tokens, among busy ``names``."""
-        return min(names, key=lambda name: (self._served[name], self._last_turn[name]))
+        return min(names, key=lambda name: (self._served_tokens[name], self._last_turn[name]))
 
     def count_of(self, name: str) -> float:
         """The tokens served to a busy name, in virtual time."""
-        return self._served[name]
+        return self._served_tokens[name]
 
     def turn(self, name: str) -> None:
         """Give ``name`` its turn, and advance virtual time to its count."""
-        self.virtual_time = max(self.virtual_time, self._served[name])
+        self.virtual_time = max(self.virtual_time, self._served_tokens[name])
         self._last_turn[name] = next(self._turn_numbers)
 
     def charge(self, name: str, tokens: float) -> None:
         """Count tokens that were computed for ``name``."""
-        self._served[name] += tokens
+        self._served_tokens[name] += tokens
 
     def _forget(self) -> None:
         """Drop the counts of idle names that virtual time has passed, since such a name would
         start at the current virtual time anyway. If more than ``MAX_IDLE`` idle names remain, drop
         the smallest counts too."""
-        idle = [name for name in self._served if name not in self._busy]
+        idle = [name for name in self._served_tokens if name not in self._request_counts]
         expired = [
-            name for name in idle if not self._busy or self._served[name] <= self.virtual_time
+            name
+            for name in idle
+            if not self._request_counts or self._served_tokens[name] <= self.virtual_time
         ]
         if len(idle) - len(expired) > MAX_IDLE:
-            expired = sorted(idle, key=self._served.__getitem__)[: len(idle) - MAX_IDLE]
+            expired = sorted(idle, key=self._served_tokens.__getitem__)[: len(idle) - MAX_IDLE]
         for name in expired:
-            del self._served[name], self._last_turn[name]
+            del self._served_tokens[name], self._last_turn[name]
 
 
 class Scheduler(Generic[RequestT]):
@@ -129,7 +131,7 @@ class Scheduler(Generic[RequestT]):
         self._owner_shares = Shares()
         self._flows: dict[str, Shares] = {}  # the shares of its flows, by busy owner
         # times in seconds at which the last requests left the queue
-        self._starts: deque[float] = deque(maxlen=33)
+        self._start_times: deque[float] = deque(maxlen=33)
 
     def add(self, request: RequestT) -> None:
         """Put a request at the end of its flow's queue, but before requests with a higher
@@ -220,7 +222,7 @@ class Scheduler(Generic[RequestT]):
 
     def began(self, time: float) -> None:
         """Record the time, in seconds, at which a request left the queue for good."""
-        self._starts.append(time)
+        self._start_times.append(time)
 
     def ended(self, request: RequestT) -> None:
         """Record that a request has ended, so that its key or its adapter may be idle now."""
@@ -232,9 +234,11 @@ class Scheduler(Generic[RequestT]):
     def retry_after(self) -> float:
         """Seconds after which a client may try again, between 1 and 60: half of the queue has begun
         by then, at the recent rate."""
-        if len(self._starts) < 2:
+        if len(self._start_times) < 2:
             return 1.0
-        seconds_per_start = (self._starts[-1] - self._starts[0]) / (len(self._starts) - 1)
+        seconds_per_start = (self._start_times[-1] - self._start_times[0]) / (
+            len(self._start_times) - 1
+        )
         return min(60.0, max(1.0, seconds_per_start * self.waiting / 2))
 
     def _count_in_queue(self, request: RequestT) -> deque[RequestT]:

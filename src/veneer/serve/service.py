@@ -54,9 +54,9 @@ class Service:
     extensions: list[Extension] = field(default_factory=list)
     # values of sampling fields that a request leaves out
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    tool_call_parser: str | None = None  # its name; None: detect it from the chat template
+    tool_call_parser: str | None = None  # name of a parser; None: detect it from the template
     timeout: float = 600.0  # seconds that an answer may take
-    dtype: str = "float32"  # of the base's weights, as torch names it
+    dtype: str = "float32"  # of the base's weights, by torch's name
     hosts: tuple[str, ...] | None = None  # host names accepted in the Host header; None: all
     cors: tuple[str, ...] = ()  # origins of web pages that may send requests
     docs: bool = False  # whether /docs is served

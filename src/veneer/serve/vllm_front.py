@@ -233,18 +233,20 @@ class Call:
             message = sentence("an answer that took too long", "one in time", "ask for less")
             raise Refusal(504, message, code="timeout") from error
         except httpx.TransportError as error:
-            raise engine_lost() from error
+            raise engine_lost_refusal() from error
 
     async def _relay(self, response: httpx.Response, call_end: CallEnd) -> Response:
         """Return vLLM's answer to the client, with the client's name of the model."""
         media_type = response.headers.get("content-type", "application/json")
         if media_type.startswith("text/event-stream"):
-            return ForwardedStream(self._events(response, call_end), response, call_end, media_type)
+            return ForwardedStream(
+                self._forward_events(response, call_end), response, call_end, media_type
+            )
         try:
-            content = self._rename(await response.aread(), call_end.lease)
+            content = self._rename_model(await response.aread(), call_end.lease)
         except httpx.TransportError as error:
             call_end.end("error")
-            raise engine_lost() from error
+            raise engine_lost_refusal() from error
         except BaseException:
             call_end.end("cancelled")
             raise
@@ -254,27 +256,30 @@ class Call:
         call_end.end("stop" if response.status_code < 400 else "error")
         return Response(content, response.status_code, media_type=media_type)
 
-    async def _events(self, response: httpx.Response, call_end: CallEnd) -> AsyncIterator[bytes]:
+    async def _forward_events(
+        self, response: httpx.Response, call_end: CallEnd
+    ) -> AsyncIterator[bytes]:
         outcome = "cancelled"
         try:
             async for line in response.aiter_lines():
                 call_end.count_event(line)
-                yield self._rename(f"{line}\n".encode(), call_end.lease)
+                yield self._rename_model(f"{line}\n".encode(), call_end.lease)
             outcome = "stop"
         except httpx.TransportError:
             outcome = "error"
-            yield b"data: " + json.dumps(engine_lost().body()).encode() + b"\n\n"
+            yield b"data: " + json.dumps(engine_lost_refusal().body()).encode() + b"\n\n"
         finally:
             call_end.end(outcome)
 
-    def _rename(self, content: bytes, lease: Lease | None) -> bytes:
+    def _rename_model(self, content: bytes, lease: Lease | None) -> bytes:
+        """Replace vLLM's name of the model by the client's."""
         if lease is None or lease.name is None:
             return content
         return content.replace(lease.name.encode(), json.dumps(self.model)[1:-1].encode())
 
 
 class CallEnd:
-    """Ends a call once, for whatever reason: releases its lease and its place, and counts it."""
+    """Ends a call once, for whatever reason: releases its lease and its row, and records it."""
 
     def __init__(self, call: Call, ticket: Ticket, arrived_at: float) -> None:
         self._call, self._ticket, self._arrived_at = call, ticket, arrived_at
@@ -304,6 +309,7 @@ class CallEnd:
         self._generated_tokens += 1
 
     def end(self, outcome: str) -> None:
+        """End the call, unless it has ended. ``outcome``: the reason, for metrics and the log."""
         if self._has_ended:
             return
         self._has_ended = True
@@ -319,7 +325,7 @@ class CallEnd:
             record.end(outcome)
 
 
-def engine_lost() -> Refusal:
+def engine_lost_refusal() -> Refusal:
     message = sentence("a vLLM that ended in the middle of it", "one that runs", "send it again")
     return Refusal(503, message, code="engine_stopped", headers={RETRY_AFTER: "5"})
 
@@ -340,9 +346,9 @@ def start(
     tracer = open_tracer(settings.otlp_endpoint, settings.name)
     folder = tempfile.TemporaryDirectory(prefix="veneer-vllm-")
     socket = Path(folder.name) / "socket"
-    line = _command_line(settings, base, socket, rank, tokenizer)
+    command_line = _command_line(settings, base, socket, rank, tokenizer)
     engine = VllmProcess(
-        [program, *line[1:]],
+        [program, *command_line[1:]],
         socket,
         _row_limit(settings) or DEFAULT_ROWS,
         settings.queue,

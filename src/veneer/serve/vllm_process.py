@@ -42,7 +42,7 @@ class VllmProcess:
     """vLLM as the ``engine`` of a ``Service``.
 
     Args:
-        line: vLLM's command line.
+        command_line: vLLM's command line.
         address: the path of the socket at which vLLM listens.
         rows: the most requests that are sent to vLLM at one time.
         queue: the most requests that wait.
@@ -52,10 +52,11 @@ class VllmProcess:
     """
 
     def __init__(
-        self, line: Sequence[str], address: Path, rows: int, queue: int, timeout: float,
+        self, command_line: Sequence[str], address: Path, rows: int, queue: int, timeout: float,
         on_exit: Callable[[int], None] = lambda status: None, folder: Any = None,
     ) -> None:  # fmt: skip
-        self._line, self._socket, self._on_exit, self._timeout = line, address, on_exit, timeout
+        self._command_line, self._socket = command_line, address
+        self._on_exit, self._timeout = on_exit, timeout
         self.gate, self._folder, self.secret = Gate(rows, queue), folder, secrets.token_hex(16)
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,7 +70,7 @@ class VllmProcess:
         """Start vLLM, and wait until it answers. ``ConfigError``: vLLM ended before that."""
         wrapper = [sys.executable, "-c", RUN_UNTIL_PARENT_ENDS] if sys.platform == "linux" else []
         self._process = subprocess.Popen(
-            [*wrapper, *self._line],
+            [*wrapper, *self._command_line],
             env={
                 **os.environ,
                 **ENVIRONMENT,
