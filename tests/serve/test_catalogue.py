@@ -145,7 +145,7 @@ def test_no_path_leaves_the_folder(tmp_path_factory, where):
         adapter_at(folder / "a")
         adapter_at(folder.parent / "b")
     try:
-        path = opened(folder)._served.resolve_path(where).path
+        path = opened(folder)._served_names.resolve_path(where).path
     except Refusal:
         return
     assert path.is_relative_to(folder.resolve())

@@ -158,7 +158,11 @@ def test_a_key_with_many_calls_leaves_room_and_time_for_another():
         assert (
             order.index("one") <= 8
         )  # about as many texts of the other key as its own 12, not all 68 before the last
-        assert (made._calls.waiting, made._calls._flows, len(made._held)) == (0, {}, 0)
+        assert (made._calls.waiting, made._calls._flows, len(made._waiting_by_account)) == (
+            0,
+            {},
+            0,
+        )
     finally:
         made.model.gate.set()
         made.close()
@@ -191,7 +195,7 @@ def test_a_fault_ends_the_batch_alone(embedder, caplog):
     with pytest.raises(Refusal, match="a fault"):
         embedder.submit([(1,)] * 6, {}, 10).result(10)
     embedder.drain(10)
-    embedder._refuses = embedder.model.fails = False
+    embedder._refuses_calls = embedder.model.fails = False
     assert values(embedder.submit([(3,)], {}, 10)) == [3]
     assert embedder.bank.held == 0
     assert "A batch of embeddings failed" in caplog.text
@@ -279,8 +283,8 @@ def minilm(tmp_path_factory):
     embedder = Embedder(
         loaded.model,
         bank,
-        pad=loaded.tokenizer.pad_token_id,
-        how=loaded.pooling,
+        pad_id=loaded.tokenizer.pad_token_id,
+        pooling=loaded.pooling,
         normal=loaded.normal,
     )
     service = Service(

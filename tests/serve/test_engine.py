@@ -696,7 +696,7 @@ def test_200_requests_that_vanish_leave_nothing(opened):
     assert not bank.held
     assert (engine.running, engine.waiting) == (0, 0)
     assert clean(engine)
-    assert (len(engine._scheduler._owners), engine._scheduler._flows) == (0, {})
+    assert (len(engine._scheduler._owner_shares), engine._scheduler._flows) == (0, {})
     engine.close()
     assert not any(one.name == "veneer-engine" for one in threading.enumerate())
 

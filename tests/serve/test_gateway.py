@@ -15,8 +15,8 @@ from tests.support.api_server import fake_service
 from veneer.serve.access import Keyring
 from veneer.serve.api import create
 from veneer.serve.cluster import gateway, routing
-from veneer.serve.cluster.gateway import Gateway, complete_answer, messages
-from veneer.serve.metrics import merged
+from veneer.serve.cluster.gateway import Gateway, answer_messages, complete_answer
+from veneer.serve.metrics import merge_pages
 
 REPLICAS = ("one", "two", "three")
 ADAPTERS = [f"adapter-{number}" for number in range(3000)]
@@ -27,27 +27,32 @@ class LostError(Exception):
 
 
 def test_adapters_are_shared_out_and_stay_where_they_are():
-    homes = {adapter: routing.order(adapter, REPLICAS)[0] for adapter in ADAPTERS}
+    homes = {adapter: routing.preferred_replicas(adapter, REPLICAS)[0] for adapter in ADAPTERS}
     assert all(900 < count < 1100 for count in Counter(homes.values()).values())
-    fewer = {adapter: routing.order(adapter, REPLICAS[:2])[0] for adapter in ADAPTERS}
+    fewer = {adapter: routing.preferred_replicas(adapter, REPLICAS[:2])[0] for adapter in ADAPTERS}
     assert all(fewer[adapter] == home for adapter, home in homes.items() if home != "three")
-    more = {adapter: routing.order(adapter, (*REPLICAS, "four"))[0] for adapter in ADAPTERS}
+    more = {
+        adapter: routing.preferred_replicas(adapter, (*REPLICAS, "four"))[0] for adapter in ADAPTERS
+    }
     assert all(more[adapter] in (home, "four") for adapter, home in homes.items())
     assert 650 < Counter(more.values())["four"] < 850
 
 
 def test_a_replica_without_a_free_row_gives_way_to_the_next():
-    first, second, third = routing.order("french", REPLICAS)
-    assert routing.groups("french", dict.fromkeys(REPLICAS, 0), 4)[:3] == [
+    first, second, third = routing.preferred_replicas("french", REPLICAS)
+    assert routing.replica_groups("french", dict.fromkeys(REPLICAS, 0), 4)[:3] == [
         [first],
         [second],
         [third],
     ]
-    assert routing.groups("french", {first: 4, second: 3, third: 0}, 4)[:2] == [[second], [third]]
-    assert routing.groups("french", dict.fromkeys(REPLICAS, 9), 4) == [
+    assert routing.replica_groups("french", {first: 4, second: 3, third: 0}, 4)[:2] == [
+        [second],
+        [third],
+    ]
+    assert routing.replica_groups("french", dict.fromkeys(REPLICAS, 9), 4) == [
         [*REPLICAS]
     ]  # whoever has least
-    assert routing.groups("", dict.fromkeys(REPLICAS, 0), 4) == [
+    assert routing.replica_groups("", dict.fromkeys(REPLICAS, 0), 4) == [
         [*REPLICAS]
     ]  # the base is in all of them
 
@@ -84,7 +89,9 @@ class Fleet:
         self.asked.append(adapter)
         left = self.dying.pop(0) if self.dying else None
         try:
-            async for message in messages(self.applications[len(self.asked) % 2], request, body):
+            async for message in answer_messages(
+                self.applications[len(self.asked) % 2], request, body
+            ):
                 if left is not None and left == 0:
                     raise LostError
                 left = left and left - 1
@@ -144,7 +151,7 @@ def test_a_stream_begins_anew_only_before_its_first_event(fleet):
 
 
 def test_when_all_attempts_are_lost_the_client_may_try_again(fleet):
-    fleet.dying = [0] * gateway.TRIES
+    fleet.dying = [0] * gateway.MAX_ATTEMPTS
     answer = fleet.request("POST", "/v1/completions", json=BODY)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
     assert answer.headers["retry-after"]
@@ -155,7 +162,7 @@ def test_what_a_replica_refuses_is_passed_on(fleet):
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert fleet.request("POST", "/v1/completions", content=b"{").status_code == 400
     assert fleet.request("GET", "/v1/models").json()["data"][1]["id"] == "french"
-    assert fleet.asked == ["nobody", "", routing.OPERATOR]
+    assert fleet.asked == ["nobody", "", routing.NO_MODEL_KEY]
 
 
 def test_a_body_that_is_too_large_reaches_no_replica(fleet):
@@ -223,7 +230,7 @@ def test_a_replica_that_dies_while_the_numbers_are_read(fleet):
     async def lost(request, body):
         raise LostError
 
-    fleet.gateway._ask_all = lost
+    fleet.gateway._ask_all_replicas = lost
     answer = fleet.request("GET", "/metrics")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
 
@@ -255,6 +262,6 @@ def test_pages_that_differ_are_merged():
         "b": b"",
     }
     assert (
-        merged(pages).decode()
+        merge_pages(pages).decode()
         == '# HELP x_total X.\n# TYPE x_total counter\nx_total{adapter="f\\"r",replica="a"} 2.0\n'
     )

@@ -387,7 +387,7 @@ def samples(page):
 
 
 def test_few_adapters_have_series_of_their_own_and_the_others_are_one():
-    metrics = Metrics(most=3)
+    metrics = Metrics(max_labelled=3)
     for name in "abcde":
         use(metrics, name)
     counts = {
@@ -402,7 +402,7 @@ def test_few_adapters_have_series_of_their_own_and_the_others_are_one():
 
 
 def test_an_adapter_that_is_asked_for_more_takes_a_place_and_no_sum_goes_down():
-    metrics, sums = Metrics(most=2), []
+    metrics, sums = Metrics(max_labelled=2), []
     use(metrics, "seldom", 2)
     use(metrics, "often", 9)
     for _ in range(5):
@@ -421,7 +421,7 @@ def test_an_adapter_that_is_asked_for_more_takes_a_place_and_no_sum_goes_down():
 
 
 def test_memory_is_shown_by_adapter_and_what_has_no_place_together():
-    metrics = Metrics(most=2)
+    metrics = Metrics(max_labelled=2)
     entries = [
         SimpleNamespace(name=name, resident=name != "cold", bytes=size)
         for name, size in (("a", 10), ("cold", 0), ("b", 20), ("c", 30), ("d", 40))
@@ -540,7 +540,7 @@ def test_large_texts_that_wait_for_the_tokenizer_are_bounded(it, route):
     """Forty texts of 1 MB kept a short one waiting for as many seconds; what is too much gets 429
     at once."""
     text, begun, go = "a" * 900_000, threading.Event(), threading.Event()
-    it.service.texts.submit(lambda: (begun.set(), go.wait(20)))
+    it.service.text_executor.submit(lambda: (begun.set(), go.wait(20)))
     assert begun.wait(10)
     said = (
         {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
@@ -555,7 +555,7 @@ def test_large_texts_that_wait_for_the_tokenizer_are_bounded(it, route):
         found = sorted(answer.result().status_code for answer in waiting)
     assert found == [400] * 4 + [429] * 4
     assert it.client().completions.create(model=BASE, prompt="a").choices
-    assert it.service.reading == 0
+    assert it.service.waiting_chars == 0
 
 
 def test_a_request_that_meets_the_end_of_the_engine_gets_503(tmp_path):
@@ -698,11 +698,11 @@ def unfinished(it, path, size, key=None):
 
 def bytes_held(it):
     app = it.server.config.loaded_app
-    while app is not None and not hasattr(app, "held"):
+    while app is not None and not hasattr(app, "body_bytes"):
         app = (
             app.app if hasattr(app, "app") else app.middleware_stack
         )  # None before the first request
-    return 0 if app is None else app.held.total()
+    return 0 if app is None else app.body_bytes.total()
 
 
 @pytest.mark.parametrize("path", ["/api/v1/healthz", "/api/v1/files/a/b", "/nothing", "/health"])

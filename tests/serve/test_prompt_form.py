@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tests.support.api_server import adapter_at, serving
 
-from veneer.serve.prompt_form import LONGEST, prompt_form
+from veneer.serve.prompt_form import MAX_CHARS, prompt_form
 from veneer.train.run_record import prompt_record
 
 CHATS, TEXTS = SimpleNamespace(chat_template="{{ messages }}"), SimpleNamespace(chat_template=None)
@@ -50,7 +50,7 @@ def test_the_page_hears_it(tmp_path, base):
     "record",
     [
         {}, {"provenance": None}, {"provenance": {}}, {"provenance": {"prompt": []}}, "{", "[]",
-        {"provenance": {"prompt": {"mode": "shell", "system": 7, "example": "x" * (LONGEST + 1)}}},
+        {"provenance": {"prompt": {"mode": "shell", "system": 7, "example": "x" * (MAX_CHARS + 1)}}},
     ],
 )  # fmt: skip
 def test_a_record_that_says_nothing_of_use_leaves_it_to_the_base(tmp_path, record):

@@ -67,7 +67,7 @@ def check(model, prompt, client, alternatives=2):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3", "mistral"])
 @pytest.mark.parametrize("width", [16, 64])
 def test_scores_are_those_of_one_call_whatever_the_pieces(name, width, opened, monkeypatch):
-    monkeypatch.setattr(prompt_scores, "LOGITS", 4 * 259 * width)
+    monkeypatch.setattr(prompt_scores, "LOGIT_BYTES", 4 * 259 * width)
     model = make(name)
     asks = [ask for ask in prompts(6, 60, seed=3) if len(ask) > 1]
     wanted = [alone(model, ask, 5) for ask in asks]
@@ -185,7 +185,7 @@ def test_each_prompt_is_scored_with_its_own_adapters(opened):
 
 
 def test_running_rows_have_their_tokens_between_the_pieces_of_a_prompt(opened, monkeypatch):
-    monkeypatch.setattr(prompt_scores, "LOGITS", 4 * 259 * 16)
+    monkeypatch.setattr(prompt_scores, "LOGIT_BYTES", 4 * 259 * 16)
     engine = opened(start=False, rows=2)
     order = []
     fill, decode = engine._forward.fill, engine._forward.decode
@@ -212,7 +212,7 @@ def test_running_rows_have_their_tokens_between_the_pieces_of_a_prompt(opened, m
 
 @pytest.mark.parametrize("when", ["waiting", "between pieces"])
 def test_a_request_that_is_cancelled_gives_its_adapter_back(when, opened, monkeypatch):
-    monkeypatch.setattr(prompt_scores, "LOGITS", 4 * 259 * 16)
+    monkeypatch.setattr(prompt_scores, "LOGIT_BYTES", 4 * 259 * 16)
     bank = Recorder()
     engine = opened(bank=bank, start=False)
     client = Client(engine, asked((5,) * 100, 0, blend={"a": 1.0}, prompt_logprobs=0))

@@ -207,7 +207,7 @@ def test_nothing_is_kept_when_nobody_has_anything_to_do():
         taken = queue.take()
         queue.charge(taken, 5)
         queue.ended(taken)
-    assert (len(queue._owners), queue._flows, queue._lines) == (0, {}, {})
+    assert (len(queue._owner_shares), queue._flows, queue._queues) == (0, {}, {})
 
 
 def test_a_count_is_kept_until_virtual_time_has_passed_it():
@@ -232,7 +232,7 @@ def test_a_count_is_kept_until_virtual_time_has_passed_it():
 
 
 def test_counts_of_the_idle_are_bounded(monkeypatch):
-    monkeypatch.setattr(scheduler, "KEPT", 8)
+    monkeypatch.setattr(scheduler, "MAX_IDLE", 8)
     queue: Scheduler[RequestState] = Scheduler(100)
     queue.add(entry("busy"))
     queue.charge(queue.take(), 1)

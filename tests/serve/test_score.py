@@ -139,7 +139,7 @@ def test_pairs_are_one_with_each_or_one_by_one(encoder):
 @pytest.mark.parametrize("adapter", [None, "own"])
 def test_a_classifier_of_one_label_scores_by_its_logit(scorer, adapter):
     http, service, folder = scorer
-    assert service.embedder.labels == 1
+    assert service.embedder.label_count == 1
     pairs = [(TEXTS[0], text) for text in TEXTS]
     fields = {"model": adapter or "tiny", "text_1": TEXTS[0], "text_2": TEXTS}
     wanted = torch.tensor(logits(folder, adapter, pairs))

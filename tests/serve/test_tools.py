@@ -306,7 +306,7 @@ def test_a_notation_that_is_not_known_is_refused(it, client, monkeypatch):
 
 
 def chat_ids(tokenizer, *sent, tools=()):
-    return prompts.chat(
+    return prompts.chat_tokens(
         tokenizer, [Message.model_validate(one) for one in sent], 100_000, tools=tools
     )
 
@@ -332,7 +332,10 @@ def test_arguments_that_are_no_json_stay_text():
         "role": "assistant",
         "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": '{"a'}}],
     }
-    assert Message.model_validate(call).plain()["tool_calls"][0]["function"]["arguments"] == '{"a'
+    assert (
+        Message.model_validate(call).template_dict()["tool_calls"][0]["function"]["arguments"]
+        == '{"a'
+    )
 
 
 def test_a_result_has_the_name_of_its_tool():
@@ -344,7 +347,7 @@ def test_a_result_has_the_name_of_its_tool():
 
     result = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
     body = ChatRequest.model_validate({"model": "m", "messages": [*ASKED, CALLED, result]})
-    ids = prompts.chat(tokenizer, body.messages, 1000)
+    ids = prompts.chat_tokens(tokenizer, body.messages, 1000)
     assert "tool\nget_weathersunny" in tokenizer.decode(ids)
 
 

@@ -82,7 +82,7 @@ def test_other_requests_are_spans_by_their_route(it):
 def test_a_collector_that_does_not_answer_holds_up_nobody(monkeypatch):
     closed = []
     tracer = Tracer(BASE, InMemorySpanExporter(), SimpleSpanProcessor)
-    monkeypatch.setattr("veneer.serve.tracing.FLUSH", 0.01)
+    monkeypatch.setattr("veneer.serve.tracing.FLUSH_SECONDS", 0.01)
     monkeypatch.setattr(tracer._provider, "shutdown", lambda: closed.append(_wait_for_ever()))
     tracer.close()
     assert closed == []

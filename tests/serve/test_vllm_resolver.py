@@ -79,8 +79,8 @@ def test_a_library_is_handed_over_by_hash(adapters, library, made, base, tmp_pat
         assert found.path.is_relative_to(tmp_path / "cache")
         assert adapters.find(base, name) == found
         assert adapters.find(base, f"{name}@{found.path.name}") == found
-    assert first.number != second.number
-    assert 0 < first.number < 2**63 > second.number > 0
+    assert first.lora_id != second.lora_id
+    assert 0 < first.lora_id < 2**63 > second.lora_id > 0
 
     library.add(made["second"], "first", overwrite=True)
     assert adapters.find(base, "first") == second, "another adapter, another path"
@@ -134,7 +134,7 @@ def test_a_remote_place(made, base, tmp_path):
     assert contents(found.path) == contents(made["second"])
     old = adapters.find(base, f"french@{versions[0]}")
     assert contents(old.path) == contents(made["first"])
-    assert old.number != found.number
+    assert old.lora_id != found.lora_id
     alter(tmp_path / "store" / "french" / versions[1])
     assert adapters.find(base, "french") == found, "it is in the cache, where nobody altered it"
     shutil.rmtree(found.path)

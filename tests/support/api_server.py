@@ -31,7 +31,7 @@ from veneer.errors import AdapterError, SelectionError
 from veneer.serve.access import Keyring
 from veneer.serve.api import create
 from veneer.serve.catalogue import Catalogue
-from veneer.serve.listen import bind, make
+from veneer.serve.listen import bind, make_server
 from veneer.serve.metrics import Metrics
 from veneer.serve.requests import Busy, Piece, Request, Token
 from veneer.serve.service import Service
@@ -253,7 +253,7 @@ def listening(
 ) -> Iterator[tuple[str, Any]]:
     """The address of a service on a port of its own, and its server."""
     up, socket = threading.Event(), bind("127.0.0.1", 0)
-    server = make(create(service, *routers), service.drain, grace, up.set)
+    server = make_server(create(service, *routers), service.drain, grace, up.set)
     thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
     thread.start()
     assert up.wait(20)
@@ -297,7 +297,9 @@ def main() -> None:
     service = fake_service(folder, "french", words=20, pause=pause)
     socket = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{socket.getsockname()[1]}"
-    make(create(service), service.drain, grace, lambda: print(address, flush=True)).run([socket])
+    make_server(create(service), service.drain, grace, lambda: print(address, flush=True)).run(
+        [socket]
+    )
     service.close()
 
 

@@ -223,7 +223,7 @@ def _serve(
 
     keyring = _read_keyring(listener.key_file, train)
     host = listener.host
-    hosts = (*LOOPBACK, host.lower()) if keyring.open and is_loopback(host) else None
+    hosts = (*LOOPBACK, host.lower()) if keyring.is_open and is_loopback(host) else None
     with bind(host, listener.port) as server_socket:  # first of all, because it fails fastest
         listener = listener._replace(port=server_socket.getsockname()[1])
         if replicas is None:
@@ -310,7 +310,7 @@ def _listen(
     from veneer.cli.console import share_log_handlers
     from veneer.serve import page
     from veneer.serve.access import follow_keys, reload_keys
-    from veneer.serve.listen import make
+    from veneer.serve.listen import make_server
 
     share_log_handlers("uvicorn")  # its tracebacks are lines of the log too
     with closing(service):
@@ -322,7 +322,7 @@ def _listen(
             path = listener.key_file.absolute()
             service.key_watch = follow_keys(service, path)
             reload = partial(reload_keys, service, path)  # on SIGHUP, at once
-        make(app, service.drain, listener.grace, announce, reload).run([server_socket])
+        make_server(app, service.drain, listener.grace, announce, reload).run([server_socket])
     _end_process()
 
 
@@ -396,7 +396,7 @@ def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
 
     names = service.catalogue.refresh()
     access = ", open to whoever can reach it"
-    if not service.keys.open:
+    if not service.keys.is_open:
         access = f", {len(service.keys.keys)} keys"
     kind = "completions" if service.engine else "embeddings"
     cache_memory = getattr(service.engine, "cache_memory", None)

@@ -1,19 +1,19 @@
-"""Permissions of named keys. The server stores their hashes alone.
+"""Named API keys and their permissions. The server stores only the hash of a key.
 
     [[keys]]                          a TOML file, one table a key
     name = "alice"
-    sha256 = "2c26b4…"                of the key that the client sends
-    adapters = ["french-*", "chat"]   patterns of names; none by default
-    base = true                       the base without an adapter; true by default
-    admin = false                     load and unload adapters, metrics; false by default
-    train = false                     use the routes of a server that trains (this gives the base
-                                      too, as which an untrained run answers); false by default
-    runs = 10                         there: adapters in training, bytes of checkpoints, tokens a
-                                      day
-    bytes = 1000000000                (UTC) that are trained on or sampled; no limit by default
-    tokens = 1000000
+    sha256 = "2c26b4…"                hash of the key that the client sends
+    adapters = ["french-*", "chat"]   patterns of the adapters it may use; none by default
+    base = true                       may use the base without an adapter; true by default
+    admin = false                     may load and unload adapters, read metrics; false by default
+    train = false                     may use the training routes, and the base alone, which is
+                                      what an untrained run answers with; false by default
+    runs = 10                         most adapters in training at one time
+    bytes = 1000000000                most bytes of checkpoints
+    tokens = 1000000                  most tokens of training and sampling a day (UTC); there is
+                                      no limit by default for any of these three
 
-A key is 256 random bits, so its plain hash cannot be searched.
+A key has 256 random bits, so its hash needs no salt: no search can find the key.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from veneer.errors import ConfigError, raise_all, sentence
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds between two checks of a key file
+#: seconds between two checks whether the key file has changed
 WATCH_SECONDS = 1.0
-PREFIX = "vnr-"
-_HASH = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
+KEY_PREFIX = "vnr-"
+_HASH_PATTERN = re.compile(r"[0-9a-f]{64}")
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 QUOTAS = ("runs", "bytes", "tokens")
-FIELDS = dict.fromkeys(("name", "sha256", "adapters", "base", "admin", "train", *QUOTAS)).keys()
-#: most bytes of a key file, and most characters of a key in a request
-MAX_FILE, MAX_KEY = 4 * 2**20, 512
+KEY_FIELDS = dict.fromkeys(("name", "sha256", "adapters", "base", "admin", "train", *QUOTAS)).keys()
+#: largest size of a key file, and of a key in a request
+MAX_FILE_BYTES, MAX_KEY_CHARS = 4 * 2**20, 512
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,22 @@ class Key:
 
     @property
     def owner(self) -> str:
-        """The name that its requests are counted under; "" for all clients of a server without
-        keys."""
+        """The name under which the requests of the key are counted; "" for every client of a server
+        without keys."""
         return self.name if self.sha256 else ""
 
     def may_use(self, names: Iterable[str]) -> bool:
-        """Whether it may use all of these adapters; without names, whether it may use the base."""
+        """Whether the key may use all adapters in ``names``; if it is empty, whether the key may
+        use the base."""
         names = tuple(names)
         return all(map(self.sees, names)) if names else self.base
 
     def sees(self, name: str) -> bool:
+        """Whether the key has a pattern that matches an adapter name."""
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
-#: the key of every client of a server without keys
+#: the key that every client of a server without keys has
 ANYONE = Key("anyone", "", ("*",), base=True, admin=True, train=True)
 
 
@@ -89,33 +91,36 @@ class Keyring:
     keys: tuple[Key, ...] | None = None
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
+        """Whether the server has no keys, so that anyone may use it."""
         return self.keys is None
 
     def find(self, authorization: str | None) -> Key | None:
-        """The key in an Authorization header ("Bearer …"), or None for a missing or a wrong one."""
+        """The key that the value of an Authorization header ("Bearer …") names. None: the header is
+        missing, or the key is unknown."""
         if self.keys is None:
             return ANYONE
-        scheme, _, sent = (authorization or "").partition(" ")
-        sent = sent.strip()
-        if scheme.lower() != "bearer" or not sent or len(sent) > MAX_KEY:
+        scheme, _, sent_key = (authorization or "").partition(" ")
+        sent_key = sent_key.strip()
+        if scheme.lower() != "bearer" or not sent_key or len(sent_key) > MAX_KEY_CHARS:
             return None
-        digest = hash_of(sent)  # compared with every key, so that the time does not reveal a match
+        digest = hash_of(sent_key)  # compare with every key, so that the duration reveals no match
         matches = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
         return matches[0] if matches else None
 
 
 def hash_of(key: str) -> str:
+    """The hash under which the server stores a key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def read_keys(path: str | Path) -> Keyring:
-    """The keys of a file. ``ConfigError`` lists every invalid entry. A file without keys refuses
-    every client."""
+    """Read the keys of a key file. ``ConfigError`` lists every invalid entry, and refuses a file
+    without keys."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise ValueError(f"more than {MAX_FILE:,} bytes")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
         entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         problem = f"a key file {path} that cannot be read ({error})"
@@ -128,32 +133,34 @@ def read_keys(path: str | Path) -> Keyring:
             f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`"
         )
     keys, problems = [], []
-    for number, entry in enumerate(tables, 1):
-        if reasons := [f"Key {number}: {reason}" for reason in _wrong(entry)]:
+    for table_number, entry in enumerate(tables, 1):
+        if reasons := [f"Key {table_number}: {reason}" for reason in _entry_problems(entry)]:
             problems += reasons
         else:
             keys.append(Key(**{**entry, "adapters": tuple(entry.get("adapters", ()))}))
     for field in ("name", "sha256"):
-        twice = sorted(
+        duplicates = sorted(
             value
             for value, count in Counter(getattr(key, field) for key in keys).items()
             if count > 1
         )
         problems += [
-            sentence(f"{field} {value!r} twice", "once", "take one of them out") for value in twice
+            sentence(f"{field} {value!r} twice", "once", "take one of them out")
+            for value in duplicates
         ]
     raise_all(ConfigError, f"The key file {path} was not taken", problems)
     return Keyring(tuple(keys))
 
 
 class KeyHolder(Protocol):
-    """An object with the keys of a server."""
+    """An object whose ``keys`` the server checks requests against."""
 
     keys: Keyring
 
 
 def reload_keys(holder: KeyHolder, path: Path) -> None:
-    """Replace the keys by those of a file. An invalid file changes nothing and is logged."""
+    """Replace the keys of ``holder`` by the keys in a file. An invalid file changes nothing and is
+    logged."""
     try:
         holder.keys = read_keys(path)
     except ConfigError as error:
@@ -163,28 +170,29 @@ def reload_keys(holder: KeyHolder, path: Path) -> None:
 
 
 class FileWatch:
-    """A thread that calls ``changed`` when a file is written, replaced or removed, and once when it
-    starts, since loading the base may take a minute after the file was first read."""
+    """A thread that calls ``on_change`` when a file is written, replaced or removed. It also calls
+    ``on_change`` once when it starts, because the file may have changed while the base was
+    loaded."""
 
-    def __init__(self, path: Path, changed: Callable[[], None]) -> None:
-        self._path, self._changed, self._stop = path, changed, threading.Event()
+    def __init__(self, path: Path, on_change: Callable[[], None]) -> None:
+        self._path, self._on_change, self._stop = path, on_change, threading.Event()
         threading.Thread(target=self._watch, name="veneer-keys", daemon=True).start()
 
     def close(self) -> None:
         self._stop.set()
 
     def _watch(self) -> None:
-        before = None
+        previous_signature = None
         while not self._stop.is_set():
-            state = _file_state(self._path)
-            if state != before:
-                before = state
-                self._changed()
+            signature = _file_signature(self._path)
+            if signature != previous_signature:
+                previous_signature = signature
+                self._on_change()
             self._stop.wait(WATCH_SECONDS)
 
 
-def _file_state(path: Path) -> tuple[int, int, int] | None:
-    """A value that changes when a file is written or replaced; None if it cannot be reached."""
+def _file_signature(path: Path) -> tuple[int, int, int] | None:
+    """Numbers that differ after a file was written or replaced; None if it cannot be read."""
     try:
         status = path.stat()
     except OSError:
@@ -197,27 +205,28 @@ def follow_keys(holder: KeyHolder, path: Path) -> FileWatch:
     return FileWatch(path, partial(reload_keys, holder, path))
 
 
-def _wrong(entry: Any) -> Iterable[str]:
+def _entry_problems(entry: Any) -> Iterable[str]:
+    """Describe each problem of a [[keys]] table."""
     if not isinstance(entry, dict):
         yield sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")
         return
-    if unknown := sorted(entry.keys() - FIELDS):
-        yield sentence(f"fields {unknown}", ", ".join(FIELDS), "check the spelling")
-    if not isinstance(entry.get("name"), str) or not _NAME.fullmatch(entry["name"]):
+    if unknown := sorted(entry.keys() - KEY_FIELDS):
+        yield sentence(f"fields {unknown}", ", ".join(KEY_FIELDS), "check the spelling")
+    if not isinstance(entry.get("name"), str) or not _NAME_PATTERN.fullmatch(entry["name"]):
         yield sentence(
             f"name {entry.get('name')!r}", "1 to 64 letters, digits and '._@-'", "name the key"
         )
-    if not isinstance(entry.get("sha256"), str) or not _HASH.fullmatch(entry["sha256"]):
+    if not isinstance(entry.get("sha256"), str) or not _HASH_PATTERN.fullmatch(entry["sha256"]):
         yield sentence(
             "no sha256 of 64 small hexadecimal digits",
             "the hash of the key",
             "run `veneer keygen NAME`",
         )
     patterns = entry.get("adapters", [])
-    sound = isinstance(patterns, list) and all(
+    are_valid_patterns = isinstance(patterns, list) and all(
         isinstance(pattern, str) and pattern.isprintable() and pattern for pattern in patterns
     )
-    if not sound:
+    if not are_valid_patterns:
         yield sentence(
             f"adapters {patterns!r}",
             "a list of names or patterns",
@@ -244,9 +253,9 @@ def generate(
     admin: bool = False,
     train: bool = False,
 ) -> tuple[str, str]:
-    """A new key, and its entry for the file. ``ConfigError``: a name or a pattern that the file
-    could not hold."""
-    key = PREFIX + secrets.token_urlsafe(32)
+    """Generate a key; returns it and its [[keys]] entry for the key file. ``ConfigError``: the name
+    or an adapter pattern is invalid."""
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
     entry = {
         "name": name,
         "sha256": hash_of(key),
@@ -255,6 +264,6 @@ def generate(
         "admin": admin,
     }
     entry |= {"train": True} if train else {}
-    raise_all(ConfigError, "No key was made", list(_wrong(entry)))
+    raise_all(ConfigError, "No key was made", list(_entry_problems(entry)))
     lines = [f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in entry.items()]
     return key, "\n".join(["[[keys]]", *lines, ""])

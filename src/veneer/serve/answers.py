@@ -1,11 +1,11 @@
-"""Answers in OpenAI's form from the engine's pieces, complete or as a stream of events.
+"""Answers in the JSON of OpenAI's API, built from the engine's pieces: complete, or as a stream of
+events.
 
     engine's thread ── Piece ──▶ call_soon_threadsafe ──▶ queue ──▶ ``Answers.pieces()`` ──▶
-    ``whole`` or ``events``
+    ``complete_body`` or ``events``
 
 The queue needs no bound, since an answer has at most ``max_tokens`` pieces. When a client
-disconnects, the task that reads is cancelled or closed, and ``Answers`` cancels the requests that
-still run.
+disconnects, the task that reads the pieces is cancelled or closed, and ``Answers`` cancels the
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from itertools import accumulate
 from typing import Any
 
 from veneer.errors import sentence
-from veneer.serve.refusal import RETRY, Refusal
-from veneer.serve.request_log import CURRENT
+from veneer.serve.refusal import RETRY_AFTER, Refusal
+from veneer.serve.request_log import CURRENT_RECORD
 from veneer.serve.requests import Cause, Piece, Request, Token
-from veneer.serve.schemas import Asked, ChatRequest
+from veneer.serve.schemas import ChatRequest, GenerationRequest
 from veneer.serve.tools.choose import CallReading
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas
 
@@ -32,24 +32,24 @@ Pieces = AsyncGenerator[tuple[int, Piece], None]
 
 
 class Answers:
-    """The answers to several requests, which were submitted all or none."""
+    """The answers to several requests, of which the engine takes all or none."""
 
     def __init__(
         self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop,
         charge: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
-        """Submit them (``Engine.submit``), from any thread; pieces are read in ``loop``. ``charge``
-        is called once, with the number of tokens of prompts and answers: when all have ended or are
-        cancelled. It is not called if they are not submitted."""
-        self._loop, self._open = loop, len(requests)
-        self._charge, self._tokens = charge, sum(len(request.prompt) for request in requests)
+        """Submit the requests to ``engine``. Any thread may call this; the pieces of answers are
+        read in ``loop``. ``charge`` is called once with the number of tokens of all prompts and
+        answers, when all answers have ended or are cancelled. If submitting fails, it is not
+        called."""
+        self._loop, self._unfinished = loop, len(requests)
+        self._charge, self._token_count = charge, sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: list[Any] = []
-        self._record = CURRENT.get()
+        self._record = CURRENT_RECORD.get()
         if self._record is not None:
-            prompts = {
-                id(request.prompt): request.prompt for request in requests
-            }  # once for each n
+            # count a prompt once, although its n answers are n requests
+            prompts = {id(request.prompt): request.prompt for request in requests}
             prompt_tokens = sum(map(len, prompts.values()))
             self._record.ask(requests[0].blend, prompt_tokens, requests[0].sampling)
         try:
@@ -61,118 +61,128 @@ class Answers:
             raise
 
     def _deliver(self, index: int, piece: Piece) -> None:
+        """Put a piece of answer ``index`` into the queue, from the engine's thread."""
         with suppress(RuntimeError):  # the event loop has ended, so nothing reads any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
     async def pieces(self) -> Pieces:
-        """Yield (index of the request, piece) up to the last piece of each. If it is left early,
-        cancel the running requests."""
+        """Yield (index of the request, piece) until all answers have ended. A caller that stops
+        early cancels the requests that still run."""
         try:
-            while self._open:
+            while self._unfinished:
                 index, piece = await self._queue.get()
-                self._open -= piece.finish is not None
-                self._tokens += len(piece.tokens)
+                self._unfinished -= piece.finish is not None
+                self._token_count += len(piece.tokens)
                 if self._record is not None:
                     self._record.add(piece, self._tickets[index])
                 yield index, piece
-                await asyncio.sleep(
-                    0
-                )  # reading a full queue never waits, and other tasks need their turn
+                # reading a full queue never waits, so let other tasks run here
+                await asyncio.sleep(0)
         finally:
             self.cancel()
 
     def cancel(self) -> None:
-        if self._open:
+        """Cancel the requests that still run, and charge the tokens so far."""
+        if self._unfinished:
             for ticket in self._tickets:
                 ticket.cancel()
             if self._record is not None:
                 self._record.end("cancelled")
         charge, self._charge = self._charge, None
         if charge is not None:
-            charge(self._tokens)
+            charge(self._token_count)
 
 
-class Form:
-    """The form of the answers to one call. ``heads``: the text before each answer (``echo``), or
-    empty. ``candid``: whether the client may see the text of internal errors. ``reading``: how tool
-    calls are parsed from the answers, or None."""
+class AnswerForm:
+    """How the answers to one HTTP request are written as JSON.
+
+    Args:
+        echoed_texts: the text before each answer, for ``echo``; empty for no such texts.
+        shows_internal_errors: whether the client may read the messages of internal errors.
+        reading: how tool calls are parsed from the answers; None if no tool may be called.
+    """
 
     def __init__(
-        self, body: Asked, prompts: Sequence[Sequence[int]], heads: Sequence[str], candid: bool,
+        self, body: GenerationRequest, prompts: Sequence[Sequence[int]],
+        echoed_texts: Sequence[str], shows_internal_errors: bool,
         reading: CallReading | None = None,
     ) -> None:  # fmt: skip
-        self.chat, self.model, self.created = (
-            isinstance(body, ChatRequest),
-            body.model,
-            int(time.time()),
-        )
-        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{body.request_id or uuid.uuid4().hex}"
-        self.count, self.prompt_tokens = body.n * len(prompts), sum(map(len, prompts))
-        self.choices = body.n  # answers to a prompt
-        self.heads, self.candid = heads or [""] * self.count, candid
-        self.alternatives, self.prompt_logprobs = body.alternatives(), body.prompt_logprobs
-        self.logprobs = self.alternatives is not None
-        # the prompt's tokens come before those of the answer
-        self.echo_logprobs = body.echo and self.logprobs and not self.chat
-        # seconds of work, perhaps
-        self.large = self.logprobs or self.prompt_logprobs is not None
+        self.is_chat, self.model = isinstance(body, ChatRequest), body.model
+        self.created = int(time.time())
+        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{body.request_id or uuid.uuid4().hex}"
+        self.answer_count, self.prompt_tokens = body.n * len(prompts), sum(map(len, prompts))
+        self.answers_per_prompt = body.n
+        self.echoed_texts = echoed_texts or [""] * self.answer_count
+        self.shows_internal_errors = shows_internal_errors
+        self.alternative_count = body.alternative_count()
+        self.prompt_logprobs = body.prompt_logprobs
+        self.has_logprobs = self.alternative_count is not None
+        # list the log-probabilities of the prompt's tokens before the answer's
+        self.echoes_logprobs = body.echo and self.has_logprobs and not self.is_chat
+        # building such a body may take seconds
+        self.is_large = self.has_logprobs or self.prompt_logprobs is not None
         options = body.stream_options
-        self.usage = options is not None and options.include_usage
+        self.includes_usage = options is not None and options.include_usage
         self.continuous_usage = options is not None and options.continuous_usage_stats
         self.ids_as_tokens = body.return_tokens_as_token_ids
-        # by answer, where they are asked for
+        # the prompt's token ids for each answer; None if the client does not ask for them
         self.prompt_ids = (
             [list(prompt) for prompt in prompts for _ in range(body.n)]
             if body.return_token_ids
             else None
         )
-        #: fields of ``Sampling`` that the calls in the answers need
+        #: fields of ``Sampling`` that answers with tool calls need
         self.sampling: dict[str, Any] = {} if reading is None else {"markers": reading.markers}
         if reading is not None and reading.grammar is not None:
             self.sampling["grammar"] = reading.grammar
-        self.parsers = [] if reading is None else [reading.new_parser() for _ in range(self.count)]
+        self.parsers = (
+            [] if reading is None else [reading.new_parser() for _ in range(self.answer_count)]
+        )
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
-        return await whole(answers, self)
+        return await complete_body(answers, self)
 
     def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
         return events(self, first, pieces)
 
     def deltas(self, index: int, piece: Piece) -> list[Delta]:
-        """The text and tool calls that a piece of answer ``index`` makes certain."""
+        """The text and tool calls that ``piece`` of answer ``index`` completes."""
         if not self.parsers:
             return [TextDelta(piece.text)] if piece.text else []
         parser = self.parsers[index]
         deltas = parser.feed(piece.text)
         return deltas + parser.end() if piece.finish else deltas
 
-    def finish(self, index: int, piece: Piece) -> str | None:
+    def finish_reason(self, index: int, piece: Piece) -> str | None:
         """OpenAI's ``finish_reason`` of an answer, from its last piece."""
         return self.parsers[index].finish(piece.finish) if self.parsers else piece.finish
 
-    def name(self, id: int, text: str) -> str:
-        """The name of a token in answers."""
+    def token_name(self, id: int, text: str) -> str:
+        """How an answer shows a token: by its text, or by its id."""
         return f"token_id:{id}" if self.ids_as_tokens else text
 
-    def show_tokens(self, index: int, tokens: Sequence[Token], *, first: bool) -> dict[str, Any]:
-        """The ids of an answer's tokens, and where it is the ``first`` part of a completion, those
-        of its prompt; of a chat, the prompt's are beside the choices (``show_prompt``)."""
+    def token_id_fields(
+        self, index: int, tokens: Sequence[Token], *, first: bool
+    ) -> dict[str, Any]:
+        """The fields with the ids of an answer's tokens, if the client asks for ids. The ``first``
+        choice object of a completion also has the ids of its prompt; a chat has them beside the
+        choices (``prompt_fields``)."""
         if self.prompt_ids is None:
             return {}
-        prompt = {"prompt_token_ids": self.prompt_ids[index]} if first and not self.chat else {}
+        prompt = {"prompt_token_ids": self.prompt_ids[index]} if first and not self.is_chat else {}
         return {**prompt, "token_ids": [token.id for token in tokens]}
 
-    def show_prompt(self, tokens: Sequence[Token] = ()) -> dict[str, Any]:
-        """The fields of a chat's answer about its one prompt. ``tokens``: with their
+    def prompt_fields(self, tokens: Sequence[Token] = ()) -> dict[str, Any]:
+        """The fields of a chat's response about its prompt. ``tokens``: the prompt's tokens with
         log-probabilities."""
-        if not self.chat:
+        if not self.is_chat:
             return {}
         ids = {} if self.prompt_ids is None else {"prompt_token_ids": self.prompt_ids[0]}
-        return {**ids, **self.show_prompt_logprobs(tokens)}
+        return {**ids, **self.prompt_logprob_fields(tokens)}
 
-    def show_prompt_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """The field ``prompt_logprobs`` as vLLM has it: entries by token id, none for the first
-        token."""
+    def prompt_logprob_fields(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """The field ``prompt_logprobs`` in vLLM's format: for each token of the prompt a table by
+        token id, and None for the first token, which nothing predicts."""
         count = self.prompt_logprobs
         if count is None or not tokens:
             return {}
@@ -180,38 +190,41 @@ class Form:
         def entry(text: str, logprob: float | None, rank: int | None) -> dict[str, Any]:
             return {"logprob": _json_logprob(logprob), "rank": rank, "decoded_token": text}
 
-        shown: list[dict[str, Any] | None] = [None]
+        tables: list[dict[str, Any] | None] = [None]
         for token in tokens[1:]:
             entries = {str(token.id): entry(token.text, token.logprob, token.rank)}
             for rank, (id, text, logprob) in enumerate(token.top[:count], 1):
                 entries.setdefault(str(id), entry(text, logprob, rank))
-            shown.append(entries)
-        return {"prompt_logprobs": shown}
+            tables.append(entries)
+        return {"prompt_logprobs": tables}
 
-    def counts(self, generated: int, cached: Mapping[int, int]) -> dict[str, Any]:
-        """The usage of the call. ``cached``: of each answer, tokens of its prompt that were in the
-        cache; of a prompt with several answers, the first of them finds the least."""
-        least: dict[int, int] = {}
+    def usage_counts(self, generated: int, cached: Mapping[int, int]) -> dict[str, Any]:
+        """The field ``usage``. ``cached``: for each answer, how many tokens of its prompt were in
+        the prefix cache. Of the answers to one prompt, the first to start finds the fewest, and its
+        number counts."""
+        cached_by_prompt: dict[int, int] = {}
         for index, tokens in cached.items():
-            prompt = index // self.choices
-            least[prompt] = min(tokens, least.get(prompt, tokens))
+            prompt_index = index // self.answers_per_prompt
+            cached_by_prompt[prompt_index] = min(tokens, cached_by_prompt.get(prompt_index, tokens))
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self.prompt_tokens + generated,
-            "prompt_tokens_details": {"cached_tokens": sum(least.values())},
+            "prompt_tokens_details": {"cached_tokens": sum(cached_by_prompt.values())},
         }
 
-    def frame(self, choices: list[Any], *, chunk: bool = False, **more: Any) -> dict[str, Any]:
-        kind = f"chat.completion{'.chunk' * chunk}" if self.chat else "text_completion"
+    def response_object(
+        self, choices: list[Any], *, chunk: bool = False, **fields: Any
+    ) -> dict[str, Any]:
+        object_type = f"chat.completion{'.chunk' * chunk}" if self.is_chat else "text_completion"
         return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.model,
-            "choices": choices, **more,
+            "id": self.id, "object": object_type, "created": self.created, "model": self.model,
+            "choices": choices, **fields,
         }  # fmt: skip
 
 
-def failure(piece: Piece, candid: bool) -> Refusal | None:
-    """The error of an answer that failed; None for one that ended."""
+def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
+    """The error response of an answer that failed, by its last piece; None if it did not fail."""
     match piece.finish:
         case "timeout":
             message = sentence(
@@ -222,104 +235,106 @@ def failure(piece: Piece, candid: bool) -> Refusal | None:
             message = sentence(
                 "an answer that was cancelled", "one that ends", "send the request again"
             )
-            return Refusal(503, message, code="cancelled", headers={RETRY: "5"})
+            return Refusal(503, message, code="cancelled", headers={RETRY_AFTER: "5"})
         case "error":
-            return of_cause(piece.error or "no reason given", piece.cause, candid)
+            reason = piece.error or "no reason given"
+            return refusal_of_cause(reason, piece.cause, shows_internal_errors)
         case _:
             return None
 
 
-def of_cause(why: str, cause: Cause | None, candid: bool) -> Refusal:
-    """The error of a failure, with the status that it has before an answer begins
-    (``refusal.of``)."""
+def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bool) -> Refusal:
+    """The error response for a failure in the engine. Its status is the one that ``error_refusal``
+    gives the same failure before an answer begins."""
     match cause:
         case "bad_request":
-            return Refusal(400, why, param="response_format")
-        case (
-            "grammar_limit" | "no_token_left"
-        ):  # of what the client asked for, in words that say it
-            return Refusal(400, why, code=cause)
+            return Refusal(400, reason, param="response_format")
+        case "grammar_limit" | "no_token_left":  # ``reason`` tells the client what to change
+            return Refusal(400, reason, code=cause)
         case "out_of_memory":
-            return Refusal(503, why, code=cause, headers={RETRY: "5"})
+            return Refusal(503, reason, code=cause, headers={RETRY_AFTER: "5"})
         case "bad_adapter":
-            words = (
+            texts = (
                 "an adapter that cannot be loaded",
                 "a whole one of this base",
                 "tell whoever runs the server",
             )
             status, param = 400, "model"
         case "model_not_found":
-            words = "an adapter that is served no more", "one that is", "GET /v1/models lists yours"
+            texts = "an adapter that is served no more", "one that is", "GET /v1/models lists yours"
             status, param = 404, "model"
         case _:
-            words = "an error in the server", "an answer", "tell whoever runs it"
+            texts = "an error in the server", "an answer", "tell whoever runs it"
             status, param = 500, None
-    return Refusal(
-        status, why if candid else sentence(*words), param=param, code=cause or "engine_error"
-    )
+    message = reason if shows_internal_errors else sentence(*texts)
+    return Refusal(status, message, param=param, code=cause or "engine_error")
 
 
-async def collect(answers: Answers, form: Form) -> list[list[Piece]]:
-    """The pieces of each answer, when the last has ended. ``Refusal``: one of them did not come to
-    its end."""
-    pieces_by_answer: list[list[Piece]] = [[] for _ in range(form.count)]
+async def collect_pieces(answers: Answers, form: AnswerForm) -> list[list[Piece]]:
+    """Wait until all answers have ended; return the pieces of each. ``Refusal``: one failed."""
+    pieces_by_answer: list[list[Piece]] = [[] for _ in range(form.answer_count)]
     async with aclosing(answers.pieces()) as pieces:
         async for index, piece in pieces:
-            if refusal := failure(piece, form.candid):
+            if refusal := failure(piece, form.shows_internal_errors):
                 raise refusal
             pieces_by_answer[index].append(piece)
     return pieces_by_answer
 
 
-async def whole(answers: Answers, form: Form) -> dict[str, Any]:
-    """All answers, when the last has ended. ``Refusal``: one of them did not come to its end."""
-    pieces_by_answer = await collect(answers, form)
-    generated = sum(len(piece.tokens) for some in pieces_by_answer for piece in some)
+async def complete_body(answers: Answers, form: AnswerForm) -> dict[str, Any]:
+    """The response body with all answers, once all have ended. ``Refusal``: an answer failed."""
+    pieces_by_answer = await collect_pieces(answers, form)
+    generated = sum(
+        len(piece.tokens) for answer_pieces in pieces_by_answer for piece in answer_pieces
+    )
 
-    def content() -> dict[str, Any]:
-        choices = [_choice(form, index, some) for index, some in enumerate(pieces_by_answer)]
+    def build_body() -> dict[str, Any]:
+        choices = [_choice(form, index, pieces) for index, pieces in enumerate(pieces_by_answer)]
         prompt = [token for piece in pieces_by_answer[0] for token in piece.prompt]
-        cached = {index: some[-1].cached for index, some in enumerate(pieces_by_answer)}
-        usage = form.counts(generated, cached)
-        return form.frame(choices, usage=usage, **form.show_prompt(prompt))
+        cached = {index: pieces[-1].cached for index, pieces in enumerate(pieces_by_answer)}
+        usage = form.usage_counts(generated, cached)
+        return form.response_object(choices, usage=usage, **form.prompt_fields(prompt))
 
     # in a thread: 16 answers of 2,000 tokens with 20 alternatives each take seconds
-    return await asyncio.to_thread(content) if form.large else content()
+    return await asyncio.to_thread(build_body) if form.is_large else build_body()
 
 
-def _choice(form: Form, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-    head, text = form.heads[index], "".join(piece.text for piece in pieces)
+def _choice(form: AnswerForm, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The choice object of answer ``index``, from all of its pieces."""
+    echoed_text, text = form.echoed_texts[index], "".join(piece.text for piece in pieces)
     tokens = [token for piece in pieces for token in piece.tokens]
     prompt = [token for piece in pieces for token in piece.prompt]
-    echoed = prompt if form.echo_logprobs else []
-    shown = _logprobs(form, [*echoed, *tokens], 0 if echoed else len(head))
-    message: dict[str, Any] = {"role": "assistant", "content": head + text, "refusal": None}
+    echoed_tokens = prompt if form.echoes_logprobs else []
+    start = 0 if echoed_tokens else len(echoed_text)
+    logprobs = _logprobs(form, [*echoed_tokens, *tokens], start)
+    message: dict[str, Any] = {"role": "assistant", "content": echoed_text + text, "refusal": None}
     if form.parsers:
         deltas = [delta for piece in pieces for delta in form.deltas(index, piece)]
-        message |= _message_fields(head, join_deltas(deltas))
-    content = {"message": message} if form.chat else {"text": head + text}
-    extras = form.show_tokens(index, tokens, first=True)
-    extras |= {} if form.chat else form.show_prompt_logprobs(prompt)
-    finish = form.finish(index, pieces[-1])
-    return {"index": index, **content, "logprobs": shown, "finish_reason": finish, **extras}
+        message |= _message_fields(echoed_text, join_deltas(deltas))
+    content: dict[str, Any] = {"message": message} if form.is_chat else {"text": echoed_text + text}
+    extra_fields = form.token_id_fields(index, tokens, first=True)
+    extra_fields |= {} if form.is_chat else form.prompt_logprob_fields(prompt)
+    content |= {"logprobs": logprobs, "finish_reason": form.finish_reason(index, pieces[-1])}
+    return {"index": index, **content, **extra_fields}
 
 
-def _message_fields(head: str, answer: Sequence[str | Call]) -> dict[str, Any]:
-    """The fields of a message: ``head`` and the answer's text, and its tool calls."""
-    text = head + "".join(block for block in answer if isinstance(block, str))
+def _message_fields(echoed_text: str, blocks: Sequence[str | Call]) -> dict[str, Any]:
+    """The fields of a message with an answer's text, after ``echoed_text``, and tool calls."""
+    text = echoed_text + "".join(block for block in blocks if isinstance(block, str))
     calls = [
         {
             "id": block.id,
             "type": "function",
             "function": {"name": block.name, "arguments": block.arguments},
         }
-        for block in answer
+        for block in blocks
         if isinstance(block, Call)
     ]
     return {"content": text or None, "tool_calls": calls} if calls else {"content": text}
 
 
 def _chat_delta(delta: Delta) -> dict[str, Any]:
+    """The field ``delta`` of a chat's event."""
     if isinstance(delta, TextDelta):
         return {"content": delta.text}
     call: dict[str, Any] = {"index": delta.index, "function": {"arguments": delta.arguments}}
@@ -330,110 +345,118 @@ def _chat_delta(delta: Delta) -> dict[str, Any]:
 
 
 def _tool_events(
-    form: Form, index: int, piece: Piece, shown: Any, usage: Mapping[str, Any] | None
+    form: AnswerForm, index: int, piece: Piece, logprobs: Any, usage: Mapping[str, Any] | None
 ) -> Iterator[bytes]:
     """The events of one piece of an answer that may contain tool calls. The first event has the
-    piece's tokens, even if they give no text or call yet."""
-    tokens = form.show_tokens(index, piece.tokens, first=False)
+    piece's token ids, even if its text is not certain yet."""
+    token_ids = form.token_id_fields(index, piece.tokens, first=False)
     deltas = [_chat_delta(delta) for delta in form.deltas(index, piece)]
     for delta in deltas or [{}] * bool(piece.tokens):
-        yield _event(form, index, {"delta": delta, **tokens}, shown, usage=usage)
-        shown, tokens = None, {}
+        yield _event(form, index, {"delta": delta, **token_ids}, logprobs, usage=usage)
+        logprobs, token_ids = None, {}
     if piece.finish:
-        finish = form.finish(index, piece)
-        yield _event(form, index, {"delta": {}}, finish=finish, usage=usage)
+        finish_reason = form.finish_reason(index, piece)
+        yield _event(form, index, {"delta": {}}, finish_reason=finish_reason, usage=usage)
 
 
-def _logprobs(form: Form, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
-    if form.alternatives is None:
+def _logprobs(form: AnswerForm, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
+    if form.alternative_count is None:
         return None
     return (
-        {"content": chat_logprobs(tokens, form.name), "refusal": None}
-        if form.chat
-        else text_logprobs(tokens, start, form.alternatives, form.name)
+        {"content": chat_logprobs(tokens, form.token_name), "refusal": None}
+        if form.is_chat
+        else text_logprobs(tokens, start, form.alternative_count, form.token_name)
     )
 
 
-async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
-    """The answers as server-sent events. ``first`` was already taken from ``pieces``, to see
-    whether there is an answer. An answer that fails ends the stream with an event {"error": …} and
-    without [DONE]."""
-    generated, offsets = 0, [0 if form.echo_logprobs else len(head) for head in form.heads]
-    begun = [form.chat] * form.count  # whose prompt's ids were told
-    item: tuple[int, Piece] | None = first
+async def events(
+    form: AnswerForm, first: tuple[int, Piece], pieces: Pieces
+) -> AsyncIterator[bytes]:
+    """Yield the answers as server-sent events. ``first`` was taken from ``pieces`` before, to find
+    out whether the first answer fails. An answer that fails ends the stream with an event
+    {"error": …} and without [DONE]."""
+    generated = 0
+    offsets = [0 if form.echoes_logprobs else len(text) for text in form.echoed_texts]
+    has_prompt_ids = [form.is_chat] * form.answer_count  # whether the prompt's ids were sent
+    indexed_piece: tuple[int, Piece] | None = first
     cached: dict[int, int] = {}
     async with aclosing(pieces):
-        for index, head in enumerate(form.heads):
-            if form.chat:
-                delta = {"delta": {"role": "assistant", "content": head}}
-                yield _event(form, index, delta, **form.show_prompt())
-            elif head and not form.echo_logprobs:
-                yield _event(form, index, {"text": head, **form.show_tokens(index, (), first=True)})
-                begun[index] = True
-        while item is not None:
-            index, piece = item
-            if refusal := failure(piece, form.candid):
-                yield _data(refusal.body())
+        for index, echoed_text in enumerate(form.echoed_texts):
+            if form.is_chat:
+                delta = {"delta": {"role": "assistant", "content": echoed_text}}
+                yield _event(form, index, delta, **form.prompt_fields())
+            elif echoed_text and not form.echoes_logprobs:
+                content = {"text": echoed_text, **form.token_id_fields(index, (), first=True)}
+                yield _event(form, index, content)
+                has_prompt_ids[index] = True
+        while indexed_piece is not None:
+            index, piece = indexed_piece
+            if refusal := failure(piece, form.shows_internal_errors):
+                yield _encode_event(refusal.body())
                 return
             generated += len(piece.tokens)
             cached[index] = piece.cached
             tokens, text = piece.tokens, piece.text
-            if form.echo_logprobs and piece.prompt:
-                tokens, text = (*piece.prompt, *tokens), form.heads[index] + text
-            shown = _logprobs(form, tokens, offsets[index])
+            if form.echoes_logprobs and piece.prompt:
+                tokens, text = (*piece.prompt, *tokens), form.echoed_texts[index] + text
+            logprobs = _logprobs(form, tokens, offsets[index])
             offsets[index] += sum(len(token.text) for token in tokens)
-            usage = form.counts(generated, cached) if form.continuous_usage else None
+            usage = form.usage_counts(generated, cached) if form.continuous_usage else None
             if form.parsers:
-                for event in _tool_events(form, index, piece, shown, usage):
+                for event in _tool_events(form, index, piece, logprobs, usage):
                     yield event
-                item = await anext(pieces, None)
+                indexed_piece = await anext(pieces, None)
                 continue
-            if text or tokens or (piece.finish and not form.chat):
-                content = {"delta": {"content": text}} if form.chat else {"text": text}
-                content |= form.show_tokens(index, piece.tokens, first=not begun[index])
-                begun[index] = True
-                finish = None if form.chat else piece.finish
-                yield _event(form, index, content, shown, finish, usage)
-            if form.chat and piece.finish:
+            if text or tokens or (piece.finish and not form.is_chat):
+                content = {"delta": {"content": text}} if form.is_chat else {"text": text}
+                first_chunk = not has_prompt_ids[index]
+                content |= form.token_id_fields(index, piece.tokens, first=first_chunk)
+                has_prompt_ids[index] = True
+                finish_reason = None if form.is_chat else piece.finish
+                yield _event(form, index, content, logprobs, finish_reason, usage)
+            if form.is_chat and piece.finish:
                 yield _event(form, index, {"delta": {}}, None, piece.finish, usage)
-            item = await anext(pieces, None)
-        if form.usage:
-            yield _data(form.frame([], chunk=True, usage=form.counts(generated, cached)))
+            indexed_piece = await anext(pieces, None)
+        if form.includes_usage:
+            usage = form.usage_counts(generated, cached)
+            yield _encode_event(form.response_object([], chunk=True, usage=usage))
         yield b"data: [DONE]\n\n"
 
 
 def _event(
-    form: Form,
+    form: AnswerForm,
     index: int,
     content: dict[str, Any],
-    shown: Any = None,
-    finish: str | None = None,
+    logprobs: Any = None,
+    finish_reason: str | None = None,
     usage: Mapping[str, Any] | None = None,
-    **more: Any,
+    **fields: Any,
 ) -> bytes:
-    choice = {"index": index, **content, "logprobs": shown, "finish_reason": finish}
-    if form.usage:
+    """The event of a chunk of answer ``index``."""
+    choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+    if form.includes_usage:
         if form.continuous_usage:
-            more["usage"] = form.counts(0, {}) if usage is None else usage
+            fields["usage"] = form.usage_counts(0, {}) if usage is None else usage
         else:
-            more["usage"] = None
-    return _data(form.frame([choice], chunk=True, **more))
+            fields["usage"] = None
+    return _encode_event(form.response_object([choice], chunk=True, **fields))
 
 
-def _data(content: dict[str, Any]) -> bytes:
-    """An event, in ASCII: some clients treat U+2028 as the end of a line, and a model could then
-    write its own event."""
+def _encode_event(content: dict[str, Any]) -> bytes:
+    """A server-sent event. It is ASCII, because some clients treat U+2028 as the end of a line: a
+    model that writes U+2028 could then forge an event."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
-Name = Callable[[int, str], str]
+#: shows a token, by its id and text
+TokenNamer = Callable[[int, str], str]
 
 
-def chat_logprobs(tokens: Sequence[Token], name: Name) -> list[dict[str, Any]]:
-    """Log-probabilities in the form of chats. ``name(id, text)`` is the shown name of a token."""
+def chat_logprobs(tokens: Sequence[Token], token_name: TokenNamer) -> list[dict[str, Any]]:
+    """Log-probabilities in the format of chats. ``token_name(id, text)`` shows a token."""
 
     def entry(id: int, text: str, logprob: float | None) -> dict[str, Any]:
-        token = {"token": name(id, text), "logprob": _json_logprob(logprob)}
+        token = {"token": token_name(id, text), "logprob": _json_logprob(logprob)}
         return {**token, "bytes": list(text.encode())}
 
     return [
@@ -445,29 +468,30 @@ def chat_logprobs(tokens: Sequence[Token], name: Name) -> list[dict[str, Any]]:
     ]
 
 
-def text_logprobs(tokens: Sequence[Token], start: int, count: int, name: Name) -> dict[str, Any]:
-    """Log-probabilities in the form of completions, with ``count`` alternatives. ``start``: the
-    offset of the first token in the text. The first token of a prompt has none."""
+def text_logprobs(
+    tokens: Sequence[Token], start: int, count: int, token_name: TokenNamer
+) -> dict[str, Any]:
+    """Log-probabilities in the format of completions, with ``count`` alternatives for each token.
+    ``start``: the offset of the first token in the text, in characters."""
     offsets = [*accumulate((len(token.text) for token in tokens), initial=start)][: len(tokens)]
-    top: list[dict[str, float] | None] = []
+    alternatives: list[dict[str, float] | None] = []
     for token in tokens:
-        shown: dict[str, float] = {}
-        for id, text, logprob in token.top[
-            :count
-        ]:  # of two alternatives with equal text, the more likely one
-            shown.setdefault(name(id, text), _json_logprob(logprob))
-        top.append(None if token.logprob is None else shown)
+        logprobs: dict[str, float] = {}
+        # of two alternatives with equal text, keep the more likely one
+        for id, text, logprob in token.top[:count]:
+            logprobs.setdefault(token_name(id, text), _json_logprob(logprob))
+        alternatives.append(None if token.logprob is None else logprobs)
     return {
-        "tokens": [name(token.id, token.text) for token in tokens],
+        "tokens": [token_name(token.id, token.text) for token in tokens],
         "token_logprobs": [
             None if token.logprob is None else _json_logprob(token.logprob) for token in tokens
         ],
-        "top_logprobs": top,
+        "top_logprobs": alternatives,
         "text_offset": offsets,
     }
 
 
 def _json_logprob(logprob: float | None) -> float:
-    """A log-probability for JSON, which has no infinity: a token with probability 0 has OpenAI's
-    -9999."""
+    """A log-probability for JSON, which has no infinity. A probability of 0 gives -9999, as in
+    OpenAI's API."""
     return -9999.0 if logprob is None or not logprob > -9999.0 else logprob

@@ -1,5 +1,5 @@
 """The HTTP application: OpenAI's routes, vLLM's routes for adapters, and routes for operators.
-Routes only; ``tokenize.py`` and ``score.py`` have further routes of vLLM.
+This file holds routes only. ``tokenize.py`` and ``score.py`` have more of vLLM's routes.
 
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from veneer.errors import VeneerError, sentence
 from veneer.serve import docs_page, limits, prompts, refusal, score, tokenize
 from veneer.serve.access import Key
-from veneer.serve.answers import Form, failure
+from veneer.serve.answers import AnswerForm, failure
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.messages.answer import MessagesView
@@ -33,14 +33,14 @@ from veneer.serve.messages.request import CountRequest, MessagesRequest
 from veneer.serve.prompt_form import prompt_form
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy, RequestError
-from veneer.serve.requests import Request as Job
+from veneer.serve.requests import Request as EngineRequest
 from veneer.serve.responses.answer import ResponsesView
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.schemas import (
-    Asked,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    GenerationRequest,
     LoadRequest,
     UnloadRequest,
 )
@@ -53,21 +53,22 @@ from veneer.serve.service import (
     Serving,
     in_text_thread,
     requested_adapters,
-    unless_gone,
+    unless_disconnected,
 )
 from veneer.serve.submission import EventStream, submit
 from veneer.serve.tools.choose import CallReading, call_reading
 
 Tokens = list[tuple[int, ...]]
 
-#: what an operator and the page need, whoever computes the answers
+#: routes for operators and the web page, which a server with any engine has
 operations = APIRouter(route_class=Route)
+#: routes that Veneer's own engine answers
 router = APIRouter(route_class=Route)
-CORE = (operations, router, tokenize.router, score.router)
+CORE_ROUTERS = (operations, router, tokenize.router, score.router)
 
 
-def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE) -> FastAPI:
-    """The application of a service; ``routers`` are added to its own, ``core``."""
+def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROUTERS) -> FastAPI:
+    """The application of a service, with the routes of ``core`` and of ``routers``."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
     for core_router in core:
@@ -76,21 +77,21 @@ def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE) ->
         routers = (*extension.routers, *routers)
     if service.docs:
         routers = (*routers, docs_page.router)
-    for added_router in routers:
-        app.include_router(added_router)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(VeneerError, _veneer)
+    for extra_router in routers:
+        app.include_router(extra_router)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_body)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(VeneerError, _answer_veneer_error)
     app.add_middleware(Guard, service=service)
     return app
 
 
-def _invalid(request: Request, error: Any) -> Response:
-    """The answer to an invalid body: which field is wrong and why, without its content."""
-    return refusal.of_body(error.errors(), error.body).response(request.url.path)
+def _answer_invalid_body(request: Request, error: Any) -> Response:
+    """Answer an invalid body: name the field that is wrong and the reason, without its content."""
+    return refusal.body_refusal(error.errors(), error.body).response(request.url.path)
 
 
-def _http(request: Request, error: Any) -> Response:
+def _answer_http_error(request: Request, error: Any) -> Response:
     message = error.detail
     if error.status_code != 400:
         problem = f"{request.method} {request.url.path[:200]}"
@@ -99,96 +100,98 @@ def _http(request: Request, error: Any) -> Response:
     return refused.response(request.url.path)
 
 
-def _veneer(request: Request, error: Any) -> Response:
+def _answer_veneer_error(request: Request, error: Any) -> Response:
     service: Service = request.app.state.service
-    if (
-        isinstance(error, Busy) and not service.ready
-    ):  # it ended while a prompt was read, or its engine died
-        error = service.unready()
-    return refusal.of(error).response(request.url.path)
+    # the engine may have stopped while the prompt was read
+    if isinstance(error, Busy) and not service.ready:
+        error = service.unready_refusal()
+    return refusal.error_refusal(error).response(request.url.path)
 
 
 @operations.get("/health")
 async def health() -> dict[str, str]:
-    """Whether the process lives."""
+    """Answer as long as the process lives."""
     return {"status": "ok"}
 
 
 @operations.get("/ready")
 async def ready(service: Serving) -> Response:
-    """Whether requests are taken, with the extensions that are there."""
+    """Whether the server takes requests, and the path prefixes of its extensions."""
     if not service.ready:
-        raise service.unready()
+        raise service.unready_refusal()
     extensions = [extension.path_prefix for extension in service.extensions]
     return JSONResponse({"status": "ready", "extensions": extensions})
 
 
 @operations.get("/metrics")
 async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Response:
-    """Prometheus's metrics; ``adapters=0`` gives sums over the adapters."""
+    """Metrics for Prometheus; ``adapters=0`` gives sums over all adapters."""
     service.metrics.ready.set(service.ready)
-    page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
-    return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+    metrics_page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
+    return PlainTextResponse(metrics_page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _card(service: Service, name: str | None) -> dict[str, Any]:
-    common = {"object": "model", "created": service.started, "owned_by": "veneer"}
-    common |= {"max_model_len": service.length, "dtype": service.dtype}
+def _model_card(service: Service, name: str | None) -> dict[str, Any]:
+    """The model object of OpenAI's API for an adapter, or for the base if ``name`` is None."""
+    shared_fields = {"object": "model", "created": service.started, "owned_by": "veneer"}
+    shared_fields |= {"max_model_len": service.length, "dtype": service.dtype}
     if name is None:
-        return {"id": service.base, **common, "root": service.source, "parent": None}
-    return {"id": name, **common, "root": service.catalogue.root(name), "parent": service.base}
+        return {"id": service.base, **shared_fields, "root": service.source, "parent": None}
+    root = service.catalogue.root(name)
+    return {"id": name, **shared_fields, "root": root, "parent": service.base}
 
 
 @operations.get("/v1/models")
 async def models(service: Serving, key: Asker) -> dict[str, Any]:
     """The base and the adapters that the key may use."""
     names = await asyncio.to_thread(service.catalogue.refresh)
-    cards = [_card(service, None)] if key.base else []
+    cards = [_model_card(service, None)] if key.base else []
     return {
         "object": "list",
-        "data": cards + [_card(service, name) for name in names if key.sees(name)],
+        "data": cards + [_model_card(service, name) for name in names if key.sees(name)],
     }
 
 
 @operations.get("/v1/models/{model:path}")
 async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
-    """A model, with the form of prompt that it was trained on."""
+    """A model, with the prompt format that it was trained on."""
     blend = await requested_adapters(service, key, model, None)
     name = next(iter(blend), None)
     folder = None if name is None else service.catalogue.folder_of(name)
-    form = await asyncio.to_thread(prompt_form, folder, service.tokenizer)
-    return {**_card(service, name), "prompt": form}
+    prompt_format = await asyncio.to_thread(prompt_form, folder, service.tokenizer)
+    return {**_model_card(service, name), "prompt": prompt_format}
 
 
 @operations.get("/v1/adapters")
 async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
-    """The adapters that the key may use: whether each is in memory, its bytes and its users."""
+    """The adapters that the key may use. Each entry says whether the adapter is in memory, its
+    size in bytes and the number of requests that use it."""
     await asyncio.to_thread(service.catalogue.refresh)
-    fields = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
+    field_names = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
     status = await asyncio.to_thread(service.bank.status)
     is_served = service.catalogue.known  # the bank also holds adapters in training
     visible = sorted(
         (entry for entry in status if is_served(entry.name) and key.sees(entry.name)),
         key=lambda entry: entry.name,
     )
-    return [{field: getattr(entry, field) for field in fields} for entry in visible]
+    return [{field: getattr(entry, field) for field in field_names} for entry in visible]
 
 
 @operations.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> Response:
-    """Load an adapter, or another one under a name that is served."""
+    """Load an adapter under a new name, or replace the adapter of a served name."""
     load = partial(service.catalogue.load, inplace=body.load_inplace, pin=body.pin)
     await asyncio.get_running_loop().run_in_executor(
-        service.admin, load, body.lora_name, body.lora_path
+        service.admin_executor, load, body.lora_name, body.lora_path
     )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @operations.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin) -> Response:
-    """Take an adapter off the server. Its files stay."""
+    """Stop serving an adapter. Its files stay."""
     await asyncio.get_running_loop().run_in_executor(
-        service.admin, service.catalogue.unload, body.lora_name
+        service.admin_executor, service.catalogue.unload, body.lora_name
     )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -197,7 +200,7 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 async def chat_completions(
     body: ChatRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
-    """Answers to a chat, as OpenAI's API has them."""
+    """Answer a chat, as OpenAI's Chat Completions API does."""
     return await _answer_chat(request, body)
 
 
@@ -205,10 +208,10 @@ async def chat_completions(
 async def responses(
     body: ResponsesRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
-    """An answer in the form of OpenAI's Responses API."""
-    names = {"messages": "input", "response_format": "text"}
+    """Answer a chat, as OpenAI's Responses API does."""
+    client_names = {"messages": "input", "response_format": "text"}
     return await _answer_chat(
-        request, body.chat(), lambda form: ResponsesView(form, body), names=names
+        request, body.chat(), lambda form: ResponsesView(form, body), client_names=client_names
     )
 
 
@@ -216,62 +219,71 @@ async def responses(
 async def messages(
     body: MessagesRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
-    """An answer in the form of Anthropic's Messages API."""
+    """Answer a chat, as Anthropic's Messages API does."""
     return await _answer_chat(
-        request, body.chat(), lambda form: MessagesView(form, body), prefix="toolu"
+        request, body.chat(), lambda form: MessagesView(form, body), call_prefix="toolu"
     )
 
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict[str, int]:
-    """The number of tokens of a prompt, in the form of Anthropic's API."""
+    """The number of tokens of a prompt, as Anthropic's API counts them."""
     await requested_adapters(service, key, body.model, body.adapters)
     prompt, _ = await _read_chat(service, body.chat())
     return {"input_tokens": len(prompt)}
 
 
 async def _answer_chat(
-    request: Request, body: ChatRequest, view: Callable[[Form], Any] = lambda form: form,
-    prefix: str = "call", names: Mapping[str, str] | None = None,
+    request: Request, body: ChatRequest, view: Callable[[AnswerForm], Any] = lambda form: form,
+    call_prefix: str = "call", client_names: Mapping[str, str] | None = None,
 ) -> Response:  # fmt: skip
-    """The answers to a chat; ``view`` converts OpenAI's form to another API's. The ids of tool
-    calls begin with ``prefix``. ``names``: the client's field names, by those of a chat request."""
+    """Answer a chat.
+
+    Args:
+        view: makes a view that writes the answers in another API's format than Chat Completions.
+        call_prefix: the ids of tool calls begin with it.
+        client_names: for an error about a field of ``body``, the field's name in the client's API.
+    """
     service: Service = request.app.state.service
     key: Key = request.state.key
-    if body.forced_tool is not None or body.strict_tools:  # whose schemas are in the answer's
-        names = {**(names or {}), "response_format": "tools"}
+    if body.forced_tool is not None or body.strict_tools:
+        # the answer's schema is then that of the tools
+        client_names = {**(client_names or {}), "response_format": "tools"}
     try:
-        blend = await _may_generate(service, key, body)
-        prompt, reading = await _read_chat(service, body, prefix)
+        blend = await _authorized_blend(service, key, body)
+        prompt, reading = await _read_chat(service, body, call_prefix)
         token_limit = body.token_limit()
-        prompt = prompts.cut(prompt, body.truncate_prompt_tokens, token_limit, service.length)
-        most = prompts.room([prompt], token_limit, service.length, short=False)
-        heads = [body.messages[-1].text] * body.n if body.echo else []
-        form = Form(body, [prompt], heads, key.admin, reading)
-        return await _answer(request, body, blend, [prompt], most, form, view(form))
+        truncate = body.truncate_prompt_tokens
+        prompt = prompts.truncate_prompt(prompt, truncate, token_limit, service.length)
+        max_tokens = prompts.answer_token_limit([prompt], token_limit, service.length, is_chat=True)
+        echoed_texts = [body.messages[-1].text] * body.n if body.echo else []
+        form = AnswerForm(body, [prompt], echoed_texts, key.admin, reading)
+        return await _generate_response(
+            request, body, blend, [prompt], max_tokens, form, view(form)
+        )
     except Refusal as refused:
-        refused.param = (names or {}).get(refused.param or "", refused.param)
+        refused.param = (client_names or {}).get(refused.param or "", refused.param)
         raise
-    except RequestError as error:  # a schema that cannot be followed
+    except RequestError as error:  # the answer's schema cannot be compiled
         if body.forced_tool is None and not body.strict_tools:
             raise
         raise Refusal(400, str(error), param="tools") from error
 
 
 async def _read_chat(
-    service: Service, body: ChatRequest, prefix: str = "call"
+    service: Service, body: ChatRequest, call_prefix: str = "call"
 ) -> tuple[tuple[int, ...], CallReading | None]:
-    """The tokens of a chat, and how tool calls are parsed from its answers, if tools may be
-    called."""
+    """Tokenise a chat. Returns its tokens, and how tool calls are parsed from its answers: None if
+    no tool may be called."""
     callable_tools = body.callable_tools()
-    tools = [tool.plain() for tool in callable_tools]
-    readable = prompts.readable(service.length, body.truncate_prompt_tokens)
+    tools = [tool.template_dict() for tool in callable_tools]
+    max_prompt_tokens = prompts.max_prompt_tokens(service.length, body.truncate_prompt_tokens)
 
-    def read() -> tuple[tuple[int, ...], CallReading | None]:
-        prompt = prompts.chat(
+    def tokenize_chat() -> tuple[tuple[int, ...], CallReading | None]:
+        prompt = prompts.chat_tokens(
             service.tokenizer,
             body.messages,
-            readable,
+            max_prompt_tokens,
             tools,
             body.template_arguments(),
             add_special_tokens=body.add_special_tokens,
@@ -285,75 +297,90 @@ async def _read_chat(
             body.forced_tool,
             service.tokenizer,
             service.tool_call_parser,
-            prefix,
+            call_prefix,
             body.strict_tools,
         )
         return prompt, reading
 
-    return await in_text_thread(service, prompts.chat_size(body.messages, tools), read)
+    return await in_text_thread(service, prompts.chat_size(body.messages, tools), tokenize_chat)
 
 
 @router.post("/v1/completions")
 async def completions(
     body: CompletionRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
-    """Texts that go on from prompts, as OpenAI's API has them."""
-    blend = await _may_generate(service, key, body)
-    sent, truncate, length = body.prompt, body.truncate_prompt_tokens, service.length
-    if len(sent) * body.n > limits.ANSWERS:
-        problem = f"{len(sent)} prompts with n = {body.n}"
+    """Continue prompts, as OpenAI's Completions API does."""
+    blend = await _authorized_blend(service, key, body)
+    prompt_inputs, truncate, length = body.prompt, body.truncate_prompt_tokens, service.length
+    if len(prompt_inputs) * body.n > limits.ANSWERS:
+        problem = f"{len(prompt_inputs)} prompts with n = {body.n}"
         raise Refusal(
             400, problem, f"at most {limits.ANSWERS} answers", "send several requests", param="n"
         )
-    read_tokens = await read_texts(
-        service, sent, "prompt", prompts.readable(length, truncate), body.add_special_tokens
+    uncut_prompts = await read_texts(
+        service,
+        prompt_inputs,
+        "prompt",
+        prompts.max_prompt_tokens(length, truncate),
+        body.add_special_tokens,
     )
-    tokens = [prompts.cut(prompt, truncate, body.max_tokens, length) for prompt in read_tokens]
-    most = prompts.room(tokens, body.max_tokens, length, short=True)
+    tokens = [
+        prompts.truncate_prompt(prompt, truncate, body.max_tokens, length)
+        for prompt in uncut_prompts
+    ]
+    max_tokens = prompts.answer_token_limit(tokens, body.max_tokens, length, is_chat=False)
 
     def echo_texts() -> list[str]:
-        """The texts of the prompts; of a truncated prompt, the rest."""
+        """The texts of the prompts, without what was truncated."""
         return [
             text
             if isinstance(text, str) and len(prompt) == len(uncut)
             else service.tokenizer.decode(prompt)
-            for text, uncut, prompt in zip(sent, read_tokens, tokens, strict=True)
+            for text, uncut, prompt in zip(prompt_inputs, uncut_prompts, tokens, strict=True)
         ]
 
-    texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts) if body.echo else []
-    form = Form(body, tokens, [text for text in texts for _ in range(body.n)], key.admin)
-    return await _answer(request, body, blend, tokens, most, form, form)
+    echoed_texts: list[str] = []
+    if body.echo:
+        echoed_texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts)
+    repeated_texts = [text for text in echoed_texts for _ in range(body.n)]
+    form = AnswerForm(body, tokens, repeated_texts, key.admin)
+    return await _generate_response(request, body, blend, tokens, max_tokens, form, form)
 
 
 async def read_texts(
     service: Service,
-    sent: Sequence[Any],
+    texts: Sequence[Any],
     param: str,
-    length: int,
+    max_prompt_tokens: int,
     add_special_tokens: bool = True,
 ) -> Tokens:
-    """The tokens of texts, each at most ``length``. Between two groups of texts, other requests get
-    their turn at the tokenizer."""
+    """Tokenise texts of at most ``max_prompt_tokens`` tokens each. The tokenizer takes a group of
+    texts at a time, so that other requests are not held up. ``param``: the body's field that has
+    the texts, for errors."""
     tokens: Tokens = []
 
-    def read(text: Any) -> tuple[int, ...]:
-        return prompts.plain(
+    def tokenize_text(text: Any) -> tuple[int, ...]:
+        return prompts.prompt_tokens(
             service.tokenizer,
             text,
             service.vocabulary,
-            length,
+            max_prompt_tokens,
             param,
             add_special_tokens=add_special_tokens,
         )
 
-    for group in prompts.groups(sent):
+    for group in prompts.group_texts(texts):
         tokens += await in_text_thread(
-            service, sum(map(len, group)), lambda texts=group: list(map(read, texts))
+            service, sum(map(len, group)), lambda texts=group: list(map(tokenize_text, texts))
         )
     return tokens
 
 
-async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, float]:
+async def _authorized_blend(
+    service: Service, key: Key, body: GenerationRequest
+) -> dict[str, float]:
+    """The adapters that a generation request names, with their weights. ``Refusal``: the key may
+    not use them, the base generates no text, or the requested grammar is too large."""
     extension = service.extension_of(body.model) if body.adapters is None else None
     if extension is not None:
         blend = await extension.resolve_model(key, body.model)
@@ -368,70 +395,75 @@ async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, fl
     return blend
 
 
-async def _answer(
+async def _generate_response(
     request: Request,
-    body: Asked,
+    body: GenerationRequest,
     blend: dict[str, float],
     tokens: Tokens,
-    most: int,
-    form: Form,
+    max_tokens: int,
+    form: AnswerForm,
     view: Any,
 ) -> Response:
-    """``body.n`` answers to each prompt, of at most ``most`` tokens each, in the form of
-    ``view``."""
+    """Submit ``body.n`` requests for each prompt and answer with their results, as ``view`` writes
+    them. ``tokens``: the prompts; ``max_tokens``: the limit of each answer."""
     service: Service = request.app.state.service
     key: Key = request.state.key
     _check_prompt_logprobs(body, tokens)
-    if body.min_tokens > most:
-        problem, expected = f"min_tokens {body.min_tokens}", f"at most {most}, which there may be"
+    if body.min_tokens > max_tokens:
+        expected = f"at most {max_tokens}, which there may be"
+        problem = f"min_tokens {body.min_tokens}"
         raise Refusal(400, problem, expected, "ask for fewer", param="min_tokens")
     bad_words: list[tuple[int, ...]] = []
     if body.bad_words:
-        size = sum(map(len, body.bad_words))
-        work = partial(prompts.word_tokens, service.tokenizer, body.bad_words)
-        bad_words = await in_text_thread(service, size, work)
-    jobs = [
-        Job(
+        char_count = sum(map(len, body.bad_words))
+        tokenize_words = partial(prompts.word_tokens, service.tokenizer, body.bad_words)
+        bad_words = await in_text_thread(service, char_count, tokenize_words)
+    engine_requests = [
+        EngineRequest(
             prompt,
             blend,
-            replace(body.sampling(most, number, service.sampling, bad_words), **form.sampling),
+            replace(
+                body.sampling(max_tokens, answer_index, service.sampling, bad_words),
+                **form.sampling,
+            ),
             service.timeout,
-            f"{form.id}-{number}",
+            f"{form.id}-{answer_index}",
             key.owner,
             body.cache_salt,
             body.priority,
         )
-        for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
+        for answer_index, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
-    answers = await submit(service, key, jobs)
+    answers = await submit(service, key, engine_requests)
     if not body.stream:
         try:
-            content = await unless_gone(request, view.complete(answers))
+            content = await unless_disconnected(request, view.complete(answers))
         finally:
-            answers.cancel()  # even if it never began
+            answers.cancel()  # also if ``complete`` was never started
         return (
-            await asyncio.to_thread(JSONResponse, content) if form.large else JSONResponse(content)
+            await asyncio.to_thread(JSONResponse, content)
+            if form.is_large
+            else JSONResponse(content)
         )
-    with ExitStack() as otherwise:
-        otherwise.callback(answers.cancel)
+    with ExitStack() as on_failure:
+        on_failure.callback(answers.cancel)
         pieces = answers.pieces()
-        first = await unless_gone(
-            request, anext(pieces)
-        )  # an answer that fails before it starts has an HTTP status
-        if refused := failure(first[1], form.candid):
+        # wait for the first piece: an answer that fails before it starts gets an HTTP error status
+        first = await unless_disconnected(request, anext(pieces))
+        if refused := failure(first[1], form.shows_internal_errors):
             raise refused
-        otherwise.pop_all()
+        on_failure.pop_all()
     return EventStream(answers, view.events(first, pieces))
 
 
-def _check_prompt_logprobs(body: Asked, tokens: Tokens) -> None:
-    """Refuse a call that requests more log-probabilities of prompts than an answer may have."""
-    alternatives = body.prompt_alternatives()
-    if alternatives is None:
+def _check_prompt_logprobs(body: GenerationRequest, tokens: Tokens) -> None:
+    """Refuse a request for more log-probabilities of prompt tokens than one response may have."""
+    alternative_count = body.prompt_alternative_count()
+    if alternative_count is None:
         return
-    count = (1 + alternatives) * body.n * sum(map(len, tokens))
-    if count > limits.PROMPT_LOGPROBS:
-        problem = f"{count:,} log-probabilities of prompts"
+    logprob_count = (1 + alternative_count) * body.n * sum(map(len, tokens))
+    if logprob_count > limits.PROMPT_LOGPROBS:
+        problem = f"{logprob_count:,} log-probabilities of prompts"
         expected = f"at most {limits.PROMPT_LOGPROBS:,}"
         param = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
         raise Refusal(400, problem, expected, "send fewer prompts at once", param=param)
@@ -441,7 +473,7 @@ def _check_prompt_logprobs(body: Asked, tokens: Tokens) -> None:
 async def embeddings(
     body: EmbeddingRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
-    """Vectors of texts; an encoder's."""
+    """Embed texts, if the base is an encoder."""
     blend = await requested_adapters(service, key, body.model, body.adapters)
     embedder = embedder_of(service)
     if body.dimensions not in (None, embedder.width):
@@ -450,16 +482,16 @@ async def embeddings(
         )
         raise Refusal(400, message, param="dimensions")
     tokens = await read_texts(service, body.input, "input", service.length)
-    longest = max(map(len, tokens))
-    if longest > service.length:
+    longest_input = max(map(len, tokens))
+    if longest_input > service.length:
         message = sentence(
-            f"an input of {longest} tokens", f"at most {service.length}", "shorten it"
+            f"an input of {longest_input} tokens", f"at most {service.length}", "shorten it"
         )
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     vectors = await vectors_of(request, service, key, tokens, blend)
-    form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
+    encode = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
     data = [
-        {"object": "embedding", "index": i, "embedding": form(vector)}
+        {"object": "embedding", "index": i, "embedding": encode(vector)}
         for i, vector in enumerate(vectors)
     ]
     usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, tokens)))

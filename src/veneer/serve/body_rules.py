@@ -1,14 +1,14 @@
-"""The rules of all bodies that clients may send: a field that a body does not have is refused by
+"""The rules of all request bodies. A field that the schema of a body does not have is refused by
 name, never ignored.
 
-    null        is the same as absent, everywhere, as OpenAI's clients send it
-    HARMLESS    fields that say who asks or how to file it: dropped
-    NEUTRAL     fields that are not supported, with the value at which they ask for nothing: dropped
-                at that value
+    null        means the same as an absent field everywhere, since OpenAI's clients send it
+    HARMLESS    fields with no effect on the answer, such as the user's name: dropped
+    NEUTRAL     unsupported fields, each with the values at which it has no effect: dropped if they
+                have such a value
 
-Types are strict ("1" is no number) and every size has a bound (``limits.py``). Checking stops at
-the first thing that is wrong in a list: a body holds hundreds of thousands of them, and an error
-for each would take seconds of the loop.
+Types are strict ("1" is no number) and every size has a bound (``limits.py``). Validation of a list
+stops at the first invalid element: a body can have hundreds of thousands of them, and an error for
+each would block the event loop for seconds.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
     "service_tier": ("auto", "default", "standard_only"), "annotations": ([],), "refusal": ("",),
     "is_3d_lora_weight": (False,),
-    # of /v1/responses and /v1/messages
+    # fields of /v1/responses and /v1/messages
     "background": (False,), "truncation": ("disabled",),
     "include": ([], ["reasoning.encrypted_content"]), "reasoning": ({},), "top_logprobs": (0,),
     "thinking": ({"type": "disabled"},), "mcp_servers": ([],),
-    # vLLM's fields at vLLM's defaults
+    # vLLM's fields, with vLLM's defaults
     "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,),
     "detokenize": (True,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,), "truncation_side": ("left",), "watermarking": (False,),
@@ -46,16 +46,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (-1,), "stream_interval": (1,),
 }  # fmt: skip
 
-#: unknown fields of one object that are looked at
-UNKNOWN = 8
+#: unknown fields of one object that are reported as errors
+MAX_UNKNOWN = 8
 
 Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
 
 
-def _asks_nothing(name: str, value: Any) -> bool:
+def _has_no_effect(name: str, value: Any) -> bool:
+    """Whether a field that the schema lacks has no effect with this value."""
     if value is None or name in HARMLESS:
         return True
-    # a bool equals a number, and would pass for one
+    # compare the types too: True == 1
     return any(
         value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
         for neutral in NEUTRAL.get(name, ())
@@ -67,19 +68,20 @@ def few_unknown(
     field_names: Container[str],
     harmless: Callable[[str, Any], bool] = lambda name, value: False,
 ) -> dict[str, Any]:
-    """An object of a body without its ``harmless`` fields, and with few of those that are unknown:
-    an error for each of them would take seconds."""
+    """A copy of a JSON object for validation, without ``harmless`` fields and with at most
+    ``MAX_UNKNOWN`` fields that are not in ``field_names``: errors for all of them would take
+    seconds."""
     unknown = (
         name
         for name, value in data.items()
         if name not in field_names and not harmless(name, value)
     )
-    shown = {*islice(unknown, UNKNOWN)}
-    return {name: value for name, value in data.items() if name in field_names or name in shown}
+    reported = {*islice(unknown, MAX_UNKNOWN)}
+    return {name: value for name, value in data.items() if name in field_names or name in reported}
 
 
 class Strict(BaseModel):
-    """The rules of the page's top, for one object of a body."""
+    """A schema that follows the rules of this module, for one JSON object of a body."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
@@ -87,7 +89,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop(cls, data: Any) -> Any:
+    def _drop_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         field_names = {field.alias or name for name, field in cls.model_fields.items()}
@@ -96,4 +98,4 @@ class Strict(BaseModel):
             for name, value in data.items()
             if name not in field_names or value is not None
         }
-        return few_unknown(sent_fields, field_names, _asks_nothing)
+        return few_unknown(sent_fields, field_names, _has_no_effect)

@@ -1,13 +1,13 @@
-"""The adapters that a server serves: those of a source (``store/catalogue.py``) and changes through
-the API, kept in sync with the bank.
+"""The adapters that a server serves: the adapters of a source (``store/catalogue.py``) with the
+changes made through the API. The catalogue keeps the bank in sync with them.
 
-    DIR/french/adapter_config.json     an adapter "french"; served while it is there
-    DIR/index.json                     or DIR is a library: its names are the adapters
+    DIR/french/adapter_config.json     an adapter "french", served as long as the folder exists
+    DIR/index.json                     or DIR is a library, whose entries are the adapters
     DIR/served.json                    changes made through the API (``served_state.py``)
-    s3://bucket/adapters               or a remote place, which the API does not change
+    s3://bucket/adapters               or a remote address, which the API cannot change
 
-Nothing that a client sends reaches a file outside DIR: a name is a word without separators, a path
-is relative, has no "..", and must lie in DIR when all links are followed. ``adapter_files``
+Nothing that a client sends reaches a file outside DIR. A name has no path separators. A path is
+relative, has no "..", and must lie in DIR after all links are followed. ``adapter_files``
 verifies the content of an adapter folder.
 """
 
@@ -38,16 +38,18 @@ from veneer.store.library import NAME
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds between two listings of the source: FRESH, or IDLE times the duration of a listing, at
-#: most LATEST_LOOK
-FRESH, IDLE, LATEST_LOOK = 1.0, 10, 10.0
+#: The source is listed again after MIN_INTERVAL seconds, or after INTERVAL_RATIO times the duration
+#: of the last listing if that is longer, but at the latest after MAX_INTERVAL seconds.
+MIN_INTERVAL, INTERVAL_RATIO, MAX_INTERVAL = 1.0, 10, 10.0
 
 
 class ServedNames:
-    """The names that a source and its ``served.json`` define; none if ``address`` is None."""
+    """The adapter names that a source and its ``served.json`` define. Without an ``address`` there
+    are none."""
 
     def __init__(self, address: str | Path | None, base: str = "") -> None:
-        """``ConfigError``: no such folder. ``base``: a name that no adapter may have."""
+        """``base``: the model name of the base, which no adapter may have. ``ConfigError``: the
+        folder ``address`` does not exist."""
         self.source = None if address is None else open_source(address)
         self.base, self.state = base, ServedState()
         self.folder = (
@@ -57,8 +59,9 @@ class ServedNames:
         )
 
     def list(self) -> dict[str, Location]:
-        """All names that are served now. ``ConfigError``, ``LibraryError``, ``RemoteError``,
-        ``OSError``: the source or ``served.json`` cannot be read."""
+        """The location of each adapter that is served now, by name. ``ConfigError``,
+        ``LibraryError``, ``RemoteError`` or ``OSError``: the source or ``served.json`` cannot be
+        read."""
         if self.source is None:
             return {}
         locations = self.list_source()
@@ -74,13 +77,12 @@ class ServedNames:
             try:
                 locations[name] = self.resolve_path(path)
             except (Refusal, AdapterError, LibraryError):
-                locations.pop(
-                    name, None
-                )  # without its folder the name is not served, until the folder is back
+                # do not serve the name until its folder is back
+                locations.pop(name, None)
         return locations
 
     def list_source(self) -> dict[str, Location]:
-        """The source's own names."""
+        """The location of each adapter of the source, without the changes in ``served.json``."""
         if self.source is None:
             return {}
         return {
@@ -88,7 +90,8 @@ class ServedNames:
         }
 
     def changeable_folder(self) -> Path:
-        """The folder whose names the API may change. ``Refusal``: the source is no such folder."""
+        """The adapter folder, whose names the API may change. ``Refusal``: the source is remote, or
+        there is none."""
         if isinstance(self.source, RemoteSource):
             problem = f"adapters that are those of {self.source.address}"
             expected = "a change at that place, which is seen in seconds"
@@ -101,9 +104,9 @@ class ServedNames:
         return self.folder
 
     def resolve_path(self, path: str) -> Location:
-        """The adapter of a client's path: a name of the library, or a relative path that lies in
-        the folder after links are followed. ``Refusal``: the path is invalid or has no adapter.
-        ``LibraryError``: the library has no such name."""
+        """The adapter that a client's path names: a name of the library, or a relative path that
+        lies in the folder after links are followed. ``Refusal``: the path is invalid or has no
+        adapter. ``LibraryError``: the library has no such name."""
         self.changeable_folder()
         source: Any = self.source
         if isinstance(source, LibrarySource):
@@ -119,20 +122,20 @@ class ServedNames:
         try:
             return source.resolve(path)
         except LibraryError as error:
-            kind = "NotFoundError"
+            error_type = "NotFoundError"
             raise Refusal(
-                404, str(error), param="lora_path", code="not_found", kind=kind
+                404, str(error), param="lora_path", code="not_found", error_type=error_type
             ) from error
 
     def relocate(self, location: Location) -> Location:
-        """The same folder with the current version of its files."""
+        """The location of the same folder, with the version that its files have now."""
         if isinstance(self.source, FolderSource):
             return self.source.locate(location.path)
         return location
 
     def describe_path(self, name: str, location: Location | None) -> str:
-        """What to send as ``lora_path`` for a name: the path in the folder, the name in the
-        library, or the remote place."""
+        """The ``lora_path`` with which a client can load the adapter: its path in the folder, its
+        name in the library, or its remote address."""
         if isinstance(self.source, RemoteSource):
             return f"{self.source.address}/{name}"
         path = name
@@ -141,7 +144,8 @@ class ServedNames:
         return self.state.names.get(name, path)
 
     def remember(self, name: str, location: Location, path: str | None, pin: bool | None) -> None:
-        """Write to ``served.json`` that a name is served."""
+        """Record in ``served.json`` that a name is served. ``path``: the client's ``lora_path``;
+        ``pin``: whether the adapter is pinned from now on, None for no change."""
         with self._change_state() as state:
             names, pinned = dict(state.names), state.pinned
             if self.list_source().get(name, Location(Path())).path == location.path:
@@ -153,7 +157,7 @@ class ServedNames:
             self.state = ServedState(names, pinned, state.hidden - {name})
 
     def forget(self, name: str) -> None:
-        """Write to ``served.json`` that a name is not served."""
+        """Record in ``served.json`` that a name is not served."""
         with self._change_state() as state:
             names = {key: path for key, path in state.names.items() if key != name}
             hidden = state.hidden | ({name} if name in self.list_source() else frozenset())
@@ -161,8 +165,9 @@ class ServedNames:
 
     @contextmanager
     def _change_state(self) -> Iterator[ServedState]:
-        """The state on the disk, replaced by ``self.state`` at the end of the block."""
-        folder, before = self.changeable_folder(), self.state
+        """Yield the content of ``served.json``, under a lock. At the end of the block, write
+        ``self.state`` to the file."""
+        folder, previous_state = self.changeable_folder(), self.state
         with lock_state(folder):
             current = read_state(folder)
             yield current
@@ -170,42 +175,44 @@ class ServedNames:
                 try:
                     write_state(folder, self.state)
                 except OSError:
-                    self.state = before
+                    self.state = previous_state
                     raise
 
 
 class Catalogue:
-    """The served adapters, kept in sync with the bank. All methods but ``known``, ``folder_of`` and
-    ``root`` read the disk: call them in a thread."""
+    """The served adapters. The catalogue keeps the bank in sync with them. All methods but
+    ``known``, ``folder_of`` and ``root`` read the disk: call them in a thread."""
 
     def __init__(
         self, address: str | Path | None, bank: Any, base: str = "", pin: Iterable[str] = ()
     ) -> None:
-        """Register every adapter of ``address`` with the bank (None: there are none, and none can
-        be loaded). ``pin``: names to pin besides those that the API pins. ``ConfigError``: no such
-        folder, a damaged ``served.json``. ``LibraryError``: a damaged index."""
-        self.base, self._bank, self._always = base, bank, frozenset(pin)
-        self._served = ServedNames(address, base)
-        self._adapters = store_catalogue.Catalogue(self._served.list)
+        """Register every adapter of ``address`` with the bank. Without an ``address`` there are no
+        adapters, and none can be loaded. ``pin``: names of adapters to pin, besides those that the
+        API pins. ``ConfigError``: there is no such folder, or ``served.json`` is damaged.
+        ``LibraryError``: the index of the library is damaged."""
+        self.base, self._bank, self._always_pinned = base, bank, frozenset(pin)
+        self._served_names = ServedNames(address, base)
+        self._adapters = store_catalogue.Catalogue(self._served_names.list)
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._warnings: dict[str, str] = {}  # by the name of an adapter that cannot be registered
-        self._looked, self._pins = -1e9, frozenset[str]()
+        self._warnings: dict[str, str] = {}  # last one, by adapter name
+        self._listed_at, self._applied_pins = -1e9, frozenset[str]()
         with self._lock:
             self._sync()
 
     @property
     def pinned(self) -> tuple[str, ...]:
-        pinned = self._served.state.pinned | self._always
+        """The names of registered adapters that are to stay in memory."""
+        pinned = self._served_names.state.pinned | self._always_pinned
         return tuple(sorted(filter(self.known, pinned)))
 
     def follow_pins(self) -> None:
-        """Load the adapters that this server's API, or that of another server, has pinned, and
-        unpin the others. A pinned adapter that cannot be loaded is logged; it does not stop the
-        server."""
-        pinned, before = frozenset(self.pinned), self._pins
-        self._pins = pinned  # set first, so that a failure is not retried every second
-        for name in sorted(pinned ^ before):
+        """Load and pin the adapters that this server or another server of the folder has pinned
+        since the last call, and unpin others. An adapter that cannot be loaded is logged; it does
+        not stop the server."""
+        pinned, previous_pins = frozenset(self.pinned), self._applied_pins
+        self._applied_pins = pinned  # set first, so that a failure is not retried every second
+        for name in sorted(pinned ^ previous_pins):
             try:
                 if name in pinned:
                     self._bank.pin(name)
@@ -217,16 +224,16 @@ class Catalogue:
     def watch(self) -> None:
         """Start a thread that lists the source every second, or less often if listing takes long.
         ``close`` stops it."""
-        if self._served.source is not None:
-            threading.Thread(target=self._follow, name="veneer-adapters", daemon=True).start()
+        if self._served_names.source is not None:
+            threading.Thread(target=self._watch_source, name="veneer-adapters", daemon=True).start()
 
     def close(self) -> None:
         self._stop.set()
 
-    def _follow(self) -> None:
+    def _watch_source(self) -> None:
         self._bank.throttle_loads()
         duration = 0.0
-        while not self._stop.wait(min(max(FRESH, IDLE * duration), LATEST_LOOK)):
+        while not self._stop.wait(min(max(MIN_INTERVAL, INTERVAL_RATIO * duration), MAX_INTERVAL)):
             start = time.monotonic()
             try:
                 self.refresh(force=True)
@@ -245,20 +252,20 @@ class Catalogue:
         return None if location is None else location.path
 
     def root(self, name: str) -> str:
-        """What to send as ``lora_path`` for this adapter."""
-        return self._served.describe_path(name, self._adapters.resolve(name))
+        """The ``lora_path`` with which a client can load this adapter."""
+        return self._served_names.describe_path(name, self._adapters.resolve(name))
 
     def refresh(self, *, force: bool = False) -> tuple[str, ...]:
-        """Apply changes of the source; returns all names. Lists the source at most once a
-        second."""
-        is_due = force or time.monotonic() - self._looked >= FRESH
+        """Apply the changes of the source; return all names. The source is listed at most once a
+        second, unless ``force``."""
+        is_due = force or time.monotonic() - self._listed_at >= MIN_INTERVAL
         # while an adapter is being loaded, do not wait for the lock
-        if self._served.source is not None and is_due and self._lock.acquire(blocking=False):
+        if self._served_names.source is not None and is_due and self._lock.acquire(blocking=False):
             try:
                 self._sync()
             except (OSError, VeneerError) as error:  # registered adapters stay served
                 log.warning("The adapter folder cannot be read: %s", error)
-                self._looked = time.monotonic()  # retry no sooner after a failure
+                self._listed_at = time.monotonic()  # retry no sooner after a failure
             finally:
                 self._lock.release()
         return self._adapters.names
@@ -269,39 +276,45 @@ class Catalogue:
         """Verify and load an adapter now, and record it in ``served.json``.
 
         Args:
-            path: in the folder, or its name in the library; None for a name that is there.
+            path: the adapter's path in the folder, or its name in the library. None: the source
+                has an adapter with this name.
             inplace: replace the adapter of this name, which stays if the new one cannot be loaded.
-            pin: keep it in memory, or no longer; None leaves that as it is.
+            pin: whether to keep it in memory from now on; None for no change.
 
         Raises:
-            Refusal: a name or a path that cannot be one, an adapter that is loaded already.
-            AdapterError: it is damaged, altered, or made for another base.
+            Refusal: the name or the path is invalid, or the adapter is loaded already.
+            AdapterError: the adapter is damaged, altered, or made for another base.
         """
         with self._lock, _refuse_disk_errors():
-            self._served.changeable_folder()
+            self._served_names.changeable_folder()
             self._check_name(name)
             self._sync()
-            old = self._adapters.resolve(name)
-            location = self._locate(name, path, old)
+            old_location = self._adapters.resolve(name)
+            location = self._locate(name, path, old_location)
             status = {entry.name: entry for entry in self._bank.status()}
             resident = name in status and status[name].resident
-            moved = old is None or location.path != old.path
-            if old is not None and not inplace and (moved or (resident and pin is None)):
+            has_new_path = old_location is None or location.path != old_location.path
+            if (
+                old_location is not None
+                and not inplace
+                and (has_new_path or (resident and pin is None))
+            ):
                 do = "If you want to load the adapter in place, set 'load_inplace' to True."
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
-                kind = "InvalidUserInput"
-                raise Refusal(400, message, param="lora_name", code="already_loaded", kind=kind)
-            if moved or inplace or not (resident or pin is False):
-                self._bank.add(location.path, name=name, replace=old is not None)
+                error_type = "InvalidUserInput"
+                code = "already_loaded"
+                raise Refusal(400, message, param="lora_name", code=code, error_type=error_type)
+            if has_new_path or inplace or not (resident or pin is False):
+                self._bank.add(location.path, name=name, replace=old_location is not None)
                 self._adapters.accept(name, location)
             else:
-                location = old or location
+                location = old_location or location
             try:
-                self._served.remember(name, location, path, pin)
+                self._served_names.remember(name, location, path, pin)
             except OSError:  # do not load an adapter that a restart would forget
-                self._drop(name)
-                if old is not None:
-                    self._enter(name, self._served.relocate(old))
+                self._unregister(name)
+                if old_location is not None:
+                    self._register(name, self._served_names.relocate(old_location))
                     if status[name].pinned:
                         self._bank.pin(name)
                 raise
@@ -313,15 +326,15 @@ class Catalogue:
         """Stop serving an adapter. Its files stay, and running calls finish. ``Refusal``: there is
         no such name."""
         with self._lock, _refuse_disk_errors():
-            self._served.changeable_folder()
+            self._served_names.changeable_folder()
             self._sync()
             if name not in self._adapters:
-                near = nearest(name, self._adapters.names)
-                message = f"The lora adapter {name[:128]!r} cannot be found{near}."
-                code, kind = "model_not_found", "NotFoundError"
-                raise Refusal(404, message, param="lora_name", code=code, kind=kind)
-            self._served.forget(name)
-            self._drop(name)
+                suggestion = nearest(name, self._adapters.names)
+                message = f"The lora adapter {name[:128]!r} cannot be found{suggestion}."
+                code, error_type = "model_not_found", "NotFoundError"
+                raise Refusal(404, message, param="lora_name", code=code, error_type=error_type)
+            self._served_names.forget(name)
+            self._unregister(name)
         log.info("Unloaded adapter %r", name)
 
     def _check_name(self, name: str) -> None:
@@ -331,51 +344,53 @@ class Catalogue:
             message = sentence(f"lora_name {name[:128]!r}", expected, "choose another")
             raise Refusal(400, message, param="lora_name", code="bad_name")
 
-    def _locate(self, name: str, path: str | None, old: Location | None) -> Location:
-        """The adapter to load: the one at ``path``, or else the one of the name."""
+    def _locate(self, name: str, path: str | None, old_location: Location | None) -> Location:
+        """The location of the adapter to load: at ``path``, or else the location of the name."""
         if path is not None:
-            return self._served.resolve_path(path)
-        location = old or self._served.list_source().get(name)
+            return self._served_names.resolve_path(path)
+        location = old_location or self._served_names.list_source().get(name)
         if location is None:
             message = "Both 'lora_name' and 'lora_path' must be provided for a name that is new."
-            raise Refusal(400, message, param="lora_path", kind="InvalidUserInput")
-        return self._served.relocate(location)  # its files may have changed since the last listing
+            raise Refusal(400, message, param="lora_path", error_type="InvalidUserInput")
+        # the files may have changed since the last listing
+        return self._served_names.relocate(location)
 
-    def _drop(self, name: str) -> None:
+    def _unregister(self, name: str) -> None:
         self._adapters.remove(name)  # first, because an observer of the removal calls `known`
         self._bank.remove(name)
-        self._pins -= {name}
+        self._applied_pins -= {name}
 
     def _sync(self) -> None:
+        """List the source, and register, replace or remove what has changed."""
         changes = self._adapters.refresh()
         for name in changes.removed:
-            self._drop(name)
+            self._unregister(name)
         for name, location in changes.added.items():
-            self._enter(name, location)
+            self._register(name, location)
         for name, location in changes.changed.items():
-            self._renew(name, location)
-        self._looked = time.monotonic()
+            self._replace(name, location)
+        self._listed_at = time.monotonic()
 
-    def _renew(self, name: str, location: Location) -> None:
-        """Replace the files of a name. The old adapter is used until the new one is in memory;
-        running calls finish with it. It stays if the new one cannot be loaded."""
+    def _replace(self, name: str, location: Location) -> None:
+        """Replace the adapter of a name. The old adapter answers until the new one is in memory,
+        and calls that run finish with it. If the new one cannot be loaded, the old one stays."""
         try:
             try:
                 status = self._bank.status()
                 resident = any(entry.resident for entry in status if entry.name == name)
-                change = self._bank.add if resident else self._bank.register
-                change(path=location.path, name=name, replace=True)
-            except BankFullError:  # memory does not hold both
+                add_to_bank = self._bank.add if resident else self._bank.register
+                add_to_bank(path=location.path, name=name, replace=True)
+            except BankFullError:  # memory has no room for both versions
                 self._bank.register(path=location.path, name=name, replace=True)
-                self._pins -= {name}
+                self._applied_pins -= {name}
         except (VeneerError, OSError) as error:
             self._adapters.reject(name, location)
             log.warning("Adapter %r was changed, and the new one cannot be loaded: %s", name, error)
         else:
             self._adapters.accept(name, location)
-            log.info("Adapter %r is another one from now on", name)
+            log.info("Adapter %r was replaced by a new version", name)
 
-    def _enter(self, name: str, location: Location) -> None:
+    def _register(self, name: str, location: Location) -> None:
         """Register a folder with the bank. An incomplete adapter folder is skipped with a
         warning."""
         try:
@@ -390,13 +405,14 @@ class Catalogue:
 
 
 def served_folders(address: str | Path) -> Mapping[str, Path]:
-    """The adapter folders that would be served from an address, by name. Raises as
+    """The adapter folders that a server of this address would serve, by name. Raises the errors of
     ``Catalogue``."""
     return {name: location.path for name, location in ServedNames(address).list().items()}
 
 
 @contextmanager
 def _refuse_disk_errors() -> Iterator[None]:
+    """Turn an ``OSError`` in the block into a ``Refusal``."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,5 @@
-"""Messages of chats, calls of tools in them and tools, as bodies have them; ``body_rules.py`` has
-the rules."""
+"""The schemas of chat messages, tool calls and tools in request bodies. ``body_rules.py`` has the
+rules that hold for all bodies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from veneer.serve import limits
 from veneer.serve.body_rules import Name, Strict
-from veneer.serve.refusal import wrong
+from veneer.serve.refusal import value_error
 from veneer.serve.tools.template import template_arguments
 
 ToolName = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{limits.TOOL_NAME}}}$")]
@@ -27,14 +27,16 @@ class FunctionCall(Strict):
 
 
 class ToolCall(Strict):
-    """A call of an earlier turn, as an answer had it; a stream's has an ``index`` too."""
+    """A tool call in an earlier assistant message. A client that copies it from a stream also sends
+    its ``index``."""
 
     id: Name
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = None
 
-    def plain(self) -> dict[str, Any]:
+    def template_dict(self) -> dict[str, Any]:
+        """The dictionary that a chat template gets."""
         arguments = template_arguments(self.function.arguments)
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": self.type, "function": function}
@@ -48,17 +50,18 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """A function that the model may call. A call of one that is ``strict`` follows its schema; a
-    call that is forced always does."""
+    """A function that the model may call. The arguments of a call follow the function's schema if
+    it is ``strict``, or if the request forces a call."""
 
     type: Literal["function"]
     function: Function
 
-    def plain(self) -> dict[str, Any]:
+    def template_dict(self) -> dict[str, Any]:
+        """The dictionary that a chat template gets."""
         function = self.function
         parameters = function.parameters or {"type": "object", "properties": {}}
-        described = {"name": function.name, "description": function.description}
-        return {"type": self.type, "function": {**described, "parameters": parameters}}
+        description = {"name": function.name, "description": function.description}
+        return {"type": self.type, "function": {**description, "parameters": parameters}}
 
 
 class FunctionName(Strict):
@@ -74,7 +77,7 @@ ToolList = Annotated[list[Tool], Field(fail_fast=True, max_length=limits.TOOLS)]
 
 
 class Message(Strict):
-    """One message of a chat. "developer" is what OpenAI calls "system" now."""
+    """One message of a chat. "developer" is OpenAI's newer name of the role "system"."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
@@ -87,8 +90,8 @@ class Message(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _give_calls_a_content(cls, data: Any) -> Any:
-        """A message that only calls has no content, or null."""
+    def _add_empty_content(cls, data: Any) -> Any:
+        """Clients leave out the content of a message that only calls tools, or send null."""
         if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
             return {**data, "content": ""}
         return data
@@ -96,61 +99,73 @@ class Message(Strict):
     @model_validator(mode="after")
     def _check_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
-            raise wrong(f"tool_calls in a message of {self.role}", "an assistant's", "leave it out")
+            raise value_error(
+                f"tool_calls in a message of {self.role}", "an assistant's", "leave it out"
+            )
         if (self.tool_call_id is None) == (self.role == "tool"):
             article = "no" if self.role == "tool" else "a"
             problem = f"{article} tool_call_id in a message of {self.role}"
-            raise wrong(problem, "one in a message of tool", "change it")
+            raise value_error(problem, "one in a message of tool", "change it")
         return self
 
     @property
     def text(self) -> str:
+        """The content as one text."""
         return (
             self.content
             if isinstance(self.content, str)
-            else "".join(text_part.text for text_part in self.content)
+            else "".join(block.text for block in self.content)
         )
 
-    def plain(self) -> dict[str, Any]:
-        more: dict[str, Any] = {"name": self.name} if self.name else {}
+    def template_dict(self) -> dict[str, Any]:
+        """The dictionary that a chat template gets."""
+        extra_fields: dict[str, Any] = {"name": self.name} if self.name else {}
         if self.tool_calls:
-            more["tool_calls"] = [call.plain() for call in self.tool_calls]
+            extra_fields["tool_calls"] = [call.template_dict() for call in self.tool_calls]
         if self.tool_call_id is not None:
-            more["tool_call_id"] = self.tool_call_id
+            extra_fields["tool_call_id"] = self.tool_call_id
         return {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.text,
-            **more,
+            **extra_fields,
         }
 
 
 def check_history(messages: Sequence[Message], param: str) -> None:
-    """Each result of a tool names the call that it answers; a template may want the tool's name,
-    which is filled in."""
-    names: dict[str, str] = {}
+    """Check that each message with a tool's result names a call of an earlier message. Set the name
+    of the message to the called function's, which some templates need."""
+    function_names: dict[str, str] = {}
     for message in messages:
-        names |= {call.id: call.function.name for call in message.tool_calls}
+        function_names |= {call.id: call.function.name for call in message.tool_calls}
         if message.tool_call_id is not None:
-            if message.tool_call_id not in names:
+            if message.tool_call_id not in function_names:
                 problem = f"a tool's result for the call {message.tool_call_id[:80]!r}"
-                raise wrong(problem, "a call of an earlier message", "send that message too", param)
-            message.name = message.name or names[message.tool_call_id]
+                raise value_error(
+                    problem, "a call of an earlier message", "send that message too", param
+                )
+            message.name = message.name or function_names[message.tool_call_id]
 
 
 def check_tools(
-    tools: Sequence[Tool], choice: str | NamedChoice | None, formatted: bool, param: str
+    tools: Sequence[Tool], choice: str | NamedChoice | None, has_format: bool, param: str
 ) -> None:
-    """Refuse tools, or a choice among them, that contradict each other or the format of the answer.
-    ``formatted``: the field ``param`` demands one."""
+    """Refuse tools that have equal names, a ``choice`` that names no tool, and tools in a request
+    whose field ``param`` demands an answer of a certain format (``has_format``)."""
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise wrong(f"two tools named {twice!r}", "names that differ", "rename one", "tools")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise value_error(
+            f"two tools named {duplicate!r}", "names that differ", "rename one", "tools"
+        )
     if isinstance(choice, NamedChoice) and choice.function.name not in names:
         problem = f"tool_choice {choice.function.name[:80]!r}, which is no tool of the request"
-        raise wrong(problem, "a name in tools", "check the spelling", "tool_choice")
+        raise value_error(problem, "a name in tools", "check the spelling", "tool_choice")
     if choice == "required" and not names:
-        raise wrong("tool_choice 'required' without tools", "both", "add tools", "tool_choice")
-    if formatted and names and choice != "none":
+        raise value_error(
+            "tool_choice 'required' without tools", "both", "add tools", "tool_choice"
+        )
+    if has_format and names and choice != "none":
         problem = f"{param} beside tools that may be called"
-        raise wrong(problem, "one of them", 'leave one out, or send tool_choice "none"', param)
+        raise value_error(
+            problem, "one of them", 'leave one out, or send tool_choice "none"', param
+        )

@@ -1,8 +1,9 @@
 """Cross-origin requests of browsers (CORS), from the origins that ``--cors`` names.
 
-A browser asks before it sends JSON or a key to another origin (a preflight, without a key), and
-lets a page read an answer only if the answer names the page's origin. Credentials of the browser
-itself (cookies, certificates) are never allowed: a key is a header that the page sets.
+Before a page sends JSON or a key to another origin, its browser sends a preflight request, without
+a key, to ask whether it may. It lets the page read an answer only if the answer names the origin of
+the page. Credentials of the browser (cookies, certificates) are never allowed: an API key is a
+header that the page sets.
 """
 
 from __future__ import annotations
@@ -15,49 +16,54 @@ from starlette.responses import Response
 
 from veneer.serve.refusal import Refusal
 
-ANY = "*"
-METHODS = "GET, HEAD, POST, PUT, DELETE"
-#: headers of an answer that a page may read, besides those that it always may
-EXPOSED = "x-request-id, retry-after"
-#: seconds for which a browser may remember the answer to a preflight
-SECONDS = 600
-#: names of headers, as a preflight lists them: clients send some of their own (x-stainless-…)
-_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(?: *, *[A-Za-z0-9-]{1,64}){0,63}")
+ANY_ORIGIN = "*"
+ALLOWED_METHODS = "GET, HEAD, POST, PUT, DELETE"
+#: response headers that a page may read in addition to the standard ones
+EXPOSED_HEADERS = "x-request-id, retry-after"
+#: seconds for which a browser may cache the answer to a preflight
+CACHE_SECONDS = 600
+#: the header names that a preflight lists; clients add names such as x-stainless-…
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(?: *, *[A-Za-z0-9-]{1,64}){0,63}")
 
 
 def origin_headers(origins: Collection[str], origin: str | None) -> list[tuple[bytes, bytes]]:
-    """The headers of an answer to a request from ``origin``. Without ``origins`` there are none."""
+    """The CORS headers of an answer to a request from ``origin``, where ``origins`` are allowed. If
+    no origin is allowed, there are no such headers."""
     if not origins:
         return []
-    if ANY in origins:
-        allowed, headers = ANY, []
+    if ANY_ORIGIN in origins:
+        allowed_origin, headers = ANY_ORIGIN, []
     else:
-        allowed, headers = origin if origin in origins else None, [(b"vary", b"Origin")]
-    if allowed is not None:
-        headers.append((b"access-control-allow-origin", allowed.encode()))
-        headers.append((b"access-control-expose-headers", EXPOSED.encode()))
+        allowed_origin = origin if origin in origins else None
+        headers = [(b"vary", b"Origin")]
+    if allowed_origin is not None:
+        headers.append((b"access-control-allow-origin", allowed_origin.encode()))
+        headers.append((b"access-control-expose-headers", EXPOSED_HEADERS.encode()))
     return headers
 
 
 def is_preflight(method: str, headers: Any) -> bool:
+    """Whether a browser asks for permission before it sends a page's request."""
     return (
         method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
     )
 
 
 def preflight_response(origins: Collection[str], headers: Any) -> Response:
-    """The answer to a preflight, without the headers of ``origin_headers``. ``Refusal``: the origin
-    is none of those that are allowed."""
+    """The answer to a preflight, to which ``origin_headers`` are added later. ``Refusal``: the
+    origin is not allowed."""
     origin = headers["origin"]
-    if ANY not in origins and origin not in origins:
+    if ANY_ORIGIN not in origins and origin not in origins:
         problem, expected = f"the origin {origin[:200]!r}", "one that the server allows"
         raise Refusal(403, problem, expected, "start the server with --cors ORIGIN", code="origin")
-    names = headers.get("access-control-request-headers", "")
-    allowed = {
-        "access-control-allow-methods": METHODS,
-        "access-control-max-age": str(SECONDS),
+    requested_names = headers.get("access-control-request-headers", "")
+    response_headers = {
+        "access-control-allow-methods": ALLOWED_METHODS,
+        "access-control-max-age": str(CACHE_SECONDS),
         "access-control-allow-headers": (
-            names if _NAMES.fullmatch(names) else "authorization, content-type"
+            requested_names
+            if _HEADER_NAMES.fullmatch(requested_names)
+            else "authorization, content-type"
         ),
     }
-    return Response(status_code=204, headers=allowed)
+    return Response(status_code=204, headers=response_headers)

@@ -1,8 +1,9 @@
 """The page at ``/docs`` (``--docs``): the routes and bodies that ``/openapi.json`` describes, as
 HTML.
 
-It is written here, without a script: the usual viewers of OpenAPI are loaded from another host,
-which the page's policy forbids and a server without a network cannot reach.
+The server writes the page itself, without a script. The usual viewers of OpenAPI are loaded from
+another host, which the page's content security policy forbids and which a server without a network
+cannot reach.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ async def docs(request: Request) -> Response:
 
 
 def render(description: Schema) -> str:
-    """The page of an OpenAPI description."""
+    """The HTML page of an OpenAPI description."""
     title = escape(description["info"]["title"])
     operations = [
         (method.upper(), path, operation)
@@ -45,16 +46,16 @@ def render(description: Schema) -> str:
         f'<link rel="stylesheet" href="web/{page.DIGEST}/page.css"></head>',
         f'<body class="docs"><main><h1>{title}</h1>',
         '<p class="words">The same as JSON: <a href="openapi.json">openapi.json</a></p>',
-        *(_section(*operation) for operation in operations),
+        *(_operation_section(*operation) for operation in operations),
         *(_schema_section(name, schema) for name, schema in sorted(schemas.items())),
         "</main></body></html>",
     ]
     return "\n".join(lines)
 
 
-def _section(method: str, path: str, operation: Schema) -> str:
-    """A route: what it does, its parameters, the schema of its body."""
-    words = operation.get("description") or operation.get("summary", "")
+def _operation_section(method: str, path: str, operation: Schema) -> str:
+    """The section of a route: its description, its parameters and the schema of its body."""
+    summary = operation.get("description") or operation.get("summary", "")
     rows = [
         (
             entry["name"],
@@ -67,43 +68,44 @@ def _section(method: str, path: str, operation: Schema) -> str:
     body = "".join(
         f"<p>Body: {_type_of(media.get('schema', {}))}</p>" for media in content.values()
     )
-    head = f"<h2><code>{method} {escape(path)}</code></h2>"
-    head += f"<p>{escape(words)}</p>" if words else ""
-    return f'<section class="card">{head}{_table(rows)}{body}</section>'
+    heading = f"<h2><code>{method} {escape(path)}</code></h2>"
+    heading += f"<p>{escape(summary)}</p>" if summary else ""
+    return f'<section class="card">{heading}{_table(rows)}{body}</section>'
 
 
 def _schema_section(name: str, schema: Schema) -> str:
-    """The section of a schema: a table of its fields, or its type if it is no object."""
+    """The section of a schema: a table of its fields; for a schema that is no object, its type."""
     required = schema.get("required", ())
     rows = [
-        (field, _type_of(entry), _note(entry, field in required))
+        (field, _type_of(entry), _field_note(entry, is_required=field in required))
         for field, entry in schema.get("properties", {}).items()
     ]
     content = _table(rows) if rows else f"<p>{_type_of(schema)}</p>"
-    words = escape(schema.get("description", ""))
-    head = f"<h2>{escape(name)}</h2><p>{words}</p>"
-    return f'<section class="card" id="{escape(name)}">{head}{content}</section>'
+    summary = escape(schema.get("description", ""))
+    heading = f"<h2>{escape(name)}</h2><p>{summary}</p>"
+    return f'<section class="card" id="{escape(name)}">{heading}{content}</section>'
 
 
 def _table(rows: list[tuple[str, str, str]]) -> str:
-    """Rows of a name, a type in HTML, and a note."""
+    """An HTML table. Each row is a name, a type in HTML, and a note."""
     if not rows:
         return ""
     cells = (
-        f"<tr><td><code>{escape(name)}</code></td><td>{kind}</td><td>{escape(note)}</td></tr>"
-        for name, kind, note in rows
+        f"<tr><td><code>{escape(name)}</code></td><td>{type_html}</td><td>{escape(note)}</td></tr>"
+        for name, type_html, note in rows
     )
     return f"<table>{''.join(cells)}</table>"
 
 
-def _note(schema: Schema, required: bool) -> str:
-    if required:
+def _field_note(schema: Schema, *, is_required: bool) -> str:
+    """Whether a field is required, or its default."""
+    if is_required:
         return "required"
     return "" if schema.get("default") is None else f"default {schema['default']}"
 
 
 def _type_of(schema: Schema) -> str:
-    """The type of a value, in HTML."""
+    """The type that a schema describes, in HTML."""
     if "$ref" in schema:
         name = escape(str(schema["$ref"]).rpartition("/")[2])
         return f'<a href="#{name}">{name}</a>'
@@ -114,15 +116,15 @@ def _type_of(schema: Schema) -> str:
         values = schema.get("enum", [schema.get("const")])
         return escape(", ".join(map(repr, values)))
     if schema.get("type") == "array":
-        return f"list of {_type_of(schema.get('items', {}))}{''.join(_limits(schema))}"
+        return f"list of {_type_of(schema.get('items', {}))}{''.join(_bounds(schema))}"
     if isinstance(schema.get("additionalProperties"), Mapping):
         return f"object of {_type_of(schema['additionalProperties'])}"
-    return escape(str(schema.get("type", "anything"))) + "".join(_limits(schema))
+    return escape(str(schema.get("type", "anything"))) + "".join(_bounds(schema))
 
 
-def _limits(schema: Schema) -> Iterator[str]:
-    """The bounds of a value."""
-    names = {
+def _bounds(schema: Schema) -> Iterator[str]:
+    """Yield each bound that a schema sets, in words."""
+    words_by_field = {
         "minimum": "at least",
         "exclusiveMinimum": "above",
         "maximum": "at most",
@@ -132,6 +134,6 @@ def _limits(schema: Schema) -> Iterator[str]:
         "minItems": "at least so many:",
         "maxItems": "at most so many:",
     }
-    for name, words in names.items():
-        if name in schema:
-            yield f", {words} {schema[name]:,}"
+    for field, words in words_by_field.items():
+        if field in schema:
+            yield f", {words} {schema[field]:,}"

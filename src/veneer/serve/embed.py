@@ -1,9 +1,10 @@
-"""Embeddings: texts of many calls go through an encoder in one batch, each with its own adapter.
+"""Compute embeddings: texts of many calls go through an encoder in one batch, each with the adapter
+of its call.
 
-    vector = pool over the tokens of (encoder(text)), of length 1 if the model's files say so
+    vector = pool over the tokens of (encoder(text)), of length 1 if the model's files ask for it
 
-One thread computes. It takes one text at a time from the call whose turn it is (``scheduler``)
-until the batch is full, so a call of 256 texts delays a call of one text by at most one batch.
+One thread computes. It fills a batch with one text at a time, each from the call that ``scheduler``
+chooses, so a call of 256 texts delays a call of one text by at most one batch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from veneer.errors import sentence
 from veneer.models.encoders import pool
 from veneer.serve.refusal import Refusal
-from veneer.serve.request_log import CURRENT
+from veneer.serve.request_log import CURRENT_RECORD
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import SHARE, Scheduler, counted_as, key_of
 
@@ -42,51 +43,58 @@ def as_base64(vector: Tensor) -> str:
 
 @dataclass(eq=False)
 class _Call:
-    texts: Sequence[tuple[int, ...]]
+    """A call for the embeddings of some texts."""
+
+    texts: Sequence[tuple[int, ...]]  # token ids
     blend: Mapping[str, float]
-    deadline: float
-    began: float
+    deadline: float  # of time.monotonic(), in seconds
+    submitted_at: float
     owner: str = ""
-    types: Sequence[tuple[int, ...]] | None = None  # token types, if the model reads them
-    head: bool = False  # return the logits of the classifier's head instead of vectors
+    token_types: Sequence[tuple[int, ...]] | None = None  # None: all 0
+    with_head: bool = False  # return the logits of the classifier's head instead of vectors
     priority: int = 0
-    queued: bool = False
-    done: Future[list[Tensor]] = field(default_factory=Future)
+    is_queued: bool = False
+    result: Future[list[Tensor]] = field(default_factory=Future)
     lease: Any = None
-    next: int = 0
+    next_text: int = 0  # index of the first text that is in no batch yet
     vectors: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.key, self.flow = key_of(self.blend), counted_as(self.blend)
-        self.holder = (
-            self.owner,
-            "" if self.owner else self.flow,
-        )  # the key, or adapter, that waiting texts are charged to
+        # waiting texts count against the API key, or without keys against the adapter
+        self.account = (self.owner, "" if self.owner else self.flow)
 
 
 class Embedder:
-    """Answers calls for embeddings in its own thread. ``model``: an encoder of transformers;
-    ``pad`` is the padding token. ``how``, ``normal``: see ``pool``. ``rows``, ``tokens``: the most
-    texts, and tokens with padding, of a batch. ``queue``: the most waiting texts. ``observer``: as
-    for the engine. ``labels``: the labels of the head, if the model is a classifier."""
+    """Computes embeddings in a thread of its own.
+
+    Args:
+        model: an encoder of transformers.
+        pad_id: the token id of padding.
+        pooling, normal: how token vectors become a text's vector (``encoders.pool``).
+        rows, tokens: the most texts, and the most tokens with padding, of a batch.
+        queue: the most texts that may wait.
+        observer: gets the same calls as the engine's observer.
+        label_count: the number of labels of the model's head, if it is a classifier.
+    """
 
     def __init__(
-        self, model: Any, bank: Any, *, pad: int = 0, how: str = "mean", normal: bool = True,
+        self, model: Any, bank: Any, *, pad_id: int = 0, pooling: str = "mean", normal: bool = True,
         rows: int = 32, tokens: int = 8192, queue: int = 1024, observer: Any = None,
-        labels: int = 0,
+        label_count: int = 0,
     ) -> None:  # fmt: skip
-        self.model, self.bank, self.pad, self.how, self.normal = model, bank, pad, how, normal
+        self.model, self.bank, self.pad_id = model, bank, pad_id
+        self.pooling, self.normal = pooling, normal
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
-        self.labels = labels
+        self.label_count = label_count
         parameters = inspect.signature(type(model).forward).parameters
-        self._reads_types = "token_type_ids" in parameters
+        self._reads_token_types = "token_type_ids" in parameters
         self.width = int(model.config.hidden_size)
-        self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # texts are counted here, not calls
-        self._held: Counter[tuple[str, str]] = (
-            Counter()
-        )  # texts that wait, by key, or by adapter where there is none
-        self.running = self.waiting = 0  # calls, and texts
-        self._closed = self._refuses = False
+        self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # ``queue`` bounds texts instead
+        # number of waiting texts, by ``_Call.account``
+        self._waiting_by_account: Counter[tuple[str, str]] = Counter()
+        self.running = self.waiting = 0  # ``running`` counts calls, ``waiting`` texts
+        self._closed = self._refuses_calls = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="veneer-embed", daemon=True)
         self._thread.start()
@@ -97,66 +105,72 @@ class Embedder:
         blend: Mapping[str, float],
         timeout: float,
         owner: str = "",
-        types: Sequence[tuple[int, ...]] | None = None,
+        token_types: Sequence[tuple[int, ...]] | None = None,
         *,
-        head: bool = False,
+        with_head: bool = False,
     ) -> Future[list[Tensor]]:
-        """A future of the vectors of texts, or with ``head`` of the classifier's logits. ``types``:
-        the token types of each text. Cancelling the future drops the call. ``Busy``: too many texts
-        wait, or too many of the same key (without keys: of the same adapter)."""
+        """Queue texts. Returns a future of their vectors, or with ``with_head`` of the classifier's
+        logits. ``token_types``: one sequence for each text. Cancelling the future drops the call.
+        ``Busy``: too many texts wait, in all or of the same key (without keys: adapter)."""
         submitted_at = time.monotonic()
-        if (record := CURRENT.get()) is not None:
+        if (record := CURRENT_RECORD.get()) is not None:
             record.ask(blend, sum(map(len, texts)))
-        call = _Call(texts, blend, submitted_at + timeout, submitted_at, owner, types, head)
+        deadline = submitted_at + timeout
+        call = _Call(texts, blend, deadline, submitted_at, owner, token_types, with_head)
         with self._changed:
-            held_calls, free_places = self._held[call.holder], self.queue - self.waiting
-            crowded = self.waiting and (
-                len(texts) > free_places
-                or (held_calls and held_calls + len(texts) > SHARE * free_places)
+            account_count, free_count = (
+                self._waiting_by_account[call.account],
+                self.queue - self.waiting,
             )
-            if self._refuses or crowded:
-                holder = "key" if owner else "adapter"
+            is_crowded = self.waiting and (
+                len(texts) > free_count
+                or (account_count and account_count + len(texts) > SHARE * free_count)
+            )
+            if self._refuses_calls or is_crowded:
+                account_kind = "key" if owner else "adapter"
                 problem = (
-                    f"{self.waiting} texts that wait, {held_calls} of them of the same {holder}"
+                    f"{self.waiting} texts that wait, {account_count} of them of the same"
+                    f" {account_kind}"
                 )
                 expected = f"at most {self.queue}, with room for others"
                 raise Busy(sentence(problem, expected, "send it again later"), 1.0)
             self.running, self.waiting = self.running + 1, self.waiting + len(texts)
-            self._held[call.holder] += len(texts)
+            self._waiting_by_account[call.account] += len(texts)
         try:
-            acquired = self.bank.acquire(blend)
+            lease = self.bank.acquire(blend)
         except BaseException:
-            self._end(call)
+            self._end_call(call)
             raise
-        acquired.add_done_callback(lambda lease: self._queue_loaded(call, lease))
-        return call.done
+        lease.add_done_callback(lambda lease: self._queue_loaded(call, lease))
+        return call.result
 
     def drain(self, seconds: float) -> None:
-        """Refuse new calls, and wait up to ``seconds`` for the open ones."""
+        """Refuse new calls, and wait up to ``seconds`` until the others have ended."""
         with self._changed:
-            self._refuses = True
+            self._refuses_calls = True
             self._changed.wait_for(lambda: not self.running, seconds)
 
     def close(self) -> None:
-        """Stop the thread. Open calls fail."""
+        """Stop the thread. Calls that have not ended fail."""
         with self._changed:
-            self._closed = self._refuses = True
+            self._closed = self._refuses_calls = True
             self._changed.notify_all()
         self._thread.join(timeout=30)
 
     def _queue_loaded(self, call: _Call, lease: Future[Any]) -> None:
+        """Put a call into the queue, once its adapter is in memory."""
         try:
             call.lease = lease.result()
         except BaseException as error:
-            self._end(call, error)
+            self._end_call(call, error)
             return
         with self._changed:
             if not self._closed:
                 self._calls.add(call)
-                call.queued = True
+                call.is_queued = True
                 self._changed.notify_all()
-        if not call.queued:
-            self._end(call, _stopping())
+        if not call.is_queued:
+            self._end_call(call, _stopping_refusal())
 
     def _run(self) -> None:
         while True:
@@ -164,61 +178,65 @@ class Embedder:
                 self._changed.wait_for(lambda: self._calls.waiting or self._closed)
                 if self._closed:
                     break
-                batch = self._take()
+                batch = self._take_batch()
             if batch:
                 self._compute(batch)
             del batch  # keep no reference to a call while the thread waits
         for call in self._calls.waiting_requests():  # no call is added any more
-            self._end(call, _stopping())
+            self._end_call(call, _stopping_refusal())
 
-    def _take(self) -> list[tuple[_Call, int]]:
+    def _take_batch(self) -> list[tuple[_Call, int]]:
+        """Take the texts of the next batch from the queue, as (call, index of the text)."""
         batch: list[tuple[_Call, int]] = []
-        longest = 0
+        max_length = 0
         while (call := self._calls.take()) is not None:
-            begun = any(batch_call is call for batch_call, _ in batch)
-            if not begun and (call.done.cancelled() or time.monotonic() > call.deadline):
-                late = Refusal(
+            in_batch = any(batch_call is call for batch_call, _ in batch)
+            if not in_batch and (call.result.cancelled() or time.monotonic() > call.deadline):
+                refusal = Refusal(
                     504, "texts that took too long", "an answer in time", "send fewer at once"
                 )
-                self._end(call, late)
+                self._end_call(call, refusal)
                 continue
-            length = max(longest, len(call.texts[call.next]))
-            full = len(batch) == self.rows or length * (len(batch) + 1) > self.tokens
-            if batch and (full or call.head != batch[0][0].head):
+            length = max(max_length, len(call.texts[call.next_text]))
+            is_full = len(batch) == self.rows or length * (len(batch) + 1) > self.tokens
+            if batch and (is_full or call.with_head != batch[0][0].with_head):
                 self._calls.push_back(call)
                 break
-            longest = length
-            if not call.next and self.observer is not None:
-                self.observer.started(call.blend, time.monotonic() - call.began)
-            batch.append((call, call.next))
-            self._calls.charge(call, len(call.texts[call.next]))
-            call.next += 1
-            if call.next < len(call.texts):
-                self._calls.go_on(call)
+            max_length = length
+            if not call.next_text and self.observer is not None:
+                self.observer.started(call.blend, time.monotonic() - call.submitted_at)
+            batch.append((call, call.next_text))
+            self._calls.charge(call, len(call.texts[call.next_text]))
+            call.next_text += 1
+            if call.next_text < len(call.texts):
+                self._calls.requeue(call)
         return batch
 
     def _compute(self, batch: list[tuple[_Call, int]]) -> None:
-        calls, why = [call for call, _ in batch], "the model's vectors are no finite numbers"
+        """Compute the vectors of a batch, and end the calls that have all of their vectors."""
+        calls, reason = [call for call, _ in batch], "the model's vectors are no finite numbers"
         try:
             vectors = self._vectors(batch)
         except Exception as error:
             log.exception("A batch of embeddings failed")
-            vectors, why = (
+            vectors, reason = (
                 torch.full((len(calls), 1), torch.nan),
                 f"{type(error).__name__}: {error}",
             )
-        sound = torch.isfinite(vectors).all(-1).tolist()
-        failed = {call for call, right in zip(calls, sound, strict=True) if not right}
-        for call in failed:
-            self._end(call, Refusal(500, why, code="engine_error"))
+        are_finite = torch.isfinite(vectors).all(-1).tolist()
+        failed_calls = {
+            call for call, is_finite in zip(calls, are_finite, strict=True) if not is_finite
+        }
+        for call in failed_calls:
+            self._end_call(call, Refusal(500, reason, code="engine_error"))
         for call, vector in zip(calls, vectors, strict=True):
-            if call in failed:
+            if call in failed_calls:
                 continue
             call.vectors.append(vector)
             if len(call.vectors) == len(call.texts):
                 if self.observer is not None:
                     self.observer.tokens(call.blend, sum(map(len, call.texts)), 0)
-                self._end(call)
+                self._end_call(call)
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
         """The embeddings [texts, width] of a batch, or a classifier's logits [texts, labels], on
@@ -227,48 +245,49 @@ class Embedder:
             [torch.tensor(call.texts[index]) for call, index in batch],
             self.model.device,
         )
-        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad).to(device)
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad_id).to(device)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._reads_types and any(call.types is not None for call, _ in batch):
-            types = [
-                torch.zeros_like(text) if call.types is None else torch.tensor(call.types[index])
+        if self._reads_token_types and any(call.token_types is not None for call, _ in batch):
+            token_types = [
+                torch.zeros_like(text)
+                if call.token_types is None
+                else torch.tensor(call.token_types[index])
                 for text, (call, index) in zip(texts, batch, strict=True)
             ]
-            inputs["token_type_ids"] = pad_sequence(types, batch_first=True).to(device)
-        head = batch[0][0].head
-        model = self.model if head or not self.labels else self.model.base_model
+            inputs["token_type_ids"] = pad_sequence(token_types, batch_first=True).to(device)
+        with_head = batch[0][0].with_head
+        model = self.model if with_head or not self.label_count else self.model.base_model
         with torch.inference_mode(), self.bank.rows([call.lease for call, _ in batch]):
             output = model(**inputs)
-            if head:
+            if with_head:
                 return output.logits.float().cpu()
-            return pool(output.last_hidden_state, mask, self.how, self.normal).cpu()
+            return pool(output.last_hidden_state, mask, self.pooling, self.normal).cpu()
 
-    def _end(self, call: _Call, error: BaseException | None = None) -> None:
-        """Set the result or the error of a call, and release its adapter. Further calls do
-        nothing."""
+    def _end_call(self, call: _Call, error: BaseException | None = None) -> None:
+        """Set the result or the error of a call, and release its adapter."""
         if call.lease is not None:
             call.lease.release()
-        with suppress(InvalidStateError):  # cancelled meanwhile
+        with suppress(InvalidStateError):  # the client cancelled the call meanwhile
             if error is None and len(call.vectors) == len(call.texts):
-                call.done.set_result(call.vectors)
+                call.result.set_result(call.vectors)
             elif error is not None:
-                call.done.set_exception(error)
+                call.result.set_exception(error)
         if self.observer is not None:
             reason = (
-                "cancelled" if call.done.cancelled() else "error" if error is not None else "stop"
+                "cancelled" if call.result.cancelled() else "error" if error is not None else "stop"
             )
-            self.observer.finished(call.blend, reason, time.monotonic() - call.began)
+            self.observer.finished(call.blend, reason, time.monotonic() - call.submitted_at)
         with self._changed:
-            if call.queued and not self._calls.remove(call):
+            if call.is_queued and not self._calls.remove(call):
                 self._calls.ended(call)
             self.running, self.waiting = self.running - 1, self.waiting - len(call.texts)
-            self._held[call.holder] -= len(call.texts)
-            self._held += Counter()  # without those that have none
+            self._waiting_by_account[call.account] -= len(call.texts)
+            self._waiting_by_account += Counter()  # drop accounts without waiting texts
             self._changed.notify_all()
 
 
-def _stopping() -> Refusal:
+def _stopping_refusal() -> Refusal:
     return Refusal(
         503, "a server that stops", "one that runs", "send it to another", code="draining"
     )

@@ -1,8 +1,7 @@
-"""Routes and models that a folder beside the server's core adds to a service.
+"""The interface through which other packages add routes and models to a service.
 
-``start(settings, keys, plugin)`` asks the plugin for its extension once the base is loaded. The
-core then calls the extension at the places listed here and knows nothing else of it, so that the
-core imports no extension.
+``start(settings, keys, plugin)`` asks the plugin for its extension after the base is loaded. The
+core calls an extension only through the methods below, so that it need not import any extension.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from veneer.serve.access import Key
 
 
 class Extension(ABC):
-    """One addition to a running service.
+    """An extension of a running service.
 
     Attributes:
-        routers: its routes.
-        path_prefix: routes below it need a key, but for those below ``public_paths``.
-        secret_path: the segment after it is a secret, which the log leaves out.
-        key_prefix: what its clients put before a key; it is taken off.
-        max_body: bytes of a body below ``path_prefix``, from a client with a key.
-        model_prefix: how the names of its models begin; ``resolve_model`` gets them.
+        routers: FastAPI routers with the extension's routes.
+        path_prefix: the URL path of its routes. They need a key, except under ``public_paths``.
+        secret_path: the path segment after it is a secret, which the log masks.
+        key_prefix: a prefix that clients put before their key; the server removes it.
+        max_body: the largest body of a request to its routes with a key, in bytes.
+        model_prefix: model names that begin with it are resolved by ``resolve_model``.
     """
 
     routers: Sequence[Any] = ()
@@ -39,25 +38,26 @@ class Extension(ABC):
     @property
     @abstractmethod
     def ready(self) -> bool:
-        """Whether it can take requests."""
+        """Whether the extension can take requests."""
 
     @abstractmethod
     async def resolve_model(self, key: Key, model: str) -> dict[str, float]:
-        """The bank's adapters, by weight, that a model name means. ``Refusal``: there is none that
-        the key may use."""
+        """The weights of the bank's adapters that a model name stands for, by adapter name.
+        ``Refusal``: there is no such model, or the key may not use it."""
 
     @abstractmethod
     async def reserve_tokens(self, key: Key, count: int) -> Callable[[int], None]:
-        """Count tokens that a completion may take at most. The returned function is called with the
-        number that it took. ``Refusal``: they exceed the key's quota."""
+        """Reserve ``count`` tokens of the key's quota, the most that a completion can use. The
+        caller calls the returned function with the number that was used. ``Refusal``: the quota
+        does not have so many tokens left."""
 
     @abstractmethod
     def drain(self) -> None:
-        """Finish what runs and take no more."""
+        """Finish the work that runs, and refuse new requests."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop its threads and close its files."""
+        """Stop the extension's threads and close its files."""
 
 
 class Plugin(Protocol):
@@ -65,10 +65,10 @@ class Plugin(Protocol):
 
     @property
     def turn(self) -> AbstractContextManager[Any]:
-        """Held around each step of the engine, and by the extension while it changes the model's
-        layers."""
+        """A lock. The engine holds it during each step, and the extension while it changes the
+        model's layers."""
         ...
 
     def extend(self, service: Any, model: Any) -> Extension:
-        """The extension of a service. ``ConfigError``: the service cannot be extended."""
+        """Create the extension of a service. ``ConfigError``: the service cannot be extended."""
         ...

@@ -1,9 +1,10 @@
-"""Forms that answers follow, by llguidance: JSON schemas, regular expressions, choices, grammars.
+"""Constrain answers to a JSON schema, a regular expression, a list of choices or a grammar, with
+llguidance.
 
-    form → grammar (compiled once a request) → matcher → the tokens that may come next
+    constraint → grammar (compiled once a request) → matcher → the tokens that may come next
 
-A matcher has limits, so that no client's grammar can hold up the others. A grammar that needs more
-than these is its client's, and is told so.
+llguidance's matchers have limits, so that no client's grammar can hold up other requests. A client
+whose grammar exceeds a limit gets an error.
 """
 
 from __future__ import annotations
@@ -20,39 +21,40 @@ from torch import Tensor
 from veneer.serve.requests import Grammar, GrammarLimitError, RequestError
 from veneer.serve.text import Detokenizer
 
-#: The whitespace that a schema allows between two parts of a JSON text: nothing, a space, or a line
-#: break with its indentation. llguidance's default is any amount, and a small model that has
-#: nothing else to say fills its answer with it. None at all would forbid the ", " and the line
-#: breaks that models were trained to write.
+#: The whitespace that is allowed between the elements of a JSON text: nothing, a space, or a line
+#: break with its indentation. llguidance allows any amount by default, and a small model can then
+#: fill its answer with whitespace. Models were trained to write ", " and line breaks, so forbidding
+#: all whitespace would change their answers.
 LAYOUT: Any = {
     "whitespace_flexible": True,
     "whitespace_pattern": r" |\r?\n[ \t]{0,24}",
     "item_separator": ",",
     "key_separator": ":",
 }
-#: of an answer's tokens, the share that may be such whitespace and nothing else; and so many in any
-SHARE, FEWEST = 4, 8
+#: 1 / BLANK_DIVISOR of the most tokens of an answer, but at least MIN_BLANK, may be only whitespace
+BLANK_DIVISOR, MIN_BLANK = 4, 8
 
-#: why a matcher stops at one of its limits, and the words of llguidance where it says no more
-STOPPED = ("ParserTooComplex", "LexerTooComplex")
-_LIMIT = re.compile(
+#: the stop reasons of a matcher that exceeded a limit, and a pattern of error messages that mean it
+LIMIT_REASONS = ("ParserTooComplex", "LexerTooComplex")
+_LIMIT_MESSAGE = re.compile(
     r"max is \d|\blimit|\bfuel\b|too (?:many|large|complex|big)|exceed", re.IGNORECASE
 )
 
 
 class Layout:
-    """Ends the whitespace of one JSON answer, of which tokens between its parts may be ``most``.
-    ``blank``: the tokens that are nothing else, [vocabulary] of bool."""
+    """Limits the whitespace of one JSON answer: at most ``max_blank`` tokens between the elements
+    of the JSON text may be only whitespace. ``is_blank``: which tokens are only whitespace,
+    [vocabulary] of bool. ``text_of``: gives the text of a token id."""
 
-    def __init__(self, blank: Tensor, text_of: Callable[[int], str], most: int) -> None:
-        self.blank, self._text_of, self._most = blank, text_of, most
+    def __init__(self, is_blank: Tensor, text_of: Callable[[int], str], max_blank: int) -> None:
+        self.is_blank, self._text_of, self._max_blank = is_blank, text_of, max_blank
         self._in_string = self._escaped = False
-        self._count = 0
+        self._blank_count = 0
 
     def accept(self, token: int) -> None:
-        """Go on behind a token of a text that is JSON so far."""
-        if not self._in_string and token < len(self.blank) and self.blank[token]:
-            self._count += 1
+        """Count a token of the answer, whose text so far is the beginning of a JSON text."""
+        if not self._in_string and token < len(self.is_blank) and self.is_blank[token]:
+            self._blank_count += 1
         for char in self._text_of(token):
             if self._escaped:
                 self._escaped = False
@@ -62,34 +64,35 @@ class Layout:
                 self._escaped = self._in_string and char == "\\"
 
     @property
-    def full(self) -> bool:
-        """Whether no more whitespace may come here. It is nowhere required."""
-        return not self._in_string and self._count >= self._most
+    def is_full(self) -> bool:
+        """Whether the next token must not be whitespace alone. JSON requires whitespace nowhere."""
+        return not self._in_string and self._blank_count >= self._max_blank
 
 
 class Schemas:
-    """Matchers of grammars for one tokenizer. ``vocabulary`` is the number of logits, ``eos`` the
-    tokens that end a text."""
+    """Makes matchers for one tokenizer. ``vocabulary``: the number of logits. ``eos``: the ids of
+    the tokens that end a text."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
         self._ll_tokenizer: Any = None
-        # which tokens are whitespace alone, and the text of each
+        # which tokens are whitespace alone, and a function that gives the text of a token
         self._texts: tuple[Tensor, Callable[[int], str]] | None = None
 
     def layout(self, max_tokens: int) -> Layout:
-        """A bound on the whitespace of an answer of at most so many tokens."""
+        """A limit on the whitespace of an answer of at most ``max_tokens`` tokens."""
         if self._texts is None:
             text_of = Detokenizer(self._tokenizer).text
             spaces = [text_of(token).isspace() for token in range(len(self._tokenizer))]
             self._texts = torch.tensor(spaces[: self._vocabulary]), text_of
-        return Layout(*self._texts, max(FEWEST, max_tokens // SHARE))
+        return Layout(*self._texts, max(MIN_BLANK, max_tokens // BLANK_DIVISOR))
 
     def matcher(self, schema: Mapping[str, Any] | Grammar) -> Any:
-        """A new matcher; it takes some milliseconds, and about a second for the first one.
-        ``RequestError``: a schema or grammar that is not understood, a tokenizer of another kind,
-        or llguidance is not installed."""
-        is_grammar = isinstance(schema, Grammar) and schema.kind != "lark"  # of tools' schemas
+        """A new matcher for an answer. Making one takes some milliseconds, the first one about a
+        second. ``RequestError``: llguidance does not understand the schema or grammar, does not
+        support the tokenizer, or is not installed."""
+        # "lark" grammars come from the schemas of tools
+        is_grammar = isinstance(schema, Grammar) and schema.kind != "lark"
         noun = "a grammar" if is_grammar else "a schema"
         try:
             import llguidance.hf
@@ -129,27 +132,26 @@ class Schemas:
 
 
 def allowed_tokens(matcher: Any, logits: Tensor) -> Tensor:
-    """Which tokens a grammar allows next, [vocabulary] of bool. ``RequestError``: it goes no
-    further."""
+    """The tokens that a grammar allows next, [vocabulary] of bool. ``RequestError``: the grammar
+    allows no continuation."""
     bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
     if matcher.is_error():
         raise error_of(matcher, "that an answer cannot follow")
     bit_positions, size = torch.arange(8, dtype=torch.uint8), logits.shape[-1]
     allowed = ((bits[:, None] >> bit_positions) & 1).bool().view(-1)[:size]
-    return F.pad(allowed, (0, size - len(allowed))).to(
-        logits.device
-    )  # there may be logits of no token
+    # a model may have more logits than its tokenizer has tokens
+    return F.pad(allowed, (0, size - len(allowed))).to(logits.device)
 
 
 def error_of(matcher: Any, problem: str, noun: str = "a schema") -> RequestError:
-    """The error of a matcher that has stopped with one."""
-    why = matcher.get_error().partition("\n")[0][:500]
-    if matcher.stop_reason() in STOPPED or _LIMIT.search(why):
-        excess = f"{noun} that needs more than the limits of its matcher ({why})"
+    """The error to raise for a matcher that stopped with an error."""
+    reason = matcher.get_error().partition("\n")[0][:500]
+    if matcher.stop_reason() in LIMIT_REASONS or _LIMIT_MESSAGE.search(reason):
+        excess = f"{noun} that needs more than the limits of its matcher ({reason})"
         return GrammarLimitError(excess, "one within llguidance's limits", "simplify it")
-    return _bad_grammar(noun, problem, why)
+    return _bad_grammar(noun, problem, reason)
 
 
-def _bad_grammar(noun: str, problem: str, why: Any) -> RequestError:
+def _bad_grammar(noun: str, problem: str, reason: Any) -> RequestError:
     expected = f"{noun.replace('a schema', 'a JSON schema')} of what llguidance supports"
-    return RequestError(f"{noun} {problem} ({str(why)[:500]})", expected, "simplify it")
+    return RequestError(f"{noun} {problem} ({str(reason)[:500]})", expected, "simplify it")

@@ -1,5 +1,5 @@
-"""Middleware of every route. Before a route: checks of the key, and of the size and timely arrival
-of the body. After it: the id, headers, log line and span of the answer.
+"""The middleware around all routes. Before a route runs, it checks the key, and the size and timely
+arrival of the body. After the route, it adds a request id, headers, a log line and a tracing span.
 
     limits of a connection (serve/listen.py) ──▶ Guard ──▶ routes
 
@@ -7,10 +7,10 @@ A body is read completely before a route runs, within a limit of bytes and of se
 request without a valid key is refused before its body is read. Queries, headers and bodies are
 never logged.
 
-A server without keys answers loopback names in the Host header alone: a web page that points a name
-of its own at
-127.0.0.1 (DNS rebinding) is refused. Bodies must be application/json, which a page of another
-origin cannot send without being asked first, and only ``--cors`` allows it (serve/cors.py).
+A server without keys answers only requests whose Host header is a loopback name. This refuses a web
+page that lets a domain name of its own point to 127.0.0.1 (DNS rebinding). Bodies must be
+application/json, which a page of another origin cannot send without a preflight request, which only
+``--cors`` grants (serve/cors.py).
 """
 
 from __future__ import annotations
@@ -27,62 +27,65 @@ from starlette.datastructures import Headers
 from veneer.errors import sentence
 from veneer.serve import cors, limits
 from veneer.serve.extension import Extension
-from veneer.serve.refusal import RETRY, Refusal, draining
-from veneer.serve.request_log import CURRENT, ID_HEADER, RequestRecord, request_id_of
+from veneer.serve.refusal import RETRY_AFTER, Refusal, draining_refusal
+from veneer.serve.request_log import CURRENT_RECORD, ID_HEADER, RequestRecord, request_id_of
 
 log = logging.getLogger("veneer.serve.access")
 
-#: paths that are served while the server drains: those for operators, and the files of the page
-ALWAYS = ("/health", "/ready", "/metrics")
-#: paths that need a key, besides those of extensions
-KEYED = ("/v1", "/v2", "/tokenize", "/detokenize", "/score", "/rerank")
-PAGE = "/web/"
+#: routes for operators, which also answer while the server drains
+OPERATOR_PATHS = ("/health", "/ready", "/metrics")
+#: beginnings of the paths that need a key; paths of extensions need one too
+PRIVATE_PATHS = ("/v1", "/v2", "/tokenize", "/detokenize", "/score", "/rerank")
+PAGE_FILES = "/web/"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+_SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
 class Guard:
-    """ASGI middleware of a ``Service``, of which it reads keys, hosts, cors, tracer, metrics,
-    extensions and draining."""
+    """ASGI middleware. It reads the attributes ``keys``, ``hosts``, ``cors``, ``tracer``,
+    ``metrics``, ``extensions`` and ``draining`` of a ``Service``."""
 
     def __init__(self, app: Any, service: Any) -> None:
         self.app, self.service = app, service
-        self.held: Counter[str | None] = (
-            Counter()
-        )  # bytes of bodies in memory, by owner of the key; None: requests without a key
+        # bytes of request bodies in memory, by owner of the key; None: requests without a key
+        self.body_bytes: Counter[str | None] = Counter()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers, path = Headers(scope=scope), scope["path"]
-        logged_path = ascii(self._mask(path)[:200])[1:-1]
-        sent_ids = headers.getlist(ID_HEADER)
-        record = RequestRecord(request_id_of(sent_ids), scope["method"], logged_path)
-        added = self._added_headers(path, record.request_id, headers.get("origin"))
-        names = {name for name, _ in added}
+        logged_path = ascii(self._mask_secret(path)[:200])[1:-1]
+        client_ids = headers.getlist(ID_HEADER)
+        record = RequestRecord(request_id_of(client_ids), scope["method"], logged_path)
+        added_headers = self._added_headers(path, record.request_id, headers.get("origin"))
+        added_names = {name for name, _ in added_headers}
 
         async def reply(message: Any) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 self.service.metrics.responses.labels(str(record.status)).inc()
-                # already added by a replica behind this server
-                theirs = [pair for pair in message.get("headers", ()) if pair[0] not in names]
-                message = {**message, "headers": [*theirs, *added]}
+                # a replica behind this server may have added headers of the same names
+                route_headers = [
+                    pair for pair in message.get("headers", ()) if pair[0] not in added_names
+                ]
+                message = {**message, "headers": [*route_headers, *added_headers]}
             await send(message)
 
-        # the next server, such as a replica, uses the same request id
-        unnamed = [pair for pair in scope["headers"] if pair[0].lower() != ID_HEADER.encode()]
-        scope["headers"] = [*unnamed, (ID_HEADER.encode(), record.request_id.encode())]
-        token = CURRENT.set(record)
+        # pass the request id to the application, which may be a gateway to replicas
+        client_headers = [
+            pair for pair in scope["headers"] if pair[0].lower() != ID_HEADER.encode()
+        ]
+        scope["headers"] = [*client_headers, (ID_HEADER.encode(), record.request_id.encode())]
+        token = CURRENT_RECORD.set(record)
         try:
-            await self._pass(scope, receive, reply)
+            await self._check_and_run(scope, receive, reply)
         except Exception:
             if not record.status:
-                await _bug().response(scope["path"])(scope, receive, reply)
-            raise  # so that it is in the log
+                await _unexpected_error().response(scope["path"])(scope, receive, reply)
+            raise  # uvicorn logs it
         finally:
-            CURRENT.reset(token)
+            CURRENT_RECORD.reset(token)
             record.key = getattr(scope.get("state", {}).get("key"), "name", None)
             record.total_seconds = time.monotonic() - record.started
             self._report(record, path, headers)
@@ -90,127 +93,136 @@ class Guard:
     def _added_headers(
         self, path: str, request_id: str, origin: str | None
     ) -> list[tuple[bytes, bytes]]:
-        """The headers of every answer."""
-        private = [(b"cache-control", b"no-store")] if self._is_private(path) else []
-        allowed = cors.origin_headers(self.service.cors, origin)
-        return [(ID_HEADER.encode(), request_id.encode()), *_HEADERS, *private, *allowed]
+        """The headers that every answer gets."""
+        cache_headers = [(b"cache-control", b"no-store")] if self._is_private(path) else []
+        cors_headers = cors.origin_headers(self.service.cors, origin)
+        id_header = (ID_HEADER.encode(), request_id.encode())
+        return [id_header, *_SECURITY_HEADERS, *cache_headers, *cors_headers]
 
     def _report(self, record: RequestRecord, path: str, headers: Headers) -> None:
         """Log a request that has ended, and export its span."""
-        # routes that are polled every few seconds are logged only when they fail
-        quiet = record.status == 200 and path in ALWAYS
-        level = logging.DEBUG if quiet else logging.INFO
+        # operators' routes are polled every few seconds: log them only when they fail
+        is_routine = record.status == 200 and path in OPERATOR_PATHS
+        level = logging.DEBUG if is_routine else logging.INFO
         if log.isEnabledFor(level):
             log.log(level, "%s", record.line(), extra={"request": record.fields()})
-        if self.service.tracer is not None and not quiet:
+        if self.service.tracer is not None and not is_routine:
             self.service.tracer.send(record, headers)
 
-    async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _check_and_run(self, scope: Any, receive: Any, send: Any) -> None:
+        """Check a request and run its route, or answer with a refusal."""
         headers = Headers(scope=scope)
         prefixes = [extension.key_prefix for extension in self.service.extensions]
         key = self.service.keys.find(credentials(headers, prefixes))
         scope.setdefault("state", {})["key"] = key
-        holder, held = None if key is None else key.owner, 0
+        owner, body_bytes = None if key is None else key.owner, 0
 
-        def hold(count: int) -> None:
-            nonlocal held
-            self._check_room(holder, count)
-            self.held[holder] += count
-            held += count
+        def reserve(byte_count: int) -> None:
+            """Count bytes of the body, until the request ends."""
+            nonlocal body_bytes
+            self._check_room(owner, byte_count)
+            self.body_bytes[owner] += byte_count
+            body_bytes += byte_count
 
         try:
             try:
-                _check_head(scope, headers)
+                _check_headers(scope, headers)
                 if self.service.cors and cors.is_preflight(scope["method"], headers):
                     answer = cors.preflight_response(self.service.cors, headers)
                     await answer(scope, receive, send)
                     return
-                self._admit(scope, headers, key)
+                self._check_access(scope, headers, key)
                 extension = self._extension_at(scope["path"])
-                most = limits.BODY if key is None or extension is None else extension.max_body
-                body = await _body(headers, receive, most, hold)
+                max_bytes = limits.BODY if key is None or extension is None else extension.max_body
+                body = await _read_body(headers, receive, max_bytes, reserve)
             except Refusal as refusal:
-                refusal.headers["connection"] = "close"  # the rest of the body is not read
+                refusal.headers["connection"] = "close"  # the body was not read to its end
                 await refusal.response(scope["path"])(scope, receive, send)
                 return
             if body is None:
                 return
-            fresh = iter([{"type": "http.request", "body": body, "more_body": False}])
+            unread = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-            async def again() -> Any:
+            async def replay() -> Any:
                 """Replay the body that was read, then wait for the client to disconnect."""
-                return next(fresh, None) or await receive()
+                return next(unread, None) or await receive()
 
-            await self.app(scope, again, send)
+            await self.app(scope, replay, send)
         finally:
-            self.held[holder] -= held
-            if not self.held[holder]:
-                del self.held[holder]
+            self.body_bytes[owner] -= body_bytes
+            if not self.body_bytes[owner]:
+                del self.body_bytes[owner]
 
-    def _check_room(self, holder: str | None, count: int) -> None:
-        """``Refusal``: ``count`` more bytes exceed the limit of all bodies together or of one
-        key."""
-        room = limits.BODIES - self.held.total()
-        if holder != "":  # without keys, all clients share one limit
-            room = min(room, room - self.held[holder])
-        if count > room:
+    def _check_room(self, owner: str | None, byte_count: int) -> None:
+        """``Refusal``: with ``byte_count`` more bytes, request bodies would exceed the limit of all
+        bodies together, or of one key."""
+        room = limits.BODIES - self.body_bytes.total()
+        if owner != "":  # without keys, all clients share one limit
+            room = min(room, room - self.body_bytes[owner])
+        if byte_count > room:
             problem = "more bodies at one time than this server holds"
             expected = (
                 f"at most {limits.BODIES:,} bytes together, half of what others leave for one key"
             )
             message = sentence(problem, expected, "send it again in a second")
-            raise Refusal(429, message, code="too_many_bodies", headers={RETRY: "1"})
+            raise Refusal(429, message, code="too_many_bodies", headers={RETRY_AFTER: "1"})
 
-    def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
+    def _check_access(self, scope: Any, headers: Headers, key: Any) -> None:
+        """``Refusal``: the Host header is wrong, the server drains, or the path needs a key."""
         host = headers.get("host", "").lower()
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        host_name = host if host.endswith("]") else host.rpartition(":")[0] or host
         hosts = self.service.hosts
-        if hosts is not None and name not in hosts:
+        if hosts is not None and host_name not in hosts:
             expected = f"one of {', '.join(hosts)}, as this server has no keys"
             raise Refusal(
                 403, f"host {host[:100]!r}", expected, "use that address, or start it with --keys"
             )
         path = scope["path"]
-        if self.service.draining and path not in (*ALWAYS, "/") and not path.startswith(PAGE):
-            raise draining()
+        answers_always = path in (*OPERATOR_PATHS, "/") or path.startswith(PAGE_FILES)
+        if self.service.draining and not answers_always:
+            raise draining_refusal()
         extension = self._extension_at(path)
-        public = extension is not None and path.startswith(extension.public_paths)
-        if key is None and self._is_private(path) and not public:
+        is_public = extension is not None and path.startswith(extension.public_paths)
+        if key is None and self._is_private(path) and not is_public:
             raise no_key(headers)
 
     def _extension_at(self, path: str) -> Extension | None:
-        matches = (e for e in self.service.extensions if path.startswith(e.path_prefix))
+        matches = (
+            extension
+            for extension in self.service.extensions
+            if path.startswith(extension.path_prefix)
+        )
         return next(matches, None)
 
     def _is_private(self, path: str) -> bool:
-        return path.startswith(KEYED) or self._extension_at(path) is not None
+        """Whether requests for a path need a key."""
+        return path.startswith(PRIVATE_PATHS) or self._extension_at(path) is not None
 
-    def _mask(self, path: str) -> str:
+    def _mask_secret(self, path: str) -> str:
         """A path for the log, without the secret that an extension's path may contain."""
         extension = self._extension_at(path)
         if extension is None or not path.startswith(extension.secret_path):
             return path
-        _, _, rest = path.removeprefix(extension.secret_path).partition("/")
-        return f"{extension.secret_path}…/{rest}"
+        _, _, later_path = path.removeprefix(extension.secret_path).partition("/")
+        return f"{extension.secret_path}…/{later_path}"
 
 
 def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
-    """The key of a request, as the value of an Authorization header. Some clients send it as
-    X-API-Key, with a prefix."""
-    sent = headers.get("x-api-key")
+    """The key of a request, as the value of an Authorization header. Some clients send the key in
+    X-API-Key instead, after one of ``prefixes``."""
+    api_key = headers.get("x-api-key")
     for prefix in prefixes:
-        sent = sent and sent.removeprefix(prefix)
-    return headers.get("authorization") or (None if sent is None else f"Bearer {sent}")
+        api_key = api_key and api_key.removeprefix(prefix)
+    return headers.get("authorization") or (None if api_key is None else f"Bearer {api_key}")
 
 
-def _check_head(scope: Any, headers: Headers) -> None:
-    """``Refusal``: headers that a proxy and this server may interpret differently, or that are too
-    long."""
+def _check_headers(scope: Any, headers: Headers) -> None:
+    """``Refusal``: the headers are too long, or a proxy may read the length of the body from
+    another header than this server does."""
     if "transfer-encoding" in headers and (
         "content-length" in headers or scope["http_version"] == "1.0"
     ):
-        # RFC 9112, 6.1: a proxy may follow the other header and take a part of the body for the
-        # next request
+        # RFC 9112, 6.1: such a proxy could take a part of the body for the next request
         problem = (
             "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with"
             " Transfer-Encoding"
@@ -222,12 +234,13 @@ def _check_head(scope: Any, headers: Headers) -> None:
         )
 
 
-def _bug() -> Refusal:
-    """The answer to an unexpected exception."""
+def _unexpected_error() -> Refusal:
+    """The answer where a route raised an unexpected exception."""
     return Refusal(500, "a bug in the server", "an answer", "tell whoever runs it", code="bug")
 
 
 def no_key(headers: Any) -> Refusal:
+    """The answer to a request that has no valid key."""
     problem = "a key that is not known" if credentials(headers) else "no key"
     message = sentence(
         problem, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key"
@@ -235,14 +248,19 @@ def no_key(headers: Any) -> Refusal:
     return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def _body(
-    headers: Headers, receive: Any, most: int, hold: Callable[[int], None]
+async def _read_body(
+    headers: Headers, receive: Any, max_bytes: int, reserve: Callable[[int], None]
 ) -> bytes | None:
-    """The complete body; None if the client disconnected. ``hold`` is called with the size of each
-    chunk. ``Refusal``: the body is too large or too slow."""
-    too_large = sentence("a body that is too large", f"at most {most:,} bytes", "send less at once")
-    declared, body = headers.get("content-length", "0"), bytearray()
-    if not declared.isdecimal() or len(declared) > 18 or int(declared) > most:
+    """Read the complete body; None if the client disconnected. ``reserve`` is called with the size
+    of each chunk, in bytes. ``Refusal``: the body is too large or too slow."""
+    expected = f"at most {max_bytes:,} bytes"
+    too_large = sentence("a body that is too large", expected, "send less at once")
+    declared_length, body = headers.get("content-length", "0"), bytearray()
+    if (
+        not declared_length.isdecimal()
+        or len(declared_length) > 18
+        or int(declared_length) > max_bytes
+    ):
         raise Refusal(413, too_large, code="body_too_large")
     try:
         async with asyncio.timeout(limits.BODY_SECONDS):
@@ -250,11 +268,11 @@ async def _body(
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
-                received = message.get("body", b"")
-                if len(body) + len(received) > most:
+                chunk = message.get("body", b"")
+                if len(body) + len(chunk) > max_bytes:
                     raise Refusal(413, too_large, code="body_too_large")
-                hold(len(received))
-                body += received
+                reserve(len(chunk))
+                body += chunk
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:

@@ -1,54 +1,55 @@
-"""Bounds on everything that one client may send, hold or wait for, in one place.
+"""Bounds on all sizes that a client decides: what it may send, keep in memory, or wait for.
 
-Everything whose size a client decides has a bound. The context and the queue bound what a request
-costs the engine (tokens, choices); the bounds here limit its cost before that.
+The engine's context length and queue bound what a request costs there (tokens, answers). The bounds
+in this file limit the cost of a request before it reaches the engine.
 """
 
 from __future__ import annotations
 
-#: bytes of the names and values of all headers
+#: bytes of the names and values of all headers of a request
 HEADERS = 16 * 2**10
-#: bytes of a body: several times the text of the longest context
+#: bytes of a request body: several times the text that fills the longest context
 BODY = 2**20
-#: bytes of the bodies of all requests together, from the first byte until the request is answered.
-#: The requests of one key (or all those without a key) may hold at most half of what is free
+#: bytes of the bodies of all requests together. A body counts from its first byte until the request
+#: is answered. The requests of one key, or all requests without a key, may take at most half of the
+#: bytes that are free
 BODIES = 256 * 2**20
-#: bytes of a body that the event loop parses itself; a thread parses larger ones
+#: bytes of a body that the event loop parses itself; larger bodies are parsed in a thread
 PARSED_INLINE = 16 * 2**10
-#: seconds for the request line and headers to arrive, for the body to arrive, and for a client to
-#: read what was written
+#: time limits in seconds: for the request line and headers to arrive, for the body to arrive, and
+#: for a client to read what the server has written
 HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
-#: connections that are open at one time
+#: the most connections that are open at one time
 CONNECTIONS = 1024
 
-#: characters that wait for the tokenizer, of all clients together (one call is always accepted),
-#: and how many of them a schema counts as
+#: characters that may wait for the tokenizer, of all clients together (a single call is always
+#: accepted), and the number of characters that compiling a schema counts as
 READING, READING_SCHEMA = 4 * 2**20, 64 * 2**10
 #: characters of a model's or an adapter's name
 NAME = 256
-#: messages of a chat, and parts of the content of one
+#: messages of a chat, and content parts of a message
 MESSAGES, PARTS = 1024, 256
-#: tools of a request or calls of a message, and characters of a tool's name
+#: tools of a request or tool calls of a message, and characters of a tool's name
 TOOLS, TOOL_NAME = 128, 128
-#: prompts of one call, answers to each, and answers to all of them
+#: prompts of a request, answers to each prompt, and answers to all prompts together
 PROMPTS, CHOICES, ANSWERS = 64, 16, 64
-#: texts of one call for embeddings
+#: texts of a request for embeddings
 INPUTS = 256
-#: stop strings, and characters of one
+#: stop strings of a request, and characters of each
 STOPS, STOP = 16, 256
-#: alternatives told with a token, and log-probabilities that are told of the prompts of one call
+#: alternatives that are returned with a token, and log-probabilities of prompt tokens in a response
 ALTERNATIVES, PROMPT_LOGPROBS = 20, 2**19
-#: tokens of logit_bias, of stop_token_ids and of allowed_token_ids
+#: token ids in logit_bias, in stop_token_ids and in allowed_token_ids
 BIASES, STOP_TOKENS, ALLOWED_TOKENS = 1024, 64, 2**15
-#: words of bad_words, and characters of one
+#: words in bad_words, and characters of each
 BAD_WORDS, BAD_WORD = 64, 128
-#: contexts that a prompt may fill before truncate_prompt_tokens cuts it
+#: with truncate_prompt_tokens, a prompt may have this many times the tokens of the context
 TRUNCATED = 16
 #: bytes of chat_template_kwargs as JSON, and characters of a request_id
 TEMPLATE_KWARGS, REQUEST_ID = 4096, 128
-#: characters of a regular expression or a grammar, and texts of a choice
+#: characters of a regular expression or a grammar, and texts in a list of choices
 GRAMMAR, OPTIONS = 8 * 2**10, 1024
-#: adapters in a blend, and the size of a weight
+#: adapters in a blend, and the largest magnitude of a weight
 BLEND, WEIGHT = 8, 100.0
-#: bytes of a JSON schema as text, and how deep it may nest
+#: bytes of a JSON schema as text, and levels of nesting
 SCHEMA, SCHEMA_DEPTH = 64 * 2**10, 32

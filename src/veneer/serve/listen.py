@@ -1,9 +1,9 @@
-"""The process: sockets, connections, signals.
+"""The listening socket, connections and signals of the server process.
 
-first SIGTERM or Ctrl-C    /ready and new requests answer 503, what runs has ``grace`` seconds; then
-                           exit 0
-second                     exit at once, with 128 + the signal's number
-SIGHUP                     read the keys again; without a file of keys the same as a first SIGTERM
+first SIGTERM or Ctrl-C    /ready and new requests answer 503; running requests have ``grace``
+                           seconds; then the process exits with status 0
+second                     the process exits at once, with status 128 + the signal's number
+SIGHUP                     the key file is read again; without a key file, as a first SIGTERM
 """
 
 from __future__ import annotations
@@ -28,31 +28,32 @@ from veneer.serve import limits
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds for connections to close when no request runs any more. After that, requests that still
-#: wait, such as a poll of a training run, are cut off
-CLOSING = 0.5
-_FULL = (
+#: seconds that open connections have to close once the engine has drained. Requests that still wait
+#: then, such as a poll of a training run, are cut off
+CLOSE_SECONDS = 0.5
+#: the answer when too many connections are open
+_TOO_MANY = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
     b"content-length: 0\r\n\r\n"
 )
 
 
 class Connection(H11Protocol):
-    """A connection. Bounds limit how many are open and how long each may keep the server
-    waiting."""
+    """A connection, with limits on the number of open connections and on the time that a client may
+    keep the server waiting."""
 
-    _timer: asyncio.TimerHandle | None = None
-    _stall: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > limits.CONNECTIONS:
-            transport.write(_FULL)
+            transport.write(_TOO_MANY)
             transport.close()
         self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in filter(None, (self._timer, self._stall)):
+        for timer in filter(None, (self._head_timer, self._stall_timer)):
             timer.cancel()
         super().connection_lost(exc)
 
@@ -61,38 +62,43 @@ class Connection(H11Protocol):
         self._wait_for_head()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than the server writes."""
+        """Called when the client reads more slowly than the server writes."""
         super().pause_writing()
-        self._stall = self.loop.call_later(limits.STALL_SECONDS, self.transport.abort)
+        self._stall_timer = self.loop.call_later(limits.STALL_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stall is not None:
-            self._stall.cancel()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()  # closing would wait for a client that does not read
 
     def _wait_for_head(self) -> None:
-        """Start the timeout when request headers are awaited, and stop it when they are complete.
+        """Start the timeout while request headers are awaited, and stop it once they are complete.
         Further bytes do not restart it."""
-        inside = self.cycle is not None and not self.cycle.response_complete
-        if inside and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        elif not inside and self._timer is None:
-            self._timer = self.loop.call_later(limits.HEAD_SECONDS, self._late)
+        in_request = self.cycle is not None and not self.cycle.response_complete
+        if in_request and self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        elif not in_request and self._head_timer is None:
+            self._head_timer = self.loop.call_later(limits.HEAD_SECONDS, self._abort_idle)
 
-    def _late(self) -> None:
-        self._timer = None
+    def _abort_idle(self) -> None:
+        self._head_timer = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.abort()
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that drains before it stops. ``drain`` blocks until no request runs, for at
-    most ``grace`` seconds. ``started`` is called when the server listens; ``reload`` is called on
-    SIGHUP, in a new thread."""
+    """A uvicorn server that drains before it stops.
+
+    Args:
+        drain: blocks until no request runs, for at most as many seconds as it is given.
+        grace: seconds for draining.
+        started: called when the server listens.
+        reload: called on SIGHUP, in a new thread; None treats SIGHUP as SIGTERM.
+    """
 
     def __init__(
         self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float,
@@ -116,39 +122,39 @@ class Server(uvicorn.Server):
             if self._reload is None and signal.getsignal(hangup) is signal.SIG_IGN:  # nohup
                 yield
                 return
-            before = signal.signal(hangup, self._hang_up)
+            previous_handler = signal.signal(hangup, self._handle_hangup)
             try:
                 yield
             finally:
-                signal.signal(hangup, before)
+                signal.signal(hangup, previous_handler)
 
-    def _hang_up(self, sig: int, frame: Any) -> None:
+    def _handle_hangup(self, sig: int, frame: Any) -> None:
         if self._reload is not None:
             threading.Thread(target=self._reload, name="veneer-keys", daemon=True).start()
-        elif not self._draining:  # a closing terminal may send several
+        elif not self._draining:  # a closing terminal may send SIGHUP several times
             self.handle_exit(sig, frame)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._draining:
             os._exit(128 + sig)
         self._draining = True
-        threading.Thread(target=self._stop, name="veneer-drain", daemon=True).start()
+        threading.Thread(target=self._drain_and_stop, name="veneer-drain", daemon=True).start()
 
-    def _stop(self) -> None:
+    def _drain_and_stop(self) -> None:
         log.info("Draining: what runs has %g s, new requests are refused", self._grace)
-        end = time.monotonic() + self._grace
+        deadline = time.monotonic() + self._grace
         try:
             self._drain(self._grace)
             # an answer is complete only when the client has received all of it
-            while time.monotonic() < end and any(
-                map(_has_unsent, [*self.server_state.connections])
+            while time.monotonic() < deadline and any(
+                map(_has_unsent_data, [*self.server_state.connections])
             ):
                 time.sleep(0.02)
         finally:
             self.should_exit = True
 
 
-def _has_unsent(connection: Any) -> bool:
+def _has_unsent_data(connection: Any) -> bool:
     """Whether a part of an answer has not been sent yet."""
     flow = connection.flow  # None while the connection is being made
     return flow is not None and (
@@ -161,13 +167,14 @@ def bind(host: str, port: int) -> socket.socket:
     not belong to this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        both = (
-            family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-        )  # "::" then includes IPv4 addresses
-        listening = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
-        # inherited by the connections: asyncio sets it only for sockets that name their protocol
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listening
+        # the address "::" then includes IPv4 addresses
+        dual_stack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        listener = socket.create_server(
+            address, family=family, backlog=1024, dualstack_ipv6=dual_stack
+        )
+        # connections inherit this option; asyncio sets it only on sockets that name their protocol
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         problem, do = (
             f"{host}:{port}, {error.strerror or error}",
@@ -184,7 +191,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def make(
+def make_server(
     app: Any, drain: Callable[[float], Any], grace: float,
     started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
 ) -> Server:  # fmt: skip
@@ -194,5 +201,5 @@ def make(
         app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False
     )
     config.server_header = config.proxy_headers = False
-    config.timeout_keep_alive, config.timeout_graceful_shutdown = 30, CLOSING
+    config.timeout_keep_alive, config.timeout_graceful_shutdown = 30, CLOSE_SECONDS
     return Server(config, drain, grace, started, reload)

@@ -1,8 +1,8 @@
-"""The page at ``/``: files of ``web/``, served as they are.
+"""The web page at ``/``, with its files in ``web/``.
 
-Everything but the page itself lies under ``/web/<digest>/``, where the digest is the hash of all
-files together, so browsers may cache these addresses for ever. The page names the digest and is not
-cached. It needs no key, but its requests to the API do.
+All files except the page itself are served under ``/web/<digest>/``. The digest is the hash of all
+files together, so browsers may cache them for ever. The page contains the digest and is not
+cached. The page needs no key, but its requests to the API do.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# Only scripts of this server run, and none can turn a string, such as a model's output, into HTML.
-POLICY = (
+# The page runs scripts of this server only. No script can turn a text, such as a model's output,
+# into HTML.
+CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": CONTENT_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -35,14 +36,14 @@ HEADERS = {
 
 
 def digest(files: dict[str, bytes]) -> str:
-    """The hash of all files together, names included: 16 hexadecimal digits."""
-    total = hashlib.sha256()
+    """The hash of all files with their names, as 16 hexadecimal digits."""
+    file_hash = hashlib.sha256()
     for name, content in sorted(files.items()):
-        total.update(f"{name}\0{len(content)}\0".encode() + content)
-    return total.hexdigest()[:16]
+        file_hash.update(f"{name}\0{len(content)}\0".encode() + content)
+    return file_hash.hexdigest()[:16]
 
 
-# Read once: after an update on disk, a running server still serves the files of one version.
+# The files are read once: a running server serves one version, even after an update on disk.
 FILES = {file.name: file.read_bytes() for file in sorted(FOLDER.iterdir()) if file.suffix in TYPES}
 PAGE = (FOLDER / "index.html").read_bytes()
 DIGEST = digest({**FILES, "index.html": PAGE})
@@ -53,7 +54,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.api_route("/", methods=["GET", "HEAD"])
 def index(request: Request) -> Response:
-    """The page; 304 if the client has this version."""
+    """The page; status 304 if the client has this version."""
     headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": f'"{DIGEST}"'}
     client_tags = [
         tag.strip().removeprefix("W/")
@@ -66,7 +67,7 @@ def index(request: Request) -> Response:
 
 @router.api_route("/web/{version}/{name}", methods=["GET", "HEAD"])
 def file(version: str, name: str) -> Response:
-    """A file of the page, which clients may cache for ever. 404 for another name or version."""
+    """A file of the page, which clients may cache for ever. Status 404: no such name or version."""
     if version != DIGEST or name not in FILES:
         return Response("Not found", 404, media_type="text/plain; charset=utf-8", headers=HEADERS)
     headers = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}

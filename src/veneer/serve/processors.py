@@ -1,11 +1,12 @@
-"""Logits processors of one row, as its request asks, applied before the temperature.
+"""The logits processors that a request's fields ask for. They are applied before the temperature.
 
     allowed_token_ids → bad_words → min_tokens → logit_bias → repetition → frequency, presence
 
-The order is vLLM's: a bias moves the logit that a penalty scales. Each step has the interface of
-transformers' logits processors, and is one of them where possible: it gets the ids [1, n] of the
-answer so far and scores [1, vocabulary] in float32. Rows are processed one by one, since each has
-its own history; a row without such fields has no steps.
+The order is vLLM's: a bias changes the logit that a penalty then scales. Each processor has the
+interface of transformers' logits processors, and is one of them where possible. It gets the ids
+[1, n] of the answer's n tokens so far, and scores [1, vocabulary] in float32. Each row of a batch
+is processed by itself, because processors depend on the row's own answer. A request without such
+fields has no processors.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ Processor = Callable[[Any, Any], Tensor]
 
 
 class AllowedTokens(LogitsProcessor):
-    """Forbid all tokens but these."""
+    """Forbid all tokens except the allowed ones."""
 
-    def __init__(self, tokens: Collection[int]) -> None:
-        self._tokens, self._banned = sorted(tokens), torch.empty(0)
+    def __init__(self, allowed: Collection[int]) -> None:
+        self._allowed, self._banned = sorted(allowed), torch.empty(0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not len(self._banned):
             banned = torch.ones(scores.shape[-1], dtype=torch.bool)
-            banned[self._tokens] = False
+            banned[self._allowed] = False
             self._banned = banned.to(scores.device)
         return scores.masked_fill(self._banned, -torch.inf)
 
 
 class PromptRepetitionPenalty(LogitsProcessor):
-    """transformers' repetition penalty, for the tokens of prompt and answer."""
+    """transformers' repetition penalty, for the tokens of the prompt and the answer so far."""
 
     def __init__(self, penalty: float, prompt: Sequence[int]) -> None:
         self._processor = RepetitionPenaltyLogitsProcessor(float(penalty))
-        self._prompt = torch.tensor([sorted(set(prompt))])  # a token counts once
+        self._prompt = torch.tensor([sorted(set(prompt))])  # a repeated token is penalised once
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._prompt = self._prompt.to(scores.device)
@@ -63,40 +64,42 @@ class CountPenalties(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         tokens, counts = input_ids[0].unique(return_counts=True)
-        amounts = self._frequency * counts.to(scores.dtype) + self._presence
-        return scores.index_add(-1, tokens, -amounts[None])
+        penalties = self._frequency * counts.to(scores.dtype) + self._presence
+        return scores.index_add(-1, tokens, -penalties[None])
 
 
 def processors_of(
     sampling: Sampling,
     prompt: Sequence[int],
-    ends: Iterable[int],
+    end_tokens: Iterable[int],
     vocabulary: int,
     device: torch.device,
 ) -> list[Processor]:
-    """The processors of a request, in order. ``ends``: the tokens that end a text; ``vocabulary``:
-    the number of logits. ``RequestError``: a token that the model does not have."""
+    """The processors of a request, in order. ``end_tokens``: ids of the tokens that end a text;
+    ``vocabulary``: the number of logits. ``RequestError``: a field has a token id that the model
+    does not have."""
     _check_tokens(sampling, vocabulary)
-    steps: list[Processor] = []
+    processors: list[Processor] = []
     if sampling.allowed_tokens is not None:
-        steps.append(AllowedTokens(sampling.allowed_tokens))
+        processors.append(AllowedTokens(sampling.allowed_tokens))
     if sampling.bad_words:
-        steps.append(NoBadWordsLogitsProcessor([list(word) for word in sampling.bad_words]))
-    if sampling.min_tokens and (banned := sorted({*ends, *sampling.stop_tokens})):
-        steps.append(
+        processors.append(NoBadWordsLogitsProcessor([list(word) for word in sampling.bad_words]))
+    if sampling.min_tokens and (banned := sorted({*end_tokens, *sampling.stop_tokens})):
+        processors.append(
             MinNewTokensLengthLogitsProcessor(0, sampling.min_tokens, banned, device=str(device))
         )
     if sampling.logit_bias:
         pairs = [[[token], float(bias)] for token, bias in sampling.logit_bias.items()]
-        steps.append(SequenceBiasLogitsProcessor(pairs))
+        processors.append(SequenceBiasLogitsProcessor(pairs))
     if sampling.repetition_penalty != 1:
-        steps.append(PromptRepetitionPenalty(sampling.repetition_penalty, prompt))
+        processors.append(PromptRepetitionPenalty(sampling.repetition_penalty, prompt))
     if sampling.frequency_penalty or sampling.presence_penalty:
-        steps.append(CountPenalties(sampling.frequency_penalty, sampling.presence_penalty))
-    return steps
+        processors.append(CountPenalties(sampling.frequency_penalty, sampling.presence_penalty))
+    return processors
 
 
 def _check_tokens(sampling: Sampling, vocabulary: int) -> None:
+    """``RequestError``: a token id is not below ``vocabulary``."""
     fields = {
         "logit_bias": sampling.logit_bias,
         "allowed_token_ids": sampling.allowed_tokens or (),

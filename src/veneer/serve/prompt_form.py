@@ -1,5 +1,6 @@
-"""How a model is prompted: the mode that an adapter was trained for, from its record, and the
-system prompt and example that its record may hold (``veneer train --record-example``).
+"""The prompt format of a model. It has the mode that the adapter was trained for, which is in the
+adapter's record, and the system prompt and example that the record may also hold (``veneer train
+--record-example``).
 
     {"mode": "chat" | "completion", "system": text | null, "example": text | null}
 
@@ -19,23 +20,23 @@ from veneer.fileio.untrusted import read_json
 
 log = logging.getLogger("veneer.serve")
 
-#: most characters of a recorded system prompt or example that are passed on
-LONGEST = 8192
+#: a recorded system prompt or example with more characters is left out
+MAX_CHARS = 8192
 
 
 def prompt_form(folder: Path | None, tokenizer: Any) -> dict[str, Any]:
-    """The form of a prompt for the adapter of a folder; None: for the base."""
-    recorded = {} if folder is None else _recorded_prompt(folder)
-    mode = recorded.get("mode")
+    """The prompt format for the adapter in ``folder``, or for the base if it is None."""
+    prompt_fields = {} if folder is None else _recorded_prompt(folder)
+    mode = prompt_fields.get("mode")
     if mode not in ("chat", "completion"):
         mode = "chat" if getattr(tokenizer, "chat_template", None) else "completion"
-    texts = {name: _text(recorded.get(name)) for name in ("system", "example")}
+    texts = {name: _short_text(prompt_fields.get(name)) for name in ("system", "example")}
     return {"mode": mode, **texts}
 
 
 def _recorded_prompt(folder: Path) -> Mapping[str, Any]:
-    """The prompt fields of the record; empty without a record or with a damaged one, which is
-    refused with the reason when the adapter is loaded."""
+    """The prompt fields of an adapter's record. They are empty if there is no record, or if it is
+    damaged: loading such an adapter fails and gives the reason."""
     if not (folder / RECORD).is_file():
         return {}
     try:
@@ -47,5 +48,6 @@ def _recorded_prompt(folder: Path) -> Mapping[str, Any]:
     return prompt if isinstance(prompt, dict) else {}
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= LONGEST else None
+def _short_text(value: Any) -> str | None:
+    """``value`` if it is a text of at most ``MAX_CHARS`` characters, else None."""
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_CHARS else None

@@ -1,12 +1,13 @@
 """Log-probabilities of a prompt's tokens, for ``echo`` with ``logprobs`` and ``prompt_logprobs``.
 
-    prompt → pieces → logits [rows, tokens, vocabulary] → each token's own, the k largest, its rank
+    prompt → pieces → logits [rows, tokens, vocabulary] → for each token its log-probability, its
+    rank and the k most likely tokens
 
-Such a prompt is computed as others are, in pieces beside running rows, and its answer goes on
-behind it. But the logits of all of its tokens are computed, where other calls compute those of a
-row's last token alone: so no cached prefix can stand in for its tokens, and its pieces are calls of
-their own. The logits of a whole prompt may be gigabytes; those of a piece are dropped before the
-next.
+Like other prompts, such a prompt is computed in pieces between the steps of running rows, and then
+its answer is generated. Two things differ. All of its logits are computed, not only those of a
+row's last token, so a cached prefix cannot replace any of its tokens. And its pieces are forward
+calls of their own. The logits of a full prompt may need gigabytes; the logits of a piece are
+dropped before the next piece.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-#: bytes of the logits of one call, and the fewest tokens of one
-LOGITS, FEWEST = 64 * 2**20, 16
+#: largest size of the logits of a forward call in bytes, and the smallest number of its tokens
+LOGIT_BYTES, MIN_TOKENS = 64 * 2**20, 16
 
 
-def scored_per_call(most: int, vocabulary: int) -> int:
-    """Tokens of prompts that one call scores, of at most ``most``."""
-    return max(FEWEST, min(most, LOGITS // (4 * vocabulary)))
+def scored_per_call(max_tokens: int, vocabulary: int) -> int:
+    """How many prompt tokens a forward call scores: ``max_tokens``, or fewer if the vocabulary is
+    large."""
+    return max(MIN_TOKENS, min(max_tokens, LOGIT_BYTES // (4 * vocabulary)))
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """The score of a token of a prompt. ``top``: (id, log-probability) of the most likely tokens at
-    its position; ``rank``: its rank among all tokens, from 1."""
+    """The score of a prompt token. ``top``: (id, log-probability) of the most likely tokens at its
+    position. ``rank``: the token's rank among all tokens there, from 1. The first token of a prompt
+    has no score."""
 
     token: int
     logprob: float | None = None
@@ -39,11 +42,12 @@ class TokenScore:
 
 @dataclass(eq=False)
 class PromptScore:
-    """The scores of one prompt that are computed so far."""
+    """The scores of a prompt's tokens, as far as they are computed. ``alternatives``: how many most
+    likely tokens to record at each position."""
 
     prompt: Sequence[int]
     alternatives: int
-    length: int = 0  # its tokens that are computed
+    length: int = 0  # number of prompt tokens whose logits were computed
     tokens: list[TokenScore] = field(default_factory=list)
 
     @property
@@ -51,19 +55,19 @@ class PromptScore:
         return self.length == len(self.prompt)
 
     def take(self, start: int, logits: Tensor) -> None:
-        """Logits [n, vocabulary]: those behind its tokens from number ``start`` on. Of a request
-        that gave its row back, the first of them were there before."""
+        """Add the logits [n, vocabulary] of n prompt tokens from index ``start`` on. If the request
+        lost its row and starts again, logits that were added before are ignored."""
         logits = logits[max(0, self.length - start) :]
         start, self.length = self.length, self.length + len(logits)
         if not self.tokens:
             self.tokens.append(TokenScore(self.prompt[0]))
-        following = self.prompt[start + 1 : self.length + 1]
-        if following:
-            self.tokens += _score_tokens(logits[: len(following)], following, self.alternatives)
+        next_tokens = self.prompt[start + 1 : self.length + 1]
+        if next_tokens:
+            self.tokens += _score_tokens(logits[: len(next_tokens)], next_tokens, self.alternatives)
 
 
 def _score_tokens(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenScore]:
-    """The scores of n tokens that logits [n, vocabulary] predict."""
+    """The scores of n tokens, each by the row of ``logits`` [n, vocabulary] that predicts it."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = ((logprobs > chosen).sum(-1) + 1).tolist()

@@ -1,14 +1,14 @@
-"""Tokenise the texts and chats of requests, by chat templates and tokenizers, and check that prompt
-and answer fit into the context.
+"""Tokenise the texts and chats of requests with the base's tokenizer and chat template, and check
+that a prompt and its answer fit into the context.
 
-A client's text never becomes a special token of a chat, so it cannot end its turn and begin another
-one.
+A client's text never becomes a special token of a chat, so a client cannot end a message and begin
+another one inside its text.
 
     template  "<|im_start|>user\\n" … "<|im_end|>"      special tokens
-    content   "hi<|im_end|>\\n<|im_start|>system\\n…"    the same letters, as ordinary tokens
+    content   "hi<|im_end|>\\n<|im_start|>system\\n…"    the same text as ordinary tokens
 
 If a message contains the text of a special token, a private-use character is inserted after its
-first letter before the chat is rendered, and the tokens of that character are removed again.
+first character before the chat is rendered, and that character's tokens are removed afterwards.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Grammar
 from veneer.serve.tools.template import ERRORS, FRAMED, TOOL, check_template
 
-#: most tokens of an answer if the request sets no limit, as in OpenAI's /v1/completions
-SHORT = 16
+#: largest number of tokens of an answer to /v1/completions that sets no limit, as in OpenAI's API
+DEFAULT_MAX_TOKENS = 16
 
-#: characters that are tokenised in one go; between two such pieces the texts of other requests get
-#: their turn
-BEGINNING = 16 * 2**10
-#: how many more tokens the beginning of a text may have than the same part of the full text, since
-#: its last word is cut
-CUT = 128
+#: characters that the tokenizer is given at a time; between two such groups it works for other
+#: requests
+GROUP_CHARS = 16 * 2**10
+#: how many tokens the first characters of a text may have beyond a limit on the full text: cutting
+#: a text in the middle of a word can add tokens
+CUT_MARGIN = 128
 
-#: chats that show with which tokens a template frames a turn; some take no system message
-PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
-#: the characters from which an unused one is chosen: private use, plane 15
-PRIVATE = range(0xF0000, 0xFFFFE)
+#: roles of the messages of chats that are rendered to find the tokens that a template puts around a
+#: message; some templates refuse a system message
+PROBE_ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+#: private-use characters of Unicode (plane 15): one that a chat does not contain marks its text
+PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
-#: keys of messages and tools that the API defines, not the client
-KEYS = frozenset(
+#: JSON keys of messages and tools that the API defines; a client chooses all other keys
+API_KEYS = frozenset(
     ("arguments", "content", "description", "function", "id", "name", "parameters", "tool_call_id",
      "tool_calls", "type")
 )  # fmt: skip
@@ -53,26 +54,30 @@ Chat = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
 
-#: template arguments that apply unless a request sets them
-ARGUMENTS: Mapping[str, Any] = {"add_generation_prompt": True}
-#: template arguments that have their own field in the request
-FIELDS = ("add_generation_prompt", "continue_final_message")
+#: default arguments of the chat template
+DEFAULT_ARGUMENTS: Mapping[str, Any] = {"add_generation_prompt": True}
+#: arguments of the chat template that have a field of their own in the request
+FIELD_ARGUMENTS = ("add_generation_prompt", "continue_final_message")
 
 
-def chat(
+def chat_tokens(
     tokenizer: Any,
     messages: Sequence[Message],
     length: int,
     tools: Tools = (),
-    arguments: Mapping[str, Any] = ARGUMENTS,
+    arguments: Mapping[str, Any] = DEFAULT_ARGUMENTS,
     *,
     add_special_tokens: bool = False,
 ) -> tuple[int, ...]:
-    """The tokens of a chat in the base's own template; of special tokens, the template's alone.
-    ``arguments``: what the template is given beside messages and tools. ``Refusal``: the base has
-    no template, its template takes no such chat, leaves out its tools or does not read an argument,
-    it cannot fit into the context, which is ``length`` tokens, or a special token in a content
-    cannot be read as ordinary text."""
+    """The tokens of a chat in the base's chat template. Only the template adds special tokens,
+    unless ``add_special_tokens`` lets the tokenizer add its own. ``length``: the context length in
+    tokens. ``arguments``: what the template gets besides messages and tools.
+
+    Raises:
+        Refusal: the base has no template; its template refuses the chat, leaves out its tools or
+            does not read an argument; the chat does not fit into the context; or the text of a
+            special token in a message cannot be tokenised as ordinary text.
+    """
     if not getattr(tokenizer, "chat_template", None):
         message = sentence(
             "a base without a chat template", "one that was made for chats", "use /v1/completions"
@@ -96,35 +101,39 @@ def chat(
             )
             raise Refusal(400, message, param="messages", code="template") from error
 
-    plain = [message.plain() for message in messages]
-    special, normalized = _special_tokens(
-        tokenizer, lambda chat, tools: render(chat, tools, ARGUMENTS)
+    message_dicts = [message.template_dict() for message in messages]
+    special_texts, normalized = _special_tokens(
+        tokenizer, lambda chat, tools: render(chat, tools, DEFAULT_ARGUMENTS)
     )
-    _check_arguments(tokenizer, arguments, special.values())
-    text = render(plain, tools)
+    _check_arguments(tokenizer, arguments, special_texts.values())
+    text = render(message_dicts, tools)
     check_fits(tokenizer, text, length, "messages")
-    values = [value for message in plain for name, value in message.items() if name != "role"]
-    sent = list(_texts([values, tools]))
-    joined = "\0".join(sent)
-    if normalized or any(token in joined for token in special.values()):
-        ids = _apart(tokenizer, plain, tools, sent, render, special, add_special_tokens)
+    values = [value for entry in message_dicts for name, value in entry.items() if name != "role"]
+    client_texts = list(_texts([values, tools]))
+    joined_texts = "\0".join(client_texts)
+    if normalized or any(token in joined_texts for token in special_texts.values()):
+        ids = _tokenize_marked(
+            tokenizer, message_dicts, tools, client_texts, render, special_texts, add_special_tokens
+        )
     else:
         ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-    return _some(ids, tokenizer, "messages")
+    return _require_tokens(ids, tokenizer, "messages")
 
 
 def _check_arguments(
-    tokenizer: Any, arguments: Mapping[str, Any], special: Collection[str]
+    tokenizer: Any, arguments: Mapping[str, Any], special_texts: Collection[str]
 ) -> None:
-    """Refuse arguments of a template that are the tokenizer's own, that the template does not read
-    (but for those that ask for nothing), that are no plain values, or that hold the text of a
+    """Refuse ``chat_template_kwargs`` that are arguments of the tokenizer itself, that the template
+    does not read (unless null or false), that are lists or objects, or that contain the text of a
     special token."""
-    sent = {name: value for name, value in arguments.items() if name not in FIELDS}
-    if not sent:
+    client_arguments = {
+        name: value for name, value in arguments.items() if name not in FIELD_ARGUMENTS
+    }
+    if not client_arguments:
         return
     reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
     template = str(tokenizer.chat_template)
-    for name, value in sent.items():
+    for name, value in client_arguments.items():
         problem, expected = "", "variables of the base's chat template"
         if name in reserved:
             problem = "which is not the template's"
@@ -132,7 +141,7 @@ def _check_arguments(
             problem = "which the template does not read"
         elif isinstance(value, list | dict):
             problem, expected = "a list or an object", "a text, a number, true or false"
-        elif isinstance(value, str) and any(token in value for token in special):
+        elif isinstance(value, str) and any(token in value for token in special_texts):
             problem, expected = "which holds the text of a special token", "text that is none"
         if problem:
             problem = f"{name[:100]!r} in chat_template_kwargs, {problem}"
@@ -140,128 +149,130 @@ def _check_arguments(
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, including the client's own keys."""
+    """Yield every text in a JSON value, including keys that the client chose."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from (key for key in value if key not in KEYS)
+        yield from (key for key in value if key not in API_KEYS)
         yield from _texts(list(value.values()))
     elif isinstance(value, list | tuple):
         for child in value:
             yield from _texts(child)
 
 
-def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """The same value, with ``change`` applied to its texts."""
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a JSON value in which ``change`` was applied to every text of ``_texts``."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
         return {
-            key if key in KEYS else change(key): _with_texts(child, change)
+            key if key in API_KEYS else change(key): _map_texts(child, change)
             for key, child in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_with_texts(child, change) for child in value]
+        return [_map_texts(child, change) for child in value]
     return value
 
 
 def chat_size(messages: Sequence[Message], tools: Tools) -> int:
-    """The approximate number of characters of a chat for the tokenizer."""
+    """About how many characters of a chat the tokenizer has to read."""
     calls = (call for message in messages for call in message.tool_calls)
-    texts = (len(message.text) for message in messages)
+    text_lengths = (len(message.text) for message in messages)
     return (
-        sum(texts)
+        sum(text_lengths)
         + sum(len(call.function.arguments) for call in calls)
         + sum(map(len, _texts(tools)))
     )
 
 
-#: cache by tokenizer: (its chat template, the result of ``_special_tokens``)
-_KNOWN: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKeyDictionary()
+#: results of ``_special_tokens`` by tokenizer, each with the chat template that it is for
+_TOKEN_CACHE: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKeyDictionary()
 
 
 def _special_tokens(
     tokenizer: Any, render: Callable[[Chat, Tools], str]
 ) -> tuple[dict[int, str], bool]:
-    """Texts that may come from the template alone, by id: of tokens that the tokenizer calls
-    special and of those that its template puts around turns; and whether some are also found in
-    texts that only look like theirs (in another case, say)."""
+    """The texts, by token id, that only the template may turn into these tokens: the tokenizer's
+    special tokens, and added tokens that the template puts around messages. The second result says
+    whether the tokenizer also finds one of them in a similar text, such as one in other case."""
     template = str(tokenizer.chat_template)
-    special_tokens = _KNOWN.get(tokenizer)
-    if special_tokens is None or special_tokens[0] != template:
-        framing: set[int] = set()
-        chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBES]
+    cached = _TOKEN_CACHE.get(tokenizer)
+    if cached is None or cached[0] != template:
+        framing_ids: set[int] = set()
+        chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBE_ROLES]
         for probe, tools in (*chats, *((probe, [TOOL]) for probe in FRAMED)):
-            with suppress(Refusal):  # this template rejects such turns
+            with suppress(Refusal):  # some templates refuse such a chat
                 text = render(probe, tools)
-                framing.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+                framing_ids.update(tokenizer(text, add_special_tokens=False)["input_ids"])
         added = tokenizer.added_tokens_decoder.items()
-        some = {
+        special_tokens = {
             id: token
             for id, token in added
-            if (token.special or id in framing) and token.content.strip()
+            if (token.special or id in framing_ids) and token.content.strip()
         }
-        texts = {id: token.content for id, token in some.items()}
-        special_tokens = _KNOWN[tokenizer] = (
+        texts = {id: token.content for id, token in special_tokens.items()}
+        cached = _TOKEN_CACHE[tokenizer] = (
             template,
-            (texts, any(token.normalized for token in some.values())),
+            (texts, any(token.normalized for token in special_tokens.values())),
         )
-    return special_tokens[1]
+    return cached[1]
 
 
-def _apart(
+def _tokenize_marked(
     tokenizer: Any,
     chat: Chat,
     tools: Tools,
-    sent: Sequence[str],
+    client_texts: Sequence[str],
     render: Callable[[Chat, Tools], str],
-    special: Mapping[int, str],
+    special_texts: Mapping[int, str],
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """The ids of a chat in which a client ``sent`` the texts of special tokens, as ordinary
-    tokens."""
-    if any(token in value for token in special.values() if len(token) == 1 for value in sent):
-        raise _refusal("text that is none")  # it is a single letter, so nothing can be inserted
+    """The token ids of a chat whose ``client_texts`` contain texts of special tokens. A mark inside
+    each such text makes the tokenizer read it as ordinary text; the mark's tokens are dropped."""
+    short_tokens = [token for token in special_texts.values() if len(token) == 1]
+    if any(token in value for token in short_tokens for value in client_texts):
+        # a mark cannot split a text of one character
+        raise _special_token_refusal("text that is none")
     if not tokenizer.is_fast:
-        raise _refusal("a tokenizer that says where in the text its tokens are")
-    used = {*"".join(sent), *str(tokenizer.chat_template)}
-    mark = next(chr(code) for code in PRIVATE if chr(code) not in used)
-    texts = "|".join(map(re.escape, sorted(set(special.values()), key=len, reverse=True)))
-    starts = re.compile(rf"(?=(?:{texts}))(.)", re.DOTALL)  # every occurrence, even if two overlap
+        raise _special_token_refusal("a tokenizer that says where in the text its tokens are")
+    used_chars = {*"".join(client_texts), *str(tokenizer.chat_template)}
+    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in used_chars)
+    texts = "|".join(map(re.escape, sorted(set(special_texts.values()), key=len, reverse=True)))
+    # the lookahead also finds occurrences that overlap
+    start_pattern = re.compile(rf"(?=(?:{texts}))(.)", re.DOTALL)
 
-    def split(text: str) -> str:
-        return starts.sub(rf"\1{mark}", text)
+    def insert_marks(text: str) -> str:
+        return start_pattern.sub(rf"\1{mark}", text)
 
-    marked = [
+    marked_chat = [
         {
-            name: value if name == "role" else _with_texts(value, split)
+            name: value if name == "role" else _map_texts(value, insert_marks)
             for name, value in message.items()
         }
         for message in chat
     ]
-    text = render(marked, _with_texts(tools, split))
+    text = render(marked_chat, _map_texts(tools, insert_marks))
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     ids = []
     for id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
         span = text[start:end]
         if span == mark:
             continue
-        strange = (
-            id in special and id != tokenizer.unk_token_id
-        )  # which is any letter that is not known
-        added = add_special_tokens and start == end  # by the tokenizer, around the text
-        if strange and not added and span.strip() != special[id].strip():
-            raise _refusal("text that is none and does not look like one")
+        # the unknown token stands for any text that the tokenizer lacks
+        is_special = id in special_texts and id != tokenizer.unk_token_id
+        is_added = add_special_tokens and start == end  # the tokenizer puts it around the text
+        if is_special and not is_added and span.strip() != special_texts[id].strip():
+            raise _special_token_refusal("text that is none and does not look like one")
         ids.append(id)
     return ids
 
 
-def _refusal(expected: str) -> Refusal:
+def _special_token_refusal(expected: str) -> Refusal:
     problem = "the text of a special token in a message"
     return Refusal(400, problem, expected, "leave it out", param="messages", code="special_token")
 
 
-def plain(
+def prompt_tokens(
     tokenizer: Any,
     prompt: str | Sequence[int],
     vocabulary: int,
@@ -270,13 +281,14 @@ def plain(
     *,
     add_special_tokens: bool = True,
 ) -> tuple[int, ...]:
-    """The tokens of a text, with those that the tokenizer puts around one; or tokens, checked. A
-    special token that is written out in a text is that token. ``Refusal``: a token that the base
-    does not have, a text without any, or one that cannot fit into the context."""
+    """The tokens of a prompt that is a text, or token ids, which are only checked. In a text, the
+    written form of a special token becomes that token. ``add_special_tokens``: the tokenizer puts
+    special tokens around a text. ``length``: the most tokens. ``Refusal``: a token id that the base
+    does not have, or a text that has no token or too many."""
     if isinstance(prompt, str):
         check_fits(tokenizer, prompt, length, param)
         ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
-        return _some(ids, tokenizer, param)
+        return _require_tokens(ids, tokenizer, param)
     if max(prompt) >= vocabulary:
         raise Refusal(
             400,
@@ -289,12 +301,12 @@ def plain(
 
 
 def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
-    """Refuse a text that is far too long by the tokens of its beginning, before all of it is
-    tokenised: that takes a second for each MB or two and delays all other requests."""
-    prefix_length = max(BEGINNING, 8 * length)
+    """Refuse a text that is far longer than ``length`` tokens, by tokenising only its beginning.
+    Tokenising takes a second for one or two MB, and all other requests wait."""
+    prefix_length = max(GROUP_CHARS, 8 * length)
     while prefix_length < len(text):
         count = len(tokenizer(text[:prefix_length], add_special_tokens=False)["input_ids"])
-        if count > length + CUT:
+        if count > length + CUT_MARGIN:
             problem = (
                 f"a text of {len(text):,} characters, of which the first {prefix_length:,} are"
                 f" {count:,} tokens"
@@ -304,37 +316,42 @@ def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
         prefix_length *= 4
 
 
-def groups(texts: Sequence[Any], size_of: Callable[[Any], int] = len) -> Iterator[Sequence[Any]]:
-    """Divide texts (or lists of tokens) into groups of about ``BEGINNING`` characters, or of one
-    text."""
+def group_texts(
+    texts: Sequence[Any], size_of: Callable[[Any], int] = len
+) -> Iterator[Sequence[Any]]:
+    """Divide texts, or lists of token ids, into groups of about ``GROUP_CHARS`` characters. A text
+    that is longer is a group by itself."""
     start = size = 0
     for end, text in enumerate(texts):
-        if size and size + size_of(text) > BEGINNING:
+        if size and size + size_of(text) > GROUP_CHARS:
             yield texts[start:end]
             start, size = end, 0
         size += size_of(text)
     yield texts[start:]
 
 
-def _some(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
-    start: Any = getattr(tokenizer, "bos_token_id", None)
-    if not tokens and start is None:
+def _require_tokens(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
+    """The tokens of a prompt; if it is empty, the beginning-of-text token. ``Refusal``: the prompt
+    is empty and there is no such token."""
+    bos_token: Any = getattr(tokenizer, "bos_token_id", None)
+    if not tokens and bos_token is None:
         raise Refusal(
             400, "a prompt without a token", "at least one", "send some text", param=param
         )
-    return tuple(tokens) or (start,)
+    return tuple(tokens) or (bos_token,)
 
 
-def room(
-    prompts: Sequence[tuple[int, ...]], token_limit: int | None, length: int, *, short: bool
+def answer_token_limit(
+    prompts: Sequence[tuple[int, ...]], token_limit: int | None, length: int, *, is_chat: bool
 ) -> int:
-    """How many tokens each answer may have: ``token_limit`` of the client, or the rest of the
-    context, or at most ``SHORT`` of it. ``Refusal``: prompt and answer do not fit into the context
-    together, which is ``length`` tokens."""
+    """The largest number of tokens of each answer: the client's ``token_limit``; without one, the
+    tokens that the longest prompt leaves of the context, but at most ``DEFAULT_MAX_TOKENS`` unless
+    ``is_chat``. ``length``: the context length in tokens. ``Refusal``: the context does not hold
+    prompt and answer."""
     longest = max(map(len, prompts))
-    remaining = length - longest
-    fewest = 1 if token_limit is None else token_limit  # 0: only the prompt is scored
-    if fewest > remaining:
+    remaining_tokens = length - longest
+    needed_tokens = 1 if token_limit is None else token_limit  # 0: only score the prompt
+    if needed_tokens > remaining_tokens:
         problem = f"a prompt of {longest} tokens and an answer of {token_limit or 'at least 1'}"
         message = sentence(
             problem, f"at most {length} tokens together", "shorten the prompt, or ask for fewer"
@@ -342,24 +359,25 @@ def room(
         raise Refusal(
             400,
             message,
-            param="messages" if not short else "prompt",
+            param="messages" if is_chat else "prompt",
             code="context_length_exceeded",
         )
     if token_limit is not None:
         return token_limit
-    return min(SHORT, remaining) if short else remaining
+    return remaining_tokens if is_chat else min(DEFAULT_MAX_TOKENS, remaining_tokens)
 
 
-def readable(length: int, truncate: int | None) -> int:
-    """How many tokens a prompt may have before it is cut, with a context of ``length``."""
+def max_prompt_tokens(length: int, truncate: int | None) -> int:
+    """How many tokens a prompt may have before ``truncate`` applies. ``length``: of the context, in
+    tokens."""
     return length if truncate is None else length * limits.TRUNCATED
 
 
-def cut(
+def truncate_prompt(
     prompt: tuple[int, ...], truncate: int | None, token_limit: int | None, length: int
 ) -> tuple[int, ...]:
-    """The last ``truncate`` tokens of a prompt; with -1, as many as leave room for the answer.
-    ``Refusal``: more of them than the context has."""
+    """The last ``truncate`` tokens of a prompt; -1 keeps as many as leave room for the answer, and
+    None all. ``length``: the context length in tokens. ``Refusal``: ``truncate`` exceeds it."""
     if truncate is None:
         return prompt
     if truncate > length:
@@ -371,26 +389,26 @@ def cut(
             "ask for fewer",
             param="truncate_prompt_tokens",
         )
-    room = length - (SHORT if token_limit is None else token_limit)
-    return prompt[-(truncate if truncate > 0 else max(1, room)) :]
+    free_tokens = length - (DEFAULT_MAX_TOKENS if token_limit is None else token_limit)
+    return prompt[-(truncate if truncate > 0 else max(1, free_tokens)) :]
 
 
 def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
-    """The token sequences of each word, at the beginning of a text and after a space."""
-    runs: dict[tuple[int, ...], None] = {}
+    """The token sequences that spell each word, at the beginning of a text or after a space."""
+    sequences: dict[tuple[int, ...], None] = {}
     for word in words:
-        first, inner = (
+        at_start, after_space = (
             tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
             for text in (word, f" {word.lstrip()}")
         )
-        runs[first] = None
-        if inner[1:] != first:  # else the run of the word alone is the end of this one
-            runs[inner] = None
-    return [run for run in runs if run]
+        sequences[at_start] = None
+        if after_space[1:] != at_start:  # else its end is the sequence at the start of a text
+            sequences[after_space] = None
+    return [sequence for sequence in sequences if sequence]
 
 
 def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> None:
-    """Refuse a JSON schema, or a choice, that is too large to compile for a client."""
+    """Refuse a JSON schema, or another grammar, that would take too long to compile."""
     if grammar is not None and len(grammar.text) > limits.SCHEMA:
         problem = f"a {grammar.kind} of {len(grammar.text):,} bytes"
         expected = f"at most {limits.SCHEMA:,} bytes"
@@ -399,22 +417,23 @@ def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> 
 
 
 def check_schema(schema: Mapping[str, Any] | None) -> None:
-    """Refuse a JSON schema that is too large to compile for a client."""
+    """Refuse a JSON schema that would take too long to compile."""
     size = len(json.dumps(schema))
-    if size > limits.SCHEMA or _depth(schema) > limits.SCHEMA_DEPTH:
-        deep = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
+    if size > limits.SCHEMA or _nesting_depth(schema) > limits.SCHEMA_DEPTH:
+        depth_text = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
         expected = f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels"
         raise Refusal(
             400,
-            f"a schema of {size:,} bytes{deep}",
+            f"a schema of {size:,} bytes{depth_text}",
             expected,
             "simplify it",
             param="response_format",
         )
 
 
-def _depth(value: Any) -> int:
-    inner = (
+def _nesting_depth(value: Any) -> int:
+    """How deep the lists and objects of a JSON value are nested."""
+    children = (
         value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     )
-    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
+    return 0 if children is None else 1 + max(map(_nesting_depth, children), default=0)

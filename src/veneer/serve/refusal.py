@@ -1,11 +1,11 @@
-"""Answers of the server that refuse a request, in the form of OpenAI's API.
+"""Error responses of the server, in the format of OpenAI's API.
 
     {"error": {"message": …, "type": "invalid_request_error", "param": "model" | null, "code":
     "model_not_found"}}
 
-A ``Refusal`` is raised where the reason is found and becomes an answer in one place. Errors of the
-library that a client can cause have a status here; all others are bugs and answer 500 without their
-text.
+A ``Refusal`` can be raised anywhere; one handler turns it into a response. Library errors that a
+client can cause have an HTTP status of their own here. All other errors are bugs: their status is
+500, and their message is not sent.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from veneer.errors import (
 )
 from veneer.serve.requests import Busy
 
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-#: the route of Anthropic's API, and its names for statuses
-MESSAGES = "/v1/messages"
-MESSAGES_KINDS = {
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+#: the route of Anthropic's API, and the error types of that API by HTTP status
+MESSAGES_PATH = "/v1/messages"
+MESSAGES_ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
     504: "timeout_error",
 }  # fmt: skip
-RETRY = "Retry-After"
-#: the type of pydantic's errors that have their own words
-OWN = "bad_value"
-#: errors that say only that a value is not of this form
-OTHER_FORM = {
+RETRY_AFTER = "Retry-After"
+#: the error type, for pydantic, of errors whose message is written here
+CUSTOM_TYPE = "bad_value"
+#: pydantic's types of errors that only say that a value has another JSON type
+WRONG_JSON_TYPE = {
     "string_type", "list_type", "dict_type", "int_type", "float_type", "bool_type", "model_type",
     "model_attributes_type", "int_parsing",
 }  # fmt: skip
@@ -51,7 +51,12 @@ _EXPECTED = re.compile(
 
 
 class Refusal(VeneerError, RuntimeError):  # noqa: N818
-    """An answer with a status of 400 or above. ``words`` are those of any error."""
+    """An error response, with an HTTP status of 400 or above.
+
+    Args:
+        words: the message, or its parts (``VeneerError``).
+        param, code, error_type: the fields ``param``, ``code`` and ``type`` of the error's JSON.
+    """
 
     def __init__(
         self,
@@ -59,84 +64,90 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
         *words: str,
         param: str | None = None,
         code: str | None = None,
-        kind: str | None = None,
+        error_type: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(*words)
         self.status, self.param, self.code = status, param, code
-        self.kind = kind or KINDS.get(
+        self.error_type = error_type or ERROR_TYPES.get(
             status, "server_error" if status >= 500 else "invalid_request_error"
         )
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
+        """The body in the format of OpenAI's API."""
         return {
             "error": {
                 "message": str(self),
-                "type": self.kind,
+                "type": self.error_type,
                 "param": self.param,
                 "code": self.code,
             }
         }
 
     def messages_body(self) -> dict[str, Any]:
-        """The body in the form of Anthropic's API."""
+        """The body in the format of Anthropic's API."""
         default = "api_error" if self.status >= 500 else "invalid_request_error"
-        kind = MESSAGES_KINDS.get(self.status, default)
-        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+        error_type = MESSAGES_ERROR_TYPES.get(self.status, default)
+        return {"type": "error", "error": {"type": error_type, "message": str(self)}}
 
     def response(self, path: str = "") -> JSONResponse:
-        """The answer to a request for ``path``, in the form of its API."""
-        body = self.messages_body() if path.startswith(MESSAGES) else self.body()
+        """The response to a request for ``path``, in the format of that route's API."""
+        body = self.messages_body() if path.startswith(MESSAGES_PATH) else self.body()
         return JSONResponse(body, self.status, self.headers)
 
 
 def no_such_model(name: str) -> Refusal:
-    """The same answer for a model that does not exist and for one that the key may not use, so that
-    a client cannot tell them apart."""
-    name = name if len(name) <= 120 else f"{name[:120]}…"
+    """The refusal of a model that does not exist, and of one that the key may not use: a client
+    cannot tell them apart."""
+    short_name = name if len(name) <= 120 else f"{name[:120]}…"
     message = (
-        f"The model {name!r} does not exist, or you do not have access to it. GET /v1/models lists"
-        " yours."
+        f"The model {short_name!r} does not exist, or you do not have access to it. GET /v1/models"
+        " lists yours."
     )
     return Refusal(404, message, param="model", code="model_not_found")
 
 
-def draining() -> Refusal:
+def draining_refusal() -> Refusal:
+    """The refusal of a server that shuts down."""
     message = sentence(
         "a server that is shutting down",
         "one that takes requests",
         "send it to another, or try later",
     )
-    return Refusal(503, message, code="draining", headers={RETRY: "5"})
+    return Refusal(503, message, code="draining", headers={RETRY_AFTER: "5"})
 
 
-def of(error: VeneerError) -> Refusal:
+def error_refusal(error: VeneerError) -> Refusal:
+    """The refusal that answers an error of the library."""
     match error:
         case Refusal():
             return error
         case Busy():
-            wait = {RETRY: str(max(1, min(3600, math.ceil(error.retry_after))))}
-            return Refusal(429, str(error), code="queue_full", headers=wait)
+            retry_headers = {RETRY_AFTER: str(max(1, min(3600, math.ceil(error.retry_after))))}
+            return Refusal(429, str(error), code="queue_full", headers=retry_headers)
         case SelectionError():
             return Refusal(404, str(error), param="model", code="model_not_found")
         case AdapterError() | LibraryError():
             return Refusal(400, str(error), param="lora_path", code="bad_adapter")
         case BankFullError():
-            return Refusal(503, str(error), code="out_of_memory", headers={RETRY: "5"})
+            return Refusal(503, str(error), code="out_of_memory", headers={RETRY_AFTER: "5"})
         case _:
             return Refusal(400, str(error))
 
 
-def wrong(found: str, expected: str, do: str, param: str | None = None) -> PydanticCustomError:
-    """An error for a validator to raise. ``param``: the field, for a validator of several."""
+def value_error(
+    problem: str, expected: str, do: str, param: str | None = None
+) -> PydanticCustomError:
+    """An error for a pydantic validator to raise. ``param``: the field at fault, if the validator
+    checks several fields."""
     return PydanticCustomError(
-        OWN, "{words}", {"words": sentence(found, expected, do), "param": param}
+        CUSTOM_TYPE, "{words}", {"words": sentence(problem, expected, do), "param": param}
     )
 
 
-def kind(value: Any) -> str:
-    """Describe a value without its content: its type, and a number's value."""
+def describe_value(value: Any) -> str:
+    """Describe a JSON value by its type and size, without the text in it."""
     match value:
         case None | True | False:
             return json.dumps(value)
@@ -149,47 +160,54 @@ def kind(value: Any) -> str:
             return "an object"
 
 
-def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
-    """The answer to pydantic's errors in a body; it never repeats the body. pydantic lists an error
-    for each form that a field may have (a text; a list of texts; …). Of the first wrong field, the
-    error of the form that comes nearest is chosen: not "no text", but "a list of 17, at most
-    16"."""
-    first = max(
+def body_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
+    """The refusal of a body in which pydantic found errors. It never repeats the body. pydantic
+    lists an error for each type that a field may have (a text; a list of texts; …). For the first
+    invalid field, the error of the type that the value comes closest to is chosen: not "no text",
+    but "a list of 17, at most 16"."""
+    first_error = max(
         (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
-        key=lambda error: (len(_path(error["loc"], body)), error["type"] not in OTHER_FORM),
+        key=lambda error: (
+            len(_body_path(error["loc"], body)),
+            error["type"] not in WRONG_JSON_TYPE,
+        ),
     )
-    field = _path(first["loc"], body)
-    param, path = (field[0][:200] if field else None), ".".join(field)[:200]
-    if first["type"] == OWN:
-        message, param = first["msg"], first.get("ctx", {}).get("param") or param
-    elif first["type"] == "extra_forbidden":
+    field_path = _body_path(first_error["loc"], body)
+    param, dotted_path = (field_path[0][:200] if field_path else None), ".".join(field_path)[:200]
+    if first_error["type"] == CUSTOM_TYPE:
+        message, param = first_error["msg"], first_error.get("ctx", {}).get("param") or param
+    elif first_error["type"] == "extra_forbidden":
         message = sentence(
-            f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out"
+            f"the field {dotted_path!r}, which is not supported",
+            "the fields of the docs",
+            "leave it out",
         )
-    elif not field and first["type"] in ("missing", *OTHER_FORM):
+    elif not field_path and first_error["type"] in ("missing", *WRONG_JSON_TYPE):
         message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
-    elif first["type"] == "missing":
-        message = sentence(f"no field {path!r}", "one", "add it")
+    elif first_error["type"] == "missing":
+        message = sentence(f"no field {dotted_path!r}", "one", "add it")
     else:
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = first_error["msg"].removeprefix("Value error, ")
         match = _EXPECTED.fullmatch(reason)
         expected = (match[1] if match else reason)[:300]
         message = sentence(
-            f"{kind(first.get('input'))} in {path or 'the body'}", expected, "change it"
+            f"{describe_value(first_error.get('input'))} in {dotted_path or 'the body'}",
+            expected,
+            "change it",
         )
-    return Refusal(400, message, param=param, code=first["type"])
+    return Refusal(400, message, param=param, code=first_error["type"])
 
 
-def _path(loc: Sequence[str | int], body: Any) -> list[str]:
-    """The path of an error in the body. pydantic's ``loc`` also names the forms that it tried;
-    these are left out."""
+def _body_path(loc: Sequence[str | int], body: Any) -> list[str]:
+    """The path of an invalid field in the body. pydantic's ``loc`` also names the types that it
+    tried; these are left out."""
     path: list[str] = []
     value: Any = body
     for step in loc[1:] if loc[:1] == ("body",) else loc:
-        index = isinstance(value, list) and isinstance(step, int) and step < len(value)
-        if index or (isinstance(value, dict) and step in value):
+        is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if is_index or (isinstance(value, dict) and step in value):
             value = value[step]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        elif not (isinstance(value, dict) and step == loc[-1]):  # a field that is missing
+        elif not (isinstance(value, dict) and step == loc[-1]):  # not a missing field
             continue
         path.append(str(step))
     return path

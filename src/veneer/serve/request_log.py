@@ -1,9 +1,9 @@
-"""The server's log: one line for each request, as text or as JSON, and a time on every other line.
+"""The server's log: one line for each request, as text or as JSON. Each line begins with a time.
 
     Guard ──▶ RequestRecord, as a context variable ──▶ Answers, Embedder: tokens and times ──▶
     Guard: one line, one span
 
-A record holds names, numbers and times. No prompt, answer, header or key becomes part of it.
+A record has names, numbers and times. It never has a prompt, an answer, a header or a key.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from veneer.errors import escape_controls
 
 FORMATS = ("text", "json")
 ID_HEADER = "x-request-id"
-#: an id that a client may send with its request: printable, and short enough to log
-_ID = re.compile(r"[\x21-\x7e]{1,128}")
+#: request ids that a client may send: printable, and short enough for the log
+_VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-def request_id_of(sent: Sequence[str]) -> str:
-    """The id of a request: the client's, if it sent a valid one, or a new one."""
-    return sent[0] if len(sent) == 1 and _ID.fullmatch(sent[0]) else uuid.uuid4().hex
+def request_id_of(client_ids: Sequence[str]) -> str:
+    """The id of a request: the id in the client's header if there is one valid id, or a new id."""
+    is_valid = len(client_ids) == 1 and _VALID_ID.fullmatch(client_ids[0])
+    return client_ids[0] if is_valid else uuid.uuid4().hex
 
 
 def blend_name(blend: Mapping[str, float]) -> str:
-    """A blend in one word: "base", "french", or "french*0.7+german*0.3"."""
+    """The name of a blend in the log, such as "base", "french" or "french*0.7+german*0.3"."""
     if not blend:
         return "base"
     if len(blend) == 1:
@@ -43,15 +44,15 @@ def blend_name(blend: Mapping[str, float]) -> str:
 
 @dataclass
 class RequestRecord:
-    """One HTTP request. Only the event loop changes it.
+    """The log record of one HTTP request. Only the event loop changes it.
 
     Fields:
-        path: as the log may show it.
-        status: of the answer; 0 while there is none.
-        blend: the adapters that answered; None if the model was not asked.
-        sampling: of its first answer (``requests.Sampling``).
-        queue_seconds: the longest wait of its answers for a row.
-        first_token_seconds: from its arrival to the first token of any of its answers.
+        path: the URL path, without secrets.
+        status: the HTTP status of the answer; 0 before it begins.
+        blend: the adapters that answered, with their weights; None if no model was needed.
+        sampling: the sampling settings of the first answer (``requests.Sampling``).
+        queue_seconds: the longest time that one of its answers waited for a row of the batch.
+        first_token_seconds: the time from its arrival to the first token of any of its answers.
     """
 
     request_id: str
@@ -69,10 +70,10 @@ class RequestRecord:
     first_token_seconds: float | None = None
     total_seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
-    started_ns: int = field(default_factory=time.time_ns)  # since 1970
+    started_ns: int = field(default_factory=time.time_ns)  # nanoseconds since 1970
 
     def ask(self, blend: Mapping[str, float], prompt_tokens: int, sampling: Any = None) -> None:
-        """Record that an answer was requested from the model."""
+        """Record that the request goes to the model, with its prompt and sampling settings."""
         self.blend, self.sampling = blend, sampling
         self.prompt_tokens += prompt_tokens
 
@@ -85,20 +86,21 @@ class RequestRecord:
             self.end(piece.finish)
             self.cached_tokens += ticket.cached
             if ticket.started_at is not None:
-                waited = ticket.started_at - ticket.submitted
-                self.queue_seconds = max(waited, self.queue_seconds or 0.0)
+                wait_seconds = ticket.started_at - ticket.submitted
+                self.queue_seconds = max(wait_seconds, self.queue_seconds or 0.0)
 
     def end(self, reason: str) -> None:
-        """Record the end of an answer. Equal reasons of several answers are listed once."""
+        """Record why an answer ended. A reason that several answers share is listed once."""
         if reason not in self.finish_reasons:
             self.finish_reasons.append(reason)
 
     @property
     def adapter(self) -> str | None:
+        """The name of the blend in the log; None if no model was needed."""
         return None if self.blend is None else blend_name(self.blend)
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a JSON line; every line has the same ones."""
+        """The fields of a JSON line, which are the same for every request."""
         return {
             "request_id": self.request_id,
             "key": self.key,
@@ -132,8 +134,8 @@ class RequestRecord:
         return " ".join(words)
 
 
-#: the record of the request that this task, or a thread that works for it, answers
-CURRENT: ContextVar[RequestRecord | None] = ContextVar("veneer_request", default=None)
+#: the record of the request that the current task, or a thread that works for the task, answers
+CURRENT_RECORD: ContextVar[RequestRecord | None] = ContextVar("veneer_request", default=None)
 
 
 def _milliseconds(seconds: float | None) -> float | None:
@@ -141,33 +143,35 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def formatter_of(log_format: str) -> logging.Formatter:
-    """The formatter of ``--log-format``."""
+    """The formatter for a value of ``--log-format``."""
     return JsonFormatter() if log_format == "json" else TextFormatter()
 
 
-def _moment(record: logging.LogRecord) -> str:
-    """When a line was written: UTC, to the millisecond."""
+def _timestamp(record: logging.LogRecord) -> str:
+    """The time of a log line in UTC, to the millisecond."""
     moment = datetime.fromtimestamp(record.created, UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class TextFormatter(logging.Formatter):
-    """2026-03-01T12:00:00.123Z INFO alice POST /v1/completions 200 0.482s id=…"""
+    """Text lines: 2026-03-01T12:00:00.123Z INFO alice POST /v1/completions 200 0.482s id=…"""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_moment(record)} {record.levelname} {record.getMessage()}"
+        line = f"{_timestamp(record)} {record.levelname} {record.getMessage()}"
         if record.exc_info:
             line = f"{line}\n{self.formatException(record.exc_info)}"
         return escape_controls(line)
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line. That of a request has the fields of its record in place of a message."""
+    """JSON lines. The line of a request has the fields of its record, and no message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        entry = {"time": _moment(record), "level": record.levelname.lower(), "logger": record.name}
-        request = getattr(record, "request", None)
-        entry |= {"message": record.getMessage()} if request is None else request
+        level = record.levelname.lower()
+        entry = {"time": _timestamp(record), "level": level, "logger": record.name}
+        request_fields = getattr(record, "request", None)
+        message = {"message": record.getMessage()}
+        entry |= message if request_fields is None else request_fields
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)

@@ -1,11 +1,11 @@
-"""Logits → the next token of each row.
+"""Sample the next token of each row of a batch from its logits.
 
     grammar's mask → processors → temperature → min_p → top_k → top_p
-    → argmin of E_i / p_i, with exponential numbers E_i → token
+    → argmin of E_i / p_i over tokens i, where E_i is an exponential random number → token
 
-Each row has its own generator and draws one number for each token of the vocabulary, so its tokens
-do not depend on the other rows of the batch. The vocabulary is sorted as little as possible: the
-1,024 most likely tokens are taken, and a row whose top_p needs more of them is sorted alone.
+Each row has its own random generator and draws one number for each token of the vocabulary, so its
+tokens do not depend on the other rows of the batch. Sorting the vocabulary is slow, so only the
+1,024 most likely tokens are sorted; a row whose top_p needs more of them is sorted by itself.
 ``processors.py`` applies the changes of the logits that a request asks for.
 """
 
@@ -28,15 +28,15 @@ from veneer.serve.requests import Cause, RequestError, Sampling, cause_of
 
 log = logging.getLogger("veneer.serve")
 
-#: tokens that are sorted at first if top_p needs an order
+#: number of most likely tokens that are sorted at first for top_p
 CANDIDATES = 1024
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """The next token of a row. ``top``: the alternatives that ``Sampling.logprobs`` asks for, as
-    (id, log-probability). ``token`` is None if none can be chosen; ``error`` then has the
-    reason."""
+    """The next token of a row. ``top``: (id, log-probability) of the alternatives that
+    ``Sampling.logprobs`` asks for. ``token`` is None if no token can be sampled; ``error`` then has
+    the reason."""
 
     token: int | None
     logprob: float | None = None
@@ -58,8 +58,8 @@ NO_TOKEN_LEFT = SampledToken(
 
 
 class Sampler:
-    """The sampling state of a row: settings, random generator, logits processors, and the position
-    in its grammar."""
+    """The sampling state of a row: its settings, random generator and logits processors, and how
+    far its grammar has matched the answer. ``layout`` limits the whitespace of a JSON answer."""
 
     def __init__(
         self,
@@ -73,17 +73,18 @@ class Sampler:
         self._generator: torch.Generator | None = None
         self._sampled: list[int] = []
 
-    def draw(self, clocks: Tensor) -> None:
-        """Fill ``clocks`` [vocabulary] with new exponential random numbers of rate 1."""
+    def draw(self, noise: Tensor) -> None:
+        """Fill ``noise`` [vocabulary] with new exponential random numbers of rate 1."""
         if self._generator is None:
-            self._generator = torch.Generator(clocks.device)
+            self._generator = torch.Generator(noise.device)
             seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
             self._generator.manual_seed(seed % 2**63)
-        clocks.exponential_(generator=self._generator)
+        noise.exponential_(generator=self._generator)
 
     def accept(self, token: int) -> bool:
-        """Advance the grammar by ``token``; return whether it is complete. ``RequestError``: it
-        cannot go on, because it exceeds the limits of its matcher or no value matches it."""
+        """Record the sampled ``token`` and advance the grammar by it. Returns whether the grammar
+        is complete. ``RequestError``: the grammar cannot go on, because it exceeds the limits of
+        its matcher or because no text matches it."""
         if self.processors:
             self._sampled.append(token)
         if self.matcher is None:
@@ -95,15 +96,15 @@ class Sampler:
         return self.matcher.is_stopped()
 
     def allowed_tokens(self, logits: Tensor) -> Tensor:
-        """The tokens that the grammar allows next, as a mask [vocabulary]."""
+        """The tokens that the grammar and the layout allow next, as a mask [vocabulary]."""
         allowed = allowed_tokens(self.matcher, logits)
-        if self.layout is not None and self.layout.full:
-            blank = self.layout.blank.to(logits.device)
-            allowed[: len(blank)] &= ~blank
+        if self.layout is not None and self.layout.is_full:
+            is_blank = self.layout.is_blank.to(logits.device)
+            allowed[: len(is_blank)] &= ~is_blank
         return allowed
 
     def process(self, logits: Tensor) -> Tensor:
-        """Apply the processors to logits [vocabulary] in float32."""
+        """Apply the processors to the row's logits, [vocabulary] in float32."""
         sampled = torch.tensor([self._sampled], dtype=torch.long, device="cpu")
         sampled, scores = sampled.to(logits.device, non_blocking=True), logits[None]
         for processor in self.processors:
@@ -112,187 +113,206 @@ class Sampler:
 
 
 def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
-    """The next token of each row of ``logits``, [rows, vocabulary]."""
-    free, failed = _free_tokens(logits, rows)
-    best, tokens = free.max(dim=-1)
-    facts = [torch.isfinite(best), tokens]
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    if drawn:
-        draw = _Draw(_rows_of(free, drawn).float(), [rows[i] for i in drawn])
-        facts[1] = (
+    """Sample the next token of each row of ``logits`` [rows, vocabulary]."""
+    processed_logits, failed_rows = _process_logits(logits, rows)
+    largest_logits, tokens = processed_logits.max(dim=-1)
+    results = [torch.isfinite(largest_logits), tokens]
+    random_rows = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    if random_rows:
+        draw = _Draw(
+            _rows_of(processed_logits, random_rows).float(), [rows[i] for i in random_rows]
+        )
+        is_every_row = len(random_rows) == len(rows)
+        results[1] = (
             draw.tokens
-            if len(drawn) == len(rows)
-            else tokens.index_copy(0, _tensor_like(drawn, tokens), draw.tokens)
+            if is_every_row
+            else tokens.index_copy(0, _tensor_like(random_rows, tokens), draw.tokens)
         )
-        facts.append(
-            draw.short if len(drawn) == len(rows) else _spread(draw.short, drawn, len(rows))
-        )
+        needs_sort = draw.needs_sort
+        results.append(needs_sort if is_every_row else _spread(needs_sort, random_rows, len(rows)))
     # copy all results to the CPU at once: each copy waits for the device
-    finite, chosen, *short = torch.stack([fact.to(tokens.dtype) for fact in facts]).tolist()
-    for number, i in enumerate(drawn):
-        if finite[i] and short[0][i]:
-            chosen[i] = draw.again(number)  # pyright: ignore[reportPossiblyUnboundVariable]
+    packed = torch.stack([result.to(tokens.dtype) for result in results])
+    finite, chosen_tokens, *unsorted = packed.tolist()
+    for index, i in enumerate(random_rows):
+        if finite[i] and unsorted[0][i]:
+            chosen_tokens[i] = draw.sort_and_draw(index)  # pyright: ignore[reportPossiblyUnboundVariable]
     rows_with_logprobs = [
         i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]
     ]
     sampled = {
         i: SampledToken(token) if finite[i] else _no_token(logits[i], rows[i])
-        for i, token in enumerate(chosen)
-    } | failed
+        for i, token in enumerate(chosen_tokens)
+    } | failed_rows
     if rows_with_logprobs:
         sampled |= zip(
             rows_with_logprobs,
-            _with_probabilities(logits, rows_with_logprobs, chosen, rows),
+            _with_logprobs(logits, rows_with_logprobs, chosen_tokens, rows),
             strict=True,
         )
     return list(sampled.values())
 
 
-def _free_tokens(logits: Tensor, rows: Sequence[Sampler]) -> tuple[Tensor, dict[int, SampledToken]]:
-    """Apply the requests' masks and processors to logits. Returns them, and the rows that have no
-    token because their grammar failed."""
-    masked = [i for i, row in enumerate(rows) if row.matcher is not None]
-    changed = [i for i, row in enumerate(rows) if row.processors]
-    failed: dict[int, SampledToken] = {}
-    if not masked and not changed:
-        return logits, failed
-    free = logits.to(torch.float32 if changed else logits.dtype, copy=True)
-    for i in masked:
+def _process_logits(
+    logits: Tensor, rows: Sequence[Sampler]
+) -> tuple[Tensor, dict[int, SampledToken]]:
+    """Apply the masks of grammars and the logits processors. Returns the new logits, and results
+    without a token for the rows whose grammar failed_rows, by row."""
+    grammar_rows = [i for i, row in enumerate(rows) if row.matcher is not None]
+    processor_rows = [i for i, row in enumerate(rows) if row.processors]
+    failed_rows: dict[int, SampledToken] = {}
+    if not grammar_rows and not processor_rows:
+        return logits, failed_rows
+    processed_logits = logits.to(torch.float32 if processor_rows else logits.dtype, copy=True)
+    for i in grammar_rows:
         try:
-            free[i].masked_fill_(~rows[i].allowed_tokens(logits), -torch.inf)
+            processed_logits[i].masked_fill_(~rows[i].allowed_tokens(logits), -torch.inf)
         except RequestError as error:
-            failed[i] = SampledToken(None, error=str(error), cause=cause_of(error))
-        except Exception as error:  # a failing schema ends only the row of its request
+            failed_rows[i] = SampledToken(None, error=str(error), cause=cause_of(error))
+        except Exception as error:  # a schema that fails ends only its own row
             log.exception("a schema's mask could not be computed")
-            failed[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
-    for i in changed:
-        free[i] = rows[i].process(free[i])
-    for i in failed:
-        free[i] = torch.nan
-    return free, failed
+            failed_rows[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
+    for i in processor_rows:
+        processed_logits[i] = rows[i].process(processed_logits[i])
+    for i in failed_rows:
+        processed_logits[i] = torch.nan
+    return processed_logits, failed_rows
 
 
 def _no_token(logits: Tensor, row: Sampler) -> SampledToken:
-    """The error of a row without a possible token: logits that are not finite, or a request that
-    forbids every token."""
-    limited = row.matcher is not None or row.processors
-    return NO_TOKEN_LEFT if limited and torch.isfinite(logits.max()) else NOT_FINITE
+    """The result for a row without a possible token: the model's logits are not finite, or the
+    request forbids every token."""
+    is_constrained = row.matcher is not None or row.processors
+    return NO_TOKEN_LEFT if is_constrained and torch.isfinite(logits.max()) else NOT_FINITE
 
 
 def _tensor_like(values: Sequence[Any], like: Tensor) -> Tensor:
-    """Values as a tensor on the device of ``like``, copied without waiting."""
+    """A tensor of ``values`` on the device of ``like``, copied without waiting for the device."""
     return torch.tensor(values, device="cpu").to(like.device, non_blocking=True)
 
 
 def _rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """Select rows of ``values``, in the order of ``rows``."""
+    """The given rows of ``values``, in the order of ``rows``."""
     return (
         values if len(rows) == len(values) else values.index_select(0, _tensor_like(rows, values))
     )
 
 
 def _spread(values: Tensor, rows: Sequence[int], count: int) -> Tensor:
-    """Put ``values`` into the given rows of ``count`` rows; the others are 0."""
+    """A tensor of ``count`` rows with ``values`` in the given rows and 0 in all others."""
     return values.new_zeros(count).index_copy(0, _tensor_like(rows, values), values)
 
 
 class _Draw:
-    """Draw tokens for rows of logits [rows, vocabulary] in float32. Rows in ``short`` need more
-    sorted tokens for their top_p: ``again`` draws their tokens with the same random numbers."""
+    """Draws tokens for rows of logits [rows, vocabulary] in float32. ``tokens`` has the results. In
+    the rows of ``needs_sort``, top_p needs more tokens than were sorted: ``sort_and_draw`` draws
+    their tokens, with the same random numbers."""
 
     def __init__(self, logits: Tensor, rows: Sequence[Sampler]) -> None:
         self.settings = [row.sampling for row in rows]
-        clocks = torch.empty_like(logits)
-        for row, clock in zip(rows, clocks, strict=True):
-            row.draw(clock)
-        self.noise = clocks.log_()
-        # below this temperature logits overflow; the most likely token has all of the probability
-        # long before
-        warm = _tensor_like([max(setting.temperature, 1e-5) for setting in self.settings], logits)[
-            :, None
-        ]
-        self.scaled = (logits - logits.amax(-1, keepdim=True)) / warm
+        noise = torch.empty_like(logits)
+        for row, row_noise in zip(rows, noise, strict=True):
+            row.draw(row_noise)
+        self.log_noise = noise.log_()
+        # lower temperatures would let the scaled logits overflow; at 1e-5 the most likely token
+        # already has all of the probability
+        temperatures = [max(setting.temperature, 1e-5) for setting in self.settings]
+        divisors = _tensor_like(temperatures, logits)[:, None]
+        self.scaled_logits = (logits - logits.amax(-1, keepdim=True)) / divisors
         if any(setting.min_p for setting in self.settings):
-            # the largest logit is 0 here, so a fraction of its probability is a distance from 0
-            least = [
+            # the largest logit is 0 here: log(min_p) is the logit with min_p times its probability
+            min_logits = [
                 math.log(setting.min_p) if setting.min_p else -math.inf for setting in self.settings
             ]
-            below = self.scaled < _tensor_like(least, logits)[:, None]
-            self.scaled = self.scaled.masked_fill(below, -torch.inf)
-        self.short = logits.new_zeros(len(rows), dtype=torch.bool)
-        cut = [i for i, setting in enumerate(self.settings) if setting.top_k or setting.top_p < 1]
-        self.tokens = (
-            (self.scaled - self.noise).argmax(-1) if len(cut) < len(rows) else self.short.long()
-        )
-        if cut:
-            tokens, short = self._nucleus(cut)
-            all_ = len(cut) == len(rows)
-            self.tokens = (
-                tokens if all_ else self.tokens.index_copy(0, _tensor_like(cut, tokens), tokens)
-            )
-            self.short = short if all_ else _spread(short, cut, len(rows))
-
-    def _nucleus(self, cut: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """For rows with top_k or top_p: a token for each, and whether more tokens must be sorted to
-        choose it."""
-        scaled, noise = _rows_of(self.scaled, cut), _rows_of(self.noise, cut)
-        settings, vocabulary = [self.settings[i] for i in cut], scaled.shape[-1]
-        most = min(vocabulary, max(CANDIDATES, *(setting.top_k for setting in settings)))
-        values, ids = scaled.topk(most)
-        # probability of the whole vocabulary, or with top_k of the k most likely tokens
-        total = scaled.logsumexp(-1)
-        limits = _tensor_like([min(setting.top_k or most, most) for setting in settings], scaled)[
-            :, None
+            is_below = self.scaled_logits < _tensor_like(min_logits, logits)[:, None]
+            self.scaled_logits = self.scaled_logits.masked_fill(is_below, -torch.inf)
+        self.needs_sort = logits.new_zeros(len(rows), dtype=torch.bool)
+        nucleus_rows = [
+            i for i, setting in enumerate(self.settings) if setting.top_k or setting.top_p < 1
         ]
-        within = torch.arange(most, device=scaled.device) < limits
-        values = values.masked_fill(~within, -torch.inf)
-        some = _tensor_like([bool(setting.top_k) for setting in settings], scaled)
-        total = torch.where(some, values.logsumexp(-1), total)
-        chances = (values - total[:, None]).exp()
+        self.tokens = (
+            (self.scaled_logits - self.log_noise).argmax(-1)
+            if len(nucleus_rows) < len(rows)
+            else self.needs_sort.long()
+        )
+        if nucleus_rows:
+            tokens, needs_sort = self._draw_nucleus(nucleus_rows)
+            if len(nucleus_rows) == len(rows):
+                self.tokens, self.needs_sort = tokens, needs_sort
+                return
+            row_indices = _tensor_like(nucleus_rows, tokens)
+            self.tokens = self.tokens.index_copy(0, row_indices, tokens)
+            self.needs_sort = _spread(needs_sort, nucleus_rows, len(rows))
+
+    def _draw_nucleus(self, nucleus_rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw a token for each row with top_k or top_p. Returns the tokens, and whether more
+        tokens of the row must be sorted to draw its token."""
+        scaled = _rows_of(self.scaled_logits, nucleus_rows)
+        log_noise = _rows_of(self.log_noise, nucleus_rows)
+        settings, vocabulary = [self.settings[i] for i in nucleus_rows], scaled.shape[-1]
+        candidate_count = min(vocabulary, max(CANDIDATES, *(setting.top_k for setting in settings)))
+        values, ids = scaled.topk(candidate_count)
+        # log of the sum over the whole vocabulary, or with top_k over the k most likely tokens
+        log_total = scaled.logsumexp(-1)
+        limits = [min(setting.top_k or candidate_count, candidate_count) for setting in settings]
+        top_k = _tensor_like(limits, scaled)[:, None]
+        is_candidate = torch.arange(candidate_count, device=scaled.device) < top_k
+        values = values.masked_fill(~is_candidate, -torch.inf)
+        has_top_k = _tensor_like([bool(setting.top_k) for setting in settings], scaled)
+        log_total = torch.where(has_top_k, values.logsumexp(-1), log_total)
+        probabilities = (values - log_total[:, None]).exp()
         top_p = _tensor_like([setting.top_p for setting in settings], scaled)[:, None]
-        tokens = _first(values, ids, noise, _nucleus_mask(chances, top_p))
-        short = (chances.sum(-1, keepdim=True) < top_p)[:, 0] & ~some
-        return tokens, short if most < vocabulary else torch.zeros_like(short)
+        tokens = _first_arrival(values, ids, log_noise, _nucleus_mask(probabilities, top_p))
+        needs_sort = (probabilities.sum(-1, keepdim=True) < top_p)[:, 0] & ~has_top_k
+        return tokens, needs_sort if candidate_count < vocabulary else torch.zeros_like(needs_sort)
 
-    def again(self, row: int) -> int:
-        order = self.scaled[row : row + 1].sort(descending=True)
-        top_p = torch.full_like(order.values[:, :1], self.settings[row].top_p)
-        nucleus = _nucleus_mask(torch.softmax(order.values, -1), top_p)
-        return int(_first(order.values, order.indices, self.noise[row : row + 1], nucleus))
-
-
-def _first(values: Tensor, ids: Tensor, noise: Tensor, nucleus: Tensor) -> Tensor:
-    """The token of each row whose random number divided by its probability is smallest, among the
-    sorted tokens that ``nucleus`` keeps: [rows]."""
-    rings = (
-        (values - noise.gather(-1, ids)).masked_fill(~nucleus, -torch.inf).argmax(-1, keepdim=True)
-    )
-    return ids.gather(-1, rings)[:, 0]
+    def sort_and_draw(self, row: int) -> int:
+        """Sort all tokens of a row, and draw its token from its nucleus."""
+        sorted_logits = self.scaled_logits[row : row + 1].sort(descending=True)
+        top_p = torch.full_like(sorted_logits.values[:, :1], self.settings[row].top_p)
+        in_nucleus = _nucleus_mask(torch.softmax(sorted_logits.values, -1), top_p)
+        log_noise = self.log_noise[row : row + 1]
+        return int(
+            _first_arrival(sorted_logits.values, sorted_logits.indices, log_noise, in_nucleus)
+        )
 
 
-def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:
-    """A mask of the sorted probabilities [rows, n]: the first ones that add up to ``top_p``, and
-    always the first."""
-    nucleus = chances.cumsum(-1) - chances < top_p
-    nucleus[:, 0] = True
-    return nucleus
+def _first_arrival(values: Tensor, ids: Tensor, log_noise: Tensor, in_nucleus: Tensor) -> Tensor:
+    """The token i of each row with the smallest E_i / p_i among the sorted tokens in the nucleus,
+    [rows]. ``values`` [rows, n]: log p_i plus a constant of the row; ``ids`` [rows, n]: the token
+    ids; ``log_noise`` [rows, vocabulary]: log E_i by token id."""
+    scores = (values - log_noise.gather(-1, ids)).masked_fill(~in_nucleus, -torch.inf)
+    winners = scores.argmax(-1, keepdim=True)
+    return ids.gather(-1, winners)[:, 0]
 
 
-def _with_probabilities(
-    logits: Tensor, row_indices: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
+def _nucleus_mask(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Which of the sorted probabilities [rows, n] are in the nucleus: the first ones that add up to
+    ``top_p``, and always the first."""
+    in_nucleus = probabilities.cumsum(-1) - probabilities < top_p
+    in_nucleus[:, 0] = True
+    return in_nucleus
+
+
+def _with_logprobs(
+    logits: Tensor,
+    row_indices: Sequence[int],
+    chosen_tokens: Sequence[int],
+    rows: Sequence[Sampler],
 ) -> list[SampledToken]:
-    """Add log-probabilities, of the chosen and of the most likely tokens, to the rows that ask for
-    them."""
+    """The results of the rows ``row_indices``, with the log-probabilities of the chosen token and
+    of the most likely tokens."""
     counts = [rows[i].sampling.logprobs or 0 for i in row_indices]
-    some = logits[list(row_indices)].float()
-    total = some.logsumexp(-1, keepdim=True)
-    ids = torch.tensor([chosen[i] for i in row_indices], device=logits.device)[:, None]
-    logprobs = (some.gather(-1, ids) - total)[:, 0].tolist()
-    top = (some - total).topk(min(max(*counts, 1), some.shape[-1]))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    row_logits = logits[list(row_indices)].float()
+    log_total = row_logits.logsumexp(-1, keepdim=True)
+    ids = torch.tensor([chosen_tokens[i] for i in row_indices], device=logits.device)[:, None]
+    logprobs = (row_logits.gather(-1, ids) - log_total)[:, 0].tolist()
+    top = (row_logits - log_total).topk(min(max(*counts, 1), row_logits.shape[-1]))
+    top_tokens = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
-        SampledToken(chosen[i], logprob, tuple(zip(indices[:count], values[:count], strict=True)))
+        SampledToken(
+            chosen_tokens[i], logprob, tuple(zip(indices[:count], values[:count], strict=True))
+        )
         for i, logprob, count, (indices, values) in zip(
-            row_indices, logprobs, counts, pairs, strict=True
+            row_indices, logprobs, counts, top_tokens, strict=True
         )
     ]

@@ -1,7 +1,7 @@
-"""Fields of a completion's body that say how its tokens are drawn, beyond OpenAI's first ones:
-those of vLLM, by vLLM's names.
+"""The fields of a request body that control sampling and that vLLM has in addition to OpenAI's.
+They have vLLM's names.
 
-``schemas.py`` has the rules of all bodies.
+``schemas.py`` has the schemas of the bodies, which inherit these fields.
 """
 
 from __future__ import annotations
@@ -22,51 +22,54 @@ from pydantic import (
 
 from veneer.fileio.untrusted import parse
 from veneer.serve import limits
-from veneer.serve.refusal import wrong
+from veneer.serve.refusal import value_error
 from veneer.serve.requests import Grammar
 
-#: fields of ``structured_outputs`` that are looked at
-FORMS = 16
+#: the most fields of ``structured_outputs`` that are validated
+MAX_FIELDS = 16
 
-#: vLLM's older names of the forms in ``structured_outputs``
+#: vLLM's older names for fields of ``structured_outputs``, with the field of each
 GUIDED = {f"guided_{form}": form for form in ("json", "regex", "choice", "grammar")}
 
 
 def _limit_biases(value: Any) -> Any:
-    """Refuse too many entries of ``logit_bias`` before they are validated."""
+    """Refuse a ``logit_bias`` with too many entries, before the entries are validated."""
     if isinstance(value, dict) and len(value) > limits.BIASES:
         expected = f"at most {limits.BIASES:,}"
-        raise wrong(f"{len(value):,} tokens in logit_bias", expected, "leave some out")
+        raise value_error(f"{len(value):,} tokens in logit_bias", expected, "leave some out")
     return value
 
 
-def _limit_forms(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > FORMS:
-        expected = f"at most {FORMS}"
-        raise wrong(f"{len(value):,} fields in structured_outputs", expected, "send one form")
+def _limit_structured_outputs(value: Any) -> Any:
+    """Refuse ``structured_outputs`` with too many fields, before the fields are validated."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        expected = f"at most {MAX_FIELDS}"
+        raise value_error(f"{len(value):,} fields in structured_outputs", expected, "send one form")
     return value
 
 
 def _limit_template_arguments(value: Any) -> Any:
-    """Limit the size of ``chat_template_kwargs``."""
-    size = len(json.dumps(value)) if isinstance(value, dict) else 0
-    if size > limits.TEMPLATE_KWARGS:
+    """Refuse ``chat_template_kwargs`` that are too large."""
+    byte_count = len(json.dumps(value)) if isinstance(value, dict) else 0
+    if byte_count > limits.TEMPLATE_KWARGS:
         expected = f"at most {limits.TEMPLATE_KWARGS:,}"
-        raise wrong(f"{size:,} bytes in chat_template_kwargs", expected, "leave some out")
+        raise value_error(
+            f"{byte_count:,} bytes in chat_template_kwargs", expected, "leave some out"
+        )
     return value
 
 
-def _not_zero(value: int) -> int:
+def _refuse_zero(value: int) -> int:
     if value == 0:
         do = "leave it out, or send the number of tokens to keep"
-        raise wrong("truncate_prompt_tokens 0", "-1, or at least 1", do)
+        raise value_error("truncate_prompt_tokens 0", "-1, or at least 1", do)
     return value
 
 
-def _printable(value: str) -> str:
+def _refuse_unprintable(value: str) -> str:
     if not re.fullmatch(r"[!-~]+", value):
         expected = "letters, digits and signs of ASCII, without a space"
-        raise wrong("a request_id with other characters", expected, "choose another")
+        raise value_error("a request_id with other characters", expected, "choose another")
     return value
 
 
@@ -74,22 +77,22 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Truncation = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_not_zero)]
+Truncation = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_refuse_zero)]
 BadWord = Annotated[str, Field(min_length=1, max_length=limits.BAD_WORD)]
 GrammarText = Annotated[str, Field(min_length=1, max_length=limits.GRAMMAR)]
 
 
 class TemplateFields(BaseModel):
-    """The arguments of the chat template beside the messages."""
+    """The fields that become arguments of the chat template, besides messages and tools."""
 
-    add_generation_prompt: bool | None = None  # true, unless continue_final_message is
+    add_generation_prompt: bool | None = None  # None: not ``continue_final_message``
     continue_final_message: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_limit_template_arguments)] = {}
 
     @model_validator(mode="after")
     def _check_generation_prompt(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
-            raise wrong(
+            raise value_error(
                 "continue_final_message and add_generation_prompt, both true",
                 "at most one of them",
                 "set add_generation_prompt = false",
@@ -98,16 +101,17 @@ class TemplateFields(BaseModel):
         return self
 
     def template_arguments(self) -> dict[str, Any]:
-        prompted = not self.continue_final_message and self.add_generation_prompt is not False
+        """The keyword arguments of ``apply_chat_template``."""
+        adds_prompt = not self.continue_final_message and self.add_generation_prompt is not False
         return {
             **self.chat_template_kwargs,
-            "add_generation_prompt": prompted,
+            "add_generation_prompt": adds_prompt,
             "continue_final_message": self.continue_final_message,
         }
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's forms of an answer, of which a request has one."""
+    """vLLM's field ``structured_outputs``: constraints on the answer. A request has only one."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
@@ -128,19 +132,21 @@ class StructuredOutputs(BaseModel):
     disable_additional_properties: Literal[False] | None = None
 
     @model_validator(mode="after")
-    def _check_form(self) -> Self:
-        forms = {
+    def _check_constraint(self) -> Self:
+        constraints = {
             "json": self.json_,
             "json_object": self.json_object or None,
             "regex": self.regex,
             "choice": self.choice,
             "grammar": self.grammar,
         }
-        sent = [name for name, value in forms.items() if value is not None]
-        if len(sent) != 1:
-            problem = f"{' and '.join(sent) or 'nothing'} in structured_outputs"
-            expected = f"one of {', '.join(forms)}"
-            raise wrong(problem, expected, "send one form of the answer", "structured_outputs")
+        sent_names = [name for name, value in constraints.items() if value is not None]
+        if len(sent_names) != 1:
+            problem = f"{' and '.join(sent_names) or 'nothing'} in structured_outputs"
+            expected = f"one of {', '.join(constraints)}"
+            raise value_error(
+                problem, expected, "send one form of the answer", "structured_outputs"
+            )
         if isinstance(self.json_, str):
             try:
                 schema = parse(self.json_.encode())
@@ -148,11 +154,14 @@ class StructuredOutputs(BaseModel):
                 schema = None
             if not isinstance(schema, dict):
                 do = "check structured_outputs.json"
-                raise wrong("a text that is no JSON schema", "an object", do, "structured_outputs")
+                raise value_error(
+                    "a text that is no JSON schema", "an object", do, "structured_outputs"
+                )
             self.json_ = schema
         return self
 
     def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow."""
         return {"type": "object"} if self.json_object else self.json_  # pyright: ignore
 
     def grammar_of_answer(self) -> Grammar | None:
@@ -164,7 +173,7 @@ class StructuredOutputs(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """Each of them at its default asks for nothing."""
+    """vLLM's sampling fields. With its default value, no field has an effect."""
 
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
@@ -183,14 +192,18 @@ class SamplingFields(BaseModel):
         ]
         | None
     ) = None
-    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_limit_forms)] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None, BeforeValidator(_limit_structured_outputs)
+    ] = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     truncate_prompt_tokens: Truncation | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     request_id: (
         Annotated[
-            str, Field(min_length=1, max_length=limits.REQUEST_ID), AfterValidator(_printable)
+            str,
+            Field(min_length=1, max_length=limits.REQUEST_ID),
+            AfterValidator(_refuse_unprintable),
         ]
         | None
     ) = None
@@ -199,18 +212,25 @@ class SamplingFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _rename_guided(cls, data: Any) -> Any:
-        """The older names of the forms in ``structured_outputs``."""
-        sent = [name for name in GUIDED if isinstance(data, dict) and data.get(name) is not None]
-        if not sent:
+        """Turn a field with an older name (``GUIDED``) into a field of ``structured_outputs``."""
+        sent_names = [
+            name for name in GUIDED if isinstance(data, dict) and data.get(name) is not None
+        ]
+        if not sent_names:
             return data
-        if len(sent) > 1 or data.get("structured_outputs") is not None:
-            second = [*sent[1:], "structured_outputs"][0]
-            raise wrong(f"{sent[0]} beside {second}", "one of them", "send one", sent[0])
-        rest = {name: value for name, value in data.items() if name not in GUIDED}
-        return {**rest, "structured_outputs": {GUIDED[sent[0]]: data[sent[0]]}}
+        if len(sent_names) > 1 or data.get("structured_outputs") is not None:
+            second_name = [*sent_names[1:], "structured_outputs"][0]
+            raise value_error(
+                f"{sent_names[0]} beside {second_name}", "one of them", "send one", sent_names[0]
+            )
+        other_fields = {name: value for name, value in data.items() if name not in GUIDED}
+        return {
+            **other_fields,
+            "structured_outputs": {GUIDED[sent_names[0]]: data[sent_names[0]]},
+        }
 
     def sampling_options(self, bad_words: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-        """The fields of ``Sampling`` that these are. ``bad_words``: their tokens."""
+        """These fields as fields of ``Sampling``. ``bad_words``: token sequences of the words."""
         allowed = self.allowed_token_ids
         return {
             "presence_penalty": self.presence_penalty,
@@ -227,6 +247,6 @@ class SamplingFields(BaseModel):
         }
 
     def grammar_of_answer(self) -> Grammar | None:
-        """The form of an answer that is no JSON schema."""
+        """The constraint on the answer, if it is no JSON schema."""
         outputs = self.structured_outputs
         return None if outputs is None else outputs.grammar_of_answer()

@@ -1,12 +1,12 @@
-"""Choose the next request: from the API key that was served least, within it from the adapter that
-was served least, and within an adapter in the order of arrival.
+"""Choose the next request. The API key that was served least comes first; within the key, the
+adapter that was served least; and within the adapter, requests come in the order of arrival.
 
     key ("alice")  →  adapter ("french")  →  requests by priority, then first come, first served
 
-This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens;
-``docs/decisions/serve.md`` has the rules and the reasons. A server without keys
-has one key. The queue is bounded: each adapter and each key may hold at most three times as many
-places as are still free.
+This is start-time fair queueing (Goyal, Vin and Cheng 1996), measured in tokens;
+``docs/decisions/serve.md`` has the rules and the reasons. A server without keys counts as one key.
+The queue is bounded: each adapter and each key may have at most three times as many requests in it
+as there are free places.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Generic, Protocol, TypeVar
 
 from veneer.serve.requests import Busy
 
-#: a blend as a value: its (adapter name, weight) pairs, sorted (``key_of``)
+#: a blend as a hashable value: its sorted (adapter name, weight) pairs (``key_of``)
 Key = tuple[tuple[str, float], ...]
 
-#: places of the queue that an adapter or a key may hold for each free place
+#: places in the queue that an adapter or a key may take for each free place
 SHARE = 3
 
-#: the cost of a prompt token in generated tokens: less, since many are computed in one call
+#: the cost of a prompt token, as a fraction of a generated token's: one call computes many of them
 PROMPT = 0.25
 
-#: counts that are kept for idle adapters or keys: more than a server has adapters
-KEPT = 4096
+#: the most idle adapters or keys whose counts are remembered: more than a server has adapters
+MAX_IDLE = 4096
 
 
 def key_of(blend: Mapping[str, float]) -> Key:
@@ -37,8 +37,8 @@ def key_of(blend: Mapping[str, float]) -> Key:
 
 
 def counted_as(blend: Mapping[str, float]) -> str:
-    """The adapter that a blend is charged to: the one whose weight has the largest magnitude; ""
-    for the base."""
+    """The adapter that the tokens of a blend count for: the adapter whose weight has the largest
+    magnitude, or "" for the base."""
     return min(
         (name for name in blend if blend[name]),
         key=lambda name: (-abs(blend[name]), name),
@@ -49,203 +49,225 @@ def counted_as(blend: Mapping[str, float]) -> str:
 class Waiting(Protocol):
     """The fields of a request that the scheduler reads."""
 
-    key: Key  # identifies its blend (``key_of``)
-    flow: str  # the adapter that it is charged to (``counted_as``)
-    owner: str  # the name of its API key; "" on a server without keys
-    priority: int  # lower runs first, within its line
+    key: Key  # identifies the request's blend (``key_of``)
+    flow: str  # the adapter that its tokens count for (``counted_as``)
+    owner: str  # the name of the client's API key; "" on a server without keys
+    priority: int  # lower runs first, among requests of the same owner and adapter
 
 
-E = TypeVar("E", bound=Waiting)
+RequestT = TypeVar("RequestT", bound=Waiting)
 
 
 class Shares:
-    """The tokens served to each of several competitors (keys, or adapters), by name. A name is busy
-    from ``enter`` until ``leave``: it has requests that wait or run."""
+    """Counts the tokens served to each of several competitors (keys, or adapters), by name. A name
+    is busy while it has requests that wait or run, from ``enter`` until ``leave``."""
 
     def __init__(self) -> None:
-        self.now = 0.0  # virtual time
-        self._served: dict[str, float] = {}
-        self._since: dict[str, int] = {}  # order of the last turns: decides between equal counts
-        self._busy: Counter[str] = Counter()
-        self._order = itertools.count()
+        self.virtual_time = 0.0  # in tokens
+        self._served_tokens: dict[str, float] = {}
+        # number of the last turn, by name: of equal counts, the name with the older turn is first
+        self._last_turn: dict[str, int] = {}
+        self._request_counts: Counter[str] = Counter()
+        self._turn_numbers = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._served)
+        return len(self._served_tokens)
 
     def enter(self, name: str) -> None:
         """Count one more request of ``name``."""
-        if not self._busy[name]:
-            self._served[name] = max(self._served.get(name, 0.0), self.now)
-            self._since.setdefault(name, next(self._order))
-        self._busy[name] += 1
+        if not self._request_counts[name]:
+            self._served_tokens[name] = max(self._served_tokens.get(name, 0.0), self.virtual_time)
+            self._last_turn.setdefault(name, next(self._turn_numbers))
+        self._request_counts[name] += 1
 
     def leave(self, name: str) -> None:
-        self._busy[name] -= 1
-        if not self._busy[name]:
-            del self._busy[name]
+        """Count one request of ``name`` less."""
+        self._request_counts[name] -= 1
+        if not self._request_counts[name]:
+            del self._request_counts[name]
             self._forget()
 
     def least(self, names: Iterable[str]) -> str:
-        """The least served of the busy ``names``."""
-        return min(names, key=lambda name: (self._served[name], self._since[name]))
+        """The name that was served the fewest tokens, among busy ``names``."""
+        return min(names, key=lambda name: (self._served_tokens[name], self._last_turn[name]))
 
     def count_of(self, name: str) -> float:
-        """The tokens that were charged to a busy name."""
-        return self._served[name]
+        """The tokens served to a busy name, in virtual time."""
+        return self._served_tokens[name]
 
     def turn(self, name: str) -> None:
         """Give ``name`` its turn, and advance virtual time to its count."""
-        self.now = max(self.now, self._served[name])
-        self._since[name] = next(self._order)
+        self.virtual_time = max(self.virtual_time, self._served_tokens[name])
+        self._last_turn[name] = next(self._turn_numbers)
 
     def charge(self, name: str, tokens: float) -> None:
-        self._served[name] += tokens
+        """Count tokens that were computed for ``name``."""
+        self._served_tokens[name] += tokens
 
     def _forget(self) -> None:
-        """Drop the counts of idle names that virtual time has passed. If more than ``KEPT`` idle
-        names remain, drop the smallest counts too."""
-        idle = [name for name in self._served if name not in self._busy]
-        gone = [name for name in idle if not self._busy or self._served[name] <= self.now]
-        if len(idle) - len(gone) > KEPT:
-            gone = sorted(idle, key=self._served.__getitem__)[: len(idle) - KEPT]
-        for name in gone:
-            del self._served[name], self._since[name]
+        """Drop the counts of idle names that virtual time has passed, since such a name would
+        start at the current virtual time anyway. If more than ``MAX_IDLE`` idle names remain, drop
+        the smallest counts too."""
+        idle = [name for name in self._served_tokens if name not in self._request_counts]
+        expired = [
+            name
+            for name in idle
+            if not self._request_counts or self._served_tokens[name] <= self.virtual_time
+        ]
+        if len(idle) - len(expired) > MAX_IDLE:
+            expired = sorted(idle, key=self._served_tokens.__getitem__)[: len(idle) - MAX_IDLE]
+        for name in expired:
+            del self._served_tokens[name], self._last_turn[name]
 
 
-class Scheduler(Generic[E]):
-    """The queue, with room for ``places`` requests. It is not thread-safe: the caller holds a
-    lock."""
+class Scheduler(Generic[RequestT]):
+    """The queue, with room for ``capacity`` requests. It is not thread-safe: callers need a lock of
+    their own."""
 
-    def __init__(self, places: int) -> None:
-        self.places, self.waiting = places, 0
-        self._lines: dict[str, dict[str, deque[E]]] = {}  # by owner and flow; none is empty
-        self._owners = Shares()
-        self._flows: dict[str, Shares] = {}  # by busy owner
-        self._starts: deque[float] = deque(maxlen=33)  # when the last requests began
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.waiting = capacity, 0
+        # waiting requests in order, by owner and flow; no queue is empty
+        self._queues: dict[str, dict[str, deque[RequestT]]] = {}
+        self._owner_shares = Shares()
+        self._flows: dict[str, Shares] = {}  # the shares of its flows, by busy owner
+        # times in seconds at which the last requests left the queue
+        self._start_times: deque[float] = deque(maxlen=33)
 
-    def add(self, request: E) -> None:
-        """Put a request at the end of its line, but before requests of a higher ``priority``
-        number. ``Busy``: there is no place for it."""
-        lines = self._lines.get(request.owner, {})
-        theirs, flow_length = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
-        room = float(self.places - self.waiting)
-        if request.owner:  # places that the key may still take under the bound of its share
-            room = (SHARE * room - theirs) / (1 + SHARE)
-        if room <= 0 or flow_length >= SHARE * room:
-            whose = (
-                f"{theirs} of them of the same key and {flow_length}"
+    def add(self, request: RequestT) -> None:
+        """Put a request at the end of its flow's queue, but before requests with a higher
+        ``priority`` number. ``Busy``: the queue has no place for it."""
+        owner_queues = self._queues.get(request.owner, {})
+        owner_length = sum(map(len, owner_queues.values()))
+        flow_length = len(owner_queues.get(request.flow, ()))
+        free_count = float(self.capacity - self.waiting)
+        if request.owner:  # the places that the bound leaves for the key
+            free_count = (SHARE * free_count - owner_length) / (1 + SHARE)
+        if free_count <= 0 or flow_length >= SHARE * free_count:
+            queued_text = (
+                f"{owner_length} of them of the same key and {flow_length}"
                 if request.owner
                 else f"{flow_length} of them"
             )
             raise Busy(
-                f"Found: {self.waiting} requests that wait, {whose} for the same adapter. Expected:"
-                f" at most {self.places}, with room for others. Do: try again in"
+                f"Found: {self.waiting} requests that wait, {queued_text} for the same adapter."
+                f" Expected: at most {self.capacity}, with room for others. Do: try again in"
                 f" {self.retry_after():.0f} seconds.",
                 self.retry_after(),
             )
-        self._owners.enter(request.owner)
+        self._owner_shares.enter(request.owner)
         self._flows.setdefault(request.owner, Shares()).enter(request.flow)
-        line = self._grow(request)
-        ahead = sum(entry.priority <= request.priority for entry in line)
-        line.insert(ahead, request)
+        queue = self._count_in_queue(request)
+        position = sum(entry.priority <= request.priority for entry in queue)
+        queue.insert(position, request)
 
-    def push_back(self, request: E) -> None:
-        """Put a request that was taken back to the front of its line."""
-        self._grow(request).appendleft(request)
+    def push_back(self, request: RequestT) -> None:
+        """Put a request that ``take`` has returned back to the front of its queue."""
+        self._count_in_queue(request).appendleft(request)
 
-    def go_on(self, request: E) -> None:
-        """Put a request that was taken, and has more work, to the end of its line."""
-        self._grow(request).append(request)
+    def requeue(self, request: RequestT) -> None:
+        """Put a request that ``take`` has returned, and that has more work, at its queue's end."""
+        self._count_in_queue(request).append(request)
 
-    def take(self, without: Collection[Key] = ()) -> E | None:
+    def take(self, without: Collection[Key] = ()) -> RequestT | None:
         """Remove and return the next request whose blend is not in ``without``. Call ``ended`` when
-        it is over."""
-        first: dict[str, dict[str, E]] = {}  # by owner and flow, the next request
-        for owner, lines in self._lines.items():
-            for flow, line in lines.items():
+        the request has ended."""
+        candidates: dict[str, dict[str, RequestT]] = {}  # by owner and flow, the next request
+        for owner, owner_queues in self._queues.items():
+            for flow, queue in owner_queues.items():
                 if (
-                    request := next((entry for entry in line if entry.key not in without), None)
+                    request := next((entry for entry in queue if entry.key not in without), None)
                 ) is not None:
-                    first.setdefault(owner, {})[flow] = request
-        if not first:
+                    candidates.setdefault(owner, {})[flow] = request
+        if not candidates:
             return None
-        owner = self._owners.least(first)
+        owner = self._owner_shares.least(candidates)
         flows = self._flows[owner]
-        flow = flows.least(first[owner])
-        self._owners.turn(owner)
+        flow = flows.least(candidates[owner])
+        self._owner_shares.turn(owner)
         flows.turn(flow)
-        self._out(first[owner][flow])
-        return first[owner][flow]
+        self._remove_from_queue(candidates[owner][flow])
+        return candidates[owner][flow]
 
-    def remove(self, request: E) -> bool:
-        if request not in self._lines.get(request.owner, {}).get(request.flow, ()):
+    def remove(self, request: RequestT) -> bool:
+        """Remove a waiting request; returns whether it was waiting."""
+        if request not in self._queues.get(request.owner, {}).get(request.flow, ()):
             return False
-        self._out(request)
+        self._remove_from_queue(request)
         self.ended(request)
         return True
 
-    def waiting_requests(self) -> list[E]:
+    def waiting_requests(self) -> list[RequestT]:
         return [
-            request for lines in self._lines.values() for line in lines.values() for request in line
+            request
+            for owner_queues in self._queues.values()
+            for queue in owner_queues.values()
+            for request in queue
         ]
 
-    def by_service(self, requests: Iterable[E]) -> list[E]:
-        """Running requests, sorted stably: the least served key and adapter first."""
+    def by_service(self, requests: Iterable[RequestT]) -> list[RequestT]:
+        """Sort running requests by the tokens served to their key, then to their adapter, with the
+        fewest first. Requests with equal counts stay in order."""
         return sorted(
             requests,
             key=lambda request: (
-                self._owners.count_of(request.owner),
+                self._owner_shares.count_of(request.owner),
                 self._flows[request.owner].count_of(request.flow),
             ),
         )
 
-    def charge(self, request: E, tokens: float) -> None:
-        """Charge the tokens that were computed for a running request."""
-        self._owners.charge(request.owner, tokens)
+    def charge(self, request: RequestT, tokens: float) -> None:
+        """Count tokens that were computed for a running request, for its key and its adapter."""
+        self._owner_shares.charge(request.owner, tokens)
         self._flows[request.owner].charge(request.flow, tokens)
 
-    def began(self, moment: float) -> None:
+    def began(self, time: float) -> None:
         """Record the time, in seconds, at which a request left the queue for good."""
-        self._starts.append(moment)
+        self._start_times.append(time)
 
-    def ended(self, request: E) -> None:
-        self._owners.leave(request.owner)
+    def ended(self, request: RequestT) -> None:
+        """Record that a request has ended, so that its key or its adapter may be idle now."""
+        self._owner_shares.leave(request.owner)
         self._flows[request.owner].leave(request.flow)
         if not len(self._flows[request.owner]):
             del self._flows[request.owner]
 
     def retry_after(self) -> float:
-        """Seconds until half of the queue has begun, at the recent rate; between 1 and 60."""
-        if len(self._starts) < 2:
+        """Seconds after which a client may try again, between 1 and 60: half of the queue has begun
+        by then, at the recent rate."""
+        if len(self._start_times) < 2:
             return 1.0
-        each = (self._starts[-1] - self._starts[0]) / (len(self._starts) - 1)
-        return min(60.0, max(1.0, each * self.waiting / 2))
+        seconds_per_start = (self._start_times[-1] - self._start_times[0]) / (
+            len(self._start_times) - 1
+        )
+        return min(60.0, max(1.0, seconds_per_start * self.waiting / 2))
 
-    def _grow(self, request: E) -> deque[E]:
-        """Return the line of a request that is about to be added, and count it."""
+    def _count_in_queue(self, request: RequestT) -> deque[RequestT]:
+        """Return the queue to which the caller adds a request, and count the request."""
         self.waiting += 1
-        return self._lines.setdefault(request.owner, {}).setdefault(request.flow, deque())
+        return self._queues.setdefault(request.owner, {}).setdefault(request.flow, deque())
 
-    def _out(self, request: E) -> None:
-        lines = self._lines[request.owner]
-        lines[request.flow].remove(request)
-        if not lines[request.flow]:
-            del lines[request.flow]
-        if not lines:
-            del self._lines[request.owner]
+    def _remove_from_queue(self, request: RequestT) -> None:
+        owner_queues = self._queues[request.owner]
+        owner_queues[request.flow].remove(request)
+        if not owner_queues[request.flow]:
+            del owner_queues[request.flow]
+        if not owner_queues:
+            del self._queues[request.owner]
         self.waiting -= 1
 
 
 def fit_budget(lengths: list[int], budget: int) -> list[int]:
-    """The indices of the prompts that the next call computes, padded to the longest. The first
-    prompt is always one of them. Others join while rows × longest stays within ``budget`` tokens
-    and at most a quarter of it is padding."""
+    """Choose the prompts that the next forward call computes; returns their indices. ``lengths``:
+    tokens of each prompt. All are padded to the longest. The first prompt is always chosen. Others
+    join while rows × longest stays within ``budget`` tokens and at most a quarter of that is
+    padding."""
     chosen: list[int] = []
-    longest = real = 0
-    for position, length in enumerate(lengths):
-        width = max(longest, length)
-        area = width * (len(chosen) + 1)
-        if not chosen or (area <= budget and (real + length) * 4 >= area * 3):
-            chosen.append(position)
-            longest, real = width, real + length
+    longest = token_count = 0
+    for index, length in enumerate(lengths):
+        padded_length = max(longest, length)
+        padded_count = padded_length * (len(chosen) + 1)
+        is_dense = (token_count + length) * 4 >= padded_count * 3
+        if not chosen or (padded_count <= budget and is_dense):
+            chosen.append(index)
+            longest, token_count = padded_length, token_count + length
     return chosen

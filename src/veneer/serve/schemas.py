@@ -1,4 +1,4 @@
-"""The bodies that clients may send, by the rules of ``body_rules.py``."""
+"""The schemas of request bodies. They follow the rules of ``body_rules.py``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer.serve.chat_messages import (
     check_history,
     check_tools,
 )
-from veneer.serve.refusal import kind, wrong
+from veneer.serve.refusal import describe_value, value_error
 from veneer.serve.requests import Sampling
 from veneer.serve.sampling_fields import SamplingFields, TemplateFields
 from veneer.serve.tools.forced import MOST_CALLS, arguments_schema, calls_schema
@@ -29,57 +29,59 @@ T = TypeVar("T")
 
 
 def _limit_blend(value: Any) -> Any:
-    """Refuse a blend of too many adapters before its entries are validated."""
+    """Refuse a blend with too many adapters, before its entries are validated."""
     if isinstance(value, dict) and len(value) > limits.BLEND:
-        raise wrong(
+        raise value_error(
             f"{len(value):,} adapters in a blend", f"at most {limits.BLEND}", "leave some out"
         )
     return value
 
 
-def _prompts(field: str, most: int) -> Callable[[Any], Any]:
-    """A check of the form of ``prompt`` or ``input``, which is one of four, in words that know all
-    of them."""
+def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
+    """A validator of the JSON type of ``prompt`` or ``input``, which may be any of four. Its errors
+    name all four."""
     expected = (
-        f"a text, a list of 1 to {most} texts, a list of token ids, or a list of 1 to {most} such"
-        " lists"
+        f"a text, a list of 1 to {max_inputs} texts, a list of token ids, or a list of 1 to"
+        f" {max_inputs} such lists"
     )
-    nouns = {str: "texts", int: "numbers", list: "lists"}
+    type_nouns = {str: "texts", int: "numbers", list: "lists"}
 
     def check(value: Any) -> Any:
         if isinstance(value, str):
             return value
         if not isinstance(value, list) or not value:
-            raise wrong(f"{kind(value)} in {field}", expected, "send one of them")
-        kinds = {type(item) for item in value}
-        if len(kinds) > 1 or not kinds <= nouns.keys():
-            names = sorted({nouns.get(json_type, "something else") for json_type in kinds})
-            raise wrong(
-                f"a list of {' and '.join(names)} in {field}", expected, "send items of one kind"
+            raise value_error(f"{describe_value(value)} in {field}", expected, "send one of them")
+        element_types = {type(element) for element in value}
+        if len(element_types) > 1 or not element_types <= type_nouns.keys():
+            nouns = sorted({type_nouns.get(kind, "something else") for kind in element_types})
+            raise value_error(
+                f"a list of {' and '.join(nouns)} in {field}", expected, "send items of one kind"
             )
-        if kinds != {int} and len(value) > most:
-            problem = (
-                f"{len(value):,} {'texts' if kinds == {str} else 'lists of tokens'} in {field}"
-            )
-            raise wrong(problem, f"at most {most}", "send several requests")
+        if element_types != {int} and len(value) > max_inputs:
+            noun = "texts" if element_types == {str} else "lists of tokens"
+            problem = f"{len(value):,} {noun} in {field}"
+            raise value_error(problem, f"at most {max_inputs}", "send several requests")
         return value
 
     return check
 
 
 def _as_list(value: Any) -> Any:
+    """A list of inputs, also if there is only one."""
     return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
-def _stops(value: Any) -> Any:
-    few = isinstance(value, list) and len(value) <= limits.STOPS
-    if not (isinstance(value, str) or (few and all(isinstance(stop, str) for stop in value))):
+def _check_stops(value: Any) -> Any:
+    """Refuse a ``stop`` that is neither a text nor a short list of texts."""
+    is_short_list = isinstance(value, list) and len(value) <= limits.STOPS
+    is_text_list = is_short_list and all(isinstance(stop, str) for stop in value)
+    if not (isinstance(value, str) or is_text_list):
         problem = (
             f"{len(value):,} items in stop"
-            if isinstance(value, list) and not few
-            else f"{kind(value)} in stop"
+            if isinstance(value, list) and not is_short_list
+            else f"{describe_value(value)} in stop"
         )
-        raise wrong(
+        raise value_error(
             problem, f"a text, or a list of at most {limits.STOPS} texts", "send fewer, or others"
         )
     return value
@@ -95,13 +97,14 @@ Blend = Annotated[
 ]
 
 
-def _first(*values: T | None) -> T:
-    """The first that is not None."""
+def _first_set(*values: T | None) -> T:
+    """The first value that is not None."""
     return next(value for value in values if value is not None)
 
 
 class StreamOptions(Strict):
-    """``continuous_usage_stats``: vLLM's, the usage so far with each chunk."""
+    """OpenAI's stream options, and vLLM's ``continuous_usage_stats``, which adds the usage so far
+    to each chunk."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -109,7 +112,7 @@ class StreamOptions(Strict):
     @model_validator(mode="after")
     def _check_usage(self) -> Self:
         if self.continuous_usage_stats and not self.include_usage:
-            raise wrong(
+            raise value_error(
                 "continuous_usage_stats without include_usage",
                 "both, or neither",
                 "add include_usage = true",
@@ -141,9 +144,9 @@ class SchemaFormat(Strict):
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class Asked(Strict, SamplingFields, ABC):
-    """The fields that both kinds of completion have in common. ``adapters``, ``top_k`` and
-    ``cache_salt`` are not OpenAI's."""
+class GenerationRequest(Strict, SamplingFields, ABC):
+    """The fields that chats and completions share. ``adapters``, ``top_k`` and
+    ``cache_salt`` are additions to OpenAI's API."""
 
     model: Name
     adapters: Blend | None = None
@@ -153,7 +156,7 @@ class Asked(Strict, SamplingFields, ABC):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[Stop | Stops | None, BeforeValidator(_stops)] = None
+    stop: Annotated[Stop | Stops | None, BeforeValidator(_check_stops)] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
@@ -163,7 +166,7 @@ class Asked(Strict, SamplingFields, ABC):
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise wrong(
+            raise value_error(
                 "stream_options without stream",
                 "both, or neither",
                 "add stream = true",
@@ -175,34 +178,35 @@ class Asked(Strict, SamplingFields, ABC):
     def _check_sampling_fields(self) -> Self:
         if self.stream and self.prompt_logprobs is not None:
             do = "leave out stream"
-            raise wrong("prompt_logprobs with stream", "one of them", do, "prompt_logprobs")
+            raise value_error("prompt_logprobs with stream", "one of them", do, "prompt_logprobs")
         is_text = self.response_format is None or isinstance(self.response_format, TextFormat)
         if self.structured_outputs is not None and not is_text:
             problem = "structured_outputs beside response_format"
-            raise wrong(problem, "one of them", "send one", "structured_outputs")
-        most = self.token_limit()
-        if most == 0 and self.prompt_alternatives() is None:
+            raise value_error(problem, "one of them", "send one", "structured_outputs")
+        token_limit = self.token_limit()
+        if token_limit == 0 and self.prompt_alternative_count() is None:
             expected = "at least 1, or 0 with echo or prompt_logprobs"
-            raise wrong("the number 0 in max_tokens", expected, "ask for more", "max_tokens")
-        if most is not None and self.min_tokens > most:
-            problem = f"min_tokens {self.min_tokens} and max_tokens {most}"
-            raise wrong(problem, "at most max_tokens", "change one of them", "min_tokens")
+            raise value_error("the number 0 in max_tokens", expected, "ask for more", "max_tokens")
+        if token_limit is not None and self.min_tokens > token_limit:
+            problem = f"min_tokens {self.min_tokens} and max_tokens {token_limit}"
+            raise value_error(problem, "at most max_tokens", "change one of them", "min_tokens")
         return self
 
     def sampling(
         self,
         max_tokens: int,
-        choice: int,
-        base: SamplingDefaults,
+        answer_index: int,
+        defaults: SamplingDefaults,
         bad_words: Sequence[tuple[int, ...]] = (),
     ) -> Sampling:
-        """How answer ``choice`` of the call is sampled; each answer has its own seed. ``base``:
-        defaults of the fields that the client leaves out. ``bad_words``: the tokens of that
-        field."""
+        """The sampling settings of answer ``answer_index``. Each answer of a request has a seed of
+        its own. ``defaults``: the base's defaults for fields that the client leaves out.
+        ``bad_words``: the token sequences of that field."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        seed = None if self.seed is None else sample_seed(self.seed, choice)
-        temperature = _first(self.temperature, base.temperature, 1.0)
-        top_p, top_k = _first(self.top_p, base.top_p, 1.0), _first(self.top_k, base.top_k, 0)
+        seed = None if self.seed is None else sample_seed(self.seed, answer_index)
+        temperature = _first_set(self.temperature, defaults.temperature, 1.0)
+        top_p = _first_set(self.top_p, defaults.top_p, 1.0)
+        top_k = _first_set(self.top_k, defaults.top_k, 0)
         return Sampling(
             max_tokens,
             temperature,
@@ -210,26 +214,28 @@ class Asked(Strict, SamplingFields, ABC):
             max(top_k, 0),
             seed,
             stop,
-            self.alternatives(),
+            self.alternative_count(),
             self.schema_of_answer(),
-            prompt_logprobs=self.prompt_alternatives(),
+            prompt_logprobs=self.prompt_alternative_count(),
             **self.sampling_options(bad_words),
         )
 
     @abstractmethod
-    def alternatives(self) -> int | None:
-        """The number of alternatives for each token; None for no log-probabilities."""
+    def alternative_count(self) -> int | None:
+        """The number of alternatives to return with each token of the answer. None: return no
+        log-probabilities."""
 
     def token_limit(self) -> int | None:
-        """The client's limit of tokens of an answer."""
+        """The client's limit on the tokens of an answer; None without a limit."""
         return self.max_tokens
 
-    def prompt_alternatives(self) -> int | None:
-        """The number of alternatives for each token of the prompt; None if the prompt is not
-        scored."""
+    def prompt_alternative_count(self) -> int | None:
+        """The number of alternatives to return with each token of the prompt. None: do not score
+        the prompt."""
         return self.prompt_logprobs
 
     def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow."""
         if self.structured_outputs is not None:
             return self.structured_outputs.schema_of_answer()
         if isinstance(self.response_format, SchemaFormat):
@@ -237,7 +243,7 @@ class Asked(Strict, SamplingFields, ABC):
         return {"type": "object"} if isinstance(self.response_format, ObjectFormat) else None
 
 
-class ChatRequest(Asked, TemplateFields):
+class ChatRequest(GenerationRequest, TemplateFields):
     messages: Annotated[
         list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)
     ]
@@ -252,7 +258,7 @@ class ChatRequest(Asked, TemplateFields):
     @model_validator(mode="after")
     def _check_echo(self) -> Self:
         if self.echo and self.messages[-1].role != "assistant":
-            raise wrong(
+            raise value_error(
                 "echo, and a last message that is not the assistant's",
                 "one that the answer goes on from",
                 "leave out echo",
@@ -263,44 +269,46 @@ class ChatRequest(Asked, TemplateFields):
     @model_validator(mode="after")
     def _check_calls(self) -> Self:
         check_history(self.messages, "messages")
-        formatted = not isinstance(self.response_format, TextFormat | None)
-        param = "response_format" if formatted else "structured_outputs"
-        formatted = formatted or self.structured_outputs is not None
-        check_tools(self.tools, self.tool_choice, formatted, param)
+        has_format = not isinstance(self.response_format, TextFormat | None)
+        param = "response_format" if has_format else "structured_outputs"
+        has_format = has_format or self.structured_outputs is not None
+        check_tools(self.tools, self.tool_choice, has_format, param)
         return self
 
     @property
     def forced_tool(self) -> str | None:
-        """The tool that must be called; "" for any of them, None where none must."""
+        """The name of the tool that the answer must call; "": any tool; None: no call is forced."""
         if isinstance(self.tool_choice, NamedChoice):
             return self.tool_choice.function.name
         return "" if self.tool_choice == "required" else None
 
     def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
         return [] if self.tool_choice == "none" else self.tools
 
     @property
     def strict_tools(self) -> list[str]:
-        """The tools of which a call that the model need not write follows its schema."""
+        """The names of tools whose calls must follow their schemas, where no call is forced."""
         functions = [tool.function for tool in self.callable_tools()]
-        forced = self.forced_tool is not None
-        return [function.name for function in functions if function.strict and not forced]
+        is_forced = self.forced_tool is not None
+        return [function.name for function in functions if function.strict and not is_forced]
 
     def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow."""
         if self.forced_tool is None:
             return super().schema_of_answer()
-        pairs = [(tool.function.name, tool.function.parameters) for tool in self.tools]
+        schemas = [(tool.function.name, tool.function.parameters) for tool in self.tools]
         if self.forced_tool:
-            return arguments_schema(dict(pairs)[self.forced_tool])
-        return calls_schema(pairs, MOST_CALLS if self.parallel_tool_calls else 1)
+            return arguments_schema(dict(schemas)[self.forced_tool])
+        return calls_schema(schemas, MOST_CALLS if self.parallel_tool_calls else 1)
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> Self:
+    def _check_field_pairs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise wrong(
+            raise value_error(
                 "top_logprobs without logprobs",
                 "both, or neither",
                 "add logprobs = true",
@@ -314,35 +322,35 @@ class ChatRequest(Asked, TemplateFields):
                 f"max_tokens {self.max_tokens} beside max_completion_tokens"
                 f" {self.max_completion_tokens}"
             )
-            raise wrong(
+            raise value_error(
                 problem, "one of them", "leave out max_tokens, the older name", "max_tokens"
             )
         return self
 
-    def alternatives(self) -> int | None:
+    def alternative_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         str
         | Tokens
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)]
         | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)],
-        BeforeValidator(_prompts("prompt", limits.PROMPTS)),
+        BeforeValidator(_input_check("prompt", limits.PROMPTS)),
         AfterValidator(_as_list),
     ]
     logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     add_special_tokens: bool = True
 
-    def alternatives(self) -> int | None:
+    def alternative_count(self) -> int | None:
         return self.logprobs
 
-    def prompt_alternatives(self) -> int | None:
-        echoed = self.logprobs if self.echo else None
-        if echoed is None and self.echo and self.max_tokens == 0:
-            echoed = 0  # nothing else of it is computed
-        counts = [count for count in (self.prompt_logprobs, echoed) if count is not None]
+    def prompt_alternative_count(self) -> int | None:
+        echo_count = self.logprobs if self.echo else None
+        if echo_count is None and self.echo and self.max_tokens == 0:
+            echo_count = 0  # such a request computes nothing but the scores of the prompt
+        counts = [count for count in (self.prompt_logprobs, echo_count) if count is not None]
         return max(counts, default=None)
 
 
@@ -354,7 +362,7 @@ class EmbeddingRequest(Strict):
         | Tokens
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)]
         | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)],
-        BeforeValidator(_prompts("input", limits.INPUTS)),
+        BeforeValidator(_input_check("input", limits.INPUTS)),
         AfterValidator(_as_list),
     ]
     encoding_format: Literal["float", "base64"] = "float"
@@ -362,7 +370,7 @@ class EmbeddingRequest(Strict):
 
 
 class LoadRequest(Strict):
-    """As vLLM's, and ``pin``. ``lora_path`` may be left out for a name that is known already."""
+    """vLLM's fields, and ``pin``. ``lora_path`` may be left out if the name is served already."""
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None

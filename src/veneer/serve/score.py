@@ -1,12 +1,12 @@
-"""Scores of pairs of texts, and documents ranked by their scores for a query: vLLM's and Jina's
-routes.
+"""Score pairs of texts, and rank documents by their scores for a query, with the routes of vLLM and
+Jina.
 
     POST /score  /v1/score                  text_1, text_2 → a score for each pair
     POST /rerank  /v1/rerank  /v2/rerank    query, documents → results, the best first
 
-An encoder scores a pair by the cosine of its two vectors. A classifier of one label reads both
-texts at once and scores by its logit, through a sigmoid unless its config names another
-activation.
+If the base is an encoder, the score of a pair is the cosine of the two vectors. If the base is a
+classifier with one label, it reads both texts together, and the score is its logit, after a sigmoid
+unless its config names another activation.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from torch.nn.functional import cosine_similarity
 from veneer.errors import AdapterError, SelectionError, sentence
 from veneer.serve import limits, prompts
 from veneer.serve.access import Key
-from veneer.serve.answers import of_cause
+from veneer.serve.answers import refusal_of_cause
 from veneer.serve.body_rules import Name, Strict
 from veneer.serve.embed import Embedder
-from veneer.serve.refusal import Refusal, wrong
+from veneer.serve.refusal import Refusal, value_error
 from veneer.serve.requests import cause_of
 from veneer.serve.sampling_fields import Truncation
 from veneer.serve.schemas import Blend
@@ -41,7 +41,7 @@ from veneer.serve.service import (
     Serving,
     in_text_thread,
     requested_adapters,
-    unless_gone,
+    unless_disconnected,
 )
 
 router = APIRouter(route_class=Route)
@@ -50,7 +50,7 @@ Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limi
 
 
 class PairRequest(Strict):
-    """The fields that both kinds of call have in common."""
+    """The fields that score and rerank requests share."""
 
     model: Name
     adapters: Blend | None = None
@@ -58,7 +58,7 @@ class PairRequest(Strict):
     use_activation: bool = True
 
 
-#: vLLM's other names of the two sides of pairs
+#: vLLM's other names for the fields with the first and the second texts of pairs
 PAIR_NAMES = {
     "queries": "text_1",
     "data_1": "text_1",
@@ -69,36 +69,37 @@ PAIR_NAMES = {
 
 
 class ScoreRequest(PairRequest):
-    """The two sides may have other names (``PAIR_NAMES``)."""
+    """``text_1`` and ``text_2`` may have other names (``PAIR_NAMES``)."""
 
     text_1: str | Texts
     text_2: str | Texts
 
     @model_validator(mode="before")
     @classmethod
-    def _rename(cls, data: Any) -> Any:
-        sent = [name for name in PAIR_NAMES if isinstance(data, dict) and name in data]
-        for name in sent:
-            side = PAIR_NAMES[name]
-            if side in data or [PAIR_NAMES[alias] for alias in sent].count(side) > 1:
-                raise wrong(f"{name} beside another name of it", "one", f"send {side}", name)
-        return {PAIR_NAMES.get(name, name): data[name] for name in data} if sent else data
+    def _rename_fields(cls, data: Any) -> Any:
+        aliases = [name for name in PAIR_NAMES if isinstance(data, dict) and name in data]
+        for name in aliases:
+            field = PAIR_NAMES[name]
+            if field in data or [PAIR_NAMES[alias] for alias in aliases].count(field) > 1:
+                raise value_error(f"{name} beside another name of it", "one", f"send {field}", name)
+        return {PAIR_NAMES.get(name, name): data[name] for name in data} if aliases else data
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
-        first, second = len(self.texts(self.text_1)), len(self.texts(self.text_2))
-        if first not in (1, second):
-            problem = f"{first} texts in text_1 and {second} in text_2"
-            raise wrong(problem, "one, or as many", "send as many as in text_2", "text_1")
+        first_count, second_count = len(self.texts(self.text_1)), len(self.texts(self.text_2))
+        if first_count not in (1, second_count):
+            problem = f"{first_count} texts in text_1 and {second_count} in text_2"
+            raise value_error(problem, "one, or as many", "send as many as in text_2", "text_1")
         return self
 
     @staticmethod
-    def texts(sent: str | list[str]) -> list[str]:
-        return [sent] if isinstance(sent, str) else sent
+    def texts(value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
 
     def pairs(self) -> list[tuple[str, str]]:
-        first, second = self.texts(self.text_1), self.texts(self.text_2)
-        return list(zip(first * (len(second) // len(first)), second, strict=True))
+        first_texts, second_texts = self.texts(self.text_1), self.texts(self.text_2)
+        first_texts = first_texts * (len(second_texts) // len(first_texts))
+        return list(zip(first_texts, second_texts, strict=True))
 
 
 class Document(Strict):
@@ -106,7 +107,7 @@ class Document(Strict):
 
 
 class RerankRequest(PairRequest):
-    """``top_n`` 0: all of them."""
+    """``top_n``: the number of documents to return; 0: all."""
 
     query: str
     documents: Annotated[
@@ -124,8 +125,8 @@ class RerankRequest(PairRequest):
 @router.post("/score")
 @router.post("/v1/score", include_in_schema=False)
 async def score(body: ScoreRequest, request: Request, service: Serving, key: Asker) -> Response:
-    """A score for each pair of texts; an encoder's or a classifier's."""
-    scores, count = await _scores(request, service, key, body, body.pairs())
+    """Score pairs of texts, with an encoder or a classifier."""
+    scores, token_count = await _score_pairs(request, service, key, body, body.pairs())
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
     return JSONResponse(
         {
@@ -134,7 +135,7 @@ async def score(body: ScoreRequest, request: Request, service: Serving, key: Ask
             "created": int(time.time()),
             "model": body.model,
             "data": data,
-            "usage": {"prompt_tokens": count, "total_tokens": count},
+            "usage": {"prompt_tokens": token_count, "total_tokens": token_count},
         }
     )
 
@@ -143,79 +144,84 @@ async def score(body: ScoreRequest, request: Request, service: Serving, key: Ask
 @router.post("/v1/rerank", include_in_schema=False)
 @router.post("/v2/rerank", include_in_schema=False)
 async def rerank(body: RerankRequest, request: Request, service: Serving, key: Asker) -> Response:
-    """Documents in the order of their scores for a query."""
+    """Rank documents by their scores for a query."""
     texts = body.texts()
     pairs = [(body.query, text) for text in texts]
-    scores, count = await _scores(request, service, key, body, pairs)
-    order = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or len(texts)]
+    scores, token_count = await _score_pairs(request, service, key, body, pairs)
+    ranked = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or len(texts)]
     results = [
         {
             "index": i,
             **({"document": {"text": texts[i]}} if body.return_documents else {}),
             "relevance_score": scores[i],
         }
-        for i in order
+        for i in ranked
     ]
     return JSONResponse(
         {
             "id": f"rerank-{uuid.uuid4().hex}",
             "model": body.model,
-            "usage": {"prompt_tokens": count, "total_tokens": count},
+            "usage": {"prompt_tokens": token_count, "total_tokens": token_count},
             "results": results,
         }
     )
 
 
-async def _scores(
+async def _score_pairs(
     request: Request,
     service: Service,
     key: Key,
     body: PairRequest,
     pairs: Sequence[tuple[str, str]],
 ) -> tuple[list[float], int]:
-    """A score for each pair, and the number of tokens that were encoded."""
+    """The score of each pair, and the number of tokens that were encoded."""
     blend = await requested_adapters(service, key, body.model, body.adapters)
     embedder = embedder_of(service)
-    if embedder.labels:
+    if embedder.label_count:
         sequences: list[tuple[str, ...]] = list(pairs)
-    else:  # a text of several pairs is encoded once
+    else:  # encode a text that is in several pairs once
         sequences = [(text,) for text in dict.fromkeys(text for pair in pairs for text in pair)]
-    ids, types = await _read(service, sequences, body.truncate_prompt_tokens)
-    options = {"types": types, "head": True} if embedder.labels else {}
+    ids, token_types = await _tokenize(service, sequences, body.truncate_prompt_tokens)
+    options = {"token_types": token_types, "with_head": True} if embedder.label_count else {}
     vectors = await vectors_of(request, service, key, ids, blend, **options)
-    count = sum(map(len, ids))
-    if embedder.labels:
+    token_count = sum(map(len, ids))
+    if embedder.label_count:
         logits = torch.stack(vectors)[:, 0]
-        activated = body.use_activation and _has_sigmoid(embedder.model.config)
-        return (logits.sigmoid() if activated else logits).tolist(), count
-    by_text = {text: vector for (text,), vector in zip(sequences, vectors, strict=True)}
-    first = torch.stack([by_text[text] for text, _ in pairs])
-    second = torch.stack([by_text[text] for _, text in pairs])
-    return cosine_similarity(first, second).tolist(), count
+        applies_sigmoid = body.use_activation and _has_sigmoid(embedder.model.config)
+        return (logits.sigmoid() if applies_sigmoid else logits).tolist(), token_count
+    vectors_by_text = {text: vector for (text,), vector in zip(sequences, vectors, strict=True)}
+    first_vectors = torch.stack([vectors_by_text[text] for text, _ in pairs])
+    second_vectors = torch.stack([vectors_by_text[text] for _, text in pairs])
+    return cosine_similarity(first_vectors, second_vectors).tolist(), token_count
 
 
-async def _read(
+async def _tokenize(
     service: Service, sequences: Sequence[tuple[str, ...]], truncate: int | None
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """The tokens, and their types, of texts or pairs. ``Refusal``: one that does not fit."""
-    most = service.length if truncate is None or truncate < 1 else min(truncate, service.length)
+    """The token ids and token types of texts, or of pairs of texts. ``Refusal``: one does not fit
+    into the context."""
+    limit = None if truncate is None or truncate < 1 else truncate
+    max_tokens = min(limit or service.length, service.length)
     ids: list[tuple[int, ...]] = []
-    types: list[tuple[int, ...]] = []
+    token_types: list[tuple[int, ...]] = []
 
-    def read(group: Sequence[tuple[str, ...]]) -> None:
+    def tokenize_group(group: Sequence[tuple[str, ...]]) -> None:
         for texts in group:
             for text in texts:
                 prompts.check_fits(
-                    service.tokenizer, text, prompts.readable(service.length, truncate), "text_1"
+                    service.tokenizer,
+                    text,
+                    prompts.max_prompt_tokens(service.length, truncate),
+                    "text_1",
                 )
-            options = {} if truncate is None else {"truncation": True, "max_length": most}
+            options = {} if truncate is None else {"truncation": True, "max_length": max_tokens}
             encoded = service.tokenizer(*texts, return_token_type_ids=True, **options)
             ids.append(tuple(encoded["input_ids"]))
-            types.append(tuple(encoded["token_type_ids"]))
+            token_types.append(tuple(encoded["token_type_ids"]))
 
-    for group in prompts.groups(sequences, size_of=lambda texts: sum(map(len, texts))):
-        size = sum(len(text) for texts in group for text in texts)
-        await in_text_thread(service, size, lambda group=group: read(group))
+    for group in prompts.group_texts(sequences, size_of=lambda texts: sum(map(len, texts))):
+        char_count = sum(len(text) for texts in group for text in texts)
+        await in_text_thread(service, char_count, lambda group=group: tokenize_group(group))
     longest = max(map(len, ids))
     if longest > service.length:
         message = sentence(
@@ -226,7 +232,7 @@ async def _read(
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     if not min(map(len, ids)):
         raise Refusal(400, "a text without a token", "at least one", "send some text")
-    return ids, types
+    return ids, token_types
 
 
 def embedder_of(service: Service) -> Embedder:
@@ -249,22 +255,22 @@ async def vectors_of(
     blend: dict[str, float],
     **options: Any,
 ) -> list[Tensor]:
-    """The vectors of some texts, or what else ``Embedder.submit`` computes."""
+    """The result of ``Embedder.submit``, with ``options``: the vectors of texts, or logits."""
     embedder = embedder_of(service)
     try:
         computation = embedder.submit(tokens, blend, service.timeout, key.owner, **options)
-        return await unless_gone(request, asyncio.wrap_future(computation))
-    except (AdapterError, SelectionError, Refusal) as error:  # as the engine has it
+        return await unless_disconnected(request, asyncio.wrap_future(computation))
+    except (AdapterError, SelectionError, Refusal) as error:  # answered like errors of the engine
         if isinstance(error, Refusal) and error.code != "engine_error":
             raise
-        raise of_cause(str(error), cause_of(error), key.admin) from error
+        raise refusal_of_cause(str(error), cause_of(error), key.admin) from error
 
 
 def _has_sigmoid(config: Any) -> bool:
-    """Whether a classifier's logit becomes a score by a sigmoid: unless sentence-transformers'
-    fields of its config name no activation at all."""
-    fields = getattr(config, "sentence_transformers", None) or {}
-    name = fields.get("activation_fn") or getattr(
+    """Whether a classifier's logit becomes a score by a sigmoid. It does, unless the config's
+    fields of sentence-transformers name the identity as activation."""
+    library_fields = getattr(config, "sentence_transformers", None) or {}
+    name = library_fields.get("activation_fn") or getattr(
         config, "sbert_ce_default_activation_function", None
     )
     return not str(name).endswith("Identity")

@@ -1,9 +1,10 @@
-"""``served.json`` in a folder of adapters: changes through the API that outlast a restart.
+"""Read and write ``served.json`` in a folder of adapters. It records the changes made through the
+API, so that they outlast a restart of the server.
 
     {"format": 1, "names": {"fr": {"path": "runs/7/adapter"}}, "pinned": [], "hidden": []}
 
-``names``: names that the folder itself does not have. ``hidden``: folders that exist but are not
-served.
+``names``: adapters that the API added, with their paths. ``pinned``: adapters that stay in memory.
+``hidden``: adapters of the folder that the API removed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from veneer.store.library import NAME
 log = logging.getLogger("veneer.serve")
 
 FORMAT, STATE_FILE = 1, "served.json"
-MAX_STATE_FILE = 16 * 2**20
+MAX_STATE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class ServedState:
-    """The content of ``served.json``: paths by name, pinned names, hidden names."""
+    """The content of ``served.json``: ``names`` has adapter paths by name."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     pinned: frozenset[str] = frozenset()
@@ -38,14 +39,15 @@ class ServedState:
 
 
 def read_state(folder: Path) -> ServedState:
-    """``ConfigError``: the file is damaged."""
+    """Read ``served.json``; without such a file the state is empty. ``ConfigError``: the file is
+    damaged."""
     file = folder / STATE_FILE
     try:
         status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait, a device never ends
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
             raise ValueError("no regular file")
-        if status.st_size > MAX_STATE_FILE:
-            raise ValueError(f"more than {MAX_STATE_FILE:,} bytes")
+        if status.st_size > MAX_STATE_BYTES:
+            raise ValueError(f"more than {MAX_STATE_BYTES:,} bytes")
         content = parse(file.read_bytes())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
@@ -73,9 +75,9 @@ def write_state(folder: Path, state: ServedState) -> None:
 
 @contextmanager
 def lock_state(folder: Path) -> Iterator[None]:
-    """A block in which no other server of this folder changes ``served.json``. The folder itself is
-    locked, because a read-only mount can hold no lock file."""
-    import fcntl  # imported here: a system without it can serve, but not change adapters
+    """Within this block, no other server changes ``served.json`` in the folder. The folder itself
+    is locked, because a read-only mount cannot have a lock file."""
+    import fcntl  # here, so that a system without fcntl can serve, though not change adapters
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -88,7 +90,7 @@ def lock_state(folder: Path) -> Iterator[None]:
             )
         yield
     finally:
-        # closing is not enough: a process that was forked meanwhile also holds the descriptor
+        # closing is not enough: a process forked meanwhile also has the descriptor, and so the lock
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -1,5 +1,5 @@
-"""The state that all routes share (``Service``), and the dependencies of routes: the request's key
-and the adapters that it names."""
+"""The state that all routes share (``Service``), and the parameters that FastAPI passes to routes:
+the service and the request's key."""
 
 from __future__ import annotations
 
@@ -38,57 +38,63 @@ T = TypeVar("T")
 
 @dataclass
 class Service:
-    """A base, its adapters and the engine that serves them."""
+    """A base with its adapters, and what serves them to clients."""
 
-    base: str  # its model name in the API
-    source: str  # folder, file, package or hub id
+    base: str  # the model name of the base in the API
+    source: str  # where the base is: a folder, file, package or hub id
     tokenizer: Any
     bank: Any
     catalogue: Catalogue
     keys: Keyring
     metrics: Metrics
-    length: int  # most tokens of a prompt and its answer together
-    vocabulary: int  # number of tokens of the base
+    length: int  # context length: the most tokens of a prompt and its answer together
+    vocabulary: int  # number of token ids of the base
     engine: Any = None  # answers completions; None for an encoder
     embedder: Embedder | None = None  # answers embeddings; None for a causal model
     extensions: list[Extension] = field(default_factory=list)
-    sampling: SamplingDefaults = field(
-        default_factory=SamplingDefaults
-    )  # for fields that a request leaves out
-    tool_call_parser: str | None = None  # name; None: detected from the chat template
+    # values of sampling fields that a request leaves out
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    tool_call_parser: str | None = None  # name of a parser; None: detect it from the template
     timeout: float = 600.0  # seconds that an answer may take
-    dtype: str = "float32"  # of the base's weights, as torch names it
-    hosts: tuple[str, ...] | None = None  # accepted values of the Host header; None: all
+    dtype: str = "float32"  # of the base's weights, by torch's name
+    hosts: tuple[str, ...] | None = None  # host names accepted in the Host header; None: all
     cors: tuple[str, ...] = ()  # origins of web pages that may send requests
     docs: bool = False  # whether /docs is served
     tracer: Tracer | None = None
     key_watch: FileWatch | None = None
     draining: bool = False
-    reading: int = 0  # characters waiting for the tokenizer; written by the event loop only
-    started: int = field(default_factory=lambda: int(time.time()))
-    texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
-    bodies: ThreadPoolExecutor = field(
+    waiting_chars: int = 0  # characters that wait for the tokenizer; only the event loop changes it
+    started: int = field(default_factory=lambda: int(time.time()))  # in seconds since 1970
+    text_executor: ThreadPoolExecutor = field(  # runs the tokenizer
+        default_factory=lambda: ThreadPoolExecutor(1, "veneer-text")
+    )
+    body_executor: ThreadPoolExecutor = field(  # parses large bodies
         default_factory=lambda: ThreadPoolExecutor(1, "veneer-bodies")
     )
-    admin: ThreadPoolExecutor = field(init=False)
+    admin_executor: ThreadPoolExecutor = field(init=False)  # loads and unloads adapters
 
     def __post_init__(self) -> None:
-        self.admin = ThreadPoolExecutor(1, "veneer-admin", initializer=self.bank.throttle_loads)
+        throttle = self.bank.throttle_loads
+        self.admin_executor = ThreadPoolExecutor(1, "veneer-admin", initializer=throttle)
 
     @property
     def ready(self) -> bool:
+        """Whether the service takes requests."""
         engine_ready = self.engine is None or self.engine.ready
         extensions_ready = all(extension.ready for extension in self.extensions)
         return not self.draining and engine_ready and extensions_ready
 
     def extension_of(self, model: str) -> Extension | None:
-        """The extension that resolves a model name, if one does."""
-        matches = (e for e in self.extensions if model.startswith(e.model_prefix))
+        """The extension that resolves a model name; None if the name belongs to no extension."""
+        matches = (
+            extension for extension in self.extensions if model.startswith(extension.model_prefix)
+        )
         return next(matches, None)
 
-    def unready(self) -> Refusal:
+    def unready_refusal(self) -> Refusal:
+        """The refusal of a request while the service is not ready."""
         if self.draining:
-            return refusal.draining()
+            return refusal.draining_refusal()
         message = sentence(
             "an engine that does not run", "one that does", "look at the log, start it again"
         )
@@ -110,74 +116,77 @@ class Service:
             extension.close()
         for worker in filter(None, (self.engine, self.embedder)):
             worker.close()
-        self.texts.shutdown(wait=False, cancel_futures=True)
-        self.bodies.shutdown(wait=False, cancel_futures=True)
-        self.admin.shutdown(
-            cancel_futures=True
-        )  # an adapter that is being loaded may still be recorded
+        self.text_executor.shutdown(wait=False, cancel_futures=True)
+        self.body_executor.shutdown(wait=False, cancel_futures=True)
+        # wait for a load that runs, since it may still be recorded
+        self.admin_executor.shutdown(cancel_futures=True)
         if self.tracer is not None:
             self.tracer.close()
 
 
 async def beside_loop(service: Service, body: bytes, read: Callable[[bytes], T]) -> T:
-    """The result of ``read(body)``. A large body is read in a thread, since that may take
-    seconds."""
+    """The result of ``read(body)``. For a large body, ``read`` runs in a thread, since it may take
+    seconds and would block the event loop."""
     if len(body) <= limits.PARSED_INLINE:
         return read(body)
-    return await asyncio.get_running_loop().run_in_executor(service.bodies, read, body)
+    return await asyncio.get_running_loop().run_in_executor(service.body_executor, read, body)
 
 
-def _read_json(body: bytes) -> Any:
+def _parse_json(body: bytes) -> Any:
     try:
         return parse(body)
     except ValueError as error:
-        # the one kind of exception that FastAPI lets through here
+        # FastAPI would turn any other exception into its own answer
         raise HTTPException(
             400, sentence(f"no JSON ({error})", "a JSON object", "check the body")
         ) from error
 
 
-class _Strict(Request):
-    """A request whose JSON is read strictly: no key twice, no NaN, no half of a surrogate pair,
-    bounded depth."""
+class _StrictRequest(Request):
+    """A request whose JSON is parsed strictly: no duplicate keys, no NaN, no half of a surrogate
+    pair, and a bounded depth."""
 
     _content: Any = None
 
     async def json(self) -> Any:
-        return _read_json(await self.body()) if self._content is None else self._content
+        return _parse_json(await self.body()) if self._content is None else self._content
 
-    async def read_large(self, model: Any) -> None:
-        """Have a large body read by a thread, and made a ``model`` of, which FastAPI then takes as
-        it is."""
+    async def parse_large_body(self, model: Any) -> None:
+        """Parse and validate a large body in a thread. ``json`` then returns the instance of
+        ``model``, which FastAPI does not validate again."""
         body = await self.body()
         if len(body) > limits.PARSED_INLINE and "json" in self.headers.get("content-type", ""):
             self._content = await beside_loop(
-                self.app.state.service, body, partial(_read_model, model)
+                self.app.state.service, body, partial(_parse_model, model)
             )
 
 
-def _read_model(model: Any, body: bytes) -> Any:
-    value = _read_json(body)
+def _parse_model(model: Any, body: bytes) -> Any:
+    value = _parse_json(body)
     try:
         return model.model_validate(value)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False), body=value) from error
 
 
-def _reading_large(
+def _with_large_bodies(
     handle: Callable[[Any], Coroutine[Any, Any, Response]], model: Any
 ) -> Callable[[Any], Coroutine[Any, Any, Response]]:
-    async def read_and_handle(request: Any) -> Response:
-        await request.read_large(model)
+    """A request handler that parses a large body in a thread before it calls ``handle``."""
+
+    async def parse_and_handle(request: Any) -> Response:
+        await request.parse_large_body(model)
         return await handle(request)
 
-    return read_and_handle
+    return parse_and_handle
 
 
 class Route(APIRoute):
+    """A route that parses bodies strictly, large ones in a thread, and answers HEAD like GET."""
+
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        # the first sentence of the function's docstring, in place of its name
+        # OpenAPI shows the first sentence of the function's docstring, not the function's name
         sentences = " ".join(self.description.split()).split(". ")
         self.summary = self.summary or sentences[0].removesuffix(".") or None
 
@@ -185,21 +194,21 @@ class Route(APIRoute):
         handle = super().get_route_handler()
         model = None if self.body_field is None else self.body_field.field_info.annotation
         if isinstance(model, type) and issubclass(model, BaseModel):
-            handle = _reading_large(handle, model)
+            handle = _with_large_bodies(handle, model)
 
-        async def strict(request: Request) -> Response:
-            return await self.respond(handle, _Strict(request.scope, request.receive))
+        async def handle_strictly(request: Request) -> Response:
+            return await self.respond(handle, _StrictRequest(request.scope, request.receive))
 
-        return strict
+        return handle_strictly
 
     async def respond(
         self, handle: Callable[[Request], Awaitable[Response]], request: Request
     ) -> Response:
-        """The answer of this route, where ``handle`` gives it or raises."""
+        """Call ``handle``. A subclass can override this to answer its errors in another way."""
         return await handle(request)
 
-    # RFC 9110, 9.1: a server answers HEAD wherever it answers GET; uvicorn leaves the body out. In
-    # `methods` it would be a second operation of the same id for OpenAPI.
+    # RFC 9110, 9.1: a server answers HEAD where it answers GET; uvicorn omits the body. HEAD is not
+    # in `methods`, since OpenAPI would then list a second operation with the same id.
 
     def matches(self, scope: Any) -> Any:
         return super().matches({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope)
@@ -211,7 +220,7 @@ class Route(APIRoute):
             await super().handle(scope, receive, send)
 
 
-# Async, because FastAPI runs every other dependency in a thread, a hop for each request.
+# These dependencies are async: FastAPI would run others in a thread, which costs time.
 
 
 async def _service(request: Request) -> Service:
@@ -234,6 +243,7 @@ async def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
     return key
 
 
+#: types of routes' parameters: the service, the request's key, and a key that must be an admin's
 Serving = Annotated[Service, Depends(_service)]
 Asker = Annotated[Key, Depends(_key)]
 Admin = Annotated[Key, Depends(_admin)]
@@ -242,8 +252,8 @@ Admin = Annotated[Key, Depends(_admin)]
 async def requested_adapters(
     service: Service, key: Key, model: str, blend: dict[str, float] | None
 ) -> dict[str, float]:
-    """The adapters that a call means: {name: weight}, {} for the base. ``Refusal``: 404 for a name
-    that is absent and for one that the key may not use, in the same words."""
+    """The adapters that a request names: {name: weight}, and {} for the base. ``Refusal``: status
+    404, with one message for a name that does not exist and one that the key may not use."""
     if blend is None:
         blend = {} if model == service.base else {model.removeprefix(f"{service.base}:"): 1.0}
     elif model != service.base:
@@ -252,9 +262,8 @@ async def requested_adapters(
             problem, f"model {service.base!r}", "name the base, and each adapter in adapters"
         )
         raise Refusal(400, message, param="adapters")
-    if not key.may_use(blend) or not (
-        any(blend.values()) or key.base
-    ):  # weights of zero are the base alone
+    # a blend whose weights are all zero is the base
+    if not key.may_use(blend) or not (any(blend.values()) or key.base):
         raise refusal.no_such_model(next(iter(blend)) if len(blend) == 1 else model)
     if not all(map(service.catalogue.known, blend)):
         await asyncio.to_thread(service.catalogue.refresh)
@@ -265,26 +274,28 @@ async def requested_adapters(
 
 
 def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Tokenizers of transformers keep state between calls, so one thread runs them all. Its queue
-    is bounded by the size of the texts, in characters: a large text takes a second, and a short one
-    behind forty of them would seem to hang. ``Busy``: too much waits already."""
-    if service.reading and service.reading + size > limits.READING:
-        problem = f"{service.reading:,} characters that wait to be read"
+    """Run ``work``, which uses the tokenizer, in the one thread for such work: tokenizers of
+    transformers have state between calls. ``size``: the characters of its texts. The number of
+    characters that wait is bounded, because a large text takes a second, and a short text must not
+    wait behind forty of them. ``Busy``: too many characters wait already."""
+    if service.waiting_chars and service.waiting_chars + size > limits.READING:
+        problem = f"{service.waiting_chars:,} characters that wait to be read"
         raise Busy(sentence(problem, f"at most {limits.READING:,}", "send it again later"), 2.0)
 
-    def read(_: Any) -> None:
-        service.reading -= size
+    def release(_: Any) -> None:
+        service.waiting_chars -= size
 
-    service.reading += size
-    run = copy_context().run  # the work belongs to this request (``request_log.CURRENT``)
-    reading = asyncio.get_running_loop().run_in_executor(service.texts, run, work)
-    reading.add_done_callback(read)
-    return reading
+    service.waiting_chars += size
+    # ``work`` sees the request's context variables (``request_log.CURRENT_RECORD``)
+    run = copy_context().run
+    running = asyncio.get_running_loop().run_in_executor(service.text_executor, run, work)
+    running.add_done_callback(release)
+    return running
 
 
 async def await_or_undo(work: asyncio.Future[T], undo: Callable[[T], object]) -> T:
-    """The result of ``work``, which goes on if the caller is cancelled; its result is undone
-    then."""
+    """Await ``work``. If the caller is cancelled, ``work`` goes on, and ``undo`` is called with its
+    result when it has ended."""
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -292,21 +303,21 @@ async def await_or_undo(work: asyncio.Future[T], undo: Callable[[T], object]) ->
         raise
 
 
-async def unless_gone(request: Request, work: Any) -> Any:
-    """The result of ``work``. ``Refusal``: the client went away first, and the work is
-    cancelled."""
+async def unless_disconnected(request: Request, work: Any) -> Any:
+    """Await ``work``. ``Refusal``: the client disconnected first, and ``work`` was cancelled."""
 
-    async def gone() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    work_task = asyncio.ensure_future(work)
+    disconnect_task = asyncio.ensure_future(wait_for_disconnect())
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait((work_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
+        if not work_task.done():
             raise Refusal(499, "a client that went away", "one that waits", "send it again")
-        return working.result()
+        return work_task.result()
     finally:
-        for task in (working, leaving):
+        for task in (work_task, disconnect_task):
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(work_task, disconnect_task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The options of `veneer serve`. Nothing of a model is loaded for them."""
+"""The options of `veneer serve`. Importing this file loads no model library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from veneer.errors import ConfigError, listing, raise_all, sentence
 from veneer.serve.request_log import FORMATS
 
-_UNITS = {
+#: bytes by unit
+_BYTE_UNITS = {
     "": 1,
     "k": 10**3,
     "m": 10**6,
@@ -22,104 +23,108 @@ _UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
-#: torch's words for what a base is loaded in, and ``load_base``'s
-_TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_PRECISIONS = ("auto", "stored", *_TORCH.values())
+#: the values of ``--precision`` by torch's name of the dtype
+_PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_PRECISIONS = ("auto", "stored", *_PRECISION_OF_DTYPE.values())
+#: an origin as browsers send it: scheme, host and perhaps port
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `veneer serve` of the same names."""
+    """The values of the options of `veneer serve` with the same names."""
 
     base: str
-    name: str  # what clients call the base
-    adapters: str | None = None  # a folder, a library, or a place such as s3://bucket/adapters
-    memory: int | None = None  # bytes that adapters may take
-    pin: tuple[str, ...] = ()
-    rows: int = 16
-    length: int = 2048
-    queue: int = 256
-    timeout: float = 600.0
+    name: str  # the base's model name for clients
+    adapters: str | None = None  # a folder, a library, or an address such as s3://bucket/adapters
+    memory: int | None = None  # the most bytes of adapters in memory
+    pin: tuple[str, ...] = ()  # names of adapters that stay in memory
+    rows: int = 16  # requests that run at one time
+    length: int = 2048  # the most tokens of a prompt and its answer
+    queue: int = 256  # the most requests that wait
+    timeout: float = 600.0  # seconds that an answer may take
     precision: Any = "stored"
     quantize: Any = None
     device: str | None = None
     device_map: str | None = None
     attention: str = "auto"
-    #: bytes that keys and values may take; None: half of what is free
+    #: the most bytes of the KV cache; None: half of the memory that is free
     cache_memory: int | None = None
-    prefix_cache: bool = True  # requests that begin alike share what was computed
-    #: seconds that prompts may take between two tokens of a running answer; None: as decoding takes
+    prefix_cache: bool = True  # whether requests share the KV cache of equal beginnings
+    #: seconds of prompt computation between two tokens of a running answer; None: as many as a
+    #: decoding step takes
     gap: float | None = None
-    tool_call_parser: str | None = None  # a name of serve/tools; None: by the chat template
-    trust_remote_code: bool = False  # code beside the base may run
+    tool_call_parser: str | None = None  # of serve/tools; None: chosen by the chat template
+    trust_remote_code: bool = False  # whether Python files in the base's folder may run
     log_format: str = "text"  # or "json"
     cors: tuple[str, ...] = ()  # origins of web pages that may send requests
-    docs: bool = False  # a page at /docs that describes the API
-    otlp_endpoint: str | None = None  # a collector of OpenTelemetry, for traces
+    docs: bool = False  # whether a page at /docs describes the API
+    otlp_endpoint: str | None = None  # the OpenTelemetry collector that gets traces
 
 
-def settings_of(base: str, **words: Any) -> Settings:
-    """``Settings`` as somebody writes them, on a command line or in a file: ``memory`` and
-    ``cache_memory`` as "2GiB", ``gap`` as "150ms", torch's words for a ``precision``, one ``pin``
-    or ``cors`` or several. ``ConfigError``: a word that means nothing."""
+def settings_of(base: str, **options: Any) -> Settings:
+    """Make ``Settings`` from options as a user writes them on a command line or in a file:
+    ``memory`` and ``cache_memory`` such as "2GiB", ``gap`` such as "150ms", ``precision`` also as
+    torch's name of a dtype, ``pin`` and ``cors`` as one text or several. ``ConfigError``: an option
+    has an invalid value."""
     memory, pin, precision = (
-        words.get("memory"),
-        words.get("pin") or (),
-        words.get("precision", Settings.precision),
+        options.get("memory"),
+        options.get("pin") or (),
+        options.get("precision", Settings.precision),
     )
-    precision = _TORCH.get(precision, precision)
+    precision = _PRECISION_OF_DTYPE.get(precision, precision)
     if precision not in _PRECISIONS:
         problem, expected = (
             f"--precision {precision!r}",
-            f"one of {listing((*_PRECISIONS, *_TORCH))}",
+            f"one of {listing((*_PRECISIONS, *_PRECISION_OF_DTYPE))}",
         )
         raise ConfigError(problem, expected, "check the spelling")
-    words["name"] = words.get("name") or called_by_default(base)
-    words["memory"] = bytes_in(None if memory is None else str(memory))
-    cache_memory, gap = words.get("cache_memory"), words.get("gap")
-    words["cache_memory"] = bytes_in(
+    options["name"] = options.get("name") or default_name(base)
+    options["memory"] = bytes_in(None if memory is None else str(memory))
+    cache_memory, gap = options.get("cache_memory"), options.get("gap")
+    options["cache_memory"] = bytes_in(
         None if cache_memory is None else str(cache_memory), "--cache-memory"
     )
-    words["gap"] = seconds_in(None if gap is None else str(gap))
-    words["pin"] = (pin,) if isinstance(pin, str) else tuple(pin)
-    origins = words.get("cors") or ()
-    words["cors"] = checked_origins((origins,) if isinstance(origins, str) else origins)
-    if words.get("log_format", "text") not in FORMATS:
-        problem = f"--log-format {words['log_format']!r}"
+    options["gap"] = seconds_in(None if gap is None else str(gap))
+    options["pin"] = (pin,) if isinstance(pin, str) else tuple(pin)
+    origins = options.get("cors") or ()
+    options["cors"] = checked_origins((origins,) if isinstance(origins, str) else origins)
+    if options.get("log_format", "text") not in FORMATS:
+        problem = f"--log-format {options['log_format']!r}"
         raise ConfigError(problem, f"one of {listing(FORMATS)}", "check the spelling")
-    return Settings(base, **{**words, "precision": precision})
+    return Settings(base, **{**options, "precision": precision})
 
 
 def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
-    """Origins as browsers send them. ``ConfigError``: one that no browser would send."""
+    """The distinct ``origins``. ``ConfigError``: no browser would send one of them as it is."""
     origins = tuple(dict.fromkeys(origins))
-    wrong = [origin for origin in origins if origin != "*" and not _ORIGIN.fullmatch(origin)]
+    invalid = [origin for origin in origins if origin != "*" and not _ORIGIN.fullmatch(origin)]
     problems = [
         sentence(
             f"--cors {origin!r}",
             "an origin: scheme, host and port, in small letters and without a path, or '*'",
             "write, for instance, https://app.example.com or http://localhost:3000",
         )
-        for origin in wrong
+        for origin in invalid
     ]
     raise_all(ConfigError, "No server was started", problems)
     return origins
 
 
 def must_have_keys_for_any_origin(settings: Settings, open_to_all: bool) -> None:
-    """``ConfigError``: every page on the web could use a server that is open to all."""
+    """``ConfigError``: the server accepts requests of every web page, and needs no keys."""
     if open_to_all and "*" in settings.cors:
         do = "name the origins, or give --keys FILE"
         raise ConfigError("--cors '*' without keys", "keys, or origins by name", do)
 
 
 def bytes_in(text: str | None, flag: str = "--memory") -> int | None:
-    """A number of bytes such as "2GiB" or "500MB", the value of an option."""
+    """Parse a number of bytes such as "2GiB" or "500MB". ``flag``: the option with this value, for
+    errors."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    count = int(float(match[1]) * _BYTE_UNITS[match[2]]) if match and match[2] in _BYTE_UNITS else 0
     if count < 1:
         raise ConfigError(
             f"{flag} {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB"
@@ -128,7 +133,7 @@ def bytes_in(text: str | None, flag: str = "--memory") -> int | None:
 
 
 def seconds_in(text: str | None) -> float | None:
-    """A duration such as "150ms" or "0.2s", in seconds."""
+    """Parse a duration such as "150ms" or "0.2s"; returns seconds."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)\s*", text.lower())
@@ -138,8 +143,9 @@ def seconds_in(text: str | None) -> float | None:
     return seconds
 
 
-def called_by_default(base: str) -> str:
-    """The name of a base for clients: the last part of its path or package; a hub id as it is."""
+def default_name(base: str) -> str:
+    """The default model name of a base: the last component of its path, the name of its package, or
+    its hub id."""
     if base.startswith("package:"):
         return base.removeprefix("package:")
     path = Path(base).expanduser()
@@ -149,7 +155,7 @@ def called_by_default(base: str) -> str:
 
 
 def used_flags(options: dict[str, Any]) -> list[str]:
-    """The flags of the options that have another value than None or "auto"."""
+    """The flags of options that a user has set: with another value than None or "auto"."""
     return [
         f"--{name.replace('_', '-')}"
         for name, value in options.items()

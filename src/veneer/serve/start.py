@@ -1,5 +1,4 @@
-"""Start a service from a base and adapters on disk, for `veneer serve` and each replica of a
-cluster."""
+"""Start a service from a base and adapters, for `veneer serve` and the replicas of a cluster."""
 
 from __future__ import annotations
 
@@ -29,29 +28,30 @@ log = logging.getLogger("veneer.serve")
 
 
 def prepare_process() -> None:
-    """Set up this process before a model runs in it."""
-    # oneDNN keeps a kernel for each shape of a 16-bit product, 1,024 of them by default: hundreds
-    # of MiB
+    """Set up the process in which a model will run."""
+    # oneDNN caches a kernel for each shape of a 16-bit matrix product. Its default of 1,024 kernels
+    # takes hundreds of MiB
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    # threads that load adapters or answer HTTP release the GIL to the engine after so many seconds,
-    # not after 5 ms
+    # threads that load adapters or answer HTTP give the GIL to the engine's thread after 0.1 ms,
+    # not after Python's default of 5 ms
     sys.setswitchinterval(1e-4)
 
 
 @with_trust_of_config
 def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Service:
-    """Load the base and start the engine, extended by ``plugin``. ``Service.close`` ends it."""
-    must_have_keys_for_any_origin(settings, keys.open)
+    """Load the base and start its engine; ``plugin`` may extend the service. ``Service.close``
+    stops everything."""
+    must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
-    _must_be_there(settings)
+    _check_adapters_exist(settings)
     tracer = open_tracer(settings.otlp_endpoint, settings.name)
-    causal = models.is_causal(settings.base)
-    loaded: Any = (_causal if causal else _encoder)(settings)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    is_causal = models.is_causal(settings.base)
+    loaded_base: Any = (_load_causal if is_causal else _load_encoder)(settings)
+    model, tokenizer = loaded_base.model, loaded_base.tokenizer
     sampling = sampling_defaults(model)
-    if ignored := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
-        log.warning("Not applied here, of the base's %s: %s", FILE, ignored)
-    base_length = models.context_length(settings.base) if causal else loaded.length
+    if ignored_fields := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
+        log.warning("Not applied here, of the base's %s: %s", FILE, ignored_fields)
+    base_length = models.context_length(settings.base) if is_causal else loaded_base.length
     length = min(settings.length, base_length or settings.length)
     bank = Bank(model, settings.memory)
     catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
@@ -62,7 +62,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     catalogue.follow_pins()
     engine = embedder = None
     rows = settings.rows
-    if causal:
+    if is_causal:
         engine = Engine(
             model,
             tokenizer,
@@ -79,7 +79,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
         engine.start()
         length = engine.length
     else:
-        embedder = _embedder(loaded, bank, rows, metrics)
+        embedder = _make_embedder(loaded_base, bank, rows, metrics)
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
     service = Service(
@@ -99,9 +99,9 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     return service
 
 
-def _must_be_there(settings: Settings) -> None:
-    """Check the adapters before the base is converted or loaded. Those of a remote place are
-    downloaded for it."""
+def _check_adapters_exist(settings: Settings) -> None:
+    """Check the adapter folder and the pinned names before the base is loaded, which takes long.
+    Adapters of a remote address are not checked, since that would download them."""
     if settings.adapters is not None and is_remote(settings.adapters):
         return
     adapters = {} if settings.adapters is None else served_folders(settings.adapters)
@@ -114,27 +114,27 @@ def _must_be_there(settings: Settings) -> None:
         )
 
 
-def _causal(settings: Settings) -> Any:
+def _load_causal(settings: Settings) -> Any:
     return models.load_base(
         settings.base, precision=settings.precision, quantize=settings.quantize,
         device=settings.device, device_map=settings.device_map, attention=settings.attention,
     )  # fmt: skip
 
 
-def _embedder(encoder: Any, bank: Bank, rows: int, metrics: Metrics) -> Embedder:
+def _make_embedder(encoder: Any, bank: Bank, rows: int, metrics: Metrics) -> Embedder:
     return Embedder(
         encoder.model,
         bank,
-        pad=encoder.tokenizer.pad_token_id or 0,
-        how=encoder.pooling,
+        pad_id=encoder.tokenizer.pad_token_id or 0,
+        pooling=encoder.pooling,
         normal=encoder.normal,
         rows=rows,
         observer=metrics,
-        labels=encoder.labels,
+        label_count=encoder.labels,
     )
 
 
-def _encoder(settings: Settings) -> Any:
+def _load_encoder(settings: Settings) -> Any:
     names = ("quantize", "device_map", "attention", "cache_memory", "gap", "tool_call_parser")
     options = {name: getattr(settings, name) for name in names}
     options["no_prefix_cache"] = None if settings.prefix_cache else True

@@ -1,7 +1,7 @@
-"""vLLM's routes for the base's tokenizer, and the version of the server.
+"""vLLM's routes for the base's tokenizer and for the version of the server.
 
-POST /tokenize     a text, or a chat in the base's template → its tokens
-POST /detokenize   tokens → their text
+POST /tokenize     a text, or a chat in the base's chat template → its token ids
+POST /detokenize   token ids → their text
 GET  /version
 """
 
@@ -18,7 +18,7 @@ from veneer.serve import limits, prompts
 from veneer.serve.access import Key
 from veneer.serve.body_rules import Name, Strict
 from veneer.serve.chat_messages import Message, ToolList, check_history, check_tools
-from veneer.serve.refusal import Refusal, wrong
+from veneer.serve.refusal import Refusal, value_error
 from veneer.serve.sampling_fields import TemplateFields
 from veneer.serve.schemas import Tokens
 from veneer.serve.service import (
@@ -32,13 +32,13 @@ from veneer.serve.service import (
 
 router = APIRouter(route_class=Route)
 
-#: fields that have a meaning beside messages alone
-OF_CHATS = {"tools", "continue_final_message", "chat_template_kwargs"}
+#: fields that are only allowed together with ``messages``
+CHAT_FIELDS = {"tools", "continue_final_message", "chat_template_kwargs"}
 
 
 class TokenizeRequest(Strict, TemplateFields):
-    """A ``prompt``, to which special tokens are added unless it says otherwise, or ``messages``, of
-    which the template adds them, with the ``tools`` that it shows."""
+    """Either a ``prompt`` or ``messages``, with the ``tools`` that the chat template shows. By
+    default, special tokens are added to a prompt, but not to messages, whose template adds them."""
 
     model: Name | None = None
     prompt: str | None = None
@@ -51,14 +51,14 @@ class TokenizeRequest(Strict, TemplateFields):
     return_token_strs: bool = False
 
     @model_validator(mode="after")
-    def _check_forms(self) -> Self:
+    def _check_fields(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            sent = "both prompt and messages" if self.messages else "neither prompt nor messages"
-            raise wrong(sent, "one of them", "send one", "prompt")
+            problem = "both prompt and messages" if self.messages else "neither prompt nor messages"
+            raise value_error(problem, "one of them", "send one", "prompt")
         if self.messages is None:
-            for name in self.model_fields_set & OF_CHATS:
+            for name in self.model_fields_set & CHAT_FIELDS:
                 if getattr(self, name):
-                    raise wrong(f"{name} beside prompt", "messages", "leave it out", name)
+                    raise value_error(f"{name} beside prompt", "messages", "leave it out", name)
         check_history(self.messages or (), "messages")
         check_tools(self.tools, None, False, "messages")
         return self
@@ -71,50 +71,55 @@ class DetokenizeRequest(Strict):
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[str, Any]:
-    """The tokens of a text, or of a chat in the base's template."""
+    """Tokenise a text, or a chat in the base's chat template."""
     await _check_model(service, key, body.model)
-    tokenizer, length = service.tokenizer, prompts.readable(service.length, -1)
-    tools = [tool.plain() for tool in body.tools]
+    tokenizer, max_tokens = service.tokenizer, prompts.max_prompt_tokens(service.length, -1)
+    tools = [tool.template_dict() for tool in body.tools]
 
-    def read() -> tuple[list[int], list[str] | None]:
+    def tokenize_body() -> tuple[list[int], list[str] | None]:
         if body.messages is None:
             text = body.prompt or ""
-            prompts.check_fits(tokenizer, text, length, "prompt")
-            added = body.add_special_tokens is not False
-            ids = list(tokenizer(text, add_special_tokens=added)["input_ids"])
+            prompts.check_fits(tokenizer, text, max_tokens, "prompt")
+            adds_special = body.add_special_tokens is not False
+            ids = list(tokenizer(text, add_special_tokens=adds_special)["input_ids"])
         else:
-            added = bool(body.add_special_tokens)
             arguments = body.template_arguments()
             ids = list(
-                prompts.chat(
-                    tokenizer, body.messages, length, tools, arguments, add_special_tokens=added
+                prompts.chat_tokens(
+                    tokenizer,
+                    body.messages,
+                    max_tokens,
+                    tools,
+                    arguments,
+                    add_special_tokens=bool(body.add_special_tokens),
                 )
             )
         return ids, tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
 
-    size = len(body.prompt or "") + prompts.chat_size(body.messages or (), tools)
-    ids, texts = await in_text_thread(service, size, read)
+    char_count = len(body.prompt or "") + prompts.chat_size(body.messages or (), tools)
+    ids, token_texts = await in_text_thread(service, char_count, tokenize_body)
     return {
         "count": len(ids),
         "max_model_len": service.length,
         "tokens": ids,
-        "token_strs": texts,
+        "token_strs": token_texts,
     }
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: Serving, key: Asker) -> dict[str, str]:
-    """The text of some tokens."""
+    """Decode token ids to their text."""
     await _check_model(service, key, body.model)
-    most = prompts.readable(service.length, -1)
-    if len(body.tokens) > most:
-        problem, expected = f"{len(body.tokens):,} tokens", f"at most {most:,}"
+    max_tokens = prompts.max_prompt_tokens(service.length, -1)
+    if len(body.tokens) > max_tokens:
+        problem, expected = f"{len(body.tokens):,} tokens", f"at most {max_tokens:,}"
         raise Refusal(400, problem, expected, "send fewer at once", param="tokens")
     if max(body.tokens) >= service.vocabulary:
         problem, expected = f"token {max(body.tokens)}", f"tokens below {service.vocabulary}"
         raise Refusal(400, problem, expected, "check the tokenizer", param="tokens")
-    size = len(body.tokens)
-    text = await in_text_thread(service, size, lambda: service.tokenizer.decode(body.tokens))
+    text = await in_text_thread(
+        service, len(body.tokens), lambda: service.tokenizer.decode(body.tokens)
+    )
     return {"prompt": text}
 
 
@@ -130,6 +135,7 @@ def _version() -> str:
 
 
 async def _check_model(service: Service, key: Key, model: str | None) -> None:
-    """``Refusal``: a model that the key may not use. All of them have the base's tokenizer."""
+    """``Refusal``: the key may not use the model. The tokens are the same for all models, since
+    adapters have the base's tokenizer."""
     if model is not None:
         await requested_adapters(service, key, model, None)

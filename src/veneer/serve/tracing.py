@@ -1,10 +1,10 @@
-"""A span of OpenTelemetry for each request, where ``--otlp-endpoint`` names a collector.
+"""Send a span of OpenTelemetry for each request to the collector that ``--otlp-endpoint`` names.
 
     RequestRecord ──▶ span "chat french", with the gen_ai attributes ──▶ OTLP over HTTP
 
-A span is made when its request has ended, from the numbers of its record; so it holds no prompt and
-no answer, and costs the request nothing. A ``traceparent`` header makes it a child of the client's
-span. The library is optional (``veneer[tracing]``).
+A span is made from the record of a request that has ended. So it holds no prompt and no answer, and
+does not slow the request down. A ``traceparent`` header makes it a child of the client's span. The
+OpenTelemetry library is optional (``veneer[tracing]``).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 from veneer.errors import ConfigError
 from veneer.serve.request_log import RequestRecord
 
-#: where an endpoint without a path takes spans
-TRACES = "/v1/traces"
-#: the name of an operation in the gen_ai conventions, by the last part of its path
+#: the path to which spans are sent if the endpoint has no path
+DEFAULT_PATH = "/v1/traces"
+#: the name of an operation in OpenTelemetry's gen_ai conventions, by its path below /v1/
 OPERATIONS = {
     "chat/completions": "chat",
     "responses": "chat",
@@ -27,13 +27,14 @@ OPERATIONS = {
     "completions": "text_completion",
     "embeddings": "embeddings",
 }
-#: seconds for spans to be sent when the server ends
-FLUSH = 0.5
+#: seconds that the server waits, when it ends, for spans to be sent
+FLUSH_SECONDS = 0.5
 
 
 class Tracer:
-    """Sends a span for each record. ``exporter``: of OpenTelemetry's SDK; ``processor``: what hands
-    spans to it, in batches by default."""
+    """Sends a span for each request record. ``base``: the base's model name. ``exporter``: an
+    exporter of OpenTelemetry's SDK. ``processor``: makes the exporter's span processor, by default
+    one that sends spans in batches."""
 
     def __init__(self, base: str, exporter: Any, processor: Any = None) -> None:
         from opentelemetry.sdk.resources import Resource
@@ -49,16 +50,16 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def send(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
-        """Make the span of a request that has ended."""
+        """Make and send the span of a request that has ended. ``headers``: of the request."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
-        parent = self._propagator.extract({"traceparent": headers.get("traceparent", "")})
+        parent_context = self._propagator.extract({"traceparent": headers.get("traceparent", "")})
         attributes = self._attributes(record)
         operation = attributes.get("gen_ai.operation.name")
         name = f"{operation} {record.adapter}" if operation else f"{record.method} {record.path}"
         span = self._tracer.start_span(
             name,
-            context=parent,
+            context=parent_context,
             kind=SpanKind.SERVER,
             attributes=attributes,
             start_time=record.started_ns,
@@ -99,18 +100,18 @@ class Tracer:
         return {name: value for name, value in attributes.items() if value is not None}
 
     def close(self) -> None:
-        """Send what is left. A collector that does not answer holds up the end of the server for
-        ``FLUSH`` seconds."""
-        closing = threading.Thread(
+        """Send the remaining spans. If the collector does not answer, this gives up after
+        ``FLUSH_SECONDS``."""
+        shutdown_thread = threading.Thread(
             target=self._provider.shutdown, name="veneer-traces", daemon=True
         )
-        closing.start()
-        closing.join(FLUSH)
+        shutdown_thread.start()
+        shutdown_thread.join(FLUSH_SECONDS)
 
 
 def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
-    """The tracer that sends to a collector; None without an endpoint. ``ConfigError``: the address
-    is none, or the library is missing."""
+    """A tracer that sends to the collector at ``endpoint``; None without an endpoint.
+    ``ConfigError``: the endpoint is no address, or the library is missing."""
     if endpoint is None:
         return None
     address = urlsplit(endpoint)
@@ -128,5 +129,5 @@ def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
             "OpenTelemetry's SDK and its exporter",
             "pip install 'veneer[tracing]', or leave the endpoint out",
         ) from error
-    url = endpoint if address.path.strip("/") else endpoint.rstrip("/") + TRACES
+    url = endpoint if address.path.strip("/") else endpoint.rstrip("/") + DEFAULT_PATH
     return Tracer(base, trace_exporter.OTLPSpanExporter(endpoint=url))

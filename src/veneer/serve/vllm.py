@@ -1,9 +1,9 @@
-"""The command line of the vLLM that `veneer serve --engine vllm` starts behind itself.
+"""The command line of the vLLM server that `veneer serve --engine vllm` starts and stands before.
 
     vllm serve BASE --uds SOCKET --enable-lora --max-lora-rank R --max-loras N --max-cpu-loras M
 
-vLLM takes ranks of a fixed list, and has no DoRA, no biases and no modules that are trained in full
-(``formats/vllm.py`` has the rules). An adapter that it could not serve is named here before it
+vLLM supports only certain ranks, and no DoRA, no biases and no modules that are trained in full
+(``formats/vllm.py`` has the rules). The adapters that it could not serve are named here, before it
 starts.
 """
 
@@ -19,13 +19,13 @@ from veneer.errors import AdapterError, ConfigError, raise_all, sentence
 from veneer.fileio.untrusted import read_header, read_json
 from veneer.formats import peft, vllm
 
-#: distinct adapters in one of vLLM's batches: each takes memory for the largest rank
-MOST = 8
-#: adapters that vLLM keeps in the memory of the processor
-LOADED = 64
-#: the smallest ``--max-lora-rank``, so that a server without adapters can be given some
-LEAST_RANK = 16
-#: what was expected of an adapter that it cannot load, and what to do
+#: distinct adapters in one of vLLM's batches; vLLM reserves memory of the largest rank for each
+MAX_BATCH_ADAPTERS = 8
+#: adapters that vLLM keeps in the memory of the CPU
+MAX_CPU_ADAPTERS = 64
+#: the smallest ``--max-lora-rank``: adapters may be added to a server that starts without any
+MIN_RANK = 16
+#: the parts "expected" and "do" of the error for an adapter that vLLM cannot load
 ADVICE = (
     "one that vLLM can load",
     "`veneer compose` or `veneer merge` makes one that it can, or leave it out",
@@ -33,17 +33,18 @@ ADVICE = (
 
 
 def largest_rank(adapters: Mapping[str, Path]) -> int:
-    """The ``--max-lora-rank`` for some adapter folders by name, and for blends of two of them,
-    whose ranks add up. ``AdapterError`` names each adapter that vLLM cannot load, and why."""
+    """The value of ``--max-lora-rank`` for adapter folders, by name. It is large enough for each
+    adapter and for blends of any two, whose ranks add up. ``AdapterError`` names each adapter that
+    vLLM cannot load, with the reasons."""
     ranks, problems = [], []
     for adapter, path in adapters.items():
         problems += [
-            sentence(f"adapter {adapter!r}: {why}", *ADVICE) for why in reasons_against(path)
+            sentence(f"adapter {adapter!r}: {reason}", *ADVICE) for reason in reasons_against(path)
         ]
         ranks.append(vllm.largest_rank(read_json(path / peft.CONFIG)))
     raise_all(AdapterError, "vLLM was not started", problems)
-    wanted = max(LEAST_RANK, sum(sorted(ranks)[-2:]))
-    return next((rank for rank in vllm.RANKS if rank >= wanted), vllm.RANKS[-1])
+    needed_rank = max(MIN_RANK, sum(sorted(ranks)[-2:]))
+    return next((rank for rank in vllm.RANKS if rank >= needed_rank), vllm.RANKS[-1])
 
 
 def command(
@@ -56,10 +57,10 @@ def command(
     rows: int | None = None,
     dtype: str | None = None,
     tool_call_parser: str | None = None,
-    more: Sequence[str] = (),
+    extra_options: Sequence[str] = (),
 ) -> list[str]:
-    """The command line that serves ``base`` at a Unix ``socket``, with room for adapters up to a
-    rank; ``more`` goes to vLLM as it is."""
+    """The command line that serves ``base`` at a Unix ``socket``, with adapters of ranks up to
+    ``rank``. ``extra_options`` are appended unchanged."""
     line = ["vllm", "serve", base, "--uds", str(socket), "--served-model-name", name]
     options = {
         "max-model-len": length,
@@ -72,25 +73,25 @@ def command(
     ]
     if tool_call_parser is not None:
         line.append("--enable-auto-tool-choice")
-    line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(MOST)]
-    return [*line, "--max-cpu-loras", str(LOADED), *more]
+    line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(MAX_BATCH_ADAPTERS)]
+    return [*line, "--max-cpu-loras", str(MAX_CPU_ADAPTERS), *extra_options]
 
 
 def reasons_against(path: Path, rank: int | None = None) -> list[str]:
-    """Why vLLM cannot load the adapter folder ``path``, with ``rank`` as its largest; empty if it
-    can."""
+    """The reasons why a vLLM with ``--max-lora-rank`` ``rank`` cannot load the adapter folder
+    ``path``; empty if it can."""
     shapes = {name: entry.shape for name, entry in read_header(path / peft.TENSORS).tensors.items()}
     return vllm.problems(read_json(path / peft.CONFIG), shapes, shapes=shapes, max_rank=rank)
 
 
 def find_program() -> str | None:
-    """vLLM's program: beside this Python, or in PATH."""
+    """The path of vLLM's program in the folder of this Python or in PATH, or None."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     return shutil.which("vllm", path=os.pathsep.join(folders))
 
 
 def program() -> str:
-    """The same. ``ConfigError``: it is not installed."""
+    """The path of vLLM's program. ``ConfigError``: vLLM is not installed."""
     path = find_program()
     if path is None:
         raise ConfigError(
@@ -100,7 +101,7 @@ def program() -> str:
 
 
 def recommendation() -> str | None:
-    """Why somebody who serves here may want ``--engine vllm``; None where there is no reason."""
+    """A message that recommends ``--engine vllm``; None where vLLM would not be faster."""
     import torch
 
     if not torch.cuda.is_available() or find_program() is None:

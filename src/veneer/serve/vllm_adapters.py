@@ -1,13 +1,13 @@
-"""Adapters in a vLLM behind this server, loaded when they are first asked for: the ``bank`` of its
-``Service``.
+"""The adapters in the vLLM behind this server, as the ``bank`` of its ``Service``. An adapter is
+loaded into vLLM when a request first needs it.
 
-    folder → a copy, verified → its base is proven → POST /v1/load_lora_adapter
-    blend  → composed of such copies into a folder → the same
+    adapter folder → verified copy → proof of its base → POST /v1/load_lora_adapter
+    blend          → folder composed of such copies     → POST /v1/load_lora_adapter
 
-vLLM reads the files of an adapter again whenever it comes back to memory, and trusts them: so they
-are copies that nobody else writes. Each has a name in vLLM that no client can guess. Another
-adapter under a name is another copy; requests that run end with the one that they began with, and
-vLLM's cache of prefixes, which goes by these names, never mixes them.
+vLLM reads the files of an adapter again whenever it loads the adapter, and does not verify them. So
+it gets copies that nobody else writes. Each copy has a name in vLLM that no client can guess. If
+the adapter of a name is replaced, the new one gets another copy. Running requests end with the old
+copy, and vLLM's prefix cache, which uses the names of copies, never mixes the two.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from veneer.bank.lease import Status
 from veneer.errors import AdapterError, BankFullError, SelectionError, raise_all, sentence
 from veneer.formats import peft
 from veneer.serve.scheduler import Key, key_of
-from veneer.serve.vllm import ADVICE, LOADED, reasons_against
+from veneer.serve.vllm import ADVICE, MAX_CPU_ADAPTERS, reasons_against
 from veneer.serve.vllm_resolver import BaseProofs
 from veneer.tools.compose import compose
 
 log = logging.getLogger("veneer.serve")
 
-#: how an adapter is loaded or unloaded: a route and a body → (status, text)
+#: sends a POST request to vLLM: (path, body) → (status, text)
 Post = Callable[[str, Mapping[str, Any]], tuple[int, str]]
 
 
 @dataclass
-class Registered:
-    """An adapter by its name: the folder that the catalogue found, and our copy of it."""
+class RegisteredAdapter:
+    """A registered adapter: its folder in the catalogue, and the copy of the folder for vLLM."""
 
     path: Path
     copy: Path | None = None
@@ -49,22 +49,23 @@ class Registered:
 
 
 @dataclass(eq=False)
-class Loaded:
-    """An adapter or a blend in vLLM, under ``name``. ``stale``: none of its next requests use
+class LoadedBlend:
+    """An adapter or a blend that vLLM has loaded as ``name``. ``stale``: new requests do not use
     it."""
 
     name: str
     key: Key
-    folder: Path
+    folder: Path  # that vLLM reads
     nbytes: int
-    blended: bool = False
-    users: int = 0
+    is_composed: bool = False  # whether ``folder`` was composed for a blend
+    users: int = 0  # requests that use it now
     used_at: float = field(default_factory=time.monotonic)
     stale: bool = False
 
 
 class Lease:
-    """The use of an adapter in vLLM by one request; ``name`` None is the base."""
+    """The use of an adapter in vLLM by one request. ``name``: the adapter's name in vLLM, or None
+    for the base."""
 
     def __init__(self, name: str | None, release: Callable[[], None] = lambda: None) -> None:
         self.name, self._release = name, release
@@ -75,9 +76,15 @@ class Lease:
 
 
 class VllmAdapters:
-    """``base``: the folder of the base. ``folder``: where copies are kept. ``rank``: the largest
-    that vLLM takes. ``budget``: bytes of adapter files that vLLM may have loaded. Any thread may
-    call."""
+    """The adapters of one vLLM process. Any thread may call the methods.
+
+    Args:
+        post: sends a POST request to vLLM.
+        base: the folder of the base.
+        folder: where copies are written.
+        rank: the largest rank that vLLM accepts.
+        budget: the most bytes of adapter files that vLLM may have loaded.
+    """
 
     crowded = False
 
@@ -88,69 +95,70 @@ class VllmAdapters:
         self._post, self._base, self._folder, self._rank = post, base, folder, rank
         self._budget, self._proofs = budget, BaseProofs() if verify_base else None
         self.on_event: Callable[[str, str, float], None] = lambda kind, name, seconds: None
-        self._lock = threading.Lock()  # guards what follows; held for moments
-        self._loading = threading.RLock()  # held while files are copied and loaded
-        self._names: dict[str, Registered] = {}
-        self._loaded: dict[Key, Loaded] = {}
+        self._lock = threading.Lock()  # guards ``_names`` and ``_loaded``; held for moments only
+        self._loading = threading.RLock()  # held while adapters are copied and loaded
+        self._names: dict[str, RegisteredAdapter] = {}
+        self._loaded: dict[Key, LoadedBlend] = {}
         self._numbers = itertools.count(1)
         self._secret = secrets.token_hex(8)
 
     def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
-        """Let a name mean an adapter folder. ``AdapterError``: vLLM cannot load it."""
+        """Register an adapter folder under a name. ``AdapterError``: vLLM cannot load it."""
         reasons = reasons_against(Path(path), self._rank)
         problem = f"Adapter {name!r} in {path}"
-        raise_all(AdapterError, problem, [sentence(why, *ADVICE) for why in reasons])
+        raise_all(AdapterError, problem, [sentence(reason, *ADVICE) for reason in reasons])
         with self._lock:
-            old = self._names.get(name)
-            self._names[name] = Registered(Path(path), pinned=old is not None and old.pinned)
-        self._retire(name, old)
+            old_entry = self._names.get(name)
+            self._names[name] = RegisteredAdapter(
+                Path(path), pinned=old_entry is not None and old_entry.pinned
+            )
+        self._retire(name, old_entry)
 
     def add(self, path: str | Path, *, name: str, replace: bool = False) -> None:
-        """Load an adapter and give it a name. If it cannot be loaded, an old one of the name
-        stays."""
+        """Load an adapter under a name. If this fails, an old adapter of the name stays."""
         with self._loading:
-            old = self._names.get(name)
-            pinned = old is not None and old.pinned
-            entry = Registered(Path(path), self._copy(name, Path(path)), pinned)
+            old_entry = self._names.get(name)
+            pinned = old_entry is not None and old_entry.pinned
+            entry = RegisteredAdapter(Path(path), self._copy(name, Path(path)), pinned)
             loaded = self._load({name: 1.0}, {name: entry})
             with self._lock:
                 self._names[name] = entry
-            self._retire(name, old)
+            self._retire(name, old_entry)
             with self._lock:
                 self._loaded[loaded.key] = loaded
 
     def remove(self, name: str) -> None:
         with self._lock:
-            old = self._names.pop(name, None)
-        self._retire(name, old)
-        if old is not None:
+            old_entry = self._names.pop(name, None)
+        self._retire(name, old_entry)
+        if old_entry is not None:
             self.on_event("remove", name, 0.0)
 
     def pin(self, name: str) -> None:
-        self._need(name).pinned = True
+        self._entry_of(name).pinned = True
         self.acquire({name: 1.0}).release()
 
     def unpin(self, name: str) -> None:
-        self._need(name).pinned = False
+        self._entry_of(name).pinned = False
 
     def throttle_loads(self) -> None:
-        """Loads need no throttle: vLLM computes in a process of its own."""
+        """Does nothing, because loads do not slow down vLLM, which is another process."""
 
     def status(self) -> list[Status]:
         with self._lock:
             return [self._status(name, entry) for name, entry in self._names.items()]
 
-    def _status(self, name: str, entry: Registered) -> Status:
+    def _status(self, name: str, entry: RegisteredAdapter) -> Status:
         loaded = self._loaded.get(((name, 1.0),))
         size = 0 if loaded is None else loaded.nbytes
         users = 0 if loaded is None else loaded.users
         return Status(name, entry.path, loaded is not None, size, entry.pinned, users, None, None)
 
     def close(self) -> None:
-        """vLLM ends with all that it holds, and the folder of copies is its owner's."""
+        """Does nothing: vLLM's process and the folder of copies are closed by their owners."""
 
     def find(self, blend: Mapping[str, float]) -> Lease | None:
-        """A lease on a blend that is loaded, or on the base; None where it has to be loaded."""
+        """A lease on the base, or on a loaded blend; None if the blend must be loaded first."""
         key = key_of({name: weight for name, weight in blend.items() if weight})
         if not key:
             return Lease(None)
@@ -159,12 +167,12 @@ class VllmAdapters:
             return None if loaded is None else self._lease(loaded)
 
     def acquire(self, blend: Mapping[str, float]) -> Lease:
-        """A lease on a blend, which is loaded if it is not there: that takes seconds.
+        """A lease on a blend. Loads the blend first if necessary, which takes seconds.
 
         Raises:
-            SelectionError: a name that is not registered.
+            SelectionError: an adapter of the blend is not registered.
             AdapterError: an adapter is damaged, made for another base, or vLLM refuses it.
-            BankFullError: there is no room for it beside those in use.
+            BankFullError: the adapters in use leave no room for the blend.
         """
         lease = self.find(blend)
         if lease is not None:
@@ -174,22 +182,22 @@ class VllmAdapters:
             if lease is not None:
                 return lease
             weights = {name: weight for name, weight in blend.items() if weight}
-            entries = {name: self._need(name) for name in weights}
+            entries = {name: self._entry_of(name) for name in weights}
             loaded = self._load(weights, entries)
             with self._lock:
-                # a name that means another adapter by now is not found under this key
+                # if a name was registered anew meanwhile, later requests must not use this blend
                 loaded.stale = any(self._names.get(name) is not entries[name] for name in entries)
                 if not loaded.stale:
                     self._loaded[loaded.key] = loaded
                 return self._lease(loaded)
 
-    def _need(self, name: str) -> Registered:
+    def _entry_of(self, name: str) -> RegisteredAdapter:
         with self._lock:
             if name not in self._names:
                 raise SelectionError(f"no adapter {name!r}", "one that is registered", "add it")
             return self._names[name]
 
-    def _lease(self, loaded: Loaded) -> Lease:
+    def _lease(self, loaded: LoadedBlend) -> Lease:
         loaded.users += 1
         loaded.used_at = time.monotonic()
 
@@ -202,8 +210,10 @@ class VllmAdapters:
 
         return Lease(loaded.name, release)
 
-    def _load(self, weights: Mapping[str, float], entries: Mapping[str, Registered]) -> Loaded:
-        """Load a blend of some adapters into vLLM."""
+    def _load(
+        self, weights: Mapping[str, float], entries: Mapping[str, RegisteredAdapter]
+    ) -> LoadedBlend:
+        """Load a blend into vLLM. ``weights``, ``entries``: by adapter name."""
         start, key = time.monotonic(), key_of(weights)
         label = next(iter(weights)) if len(weights) == 1 else "blend"
         try:
@@ -211,10 +221,10 @@ class VllmAdapters:
                 if entry.copy is None:
                     entry.copy = self._copy(name, entry.path)
             copies = {name: entry.copy for name, entry in entries.items() if entry.copy}
-            is_plain = list(weights.values()) == [1.0]
-            folder = next(iter(copies.values())) if is_plain else self._compose(weights, copies)
+            is_single = list(weights.values()) == [1.0]
+            folder = next(iter(copies.values())) if is_single else self._compose(weights, copies)
             size = (folder / peft.TENSORS).stat().st_size
-            loaded = Loaded(self._next_name(), key, folder, size, blended=not is_plain)
+            loaded = LoadedBlend(self._next_name(), key, folder, size, is_composed=not is_single)
             self._make_room(size)
             body = {"lora_name": loaded.name, "lora_path": str(folder)}
             status, text = self._post("/v1/load_lora_adapter", body)
@@ -232,7 +242,7 @@ class VllmAdapters:
         return f"veneer-{self._secret}-{next(self._numbers)}"
 
     def _copy(self, name: str, path: Path) -> Path:
-        """A copy of an adapter, verified, whose base is proven."""
+        """Copy an adapter folder, and verify the copy and its base."""
         folder = self._folder / f"copy-{next(self._numbers)}"
         folder.mkdir()
         try:
@@ -240,7 +250,7 @@ class VllmAdapters:
             read(folder)
             reasons = reasons_against(folder, self._rank)
             raise_all(
-                AdapterError, f"Adapter {name!r}", [sentence(why, *ADVICE) for why in reasons]
+                AdapterError, f"Adapter {name!r}", [sentence(reason, *ADVICE) for reason in reasons]
             )
             proof = (
                 "not compared" if self._proofs is None else self._proofs.check(self._base, folder)
@@ -252,25 +262,25 @@ class VllmAdapters:
         return folder
 
     def _compose(self, weights: Mapping[str, float], copies: Mapping[str, Path]) -> Path:
-        """A folder that is the weighted sum of some adapters."""
+        """Write the weighted sum of adapters to an adapter folder."""
         folder = self._folder / f"blend-{next(self._numbers)}"
         compose([copies[name] for name in weights], folder, weights=list(weights.values()))
         reasons = reasons_against(folder, self._rank)
         if reasons:
             shutil.rmtree(folder, ignore_errors=True)
             do = "blend fewer adapters, or write the blend with `veneer compose --rank`"
-            problems = [sentence(why, "a blend that vLLM can load", do) for why in reasons]
+            problems = [sentence(reason, "a blend that vLLM can load", do) for reason in reasons]
             raise_all(AdapterError, "The blend cannot be served", problems)
         return folder
 
     def _make_room(self, nbytes: int) -> None:
-        """Unload what was used longest ago, so that one more fits. ``BankFullError``: the others
-        are in use."""
+        """Unload the adapters that were used least recently, until ``nbytes`` more fit.
+        ``BankFullError``: all others are in use."""
         while True:
             with self._lock:
                 total = sum(loaded.nbytes for loaded in self._loaded.values()) + nbytes
-                few = len(self._loaded) < LOADED
-                if few and (self._budget is None or total <= self._budget):
+                has_free_slot = len(self._loaded) < MAX_CPU_ADAPTERS
+                if has_free_slot and (self._budget is None or total <= self._budget):
                     return
                 pinned = {((name, 1.0),) for name, entry in self._names.items() if entry.pinned}
                 idle = [
@@ -280,15 +290,18 @@ class VllmAdapters:
                 ]
                 if not idle:
                     problem = f"{total:,} bytes of adapters in use"
-                    expected = f"at most {self._budget:,}" if few else f"at most {LOADED} adapters"
+                    expected = f"at most {MAX_CPU_ADAPTERS} adapters"
+                    if has_free_slot:
+                        expected = f"at most {self._budget:,}"
                     raise BankFullError(problem, expected, "try again later, or raise --memory")
                 oldest = min(idle, key=lambda loaded: loaded.used_at)
                 del self._loaded[oldest.key]
             self._unload(oldest)
             self.on_event("evict", oldest.key[0][0] if len(oldest.key) == 1 else "blend", 0.0)
 
-    def _retire(self, name: str, old: Registered | None) -> None:
-        """Unload an adapter and the blends with it, each when its last request has ended."""
+    def _retire(self, name: str, old_entry: RegisteredAdapter | None) -> None:
+        """Mark the adapter of a name, and the blends that contain it, as stale. Each is unloaded
+        when its last request has ended."""
         with self._lock:
             keys = [key for key in self._loaded if name in dict(key)]
             retired = [self._loaded.pop(key) for key in keys]
@@ -297,13 +310,13 @@ class VllmAdapters:
             idle = [loaded for loaded in retired if not loaded.users]
         for loaded in idle:
             self._unload(loaded)
-        copy = None if old is None else old.copy
+        copy = None if old_entry is None else old_entry.copy
         if copy is not None and all(loaded.folder != copy for loaded in retired):
             shutil.rmtree(copy, ignore_errors=True)
 
-    def _unload(self, loaded: Loaded) -> None:
+    def _unload(self, loaded: LoadedBlend) -> None:
         status, text = self._post("/v1/unload_lora_adapter", {"lora_name": loaded.name})
         if status != 200:
             log.warning("vLLM did not unload an adapter: %s", text[:500])
-        if loaded.stale or loaded.blended:  # a copy that may be loaded again stays
+        if loaded.stale or loaded.is_composed:  # vLLM may load a registered adapter's copy again
             shutil.rmtree(loaded.folder, ignore_errors=True)

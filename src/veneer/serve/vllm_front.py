@@ -1,11 +1,11 @@
-"""This server in front of a vLLM that it starts: keys, adapters with proof, blends, budgets and the
-log are its own, and vLLM computes the answers.
+"""A server in front of a vLLM process that it starts. vLLM computes the answers; the server does
+everything else: keys, verified adapters, blends, budgets and the log.
 
-    Guard ──▶ key, adapters of the body ──▶ Gate: whose turn ──▶ VllmAdapters: loaded in vLLM
-          ──▶ the same body, with vLLM's name of the adapter ──▶ vLLM
-          ──▶ its answer, with the client's name
+    Guard ──▶ key, blend in the body ──▶ Gate: its turn ──▶ VllmAdapters: the blend is loaded
+          ──▶ vLLM gets the body, with vLLM's name of the blend
+          ──▶ the client gets vLLM's answer, with the client's name of the blend
 
-Fields beside the model and the blend are vLLM's, and so are its answers and errors.
+Except the model and the blend, all fields of bodies, answers and errors are vLLM's.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from veneer.serve import api, vllm
 from veneer.serve.access import Keyring
 from veneer.serve.catalogue import Catalogue, served_folders
 from veneer.serve.metrics import Metrics
-from veneer.serve.refusal import RETRY, Refusal, of_body
-from veneer.serve.request_log import CURRENT, ID_HEADER
+from veneer.serve.refusal import RETRY_AFTER, Refusal, body_refusal
+from veneer.serve.request_log import CURRENT_RECORD, ID_HEADER
 from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.schemas import Blend
 from veneer.serve.service import (
@@ -50,7 +50,7 @@ from veneer.serve.service import (
     await_or_undo,
     beside_loop,
     requested_adapters,
-    unless_gone,
+    unless_disconnected,
 )
 from veneer.serve.settings import Settings, must_have_keys_for_any_origin
 from veneer.serve.tools.choose import check_parser, detect_parser
@@ -60,10 +60,10 @@ from veneer.serve.vllm_process import Ticket, VllmProcess
 
 log = logging.getLogger("veneer.serve")
 
-#: requests that are sent to vLLM at a time where ``--rows`` says nothing: its own default
-ROWS = 256
-#: routes whose body names a model, in vLLM as here
-FORWARDED = (
+#: requests that are sent to vLLM at one time without ``--rows``: vLLM's own default
+DEFAULT_ROWS = 256
+#: routes that are forwarded to vLLM; their bodies name a model
+FORWARDED_PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
@@ -78,25 +78,25 @@ FORWARDED = (
     "/v1/rerank",
     "/v2/rerank",
 )
-#: routes that need no model in the body
-WITHOUT_MODEL = ("/tokenize", "/detokenize")
-#: fields by which vLLM would go on from what another key has sent
-STORED = ("previous_response_id", "conversation", "background")
-#: routes whose prefixes a salt keeps apart
-SALTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+#: forwarded routes whose bodies need not name a model
+MODEL_OPTIONAL = ("/tokenize", "/detokenize")
+#: fields with which a client could reach data that vLLM stores for another key
+STORAGE_FIELDS = ("previous_response_id", "conversation", "background")
+#: routes with the field ``cache_salt``, which keeps the cached prefixes of keys apart
+SALTED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 router = APIRouter(route_class=Route)
 _BLEND = TypeAdapter[dict[str, float]](Blend)
 
 
 def create(service: Service, *routers: Any) -> FastAPI:
-    """The application of a ``start``ed service."""
+    """The application of a service that ``start`` returned."""
     return api.create(service, *routers, core=(router, api.operations))
 
 
 @router.get("/metrics")
 async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Response:
-    """Prometheus's metrics of this server and of its vLLM; ``adapters=0``: sums of this server."""
+    """Metrics of this server and its vLLM for Prometheus; ``adapters=0``: sums of this server."""
     service.metrics.ready.set(service.ready)
     page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
     if adapters and service.ready:
@@ -105,36 +105,35 @@ async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Respon
 
 
 async def forward(request: Request, service: Serving, key: Asker) -> Response:
-    """An answer of vLLM; the fields of the body are vLLM's, and ``adapters`` is a blend."""
+    """Forward a request to vLLM. The body has vLLM's fields, and ``adapters``, a blend."""
     path = request.url.path
-    if "json" not in request.headers.get(
-        "content-type", ""
-    ):  # a page of another origin may send it
+    # without this check, a page of another origin could send a body as plain text
+    if "json" not in request.headers.get("content-type", ""):
         raise Refusal(400, "no JSON object", "one, with Content-Type: application/json", "send it")
     body = await beside_loop(service, await request.body(), lambda body: _read_body(body, path))
     model, blend = body.get("model"), body.pop("adapters", None)
-    if model is None:  # the tokens of all are the base's
+    if model is None:  # adapters have the base's tokenizer
         model, blend = service.base, {}
     else:
         blend = await requested_adapters(service, key, model, blend)
     if not service.ready:
-        raise service.unready()
-    if path in SALTED and key.owner and not body.get("cache_salt"):
+        raise service.unready_refusal()
+    if path in SALTED_PATHS and key.owner and not body.get("cache_salt"):
         body["cache_salt"] = _salt(service, key.owner)
     call = Call(service, blend, path, model, body)
     priority = body.get("priority")
     ticket = Ticket(
         key.owner, counted_as(blend), key_of(blend), priority if isinstance(priority, int) else 0
     )
-    return await unless_gone(request, call.answer(ticket))
+    return await unless_disconnected(request, call.answer(ticket))
 
 
-for _path in FORWARDED:
+for _path in FORWARDED_PATHS:
     router.add_api_route(_path, forward, methods=["POST"], name=_path.strip("/").replace("/", "_"))
 
 
 def _read_body(content: bytes, path: str) -> dict[str, Any]:
-    """The body of a request whose model and blend are checked. ``Refusal``: it names none."""
+    """Parse a body, and check its model and blend. ``Refusal``: one of them is invalid."""
     try:
         body: Any = parse(content)
     except ValueError as error:
@@ -142,10 +141,10 @@ def _read_body(content: bytes, path: str) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Refusal(400, "no JSON object", "one, with Content-Type: application/json", "send it")
     model = body.get("model")
-    absent = model is None and path in WITHOUT_MODEL
-    if not absent and not (isinstance(model, str) and 0 < len(model) <= 256):
+    may_lack_model = model is None and path in MODEL_OPTIONAL
+    if not may_lack_model and not (isinstance(model, str) and 0 < len(model) <= 256):
         raise Refusal(400, "no model", "its name, a text", "send it", param="model")
-    for name in STORED:
+    for name in STORAGE_FIELDS:
         if body.get(name):
             problem = f"{name}, and a server that keeps nothing of a request"
             raise Refusal(400, problem, "the whole conversation", "leave it out", param=name)
@@ -155,36 +154,40 @@ def _read_body(content: bytes, path: str) -> dict[str, Any]:
         try:
             body["adapters"] = _BLEND.validate_python(body["adapters"], strict=True)
         except ValidationError as error:
-            errors = [{**each, "loc": ("adapters", *each["loc"])} for each in error.errors()]
-            raise of_body(errors, body) from error
+            errors = [{**detail, "loc": ("adapters", *detail["loc"])} for detail in error.errors()]
+            raise body_refusal(errors, body) from error
     return body
 
 
 def _salt(service: Service, owner: str) -> str:
-    """A salt that keeps the prefixes of a key apart from those of others in vLLM's cache."""
+    """A salt with which vLLM's cache keeps the prefixes of a key apart from those of other keys."""
     return hashlib.sha256(f"{service.engine.secret}\0{owner}".encode()).hexdigest()
 
 
 class ForwardedStream(StreamingResponse):
-    """Events of vLLM, whose place is free also where none of them was read."""
+    """A stream of vLLM's events. The call ends even if no event is read."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], response: httpx.Response, ending: Ending, kind: str
+        self,
+        events: AsyncIterator[bytes],
+        response: httpx.Response,
+        call_end: CallEnd,
+        media_type: str,
     ) -> None:
-        super().__init__(events, response.status_code, media_type=kind)
-        self._response, self._ending = response, ending
+        super().__init__(events, response.status_code, media_type=media_type)
+        self._response, self._call_end = response, call_end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._ending.end("cancelled")
+            self._call_end.end("cancelled")
             await self._response.aclose()
 
 
 @dataclass
 class Call:
-    """One request for vLLM. ``model`` is what the client calls what answers."""
+    """One request to vLLM. ``model``: the client's name of the model or the blend."""
 
     service: Service
     blend: dict[str, float]
@@ -193,32 +196,32 @@ class Call:
     body: dict[str, Any]
 
     async def answer(self, ticket: Ticket) -> Response:
-        """The answer, when its turn has come and its adapters are loaded. ``Busy``, or what
-        ``VllmAdapters.acquire`` raises."""
+        """Wait for the request's turn, load its blend, and return vLLM's answer. ``Busy``, or an
+        error of ``VllmAdapters.acquire``."""
         engine, observer = self.service.engine, self.service.metrics
-        record, arrived = CURRENT.get(), time.monotonic()
+        record, arrived_at = CURRENT_RECORD.get(), time.monotonic()
         if record is not None:
             record.ask(self.blend, 0)
         await engine.gate.enter(ticket)
-        waited = time.monotonic() - arrived
-        observer.started(self.blend, waited)
+        wait_seconds = time.monotonic() - arrived_at
+        observer.started(self.blend, wait_seconds)
         if record is not None:
-            record.queue_seconds = waited
-        ending = Ending(self, ticket, arrived)
+            record.queue_seconds = wait_seconds
+        call_end = CallEnd(self, ticket, arrived_at)
         try:
-            lease = ending.lease = self.service.bank.find(self.blend) or await self._load()
+            lease = call_end.lease = self.service.bank.find(self.blend) or await self._load_blend()
             response = await self._send(lease)
         except BaseException:
-            ending.end("error")
+            call_end.end("error")
             raise
-        return await self._relay(response, ending)
+        return await self._relay(response, call_end)
 
-    async def _load(self) -> Lease:
+    async def _load_blend(self) -> Lease:
         loading = asyncio.ensure_future(asyncio.to_thread(self.service.bank.acquire, self.blend))
         return await await_or_undo(loading, Lease.release)
 
     async def _send(self, lease: Lease) -> httpx.Response:
-        record = CURRENT.get()
+        record = CURRENT_RECORD.get()
         headers = {"content-type": "application/json"}
         if record is not None:
             headers[ID_HEADER] = record.request_id
@@ -230,103 +233,110 @@ class Call:
             message = sentence("an answer that took too long", "one in time", "ask for less")
             raise Refusal(504, message, code="timeout") from error
         except httpx.TransportError as error:
-            raise lost() from error
+            raise engine_lost_refusal() from error
 
-    async def _relay(self, response: httpx.Response, ending: Ending) -> Response:
-        """vLLM's answer as the client's: the name that it knows is in it."""
-        kind = response.headers.get("content-type", "application/json")
-        if kind.startswith("text/event-stream"):
-            return ForwardedStream(self._events(response, ending), response, ending, kind)
+    async def _relay(self, response: httpx.Response, call_end: CallEnd) -> Response:
+        """Return vLLM's answer to the client, with the client's name of the model."""
+        media_type = response.headers.get("content-type", "application/json")
+        if media_type.startswith("text/event-stream"):
+            return ForwardedStream(
+                self._forward_events(response, call_end), response, call_end, media_type
+            )
         try:
-            content = self._rename(await response.aread(), ending.lease)
+            content = self._rename_model(await response.aread(), call_end.lease)
         except httpx.TransportError as error:
-            ending.end("error")
-            raise lost() from error
+            call_end.end("error")
+            raise engine_lost_refusal() from error
         except BaseException:
-            ending.end("cancelled")
+            call_end.end("cancelled")
             raise
         finally:
             await response.aclose()
-        ending.count(content if kind.startswith("application/json") else b"")
-        ending.end("stop" if response.status_code < 400 else "error")
-        return Response(content, response.status_code, media_type=kind)
+        call_end.count_usage(content if media_type.startswith("application/json") else b"")
+        call_end.end("stop" if response.status_code < 400 else "error")
+        return Response(content, response.status_code, media_type=media_type)
 
-    async def _events(self, response: httpx.Response, ending: Ending) -> AsyncIterator[bytes]:
+    async def _forward_events(
+        self, response: httpx.Response, call_end: CallEnd
+    ) -> AsyncIterator[bytes]:
         outcome = "cancelled"
         try:
             async for line in response.aiter_lines():
-                ending.event(line)
-                yield self._rename(f"{line}\n".encode(), ending.lease)
+                call_end.count_event(line)
+                yield self._rename_model(f"{line}\n".encode(), call_end.lease)
             outcome = "stop"
         except httpx.TransportError:
             outcome = "error"
-            yield b"data: " + json.dumps(lost().body()).encode() + b"\n\n"
+            yield b"data: " + json.dumps(engine_lost_refusal().body()).encode() + b"\n\n"
         finally:
-            ending.end(outcome)
+            call_end.end(outcome)
 
-    def _rename(self, content: bytes, lease: Lease | None) -> bytes:
+    def _rename_model(self, content: bytes, lease: Lease | None) -> bytes:
+        """Replace vLLM's name of the model by the client's."""
         if lease is None or lease.name is None:
             return content
         return content.replace(lease.name.encode(), json.dumps(self.model)[1:-1].encode())
 
 
-class Ending:
-    """The end of a call, however it comes: its lease and its place are free, and it is counted."""
+class CallEnd:
+    """Ends a call once, for whatever reason: releases its lease and its row, and records it."""
 
-    def __init__(self, call: Call, ticket: Ticket, arrived: float) -> None:
-        self._call, self._ticket, self._arrived = call, ticket, arrived
+    def __init__(self, call: Call, ticket: Ticket, arrived_at: float) -> None:
+        self._call, self._ticket, self._arrived_at = call, ticket, arrived_at
         self.lease: Lease | None = None
-        self._prompt = self._generated = 0
-        self._over = False
+        self._prompt_tokens = self._generated_tokens = 0
+        self._has_ended = False
 
-    def count(self, content: bytes) -> None:
-        """The usage in a complete answer."""
+    def count_usage(self, content: bytes) -> None:
+        """Count the tokens that a complete answer's field ``usage`` has."""
         try:
             usage = json.loads(content).get("usage") or {}
         except (ValueError, AttributeError):
             return
-        self._prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
-        self._generated = usage.get("completion_tokens") or usage.get("output_tokens") or 0
+        self._prompt_tokens = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
+        self._generated_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
 
-    def event(self, line: str) -> None:
-        """A line of a stream: each event of data is a token, about."""
+    def count_event(self, line: str) -> None:
+        """Count a line of a stream: an event with data is about one token."""
         if not line.startswith("data: {"):
             return
-        record = CURRENT.get()
-        if not self._generated:
-            seconds = time.monotonic() - self._arrived
+        record = CURRENT_RECORD.get()
+        if not self._generated_tokens:
+            seconds = time.monotonic() - self._arrived_at
             self._call.service.metrics.first_token(self._call.blend, seconds)
             if record is not None:
                 record.first_token_seconds = seconds
-        self._generated += 1
+        self._generated_tokens += 1
 
     def end(self, outcome: str) -> None:
-        if self._over:
+        """End the call, unless it has ended. ``outcome``: the reason, for metrics and the log."""
+        if self._has_ended:
             return
-        self._over = True
-        call, observer, record = self._call, self._call.service.metrics, CURRENT.get()
+        self._has_ended = True
+        call, observer, record = self._call, self._call.service.metrics, CURRENT_RECORD.get()
         if self.lease is not None:
             self.lease.release()
-        call.service.engine.gate.leave(self._ticket, self._generated or 1)
-        observer.tokens(call.blend, self._prompt, self._generated)
-        observer.finished(call.blend, outcome, time.monotonic() - self._arrived)
+        call.service.engine.gate.leave(self._ticket, self._generated_tokens or 1)
+        observer.tokens(call.blend, self._prompt_tokens, self._generated_tokens)
+        observer.finished(call.blend, outcome, time.monotonic() - self._arrived_at)
         if record is not None:
-            record.prompt_tokens, record.generated_tokens = self._prompt, self._generated
+            record.prompt_tokens = self._prompt_tokens
+            record.generated_tokens = self._generated_tokens
             record.end(outcome)
 
 
-def lost() -> Refusal:
+def engine_lost_refusal() -> Refusal:
     message = sentence("a vLLM that ended in the middle of it", "one that runs", "send it again")
-    return Refusal(503, message, code="engine_stopped", headers={RETRY: "5"})
+    return Refusal(503, message, code="engine_stopped", headers={RETRY_AFTER: "5"})
 
 
 @with_trust_of_config
 def start(
-    settings: Settings, keys: Keyring, ended: Callable[[int], None] = lambda code: None
+    settings: Settings, keys: Keyring, on_exit: Callable[[int], None] = lambda status: None
 ) -> Service:
-    """Start vLLM, and what stands before it. ``Service.close`` ends both; ``ended`` is called if
+    """Start vLLM and the service before it. ``Service.close`` stops both. ``on_exit`` is called if
     vLLM ends by itself."""
-    must_have_keys_for_any_origin(settings, keys.open)
+    must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
     program = vllm.program()
     folders = {} if settings.adapters is None else served_folders(settings.adapters)
@@ -336,14 +346,14 @@ def start(
     tracer = open_tracer(settings.otlp_endpoint, settings.name)
     folder = tempfile.TemporaryDirectory(prefix="veneer-vllm-")
     socket = Path(folder.name) / "socket"
-    line = _command_line(settings, base, socket, rank, tokenizer)
+    command_line = _command_line(settings, base, socket, rank, tokenizer)
     engine = VllmProcess(
-        [program, *line[1:]],
+        [program, *command_line[1:]],
         socket,
-        _row_limit(settings) or ROWS,
+        _row_limit(settings) or DEFAULT_ROWS,
         settings.queue,
         settings.timeout,
-        ended,
+        on_exit,
         folder,
     )
     try:
@@ -359,7 +369,7 @@ def start(
             bank.pin(adapter)
         catalogue.follow_pins()
         metrics.watch(engine, bank)
-        card = engine.card()
+        model_card = engine.model_card()
     except BaseException:
         engine.close()
         raise
@@ -372,7 +382,7 @@ def start(
         catalogue=catalogue,
         keys=keys,
         metrics=metrics,
-        length=card["max_model_len"],
+        length=model_card["max_model_len"],
         vocabulary=len(tokenizer),
         engine=engine,
         sampling=SamplingDefaults(),
@@ -384,7 +394,7 @@ def start(
 
 
 def _row_limit(settings: Settings) -> int | None:
-    """The number of rows that vLLM is told; None leaves it the choice."""
+    """The number of rows for vLLM's command line; None: vLLM's default."""
     return None if settings.rows == Settings.rows else settings.rows
 
 
@@ -400,13 +410,13 @@ def _command_line(
         rows=_row_limit(settings),
         dtype=_dtype(settings, base),
         tool_call_parser=settings.tool_call_parser or detect_parser(tokenizer.chat_template),
-        more=["--trust-remote-code"] if settings.trust_remote_code else [],
+        extra_options=["--trust-remote-code"] if settings.trust_remote_code else [],
     )
 
 
 def _dtype(settings: Settings, base: str) -> str | None:
-    """The type to tell vLLM, whose own "auto" takes bf16 for a base in float32; None leaves it the
-    choice."""
+    """The dtype for vLLM's command line; None: vLLM's default. For a base in float32 it is given,
+    since vLLM's "auto" would use bfloat16."""
     precision = settings.precision
     if precision == "auto":
         return None

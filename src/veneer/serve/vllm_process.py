@@ -1,7 +1,7 @@
-"""A vLLM that this process starts, watches and ends, and its routes, at a socket in a folder that
-nobody else may enter: no client reaches them but through us.
+"""A vLLM process that this server starts, watches and stops. It listens at a Unix socket in a
+folder that only this user may enter, so clients reach it only through this server.
 
-    start → loading → ready → (it ends by itself: nothing is ready any more, ``lost`` is called)
+    start → loading → ready → (vLLM ends by itself: ``ready`` is false, and ``on_exit`` is called)
 """
 
 from __future__ import annotations
@@ -27,52 +27,66 @@ from veneer.serve.scheduler import Scheduler
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds between two looks whether vLLM is ready, and for it to end before it is killed
-LOOK, ENDING = 0.2, 20.0
-#: vLLM's routes that load adapters are there with this alone
+#: seconds between two checks whether vLLM is ready, and seconds until it is killed when it must end
+POLL_SECONDS, STOP_SECONDS = 0.2, 20.0
+#: variables of vLLM's environment; the first one enables the routes that load adapters
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-#: on Linux, a program that ends with its parent, however that ends (PR_SET_PDEATHSIG, SIGTERM)
-FOLLOW = (
+#: on Linux, a program that runs another one, which gets SIGTERM when this process ends in any way
+#: (PR_SET_PDEATHSIG)
+RUN_UNTIL_PARENT_ENDS = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 )
 
 
 class VllmProcess:
-    """vLLM, as the ``engine`` of a ``Service``. ``line``: its command line; ``address``: the socket
-    at which it listens; ``lost`` is called, in a thread, if it ends by itself; ``folder``, a
-    temporary one, is removed at the end."""
+    """vLLM as the ``engine`` of a ``Service``.
+
+    Args:
+        command_line: vLLM's command line.
+        address: the path of the socket at which vLLM listens.
+        rows: the most requests that are sent to vLLM at one time.
+        queue: the most requests that wait.
+        timeout: seconds that an answer may take.
+        on_exit: called in a thread, with the exit status, if vLLM ends by itself.
+        folder: a temporary folder, removed when vLLM ends.
+    """
 
     def __init__(
-        self, line: Sequence[str], address: Path, rows: int, queue: int, timeout: float,
-        lost: Callable[[int], None] = lambda code: None, folder: Any = None,
+        self, command_line: Sequence[str], address: Path, rows: int, queue: int, timeout: float,
+        on_exit: Callable[[int], None] = lambda status: None, folder: Any = None,
     ) -> None:  # fmt: skip
-        self._line, self._socket, self._lost, self._timeout = line, address, lost, timeout
+        self._command_line, self._socket = command_line, address
+        self._on_exit, self._timeout = on_exit, timeout
         self.gate, self._folder, self.secret = Gate(rows, queue), folder, secrets.token_hex(16)
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._blocking = httpx.Client(
+        self._sync_client = httpx.Client(
             transport=httpx.HTTPTransport(uds=str(address)), base_url="http://vllm", timeout=timeout
         )
-        self._client: httpx.AsyncClient | None = None
+        self._async_client: httpx.AsyncClient | None = None
         self.ready = False
 
     def start(self) -> None:
-        """Start vLLM, and wait until it answers. ``ConfigError``: it ended before that."""
-        follow = [sys.executable, "-c", FOLLOW] if sys.platform == "linux" else []
+        """Start vLLM, and wait until it answers. ``ConfigError``: vLLM ended before that."""
+        wrapper = [sys.executable, "-c", RUN_UNTIL_PARENT_ENDS] if sys.platform == "linux" else []
         self._process = subprocess.Popen(
-            [*follow, *self._line],
-            env={**os.environ, **ENVIRONMENT, "VENEER_LIBRARY": ""},  # it finds no adapters itself
+            [*wrapper, *self._command_line],
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                "VENEER_LIBRARY": "",
+            },  # its plug-in finds no adapters
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
-            start_new_session=True,  # Ctrl-C is ours: what runs is finished first
+            start_new_session=True,  # Ctrl-C must not reach vLLM: running requests end first
         )
         try:
             while not self._is_healthy():
-                if (code := self._process.poll()) is not None:
-                    problem = f"vLLM, which ended with status {code} before it was ready"
+                if (exit_status := self._process.poll()) is not None:
+                    problem = f"vLLM, which ended with status {exit_status} before it was ready"
                     do = "see its own words above"
                     raise ConfigError(problem, "one that loads the base", do)
-                time.sleep(LOOK)
+                time.sleep(POLL_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -81,24 +95,25 @@ class VllmProcess:
 
     def _is_healthy(self) -> bool:
         try:
-            with socket.socket(socket.AF_UNIX) as probe:  # httpx leaves one open that is refused
+            with socket.socket(socket.AF_UNIX) as probe:  # httpx would leave a refused socket open
                 probe.connect(str(self._socket))
         except OSError:
             return False
         try:
-            return self._blocking.get("/health", timeout=5).status_code == 200
+            return self._sync_client.get("/health", timeout=5).status_code == 200
         except httpx.TransportError:
             return False
 
     def _watch(self) -> None:
+        """Wait until vLLM ends, and report an end that this server did not ask for."""
         assert self._process is not None
-        code = self._process.wait()
+        exit_status = self._process.wait()
         self.ready = False
         if not self._closing:
-            log.error("vLLM ended by itself, with status %d; this server ends too", code)
+            log.error("vLLM ended by itself, with status %d; this server ends too", exit_status)
             if self._folder is not None:
                 self._folder.cleanup()
-            self._lost(code)
+            self._on_exit(exit_status)
 
     @property
     def running(self) -> int:
@@ -109,44 +124,44 @@ class VllmProcess:
         return self.gate.waiting
 
     def post(self, path: str, body: Any) -> tuple[int, str]:
-        """Status and text of the answer to a request of our own, from any thread. ``OSError``:
-        there is none."""
+        """Send a POST request of this server itself, from any thread. Returns the status and text
+        of the answer. ``OSError``: vLLM does not answer."""
         try:
-            answer = self._blocking.post(path, json=body)
+            answer = self._sync_client.post(path, json=body)
         except httpx.HTTPError as error:
             raise OSError(f"vLLM does not answer ({type(error).__name__})") from error
         return answer.status_code, answer.text
 
     def read(self, path: str) -> bytes:
-        """The content of vLLM's answer at a path; nothing, if there is none."""
+        """The content of vLLM's answer to GET ``path``; empty if vLLM does not answer with 200."""
         try:
-            answer = self._blocking.get(path)
+            answer = self._sync_client.get(path)
         except httpx.HTTPError:
             return b""
         return answer.content if answer.status_code == 200 else b""
 
-    def card(self) -> dict[str, Any]:
-        """vLLM's own words on the base."""
+    def model_card(self) -> dict[str, Any]:
+        """vLLM's description of the base, from its /v1/models."""
         return json.loads(self.read("/v1/models"))["data"][0]
 
     async def send(self, method: str, path: str, body: bytes, headers: Any) -> httpx.Response:
-        """The answer to a client's request, of which the body is still to be read; the caller
-        closes it."""
-        if self._client is None:
-            # a connection each: at a socket it costs nothing, and none is left at the end
+        """Forward a client's request. Returns the answer, whose body is not read yet; the caller
+        must close it."""
+        if self._async_client is None:
+            # one connection for each request: at a Unix socket this is cheap, and leaves none open
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-            self._client = httpx.AsyncClient(
+            self._async_client = httpx.AsyncClient(
                 transport=httpx.AsyncHTTPTransport(uds=str(self._socket), limits=limits),
                 base_url="http://vllm",
                 timeout=httpx.Timeout(self._timeout, connect=5),
             )
-        request = self._client.build_request(method, path, content=body, headers=headers)
-        return await self._client.send(request, stream=True)
+        request = self._async_client.build_request(method, path, content=body, headers=headers)
+        return await self._async_client.send(request, stream=True)
 
     def drain(self, seconds: float) -> None:
-        """Wait, at most so long, until nothing runs."""
-        end = time.monotonic() + seconds
-        while (self.running or self.waiting) and time.monotonic() < end:
+        """Wait up to ``seconds`` until no request runs or waits."""
+        deadline = time.monotonic() + seconds
+        while (self.running or self.waiting) and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def close(self) -> None:
@@ -155,26 +170,26 @@ class VllmProcess:
         if process is not None and process.poll() is None:
             process.terminate()
             try:
-                process.wait(ENDING)
+                process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._blocking.close()
+        self._sync_client.close()
         if self._folder is not None:
             self._folder.cleanup()
 
 
 class Ticket:
-    """A request that waits for vLLM, or is there, as ``scheduler.Waiting``."""
+    """A request that waits for its turn or was sent to vLLM; the scheduler orders it."""
 
     def __init__(self, owner: str, flow: str, key: Any, priority: int) -> None:
         self.owner, self.flow, self.key, self.priority = owner, flow, key, priority
-        self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 class Gate:
-    """Lets at most ``rows`` requests of all clients go to vLLM at a time, the least served key and
-    adapter first, as the engine does with its rows. The event loop alone calls it."""
+    """Sends at most ``rows`` requests of all clients to vLLM at one time, those of the least served
+    key and adapter first, as Veneer's engine fills its rows. Only the event loop may call it."""
 
     def __init__(self, rows: int, queue: int) -> None:
         self._rows, self._scheduler = rows, Scheduler[Ticket](queue)
@@ -185,26 +200,27 @@ class Gate:
         return self._scheduler.waiting
 
     async def enter(self, ticket: Ticket) -> None:
-        """Wait for its turn. ``Busy``: there is no place in the queue."""
+        """Wait until the request may be sent. ``Busy``: the queue has no place for it."""
         self._scheduler.add(ticket)
         self._admit()
         try:
-            await ticket.turn
+            await ticket.admitted
         except asyncio.CancelledError:
             if not self._scheduler.remove(ticket):
                 self.leave(ticket, 0)
             raise
 
     def leave(self, ticket: Ticket, tokens: float) -> None:
-        """It has its answer, which took so many tokens."""
+        """Record that the request has ended, and how many tokens it took."""
         self._scheduler.charge(ticket, tokens)
         self._scheduler.ended(ticket)
         self.running -= 1
         self._admit()
 
     def _admit(self) -> None:
+        """Let the next requests go to vLLM, as long as there are free rows."""
         while self.running < self._rows and (ticket := self._scheduler.take()) is not None:
             self.running += 1
             self._scheduler.began(time.monotonic())
-            if not ticket.turn.done():
-                ticket.turn.set_result(None)
+            if not ticket.admitted.done():
+                ticket.admitted.set_result(None)

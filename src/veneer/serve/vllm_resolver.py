@@ -1,21 +1,19 @@
-"""Adapters for vLLM, by the name in a request: found, verified, handed over as a folder that stays
-what it is.
+"""Find and verify the adapter that a request to vLLM names, and give vLLM a folder with a copy of
+it, which nothing changes later.
 
-    VENEER_LIBRARY=DIR              a library; "french" is a name of it
-    VENEER_LIBRARY=s3://…           a remote place; "french" is what was pushed to s3://…/french
+    VENEER_LIBRARY=DIR              a library; "french" is the adapter of this name
+    VENEER_LIBRARY=s3://…           a remote address; "french" is the adapter at s3://…/french
     VENEER_LIBRARY=hf://owner       "french" is the repository hf://owner/french
-    "french@HASH"                   the same name while it stands for these very files:
-                                    `Entry.object` in a library, at a remote place what `push`
-                                    returned after the "@"
+    "french@HASH"                   the adapter "french", only if its files have this hash: in a
+                                    library `Entry.object`, at a remote address the part after the
+                                    "@" of what `push` returned
 
-vLLM keeps the path that it is given: it reads the files again, and checks nothing, when an adapter
-comes back after it had to make room, and its cache of keys and values goes by name and path. So the
-path is that of a copy in our own cache, by hash: another adapter has another path, and neither `gc`
-nor whoever writes to the library reaches it. (In vLLM 0.32 an adapter whose files are gone by then
-ends the engine, and with it the server.)
+vLLM keeps the path that it gets. When it has dropped an adapter from memory and needs it again, it
+reads the files again and does not verify them; and its KV cache is keyed by name and path. So the
+path is that of a copy in a cache of our own, named by its hash: a changed adapter has another path,
+and neither `gc` nor a writer of the library changes the copy. (In vLLM 0.32, an adapter whose files
+are gone by then ends the engine, and with it the server.)
 
-The base is proven as elsewhere, by the fingerprints in the adapter's record, each weight read once
-a process. vLLM names its base by a folder or a hub id; one whose files are not on this machine goes
 by its name alone.
 """
 
@@ -50,61 +48,63 @@ log = logging.getLogger("vllm.veneer")
 _VERSION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-class Found(NamedTuple):
-    """An adapter for vLLM: its folder, and a number that goes by the folder's name, which is a
-    hash."""
+class AdapterCopy(NamedTuple):
+    """A verified adapter for vLLM: its folder, and vLLM's integer id of it, which is made from the
+    folder's name, a hash."""
 
     path: Path
-    number: int
+    lora_id: int
 
 
 class BaseProofs:
-    """Proofs that a base is the one that an adapter's record speaks of. Each weight of a base is
-    read once. Several threads may ask at once."""
+    """Compares bases with the records of adapters. Each weight of a base is read only once. Several
+    threads may call ``check`` at the same time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._weights: dict[str, BaseWeights | None] = {}
 
     def check(self, base: str, path: Path) -> str:
-        """How far the base is that of the adapter's record, in words. ``BaseMismatchError``: it is
-        not."""
-        saved = record_in_header(
-            path, read_header(path / peft.TENSORS).metadata
-        )  # the rest was verified as it was pulled
-        if saved is None:
+        """Compare the base with the adapter's record; returns a description of what was proven.
+        ``BaseMismatchError``: the adapter was made for another base."""
+        # reading the header is enough, since the files were verified when they were copied
+        adapter_record = record_in_header(path, read_header(path / peft.TENSORS).metadata)
+        if adapter_record is None:
             return "unknown, as another library wrote the adapter"
-        record = saved["base"]
+        base_record = adapter_record["base"]
         with self._lock:
             if base not in self._weights:
-                self._weights[base] = _weights(base)
-            weights, recorded, kind = (
+                self._weights[base] = _open_weights(base)
+            weights, recorded, hash_kind = (
                 self._weights[base],
-                recorded_fingerprints(record),
-                recorded_hash_kind(record),
+                recorded_fingerprints(base_record),
+                recorded_hash_kind(base_record),
             )
             if weights is None:
-                base_name = record.get("name")
-                same = "the same" if base_name == base else f"the adapter's is {base_name}"
-                return f"by its name alone ({same}), as its weights are not in safetensors here"
+                base_name = base_record.get("name")
+                comparison = "the same" if base_name == base else f"the adapter's is {base_name}"
+                reason = "its weights are not in safetensors here"
+                return f"by its name alone ({comparison}), as {reason}"
             fingerprints = {
-                weight_name: weights.fingerprint(weight_name, kind) for weight_name in recorded
+                weight_name: weights.fingerprint(weight_name, hash_kind) for weight_name in recorded
             }
         different = [
             weight_name
-            for weight_name, value in fingerprints.items()
-            if value not in (None, recorded[weight_name])
+            for weight_name, fingerprint in fingerprints.items()
+            if fingerprint not in (None, recorded[weight_name])
         ]
-        lacking = [
-            weight_name for weight_name in record["weights"] if fingerprints[weight_name] is None
+        missing = [
+            weight_name
+            for weight_name in base_record["weights"]
+            if fingerprints[weight_name] is None
         ]
-        if different or lacking:
+        if different or missing:
             differences = [
                 f"{words} {len(names)} of {len(recorded)} tensors ({listing(names, 3)})"
-                for words, names in (("other numbers in", different), ("none of", lacking))
+                for words, names in (("other numbers in", different), ("none of", missing))
                 if names
             ]
-            base = record.get("name") or record.get("architecture")
+            base = base_record.get("name") or base_record.get("architecture")
             expected = f"the base that it was trained on, {base}"
             do = (
                 "serve that base, or set VENEER_VERIFY_BASE=0 if these are the same weights,"
@@ -114,50 +114,54 @@ class BaseProofs:
             raise BaseMismatchError(
                 f"The adapter was made for another base. {sentence(problem, expected, do)}"
             )
-        proven = sum(value is not None for value in fingerprints.values())
-        return f"{proven} of {len(recorded)} tensors proven"
+        proven_count = sum(fingerprint is not None for fingerprint in fingerprints.values())
+        return f"{proven_count} of {len(recorded)} tensors proven"
 
 
 class Adapters:
-    """The adapters of one place. Several threads may ask at once."""
+    """The adapters of one library or remote address. Several threads may call ``find`` at once."""
 
-    def __init__(self, place: str, *, verify_base: bool = True, cache: Path | None = None) -> None:
-        """``cache``: where copies are kept; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME``
+    def __init__(
+        self, address: str, *, verify_base: bool = True, cache: Path | None = None
+    ) -> None:
+        """``cache``: the folder for copies; None: ``veneer/adapters`` in ``$XDG_CACHE_HOME``
         or ``~/.cache``."""
-        self._source = RemoteSource(place) if is_remote(place) else LibrarySource(Library(place))
+        self._source = (
+            RemoteSource(address) if is_remote(address) else LibrarySource(Library(address))
+        )
         self.verify_base, self._cache = verify_base, cache
         self._proofs = BaseProofs()
 
-    def find(self, base: str, name: str) -> Found | None:
-        """The adapter of a name for ``base`` (a folder or a hub id), or None if it can be no name
-        of ours.
+    def find(self, base: str, name: str) -> AdapterCopy | None:
+        """The adapter of a name for ``base`` (a folder or a hub id). None: no adapter can have this
+        name.
 
         Raises:
-            LibraryError, RemoteError: there is no such adapter, or no longer with this hash.
-            AdapterError: it was altered, was made for another base, or is one that vLLM cannot
-                serve.
+            LibraryError, RemoteError: there is no such adapter, or its hash is another one now.
+            AdapterError: the adapter was altered, was made for another base, or vLLM cannot
+                load it.
         """
-        plain, separator, version = name.partition("@")
-        if not NAME.fullmatch(plain) or (separator and not _VERSION.fullmatch(version)):
+        adapter_name, separator, version = name.partition("@")
+        if not NAME.fullmatch(adapter_name) or (separator and not _VERSION.fullmatch(version)):
             return None
-        path = self._source.pull(plain, version, cache=self._cache)
+        path = self._source.pull(adapter_name, version, cache=self._cache)
         raise_all(
             AdapterError,
             "vLLM cannot load it",
-            [sentence(why, *ADVICE) for why in reasons_against(path)],
+            [sentence(reason, *ADVICE) for reason in reasons_against(path)],
         )
-        proven = (
+        proof = (
             self._proofs.check(base, path)
             if self.verify_base
             else "not compared, as VENEER_VERIFY_BASE=0 says"
         )
-        log.info("Adapter %r: %s, base: %s", name, path, proven)
-        return Found(path, 1 + int(path.name[:15], 16))
+        log.info("Adapter %r: %s, base: %s", name, path, proof)
+        return AdapterCopy(path, 1 + int(path.name[:15], 16))
 
 
-def _weights(base: str) -> BaseWeights | None:
-    """The weights of a base, if they are on this machine in safetensors; a hub id is looked for in
-    the hub's cache."""
+def _open_weights(base: str) -> BaseWeights | None:
+    """Open the weights of a base; a hub id is looked up in the hub's cache. None: this machine has
+    no files of the base in safetensors."""
     folder = Path(base).expanduser()
     try:
         if not folder.is_dir():
@@ -170,6 +174,6 @@ def _weights(base: str) -> BaseWeights | None:
         OSError,
         ValueError,
         CheckpointError,
-    ) as error:  # neither a folder nor there
+    ) as error:  # no folder, or not in the cache
         log.warning("The weights of the base %s cannot be compared: %s", base, error)
         return None

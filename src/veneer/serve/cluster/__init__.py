@@ -1,13 +1,12 @@
-"""Several replicas of a server, on Ray Serve.
+"""Serve with several replicas, on Ray Serve.
 
-    clients ── Ray's proxy ── gateway.py ── routing.py ── a replica: serve/api.py and the rest of
-    the server
-                              reads the body,        chooses a replica by the adapter
-                              forwards the request,
-                              again if a replica dies
+    clients ── Ray's proxy ── gateway.py ── a replica: serve/api.py and the rest of the server
+
+The gateway reads the body of a request, chooses a replica by the adapter (routing.py), and forwards
+the request; if the replica dies, it sends the request to another one.
 
 Only ``on_ray.py`` imports Ray. Another reverse proxy (nginx, HAProxy) needs nothing of this folder:
-docs/serving.md.
+see docs/serving.md.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ def app(args: dict[str, Any]) -> Any:
 
     Args:
         args: the options of `veneer serve` by their names (base, adapters, memory, rows, keys, …),
-            and "replicas": a number, or a range such as "1-8" for autoscaling. Without keys it
-            answers requests to loopback host names only, unless "allow_open" is true. CPUs and GPUs
-            of a replica are set by Ray (``ray_actor_options``).
+            and "replicas": a number, or a range such as "1-8" for autoscaling. Without keys, the
+            server answers requests to loopback host names only, unless "allow_open" is true. CPUs
+            and GPUs of a replica are set by Ray (``ray_actor_options``).
 
     Raises:
         ConfigError: an unknown argument, or an invalid value.

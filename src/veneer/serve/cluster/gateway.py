@@ -1,13 +1,12 @@
-"""The gateway in front of the replicas: it reads a request, finds a replica for it, and forwards
-the answer.
+"""The gateway in front of the replicas. It reads a request, chooses a replica, and forwards the
+answer.
 
-If the replica of a request dies, the request is sent to another one, unless a byte of the answer
-was forwarded already. An answer that is no stream is forwarded when it is complete, a stream from
-its first token. A stream that breaks off later ends with an error event and without [DONE], like
-any answer that cannot be finished (serve/answers.py), because another replica would sample other
-tokens.
+If the replica of a request dies, the gateway sends the request to another one, unless it has
+forwarded a part of the answer. A complete answer is forwarded when all of it has arrived, and a
+stream from its first token. A stream whose replica dies ends with an error event and no [DONE],
+like any answer that fails (serve/answers.py): another replica would sample other tokens.
 
-Keys and limits of bodies are checked here too (serve/guard.py), before a request is forwarded.
+The gateway also checks keys and the size of bodies, before it forwards a request (serve/guard.py).
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from typing import Any
 from veneer.errors import sentence
 from veneer.serve import limits
 from veneer.serve.access import Keyring
-from veneer.serve.cluster.routing import OPERATOR, adapter_of
+from veneer.serve.cluster.routing import NO_MODEL_KEY, adapter_of
 from veneer.serve.guard import Guard
-from veneer.serve.metrics import Metrics, merged
-from veneer.serve.refusal import RETRY, Refusal
+from veneer.serve.metrics import Metrics, merge_pages
+from veneer.serve.refusal import RETRY_AFTER, Refusal
 
 log = logging.getLogger("veneer.serve")
 
-#: how many replicas may die while they compute one request
-TRIES = 5
-#: headers that belong to one connection and are not forwarded
-_OWN = (b"connection", b"keep-alive", b"transfer-encoding")
+#: the most replicas that get the same request, one after the other as they die
+MAX_ATTEMPTS = 5
+#: headers that concern a single connection and are not forwarded
+_CONNECTION_HEADERS = (b"connection", b"keep-alive", b"transfer-encoding")
 
 Message = dict[str, Any]
 
@@ -49,25 +48,33 @@ class CompleteAnswer:
 
 
 class Gateway:
-    """An ASGI application (``app``). ``ask`` sends a request, as (adapter, scope, body), to a
-    replica and yields its ASGI messages; ``ask_all`` sends it to all replicas. ``lost``: the
-    exceptions that mean that a replica has died."""
+    """The gateway, whose ASGI application is ``app``.
 
-    draining, extensions, tracer = False, (), None  # read by ``Guard``; replicas send their spans
+    Args:
+        base: the base's model name.
+        hosts: host names accepted in the Host header; None: all.
+        ask_replica: sends a request, as (adapter, ASGI scope, body), to a replica and yields the
+            ASGI messages of its answer.
+        ask_all_replicas: sends a request to all replicas.
+        death_errors: the exceptions which mean that a replica has died.
+    """
+
+    draining, extensions, tracer = False, (), None  # for ``Guard``; replicas send spans
 
     def __init__(
         self,
         base: str,
         keys: Keyring,
         hosts: tuple[str, ...] | None,
-        ask: Callable[[str, Message, bytes], AsyncGenerator[Message]],
-        ask_all: Callable[[Message, bytes], Awaitable[Sequence[CompleteAnswer]]],
-        lost: tuple[type[Exception], ...],
+        ask_replica: Callable[[str, Message, bytes], AsyncGenerator[Message]],
+        ask_all_replicas: Callable[[Message, bytes], Awaitable[Sequence[CompleteAnswer]]],
+        death_errors: tuple[type[Exception], ...],
         cors: tuple[str, ...] = (),
     ) -> None:
         self.base, self.keys, self.hosts, self.cors = base, keys, hosts, cors
         self.metrics = Metrics()
-        self._ask, self._ask_all, self._lost = ask, ask_all, lost
+        self._ask_replica, self._ask_all_replicas = ask_replica, ask_all_replicas
+        self._death_errors = death_errors
         self.app = Guard(self._answer, self)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
@@ -75,36 +82,36 @@ class Gateway:
             await _lifespan(receive, send)
             return
         body = (await receive())["body"]
-        message = request_of(scope)
+        message = transferable_scope(scope)
         try:
             if scope["path"] == "/metrics":
-                await self._metrics(message, body, send)
+                await self._send_metrics(message, body, send)
                 return
-            adapter = OPERATOR
+            adapter = NO_MODEL_KEY
             if body:
-                large = len(body) > limits.PARSED_INLINE
+                is_large = len(body) > limits.PARSED_INLINE
                 adapter = (
                     await asyncio.to_thread(adapter_of, body, self.base)
-                    if large
+                    if is_large
                     else adapter_of(body, self.base)
                 )
-            await relay(lambda: self._ask(adapter, message, body), send, self._lost)
+            await relay(lambda: self._ask_replica(adapter, message, body), send, self._death_errors)
         except Refusal as refusal:
             await refusal.response(scope["path"])(scope, receive, send)
 
-    async def _metrics(self, message: Message, body: bytes, send: Any) -> None:
-        """The metrics of all replicas, each labelled with its replica; or the first refusal of a
-        replica."""
+    async def _send_metrics(self, message: Message, body: bytes, send: Any) -> None:
+        """Send the metrics of all replicas, each labelled with its replica. If a replica refuses
+        the request, send its refusal instead."""
         try:
-            answers = await self._ask_all(message, body)
-        except self._lost as error:
+            answers = await self._ask_all_replicas(message, body)
+        except self._death_errors as error:
             raise no_replica() from error
         if not answers:
             raise no_replica()
         answer = next((answer for answer in answers if answer.status != 200), answers[0])
         if answer.status == 200:
             page = await asyncio.to_thread(
-                merged, {answer.replica: answer.body for answer in answers}
+                merge_pages, {answer.replica: answer.body for answer in answers}
             )
             headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
             answer = CompleteAnswer(
@@ -117,41 +124,42 @@ class Gateway:
 
 
 async def relay(
-    attempt: Callable[[], AsyncGenerator[Message]],
+    request_answer: Callable[[], AsyncGenerator[Message]],
     send: Callable[[Message], Awaitable[None]],
-    lost: tuple[type[Exception], ...],
+    death_errors: tuple[type[Exception], ...],
 ) -> None:
-    """Forward the answer of the first attempt that succeeds. ``Refusal``: all attempts were
-    lost."""
-    for number in range(TRIES):
-        head: Message | None = None  # not sent before the first byte of the body
-        begun = ended = False
+    """Forward the answer of the first attempt that succeeds. ``request_answer``: asks a replica and
+    yields the messages of its answer. ``death_errors``: the exceptions of a dead replica.
+    ``Refusal``: all attempts failed."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        start_message: Message | None = None  # is sent with the first message of the body
+        has_begun = has_ended = False
         try:
-            async with aclosing(attempt()) as messages:
+            async with aclosing(request_answer()) as messages:
                 async for message in messages:
                     if message["type"] == "http.response.start":
                         headers = [
                             (name, value)
                             for name, value in message["headers"]
-                            if name.lower() not in _OWN
+                            if name.lower() not in _CONNECTION_HEADERS
                         ]
-                        head = {**message, "headers": headers}
+                        start_message = {**message, "headers": headers}
                         continue
-                    if not begun and head is not None:
-                        await send(head)
-                        begun = True
+                    if not has_begun and start_message is not None:
+                        await send(start_message)
+                        has_begun = True
                     await send(message)
-                    ended = not message.get("more_body", False)
-        except lost as error:
-            # the client has the complete answer, and may send another request on this connection
-            if ended:
+                    has_ended = not message.get("more_body", False)
+        except death_errors as error:
+            # the client has the complete answer; the connection may be used for its next request
+            if has_ended:
                 return
-            log.warning("A replica was lost in attempt %d: %s", number + 1, type(error).__name__)
-            if begun:
+            log.warning("A replica was lost in attempt %d: %s", attempt, type(error).__name__)
+            if has_begun:
                 await send({"type": "http.response.body", "body": broken_off()})
                 return
             continue
-        if not begun:
+        if not has_begun:
             raise Refusal(
                 500, "a bug in the server", "an answer", "tell whoever runs it", code="bug"
             )
@@ -161,7 +169,7 @@ async def relay(
 
 def no_replica() -> Refusal:
     message = sentence("no replica that answers", "one", "try again later")
-    return Refusal(503, message, code="replica_lost", headers={RETRY: "5"})
+    return Refusal(503, message, code="replica_lost", headers={RETRY_AFTER: "5"})
 
 
 def broken_off() -> bytes:
@@ -175,9 +183,9 @@ def broken_off() -> bytes:
     return f"data: {json.dumps(refusal.body(), separators=(',', ':'))}\n\n".encode()
 
 
-def request_of(scope: Message) -> Message:
-    """The fields of an ASGI scope that go to another process."""
-    fields = (
+def transferable_scope(scope: Message) -> Message:
+    """The fields of an ASGI scope that can be sent to another process."""
+    field_names = (
         "type",
         "asgi",
         "http_version",
@@ -188,13 +196,13 @@ def request_of(scope: Message) -> Message:
         "query_string",
         "root_path",
     )
-    request = {name: scope[name] for name in fields if name in scope}
+    request = {name: scope[name] for name in field_names if name in scope}
     return {**request, "headers": [(bytes(name), bytes(value)) for name, value in scope["headers"]]}
 
 
-async def messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Message]:
-    """An application's answer to a request, message by message. Closing the generator disconnects
-    the client."""
+async def answer_messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Message]:
+    """Yield the ASGI messages of an application's answer to a request. For the application, closing
+    the generator is a disconnect of the client."""
     queue: asyncio.Queue[Message | None] = asyncio.Queue()  # holds at most one answer
     unread = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -214,9 +222,9 @@ async def messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Me
 
 
 async def complete_answer(name: str, app: Any, request: Message, body: bytes) -> CompleteAnswer:
-    """The complete answer of an application to a request. ``name``: of its replica."""
+    """The complete answer of an application to a request. ``name``: the name of the replica."""
     status, headers, content = 500, [], bytearray()
-    async with aclosing(messages(app, request, body)) as answer:
+    async with aclosing(answer_messages(app, request, body)) as answer:
         async for message in answer:
             if message["type"] == "http.response.start":
                 status, headers = message["status"], list(message["headers"])
@@ -226,6 +234,7 @@ async def complete_answer(name: str, app: Any, request: Message, body: bytes) ->
 
 
 async def _lifespan(receive: Any, send: Any) -> None:
+    """Answer the ASGI lifespan events, for which there is nothing to do."""
     while True:
         phase = (await receive())["type"].removeprefix("lifespan.")
         await send({"type": f"lifespan.{phase}.complete"})

@@ -1,12 +1,12 @@
-"""Replicas as deployments of Ray Serve: ``veneer serve --replicas N``, or ``app`` of this folder in
-Ray's config file.
+"""Deployments of Ray Serve, for ``veneer serve --replicas N`` and for ``veneer.serve.cluster:app``
+in Ray's config file.
 
-    Gateway   no model; reads the body of a request, because Ray's proxy routes by headers alone
-    Replica   the server of one base, with all of its routes
+    Gateway   has no model; reads the bodies of requests, since Ray's proxy routes by headers alone
+    Replica   a server of the base, with all of its routes
 
-Ray places the replicas, replaces those that die, scales their number, and counts the requests of
-each (https://docs.ray.io/en/latest/serve/). routing.py decides which replica has which adapter,
-through Ray's request router.
+Ray starts the replicas on its nodes, replaces replicas that die, scales their number, and counts
+the requests of each (https://docs.ray.io/en/latest/serve/). Its request router asks routing.py
+which replica should answer for an adapter.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from veneer.serve.guard import LOOPBACK
 from veneer.serve.request_log import formatter_of
 from veneer.serve.settings import Settings, must_have_keys_for_any_origin, settings_of
 
-NAME = "veneer"
+APPLICATION_NAME = "veneer"
 #: seconds between two health checks of a replica
-HEALTH = 2.0
+HEALTH_CHECK_SECONDS = 2.0
 
 
 class AdapterRouter(RequestRouter):
-    """``routing.groups`` as a request router of Ray; the adapter is passed as the id of a
-    multiplexed model."""
+    """A request router of Ray that uses ``routing.replica_groups``. Ray passes the adapter as the
+    id of a multiplexed model."""
 
     def initialize_state(self, rows: int = 16) -> None:
         self._rows = rows
@@ -53,23 +53,23 @@ class AdapterRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         queue_lengths = self.replica_queue_len_cache
         running = {
-            name: queue_lengths.get(replica.replica_id) or 0 for name, replica in named.items()
+            name: queue_lengths.get(replica.replica_id) or 0 for name, replica in by_name.items()
         }
         adapter = ""
         if pending_request is not None:
             adapter = pending_request.metadata.multiplexed_model_id
-            pending_request.routing_context.should_backoff = True  # all replicas are full
+            pending_request.routing_context.should_backoff = True  # wait if all replicas are full
         return [
-            [named[name] for name in group]
-            for group in routing.groups(adapter, running, self._rows)
+            [by_name[name] for name in group]
+            for group in routing.replica_groups(adapter, running, self._rows)
         ]
 
 
 class Replica:
-    """One server of the base, without sockets."""
+    """A server of the base without sockets: Ray calls its methods."""
 
     def __init__(self, settings: Settings, keys: str | None, hosts: tuple[str, ...] | None) -> None:
         from veneer.serve import page
@@ -79,14 +79,15 @@ class Replica:
         _log_to_stderr(settings.log_format)
         prepare_process()
         self.name = serve.get_replica_context().replica_id.unique_id
-        self.service = start(replace(settings, cors=()), _keyring(keys))  # the gateway's task
+        self.service = start(replace(settings, cors=()), _keyring(keys))  # the gateway does CORS
         if keys is not None:
             self.service.key_watch = follow_keys(self.service, Path(keys))
         self.service.hosts = hosts
         self.application = create(self.service, page.router)
 
     async def stream(self, request: dict[str, Any], body: bytes) -> AsyncGenerator[dict[str, Any]]:
-        async with aclosing(gateway.messages(self.application, request, body)) as messages:
+        """Yield the ASGI messages of the answer to a request."""
+        async with aclosing(gateway.answer_messages(self.application, request, body)) as messages:
             async for message in messages:
                 yield message
 
@@ -94,7 +95,7 @@ class Replica:
         return await gateway.complete_answer(self.name, self.application, request, body)
 
     def check_health(self) -> None:
-        """Called by Ray; a replica for which it raises is replaced."""
+        """Ray calls this, and replaces the replica if it raises."""
         if not self.service.ready:
             raise RuntimeError("the engine has stopped")
 
@@ -105,24 +106,30 @@ class Replica:
 
 
 class Gateway:
-    """The deployment to which Ray's proxy sends requests."""
+    """The deployment to which Ray's proxy sends all requests."""
 
     def __init__(
         self, replicas: Any, settings: Settings, keys: str | None, hosts: tuple[str, ...] | None
     ) -> None:
         _log_to_stderr(settings.log_format)
-        lost = (RayActorError, DeploymentUnavailableError)
+        death_errors = (RayActorError, DeploymentUnavailableError)
         self._replicas = replicas
         self.gateway = gateway.Gateway(
-            settings.name, _keyring(keys), hosts, self._ask, self._ask_all, lost, settings.cors
+            settings.name,
+            _keyring(keys),
+            hosts,
+            self._ask_replica,
+            self._ask_all_replicas,
+            death_errors,
+            settings.cors,
         )
         if keys is not None:
-            follow_keys(self.gateway, Path(keys))  # as long as this process lives
+            follow_keys(self.gateway, Path(keys))  # until this process ends
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.gateway.app
 
-    async def _ask(
+    async def _ask_replica(
         self, adapter: str, request: dict[str, Any], body: bytes
     ) -> AsyncGenerator[dict[str, Any]]:
         answer = self._replicas.options(stream=True, multiplexed_model_id=adapter).stream.remote(
@@ -132,16 +139,18 @@ class Gateway:
             async for message in answer:
                 yield message
         except BaseException:
-            answer.cancel()  # cancel the request of a client that has disconnected
+            answer.cancel()  # the client has disconnected, so cancel its request
             raise
 
-    async def _ask_all(self, request: dict[str, Any], body: bytes) -> list[gateway.CompleteAnswer]:
-        everybody = self._replicas.broadcast("complete_answer", request, body)
-        return await asyncio.to_thread(everybody.results, timeout_s=limits.BODY_SECONDS)
+    async def _ask_all_replicas(
+        self, request: dict[str, Any], body: bytes
+    ) -> list[gateway.CompleteAnswer]:
+        responses = self._replicas.broadcast("complete_answer", request, body)
+        return await asyncio.to_thread(responses.results, timeout_s=limits.BODY_SECONDS)
 
 
 def application_of(args: Mapping[str, Any]) -> serve.Application:
-    """The application of ``veneer.serve.cluster.app``."""
+    """Make the application for the arguments of ``veneer.serve.cluster.app``."""
     options = dict(args)
     replicas, grace = str(options.pop("replicas", 1)), float(options.pop("grace", 30.0))
     keys, open_to_all = options.pop("keys", None), bool(options.pop("allow_open", False))
@@ -163,43 +172,48 @@ def application(
     hosts: tuple[str, ...] | None,
     replicas: str,
     grace: float,
-    actor: Mapping[str, float] | None = None,
+    replica_resources: Mapping[str, float] | None = None,
 ) -> serve.Application:
-    """The gateway and the replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to
-    Ray."""
-    # report an invalid file here, not in the log of a process that fails to start
-    must_have_keys_for_any_origin(settings, _keyring(keys).open)
-    router: dict[str, Any] = {
+    """Make the application with the gateway and the replicas. ``replicas``: their number, or a
+    range (``scale``). ``grace``: seconds for running requests at the end. ``replica_resources``:
+    CPUs and GPUs of each replica; None: Ray's default."""
+    # read the keys here, so that an invalid file is reported now and not in the log of a process
+    must_have_keys_for_any_origin(settings, _keyring(keys).is_open)
+    router_config: dict[str, Any] = {
         "request_router_class": AdapterRouter,
         "request_router_kwargs": {"rows": settings.rows},
     }
-    common = {"health_check_period_s": HEALTH, "graceful_shutdown_timeout_s": grace}
-    replica = serve.deployment(Replica, name="Replica").options(
-        **common,
+    shared_options = {
+        "health_check_period_s": HEALTH_CHECK_SECONDS,
+        "graceful_shutdown_timeout_s": grace,
+    }
+    replica_deployment = serve.deployment(Replica, name="Replica").options(
+        **shared_options,
         **scale(replicas, settings.rows),
-        request_router_config=RequestRouterConfig(**router),
+        request_router_config=RequestRouterConfig(**router_config),
         max_ongoing_requests=settings.rows + settings.queue,
-        ray_actor_options=dict(actor or {}),
+        ray_actor_options=dict(replica_resources or {}),
     )
-    front = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
-        **common, max_ongoing_requests=limits.CONNECTIONS, ray_actor_options={"num_cpus": 0}
+    gateway_deployment = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
+        **shared_options, max_ongoing_requests=limits.CONNECTIONS, ray_actor_options={"num_cpus": 0}
     )
-    return front.bind(replica.bind(settings, keys, hosts), settings, keys, hosts)
+    replicas_app = replica_deployment.bind(settings, keys, hosts)
+    return gateway_deployment.bind(replicas_app, settings, keys, hosts)
 
 
 def scale(replicas: str, rows: int) -> dict[str, Any]:
-    """Parse a number of replicas for Ray: "3", or a range such as "1-8" within which Ray scales by
-    load."""
+    """Ray's options for a number of replicas such as "3", or for a range such as "1-8", within
+    which Ray scales with the load. ``rows``: the requests that a replica answers at one time."""
     match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", replicas)
-    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= least <= most:
+    min_replicas, max_replicas = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= min_replicas <= max_replicas:
         raise ConfigError(f"--replicas {replicas!r}", "a number, or two such as 1-8", "change it")
-    if least == most:
-        return {"num_replicas": least}
+    if min_replicas == max_replicas:
+        return {"num_replicas": min_replicas}
     policy = {
-        "min_replicas": least,
-        "max_replicas": most,
-        "initial_replicas": least,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
+        "initial_replicas": min_replicas,
         "target_ongoing_requests": rows,
     }
     return {"autoscaling_config": policy}
@@ -217,34 +231,38 @@ def run(
     started: Callable[[], None],
     until: Callable[[], Any],
 ) -> None:
-    """Serve on the Ray cluster of $RAY_ADDRESS, or on a new one of this machine that ends with the
-    server. ``started`` is called when all replicas answer; the server ends when ``until``
-    returns."""
-    most = scale(replicas, settings.rows)  # raises before Ray is started
-    most = most.get("num_replicas") or most["autoscaling_config"]["max_replicas"]
-    ours = "RAY_ADDRESS" not in os.environ
-    ray_options: dict[str, Any] = {"include_dashboard": False} if ours else {}
+    """Serve on the Ray cluster of $RAY_ADDRESS. Without this variable, start a Ray cluster on this
+    machine that ends with the server. ``started`` is called when all replicas are ready; the server
+    ends when ``until`` returns."""
+    scaling = scale(replicas, settings.rows)  # raises before Ray is started
+    max_replicas = scaling.get("num_replicas") or scaling["autoscaling_config"]["max_replicas"]
+    owns_cluster = "RAY_ADDRESS" not in os.environ
+    ray_options: dict[str, Any] = {"include_dashboard": False} if owns_cluster else {}
     ray.init(**ray_options, log_to_driver=True, logging_level=logging.WARNING)
     try:
-        actor = share(ray.cluster_resources(), most, settings.device)
+        resources = resource_share(ray.cluster_resources(), max_replicas, settings.device)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(
-            application(settings, keys, hosts, replicas, grace, actor), name=NAME, route_prefix="/"
+            application(settings, keys, hosts, replicas, grace, resources),
+            name=APPLICATION_NAME,
+            route_prefix="/",
         )
         started()
         until()
     finally:
         with suppress(KeyboardInterrupt):  # a second Ctrl-C must not interrupt the shutdown
-            if ours:
+            if owns_cluster:
                 serve.shutdown()
             else:
-                serve.delete(NAME)
+                serve.delete(APPLICATION_NAME)
         ray.shutdown()
 
 
-def share(resources: Mapping[str, float], replicas: int, device: str | None) -> dict[str, float]:
-    """CPUs and GPUs of each replica: an equal share of the cluster's CPUs, and one GPU if there are
-    any."""
+def resource_share(
+    resources: Mapping[str, float], replicas: int, device: str | None
+) -> dict[str, float]:
+    """The CPUs and GPUs of each replica: an equal share of the cluster's CPUs, and one GPU if the
+    cluster has enough of them."""
     cpus = resources.get("CPU", 1.0) / replicas
     gpus = 1.0 if resources.get("GPU", 0.0) >= replicas and device != "cpu" else 0.0
     return {"num_cpus": float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100, "num_gpus": gpus}
@@ -255,8 +273,7 @@ def _keyring(keys: str | None) -> Keyring:
 
 
 def _log_to_stderr(log_format: str) -> None:
-    """Let Ray print the output of its processes, which it otherwise keeps from the user who started
-    them."""
+    """Log to stderr, which Ray shows to the user; other logs of its processes are hidden."""
     logger = logging.getLogger("veneer")
     if not logger.handlers:
         handler = logging.StreamHandler()

@@ -1,13 +1,13 @@
-"""Choose the replica of a request: the one that has its adapter in memory, unless that replica has
-no free row.
+"""Choose the replica for a request: the replica that has the request's adapter in memory, unless it
+has no free row.
 
-Each pair of an adapter and a replica has a hash; the replica with the largest hash is the adapter's
-home (rendezvous hashing: Thaler and Ravishankar 1998). No table of the adapters in memory is
-needed, because a replica holds the adapters that it was asked for. If a replica goes, only its own
-adapters move, each to the replica with the next largest hash; a new replica takes over some
-adapters of each other one. A request whose home is full goes to the next replica in the same order.
-An adapter with more requests than one replica can answer is therefore in memory on two, always the
-same two.
+Each pair of an adapter and a replica has a hash. The replica with the largest hash is the home of
+the adapter (rendezvous hashing: Thaler and Ravishankar 1998). The adapters in memory need not be
+tracked, because a replica loads the adapters of the requests that it gets. If a replica is removed,
+only the adapters whose home it was move, each to the replica with the next largest hash. A new
+replica takes over some adapters of every other replica. A request whose home has no free row goes
+to the replica with the next largest hash. So an adapter with more requests than one replica can
+answer is in memory on two replicas, always the same two.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import xxhash
 from veneer.fileio.untrusted import parse
 from veneer.serve.scheduler import counted_as
 
-#: the routing key of requests that need no model: they always go to the same replica, so that their
+#: the routing key of requests that need no model: all of them go to one replica, so that their
 #: answers are consistent
-OPERATOR = "/"
+NO_MODEL_KEY = "/"
 
 
-def order(adapter: str, replicas: Iterable[str]) -> list[str]:
-    """The replicas in the order in which they are preferred for an adapter."""
+def preferred_replicas(adapter: str, replicas: Iterable[str]) -> list[str]:
+    """The names of replicas by preference for an adapter, the adapter's home first."""
     return sorted(
         replicas,
         key=lambda name: xxhash.xxh3_64_intdigest(f"{adapter}\0{name}".encode()),
@@ -34,19 +34,23 @@ def order(adapter: str, replicas: Iterable[str]) -> list[str]:
     )
 
 
-def groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str]]:
-    """Groups of replicas to try, one group after the other; within a group, take the one with the
-    fewest requests. ``running``: the number of requests of each replica; ``rows``: how many it
-    answers at one time. The base ("") is in every replica."""
-    everybody = list(running)
+def replica_groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str]]:
+    """Groups of replicas to try, one group after the other. Within a group, the caller takes the
+    replica with the fewest requests. ``adapter``: "" for the base, which every replica has.
+    ``running``: the number of requests of each replica. ``rows``: how many requests a replica
+    answers at one time."""
+    all_replicas = list(running)
     if not adapter:
-        return [everybody]
-    return [[name] for name in order(adapter, everybody) if running[name] < rows] + [everybody]
+        return [all_replicas]
+    preferred = [
+        [name] for name in preferred_replicas(adapter, all_replicas) if running[name] < rows
+    ]
+    return [*preferred, all_replicas]
 
 
 def adapter_of(body: bytes, base: str) -> str:
-    """The adapter of a request; of a blend, the one with the largest weight. "" for the base, and
-    for a body that cannot be parsed, since the replica explains the error."""
+    """The adapter that a request body names; for a blend, the adapter with the largest weight. ""
+    for the base, and for a body that cannot be parsed: the replica then explains the error."""
     try:
         content: Any = parse(body)
     except ValueError:

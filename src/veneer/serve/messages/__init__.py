@@ -1,5 +1,5 @@
-"""Anthropic's ``/v1/messages``: the same chats and answers in another form.
+"""Anthropic's API at ``/v1/messages``, which has another format for the same chats and answers.
 
-request.py   a body, and the chat that it is
-answer.py    an answer, whole or as events
+request.py   the schema of a body, and its conversion to a chat request
+answer.py    the format of an answer, complete or as a stream of events
 """

@@ -1,10 +1,10 @@
-"""Answers of ``/v1/messages``: whole, or as events.
+"""Write the answers of ``/v1/messages``, complete or as a stream of events.
 
     message_start
-      content_block_start  content_block_delta …  content_block_stop     a text, or a call
+      content_block_start  content_block_delta …  content_block_stop     a text, or a tool call
     message_delta  message_stop
 
-A stream that breaks off ends with an event ``error``.
+If the answer fails, the stream ends with an event ``error``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any
 
 from veneer.fileio.untrusted import parse
-from veneer.serve.answers import Answers, Form, Pieces, collect, failure
+from veneer.serve.answers import AnswerForm, Answers, Pieces, collect_pieces, failure
 from veneer.serve.messages.request import MessagesRequest
 from veneer.serve.requests import Piece
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, call_id, join_deltas
@@ -24,114 +24,121 @@ Event = dict[str, Any]
 
 
 class MessagesView:
-    """The answer to one request, written as it comes."""
+    """Writes the answer to one request, from its pieces."""
 
-    def __init__(self, form: Form, body: MessagesRequest) -> None:
+    def __init__(self, form: AnswerForm, body: MessagesRequest) -> None:
         self._form, self._model = form, body.model
         self._id = call_id("msg")
-        self._block = ""  # the type of the block that is open
-        self._index = -1
-        self._generated = self._cached = 0
+        self._block_type = ""  # of the block that is open; "" without one
+        self._block_index = -1
+        self._generated_tokens = self._cached_tokens = 0
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
-        (pieces,) = await collect(answers, self._form)
-        self._generated = sum(len(piece.tokens) for piece in pieces)
-        self._cached = pieces[-1].cached
+        """The response body, once the answer has ended."""
+        (pieces,) = await collect_pieces(answers, self._form)
+        self._generated_tokens = sum(len(piece.tokens) for piece in pieces)
+        self._cached_tokens = pieces[-1].cached
         deltas = [delta for piece in pieces for delta in self._form.deltas(0, piece)]
-        content = [_block(answer) for answer in join_deltas(deltas)]
-        return {**self._message(), "content": content, **self._end(pieces[-1])}
+        content = [_content_block(text_or_call) for text_or_call in join_deltas(deltas)]
+        return {**self._empty_message(), "content": content, **self._end_fields(pieces[-1])}
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
-        """The events; ``first`` was taken from ``pieces`` already."""
-        step: tuple[int, Piece] | None = first
-        self._cached = first[1].cached
+        """Yield the events. ``first``: the first piece, which was taken from ``pieces`` before."""
+        indexed_piece: tuple[int, Piece] | None = first
+        self._cached_tokens = first[1].cached
         async with aclosing(pieces):
-            yield _encode({"type": "message_start", "message": self._message()})
-            while step is not None:
-                for event in self._of_piece(step[1]):
+            yield _encode({"type": "message_start", "message": self._empty_message()})
+            while indexed_piece is not None:
+                for event in self._piece_events(indexed_piece[1]):
                     yield _encode(event)
-                step = await anext(pieces, None)
+                indexed_piece = await anext(pieces, None)
 
-    def _of_piece(self, piece: Piece) -> Iterator[Event]:
-        refusal = failure(piece, self._form.candid)
+    def _piece_events(self, piece: Piece) -> Iterator[Event]:
+        refusal = failure(piece, self._form.shows_internal_errors)
         if refusal is not None:
             yield refusal.messages_body()
             return
-        self._generated += len(piece.tokens)
-        self._cached = piece.cached
+        self._generated_tokens += len(piece.tokens)
+        self._cached_tokens = piece.cached
         for delta in self._form.deltas(0, piece):
-            yield from self._of_delta(delta)
+            yield from self._delta_events(delta)
         if piece.finish is None:
             return
         yield from self._end_block()
-        end = self._end(piece)
-        usage = end.pop("usage")
-        yield {"type": "message_delta", "delta": end, "usage": usage}
+        end_fields = self._end_fields(piece)
+        usage = end_fields.pop("usage")
+        yield {"type": "message_delta", "delta": end_fields, "usage": usage}
         yield {"type": "message_stop"}
 
-    def _of_delta(self, delta: Delta) -> Iterator[Event]:
+    def _delta_events(self, delta: Delta) -> Iterator[Event]:
         if isinstance(delta, TextDelta):
-            if self._block != "text":
-                yield from self._begin_block({"type": "text", "text": ""})
-            yield self._delta({"type": "text_delta", "text": delta.text})
+            if self._block_type != "text":
+                yield from self._start_block({"type": "text", "text": ""})
+            yield self._delta_event({"type": "text_delta", "text": delta.text})
             return
         if delta.name is not None:
             block = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}
-            yield from self._begin_block(block)
+            yield from self._start_block(block)
         if delta.arguments:
-            yield self._delta({"type": "input_json_delta", "partial_json": delta.arguments})
+            yield self._delta_event({"type": "input_json_delta", "partial_json": delta.arguments})
 
-    def _begin_block(self, block: dict[str, Any]) -> Iterator[Event]:
+    def _start_block(self, block: dict[str, Any]) -> Iterator[Event]:
         yield from self._end_block()
-        self._index, self._block = self._index + 1, block["type"]
-        yield {"type": "content_block_start", "index": self._index, "content_block": block}
+        self._block_index, self._block_type = self._block_index + 1, block["type"]
+        yield {"type": "content_block_start", "index": self._block_index, "content_block": block}
 
     def _end_block(self) -> Iterator[Event]:
-        if self._block:
-            self._block = ""
-            yield {"type": "content_block_stop", "index": self._index}
+        if self._block_type:
+            self._block_type = ""
+            yield {"type": "content_block_stop", "index": self._block_index}
 
-    def _delta(self, delta: dict[str, Any]) -> Event:
-        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+    def _delta_event(self, delta: dict[str, Any]) -> Event:
+        return {"type": "content_block_delta", "index": self._block_index, "delta": delta}
 
-    def _message(self) -> dict[str, Any]:
+    def _empty_message(self) -> dict[str, Any]:
         return {
             "id": self._id, "type": "message", "role": "assistant", "model": self._model,
             "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage(),
         }  # fmt: skip
 
-    def _end(self, piece: Piece) -> dict[str, Any]:
-        """Why the answer ended with this piece, and what it cost."""
-        finish = self._form.finish(0, piece)
+    def _end_fields(self, piece: Piece) -> dict[str, Any]:
+        """The fields of an ended answer: why it ended, by its last piece, and its usage."""
+        finish_reason = self._form.finish_reason(0, piece)
         reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
-        reason = reasons.get(finish or "", "stop_sequence" if piece.stop else "end_turn")
+        reason = reasons.get(finish_reason or "", "stop_sequence" if piece.stop else "end_turn")
         stop = piece.stop if reason == "stop_sequence" else None
         return {"stop_reason": reason, "stop_sequence": stop, "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
-        counts = self._form.counts(self._generated, {0: self._cached})
+        counts = self._form.usage_counts(self._generated_tokens, {0: self._cached_tokens})
         return {
-            "input_tokens": counts["prompt_tokens"] - self._cached,
+            "input_tokens": counts["prompt_tokens"] - self._cached_tokens,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": self._cached,
+            "cache_read_input_tokens": self._cached_tokens,
             "output_tokens": counts["completion_tokens"],
         }
 
 
-def _block(answer: str | Call) -> dict[str, Any]:
-    """A text or a call as a block. Arguments that are no JSON object, which a model wrote wrongly
-    or which were cut off, stay the text that they are."""
-    if isinstance(answer, str):
-        return {"type": "text", "text": answer}
+def _content_block(text_or_call: str | Call) -> dict[str, Any]:
+    """The content block of a text or of a tool call. A call whose arguments are no JSON object,
+    because the model wrote them wrongly or was cut off, becomes a text block."""
+    if isinstance(text_or_call, str):
+        return {"type": "text", "text": text_or_call}
     try:
-        arguments = parse(answer.arguments)
+        arguments = parse(text_or_call.arguments)
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
-        return {"type": "text", "text": f"{answer.name} {answer.arguments}"}
-    return {"type": "tool_use", "id": answer.id, "name": answer.name, "input": arguments}
+        return {"type": "text", "text": f"{text_or_call.name} {text_or_call.arguments}"}
+    return {
+        "type": "tool_use",
+        "id": text_or_call.id,
+        "name": text_or_call.name,
+        "input": arguments,
+    }
 
 
 def _encode(event: Event) -> bytes:
+    """A server-sent event."""
     data = json.dumps(event, separators=(",", ":"))
     return f"event: {event['type']}\ndata: {data}\n\n".encode()

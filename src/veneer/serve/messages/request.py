@@ -1,6 +1,6 @@
-"""Bodies of ``/v1/messages``, and the chat that each of them is.
+"""The schema of bodies of ``/v1/messages``, and their conversion to chat requests.
 
-Results of tools are blocks of a user's message here, and messages of their own in a chat:
+Results of tools are blocks of a user's message in this API, and separate messages in a chat:
 
     {"role": "user", "content": [{"type": "tool_result", …}, {"type": "text", …}]}
     → {"role": "tool", …}, {"role": "user", …}
@@ -29,7 +29,7 @@ from veneer.serve.chat_messages import (
     check_history,
     check_tools,
 )
-from veneer.serve.refusal import OWN, wrong
+from veneer.serve.refusal import CUSTOM_TYPE, value_error
 from veneer.serve.schemas import Blend, ChatRequest, Stops
 
 
@@ -44,7 +44,7 @@ Texts = (
 
 
 class ToolUse(Strict):
-    """A call of an earlier answer."""
+    """A tool call in an earlier answer."""
 
     type: Literal["tool_use"]
     id: Name
@@ -53,7 +53,7 @@ class ToolUse(Strict):
 
 
 class ToolResult(Strict):
-    """The result of a tool. ``is_error`` has no effect: the content says what went wrong."""
+    """The result of a tool call. ``is_error`` has no effect: the content describes the error."""
 
     type: Literal["tool_result"]
     tool_use_id: Name
@@ -62,6 +62,7 @@ class ToolResult(Strict):
 
 
 def _block_type(value: Any) -> Any:
+    """The type of a content block, before or after its validation."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
@@ -72,11 +73,13 @@ Block = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ToolUse, Tag("tool_use")]
     | Annotated[ToolResult, Tag("tool_result")],
-    Discriminator(_block_type, custom_error_type=OWN, custom_error_message=_UNKNOWN_BLOCK),
+    Discriminator(_block_type, custom_error_type=CUSTOM_TYPE, custom_error_message=_UNKNOWN_BLOCK),
 ]
 
 
 class Turn(Strict):
+    """A message of the conversation."""
+
     role: Literal["user", "assistant"]
     content: (
         str | Annotated[list[Block], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
@@ -88,10 +91,13 @@ class Turn(Strict):
         misplaced = types & {"tool_result" if self.role == "assistant" else "tool_use"}
         if misplaced:
             problem = f"a block of {misplaced.pop()} in a message of {self.role}"
-            raise wrong(problem, "tool_use of an assistant, tool_result of a user", "change it")
+            raise value_error(
+                problem, "tool_use of an assistant, tool_result of a user", "change it"
+            )
         return self
 
     def messages(self) -> list[Message]:
+        """The chat messages of this one: each result of a tool becomes a message."""
         blocks = self.content
         if isinstance(blocks, str):
             return [_message(self.role, blocks)]
@@ -108,7 +114,7 @@ class Turn(Strict):
 
 
 class ClientTool(Strict):
-    """A function of the client."""
+    """A function that the model may call and that the client runs."""
 
     type: Literal["custom"] = "custom"
     name: ToolName
@@ -129,7 +135,7 @@ class ToolNameChoice(Strict):
 
 
 class Conversation(Strict, ABC):
-    """The fields of a prompt. ``adapters`` is not Anthropic's."""
+    """The fields that make up a prompt. ``adapters`` is an addition to Anthropic's API."""
 
     model: Name
     adapters: Blend | None = None
@@ -139,19 +145,20 @@ class Conversation(Strict, ABC):
     tool_choice: Annotated[Choice | ToolNameChoice, Field(discriminator="type")] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_conversation(self) -> Self:
         if self.messages[-1].role == "assistant":
             problem = "a last message of the assistant, whose text the answer would go on with"
-            raise wrong(problem, "a message of the user", "put it last", "messages")
+            raise value_error(problem, "a message of the user", "put it last", "messages")
         check_history(self.chat_messages(), "messages")
-        check_tools(self._tools(), self._choice(), False, "messages")
+        check_tools(self._chat_tools(), self._chat_tool_choice(), False, "messages")
         return self
 
     def chat_messages(self) -> list[Message]:
+        """All messages of the chat, the system prompt first."""
         system = [] if self.system is None else [_message("system", _text(self.system))]
         return [*system, *(message for turn in self.messages for message in turn.messages())]
 
-    def _tools(self) -> list[Tool]:
+    def _chat_tools(self) -> list[Tool]:
         return [
             Tool.model_construct(
                 type="function",
@@ -165,7 +172,7 @@ class Conversation(Strict, ABC):
             for tool in self.tools
         ]
 
-    def _choice(self) -> Any:
+    def _chat_tool_choice(self) -> Any:
         if isinstance(self.tool_choice, ToolNameChoice):
             function = FunctionName.model_construct(name=self.tool_choice.name)
             return NamedChoice.model_construct(type="function", function=function)
@@ -174,11 +181,11 @@ class Conversation(Strict, ABC):
         return "required" if self.tool_choice.type == "any" else self.tool_choice.type
 
     def chat(self) -> ChatRequest:
-        """The same request as a chat. Its parts were checked with this body."""
+        """This request as a chat request, which is not validated again."""
         choice = self.tool_choice
         return ChatRequest.model_construct(
             model=self.model, adapters=self.adapters, messages=self.chat_messages(),
-            tools=self._tools(), tool_choice=self._choice(),
+            tools=self._chat_tools(), tool_choice=self._chat_tool_choice(),
             parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
         )  # fmt: skip
 
@@ -188,7 +195,7 @@ class CountRequest(Conversation):
 
 
 class MessagesRequest(Conversation):
-    """``seed`` is not Anthropic's."""
+    """A body of ``/v1/messages``. ``seed`` is an addition to Anthropic's API."""
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
     stop_sequences: Stops = []
@@ -200,9 +207,9 @@ class MessagesRequest(Conversation):
 
     def chat(self) -> ChatRequest:
         fields = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream")
-        update = {name: getattr(self, name) for name in fields}
+        field_values = {name: getattr(self, name) for name in fields}
         stop = self.stop_sequences or None
-        return super().chat().model_copy(update={**update, "stop": stop})
+        return super().chat().model_copy(update={**field_values, "stop": stop})
 
 
 def _message(role: str, text: str, **fields: Any) -> Message:
@@ -216,4 +223,5 @@ def _call(block: ToolUse) -> ToolCall:
 
 
 def _text(content: str | list[TextBlock]) -> str:
+    """Content as one text."""
     return content if isinstance(content, str) else "".join(block.text for block in content)

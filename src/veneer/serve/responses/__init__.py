@@ -1,7 +1,7 @@
-"""OpenAI's ``/v1/responses``: the same chats and answers in another form.
+"""OpenAI's API at ``/v1/responses``, which has another format for the same chats and answers.
 
-    request.py   a body, and the chat that it is
-    answer.py    an answer, whole or as typed events
+    request.py   the schema of a body, and its conversion to a chat request
+    answer.py    the format of an answer, complete or as a stream of typed events
 
-Nothing is kept: a conversation is sent whole each time.
+The server stores no responses: a client sends the complete conversation each time.
 """

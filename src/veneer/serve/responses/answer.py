@@ -1,4 +1,4 @@
-"""Answers of ``/v1/responses``: whole, or as typed events, each with its number.
+"""Write the answers of ``/v1/responses``, complete or as a stream of typed and numbered events.
 
     response.created  response.in_progress
       response.output_item.added
@@ -9,7 +9,7 @@
       response.output_item.done
     response.completed | response.incomplete | response.failed
 
-An answer that is sent whole is the last event's response.
+A complete answer is the response object of the last event.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from veneer.serve.answers import Answers, Form, Pieces, collect, failure
+from veneer.serve.answers import AnswerForm, Answers, Pieces, collect_pieces, failure
 from veneer.serve.requests import Piece
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.tools.deltas import CallDelta, Delta, call_id
@@ -29,47 +29,48 @@ Event = dict[str, Any]
 
 
 class ResponsesView:
-    """The answer to one request, written as it comes."""
+    """Writes the answer to one request, from its pieces."""
 
-    def __init__(self, form: Form, body: ResponsesRequest) -> None:
+    def __init__(self, form: AnswerForm, body: ResponsesRequest) -> None:
         self._form, self._body = form, body
         self._id, self._created = call_id("resp"), int(time.time())
         self._output: list[dict[str, Any]] = []
-        self._open = False  # the last item is not done
-        self._generated = self._cached = self._number = 0
+        self._item_is_open = False  # whether more of the last output item may follow
+        self._generated_tokens = self._cached_tokens = self._event_number = 0
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
-        (pieces,) = await collect(answers, self._form)
-        events = [event for piece in pieces for event in self._of_piece(piece)]
+        """The response body, once the answer has ended."""
+        (pieces,) = await collect_pieces(answers, self._form)
+        events = [event for piece in pieces for event in self._piece_events(piece)]
         return events[-1]["response"]
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
-        """The events; ``first`` was taken from ``pieces`` already."""
-        step: tuple[int, Piece] | None = first
+        """Yield the events. ``first``: the first piece, which was taken from ``pieces`` before."""
+        indexed_piece: tuple[int, Piece] | None = first
         async with aclosing(pieces):
-            for kind in ("created", "in_progress"):
-                yield self._encode({"type": f"response.{kind}", "response": self._response()})
-            while step is not None:
-                for event in self._of_piece(step[1]):
+            for event_type in ("created", "in_progress"):
+                yield self._encode({"type": f"response.{event_type}", "response": self._response()})
+            while indexed_piece is not None:
+                for event in self._piece_events(indexed_piece[1]):
                     yield self._encode(event)
-                step = await anext(pieces, None)
+                indexed_piece = await anext(pieces, None)
 
-    def _of_piece(self, piece: Piece) -> Iterator[Event]:
-        """The events that follow from one piece of the answer."""
-        refusal = failure(piece, self._form.candid)
+    def _piece_events(self, piece: Piece) -> Iterator[Event]:
+        """Yield the events of one piece of the answer."""
+        refusal = failure(piece, self._form.shows_internal_errors)
         if refusal is not None:
             error = {"code": "server_error", "message": str(refusal)}
             response = self._response("failed", error=error)
             yield {"type": "response.failed", "response": response}
             return
-        self._generated += len(piece.tokens)
-        self._cached = piece.cached
+        self._generated_tokens += len(piece.tokens)
+        self._cached_tokens = piece.cached
         for delta in self._form.deltas(0, piece):
-            yield from self._of_delta(delta)
+            yield from self._delta_events(delta)
         if piece.finish is None:
             return
-        if not self._output:  # an answer without a letter is a message too
-            yield from self._begin_message()
+        if not self._output:  # an answer without any text still has a message
+            yield from self._start_message()
         yield from self._end_item("completed" if piece.finish == "stop" else "incomplete")
         if piece.finish == "stop":
             yield {"type": "response.completed", "response": self._response("completed")}
@@ -78,69 +79,72 @@ class ResponsesView:
             response = self._response("incomplete", incomplete_details=details)
             yield {"type": "response.incomplete", "response": response}
 
-    def _of_delta(self, delta: Delta) -> Iterator[Event]:
+    def _delta_events(self, delta: Delta) -> Iterator[Event]:
         if isinstance(delta, CallDelta):
             if delta.name is not None:
                 yield from self._end_item("completed")
                 call = {"call_id": delta.id, "name": delta.name, "arguments": ""}
-                yield from self._begin_item("function_call", "fc", call)
+                yield from self._start_item("function_call", "fc", call)
             if delta.arguments:
                 self._output[-1]["arguments"] += delta.arguments
-                kind = "response.function_call_arguments.delta"
-                yield self._of_item(kind, delta=delta.arguments)
+                event_type = "response.function_call_arguments.delta"
+                yield self._item_event(event_type, delta=delta.arguments)
             return
-        if not (self._open and self._output[-1]["type"] == "message"):
+        if not (self._item_is_open and self._output[-1]["type"] == "message"):
             yield from self._end_item("completed")
-            yield from self._begin_message()
+            yield from self._start_message()
         self._output[-1]["content"][0]["text"] += delta.text
-        yield self._of_part("response.output_text.delta", delta=delta.text, logprobs=[])
+        yield self._content_event("response.output_text.delta", delta=delta.text, logprobs=[])
 
-    def _begin_message(self) -> Iterator[Event]:
-        yield from self._begin_item("message", "msg", {"role": "assistant", "content": []})
+    def _start_message(self) -> Iterator[Event]:
+        yield from self._start_item("message", "msg", {"role": "assistant", "content": []})
         text = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._output[-1]["content"] = [text]
-        yield self._of_part("response.content_part.added", part=dict(text))
+        yield self._content_event("response.content_part.added", part=dict(text))
 
-    def _begin_item(self, kind: str, prefix: str, fields: dict[str, Any]) -> Iterator[Event]:
-        entry = {"type": kind, "id": call_id(prefix), "status": "in_progress", **fields}
+    def _start_item(self, item_type: str, prefix: str, fields: dict[str, Any]) -> Iterator[Event]:
+        entry = {"type": item_type, "id": call_id(prefix), "status": "in_progress", **fields}
         self._output.append(entry)
-        self._open = True
-        yield {**self._position("response.output_item.added"), "item": dict(entry)}
+        self._item_is_open = True
+        yield {**self._output_event("response.output_item.added"), "item": dict(entry)}
 
     def _end_item(self, status: str) -> Iterator[Event]:
-        if not self._open:
+        if not self._item_is_open:
             return
         entry = self._output[-1]
-        entry["status"], self._open = status, False
+        entry["status"], self._item_is_open = status, False
         if entry["type"] == "message":
             content = entry["content"][0]
-            yield self._of_part("response.output_text.done", text=content["text"], logprobs=[])
-            yield self._of_part("response.content_part.done", part=dict(content))
+            yield self._content_event(
+                "response.output_text.done", text=content["text"], logprobs=[]
+            )
+            yield self._content_event("response.content_part.done", part=dict(content))
         else:
-            kind = "response.function_call_arguments.done"
-            yield self._of_item(kind, name=entry["name"], arguments=entry["arguments"])
-        yield {**self._position("response.output_item.done"), "item": dict(entry)}
+            event_type = "response.function_call_arguments.done"
+            yield self._item_event(event_type, name=entry["name"], arguments=entry["arguments"])
+        yield {**self._output_event("response.output_item.done"), "item": dict(entry)}
 
-    def _position(self, kind: str) -> Event:
-        return {"type": kind, "output_index": len(self._output) - 1}
+    def _output_event(self, event_type: str) -> Event:
+        return {"type": event_type, "output_index": len(self._output) - 1}
 
-    def _of_item(self, kind: str, **fields: Any) -> Event:
-        return {**self._position(kind), "item_id": self._output[-1]["id"], **fields}
+    def _item_event(self, event_type: str, **fields: Any) -> Event:
+        return {**self._output_event(event_type), "item_id": self._output[-1]["id"], **fields}
 
-    def _of_part(self, kind: str, **fields: Any) -> Event:
-        return {**self._of_item(kind), "content_index": 0, **fields}
+    def _content_event(self, event_type: str, **fields: Any) -> Event:
+        return {**self._item_event(event_type), "content_index": 0, **fields}
 
     def _encode(self, event: Event) -> bytes:
-        data = json.dumps({**event, "sequence_number": self._number}, separators=(",", ":"))
-        self._number += 1
+        """A server-sent event, with the next number."""
+        data = json.dumps({**event, "sequence_number": self._event_number}, separators=(",", ":"))
+        self._event_number += 1
         return f"event: {event['type']}\ndata: {data}\n\n".encode()
 
     def _response(self, status: str = "in_progress", **fields: Any) -> dict[str, Any]:
-        """The response as it is now."""
+        """The response object with the output so far."""
         body = self._body
-        text = {"format": {"type": "text"}}
+        text_config = {"format": {"type": "text"}}
         if body.text is not None and body.text.format is not None:
-            text = {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)}
+            text_config = {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)}
         choice = body.tool_choice or "auto"
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status,
@@ -149,7 +153,7 @@ class ResponsesView:
             "model": body.model, "output": self._output,
             "parallel_tool_calls": body.parallel_tool_calls, "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
-            "store": False, "temperature": body.temperature, "text": text,
+            "store": False, "temperature": body.temperature, "text": text_config,
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": [tool.model_dump() for tool in body.tools], "top_p": body.top_p,
             "truncation": "disabled", "usage": self._usage() if status != "in_progress" else None,
@@ -157,10 +161,10 @@ class ResponsesView:
         }  # fmt: skip
 
     def _usage(self) -> dict[str, Any]:
-        counts = self._form.counts(self._generated, {0: self._cached})
+        counts = self._form.usage_counts(self._generated_tokens, {0: self._cached_tokens})
         return {
             "input_tokens": counts["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": self._cached, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self._cached_tokens, "cache_write_tokens": 0},
             "output_tokens": counts["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": counts["total_tokens"],

@@ -1,4 +1,4 @@
-"""Bodies of ``/v1/responses``, and the chat that each of them is."""
+"""The schema of bodies of ``/v1/responses``, and their conversion to chat requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.serve.chat_messages import (
     check_history,
     check_tools,
 )
-from veneer.serve.refusal import OWN, wrong
+from veneer.serve.refusal import CUSTOM_TYPE, value_error
 from veneer.serve.schemas import (
     Blend,
     ChatRequest,
@@ -31,13 +31,13 @@ from veneer.serve.schemas import (
     TextFormat,
 )
 
-#: what asks for something that this server would have to keep
-KEPT = ("previous_response_id", "conversation")
+#: fields that refer to data of earlier requests, which this server does not store
+STORAGE_FIELDS = ("previous_response_id", "conversation")
 
 
 class ContentPart(Strict):
-    """A text of the client, or one of an earlier answer, whose ``annotations`` and ``logprobs``
-    have no effect."""
+    """A text of the client or of an earlier answer. ``annotations`` and ``logprobs`` have no
+    effect."""
 
     type: Literal["input_text", "output_text", "text"]
     text: str
@@ -51,7 +51,7 @@ Content = (
 
 
 class InputMessage(Strict):
-    """A message. ``id``, ``status`` and ``phase`` are those of an earlier answer, and have no
+    """A message. ``id``, ``status`` and ``phase``, which come from an earlier answer, have no
     effect."""
 
     type: Literal["message"] = "message"
@@ -63,7 +63,7 @@ class InputMessage(Strict):
 
 
 class InputCall(Strict):
-    """A call of an earlier answer."""
+    """A tool call in an earlier answer."""
 
     type: Literal["function_call"]
     call_id: Name
@@ -74,7 +74,7 @@ class InputCall(Strict):
 
 
 class InputResult(Strict):
-    """The result of a tool."""
+    """The result of a tool call."""
 
     type: Literal["function_call_output"]
     call_id: Name
@@ -84,8 +84,9 @@ class InputResult(Strict):
 
 
 def _item_type(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "message" if kind is None else kind
+    """The type of an input item, before or after its validation."""
+    item_type = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "message" if item_type is None else item_type
 
 
 _UNKNOWN_ITEM = sentence(
@@ -97,12 +98,12 @@ Item = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputCall, Tag("function_call")]
     | Annotated[InputResult, Tag("function_call_output")],
-    Discriminator(_item_type, custom_error_type=OWN, custom_error_message=_UNKNOWN_ITEM),
+    Discriminator(_item_type, custom_error_type=CUSTOM_TYPE, custom_error_message=_UNKNOWN_ITEM),
 ]
 
 
 class FlatTool(Strict):
-    """A function, without the object that chats have around it."""
+    """A function that the model may call, without the nested object of chat requests."""
 
     type: Literal["function"]
     name: ToolName
@@ -110,7 +111,7 @@ class FlatTool(Strict):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
-    def tool(self) -> Tool:
+    def chat_tool(self) -> Tool:
         function = Function.model_construct(
             name=self.name,
             description=self.description,
@@ -141,11 +142,12 @@ class TextConfig(Strict):
 
 
 class ResponsesStreamOptions(Strict):
-    """It has no field that has an effect."""
+    """OpenAI's stream options of this API, of which no field has an effect."""
 
 
 class ResponsesRequest(Strict):
-    """``adapters``, ``top_k`` and ``seed`` are not OpenAI's."""
+    """A body of ``/v1/responses``. ``adapters``, ``top_k`` and ``seed`` are additions to OpenAI's
+    API."""
 
     model: Name
     adapters: Blend | None = None
@@ -168,38 +170,40 @@ class ResponsesRequest(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_kept(cls, data: Any) -> Any:
-        for name in KEPT if isinstance(data, dict) else ():
+    def _refuse_storage(cls, data: Any) -> Any:
+        for name in STORAGE_FIELDS if isinstance(data, dict) else ():
             if data.get(name) is not None:
                 problem = f"{name}, and a server that keeps no conversation"
-                raise wrong(problem, "the whole conversation in input", "send it there", name)
+                raise value_error(problem, "the whole conversation in input", "send it there", name)
         return data
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_conversation(self) -> Self:
         if self.store:
             problem = "store true, and a server that keeps no response"
-            raise wrong(problem, "false", "leave it out, and keep the response yourself", "store")
+            raise value_error(
+                problem, "false", "leave it out, and keep the response yourself", "store"
+            )
         check_history(self.messages(), "input")
-        formatted = not isinstance(self._format(), TextFormat | None)
-        check_tools(self._tools(), self._choice(), formatted, "text")
+        has_format = not isinstance(self._text_format(), TextFormat | None)
+        check_tools(self._chat_tools(), self._chat_tool_choice(), has_format, "text")
         return self
 
-    def _tools(self) -> list[Tool]:
-        return [tool.tool() for tool in self.tools]
+    def _chat_tools(self) -> list[Tool]:
+        return [tool.chat_tool() for tool in self.tools]
 
-    def _choice(self) -> Any:
+    def _chat_tool_choice(self) -> Any:
         if not isinstance(self.tool_choice, FlatChoice):
             return self.tool_choice
         function = FunctionName.model_construct(name=self.tool_choice.name)
         return NamedChoice.model_construct(type="function", function=function)
 
-    def _format(self) -> TextFormat | ObjectFormat | FlatSchemaFormat | None:
+    def _text_format(self) -> TextFormat | ObjectFormat | FlatSchemaFormat | None:
         return None if self.text is None else self.text.format
 
     def messages(self) -> list[Message]:
-        """The messages of the chat. The calls that follow an assistant's text, or one another, are
-        one message with it."""
+        """The messages of the chat. Tool calls that follow an assistant's text or another call
+        become one message with it."""
         messages: list[Message] = []
 
         def add(role: str, text: str, **fields: Any) -> None:
@@ -224,18 +228,20 @@ class ResponsesRequest(Strict):
         return messages
 
     def chat(self) -> ChatRequest:
-        """The same request as a chat. Its parts were checked with this body."""
-        answer_format = self._format()
+        """This request as a chat request, which is not validated again."""
+        answer_format = self._text_format()
         if isinstance(answer_format, FlatSchemaFormat):
             schema = JsonSchema.model_construct(schema_=answer_format.schema_)
             answer_format = SchemaFormat.model_construct(type="json_schema", json_schema=schema)
         return ChatRequest.model_construct(
-            model=self.model, adapters=self.adapters, messages=self.messages(), tools=self._tools(),
-            tool_choice=self._choice(), parallel_tool_calls=self.parallel_tool_calls,
+            model=self.model, adapters=self.adapters, messages=self.messages(),
+            tools=self._chat_tools(),
+            tool_choice=self._chat_tool_choice(), parallel_tool_calls=self.parallel_tool_calls,
             response_format=answer_format, temperature=self.temperature, top_p=self.top_p,
             top_k=self.top_k, seed=self.seed, max_tokens=self.max_output_tokens, stream=self.stream,
         )  # fmt: skip
 
 
 def _text(content: str | list[ContentPart]) -> str:
-    return content if isinstance(content, str) else "".join(piece.text for piece in content)
+    """Content as one text."""
+    return content if isinstance(content, str) else "".join(block.text for block in content)

@@ -142,7 +142,7 @@ def _refusal_of(error: RequestValidationError | HTTPException | Refusal) -> Refu
         return error
     if isinstance(error, HTTPException):
         return Refusal(error.status_code, str(error.detail))
-    return refusal.of_body(error.errors(), error.body)
+    return refusal.body_refusal(error.errors(), error.body)
 
 
 def _read_address(body: bytes) -> tuple[str, int] | None:

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from veneer.serve.body_rules import few_unknown
-from veneer.serve.refusal import wrong
+from veneer.serve.refusal import value_error
 from veneer.serve.training.run_trainer import Adam
 
 Id = Annotated[str, Field(max_length=256)]
@@ -34,7 +34,7 @@ Stay = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
 
 def _few_entries(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > 64:
-        raise wrong(f"{len(value):,} entries", "at most 64", "leave some out")
+        raise value_error(f"{len(value):,} entries", "at most 64", "leave some out")
     return value
 
 
