@@ -161,7 +161,10 @@ def test_a_server_that_ends_writes_each_state_that_can_be_written(base, tmp_path
     with listening(service) as (url, _):
         runs = [trained_run(Client(url), number) for number in range(3)]
         fail_saves(
-            monkeypatch, worker.trainer, worker.active_runs[runs[0].id].adapter_name, OSError("no space left")
+            monkeypatch,
+            worker.trainer,
+            worker.active_runs[runs[0].id].adapter_name,
+            OSError("no space left"),
         )
         service.drain(1.0)  # as SIGTERM does, before the server is closed
         states = [store.run(run.id)["state"] for run in runs]
@@ -174,7 +177,12 @@ def test_a_load_whose_state_cannot_be_written_holds_up_nobody(base, tmp_path, mo
     with listening(service) as (url, _):
         run, other = (trained_run(Client(url), number) for number in range(2))
         saved = run.save("a")
-        fail_saves(monkeypatch, worker.trainer, worker.active_runs[run.id].adapter_name, OSError("no space left"))
+        fail_saves(
+            monkeypatch,
+            worker.trainer,
+            worker.active_runs[run.id].adapter_name,
+            OSError("no space left"),
+        )
         turns = []
         monkeypatch.setattr("veneer.serve.training.worker.PAUSE_SECONDS", 0.0)
         monkeypatch.setattr(

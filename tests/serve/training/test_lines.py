@@ -63,7 +63,9 @@ def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(
         real = store.add_request
 
         def add_request(*args):
-            worker.submit(lambda: worker.memory.evict(worker.active_runs[run.id])).result(timeout=20)
+            worker.submit(lambda: worker.memory.evict(worker.active_runs[run.id])).result(
+                timeout=20
+            )
             assert run.id not in worker.active_runs
             return real(*args)
 

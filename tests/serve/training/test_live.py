@@ -147,7 +147,9 @@ def test_a_kill_loses_no_point(base, tmp_path):
                 run.pass_(texts(step))
                 run.step(0.02)
             if step == 1:
-                worker.submit(lambda: worker.memory.write_state(worker.active_runs[runs[0].id])).result()
+                worker.submit(
+                    lambda: worker.memory.write_state(worker.active_runs[runs[0].id])
+                ).result()
         runs[2].pass_(texts(7))
         before = {one["id"]: one for one in seen(url)["runs"]}
         crash(service)

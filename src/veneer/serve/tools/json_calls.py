@@ -80,9 +80,7 @@ class JsonCall:
 
     ARGUMENTS = ("arguments", "parameters")
 
-    def __init__(
-        self, on_name: Callable[[str], None], on_arguments: Callable[[str], None]
-    ) -> None:
+    def __init__(self, on_name: Callable[[str], None], on_arguments: Callable[[str], None]) -> None:
         self._on_name, self._on_arguments = on_name, on_arguments
         self.has_name = self.is_complete = self.has_failed = False
         self.text = ""

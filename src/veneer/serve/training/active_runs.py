@@ -1,8 +1,8 @@
 """The waiting requests of runs, each run's in order, and the promises of their answers.
 
-    accepted request → written to the store → waiting requests of its run
-                     → the run's next request, when all requests before it are answered
-                     → answer → promise
+accepted request → written to the store → waiting requests of its run
+                 → the run's next request, when all requests before it are answered
+                 → answer → promise
 """
 
 from __future__ import annotations

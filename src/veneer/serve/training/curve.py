@@ -87,9 +87,7 @@ class Curve:
                 request = read_pass(body)
                 if request.backward:
                     metrics = MESSAGES["ForwardBackwardOutput"].FromString(answer).metrics
-                    loss_sum = next(
-                        metric.value for metric in metrics if metric.key == LOSS_METRIC
-                    )
+                    loss_sum = next(metric.value for metric in metrics if metric.key == LOSS_METRIC)
                     self.add_pass(loss_sum, request.loss, request.data)
             case "step":
                 self.add_step()

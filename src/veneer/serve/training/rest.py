@@ -208,9 +208,7 @@ def file(token: str, name: str, service: Serving) -> Response:
 
 
 @router.post("/weights_info")
-def weights_info(
-    body: bodies.CheckpointBody, training: TrainingDep, key: Asker
-) -> dict[str, Any]:
+def weights_info(body: bodies.CheckpointBody, training: TrainingDep, key: Asker) -> dict[str, Any]:
     """The rank of a checkpoint's adapter, and which layers it trains."""
     _, row = find_checkpoint(training, key, body.tinker_path)
     config = json.loads(row["config"])

@@ -411,9 +411,7 @@ def _target_scores(logits: Tensor, log_sums: Tensor, targets: TargetTokens) -> d
             torch.tensor(crow, device=logits.device).diff()
         )
     logprobs = (
-        torch.where(
-            ids < 0, 0.0, logits[row_indices, ids.clamp(0)] - log_sums[row_indices, 0]
-        )
+        torch.where(ids < 0, 0.0, logits[row_indices, ids.clamp(0)] - log_sums[row_indices, 0])
         .float()
         .cpu()
         .numpy()

@@ -328,9 +328,7 @@ def sample_output(
         sequence.tokens = np.asarray(sample.tokens, "<i4").tobytes()
         sequence.logprobs = np.asarray(sample.logprobs, "<f4").tobytes()
         if top_k:
-            rows = [
-                [*row[:top_k], *[padding] * (top_k - len(row))] for row in sample.top_logprobs
-            ]
+            rows = [[*row[:top_k], *[padding] * (top_k - len(row))] for row in sample.top_logprobs]
             ids = np.asarray([[token for token, _ in row] for row in rows], "<i4")
             logprobs = np.asarray([[logprob for _, logprob in row] for row in rows], "<f4")
             _set_top_logprobs(
