@@ -103,7 +103,7 @@ def chat_command(
     from veneer.store.catalogue import name_adapters
 
     folders = name_adapters(adapter or [])
-    loaded, _ = open_base_and_adapters(
+    loaded_base, _ = open_base_and_adapters(
         base,
         folders,
         verify,
@@ -115,8 +115,8 @@ def chat_command(
         trusted=trust_remote_code,
     )
     sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-    sampling |= sampling_options(loaded.model, temperature, top_p, top_k)
-    conversation = Conversation(loaded.model, loaded.tokenizer, tuple(folders), sampling)
+    sampling |= sampling_options(loaded_base.model, temperature, top_p, top_k)
+    conversation = Conversation(loaded_base.model, loaded_base.tokenizer, tuple(folders), sampling)
     if system is not None:
         conversation.system_command(system)
     is_terminal = sys.stdin.isatty()

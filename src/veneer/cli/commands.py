@@ -66,16 +66,17 @@ class _LazyGroup(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands = {
-            name: TyperCommand(name, short_help=line, help=line) for name, line in COMMANDS.items()
+            name: TyperCommand(name, short_help=description, help=description)
+            for name, description in COMMANDS.items()
         }
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*COMMANDS]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, stub, remaining_args = super().resolve_command(ctx, args)
+        name, placeholder, remaining_args = super().resolve_command(ctx, args)
         if name not in COMMANDS:
-            return name, stub, remaining_args
+            return name, placeholder, remaining_args
         module = import_module(f"veneer.cli.{MODULES.get(name, name)}")
         command_app = typer.Typer(rich_markup_mode="rich", add_completion=False)
         command_app.command(name, cls=_Command, context_settings=HELP_SETTINGS)(

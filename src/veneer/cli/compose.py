@@ -115,7 +115,7 @@ def _print_report(
     from veneer.cli.console import echo_json, out
 
     if as_json:
-        facts = asdict(report) | {"path": str(report.path)} | extra_facts
+        facts: dict[str, Any] = asdict(report) | {"path": str(report.path)} | extra_facts
         echo_json(facts | {list_name: {row.pop("path"): row for row in facts[list_name]}})
     else:
         out.print(str(report), soft_wrap=True)

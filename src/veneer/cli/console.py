@@ -144,16 +144,16 @@ def open_library(folder: Path | None) -> Library:
 
 
 def open_base_and_adapter(
-    base: str, adapter: str | None, verify: bool = True, **loading: Any
+    base: str, adapter: str | None, verify: bool = True, **loading_options: Any
 ) -> tuple[Base, Any]:
     """Load a base and attach ``adapter``; return the base and the handle, None without an adapter.
 
-    The adapter is read first, because an error in it shows sooner. ``loading``: arguments of
-    `load_base`."""
-    loaded, handles = open_base_and_adapters(
-        base, {} if adapter is None else {"default": adapter}, verify, **loading
+    The adapter is read first, because an error in it shows sooner. ``loading_options``: arguments
+    of `load_base`."""
+    loaded_base, handles = open_base_and_adapters(
+        base, {} if adapter is None else {"default": adapter}, verify, **loading_options
     )
-    return loaded, handles.get("default")
+    return loaded_base, handles.get("default")
 
 
 def open_base_and_adapters(
@@ -161,7 +161,7 @@ def open_base_and_adapters(
     adapters: Mapping[str, str],
     verify: bool = True,
     trusted: bool = False,
-    **loading: Any,
+    **loading_options: Any,
 ) -> tuple[Base, dict[str, Any]]:
     """Load a base and attach ``adapters``, {name: source}; return the base and {name: handle}.
 
@@ -179,12 +179,12 @@ def open_base_and_adapters(
     tokenizer = _common_tokenizer(folders)
     with trust_remote_code(base if trusted else None):
         must_be_causal(base)
-        loaded = load_base(base, **loading)
+        loaded_base = load_base(base, **loading_options)
     handles = {
-        name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True)
+        name: veneer.load(loaded_base.model, folder, name=name, verify_base=verify, grow=True)
         for name, folder in folders.items()
     }
-    return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer), handles
+    return loaded_base if tokenizer is None else loaded_base._replace(tokenizer=tokenizer), handles
 
 
 def must_be_adapters(folders: Iterable[str | Path]) -> None:
@@ -252,10 +252,10 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     ):
         return {"base": models.load_base(base, precision="stored", device="cpu").model}
     record = read(adapter).metadata
-    structure = models.meta_model(
+    meta_model = models.meta_model(
         folder, record.get("base", {}).get("architecture"), labels_in(record)
     )
-    return {"base": folder_weights(structure, folder).read, "model": structure}
+    return {"base": folder_weights(meta_model, folder).read, "model": meta_model}
 
 
 def split_weight(text: str) -> tuple[str, float]:

@@ -71,7 +71,7 @@ class _Request(NamedTuple):
     only_adapter: bool
     verify: bool
     as_json: bool
-    loading: dict[str, Any]
+    loading_options: dict[str, Any]
 
 
 def eval_command(
@@ -117,9 +117,9 @@ def eval_command(
     from veneer.models import remote_code
 
     setup_logging()
-    loading = {"precision": precision, "quantize": quantize, "device": device}
-    loading |= {"device_map": device_map, "attention": attention}
-    request = _Request(base, data, adapter, only_adapter, verify, as_json, loading)
+    loading_options = {"precision": precision, "quantize": quantize, "device": device}
+    loading_options |= {"device_map": device_map, "attention": attention}
+    request = _Request(base, data, adapter, only_adapter, verify, as_json, loading_options)
     options: dict[str, Any] = {
         "max_length": max_length,
         "too_long": too_long,
@@ -209,7 +209,7 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
     from veneer.train.callbacks import measure_formatter
     from veneer.train.evaluate import evaluate_task, task_of
 
-    task = task_of(record, request.base, request.data, request.loading, **options)
+    task = task_of(record, request.base, request.data, request.loading_options, **options)
     if request.adapter is None and not task.compares:
         problem = f"task {task.name} without an adapter, whose base has a head of random weights"
         raise ConfigError(
@@ -221,18 +221,18 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
     task.open()
     task.processor = task.processor if tokenizer is None else tokenizer
     rows = task.prepare().train
-    loaded = task.load()
+    loaded_base = task.load()
     handle = (
         None
         if folder is None
-        else veneer.load(loaded.model, folder, verify_base=request.verify, grow=True)
+        else veneer.load(loaded_base.model, folder, verify_base=request.verify, grow=True)
     )
     results: dict[str, dict[str, Any]] = {}
     measures_base = task.compares and not request.only_adapter
     for label, selection in base_and_adapter(handle, base=measures_base):
         with err.status(f"Measuring the {label} on {len(rows):,} examples …"), selection:
             results[label] = evaluate_task(
-                task, loaded.model, rows, batch_size=options["batch_size"]
+                task, loaded_base.model, rows, batch_size=options["batch_size"]
             )
     if request.as_json:
         echo_json(results)
@@ -277,19 +277,21 @@ def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
         too_long=options["too_long"],
         completion_only=not options["count_prompts"],
     )
-    loaded, handle = open_base_and_adapter(
-        request.base, request.adapter, request.verify, **request.loading
+    loaded_base, handle = open_base_and_adapter(
+        request.base, request.adapter, request.verify, **request.loading_options
     )
     first_rows = rows.select(range(min(exact, len(rows)))) if exact else None
     results: dict[str, dict[str, Any]] = {}
     for label, selection in base_and_adapter(handle, base=not request.only_adapter):
         with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selection:
-            scores = evaluation.evaluate(loaded.model, examples, batch_size=options["batch_size"])
+            scores = evaluation.evaluate(
+                loaded_base.model, examples, batch_size=options["batch_size"]
+            )
             results[label] = {**dataclasses.asdict(scores), "perplexity": scores.perplexity}
             if first_rows is not None:
                 results[label]["exact"] = evaluation.exact(
-                    loaded.model,
-                    loaded.tokenizer,
+                    loaded_base.model,
+                    loaded_base.tokenizer,
                     first_rows,
                     max_new_tokens=options["max_new_tokens"],
                 )

@@ -80,7 +80,7 @@ def generate_command(
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:
         raise DataError("no prompt", "--prompt TEXT, or one a line on stdin", "give one")
-    loaded, handle = open_base_and_adapter(
+    loaded_base, handle = open_base_and_adapter(
         base,
         adapter,
         verify,
@@ -91,7 +91,7 @@ def generate_command(
         device_map=device_map,
         attention=attention,
     )
-    sampling = sampling_options(loaded.model, temperature, top_p, top_k)
+    sampling = sampling_options(loaded_base.model, temperature, top_p, top_k)
     sampling |= {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
     system_messages = [{"role": "system", "content": system}] if system is not None else []
     inputs: list[Any] = (
@@ -99,11 +99,16 @@ def generate_command(
         if chat
         else prompts
     )
-    _print_answers(loaded, handle, prompts, inputs, both, batch_size=batch_size, **sampling)
+    _print_answers(loaded_base, handle, prompts, inputs, both, batch_size=batch_size, **sampling)
 
 
 def _print_answers(
-    loaded: Any, handle: Any, prompts: list[str], inputs: list[Any], both: bool, **sampling: Any
+    loaded_base: Any,
+    handle: Any,
+    prompts: list[str],
+    inputs: list[Any],
+    both: bool,
+    **sampling: Any,
 ) -> None:
     """Generate answers and print them: one per line, or side by side in a table if ``both``.
 
@@ -117,7 +122,7 @@ def _print_answers(
     answers: dict[str, list[str]] = {}
     for label, selection in base_and_adapter(handle, base=both):
         with err.status(f"The {label} writes …"), selection:
-            answers[label] = generate(loaded.model, loaded.tokenizer, inputs, **sampling)
+            answers[label] = generate(loaded_base.model, loaded_base.tokenizer, inputs, **sampling)
     table = Table("prompt", *answers, show_lines=True, header_style="bold")
     for row in zip(prompts, *answers.values(), strict=True):
         table.add_row(*(Text(cell.strip()) for cell in row))

@@ -84,14 +84,16 @@ def inspect_command(
     used_flags = [flag for flag, value in flag_values.items() if value is not None]
     if report is None and used_flags:
         raise ConfigError(f"{used_flags[0]} without --report", "both", "add --report FILE.html")
-    saved = veneer.adapter_files.read(resolve(adapter))
-    facts = _facts(saved)
+    adapter_files = veneer.adapter_files.read(resolve(adapter))
+    facts = _facts(adapter_files)
     if report is not None:
         from veneer.cli.inspect_report import ReportRequest, write_report
 
-        loading = {"precision": precision, "device": device}
-        request = ReportRequest(report, other, base, data, general, intruders, batch_size, loading)
-        facts["report"] = write_report(saved, request)
+        loading_options = {"precision": precision, "device": device}
+        request = ReportRequest(
+            report, other, base, data, general, intruders, batch_size, loading_options
+        )
+        facts["report"] = write_report(adapter_files, request)
     if as_json:
         echo_json(facts)
     else:
@@ -103,36 +105,41 @@ def inspect_command(
             out.print(f"report written to {report}", soft_wrap=True)
 
 
-def _facts(saved: Any) -> dict[str, Any]:
+def _facts(adapter_files: Any) -> dict[str, Any]:
     """What the files of an adapter tell about it, for JSON."""
     from veneer.fileio.hashing import coverage, hash_json
 
-    record = saved.metadata.get("base", {})
+    record = adapter_files.metadata.get("base", {})
     weights = record.get("weights", {})
     # for some of PEFT's tuners, the shapes of ΔW depend on the base
     paths_without_shapes = (
-        saved.tuner.paths if saved.tuner is not None and saved.tuner.needs_base_shapes else ()
+        adapter_files.tuner.paths
+        if adapter_files.tuner is not None and adapter_files.tuner.needs_base_shapes
+        else ()
     )
-    products = {} if paths_without_shapes else saved.products
+    products = {} if paths_without_shapes else adapter_files.products
     base = {
         name: value for name, value in record.items() if name not in ("weights", "rest", "fresh")
     }
     return {
-        "path": str(saved.path),
-        "base": base or {"name": saved.peft_config.get("base_model_name_or_path")},
+        "path": str(adapter_files.path),
+        "base": base or {"name": adapter_files.peft_config.get("base_model_name_or_path")},
         # one hash of all base weights that the adapter changes
         "fingerprint": hash_json(weights)[:32] if weights else None,
         "proof": coverage(record),
-        "config": saved.config.to_dict(),
-        "alpha": saved.peft_config["lora_alpha"],  # config.alpha may be None, the variant's default
-        "parameters": saved.parameters,
-        "bytes": sum(file.stat().st_size for file in saved.path.iterdir() if file.is_file()),
+        "config": adapter_files.config.to_dict(),
+        # config.alpha may be None, the default of the variant
+        "alpha": adapter_files.peft_config["lora_alpha"],
+        "parameters": adapter_files.parameters,
+        "bytes": sum(
+            file.stat().st_size for file in adapter_files.path.iterdir() if file.is_file()
+        ),
         "targets": Counter(path.rsplit(".", 1)[-1] for path in products or paths_without_shapes),
-        "trained_in_full": sorted(saved.full),
+        "trained_in_full": sorted(adapter_files.full),
         "norms": {path: float(change.norm()) for path, change in products.items()},
-        "provenance": saved.metadata.get("provenance", {}),
-        "versions": saved.metadata.get("versions", {}),
-        "verified": bool(saved.record),
+        "provenance": adapter_files.metadata.get("provenance", {}),
+        "versions": adapter_files.metadata.get("versions", {}),
+        "verified": bool(adapter_files.record),
     }
 
 

@@ -26,7 +26,7 @@ MIN_RETAINED_GAIN = 0.99
 
 class ReportRequest(NamedTuple):
     """The options of `veneer inspect --report`. ``other``: the adapter to compare with; ``data``,
-    ``general``: sources of rows to measure losses on; ``loading``: how to load the base."""
+    ``general``: sources of rows to measure losses on; ``loading_options``: how to load the base."""
 
     report: Path
     other: str | None
@@ -35,10 +35,10 @@ class ReportRequest(NamedTuple):
     general: str | None
     intruders: int
     batch_size: int
-    loading: dict[str, Any]
+    loading_options: dict[str, Any]
 
 
-def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
+def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
     """Write the HTML page and return its content for JSON. Invalid options raise ConfigError before
     anything is computed."""
     from veneer.adapter_files import read
@@ -65,11 +65,13 @@ def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
         )
     other_adapter = None if request.other is None else read(resolve(request.other))
     rows = {name: read_rows(source) for name, source in sources.items()}
-    base_arguments = {} if request.base is None else base_files(request.base, saved.path)
-    examples = {} if request.base is None else _tokenise_sources(request.base, saved.path, rows)
+    base_arguments = {} if request.base is None else base_files(request.base, adapter_files.path)
+    examples = (
+        {} if request.base is None else _tokenise_sources(request.base, adapter_files.path, rows)
+    )
     with err.status("Looking …") as status:
         report = examine(
-            saved,
+            adapter_files,
             **base_arguments,
             base_name=request.base,
             other=other_adapter,
@@ -79,7 +81,7 @@ def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
         facts = report.to_dict()
         if examples:
             losses = facts["losses"] = _measure_losses(
-                saved, report, request, base_arguments, examples, status
+                adapter_files, report, request, base_arguments, examples, status
             )
             facts["next_rank"], facts["why"] = _recommend_rank(losses["rows"]) or (
                 report.next_rank,
@@ -111,7 +113,7 @@ def _tokenise_sources(base: str, adapter: Path, rows: dict[str, Any]) -> dict[st
 
 
 def _measure_losses(
-    saved: Any,
+    adapter_files: Any,
     report: Any,
     request: ReportRequest,
     base_arguments: dict[str, Any],
@@ -125,7 +127,9 @@ def _measure_losses(
     from veneer.cli.console import open_base_and_adapter
     from veneer.train.evaluate import evaluate
 
-    loaded, handle = open_base_and_adapter(str(request.base), str(saved.path), **request.loading)
+    loaded_base, handle = open_base_and_adapter(
+        str(request.base), str(adapter_files.path), **request.loading_options
+    )
     tokens: dict[str, int] = {}
 
     def measure(
@@ -141,14 +145,16 @@ def _measure_losses(
         for name in source_names or examples:
             status.update(f"Measuring {label} on {request._asdict()[name]} …")
             with select_adapter():
-                evaluation = evaluate(loaded.model, examples[name], batch_size=request.batch_size)
+                evaluation = evaluate(
+                    loaded_base.model, examples[name], batch_size=request.batch_size
+                )
             row[name], tokens[name] = evaluation.loss, evaluation.tokens
         return row
 
-    rows = [measure("base", None, None, partial(veneer.use, loaded.model, None))]
+    rows = [measure("base", None, None, partial(veneer.use, loaded_base.model, None))]
     rows.append(measure("adapter", None, None, handle.use))
     note = None
-    if saved.tokens:
+    if adapter_files.tokens:
         note = (
             "It trains tokens, which no truncation and no repair has a place for, so that none was"
             " measured."
@@ -157,10 +163,10 @@ def _measure_losses(
         handle.detach()
         with TemporaryDirectory() as folder:
             for kind, setting, removed_share, path in _write_derived_adapters(
-                saved, report, "data" in examples, base_arguments, Path(folder)
+                adapter_files, report, "data" in examples, base_arguments, Path(folder)
             ):
-                # the base was compared when `saved` was opened
-                derived = veneer.load(loaded.model, path, verify_base=False)
+                # the base was compared when `adapter_files` was opened
+                derived = veneer.load(loaded_base.model, path, verify_base=False)
                 source_names = ["data"] if kind == "rank" else None
                 rows.append(measure(kind, setting, removed_share, derived.use, source_names))
                 derived.detach()
@@ -172,7 +178,7 @@ def _measure_losses(
 
 
 def _write_derived_adapters(
-    saved: Any,
+    adapter_files: Any,
     report: Any,
     with_truncations: bool,
     base_arguments: dict[str, Any],
@@ -186,18 +192,24 @@ def _write_derived_adapters(
 
     for cut in report.cuts[:-1] if with_truncations else ():
         path = compose(
-            saved, folder / f"rank-{cut.rank}", method="svd", rank=cut.rank, **base_arguments
+            adapter_files,
+            folder / f"rank-{cut.rank}",
+            method="svd",
+            rank=cut.rank,
+            **base_arguments,
         ).path
         yield "rank", cut.rank, cut.lost, path
 
     def write_scaled(scale: float) -> tuple[str, float, float, Path]:
-        path = compose(saved, folder / f"weaker-{scale}", weights=[scale], **base_arguments).path
+        path = compose(
+            adapter_files, folder / f"weaker-{scale}", weights=[scale], **base_arguments
+        ).path
         return "weaker", scale, 1 - scale, path
 
     has_intruders = any(weight.count for weight in report.found)
     for factor in REPAIR_FACTORS if has_intruders else ():
         repaired = repair(
-            saved,
+            adapter_files,
             folder / f"repaired-{factor}",
             **base_arguments,
             factor=factor,

@@ -125,9 +125,9 @@ def plan_command(
     if serve:
         from veneer.train.plan.serving import Load, plan_service
 
-        load = Load(requests, prompt, answer, adapters, rows, devices, settings.quantize)
-        service = plan_service(model, load, device_type)
-        _print_plan(as_json, asdict(service), _service_lines(service))
+        service_load = Load(requests, prompt, answer, adapters, rows, devices, settings.quantize)
+        service_plan = plan_service(model, service_load, device_type)
+        _print_plan(as_json, asdict(service_plan), _service_lines(service_plan))
         return
     _plan_run(settings, model, strategy, devices, device_type, as_json)
 
@@ -258,16 +258,14 @@ def _tables(
     return [*lines, plan_table, "", memory_table, "", *omissions, f"Take     {advice}"]
 
 
-def _service_lines(service: Any) -> list[str]:
-    load = service.load
-    devices = (
-        f"{load.devices} × {service.hardware}" if load.devices > 1 else f"one {service.hardware}"
-    )
+def _service_lines(plan: Any) -> list[str]:
+    load = plan.load
+    devices = f"{load.devices} × {plan.hardware}" if load.devices > 1 else f"one {plan.hardware}"
     base_lines = [
-        f"Base     {service.base / GIB:.2f} GiB; an adapter {service.adapter / 2**20:.1f} MiB; keys"
-        f" and values of {load.prompt + load.answer} tokens {service.row / 2**20:.1f} MiB"
+        f"Base     {plan.base / GIB:.2f} GiB; an adapter {plan.adapter / 2**20:.1f} MiB; keys"
+        f" and values of {load.prompt + load.answer} tokens {plan.row / 2**20:.1f} MiB"
     ]
-    if service.rows == 0:
+    if plan.rows == 0:
         return [
             *base_lines,
             f"Take     more than {devices} for a replica: the base and one row do not fit",
@@ -275,16 +273,16 @@ def _service_lines(service: Any) -> list[str]:
     return [
         *base_lines,
         (
-            f"Replica  {devices}: {service.rows} rows at once, {service.in_memory:,} of"
+            f"Replica  {devices}: {plan.rows} rows at once, {plan.in_memory:,} of"
             f" {load.adapters:,} adapters in memory"
         ),
         (
-            f"Speed    {1e3 * service.step:.1f} ms a token of each row; {service.answered:.1f}"
+            f"Speed    {1e3 * plan.step:.1f} ms a token of each row; {plan.answered:.1f}"
             " requests/s at the most"
         ),
         (
-            f"Take     {service.replicas} replicas for {load.requests:g} requests/s;"
-            f" {service.hits:.0%} of them find their adapter in memory, others wait"
-            f" {1e3 * service.fetch:.1f} ms or more for it"
+            f"Take     {plan.replicas} replicas for {load.requests:g} requests/s;"
+            f" {plan.hits:.0%} of them find their adapter in memory, others wait"
+            f" {1e3 * plan.fetch:.1f} ms or more for it"
         ),
     ]

@@ -234,7 +234,9 @@ def _serve(
                 from veneer.serve.training.registration import TrainingPlugin
 
                 plugin = TrainingPlugin(train, runs)
-            _serve_here(settings, keyring, allowed_hosts, server_socket, listener, plugin, engine)
+            _serve_in_process(
+                settings, keyring, allowed_hosts, server_socket, listener, plugin, engine
+            )
             return
     _serve_on_ray(settings, allowed_hosts, listener, replicas)
 
@@ -267,7 +269,7 @@ def _check_vllm_flags(options: dict[str, Any]) -> None:
         )
 
 
-def _serve_here(
+def _serve_in_process(
     settings: Settings,
     keyring: Keyring,
     allowed_hosts: tuple[str, ...] | None,

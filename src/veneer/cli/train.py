@@ -295,9 +295,9 @@ def _flag_type(annotation: Any) -> Any:
 def _signature() -> inspect.Signature:
     """The command's signature: a parameter for each field of `TrainConfig` and each other flag."""
     config_argument = Argument(help="YAML file with any of the settings below.")
-    types: dict[str, Any] = {"config": Annotated[Path | None, config_argument]}
+    parameter_types: dict[str, Any] = {"config": Annotated[Path | None, config_argument]}
     for name, field_info in TrainConfig.model_fields.items():
-        extra: Any = field_info.json_schema_extra
+        schema_extra: Any = field_info.json_schema_extra
         spelling = name.replace("_", "-")
         flag = (
             f"--{spelling}/--no-{spelling}"
@@ -308,16 +308,16 @@ def _signature() -> inspect.Signature:
             flag,
             *FLAG_ALIASES.get(name, ()),
             help=_flag_help(field_info),
-            rich_help_panel=extra["panel"],
+            rich_help_panel=schema_extra["panel"],
         )
-        types[name] = Annotated[_flag_type(field_info.annotation), option]
+        parameter_types[name] = Annotated[_flag_type(field_info.annotation), option]
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     defaults: dict[str, Any] = {}
     for name, description in ACTION_FLAGS.items():
         option = Option(
             f"--{name.replace('_', '-')}", help=description, rich_help_panel="Instead of a run"
         )
-        types[name], defaults[name] = Annotated[bool, option], False
+        parameter_types[name], defaults[name] = Annotated[bool, option], False
     for name, (flag_type, description, bounds) in LAUNCHER_OPTIONS.items():
         option = Option(
             f"--{name.replace('_', '-')}",
@@ -325,10 +325,10 @@ def _signature() -> inspect.Signature:
             rich_help_panel="Several processes",
             **bounds,
         )
-        types[name] = Annotated[flag_type | None, option]
+        parameter_types[name] = Annotated[flag_type | None, option]
     parameters = (
         inspect.Parameter(name, keyword_only, default=defaults.get(name), annotation=annotation)
-        for name, annotation in types.items()
+        for name, annotation in parameter_types.items()
     )
     return inspect.Signature([*parameters])
 

@@ -79,21 +79,21 @@ def call_reading(
     ids of calls. ``strict``: names of the tools whose calls must follow their schemas. ``Refusal``:
     no parser is known for the base."""
     parser_name = parser or detect_parser(tokenizer.chat_template)
-    family = None if parser_name is None else PARSERS[parser_name]
+    parser_class = None if parser_name is None else PARSERS[parser_name]
     if forced is not None:
         parser_type = ListedCalls if forced == "" else partial(NamedCall, forced)
-        new_id = CallParser.new_id if family is None else family.new_id
+        new_id = CallParser.new_id if parser_class is None else parser_class.new_id
         return CallReading(partial(parser_type, tools, prefix, new_id))
-    if family is None:
+    if parser_class is None:
         message = sentence(
             "tools, and a base whose notation of calls is not known",
             "one of " + listing(PARSERS, 20),
             "have the server started with --tool-call-parser, or force a call by tool_choice",
         )
         raise Refusal(400, message, param="tools", code="no_tool_parser")
-    markers = _marker_ids(tokenizer, family.markers)
-    grammar = strict_grammar(family, tools, strict, markers) if strict else None
-    return CallReading(partial(family, tools, prefix), markers, grammar)
+    markers = _marker_ids(tokenizer, parser_class.markers)
+    grammar = strict_grammar(parser_class, tools, strict, markers) if strict else None
+    return CallReading(partial(parser_class, tools, prefix), markers, grammar)
 
 
 def _marker_ids(tokenizer: Any, markers: tuple[str, ...]) -> dict[int, str]:

@@ -130,8 +130,8 @@ class CallParser(ABC):
     def _find_tag(self, tags: Sequence[str], *, at_end: bool) -> tuple[int, str]:
         """The position of the first tag in the buffer, and the tag. If the buffer has no tag: the
         length of the text that cannot belong to a tag, and ""."""
-        positions = [(self._buffer.find(tag), tag) for tag in tags]
-        first_tag = min((pair for pair in positions if pair[0] >= 0), default=None)
+        tag_positions = [(self._buffer.find(tag), tag) for tag in tags]
+        first_tag = min((pair for pair in tag_positions if pair[0] >= 0), default=None)
         if first_tag is not None:
             return first_tag
         return len(self._buffer) - (0 if at_end else partial_tag_length(self._buffer, tags)), ""
@@ -159,37 +159,43 @@ def partial_tag_length(text: str, tags: Iterable[str]) -> int:
 
 def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
     """Join neighbouring deltas of text, and of the arguments of one call, and drop empty deltas."""
-    merged: list[Delta] = []
+    merged_deltas: list[Delta] = []
     for delta in deltas:
-        last = merged[-1] if merged else None
+        last_delta = merged_deltas[-1] if merged_deltas else None
         if isinstance(delta, TextDelta):
             if not delta.text:
                 continue
-            if isinstance(last, TextDelta):
-                merged[-1] = TextDelta(last.text + delta.text)
+            if isinstance(last_delta, TextDelta):
+                merged_deltas[-1] = TextDelta(last_delta.text + delta.text)
                 continue
         elif delta.name is None:
             if not delta.arguments:
                 continue
-            if isinstance(last, CallDelta) and last.name is None and last.index == delta.index:
-                merged[-1] = replace(last, arguments=last.arguments + delta.arguments)
+            if (
+                isinstance(last_delta, CallDelta)
+                and last_delta.name is None
+                and last_delta.index == delta.index
+            ):
+                merged_deltas[-1] = replace(
+                    last_delta, arguments=last_delta.arguments + delta.arguments
+                )
                 continue
-        merged.append(delta)
-    return merged
+        merged_deltas.append(delta)
+    return merged_deltas
 
 
 def join_deltas(deltas: Iterable[Delta]) -> list[str | Call]:
     """The texts and calls of a complete answer, in the order of the answer."""
     segments: list[str | Call] = []
     for delta in deltas:
-        last = segments[-1] if segments else None
+        last_segment = segments[-1] if segments else None
         if isinstance(delta, TextDelta):
-            if isinstance(last, str):
-                segments[-1] = last + delta.text
+            if isinstance(last_segment, str):
+                segments[-1] = last_segment + delta.text
             else:
                 segments.append(delta.text)
         elif delta.name is not None:
             segments.append(Call(delta.id or "", delta.name, delta.arguments))
-        elif isinstance(last, Call):
-            segments[-1] = replace(last, arguments=last.arguments + delta.arguments)
+        elif isinstance(last_segment, Call):
+            segments[-1] = replace(last_segment, arguments=last_segment.arguments + delta.arguments)
     return segments

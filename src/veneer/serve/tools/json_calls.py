@@ -108,13 +108,13 @@ class JsonCall:
 
     def _read_punctuation(self, character: str) -> None:
         next_states = {"{": {"{": "key"}, ":": {":": "value"}, ",": {",": "key", "}": "end"}}
-        state = next_states[self._expected].get(character)
-        if state is None:
+        next_expected = next_states[self._expected].get(character)
+        if next_expected is None:
             self.has_failed = True
-        elif state == "end":
+        elif next_expected == "end":
             self._end()
         else:
-            self._expected = state
+            self._expected = next_expected
 
     def _read_value(self, text: str, position: int) -> int:
         """Read characters of a key or value from ``position`` on; return the next position."""
@@ -130,17 +130,17 @@ class JsonCall:
             # emit arguments as they come, but a string only at its end, to parse its escapes
             is_arguments = self._expected == "value" and self._key in self.ARGUMENTS
             self._streams_value = is_arguments and self.has_name and character != '"'
-        stop, ended = self._scanner.scan(text, position)
-        piece = text[position:stop]
+        end_position, has_ended = self._scanner.scan(text, position)
+        piece = text[position:end_position]
         if self._streams_value:
             self._has_arguments = True
             self._on_arguments(piece)
         else:
             self._value += piece
-        if ended:
+        if has_ended:
             self._scanner = None
             self._end_value()
-        return stop
+        return end_position
 
     def _end_value(self) -> None:
         if self._expected == "key":
@@ -212,10 +212,10 @@ class Hermes(ObjectCallParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._closing = False
+        self._awaits_close_tag = False
 
     def _step(self, *, at_end: bool) -> bool:
-        if self._closing:
+        if self._awaits_close_tag:
             return self._read_close(at_end=at_end)
         if self._call is None:
             position, tag = self._find_tag((self.OPEN,), at_end=at_end)
@@ -227,14 +227,14 @@ class Hermes(ObjectCallParser):
         call = self._read_object(self.OPEN, at_end=at_end)
         if call is None:
             return False
-        self._closing = call.has_name
+        self._awaits_close_tag = call.has_name
         return True
 
     def _read_close(self, *, at_end: bool) -> bool:
         """Read up to the tag that ends a call, or up to the next call if that tag is missing."""
         position, tag = self._find_tag((self.CLOSE, self.OPEN), at_end=at_end)
         self._consume(position + (len(tag) if tag == self.CLOSE else 0))
-        self._closing = not (tag or at_end)
+        self._awaits_close_tag = not (tag or at_end)
         return bool(tag)
 
 
@@ -347,11 +347,11 @@ class Mistral(ObjectCallParser):
         return True
 
     def _step_arguments(self, *, at_end: bool) -> bool:
-        stop, ended = self._scanner.scan(self._buffer)
-        self._emit_arguments(self._consume(stop))
-        if ended:
+        end_position, has_ended = self._scanner.scan(self._buffer)
+        self._emit_arguments(self._consume(end_position))
+        if has_ended:
             self._state = "text"
-        return ended
+        return has_ended
 
 
 class DeepSeek(CallParser):
@@ -398,11 +398,11 @@ class DeepSeek(CallParser):
         return True
 
     def _step_arguments(self, *, at_end: bool) -> bool:
-        stop, ended = self._scanner.scan(self._buffer)
-        self._emit_arguments(self._consume(stop))
-        if ended:
+        end_position, has_ended = self._scanner.scan(self._buffer)
+        self._emit_arguments(self._consume(end_position))
+        if has_ended:
             self._state = "close"
-        return ended
+        return has_ended
 
     def _step_close(self, *, at_end: bool) -> bool:
         position, tag = self._find_tag((self.CALL_END, self.END), at_end=at_end)

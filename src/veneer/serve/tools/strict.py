@@ -44,16 +44,16 @@ WS: /[ \r\n\t]{0,8}/
 
 
 def strict_grammar(
-    family: type[CallParser],
+    parser_class: type[CallParser],
     parameters: Mapping[str, Schema],
     strict: Collection[str],
     markers: Mapping[int, str],
 ) -> Grammar:
-    """The grammar of answers in the notation of the parser class ``family``. ``parameters``: by
+    """The grammar of answers in the notation that ``parser_class`` parses. ``parameters``: by
     tool name, the schema of the tool's parameters, which is enforced for the tools in ``strict``.
     ``markers``: by token id, the tags that are special tokens."""
     writer = _GrammarWriter(parameters, strict, {text: id for id, text in markers.items()})
-    rules = _NOTATIONS[family](writer)
+    rules = _NOTATIONS[parser_class](writer)
     return Grammar("lark", "%llguidance {}\n" + rules + TERMINALS)
 
 
@@ -246,10 +246,10 @@ def _keyword_rules(rule: str, properties: Sequence[tuple[str, dict[str, Any], bo
     rules += [f"{rule}_{state}_{count}: {_EMPTY}\n" for state in ("first", "more")]
     for index, (key, schema, required) in enumerate(properties):
         value = _json_rule(schema, PYTHON_OPTIONS)
-        pair = f"{json.dumps(key + '=')} {value} {rule}_more_{index + 1}"
+        argument = f"{json.dumps(key + '=')} {value} {rule}_more_{index + 1}"
         for state, comma in (("first", ""), ("more", 'WS "," WS ')):
-            absent = "" if required else f" | {rule}_{state}_{index + 1}"
-            rules.append(f"{rule}_{state}_{index}: {comma}{pair}{absent}\n")
+            alternative = "" if required else f" | {rule}_{state}_{index + 1}"
+            rules.append(f"{rule}_{state}_{index}: {comma}{argument}{alternative}\n")
     return rules
 
 

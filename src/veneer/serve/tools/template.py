@@ -61,20 +61,20 @@ class TemplateTools:
 
 
 #: cache: tokenizer -> (its chat template, what the template shows)
-_SHOWN_BY_TEMPLATE: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
+_TEMPLATE_TOOLS_CACHE: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
 
 
 def template_tools(tokenizer: Any) -> TemplateTools:
     """What the chat template of a tokenizer shows; from the cache if the template is unchanged."""
     template = str(tokenizer.chat_template)
-    cached = _SHOWN_BY_TEMPLATE.get(tokenizer)
+    cached = _TEMPLATE_TOOLS_CACHE.get(tokenizer)
     if cached is None or cached[0] != template:
         chats = product((CHAT_WITH_CALL, CHAT_WITH_CALL[:2]), (None, [TOOL]))
-        shown = TemplateTools(
+        support = TemplateTools(
             tools=_shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [TOOL]),
             calls=any(_shows(tokenizer, PROBE_ARGUMENT, chat, tools) for chat, tools in chats),
         )
-        cached = _SHOWN_BY_TEMPLATE[tokenizer] = (template, shown)
+        cached = _TEMPLATE_TOOLS_CACHE[tokenizer] = (template, support)
     return cached[1]
 
 
@@ -91,15 +91,15 @@ def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
     messages. ``Refusal``: the template does not show them."""
     if not (tools or calls):
         return
-    shown = template_tools(tokenizer)
-    if tools and not shown.tools:
+    support = template_tools(tokenizer)
+    if tools and not support.tools:
         message = sentence(
             "tools, and a base whose chat template does not show them to the model",
             "a base whose template has tools",
             'leave them out, send tool_choice "none", or serve another base',
         )
         raise Refusal(400, message, param="tools", code="template_without_tools")
-    if calls and not shown.calls:
+    if calls and not support.calls:
         message = sentence(
             "calls of tools in messages, and a base whose chat template does not show them",
             "a base whose template has tools",

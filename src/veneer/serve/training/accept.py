@@ -110,11 +110,11 @@ class NumberedRoute(Route):
             return await handle(request)
         except (RequestValidationError, HTTPException, Refusal) as error:
             service, body = request.app.state.service, await request.body()
-            refused = _refusal_of(error)
+            error_refusal = _refusal_of(error)
             run_and_number = await beside_loop(service, body, _read_run_and_number)
             training = training_of(request.app.state.service)
             key: Key | None = request.state.key
-            is_final = refused.status in FINAL_STATUSES
+            is_final = error_refusal.status in FINAL_STATUSES
             if not is_final or run_and_number is None or key is None or not key.train:
                 raise
             run, number = run_and_number
@@ -122,7 +122,9 @@ class NumberedRoute(Route):
             if row is None or not owns(key, row) or row["unloaded"]:
                 raise
             return JSONResponse(
-                await queue_request(training, key, run, number, REFUSED, {"error": str(refused)})
+                await queue_request(
+                    training, key, run, number, REFUSED, {"error": str(error_refusal)}
+                )
             )
 
 

@@ -117,7 +117,7 @@ class Queue:
             active_run = self.active_run(run)
             for row in store.requests_after(run, active_run.next_seq - 1):
                 if not row["done"]:
-                    self._add(active_run, RunRequest(row["seq"], row["kind"], row["body"]))
+                    self._add_request(active_run, RunRequest(row["seq"], row["kind"], row["body"]))
 
     # any thread may call these
 
@@ -148,7 +148,7 @@ class Queue:
         with self.wake:
             active_run = self.active_run(run)  # the previous one may have been dropped meanwhile
             if is_added:
-                self._add(active_run, RunRequest(number, kind, body))
+                self._add_request(active_run, RunRequest(number, kind, body))
                 self.wake.notify_all()
             else:
                 self._idle_runs.append(active_run)
@@ -168,7 +168,7 @@ class Queue:
         return answered
 
     def active_run(self, run: str) -> ActiveRun:
-        """The ``ActiveRun`` of a run id, from the store if the run is not active yet."""
+        """The ``ActiveRun`` of a run id, created from the store if the run is not active yet."""
         with self.wake:
             if run not in self.active_runs:
                 row = self.store.run(run)
@@ -181,7 +181,7 @@ class Queue:
                 self.active_runs[run] = self.runs_by_adapter[adapter_name] = active_run
             return self.active_runs[run]
 
-    def _add(self, active_run: ActiveRun, request: RunRequest) -> None:
+    def _add_request(self, active_run: ActiveRun, request: RunRequest) -> None:
         active_run.waiting_requests[request.seq] = request
         self.promises[active_run.run_id, request.seq] = Promise()
         self._update_busy(active_run)
@@ -202,7 +202,7 @@ class Queue:
 
     # only the worker's thread calls these
 
-    def answer(self, active_run: ActiveRun, seq: int, answer: Answer) -> None:
+    def finish_request(self, active_run: ActiveRun, seq: int, answer: Answer) -> None:
         """Advance a run to the request after ``seq``, and resolve the promise of ``seq``. The
         answer is in the store already."""
         with self.wake:

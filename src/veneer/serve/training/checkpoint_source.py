@@ -19,8 +19,8 @@ CURRENT = "now"
 def parse_current_run(name: str) -> str | None:
     """The run id in a name tinker://RUN/now; None for any other name, even for the name of a
     checkpoint called "now"."""
-    run, _, last = name.removeprefix(SCHEME).rpartition("/")
-    return run if last == CURRENT and run and "/" not in run else None
+    run, _, last_component = name.removeprefix(SCHEME).rpartition("/")
+    return run if last_component == CURRENT and run and "/" not in run else None
 
 
 class CheckpointSource:

@@ -1,6 +1,6 @@
 """The loss curve of a run, as a bounded number of points.
 
-    pass, pass, step  ──>  mean loss per token of these passes  ──>  a point, or part of one
+    pass, pass, step  ──>  mean loss per token of these passes  ──>  a point, or part of a point
 
 A curve is saved with its run's state. The points after that state are computed again from the
 stored requests and answers, which contain the losses and the numbers of tokens. A killed process

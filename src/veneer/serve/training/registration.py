@@ -20,7 +20,7 @@ MAX_BODY = 16 * 2**20
 
 
 class TrainingExtension(Extension):
-    """The training service, in the form that the server calls."""
+    """Connects the training service to the core of the server."""
 
     routers = (routes.router, routes.numbered_router, rest.router, live.router)
     path_prefix = "/api/v1"
@@ -51,8 +51,8 @@ class TrainingExtension(Extension):
 
 
 class TrainingPlugin:
-    """Creates the extension. Runs are stored in ``folder``; at most ``max_resident`` runs are in
-    memory."""
+    """Creates the ``TrainingExtension`` of a server. Runs are stored in ``folder``; at most
+    ``max_resident`` runs are in memory."""
 
     def __init__(self, folder: str | Path, max_resident: int = 50) -> None:
         self.folder, self.max_resident, self.turn = folder, max_resident, FairLock()

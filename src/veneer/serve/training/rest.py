@@ -1,5 +1,5 @@
 """The routes under /api/v1 by which a client of the `tinker` SDK lists sessions, runs and
-checkpoints, and changes or downloads checkpoints. Routes only.
+checkpoints, and changes or downloads checkpoints.
 
 GET         training_runs  training_runs/{run}  training_runs/{run}/checkpoints  checkpoints
 GET         sessions  sessions/{id}  samplers/{id}        POST  sessions/search  weights_info
@@ -93,7 +93,9 @@ def _describe_run(training: Training, row: Any) -> dict[str, Any]:
     }
 
 
-def _page(rows: Sequence[Any], limit: int, offset: int) -> tuple[Sequence[Any], dict[str, int]]:
+def _slice_page(
+    rows: Sequence[Any], limit: int, offset: int
+) -> tuple[Sequence[Any], dict[str, int]]:
     return rows[offset : offset + limit], {
         "offset": offset,
         "limit": limit,
@@ -106,7 +108,7 @@ def training_runs(
     training: TrainingDep, key: Asker, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """The runs of a key, the newest first."""
-    rows, cursor = _page(training.store.runs(key.owner), limit, offset)
+    rows, cursor = _slice_page(training.store.runs(key.owner), limit, offset)
     return {"training_runs": [_describe_run(training, row) for row in rows], "cursor": cursor}
 
 
@@ -129,7 +131,7 @@ def checkpoints(
     training: TrainingDep, key: Asker, limit: Limit = 100, offset: Offset = 0
 ) -> dict[str, Any]:
     """The checkpoints of a key, the newest first."""
-    rows, cursor = _page(training.store.checkpoints(key.owner), limit, offset)
+    rows, cursor = _slice_page(training.store.checkpoints(key.owner), limit, offset)
     return {"checkpoints": [_describe_checkpoint(row) for row in rows], "cursor": cursor}
 
 
@@ -185,10 +187,12 @@ def external_urls(
     checkpoint, _ = find_checkpoint(training, key, f"tinker://{run}/{kind}/{name}")
     folder = training.store.files_of(checkpoint) / ADAPTER
     token = training.new_file_token(folder)
-    names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    file_names = [
+        str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()
+    ]
     root_url = f"{str(request.base_url).rstrip('/')}/api/v1/files/{token}"
     return {
-        "urls": {name: f"{root_url}/{name}" for name in names},
+        "urls": {name: f"{root_url}/{name}" for name in file_names},
         "expires": _iso_time(time.time() + FILE_URL_SECONDS),
     }
 
@@ -275,7 +279,7 @@ def sessions(
     training: TrainingDep, key: Asker, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """The sessions of a key."""
-    rows, _ = _page(training.store.sessions(key.owner), limit, offset)
+    rows, _ = _slice_page(training.store.sessions(key.owner), limit, offset)
     return {"sessions": [row["id"] for row in rows]}
 
 
@@ -283,7 +287,7 @@ def sessions(
 def search_sessions(
     body: bodies.SearchSessions, training: TrainingDep, key: Asker
 ) -> dict[str, Any]:
-    """The newest sessions that match, as one page."""
+    """The newest sessions that match the search, in one page."""
     if (
         body.cursor
         or body.project_ids

@@ -1,4 +1,4 @@
-"""The routes under /api/v1 by which a client of the `tinker` SDK trains and samples. Routes only.
+"""The routes under /api/v1 by which a client of the `tinker` SDK trains and samples.
 
 GET  healthz  get_server_capabilities
 POST client/config  client/dynamic_config  telemetry
@@ -412,8 +412,10 @@ async def join_sampler(
 ) -> dict[str, Any]:
     """Join a sampling session that another process has begun."""
     find_sampler(training, key, body.sampling_session_id)
-    number = await training.write(training.store.add_sampler_client, body.sampling_session_id)
-    return {"type": "join_sampling_session", "client_counter": number}
+    client_number = await training.write(
+        training.store.add_sampler_client, body.sampling_session_id
+    )
+    return {"type": "join_sampling_session", "client_counter": client_number}
 
 
 @router.post("/asample")
@@ -423,20 +425,20 @@ async def asample(body: bodies.Sample, training: TrainingDep, key: Asker) -> dic
         row = find_sampler(training, key, body.sampling_session_id)
         session, path = row["session"], row["path"]
         _find_active_session(training, key, session)
-        number = secrets.token_hex(8) if body.seq_id is None else body.seq_id
-        id = f"{body.sampling_session_id}:{number}"
+        call_number = secrets.token_hex(8) if body.seq_id is None else body.seq_id
+        id = f"{body.sampling_session_id}:{call_number}"
     else:
         session, path, id = "", body.model_path, f"sample:{secrets.token_hex(16)}"
         _check_base(training, body.base_model)
     if path is None and not key.base:
         raise not_found("the base model", training.base)
-    name = None
+    adapter_name = None
     if path is not None:
         find_checkpoint(training, key, path)
-        name = await training.write(training.register_checkpoint, path)
+        adapter_name = await training.write(training.register_checkpoint, path)
     if training.samples.find(id, key.owner) is None:
         charge = await training.reserve_tokens(key, training.samples.max_tokens(body))
-        training.samples.begin(id, key.owner, session, name, body, charge)
+        training.samples.begin(id, key.owner, session, adapter_name, body, charge)
     return {
         "request_id": id,
         "sample_sequence_ids": [f"{id}:{number}" for number in range(body.num_samples)],

@@ -168,10 +168,10 @@ class RunMemory:
             self.write_state(active_run)
         except AdapterError:
             log.exception("%s: its state cannot be written", run_id)
-            do = "load a checkpoint into it, or begin a new run"
+            advice = "load a checkpoint into it, or begin a new run"
             problem = "a run whose numbers cannot be kept"
             self.mark_failed(
-                active_run, sentence(problem, "numbers that an adapter folder can hold", do)
+                active_run, sentence(problem, "numbers that an adapter folder can hold", advice)
             )
         except Exception:
             log.exception(

@@ -284,10 +284,10 @@ class Trainer:
         labels = torch.full_like(ids, IGNORED)
         for row, index in enumerate(indices):
             datum = training_pass.data[index]
-            size = len(datum.tokens)
-            ids[row, :size] = datum.tokens
+            token_count = len(datum.tokens)
+            ids[row, :token_count] = datum.tokens
             if datum.targets.dim() == 1:
-                labels[row, 1 : size + 1] = datum.targets
+                labels[row, 1 : token_count + 1] = datum.targets
         return ids.to(self.device), labels.to(self.device)
 
     def _parameters(self, run: str) -> list[nn.Parameter]:
@@ -302,10 +302,10 @@ class Trainer:
         parameters = self._parameters(training_pass.run)
         if training_pass.error is None:
             add_earlier(parameters, earlier_gradients)
-            largest = largest_magnitude(present_gradients(parameters))
-            if not largest <= MAX_GRADIENT:  # also true for NaN
+            largest_gradient = largest_magnitude(present_gradients(parameters))
+            if not largest_gradient <= MAX_GRADIENT:  # also true for NaN
                 training_pass.error = TrainingError(
-                    f"a gradient of up to {largest:.3g}",
+                    f"a gradient of up to {largest_gradient:.3g}",
                     f"numbers of at most {MAX_GRADIENT:g}",
                     "look at the data and their weights",
                 )
@@ -359,17 +359,17 @@ class Trainer:
         folder: Path,
         base: str | None,
         provenance: Mapping[str, Any] | None = None,
-        check: Callable[[Path], None] = lambda folder: None,
+        check_folder: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         """Write a run's adapter and its optimizer's state into one folder, which is replaced if it
-        exists. If ``check`` raises an error for the new folder, nothing is replaced."""
+        exists. If ``check_folder`` raises an error for the new folder, nothing is replaced."""
         names = [name for name, _ in self.runs[run].named_parameters()]
         tensors = optimizer_tensors(_adamw(self.engine.adapters[run]), names)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as temporary:
-            self.runs[run].save(temporary / ADAPTER, base_name=base, provenance=provenance)
-            save_file(tensors, temporary / OPTIMIZER)
-            check(temporary)
+        with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as new_checkpoint:
+            self.runs[run].save(new_checkpoint / ADAPTER, base_name=base, provenance=provenance)
+            save_file(tensors, new_checkpoint / OPTIMIZER)
+            check_folder(new_checkpoint)
 
     def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
         """Replace a run by a saved run. ``optimizer``: whether to load the optimizer's state too;
@@ -413,8 +413,8 @@ def _adamw(adapter: TrainedAdapter) -> torch.optim.Optimizer:
 def _loss_of_labels(training_pass: Pass, indices: Sequence[int], losses: Tensor) -> Tensor:
     """The loss with one target per token. ``losses``: −log p of the targets, all rows joined into
     one dimension."""
-    sizes = [len(training_pass.data[index].tokens) for index in indices]
-    return _sum_losses(training_pass, indices, (-losses).split(sizes))
+    token_counts = [len(training_pass.data[index].tokens) for index in indices]
+    return _sum_losses(training_pass, indices, (-losses).split(token_counts))
 
 
 def _loss_of_logits(
@@ -424,9 +424,9 @@ def _loss_of_logits(
     logprobs = []
     for logits, index in zip(output.logits, indices, strict=True):
         targets = training_pass.data[index].targets.to(logits.device)
-        wide = logits[: len(targets)].to(torch.promote_types(logits.dtype, torch.float32))
-        target_logits = wide.gather(-1, targets.view(len(targets), -1))
-        row_logprobs = target_logits - wide.logsumexp(-1, keepdim=True)
+        wide_logits = logits[: len(targets)].to(torch.promote_types(logits.dtype, torch.float32))
+        target_logits = wide_logits.gather(-1, targets.view(len(targets), -1))
+        row_logprobs = target_logits - wide_logits.logsumexp(-1, keepdim=True)
         logprobs.append(row_logprobs.view(targets.shape))
     return _sum_losses(training_pass, indices, logprobs)
 
@@ -445,9 +445,9 @@ def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[
         loss_sum = datum_loss if loss_sum is None else loss_sum + datum_loss
     assert loss_sum is not None
     if not torch.isfinite(loss_sum):
-        do = "look at the data and the learning rate, and go on from a checkpoint"
+        advice = "look at the data and the learning rate, and go on from a checkpoint"
         raise TrainingError(
-            f"a {training_pass.loss} loss of {float(loss_sum.detach())}", "a finite number", do
+            f"a {training_pass.loss} loss of {float(loss_sum.detach())}", "a finite number", advice
         )
     return loss_sum
 

@@ -40,7 +40,7 @@ SAMPLES_PER_ROW, RETRY_SECONDS = 4, 0.05
 
 
 @dataclass(eq=False)
-class Usage:
+class TokenUsage:
     """The number of tokens that a call has computed: of its prompt, once, and of its answers."""
 
     tokens: int = 0
@@ -94,11 +94,11 @@ class Samples:
             charge(0)
             return
         waiting_calls = [call for call in self._calls.values() if not call.task.done()]
-        room = MAX_WAITING_SAMPLES - sum(call.count for call in waiting_calls)
-        if owner:  # a key may use at most half of the remaining room
+        free_places = MAX_WAITING_SAMPLES - sum(call.count for call in waiting_calls)
+        if owner:  # a key may use at most half of the remaining places
             owner_count = sum(call.count for call in waiting_calls if call.owner == owner)
-            room = min(room, room - owner_count)
-        if room < request.num_samples:
+            free_places = min(free_places, free_places - owner_count)
+        if free_places < request.num_samples:
             charge(0)
             raise Busy(
                 sentence(
@@ -109,7 +109,7 @@ class Samples:
                 1.0,
             )
         self._loop = asyncio.get_running_loop()
-        usage = Usage()
+        usage = TokenUsage()
         task = self._loop.create_task(self._compute_answer(owner, adapter_name, request, usage))
         call = self._calls[id] = SampleCall(owner, session, request.num_samples, task)
 
@@ -148,7 +148,7 @@ class Samples:
             del self._calls[id]
 
     async def _compute_answer(
-        self, owner: str, adapter_name: str | None, request: Sample, usage: Usage
+        self, owner: str, adapter_name: str | None, request: Sample, usage: TokenUsage
     ) -> Answer:
         try:
             prompt = request.prompt.tokens
@@ -187,7 +187,7 @@ class Samples:
             return failure(error, is_bug=True)
 
     async def _draw_sample(
-        self, owner: str, blend: Mapping[str, float], body: Sample, index: int, usage: Usage
+        self, owner: str, blend: Mapping[str, float], body: Sample, index: int, usage: TokenUsage
     ) -> SampledSequence:
         """Draw sample number ``index`` of a call. Cancelling this stops the engine's request."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
@@ -226,7 +226,7 @@ class Samples:
         request: Request,
         deliver: Callable[[Piece], None],
         pieces: asyncio.Queue[Piece],
-        usage: Usage,
+        usage: TokenUsage,
     ) -> tuple[list[Any], Piece]:
         """Submit a request to the engine; return the tokens of its answer, and the last piece of
         the answer, which says why the answer ended."""

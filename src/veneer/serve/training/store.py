@@ -143,8 +143,9 @@ class Store:
         with self._index.transaction() as writer:
             facts = {row["name"]: row["value"] for row in writer.execute("SELECT * FROM facts")}
             if facts and facts.get("format") != versions["format"]:
-                by = f"veneer {facts.get('veneer', 'of an unknown version')}"
-                problem = f"{self.folder}, of format {facts.get('format')!r}, as {by} writes it"
+                veneer_version = f"veneer {facts.get('veneer', 'of an unknown version')}"
+                problem = f"{self.folder}, of format {facts.get('format')!r}, as"
+                problem += f" {veneer_version} writes it"
                 raise ConfigError(
                     problem,
                     f"format {FORMAT}",
@@ -206,8 +207,8 @@ class Store:
     ) -> sqlite3.Row:
         created = time.time()
         columns = "(id, session, owner, config, seed, metadata, created, used, state)"
-        texts = _to_json(config), seed, _to_json(metadata)
-        values = (id, session, owner, *texts, created, created, -1)
+        json_fields = _to_json(config), seed, _to_json(metadata)
+        values = (id, session, owner, *json_fields, created, created, -1)
         self._index.execute(
             f"INSERT INTO runs {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values
         )
@@ -254,11 +255,11 @@ class Store:
         """Add a request; return whether it is new."""
         with self._index.transaction() as writer:
             columns = "(run, seq, kind, body) VALUES (?, ?, ?, ?)"
-            added = writer.execute(
+            inserted_count = writer.execute(
                 f"INSERT OR IGNORE INTO requests {columns}", (run, seq, kind, body)
             ).rowcount
             writer.execute("UPDATE runs SET used = ? WHERE id = ?", (time.time(), run))
-            return bool(added)
+            return bool(inserted_count)
 
     def request(self, run: str, seq: int) -> sqlite3.Row | None:
         return self._index.row("SELECT * FROM requests WHERE run = ? AND seq = ?", run, seq)
@@ -277,12 +278,12 @@ class Store:
     def failure_metrics(self, run: str) -> dict[str, float]:
         """Metrics of a run's next optimizer step: how many passes since the last step failed, and
         how many requests are missing."""
-        last = (
+        last_step_query = (
             "SELECT MAX(seq) FROM requests WHERE run = ?1 AND done = 1 AND kind IN ('step', 'load')"
         )
         rows = self._index.rows(
             "SELECT kind = 'missing' AS missing, COUNT(*) AS count, MAX(seq) AS last FROM requests"
-            f" WHERE run = ?1 AND done = 3 AND seq > COALESCE(({last}), -1) GROUP BY 1",
+            f" WHERE run = ?1 AND done = 3 AND seq > COALESCE(({last_step_query}), -1) GROUP BY 1",
             run,
         )
         metrics: dict[str, float] = {}
@@ -331,8 +332,8 @@ class Store:
         with self._index.transaction() as writer:
             writer.execute("UPDATE runs SET state = ? WHERE id = ?", (seq, run))
             writer.execute("UPDATE requests SET body = NULL WHERE run = ? AND seq <= ?", (run, seq))
-            last = seq - MAX_OLD_ANSWERS
-            writer.execute("DELETE FROM requests WHERE run = ? AND seq <= ?", (run, last))
+            last_deleted = seq - MAX_OLD_ANSWERS
+            writer.execute("DELETE FROM requests WHERE run = ? AND seq <= ?", (run, last_deleted))
 
     # checkpoints
 

@@ -8,8 +8,8 @@ A run is loaded into memory when it is used (run_memory.py). A request that need
 waits while all runs in memory are computed.
 
 A failure concerns one run only. If a run's state cannot be written now, the run can be computed
-again from its requests. A run whose weights no state can hold is marked as failed, and accepts
-nothing but a checkpoint to load.
+again from its requests. A run whose weights are too large to be saved is marked as failed, and
+accepts nothing but a checkpoint to load.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ class Worker:
         except Exception:  # the run in memory is ahead of the disk: load it again from there
             self.memory.drop(active_run)
             raise
-        self.queue.answer(active_run, seq, answer)
+        self.queue.finish_request(active_run, seq, answer)
 
     def _run_operations(self) -> None:
         """Run the operations that are next in their runs.
