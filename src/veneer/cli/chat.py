@@ -87,10 +87,10 @@ def chat_command(
     verify: Verify = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to a base and its adapters. /help lists what can be done on the way: other adapters,
-    blends, side by side.
+    """Talk to a base and its adapters. During the conversation, /help lists the commands, for example
+    to switch, blend or compare adapters.
 
-    A text goes through the base's chat template; a base without one continues it.
+    A text is formatted by the base's chat template. A base without a template continues the text.
 
     \b
     Examples:

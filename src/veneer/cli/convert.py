@@ -61,8 +61,8 @@ def convert_command(
 ) -> None:
     """Write an adapter in another format. The input's format is recognised from its contents.
 
-    Changes that the target format cannot represent are an error; metadata that it cannot store is
-    listed.
+    Changes of weights that the target format cannot represent are an error. Metadata that the format
+    cannot store is listed.
 
     \b
     Examples:

@@ -102,11 +102,11 @@ def eval_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model on data: loss, perplexity, tokens right, and with --exact completions exactly
-    right.
+    """Measure a model on data: loss, perplexity and the share of correct tokens; with --exact, also
+    the share of completions that are exactly right.
 
-    An adapter of another task than sft is measured by that task's measures: labels right, rewards,
-    answers preferred.
+    An adapter of another task than sft is measured by that task's measures, such as the share of
+    correct labels, rewards, or the share of answers that are preferred.
 
     \b
     Examples:

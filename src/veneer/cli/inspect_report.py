@@ -20,7 +20,7 @@ from veneer.errors import ConfigError
 REPAIR_FACTORS = (0.5, 0.0)
 #: factors of ΔW that are measured if there is no intruder dimension to repair
 SCALES = (0.75, 0.5)
-#: the recommended rank keeps at least this share by which the adapter reduces the loss
+#: the recommended rank retains at least this share of the adapter's reduction of the loss
 MIN_RETAINED_GAIN = 0.99
 
 

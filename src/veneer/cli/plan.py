@@ -90,9 +90,9 @@ def plan_command(
     rows: Rows = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Predict what a run needs before hardware is rented: trained parameters, memory of each
-    device, operations, bytes sent and time of a step, for 1 to N devices that share its rows, and
-    each strategy; or, with --serve, what a service needs.
+    """Predict what a run needs before hardware is rented: trained parameters, memory of each device,
+    and operations, sent bytes and time of a step. The prediction is for 1 to N devices that share
+    the rows of a step, and for each strategy. With --serve, predict what a service needs.
 
     Only a config is read: the model is created without weights, and the operations of a step are
     counted. docs/plan.md compares such predictions with measurements.

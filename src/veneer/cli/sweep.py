@@ -36,9 +36,9 @@ def sweep_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try many settings of one training run. Candidates share each pass of the base, the weaker
-    ones end early, and the best is kept with its adapter, a report (HTML), the same as JSON, and
-    the configuration that trains it alone.
+    """Try many settings of one training run. All candidates share each pass of the base, and weaker
+    candidates end early. Of the best candidate, the adapter and the configuration that trains it
+    alone are kept. A report is written as HTML and JSON.
 
     A sweep that was stopped or killed continues when the same command is given again, and ends with
     the same numbers.
