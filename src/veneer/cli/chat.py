@@ -87,8 +87,8 @@ def chat_command(
     verify: Verify = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to a base and its adapters. During the conversation, /help lists the commands, for example
-    to switch, blend or compare adapters.
+    """Talk to a base and its adapters. During the conversation, /help lists the commands, such as
+    those that switch, blend or compare adapters.
 
     A text is formatted by the base's chat template. A base without a template continues the text.
 

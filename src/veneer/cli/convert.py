@@ -61,7 +61,7 @@ def convert_command(
 ) -> None:
     """Write an adapter in another format. The input's format is recognised from its contents.
 
-    Changes of weights that the target format cannot represent are an error. Metadata that the format
+    Changes of weights that the target format cannot represent are an error. Metadata that it
     cannot store is listed.
 
     \b

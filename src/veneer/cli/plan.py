@@ -90,7 +90,7 @@ def plan_command(
     rows: Rows = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Predict what a run needs before hardware is rented: trained parameters, memory of each device,
+    """Predict what a run needs before hardware is rented: trained parameters, memory per device,
     and operations, sent bytes and time of a step. The prediction is for 1 to N devices that share
     the rows of a step, and for each strategy. With --serve, predict what a service needs.
 
