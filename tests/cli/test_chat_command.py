@@ -205,7 +205,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
                 signal.SIGINT
             )  # in this thread: a process may get it in another one, later
 
-    monkeypatch.setattr(chat, "_aloud", press)
+    monkeypatch.setattr(chat, "_print_now", press)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell's background job ignores it

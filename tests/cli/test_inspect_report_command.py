@@ -161,7 +161,7 @@ def test_without_an_intruder_the_change_is_made_smaller(
 
 
 def test_the_next_rank_is_the_smallest_that_keeps_the_gain() -> None:
-    from veneer.cli.inspect_report import _by_loss
+    from veneer.cli.inspect_report import _recommend_rank
 
     def rows(base: float, adapter: float, *cuts: float) -> list[dict[str, Any]]:
         whole = [
@@ -173,9 +173,9 @@ def test_the_next_rank_is_the_smallest_that_keeps_the_gain() -> None:
             *({"what": "rank", "at": 2**power, "data": loss} for power, loss in enumerate(cuts)),
         ]
 
-    assert _by_loss(rows(2.0, 1.0, 1.5, 1.005, 1.0)) == (
+    assert _recommend_rank(rows(2.0, 1.0, 1.5, 1.005, 1.0)) == (
         2,
         "truncated to rank 2 it keeps 99.5% of what it gained on the data",
     )
-    assert _by_loss(rows(2.0, 1.0, 1.5, 1.02)) is None
-    assert _by_loss(rows(1.0, 1.0, 1.0)) is None
+    assert _recommend_rank(rows(2.0, 1.0, 1.5, 1.02)) is None
+    assert _recommend_rank(rows(1.0, 1.0, 1.0)) is None

@@ -344,7 +344,7 @@ def test_every_route_has_a_summary_and_the_schema_of_its_body(tmp_path):
     from veneer.serve.training import live, rest, routes
 
     service = fake_service(tmp_path / "dir", "french")
-    routers = (routes.router, routes.numbered, rest.router, live.router)
+    routers = (routes.router, routes.numbered_router, rest.router, live.router)
     described = create(service, page.router, *routers).openapi()
     text = docs_page.render(described)
     operations = {

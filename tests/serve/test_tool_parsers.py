@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from veneer.errors import ConfigError
 from veneer.serve.tools.choose import PARSERS, check_parser, detect_parser
-from veneer.serve.tools.deltas import Call, CallDelta, TextDelta, join_deltas, merge
+from veneer.serve.tools.deltas import Call, CallDelta, TextDelta, join_deltas, merge_deltas
 from veneer.serve.tools.forced import ListedCalls, NamedCall, arguments_schema, calls_schema
 
 WEATHER = {
@@ -288,6 +288,6 @@ def test_deltas_merge_with_their_neighbours():
         TextDelta("a"), TextDelta(""), TextDelta("b"), CallDelta(0, "i", "f"), CallDelta(0),
         CallDelta(0, arguments="{"), CallDelta(0, arguments="}"), CallDelta(1, "j", "g"),
     ]  # fmt: skip
-    assert merge(deltas) == [
+    assert merge_deltas(deltas) == [
         TextDelta("ab"), CallDelta(0, "i", "f"), CallDelta(0, arguments="{}"), CallDelta(1, "j", "g"),
     ]  # fmt: skip

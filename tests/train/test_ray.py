@@ -23,7 +23,7 @@ from tests.support.runs import same_folders
 from tests.train.test_elastic import CHANGES
 
 from veneer.cli import run
-from veneer.cli.train import _agree
+from veneer.cli.train import _check_flags
 from veneer.errors import ConfigError, TrainingError, VeneerError
 from veneer.train import checkpoint
 from veneer.train.run import fit
@@ -131,7 +131,7 @@ def test_two_launchers() -> None:
     with pytest.raises(
         ConfigError, match="--launcher ray in 2 processes that another launcher started"
     ):
-        _agree(2, False, False, "ray", 2, None)
+        _check_flags(2, False, False, "ray", 2, None)
 
 
 @pytest.mark.parametrize("asked_at", [4, None])

@@ -1,8 +1,8 @@
-"""The command `veneer`: each command's file is imported when that command is called.
+"""The command line `veneer`. The module of a subcommand is imported only when it is called.
 
-`veneer --help` reads a table (``command_table.py``) and loads none of the libraries of the
-commands (``commands.py``). This file loads none of its own either, so that without them it can say
-what to install. `run` handles all errors: errors that the user can correct are printed on stderr as
+`veneer --help` reads a table (``command_table.py``) and does not import the libraries that the
+subcommands need. This file imports none of them either, so it can say which package to install if
+one is missing. `run` handles all errors: errors that the user can correct are printed on stderr as
 one message, with exit code 2; all others are bugs of Veneer and keep their traceback. Exit codes:
 
     0 success   1 bug (`diff --exit-code`: adapters differ)   2 bad input   130 stopped by Ctrl-C
@@ -20,8 +20,8 @@ from typing import NoReturn
 
 from veneer.errors import VeneerError, sentence
 
-#: system errors that the user can correct
-CORRECTABLE = {
+#: numbers of system errors that the user can correct
+CORRECTABLE_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -47,19 +47,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
         typer.main.get_command(app).main(
             args=[*arguments] if arguments is not None else None, prog_name="veneer"
         )
-    except SystemExit as stop:  # typer ends every command this way; its usage errors have code 2
-        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except SystemExit as exit_request:  # raised by typer at the end of each command
+        code = exit_request.code  # 2 for an error of usage
+        return code if isinstance(code, int) else int(bool(code))
     except VeneerError as error:
         return _report(error, str(error))
     except OSError as error:
-        if error.errno not in CORRECTABLE:
+        if error.errno not in CORRECTABLE_ERRNOS:
             raise
         return _report(error, _explain(error))
     except ModuleNotFoundError as error:
-        text = missing_package(error)
-        if text is None or os.environ.get("VENEER_DEBUG"):
+        message = missing_package_message(error)
+        if message is None or os.environ.get("VENEER_DEBUG"):
             raise
-        sys.stderr.write(f"Error: {text}\n")  # without rich, which may be what is missing
+        sys.stderr.write(f"Error: {message}\n")  # without rich, which may be missing
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("Stopped.\n")
@@ -68,15 +69,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """The entry point of the console script `veneer`."""
     sys.exit(run())
 
 
 def _report(error: BaseException, message: str) -> int:
     """Print an error as one message and return exit code 2.
 
-    Prints nothing if another process of the run reports the same error. Raises the error again if
-    VENEER_DEBUG is set."""
+    Print nothing if another process of the training run reports the same error. Raise the error
+    again if VENEER_DEBUG is set."""
     from rich.text import Text
 
     from veneer.cli.console import SafeConsole
@@ -86,73 +87,77 @@ def _report(error: BaseException, message: str) -> int:
     if getattr(error, "told_elsewhere", False):
         return 2
     console = SafeConsole(stderr=True)
-    text = "\n".join([message, *getattr(error, "__notes__", ())])
+    message_and_notes = "\n".join([message, *getattr(error, "__notes__", ())])
     console.print(
-        Text("Error: ", style="bold red").append(Text(text, style="default not bold")),
+        Text("Error: ", style="bold red").append(Text(message_and_notes, style="default not bold")),
         soft_wrap=True,
     )
     return 2
 
 
 def _explain(error: OSError) -> str:
-    """Phrase a system error like Veneer's own: found, expected, what to do."""
+    """Phrase a system error like Veneer's errors: what was found, what was expected, what to do."""
     file_name = f" {error.filename}" if error.filename else ""
-    space, allowed = "room for the output", "a path that you may read and write"
+    free_space, accessible_path = "room for the output", "a path that you may read and write"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return sentence(
                 f"no space left on the disk while writing{file_name}",
-                space,
+                free_space,
                 "free some space and run again",
             )
         case errno.EFBIG:
             return sentence(
                 f"a limit on the size of a file, met by{file_name}",
-                space,
+                free_space,
                 "raise the limit (ulimit -f)",
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return sentence(
                 f"no permission for{file_name}",
-                allowed,
+                accessible_path,
                 "choose another, or change its permissions",
             )
         case _:
             return sentence(
                 f"{error.strerror}{':' + file_name if file_name else ''}",
-                allowed,
+                accessible_path,
                 "check the path and the disk",
             )
 
 
-#: module -> package, where their names differ
-_PACKAGES = {"yaml": "pyyaml", "google": "protobuf"}
-#: extras from smallest to largest; each contains those before it, so the first match is the
-#: smallest extra with a package
-_ORDER = ("cli", "train", "serve", "remote")
+#: module -> package on PyPI, where the names differ
+_PACKAGE_OF_MODULE = {"yaml": "pyyaml", "google": "protobuf"}
+#: extras of Veneer from smallest to largest. Each contains the extras before it, so the first match
+#: is the smallest extra with a package.
+_EXTRAS_BY_SIZE = ("cli", "train", "serve", "remote")
 
 
-def extra_with(module: str) -> str | None:
+def extra_with_module(module: str) -> str | None:
     """Return the smallest extra (``pip install 'veneer[…]'``) that installs a module, or None."""
-    top = module.partition(".")[0]
-    package = _PACKAGES.get(top, top).replace("_", "-").lower()
+    top_module = module.partition(".")[0]
+    package = _PACKAGE_OF_MODULE.get(top_module, top_module).replace("_", "-").lower()
     extras = []
     for requirement in metadata.requires("veneer") or ():
-        name, extra = (
+        name_match, extra_match = (
             re.match(r"[\w.-]+", requirement),
             re.search(r"extra == ['\"]([\w-]+)['\"]", requirement),
         )
-        if name and extra and name[0].replace("_", "-").lower() == package:
-            extras.append(extra[1])
+        if name_match and extra_match and name_match[0].replace("_", "-").lower() == package:
+            extras.append(extra_match[1])
     ranked = sorted(
-        extras, key=lambda extra: (_ORDER.index(extra) if extra in _ORDER else len(_ORDER), extra)
+        extras,
+        key=lambda extra: (
+            _EXTRAS_BY_SIZE.index(extra) if extra in _EXTRAS_BY_SIZE else len(_EXTRAS_BY_SIZE),
+            extra,
+        ),
     )
     return next(iter(ranked), None)
 
 
-def missing_package(error: ModuleNotFoundError) -> str | None:
-    """Return the error text for a missing package, or None if no extra of Veneer contains it."""
-    extra = extra_with(error.name or "")
+def missing_package_message(error: ModuleNotFoundError) -> str | None:
+    """Return the error text for a missing package, or None if no extra of Veneer installs it."""
+    extra = extra_with_module(error.name or "")
     if extra is None:
         return None
     package = str(error.name).partition(".")[0]

@@ -1,5 +1,5 @@
-"""`veneer advise`: recommend a rank, a learning rate and other settings to start from, with their
-sources, as a configuration for `veneer train`."""
+"""`veneer advise`: recommend a rank, a learning rate and other settings to start from, with the
+source of each recommendation, as a configuration for `veneer train`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def advise_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Advise rank, rate, scale, targets and batch size for a run, by what is known, each with its
-    source: a place to start from. Reads the data and the base's config, but no weights, unless it
-    is to --try.
+    """Advise rank, learning rate, scale, targets and batch size to start a run from, each with its
+    source. Reads the data and the base's config, but the base's weights only with --try.
 
     \b
     Examples:
@@ -51,11 +50,11 @@ def advise_command(
         raise ConfigError(
             f"{output}, which exists", "a new file", "name another, or pass --overwrite"
         )
-    folder = output.with_suffix("") if output is not None else Path("run")
+    run_folder = output.with_suffix("") if output is not None else Path("run")
     fields = {
         "base": base,
         "data": data,
-        "output": str(folder),
+        "output": str(run_folder),
         "epochs": epochs,
         "eval_fraction": eval_fraction,
     }
@@ -70,15 +69,15 @@ def advise_command(
     if trial is not None:
         advice = _try_advice(settings, advice, prepared.steps, trial, try_out)
     settings = apply_advice(settings.model_copy(update={"overwrite": False}), advice)
-    text = as_yaml(settings, advice)
+    yaml_text = as_yaml(settings, advice)
     if output is not None:
-        write_whole(output, text)
+        write_whole(output, yaml_text)
     if as_json:
         console.echo_json(
             {"advice": [entry._asdict() for entry in advice], "config": settings.content()}
         )
     elif output is None:
-        say(console.out, text.rstrip())
+        say(console.out, yaml_text.rstrip())
     else:
         for entry in advice:
             say(console.err, f"{entry.setting:<14} {entry.value!s:<11} {entry.why}")

@@ -1,9 +1,9 @@
-"""`veneer chat`: a conversation with a base and its adapters, which can be switched, blended and
+"""`veneer chat`: a conversation with a base and its adapters. Adapters can be switched, blended and
 compared during the conversation.
 
-Answers are streamed to stdout; everything else goes to stderr. Without a terminal (a pipe), each
-line of stdin is a text or a command, nothing but the answers is printed, and a wrong command ends
-the program.
+Answers are streamed to stdout; everything else goes to stderr. If the input is no terminal, each
+line of stdin is a text or a command, only the answers are printed, and an invalid command ends the
+program.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typer import Option
 
 from veneer.cli.options import (
     ADAPTER_HELP,
-    MANY,
+    REPEATABLE,
     Attention,
     BaseModel,
     Device,
@@ -49,11 +49,13 @@ from veneer.fileio.private import private_file
 Adapters = Annotated[
     list[str] | None,
     Option(
-        "--adapter", metavar="[NAME=]ADAPTER", help=f"{ADAPTER_HELP} The first answers; {MANY}."
+        "--adapter",
+        metavar="[NAME=]ADAPTER",
+        help=f"{ADAPTER_HELP} The first answers; {REPEATABLE}.",
     ),
 ]
 
-HELP = """\
+COMMANDS_HELP = """\
 /adapter NAME        answer with this adapter; without a name: which there are
 /base                answer with the base alone
 /blend a=0.5 b=0.5   answer with a weighted sum of adapters; a=0.5 alone is one at half its strength
@@ -85,10 +87,10 @@ def chat_command(
     verify: Verify = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to a base and its adapters. /help lists what can be done on the way: other adapters,
-    blends, side by side.
+    """Talk to a base and its adapters. During the conversation, /help lists the commands, such as
+    those that switch, blend or compare adapters.
 
-    A text goes through the base's chat template; a base without one continues it.
+    A text is formatted by the base's chat template. A base without a template continues the text.
 
     \b
     Examples:
@@ -101,7 +103,7 @@ def chat_command(
     from veneer.store.catalogue import name_adapters
 
     folders = name_adapters(adapter or [])
-    loaded, _ = open_base_and_adapters(
+    loaded_base, _ = open_base_and_adapters(
         base,
         folders,
         verify,
@@ -113,137 +115,138 @@ def chat_command(
         trusted=trust_remote_code,
     )
     sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-    sampling |= sampling_options(loaded.model, temperature, top_p, top_k)
-    talk = Conversation(loaded.model, loaded.tokenizer, tuple(folders), sampling)
+    sampling |= sampling_options(loaded_base.model, temperature, top_p, top_k)
+    conversation = Conversation(loaded_base.model, loaded_base.tokenizer, tuple(folders), sampling)
     if system is not None:
-        talk.system_command(system)
-    terminal = sys.stdin.isatty()
-    if terminal:
-        import readline  # noqa: F401  # which `input` then edits lines with
+        conversation.system_command(system)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401  # lets `input` edit lines
 
-        if not talk.templated:
+        if not conversation.has_template:
             err.print("This base has no chat template: it continues your text.")
-        err.print(f"{talk.label} answers. /help lists the commands, Ctrl-D ends.")
-    _converse(talk, terminal)
+        err.print(f"{conversation.label} answers. /help lists the commands, Ctrl-D ends.")
+    _converse(conversation, is_terminal)
 
 
-def _converse(talk: Conversation, terminal: bool) -> None:
+def _converse(conversation: Conversation, is_terminal: bool) -> None:
     from veneer.cli.console import err
 
     while True:
         try:
-            line = input("> ") if terminal else next(sys.stdin).rstrip("\n")
+            line = input("> ") if is_terminal else next(sys.stdin).rstrip("\n")
         except (EOFError, StopIteration):
             return
         except KeyboardInterrupt:
             err.print("\n(/quit or Ctrl-D ends)")
             continue
         try:
-            if line.strip() and not talk.take(line.strip()):
+            if line.strip() and not conversation.handle_line(line.strip()):
                 return
         except VeneerError as error:
-            if not terminal:
+            if not is_terminal:
                 raise
             err.print(f"Error: {error}")
 
 
 class Conversation:
-    """The state of a conversation. ``turns`` are (text, {label: answer}), with the labels of the
-    models that answered. A model that did not answer a text continues from the last answer to
-    it."""
+    """A conversation of a user with one or more models.
+    ``turns``: (text of the user, {label of a model: the model's answer}). For a model that did not
+    answer a text, the history contains the last answer to this text by another model."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, names: Sequence[str], sampling: Mapping[str, Any]
+        self, model: Any, tokenizer: Any, adapter_names: Sequence[str], sampling: Mapping[str, Any]
     ) -> None:
-        self.model, self.tokenizer, self.names, self.sampling = (
+        self.model, self.tokenizer, self.adapter_names, self.sampling = (
             model,
             tokenizer,
-            names,
+            adapter_names,
             dict(sampling),
         )
-        self.templated = tokenizer.chat_template is not None
+        self.has_template = tokenizer.chat_template is not None
         self.system: str | None = None
         self.turns: list[tuple[str, dict[str, str]]] = []
-        self.both = False
-        self.choice: str | dict[str, float] | None = names[0] if names else None
+        self.compares_with_base = False
+        self.selection: str | dict[str, float] | None = adapter_names[0] if adapter_names else None
 
     @property
     def label(self) -> str:
-        """The label of the current model."""
-        return self.label_of(self.choice)
+        """The label of the selected model."""
+        return self.label_of(self.selection)
 
-    def label_of(self, choice: str | dict[str, float] | None) -> str:
-        if isinstance(choice, dict):
-            return " + ".join(f"{weight:g} {name}" for name, weight in choice.items())
-        return "base" if choice is None else choice
+    def label_of(self, selection: str | dict[str, float] | None) -> str:
+        if isinstance(selection, dict):
+            return " + ".join(f"{weight:g} {name}" for name, weight in selection.items())
+        return "base" if selection is None else selection
 
-    def take(self, line: str) -> bool:
-        """Run a command or answer a text; return whether the conversation goes on."""
+    def handle_line(self, line: str) -> bool:
+        """Run a command or answer a text; return whether the conversation continues."""
         if not line.startswith("/") or line.startswith("//"):
             self.answer(line.removeprefix("/") if line.startswith("//") else line)
             return True
-        word, _, rest = line[1:].partition(" ")
-        if word in ("quit", "exit"):
+        command, _, argument = line[1:].partition(" ")
+        if command in ("quit", "exit"):
             return False
         commands: dict[str, Callable[[str], None]] = {
             name.removesuffix("_command"): getattr(self, name)
             for name in dir(self)
             if name.endswith("_command")
         }
-        if word not in commands:
-            problem = f"/{word}{nearest(word, [*commands, 'quit'])}"
+        if command not in commands:
+            problem = f"/{command}{nearest(command, [*commands, 'quit'])}"
             raise ConfigError(problem, "a command", "say /help, or begin a text with two slashes")
-        commands[word](rest.strip())
+        commands[command](argument.strip())
         return True
 
     def adapter_command(self, name: str) -> None:
         if not name:
-            self.note(f"Adapters: {', '.join(self.names) or 'none'}. {self.label} answers.")
+            self.note(f"Adapters: {', '.join(self.adapter_names) or 'none'}. {self.label} answers.")
             return
-        if name not in self.names:
-            problem = f"no adapter {name!r}{nearest(name, self.names)}"
-            raise SelectionError(problem, self._adapter_names(), "choose one of these")
-        self.choice = name
+        if name not in self.adapter_names:
+            problem = f"no adapter {name!r}{nearest(name, self.adapter_names)}"
+            raise SelectionError(problem, self._expected_names(), "choose one of these")
+        self.selection = name
         self.note(f"{self.label} answers.")
 
     def base_command(self, _: str) -> None:
-        self.choice, self.both = None, False
+        self.selection, self.compares_with_base = None, False
         self.note("base answers.")
 
     def blend_command(self, text: str) -> None:
         import veneer
-        from veneer.cli.console import number_in
+        from veneer.cli.console import parse_number
 
         blend: dict[str, float] = {}
         for word in text.split():
             name, equals, weight = word.partition("=")
-            if name not in self.names or name in blend:
+            if name not in self.adapter_names or name in blend:
                 reason = "twice" if name in blend else "which there is not"
                 raise SelectionError(
                     f"adapter {name!r} in {word!r}, {reason}",
-                    self._adapter_names(),
+                    self._expected_names(),
                     "name each once",
                 )
-            blend[name] = number_in(weight, word) if equals else 1.0
+            blend[name] = parse_number(weight, word) if equals else 1.0
         if not blend:
             raise SelectionError(
                 "/blend of nothing", "names and weights", "say, for instance, /blend a=0.5 b=0.5"
             )
-        with veneer.use(self.model, blend):  # raises the errors that a call would raise
-            self.choice = blend
+        with veneer.use(self.model, blend):  # raises an error if the blend is invalid
+            self.selection = blend
         self.note(f"{self.label} answers.")
 
     def both_command(self, _: str) -> None:
-        if self.choice is None and not self.names:
+        if self.selection is None and not self.adapter_names:
             raise SelectionError(
                 "/both without an adapter", "one to compare with the base", "start with --adapter"
             )
-        self.choice = self.names[0] if self.choice is None else self.choice
-        self.both = not self.both
-        self.note(f"base and {self.label} answer." if self.both else f"{self.label} answers.")
+        self.selection = self.adapter_names[0] if self.selection is None else self.selection
+        self.compares_with_base = not self.compares_with_base
+        with_base = f"base and {self.label} answer."
+        self.note(with_base if self.compares_with_base else f"{self.label} answers.")
 
     def system_command(self, text: str) -> None:
-        if text and not self.templated:
+        if text and not self.has_template:
             problem = "a system message, and a base without a chat template"
             raise ConfigError(
                 problem, "a base with one", "leave it out: the base continues what you write"
@@ -259,19 +262,20 @@ class Conversation:
         try:
             words = shlex.split(text)
         except ValueError as error:  # an unclosed quote
-            do = "say, for instance, /save 'my chats.jsonl'"
-            raise ConfigError(f"/save {text} ({error})", "a file for a conversation", do) from error
+            advice = "say, for instance, /save 'my chats.jsonl'"
+            problem = f"/save {text} ({error})"
+            raise ConfigError(problem, "a file for a conversation", advice) from error
         if len(words) != 1 or not self.turns:
             problem = f"/save {text}" if len(words) != 1 else "/save before anything was said"
             raise ConfigError(
                 problem, "a file for a conversation", "say, for instance, /save chats.jsonl"
             )
-        content = self.history(self.label)
-        row = {"messages": content} if self.templated else {"text": content}
+        history = self.history(self.label)
+        row = {"messages": history} if self.has_template else {"text": history}
         try:
             with private_file(Path(words[0]).expanduser()).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:  # must not end the conversation
+        except OSError as error:  # as an error that does not end the conversation
             raise ConfigError(
                 f"/save {text} ({error})", "a file that can be written", "name another"
             ) from error
@@ -280,19 +284,19 @@ class Conversation:
     def help_command(self, _: str) -> None:
         from veneer.cli.console import err
 
-        err.print(HELP)
+        err.print(COMMANDS_HELP)
 
     def history(self, label: str) -> Any:
-        """The conversation from the point of view of the model with this label: messages, or one
-        text for a base without a chat template."""
-        pairs = [
+        """The conversation as input of the model with this label: messages, or one text for a base
+        without a chat template."""
+        texts_and_answers = [
             (text, answers.get(label, next(reversed(answers.values()), "")))
             for text, answers in self.turns
         ]
-        if not self.templated:
-            return "\n".join(text + answer for text, answer in pairs)
+        if not self.has_template:
+            return "\n".join(text + answer for text, answer in texts_and_answers)
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for text, answer in pairs:
+        for text, answer in texts_and_answers:
             messages += [
                 {"role": "user", "content": text},
                 {"role": "assistant", "content": answer},
@@ -300,19 +304,21 @@ class Conversation:
         return messages
 
     def answer(self, text: str) -> None:
-        """Answer a text and print the answer, or both. A partial answer after Ctrl-C is kept."""
+        """Answer a text with the selected model, or with the base too, and print the answers. After
+        Ctrl-C, the partial answer becomes part of the conversation."""
         from veneer.cli.console import err, out
 
-        choices = [None, self.choice] if self.both else [self.choice]
+        selections = [None, self.selection] if self.compares_with_base else [self.selection]
         answers: dict[str, str] = {}
-        with _interruptible() as stopped:
-            for choice in choices:
-                if self.both:
-                    with err.status(f"{self.label_of(choice)} writes …"):
-                        answers[self.label_of(choice)] = self._write(choice, text, None, stopped)
+        with _interruptible() as was_interrupted:
+            for selection in selections:
+                label = self.label_of(selection)
+                if self.compares_with_base:
+                    with err.status(f"{label} writes …"):
+                        answers[label] = self._generate(selection, text, None, was_interrupted)
                 else:
-                    answers[self.label_of(choice)] = self._write(choice, text, _aloud, stopped)
-        if self.both:
+                    answers[label] = self._generate(selection, text, _print_now, was_interrupted)
+        if self.compares_with_base:
             from rich.table import Table
             from rich.text import Text
 
@@ -320,14 +326,14 @@ class Conversation:
             table.add_row(*(Text(answer.strip()) for answer in answers.values()))
             out.print(table)
         else:
-            _aloud("\n")
-        if stopped():
+            _print_now("\n")
+        if was_interrupted():
             self.note("(stopped)")
         self.turns.append((text, answers))
 
-    def _write(
+    def _generate(
         self,
-        choice: Any,
+        selection: Any,
         text: str,
         say: Callable[[str], None] | None,
         should_stop: Callable[[], bool],
@@ -338,38 +344,40 @@ class Conversation:
         from veneer.kernels.draws import sample_seed
         from veneer.train.generate import context_tokens, encode, generate
 
-        history = self.history(self.label_of(choice))
-        if self.templated:
+        history = self.history(self.label_of(selection))
+        if self.has_template:
             prompt: Any = [*history, {"role": "user", "content": text}]
         else:
             prompt = f"{history}\n{text}" if history else text
-        context, tokens = context_tokens(self.model), len(encode(prompt, self.tokenizer))
+        context, prompt_length = context_tokens(self.model), len(encode(prompt, self.tokenizer))
         sampling = dict(self.sampling)
         if context is not None:
-            if tokens >= context:
-                problem = f"a conversation of {tokens:,} tokens"
+            if prompt_length >= context:
+                problem = f"a conversation of {prompt_length:,} tokens"
                 raise DataError(
                     problem, f"fewer than {context:,}, the model's context", "say /reset, or less"
                 )
-            sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - tokens)
+            sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - prompt_length)
         sampling["seed"] = sample_seed(sampling["seed"], len(self.turns))
-        with veneer.use(self.model, choice) if self.names else nullcontext():
+        with veneer.use(self.model, selection) if self.adapter_names else nullcontext():
             return generate(
                 self.model, self.tokenizer, [prompt], say=say, should_stop=should_stop, **sampling
             )[0]
 
     def note(self, text: str) -> None:
-        """Print a note for a person at a terminal; nothing if the input is a pipe."""
+        """Print a note if the input is a terminal."""
         from veneer.cli.console import err
 
         if sys.stdin.isatty():
             err.print(text)
 
-    def _adapter_names(self) -> str:
-        return f"one of {', '.join(self.names)}" if self.names else "adapters, given with --adapter"
+    def _expected_names(self) -> str:
+        if not self.adapter_names:
+            return "adapters, given with --adapter"
+        return f"one of {', '.join(self.adapter_names)}"
 
 
-def _aloud(text: str) -> None:
+def _print_now(text: str) -> None:
     sys.stdout.write(escape_controls(text))
     sys.stdout.flush()
 
@@ -378,15 +386,15 @@ def _aloud(text: str) -> None:
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C raises
     KeyboardInterrupt."""
-    pressed: list[int] = []
+    presses: list[int] = []
 
-    def press(number: int, frame: Any) -> None:
-        if pressed:
+    def handle_signal(number: int, frame: Any) -> None:
+        if presses:
             raise KeyboardInterrupt
-        pressed.append(number)
+        presses.append(number)
 
-    before = signal.signal(signal.SIGINT, press)
+    previous_handler = signal.signal(signal.SIGINT, handle_signal)
     try:
-        yield lambda: bool(pressed)
+        yield lambda: bool(presses)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)

@@ -1,9 +1,9 @@
-"""The commands of `veneer`, with their lines in `veneer --help`."""
+"""The commands of `veneer`, with their descriptions in `veneer --help`."""
 
 from __future__ import annotations
 
-#: name -> line of `veneer --help`. The function is <name>_command in veneer.cli.<name>,
-#: or in the module that FILES names.
+#: command -> its description in `veneer --help`. The function of a command is <command>_command, in
+#: the module veneer.cli.<command> or in the module that MODULES names.
 COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
     "sweep": "Train many settings of a run at once, and keep the best.",
@@ -29,7 +29,8 @@ COMMANDS = {
     "keygen": "Make an API key for `veneer serve`.",
     "extract": "Write the adapter that best approximates a full fine-tune.",
 }
-FILES = {
+#: command -> module, if the two names differ
+MODULES = {
     **dict.fromkeys(("list", "add", "rm", "tag", "gc", "push", "pull"), "library"),
     "keygen": "serve",
 }

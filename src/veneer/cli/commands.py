@@ -1,5 +1,5 @@
-"""The typer application. Each command is imported when it is called; ``veneer --help`` takes its
-one-line descriptions from ``COMMANDS``."""
+"""The typer application. The module of a command is imported when the command is called; the list
+of commands in ``veneer --help`` comes from ``COMMANDS``."""
 
 from __future__ import annotations
 
@@ -11,89 +11,92 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from veneer.cli.command_table import COMMANDS, FILES
+from veneer.cli.command_table import COMMANDS, MODULES
 from veneer.errors import ConfigError
 
-HELP = {"help_option_names": ["-h", "--help"]}
+HELP_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse as typer does, but refuse repeated options. Typer would silently use the last
-        value."""
-        _check_values(self.params, ctx.help_option_names, args)
-        _, _, order = self.make_parser(ctx).parse_args(args=[*args])
-        single = [
+        """Parse the arguments as typer does, but refuse repeated options. Typer would silently use
+        the last value."""
+        _check_option_values(self.params, ctx.help_option_names, args)
+        _, _, parameter_order = self.make_parser(ctx).parse_args(args=[*args])
+        flags = [  # of options that take one value
             option.opts[0]
-            for option in order
+            for option in parameter_order
             if option.param_type_name == "option"
             and not (option.multiple or (option.is_eager and getattr(option, "is_flag", False)))
         ]
-        if repeated := [flag for flag in dict.fromkeys(single) if single.count(flag) > 1]:
+        if repeated := [flag for flag in dict.fromkeys(flags) if flags.count(flag) > 1]:
             repetitions = ", ".join(
-                f"{flag} {'twice' if single.count(flag) == 2 else 'several times'}"
+                f"{flag} {'twice' if flags.count(flag) == 2 else 'several times'}"
                 for flag in repeated
             )
             raise ConfigError(repetitions, "one value of each", "leave out all but one")
         return super().parse_args(ctx, args)
 
 
-def _check_values(params: Sequence[Any], helps: Sequence[str], args: Sequence[str]) -> None:
+def _check_option_values(
+    params: Sequence[Any], help_flags: Sequence[str], args: Sequence[str]
+) -> None:
     """Refuse an option that is followed by another option instead of a value.
 
     click would take the second option as the value: `--train --port 1` creates a folder called
     "--port"."""
-    flags = [param for param in params if param.param_type_name == "option"]
-    options: dict[str, Any] = {
-        name: param for param in flags for name in (*param.opts, *param.secondary_opts)
+    option_params = [param for param in params if param.param_type_name == "option"]
+    param_by_flag: dict[str, Any] = {
+        flag: param for param in option_params for flag in (*param.opts, *param.secondary_opts)
     }
-    options |= dict.fromkeys(helps)
+    param_by_flag |= dict.fromkeys(help_flags)
     words = iter(args)
     for word in words:
         if word == "--":
             return
-        if (param := options.get(word)) is None or getattr(param, "is_flag", False):
+        if (param := param_by_flag.get(word)) is None or getattr(param, "is_flag", False):
             continue
         value = next(words, "")
-        if value.partition("=")[0] in options:
-            do = f"give one, or write {word}={value} if that is the value"
-            raise ConfigError(f"{word} without a value, before {value}", "a value", do)
+        if value.partition("=")[0] in param_by_flag:
+            advice = f"give one, or write {word}={value} if that is the value"
+            raise ConfigError(f"{word} without a value, before {value}", "a value", advice)
 
 
-class _Lazy(TyperGroup):
+class _LazyGroup(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands = {
-            name: TyperCommand(name, short_help=line, help=line) for name, line in COMMANDS.items()
+            name: TyperCommand(name, short_help=description, help=description)
+            for name, description in COMMANDS.items()
         }
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*COMMANDS]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, stub, rest = super().resolve_command(ctx, args)
+        name, placeholder, remaining_args = super().resolve_command(ctx, args)
         if name not in COMMANDS:
-            return name, stub, rest
-        module = import_module(f"veneer.cli.{FILES.get(name, name)}")
-        single = typer.Typer(rich_markup_mode="rich", add_completion=False)
-        single.command(name, cls=_Command, context_settings=HELP)(
+            return name, placeholder, remaining_args
+        module = import_module(f"veneer.cli.{MODULES.get(name, name)}")
+        command_app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+        command_app.command(name, cls=_Command, context_settings=HELP_SETTINGS)(
             getattr(module, f"{name}_command")
         )
-        return name, typer.main.get_command(single), rest
+        return name, typer.main.get_command(command_app), remaining_args
 
 
 app = typer.Typer(
-    cls=_Lazy,
+    cls=_LazyGroup,
     name="veneer",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    context_settings=HELP,
+    context_settings=HELP_SETTINGS,
 )
 
 
-def _version(value: bool) -> None:
-    if value:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         from importlib.metadata import version
 
         typer.echo(f"veneer {version('veneer')}")
@@ -103,7 +106,11 @@ def _version(value: bool) -> None:
 @app.callback()
 def _veneer(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        False,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the version and exit.",
     ),
     debug: bool = typer.Option(
         False, "--debug", help="Show a traceback with an error (or set VENEER_DEBUG=1)."

@@ -96,33 +96,34 @@ def compose_command(
             "--factor, --intruders or --threshold without --repair", "both", "add --repair"
         )
     paths, weights = zip(*map(split_weight, adapters), strict=True)
-    factors = dict(_factor(text) for text in layer or ())
-    must_not_exist(output, overwrite)  # before the base, which may have to be converted
+    layer_factors = dict(_parse_layer_factor(text) for text in layer or ())
+    must_not_exist(output, overwrite)  # checked before the base is converted, which takes long
     must_be_adapters(paths)
     options |= {} if base is None else base_files(base, paths[0])
     with err.status("Composing …"):
         report = combine(
-            paths, output, weights=weights, layers=factors, overwrite=overwrite, **options
+            paths, output, weights=weights, layers=layer_factors, overwrite=overwrite, **options
         )
     _print_report(report, output, "layers", {"error": report.error}, as_json)
 
 
 def _print_report(
-    report: Any, output: Path, rows: str, facts: dict[str, Any], as_json: bool
+    report: Any, output: Path, list_name: str, extra_facts: dict[str, Any], as_json: bool
 ) -> None:
-    """Print a report. JSON gets its list ``rows`` as a mapping by path, and ``facts`` besides."""
+    """Print a report. In JSON, the report's list ``list_name`` becomes a mapping by path, and
+    ``extra_facts`` are added."""
     from veneer.cli.console import echo_json, out
 
     if as_json:
-        facts = asdict(report) | {"path": str(report.path)} | facts
-        echo_json(facts | {rows: {row.pop("path"): row for row in facts[rows]}})
+        facts: dict[str, Any] = asdict(report) | {"path": str(report.path)} | extra_facts
+        echo_json(facts | {list_name: {row.pop("path"): row for row in facts[list_name]}})
     else:
         out.print(str(report), soft_wrap=True)
         out.print(f"written to {output}", soft_wrap=True)
 
 
 def _refuse_flags_with_repair(options: dict[str, Any]) -> None:
-    """Raise ConfigError if an option of composing has a value: --repair takes none of them."""
+    """Raise ConfigError if an option that --repair does not take has a value."""
     if flags := [f"--{name}" for name, value in options.items() if value]:
         raise ConfigError(
             f"--repair with {flags[0]}",
@@ -139,13 +140,13 @@ def _repair(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Scale the intruder dimensions of one adapter down and print the report."""
+    """Scale the intruder dimensions of one adapter down, and print the report."""
     from veneer.cli.console import base_files, err, must_be_adapters, split_weight
     from veneer.fileio.atomic import must_not_exist
     from veneer.tools.compose.repair import repair
 
-    pairs = [split_weight(text) for text in adapters]
-    if len(pairs) != 1 or pairs[0][1] != 1:
+    weighted_adapters = [split_weight(text) for text in adapters]
+    if len(weighted_adapters) != 1 or weighted_adapters[0][1] != 1:
         raise ConfigError(
             f"--repair of {' '.join(adapters)}",
             "one adapter as it is",
@@ -155,7 +156,7 @@ def _repair(
         raise ConfigError(
             "--repair without --base", "the base, which tells what is new", "add --base MODEL"
         )
-    folder = pairs[0][0]
+    folder = weighted_adapters[0][0]
     must_not_exist(output, overwrite)
     must_be_adapters([folder])
     with err.status("Looking for intruder dimensions …"):
@@ -163,13 +164,13 @@ def _repair(
     _print_report(report, output, "weights", {"intruders": report.intruders}, as_json)
 
 
-def _factor(text: str) -> tuple[str, float]:
-    """Parse PATTERN=FACTOR of --layer."""
-    from veneer.cli.console import number_in
+def _parse_layer_factor(text: str) -> tuple[str, float]:
+    """Parse a value PATTERN=FACTOR of the option --layer."""
+    from veneer.cli.console import parse_number
 
     pattern, equals, factor = text.rpartition("=")
     if not equals or not pattern:
         raise ConfigError(
             f"--layer {text!r}", "PATTERN=FACTOR", "write, for instance, --layer 'q_proj=0.5'"
         )
-    return pattern, number_in(factor, text)
+    return pattern, parse_number(factor, text)

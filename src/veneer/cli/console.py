@@ -1,5 +1,5 @@
-"""The two consoles (results to stdout, everything else to stderr), and functions that several
-commands share."""
+"""The two consoles (``out`` for results on stdout, ``err`` for everything else on stderr), and
+functions that several commands share."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class SafeConsole(Console):
-    """A console that prints escape sequences in text visibly instead of sending them to the
-    terminal, so that untrusted text cannot control it."""
+    """A console that prints the escape sequences in a text as visible characters, so that untrusted
+    text cannot control the terminal."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -33,28 +33,28 @@ class SafeConsole(Console):
             yield segment if control else Segment(escape_controls(text), style)
 
 
-# No markup, highlighting or emoji: user text may contain brackets, numbers or ":x:".
+# Without rich's markup, highlighting and emoji, because user text may contain brackets or ":x:".
 out = SafeConsole(markup=False, highlight=False, emoji=False)
 err = SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 class _MessageFormatter(logging.Formatter):
-    """The message alone."""
+    """Formats a record as its message alone."""
 
     def format(self, record: logging.LogRecord) -> str:
         return record.getMessage()
 
 
 class _StderrHandler(logging.Handler):
-    """Veneer's log records as lines on stderr."""
+    """Prints Veneer's log records as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         err.print(self.format(record), soft_wrap=True)
 
 
 def setup_logging(formatter: logging.Formatter | None = None) -> None:
-    """Print Veneer's log records (level INFO and above) on stderr: their messages, unless another
-    formatter is given. Calling it again is harmless."""
+    """Print Veneer's log records (level INFO and above) on stderr. ``formatter``: None prints only
+    the messages. Calling this again only changes the formatter."""
     logger = logging.getLogger("veneer")
     handlers = [handler for handler in logger.handlers if isinstance(handler, _StderrHandler)]
     if not handlers:
@@ -66,7 +66,7 @@ def setup_logging(formatter: logging.Formatter | None = None) -> None:
 
 
 def share_log_handlers(name: str) -> None:
-    """Print the warnings and errors of another library's logger as Veneer's own records."""
+    """Print the warnings and errors of another library's logger through Veneer's handlers."""
     logger = logging.getLogger(name)
     logger.handlers = [*logging.getLogger("veneer").handlers]
     logger.setLevel(logging.WARNING)
@@ -78,25 +78,28 @@ def sampling_options(
 ) -> dict[str, Any]:
     """Return the sampling arguments of `veneer generate` and `veneer chat`.
 
-    Arguments that are None are taken from the base's generation_config.json, with a note on stderr.
+    An argument that is None is taken from the base's generation_config.json, with a note on stderr.
     Without do_sample = true in that file, the default temperature is 0 (greedy decoding)."""
     from veneer.models.sampling_defaults import FILE, NEUTRAL, SAMPLER, sampling_defaults
 
-    base = sampling_defaults(model)
-    applied = {"repetition_penalty", *NEUTRAL} - {*SAMPLER}
+    defaults = sampling_defaults(model)
+    applied_names = {"repetition_penalty", *NEUTRAL} - {*SAMPLER}
     if temperature is None:
         temperature = (
-            (1.0 if base.temperature is None else base.temperature) if base.samples else 0.0
+            (1.0 if defaults.temperature is None else defaults.temperature)
+            if defaults.samples
+            else 0.0
         )
-        applied |= {"temperature"} if base.samples else set()
+        applied_names |= {"temperature"} if defaults.samples else set()
     if temperature:
-        applied |= {name for name, value in (("top_p", top_p), ("top_k", top_k)) if value is None}
-    if words := base.describe(applied):
-        err.print(f"As the base's {FILE} says: {words}.")
-    if words := base.describe(SAMPLER):
-        err.print(f"Not applied, of the base's {FILE}: {words}.")
-    top_p = base.top_p if top_p is None else top_p
-    top_k = base.top_k if top_k is None else top_k
+        arguments = {"top_p": top_p, "top_k": top_k}
+        applied_names |= {name for name, value in arguments.items() if value is None}
+    if description := defaults.describe(applied_names):
+        err.print(f"As the base's {FILE} says: {description}.")
+    if description := defaults.describe(SAMPLER):
+        err.print(f"Not applied, of the base's {FILE}: {description}.")
+    top_p = defaults.top_p if top_p is None else top_p
+    top_k = defaults.top_k if top_k is None else top_k
     return {
         "temperature": temperature,
         "top_p": 1.0 if top_p is None else top_p,
@@ -105,31 +108,31 @@ def sampling_options(
 
 
 def echo_json(value: Any) -> None:
-    """Print a value as JSON, which has no infinity or NaN: these become null."""
-    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    typer.echo(json.dumps(strict, indent=2))
+    """Print a value as JSON. Infinities and NaN, which JSON does not have, become null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    typer.echo(json.dumps(finite, indent=2))
 
 
-def table_of(*heads: str) -> Table:
+def table_of(*headings: str) -> Table:
     """Create a plain table. Columns whose heading begins with ">" hold numbers and are aligned
     right."""
     table = Table(box=None, header_style="bold", caption_justify="left")
-    for head in heads:
-        number = head.startswith(">")
+    for heading in headings:
+        is_number = heading.startswith(">")
         table.add_column(
-            head[number:],
-            justify="right" if number else "left",
-            overflow="ellipsis" if number else "fold",
+            heading[is_number:],
+            justify="right" if is_number else "left",
+            overflow="ellipsis" if is_number else "fold",
         )
     return table
 
 
-def limit_rows(table: Table, entries: list[Any], count: int, remainder: str) -> list[Any]:
+def limit_rows(table: Table, entries: list[Any], count: int, omitted: str) -> list[Any]:
     """Return the first ``count`` entries, or all if ``count`` is 0.
 
-    The table's caption gives the number of omitted entries; ``remainder`` describes them."""
+    The table's caption says how many entries are omitted; ``omitted`` describes these entries."""
     if 0 < count < len(entries):
-        table.caption = f"and {len(entries) - count} {remainder} (--layers 0 shows all)"
+        table.caption = f"and {len(entries) - count} {omitted} (--layers 0 shows all)"
     return entries[: count or None]
 
 
@@ -141,15 +144,16 @@ def open_library(folder: Path | None) -> Library:
 
 
 def open_base_and_adapter(
-    base: str, adapter: str | None, verify: bool = True, **loading: Any
+    base: str, adapter: str | None, verify: bool = True, **loading_options: Any
 ) -> tuple[Base, Any]:
-    """Load a base and attach an adapter, if one is named; return both (the handle may be None).
+    """Load a base and attach ``adapter``; return the base and the handle, None without an adapter.
 
-    The adapter is read first, because that fails sooner. ``loading`` goes to `load_base`."""
-    loaded, handles = open_base_and_adapters(
-        base, {} if adapter is None else {"default": adapter}, verify, **loading
+    The adapter is read first, because an error in it shows sooner. ``loading_options``: arguments
+    of `load_base`."""
+    loaded_base, handles = open_base_and_adapters(
+        base, {} if adapter is None else {"default": adapter}, verify, **loading_options
     )
-    return loaded, handles.get("default")
+    return loaded_base, handles.get("default")
 
 
 def open_base_and_adapters(
@@ -157,9 +161,9 @@ def open_base_and_adapters(
     adapters: Mapping[str, str],
     verify: bool = True,
     trusted: bool = False,
-    **loading: Any,
+    **loading_options: Any,
 ) -> tuple[Base, dict[str, Any]]:
-    """Load a base and attach several adapters ({name: source}); return it and {name: handle}.
+    """Load a base and attach ``adapters``, {name: source}; return the base and {name: handle}.
 
     ``trusted`` allows Python code in the base's folder to run."""
     import veneer
@@ -175,16 +179,16 @@ def open_base_and_adapters(
     tokenizer = _common_tokenizer(folders)
     with trust_remote_code(base if trusted else None):
         must_be_causal(base)
-        loaded = load_base(base, **loading)
+        loaded_base = load_base(base, **loading_options)
     handles = {
-        name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True)
+        name: veneer.load(loaded_base.model, folder, name=name, verify_base=verify, grow=True)
         for name, folder in folders.items()
     }
-    return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer), handles
+    return loaded_base if tokenizer is None else loaded_base._replace(tokenizer=tokenizer), handles
 
 
 def must_be_adapters(folders: Iterable[str | Path]) -> None:
-    """Raise AdapterError for folders without an adapter, before a base is converted or read."""
+    """Raise AdapterError if a folder holds no adapter: before a base is converted or read."""
     from veneer.adapter_files.folder import folder_problems
     from veneer.errors import AdapterError, raise_all
 
@@ -193,15 +197,17 @@ def must_be_adapters(folders: Iterable[str | Path]) -> None:
 
 
 def tokenizer_for(base: str, adapter: str | None) -> Any:
-    """Load the tokenizer in the adapter's folder if the adapter trains tokens, else the base's."""
+    """Load the tokenizer in the adapter's folder if the adapter trains tokens, else the base's
+    tokenizer."""
     from veneer.models.load import load_tokenizer
     from veneer.store.library import resolve
 
     setup_logging()
-    return (None if adapter is None else tokenizer_beside(resolve(adapter))) or load_tokenizer(base)
+    tokenizer = None if adapter is None else adapter_tokenizer(resolve(adapter))
+    return tokenizer or load_tokenizer(base)
 
 
-def tokenizer_beside(folder: Path) -> Any:
+def adapter_tokenizer(folder: Path) -> Any:
     """Load the tokenizer in the folder of an adapter that trains tokens, or return None."""
     return _common_tokenizer({"": folder})
 
@@ -216,8 +222,8 @@ def _common_tokenizer(folders: Mapping[str, Path]) -> Any:
 
 
 def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:
-    """Return (label, context manager that selects it) for each model that a command runs: the base
-    if ``base`` is true, and the adapter if there is one."""
+    """Return (label, context manager that selects the model) for each model that a command runs:
+    the base if ``base`` is true, and the adapter if ``handle`` is not None."""
     import veneer
 
     if handle is None:
@@ -229,10 +235,10 @@ def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContext
 
 
 def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
-    """Return the arguments {"base", "model"} with which the tools read base weights.
+    """Return the keyword arguments with which the tools read base weights: "base", perhaps "model".
 
-    Weights in a safetensors folder are read by name as they are needed. A quantised base, or one in
-    another format, is loaded as a model."""
+    Weights in a safetensors folder are read by name when they are needed. A quantised base, or a
+    base in another format, is loaded as a model."""
     from veneer import models
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in
@@ -246,30 +252,31 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     ):
         return {"base": models.load_base(base, precision="stored", device="cpu").model}
     record = read(adapter).metadata
-    structure = models.meta_model(
+    meta_model = models.meta_model(
         folder, record.get("base", {}).get("architecture"), labels_in(record)
     )
-    return {"base": folder_weights(structure, folder).read, "model": structure}
+    return {"base": folder_weights(meta_model, folder).read, "model": meta_model}
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """Split ADAPTER[=WEIGHT] into the adapter's folder and its weight (default 1).
+    """Split ADAPTER[=WEIGHT] into the adapter's folder and its weight, by default 1.
 
-    A path that exists is not split: it may itself contain an equals sign."""
+    A text that is an existing path is not split, because a path may contain an equals sign."""
     from veneer.store.library import resolve
 
     path, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         path, weight = text, "1"
-    return str(resolve(path)), number_in(weight, text)
+    return str(resolve(path)), parse_number(weight, text)
 
 
-def number_in(word: str, text: str) -> float:
-    """Parse the number behind an equals sign; ``text`` is the complete argument, for the error."""
+def parse_number(word: str, argument: str) -> float:
+    """Parse the number after an equals sign. ``argument``: the complete argument, for the error."""
     try:
         number = float(word)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(f"{word!r} in {text!r}", "a number after '='", "write, for instance, 0.5")
+        problem = f"{word!r} in {argument!r}"
+        raise ConfigError(problem, "a number after '='", "write, for instance, 0.5")
     return number

@@ -1,4 +1,4 @@
-"""`veneer convert`: an adapter in another format."""
+"""`veneer convert`: write an adapter in another format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SourceAdapter = Annotated[
     str, Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.")
 ]
 OutputPath = Annotated[Path, Argument(metavar="OUT", help="New folder or file.")]
-# not a Literal: the registry of formats validates the name, so new formats need no change here
+# not a Literal: the registry of formats validates the name, so a new format needs no change here
 TargetFormat = Annotated[
     str, Option(metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.")
 ]
@@ -61,8 +61,8 @@ def convert_command(
 ) -> None:
     """Write an adapter in another format. The input's format is recognised from its contents.
 
-    Changes that the target format cannot represent are an error; metadata that it cannot store is
-    listed.
+    Changes of weights that the target format cannot represent are an error. Metadata that it
+    cannot store is listed.
 
     \b
     Examples:
@@ -75,8 +75,8 @@ def convert_command(
     from veneer.tools.convert import conversion as convert_adapter
 
     setup_logging()
-    messages: list[str] = []
-    with _printed_warnings(messages):
+    warning_messages: list[str] = []
+    with _print_and_collect_warnings(warning_messages):
         conversion = convert_adapter(
             resolve(adapter),
             output,
@@ -91,26 +91,26 @@ def convert_command(
             verify_base=verify,
         )
     if as_json:
-        echo_json({**_facts(conversion), "warnings": messages})
+        echo_json({**_facts(conversion), "warnings": warning_messages})
     else:
         out.print(str(conversion), soft_wrap=True)
 
 
 @contextmanager
-def _printed_warnings(messages: list[str]) -> Iterator[None]:
-    """Print warnings about the adapter on stderr and append them to ``messages``."""
+def _print_and_collect_warnings(messages: list[str]) -> Iterator[None]:
+    """Print warnings about the adapter on stderr, and append them to ``messages``."""
     from veneer.adapter_files import UnverifiedAdapter
     from veneer.cli.console import err
     from veneer.tools.convert import MisreadElsewhere
 
-    def show(message: Warning | str, *_: object) -> None:
+    def show_warning(message: Warning | str, *_: object) -> None:
         messages.append(str(message))
         err.print(f"Warning. {message}", soft_wrap=True)
 
-    with warnings.catch_warnings():  # restores showwarning
+    with warnings.catch_warnings():  # restores ``showwarning`` at the end
         for category in (MisreadElsewhere, UnverifiedAdapter):
             warnings.simplefilter("always", category)
-        warnings.showwarning = show
+        warnings.showwarning = show_warning
         yield
 
 

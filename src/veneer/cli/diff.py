@@ -22,11 +22,11 @@ def diff_command(
     as_json: AsJson = False,
     exit_code: ExitCode = False,
 ) -> None:
-    """Show in which layers two adapters change a model, how much, and how far their directions lie
-    apart.
+    """Show in which layers two adapters change a model, by how much, and how much the directions of
+    their changes differ.
 
-    φ is the similarity of the subspaces that they read from and write to: 1 if one contains the
-    other, 0 if they share no direction.
+    φ is the similarity of the subspaces that the two changes read from (φ in) and write to (φ out):
+    1 if one subspace contains the other, 0 if they share no direction.
 
     \b
     Examples:
@@ -58,27 +58,24 @@ def diff_command(
         raise Exit(1)
 
 
-def _layer_table(entries: Any, count: int) -> Any:
+def _layer_table(layers: Any, count: int) -> Any:
     from veneer.cli.console import limit_rows, table_of
 
-    ordered = sorted(entries, key=lambda entry: entry.difference * max(entry.norms), reverse=True)
-    gains = (
-        [">magnitude"]
-        if any(entry.magnitude is not None for entry in ordered[: count or None])
-        else []
+    ordered_layers = sorted(
+        layers, key=lambda layer: layer.difference * max(layer.norms), reverse=True
     )
-    table = table_of(
-        "layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out", *gains
-    )
-    for entry in limit_rows(table, ordered, count, "layers that differ less"):
-        numbers = [f"{entry.ranks[0]}, {entry.ranks[1]}", *(f"{norm:.4g}" for norm in entry.norms)]
-        numbers += [f"{entry.difference:.3g}", f"{entry.cosine:.3f}"]
-        numbers += [
-            "–" if space is None else f"{space.similarity:.3f}"
-            for space in (entry.rows, entry.columns)
+    has_magnitudes = any(layer.magnitude is not None for layer in ordered_layers[: count or None])
+    columns = ("layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out")
+    table = table_of(*columns, *([">magnitude"] if has_magnitudes else []))
+    for layer in limit_rows(table, ordered_layers, count, "layers that differ less"):
+        cells = [f"{layer.ranks[0]}, {layer.ranks[1]}", *(f"{norm:.4g}" for norm in layer.norms)]
+        cells += [f"{layer.difference:.3g}", f"{layer.cosine:.3f}"]
+        cells += [
+            "–" if overlap is None else f"{overlap.similarity:.3f}"
+            for overlap in (layer.rows, layer.columns)
         ]
-        numbers += (
-            (["–"] if entry.magnitude is None else [f"{entry.magnitude:.3g}"]) if gains else []
-        )
-        table.add_row(entry.path, *numbers)
+        if has_magnitudes:
+            magnitude = layer.magnitude
+            cells.append("–" if magnitude is None else f"{magnitude:.3g}")
+        table.add_row(layer.path, *cells)
     return table

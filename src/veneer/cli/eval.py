@@ -1,5 +1,5 @@
-"""`veneer eval`: loss, perplexity and the share of correct tokens on a data set, of a base and of
-the base with an adapter."""
+"""`veneer eval`: measure loss, perplexity and the share of correct tokens on a data set, of a base
+and of the base with an adapter."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _Request(NamedTuple):
     only_adapter: bool
     verify: bool
     as_json: bool
-    loading: dict[str, Any]
+    loading_options: dict[str, Any]
 
 
 def eval_command(
@@ -102,11 +102,11 @@ def eval_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model on data: loss, perplexity, tokens right, and with --exact completions exactly
-    right.
+    """Measure a model on data: loss, perplexity and the share of correct tokens; with --exact, also
+    the share of completions that are exactly right.
 
-    An adapter of another task than sft is measured as that task measures: labels right, rewards,
-    answers preferred.
+    An adapter of another task than sft is measured by that task's measures, such as the share of
+    correct labels, rewards, or the share of answers that are preferred.
 
     \b
     Examples:
@@ -117,63 +117,71 @@ def eval_command(
     from veneer.models import remote_code
 
     setup_logging()
-    loading = {"precision": precision, "quantize": quantize, "device": device}
-    loading |= {"device_map": device_map, "attention": attention}
-    request = _Request(base, data, adapter, only_adapter, verify, as_json, loading)
+    loading_options = {"precision": precision, "quantize": quantize, "device": device}
+    loading_options |= {"device_map": device_map, "attention": attention}
+    request = _Request(base, data, adapter, only_adapter, verify, as_json, loading_options)
     options: dict[str, Any] = {
         "max_length": max_length,
         "too_long": too_long,
         "batch_size": batch_size,
         "split": split,
     }
-    sft = {"exact": exact, "count_prompts": count_prompts, "max_new_tokens": max_new_tokens}
+    sft_options = {"exact": exact, "count_prompts": count_prompts, "max_new_tokens": max_new_tokens}
     sft_columns = {
         "--messages-column": messages_column,
         "--prompt-column": prompt_column,
         "--completion-column": completion_column,
         "--text-column": text_column,
     }
-    measure = _choose_measure(request, task, options, sft, sft_columns, columns, reward)
+    measure = _choose_measurement(request, task, options, sft_options, sft_columns, columns, reward)
     with remote_code.trust_remote_code(base if trust_remote_code else None):
         measure()
 
 
-def _choose_measure(
+def _choose_measurement(
     request: _Request,
     task: str | None,
     options: dict[str, Any],
-    sft: dict[str, Any],
+    sft_options: dict[str, Any],
     sft_columns: dict[str, str | None],
     columns: list[str] | None,
     reward: list[str] | None,
 ) -> Callable[[], None]:
-    """The measurement of the adapter's task. ``ConfigError``: flags that do not fit it."""
+    """The function that measures as the adapter's task does. ``ConfigError``: a flag does not fit
+    the task."""
     from veneer.errors import ConfigError
 
     if request.only_adapter and request.adapter is None:
         raise ConfigError("--only-adapter without --adapter", "both", "name the adapter's folder")
-    record = _task_record(request.adapter, task)
-    name = record["name"]
-    unsuitable: dict[str, Any] = {"--columns": columns, "--reward": reward}
+    task_record = _task_record(request.adapter, task)
+    task_name = task_record["name"]
+    unsuitable_flags: dict[str, Any] = {"--columns": columns, "--reward": reward}
     expected = "another task"
-    if name != "sft":
-        unsuitable = {"--exact": sft["exact"], "--whole": sft["count_prompts"], **sft_columns}
+    if task_name != "sft":
+        unsuitable_flags = {
+            "--exact": sft_options["exact"],
+            "--whole": sft_options["count_prompts"],
+            **sft_columns,
+        }
         expected = "--columns to name its columns"
-    if flags := [flag for flag, value in unsuitable.items() if value]:
+    if flags := [flag for flag, value in unsuitable_flags.items() if value]:
         raise ConfigError(
-            f"{flags[0]} for task {name}", expected, f"leave {flags[0]} out, or name a --task"
+            f"{flags[0]} for task {task_name}", expected, f"leave {flags[0]} out, or name a --task"
         )
-    if name == "sft":
+    if task_name == "sft":
         return partial(
-            _measure, request, {**options, **sft, "columns": tuple(sft_columns.values())}
+            _measure_sft,
+            request,
+            {**options, **sft_options, "columns": tuple(sft_columns.values())},
         )
     task_columns = ",".join(columns or ()) or None
     task_options = {**options, "columns": task_columns, "reward": merge_flag_values(reward)}
-    return partial(_measure_task, request, record, task_options)
+    return partial(_measure_task, request, task_record, task_options)
 
 
 def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
-    """The task in the adapter's record, or ``task`` alone if that is another one."""
+    """The task that the adapter's record names, with its settings. If ``task`` names another task:
+    this task without settings."""
     from veneer.adapter_files import read
     from veneer.store.library import resolve
 
@@ -188,53 +196,60 @@ def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
 
 def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> None:
     import veneer
-    from veneer.cli.console import base_and_adapter, echo_json, err, out, table_of, tokenizer_beside
+    from veneer.cli.console import (
+        adapter_tokenizer,
+        base_and_adapter,
+        echo_json,
+        err,
+        out,
+        table_of,
+    )
     from veneer.errors import ConfigError
     from veneer.store.library import resolve
     from veneer.train.callbacks import measure_formatter
     from veneer.train.evaluate import evaluate_task, task_from_record
 
-    task = task_from_record(record, request.base, request.data, request.loading, **options)
+    task = task_from_record(record, request.base, request.data, request.loading_options, **options)
     if request.adapter is None and not task.evaluates_base:
         problem = f"task {task.name} without an adapter, whose base has a head of random weights"
         raise ConfigError(
             problem, "the adapter that holds the head", "name its folder with --adapter"
         )
     folder = None if request.adapter is None else resolve(request.adapter)
-    tokenizer = None if folder is None else tokenizer_beside(folder)
+    tokenizer = None if folder is None else adapter_tokenizer(folder)
     task.read_data()
     task.open_base()
     task.processor = task.processor if tokenizer is None else tokenizer
     rows = task.prepare().train
-    loaded = task.load()
+    loaded_base = task.load()
     handle = (
         None
         if folder is None
-        else veneer.load(loaded.model, folder, verify_base=request.verify, grow=True)
+        else veneer.load(loaded_base.model, folder, verify_base=request.verify, grow=True)
     )
     results: dict[str, dict[str, Any]] = {}
-    with_base = task.evaluates_base and not request.only_adapter
-    for label, selected in base_and_adapter(handle, base=with_base):
-        with err.status(f"Measuring the {label} on {len(rows):,} examples …"), selected:
+    measures_base = task.evaluates_base and not request.only_adapter
+    for label, selection in base_and_adapter(handle, base=measures_base):
+        with err.status(f"Measuring the {label} on {len(rows):,} examples …"), selection:
             results[label] = evaluate_task(
-                task, loaded.model, rows, batch_size=options["batch_size"]
+                task, loaded_base.model, rows, batch_size=options["batch_size"]
             )
     if request.as_json:
         echo_json(results)
         return
-    names = [name for name in task.measures if name in next(iter(results.values()))]
-    table = table_of("", ">loss", *(f">{name.replace('_', ' ')}" for name in names))
+    measure_names = [name for name in task.measures if name in next(iter(results.values()))]
+    table = table_of("", ">loss", *(f">{name.replace('_', ' ')}" for name in measure_names))
     for label, measures in results.items():
         table.add_row(
             label,
             f"{measures['loss']:.4f}",
-            *(measure_formatter(name, task.loss_unit)(measures[name]) for name in names),
+            *(measure_formatter(name, task.loss_unit)(measures[name]) for name in measure_names),
         )
     out.print(table)
     out.print(f"{len(rows):,} examples{f', {rows.dropped:,} dropped' if rows.dropped else ''}")
 
 
-def _measure(request: _Request, options: dict[str, Any]) -> None:
+def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
     from veneer.cli.console import (
         base_and_adapter,
         echo_json,
@@ -244,7 +259,7 @@ def _measure(request: _Request, options: dict[str, Any]) -> None:
     )
     from veneer.errors import ConfigError
     from veneer.models.load import context_length
-    from veneer.train import evaluate as measure
+    from veneer.train import evaluate as evaluation
     from veneer.train.data import Columns, read
     from veneer.train.tokens import tokenise
 
@@ -262,18 +277,23 @@ def _measure(request: _Request, options: dict[str, Any]) -> None:
         too_long=options["too_long"],
         completion_only=not options["count_prompts"],
     )
-    loaded, handle = open_base_and_adapter(
-        request.base, request.adapter, request.verify, **request.loading
+    loaded_base, handle = open_base_and_adapter(
+        request.base, request.adapter, request.verify, **request.loading_options
     )
-    first = rows.select(range(min(exact, len(rows)))) if exact else None
+    first_rows = rows.select(range(min(exact, len(rows)))) if exact else None
     results: dict[str, dict[str, Any]] = {}
-    for label, selected in base_and_adapter(handle, base=not request.only_adapter):
-        with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selected:
-            measured = measure.evaluate(loaded.model, examples, batch_size=options["batch_size"])
-            results[label] = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
-            if first is not None:
-                results[label]["exact"] = measure.exact_match_rate(
-                    loaded.model, loaded.tokenizer, first, max_new_tokens=options["max_new_tokens"]
+    for label, selection in base_and_adapter(handle, base=not request.only_adapter):
+        with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selection:
+            scores = evaluation.evaluate(
+                loaded_base.model, examples, batch_size=options["batch_size"]
+            )
+            results[label] = {**dataclasses.asdict(scores), "perplexity": scores.perplexity}
+            if first_rows is not None:
+                results[label]["exact"] = evaluation.exact_match_rate(
+                    loaded_base.model,
+                    loaded_base.tokenizer,
+                    first_rows,
+                    max_new_tokens=options["max_new_tokens"],
                 )
     if request.as_json:
         echo_json(results)
@@ -282,12 +302,12 @@ def _measure(request: _Request, options: dict[str, Any]) -> None:
 
 
 def _print_results(
-    results: dict[str, dict[str, Any]], examples: int, dropped: int, exact: bool
+    results: dict[str, dict[str, Any]], example_count: int, dropped_count: int, has_exact: bool
 ) -> None:
     from veneer.cli.console import out, table_of
 
     table = table_of(
-        "", ">loss", ">perplexity", ">tokens right", *([">exactly right"] if exact else [])
+        "", ">loss", ">perplexity", ">tokens right", *([">exactly right"] if has_exact else [])
     )
     for label, measures in results.items():
         cells = [
@@ -295,9 +315,10 @@ def _print_results(
             f"{measures['perplexity']:,.2f}",
             f"{measures['accuracy']:.1%}",
         ]
-        table.add_row(label, *cells, *([f"{measures['exact']:.1%}"] if exact else []))
+        table.add_row(label, *cells, *([f"{measures['exact']:.1%}"] if has_exact else []))
     out.print(table)
-    notes = f", {dropped:,} dropped" if dropped else ""
+    dropped_note = f", {dropped_count:,} dropped" if dropped_count else ""
     out.print(
-        f"{examples:,} examples, {next(iter(results.values()))['tokens']:,} tokens counted{notes}"
+        f"{example_count:,} examples, {next(iter(results.values()))['tokens']:,} tokens counted"
+        f"{dropped_note}"
     )

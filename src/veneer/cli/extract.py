@@ -52,7 +52,7 @@ def extract_command(
     as_json: AsJson = False,
     layers: ShownLayers = 12,
 ) -> None:
-    """Write the adapter that turns a base into its full fine-tune, as nearly as its rank allows.
+    """Write the adapter that turns a base into its full fine-tune, as nearly as the rank allows.
 
     Both models are read weight by weight, so neither has to fit into memory. The report names the
     weights that changed but are not in the adapter.
@@ -68,8 +68,9 @@ def extract_command(
     setup_logging()
     with err.status("Comparing the models …") as status:
 
-        def progress(layer: Any, done: int, total: int) -> None:
-            status.update(f"{done} of {total}  {layer.path}  {layer.kept:.2%} at rank {layer.rank}")
+        def show_progress(layer: Any, done_count: int, total_count: int) -> None:
+            counts = f"{done_count} of {total_count}"
+            status.update(f"{counts}  {layer.path}  {layer.kept:.2%} at rank {layer.rank}")
 
         report = veneer.extract(
             base,
@@ -83,7 +84,7 @@ def extract_command(
             least=least,
             base_name=base,
             overwrite=overwrite,
-            progress=progress,
+            progress=show_progress,
         )
     if as_json:
         echo_json(report.to_dict())
@@ -92,7 +93,8 @@ def extract_command(
 
 
 def _print_report(report: Any, count: int) -> None:
-    """Print the report with the ``count`` layers that keep the least of their change (0: all)."""
+    """Print the report with the ``count`` layers that keep the smallest share of their change. The
+    count 0 means all layers."""
     from veneer.cli.console import limit_rows, out, table_of
 
     table = table_of("weight", ">rank", ">‖ΔW‖/‖W‖", ">kept", ">error", ">seconds", "found")
@@ -111,5 +113,5 @@ def _print_report(report: Any, count: int) -> None:
 
 
 def _split_all(values: list[str]) -> list[str]:
-    """Flatten the comma-separated values of an option that can be repeated."""
-    return [entry for text in values for entry in split_commas(text)]
+    """Split the comma-separated values of an option that can be repeated, as one list."""
+    return [entry for option_value in values for entry in split_commas(option_value)]

@@ -9,8 +9,8 @@ from typer import Option, echo
 
 from veneer.cli.options import (
     ADAPTER_HELP,
-    MANY,
-    NEW_TOKENS,
+    DEFAULT_NEW_TOKENS,
+    REPEATABLE,
     Attention,
     BaseModel,
     Device,
@@ -28,7 +28,7 @@ from veneer.cli.options import (
 
 Prompts = Annotated[
     list[str] | None,
-    Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line."),
+    Option("--prompt", "-p", help=f"A prompt; {REPEATABLE}. Default: stdin, one a line."),
 ]
 
 
@@ -37,7 +37,7 @@ UseChatTemplate = Annotated[
     bool, Option(help="Put the prompt through the chat template, as a user's message.")
 ]
 SystemMessage = Annotated[str | None, Option(help="System message, with --chat.")]
-StopStrings = Annotated[list[str] | None, Option(help=f"End at this string; {MANY}.")]
+StopStrings = Annotated[list[str] | None, Option(help=f"End at this string; {REPEATABLE}.")]
 
 
 def generate_command(
@@ -47,7 +47,7 @@ def generate_command(
     both: CompareWithBase = False,
     chat: UseChatTemplate = False,
     system: SystemMessage = None,
-    max_new_tokens: MaxNewTokens = NEW_TOKENS,
+    max_new_tokens: MaxNewTokens = DEFAULT_NEW_TOKENS,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -80,7 +80,7 @@ def generate_command(
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:
         raise DataError("no prompt", "--prompt TEXT, or one a line on stdin", "give one")
-    loaded, handle = open_base_and_adapter(
+    loaded_base, handle = open_base_and_adapter(
         base,
         adapter,
         verify,
@@ -91,21 +91,28 @@ def generate_command(
         device_map=device_map,
         attention=attention,
     )
-    sampling = sampling_options(loaded.model, temperature, top_p, top_k)
+    sampling = sampling_options(loaded_base.model, temperature, top_p, top_k)
     sampling |= {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
-    head = [{"role": "system", "content": system}] if system is not None else []
+    system_messages = [{"role": "system", "content": system}] if system is not None else []
     inputs: list[Any] = (
-        [[*head, {"role": "user", "content": text}] for text in prompts] if chat else prompts
+        [[*system_messages, {"role": "user", "content": text}] for text in prompts]
+        if chat
+        else prompts
     )
-    _print_answers(loaded, handle, prompts, inputs, both, batch_size=batch_size, **sampling)
+    _print_answers(loaded_base, handle, prompts, inputs, both, batch_size=batch_size, **sampling)
 
 
 def _print_answers(
-    loaded: Any, handle: Any, prompts: list[str], inputs: list[Any], both: bool, **sampling: Any
+    loaded_base: Any,
+    handle: Any,
+    prompts: list[str],
+    inputs: list[Any],
+    both: bool,
+    **sampling: Any,
 ) -> None:
-    """Generate answers and print them one a line, or side by side in a table if ``both``.
+    """Generate answers and print them: one per line, or side by side in a table if ``both``.
 
-    ``inputs`` are the prompts as texts or chat messages."""
+    ``inputs``: the prompts as texts or as lists of chat messages."""
     from rich.table import Table
     from rich.text import Text
 
@@ -113,9 +120,9 @@ def _print_answers(
     from veneer.train.generate import generate
 
     answers: dict[str, list[str]] = {}
-    for label, selected in base_and_adapter(handle, base=both):
-        with err.status(f"The {label} writes …"), selected:
-            answers[label] = generate(loaded.model, loaded.tokenizer, inputs, **sampling)
+    for label, selection in base_and_adapter(handle, base=both):
+        with err.status(f"The {label} writes …"), selection:
+            answers[label] = generate(loaded_base.model, loaded_base.tokenizer, inputs, **sampling)
     table = Table("prompt", *answers, show_lines=True, header_style="bold")
     for row in zip(prompts, *answers.values(), strict=True):
         table.add_row(*(Text(cell.strip()) for cell in row))

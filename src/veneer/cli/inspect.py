@@ -80,18 +80,20 @@ def inspect_command(
     from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
 
-    report_flags = {"--with": other, "--base": base, "--data": data, "--general": general}
-    flags = [flag for flag, value in report_flags.items() if value is not None]
-    if report is None and flags:
-        raise ConfigError(f"{flags[0]} without --report", "both", "add --report FILE.html")
-    saved = veneer.adapter_files.read(resolve(adapter))
-    facts = _facts(saved)
+    flag_values = {"--with": other, "--base": base, "--data": data, "--general": general}
+    used_flags = [flag for flag, value in flag_values.items() if value is not None]
+    if report is None and used_flags:
+        raise ConfigError(f"{used_flags[0]} without --report", "both", "add --report FILE.html")
+    adapter_files = veneer.adapter_files.read(resolve(adapter))
+    facts = _facts(adapter_files)
     if report is not None:
         from veneer.cli.inspect_report import ReportRequest, write_report
 
-        loading = {"precision": precision, "device": device}
-        request = ReportRequest(report, other, base, data, general, intruders, batch_size, loading)
-        facts["report"] = write_report(saved, request)
+        loading_options = {"precision": precision, "device": device}
+        request = ReportRequest(
+            report, other, base, data, general, intruders, batch_size, loading_options
+        )
+        facts["report"] = write_report(adapter_files, request)
     if as_json:
         echo_json(facts)
     else:
@@ -103,35 +105,41 @@ def inspect_command(
             out.print(f"report written to {report}", soft_wrap=True)
 
 
-def _facts(saved: Any) -> dict[str, Any]:
+def _facts(adapter_files: Any) -> dict[str, Any]:
+    """What the files of an adapter tell about it, for JSON."""
     from veneer.fileio.hashing import coverage, hash_json
 
-    record = saved.metadata.get("base", {})
+    record = adapter_files.metadata.get("base", {})
     weights = record.get("weights", {})
-    # for some of PEFT's tuners, only the base determines the shapes
-    needs_base_shapes = (
-        saved.tuner.paths if saved.tuner is not None and saved.tuner.needs_base_shapes else ()
+    # for some of PEFT's tuners, the shapes of ΔW depend on the base
+    paths_without_shapes = (
+        adapter_files.tuner.paths
+        if adapter_files.tuner is not None and adapter_files.tuner.needs_base_shapes
+        else ()
     )
-    products = {} if needs_base_shapes else saved.products
+    products = {} if paths_without_shapes else adapter_files.products
     base = {
         name: value for name, value in record.items() if name not in ("weights", "rest", "fresh")
     }
     return {
-        "path": str(saved.path),
-        "base": base or {"name": saved.peft_config.get("base_model_name_or_path")},
-        # one hash of all adapted base weights: equal for equal bases and targets
+        "path": str(adapter_files.path),
+        "base": base or {"name": adapter_files.peft_config.get("base_model_name_or_path")},
+        # one hash of all base weights that the adapter changes
         "fingerprint": hash_json(weights)[:32] if weights else None,
         "proof": coverage(record),
-        "config": saved.config.to_dict(),
-        "alpha": saved.peft_config["lora_alpha"],  # the config's may be None: the variant's default
-        "parameters": saved.parameters,
-        "bytes": sum(file.stat().st_size for file in saved.path.iterdir() if file.is_file()),
-        "targets": Counter(path.rsplit(".", 1)[-1] for path in products or needs_base_shapes),
-        "trained_in_full": sorted(saved.full),
+        "config": adapter_files.config.to_dict(),
+        # config.alpha may be None, the default of the variant
+        "alpha": adapter_files.peft_config["lora_alpha"],
+        "parameters": adapter_files.parameters,
+        "bytes": sum(
+            file.stat().st_size for file in adapter_files.path.iterdir() if file.is_file()
+        ),
+        "targets": Counter(path.rsplit(".", 1)[-1] for path in products or paths_without_shapes),
+        "trained_in_full": sorted(adapter_files.full),
         "norms": {path: float(change.norm()) for path, change in products.items()},
-        "provenance": saved.metadata.get("provenance", {}),
-        "versions": saved.metadata.get("versions", {}),
-        "verified": bool(saved.record),
+        "provenance": adapter_files.metadata.get("provenance", {}),
+        "versions": adapter_files.metadata.get("versions", {}),
+        "verified": bool(adapter_files.record),
     }
 
 
@@ -142,25 +150,26 @@ def _summary_table(facts: dict[str, Any]) -> Any:
     from veneer.errors import format_bytes
 
     config, architecture = facts["config"], facts["base"].get("architecture")
-    metrics, run = facts["provenance"].get("metrics") or {}, facts["provenance"].get("config") or {}
+    metrics = facts["provenance"].get("metrics") or {}
+    run_config = facts["provenance"].get("config") or {}
     training = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
     training += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
     training += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
-    training += [f"on {run['data']}"] if training and "data" in run else []
-    quantised = facts["base"].get("quantized")
-    storage = (
-        f", trained on it in {quantised.get('as', 'packed form')} ({quantised.get('by')})"
-        if quantised
+    training += [f"on {run_config['data']}"] if training and "data" in run_config else []
+    quantization = facts["base"].get("quantized")
+    storage_note = (
+        f", trained on it in {quantization.get('as', 'packed form')} ({quantization.get('by')})"
+        if quantization
         else ""
     )
-    unverified = (
+    verification_note = (
         "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
     )
     rows = {
-        "adapter": f"{facts['path']}{unverified}",
+        "adapter": f"{facts['path']}{verification_note}",
         "base": (
             f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}"
-            f"{storage}"
+            f"{storage_note}"
         ),
         "fingerprint": facts["fingerprint"] or "none",
         "base proven": facts["proof"],
@@ -182,15 +191,15 @@ def _summary_table(facts: dict[str, Any]) -> Any:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
+    for label, text in rows.items():
+        table.add_row(label, Text(text))
     return table
 
 
 def _norm_table(facts: dict[str, Any], count: int) -> Any:
     from veneer.cli.console import limit_rows, table_of
 
-    norms = sorted(facts["norms"].items(), key=lambda item: item[1], reverse=True)
+    norms = sorted(facts["norms"].items(), key=lambda path_and_norm: path_and_norm[1], reverse=True)
     table = table_of("layer", ">‖ΔW‖", "")
     for path, norm in limit_rows(table, norms, count, "layers with smaller changes"):
         table.add_row(

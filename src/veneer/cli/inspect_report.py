@@ -1,8 +1,9 @@
 """`veneer inspect --report`: write an HTML report about an adapter.
 
-``tools/report`` computes the figures that need only weights. This module measures losses with the
-running model: of truncations to smaller ranks, of repairs, and of adapters with a smaller scale as
-their control. Each of these derived adapters is written to a temporary folder.
+``tools/report`` computes the figures that need only weights. This module measures losses by running
+the model: with the adapter truncated to smaller ranks, with repaired adapters, and, as a control,
+with the adapter at a smaller scale. Each of these derived adapters is written to a temporary
+folder.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from typing import Any, NamedTuple
 
 from veneer.errors import ConfigError
 
-#: factors of the intruder dimensions in the repairs that are measured
+#: factors by which the measured repairs multiply intruder dimensions
 REPAIR_FACTORS = (0.5, 0.0)
-#: scales of ΔW that are measured if there is no intruder to repair
+#: factors of ΔW that are measured if there is no intruder dimension to repair
 SCALES = (0.75, 0.5)
-#: the recommended rank keeps at least this share of the adapter's reduction of the loss
-MIN_KEPT_GAIN = 0.99
+#: the recommended rank retains at least this share of the adapter's reduction of the loss
+MIN_RETAINED_GAIN = 0.99
 
 
 class ReportRequest(NamedTuple):
-    """The options of `veneer inspect --report`; ``other`` is the adapter to compare with."""
+    """The options of `veneer inspect --report`. ``other``: the adapter to compare with; ``data``,
+    ``general``: sources of rows to measure losses on; ``loading_options``: how to load the base."""
 
     report: Path
     other: str | None
@@ -33,11 +35,11 @@ class ReportRequest(NamedTuple):
     general: str | None
     intruders: int
     batch_size: int
-    loading: dict[str, Any]
+    loading_options: dict[str, Any]
 
 
-def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
-    """Write the HTML page and return its facts for JSON. Bad input raises ConfigError before
+def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
+    """Write the HTML page and return its content for JSON. Invalid options raise ConfigError before
     anything is computed."""
     from veneer.adapter_files import read
     from veneer.cli.console import base_files, err
@@ -47,7 +49,7 @@ def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
     from veneer.tools.report.report_page import page
     from veneer.train.data import read as read_rows
 
-    measures = {
+    sources = {
         name: source
         for name in ("data", "general")
         if (source := getattr(request, name)) is not None
@@ -57,18 +59,20 @@ def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
         raise ConfigError(
             problem, "a file .html in a folder that exists", "name, for instance, report.html"
         )
-    if measures and request.base is None:
+    if sources and request.base is None:
         raise ConfigError(
-            f"--{next(iter(measures))} without --base", "the model to measure", "add --base MODEL"
+            f"--{next(iter(sources))} without --base", "the model to measure", "add --base MODEL"
         )
     other_adapter = None if request.other is None else read(resolve(request.other))
-    rows = {name: read_rows(source) for name, source in measures.items()}
-    files = {} if request.base is None else base_files(request.base, saved.path)
-    examples = {} if request.base is None else _examples(request.base, saved.path, rows)
+    rows = {name: read_rows(source) for name, source in sources.items()}
+    base_arguments = {} if request.base is None else base_files(request.base, adapter_files.path)
+    examples = (
+        {} if request.base is None else _tokenise_sources(request.base, adapter_files.path, rows)
+    )
     with err.status("Looking …") as status:
         report = examine(
-            saved,
-            **files,
+            adapter_files,
+            **base_arguments,
             base_name=request.base,
             other=other_adapter,
             count=request.intruders,
@@ -76,8 +80,10 @@ def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
         )
         facts = report.to_dict()
         if examples:
-            losses = facts["losses"] = _losses(saved, report, request, files, examples, status)
-            facts["next_rank"], facts["why"] = _by_loss(losses["rows"]) or (
+            losses = facts["losses"] = _measure_losses(
+                adapter_files, report, request, base_arguments, examples, status
+            )
+            facts["next_rank"], facts["why"] = _recommend_rank(losses["rows"]) or (
                 report.next_rank,
                 report.why,
             )
@@ -85,8 +91,9 @@ def write_report(saved: Any, request: ReportRequest) -> dict[str, Any]:
     return facts
 
 
-def _examples(base: str, adapter: Path, rows: dict[str, Any]) -> dict[str, Any]:
-    """Tokenise the rows of each source, truncated to the model's context (at most 2048 tokens)."""
+def _tokenise_sources(base: str, adapter: Path, rows: dict[str, Any]) -> dict[str, Any]:
+    """Tokenise the rows of each source. Rows are truncated to the model's context, at most 2048
+    tokens."""
     from veneer.cli.console import tokenizer_for
     from veneer.models.load import context_length
     from veneer.train.tokens import tokenise
@@ -105,40 +112,49 @@ def _examples(base: str, adapter: Path, rows: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _losses(
-    saved: Any,
+def _measure_losses(
+    adapter_files: Any,
     report: Any,
     request: ReportRequest,
-    files: dict[str, Any],
+    base_arguments: dict[str, Any],
     examples: dict[str, Any],
     status: Any,
 ) -> dict[str, Any]:
     """Measure the loss of the base, the adapter and the derived adapters on each source of
-    examples. ``rows`` of the result: see `veneer.tools.report.report_page`."""
+    examples. The result is described in `veneer.tools.report.report_page`. ``base_arguments``: how
+    the tools read base weights; ``status``: shows progress."""
     import veneer
     from veneer.cli.console import open_base_and_adapter
     from veneer.train.evaluate import evaluate
 
-    loaded, handle = open_base_and_adapter(str(request.base), str(saved.path), **request.loading)
+    loaded_base, handle = open_base_and_adapter(
+        str(request.base), str(adapter_files.path), **request.loading_options
+    )
     tokens: dict[str, int] = {}
 
     def measure(
-        kind: str, setting: float | None, removed: float | None, select: Any, sources: Any = None
+        kind: str,
+        setting: float | None,
+        removed_share: float | None,
+        select_adapter: Any,
+        source_names: Any = None,
     ) -> dict[str, Any]:
-        row: dict[str, Any] = {"what": kind, "at": setting, "removed": removed}
+        row: dict[str, Any] = {"what": kind, "at": setting, "removed": removed_share}
         row |= {"data": None, "general": None}
         label = f"{kind} {setting if setting is not None else ''}"
-        for name in sources or examples:
+        for name in source_names or examples:
             status.update(f"Measuring {label} on {request._asdict()[name]} …")
-            with select():
-                evaluation = evaluate(loaded.model, examples[name], batch_size=request.batch_size)
+            with select_adapter():
+                evaluation = evaluate(
+                    loaded_base.model, examples[name], batch_size=request.batch_size
+                )
             row[name], tokens[name] = evaluation.loss, evaluation.tokens
         return row
 
-    rows = [measure("base", None, None, partial(veneer.use, loaded.model, None))]
+    rows = [measure("base", None, None, partial(veneer.use, loaded_base.model, None))]
     rows.append(measure("adapter", None, None, handle.use))
     note = None
-    if saved.tokens:
+    if adapter_files.tokens:
         note = (
             "It trains tokens, which no truncation and no repair has a place for, so that none was"
             " measured."
@@ -146,13 +162,13 @@ def _losses(
     else:
         handle.detach()
         with TemporaryDirectory() as folder:
-            for kind, setting, removed, path in _write_derived_adapters(
-                saved, report, "data" in examples, files, Path(folder)
+            for kind, setting, removed_share, path in _write_derived_adapters(
+                adapter_files, report, "data" in examples, base_arguments, Path(folder)
             ):
-                # opening `saved` above has already compared the base
-                derived = veneer.load(loaded.model, path, verify_base=False)
-                sources = ["data"] if kind == "rank" else None
-                rows.append(measure(kind, setting, removed, derived.use, sources))
+                # the base was compared when `adapter_files` was opened
+                derived = veneer.load(loaded_base.model, path, verify_base=False)
+                source_names = ["data"] if kind == "rank" else None
+                rows.append(measure(kind, setting, removed_share, derived.use, source_names))
                 derived.detach()
     sources = {
         name: {"source": Path(request._asdict()[name]).name, "tokens": tokens[name]}
@@ -162,28 +178,42 @@ def _losses(
 
 
 def _write_derived_adapters(
-    saved: Any, report: Any, truncate: bool, files: dict[str, Any], folder: Path
+    adapter_files: Any,
+    report: Any,
+    with_truncations: bool,
+    base_arguments: dict[str, Any],
+    folder: Path,
 ) -> Iterator[tuple[str, float, float | None, Path]]:
-    """Write the adapters to measure one after the other.
+    """Write the derived adapters to measure, one after the other.
 
-    Yields (kind, rank or factor, removed share of the change, folder) of each."""
+    Yield (kind, rank or factor, removed share of the change, folder) of each adapter."""
     from veneer.tools.compose import compose
     from veneer.tools.compose.repair import repair
 
-    for cut in report.cuts[:-1] if truncate else ():
+    for cut in report.cuts[:-1] if with_truncations else ():
         path = compose(
-            saved, folder / f"rank-{cut.rank}", method="svd", rank=cut.rank, **files
+            adapter_files,
+            folder / f"rank-{cut.rank}",
+            method="svd",
+            rank=cut.rank,
+            **base_arguments,
         ).path
         yield "rank", cut.rank, cut.lost, path
 
-    def write_scaled(weight: float) -> tuple[str, float, float, Path]:
-        path = compose(saved, folder / f"weaker-{weight}", weights=[weight], **files).path
-        return "weaker", weight, 1 - weight, path
+    def write_scaled(scale: float) -> tuple[str, float, float, Path]:
+        path = compose(
+            adapter_files, folder / f"weaker-{scale}", weights=[scale], **base_arguments
+        ).path
+        return "weaker", scale, 1 - scale, path
 
     has_intruders = any(weight.count for weight in report.found)
     for factor in REPAIR_FACTORS if has_intruders else ():
         repaired = repair(
-            saved, folder / f"repaired-{factor}", **files, factor=factor, found=report.found
+            adapter_files,
+            folder / f"repaired-{factor}",
+            **base_arguments,
+            factor=factor,
+            found=report.found,
         )
         yield "repaired", factor, repaired.removed, repaired.path
         if repaired.removed < 1:
@@ -191,19 +221,20 @@ def _write_derived_adapters(
     yield from () if has_intruders else map(write_scaled, SCALES)
 
 
-def _by_loss(rows: list[dict[str, Any]]) -> tuple[int, str] | None:
+def _recommend_rank(rows: list[dict[str, Any]]) -> tuple[int, str] | None:
     """Return (the smallest rank that keeps nearly all of the gain on the data, the reason), or None
-    if no smaller rank does."""
+    if no smaller rank does. The gain is the loss of the base minus the loss of the adapter."""
     base, adapter, *derived_rows = rows
     if adapter["data"] is None or adapter["data"] >= base["data"]:
         return None
     gain = base["data"] - adapter["data"]
     for row in derived_rows:
-        kept_gain = (base["data"] - row["data"]) / gain if row["what"] == "rank" else 0.0
-        if kept_gain >= MIN_KEPT_GAIN:
+        retained_gain = (base["data"] - row["data"]) / gain if row["what"] == "rank" else 0.0
+        if retained_gain >= MIN_RETAINED_GAIN:
             rank = row["at"]
             reason = (
-                f"truncated to rank {rank} it keeps {kept_gain:.1%} of what it gained on the data"
+                f"truncated to rank {rank} it keeps {retained_gain:.1%} of what it gained on the"
+                " data"
             )
             return rank, reason
     return None

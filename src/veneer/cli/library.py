@@ -1,4 +1,4 @@
-"""The commands of a library of adapters (`list`, `add`, `rm`, `tag`, `gc`) and of remote places
+"""The commands for a library of adapters (`list`, `add`, `rm`, `tag`, `gc`) and for remote places
 (`push`, `pull`)."""
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ def list_command(
     from veneer.cli.console import echo_json, err, open_library, out, table_of
     from veneer.errors import format_bytes
 
-    store = open_library(library)
-    entries = store.list(tag=tag, base=base)
+    adapter_library = open_library(library)
+    entries = adapter_library.list(tag=tag, base=base)
     table = table_of("name", "base", "variant", ">rank", ">size", "tags", "added")
     for entry in entries:
-        words = (
+        cells = (
             entry.name,
             entry.base or "?",
             entry.variant,
             str(entry.rank),
             format_bytes(entry.size),
         )
-        table.add_row(*map(Text, (*words, ", ".join(entry.tags), entry.added[:10])))
+        table.add_row(*map(Text, (*cells, ", ".join(entry.tags), entry.added[:10])))
     if as_json:
         echo_json([dataclasses.asdict(entry) for entry in entries])
     elif entries:
         out.print(table)
     else:
-        err.print(f"No such adapters in {store.folder}.", soft_wrap=True)
+        err.print(f"No such adapters in {adapter_library.folder}.", soft_wrap=True)
 
 
 def add_command(
@@ -71,9 +71,10 @@ def add_command(
     from veneer.cli.console import open_library, out
     from veneer.store.library import resolve
 
-    store = open_library(library)
-    entry = store.add(resolve(adapter, store), name, tags=tag or (), overwrite=overwrite)
-    out.print(f"{entry.name}  {store.get(name)}", soft_wrap=True)
+    adapter_library = open_library(library)
+    folder = resolve(adapter, adapter_library)
+    entry = adapter_library.add(folder, name, tags=tag or (), overwrite=overwrite)
+    out.print(f"{entry.name}  {adapter_library.get(name)}", soft_wrap=True)
 
 
 def rm_command(
@@ -88,11 +89,11 @@ def rm_command(
     """
     from veneer.cli.console import open_library, out
 
-    store = open_library(library)
+    adapter_library = open_library(library)
     for name in names:
-        store.entry(name)  # remove all or none, unless another process changes the library
+        adapter_library.entry(name)  # an error for an unknown name, before any is removed
     for name in names:
-        out.print(f"removed {store.remove(name).name}", soft_wrap=True)
+        out.print(f"removed {adapter_library.remove(name).name}", soft_wrap=True)
 
 
 def tag_command(
@@ -141,14 +142,14 @@ def gc_command(
     from veneer.cli.console import open_library, out
     from veneer.errors import format_bytes, listing
 
-    store = open_library(library)
+    adapter_library = open_library(library)
     if rebuild:
-        rebuilt = store.rebuild()
+        rebuilt = adapter_library.rebuild()
         out.print(
             f"kept {len(rebuilt.kept)} names, recovered {listing(rebuilt.recovered)}, lost"
             f" {listing(rebuilt.lost)}"
         )
-    deleted = store.gc(grace=grace)
+    deleted = adapter_library.gc(grace=grace)
     out.print(
         f"deleted: adapters {len(deleted.objects)}, leftovers {deleted.leftovers}, in all"
         f" {format_bytes(deleted.freed)}"
@@ -204,6 +205,6 @@ def pull_command(
     from veneer.store import remote
 
     if output is not None:
-        must_not_exist(output, overwrite=False)  # before the download
+        must_not_exist(output, overwrite=False)  # checked before the download
     folder = remote.pull(url, revision=revision)
     echo(folder if output is None else remote.push(folder, str(output)))

@@ -62,9 +62,9 @@ def merge_command(
     """Write base and adapters as one plain model that transformers loads without Veneer.
 
     The files of the base are read and written tensor by tensor, so a model may be larger than
-    memory. Shards, names and all other files stay the same. Each weight is rounded once, and the
-    report says how much of the change survives. After a killed merge, the next one starts again
-    and removes the temporary files.
+    memory. Shards, tensor names and all other files stay the same. Each weight is rounded once, and
+    the report says how much of its change survives. A merge that follows a killed merge starts from
+    the beginning and removes the temporary files.
 
     \b
     Examples:
@@ -78,28 +78,28 @@ def merge_command(
 
     setup_logging()
     base, weighted_adapters, output = _parse_paths(paths, overwrite)
-    rounding_options = {
+    dtype_options = {
         "dtype": None if precision == "stored" else pick_dtype(precision),
         "rounding": rounding,
     }
     sources = (folder_of(base), weighted_adapters, output)
-    with _progress("Merging") as progress:
+    with _progress_bar("Merging") as progress:
         options = {"verify_base": verify_base, "overwrite": overwrite, "progress": progress}
-        merge = merge_checkpoint(*sources, **rounding_options, **options)
+        merge = merge_checkpoint(*sources, **dtype_options, **options)
     for note in merge.notes:
         err.print(note, soft_wrap=True)
-    count = None
+    verified_count = None
     if verify:
-        with _progress("Verifying") as progress:
-            count = prove(*sources, **rounding_options, progress=progress)
-    _print_report(merge, count, layers, as_json)
+        with _progress_bar("Verifying") as progress:
+            verified_count = prove(*sources, **dtype_options, progress=progress)
+    _print_report(merge, verified_count, layers, as_json)
 
 
 def _parse_paths(paths: list[str], overwrite: bool) -> tuple[str, list[tuple[str, float]], str]:
     """Return the base, the (adapter folder, weight) pairs and the output folder.
 
-    Raises if there are too few paths, the output exists, or a folder holds no adapter: before a
-    conversion of the base, which may take a minute."""
+    Raise an error if there are too few paths, the output exists, or a folder holds no adapter. This
+    is checked before the base is converted, which may take a minute."""
     from veneer.cli.console import must_be_adapters, split_weight
     from veneer.errors import ConfigError
     from veneer.fileio.atomic import must_not_exist
@@ -116,13 +116,14 @@ def _parse_paths(paths: list[str], overwrite: bool) -> tuple[str, list[tuple[str
     return base, weighted_adapters, output
 
 
-def _print_report(merge: Any, verified: int | None, layers: int, as_json: bool) -> None:
-    """Print the report of a merge. ``verified``: number of verified tensors, None without --verify;
-    ``layers``: how many of the layers that keep the least of their change are listed."""
+def _print_report(merge: Any, verified_count: int | None, layer_count: int, as_json: bool) -> None:
+    """Print the report of a merge. ``verified_count``: number of verified tensors, None without
+    --verify; ``layer_count``: how many layers to list, those that keep the smallest share of their
+    change."""
     from veneer.cli.console import echo_json, out
 
     if as_json:
-        changed = {
+        layer_facts = {
             layer.path: {
                 "change": layer.change,
                 "retention": layer.retention,
@@ -130,23 +131,23 @@ def _print_report(merge: Any, verified: int | None, layers: int, as_json: bool) 
             }
             for layer in merge.report.layers
         }
-        echo_json({"path": str(merge.path), "layers": changed, "left_out": merge.left_out})
+        echo_json({"path": str(merge.path), "layers": layer_facts, "left_out": merge.left_out})
         return
     out.print(str(merge), soft_wrap=True)
-    for layer in sorted(merge.report.layers, key=lambda layer: layer.retention)[:layers]:
+    for layer in sorted(merge.report.layers, key=lambda layer: layer.retention)[:layer_count]:
         out.print(
             f"  {layer.path}: {layer.retention:.2%} of a change of {layer.change:.1e} kept"
             f" ({layer.rounding})"
         )
-    if verified is not None:
-        out.print(f"verified: {verified} tensors are what they must be")
+    if verified_count is not None:
+        out.print(f"verified: {verified_count} tensors are what they must be")
 
 
 @contextmanager
-def _progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
+def _progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
     """Show a progress bar on stderr (bytes per second, remaining time) if stderr is a terminal.
 
-    Yields the callback (bytes done, total bytes, tensor name)."""
+    Yield the function that updates the bar: (bytes done, total bytes, tensor name) -> None."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
@@ -159,6 +160,7 @@ def _progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
         Speed(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total)
+    is_hidden = not err.is_terminal
+    with Progress(*columns, console=err, transient=True, disable=is_hidden) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total, name: progress.update(task, completed=done, total=total)

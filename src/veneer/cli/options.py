@@ -9,27 +9,28 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
-MANY = "may be given several times"
-#: default of `veneer generate --max-new-tokens`
-NEW_TOKENS = 128
+#: part of the help of an option that can be repeated
+REPEATABLE = "may be given several times"
+#: the default of `veneer generate --max-new-tokens`
+DEFAULT_NEW_TOKENS = 128
 
 
 def merge_flag_values(values: Sequence[str] | None) -> str | list[str] | None:
-    """Flatten the values of a flag that takes comma-separated values and can be repeated.
+    """Join the values of a flag that takes comma-separated values and can be repeated.
 
-    A single value is returned unchanged. Values that begin with ``re:`` are regular expressions and
-    are not split at their commas."""
+    A single value is returned unchanged. A value that begins with ``re:`` is a regular expression
+    and is not split at its commas."""
     if not values or len(values) == 1:
         return values[0] if values else None
     return [
         entry
-        for text in values
-        for entry in ([text] if text.startswith("re:") else split_commas(text))
+        for flag_value in values
+        for entry in ([flag_value] if flag_value.startswith("re:") else split_commas(flag_value))
     ]
 
 
 def split_commas(text: str) -> list[str]:
-    """Return the non-empty entries of a comma-separated text, stripped."""
+    """Split a comma-separated text. Drop empty entries, and white space around entries."""
     return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 

@@ -1,4 +1,4 @@
-"""`veneer plan`: what a run or a service takes, from a config alone."""
+"""`veneer plan`: predict memory and time of a run or a service, from the base's config alone."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def plan_command(
     rows: Rows = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Predict what a run takes before anything is rented: trained parameters, memory of each
-    device, operations, bytes sent and time of a step, for 1 to N devices that share its rows, and
-    each strategy; or, with --serve, what a service takes.
+    """Predict what a run needs before hardware is rented: trained parameters, memory per device,
+    and operations, sent bytes and time of a step. The prediction is for 1 to N devices that share
+    the rows of a step, and for each strategy. With --serve, predict what a service needs.
 
-    Only a config is read: the model is made without weights, and its step is counted.
-    How far off that is, is measured in docs/plan.md.
+    Only a config is read: the model is created without weights, and the operations of a step are
+    counted. docs/plan.md compares such predictions with measurements.
 
     \b
     Examples:
@@ -120,14 +120,14 @@ def plan_command(
         "optimiser": optimiser,
         "activation_checkpointing": checkpointing,
     }
-    settings = _settings(config, flags)
-    model = _model(settings)
+    settings = _read_settings(config, flags)
+    model = _make_model(settings)
     if serve:
         from veneer.train.plan.serving import Load, plan_service
 
-        load = Load(requests, prompt, answer, adapters, rows, devices, settings.quantize)
-        service = plan_service(model, load, device_type)
-        _print(as_json, asdict(service), _service_lines(service))
+        service_load = Load(requests, prompt, answer, adapters, rows, devices, settings.quantize)
+        service_plan = plan_service(model, service_load, device_type)
+        _print_plan(as_json, asdict(service_plan), _service_lines(service_plan))
         return
     _plan_run(settings, model, strategy, devices, device_type, as_json)
 
@@ -135,32 +135,34 @@ def plan_command(
 def _plan_run(
     settings: Any, model: Any, strategy: str | None, devices: int, device_type: Any, as_json: bool
 ) -> None:
-    """Print what a training run takes, for 1 to `devices` devices."""
+    """Print the memory and time of a training run, for 1 to `devices` devices."""
     from veneer.train.plan.training_plan import STRATEGIES, Planner, plan_all, recommend
 
-    run, planner = _run(settings), Planner(model)
-    counts = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
-    counts = counts if counts[-1] == devices else [*counts, devices]
+    run, planner = _make_run(settings), Planner(model)
+    device_counts = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
+    if device_counts[-1] != devices:
+        device_counts.append(devices)
     strategies = (strategy,) if strategy else STRATEGIES
-    plans, omissions = plan_all(planner, run, counts, strategies, device_type)
-    advice = recommend(planner, run, counts, strategies, device_type)
-    rows = [
+    plans, omissions = plan_all(planner, run, device_counts, strategies, device_type)
+    advice = recommend(planner, run, device_counts, strategies, device_type)
+    plan_facts = [
         {**asdict(plan), "total": plan.total, "tokens_per_second_per_device": plan.speed}
         for plan in plans
     ]
     facts = {
         "trainable": planner.trainable,
         "total": planner.total,
-        "plans": rows,
+        "plans": plan_facts,
         "left_out": omissions,
         "recommended": advice,
     }
     tables = None if as_json else _tables(settings, planner, plans, omissions, advice)
-    _print(as_json, facts, tables)
+    _print_plan(as_json, facts, tables)
 
 
-def _settings(config: Path | None, flags: dict[str, Any]) -> Any:
-    """The settings of a run. Data and output may be missing: a plan does not use them."""
+def _read_settings(config: Path | None, flags: dict[str, Any]) -> Any:
+    """The settings of a run, from a YAML file and flags. Data and output may be missing, because a
+    plan does not use them."""
     from veneer.train.config import make_config, read_yaml
 
     fields = {} if config is None else read_yaml(config)
@@ -181,7 +183,8 @@ def _settings(config: Path | None, flags: dict[str, Any]) -> Any:
     return settings
 
 
-def _model(settings: Any) -> Any:
+def _make_model(settings: Any) -> Any:
+    """The base without weights, with an adapter attached."""
     import torch
 
     import veneer
@@ -195,13 +198,13 @@ def _model(settings: Any) -> Any:
     ]
     with trust_remote_code(settings.base if settings.trust_remote_code else None):
         model = countable_model(settings.base, dtype)
-    # a variant that needs data or weights to start has the shapes of lora
+    # a variant whose parameters are initialised from data or weights has the shapes of lora
     variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"
     veneer.attach(model, lora_config(settings.model_copy(update={"variant": variant}), model, {}))
     return model
 
 
-def _run(settings: Any) -> Any:
+def _make_run(settings: Any) -> Any:
     from veneer.train.plan.training_plan import Run
 
     return Run(
@@ -215,8 +218,8 @@ def _run(settings: Any) -> Any:
     )
 
 
-def _print(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
-    """Print ``facts`` as JSON, or ``renderables``: texts and tables of rich."""
+def _print_plan(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
+    """Print ``facts`` as JSON, or else ``renderables``: texts and tables of rich."""
     from veneer.cli.console import echo_json, out
 
     if as_json:
@@ -231,57 +234,55 @@ def _tables(
 ) -> list[Any]:
     from veneer.cli.console import table_of
 
-    rows = settings.batch_size * settings.grad_accum
-    storage = f", {settings.quantize}" if settings.quantize else ""
+    step_rows = settings.batch_size * settings.grad_accum
+    storage_note = f", {settings.quantize}" if settings.quantize else ""
     lines: list[Any] = [
-        f"Base     {settings.base} ({planner.total:,} numbers{storage})",
+        f"Base     {settings.base} ({planner.total:,} numbers{storage_note})",
         f"Adapter  {settings.variant}, rank {settings.rank}: {planner.trainable:,} numbers train",
-        f"Step     {rows} rows of {plans[0].run.length} tokens, on all devices together\n",
+        f"Step     {step_rows} rows of {plans[0].run.length} tokens, on all devices together\n",
     ]
-    heads = (">rows × passes", ">GiB", "", ">TFLOP", ">GB sent", ">s a step", ">tokens/s each")
-    plan_table = table_of("devices", "by", *heads)
+    headings = (">rows × passes", ">GiB", "", ">TFLOP", ">GB sent", ">s a step", ">tokens/s each")
+    plan_table = table_of("devices", "by", *headings)
     for plan in plans:
         cells = [f"{plan.run.batch} × {plan.run.accumulate}", f"{plan.total / GIB:.1f}"]
         cells += ["fits" if plan.fits else "does not", f"{plan.operations / 1e12:,.1f}"]
         cells += [f"{plan.sent / 1e9:,.2f}", f"{plan.seconds:.3g}", f"{plan.speed:,.0f}"]
         strategy = plan.strategy if plan.devices > 1 else ""
         plan_table.add_row(f"{plan.devices} × {plan.hardware}", strategy, *cells)
-    names = dict.fromkeys(name for plan in plans for name in plan.memory)
-    memory_table = table_of("GiB", "", *(f">{name}" for name in names))
+    memory_uses = dict.fromkeys(use for plan in plans for use in plan.memory)
+    memory_table = table_of("GiB", "", *(f">{use}" for use in memory_uses))
     for plan in plans:
         strategy = plan.strategy if plan.devices > 1 else ""
-        gibibytes = (f"{plan.memory.get(name, 0) / GIB:.2f}" for name in names)
+        gibibytes = (f"{plan.memory.get(use, 0) / GIB:.2f}" for use in memory_uses)
         memory_table.add_row(str(plan.devices), strategy, *gibibytes)
     return [*lines, plan_table, "", memory_table, "", *omissions, f"Take     {advice}"]
 
 
-def _service_lines(service: Any) -> list[str]:
-    load = service.load
-    devices = (
-        f"{load.devices} × {service.hardware}" if load.devices > 1 else f"one {service.hardware}"
-    )
-    head = [
-        f"Base     {service.base / GIB:.2f} GiB; an adapter {service.adapter / 2**20:.1f} MiB; keys"
-        f" and values of {load.prompt + load.answer} tokens {service.row / 2**20:.1f} MiB"
+def _service_lines(plan: Any) -> list[str]:
+    load = plan.load
+    devices = f"{load.devices} × {plan.hardware}" if load.devices > 1 else f"one {plan.hardware}"
+    base_lines = [
+        f"Base     {plan.base / GIB:.2f} GiB; an adapter {plan.adapter / 2**20:.1f} MiB; keys"
+        f" and values of {load.prompt + load.answer} tokens {plan.row / 2**20:.1f} MiB"
     ]
-    if service.rows == 0:
+    if plan.rows == 0:
         return [
-            *head,
+            *base_lines,
             f"Take     more than {devices} for a replica: the base and one row do not fit",
         ]
     return [
-        *head,
+        *base_lines,
         (
-            f"Replica  {devices}: {service.rows} rows at once, {service.in_memory:,} of"
+            f"Replica  {devices}: {plan.rows} rows at once, {plan.in_memory:,} of"
             f" {load.adapters:,} adapters in memory"
         ),
         (
-            f"Speed    {1e3 * service.step:.1f} ms a token of each row; {service.answered:.1f}"
+            f"Speed    {1e3 * plan.step:.1f} ms a token of each row; {plan.answered:.1f}"
             " requests/s at the most"
         ),
         (
-            f"Take     {service.replicas} replicas for {load.requests:g} requests/s;"
-            f" {service.hits:.0%} of them find their adapter in memory, others wait"
-            f" {1e3 * service.fetch:.1f} ms or more for it"
+            f"Take     {plan.replicas} replicas for {load.requests:g} requests/s;"
+            f" {plan.hits:.0%} of them find their adapter in memory, others wait"
+            f" {1e3 * plan.fetch:.1f} ms or more for it"
         ),
     ]

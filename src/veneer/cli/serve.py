@@ -1,4 +1,4 @@
-"""`veneer serve`: a base and its adapters behind OpenAI's API; `veneer keygen`: a key for it."""
+"""`veneer serve`: serve a base and its adapters by OpenAI's API; `veneer keygen`: make a key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 from typer import Argument, Option, echo
 
 from veneer.cli.options import (
-    MANY,
+    REPEATABLE,
     Attention,
     BaseModel,
     Device,
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from veneer.serve.access import Keyring
     from veneer.serve.training.registration import TrainingPlugin
 
-OPEN = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
+#: advice in an error: how to serve without keys, or with them
+OPEN_ADVICE = (
+    "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
+)
 
 AdapterFolder = Annotated[
     str | None,
@@ -49,7 +52,7 @@ Memory = Annotated[
     str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")
 ]
 Pin = Annotated[
-    list[str] | None, Option(help=f"Load this adapter at the start and keep it; {MANY}.")
+    list[str] | None, Option(help=f"Load this adapter at the start and keep it; {REPEATABLE}.")
 ]
 Rows = Annotated[int, Option(help="Answers that are written at one time.", min=1, max=4096)]
 Length = Annotated[
@@ -104,8 +107,8 @@ Runs = Annotated[int, Option(help="Of what is trained, so many adapters in memor
 
 
 class _Listener(NamedTuple):
-    """The address of the server, the seconds it waits for running answers after SIGTERM, its file
-    of keys and the form of its log."""
+    """How the server listens. ``grace``: seconds to wait for running answers after SIGTERM;
+    ``key_file``: the file of API keys; ``log_format``: "text" or "json"."""
 
     host: str
     port: int
@@ -174,21 +177,20 @@ def serve_command(
     setup_logging(formatter_of(log_format))
     listener = _Listener(host, port, grace, keys, log_format)
     _check_flags(listener, allow_open, replicas, train)
-    load = {"quantize": quantize, "device": device, "device_map": device_map}
-    load |= {"attention": attention, "tool_call_parser": tool_call_parser}
-    trust = {"trust_remote_code": trust_remote_code}
-    cache = {"cache_memory": cache_memory, "gap": gap}
-    limits = {"memory": memory, "rows": rows, "length": length, "queue": queue, "timeout": timeout}
-    operation = {"log_format": log_format, "cors": cors, "docs": docs}
-    operation |= {"otlp_endpoint": otlp_endpoint}
-    names = {"name": name, "adapters": adapters, "pin": pin, "precision": precision}
-    settings = settings_of(
-        base, **names, **trust, **limits, **load, **operation, **cache, prefix_cache=prefix_cache
-    )
+    load_options = {"quantize": quantize, "device": device, "device_map": device_map}
+    load_options |= {"attention": attention, "tool_call_parser": tool_call_parser}
+    cache_options = {"cache_memory": cache_memory, "gap": gap}
+    options: dict[str, Any] = {"name": name, "adapters": adapters, "pin": pin}
+    options |= {"precision": precision, "trust_remote_code": trust_remote_code}
+    options |= {"memory": memory, "rows": rows, "length": length, "queue": queue}
+    options |= {"timeout": timeout, "log_format": log_format, "cors": cors, "docs": docs}
+    options |= {"otlp_endpoint": otlp_endpoint, "prefix_cache": prefix_cache}
+    settings = settings_of(base, **options, **load_options, **cache_options)
     if engine == "vllm":
-        engine_only = {"replicas": replicas, "train": train, "docs": docs, **load, **cache}
-        engine_only |= {"no_prefix_cache": not prefix_cache, "tool_call_parser": None}
-        _check_vllm_flags(engine_only)
+        unsupported_options = {"replicas": replicas, "train": train, "docs": docs}
+        unsupported_options |= {**load_options, **cache_options}
+        unsupported_options |= {"no_prefix_cache": not prefix_cache, "tool_call_parser": None}
+        _check_vllm_flags(unsupported_options)
     _serve(settings, listener, replicas, train, runs, engine)
 
 
@@ -201,7 +203,7 @@ def _check_flags(
     host = listener.host
     if listener.key_file is None and not is_loopback(host) and not allow_open:
         raise ConfigError(
-            f"--host {host} without keys", "keys, or an address of this machine alone", OPEN
+            f"--host {host} without keys", "keys, or an address of this machine alone", OPEN_ADVICE
         )
     if replicas is not None and train is not None:
         raise ConfigError(
@@ -223,8 +225,8 @@ def _serve(
 
     keyring = _read_keyring(listener.key_file, train)
     host = listener.host
-    hosts = (*LOOPBACK, host.lower()) if keyring.is_open and is_loopback(host) else None
-    with bind(host, listener.port) as server_socket:  # first of all, because it fails fastest
+    allowed_hosts = (*LOOPBACK, host.lower()) if keyring.is_open and is_loopback(host) else None
+    with bind(host, listener.port) as server_socket:  # first, because an error shows fastest
         listener = listener._replace(port=server_socket.getsockname()[1])
         if replicas is None:
             plugin = None
@@ -232,9 +234,11 @@ def _serve(
                 from veneer.serve.training.registration import TrainingPlugin
 
                 plugin = TrainingPlugin(train, runs)
-            _serve_here(settings, keyring, hosts, server_socket, listener, plugin, engine)
+            _serve_in_process(
+                settings, keyring, allowed_hosts, server_socket, listener, plugin, engine
+            )
             return
-    _serve_on_ray(settings, hosts, listener, replicas)
+    _serve_on_ray(settings, allowed_hosts, listener, replicas)
 
 
 def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
@@ -242,7 +246,8 @@ def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
     from veneer.serve.access import Keyring, read_keys
 
     keyring = Keyring() if key_file is None else read_keys(key_file)
-    if train is not None and keyring.keys is not None and not any(k.train for k in keyring.keys):
+    may_any_train = keyring.keys is None or any(key.train for key in keyring.keys)
+    if train is not None and not may_any_train:
         problem = f"--train with {key_file}, of whose keys none may train"
         raise ConfigError(
             problem, "train = true in an entry", "add it to the keys that may, or leave out --train"
@@ -251,27 +256,29 @@ def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
 
 
 def _check_vllm_flags(options: dict[str, Any]) -> None:
-    """Raise ``ConfigError`` for flags that are of this server's own engine."""
+    """Raise ``ConfigError`` for options that only Veneer's own engine has."""
     from veneer.errors import ConfigError, listing
 
-    used = {name: None if value is False else value for name, value in options.items()}
-    if flags := used_flags(used):
-        do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
+    option_values = {name: None if value is False else value for name, value in options.items()}
+    if flags := used_flags(option_values):
+        advice = (
+            "leave them out and configure vLLM by its environment, or serve with --engine veneer"
+        )
         raise ConfigError(
-            f"{listing(flags)} with --engine vllm", "vLLM's own ways to load a base", do
+            f"{listing(flags)} with --engine vllm", "vLLM's own ways to load a base", advice
         )
 
 
-def _serve_here(
+def _serve_in_process(
     settings: Settings,
     keyring: Keyring,
-    hosts: tuple[str, ...] | None,
+    allowed_hosts: tuple[str, ...] | None,
     server_socket: Any,
     listener: _Listener,
     plugin: TrainingPlugin | None,
     engine: str,
 ) -> None:
-    """Serve in this process, or with a vLLM behind it, until a signal ends it."""
+    """Serve in this process until a signal ends it. With ``engine`` "vllm", a vLLM computes."""
     import logging
 
     from veneer.cli.console import err
@@ -283,27 +290,31 @@ def _serve_here(
 
         log.info("Starting vLLM for %s; its own words follow", settings.base)
         service = vllm_front.start(settings, keyring, _end_with_vllm)
-        create = vllm_front.create
+        create_app = vllm_front.create
     else:
         start.prepare_process()
-        if words := vllm.recommendation():
-            log.info("%s", words)
+        if recommendation := vllm.recommendation():
+            log.info("%s", recommendation)
         with err.status(f"Loading {settings.base} …"):
             service = start.start(settings, keyring, plugin)
-        create = api.create
-    service.hosts = hosts
-    _listen(service, server_socket, listener, settings.memory, create)
+        create_app = api.create
+    service.hosts = allowed_hosts
+    _listen(service, server_socket, listener, settings.memory, create_app)
 
 
 def _end_with_vllm(code: int) -> NoReturn:
-    """End as vLLM did, so that whatever started this server starts it again."""
+    """End this process with vLLM's exit code, so that a supervisor starts the server again."""
     import os
 
     os._exit(code if 0 < code < 256 else 1)
 
 
 def _listen(
-    service: Any, server_socket: Any, listener: _Listener, memory: int | None, create: Any
+    service: Any,
+    server_socket: Any,
+    listener: _Listener,
+    adapter_memory: int | None,
+    create_app: Any,
 ) -> None:
     from functools import partial
 
@@ -312,23 +323,23 @@ def _listen(
     from veneer.serve.access import follow_keys, reload_keys
     from veneer.serve.listen import make_server
 
-    share_log_handlers("uvicorn")  # its tracebacks are lines of the log too
+    share_log_handlers("uvicorn")  # uvicorn's tracebacks are lines of the log too
     with closing(service):
-        app = create(service, page.router)
-        announce = partial(_announce, service, listener, memory)
+        app = create_app(service, page.router)
+        announce = partial(_announce, service, listener, adapter_memory)
         reload = None
         if listener.key_file is not None:
-            # the path itself, not the file behind a symbolic link: the link may change meanwhile
+            # not the target of a symbolic link, because the link may change while the server runs
             path = listener.key_file.absolute()
             service.key_watch = follow_keys(service, path)
-            reload = partial(reload_keys, service, path)  # on SIGHUP, at once
+            reload = partial(reload_keys, service, path)  # called on SIGHUP
         make_server(app, service.drain, listener.grace, announce, reload).run([server_socket])
     _end_process()
 
 
 def _end_process() -> NoReturn:
-    """Exit with 0 and skip the interpreter's teardown, which frees a model and its libraries object
-    by object: this takes seconds, and longer on a busy core."""
+    """Exit with code 0 and skip the interpreter's teardown. The teardown would free a model and its
+    libraries object by object, which takes seconds."""
     import atexit
     import os
     import sys
@@ -340,7 +351,10 @@ def _end_process() -> NoReturn:
 
 
 def _serve_on_ray(
-    settings: Settings, hosts: tuple[str, ...] | None, listener: _Listener, replicas: str
+    settings: Settings,
+    allowed_hosts: tuple[str, ...] | None,
+    listener: _Listener,
+    replicas: str,
 ) -> None:
     import signal
     import threading
@@ -359,16 +373,16 @@ def _serve_on_ray(
 
     def announce() -> None:
         names = ("SIGTERM", "SIGINT", "SIGHUP")
-        # only now, because Ray installs its own handlers when it starts
-        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-            signal.signal(number, lambda *_: stop.set())
+        # only now, because Ray installs its own signal handlers when it starts
+        for signal_number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+            signal.signal(signal_number, lambda *_: stop.set())
         err.print(f"{_address(listener)}/v1: {replicas} replicas of {settings.base}")
 
     key_file = listener.key_file
     run(
         settings,
         keys=None if key_file is None else str(key_file.resolve()),
-        hosts=hosts,
+        hosts=allowed_hosts,
         host=listener.host,
         port=listener.port,
         replicas=replicas,
@@ -383,9 +397,9 @@ def _address(listener: _Listener) -> str:
     return f"http://{host}:{listener.port}"
 
 
-def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
-    """Print the address, the base and the adapters of a server that has started: as a table, or as
-    a line of a log in JSON."""
+def _announce(service: Any, listener: _Listener, adapter_memory: int | None) -> None:
+    """Print the address, the base and the adapters of a server that has started: as a table, or, if
+    the log is in JSON, as one line of the log."""
     import logging
 
     from rich.table import Table
@@ -395,18 +409,19 @@ def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
     from veneer.errors import format_bytes, listing
 
     names = service.catalogue.refresh()
-    access = ", open to whoever can reach it"
+    access_note = ", open to whoever can reach it"
     if not service.keys.is_open:
-        access = f", {len(service.keys.keys)} keys"
-    kind = "completions" if service.engine else "embeddings"
+        access_note = f", {len(service.keys.keys)} keys"
+    endpoint = "completions" if service.engine else "embeddings"
     cache_memory = getattr(service.engine, "cache_memory", None)
+    memory_text = "no limit" if adapter_memory is None else format_bytes(adapter_memory)
     sampling = service.sampling.describe(("temperature", "top_k", "top_p"))
     rows = (
-        ("address", f"{_address(listener)}/v1{access}"),
-        ("base", f"{service.base} ({kind}, {service.length} tokens, {service.dtype})"),
+        ("address", f"{_address(listener)}/v1{access_note}"),
+        ("base", f"{service.base} ({endpoint}, {service.length} tokens, {service.dtype})"),
         ("sampling", sampling or "temperature 1"),
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
-        ("memory for adapters", "no limit" if budget is None else format_bytes(budget)),
+        ("memory for adapters", memory_text),
         *(
             [("memory for keys and values", format_bytes(cache_memory))]
             if cache_memory is not None
@@ -414,8 +429,8 @@ def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
         ),
     )
     if listener.log_format == "json":
-        words = "; ".join(f"{label}: {text}" for label, text in rows)
-        logging.getLogger("veneer.serve").info("Serving. %s", words)
+        facts = "; ".join(f"{label}: {text}" for label, text in rows)
+        logging.getLogger("veneer.serve").info("Serving. %s", facts)
         return
     table = Table.grid(padding=(0, 2))
     for label, text in rows:
@@ -427,7 +442,11 @@ def keygen_command(
     name: Annotated[str, Argument(help="Whose key it is: a word for the log.")],
     adapter: Annotated[
         list[str] | None,
-        Option("--adapter", "-a", help=f"Adapters that it may use, by name or pattern; {MANY}."),
+        Option(
+            "--adapter",
+            "-a",
+            help=f"Adapters that it may use, by name or pattern; {REPEATABLE}.",
+        ),
     ] = None,
     base: Annotated[bool, Option(help="Whether it may use the base without an adapter.")] = True,
     admin: Annotated[
@@ -438,8 +457,8 @@ def keygen_command(
         Option("--train", help="It may train where the server does, which gives it the base too."),
     ] = False,
 ) -> None:
-    """Make a key. The key itself is printed once, to stderr; its entry for the file, which holds a
-    hash, to stdout.
+    """Create an API key. The key is printed once, to stderr. Its entry for the file of keys, which
+    holds only a hash of the key, is printed to stdout.
 
     \b
     Examples:

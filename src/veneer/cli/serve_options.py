@@ -1,6 +1,6 @@
-"""Options of `veneer serve` for its operation, and the file that may hold all of its options.
+"""Options of `veneer serve` that concern its operation, and the file that may hold all its options.
 
-veneer serve --config serve.yaml --port 8001      a flag wins over the file
+veneer serve --config serve.yaml --port 8001      the flag takes precedence over the file
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from typing import Annotated, Any, Literal
 
 from typer import CallbackParam, Context, Option
 
-from veneer.cli.options import MANY
+from veneer.cli.options import REPEATABLE
 from veneer.errors import ConfigError, nearest, raise_all, sentence
 
 OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 def _read_file(ctx: Context, param: CallbackParam, value: Path | None) -> Path | None:
-    """Take the values of a file for the parameters that the command line does not give."""
+    """Make the values in a file the defaults of the command's parameters."""
     if value is not None:
         ctx.default_map = file_values(value, ctx.command.params)
     return value
 
 
 def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
-    """The values of a YAML file by the names of a command's parameters, as the command line would
-    give them: texts, lists of them, and true or false. ``ConfigError``: an option that there is
-    not, or that is there twice, or a value that is no such thing."""
+    """The values in a YAML file, by the names of a command's parameters. Their form is that of the
+    command line: strings, lists of strings, and booleans. ``ConfigError``: an option is unknown or
+    occurs twice, or a value has another form."""
     from veneer.train.config import read_yaml
 
-    names = {
+    param_by_spelling = {
         spelling.lstrip("-").replace("-", "_"): param
         for param in params
         for spelling in (param.name, *param.opts)
@@ -38,17 +38,17 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
     }
     values, problems = {}, []
     for key, value in read_yaml(path).items():
-        param = names.get(key.replace("-", "_"))
+        param = param_by_spelling.get(key.replace("-", "_"))
         if param is None:
-            near = nearest(key, names, 1)
-            problem = f"the option {key!r}{near} in {path}"
+            suggestion = nearest(key, param_by_spelling, 1)
+            problem = f"the option {key!r}{suggestion} in {path}"
             problems.append(sentence(problem, "one of `veneer serve --help`", "check the spelling"))
         elif param.name in values:
             problem = f"{key!r} and another spelling of it in {path}"
             problems.append(sentence(problem, "one of them", "leave one out"))
         elif value is not None:
             try:
-                values[param.name] = _as_words(value, param.multiple)
+                values[param.name] = _as_argument(value, param.multiple)
             except TypeError as error:
                 problem, expected = (
                     f"{error} for {key!r} in {path}",
@@ -59,17 +59,17 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
     return values
 
 
-def _as_words(value: Any, multiple: bool) -> Any:
-    """A value of YAML as the command line has it. ``TypeError``: it is a table, or a list for an
-    option that takes one value."""
-    if isinstance(value, dict):
+def _as_argument(yaml_value: Any, multiple: bool) -> Any:
+    """A value of YAML in the form of the command line. ``multiple``: the option takes a list.
+    ``TypeError``: the value is a table, or a list for an option that takes one value."""
+    if isinstance(yaml_value, dict):
         raise TypeError("a table")
     if multiple:
-        entries = value if isinstance(value, list) else [value]
-        return [_as_words(entry, False) for entry in entries]
-    if isinstance(value, list):
+        entries = yaml_value if isinstance(yaml_value, list) else [yaml_value]
+        return [_as_argument(entry, False) for entry in entries]
+    if isinstance(yaml_value, list):
         raise TypeError("a list")
-    return value if isinstance(value, bool) else str(value)
+    return yaml_value if isinstance(yaml_value, bool) else str(yaml_value)
 
 
 CacheMemory = Annotated[
@@ -112,7 +112,10 @@ LogFormat = Annotated[
 Cors = Annotated[
     list[str] | None,
     Option(
-        help=f"Origin of web pages that may send requests, such as https://app.example.com; {MANY}."
+        help=(
+            "Origin of web pages that may send requests, such as https://app.example.com;"
+            f" {REPEATABLE}."
+        )
     ),
 ]
 ApiDocs = Annotated[

@@ -1,4 +1,4 @@
-"""`veneer sweep`: many configurations of one run, trained at once, to keep the best."""
+"""`veneer sweep`: train many configurations of one run at once, and keep the best."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def sweep_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try many settings of one training run: candidates share each pass of the base, the weaker
-    ones end early, and the best is kept with its adapter, a report (HTML), the same as JSON, and
-    the configuration that trains it alone.
+    """Try many settings of one training run. All candidates share each pass of the base, and weaker
+    candidates end early. Of the best candidate, the adapter and the configuration that trains it
+    alone are kept. A report is written as HTML and JSON.
 
-    A sweep that was stopped or killed goes on when the same command is given again, and ends with
+    A sweep that was stopped or killed continues when the same command is given again, and ends with
     the same numbers.
 
     \b
@@ -63,8 +63,8 @@ def sweep_command(
     """
     from veneer.train.sweep.sweep_settings import load_sweep
 
-    changes = {"output": output, "resume": resume, "overwrite": overwrite or None}
-    train, settings = load_sweep(config, **changes)
+    overrides = {"output": output, "resume": resume, "overwrite": overwrite or None}
+    train_config, settings = load_sweep(config, **overrides)
 
     from veneer.cli import console
     from veneer.train.callbacks import say
@@ -77,7 +77,7 @@ def sweep_command(
     console.setup_logging()
     with Progress(console.err) as progress:
         outcome = sweep(
-            train, settings, keep_going=keep_going, console=console.err, on_step=progress
+            train_config, settings, keep_going=keep_going, console=console.err, on_step=progress
         )
     if outcome.interrupted:
         say(console.err, f"Stopped, with a checkpoint in {outcome.output}")

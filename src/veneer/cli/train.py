@@ -1,5 +1,5 @@
-"""`veneer train`: a run from a YAML file, from flags, or from both. The flags are made from
-`TrainConfig`'s fields."""
+"""`veneer train`: a training run from a YAML file, from flags, or from both. The flags are created
+from the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from typer import Argument, Exit, Option
 
-from veneer.cli.options import NEW_TOKENS, merge_flag_values
+from veneer.cli.options import DEFAULT_NEW_TOKENS, merge_flag_values
 from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
 from veneer.train.processes import is_run_finished, join, leave
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from veneer.train.run import Result
 
 #: alternative spellings of a flag
-ALSO = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
+FLAG_ALIASES = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
 
 
-#: actions that replace the run
-INSTEAD = {
+#: flags for an action instead of the training run, with their help
+ACTION_FLAGS = {
     "dry_run": (
         "Do everything up to the first step (data, targets, memory, an example) and write nothing."
     ),
@@ -37,10 +37,10 @@ INSTEAD = {
 }
 
 
-#: default number of restarts after a worker has died
-RESTARTS = 3
-#: options of launchers other than torchrun: type, help and limits of each flag
-LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
+#: the default number of restarts after the death of a worker process
+DEFAULT_RESTARTS = 3
+#: options for launchers other than torchrun: (type, help, bounds) of each flag
+LAUNCHER_OPTIONS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "launcher": (
         Literal["ray"],
         "ray: start workers on a Ray cluster, or on this machine if there is none.",
@@ -53,7 +53,7 @@ LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
     ),
     "max_restarts": (
         int,
-        f"With --launcher: how often they start again when one dies (default: {RESTARTS}).",
+        f"With --launcher: how often they start again when one dies (default: {DEFAULT_RESTARTS}).",
         {"min": 0},
     ),
 }
@@ -69,11 +69,11 @@ def train_command(
     max_restarts: int | None = None,
     **flags: Any,
 ) -> None:
-    """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a
-    flag; the flag wins.
+    """Fine-tune a base model with an adapter. Each setting can be in the YAML file or be given as a
+    flag; the flag takes precedence.
 
-    A run that was stopped or killed goes on when the same command is given again, and ends at the
-    same losses.
+    A run that was stopped or killed continues when the same command is given again, and ends with
+    the same losses.
 
     \b
     Examples:
@@ -94,11 +94,11 @@ def train_command(
     """
     processes = join()
 
-    def read() -> TrainConfig:
-        _agree(processes.count, dry_run, find_rate, launcher, workers, max_restarts)
-        return load_config(config, **{name: _value(name, value) for name, value in flags.items()})
+    def read_settings() -> TrainConfig:
+        _check_flags(processes.count, dry_run, find_rate, launcher, workers, max_restarts)
+        return load_config(config, **{name: _setting(name, value) for name, value in flags.items()})
 
-    settings = processes.run_on_all(read, _content, "settings")
+    settings = processes.run_on_all(read_settings, _content_hash, "settings")
 
     from veneer.cli import console
 
@@ -111,26 +111,26 @@ def train_command(
     if find_rate:
         _find_rate(settings)
         return
-    work, say = partial(_run, settings), partial(console.err.print, soft_wrap=True)
-    if workers is None:  # as without --launcher (_agree)
-        stopped = work()
+    run_training, say = partial(_run, settings), partial(console.err.print, soft_wrap=True)
+    if workers is None:  # there is no --launcher (_check_flags)
+        stop_message = run_training()
     else:
         from veneer.train import ray
 
         restarts, gpus = (
-            RESTARTS if max_restarts is None else max_restarts,
+            DEFAULT_RESTARTS if max_restarts is None else max_restarts,
             False if settings.device == "cpu" else None,
         )
-        stopped = ray.launch(work, workers, restarts, say, gpus)
-    if stopped is not None:
+        stop_message = ray.launch(run_training, workers, restarts, say, gpus)
+    if stop_message is not None:
         if processes.is_first:
-            say(stopped)
+            say(stop_message)
             say(f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
         raise Exit(130)
 
 
-def _agree(
-    processes: int,
+def _check_flags(
+    process_count: int,
     dry_run: bool,
     find_rate: bool,
     launcher: str | None,
@@ -142,12 +142,13 @@ def _agree(
         raise ConfigError(
             "--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out"
         )
-    if (dry_run or find_rate) and (processes > 1 or launcher):
+    if (dry_run or find_rate) and (process_count > 1 or launcher):
         problem = f"--{'dry-run' if dry_run else 'find-rate'} "
-        problem += f"with --launcher {launcher}" if launcher else f"in {processes} processes"
+        problem += f"with --launcher {launcher}" if launcher else f"in {process_count} processes"
         raise ConfigError(problem, "one process", "run it without a launcher")
-    if launcher and processes > 1:
-        problem = f"--launcher {launcher} in {processes} processes that another launcher started"
+    if launcher and process_count > 1:
+        problem = f"--launcher {launcher} in {process_count} processes that another launcher"
+        problem += " started"
         raise ConfigError(problem, "one launcher", "run it without torchrun")
     if launcher and workers is None:
         raise ConfigError(
@@ -161,19 +162,18 @@ def _agree(
 
 
 def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) -> str | None:
-    """Run the training in each of its processes; return a message if it was stopped."""
+    """Run the training in this process, which may be one of several. Return a message if the run
+    was stopped. ``stop_order``: returns whether to stop; None: never."""
     from rich.console import Console
 
     from veneer.cli import console
     from veneer.train.callbacks import say
     from veneer.train.run import fit
 
-    console.setup_logging()  # a Ray worker starts here
+    console.setup_logging()  # again, because a Ray worker process begins here
     processes = join()
     err = console.err if processes.is_first else Console(quiet=True)
-    if (
-        not processes.is_first
-    ):  # messages that all processes would print come from the first one only
+    if not processes.is_first:  # only the first process prints messages
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     if processes.run_on_first(lambda: is_run_finished(str(settings.output))):
@@ -185,141 +185,163 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
     if result.interrupted:
         return f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}"
     say(err, "\nNext:")
-    for command in _next(settings, result):
+    for command in _next_commands(settings, result):
         say(err, f"  {shlex.join(['veneer', *command])}")
     return None
 
 
-def _content(settings: TrainConfig) -> str:
-    # imports torch, which one process does not need this early
+def _content_hash(settings: TrainConfig) -> str:
+    # imports torch, which a run in one process does not need this early
     from veneer.fileio.hashing import hash_json
 
     return hash_json(settings.content())
 
 
-def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
-    """The commands to suggest after a run: chat with an adapter that was trained on chats, generate
-    with one that continues texts, and merge either of these; evaluate adapters of other tasks."""
+def _next_commands(settings: TrainConfig, result: Result) -> list[list[str]]:
+    """The commands to suggest after a run: `chat` for an adapter that was trained on chats,
+    `generate` for one that continues texts, `merge` for both, and `eval` for other tasks."""
     from veneer.train.tasks import TASKS
 
-    base, adapter, how = settings.base, ["--adapter", str(result.adapter)], []
+    base, adapter_flags = settings.base, ["--adapter", str(result.adapter)]
+    loading_flags: list[str] = []
     for flag, value in (("--quantize", settings.quantize), ("--device-map", settings.device_map)):
-        how += [flag, value] if isinstance(value, str) else []
-    inspect = ["inspect", str(result.adapter)]
+        loading_flags += [flag, value] if isinstance(value, str) else []
+    inspect_command = ["inspect", str(result.adapter)]
     if not TASKS[settings.task].generates_text():
-        return [["eval", base, str(settings.eval_data or settings.data), *how, *adapter], inspect]
+        data = str(settings.eval_data or settings.data)
+        return [["eval", base, data, *loading_flags, *adapter_flags], inspect_command]
     if result.prompt is None:
-        first = inspect
+        use_command = inspect_command
     elif isinstance(result.prompt, list):
-        first = ["chat", base, *how, *adapter]
+        use_command = ["chat", base, *loading_flags, *adapter_flags]
     else:
-        first = [
+        use_command = [
             "generate",
             base,
-            *how,
-            *adapter,
+            *loading_flags,
+            *adapter_flags,
             "--both",
-            *_room(result.prompt, result),
+            *_length_flags(result.prompt, result),
             "--prompt",
             result.prompt,
         ]
-    return [first, ["merge", base, str(result.adapter), f"{result.output}-merged"]]
+    return [use_command, ["merge", base, str(result.adapter), f"{result.output}-merged"]]
 
 
-def _room(prompt: str, result: Result) -> list[str]:
-    """Flags for a shorter answer if the context has no room for one of the default length."""
+def _length_flags(prompt: str, result: Result) -> list[str]:
+    """Flags for a shorter answer, if the context is too short for the default length."""
     from veneer.train.generate import context_tokens, encode
 
     context = context_tokens(result.model)
-    room = NEW_TOKENS if context is None else context - len(encode(prompt, result.tokenizer))
-    return [] if room >= NEW_TOKENS else ["--max-new-tokens", str(room)]
+    if context is None:
+        return []
+    max_new_tokens = context - len(encode(prompt, result.tokenizer))
+    if max_new_tokens >= DEFAULT_NEW_TOKENS:
+        return []
+    return ["--max-new-tokens", str(max_new_tokens)]
 
 
 def _find_rate(settings: TrainConfig) -> None:
     from veneer.cli.console import err, out
     from veneer.train.callbacks import say
-    from veneer.train.find_rate import find_rate as sweep
+    from veneer.train.find_rate import find_rate as sweep_rates
 
-    sweep_result = sweep(settings, console=err)
-    rate = sweep_result.suggested_rate
-    for line in sweep_result.lines():
+    rate_sweep = sweep_rates(settings, console=err)
+    rate = rate_sweep.suggested_rate
+    for line in rate_sweep.lines():
         say(out, line)
     say(out, f"suggested: --learning-rate {rate:g}")
-    arguments = _without(
+    arguments = _without_flag(
         "--learning-rate", [word for word in sys.argv[1:] if word != "--find-rate"]
     )
     say(err, f"\nNext:\n  {shlex.join(['veneer', *arguments, '--learning-rate', f'{rate:g}'])}")
 
 
-def _without(flag: str, words: list[str]) -> list[str]:
-    """A command line without a flag and its value."""
-    remaining = [word for word in words if not word.startswith(f"{flag}=")]
+def _without_flag(flag: str, words: list[str]) -> list[str]:
+    """The words of a command line without a flag and the flag's value."""
+    remaining_words = [word for word in words if not word.startswith(f"{flag}=")]
     return [
         word
-        for index, word in enumerate(remaining)
-        if word != flag and (index == 0 or remaining[index - 1] != flag)
+        for index, word in enumerate(remaining_words)
+        if word != flag and (index == 0 or remaining_words[index - 1] != flag)
     ]
 
 
-def _value(name: str, value: Any) -> Any:
-    """The value of a flag in the form that `TrainConfig` reads: lists and tables are written with
-    commas, or by repeating the flag."""
-    if not isinstance(value, list):
-        return value
-    return ",".join(value) or None if name == "columns" else merge_flag_values(value)
+def _setting(name: str, flag_value: Any) -> Any:
+    """The value of a flag in the form that `TrainConfig` reads. On the command line, lists and
+    tables are written with commas, or by repeating the flag."""
+    if not isinstance(flag_value, list):
+        return flag_value
+    return ",".join(flag_value) or None if name == "columns" else merge_flag_values(flag_value)
 
 
 def _flag_type(annotation: Any) -> Any:
-    """The type that a flag parses to."""
-    arms = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
-    arms = [arm for arm in arms if arm is not NoneType]
-    if any(get_origin(arm) is list for arm in arms) or get_origin(arms[0]) is dict:
+    """The type of a flag's value, for a field with this type annotation."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    union_types = [
+        union_type
+        for union_type in (get_args(annotation) if is_union else [annotation])
+        if union_type is not NoneType
+    ]
+    has_list = any(get_origin(union_type) is list for union_type in union_types)
+    if has_list or get_origin(union_types[0]) is dict:
         return list[str] | None
-    arms = [str if get_origin(arm) is dict else arm for arm in arms]
-    return (str if str in arms else arms[0]) | None
+    union_types = [
+        str if get_origin(union_type) is dict else union_type for union_type in union_types
+    ]
+    return (str if str in union_types else union_types[0]) | None
 
 
 def _signature() -> inspect.Signature:
-    file = Argument(help="YAML file with any of the settings below.")
-    types: dict[str, Any] = {"config": Annotated[Path | None, file]}
-    for name, info in TrainConfig.model_fields.items():
-        extra: Any = info.json_schema_extra
-        word = name.replace("_", "-")
+    """The command's signature: a parameter for each field of `TrainConfig` and each other flag."""
+    config_argument = Argument(help="YAML file with any of the settings below.")
+    parameter_types: dict[str, Any] = {"config": Annotated[Path | None, config_argument]}
+    for name, field_info in TrainConfig.model_fields.items():
+        schema_extra: Any = field_info.json_schema_extra
+        spelling = name.replace("_", "-")
         flag = (
-            f"--{word}/--no-{word}"
-            if bool in (info.annotation, *get_args(info.annotation))
-            else f"--{word}"
+            f"--{spelling}/--no-{spelling}"
+            if bool in (field_info.annotation, *get_args(field_info.annotation))
+            else f"--{spelling}"
         )
-        option = Option(flag, *ALSO.get(name, ()), help=_help(info), rich_help_panel=extra["panel"])
-        types[name] = Annotated[_flag_type(info.annotation), option]
-    kind = inspect.Parameter.KEYWORD_ONLY
+        option = Option(
+            flag,
+            *FLAG_ALIASES.get(name, ()),
+            help=_flag_help(field_info),
+            rich_help_panel=schema_extra["panel"],
+        )
+        parameter_types[name] = Annotated[_flag_type(field_info.annotation), option]
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
     defaults: dict[str, Any] = {}
-    for name, help in INSTEAD.items():
+    for name, description in ACTION_FLAGS.items():
         option = Option(
-            f"--{name.replace('_', '-')}", help=help, rich_help_panel="Instead of a run"
+            f"--{name.replace('_', '-')}", help=description, rich_help_panel="Instead of a run"
         )
-        types[name], defaults[name] = Annotated[bool, option], False
-    for name, (kind_of, help, limits) in LAUNCH.items():
+        parameter_types[name], defaults[name] = Annotated[bool, option], False
+    for name, (flag_type, description, bounds) in LAUNCHER_OPTIONS.items():
         option = Option(
-            f"--{name.replace('_', '-')}", help=help, rich_help_panel="Several processes", **limits
+            f"--{name.replace('_', '-')}",
+            help=description,
+            rich_help_panel="Several processes",
+            **bounds,
         )
-        types[name] = Annotated[kind_of | None, option]
+        parameter_types[name] = Annotated[flag_type | None, option]
     parameters = (
-        inspect.Parameter(n, kind, default=defaults.get(n), annotation=types[n]) for n in types
+        inspect.Parameter(name, keyword_only, default=defaults.get(name), annotation=annotation)
+        for name, annotation in parameter_types.items()
     )
     return inspect.Signature([*parameters])
 
 
-def _help(info: Any) -> str:
-    """The field's description with its default, which the flag itself lacks: an unset flag is
-    None."""
-    text = info.description or ""
-    if info.is_required() or info.default in (None, [], {}, "") or "(default" in text:
-        return text
-    shown = (
-        {True: "yes", False: "no"}[info.default] if isinstance(info.default, bool) else info.default
-    )
-    return f"{text} (default: {shown})"
+def _flag_help(field_info: Any) -> str:
+    """The description of a field with its default value. Typer cannot show this default, because an
+    unset flag is None."""
+    description = field_info.description or ""
+    default = field_info.default
+    if field_info.is_required() or default in (None, [], {}, "") or "(default" in description:
+        return description
+    default_text = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
+    return f"{description} (default: {default_text})"
 
 
 train_command.__signature__ = _signature()  # type: ignore[attr-defined]

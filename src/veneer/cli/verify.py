@@ -20,8 +20,8 @@ def verify_command(
         bool, Option("--strict", help="Refuse an adapter with warnings too.")
     ] = False,
 ) -> None:
-    """Check an adapter's files, header, hashes, config, values and norms, and that it was trained
-    on the given base.
+    """Check an adapter's files, header, hashes, config, values and norms, and whether it was
+    trained on the given base.
 
     No code in the folder is run, and no pickle is opened. The base is read one weight at a time.
     The exit code is 0 for a valid adapter and 2 for a refused one.

@@ -44,7 +44,7 @@ def test_a_save_whose_answer_a_crash_swallowed_has_succeeded(
     with listening(service) as (url, _):
         client = Client(url)
         run = trained_run(client, 1)
-        gone, real = threading.Event(), training_of(service).store.answer
+        gone, real = threading.Event(), training_of(service).store.store_answer
 
         def swallow(*args):
             if args[1] == run.number:
@@ -52,8 +52,8 @@ def test_a_save_whose_answer_a_crash_swallowed_has_succeeded(
                 raise sqlite3.OperationalError("the process ends here")
             real(*args)
 
-        monkeypatch.setattr(worker_, "PAUSE", 0.01)
-        monkeypatch.setattr(training_of(service).store, "answer", swallow)
+        monkeypatch.setattr(worker_, "PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr(training_of(service).store, "store_answer", swallow)
         promised = run.ask(route, **fields)
         assert gone.wait(30)
         crash(service)
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monk
 
         monkeypatch.setattr(training.store, "expired_checkpoints", slow)
         with ThreadPoolExecutor(2) as pool:
-            swept = pool.submit(training.sweep)
+            swept = pool.submit(training.clean_up)
             assert looked.wait(20)
             saved = pool.submit(run.save, "a")
             if threads[0] is not training.worker._thread:  # else the save comes after
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monk
             go.set()
             swept.result()
             assert saved.result() == path
-        training.worker.do(lambda: None).result(20)
+        training.worker.submit(lambda: None).result(20)
         assert client.post("weights_info", tinker_path=path)["lora_rank"] == 4
         assert files(training, path) == whole
 
@@ -153,7 +153,7 @@ def test_a_copy_of_what_is_deleted_meanwhile_is_whole_or_none(base, tmp_path, mo
         run = trained_run(client, 1)
         path = run.save("a")
         whole, held = files(training, path), threading.Event()
-        training.worker.do(held.wait)
+        training.worker.submit(held.wait)
         with ThreadPoolExecutor(2) as pool:
             deleted = pool.submit(
                 client.http.delete, f"/training_runs/{run.id}/checkpoints/weights/a"
@@ -180,12 +180,12 @@ def test_a_server_that_shuts_down_leaves_nobody_waiting_for_a_change(base, tmp_p
     service = open_service(base, None, train=str(tmp_path))
     with listening(service):
         worker, held = training_of(service).worker, threading.Event()
-        worker.do(held.wait)
-        last = worker.do(lambda: "done")
+        worker.submit(held.wait)
+        last = worker.submit(lambda: "done")
         with ThreadPoolExecutor(1) as pool:
             closed = pool.submit(worker.close)
             until(lambda: worker._closing)
-            late = worker.do(lambda: "never")
+            late = worker.submit(lambda: "never")
             held.set()
             closed.result()
         assert last.result(20) == "done"

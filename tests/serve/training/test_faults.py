@@ -36,7 +36,7 @@ from veneer.serve.training.worker import PASS, Worker
 def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(
     base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(worker_, "PAUSE", 0.01)
+    monkeypatch.setattr(worker_, "PAUSE_SECONDS", 0.01)
     service = open_service(base, None, train=str(tmp_path))
     worker, store = training_of(service).worker, training_of(service).store
     with listening(service) as (url, _):
@@ -45,16 +45,16 @@ def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(
         expected = [
             run.pass_(own, backward=False).loss for run, own in zip(runs, data, strict=True)
         ]
-        real, failures = store.answer, iter([1])
+        real, failures = store.store_answer, iter([1])
 
         def full(*args):
             if next(failures, None) is not None:
                 raise sqlite3.OperationalError("database or disk is full")
             return real(*args)
 
-        monkeypatch.setattr(store, "answer", full)
+        monkeypatch.setattr(store, "store_answer", full)
         held = threading.Event()
-        worker.do(held.wait)  # all three wait together, and share a batch
+        worker.submit(held.wait)  # all three wait together, and share a batch
         promised = [run.ask_pass(own) for run, own in zip(runs, data, strict=True)]
         held.set()
         ends = [worker.queue.promise(run.id, run.number) for run in runs]
@@ -116,8 +116,8 @@ def ends_again_and_again(base, folder, monkeypatch, asked):
                     run.id, run.next(), PASS, run.body(data, "cross_entropy").SerializeToString()
                 )
         try:
-            while worker.queue.active():
-                worker.turn()
+            while worker.queue.ready_runs():
+                worker.run_once()
             return deaths, [
                 training_of(service).store.request(run.id, run.number)["answer"] for run in asked
             ]
@@ -168,15 +168,15 @@ def test_a_process_that_is_ended_before_a_request_is_computed_tells_nothing_of_i
     with opened(base, tmp_path) as (url, _):
         run = trained_run(Client(url))
         expected = run.pass_(texts(0), backward=False).loss
-    real, ends = RunMemory.ensure, iter(range(6))
+    real, ends = RunMemory.ensure_loaded, iter(range(6))
 
-    def ensure(self, line):
+    def ensure_loaded(self, active_run):
         if next(ends, None) is not None:
             raise Death
-        real(self, line)
+        real(self, active_run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunMemory, "ensure", ensure)
+        patch.setattr(RunMemory, "ensure_loaded", ensure_loaded)
         deaths, answers = ends_again_and_again(base, tmp_path, patch, {run: texts(0)})
     assert deaths == 6
     assert loss_of(answers[0]) == pytest.approx(expected, rel=1e-6)
@@ -203,8 +203,8 @@ def test_a_server_that_is_closed_in_a_pass_does_not_give_it_up(base, tmp_path, m
             monkeypatch.setattr(
                 worker.trainer, "compute", lambda passes, worker=worker: closing(worker)
             )
-        while worker.queue.active() and not worker._closing:
-            worker.turn()
+        while worker.queue.ready_runs() and not worker._closing:
+            worker.run_once()
         answer = training_of(service).store.request(run.id, run.number)["answer"]
         service.close()
     assert loss_of(answer) == pytest.approx(expected, rel=1e-6)
@@ -275,7 +275,7 @@ def test_addresses_that_are_asked_for_at_once_are_all_good(it, client):
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as pool:
-            tokens = list(pool.map(it.training.address, [folder] * 2000))
+            tokens = list(pool.map(it.training.new_file_token, [folder] * 2000))
     finally:
         sys.setswitchinterval(interval)
     assert all(token in it.training._files for token in tokens)
@@ -317,7 +317,7 @@ def asked(count=1, **fields):
     return Sample(num_samples=count, prompt=prompt, sampling_params={"max_tokens": 3}, **fields)  # type: ignore[arg-type]
 
 
-WORKER: Any = SimpleNamespace(vocabulary=259)
+WORKER: Any = SimpleNamespace(vocabulary_size=259)
 
 
 class Full:
@@ -334,7 +334,7 @@ class Full:
 
 
 def test_samples_of_one_key_leave_room_for_another(monkeypatch):
-    monkeypatch.setattr(samples_, "MOST_WAITING", 40)
+    monkeypatch.setattr(samples_, "MAX_WAITING_SAMPLES", 40)
 
     async def main():
         samples = Samples(Full(), None, WORKER, 10.0)
@@ -368,7 +368,7 @@ def test_few_of_many_samples_try_for_a_place_at_a_time(monkeypatch):
         await asyncio.sleep(0.05)
 
     asyncio.run(main())
-    assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.SAMPLES_A_ROW
+    assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.SAMPLES_PER_ROW
 
 
 def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, client):

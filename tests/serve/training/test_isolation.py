@@ -81,7 +81,7 @@ def test_a_run_that_diverges_is_told_and_holds_up_nobody(base, tmp_path):
         ):
             assert failure_of(ask) == failed
         assert [*training_of(service).worker.trainer.runs] == [
-            training_of(service).worker.lines[other.id].name
+            training_of(service).worker.active_runs[other.id].adapter_name
         ]
         bodies = [row["body"] for row in training_of(service).store.requests_after(diverged.id, -1)]
         assert all(bodies[-8:])  # the journal is kept
@@ -126,7 +126,7 @@ def test_a_state_that_cannot_be_written_now_costs_time_alone(base, tmp_path, mon
         run, local = Client(url).run(seed=1), Local(seed=1)
         run.pass_(texts(0)), run.step(0.02)
         local.pass_(texts(0)), local.step(0.02)
-        fail_saves(monkeypatch, worker.trainer, worker.lines[run.id].name, error)
+        fail_saves(monkeypatch, worker.trainer, worker.active_runs[run.id].adapter_name, error)
         other = Client(url).run(seed=2)
         assert other.pass_(texts(1)).loss == pytest.approx(Local(seed=2).pass_(texts(1)), rel=1e-4)
         assert run.pass_(texts(1)).loss == pytest.approx(
@@ -143,11 +143,11 @@ def test_numbers_that_no_state_can_hold_are_their_runs_failure(base, tmp_path, m
         fail_saves(
             monkeypatch,
             worker.trainer,
-            worker.lines[run.id].name,
+            worker.active_runs[run.id].adapter_name,
             AdapterError(f"{path} was not written"),
         )
         other = trained_run(Client(url), 5)
-        assert [*worker.trainer.runs] == [worker.lines[other.id].name]
+        assert [*worker.trainer.runs] == [worker.active_runs[other.id].adapter_name]
         words, category = failure_of(run.step)
         assert "cannot be kept" in words
         assert path not in words
@@ -161,7 +161,10 @@ def test_a_server_that_ends_writes_each_state_that_can_be_written(base, tmp_path
     with listening(service) as (url, _):
         runs = [trained_run(Client(url), number) for number in range(3)]
         fail_saves(
-            monkeypatch, worker.trainer, worker.lines[runs[0].id].name, OSError("no space left")
+            monkeypatch,
+            worker.trainer,
+            worker.active_runs[runs[0].id].adapter_name,
+            OSError("no space left"),
         )
         service.drain(1.0)  # as SIGTERM does, before the server is closed
         states = [store.run(run.id)["state"] for run in runs]
@@ -174,9 +177,14 @@ def test_a_load_whose_state_cannot_be_written_holds_up_nobody(base, tmp_path, mo
     with listening(service) as (url, _):
         run, other = (trained_run(Client(url), number) for number in range(2))
         saved = run.save("a")
-        fail_saves(monkeypatch, worker.trainer, worker.lines[run.id].name, OSError("no space left"))
+        fail_saves(
+            monkeypatch,
+            worker.trainer,
+            worker.active_runs[run.id].adapter_name,
+            OSError("no space left"),
+        )
         turns = []
-        monkeypatch.setattr("veneer.serve.training.worker.PAUSE", 0.0)
+        monkeypatch.setattr("veneer.serve.training.worker.PAUSE_SECONDS", 0.0)
         monkeypatch.setattr(
             "veneer.serve.training.worker.log.exception", lambda *args: turns.append(args)
         )
@@ -259,8 +267,8 @@ def test_a_checkpoint_that_cannot_be_deleted_leaves_the_others_to_be_deleted(
             real(place)
 
         monkeypatch.setattr(training.operations, "delete", delete)
-        training.sweep()
-        training.worker.do(lambda: None).result(timeout=20)
+        training.clean_up()
+        training.worker.submit(lambda: None).result(timeout=20)
         assert [place.name for place in training.store.expired_checkpoints()] == ["a"]
 
 
@@ -276,7 +284,7 @@ def test_a_client_that_comes_during_a_look_at_the_sessions_fails_none(it, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "_heartbeats", Walked({"gone": -1e9}))
-        patch.setattr(training_, "VANISHED", 60.0)
+        patch.setattr(training_, "SILENT_SECONDS", 60.0)
 
         def seen():
             come.wait(20)
@@ -285,7 +293,7 @@ def test_a_client_that_comes_during_a_look_at_the_sessions_fails_none(it, monkey
 
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(seen)
-            training.sweep()
+            training.clean_up()
             coming.result(timeout=20)
         assert training._heartbeats.keys() == {"new"}
 
@@ -316,7 +324,7 @@ def test_what_needs_room_waits_while_all_runs_in_memory_are_computed(
             return real(passes)
 
         monkeypatch.setattr(worker.trainer, "compute", compute)
-        monkeypatch.setattr(worker.trainer, "tokens", 16)  # of one row in a batch
+        monkeypatch.setattr(worker.trainer, "batch_tokens", 16)  # of one row in a batch
         passed = computed.ask_pass(texts(0, count=4))
         assert started.wait(20)
         create = {
@@ -370,7 +378,7 @@ def test_a_run_that_goes_on_and_on_keeps_no_other_from_its_place(base, tmp_path,
                 PASS,
                 endless.body(texts(2), "cross_entropy").SerializeToString(),
             )
-        worker.turn()  # the first one has the place
+        worker.run_once()  # the first one has the place
         body = (
             other.body(texts(3), "cross_entropy").SerializeToString()
             if kind == "pass"
@@ -379,13 +387,13 @@ def test_a_run_that_goes_on_and_on_keeps_no_other_from_its_place(base, tmp_path,
         worker.queue.accept(other.id, other.next(), PASS if kind == "pass" else "step", body)
         promise = worker.queue.promise(other.id, other.number)
         while not promise.done():
-            worker.turn()
+            worker.run_once()
         left = [
             number for number in promises if not worker.queue.promise(endless.id, number).done()
         ]
         assert len(left) >= 4
-        while worker.queue.active():
-            worker.turn()
+        while worker.queue.ready_runs():
+            worker.run_once()
         assert all(worker.queue.promise(endless.id, number).result().binary for number in promises)
     finally:
         service.close()

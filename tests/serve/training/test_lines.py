@@ -12,7 +12,7 @@ from tests.support.api_server import listening
 from tests.support.service import open_service
 from tests.support.training_client import Client
 
-from veneer.serve.training.lines import Promise
+from veneer.serve.training.active_runs import Promise
 from veneer.serve.training.training_service import training_of
 from veneer.serve.training.worker import PASS
 
@@ -25,19 +25,19 @@ def test_a_run_at_rest_has_no_line(base, tmp_path):
         runs = [client.run(number) for number in range(5)]
         for run in runs:
             run.pass_(texts(0)), run.step()
-        assert worker.lines.keys() == {run.id for run in runs[-2:]}
-        assert len(worker.queue.named) == 2
-        assert not worker.queue.busy
+        assert worker.active_runs.keys() == {run.id for run in runs[-2:]}
+        assert len(worker.queue.runs_by_adapter) == 2
+        assert not worker.queue.busy_runs
         for run in runs:
             client.result(client.post("unload_model", model_id=run.id))
-        assert not worker.lines
+        assert not worker.active_runs
         again = worker.queue.accept(runs[0].id, 1, PASS, b"")  # as after a connection that broke
         assert again == 1
-        worker.do(lambda: None).result(timeout=20)
-        assert not worker.lines
+        worker.submit(lambda: None).result(timeout=20)
+        assert not worker.active_runs
         client.post("session_heartbeat", session_id=client.session)
         trained_run(Client(url))
-        assert len(worker.lines) == 1
+        assert len(worker.active_runs) == 1
 
 
 def test_a_request_whose_turn_does_not_come_costs_no_turn_anything(base, tmp_path):
@@ -48,9 +48,9 @@ def test_a_request_whose_turn_does_not_come_costs_no_turn_anything(base, tmp_pat
         body = run.body(texts(0), "cross_entropy")
         body.seq_id = 9
         run.send(body.SerializeToString())
-        assert worker.lines[run.id].waiting.keys() == {9}
-        assert not worker.queue.active()
-        assert not worker.queue.busy
+        assert worker.active_runs[run.id].waiting_requests.keys() == {9}
+        assert not worker.queue.ready_runs()
+        assert not worker.queue.busy_runs
 
 
 def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(
@@ -63,8 +63,10 @@ def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(
         real = store.add_request
 
         def add_request(*args):
-            worker.do(lambda: worker.memory.let_go(worker.lines[run.id])).result(timeout=20)
-            assert run.id not in worker.lines
+            worker.submit(lambda: worker.memory.evict(worker.active_runs[run.id])).result(
+                timeout=20
+            )
+            assert run.id not in worker.active_runs
             return real(*args)
 
         monkeypatch.setattr(store, "add_request", add_request)
@@ -96,7 +98,7 @@ async def ask_again(promise):
 def test_a_client_that_polls_leaves_nothing_at_its_promise(it, client):
     run, go = client.run(), threading.Event()
     worker = it.training.worker
-    worker.do(lambda: go.wait(20))
+    worker.submit(lambda: go.wait(20))
     promised = run.ask_pass(texts(0))
     worker_promise = worker.queue.promise(run.id, run.number)
     try:

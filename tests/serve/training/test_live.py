@@ -16,7 +16,7 @@ from tests.support.training_client import Client, datum
 
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import curve as curve_
-from veneer.serve.training.curve import Curve, Rate
+from veneer.serve.training.curve import Curve, TokenRate
 from veneer.serve.training.losses import Datum
 from veneer.serve.training.training_service import training_of
 
@@ -57,7 +57,7 @@ def test_a_curve_is_of_means_and_bounded(count):
     stepped(curve, losses)
     shown = curve.all_points()
     assert curve.steps == curve.tokens == count
-    assert min(count, curve_.MOST // 2) <= len(shown) <= curve_.MOST
+    assert min(count, curve_.MAX_POINTS // 2) <= len(shown) <= curve_.MAX_POINTS
     start = 0
     for step, loss in shown:  # each step is in one point
         assert loss == pytest.approx(sum(losses[start:step]) / (step - start))
@@ -89,17 +89,17 @@ def test_a_loss_is_of_the_tokens_that_count():
 
 
 def test_a_rate_is_of_the_last_seconds():
-    rate = Rate()
-    assert rate.at(100.0) == 0
+    rate = TokenRate()
+    assert rate.rate_at(100.0) == 0
     for second in range(100):
         rate.add(second, second + 1, 50)
-    assert rate.at(100.0) == pytest.approx(50)
-    assert rate.at(105.0) == pytest.approx(25)
-    assert rate.at(111.0) == 0
+    assert rate.rate_at(100.0) == pytest.approx(50)
+    assert rate.rate_at(105.0) == pytest.approx(25)
+    assert rate.rate_at(111.0) == 0
     for number in range(1000):  # more than are remembered
         rate.add(200 + number / 1000, 200 + (number + 1) / 1000, 1)
-    assert len(rate.spans) == curve_.SPANS
-    assert rate.at(201.0) == pytest.approx(1000)
+    assert len(rate.spans) == curve_.MAX_SPANS
+    assert rate.rate_at(201.0) == pytest.approx(1000)
 
 
 # ---------------------------------------------------------------------------------------------- the
@@ -147,7 +147,9 @@ def test_a_kill_loses_no_point(base, tmp_path):
                 run.pass_(texts(step))
                 run.step(0.02)
             if step == 1:
-                worker.do(lambda: worker.memory.write_state(worker.lines[runs[0].id])).result()
+                worker.submit(
+                    lambda: worker.memory.write_state(worker.active_runs[runs[0].id])
+                ).result()
         runs[2].pass_(texts(7))
         before = {one["id"]: one for one in seen(url)["runs"]}
         crash(service)
@@ -282,11 +284,11 @@ def test_a_key_sees_its_own_and_pays_for_samples(base, tmp_path):
         assert completed(url, now, "vnr-a").status_code == 404
         for stream in (False, True):
             assert completed(url, now, "vnr-b", stream=stream).status_code == 200
-        training_of(service).disk.submit(lambda: None).result()
-        assert training_of(service).store.tokens_of("b") == 2 * (len(TEXT) + 6)
+        training_of(service).index_thread.submit(lambda: None).result()
+        assert training_of(service).store.tokens_today("b") == 2 * (len(TEXT) + 6)
         assert completed(url, now, "vnr-b", n=4).status_code == 403  # more than what is left
         assert completed(url, now, "vnr-b").status_code == 200
-        training_of(service).disk.submit(lambda: None).result()
+        training_of(service).index_thread.submit(lambda: None).result()
         refused = completed(url, now, "vnr-b")
         assert refused.status_code == 403
         assert "tokens of key 'b'" in refused.json()["error"]["message"]

@@ -157,7 +157,7 @@ def test_locks_are_taken_in_the_order_that_is_written_down(watch, base, tmp_path
         with ThreadPoolExecutor(3) as pool:
             driven = [pool.submit(drive, number) for number in range(3)]
             while wait(driven, timeout=0.05).not_done:
-                training_of(service).sweep()
+                training_of(service).clean_up()
             for one in driven:
                 one.result()
         service.bank.capacity = None
@@ -169,7 +169,7 @@ def test_locks_are_taken_in_the_order_that_is_written_down(watch, base, tmp_path
         if not ORDER.index(pair[0]) < ORDER.index(pair[1])
     }
     assert not against
-    assert {"Bank._loading", "Turn._now", "Queue.wake", "Index.lock"} <= names
+    assert {"Bank._loading", "FairLock._lock", "Queue.wake", "Index.lock"} <= names
     loaders = {thread for thread, name in watch.takes if name == "Bank._loading"}
     assert loaders
     assert not [thread for thread in loaders if thread.startswith(PROMPT)]
@@ -201,19 +201,19 @@ def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(
         bank.capacity = int(1.5 * max(status.bytes for status in bank.status()))
         bank.register(paths[1], training_of(service).folder_of(paths[1]), replace=True)
         bank.prefetch(paths[0]).result(timeout=20)
-        pieces, real, began = [], worker.do, threading.Event()
+        pieces, real, began = [], worker.submit, threading.Event()
         request = Request(
             TEXT, {paths[1]: 1.0}, Sampling(max_tokens=100, ignore_eos=True), 60.0, "other"
         )
 
-        def do(work, *args):
+        def submit(function, *args):
             if not began.is_set():
                 began.set()
                 engine.submit(request, pieces.append)
                 until(lambda: pieces or bank.crowded)  # it has the memory, or waits for it
-            return real(work, *args)
+            return real(function, *args)
 
-        monkeypatch.setattr(worker, "do", do)
+        monkeypatch.setattr(worker, "submit", submit)
         with ThreadPoolExecutor(1) as pool:
             told = pool.submit(
                 client.sample,

@@ -97,7 +97,7 @@ def test_no_pass_goes_past_the_tokens_of_its_key(base, tmp_path):
 
 def test_no_more_runs_begin_at_once_than_a_key_may_have(base, tmp_path):
     service = open_service(base, None, train=str(tmp_path), keys=limited(runs=2))
-    disk = training_of(service).disk
+    disk = training_of(service).index_thread
     with listening(service) as (url, _):
         client = Client(url, "tml-vnr-a")
 
@@ -151,7 +151,7 @@ def test_samples_that_begin_at_once_stay_within_the_tokens_of_a_day(base, tmp_pa
         refused = next(one for one in answers if one.status_code != 200)
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota")
         assert "tokens of key 'a' and 12 more" in refused.json()["error"]["message"]
-        until(lambda: training_of(service).store.tokens_of("a") == 48)
+        until(lambda: training_of(service).store.tokens_today("a") == 48)
         assert call(1).status_code == 403
 
 
@@ -166,7 +166,7 @@ def test_tokens_that_were_not_drawn_are_given_back(base, tmp_path, route):
             .sequences[0]
             .tokens[0]
         )
-        until(lambda: store.tokens_of("a") == 5)
+        until(lambda: store.tokens_today("a") == 5)
         if route == "asample":
             (short,) = client.sample(
                 None, TEXT[:4], params={"max_tokens": 150, "stop": [first]}
@@ -174,7 +174,7 @@ def test_tokens_that_were_not_drawn_are_given_back(base, tmp_path, route):
             assert short.tokens == [first]
             with pytest.raises(Failed, match="token 1000000"):
                 client.sample(None, [10**6], params={"max_tokens": 9})
-            until(lambda: store.tokens_of("a") == 10)
+            until(lambda: store.tokens_today("a") == 10)
         else:
             answer = httpx.post(
                 f"{url}/v1/completions", headers=BEARER, timeout=60,
@@ -182,10 +182,10 @@ def test_tokens_that_were_not_drawn_are_given_back(base, tmp_path, route):
             )  # fmt: skip
             assert answer.status_code == 200
             total = 5 + answer.json()["usage"]["total_tokens"]
-            until(lambda: store.tokens_of("a") == total)
+            until(lambda: store.tokens_today("a") == total)
             body = {"model": path, "prompt": TEXT[:4], "response_format": {"type": "json_object"}}
             service.waiting_chars = limits.READING  # so much waits that a schema is not compiled
             busy = httpx.post(f"{url}/v1/completions", headers=BEARER, json=body, timeout=60)
             service.waiting_chars = 0
             assert busy.status_code == 429
-            until(lambda: store.tokens_of("a") == total)
+            until(lambda: store.tokens_today("a") == total)

@@ -14,7 +14,7 @@ from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.serve.access import Key, Keyring, hash_of
-from veneer.serve.training import lines as lines_
+from veneer.serve.training import active_runs as active_runs_
 from veneer.serve.training import training_service as training_
 from veneer.serve.training.training_service import training_of
 
@@ -94,11 +94,11 @@ def test_a_number_that_does_not_come_is_answered_and_the_run_goes_on(base, tmp_p
         run.pass_(texts(0))
         run.number += 2  # 2 and 3 are lost on their way
         stepped = run.ask_step(0.02)
-        training.sweep()
-        training.sweep()  # which is soon after
+        training.clean_up()
+        training.clean_up()  # which is soon after
         assert training.worker.queue.promise(run.id, 2) is None
-        monkeypatch.setattr(training_, "OVERDUE", 0.0)
-        training.sweep()
+        monkeypatch.setattr(training_, "MISSING_SECONDS", 0.0)
+        training.clean_up()
         told = client.result(stepped)["metrics"]
         assert told["missing_requests:sum"] == 2
         assert told["missing_requests:max"] == 3  # the last one
@@ -116,7 +116,7 @@ def test_the_number_whose_turn_it_is_finds_room(client, it, monkeypatch):
     bodies = [run.body(texts(number), "cross_entropy") for number in range(3)]
     for number, body in enumerate(bodies, 1):
         body.seq_id = number
-    monkeypatch.setattr(lines_, "MOST_BYTES", len(bodies[1].SerializeToString()))
+    monkeypatch.setattr(active_runs_, "MAX_WAITING_BYTES", len(bodies[1].SerializeToString()))
     last = run.send(bodies[1].SerializeToString())
     headers = {"content-type": "application/x-protobuf"}
 
@@ -145,7 +145,7 @@ def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
     with listening(service) as (url, _):
         client = Client(url)
         run, held = client.run(), threading.Event()
-        worker.do(held.wait)
+        worker.submit(held.wait)
         good, refused = run.ask_pass([datum(TEXT)]), run.ask_pass(bad)
         forward, stepped = run.ask_pass(bad, backward=False), run.ask_step(0.01)
         held.set()
@@ -160,7 +160,7 @@ def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
         failed_passes(run, run.ask_pass(bad), run.ask_pass(bad))
         with pytest.raises(Failed):
             run.step(-1)  # which is none
-        worker.do(lambda: worker.memory.let_go(worker.lines[run.id])).result()
+        worker.submit(lambda: worker.memory.evict(worker.active_runs[run.id])).result()
     with opened(base, tmp_path) as (url, _):  # a restart forgets none
         again = Client(url)
         again.session = client.session

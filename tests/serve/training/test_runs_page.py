@@ -128,8 +128,8 @@ def test_runs_are_seen_as_they_train(show, it):
     expect(page.locator("#runs-batch")).to_contain_text(
         "Nothing is trained now. The last batch, 5 min ago, was of alpha"
     )
-    it.training.worker.do(
-        lambda: it.training.worker.memory.let_go(it.training.worker.lines[run.id])
+    it.training.worker.submit(
+        lambda: it.training.worker.memory.evict(it.training.worker.active_runs[run.id])
     ).result()
     expect(said).to_contain_text("on disk")
     expect(page.locator("#notice")).to_be_hidden()

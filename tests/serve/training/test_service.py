@@ -25,7 +25,7 @@ from tests.support.training_client import Client, Failed, datum
 import veneer
 from veneer.adapter_files.verify import verify
 from veneer.serve.access import Key, Keyring, hash_of
-from veneer.serve.training import lines as lines_
+from veneer.serve.training import active_runs as active_runs_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import Store
 from veneer.serve.training.training_service import training_of
@@ -644,7 +644,7 @@ def test_an_archive_is_an_adapter_folder_that_verify_proves(client, it, tmp_path
     token = next(iter(urls.values())).split("/files/")[1].split("/")[0]
     assert client.http.get(f"/files/{token}/nothing").status_code == 404
     for name in ("../optimizer.safetensors", "/etc/hostname", ""):
-        assert it.training.file(token, name) is None
+        assert it.training.find_file(token, name) is None
     assert client.http.get("/files/wrong/adapter_config.json").status_code == 404
 
 
@@ -681,9 +681,9 @@ def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkey
             losses.append(run.pass_(texts(step)).loss)
             run.step(0.02)
             if step == 1:
-                training_of(service).worker.do(
+                training_of(service).worker.submit(
                     lambda: training_of(service).worker.memory.write_state(
-                        training_of(service).worker.lines[run.id]
+                        training_of(service).worker.active_runs[run.id]
                     )
                 ).result()
                 session = run.sampler()
@@ -771,32 +771,32 @@ def test_a_session_that_cannot_be_left_is_said(base, tmp_path, monkeypatch, capl
         def full(line):
             raise OSError("no space left on the device")
 
-        monkeypatch.setattr(training.worker.memory, "let_go", full)
-        training.leave(client.session)
-        training.worker.do(lambda: None).result(30)  # which comes after
+        monkeypatch.setattr(training.worker.memory, "evict", full)
+        training.evict_session(client.session)
+        training.worker.submit(lambda: None).result(30)  # which comes after
         assert "no space left on the device" in caplog.text
 
 
 def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch):
     """A step that was taken and could not be written down is taken once."""
-    monkeypatch.setattr(worker_, "PAUSE", 0.01)
+    monkeypatch.setattr(worker_, "PAUSE_SECONDS", 0.01)
     service = open_service(base, None, train=str(tmp_path))
     store, local = training_of(service).store, Local(seed=1)
     with listening(service) as (url, _):
         run = Client(url).run(seed=1)
         for step in range(3):
             assert run.pass_(texts(step)).loss == pytest.approx(local.pass_(texts(step)), rel=1e-3)
-            real, failures = store.answer, iter(range(2))
+            real, failures = store.store_answer, iter(range(2))
 
             def full(*args, real=real, failures=failures):
                 if next(failures, None) is not None:
                     raise sqlite3.OperationalError("database or disk is full")
                 return real(*args)
 
-            monkeypatch.setattr(store, "answer", full)
+            monkeypatch.setattr(store, "store_answer", full)
             run.step(0.02)
             local.step(0.02)
-            monkeypatch.setattr(store, "answer", real)
+            monkeypatch.setattr(store, "store_answer", real)
 
         def nowhere(*args):
             raise sqlite3.OperationalError("database or disk is full")
@@ -810,7 +810,7 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch
 
 
 def test_a_run_has_so_many_waiting(client, monkeypatch):
-    monkeypatch.setattr(lines_, "MOST_WAITING", 3)
+    monkeypatch.setattr(active_runs_, "MAX_WAITING_REQUESTS", 3)
     run = client.run()
     bodies = [{"model_id": run.id, "seq_id": 2 + number, "adam_params": {}} for number in range(4)]
     assert [client.send("optim_step", **body).status_code for body in bodies] == [
@@ -830,7 +830,7 @@ def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
         before = run.pass_([datum(TEXT)], backward=False).logprobs[0]
         assert len(training.worker.trainer.runs) == 1
         training._heartbeats[client.session] -= 1000
-        training.sweep()
+        training.clean_up()
         until(lambda: not training.worker.trainer.runs)
         np.testing.assert_array_equal(run.pass_([datum(TEXT)], backward=False).logprobs[0], before)
         assert (

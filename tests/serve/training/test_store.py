@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from veneer.errors import ConfigError, SelectionError
-from veneer.serve.training.checkpoint_source import CheckpointSource, current_run
+from veneer.serve.training.checkpoint_source import CheckpointSource, parse_current_run
 from veneer.serve.training.run_trainer import ADAPTER
 from veneer.serve.training.store import INDEX, Checkpoint, Store
 
@@ -27,7 +27,7 @@ def reads(store, session, run):
     """What the event loop asks while a client's request is written."""
     return [
         store.session(session)["id"], store.run(run)["id"], store.request(run, 0)["done"], store.next_seq(run),
-        store.count_runs(""), store.tokens_of(""), store.bytes_of(""), store.failure_of(run),
+        store.count_runs(""), store.tokens_today(""), store.checkpoint_bytes(""), store.failure_of(run),
     ]  # fmt: skip
 
 
@@ -68,8 +68,8 @@ def test_checkpoints_are_a_source_of_adapters_by_name(store):
     assert source.resolve(place.path).path == folder / "weights" / "now" / ADAPTER
     assert source.list() == {place.path: source.resolve(place.path)}
     assert source.resolve(f"tinker://{run['id']}/now").path == folder / "now" / ADAPTER
-    assert current_run(f"tinker://{run['id']}/now") == run["id"]
-    assert current_run(place.path) is None
+    assert parse_current_run(f"tinker://{run['id']}/now") == run["id"]
+    assert parse_current_run(place.path) is None
 
 
 def test_threads_that_read_at_once_each_have_a_connection(store):

@@ -52,7 +52,7 @@ def datum(draw, loss, size=None, k=None):
 
 
 def run_all(trainer, passes):
-    while left := [one for one in passes if not one.over]:
+    while left := [one for one in passes if not one.is_over]:
         trainer.compute(left)
     return passes
 
@@ -89,7 +89,7 @@ def test_each_loss_is_its_definition_in_a_batch_of_all(trainer, loss):
     for number, one in enumerate(passes):
         total, logprobs, gradients = alone(CONFIGS[one.run], number, one.data, loss, settings)
         assert one.error is None
-        assert one.total == pytest.approx(total, rel=1e-4, abs=1e-4)
+        assert one.loss_sum == pytest.approx(total, rel=1e-4, abs=1e-4)
         for own, expected in zip(one.logprobs, logprobs, strict=True):
             torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-5)
         for own, expected in zip(trainer._parameters(one.run), gradients, strict=True):
@@ -163,7 +163,7 @@ def test_several_targets_a_token(trainer):
         assert one.error is None
     total, logprobs, gradients = alone(CONFIGS["c"], 2, data, "cross_entropy", {})
     for one in told:
-        assert one.total == pytest.approx(total, rel=1e-4)
+        assert one.loss_sum == pytest.approx(total, rel=1e-4)
         for own, expected in zip(one.logprobs, logprobs, strict=True):
             torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-5)
     for own, expected in zip(trainer._parameters("c"), gradients, strict=True):
@@ -195,7 +195,7 @@ def test_a_forward_leaves_no_gradient_and_two_passes_add_up(trainer):
     draw = random.Random(4)
     first, second = ([datum(draw, "cross_entropy") for _ in range(3)] for _ in range(2))
     run_all(trainer, [Pass("a", first, "cross_entropy", backward=False)])
-    assert not trainer.pending("a")
+    assert not trainer.has_pending_gradients("a")
     for data in (first, second):
         run_all(trainer, [Pass("a", data, "cross_entropy")])
     *_, gradients = alone(CONFIGS["a"], 0, [*first, *second], "cross_entropy", {})
@@ -214,7 +214,7 @@ def test_steps_are_adamws_with_settings_of_their_own(trainer):
         adam = Adam(0.01 / (1 + step), 0.8, 0.9, 1e-8, 0.1 * step, clip=0.5 if step % 2 else 0.0)
         run_all(trainer, [Pass("a", data, "cross_entropy")])
         norm = trainer.step("a", adam)["unclipped_grad_l2:mean"]
-        assert not trainer.pending("a")
+        assert not trainer.has_pending_gradients("a")
         by_hand(model, handle, data, "cross_entropy", {})[0].backward()
         total = torch.nn.utils.clip_grad_norm_(handle.parameters(), adam.clip or torch.inf)
         assert norm == pytest.approx(float(total), rel=1e-4)
@@ -245,7 +245,7 @@ def test_what_is_not_finite_stays_with_its_run(trainer):
         for parameter, own in zip(trainer._parameters("b"), kept, strict=True)
     )
     total, _, gradients = alone(CONFIGS["a"], 0, good, "importance_sampling", {})
-    assert passes[0].total == pytest.approx(total, rel=1e-4)
+    assert passes[0].loss_sum == pytest.approx(total, rel=1e-4)
     for own, expected in zip(trainer._parameters("a"), gradients, strict=True):
         torch.testing.assert_close(own.grad, expected, atol=1e-4, rtol=1e-3)
 
@@ -264,7 +264,7 @@ def test_a_batch_that_fails_is_tried_run_by_run(trainer, monkeypatch):
         [Pass(name, [datum(draw, "cross_entropy", size=5)], "cross_entropy") for name in "abc"],
     )
     assert [type(one.error) for one in passes] == [type(None), MemoryError, type(None)]
-    assert [trainer.pending(name) for name in "abc"] == [True, False, True]
+    assert [trainer.has_pending_gradients(name) for name in "abc"] == [True, False, True]
 
 
 def test_the_loss_of_a_batch_that_failed_behind_it_counts_once(trainer, monkeypatch):
@@ -285,7 +285,7 @@ def test_the_loss_of_a_batch_that_failed_behind_it_counts_once(trainer, monkeypa
     for number, one in enumerate(passes):
         total, *_ = alone(CONFIGS[one.run], number, one.data, "cross_entropy", {})
         assert one.error is None
-        assert one.total == pytest.approx(total, rel=1e-4)
+        assert one.loss_sum == pytest.approx(total, rel=1e-4)
 
 
 def test_a_run_goes_on_from_its_folder_bit_for_bit(trainer, tmp_path):
@@ -442,7 +442,7 @@ def test_a_gradient_whose_square_overflows_fails_its_pass(trainer):
     run_all(trainer, [one])
     assert isinstance(one.error, TrainingError)
     assert "1e+18" in str(one.error)
-    assert not trainer.pending("a")
+    assert not trainer.has_pending_gradients("a")
 
 
 def test_the_norm_of_a_gradient_is_right_where_float32_would_overflow(trainer):

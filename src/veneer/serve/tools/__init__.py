@@ -1,12 +1,13 @@
-"""Tool calls: from the text that a model writes to calls in an API's form.
+"""Tool calls: parse the text that a model writes into calls for the server's APIs.
 
-    template.py     which tools and calls a chat template shows to the model
-    deltas.py       text and calls as they become certain; the base of all parsers
-    json_calls.py   hermes, llama3_json, mistral, deepseek_v3, deepseek_v31
-    pythonic.py xml_calls.py   calls in Python's form, and in Qwen 3 Coder's
+    template.py     whether a chat template shows tools and calls to the model
+    deltas.py       pieces of text and calls, emitted as soon as they are certain; the parsers' base
+    json_calls.py   parsers hermes, llama3_json, mistral, deepseek_v3, deepseek_v31
+    pythonic.py     parser of calls that are written in Python
+    xml_calls.py    parser of calls in Qwen 3 Coder's notation
     forced.py       calls that a request demands: the schema of the answer, and its parsers
-    strict.py       calls of strict tools that a model may write or not: the grammar of the answer
-    choose.py       parsers by vLLM's names, and the one that a template means
+    strict.py       calls of strict tools, which a model may write or not: the grammar of the answer
+    choose.py       parsers by vLLM's names, and detection of the parser from a chat template
 
-An answer that is sent whole and one that is streamed go through the same parser.
+A complete answer and a streamed answer go through the same parser.
 """

@@ -1,4 +1,4 @@
-"""Parsers by the names that vLLM gives them, and the one that a chat template means."""
+"""Parsers of tool calls by vLLM's names, and detection of the parser from a chat template."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ PARSERS: dict[str, type[CallParser]] = {
     "mistral": Mistral, "pythonic": Pythonic, "qwen3_coder": Qwen3Xml, "qwen3_xml": Qwen3Xml,
 }  # fmt: skip
 
-#: texts that all stand in a template, and the parser that they mean; the first of them counts
-SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
+#: (texts, parser): a chat template that contains all these texts needs this parser. The first match
+#: counts.
+TEMPLATE_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("<tool_call>", "<function="), "qwen3_coder"),
     (("<tool_call>",), "hermes"),
     (("[TOOL_CALLS]",), "mistral"),
@@ -36,25 +37,28 @@ SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def check_parser(name: str | None) -> None:
-    """``ConfigError``: no parser has this name."""
+    """Check the option --tool-call-parser. ``ConfigError``: no parser has this name."""
     if name is not None and name not in PARSERS:
         problem = f"--tool-call-parser {name!r}{nearest(name, PARSERS)}"
         raise ConfigError(problem, f"one of {listing(PARSERS, 20)}", "check the spelling")
 
 
 def detect_parser(template: Any) -> str | None:
-    """The name of the parser that a chat template, or one of several by name, means."""
+    """The name of the parser for a chat template; None if the notation of calls is not known.
+    ``template``: the text, or texts by name."""
     if isinstance(template, Mapping):
         template = template.get("tool_use") or template.get("default")
-    text = str(template or "")
-    names = (name for signs, name in SIGNS if all(sign in text for sign in signs))
+    template_text = str(template or "")
+    names = (name for signs, name in TEMPLATE_SIGNS if all(sign in template_text for sign in signs))
     return next(names, None)
 
 
 @dataclass(frozen=True)
 class CallReading:
-    """How the answers of a request are read: a parser for each, the special tokens, by id, of which
-    it has to see the text, and the grammar that the answers follow if a tool is strict."""
+    """How to parse the answers to a request.
+
+    ``new_parser``: creates a parser for one answer; ``markers``: by id, the special tokens whose
+    text the parser needs; ``grammar``: constrains the answers if a tool is strict."""
 
     new_parser: Callable[[], CallParser]
     markers: Mapping[int, str] = field(default_factory=dict)
@@ -69,29 +73,34 @@ def call_reading(
     prefix: str,
     strict: Collection[str] = (),
 ) -> CallReading:
-    """How the answers to a request with ``tools``, schemas of parameters by name, are read.
-    ``forced``: the name of the one that must be called, "" for any of them. ``parser``: the name
-    of the parser that the server was started with, if it was. ``strict``: names of the tools whose
-    calls keep to their schemas. ``Refusal``: no parser is known for the base."""
-    name = parser or detect_parser(tokenizer.chat_template)
-    family = None if name is None else PARSERS[name]
+    """How to parse the answers to a request. ``tools``: by name, the schema of a tool's parameters.
+    ``forced``: the name of the tool that must be called, "" for any tool, or None. ``parser``: the
+    name of the parser that the server was started with, or None. ``prefix``: the beginning of the
+    ids of calls. ``strict``: names of the tools whose calls must follow their schemas. ``Refusal``:
+    no parser is known for the base."""
+    parser_name = parser or detect_parser(tokenizer.chat_template)
+    parser_class = None if parser_name is None else PARSERS[parser_name]
     if forced is not None:
         parser_type = ListedCalls if forced == "" else partial(NamedCall, forced)
-        new_id = CallParser.new_id if family is None else family.new_id
+        new_id = CallParser.new_id if parser_class is None else parser_class.new_id
         return CallReading(partial(parser_type, tools, prefix, new_id))
-    if family is None:
+    if parser_class is None:
         message = sentence(
             "tools, and a base whose notation of calls is not known",
             "one of " + listing(PARSERS, 20),
             "have the server started with --tool-call-parser, or force a call by tool_choice",
         )
         raise Refusal(400, message, param="tools", code="no_tool_parser")
-    markers = _marker_ids(tokenizer, family.markers)
-    grammar = strict_grammar(family, tools, strict, markers) if strict else None
-    return CallReading(partial(family, tools, prefix), markers, grammar)
+    markers = _marker_ids(tokenizer, parser_class.markers)
+    grammar = strict_grammar(parser_class, tools, strict, markers) if strict else None
+    return CallReading(partial(parser_class, tools, prefix), markers, grammar)
 
 
 def _marker_ids(tokenizer: Any, markers: tuple[str, ...]) -> dict[int, str]:
-    """The markers that are special tokens of a tokenizer, which its text leaves out."""
-    tokens = tokenizer.added_tokens_decoder.items()
-    return {id: token.content for id, token in tokens if token.special and token.content in markers}
+    """By id, the markers that are special tokens, which decoded text leaves out."""
+    added_tokens = tokenizer.added_tokens_decoder.items()
+    return {
+        id: token.content
+        for id, token in added_tokens
+        if token.special and token.content in markers
+    }

@@ -1,10 +1,12 @@
-"""Text and tool calls of an answer, given out as soon as they are certain while the model writes.
+"""Parse an answer into text and tool calls while the model writes it. Pieces of text and of calls
+(deltas) are returned as soon as they are certain.
 
     parser.feed("Let me see. <tool_c")   → TextDelta("Let me see.")
     parser.feed('all>{"name": "f", ')    → CallDelta(0, id="call_1f…", name="f")
     parser.feed('"arguments": {"a": ')   → CallDelta(0, arguments='{"a": ')
 
-Arguments are the model's text, unchanged: if a call is cut off, so are its arguments.
+The arguments of a call are the model's text, unchanged. If the answer ends within a call, the
+arguments are incomplete.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class CallDelta:
-    """The beginning of call number ``index``, which has its ``id`` and ``name``, or more of its
+    """A piece of call number ``index``: its beginning, with ``id`` and ``name``, or more of its
     arguments."""
 
     index: int
@@ -39,7 +41,7 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Call:
-    """A complete call; ``arguments`` is the text that the model wrote, JSON if it wrote JSON."""
+    """A complete call. ``arguments``: the text that the model wrote, usually JSON."""
 
     id: str
     name: str
@@ -51,21 +53,22 @@ NewId = Callable[[str], str]
 
 
 def call_id(prefix: str) -> str:
+    """A random call id that begins with ``prefix``."""
     return f"{prefix}_{secrets.token_hex(12)}"
 
 
 def short_id(prefix: str) -> str:
-    """An id as Mistral's templates demand it: nine letters and digits."""
+    """A random call id of nine letters and digits, which Mistral's templates demand."""
     return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(9))
 
 
 class CallParser(ABC):
-    """A parser of one answer. ``parameters``: the JSON schemas of the tools' parameters, by name;
-    ``prefix``: how the ids of calls begin; ``new_id`` makes an id from it instead of the class's
-    function.
+    """A parser of one answer. ``parameters``: by tool name, the JSON schema of a tool's parameters.
+    ``prefix``: the beginning of the ids of calls. ``new_id``: a function that makes an id from the
+    prefix; None: the class's function.
 
-    A subclass reads ``_buffer`` in ``_step``, and gives text to ``_say`` and calls to ``_begin``
-    and ``_add``."""
+    A subclass parses ``_buffer`` in ``_step``, and passes text to ``_emit_text`` and calls to
+    ``_emit_call`` and ``_emit_arguments``."""
 
     #: special tokens whose text the parser needs
     markers: ClassVar[tuple[str, ...]] = ()
@@ -77,74 +80,74 @@ class CallParser(ABC):
         prefix: str = "call",
         new_id: NewId | None = None,
     ) -> None:
-        self._parameters, self._prefix = parameters or {}, prefix
+        self._parameters, self._id_prefix = parameters or {}, prefix
         self._new_id = new_id or type(self).new_id
-        self._buffer, self._blank = "", ""
+        self._buffer, self._held_space = "", ""
         self._deltas: list[Delta] = []
-        self.calls = 0
+        self.calls = 0  # number of calls so far
 
     def feed(self, text: str) -> list[Delta]:
-        """Add text, and return the deltas that it makes certain."""
+        """Add text to the answer; return the deltas that are now certain."""
         self._buffer += text
-        while self._step(final=False):
+        while self._step(at_end=False):
             pass
-        return self._take()
+        return self._take_deltas()
 
     def end(self) -> list[Delta]:
-        """Return the remaining deltas; no text follows."""
-        while self._step(final=True):
+        """Return the remaining deltas, at the end of the answer."""
+        while self._step(at_end=True):
             pass
         if not self.calls:
-            self._deltas.append(TextDelta(self._blank))
-        self._blank = ""
-        return self._take()
+            self._deltas.append(TextDelta(self._held_space))
+        self._held_space = ""
+        return self._take_deltas()
 
-    def finish(self, finish: str | None) -> str | None:
-        """OpenAI's ``finish_reason`` for the engine's reason ``finish``."""
-        return "tool_calls" if finish == "stop" and self.calls else finish
+    def finish(self, engine_reason: str | None) -> str | None:
+        """OpenAI's ``finish_reason``. ``engine_reason``: why the engine ended the answer."""
+        return "tool_calls" if engine_reason == "stop" and self.calls else engine_reason
 
     @abstractmethod
-    def _step(self, *, final: bool) -> bool:
-        """Read a part of the buffer. Returns False if nothing more can be read before further text
-        comes; with ``final`` no text follows, and the buffer is empty then."""
+    def _step(self, *, at_end: bool) -> bool:
+        """Parse the beginning of the buffer. Return False if nothing more can be parsed before more
+        text arrives. ``at_end``: no more text arrives, so the buffer must be empty afterwards."""
 
-    def _say(self, text: str) -> None:
-        """Give out text. White space at its end is held back: before and between calls it belongs
-        to their notation."""
-        text = self._blank + text
-        shown = text.rstrip()
-        self._blank = text[len(shown) :]
-        self._deltas.append(TextDelta(shown))
+    def _emit_text(self, text: str) -> None:
+        """Emit text. White space at its end is held back, because white space before and between
+        calls belongs to the notation of calls."""
+        text = self._held_space + text
+        stripped = text.rstrip()
+        self._held_space = text[len(stripped) :]
+        self._deltas.append(TextDelta(stripped))
 
-    def _begin(self, name: str, id: str | None = None) -> None:
-        self._deltas.append(CallDelta(self.calls, id or self._new_id(self._prefix), name))
-        self._blank = ""
+    def _emit_call(self, name: str, id: str | None = None) -> None:
+        self._deltas.append(CallDelta(self.calls, id or self._new_id(self._id_prefix), name))
+        self._held_space = ""
         self.calls += 1
 
-    def _add(self, arguments: str) -> None:
+    def _emit_arguments(self, arguments: str) -> None:
         self._deltas.append(CallDelta(self.calls - 1, arguments=arguments))
 
-    def _find(self, tags: Sequence[str], *, final: bool) -> tuple[int, str]:
-        """The position of the first tag in the buffer, and the tag. If there is none, the length of
-        the text that cannot belong to a tag, and ""."""
-        positions = [(self._buffer.find(tag), tag) for tag in tags]
-        first = min((pair for pair in positions if pair[0] >= 0), default=None)
-        if first is not None:
-            return first
-        return len(self._buffer) - (0 if final else held_length(self._buffer, tags)), ""
+    def _find_tag(self, tags: Sequence[str], *, at_end: bool) -> tuple[int, str]:
+        """The position of the first tag in the buffer, and the tag. If the buffer has no tag: the
+        length of the text that cannot belong to a tag, and ""."""
+        tag_positions = [(self._buffer.find(tag), tag) for tag in tags]
+        first_tag = min((pair for pair in tag_positions if pair[0] >= 0), default=None)
+        if first_tag is not None:
+            return first_tag
+        return len(self._buffer) - (0 if at_end else partial_tag_length(self._buffer, tags)), ""
 
-    def _drop(self, length: int) -> str:
+    def _consume(self, length: int) -> str:
         """Remove and return the first ``length`` characters of the buffer."""
         text, self._buffer = self._buffer[:length], self._buffer[length:]
         return text
 
-    def _take(self) -> list[Delta]:
-        deltas, self._deltas = merge(self._deltas), []
+    def _take_deltas(self) -> list[Delta]:
+        deltas, self._deltas = merge_deltas(self._deltas), []
         return deltas
 
 
-def held_length(text: str, tags: Iterable[str]) -> int:
-    """The length of the end of a text that may be the beginning of a tag."""
+def partial_tag_length(text: str, tags: Iterable[str]) -> int:
+    """The number of characters at the end of a text that may be the beginning of a tag."""
     lengths = (
         length
         for tag in tags
@@ -154,39 +157,45 @@ def held_length(text: str, tags: Iterable[str]) -> int:
     return max(lengths, default=0)
 
 
-def merge(deltas: Iterable[Delta]) -> list[Delta]:
-    """Join neighbouring deltas of text, or of the arguments of one call, and drop empty ones."""
-    merged: list[Delta] = []
+def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
+    """Join neighbouring deltas of text, and of the arguments of one call, and drop empty deltas."""
+    merged_deltas: list[Delta] = []
     for delta in deltas:
-        last = merged[-1] if merged else None
+        last_delta = merged_deltas[-1] if merged_deltas else None
         if isinstance(delta, TextDelta):
             if not delta.text:
                 continue
-            if isinstance(last, TextDelta):
-                merged[-1] = TextDelta(last.text + delta.text)
+            if isinstance(last_delta, TextDelta):
+                merged_deltas[-1] = TextDelta(last_delta.text + delta.text)
                 continue
         elif delta.name is None:
             if not delta.arguments:
                 continue
-            if isinstance(last, CallDelta) and last.name is None and last.index == delta.index:
-                merged[-1] = replace(last, arguments=last.arguments + delta.arguments)
+            if (
+                isinstance(last_delta, CallDelta)
+                and last_delta.name is None
+                and last_delta.index == delta.index
+            ):
+                merged_deltas[-1] = replace(
+                    last_delta, arguments=last_delta.arguments + delta.arguments
+                )
                 continue
-        merged.append(delta)
-    return merged
+        merged_deltas.append(delta)
+    return merged_deltas
 
 
 def join_deltas(deltas: Iterable[Delta]) -> list[str | Call]:
-    """The texts and the calls of a complete answer, in their order."""
-    texts: list[str | Call] = []
+    """The texts and calls of a complete answer, in the order of the answer."""
+    segments: list[str | Call] = []
     for delta in deltas:
-        last = texts[-1] if texts else None
+        last_segment = segments[-1] if segments else None
         if isinstance(delta, TextDelta):
-            if isinstance(last, str):
-                texts[-1] = last + delta.text
+            if isinstance(last_segment, str):
+                segments[-1] = last_segment + delta.text
             else:
-                texts.append(delta.text)
+                segments.append(delta.text)
         elif delta.name is not None:
-            texts.append(Call(delta.id or "", delta.name, delta.arguments))
-        elif isinstance(last, Call):
-            texts[-1] = replace(last, arguments=last.arguments + delta.arguments)
-    return texts
+            segments.append(Call(delta.id or "", delta.name, delta.arguments))
+        elif isinstance(last_segment, Call):
+            segments[-1] = replace(last_segment, arguments=last_segment.arguments + delta.arguments)
+    return segments

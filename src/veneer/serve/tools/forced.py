@@ -1,10 +1,10 @@
-"""Tool calls that a request forces (``tool_choice``): a JSON schema constrains the answer, so that
-any model produces a valid call.
+"""Tool calls that a request demands by ``tool_choice``. A JSON schema constrains the answer, so
+that any model produces a valid call.
 
-    a named tool   {"a": 1}                                     the arguments alone
-    any tool       [{"name": "f", "parameters": {"a": 1}}, …]   one call or several
+    a named tool   {"a": 1}                                     only the arguments
+    any tool       [{"name": "f", "parameters": {"a": 1}}, …]   one or more calls
 
-The notation is not that of the model's family; vLLM uses the same one here.
+This notation, which is the same as vLLM's, differs from the notation of the model's family.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 from veneer.serve.tools.deltas import CallParser
 from veneer.serve.tools.json_calls import JsonCall
 
-#: most calls of one answer: without a bound, a small model goes on until its tokens are used up
+#: the largest number of calls in one answer: without a bound, a small model writes calls until its
+#: tokens are used up
 MOST_CALLS = 16
 
 Schema = Mapping[str, Any]
 
 
 def arguments_schema(parameters: Schema | None) -> dict[str, Any]:
-    """The schema of a tool's arguments. Unless it says otherwise, no parameters besides the named
-    ones are allowed: a small model would invent some."""
+    """The schema of a tool's arguments. Unless ``parameters`` says otherwise, only its properties
+    are allowed, because a small model would invent others."""
     schema = dict(parameters or {"properties": {}})
     if {"$ref", "allOf", "anyOf", "oneOf"} & schema.keys():
         return schema
@@ -33,11 +34,12 @@ def arguments_schema(parameters: Schema | None) -> dict[str, Any]:
     return schema
 
 
-def calls_schema(tools: Sequence[tuple[str, Schema | None]], most: int) -> dict[str, Any]:
-    """The schema of a list of at most ``most`` calls of these (name, parameters) tools. References
-    within the tools' schemas are rewritten to their place in this one."""
+def calls_schema(tools: Sequence[tuple[str, Schema | None]], max_calls: int) -> dict[str, Any]:
+    """The schema of a list of at most ``max_calls`` calls. ``tools``: name and schema of the
+    parameters of each tool; its references are rewritten so that they are valid in the list's
+    schema."""
     definitions = {
-        f"tool_{number}": _rebase(arguments_schema(parameters), f"#/$defs/tool_{number}")
+        f"tool_{number}": _rebase_references(arguments_schema(parameters), f"#/$defs/tool_{number}")
         for number, (_, parameters) in enumerate(tools)
     }
     choices = [
@@ -52,56 +54,56 @@ def calls_schema(tools: Sequence[tuple[str, Schema | None]], most: int) -> dict[
         }
         for number, (name, _) in enumerate(tools)
     ]
-    calls = {"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": choices}}
+    calls = {"type": "array", "minItems": 1, "maxItems": max_calls, "items": {"anyOf": choices}}
     return {"$defs": definitions, **calls}
 
 
-def _rebase(value: Any, root: str) -> Any:
-    """A schema with its internal references rewritten to lie below ``root``."""
-    if isinstance(value, list):
-        return [_rebase(child, root) for child in value]
-    if not isinstance(value, dict):
-        return value
+def _rebase_references(schema: Any, root: str) -> Any:
+    """A schema, or a part of one, whose references are changed from "#…" to ``root`` + "…"."""
+    if isinstance(schema, list):
+        return [_rebase_references(child, root) for child in schema]
+    if not isinstance(schema, dict):
+        return schema
     return {
         key: root + child.removeprefix("#")
         if key == "$ref" and isinstance(child, str) and child.startswith("#")
-        else _rebase(child, root)
-        for key, child in value.items()
+        else _rebase_references(child, root)
+        for key, child in schema.items()
     }
 
 
 class NamedCall(CallParser):
-    """An answer that is the arguments of one tool."""
+    """A parser of an answer that consists of the arguments of one tool."""
 
     def __init__(self, name: str, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._name = name
 
-    def _step(self, *, final: bool) -> bool:
-        if not self.calls and (self._buffer or final):
-            self._begin(self._name)
+    def _step(self, *, at_end: bool) -> bool:
+        if not self.calls and (self._buffer or at_end):
+            self._emit_call(self._name)
         if self._buffer:
-            self._add(self._drop(len(self._buffer)))
+            self._emit_arguments(self._consume(len(self._buffer)))
         return False
 
 
 class ListedCalls(CallParser):
-    """An answer that is a list of calls."""
+    """A parser of an answer that is a list of calls."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._call: JsonCall | None = None
 
-    def _step(self, *, final: bool) -> bool:
+    def _step(self, *, at_end: bool) -> bool:
         if self._call is None:
             self._buffer = self._buffer.lstrip("[, \n\r\t")
             if self._buffer.startswith("{"):
-                self._call = JsonCall(self._begin, self._add)
+                self._call = JsonCall(self._emit_call, self._emit_arguments)
                 return True
-            self._drop(len(self._buffer))  # the list's end
+            self._consume(len(self._buffer))  # the end of the list
             return False
-        self._drop(self._call.read(self._buffer))
-        if not (self._call.done or self._call.failed):
+        self._consume(self._call.read(self._buffer))
+        if not (self._call.is_complete or self._call.has_failed):
             return False
         self._call = None
         return True

@@ -6,8 +6,8 @@
     deepseek_v3   <｜tool▁call▁begin｜>function<｜tool▁sep｜>f ```json {…} ```<｜tool▁call▁end｜>
     deepseek_v31  <｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>
 
-Each character is read once or twice, however many pieces the text arrives in, because parsing runs
-in the event loop of all requests.
+Each character is read at most twice, even if the text arrives in many pieces. Parsing must be fast,
+because it runs in the event loop that all requests share.
 """
 
 from __future__ import annotations
@@ -19,156 +19,160 @@ from typing import Any, ClassVar
 
 from veneer.serve.tools.deltas import CallParser, NewId, short_id
 
-#: most characters between a tag and the arguments: the name, and words around it
-LONGEST_HEADER = 512
+#: the largest number of characters between a tag and the arguments, which contain the tool's name
+MAX_HEADER = 512
 
 
-def match_header(pattern: re.Pattern[str], text: str, *, final: bool) -> re.Match[str] | str | None:
-    """The header before the first "{" of a text; "" while it may be incomplete, None for none."""
-    position = text.find("{", 0, LONGEST_HEADER)
-    if position < 0 and len(text) < LONGEST_HEADER and not final:
+def match_header(
+    pattern: re.Pattern[str], text: str, *, at_end: bool
+) -> re.Match[str] | str | None:
+    """Match the header, the text before the first "{". Return "" if the header may be incomplete,
+    and None if it does not match."""
+    position = text.find("{", 0, MAX_HEADER)
+    if position < 0 and len(text) < MAX_HEADER and not at_end:
         return ""
     return pattern.fullmatch(text[: max(position, 0)])
 
 
 class ValueScanner:
-    """Find the end of a JSON value in a text that arrives in pieces. Only quotes and brackets are
-    followed; the text between them need not be valid JSON."""
+    """Finds the end of a JSON value in a text that arrives in pieces. It examines only quotes and
+    brackets: the text between them need not be valid JSON."""
 
     def __init__(self) -> None:
-        self._depth, self._quoted, self._escaped = 0, False, False
+        self._bracket_depth, self._in_string, self._after_backslash = 0, False, False
 
     def scan(self, text: str, start: int = 0) -> tuple[int, bool]:
-        """The position after the last character of the value so far, and whether the value ends
-        there."""
+        """Return the position after the value's last character in ``text``, and whether the value
+        ends there."""
         for position in range(start, len(text)):
-            mark = text[position]
-            if self._quoted:
-                if self._escaped:
-                    self._escaped = False
-                elif mark == "\\":
-                    self._escaped = True
-                elif mark == '"':
-                    self._quoted = False
-                    if not self._depth:
+            character = text[position]
+            if self._in_string:
+                if self._after_backslash:
+                    self._after_backslash = False
+                elif character == "\\":
+                    self._after_backslash = True
+                elif character == '"':
+                    self._in_string = False
+                    if not self._bracket_depth:
                         return position + 1, True
-            elif mark == '"':
-                self._quoted = True
-            elif mark in "{[":
-                self._depth += 1
-            elif mark in "}]":
-                self._depth -= 1
-                if self._depth <= 0:  # below 0: the enclosing object ends
-                    return position + (self._depth == 0), True
-            elif not self._depth and (mark == "," or mark.isspace()):
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._bracket_depth += 1
+            elif character in "}]":
+                self._bracket_depth -= 1
+                if self._bracket_depth <= 0:  # below 0: the enclosing object ends
+                    return position + (self._bracket_depth == 0), True
+            elif not self._bracket_depth and (character == "," or character.isspace()):
                 return position, True
         return len(text), False
 
 
 class JsonCall:
-    """One object {"name": …, "arguments": …}, read while its text comes. ``begin`` is called with
-    the name, ``add`` with each part of the arguments.
+    """A parser of one call {"name": …, "arguments": …} whose text arrives in pieces. ``on_name`` is
+    called with the name, ``on_arguments`` with each piece of the arguments.
 
     Attributes:
-        begun: its name is known.
-        done: it is complete.
-        failed: it is no such object.
-        text: what was read until its name was known."""
+        has_name: whether the name was read.
+        is_complete: whether the object has ended.
+        has_failed: whether the text is no such object.
+        text: the text that was read before the name was known."""
 
     ARGUMENTS = ("arguments", "parameters")
 
-    def __init__(self, begin: Callable[[str], None], add: Callable[[str], None]) -> None:
-        self._begin, self._add = begin, add
-        self.begun = self.done = self.failed = False
+    def __init__(self, on_name: Callable[[str], None], on_arguments: Callable[[str], None]) -> None:
+        self._on_name, self._on_arguments = on_name, on_arguments
+        self.has_name = self.is_complete = self.has_failed = False
         self.text = ""
         self._expected = "{"
         self._key, self._value = "", ""
-        self._early = ""  # arguments that came before the name
-        self._some = self._streams = False  # there are arguments; this value is passed on
+        self._early_arguments = ""  # arguments that came before the name
+        self._has_arguments = False
+        self._streams_value = False  # whether pieces of the current value are emitted as they come
         self._scanner: ValueScanner | None = None
 
     def read(self, text: str) -> int:
-        """Read text; return how many of its characters belong to the object."""
+        """Read text; return the number of its characters that belong to the object."""
         position = 0
-        while position < len(text) and not (self.done or self.failed):
+        while position < len(text) and not (self.is_complete or self.has_failed):
             if self._scanner is None and text[position].isspace():
                 position += 1
             elif self._expected in ("key", "value"):
                 position = self._read_value(text, position)
             else:
-                self._read_mark(text[position])
-                position += not self.failed
-        if not self.begun:
+                self._read_punctuation(text[position])
+                position += not self.has_failed
+        if not self.has_name:
             self.text += text[:position]
         return position
 
-    def _read_mark(self, mark: str) -> None:
-        following = {"{": {"{": "key"}, ":": {":": "value"}, ",": {",": "key", "}": "end"}}
-        state = following[self._expected].get(mark)
-        if state is None:
-            self.failed = True
-        elif state == "end":
+    def _read_punctuation(self, character: str) -> None:
+        next_states = {"{": {"{": "key"}, ":": {":": "value"}, ",": {",": "key", "}": "end"}}
+        next_expected = next_states[self._expected].get(character)
+        if next_expected is None:
+            self.has_failed = True
+        elif next_expected == "end":
             self._end()
         else:
-            self._expected = state
+            self._expected = next_expected
 
     def _read_value(self, text: str, position: int) -> int:
-        """Read a part of a key or value from ``position`` on; return the position after it."""
+        """Read characters of a key or value from ``position`` on; return the next position."""
         if self._scanner is None:
-            mark = text[position]
-            if self._expected == "key" and mark == "}":
+            character = text[position]
+            if self._expected == "key" and character == "}":
                 self._end()
                 return position + 1
-            if mark in "}]:," or (self._expected == "key" and mark != '"'):
-                self.failed = True
+            if character in "}]:," or (self._expected == "key" and character != '"'):
+                self.has_failed = True
                 return position
             self._scanner, self._value = ValueScanner(), ""
-            # arguments are passed on as they come; as a string they are escaped, and wait
+            # emit arguments as they come, but a string only at its end, to parse its escapes
             is_arguments = self._expected == "value" and self._key in self.ARGUMENTS
-            self._streams = is_arguments and self.begun and mark != '"'
-        stop, ended = self._scanner.scan(text, position)
-        piece = text[position:stop]
-        if self._streams:
-            self._some = True
-            self._add(piece)
+            self._streams_value = is_arguments and self.has_name and character != '"'
+        end_position, has_ended = self._scanner.scan(text, position)
+        piece = text[position:end_position]
+        if self._streams_value:
+            self._has_arguments = True
+            self._on_arguments(piece)
         else:
             self._value += piece
-        if ended:
+        if has_ended:
             self._scanner = None
             self._end_value()
-        return stop
+        return end_position
 
     def _end_value(self) -> None:
         if self._expected == "key":
-            self._key, self._expected = _string(self._value) or "", ":"
+            self._key, self._expected = _parse_string(self._value) or "", ":"
             return
         self._expected = ","
-        if self._key == "name" and not self.begun:
-            name = _string(self._value)
+        if self._key == "name" and not self.has_name:
+            name = _parse_string(self._value)
             if not name:
-                self.failed = True
+                self.has_failed = True
                 return
-            self.begun = True
-            self._begin(name)
-            self._add(self._early)
-            self._some = self._some or bool(self._early)
+            self.has_name = True
+            self._on_name(name)
+            self._on_arguments(self._early_arguments)
+            self._has_arguments = self._has_arguments or bool(self._early_arguments)
         elif self._key in self.ARGUMENTS and self._value:
-            arguments = _string(self._value) if self._value[0] == '"' else self._value
+            arguments = _parse_string(self._value) if self._value[0] == '"' else self._value
             arguments = self._value if arguments is None else arguments
-            if self.begun:
-                self._some = True
-                self._add(arguments)
+            if self.has_name:
+                self._has_arguments = True
+                self._on_arguments(arguments)
             else:
-                self._early = arguments
+                self._early_arguments = arguments
 
     def _end(self) -> None:
-        self.done, self.failed = self.begun, not self.begun
-        if self.begun and not self._some:
-            self._add("{}")
+        self.is_complete, self.has_failed = self.has_name, not self.has_name
+        if self.has_name and not self._has_arguments:
+            self._on_arguments("{}")
 
 
-def _string(text: str) -> str | None:
-    """The text of a JSON string; None if it is not one."""
+def _parse_string(text: str) -> str | None:
+    """The text of a JSON string; None if the JSON is invalid or no string."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -177,79 +181,79 @@ def _string(text: str) -> str | None:
 
 
 class ObjectCallParser(CallParser):
-    """Parser of calls that are whole objects (``JsonCall``)."""
+    """The base of parsers of calls that are objects with name and arguments (``JsonCall``)."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._call: JsonCall | None = None
 
-    def _begin_call(self) -> None:
-        self._call = JsonCall(self._begin, self._add)
+    def _start_object(self) -> None:
+        self._call = JsonCall(self._emit_call, self._emit_arguments)
 
-    def _read_object(self, prefix: str, *, final: bool) -> JsonCall | None:
-        """Read the current call, which follows ``prefix``; return it once it has ended. If it turns
-        out to be no call, it becomes text."""
+    def _read_object(self, prefix: str, *, at_end: bool) -> JsonCall | None:
+        """Read the current call, which follows ``prefix``; return it when it has ended, else None.
+        If the object turns out to be no call, it becomes text."""
         call = self._call
         assert call is not None
-        self._drop(call.read(self._buffer))
-        if not (call.done or call.failed or final):
+        self._consume(call.read(self._buffer))
+        if not (call.is_complete or call.has_failed or at_end):
             return None
-        if not call.begun:
-            self._say(prefix + call.text)
+        if not call.has_name:
+            self._emit_text(prefix + call.text)
         self._call = None
         return call
 
 
 class Hermes(ObjectCallParser):
-    """Hermes 2 Pro, Qwen 2.5, Qwen 3: a call is a JSON object between two tags."""
+    """The notation of Hermes 2 Pro, Qwen 2.5 and Qwen 3: a JSON object between two tags."""
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
     markers: ClassVar[tuple[str, ...]] = (OPEN, CLOSE)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._closing = False
+        self._awaits_close_tag = False
 
-    def _step(self, *, final: bool) -> bool:
-        if self._closing:
-            return self._read_close(final=final)
+    def _step(self, *, at_end: bool) -> bool:
+        if self._awaits_close_tag:
+            return self._read_close(at_end=at_end)
         if self._call is None:
-            position, tag = self._find((self.OPEN,), final=final)
-            self._say(self._drop(position))
+            position, tag = self._find_tag((self.OPEN,), at_end=at_end)
+            self._emit_text(self._consume(position))
             if tag:
-                self._drop(len(tag))
-                self._begin_call()
+                self._consume(len(tag))
+                self._start_object()
             return bool(tag)
-        call = self._read_object(self.OPEN, final=final)
+        call = self._read_object(self.OPEN, at_end=at_end)
         if call is None:
             return False
-        self._closing = call.begun
+        self._awaits_close_tag = call.has_name
         return True
 
-    def _read_close(self, *, final: bool) -> bool:
-        """Read up to the tag that ends a call; without one, up to the next call."""
-        position, tag = self._find((self.CLOSE, self.OPEN), final=final)
-        self._drop(position + (len(tag) if tag == self.CLOSE else 0))
-        self._closing = not (tag or final)
+    def _read_close(self, *, at_end: bool) -> bool:
+        """Read up to the tag that ends a call, or up to the next call if that tag is missing."""
+        position, tag = self._find_tag((self.CLOSE, self.OPEN), at_end=at_end)
+        self._consume(position + (len(tag) if tag == self.CLOSE else 0))
+        self._awaits_close_tag = not (tag or at_end)
         return bool(tag)
 
 
 class Llama3Json(ObjectCallParser):
-    """Llama 3.1 to 3.3: the answer is an object, or several of them with ";" between."""
+    """The notation of Llama 3.1 to 3.3: the answer is an object, or several with ";" between."""
 
     PYTHON = "<|python_tag|>"
     markers: ClassVar[tuple[str, ...]] = (PYTHON,)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._reads_text = False
+        self._is_text = False
 
-    def _step(self, *, final: bool) -> bool:
-        if self._reads_text:
-            self._say(self._drop(len(self._buffer)))
+    def _step(self, *, at_end: bool) -> bool:
+        if self._is_text:
+            self._emit_text(self._consume(len(self._buffer)))
             return False
         if self._call is not None:
-            return self._read_call(final=final)
+            return self._read_call(at_end=at_end)
         text = self._buffer.lstrip()
         if self.calls:
             text = text.lstrip("; \n")
@@ -258,24 +262,24 @@ class Llama3Json(ObjectCallParser):
             return True
         if text.startswith("{"):
             self._buffer = text
-            self._begin_call()
+            self._start_object()
             return True
-        if self.PYTHON.startswith(text) and not final:
+        if self.PYTHON.startswith(text) and not at_end:
             return False
-        self._reads_text = True
+        self._is_text = True
         return True
 
-    def _read_call(self, *, final: bool) -> bool:
-        call = self._read_object("", final=final)
+    def _read_call(self, *, at_end: bool) -> bool:
+        call = self._read_object("", at_end=at_end)
         if call is None:
             return False
-        self._reads_text = not call.done
+        self._is_text = not call.is_complete
         return True
 
 
 class Mistral(ObjectCallParser):
-    """Mistral: a list of objects behind a special token, or since 2025 a name and its
-    arguments."""
+    """The notation of Mistral: a list of objects after a special token, or since 2025 the name and
+    the arguments of a call."""
 
     OPEN = "[TOOL_CALLS]"
     markers: ClassVar[tuple[str, ...]] = (OPEN, "[CALL_ID]", "[ARGS]")
@@ -284,25 +288,25 @@ class Mistral(ObjectCallParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._state, self._raw = "text", ""
+        self._state, self._open_tag = "text", ""
         self._scanner = ValueScanner()
 
-    def _step(self, *, final: bool) -> bool:
-        return getattr(self, f"_step_{self._state}")(final=final)
+    def _step(self, *, at_end: bool) -> bool:
+        return getattr(self, f"_step_{self._state}")(at_end=at_end)
 
-    def _step_text(self, *, final: bool) -> bool:
-        position, tag = self._find((self.OPEN,), final=final)
-        self._say(self._drop(position))
+    def _step_text(self, *, at_end: bool) -> bool:
+        position, tag = self._find_tag((self.OPEN,), at_end=at_end)
+        self._emit_text(self._consume(position))
         if tag:
-            self._raw = self._drop(len(tag))
+            self._open_tag = self._consume(len(tag))
             self._state = "open"
         return bool(tag)
 
-    def _step_open(self, *, final: bool) -> bool:
-        """Behind the special token: which of the two notations follows."""
+    def _step_open(self, *, at_end: bool) -> bool:
+        """After the special token: find out which of the two notations follows."""
         text = self._buffer.lstrip()
         if not text:
-            self._state = "text" if final else "open"
+            self._state = "text" if at_end else "open"
             return False
         if text[0] in "[{":
             self._buffer = text[1:] if text[0] == "[" else text
@@ -311,47 +315,48 @@ class Mistral(ObjectCallParser):
             self._state = "header"
         return True
 
-    def _step_list(self, *, final: bool) -> bool:
+    def _step_list(self, *, at_end: bool) -> bool:
         text = self._buffer.lstrip(", \n\r\t")
         if text.startswith("{"):
             self._buffer, self._state = text, "call"
-            self._begin_call()
+            self._start_object()
             return True
-        if text or final:
+        if text or at_end:
             self._buffer, self._state = text.removeprefix("]"), "text"
             return bool(self._buffer)
         return False
 
-    def _step_call(self, *, final: bool) -> bool:
-        call = self._read_object(self._raw, final=final)
+    def _step_call(self, *, at_end: bool) -> bool:
+        call = self._read_object(self._open_tag, at_end=at_end)
         if call is None:
             return False
-        self._state = "list" if call.done else "text"
+        self._state = "list" if call.is_complete else "text"
         return True
 
-    def _step_header(self, *, final: bool) -> bool:
-        header = match_header(self.HEADER, self._buffer, final=final)
+    def _step_header(self, *, at_end: bool) -> bool:
+        header = match_header(self.HEADER, self._buffer, at_end=at_end)
         if header == "":
             return False
-        if not isinstance(header, re.Match):  # what looked like a call is text
-            self._say(self._raw)
+        if not isinstance(header, re.Match):  # the special token begins no call, so it is text
+            self._emit_text(self._open_tag)
             self._state = "text"
             return True
-        self._drop(header.end())
-        self._begin(header[1], header[2])
+        self._consume(header.end())
+        self._emit_call(header[1], header[2])
         self._scanner, self._state = ValueScanner(), "arguments"
         return True
 
-    def _step_arguments(self, *, final: bool) -> bool:
-        stop, ended = self._scanner.scan(self._buffer)
-        self._add(self._drop(stop))
-        if ended:
+    def _step_arguments(self, *, at_end: bool) -> bool:
+        end_position, has_ended = self._scanner.scan(self._buffer)
+        self._emit_arguments(self._consume(end_position))
+        if has_ended:
             self._state = "text"
-        return ended
+        return has_ended
 
 
 class DeepSeek(CallParser):
-    """DeepSeek: calls between special tokens, each with a header before its arguments."""
+    """The notation of DeepSeek: calls between special tokens, each with a header before its
+    arguments."""
 
     BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
     CALL, CALL_END, SEPARATOR = (
@@ -367,53 +372,53 @@ class DeepSeek(CallParser):
         self._state = "text"
         self._scanner = ValueScanner()
 
-    def _step(self, *, final: bool) -> bool:
-        return getattr(self, f"_step_{self._state}")(final=final)
+    def _step(self, *, at_end: bool) -> bool:
+        return getattr(self, f"_step_{self._state}")(at_end=at_end)
 
-    def _step_text(self, *, final: bool) -> bool:
+    def _step_text(self, *, at_end: bool) -> bool:
         tags: Sequence[str] = (self.BEGIN, self.CALL, self.END)
-        position, tag = self._find(tags, final=final)
-        self._say(self._drop(position))
-        self._drop(len(tag))
+        position, tag = self._find_tag(tags, at_end=at_end)
+        self._emit_text(self._consume(position))
+        self._consume(len(tag))
         if tag == self.CALL:
             self._state = "header"
         return bool(tag)
 
-    def _step_header(self, *, final: bool) -> bool:
-        header = match_header(self.HEADER, self._buffer, final=final)
+    def _step_header(self, *, at_end: bool) -> bool:
+        header = match_header(self.HEADER, self._buffer, at_end=at_end)
         if header == "":
             return False
         if not isinstance(header, re.Match):
-            self._say(self.CALL)
+            self._emit_text(self.CALL)
             self._state = "text"
             return True
-        self._drop(header.end())
-        self._begin(header[1])
+        self._consume(header.end())
+        self._emit_call(header[1])
         self._scanner, self._state = ValueScanner(), "arguments"
         return True
 
-    def _step_arguments(self, *, final: bool) -> bool:
-        stop, ended = self._scanner.scan(self._buffer)
-        self._add(self._drop(stop))
-        if ended:
+    def _step_arguments(self, *, at_end: bool) -> bool:
+        end_position, has_ended = self._scanner.scan(self._buffer)
+        self._emit_arguments(self._consume(end_position))
+        if has_ended:
             self._state = "close"
-        return ended
+        return has_ended
 
-    def _step_close(self, *, final: bool) -> bool:
-        position, tag = self._find((self.CALL_END, self.END), final=final)
-        self._drop(position + len(tag))
-        if tag or final:
+    def _step_close(self, *, at_end: bool) -> bool:
+        position, tag = self._find_tag((self.CALL_END, self.END), at_end=at_end)
+        self._consume(position + len(tag))
+        if tag or at_end:
             self._state = "text"
         return bool(tag)
 
 
 class DeepSeekV3(DeepSeek):
-    """DeepSeek V3 and R1: the arguments stand in a block of code."""
+    """The notation of DeepSeek V3 and R1: the arguments are a Markdown code block."""
 
     HEADER = re.compile(rf"\s*\w+\s*{DeepSeek.SEPARATOR}\s*([\w.-]+)\s*```json\s*")
 
 
 class DeepSeekV31(DeepSeek):
-    """DeepSeek V3.1."""
+    """The notation of DeepSeek V3.1: the arguments follow the separator."""
 
     HEADER = re.compile(rf"\s*([\w.-]+)\s*{DeepSeek.SEPARATOR}\s*")

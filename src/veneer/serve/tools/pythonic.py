@@ -1,8 +1,8 @@
 """Calls in Python's form: ``[get_weather(city="Bern", days=3), get_time()]`` (Llama 3.2 and 4,
 ToolACE).
 
-The answer is such a list or a text. A call is passed on when its closing bracket is there; it is
-parsed as Python and never run. An argument that is no literal makes the call a text.
+An answer is such a list of calls, or text. A call is emitted when it is complete. It is parsed as
+Python and never run. If an argument is not a literal, the call becomes text.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from veneer.serve.tools.deltas import CallParser
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _OPENING = re.compile(rf"\[\s*{_NAME.pattern}\(")
-#: what may still become an opening: a bracket, and the beginning of a name
-_PARTIAL = re.compile(rf"(\[\s*({_NAME.pattern})?)?")
+#: a text that may become the opening of a list of calls: a bracket, and the beginning of a name
+_PARTIAL_OPENING = re.compile(rf"(\[\s*({_NAME.pattern})?)?")
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
 class Pythonic(CallParser):
-    """A list of calls, or text."""
+    """A parser of an answer that is a list of calls, or text."""
 
     START, END = "<|python_start|>", "<|python_end|>"
     markers: ClassVar[tuple[str, ...]] = (START, END)
@@ -30,85 +30,88 @@ class Pythonic(CallParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._state = "start"
-        self._position, self._depth, self._quote = 0, 0, ""
+        self._position, self._bracket_depth, self._quote = 0, 0, ""
 
-    def _step(self, *, final: bool) -> bool:
-        return getattr(self, f"_step_{self._state}")(final=final)
+    def _step(self, *, at_end: bool) -> bool:
+        return getattr(self, f"_step_{self._state}")(at_end=at_end)
 
-    def _step_start(self, *, final: bool) -> bool:
+    def _step_start(self, *, at_end: bool) -> bool:
         text = self._buffer.lstrip().removeprefix(self.START).lstrip()
         if _OPENING.match(text):
-            self._drop(len(self._buffer) - len(text) + 1)
+            self._consume(len(self._buffer) - len(text) + 1)
             self._state = "call"
             return True
-        partial = _PARTIAL.fullmatch(text) or self.START.startswith(text)
-        if partial and not final:
+        may_open = _PARTIAL_OPENING.fullmatch(text) or self.START.startswith(text)
+        if may_open and not at_end:
             return False
         self._state = "text"
         return True
 
-    def _step_text(self, *, final: bool) -> bool:
-        self._say(self._drop(len(self._buffer)))
+    def _step_text(self, *, at_end: bool) -> bool:
+        self._emit_text(self._consume(len(self._buffer)))
         return False
 
-    def _step_call(self, *, final: bool) -> bool:
-        """Follow quotes and brackets up to the comma behind a call, or the end of the list."""
+    def _step_call(self, *, at_end: bool) -> bool:
+        """Scan quotes and brackets up to the comma after a call, or up to the end of the list."""
         while self._position < len(self._buffer):
-            mark = self._buffer[self._position]
+            character = self._buffer[self._position]
             self._position += 1
             if self._quote:
-                if mark == "\\":
+                if character == "\\":
                     self._position += 1
-                elif mark == self._quote:
+                elif character == self._quote:
                     self._quote = ""
-            elif mark in "\"'":
-                self._quote = mark
-            elif mark in "([{":
-                self._depth += 1
-            elif mark in ")]}":
-                self._depth -= 1
-            if self._depth < 0 or (mark == "," and not self._depth and not self._quote):
-                self._end_call("end" if self._depth < 0 else "call")
+            elif character in "\"'":
+                self._quote = character
+            elif character in "([{":
+                self._bracket_depth += 1
+            elif character in ")]}":
+                self._bracket_depth -= 1
+            ends_call = character == "," and not self._bracket_depth and not self._quote
+            if self._bracket_depth < 0 or ends_call:
+                self._end_call("end" if self._bracket_depth < 0 else "call")
                 return True
-        if final:
+        if at_end:
             self._end_call("text")
-        return final
+        return at_end
 
-    def _end_call(self, state: str) -> None:
-        """Pass on the call before the mark at hand; without one, the text."""
-        source = self._buffer[: self._position - (state != "text")].strip()
-        call = None if state == "text" else _parse(source)
-        if call is not None:
-            self._begin(call[0])
-            self._add(call[1])
+    def _end_call(self, next_state: str) -> None:
+        """Emit the call that ends before ``_position``, or emit text if it is no valid call.
+        ``next_state``: "call", "end" or, if the answer has ended within the call, "text"."""
+        source = self._buffer[: self._position - (next_state != "text")].strip()
+        name_and_arguments = None if next_state == "text" else _parse_call(source)
+        if name_and_arguments is not None:
+            self._emit_call(name_and_arguments[0])
+            self._emit_arguments(name_and_arguments[1])
         elif source:
-            self._say("" if self.calls else "[")
-            state = "text"
-        if state != "text":
-            self._drop(self._position)
-        self._state = state
-        self._position, self._depth, self._quote = 0, 0, ""
+            self._emit_text("" if self.calls else "[")
+            next_state = "text"
+        if next_state != "text":
+            self._consume(self._position)
+        self._state = next_state
+        self._position, self._bracket_depth, self._quote = 0, 0, ""
 
-    def _step_end(self, *, final: bool) -> bool:
+    def _step_end(self, *, at_end: bool) -> bool:
         text = self._buffer.lstrip()
-        if text != self.END and self.END.startswith(text) and not final:
+        if text != self.END and self.END.startswith(text) and not at_end:
             return False
         self._buffer, self._state = text.removeprefix(self.END), "text"
         return True
 
 
-def _parse(source: str) -> tuple[str, str] | None:
-    """The name and the arguments, as JSON, of one call in Python's form; None for anything else."""
+def _parse_call(source: str) -> tuple[str, str] | None:
+    """The name and the arguments, as JSON, of one call that is written in Python; None if the text
+    is no such call."""
     name, bracket, _ = source.partition("(")
     if not bracket or not _NAME.fullmatch(name.strip()):
         return None
     try:
-        # a tool's name may have hyphens and dots, a name of Python has none
+        # a tool's name may have hyphens and dots, unlike a name in Python: parse f(…) instead
         tree = ast.parse(f"f{source[len(name) :]}", mode="eval").body
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
             return None
         arguments = {keyword.arg: _literal(keyword.value) for keyword in tree.keywords}
-        if None in arguments:  # f(**more)
+        if None in arguments:  # from f(**arguments)
             return None
         return name.strip(), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
@@ -116,7 +119,8 @@ def _parse(source: str) -> tuple[str, str] | None:
 
 
 def _literal(node: ast.expr) -> Any:
-    """The value of a literal. JSON's ``true``, ``false`` and ``null`` are names in Python."""
+    """The value of a literal. Accepts JSON's ``true``, ``false`` and ``null``, which are names in
+    Python."""
     if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
         return _JSON_NAMES[node.id]
     if isinstance(node, ast.List | ast.Tuple):

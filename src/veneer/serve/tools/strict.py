@@ -1,15 +1,15 @@
-"""Answers that may call tools of which some are strict: a grammar in which text is free, and a call
-that has begun keeps to its tool's schema.
+"""The grammar of answers that may call strict tools. Text is free, but a call that has begun must
+follow the schema of its tool.
 
     hermes   text <tool_call> {"name": "f", "arguments": ⟨the schema of f⟩} </tool_call> text …
 
-The notation is the family's own, so a model goes on as it was trained to. A call names a tool of
-the request; the arguments of a tool that is not strict are any object. Keywords of a schema that
-llguidance does not know are left out, as a client may send all of JSON schema here. In Qwen 3
-Coder's notation a text is bound by its enum alone.
+The notation is that of the model's family, in which the model was trained to write calls. A call
+must name a tool of the request. The arguments of a tool that is not strict may be any object.
+Keywords of a schema that llguidance does not know are ignored, since a client may use all of JSON
+schema. In Qwen 3 Coder's notation, an argument that is a string is constrained only by its enum.
 
-Tags that are special tokens stand in a grammar by their ids; others are text, which ends where the
-first of them is complete.
+A tag that is a special token is written in the grammar as a token id. Another tag is text: the text
+before it ends where the tag first occurs.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from veneer.serve.tools.json_calls import (
 from veneer.serve.tools.pythonic import Pythonic
 from veneer.serve.tools.xml_calls import Qwen3Xml, follow_reference, json_types
 
-OPTIONS = {**LAYOUT, "lenient": True, "coerce_one_of": True}
-#: escapes that JSON and Python read alike
-PYTHON_OPTIONS = {**OPTIONS, "json_allowed_escapes": '"\\nrtbf'}
+#: options of llguidance for a JSON schema within the grammar
+JSON_OPTIONS = {**LAYOUT, "lenient": True, "coerce_one_of": True}
+#: options for arguments that are parsed as Python: escapes that mean the same in JSON and Python
+PYTHON_OPTIONS = {**JSON_OPTIONS, "json_allowed_escapes": '"\\nrtbf'}
 TERMINALS = r"""
 TEXT: /(.|\n)*/
 WS: /[ \r\n\t]{0,8}/
@@ -43,112 +44,121 @@ WS: /[ \r\n\t]{0,8}/
 
 
 def strict_grammar(
-    family: type[CallParser],
+    parser_class: type[CallParser],
     parameters: Mapping[str, Schema],
     strict: Collection[str],
     markers: Mapping[int, str],
 ) -> Grammar:
-    """The grammar of answers in the notation of a parser's ``family``. ``parameters``: schemas of
-    the tools' parameters by name, of which those of the tools in ``strict`` are held; ``markers``:
-    the tags that are special tokens, by id."""
-    writer = _Writer(parameters, strict, {text: id for id, text in markers.items()})
-    rules = _NOTATIONS[family](writer)
+    """The grammar of answers in the notation that ``parser_class`` parses. ``parameters``: by
+    tool name, the schema of the tool's parameters, which is enforced for the tools in ``strict``.
+    ``markers``: by token id, the tags that are special tokens."""
+    writer = _GrammarWriter(parameters, strict, {text: id for id, text in markers.items()})
+    rules = _NOTATIONS[parser_class](writer)
     return Grammar("lark", "%llguidance {}\n" + rules + TERMINALS)
 
 
-class _Writer:
-    """Parts of a grammar for some tools."""
+class _GrammarWriter:
+    """Writes rules of a grammar (in llguidance's Lark format) for the tools of a request."""
 
     def __init__(
-        self, parameters: Mapping[str, Schema], strict: Collection[str], special: Mapping[str, int]
+        self,
+        parameters: Mapping[str, Schema],
+        strict: Collection[str],
+        special_ids: Mapping[str, int],
     ) -> None:
         self.names, self._parameters = list(parameters), parameters
-        self._strict, self._special = strict, special
+        self._strict, self._special_ids = strict, special_ids
 
     def tag(self, text: str) -> str:
-        return f"<[{self._special[text]}]>" if text in self._special else json.dumps(text)
+        """A tag as an element of the grammar: a special token, or a literal."""
+        return f"<[{self._special_ids[text]}]>" if text in self._special_ids else json.dumps(text)
 
     def between_texts(self, tag: str, call: str, free_tags: Sequence[str] = ()) -> str:
-        """Rules of an answer in which ``call`` follows each ``tag``. Special tokens of
-        ``free_tags`` may stand in the text."""
-        marks = " | ".join(self.tag(mark) for mark in free_tags if mark in self._special)
-        before = f"(TEXT ({marks}))* " if marks else ""
-        rules = f"start: (head call)* {before}TEXT\ncall: {call}\n"
-        if tag in self._special:
-            return rules + f"head: {before}TEXT {self.tag(tag)}\n"
-        return rules + f"head: {before}text_and_tag\ntext_and_tag[lazy]: TEXT {self.tag(tag)}\n"
+        """Rules of an answer that is text, in which the rule ``call`` follows each ``tag``. Special
+        tokens of ``free_tags`` may occur in the text."""
+        free_tokens = " | ".join(
+            self.tag(free_tag) for free_tag in free_tags if free_tag in self._special_ids
+        )
+        text_prefix = f"(TEXT ({free_tokens}))* " if free_tokens else ""
+        rules = f"start: (head call)* {text_prefix}TEXT\ncall: {call}\n"
+        if tag in self._special_ids:
+            return rules + f"head: {text_prefix}TEXT {self.tag(tag)}\n"
+        tag_rule = f"text_and_tag[lazy]: TEXT {self.tag(tag)}\n"
+        return rules + f"head: {text_prefix}text_and_tag\n" + tag_rule
 
-    def each_tool(self, write: Callable[[str, int], str]) -> str:
-        """A choice among the tools; ``write`` takes a tool's name and number."""
+    def tool_choice(self, write: Callable[[str, int], str]) -> str:
+        """A choice among the tools. ``write`` gets a tool's name and number, and returns the tool's
+        alternative."""
         return " | ".join(write(name, number) for number, name in enumerate(self.names))
 
-    def arguments(self) -> str:
-        """Rules for the arguments of each tool, as an object."""
+    def argument_rules(self) -> str:
+        """Rules ``arguments_0``, ``arguments_1``, …: the arguments of each tool, as an object."""
         return "".join(
-            f"arguments_{number}: {_json(self.schema(name) or {'type': 'object'})}\n"
+            f"arguments_{number}: {_json_rule(self.schema(name) or {'type': 'object'})}\n"
             for number, name in enumerate(self.names)
         )
 
-    def object_rule(self) -> str:
-        """Rules of ``object``, a call as an object."""
-        pairs = self.each_tool(
+    def object_rules(self) -> str:
+        """The rule ``object``, a call as an object with name and arguments, and the rules that it
+        uses."""
+        pairs = self.tool_choice(
             lambda name, number: (
                 f'{json.dumps(json.dumps(name))} WS "," WS ARGUMENTS WS ":" WS arguments_{number}'
             )
         )
         keys = " | ".join(json.dumps(f'"{key}"') for key in ("arguments", "parameters"))
         opening = '"{" WS "\\"name\\"" WS ":" WS'
-        return f'object: {opening} ({pairs}) WS "}}"\nARGUMENTS: {keys}\n{self.arguments()}'
+        return f'object: {opening} ({pairs}) WS "}}"\nARGUMENTS: {keys}\n{self.argument_rules()}'
 
     def schema(self, name: str) -> dict[str, Any] | None:
-        """The schema of a tool's arguments; None where it is not held."""
+        """The schema of a tool's arguments; None if the tool is not strict."""
         return arguments_schema(self._parameters[name]) if name in self._strict else None
 
     def properties(self, name: str) -> list[tuple[str, dict[str, Any], bool]] | None:
-        """(name, schema, whether it is required) of each of a tool's parameters; None where they
-        are not held."""
+        """(name, schema, whether it is required) of each of a tool's parameters; None if the
+        parameters are not constrained."""
         schema = self.schema(name)
         properties = None if schema is None else schema.get("properties")
         if schema is None or not isinstance(properties, dict):
             return None
-        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         required = schema.get("required", ())
         return [
-            (key, {**value, **shared} if isinstance(value, dict) else {}, key in required)
+            (key, {**value, **definitions} if isinstance(value, dict) else {}, key in required)
             for key, value in properties.items()
         ]
 
 
-def _json(schema: Mapping[str, Any], options: Mapping[str, Any] = OPTIONS) -> str:
+def _json_rule(schema: Mapping[str, Any], options: Mapping[str, Any] = JSON_OPTIONS) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
-def _hermes(writer: _Writer) -> str:
+def _hermes(writer: _GrammarWriter) -> str:
     call = f"WS object WS {writer.tag(Hermes.CLOSE)}"
-    return writer.between_texts(Hermes.OPEN, call) + writer.object_rule()
+    return writer.between_texts(Hermes.OPEN, call) + writer.object_rules()
 
 
-def _llama3_json(writer: _Writer) -> str:
-    python = f"({writer.tag(Llama3Json.PYTHON)} WS)?"
+def _llama3_json(writer: _GrammarWriter) -> str:
+    python_tag = f"({writer.tag(Llama3Json.PYTHON)} WS)?"
     return (
-        f'start: WS {python} object (WS ";" WS object)* WS | FREE\n'
-        "FREE: /[ \\r\\n\\t]*([^ \\r\\n\\t{](.|\\n)*)?/\n" + writer.object_rule()
+        f'start: WS {python_tag} object (WS ";" WS object)* WS | FREE\n'
+        "FREE: /[ \\r\\n\\t]*([^ \\r\\n\\t{](.|\\n)*)?/\n" + writer.object_rules()
     )
 
 
-def _mistral(writer: _Writer) -> str:
-    call_id, arguments = writer.tag("[CALL_ID]"), writer.tag("[ARGS]")
-    named = writer.each_tool(
+def _mistral(writer: _GrammarWriter) -> str:
+    id_tag, arguments_tag = writer.tag("[CALL_ID]"), writer.tag("[ARGS]")
+    named_calls = writer.tool_choice(
         lambda name, number: (
-            f"{json.dumps(name)} WS ({call_id} ID)? ({arguments})? WS arguments_{number}"
+            f"{json.dumps(name)} WS ({id_tag} ID)? ({arguments_tag})? WS arguments_{number}"
         )
     )
-    listed = '"[" WS object (WS "," WS object)* WS "]"'
-    rules = writer.between_texts(Mistral.OPEN, f"WS {listed} | WS ({named})")
-    return rules + writer.object_rule() + "ID: /[A-Za-z0-9]{9}/\n"
+    object_list = '"[" WS object (WS "," WS object)* WS "]"'
+    rules = writer.between_texts(Mistral.OPEN, f"WS {object_list} | WS ({named_calls})")
+    return rules + writer.object_rules() + "ID: /[A-Za-z0-9]{9}/\n"
 
 
-def _deepseek_v3(writer: _Writer) -> str:
+def _deepseek_v3(writer: _GrammarWriter) -> str:
     separator = writer.tag(DeepSeek.SEPARATOR)
     return _deepseek(
         writer,
@@ -158,7 +168,7 @@ def _deepseek_v3(writer: _Writer) -> str:
     )
 
 
-def _deepseek_v31(writer: _Writer) -> str:
+def _deepseek_v31(writer: _GrammarWriter) -> str:
     separator = writer.tag(DeepSeek.SEPARATOR)
     return _deepseek(
         writer,
@@ -166,14 +176,14 @@ def _deepseek_v31(writer: _Writer) -> str:
     )
 
 
-def _deepseek(writer: _Writer, write: Callable[[str, int], str]) -> str:
-    call = f"WS ({writer.each_tool(write)}) WS {writer.tag(DeepSeek.CALL_END)}"
+def _deepseek(writer: _GrammarWriter, write: Callable[[str, int], str]) -> str:
+    call = f"WS ({writer.tool_choice(write)}) WS {writer.tag(DeepSeek.CALL_END)}"
     free_tags = (DeepSeek.BEGIN, DeepSeek.END)
-    return writer.between_texts(DeepSeek.CALL, call, free_tags) + writer.arguments()
+    return writer.between_texts(DeepSeek.CALL, call, free_tags) + writer.argument_rules()
 
 
-def _qwen3_xml(writer: _Writer) -> str:
-    call = writer.each_tool(
+def _qwen3_xml(writer: _GrammarWriter) -> str:
+    call = writer.tool_choice(
         lambda name, number: f'{json.dumps(name + ">")} WS parameters_{number} "</function>"'
     )
     free_tags = (Qwen3Xml.OPEN, Qwen3Xml.CLOSE)
@@ -184,7 +194,8 @@ def _qwen3_xml(writer: _Writer) -> str:
             rules.append(f'parameters_{number}: ("<parameter=" NAME ">" up_to_end WS)*\n')
             continue
         values = [
-            f"({json.dumps(f'<parameter={key}>')} {_xml_value(schema)} WS){'' if required else '?'}"
+            f"({json.dumps(f'<parameter={key}>')} {_xml_value_rule(schema)} WS)"
+            + ("" if required else "?")
             for key, schema, required in properties
         ]
         rules.append(f"parameters_{number}: {' '.join(values) or _EMPTY}\n")
@@ -192,21 +203,21 @@ def _qwen3_xml(writer: _Writer) -> str:
     return "".join(rules)
 
 
-def _xml_value(schema: Mapping[str, Any]) -> str:
-    """A parameter's text and the tag behind it."""
+def _xml_value_rule(schema: Mapping[str, Any]) -> str:
+    """The text of an argument and the closing tag after it."""
     target = follow_reference(schema, schema)
     choices = target.get("enum") if isinstance(target, Mapping) else None
     types = json_types(schema, schema)
     if isinstance(choices, list) and choices and all(isinstance(text, str) for text in choices):
         texts = " | ".join(map(json.dumps, choices))
-        return f'"\\n"? ({texts}) "\\n"? "</parameter>"'  # as much as the parser takes away
+        return f'"\\n"? ({texts}) "\\n"? "</parameter>"'  # the line breaks that the parser removes
     if not types or "string" in types:
         return "up_to_end"
-    return f'WS {_json(schema)} WS "</parameter>"'
+    return f'WS {_json_rule(schema)} WS "</parameter>"'
 
 
-def _pythonic(writer: _Writer) -> str:
-    calls = writer.each_tool(
+def _pythonic(writer: _GrammarWriter) -> str:
+    calls = writer.tool_choice(
         lambda name, number: f'{json.dumps(name)} "(" WS arguments_{number} WS ")"'
     )
     start, end = writer.tag(Pythonic.START), writer.tag(Pythonic.END)
@@ -215,7 +226,7 @@ def _pythonic(writer: _Writer) -> str:
         f"call: {calls}\n",
         "FREE: /[ \\r\\n\\t]*([^ \\r\\n\\t\\[](.|\\n)*)?/\n",
         "NAME: /[A-Za-z_][A-Za-z0-9_]*/\n",
-        f'any: NAME "=" ("True" | "False" | "None" | {_json({}, PYTHON_OPTIONS)})\n',
+        f'any: NAME "=" ("True" | "False" | "None" | {_json_rule({}, PYTHON_OPTIONS)})\n',
     ]
     for number, name in enumerate(writer.names):
         properties = writer.properties(name)
@@ -227,21 +238,23 @@ def _pythonic(writer: _Writer) -> str:
 
 
 def _keyword_rules(rule: str, properties: Sequence[tuple[str, dict[str, Any], bool]]) -> list[str]:
-    """Rules of keyword arguments in their order, with commas between those that are there:
-    ``first``, where none is there yet, and ``more``, from each of them on."""
+    """Rules of keyword arguments in the order of ``properties``, with commas between the arguments
+    that are present. Rule ``…_first_i``: argument i and the arguments after it, if none precedes
+    them. Rule ``…_more_i``: the same, if another argument precedes them."""
     count = len(properties)
     rules = [f"{rule}: {rule}_first_0\n"]
     rules += [f"{rule}_{state}_{count}: {_EMPTY}\n" for state in ("first", "more")]
     for index, (key, schema, required) in enumerate(properties):
-        pair = f"{json.dumps(key + '=')} {_json(schema, PYTHON_OPTIONS)} {rule}_more_{index + 1}"
+        value = _json_rule(schema, PYTHON_OPTIONS)
+        argument = f"{json.dumps(key + '=')} {value} {rule}_more_{index + 1}"
         for state, comma in (("first", ""), ("more", 'WS "," WS ')):
-            absent = "" if required else f" | {rule}_{state}_{index + 1}"
-            rules.append(f"{rule}_{state}_{index}: {comma}{pair}{absent}\n")
+            alternative = "" if required else f" | {rule}_{state}_{index + 1}"
+            rules.append(f"{rule}_{state}_{index}: {comma}{argument}{alternative}\n")
     return rules
 
 
 _EMPTY = '""'
-_NOTATIONS: dict[type[CallParser], Callable[[_Writer], str]] = {
+_NOTATIONS: dict[type[CallParser], Callable[[_GrammarWriter], str]] = {
     Hermes: _hermes,
     Llama3Json: _llama3_json,
     Mistral: _mistral,

@@ -1,8 +1,8 @@
-"""Detect what a chat template shows of tools: some templates show none, some show tools but no
-calls.
+"""Detect whether a chat template shows the model the tools of a request and the calls of earlier
+messages. Some templates show neither, and some show only the tools.
 
-A test chat is rendered, with a tool and a call whose name and argument occur nowhere else, and the
-result is searched for them.
+To find out, a test chat is rendered with a tool and a call. Their names occur nowhere else, so the
+rendered text can be searched for them.
 """
 
 from __future__ import annotations
@@ -20,81 +20,86 @@ from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.serve.refusal import Refusal
 
-NAME, ARGUMENT = "veneer_probe", "veneer_argument"
+PROBE_NAME, PROBE_ARGUMENT = "veneer_probe", "veneer_argument"
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
-        "name": NAME,
+        "name": PROBE_NAME,
         "description": "a",
         "parameters": {"type": "object", "properties": {"b": {"type": "string"}}},
     },
 }
-#: the id has nine letters, as Mistral's templates demand it
-CALL: dict[str, Any] = {
+#: a call of ``TOOL``; its id has nine letters, because Mistral's templates demand this
+PROBE_CALL: dict[str, Any] = {
     "id": "abcdefghi",
     "type": "function",
-    "function": {"name": NAME, "arguments": {"b": ARGUMENT}},
+    "function": {"name": PROBE_NAME, "arguments": {"b": PROBE_ARGUMENT}},
 }
-USER = {"role": "user", "content": "a"}
-CALLED: list[dict[str, Any]] = [
-    USER,
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "d", "tool_call_id": CALL["id"], "name": NAME},
+USER_MESSAGE = {"role": "user", "content": "a"}
+CHAT_WITH_CALL: list[dict[str, Any]] = [
+    USER_MESSAGE,
+    {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
+    {"role": "tool", "content": "d", "tool_call_id": PROBE_CALL["id"], "name": PROBE_NAME},
 ]
-#: chats with tools that show which tokens a template puts around tools and calls
-FRAMED = ([USER], CALLED, [{"role": "system", "content": "a"}, *CALLED, USER])
+#: chats whose rendered text contains the tokens that a template puts around tools and calls
+FRAMED = (
+    [USER_MESSAGE],
+    CHAT_WITH_CALL,
+    [{"role": "system", "content": "a"}, *CHAT_WITH_CALL, USER_MESSAGE],
+)
 
-#: errors that a template may raise for a chat that it does not support
+#: errors that rendering a template may raise if the template does not support the chat
 ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
 class TemplateTools:
-    """Whether a chat template shows tools, and calls of earlier turns."""
+    """Whether a chat template shows the model tools, and calls of earlier messages."""
 
     tools: bool
     calls: bool
 
 
-#: cache by tokenizer: (its chat template, what that template shows)
-_SHOWN_BY_TEMPLATE: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
+#: cache: tokenizer -> (its chat template, what the template shows)
+_TEMPLATE_TOOLS_CACHE: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
 
 
 def template_tools(tokenizer: Any) -> TemplateTools:
-    """What the chat template of a tokenizer shows of tools, from the cache if it is unchanged."""
+    """What the chat template of a tokenizer shows; from the cache if the template is unchanged."""
     template = str(tokenizer.chat_template)
-    cached = _SHOWN_BY_TEMPLATE.get(tokenizer)
+    cached = _TEMPLATE_TOOLS_CACHE.get(tokenizer)
     if cached is None or cached[0] != template:
-        chats = product((CALLED, CALLED[:2]), (None, [TOOL]))
-        shown = TemplateTools(
-            tools=_shows(tokenizer, NAME, [USER], [TOOL]),
-            calls=any(_shows(tokenizer, ARGUMENT, chat, tools) for chat, tools in chats),
+        chats = product((CHAT_WITH_CALL, CHAT_WITH_CALL[:2]), (None, [TOOL]))
+        support = TemplateTools(
+            tools=_shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [TOOL]),
+            calls=any(_shows(tokenizer, PROBE_ARGUMENT, chat, tools) for chat, tools in chats),
         )
-        cached = _SHOWN_BY_TEMPLATE[tokenizer] = (template, shown)
+        cached = _TEMPLATE_TOOLS_CACHE[tokenizer] = (template, support)
     return cached[1]
 
 
-def _shows(tokenizer: Any, word: str, chat: Sequence[Any], tools: Sequence[Any] | None) -> bool:
+def _shows(tokenizer: Any, probe: str, chat: Sequence[Any], tools: Sequence[Any] | None) -> bool:
     with suppress(*ERRORS):
-        return word in tokenizer.apply_chat_template(
+        return probe in tokenizer.apply_chat_template(
             list(chat), tools=tools, tokenize=False, add_generation_prompt=True
         )
     return False
 
 
 def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
-    """``Refusal``: the template leaves out the tools of a request, or the calls of its history."""
+    """Check that a chat template shows what a request has: ``tools``, and ``calls`` in earlier
+    messages. ``Refusal``: the template does not show them."""
     if not (tools or calls):
         return
-    shown = template_tools(tokenizer)
-    if tools and not shown.tools:
+    support = template_tools(tokenizer)
+    if tools and not support.tools:
         message = sentence(
             "tools, and a base whose chat template does not show them to the model",
             "a base whose template has tools",
             'leave them out, send tool_choice "none", or serve another base',
         )
         raise Refusal(400, message, param="tools", code="template_without_tools")
-    if calls and not shown.calls:
+    if calls and not support.calls:
         message = sentence(
             "calls of tools in messages, and a base whose chat template does not show them",
             "a base whose template has tools",
@@ -104,8 +109,8 @@ def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
 
 
 def template_arguments(text: str) -> Any:
-    """The arguments of a call as templates want them: a JSON object as a mapping. A text that is no
-    JSON object, which a model may have written, stays a text."""
+    """The arguments of a call in the form that templates expect: a mapping, if ``text`` is a JSON
+    object. Another text, which a model may have written, stays a text."""
     try:
         value = parse(text or "{}")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Calls in the form of Qwen 3 Coder, whose arguments are text between tags:
+"""Calls in the notation of Qwen 3 Coder, in which arguments are text between tags:
 
     <tool_call>
     <function=get_weather>
@@ -8,8 +8,8 @@
     </function>
     </tool_call>
 
-A value is text. The schema of the tool's parameters says what it is to be in JSON; an argument that
-its schema does not make a number, a boolean, a list or an object stays text.
+The value of an argument is text. It is converted to JSON if the schema of the tool's parameters
+asks for a number, a boolean, a list or an object. Otherwise it stays a string.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, ClassVar
 from veneer.fileio.untrusted import parse
 from veneer.serve.tools.deltas import CallParser
 
-#: references that are followed from one to the next
-REFERENCES = 8
+#: the largest number of references in a schema that are followed from one to the next
+MAX_REFERENCES = 8
 
 
 class Qwen3Xml(CallParser):
-    """Qwen 3 Coder, and others that took its form."""
+    """A parser for Qwen 3 Coder and models with the same notation."""
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
     FUNCTION, FUNCTION_END = "<function=", "</function>"
@@ -37,87 +37,90 @@ class Qwen3Xml(CallParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._state, self._name, self._argument = "text", "", ""
-        self._value: list[str] = []
-        self._count = 0  # arguments of the call at hand
+        self._state, self._tool_name, self._argument_name = "text", "", ""
+        self._value_pieces: list[str] = []
+        self._argument_count = 0  # number of arguments of the current call
 
-    def _step(self, *, final: bool) -> bool:
-        return getattr(self, f"_step_{self._state}")(final=final)
+    def _step(self, *, at_end: bool) -> bool:
+        return getattr(self, f"_step_{self._state}")(at_end=at_end)
 
-    def _step_text(self, *, final: bool) -> bool:
-        position, tag = self._find((self.OPEN, self.CLOSE, self.FUNCTION), final=final)
-        self._say(self._drop(position))
-        self._drop(len(tag))
+    def _step_text(self, *, at_end: bool) -> bool:
+        position, tag = self._find_tag((self.OPEN, self.CLOSE, self.FUNCTION), at_end=at_end)
+        self._emit_text(self._consume(position))
+        self._consume(len(tag))
         if tag == self.FUNCTION:
             self._state = "function"
         return bool(tag)
 
-    def _step_function(self, *, final: bool) -> bool:
-        name = self._read_name(final=final)
+    def _step_function(self, *, at_end: bool) -> bool:
+        name = self._read_name(at_end=at_end)
         if name == "":
             return False
         if name is None:
-            self._say(self.FUNCTION)
+            self._emit_text(self.FUNCTION)
             self._state = "text"
             return True
-        self._name, self._count, self._state = name, 0, "inside"
-        self._begin(name)
-        self._add("{")
+        self._tool_name, self._argument_count, self._state = name, 0, "inside"
+        self._emit_call(name)
+        self._emit_arguments("{")
         return True
 
-    def _step_inside(self, *, final: bool) -> bool:
-        """Between two parameters."""
-        position, tag = self._find((self.PARAMETER, self.FUNCTION_END), final=final)
-        self._drop(position + len(tag))
+    def _step_inside(self, *, at_end: bool) -> bool:
+        """Read up to the next parameter, or to the end of the call."""
+        position, tag = self._find_tag((self.PARAMETER, self.FUNCTION_END), at_end=at_end)
+        self._consume(position + len(tag))
         if tag == self.PARAMETER:
             self._state = "parameter"
         elif tag:
-            self._add("}")
+            self._emit_arguments("}")
             self._state = "text"
         return bool(tag)
 
-    def _step_parameter(self, *, final: bool) -> bool:
-        name = self._read_name(final=final)
+    def _step_parameter(self, *, at_end: bool) -> bool:
+        name = self._read_name(at_end=at_end)
         if name == "":
             return False
-        self._argument, self._value = name or "", []
+        self._argument_name, self._value_pieces = name or "", []
         self._state = "inside" if name is None else "value"
         return True
 
-    def _step_value(self, *, final: bool) -> bool:
+    def _step_value(self, *, at_end: bool) -> bool:
         tags = (self.PARAMETER_END, self.PARAMETER, self.FUNCTION_END)
-        position, tag = self._find(tags, final=final)
-        self._value.append(self._drop(position))
+        position, tag = self._find_tag(tags, at_end=at_end)
+        self._value_pieces.append(self._consume(position))
         if not tag:
             return False
         if tag == self.PARAMETER_END:
-            self._drop(len(tag))
-        # one line break on either side belongs to the notation
-        text = "".join(self._value).removeprefix("\n").removesuffix("\n")
-        root = self._parameters.get(self._name, {})
-        schema = root.get("properties", {})
-        schema = schema.get(self._argument) if isinstance(schema, dict) else None
-        value = json_value(text, schema, root)
-        comma = ", " if self._count else ""
-        pair = (json.dumps(side, ensure_ascii=False) for side in (self._argument, value))
-        self._add(comma + ": ".join(pair))
-        self._count, self._state = self._count + 1, "inside"
+            self._consume(len(tag))
+        # a line break before the value and one after it belong to the notation
+        text = "".join(self._value_pieces).removeprefix("\n").removesuffix("\n")
+        tool_schema = self._parameters.get(self._tool_name, {})
+        properties = tool_schema.get("properties", {})
+        schema = properties.get(self._argument_name) if isinstance(properties, dict) else None
+        value = json_value(text, schema, tool_schema)
+        comma = ", " if self._argument_count else ""
+        name_and_value = (
+            json.dumps(content, ensure_ascii=False) for content in (self._argument_name, value)
+        )
+        self._emit_arguments(comma + ": ".join(name_and_value))
+        self._argument_count, self._state = self._argument_count + 1, "inside"
         return True
 
-    def _read_name(self, *, final: bool) -> str | None:
-        """The name in an opening tag; "" while it may be incomplete, None for none."""
-        if ">" not in self._buffer and not final:
+    def _read_name(self, *, at_end: bool) -> str | None:
+        """Read the name in an opening tag. Return "" if the tag may be incomplete, None if it
+        has no name."""
+        if ">" not in self._buffer and not at_end:
             return ""
         match = self.NAME.match(self._buffer)
         if match is None:
             return None
-        self._drop(match.end())
+        self._consume(match.end())
         return match[1]
 
 
 def json_value(text: str, schema: Any, root: Any = None) -> Any:
-    """A parameter's text as the JSON value that its schema asks for; as text where it is none.
-    ``root``: the schema to which references are relative."""
+    """The text of an argument as the JSON value that its schema asks for, or the text itself if it
+    is no such value. ``root``: the schema that contains the targets of references."""
     types = json_types(schema, root)
     if not types or "string" in types:
         return None if "null" in types and text.strip() == "null" else text
@@ -129,16 +132,16 @@ def json_value(text: str, schema: Any, root: Any = None) -> Any:
 
 
 def json_types(schema: Any, root: Any = None, visited: set[int] | None = None) -> set[str]:
-    """The JSON types that a schema allows, where it says so plainly. ``visited``: schemas that were
-    looked at, since references may lead back to them."""
+    """The JSON types that a schema names, itself or in its anyOf and oneOf. ``visited``: ids of the
+    schemas that were examined before, since references may lead back to them."""
     schema, visited = follow_reference(schema, root), set() if visited is None else visited
     if not isinstance(schema, Mapping) or id(schema) in visited:
         return set()
     visited.add(id(schema))
-    named = schema.get("type")
-    types = {named} if isinstance(named, str) else set()
-    if isinstance(named, list):
-        types = {name for name in named if isinstance(name, str)}
+    type_field = schema.get("type")
+    types = {type_field} if isinstance(type_field, str) else set()
+    if isinstance(type_field, list):
+        types = {name for name in type_field if isinstance(name, str)}
     for choices in (schema.get("anyOf"), schema.get("oneOf")):
         for choice in choices if isinstance(choices, list) else ():
             types |= json_types(choice, root, visited)
@@ -146,12 +149,13 @@ def json_types(schema: Any, root: Any = None, visited: set[int] | None = None) -
 
 
 def follow_reference(schema: Any, root: Any) -> Any:
-    """The schema that a reference within ``root`` names, or that of a few references in a row."""
-    for _ in range(REFERENCES):
+    """The schema itself, or the schema within ``root`` that its reference points to. None if there
+    are more than ``MAX_REFERENCES`` references in a row."""
+    for _ in range(MAX_REFERENCES):
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
         if not isinstance(reference, str) or not reference.startswith("#/"):
             return schema
         schema = root
-        for step in reference.removeprefix("#/").split("/"):
-            schema = schema.get(step) if isinstance(schema, Mapping) else None
+        for key in reference.removeprefix("#/").split("/"):
+            schema = schema.get(key) if isinstance(schema, Mapping) else None
     return None

@@ -1,33 +1,32 @@
 """Training and sampling as a service: `veneer serve --train FOLDER`, in the protocol of the
 `tinker` SDK.
 
-    a client ─ wire ─> journal, on the disk ─ queue ─> trainer: runs of many clients in one batch of
+    a client ─ HTTP ─> journal on the disk ─ queue ─> trainer: runs of many clients in one batch of
     the base
-                                                   ╰────> bank and engine: samples, from the weights
-                                                   of a run
+                                                ╰───> bank and engine: samples, from the weights of
+                                                      a run
 
-In: requests of any number of clients, each run's in its own order. Out: promises of answers. An
-accepted request is on the disk before its client gets the promise, so a killed server continues
+Any number of clients send requests, each run's in order, and get promises of answers. An accepted
+request is on the disk before its client gets the promise, so a server that was killed continues
 where it stopped.
 
-Locks, in the order in which a thread may take them. A thread that holds one takes only locks below
-it:
+Locks are numbered in the order in which a thread may take them. A thread that holds a lock takes
+only locks with a higher number:
 
-    1  Catalogue._lock    the adapter folder is read or changed; adapters may be loaded meanwhile
-    2  Bank._loading      an adapter is loaded, after waiting for memory
-    3  Turn._next         the turn at the model: a step of the engine, a batch of the trainer
-                          (``Turn``)
-    4  Turn._now
-    5  Queue.wake         lines and promises; the training thread sleeps here
-    6  CHANGING           the model's layers are changed (``attach/layer/state.py``)
-    7  Bank._changed      the bank's tables; a load sleeps here while leases hold its memory
-    8  Engine._wake       the engine's queue; the engine sleeps here
-    9  Index.lock         the index is written
+    1  Catalogue._lock    while the adapter folder is read or changed; its holder may load adapters
+    2  Bank._loading      while an adapter is loaded, also while the load waits for memory
+    3  FairLock._next_in_line   one thread waits for the model lock (4)
+    4  FairLock._lock     the model lock: a step of the engine, or a batch of the trainer
+    5  Queue.wake         active runs and promises; the training thread sleeps on it
+    6  CHANGING           while the model's layers are changed (``attach/layer/state.py``)
+    7  Bank._changed      the bank's tables; a load sleeps on it while leases hold the bank's memory
+    8  Engine._wake       the engine's queue; the engine sleeps on it
+    9  Index.lock         while the index is written
     10 Training._lock     heartbeats of sessions, and last uses of checkpoints
-    11 Metrics._lock      which adapters have series of their own
+    11 Metrics._lock      which adapters have metrics with their own label
 
 Only the bank's loader and threads of administrators wait for memory of the bank. The engine, the
-training thread, the journal's thread and the event loop never do, because the holders of that
-memory wait for them. A thread that computes with an adapter therefore takes its lease before its
-turn at the model.
+training thread, the journal's thread and the event loop never wait for it, because threads that
+hold this memory wait for them. A thread that computes with an adapter therefore takes the lease on
+the adapter before it takes the model lock.
 """

@@ -1,7 +1,7 @@
-"""The JSON bodies of the `tinker` SDK (tinker/types, 0.38) as this server takes them.
+"""The JSON bodies of the `tinker` SDK (tinker/types, 0.38) that this server accepts.
 
-Unknown fields are refused by name, so that no request of a client is silently ignored. Harmless
-fields without a meaning here (tags, a version) are accepted.
+An unknown field is refused, and the error names it, so that no field is silently ignored.
+Harmless fields that have no effect on this server (tags, a version) are accepted.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from veneer.serve.training.run_trainer import Adam
 
 Id = Annotated[str, Field(max_length=256)]
 Path = Annotated[str, Field(max_length=512)]
-Seq = Annotated[int, Field(ge=0, lt=2**31)]
+RequestNumber = Annotated[int, Field(ge=0, lt=2**31)]
 Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-#: how long a checkpoint is kept: an hour to ten years
-Stay = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
+#: seconds after which a checkpoint expires: an hour to ten years
+LifetimeSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
 
 
-def _few_entries(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > 64:
-        raise value_error(f"{len(value):,} entries", "at most 64", "leave some out")
-    return value
+def _check_entry_count(metadata: Any) -> Any:
+    if isinstance(metadata, dict) and len(metadata) > 64:
+        raise value_error(f"{len(metadata):,} entries", "at most 64", "leave some out")
+    return metadata
 
 
-def _aliases(info: FieldInfo) -> list[str]:
-    return [str(name) for name in getattr(info.validation_alias, "choices", ())]
+def _aliases(field_info: FieldInfo) -> list[str]:
+    return [str(name) for name in getattr(field_info.validation_alias, "choices", ())]
 
 
 class Body(BaseModel):
@@ -47,14 +47,16 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few(cls, data: Any) -> Any:
-        field_names = {
-            name for field, info in cls.model_fields.items() for name in (field, *_aliases(info))
+    def _limit_unknown_fields(cls, data: Any) -> Any:
+        known_names = {
+            name
+            for field_name, field_info in cls.model_fields.items()
+            for name in (field_name, *_aliases(field_info))
         }
-        return few_unknown(data, field_names) if isinstance(data, dict) else data
+        return few_unknown(data, known_names) if isinstance(data, dict) else data
 
 
-class Typed(Body):
+class TypedBody(Body):
     type: str | None = None
 
 
@@ -62,7 +64,7 @@ class ClientConfig(Body):
     sdk_version: Annotated[str, Field(max_length=64)]
 
 
-class CreateSession(Typed):
+class CreateSession(TypedBody):
     tags: Annotated[list[str], Field(fail_fast=True, max_length=64)] = []
     user_metadata: Metadata | None = None
     sdk_version: Annotated[str, Field(max_length=64)] = ""
@@ -70,7 +72,7 @@ class CreateSession(Typed):
     display_name: Id | None = None
 
 
-class OfSession(Typed):
+class SessionBody(TypedBody):
     session_id: Id
 
 
@@ -78,7 +80,7 @@ class FinishReason(Body):
     type: Literal["success", "errored", "interrupted"]
 
 
-class Finish(Body):
+class FinishSession(Body):
     reason: FinishReason
     detail: Annotated[str, Field(max_length=4096)] | None = None
 
@@ -96,16 +98,16 @@ class OptimizerFamily(BaseModel):
     type: Annotated[str, Field(max_length=64)]
 
 
-class CreateModel(Typed):
+class CreateModel(TypedBody):
     session_id: Id
-    model_seq_id: Seq
+    model_seq_id: RequestNumber
     base_model: Path
     user_metadata: Metadata | None = None
     lora_config: Lora | None = None
     optimizer_config: OptimizerFamily | None = None
 
 
-class OfModel(Typed):
+class RunBody(TypedBody):
     model_id: Id
 
 
@@ -118,45 +120,45 @@ class AdamParams(Body):
     grad_clip_norm: FiniteFloat = Adam.clip
 
 
-class OptimStep(OfModel):
+class OptimStep(RunBody):
     adam_params: AdamParams | None = Field(
         None, validation_alias=AliasChoices("adam_params", "optim_params")
     )
     optimizer_params: OptimizerFamily | None = None
-    seq_id: Seq | None = None
+    seq_id: RequestNumber | None = None
 
 
-class Save(OfModel):
+class SaveWeights(RunBody):
     path: Annotated[str, Field(max_length=256)] | None = None
-    seq_id: Seq | None = None
-    ttl_seconds: Stay | None = None
+    seq_id: RequestNumber | None = None
+    ttl_seconds: LifetimeSeconds | None = None
     overwrite: bool = False
     user_metadata: Metadata | None = None
 
 
-class SaveForSampler(OfModel):
+class SaveForSampler(RunBody):
     path: Annotated[str, Field(max_length=256)] | None = None
-    sampling_session_seq_id: Seq | None = None
+    sampling_session_seq_id: RequestNumber | None = None
     kind: Literal["snapshot", "inflight"] = "snapshot"
-    seq_id: Seq | None = None
-    ttl_seconds: Stay | None = None
+    seq_id: RequestNumber | None = None
+    ttl_seconds: LifetimeSeconds | None = None
     user_metadata: Metadata | None = None
 
 
-class SaveExternal(OfModel):
+class SaveExternal(RunBody):
     path: Annotated[str, Field(max_length=256)]
-    seq_id: Seq | None = None
-    ttl_seconds: Stay | None = None
+    seq_id: RequestNumber | None = None
+    ttl_seconds: LifetimeSeconds | None = None
     age_encryption_recipients: Annotated[list[str], Field(fail_fast=True, max_length=10)] | None = (
         None
     )
 
 
-class Load(Typed):
+class LoadWeights(TypedBody):
     model_id: Id | None = None
-    seq_id: Seq | None = None
+    seq_id: RequestNumber | None = None
     session_id: Id | None = None
-    model_seq_id: Seq | None = None
+    model_seq_id: RequestNumber | None = None
     base_model: Path | None = None
     user_metadata: Metadata | None = None
     path: Path
@@ -165,23 +167,23 @@ class Load(Typed):
     weights_access_token: Annotated[str, Field(max_length=4096)] | None = None
 
 
-class CreateSampler(OfSession):
-    sampling_session_seq_id: Seq
+class CreateSampler(SessionBody):
+    sampling_session_seq_id: RequestNumber
     base_model: Path | None = None
     model_path: Path | None = None
 
 
-class JoinSampler(Typed):
+class JoinSampler(TypedBody):
     sampling_session_id: Id
 
 
-class Chunk(Body):
+class TokenChunk(Body):
     type: Literal["encoded_text"] = "encoded_text"
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class ModelInput(Body):
-    chunks: Annotated[list[Chunk], Field(fail_fast=True, max_length=65536)]
+    chunks: Annotated[list[TokenChunk], Field(fail_fast=True, max_length=65536)]
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -205,8 +207,9 @@ class SamplingParams(Body):
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
 
 
-class Targets(Body):
-    """Token ids [len(prompt) - 1, k], dense or in CSR; -1 requests no log-probability."""
+class TargetTokens(Body):
+    """Ids of tokens whose log-probabilities are requested: k for each token of the prompt but the
+    first, [prompt tokens - 1, k], dense or in CSR. The id -1 requests no log-probability."""
 
     data: Annotated[list[Annotated[int, Field(ge=-1, lt=2**31)]], Field(fail_fast=True)]
     dtype: Literal["int64"]
@@ -218,7 +221,7 @@ class Targets(Body):
     sparse_col_indices: Annotated[list[int], Field(fail_fast=True)] | None = None
 
 
-class Sample(Typed):
+class Sample(TypedBody):
     num_samples: Annotated[int, Field(ge=1, le=128)] = 1
     prompt: ModelInput
     sampling_params: SamplingParams
@@ -229,42 +232,42 @@ class Sample(Typed):
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: Annotated[int, Field(ge=0, le=256)] = 0
     topk_sample_logprobs: Annotated[int, Field(ge=0, le=256)] = 0
-    target_prompt_logprobs: Targets | None = None
+    target_prompt_logprobs: TargetTokens | None = None
     prompt_alt_tokens_k: Annotated[int, Field(ge=0, le=256)] = 0
     prompt_logprobs_last_n: Annotated[int, Field(ge=1)] | None = None
     record_stability_info: bool | None = None
 
 
-class Retrieve(Body):
+class RetrieveFuture(Body):
     request_id: Id
     allow_metadata_only: bool = False
 
 
-class Cancel(Body):
+class CancelFuture(Body):
     request_id: Id
 
 
-class OfPath(Body):
+class CheckpointBody(Body):
     tinker_path: Path
 
 
-class Ttl(Body):
-    ttl_seconds: Stay | None = None
+class SetTtl(Body):
+    ttl_seconds: LifetimeSeconds | None = None
 
 
 class CopyWeights(Body):
     session_id: Id | None = None
-    model_seq_id: Seq | None = None
+    model_seq_id: RequestNumber | None = None
     destination_project_id: Id | None = None
     source_path: Path
-    ttl_seconds: Stay | None = None
+    ttl_seconds: LifetimeSeconds | None = None
     weights_access_token: Annotated[str, Field(max_length=4096)] | None = None
 
 
 class SearchSessions(Body):
     session_id: Id | None = None
     project_ids: Annotated[list[Id], Field(fail_fast=True, max_length=64)] | None = None
-    user_metadata: Annotated[dict[str, str], BeforeValidator(_few_entries)] = {}
+    user_metadata: Annotated[dict[str, str], BeforeValidator(_check_entry_count)] = {}
     display_name: Id | None = None
     owner: dict[str, Any] = {"type": "own"}
     statuses: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=8)] | None = None

@@ -1,7 +1,7 @@
-"""Checkpoints of runs as adapters by name: a source of the catalogue.
+"""A source of the catalogue (``store/catalogue.py``): checkpoints of runs, as adapters with names.
 
 tinker://RUN/KIND/NAME     a checkpoint
-tinker://RUN/now           the run's weights when samples of it were last requested
+tinker://RUN/now           the weights of a run at the time when samples were last requested
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from veneer.serve.training.store import Checkpoint, Store, parse_checkpoint_path
 from veneer.store.catalogue import Location
 
 SCHEME = "tinker://"
-#: last part of the name of a run's current weights
-NOW = "now"
+#: the last path component in the name of a run's current weights
+CURRENT = "now"
 
 
-def current_run(name: str) -> str | None:
-    """The run of a name tinker://RUN/now; None for any other name, also for that of a checkpoint
-    called "now"."""
-    run, _, last = name.removeprefix(SCHEME).rpartition("/")
-    return run if last == NOW and run and "/" not in run else None
+def parse_current_run(name: str) -> str | None:
+    """The run id in a name tinker://RUN/now; None for any other name, even for the name of a
+    checkpoint called "now"."""
+    run, _, last_component = name.removeprefix(SCHEME).rpartition("/")
+    return run if last_component == CURRENT and run and "/" not in run else None
 
 
 class CheckpointSource:
@@ -38,11 +38,11 @@ class CheckpointSource:
         return {checkpoint.path: self._locate(checkpoint) for checkpoint in checkpoints}
 
     def resolve(self, name: str) -> Location:
-        """The folder of a name. ``DataError``: the name has another form. ``SelectionError``: there
-        is no such checkpoint."""
-        run = current_run(name)
+        """The folder of the adapter with this name. ``DataError``: the name has another form.
+        ``SelectionError``: there is no such checkpoint."""
+        run = parse_current_run(name)
         if run is not None:
-            return Location(self.store.folder_of(run) / NOW / ADAPTER)
+            return Location(self.store.folder_of(run) / CURRENT / ADAPTER)
         checkpoint = parse_checkpoint_path(name)
         if self.store.checkpoint(checkpoint) is None:
             raise SelectionError(name, "a checkpoint that is there", "list the run's checkpoints")

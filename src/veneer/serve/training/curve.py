@@ -1,9 +1,9 @@
 """The loss curve of a run, as a bounded number of points.
 
-    pass, pass, step  ──>  mean loss per token of these passes  ──>  a point, or part of one
+    pass, pass, step  ──>  mean loss per token of these passes  ──>  a point, or part of a point
 
-A curve is saved with its run's state. Later points are computed again from the journal, since the
-bodies and answers of requests contain the losses and the numbers of tokens. A killed process
+A curve is saved with its run's state. The points after that state are computed again from the
+stored requests and answers, which contain the losses and the numbers of tokens. A killed process
 therefore loses no point, although nothing is written at a step.
 """
 
@@ -17,44 +17,56 @@ from typing import Any, NamedTuple
 
 from veneer.fileio.atomic import write_whole
 from veneer.serve.training.losses import LOSSES, Datum
-from veneer.serve.training.store import Store
+from veneer.serve.training.store import SUCCEEDED, Store
 from veneer.serve.training.wire import MESSAGES, read_pass
 
-FILE = "curve.json"
-#: the most points of a curve; when it has so many, each pair of points is replaced by its mean
-MOST = 128
-#: seconds over which a rate is averaged, and the most batches that are stored for it
-WINDOW, SPANS = 10.0, 64
-LOSS = "loss:sum"
+CURVE_FILE = "curve.json"
+#: the largest number of points of a curve; when it is reached, each pair of points is replaced by
+#: the pair's mean
+MAX_POINTS = 128
+#: seconds over which the tokens per second are averaged, and the most batches stored for the mean
+RATE_SECONDS, MAX_SPANS = 10.0, 64
+#: name of the metric of a pass that holds the sum of its losses
+LOSS_METRIC = "loss:sum"
 
 
 @dataclass(eq=False)
 class Curve:
-    """``points``: (step, loss per token), each the mean of the last ``every`` losses. One thread
-    changes it; others may read it meanwhile."""
+    """The losses of a run by step. One thread changes the curve; others may read it meanwhile.
+
+    All fields but ``passes`` are saved as JSON under these names.
+
+    Fields:
+        tokens: number of tokens that the run was trained on.
+        every: number of steps per point.
+        points: (step, loss per token), where the loss is the mean over ``every`` steps.
+        begun: the unfinished next point: the number of its losses, and their sum.
+        passes: sums over the passes since the last step: of losses, and of token weights.
+    """
 
     steps: int = 0
-    tokens: int = 0  # trained on
+    tokens: int = 0
     every: int = 1
     points: list[tuple[int, float]] = field(default_factory=list)
-    begun: tuple[int, float] = (0, 0.0)  # the next point: number of losses, and their sum
-    passes: tuple[float, float] = (0.0, 0.0)  # since the last step: sums of losses and of weights
+    begun: tuple[int, float] = (0, 0.0)
+    passes: tuple[float, float] = (0.0, 0.0)
 
-    def add_pass(self, loss: float, name: str, data: Sequence[Datum]) -> None:
-        """Add a pass with a backward. ``loss``: the sum over all tokens of the loss ``name``."""
-        self.passes = self.passes[0] + loss, self.passes[1] + _weight(name, data)
+    def add_pass(self, loss_sum: float, loss_name: str, data: Sequence[Datum]) -> None:
+        """Add a pass with a backward. ``loss_sum``: the loss summed over all tokens of ``data``."""
+        self.passes = self.passes[0] + loss_sum, self.passes[1] + _token_weight(loss_name, data)
         self.tokens += sum(len(datum.tokens) for datum in data)
 
     def add_step(self) -> None:
-        (total, weight), self.passes, self.steps = self.passes, (0.0, 0.0), self.steps + 1
+        """Turn the passes since the last step into the loss of one step."""
+        (loss_sum, weight), self.passes, self.steps = self.passes, (0.0, 0.0), self.steps + 1
         if not weight:
             return
-        self.begun = self.begun[0] + 1, self.begun[1] + total / weight
+        self.begun = self.begun[0] + 1, self.begun[1] + loss_sum / weight
         if self.begun[0] == self.every:
             points, self.begun = self.all_points(), (0, 0.0)
-            if len(points) == MOST:
+            if len(points) == MAX_POINTS:
                 pairs = zip(points[::2], points[1::2], strict=True)
-                points = [(last, (loss + next_loss) / 2) for (_, loss), (last, next_loss) in pairs]
+                points = [(step, (loss + next_loss) / 2) for (_, loss), (step, next_loss) in pairs]
                 self.every *= 2
             self.points = points
 
@@ -64,19 +76,19 @@ class Curve:
         self.passes = 0.0, 0.0
 
     def all_points(self) -> list[tuple[int, float]]:
-        """The points, and the unfinished next one if it has a loss."""
-        points, (count, total) = self.points, self.begun
-        return [*points, (self.steps, total / count)] if count else [*points]
+        """The points, and the unfinished next point if it has a loss."""
+        points, (count, loss_sum) = self.points, self.begun
+        return [*points, (self.steps, loss_sum / count)] if count else [*points]
 
-    def add(self, kind: str, body: bytes, answer: bytes) -> None:
-        """Add a successful request of the journal."""
+    def add_request(self, kind: str, body: bytes, answer: bytes) -> None:
+        """Add a successful request that was read from the store."""
         match kind:
             case "pass":
                 request = read_pass(body)
                 if request.backward:
                     metrics = MESSAGES["ForwardBackwardOutput"].FromString(answer).metrics
-                    loss = next(metric.value for metric in metrics if metric.key == LOSS)
-                    self.add_pass(loss, request.loss, request.data)
+                    loss_sum = next(metric.value for metric in metrics if metric.key == LOSS_METRIC)
+                    self.add_pass(loss_sum, request.loss, request.data)
             case "step":
                 self.add_step()
             case "load":
@@ -84,61 +96,64 @@ class Curve:
 
     def write(self, folder: Path) -> None:
         fields = {name: value for name, value in asdict(self).items() if name != "passes"}
-        write_whole(folder / FILE, json.dumps(fields))
+        write_whole(folder / CURVE_FILE, json.dumps(fields))
 
 
-def _weight(name: str, data: Sequence[Datum]) -> float:
-    """The number of tokens in a loss: the sum of their weights, or those with an advantage."""
-    factor, total = LOSSES[name].inputs[-1], 0.0
+def _token_weight(loss_name: str, data: Sequence[Datum]) -> float:
+    """The divisor of the mean loss: the sum of the tokens' weights for cross entropy, else the
+    number of tokens with an advantage that is not 0."""
+    factor_name, total = LOSSES[loss_name].inputs[-1], 0.0
     for datum in data:
-        values = datum.inputs.get(factor)
-        if values is None:  # weights of 1
+        factors = datum.inputs.get(factor_name)
+        if factors is None:  # each token has weight 1
             total += datum.targets.numel()
+        elif factor_name == "weights":
+            total += float(factors.abs().sum())
         else:
-            total += float(values.abs().sum() if factor == "weights" else values.count_nonzero())
+            total += float(factors.count_nonzero())
     return total
 
 
 def state_folder(store: Store, run: str, seq: int) -> Path:
-    """The folder with a run's state after its request ``seq``."""
+    """The folder with a run's state after its request number ``seq``."""
     return store.folder_of(run) / f"state-{seq}"
 
 
-def read_curve(store: Store, run: str, state: int) -> Curve:
-    """A run's curve after all its answered requests; ``state``: the number of the last request in
-    its saved state, or -1."""
-    curve, file = Curve(), state_folder(store, run, state) / FILE
-    if state >= 0 and file.is_file():  # states of earlier releases have no curve
+def read_curve(store: Store, run: str, state_seq: int) -> Curve:
+    """A run's curve after all its answered requests. ``state_seq``: the number of the last request
+    in the run's saved state, or -1."""
+    curve, file = Curve(), state_folder(store, run, state_seq) / CURVE_FILE
+    if state_seq >= 0 and file.is_file():  # states of earlier releases have no curve
         fields = json.loads(file.read_text("utf-8"))
         points = [(step, loss) for step, loss in fields.pop("points")]
         curve = Curve(**{**fields, "points": points, "begun": tuple(fields["begun"])})
-    for request in store.requests_after(run, state):
-        if request["done"] == 1:
-            curve.add(request["kind"], request["body"], request["answer"])
+    for request in store.requests_after(run, state_seq):
+        if request["done"] == SUCCEEDED:
+            curve.add_request(request["kind"], request["body"], request["answer"])
     return curve
 
 
 class Batch(NamedTuple):
-    """The runs of a batch, and when it ended."""
+    """The ids of the runs in a batch, and when the batch ended (``time.monotonic``)."""
 
     runs: tuple[str, ...]
     ended: float
 
 
 @dataclass(eq=False)
-class Rate:
-    """Tokens per second over the last ``WINDOW`` seconds. ``spans``: (began, ended, tokens) of
-    batches, the oldest first."""
+class TokenRate:
+    """Tokens per second over the last ``RATE_SECONDS``. ``spans``: (start time, end time, tokens)
+    of batches, the oldest first."""
 
     spans: tuple[tuple[float, float, int], ...] = ()
 
-    def add(self, began: float, ended: float, tokens: int) -> None:
-        recent = [span for span in self.spans if span[1] > ended - WINDOW]
-        self.spans = (*recent[1 - SPANS :], (began, ended, tokens))
+    def add(self, started: float, ended: float, tokens: int) -> None:
+        recent_spans = [span for span in self.spans if span[1] > ended - RATE_SECONDS]
+        self.spans = (*recent_spans[1 - MAX_SPANS :], (started, ended, tokens))
 
-    def at(self, moment: float) -> float:
-        spans: Any = [span for span in self.spans if span[1] > moment - WINDOW]
+    def rate_at(self, now: float) -> float:
+        spans: Any = [span for span in self.spans if span[1] > now - RATE_SECONDS]
         if not spans:
             return 0.0
-        seconds = moment - max(spans[0][0], moment - WINDOW)
+        seconds = now - max(spans[0][0], now - RATE_SECONDS)
         return sum(tokens for _, _, tokens in spans) / max(seconds, 1e-3)

@@ -1,4 +1,4 @@
-"""Encrypt each file of a checkpoint for the owners of public keys, in the format of age
+"""Encrypt each file of a checkpoint for the owners of public keys, in the format of the tool age
 (age-encryption.org)."""
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from veneer.errors import DataError
 SUFFIX = ".age"
 
 
-def read_recipients(texts: Sequence[str]) -> list[Any]:
-    """Parse public keys. ``DataError``: a text is no key, or pyrage is not installed."""
-    if not texts:
+def read_recipients(public_keys: Sequence[str]) -> list[Any]:
+    """Parse public keys. ``DataError``: one of them is invalid, or pyrage is not installed."""
+    if not public_keys:
         return []
     try:
         pyrage = _import_pyrage()
     except ModuleNotFoundError as error:
         problem = "age_encryption_recipients on a server without pyrage"
         raise DataError(
-            problem, "it", "pip install 'veneer[tinker]', or encrypt what was downloaded"
+            problem, "pyrage", "pip install 'veneer[tinker]', or encrypt what was downloaded"
         ) from error
     recipients = []
-    for text in texts:
-        kind = pyrage.ssh if text.startswith("ssh-") else pyrage.x25519
+    for public_key in public_keys:
+        key_type = pyrage.ssh if public_key.startswith("ssh-") else pyrage.x25519
         try:
-            recipients.append(kind.Recipient.from_str(text))
+            recipients.append(key_type.Recipient.from_str(public_key))
         except pyrage.RecipientError as error:
             expected = "a public key of age or SSH (age1…, ssh-ed25519 …, ssh-rsa …)"
             raise DataError(
-                f"the recipient {text[:80]!r} ({error})", expected, "check it"
+                f"the recipient {public_key[:80]!r} ({error})", expected, "check it"
             ) from error
     return recipients
 
 
 def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
-    """Replace the files of a folder by encrypted ones."""
+    """Replace each file of a folder by an encrypted file."""
     pyrage = _import_pyrage()
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
@@ -46,6 +46,6 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
 
 
 def _import_pyrage() -> Any:
-    # pyrage has no type stubs: an untyped value passes the type check whether or not it is
+    # pyrage has no type stubs: an untyped module passes the type check whether or not pyrage is
     # installed
     return import_module("pyrage")

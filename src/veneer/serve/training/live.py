@@ -1,6 +1,6 @@
-"""The runs on the page at /, their use as models in chats, and their metrics.
+"""The list of runs on the page at /, runs as models of completions and chats, and metrics of runs.
 
-GET  live                                  a key's runs: losses, tokens a second, the last batch,
+GET  live                                  a key's runs: losses, tokens per second, the last batch,
                                            checkpoints
 model tinker://RUN/KIND/NAME               a checkpoint, in /v1/completions and /v1/chat/completions
       tinker://RUN/now                     the run's current weights
@@ -24,39 +24,39 @@ from veneer.serve.access import Key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import no_such_model
 from veneer.serve.service import Asker, Route
-from veneer.serve.training.accept import check_quota, run_of
-from veneer.serve.training.checkpoint_source import NOW, current_run
-from veneer.serve.training.routes import On, checkpoint_of
-from veneer.serve.training.store import KINDS, Checkpoint
+from veneer.serve.training.accept import check_quota, find_run
+from veneer.serve.training.checkpoint_source import CURRENT, parse_current_run
+from veneer.serve.training.routes import TrainingDep, find_checkpoint
+from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import Training
-from veneer.serve.training.worker import PUBLISHED
+from veneer.serve.training.worker import MAX_PUBLISHED
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
-#: the most runs in an answer, checkpoints of a run, entries of its metadata, and characters of each
-#: entry
-MOST_RUNS, MOST_CHECKPOINTS, MOST_METADATA, MOST_WORDS = 100, 16, 8, 80
+#: the largest numbers of runs in an answer, checkpoints of a run, entries of a run's metadata, and
+#: characters of a name, key or value
+MAX_RUNS, MAX_CHECKPOINTS, MAX_METADATA, MAX_CHARACTERS = 100, 16, 8, 80
 
 
 @router.get("/live")
 def live(
-    training: On, key: Asker, limit: Annotated[int, Query(ge=1, le=MOST_RUNS)] = 20
+    training: TrainingDep, key: Asker, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 20
 ) -> JSONResponse:
-    """The most recently used runs. The size of the answer does not grow with their steps."""
+    """The most recently used runs. The size of the answer does not grow with the runs' steps."""
     rows = training.store.runs(key.owner)
-    resident = set(training.worker.trainer.runs)
+    resident_adapters = set(training.worker.trainer.runs)
     content = {
         "base": training.base,
-        "most_in_memory": training.resident,
+        "most_in_memory": training.max_resident,
         "total_count": len(rows),
-        "batch": _batch(training, key),
-        "runs": [_run(training, row, resident) for row in rows[:limit]],
+        "batch": _describe_batch(training, key),
+        "runs": [_describe_run(training, row, resident_adapters) for row in rows[:limit]],
     }
-    return JSONResponse(content)  # encode here, in a worker thread, not in the event loop
+    return JSONResponse(content)  # encodes in this worker thread, not in the event loop
 
 
-def _batch(training: Training, key: Key) -> dict[str, Any] | None:
-    """The last batch: the key's runs by name, and the number of other runs."""
+def _describe_batch(training: Training, key: Key) -> dict[str, Any] | None:
+    """The last batch: the key's runs with their names, and the number of other keys' runs."""
     batch = training.worker.batch
     if batch is None:
         return None
@@ -65,7 +65,7 @@ def _batch(training: Training, key: Key) -> dict[str, Any] | None:
         for row in map(training.store.run, batch.runs)
         if row is not None and row["owner"] == key.owner
     ]
-    runs = [{"id": row["id"], "name": _name(training, row)} for row in owner_rows[:MOST_RUNS]]
+    runs = [{"id": row["id"], "name": _run_name(training, row)} for row in owner_rows[:MAX_RUNS]]
     return {
         "runs": runs,
         "others": len(batch.runs) - len(owner_rows),
@@ -73,39 +73,42 @@ def _batch(training: Training, key: Key) -> dict[str, Any] | None:
     }
 
 
-def _run(training: Training, row: Any, resident: set[str]) -> dict[str, Any]:
-    line = training.worker.lines.get(row["id"])
-    curve = None if line is None else line.curve
+def _describe_run(training: Training, row: Any, resident_adapters: set[str]) -> dict[str, Any]:
+    active_run = training.worker.active_runs.get(row["id"])
+    curve = None if active_run is None else active_run.curve
     if curve is None:
-        curve = training.curves(row["id"], row["state"], training.store.next_seq(row["id"]))
-    losses, config = curve.all_points(), json.loads(row["config"])
-    rows, targets = training.store.checkpoints(None, row["id"]), config["targets"]
+        next_seq = training.store.next_seq(row["id"])
+        curve = training.cached_curve(row["id"], row["state"], next_seq)
+    points, config = curve.all_points(), json.loads(row["config"])
+    checkpoint_rows = training.store.checkpoints(None, row["id"])
+    targets = config["targets"]
+    rate = 0.0 if active_run is None else active_run.rate.rate_at(time.monotonic())
     return {
         "id": row["id"],
-        "name": _name(training, row),
-        "metadata": _metadata(row["metadata"]),
+        "name": _run_name(training, row),
+        "metadata": _short_metadata(row["metadata"]),
         "rank": config["rank"],
         "targets": [targets] if isinstance(targets, str) else targets,
         "created": row["created"],
         "used": row["used"],
         "steps": curve.steps,
         "tokens": curve.tokens,
-        "losses": [(step, float(f"{loss:.5g}")) for step, loss in losses],
-        "tokens_per_second": 0.0 if line is None else round(line.rate.at(time.monotonic()), 1),
-        "in_memory": f"run{row['number']}" in resident,
-        "waiting": 0 if line is None else len(line.waiting),
+        "losses": [(step, float(f"{loss:.5g}")) for step, loss in points],
+        "tokens_per_second": round(rate, 1),
+        "in_memory": f"run{row['number']}" in resident_adapters,
+        "waiting": 0 if active_run is None else len(active_run.waiting_requests),
         "unloaded": bool(row["unloaded"]),
         "failed": training.store.failure_of(row["id"]),
-        "checkpoints_count": len(rows),
-        "checkpoints": [_checkpoint(checkpoint) for checkpoint in rows[:MOST_CHECKPOINTS]],
+        "checkpoints_count": len(checkpoint_rows),
+        "checkpoints": [_describe_checkpoint(row) for row in checkpoint_rows[:MAX_CHECKPOINTS]],
     }
 
 
-def _checkpoint(row: Any) -> dict[str, Any]:
+def _describe_checkpoint(row: Any) -> dict[str, Any]:
     checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
     return {
         "path": checkpoint.path,
-        "kind": KINDS[checkpoint.kind],
+        "kind": CHECKPOINT_KINDS[checkpoint.kind],
         "name": checkpoint.name,
         "bytes": row["bytes"],
         "created": row["created"],
@@ -113,95 +116,100 @@ def _checkpoint(row: Any) -> dict[str, Any]:
     }
 
 
-def _name(training: Training, row: Any) -> str:
-    """The client's name for the run; without one, the session's title or the beginning of its id,
-    and the run's number."""
+def _run_name(training: Training, row: Any) -> str:
+    """The client's name for the run. If there is none: the title of the session or the beginning of
+    the session's id, and the run's number in the session."""
     name = (json.loads(row["metadata"] or "{}") or {}).get("name")
     if name:
-        return str(name)[:MOST_WORDS]
+        return str(name)[:MAX_CHARACTERS]
     session = training.store.session(row["session"])
     title = session["title"] if session is not None and session["title"] else row["session"][:8]
-    return f"{title[:MOST_WORDS]} · {row['id'].rpartition(':')[2]}"
+    return f"{title[:MAX_CHARACTERS]} · {row['id'].rpartition(':')[2]}"
 
 
-def _metadata(text: str | None) -> dict[str, str]:
-    entries = list((json.loads(text or "{}") or {}).items())[:MOST_METADATA]
-    return {name[:MOST_WORDS]: str(value)[:MOST_WORDS] for name, value in entries if name != "name"}
+def _short_metadata(metadata_json: str | None) -> dict[str, str]:
+    entries = list((json.loads(metadata_json or "{}") or {}).items())[:MAX_METADATA]
+    return {
+        name[:MAX_CHARACTERS]: str(value)[:MAX_CHARACTERS]
+        for name, value in entries
+        if name != "name"
+    }
 
 
 # ----------------------------------------------------------------------------------------------
 # samples
 
 
-async def requested_run(training: Training, key: Key, model: str) -> dict[str, float]:
-    """The adapter of a model's name tinker://…, as {name in the bank: weight}. ``Refusal``: the key
-    may read no such adapter, or has no tokens left today."""
+async def blend_of_model(training: Training, key: Key, model: str) -> dict[str, float]:
+    """The adapter of a model name tinker://…, as {name in the bank: weight}. ``Refusal``: the key
+    may not read the adapter, or has no tokens left today."""
     if not key.train:
         raise no_such_model(model)
-    run = current_run(model)
+    run = parse_current_run(model)
     if run is not None:
-        id = run_of(training, key, run)["id"]
+        id = find_run(training, key, run)["id"]
         check_quota(training, key, "tokens")
-        publication = training.worker.do(partial(publish, training, id), id)
+        publication = training.worker.submit(partial(publish, training, id), id)
         name = await asyncio.shield(asyncio.wrap_future(publication))
         await training.write(training.record_use, name)
     else:
-        checkpoint_of(training, key, model)
+        find_checkpoint(training, key, model)
         check_quota(training, key, "tokens")
         name = await training.write(training.register_checkpoint, model)
     return {name: 1.0}
 
 
 def publish(training: Training, run: str) -> str:
-    """Put the run's current weights into the bank; return their name there. Only the training
-    thread may call it. A run that was not in memory leaves it again. ``SelectionError``: the run is
-    a copy, or has not begun. ``TrainingError``: it has failed."""
-    worker, bank, name = training.worker, training.bank, f"tinker://{run}/{NOW}"
-    line = worker.queue.line(run)
-    if not line.next:
+    """Put a run's current weights into the bank; return their name in the bank. Only the training
+    thread may call it. A run that was not in memory is evicted again. ``SelectionError``: the run
+    is a copy, or has not begun. ``TrainingError``: the run has failed."""
+    worker, bank, name = training.worker, training.bank, f"tinker://{run}/{CURRENT}"
+    active_run = worker.queue.active_run(run)
+    if not active_run.next_seq:
         raise SelectionError(
             f"{name}, a run without requests", "one that trains", "name one of its checkpoints"
         )
-    if name in bank and worker.published.get(run) == line.next:
-        worker.queue.drop(line)
+    if name in bank and worker.published.get(run) == active_run.next_seq:
+        worker.queue.drop(active_run)
         return name
-    was_resident = line in worker.memory
-    worker.memory.ensure(line)
+    was_resident = active_run in worker.memory
+    worker.memory.ensure_loaded(active_run)
     folder = training.folder_of(name)
-    worker.trainer.export(line.name, folder, training.base, {"run": run, "request": line.next})
-    bank.put(name, folder, line.name)
+    provenance = {"run": run, "request": active_run.next_seq}
+    worker.trainer.export(active_run.adapter_name, folder, training.base, provenance)
+    bank.put(name, folder, active_run.adapter_name)
     worker.published.pop(run, None)
-    worker.published[run] = line.next
-    if len(worker.published) > PUBLISHED:
+    worker.published[run] = active_run.next_seq
+    if len(worker.published) > MAX_PUBLISHED:
         del worker.published[next(iter(worker.published))]
     if not was_resident:
-        worker.memory.let_go(line)
+        worker.memory.evict(active_run)
     return name
 
 
 # ----------------------------------------------------------------------------------------------
-# numbers
+# metrics
 
 
-class _Numbers:
-    """The metrics of training, collected when /metrics is requested."""
+class _TrainingMetrics:
+    """A collector of Prometheus, which is called when /metrics is requested."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
 
     def collect(self) -> Iterator[Metric]:
         worker, store = self.training.worker, self.training.store
-        for name, help_, value in (
+        for name, description, number in (
             ("veneer_training_runs", "Runs that take requests.", store.count_runs(None)),
             ("veneer_training_resident_runs", "Runs in memory.", len(worker.trainer.runs)),
         ):
-            yield GaugeMetricFamily(name, help_, value)
-        for name, help_, value in (
+            yield GaugeMetricFamily(name, description, number)
+        for name, description, number in (
             ("veneer_training_steps", "Steps of optimisers.", worker.steps),
             ("veneer_training_tokens", "Tokens that were trained on.", worker.tokens),
         ):
-            yield CounterMetricFamily(name, help_, value)
+            yield CounterMetricFamily(name, description, number)
 
 
-def watch(metrics: Metrics, training: Training) -> None:
-    metrics.registry.register(_Numbers(training))  # pyright: ignore[reportArgumentType]
+def register_metrics(metrics: Metrics, training: Training) -> None:
+    metrics.registry.register(_TrainingMetrics(training))  # pyright: ignore[reportArgumentType]

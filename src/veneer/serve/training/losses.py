@@ -1,13 +1,13 @@
 """Training data of a run, and losses of the log-probabilities of its target tokens.
 
-    tokens [n] ─ model ─> logprobs of target_tokens [n] or [n, k] ─ loss ─> Σ over all tokens of all
-    data
+    token ids [n] ─ model ─> log-probabilities of the target tokens, [n] or [n, k]
+                  ─ loss ─> terms of the same shape ─> Σ over all tokens of all data
 
-A loss is a sum of terms of single rows, so data can be computed in any batches. Names, inputs,
-settings and definitions are those of the `tinker` SDK's documentation
-(https://tinker-docs.thinkingmachines.ai/tinker/losses). Default settings: "ppo" and "cispo" are
-clipped to 0.8 … 1.2, "gspo" as in its paper (Zheng et al. 2025, arXiv:2507.18071), and "dro" has
-beta 0.05.
+n: tokens of a datum; k: targets of a token. The loss is a sum over data, so data can be computed in
+any batches. The names of losses, inputs and settings, and the formulas, are from the documentation
+of the `tinker` SDK (https://tinker-docs.thinkingmachines.ai/tinker/losses). Default settings:
+"ppo" and "cispo" clip the ratio to 0.8 … 1.2, "gspo" clips it as in its paper (Zheng et al. 2025,
+arXiv:2507.18071), and "dro" has beta 0.05.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Datum:
-    """One row. ``tokens`` [n]: the model's input; ``targets`` [n] or [n, k]: the token or tokens to
-    predict after each of them; ``inputs``: further inputs of the loss, of the targets' shape."""
+    """One row of training data. ``tokens`` [n]: the token ids that the model reads; ``targets``
+    [n] or [n, k]: the token, or the k tokens, to predict after each of these; ``inputs``: other
+    inputs of the loss, of the shape of ``targets``."""
 
     tokens: Tensor
     targets: Tensor
@@ -36,8 +37,9 @@ class Datum:
 
 
 class Loss(NamedTuple):
-    """``inputs``: names of the inputs; ``settings``: settings with their defaults; ``terms``:
-    (logprobs, inputs, settings) -> the terms of the sum, of the targets' shape."""
+    """A loss function. ``inputs``: names of its inputs besides the log-probabilities; ``settings``:
+    names of its settings, with their defaults; ``terms``: function of (log-probabilities, inputs,
+    settings) that returns the terms of the sum, of the shape of the targets."""
 
     inputs: tuple[str, ...]
     settings: Mapping[str, float]
@@ -45,65 +47,66 @@ class Loss(NamedTuple):
 
 
 def _cross_entropy(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
-    return -_where(inputs["weights"], logprobs)
+    return -_masked_product(inputs["weights"], logprobs)
 
 
 def _importance_sampling(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
-    return -_where(inputs["advantages"], _ratio(logprobs, inputs))
+    return -_masked_product(inputs["advantages"], _probability_ratio(logprobs, inputs))
 
 
 def _ppo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
-    ratio, advantages = _ratio(logprobs, inputs), inputs["advantages"]
+    ratio, advantages = _probability_ratio(logprobs, inputs), inputs["advantages"]
     clipped = ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
-    return -torch.minimum(_where(advantages, ratio), _where(advantages, clipped))
+    return -torch.minimum(_masked_product(advantages, ratio), _masked_product(advantages, clipped))
 
 
 def _gspo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
-    """GSPO-token: the ratio of each token has the value of the row's ratio (the geometric mean of
-    its tokens' ratios) and the gradient of the token."""
-    constant, advantages = logprobs.detach(), inputs["advantages"]
-    row_ratio = (constant - inputs["logprobs"])[inputs["sequence_ratio_mask"] != 0].mean()
-    ratio = (row_ratio + logprobs - constant).exp()
+    """GSPO-token: the ratio of each token has the value of the row's ratio, which is the geometric
+    mean of its tokens' ratios, and the gradient of the token's own ratio."""
+    detached, advantages = logprobs.detach(), inputs["advantages"]
+    log_row_ratio = (detached - inputs["logprobs"])[inputs["sequence_ratio_mask"] != 0].mean()
+    ratio = (log_row_ratio + logprobs - detached).exp()
     clipped = ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
-    return -torch.minimum(_where(advantages, ratio), _where(advantages, clipped))
+    return -torch.minimum(_masked_product(advantages, ratio), _masked_product(advantages, clipped))
 
 
 def _cispo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
     clipped = (
-        _ratio(logprobs, inputs)
+        _probability_ratio(logprobs, inputs)
         .clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
         .detach()
     )
-    return -_where(inputs["advantages"], clipped * logprobs)
+    return -_masked_product(inputs["advantages"], clipped * logprobs)
 
 
 def _dro(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
     penalty = (logprobs - inputs["logprobs"]).square()
-    return -(_where(inputs["advantages"], logprobs) - 0.5 * settings["beta"] * penalty)
+    return -(_masked_product(inputs["advantages"], logprobs) - 0.5 * settings["beta"] * penalty)
 
 
-def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
+def _probability_ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    """The probability of each target, divided by its probability when it was sampled."""
     return (logprobs - inputs["logprobs"]).exp()
 
 
-def _where(factor: Tensor, values: Tensor) -> Tensor:
-    """factor · values, and 0 where the factor is 0 even if the value is not finite."""
+def _masked_product(factor: Tensor, values: Tensor) -> Tensor:
+    """``factor`` · ``values``, but 0 where the factor is 0, even if the value is not finite."""
     return torch.where(factor == 0, torch.zeros_like(values), values) * factor
 
 
-_CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
-_POLICY = ("logprobs", "advantages")
+_CLIP_SETTINGS = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+_POLICY_INPUTS = ("logprobs", "advantages")
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(("weights",), {}, _cross_entropy),
-    "importance_sampling": Loss(_POLICY, {}, _importance_sampling),
-    "ppo": Loss(_POLICY, _CLIP, _ppo),
+    "importance_sampling": Loss(_POLICY_INPUTS, {}, _importance_sampling),
+    "ppo": Loss(_POLICY_INPUTS, _CLIP_SETTINGS, _ppo),
     "gspo": Loss(
-        (*_POLICY, "sequence_ratio_mask"),
+        (*_POLICY_INPUTS, "sequence_ratio_mask"),
         {"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4},
         _gspo,
     ),
-    "cispo": Loss(_POLICY, _CLIP, _cispo),
-    "dro": Loss(_POLICY, {"beta": 0.05}, _dro),
+    "cispo": Loss(_POLICY_INPUTS, _CLIP_SETTINGS, _cispo),
+    "dro": Loss(_POLICY_INPUTS, {"beta": 0.05}, _dro),
 }
 
 
@@ -133,20 +136,22 @@ def complete_settings(loss: str, settings: Mapping[str, Any]) -> dict[str, float
     return complete
 
 
-def check_datum(datum: Datum, loss: str, number: int, vocabulary: int, length: int) -> Datum:
-    """Check a datum; return it with all inputs of its loss in float32.
+def check_datum(
+    datum: Datum, loss: str, index: int, vocabulary_size: int, context_length: int
+) -> Datum:
+    """Check a datum; return the datum with all inputs of its loss in float32.
 
     Raises:
-        DataError: it is empty or longer than the context, a token is not in the vocabulary, or an
-            input is missing, unknown, of another shape or not finite. The message names the datum
-            by ``number``.
+        DataError: the datum is empty or longer than the context, a token is not in the vocabulary,
+            or an input is missing, unknown, of another shape or not finite. The message names the
+            datum by its ``index``.
     """
-    label = f"datum {number}"
+    label = f"datum {index}"
     size = len(datum.tokens)
-    if not 0 < size < length:
+    if not 0 < size < context_length:
         raise DataError(
             f"{label} of {size} tokens",
-            f"1 to {length - 1}",
+            f"1 to {context_length - 1}",
             "shorten it, or serve a longer --length",
         )
     if datum.targets.dim() not in (1, 2) or len(datum.targets) != size or not datum.targets.numel():
@@ -156,16 +161,16 @@ def check_datum(datum: Datum, loss: str, number: int, vocabulary: int, length: i
             "shift the targets by one",
         )
     for name, ids in (("model_input", datum.tokens), ("target_tokens", datum.targets)):
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary_size:
             token = int(ids.min() if ids.min() < 0 else ids.max())
             raise DataError(
                 f"token {token} in {name} of {label}",
-                f"ids from 0 to {vocabulary - 1}",
+                f"ids from 0 to {vocabulary_size - 1}",
                 "use the base's tokenizer",
             )
-    if unknown := sorted(datum.inputs.keys() - set(LOSSES[loss].inputs)):
+    if unknown_names := sorted(datum.inputs.keys() - set(LOSSES[loss].inputs)):
         raise DataError(
-            f"the input {unknown[0][:80]!r} in {label}",
+            f"the input {unknown_names[0][:80]!r} in {label}",
             f"target_tokens and {listing(LOSSES[loss].inputs)}, for {loss}",
             "leave it out",
         )

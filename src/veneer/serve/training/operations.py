@@ -1,7 +1,8 @@
-"""Requests of a run besides passes and steps: begin, save, load, publish for samples, end.
+"""Requests of a run other than passes and optimizer steps: create, load, save, save for samples,
+save for other servers, unload.
 
-The worker's thread calls each operation with the run's line and the fields of the request. The
-operation returns the JSON of the answer.
+The worker's thread calls each operation with the run and the fields of the request. The operation
+returns the answer as a dict, for JSON.
 """
 
 from __future__ import annotations
@@ -18,16 +19,25 @@ from typing import Any
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, DataError
 from veneer.fileio.atomic import EVERYTHING, new_folder
+from veneer.serve.training.active_runs import ActiveRun
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
-from veneer.serve.training.quotas import over_quota
+from veneer.serve.training.quotas import quota_problem
 from veneer.serve.training.run_trainer import ADAPTER, Trainer
-from veneer.serve.training.store import NAME, Checkpoint, Store, folder_bytes, parse_checkpoint_path
-from veneer.serve.training.worker import Line, Worker
+from veneer.serve.training.store import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    Store,
+    folder_bytes,
+    parse_checkpoint_path,
+)
+from veneer.serve.training.worker import Worker
 
 
 @dataclass
 class Operations:
-    """Executes the requests of runs other than passes and steps, in the thread of ``worker``."""
+    """Answers requests of runs other than passes and optimizer steps, in the thread of ``worker``.
+
+    ``options``, a parameter of each operation: the fields of the request."""
 
     worker: Worker
     trainer: Trainer
@@ -40,40 +50,43 @@ class Operations:
             "create": self.create,
             "load": self.load,
             "save": self.save,
-            "sampler": self.sampler,
-            "external": self.external,
+            "sampler": self.save_for_sampler,
+            "external": self.save_external,
             "unload": self.unload,
         }
 
-    def create(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        row = self.store.run(line.run)
+    def create(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
+        row = self.store.run(active_run.run_id)
         assert row is not None
         self.worker.memory.make_room()
-        self.trainer.begin(line.name, LoraConfig.from_dict(json.loads(row["config"])), row["seed"])
-        return {"model_id": line.run, "type": "create_model"}
+        config = LoraConfig.from_dict(json.loads(row["config"]))
+        self.trainer.begin(active_run.adapter_name, config, row["seed"])
+        return {"model_id": active_run.run_id, "type": "create_model"}
 
-    def load(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        path, folder, config = self._source(options)
-        row = self.store.run(line.run)
+    def load(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
+        path, folder, config = self._weights_source(options)
+        row = self.store.run(active_run.run_id)
         assert row is not None
         run_config = json.loads(row["config"])
-        if line.next and config != run_config:
+        if active_run.next_seq and config != run_config:
             expected = f"one of a run like this, of rank {run_config['rank']} and the same targets"
             problem = f"{path}, of rank {config['rank']}"
             raise DataError(problem, expected, "create a training client from that state")
-        if line not in self.worker.memory:
+        if active_run not in self.worker.memory:
             self.worker.memory.make_room()
         adapter = "" if "folder" in options else ADAPTER
-        self.trainer.load(line.name, folder, optimizer=options["optimizer"], adapter=adapter)
-        self.store.set_config(
-            line.run, self.trainer.runs[line.name].config.to_dict() if not adapter else config
+        self.trainer.load(
+            active_run.adapter_name, folder, optimizer=options["optimizer"], adapter=adapter
         )
-        return {"path": path, "model_id": line.run, "type": "load_weights"}
+        if not adapter:
+            config = self.trainer.runs[active_run.adapter_name].config.to_dict()
+        self.store.set_config(active_run.run_id, config)
+        return {"path": path, "model_id": active_run.run_id, "type": "load_weights"}
 
-    def _source(self, options: Mapping[str, Any]) -> tuple[str, Path, dict[str, Any]]:
-        """(path, folder, config) of the weights to load: a checkpoint, or an adapter in the
-        server's folder or library. ``DataError``: it does not exist, is encrypted, or lacks the
-        requested optimiser."""
+    def _weights_source(self, options: Mapping[str, Any]) -> tuple[str, Path, dict[str, Any]]:
+        """Return (path, folder, config) of the weights to load: a checkpoint, or an adapter in the
+        server's folder or library. ``DataError``: the weights do not exist, are encrypted, or lack
+        the requested optimizer state."""
         path = options["path"]
         if "folder" in options:
             has_optimizer, folder, config = False, Path(options["folder"]), options["config"]
@@ -96,58 +109,67 @@ class Operations:
                 )
         if options["optimizer"] and not has_optimizer:
             problem = f"{path}, which holds no optimizer"
-            do = "load the weights alone: create_training_client_from_state"
-            raise DataError(problem, "a checkpoint of save_state", do)
+            advice = "load the weights alone: create_training_client_from_state"
+            raise DataError(problem, "a checkpoint of save_state", advice)
         return path, folder, config
 
-    def save(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        checkpoint = self._new_checkpoint(line, "weights", options)
-        if not self._is_saved(line, checkpoint):
-            check = partial(self._check_bytes, line, checkpoint, options)
-            provenance = {"run": line.run, "request": line.next}
+    def save(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
+        checkpoint = self._new_checkpoint(active_run, "weights", options)
+        if not self._was_saved_by_this_request(active_run, checkpoint):
+            check = partial(self._check_bytes, active_run, checkpoint, options)
+            provenance = {"run": active_run.run_id, "request": active_run.next_seq}
             self.trainer.save(
-                line.name, self.store.files_of(checkpoint), self.base, provenance, check
+                active_run.adapter_name,
+                self.store.files_of(checkpoint),
+                self.base,
+                provenance,
+                check,
             )
-            self._record(line, checkpoint, options)
+            self._record_checkpoint(active_run, checkpoint, options)
         return {"path": checkpoint.path, "type": "save_weights"}
 
-    def external(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        checkpoint = self._new_checkpoint(line, "external_weights", options)
-        if not self._is_saved(line, checkpoint):
-            self._publish(line, checkpoint, options)
-            self._record(line, checkpoint, options)
+    def save_external(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
+        checkpoint = self._new_checkpoint(active_run, "external_weights", options)
+        if not self._was_saved_by_this_request(active_run, checkpoint):
+            self._export_checkpoint(active_run, checkpoint, options)
+            self._record_checkpoint(active_run, checkpoint, options)
         return {"path": checkpoint.path, "type": "save_weights_external"}
 
-    def sampler(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        sampler = options.get("sampler")  # the id of a new sampling session, for unnamed weights
+    def save_for_sampler(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
+        # the id of a sampling session to create, which samples from a checkpoint without a name
+        sampler = options.get("sampler")
         name = options.get("name")
         if sampler is not None:
-            name = "inflight" if options["kind"] == "inflight" else f"of-{line.next}"
+            name = "inflight" if options["kind"] == "inflight" else f"of-{active_run.next_seq}"
         checkpoint = self._new_checkpoint(
-            line, "sampler_weights", {**options, "name": name, "overwrite": True}
+            active_run, "sampler_weights", {**options, "name": name, "overwrite": True}
         )
-        self._publish(line, checkpoint, options)
-        self.bank.put(checkpoint.path, self.store.files_of(checkpoint) / ADAPTER, line.name)
-        self._record(line, checkpoint, options, hidden=sampler is not None)
+        self._export_checkpoint(active_run, checkpoint, options)
+        folder = self.store.files_of(checkpoint) / ADAPTER
+        self.bank.put(checkpoint.path, folder, active_run.adapter_name)
+        self._record_checkpoint(active_run, checkpoint, options, hidden=sampler is not None)
         if sampler is None:
             return {"path": checkpoint.path, "type": "save_weights_for_sampler"}
-        self.store.add_sampler(sampler, options["session"], line.owner, checkpoint.path)
+        self.store.add_sampler(sampler, options["session"], active_run.owner, checkpoint.path)
         return {"sampling_session_id": sampler, "type": "save_weights_for_sampler"}
 
-    def unload(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
-        self.worker.memory.let_go(line)
-        self.store.unload(line.run)
-        return {"model_id": line.run, "type": "unload_model"}
+    def unload(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
+        self.worker.memory.evict(active_run)
+        self.store.mark_unloaded(active_run.run_id)
+        return {"model_id": active_run.run_id, "type": "unload_model"}
 
-    def _new_checkpoint(self, line: Line, kind: str, options: Mapping[str, Any]) -> Checkpoint:
-        """The address of a new checkpoint. ``DataError``: an invalid or used name."""
-        name = options.get("name") or f"step-{line.next}"
-        if not NAME.fullmatch(name):
+    def _new_checkpoint(
+        self, active_run: ActiveRun, kind: str, options: Mapping[str, Any]
+    ) -> Checkpoint:
+        """The path of a new checkpoint. ``DataError``: the name is invalid or already used."""
+        name = options.get("name") or f"step-{active_run.next_seq}"
+        if not CHECKPOINT_NAME.fullmatch(name):
             expected = "1 to 128 letters, digits and '._-', beginning with a letter or digit"
             raise DataError(f"the name {name[:200]!r}", expected, "choose another")
-        checkpoint = Checkpoint(line.run, kind, name)
+        checkpoint = Checkpoint(active_run.run_id, kind, name)
         exists = self.store.checkpoint(checkpoint) is not None
-        if exists and not self._is_saved(line, checkpoint) and not options.get("overwrite"):
+        is_taken = exists and not self._was_saved_by_this_request(active_run, checkpoint)
+        if is_taken and not options.get("overwrite"):
             raise DataError(
                 f"{checkpoint.path}, which exists",
                 "a new name",
@@ -155,92 +177,106 @@ class Operations:
             )
         return checkpoint
 
-    def _is_saved(self, line: Line, checkpoint: Checkpoint) -> bool:
-        """Whether this request saved the checkpoint already, but could not be answered: the server
-        ended, or its disk was full."""
+    def _was_saved_by_this_request(self, active_run: ActiveRun, checkpoint: Checkpoint) -> bool:
+        """Whether the run's current request has saved the checkpoint before, but was not answered
+        because the server ended or its disk was full."""
         row = self.store.checkpoint(checkpoint)
-        return row is not None and row["request"] == line.next
+        return row is not None and row["request"] == active_run.next_seq
 
-    def _publish(self, line: Line, checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
-        provenance = {"run": line.run, "request": line.next}
+    def _export_checkpoint(
+        self, active_run: ActiveRun, checkpoint: Checkpoint, options: Mapping[str, Any]
+    ) -> None:
+        """Write a checkpoint without an optimizer, encrypted if the request names recipients."""
+        provenance = {"run": active_run.run_id, "request": active_run.next_seq}
         recipients = read_recipients(options.get("age_encryption_recipients") or ())
         with new_folder(
             self.store.files_of(checkpoint), overwrite=True, replaces=[EVERYTHING]
         ) as folder:
-            self.trainer.export(line.name, folder / ADAPTER, self.base, provenance)
+            self.trainer.export(active_run.adapter_name, folder / ADAPTER, self.base, provenance)
             if recipients:
                 encrypt_files(folder / ADAPTER, recipients)
-            self._check_bytes(line, checkpoint, options, folder)
+            self._check_bytes(active_run, checkpoint, options, folder)
 
     def _check_bytes(
-        self, line: Line, checkpoint: Checkpoint, options: Mapping[str, Any], folder: Path
+        self,
+        active_run: ActiveRun,
+        checkpoint: Checkpoint,
+        options: Mapping[str, Any],
+        folder: Path,
     ) -> None:
-        """``DataError``: the files of a checkpoint in ``folder`` exceed the quota of its key."""
+        """Check the size of a checkpoint that is written in ``folder`` but not yet published.
+        ``DataError``: its files exceed the quota of its key."""
         limit, size = options.get("most_bytes"), folder_bytes(folder)
-        if (
-            problem := over_quota(self.store, line.owner, "bytes", limit, size, replaced=checkpoint)
-        ) is not None:
+        problem = quota_problem(
+            self.store, active_run.owner, "bytes", limit, size, replaced=checkpoint
+        )
+        if problem is not None:
             raise DataError(problem)
 
-    def _record(
-        self, line: Line, checkpoint: Checkpoint, options: Mapping[str, Any], hidden: bool = False
+    def _record_checkpoint(
+        self,
+        active_run: ActiveRun,
+        checkpoint: Checkpoint,
+        options: Mapping[str, Any],
+        hidden: bool = False,
     ) -> None:
-        row = self.store.run(line.run)
+        row = self.store.run(active_run.run_id)
         assert row is not None
         self.store.add_checkpoint(
             checkpoint,
-            line.owner,
+            active_run.owner,
             row["config"],
             metadata=options.get("user_metadata"),
-            seconds=options.get("ttl_seconds"),
+            lifetime_seconds=options.get("ttl_seconds"),
             hidden=hidden,
-            request=line.next,
+            request=active_run.next_seq,
         )
 
-    # the worker's thread alone calls these, as it makes all changes of checkpoints
+    # only the worker's thread calls these, like all functions that change checkpoints
 
     def delete(self, checkpoint: Checkpoint) -> None:
-        """Delete a checkpoint, and remove it from the bank of samples."""
+        """Delete a checkpoint, and remove it from the bank."""
         if checkpoint.path in self.bank:
             self.bank.remove(checkpoint.path)
         self.store.delete_checkpoint(checkpoint)
 
     def copy(self, source: Checkpoint, target: Checkpoint) -> None:
-        """Copy a checkpoint to another run by hard links, since the files of checkpoints are never
-        changed."""
+        """Copy a checkpoint to another run. The copy consists of hard links, since the files of
+        checkpoints are never changed."""
         with new_folder(
             self.store.files_of(target), overwrite=True, replaces=[EVERYTHING]
         ) as folder:
             shutil.copytree(
-                self.store.files_of(source), folder, copy_function=_link, dirs_exist_ok=True
+                self.store.files_of(source), folder, copy_function=_link_or_copy, dirs_exist_ok=True
             )
 
 
-def _link(source: str, target: str) -> None:
+def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a disk without links
+    except OSError:  # the file system has no hard links
         shutil.copy2(source, target)
 
 
 def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool) -> LoraConfig:
-    """The config of a new run's adapter. A head that shares the embedding's weight is not trained,
-    because it would change the embedding too. ``ConfigError``: nothing would be trained."""
-    layer, head_path = model.get_output_embeddings(), None
-    if head and layer is not None and layer.weight is not model.get_input_embeddings().weight:
-        head_path = next(name for name, module in model.named_modules() if module is layer)
+    """The config of a new run's adapter. ``attention``, ``mlp``, ``head``: which layers to train.
+    An output head that shares the embedding's weight is not trained, because this would change the
+    embedding too. ``ConfigError``: nothing would be trained."""
+    head_layer, head_path = model.get_output_embeddings(), None
+    if head and head_layer is not None and not has_tied_head(model):
+        head_path = next(name for name, module in model.named_modules() if module is head_layer)
     targets = [
         *(["attention"] if attention else ()),
         *(["mlp"] if mlp else ()),
         *([head_path] if head_path else ()),
     ]
     if not targets:
-        do = "set train_attn or train_mlp; a head that is tied to the embedding is not trained"
-        raise ConfigError("nothing to train", "at least one kind of layers", do)
+        advice = "set train_attn or train_mlp; a head that is tied to the embedding is not trained"
+        raise ConfigError("nothing to train", "at least one kind of layers", advice)
     return LoraConfig(rank=rank, targets=targets)
 
 
 def has_tied_head(model: Any) -> bool:
-    """Whether the output head is the embedding's weight."""
-    layer = model.get_output_embeddings()
-    return layer is not None and layer.weight is model.get_input_embeddings().weight
+    """Whether the output head and the input embedding share one weight."""
+    head_layer = model.get_output_embeddings()
+    return head_layer is not None and head_layer.weight is model.get_input_embeddings().weight

@@ -1,6 +1,7 @@
-"""Quotas of a key: adapters in training, bytes of checkpoints, tokens per day. Tokens are counted
-when a pass is accepted and bytes before a checkpoint is published, so no request exceeds a
-quota."""
+"""Quotas of a key: runs that take requests, bytes of checkpoints, tokens per day.
+
+Tokens are counted when a pass is accepted, and bytes before a checkpoint is published, so no
+request exceeds a quota."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from veneer.serve.training.store import Checkpoint, Store
 _ADVICE = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on tomorrow (UTC)"}
 
 
-def over_quota(
+def quota_problem(
     store: Store,
     owner: str,
     resource: str,
@@ -19,17 +20,18 @@ def over_quota(
     *,
     replaced: Checkpoint | None = None,
 ) -> str | None:
-    """Why an owner's key may not use ``amount`` more of "runs", "bytes" or "tokens"; None if it
-    may. ``replaced``: a checkpoint that will be overwritten, so its bytes do not count."""
+    """The error text if ``amount`` more of a resource ("runs", "bytes" or "tokens") would exceed
+    the ``limit`` of an owner's key, else None. ``replaced``: a checkpoint that will be
+    overwritten, so its bytes do not count."""
     if limit is None:
         return None
     match resource:
         case "runs":
             used = store.count_runs(owner)
         case "bytes":
-            used = store.bytes_of(owner, but=replaced)
+            used = store.checkpoint_bytes(owner, excluded=replaced)
         case _:
-            used = store.tokens_of(owner)
+            used = store.tokens_today(owner)
     if used + amount <= limit:
         return None
     problem = f"{used:,} {resource} of key {owner!r} and {amount:,} more"

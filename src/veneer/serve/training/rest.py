@@ -1,5 +1,5 @@
 """The routes under /api/v1 by which a client of the `tinker` SDK lists sessions, runs and
-checkpoints, and changes or downloads checkpoints. Routes only.
+checkpoints, and changes or downloads checkpoints.
 
 GET         training_runs  training_runs/{run}  training_runs/{run}/checkpoints  checkpoints
 GET         sessions  sessions/{id}  samplers/{id}        POST  sessions/search  weights_info
@@ -27,11 +27,19 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving
 from veneer.serve.training import bodies
-from veneer.serve.training.accept import check_quota, no_such, owns, run_of
-from veneer.serve.training.routes import On, checkpoint_of, sampler_of, session_of
+from veneer.serve.training.accept import check_quota
+from veneer.serve.training.lookups import (
+    find_checkpoint,
+    find_run,
+    find_sampler,
+    find_session,
+    not_found,
+    owns,
+)
+from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.run_trainer import ADAPTER
-from veneer.serve.training.store import KINDS, Checkpoint
-from veneer.serve.training.training_service import FILES, Training, training_of
+from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
+from veneer.serve.training.training_service import FILE_URL_SECONDS, Training, training_of
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
@@ -39,53 +47,55 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0)]
 
 
-def _time(seconds: float | None) -> str | None:
+def _iso_time(seconds: float | None) -> str | None:
     if seconds is None:
         return None
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
 
 
-def _metadata(text: str | None) -> dict[str, str] | None:
+def _parse_metadata(metadata_json: str | None) -> dict[str, str] | None:
     return (
         None
-        if text is None
-        else {name: str(value) for name, value in (json.loads(text) or {}).items()}
+        if metadata_json is None
+        else {name: str(value) for name, value in (json.loads(metadata_json) or {}).items()}
     )
 
 
-def _checkpoint(row: Any) -> dict[str, Any]:
+def _describe_checkpoint(row: Any) -> dict[str, Any]:
     checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
     return {
         "checkpoint_id": f"{checkpoint.kind}/{checkpoint.name}",
-        "checkpoint_type": KINDS[checkpoint.kind],
-        "time": _time(row["created"]),
+        "checkpoint_type": CHECKPOINT_KINDS[checkpoint.kind],
+        "time": _iso_time(row["created"]),
         "tinker_path": checkpoint.path,
         "size_bytes": row["bytes"],
         "public": bool(row["public"]),
-        "user_metadata": _metadata(row["metadata"]),
-        "expires_at": _time(row["expires"]),
+        "user_metadata": _parse_metadata(row["metadata"]),
+        "expires_at": _iso_time(row["expires"]),
     }
 
 
-def _run(training: Training, row: Any) -> dict[str, Any]:
-    checkpoints = list(map(_checkpoint, training.store.checkpoints(None, row["id"])))
-    last: dict[str, Any] = dict.fromkeys(KINDS.values())
-    for checkpoint in reversed(checkpoints):  # the newest comes first in the list
-        last[checkpoint["checkpoint_type"]] = checkpoint
+def _describe_run(training: Training, row: Any) -> dict[str, Any]:
+    checkpoints = list(map(_describe_checkpoint, training.store.checkpoints(None, row["id"])))
+    newest: dict[str, Any] = dict.fromkeys(CHECKPOINT_KINDS.values())
+    for checkpoint in reversed(checkpoints):  # the newest checkpoint comes first in the list
+        newest[checkpoint["checkpoint_type"]] = checkpoint
     return {
         "training_run_id": row["id"],
         "base_model": training.base,
         "model_owner": row["owner"],
         "is_lora": True,
         "lora_rank": json.loads(row["config"])["rank"],
-        "last_request_time": _time(row["used"]),
-        "last_checkpoint": last["training"],
-        "last_sampler_checkpoint": last["sampler"],
-        "user_metadata": _metadata(row["metadata"]),
+        "last_request_time": _iso_time(row["used"]),
+        "last_checkpoint": newest["training"],
+        "last_sampler_checkpoint": newest["sampler"],
+        "user_metadata": _parse_metadata(row["metadata"]),
     }
 
 
-def _page(rows: Sequence[Any], limit: int, offset: int) -> tuple[Sequence[Any], dict[str, int]]:
+def _slice_page(
+    rows: Sequence[Any], limit: int, offset: int
+) -> tuple[Sequence[Any], dict[str, int]]:
     return rows[offset : offset + limit], {
         "offset": offset,
         "limit": limit,
@@ -95,67 +105,75 @@ def _page(rows: Sequence[Any], limit: int, offset: int) -> tuple[Sequence[Any], 
 
 @router.get("/training_runs")
 def training_runs(
-    training: On, key: Asker, limit: Limit = 20, offset: Offset = 0
+    training: TrainingDep, key: Asker, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """The runs of a key, the newest first."""
-    rows, cursor = _page(training.store.runs(key.owner), limit, offset)
-    return {"training_runs": [_run(training, row) for row in rows], "cursor": cursor}
+    rows, cursor = _slice_page(training.store.runs(key.owner), limit, offset)
+    return {"training_runs": [_describe_run(training, row) for row in rows], "cursor": cursor}
 
 
 @router.get("/training_runs/{run}")
-def training_run(run: str, training: On, key: Asker) -> dict[str, Any]:
+def training_run(run: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
     """A run."""
-    return _run(training, run_of(training, key, run))
+    return _describe_run(training, find_run(training, key, run))
 
 
 @router.get("/training_runs/{run}/checkpoints")
-def run_checkpoints(run: str, training: On, key: Asker) -> dict[str, Any]:
+def run_checkpoints(run: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
     """The checkpoints of a run."""
-    run_of(training, key, run)
-    return {"checkpoints": [_checkpoint(row) for row in training.store.checkpoints(None, run)]}
+    find_run(training, key, run)
+    rows = training.store.checkpoints(None, run)
+    return {"checkpoints": [_describe_checkpoint(row) for row in rows]}
 
 
 @router.get("/checkpoints")
-def checkpoints(training: On, key: Asker, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
+def checkpoints(
+    training: TrainingDep, key: Asker, limit: Limit = 100, offset: Offset = 0
+) -> dict[str, Any]:
     """The checkpoints of a key, the newest first."""
-    rows, cursor = _page(training.store.checkpoints(key.owner), limit, offset)
-    return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
+    rows, cursor = _slice_page(training.store.checkpoints(key.owner), limit, offset)
+    return {"checkpoints": [_describe_checkpoint(row) for row in rows], "cursor": cursor}
 
 
 def _owner_checkpoint(
     training: Training, key: Key, run: str, kind: str, name: str
 ) -> tuple[Checkpoint, Any]:
-    """A checkpoint that belongs to a key, which may change it."""
-    checkpoint, row = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
+    """A checkpoint that belongs to the key, and its row in the store. ``Refusal``: the key has no
+    such checkpoint."""
+    checkpoint, row = find_checkpoint(training, key, f"tinker://{run}/{kind}/{name}")
     if not owns(key, row):
-        raise no_such("the checkpoint", checkpoint.path)
+        raise not_found("the checkpoint", checkpoint.path)
     return checkpoint, row
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
-async def delete_checkpoint(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+async def delete_checkpoint(
+    run: str, kind: str, name: str, training: TrainingDep, key: Asker
+) -> None:
     """Delete a checkpoint."""
     checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     await training.change_checkpoints(partial(training.operations.delete, checkpoint))
 
 
 @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-def publish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+def publish(run: str, kind: str, name: str, training: TrainingDep, key: Asker) -> None:
     """Allow every key of this server to read a checkpoint."""
     checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     training.store.change_checkpoint(checkpoint, public=1)
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-def unpublish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+def unpublish(run: str, kind: str, name: str, training: TrainingDep, key: Asker) -> None:
     """Let the owner's key alone read a checkpoint."""
     checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     training.store.change_checkpoint(checkpoint, public=0)
 
 
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
-def set_ttl(run: str, kind: str, name: str, body: bodies.Ttl, training: On, key: Asker) -> None:
-    """Change how long a checkpoint is kept."""
+def set_ttl(
+    run: str, kind: str, name: str, body: bodies.SetTtl, training: TrainingDep, key: Asker
+) -> None:
+    """Change when a checkpoint expires."""
     checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     training.store.change_checkpoint(checkpoint, expires=expires)
@@ -163,24 +181,26 @@ def set_ttl(run: str, kind: str, name: str, body: bodies.Ttl, training: On, key:
 
 @router.get("/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls")
 def external_urls(
-    run: str, kind: str, name: str, request: Request, training: On, key: Asker
+    run: str, kind: str, name: str, request: Request, training: TrainingDep, key: Asker
 ) -> dict[str, Any]:
-    """Addresses of the files of an adapter folder, in PEFT's layout."""
-    checkpoint, _ = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
+    """The URLs of the files of a checkpoint's adapter folder, in PEFT's layout."""
+    checkpoint, _ = find_checkpoint(training, key, f"tinker://{run}/{kind}/{name}")
     folder = training.store.files_of(checkpoint) / ADAPTER
-    token = training.address(folder)
-    names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
-    top = f"{str(request.base_url).rstrip('/')}/api/v1/files/{token}"
+    token = training.new_file_token(folder)
+    file_names = [
+        str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()
+    ]
+    root_url = f"{str(request.base_url).rstrip('/')}/api/v1/files/{token}"
     return {
-        "urls": {name: f"{top}/{name}" for name in names},
-        "expires": _time(time.time() + FILES),
+        "urls": {name: f"{root_url}/{name}" for name in file_names},
+        "expires": _iso_time(time.time() + FILE_URL_SECONDS),
     }
 
 
 @router.get("/files/{token}/{name:path}")
 def file(token: str, name: str, service: Serving) -> Response:
-    """A file of a checkpoint. The secret token in the address replaces the key."""
-    path = training_of(service).file(token, name)
+    """A file of a checkpoint. The secret token in the URL replaces the API key."""
+    path = training_of(service).find_file(token, name)
     if path is None:
         raise Refusal(
             404,
@@ -192,36 +212,38 @@ def file(token: str, name: str, service: Serving) -> Response:
 
 
 @router.post("/weights_info")
-def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any]:
-    """The shape of a checkpoint's adapter."""
-    _, row = checkpoint_of(training, key, body.tinker_path)
+def weights_info(body: bodies.CheckpointBody, training: TrainingDep, key: Asker) -> dict[str, Any]:
+    """The rank of a checkpoint's adapter, and which layers it trains."""
+    _, row = find_checkpoint(training, key, body.tinker_path)
     config = json.loads(row["config"])
     targets = [config["targets"]] if isinstance(config["targets"], str) else config["targets"]
-    # an adapter that was not created by this service may target all linear layers
-    linear = bool({"all", "all-linear"}.intersection(targets))
+    # an adapter that another program created may target all linear layers
+    targets_all_linear = bool({"all", "all-linear"}.intersection(targets))
     return {
         "base_model": training.base,
         "optimizer_config": {"type": "adamw"},
         "is_lora": True,
         "lora_rank": config["rank"],
-        "train_attn": linear or "attention" in targets,
-        "train_mlp": linear or "mlp" in targets,
+        "train_attn": targets_all_linear or "attention" in targets,
+        "train_mlp": targets_all_linear or "mlp" in targets,
         "train_unembed": bool({*targets} - {"attention", "mlp", "all-linear"}),
     }
 
 
 @router.post("/copy_weights")
-async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> dict[str, str]:
-    """Copy a readable checkpoint to a new run that holds only copies."""
-    checkpoint_of(training, key, body.source_path)
+async def copy_weights(
+    body: bodies.CopyWeights, training: TrainingDep, key: Asker
+) -> dict[str, str]:
+    """Copy a checkpoint that the key may read to a new run, which holds only copies."""
+    find_checkpoint(training, key, body.source_path)
     session = body.session_id
     if session is None:
         session = await training.write(training.store.new_session, key.owner, None, "a copy")
-    session_of(training, key, session)
+    find_session(training, key, session)
     run = f"{session}:train:{body.model_seq_id or 0}"
 
     def copy() -> str:
-        source, row = checkpoint_of(training, key, body.source_path)
+        source, row = find_checkpoint(training, key, body.source_path)
         checkpoint, target_run = Checkpoint(run, source.kind, source.name), training.store.run(run)
         if target_run is not None and not (
             training.store.is_copy(run) and target_run["config"] == row["config"]
@@ -236,12 +258,12 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
             check_quota(training, key, "bytes", row["bytes"])
         if training.store.run(run) is None:
             training.store.new_run(run, session, key.owner, json.loads(row["config"]), 0, None)
-            training.store.unload(run)
+            training.store.mark_unloaded(run)
         elif training.store.checkpoint(checkpoint) is not None:  # a repeated request
             return checkpoint.path
         training.operations.copy(source, checkpoint)
         training.store.add_checkpoint(
-            checkpoint, key.owner, row["config"], seconds=body.ttl_seconds
+            checkpoint, key.owner, row["config"], lifetime_seconds=body.ttl_seconds
         )
         return checkpoint.path
 
@@ -253,15 +275,19 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
 
 
 @router.get("/sessions")
-def sessions(training: On, key: Asker, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+def sessions(
+    training: TrainingDep, key: Asker, limit: Limit = 20, offset: Offset = 0
+) -> dict[str, Any]:
     """The sessions of a key."""
-    rows, _ = _page(training.store.sessions(key.owner), limit, offset)
+    rows, _ = _slice_page(training.store.sessions(key.owner), limit, offset)
     return {"sessions": [row["id"] for row in rows]}
 
 
 @router.post("/sessions/search")
-def search_sessions(body: bodies.SearchSessions, training: On, key: Asker) -> dict[str, Any]:
-    """The newest sessions that match, as one page."""
+def search_sessions(
+    body: bodies.SearchSessions, training: TrainingDep, key: Asker
+) -> dict[str, Any]:
+    """The newest sessions that match the search, in one page."""
     if (
         body.cursor
         or body.project_ids
@@ -272,58 +298,58 @@ def search_sessions(body: bodies.SearchSessions, training: On, key: Asker) -> di
         raise Refusal(400, problem, "one by id, name or metadata among your own", "leave it out")
     matches = []
     for row in training.store.sessions(key.owner):
-        title, metadata = row["title"] or "", _metadata(row["metadata"]) or {}
+        title, metadata = row["title"] or "", _parse_metadata(row["metadata"]) or {}
         matches_name = body.display_name is not None and all(
             word in title.lower() for word in body.display_name.lower().split()
         )
-        any_session = body.session_id is None and body.display_name is None
+        matches_any = body.session_id is None and body.display_name is None
         if (
-            any_session or row["id"] == body.session_id or matches_name
+            matches_any or row["id"] == body.session_id or matches_name
         ) and body.user_metadata.items() <= metadata.items():
-            matches.append(_session(training, row))
+            matches.append(_describe_session(training, row))
     return {"sessions": matches[: body.limit]}
 
 
-def _session(training: Training, row: Any) -> dict[str, Any]:
+def _describe_session(training: Training, row: Any) -> dict[str, Any]:
     runs = training.store.runs(row["owner"], row["id"])
     checkpoints = [
         checkpoint for run in runs for checkpoint in training.store.checkpoints(None, run["id"])
     ]
     size = sum(checkpoint["bytes"] for checkpoint in checkpoints)
-    reason = (
+    status = (
         None
         if row["finished"] is None
         else {"type": "client_finished", "reason": {"type": row["finished"]}}
     )
     return {
         "session_id": row["id"],
-        "created_at": _time(row["created"]),
+        "created_at": _iso_time(row["created"]),
         "owner": row["owner"],
         "project_id": "",
-        "status": reason,
+        "status": status,
         "checkpoints_count": len(checkpoints),
         "display_name": row["title"],
-        "user_metadata": _metadata(row["metadata"]),
+        "user_metadata": _parse_metadata(row["metadata"]),
         "checkpoint_storage_bytes": size,
     }
 
 
 @router.get("/sessions/{session}")
-def session(session: str, training: On, key: Asker) -> dict[str, Any]:
-    """A session, with its runs and samplers."""
-    row = session_of(training, key, session)
+def session(session: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
+    """A session, with its runs and sampling sessions."""
+    row = find_session(training, key, session)
     return {
         "training_run_ids": [row["id"] for row in training.store.runs(key.owner, session)],
         "sampler_ids": [row["id"] for row in training.store.samplers(session)],
-        "user_metadata": _metadata(row["metadata"]),
+        "user_metadata": _parse_metadata(row["metadata"]),
         "display_name": row["title"],
     }
 
 
 @router.get("/samplers/{sampler}")
-def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
-    """A sampler."""
-    row = sampler_of(training, key, sampler)
+def sampler(sampler: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
+    """A sampling session."""
+    row = find_sampler(training, key, sampler)
     return {"sampler_id": row["id"], "base_model": training.base, "model_path": row["path"]}
 
 
@@ -338,7 +364,7 @@ def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
 @router.get("/billing/usage/checkpoints/current")
 @router.post("/auth/token")
 def not_here(request: Request, key: Asker) -> None:
-    """A route of the hosted service, which is refused."""
+    """Refuse a route of the hosted service that this server does not have."""
     problem = f"{request.method} {request.url.path[:200]}, of the hosted service"
     raise Refusal(
         400, problem, "what trains, samples and keeps checkpoints", "see docs/training-service.md"

@@ -1,8 +1,9 @@
 """Runs in memory: at most ``capacity`` of them, the others on the disk.
 
-The least recently used run writes its state and leaves when another one needs room. A run comes
-back from its last state and the requests after that state, which are computed again. This is also
-how runs continue after the server was killed.
+When another run needs room, the least recently used run is evicted: its state is written to the
+disk, and its memory is freed. A run is loaded again from its last state, and from the requests
+after that state, which are computed again. Runs continue in the same way after the server was
+killed.
 """
 
 from __future__ import annotations
@@ -17,26 +18,28 @@ from typing import Any
 
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BankFullError, TrainingError, sentence
+from veneer.serve.training.active_runs import ActiveRun, Queue
 from veneer.serve.training.curve import Curve, read_curve, state_folder
-from veneer.serve.training.lines import Line, Queue
 from veneer.serve.training.run_trainer import DivergenceError, Pass, Trainer
-from veneer.serve.training.store import Store
+from veneer.serve.training.store import SUCCEEDED, Store
 
 log = logging.getLogger("veneer.serve.training")
 
-#: seconds of computing after which a state is written: a restart repeats less than this
-STATE_AFTER = 30.0
+#: seconds of computing after which a run's state is written; a restart computes no more than this
+#: again
+STATE_SECONDS = 30.0
+#: the kind of a request for a forward pass, with or without a backward pass
 PASS = "pass"
-#: kinds of requests that change a run's weights or gradients: they are repeated after a state
-REPLAYED = (PASS, "step", "load")
+#: kinds of requests that change a run's weights or gradients: loading a run computes them again
+REPLAYED_KINDS = (PASS, "step", "load")
 
-#: an operation on a run: (its line, the fields of the request) -> the JSON of the answer
-Operation = Callable[[Line, Mapping[str, Any]], Any]
+#: an operation: (run, the fields of the request's body) -> the answer, for JSON
+Operation = Callable[[ActiveRun, Mapping[str, Any]], Any]
 
 
 class RunMemory:
-    """The runs in memory. ``operations``: by the kind of a request. ``make_pass``: from the body of
-    a pass. The worker's thread alone calls it."""
+    """The runs in memory. Only the worker's thread may call it. ``operations``: by the kind of
+    request; ``make_pass``: parses the body of a pass."""
 
     def __init__(
         self,
@@ -45,140 +48,153 @@ class RunMemory:
         queue: Queue,
         capacity: int,
         operations: Mapping[str, Operation],
-        make_pass: Callable[[Line, bytes], Pass],
+        make_pass: Callable[[ActiveRun, bytes], Pass],
     ) -> None:
         self._trainer, self._store, self._queue = trainer, store, queue
         self.capacity = capacity
         self._operations, self._make_pass = operations, make_pass
 
-    def __contains__(self, line: Line) -> bool:
-        return line.name in self._trainer.runs
+    def __contains__(self, active_run: ActiveRun) -> bool:
+        return active_run.adapter_name in self._trainer.runs
 
-    def lines(self) -> list[Line]:
-        """The lines of the runs in memory."""
-        lines = map(self._queue.named.get, self._trainer.runs)
-        return [line for line in lines if line is not None]
+    def resident_runs(self) -> list[ActiveRun]:
+        """The runs in memory."""
+        active_runs = map(self._queue.runs_by_adapter.get, self._trainer.runs)
+        return [active_run for active_run in active_runs if active_run is not None]
 
-    def has_room(self, line: Line) -> bool:
+    def has_room(self, active_run: ActiveRun) -> bool:
         """Whether a run is in memory, or could be loaded now."""
-        resident = self.lines()
+        residents = self.resident_runs()
         return (
-            line in resident
-            or len(resident) < self.capacity
-            or any(other.current is None for other in resident)
+            active_run in residents
+            or len(residents) < self.capacity
+            or any(resident.current_pass is None for resident in residents)
         )
 
-    def ensure(self, line: Line) -> None:
-        """Load a run into memory, in the state after all its answered requests. ``TrainingError``:
-        the run has failed."""
-        self.curve(line)
-        if line in self and line.spent > STATE_AFTER:
-            self.write_state_if_due(line)
-        if line.failed is not None:
-            raise TrainingError(line.failed)
-        if line in self:
+    def ensure_loaded(self, active_run: ActiveRun) -> None:
+        """Load a run into memory unless it is there, in the state after all its answered requests.
+        ``TrainingError``: the run has failed."""
+        self.curve(active_run)
+        if active_run in self and active_run.unsaved_seconds > STATE_SECONDS:
+            self.write_state_if_due(active_run)
+        if active_run.failure is not None:
+            raise TrainingError(active_run.failure)
+        if active_run in self:
             return
         self.make_room()
-        row, began = self._store.run(line.run), time.monotonic()
+        row, started = self._store.run(active_run.run_id), time.monotonic()
         assert row is not None
         if row["state"] >= 0:
-            folder = state_folder(self._store, line.run, row["state"])
-            self._trainer.load(line.name, folder, optimizer=True)
+            folder = state_folder(self._store, active_run.run_id, row["state"])
+            self._trainer.load(active_run.adapter_name, folder, optimizer=True)
         else:
             config = LoraConfig.from_dict(json.loads(row["config"]))
-            self._trainer.begin(line.name, config, row["seed"])
+            self._trainer.begin(active_run.adapter_name, config, row["seed"])
         try:
-            for request in self._store.requests_after(line.run, row["state"]):
-                is_done = request["done"] == 1 and request["seq"] < line.next
-                if is_done and request["kind"] in REPLAYED:
-                    self._replay(line, request["kind"], request["body"])
+            for request in self._store.requests_after(active_run.run_id, row["state"]):
+                has_succeeded = (
+                    request["done"] == SUCCEEDED and request["seq"] < active_run.next_seq
+                )
+                if has_succeeded and request["kind"] in REPLAYED_KINDS:
+                    self._replay(active_run, request["kind"], request["body"])
         except DivergenceError as error:  # an earlier release accepted such a step
-            self.fail(line, str(error))
+            self.mark_failed(active_run, str(error))
             raise
         except BaseException:  # a partly replayed run must not continue
-            self.drop(line)
+            self.drop(active_run)
             raise
-        line.spent = time.monotonic() - began
+        active_run.unsaved_seconds = time.monotonic() - started
 
-    def _replay(self, line: Line, kind: str, body: bytes) -> None:
-        if kind != PASS:
-            self._operations[kind](line, json.loads(body))
+    def _replay(self, active_run: ActiveRun, request_kind: str, body: bytes) -> None:
+        """Compute a request again that has succeeded before."""
+        if request_kind != PASS:
+            self._operations[request_kind](active_run, json.loads(body))
             return
-        training_pass = self._make_pass(line, body)
+        training_pass = self._make_pass(active_run, body)
         if training_pass.backward:
-            while not training_pass.over:
+            while not training_pass.is_over:
                 self._trainer.compute([training_pass])
             if training_pass.error is not None:  # although it succeeded the first time
                 raise training_pass.error
 
     def make_room(self) -> None:
-        """Move runs to the disk until one more fits. ``BankFullError``: all of them are in use."""
+        """Evict runs until one more fits. ``BankFullError``: all runs in memory compute."""
         while True:
-            resident = self.lines()
-            if len(resident) < self.capacity:
+            residents = self.resident_runs()
+            if len(residents) < self.capacity:
                 return
-            idle = [line for line in resident if line.current is None]
-            if not idle:
-                problem = f"{len(resident)} runs that are computed now"
+            idle_runs = [resident for resident in residents if resident.current_pass is None]
+            if not idle_runs:
+                problem = f"{len(residents)} runs that are computed now"
                 raise BankFullError(problem, f"at most {self.capacity} in memory", "try again")
-            self.let_go(min(idle, key=lambda line: line.used))
+            self.evict(min(idle_runs, key=lambda idle_run: idle_run.last_used))
 
-    def let_go(self, line: Line) -> None:
-        """Move a run to the disk."""
-        if line in self:
-            self.write_state_if_due(line)
-        self.drop(line)
-        self._queue.drop(line)
+    def evict(self, active_run: ActiveRun) -> None:
+        """Write a run's state to the disk and free its memory."""
+        if active_run in self:
+            self.write_state_if_due(active_run)
+        self.drop(active_run)
+        self._queue.drop(active_run)
 
-    def drop(self, line: Line) -> None:
+    def drop(self, active_run: ActiveRun) -> None:
         """Free the memory of a run without writing its state."""
-        if line in self:
-            self._trainer.end(line.name)
+        if active_run in self:
+            self._trainer.end(active_run.adapter_name)
 
-    def fail(self, line: Line, reason: str) -> None:
+    def mark_failed(self, active_run: ActiveRun, reason: str) -> None:
         """Mark a run as failed: its memory is freed, its requests stay on the disk, and each answer
         gives the reason until a checkpoint is loaded into the run."""
-        self.drop(line)
-        if line.failed is not None:
+        self.drop(active_run)
+        if active_run.failure is not None:
             return
-        line.failed = reason
-        log.warning("%s has failed: %s", line.run, reason)
+        active_run.failure = reason
+        log.warning("%s has failed: %s", active_run.run_id, reason)
         try:
-            self._store.fail(line.run, reason)
-        except (sqlite3.Error, OSError):  # the next server will detect the failure itself
-            log.exception("%s: its failure could not be written", line.run)
+            self._store.record_failure(active_run.run_id, reason)
+        except (sqlite3.Error, OSError):  # after a restart, the same failure is detected again
+            log.exception("%s: its failure could not be written", active_run.run_id)
 
-    def write_state_if_due(self, line: Line) -> None:
-        """Write a run's state unless the last one is current or gradients wait for a step, which
-        would be computed again. A full disk is no failure: the requests are kept and computed
-        again. Weights that no adapter folder can hold make the run fail."""
-        if line.next - 1 <= line.state or self._trainer.pending(line.name):
+    def write_state_if_due(self, active_run: ActiveRun) -> None:
+        """Write a run's state, unless the last state is current or the run has gradients that wait
+        for a step: a state holds no gradients, so their passes are computed again instead.
+
+        A full disk is not a failure of the run: the requests are kept and can be computed again.
+        Weights that no adapter folder can hold make the run fail."""
+        run_id, adapter_name = active_run.run_id, active_run.adapter_name
+        is_current = active_run.next_seq - 1 <= active_run.state_seq
+        if is_current or self._trainer.has_pending_gradients(adapter_name):
             return
         try:
-            self.write_state(line)
+            self.write_state(active_run)
         except AdapterError:
-            log.exception("%s: its state cannot be written", line.run)
-            do = "load a checkpoint into it, or begin a new run"
+            log.exception("%s: its state cannot be written", run_id)
+            advice = "load a checkpoint into it, or begin a new run"
             problem = "a run whose numbers cannot be kept"
-            self.fail(line, sentence(problem, "numbers that an adapter folder can hold", do))
+            self.mark_failed(
+                active_run, sentence(problem, "numbers that an adapter folder can hold", advice)
+            )
         except Exception:
             log.exception(
-                "%s: its state could not be written; its requests are kept until it can", line.run
+                "%s: its state could not be written; its requests are kept until it can", run_id
             )
-            line.spent = 0.0  # try again after as much computing
+            active_run.unsaved_seconds = 0.0  # try again after ``STATE_SECONDS`` of computing
 
-    def write_state(self, line: Line, seq: int | None = None) -> None:
-        """Write the state of a run after its request ``seq``; None is the last one that is done."""
-        seq = line.next - 1 if seq is None else seq
-        folder, previous = state_folder(self._store, line.run, seq), line.state
-        self._trainer.save(line.name, folder, None)
-        self.curve(line).write(folder)
-        self._store.set_state(line.run, seq)
-        line.state, line.spent = seq, 0.0
-        if 0 <= previous != seq:
-            shutil.rmtree(state_folder(self._store, line.run, previous), ignore_errors=True)
+    def write_state(self, active_run: ActiveRun, seq: int | None = None) -> None:
+        """Write the state of a run after its request number ``seq``. None: after its last answered
+        request."""
+        seq = active_run.next_seq - 1 if seq is None else seq
+        previous_seq = active_run.state_seq
+        folder = state_folder(self._store, active_run.run_id, seq)
+        self._trainer.save(active_run.adapter_name, folder, None)
+        self.curve(active_run).write(folder)
+        self._store.set_state(active_run.run_id, seq)
+        active_run.state_seq, active_run.unsaved_seconds = seq, 0.0
+        if 0 <= previous_seq != seq:
+            previous_folder = state_folder(self._store, active_run.run_id, previous_seq)
+            shutil.rmtree(previous_folder, ignore_errors=True)
 
-    def curve(self, line: Line) -> Curve:
-        if line.curve is None:
-            line.curve = read_curve(self._store, line.run, line.state)
-        return line.curve
+    def curve(self, active_run: ActiveRun) -> Curve:
+        """The loss curve of a run, which is read from the disk at the first call."""
+        if active_run.curve is None:
+            active_run.curve = read_curve(self._store, active_run.run_id, active_run.state_seq)
+        return active_run.curve

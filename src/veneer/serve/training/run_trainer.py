@@ -1,13 +1,13 @@
-"""Train several runs on one base at once. This module has the arithmetic of the service; clients
-and queues are elsewhere.
+"""Train several runs on one base at once. This module is the arithmetic of the training service,
+without its clients and queues.
 
     passes of several runs ─ rows of similar length ─> one forward and backward of the base
                            ─> log-probabilities, gradients
 
-A ``Pass`` is a forward, and a backward if requested, of one run over data of any number and length.
-``compute`` takes rows of several passes, padded on the right to the longest; padding on the right
-does not affect a causal model. The step engine (``veneer/engine``) computes them. If a run fails,
-its gradients are restored and the others go on.
+A ``Pass`` is a forward, and a backward if requested, of one run over any number of data of any
+length. ``compute`` pads rows of several passes on the right to the longest row, which does not
+affect a causal model; the step engine (``veneer/engine``) computes the rows. If a run fails, the
+run's gradients are restored, and the other runs continue.
 """
 
 from __future__ import annotations
@@ -48,48 +48,51 @@ from veneer.serve.training.losses import LOSSES, Datum
 from veneer.train.many import LabelLoss, Runs
 from veneer.train.tokens import IGNORED
 
-#: the most tokens in a batch, on a CPU and on a device; samples wait while a batch is computed
-TOKENS, DEVICE_TOKENS = 512, 8192
+#: the largest number of tokens in a batch, on a CPU and on a GPU. Samples wait while a batch is
+#: computed, so batches are small.
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 8192
+#: names within a checkpoint's folder: the adapter folder, and the file of the optimizer's state
 ADAPTER, OPTIMIZER = "adapter", "optimizer.safetensors"
-#: bounds of the learning rate and of epsilon: beyond them, weights overflow sooner or later
-MOST_RATE, LEAST_EPS = 10.0, 1e-20
-#: the largest value of a gradient: AdamW stores squares, and float32 overflows above 3e38
-MOST_GRADIENT = 1e18
+#: the largest learning rate and the smallest epsilon: beyond these bounds, weights may overflow
+MAX_RATE, MIN_EPS = 10.0, 1e-20
+#: the largest magnitude in a gradient: AdamW stores squares, and float32 overflows above 3e38
+MAX_GRADIENT = 1e18
 
 
 class DivergenceError(TrainingError):
-    """A step made the weights of a run too large for an adapter folder. The run needs a checkpoint
-    to continue."""
+    """A step made the weights of a run too large for an adapter folder. The run fails until a
+    checkpoint is loaded into it."""
 
 
-class Turn:
-    """Fair lock for two threads: the thread that has waited longest goes next."""
+class FairLock:
+    """A lock that the thread that has waited longest gets next. Meant for two threads."""
 
     def __init__(self) -> None:
-        self._next = threading.Lock()
-        self._now = threading.Lock()
+        self._next_in_line = threading.Lock()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> None:
-        with self._next:
-            self._now.acquire()
+        with self._next_in_line:
+            self._lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._now.release()
+        self._lock.release()
 
 
 @dataclass(frozen=True)
 class Product:
-    """Indices of the two factors of a weight's change among a run's parameters, and its scale."""
+    """The product scale · B @ A of a weight's change. ``A_index``, ``B_index``: the positions of A
+    and B in the list of the run's parameters."""
 
-    A: int
-    B: int
+    A_index: int
+    B_index: int
     scale: float
 
 
 @dataclass(frozen=True)
 class Adam:
-    """The settings of one step of torch's AdamW. ``clip``: the largest norm of the gradient; 0 for
-    no limit."""
+    """The settings of one step of torch's AdamW. ``rate``: the learning rate; ``decay``: the weight
+    decay; ``clip``: the largest norm of the gradient, or 0 for no limit."""
 
     rate: float = 1e-4
     beta1: float = 0.9
@@ -100,25 +103,34 @@ class Adam:
 
     def check(self) -> None:
         bounds = (
-            ("learning_rate", self.rate, 0.0, MOST_RATE),
+            ("learning_rate", self.rate, 0.0, MAX_RATE),
             ("beta1", self.beta1, 0.0, 1 - 1e-9),
             ("beta2", self.beta2, 0.0, 1 - 1e-9),
-            ("eps", self.eps, LEAST_EPS, 1.0),
+            ("eps", self.eps, MIN_EPS, 1.0),
             ("weight_decay × learning_rate", self.decay * self.rate, 0.0, 1.0),
             ("grad_clip_norm", self.clip, 0.0, math.inf),
         )
-        for name, value, least, most in bounds:
-            if not least <= value <= most or math.isinf(value):
+        for name, setting, lower, upper in bounds:
+            if not lower <= setting <= upper or math.isinf(setting):
                 raise DataError(
-                    f"{name} {value:g}", f"a number from {least:g} to {most:g}", "change it"
+                    f"{name} {setting:g}", f"a number from {lower:g} to {upper:g}", "change it"
                 )
 
 
 @dataclass(eq=False)
 class Pass:
-    """A forward of a run over some data, and a backward unless ``backward`` is False. ``left``:
-    indices of data that are not computed yet, the longest first. ``logprobs``: of each datum's
-    targets, as they become known. ``earlier_gradients``: of the run, from earlier passes."""
+    """A forward of a run over some data, and a backward if ``backward`` is true.
+
+    Fields:
+        run: name of the run's adapter.
+        loss: name of the loss, in ``LOSSES``.
+        owner: name of the API key.
+        loss_sum: the sum of the losses of the data that are computed.
+        remaining: indices of the data that are not computed yet, the longest data first.
+        logprobs: for each datum, the log-probabilities of its targets, or None before it is
+            computed.
+        earlier_gradients: gradients of the run from earlier passes since its last step.
+    """
 
     run: str
     data: Sequence[Datum]
@@ -126,7 +138,7 @@ class Pass:
     settings: Mapping[str, float] = field(default_factory=dict)
     backward: bool = True
     owner: str = ""
-    total: float = 0.0
+    loss_sum: float = 0.0
     error: Exception | None = None
     remaining: list[int] = field(init=False)
     logprobs: list[Tensor | None] = field(init=False)
@@ -139,31 +151,35 @@ class Pass:
         self.logprobs = [None] * len(self.data)
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether all data are computed, or the pass has failed."""
         return not self.remaining or self.error is not None
 
 
-#: for each run in a batch, indices of its data
-Rows = Mapping[str, Sequence[int]]
+#: by adapter name, the indices of a run's data in a batch
+RowIndices = Mapping[str, Sequence[int]]
 
 
 class Trainer:
-    """Runs on one base by name. Only one thread may call it. ``turn``: a lock that is held while
-    the model is called or its layers are changed. ``model`` is in eval mode."""
+    """The runs in memory, by the names of their adapters. Only one thread may call it.
+
+    ``model``: the base, in eval mode; ``bank``: adapters for samples; ``model_lock``: held while
+    the model is called or its layers are changed."""
 
     def __init__(
-        self, model: nn.Module, bank: Any, turn: AbstractContextManager[Any] | None = None
+        self, model: nn.Module, bank: Any, model_lock: AbstractContextManager[Any] | None = None
     ) -> None:
-        self.model, self._bank, self._turn = model, bank, nullcontext() if turn is None else turn
+        self.model, self._bank = model, bank
+        self._model_lock = nullcontext() if model_lock is None else model_lock
         self.runs = Runs(model)
         self.engine = self.runs.engine
         self.device = next(model.parameters()).device
-        self.tokens = TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
+        self.batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         self._products: dict[str, list[Product]] = {}
 
     def begin(self, run: str, config: LoraConfig, seed: int) -> None:
         """Create a run. ``TargetError``: the config does not fit the base."""
-        with self._turn:
+        with self._model_lock:
             self._add_optimizer(run, self.runs.add(run, config, seed=seed))
 
     def _add_optimizer(self, run: str, handle: Handle) -> None:
@@ -172,75 +188,75 @@ class Trainer:
         indices = {id(parameter): index for index, parameter in enumerate(adapter.parameters)}
         self._products[run] = []
         for *_, change in changes(self.model, run):
-            A, B = (indices.get(id(change.adapter_parameters.get(name))) for name in "AB")
-            if A is not None and B is not None:
-                self._products[run].append(Product(A, B, change.scale))
+            factors = map(change.adapter_parameters.get, "AB")
+            A_index, B_index = (indices.get(id(factor)) for factor in factors)
+            if A_index is not None and B_index is not None:
+                self._products[run].append(Product(A_index, B_index, change.scale))
 
     def end(self, run: str) -> None:
         """Free the memory of a run."""
-        with self._turn:
+        with self._model_lock:
             self.runs.remove(run)
         del self._products[run]
 
-    def pending(self, run: str) -> bool:
+    def has_pending_gradients(self, run: str) -> bool:
         """Whether a run has gradients that no step has used."""
         return self.engine.adapters[run].has_gradients
 
     def compute(self, passes: Sequence[Pass]) -> int:
-        """Compute rows of some passes, of different runs, as many as fit into one batch; at least
-        one of the first pass. Returns their number of tokens."""
+        """Compute one batch: as many rows of the passes as fit, at least one row of the first pass.
+        The passes are of different runs. Returns the number of tokens in the batch."""
         passes = [
             training_pass
             for training_pass in passes
             if training_pass.backward == passes[0].backward
         ]
         rows = self._choose_rows(passes)
-        chosen = [training_pass for training_pass in passes if training_pass.run in rows]
+        batch_passes = [training_pass for training_pass in passes if training_pass.run in rows]
         if passes[0].backward:
-            for training_pass in chosen:
+            for training_pass in batch_passes:
                 if training_pass.earlier_gradients is None:
                     parameters = self._parameters(training_pass.run)
                     training_pass.earlier_gradients = take_gradients(parameters)
-        passes_by_run = {training_pass.run: training_pass for training_pass in chosen}
+        passes_by_run = {training_pass.run: training_pass for training_pass in batch_passes}
         result = isolate_failures(partial(self._run_passes, rows), passes_by_run)
-        for training_pass in chosen:
+        for training_pass in batch_passes:
             run = training_pass.run
             training_pass.error = result.failures.get(run)
             if training_pass.error is None:
-                training_pass.total += float(result.values[run])
-            computed = set(rows[run])
+                training_pass.loss_sum += float(result.values[run])
+            computed_rows = set(rows[run])
             training_pass.remaining = [
-                index for index in training_pass.remaining if index not in computed
+                index for index in training_pass.remaining if index not in computed_rows
             ]
-            if training_pass.over:
-                self._finish(training_pass)
+            if training_pass.is_over:
+                self._finish_pass(training_pass)
         return sum(
             len(training_pass.data[index].tokens)
-            for training_pass in chosen
+            for training_pass in batch_passes
             for index in rows[training_pass.run]
         )
 
     def _choose_rows(self, passes: Sequence[Pass]) -> dict[str, list[int]]:
-        """By run, the indices of the data in the next batch: the longest of each pass first, within
-        the budget of tokens."""
-        order = [
-            (training_pass, rank)
-            for rank in range(max(len(training_pass.remaining) for training_pass in passes))
+        """The indices of the data in the next batch, by run: the longest data of each pass, as
+        many as ``batch_tokens`` allows."""
+        candidates = [
+            (training_pass, training_pass.remaining[position])
+            for position in range(max(len(training_pass.remaining) for training_pass in passes))
             for training_pass in passes
-            if rank < len(training_pass.remaining)
+            if position < len(training_pass.remaining)
         ]
-        lengths = [
-            len(training_pass.data[training_pass.remaining[rank]].tokens)
-            for training_pass, rank in order
-        ]
+        lengths = [len(training_pass.data[index].tokens) for training_pass, index in candidates]
         rows: dict[str, list[int]] = {}
-        for position in fit_budget(lengths, self.tokens):
-            training_pass, rank = order[position]
-            rows.setdefault(training_pass.run, []).append(training_pass.remaining[rank])
+        for candidate in fit_budget(lengths, self.batch_tokens):
+            training_pass, index = candidates[candidate]
+            rows.setdefault(training_pass.run, []).append(index)
         return rows
 
-    def _run_passes(self, rows: Rows, passes: Mapping[str, Pass], keep_going: bool) -> PassResult:
-        """One forward of rows of these passes, and backward."""
+    def _run_passes(
+        self, rows: RowIndices, passes: Mapping[str, Pass], keep_going: bool
+    ) -> PassResult:
+        """Compute one forward of rows of these passes, and one backward if they have one."""
         batches: dict[str, Any] = {}
         losses: dict[str, Any] = {}
         width = max(len(passes[run].data[index].tokens) for run in passes for index in rows[run])
@@ -256,53 +272,53 @@ class Trainer:
         requests = self.runs.build_requests(batches, losses)
         backward = next(iter(passes.values())).backward
         run_pass = self.engine.backward if backward else self.engine.forward
-        with self._turn:
+        with self._model_lock:
             return run_pass(requests, keep_going)
 
     def _pad(
         self, training_pass: Pass, indices: Sequence[int], width: int
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and labels [rows, width + 1]. A label stands at its own token, one column after
-        the logits that predict it."""
+        """Token ids and labels, each [rows, width + 1]. A label is in the column of its own token,
+        one column after the logits that predict it."""
         ids = torch.zeros(len(indices), width + 1, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
         for row, index in enumerate(indices):
             datum = training_pass.data[index]
-            size = len(datum.tokens)
-            ids[row, :size] = datum.tokens
+            token_count = len(datum.tokens)
+            ids[row, :token_count] = datum.tokens
             if datum.targets.dim() == 1:
-                labels[row, 1 : size + 1] = datum.targets
+                labels[row, 1 : token_count + 1] = datum.targets
         return ids.to(self.device), labels.to(self.device)
 
     def _parameters(self, run: str) -> list[nn.Parameter]:
         return self.engine.adapters[run].parameters
 
-    def _finish(self, training_pass: Pass) -> None:
-        """Add the gradients of a pass to those of earlier passes. If it failed or the sum is out of
-        bounds, restore the earlier ones."""
-        earlier = training_pass.earlier_gradients
-        if earlier is None:
+    def _finish_pass(self, training_pass: Pass) -> None:
+        """Add the gradients of a pass to the gradients of earlier passes. If the pass failed or the
+        sum is too large, restore the earlier gradients."""
+        earlier_gradients = training_pass.earlier_gradients
+        if earlier_gradients is None:
             return
         parameters = self._parameters(training_pass.run)
         if training_pass.error is None:
-            add_earlier(parameters, earlier)
-            largest = largest_magnitude(present_gradients(parameters))
-            if not largest <= MOST_GRADIENT:  # also true for NaN
+            add_earlier(parameters, earlier_gradients)
+            largest_gradient = largest_magnitude(present_gradients(parameters))
+            if not largest_gradient <= MAX_GRADIENT:  # also true for NaN
                 training_pass.error = TrainingError(
-                    f"a gradient of up to {largest:.3g}",
-                    f"numbers of at most {MOST_GRADIENT:g}",
+                    f"a gradient of up to {largest_gradient:.3g}",
+                    f"numbers of at most {MAX_GRADIENT:g}",
                     "look at the data and their weights",
                 )
         if training_pass.error is not None:
-            restore_gradients(parameters, earlier)
+            restore_gradients(parameters, earlier_gradients)
         training_pass.earlier_gradients = None
 
     def step(self, run: str, adam: Adam) -> dict[str, float]:
         """A step of AdamW along the gradients of the passes since the last step.
 
         Raises:
-            DataError: settings with which weights would overflow; nothing has changed.
-            DivergenceError: after the step, no adapter folder can hold the weights.
+            DataError: with these settings, weights would overflow. Nothing has changed.
+            DivergenceError: the weights after the step are too large for an adapter folder.
         """
         adam.check()
         adapter = self.engine.adapters[run]
@@ -310,24 +326,28 @@ class Trainer:
         _adamw(adapter).param_groups[0].update(
             lr=adam.rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.decay
         )
-        with self._turn:  # samples use a copy of the adapter, but the same base
+        with self._model_lock:  # samples use a copy of the adapter, but the same base
             adapter.step()
         self._check_bounds(run)
         return {"unclipped_grad_l2:mean": norm}
 
     def _check_bounds(self, run: str) -> None:
-        """``DivergenceError``: a run's weights exceed the bound of ``adapter_files.folder``."""
+        """Check that an adapter folder can hold a run's weights. ``DivergenceError``: a weight or a
+        product of weights is too large."""
         parameters = self._parameters(run)
         norms = wide_norms(parameters)
-        sizes = [abs(pair.scale) * norms[pair.A] * norms[pair.B] for pair in self._products[run]]
-        # no value exceeds the norm of its tensor, so values are rarely compared one by one
-        within = all(norm <= MAX_MAGNITUDE for norm in norms)
-        sizes.append(0.0 if within else largest_magnitude(parameters))
+        magnitudes = [
+            abs(product.scale) * norms[product.A_index] * norms[product.B_index]
+            for product in self._products[run]
+        ]
+        # no entry exceeds the norm of its tensor, so entries are rarely compared one by one
+        all_within = all(norm <= MAX_MAGNITUDE for norm in norms)
+        magnitudes.append(0.0 if all_within else largest_magnitude(parameters))
         # ``not <=`` is also true for NaN
-        worst = next((size for size in sizes if not size <= MAX_MAGNITUDE), None)
-        if worst is not None:
+        excessive = next((size for size in magnitudes if not size <= MAX_MAGNITUDE), None)
+        if excessive is not None:
             raise DivergenceError(
-                f"a run that diverged: a step made numbers of up to {worst:.3g}",
+                f"a run that diverged: a step made numbers of up to {excessive:.3g}",
                 f"weights, and changes of weights, of at most {MAX_MAGNITUDE:g}",
                 "load a checkpoint into it and go on with a smaller learning rate, or begin a new "
                 "run",
@@ -339,30 +359,31 @@ class Trainer:
         folder: Path,
         base: str | None,
         provenance: Mapping[str, Any] | None = None,
-        check: Callable[[Path], None] = lambda folder: None,
+        check_folder: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """Write the adapter and its optimiser as one folder, replacing an existing one. If
-        ``check`` raises an error for the new folder, nothing is replaced."""
+        """Write a run's adapter and its optimizer's state into one folder, which is replaced if it
+        exists. If ``check_folder`` raises an error for the new folder, nothing is replaced."""
         names = [name for name, _ in self.runs[run].named_parameters()]
         tensors = optimizer_tensors(_adamw(self.engine.adapters[run]), names)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as temporary:
-            self.runs[run].save(temporary / ADAPTER, base_name=base, provenance=provenance)
-            save_file(tensors, temporary / OPTIMIZER)
-            check(temporary)
+        with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as new_checkpoint:
+            self.runs[run].save(new_checkpoint / ADAPTER, base_name=base, provenance=provenance)
+            save_file(tensors, new_checkpoint / OPTIMIZER)
+            check_folder(new_checkpoint)
 
     def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
-        """Replace a run by a saved one. ``adapter``: the path of its adapter in the folder.
-        ``AdapterError``: there is no adapter, and the run is unchanged."""
-        with self._turn:
-            if run in self.runs:  # load it under another name first: this may fail
+        """Replace a run by a saved run. ``optimizer``: whether to load the optimizer's state too;
+        ``adapter``: the path of the adapter in the folder.
+        ``AdapterError``: the folder holds no valid adapter, and the run is unchanged."""
+        with self._model_lock:
+            if run in self.runs:  # load the adapter under another name first, since this may fail
                 self.runs.add(f"{run}-new", folder / adapter)
                 self.runs.remove(f"{run}-new")
             tensors = read_tensors(folder / OPTIMIZER)[0] if optimizer else {}
             if run in self.runs:
                 self.runs.remove(run)
             handle = self.runs.add(run, folder / adapter)
-        _widen(handle)
+        _widen_to_float32(handle)
         self._add_optimizer(run, handle)
         if tensors:
             names = [name for name, _ in handle.named_parameters()]
@@ -371,16 +392,16 @@ class Trainer:
     def export(
         self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the adapter without its optimiser, replacing an existing folder."""
+        """Write a run's adapter without the optimizer's state. An existing folder is replaced."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.runs[run].save(folder, base_name=base, provenance=provenance, overwrite=True)
 
     @contextmanager
     def sampling(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
-        """A block in which row i of the model's input uses the adapter of the bank's lease
-        ``leases[i]``; None is the base. The adapters must be in memory already: a load within the
-        block could wait for memory whose holders wait for this thread's turn."""
-        with self._turn, torch.inference_mode(), self._bank.rows(leases):
+        """A context in which row i of the model's input uses the adapter of the bank's lease
+        ``leases[i]``, or the base for None. The adapters must be in memory already: a load in the
+        context could wait for memory whose holders wait for the model lock of this thread."""
+        with self._model_lock, torch.inference_mode(), self._bank.rows(leases):
             yield self.model
 
 
@@ -390,9 +411,10 @@ def _adamw(adapter: TrainedAdapter) -> torch.optim.Optimizer:
 
 
 def _loss_of_labels(training_pass: Pass, indices: Sequence[int], losses: Tensor) -> Tensor:
-    """The loss with one target per token. ``losses``: −log p of the targets of all rows, joined."""
-    sizes = [len(training_pass.data[index].tokens) for index in indices]
-    return _sum_losses(training_pass, indices, (-losses).split(sizes))
+    """The loss with one target per token. ``losses``: −log p of the targets, all rows joined into
+    one dimension."""
+    token_counts = [len(training_pass.data[index].tokens) for index in indices]
+    return _sum_losses(training_pass, indices, (-losses).split(token_counts))
 
 
 def _loss_of_logits(
@@ -402,36 +424,37 @@ def _loss_of_logits(
     logprobs = []
     for logits, index in zip(output.logits, indices, strict=True):
         targets = training_pass.data[index].targets.to(logits.device)
-        wide = logits[: len(targets)].to(torch.promote_types(logits.dtype, torch.float32))
-        target_logits = wide.gather(-1, targets.view(len(targets), -1))
-        row_logprobs = target_logits - wide.logsumexp(-1, keepdim=True)
+        wide_logits = logits[: len(targets)].to(torch.promote_types(logits.dtype, torch.float32))
+        target_logits = wide_logits.gather(-1, targets.view(len(targets), -1))
+        row_logprobs = target_logits - wide_logits.logsumexp(-1, keepdim=True)
         logprobs.append(row_logprobs.view(targets.shape))
     return _sum_losses(training_pass, indices, logprobs)
 
 
 def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[Tensor]) -> Tensor:
-    """The loss of these rows. Their log-probabilities are stored in the pass for the answer."""
-    total, loss = None, LOSSES[training_pass.loss]
+    """The summed losses of the data ``indices``. Stores the log-probabilities of their targets in
+    the pass, for its answer."""
+    loss_sum, loss = None, LOSSES[training_pass.loss]
     for index, row_logprobs in zip(indices, logprobs, strict=True):
         inputs = {
             name: values.to(row_logprobs.device)
             for name, values in training_pass.data[index].inputs.items()
         }
-        value = loss.terms(row_logprobs, inputs, training_pass.settings).sum()
+        datum_loss = loss.terms(row_logprobs, inputs, training_pass.settings).sum()
         training_pass.logprobs[index] = row_logprobs.detach().float().cpu()
-        total = value if total is None else total + value
-    assert total is not None
-    if not torch.isfinite(total):
-        do = "look at the data and the learning rate, and go on from a checkpoint"
+        loss_sum = datum_loss if loss_sum is None else loss_sum + datum_loss
+    assert loss_sum is not None
+    if not torch.isfinite(loss_sum):
+        advice = "look at the data and the learning rate, and go on from a checkpoint"
         raise TrainingError(
-            f"a {training_pass.loss} loss of {float(total.detach())}", "a finite number", do
+            f"a {training_pass.loss} loss of {float(loss_sum.detach())}", "a finite number", advice
         )
-    return total
+    return loss_sum
 
 
-def _widen(handle: Handle) -> None:
-    """Let an adapter that was saved in 16 bits train in float32: a step of usual size is lost in
-    16-bit rounding."""
+def _widen_to_float32(handle: Handle) -> None:
+    """Convert an adapter that was saved in 16 bits to float32, since the usual step of training is
+    lost in 16-bit rounding."""
     if handle.config.dtype not in ("bfloat16", "float16"):
         return
     for parameter in handle.parameters():

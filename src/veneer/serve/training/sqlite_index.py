@@ -1,4 +1,4 @@
-"""An SQLite file with one connection that writes."""
+"""An SQLite file with one connection for all writes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from veneer.fileio.private import private_file
 
 
 class Index:
-    """Any thread may call it. Each write is one transaction, which is on the disk when the call
-    returns. A read opens a connection of its own, so that it does not wait for the disk of a
-    write."""
+    """An SQLite file that any thread may use. Each write is one transaction, which is on the disk
+    when the call returns. Each read opens a new connection, so that reads do not wait until a write
+    is on the disk."""
 
     def __init__(self, file: Path) -> None:
         private_file(file)
         self.lock = threading.RLock()  # held by the thread that writes
         self._file = file
-        self._closed = False
+        self._is_closed = False
         self._writer = self._connect()
 
     def create_tables(self, script: str) -> None:
@@ -35,7 +35,7 @@ class Index:
         return connection
 
     def close(self) -> None:
-        self._closed = True
+        self._is_closed = True
         with self.lock:  # a running write ends first
             self._writer.close()
 
@@ -50,17 +50,17 @@ class Index:
                 raise
             self._writer.execute("COMMIT")
 
-    def execute(self, query: str, *values: Any) -> int:
+    def execute(self, statement: str, *parameters: Any) -> int:
         """Run a statement as a transaction; return the number of rows that it changed."""
         with self.transaction() as writer:
-            return writer.execute(query, values).rowcount
+            return writer.execute(statement, parameters).rowcount
 
-    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        if self._closed:
+    def rows(self, query: str, *parameters: Any) -> list[sqlite3.Row]:
+        if self._is_closed:
             raise sqlite3.ProgrammingError("Cannot read a closed index.")
         with closing(self._connect()) as reader:
-            return reader.execute(query, values).fetchall()
+            return reader.execute(query, parameters).fetchall()
 
-    def row(self, query: str, *values: Any) -> sqlite3.Row | None:
+    def row(self, query: str, *parameters: Any) -> sqlite3.Row | None:
         """The first row of the result, or None."""
-        return next(iter(self.rows(query, *values)), None)
+        return next(iter(self.rows(query, *parameters)), None)

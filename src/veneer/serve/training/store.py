@@ -1,13 +1,13 @@
 """The state of the service on the disk: an SQLite file, and a folder for each run's weights.
 
     FOLDER/index.sqlite         sessions, runs, requests with their answers, checkpoints, samplers
-    FOLDER/runs/7/state/        a run after one of its requests: adapter, optimiser
-    FOLDER/runs/7/weights/…     checkpoints to train from;  sampler_weights/…, external_weights/…
-                                                            adapters alone
+    FOLDER/runs/7/state-12/     run 7 after its request 12: adapter, optimizer, loss curve
+    FOLDER/runs/7/weights/…     its checkpoints with an optimizer; without one: sampler_weights/…,
+                                external_weights/…
 
-A request is written before it is acknowledged. Everything that was acknowledged to a client is
-therefore either in a state, or among the requests after that state, from which it is computed
-again.
+A request is written before it is acknowledged. Each acknowledged request is therefore either part
+of the saved state of its run, or among the requests after that state, which are computed again
+after a restart.
 """
 
 from __future__ import annotations
@@ -33,11 +33,19 @@ from veneer.serve.training.sqlite_index import Index
 
 log = logging.getLogger("veneer.serve.training")
 
-INDEX, FORMAT = "index.sqlite", 1
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-#: how many answers of a run to keep after they are part of its state
-KEPT = 256
+INDEX, FORMAT = "index.sqlite", 1  # name of the index file; version of the folder's format
+CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+#: kind in a checkpoint's path -> `checkpoint_type` in the API's answers
+CHECKPOINT_KINDS = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+#: values of the column `done` of an answered request: success; a failure that changed nothing; a
+#: failure after which the run's next step is not what the client intended
+SUCCEEDED, FAILED, FAILED_STEP_INPUT = 1, 2, 3
+#: how many answers of a run are kept although its saved state contains their requests
+MAX_OLD_ANSWERS = 256
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS sessions (
@@ -65,7 +73,7 @@ CREATE TABLE IF NOT EXISTS samplers (
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint, by the parts of its path tinker://RUN/KIND/NAME."""
+    """The fields of a checkpoint's path tinker://RUN/KIND/NAME."""
 
     run: str
     kind: str
@@ -78,24 +86,24 @@ class Checkpoint(NamedTuple):
 
 def parse_checkpoint_path(path: str) -> Checkpoint:
     """Parse tinker://RUN/KIND/NAME. ``DataError``: the path has another form."""
-    steps = path.removeprefix("tinker://").split("/")
+    path_parts = path.removeprefix("tinker://").split("/")
     if (
         not path.startswith("tinker://")
-        or len(steps) != 3
-        or steps[1] not in KINDS
-        or not NAME.fullmatch(steps[2])
+        or len(path_parts) != 3
+        or path_parts[1] not in CHECKPOINT_KINDS
+        or not CHECKPOINT_NAME.fullmatch(path_parts[2])
     ):
         raise DataError(
             f"the path {path[:200]!r}",
             "tinker://RUN/weights/NAME, or another kind",
             "check the path",
         )
-    return Checkpoint(*steps)
+    return Checkpoint(*path_parts)
 
 
 class Store:
-    """The index and the folders of the runs. Any thread may call it; each write is on the disk when
-    the call returns. ``ConfigError``: another server uses the folder, or it has other content."""
+    """The index and the folders of the runs. Any thread may call it. Each write is on the disk when
+    the call returns. ``ConfigError``: another server uses the folder, or its index is damaged."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().resolve()
@@ -109,7 +117,7 @@ class Store:
                 "a folder for this server alone",
                 "stop the other server, or give another folder",
             ) from error
-        self._reserved: Counter[str] = Counter()  # tokens by owner
+        self._reserved_tokens: Counter[str] = Counter()  # by owner
         self._index = Index(self.folder / INDEX)
         try:
             self._index.create_tables(_TABLES)
@@ -127,21 +135,23 @@ class Store:
         self._index.close()
         self._file_lock.release()
 
-    def require_base(self, name: str, mark: str) -> None:
-        """Record the base, or check that it is the recorded one. ``ConfigError``: the folder's runs
-        were trained on another base, or written in another format."""
+    def require_base(self, name: str, fingerprint: str) -> None:
+        """Record the base, or check that it is the recorded base. ``fingerprint``: hash of one of
+        the base's weights. ``ConfigError``: the folder's runs were trained on another base, or
+        written in another format."""
         versions = {"format": str(FORMAT), "veneer": version("veneer"), "torch": version("torch")}
         with self._index.transaction() as writer:
             facts = {row["name"]: row["value"] for row in writer.execute("SELECT * FROM facts")}
             if facts and facts.get("format") != versions["format"]:
-                by = f"veneer {facts.get('veneer', 'of an unknown version')}"
-                problem = f"{self.folder}, of format {facts.get('format')!r}, as {by} writes it"
+                veneer_version = f"veneer {facts.get('veneer', 'of an unknown version')}"
+                problem = f"{self.folder}, of format {facts.get('format')!r}, as"
+                problem += f" {veneer_version} writes it"
                 raise ConfigError(
                     problem,
                     f"format {FORMAT}",
                     "serve it with that version, or give another folder",
                 )
-            if facts and facts.get("mark") != mark:
+            if facts and facts.get("mark") != fingerprint:
                 problem = f"{self.folder}, whose runs are of {facts.get('base')}"
                 raise ConfigError(
                     problem, f"runs of this base, {name}", "serve that base, or give another folder"
@@ -158,7 +168,7 @@ class Store:
                     self.folder,
                     listing(changes),
                 )
-            facts = {"base": name, "mark": mark, **versions}
+            facts = {"base": name, "mark": fingerprint, **versions}
             writer.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
     # sessions
@@ -169,7 +179,7 @@ class Store:
             "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, NULL)",
             session,
             owner,
-            _text(metadata),
+            _to_json(metadata),
             title,
             created,
             created,
@@ -184,8 +194,8 @@ class Store:
             "SELECT * FROM sessions WHERE ?1 IS NULL OR owner = ?1 ORDER BY created DESC", owner
         )
 
-    def finish(self, session: str, reason: str) -> None:
-        """Mark a session as finished. If it is marked already, the first reason is kept."""
+    def finish_session(self, session: str, reason: str) -> None:
+        """Mark a session as finished. If it has finished already, the first reason is kept."""
         self._index.execute(
             "UPDATE sessions SET finished = ? WHERE id = ? AND finished IS NULL", reason, session
         )
@@ -197,7 +207,8 @@ class Store:
     ) -> sqlite3.Row:
         created = time.time()
         columns = "(id, session, owner, config, seed, metadata, created, used, state)"
-        values = (id, session, owner, _text(config), seed, _text(metadata), created, created, -1)
+        json_fields = _to_json(config), seed, _to_json(metadata)
+        values = (id, session, owner, *json_fields, created, created, -1)
         self._index.execute(
             f"INSERT INTO runs {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values
         )
@@ -214,19 +225,20 @@ class Store:
             f"SELECT * FROM runs WHERE {condition} ORDER BY used DESC, number DESC", owner, session
         )
 
-    def unload(self, id: str) -> None:
+    def mark_unloaded(self, id: str) -> None:
+        """Record that a run takes no more requests and does not count towards its key's quota."""
         self._index.execute("UPDATE runs SET unloaded = 1 WHERE id = ?", id)
 
-    def fail(self, run: str, reason: str) -> None:
-        """Record why a run failed. It then accepts nothing but a checkpoint to load."""
+    def record_failure(self, run: str, reason: str) -> None:
+        """Record why a run failed. The run then accepts nothing but a checkpoint to load."""
         self._index.execute("INSERT OR REPLACE INTO failed_runs VALUES (?, ?)", run, reason)
 
     def failure_of(self, run: str) -> str | None:
         row = self._index.row("SELECT reason FROM failed_runs WHERE run = ?", run)
         return None if row is None else row["reason"]
 
-    def recover(self, run: str) -> None:
-        """Delete the failure of a run, after a checkpoint was loaded into it."""
+    def clear_failure(self, run: str) -> None:
+        """Delete the recorded failure of a run, after a checkpoint was loaded into the run."""
         self._index.execute("DELETE FROM failed_runs WHERE run = ?", run)
 
     def is_copy(self, id: str) -> bool:
@@ -235,7 +247,7 @@ class Store:
         return row is not None and bool(row["unloaded"]) and not self.next_seq(id)
 
     def set_config(self, id: str, config: Mapping[str, Any]) -> None:
-        self._index.execute("UPDATE runs SET config = ? WHERE id = ?", _text(config), id)
+        self._index.execute("UPDATE runs SET config = ? WHERE id = ?", _to_json(config), id)
 
     # requests
 
@@ -243,35 +255,35 @@ class Store:
         """Add a request; return whether it is new."""
         with self._index.transaction() as writer:
             columns = "(run, seq, kind, body) VALUES (?, ?, ?, ?)"
-            added = writer.execute(
+            inserted_count = writer.execute(
                 f"INSERT OR IGNORE INTO requests {columns}", (run, seq, kind, body)
             ).rowcount
             writer.execute("UPDATE runs SET used = ? WHERE id = ?", (time.time(), run))
-            return bool(added)
+            return bool(inserted_count)
 
     def request(self, run: str, seq: int) -> sqlite3.Row | None:
         return self._index.row("SELECT * FROM requests WHERE run = ? AND seq = ?", run, seq)
 
-    def answer(self, run: str, seq: int, done: int, binary: bool, answer: bytes) -> None:
-        """Store the answer to a request. ``done``: 1 for success, 2 for a failure that changed
-        nothing, 3 for a failure that changes the meaning of the next step."""
+    def store_answer(self, run: str, seq: int, status: int, binary: bool, answer: bytes) -> None:
+        """Store the answer to a request. ``status``: ``SUCCEEDED``, ``FAILED`` or
+        ``FAILED_STEP_INPUT``; ``binary``: the answer is protobuf, not JSON."""
         with self._index.transaction() as writer:
             values = "done = ?, binary = ?, answer = ?"
             writer.execute(
                 f"UPDATE requests SET {values} WHERE run = ? AND seq = ?",
-                (done, int(binary), answer, run, seq),
+                (status, int(binary), answer, run, seq),
             )
             writer.execute("DELETE FROM begun WHERE run = ? AND seq = ?", (run, seq))
 
-    def failures(self, run: str) -> dict[str, float]:
-        """Metrics of a run's next step: how many passes before it failed, and how many requests
-        are missing."""
-        last = (
+    def failure_metrics(self, run: str) -> dict[str, float]:
+        """Metrics of a run's next optimizer step: how many passes since the last step failed, and
+        how many requests are missing."""
+        last_step_query = (
             "SELECT MAX(seq) FROM requests WHERE run = ?1 AND done = 1 AND kind IN ('step', 'load')"
         )
         rows = self._index.rows(
             "SELECT kind = 'missing' AS missing, COUNT(*) AS count, MAX(seq) AS last FROM requests"
-            f" WHERE run = ?1 AND done = 3 AND seq > COALESCE(({last}), -1) GROUP BY 1",
+            f" WHERE run = ?1 AND done = 3 AND seq > COALESCE(({last_step_query}), -1) GROUP BY 1",
             run,
         )
         metrics: dict[str, float] = {}
@@ -282,16 +294,16 @@ class Store:
                 metrics[f"{name}:max"] = row["last"]
         return metrics
 
-    def begin(self, run: str, seq: int) -> int:
-        """Count an attempt to compute a request alone; return the number of attempts so far."""
+    def count_attempt(self, run: str, seq: int) -> int:
+        """Count an attempt to compute a request; return the number of attempts so far."""
         query = "INSERT INTO begun VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET times = times + 1"
         with self._index.transaction() as writer:
             writer.execute(query, (run, seq))
             row = writer.execute("SELECT times FROM begun WHERE run = ? AND seq = ?", (run, seq))
             return row.fetchone()["times"]
 
-    def uncount_begin(self, run: str, seq: int) -> None:
-        """Uncount an attempt that was interrupted without the process's death."""
+    def uncount_attempt(self, run: str, seq: int) -> None:
+        """Take back the count of an attempt during which the process did not die."""
         self._index.execute(
             "UPDATE begun SET times = times - 1 WHERE run = ? AND seq = ?", run, seq
         )
@@ -302,7 +314,7 @@ class Store:
         )
 
     def next_seq(self, run: str) -> int:
-        """The number after the last answered request."""
+        """The number of a run's next request: 1 + the number of its last answered request."""
         row = self._index.row("SELECT MAX(seq) AS last FROM requests WHERE run = ? AND done", run)
         state = self._index.row("SELECT state FROM runs WHERE id = ?", run)
         last = -1 if row is None or row["last"] is None else row["last"]
@@ -320,7 +332,8 @@ class Store:
         with self._index.transaction() as writer:
             writer.execute("UPDATE runs SET state = ? WHERE id = ?", (seq, run))
             writer.execute("UPDATE requests SET body = NULL WHERE run = ? AND seq <= ?", (run, seq))
-            writer.execute("DELETE FROM requests WHERE run = ? AND seq <= ?", (run, seq - KEPT))
+            last_deleted = seq - MAX_OLD_ANSWERS
+            writer.execute("DELETE FROM requests WHERE run = ? AND seq <= ?", (run, last_deleted))
 
     # checkpoints
 
@@ -331,14 +344,15 @@ class Store:
         config: str,
         *,
         metadata: Any = None,
-        seconds: float | None = None,
+        lifetime_seconds: float | None = None,
         hidden: bool = False,
         request: int | None = None,
     ) -> None:
-        """``request``: the number of the request that saves the checkpoint."""
+        """Record a checkpoint whose files exist. ``request``: the number of the request that saved
+        the checkpoint; None for a copy. ``hidden``: lists leave the checkpoint out."""
         created = time.time()
         size = folder_bytes(self.files_of(checkpoint))
-        expires = None if seconds is None else created + seconds
+        expires = None if lifetime_seconds is None else created + lifetime_seconds
         columns = (
             "(run, kind, name, owner, created, bytes, metadata, expires, hidden, config, request)"
         )
@@ -347,7 +361,7 @@ class Store:
             owner,
             created,
             size,
-            _text(metadata),
+            _to_json(metadata),
             expires,
             int(hidden),
             config,
@@ -390,16 +404,16 @@ class Store:
         return [Checkpoint(row["run"], row["kind"], row["name"]) for row in rows]
 
     def hidden_checkpoints(self) -> list[sqlite3.Row]:
-        """Unnamed weights of samplers, the newest first."""
+        """The unnamed checkpoints of sampling sessions, the newest first."""
         return self._index.rows("SELECT * FROM checkpoints WHERE hidden ORDER BY created DESC")
 
-    def bytes_of(self, owner: str, but: Checkpoint | None = None) -> int:
-        """Bytes of an owner's checkpoints, except ``but``."""
+    def checkpoint_bytes(self, owner: str, excluded: Checkpoint | None = None) -> int:
+        """The number of bytes of an owner's checkpoints, without the checkpoint ``excluded``."""
         query = (
             "SELECT SUM(bytes) AS size FROM checkpoints"
             " WHERE owner = ? AND (run, kind, name) IS NOT (?, ?, ?)"
         )
-        row = self._index.row(query, owner, *(but or ("", "", "")))
+        row = self._index.row(query, owner, *(excluded or ("", "", "")))
         return 0 if row is None else row["size"] or 0
 
     def folder_of(self, run: str) -> Path:
@@ -411,33 +425,33 @@ class Store:
         return self.folder_of(checkpoint.run) / checkpoint.kind / checkpoint.name
 
     def count_runs(self, owner: str | None) -> int:
-        """The number of runs that take requests, of one key or (None) of all."""
+        """The number of runs that take requests: runs of one key, or of all keys (None)."""
         query = (
             "SELECT COUNT(*) AS count FROM runs WHERE (?1 IS NULL OR owner = ?1) AND NOT unloaded"
         )
         row = self._index.row(query, owner)
         return 0 if row is None else row["count"]
 
-    def tokens_of(self, owner: str) -> int:
-        """Tokens of today (UTC), including reserved ones."""
-        # read first: tokens that are settled meanwhile count twice rather than not at all
-        reserved = self._reserved[owner]
+    def tokens_today(self, owner: str) -> int:
+        """The number of tokens that a key has used today (UTC), including reserved tokens."""
+        # read this first: tokens that are settled meanwhile then count twice, not zero times
+        reserved = self._reserved_tokens[owner]
         row = self._index.row(
             "SELECT count FROM tokens WHERE owner = ? AND day = ?", owner, _today()
         )
         return reserved + (0 if row is None else row["count"])
 
     def reserve_tokens(self, owner: str, count: int) -> None:
-        """Count the most tokens that samples can use, until ``settle_tokens`` or the end of the
-        process."""
+        """Count the largest number of tokens that a call for samples can use. The count lasts until
+        ``settle_tokens`` is called or the process ends."""
         with self._index.lock:
-            self._reserved[owner] += count
+            self._reserved_tokens[owner] += count
 
     def settle_tokens(self, owner: str, reserved: int, used: int) -> None:
-        """Count the ``used`` tokens of a reservation, and release the rest."""
+        """Replace a reservation of ``reserved`` tokens by the count of the ``used`` tokens."""
         with self._index.lock:
             self.count_tokens(owner, used)
-            self._reserved[owner] -= reserved
+            self._reserved_tokens[owner] -= reserved
 
     def count_tokens(self, owner: str, count: int) -> None:
         query = (
@@ -463,8 +477,8 @@ class Store:
     def samplers(self, session: str) -> list[sqlite3.Row]:
         return self._index.rows("SELECT * FROM samplers WHERE session = ?", session)
 
-    def join(self, sampler: str) -> int:
-        """Count a further client of a sampler; return its number."""
+    def add_sampler_client(self, sampler: str) -> int:
+        """Count one more client of a sampling session; return the client's number."""
         with self._index.transaction() as writer:
             writer.execute("UPDATE samplers SET clients = clients + 1 WHERE id = ?", (sampler,))
             return writer.execute(
@@ -473,12 +487,14 @@ class Store:
 
 
 def folder_bytes(folder: Path) -> int:
+    """The size of all files below a folder, in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _today() -> int:
+    """The number of days since 1970 (UTC)."""
     return int(time.time() // 86400)
 
 
-def _text(value: Any) -> str | None:
+def _to_json(value: Any) -> str | None:
     return None if value is None else json.dumps(value)

@@ -1,9 +1,9 @@
-"""The training service: its parts, and the sessions of its clients.
+"""The training service: the objects that it consists of, and the sessions of its clients.
 
-The client of a session sends a heartbeat every ten seconds. If it has been silent for ``VANISHED``
-seconds or has finished the session, its resources are freed: its runs write their states and leave
-the memory, and its samples are cancelled. It may come back, because every accepted request is on
-the disk.
+The client of a session sends a heartbeat every ten seconds. If the client has been silent for
+``SILENT_SECONDS`` or has finished the session, the session's resources are freed: its runs are
+saved and leave the memory, and its samples are cancelled. The client may continue later, because
+every accepted request is on the disk.
 """
 
 from __future__ import annotations
@@ -31,78 +31,80 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.training.checkpoint_source import CheckpointSource
 from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, has_tied_head
-from veneer.serve.training.quotas import over_quota
-from veneer.serve.training.run_trainer import Trainer, Turn
+from veneer.serve.training.quotas import quota_problem
+from veneer.serve.training.run_trainer import FairLock, Trainer
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Checkpoint, Store
 from veneer.serve.training.worker import MISSING, Worker
 
 log = logging.getLogger("veneer.serve.training")
 
-#: seconds after which the resources of a silent client are freed, and between two checks
-VANISHED, LOOK = 120.0, 10.0
-#: seconds for which a run waits for a missing request while later ones have arrived: the SDK
+#: seconds after which the resources of a silent client are freed, and seconds between two checks
+SILENT_SECONDS, CHECK_SECONDS = 120.0, 10.0
+#: seconds for which a run waits for a missing request after later requests have arrived: the SDK
 #: repeats a request for five minutes
-OVERDUE = 330.0
-#: how many unnamed weights of a run are never deleted, and after how many seconds without use the
-#: others are
-UNNAMED, UNUSED = 8, 3600.0
-#: seconds for which the address of a file is valid
-FILES = 3600.0
-#: how many curves to cache of runs that no client of this server has used
-CURVES = 512
+MISSING_SECONDS = 330.0
+#: how many unnamed checkpoints of a run are never deleted, the newest ones; seconds without use
+#: after which the other unnamed checkpoints are deleted
+MAX_UNNAMED, UNUSED_SECONDS = 8, 3600.0
+#: seconds for which the URL of a checkpoint's file is valid
+FILE_URL_SECONDS = 3600.0
+#: how many loss curves are cached of runs that are not active
+CACHED_CURVES = 512
 
 
 @dataclass(eq=False)
 class Training:
-    """The parts of a training service; ``close`` ends it."""
+    """A training service. ``start`` starts its threads; ``close`` ends them."""
 
-    base: str  # its name for clients
+    base: str  # the name of the base for clients
     tokenizer: str | None  # the folder or hub id from which clients load the tokenizer
     model: Any
     bank: Any
     engine: Any
-    turn: Turn
+    model_lock: FairLock
     store: Store
     timeout: float = 600.0
-    resident: int = 50
+    max_resident: int = 50
     worker: Worker = field(init=False)
     operations: Operations = field(init=False)
     samples: Samples = field(init=False)
     checkpoints: CheckpointSource = field(init=False)
-    #: writes to the index, because the event loop must not wait for the disk
-    disk: ThreadPoolExecutor = field(init=False)
-    #: curves of runs that have no line: (run, state, next request) -> curve
-    curves: Callable[[str, int, int], Curve] = field(init=False)
+    #: a thread that writes to the index, because the event loop must not wait for the disk
+    index_thread: ThreadPoolExecutor = field(init=False)
+    #: cached curves of runs that are not active: (run id, number of the last request in the saved
+    #: state, number of the next request) -> curve
+    cached_curve: Callable[[str, int, int], Curve] = field(init=False)
 
     def __post_init__(self) -> None:
         embedding = self.model.get_input_embeddings().weight
         self.store.require_base(self.base, digest(embedding.detach()))
-        vocabulary = embedding.shape[0]
-        trainer = Trainer(self.model, self.bank, self.turn)
+        trainer = Trainer(self.model, self.bank, self.model_lock)
         self.worker = Worker(
             trainer,
             self.store,
-            length=self.engine.length,
-            vocabulary=vocabulary,
-            resident=self.resident,
+            context_length=self.engine.length,
+            vocabulary_size=embedding.shape[0],
+            max_resident=self.max_resident,
         )
         self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
         self.checkpoints = CheckpointSource(self.store)
         self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
-        self.disk = ThreadPoolExecutor(1, "veneer-journal")
-        self.curves = lru_cache(CURVES)(
-            lambda run, state, following: read_curve(self.store, run, state)
+        self.index_thread = ThreadPoolExecutor(1, "veneer-journal")
+        self.cached_curve = lru_cache(CACHED_CURVES)(
+            lambda run, state_seq, next_seq: read_curve(self.store, run, state_seq)
         )
-        self._heartbeats: dict[str, float] = {}  # by session
-        #: when a checkpoint was last sampled from, the least recent first
+        self._heartbeats: dict[str, float] = {}  # by session: time of the last heartbeat
+        #: by name in the bank: when the adapter was last sampled from, the least recent first
         self._last_uses: OrderedDict[str, float] = OrderedDict()
-        #: by run: the number of the missing request, and since when it is missing
-        self._gaps: dict[str, tuple[int, float]] = {}
-        self._files: dict[str, tuple[Path, float]] = {}
+        #: by run id: the number of the missing request, and since when it has been missing
+        self._missing_requests: dict[str, tuple[int, float]] = {}
+        self._files: dict[str, tuple[Path, float]] = {}  # by token: folder, and end of validity
         self._lock = threading.Lock()  # guards heartbeats, last uses and files
         self._stop = threading.Event()
-        self._watch = threading.Thread(target=self._look, name="veneer-sessions", daemon=True)
+        self._session_thread = threading.Thread(
+            target=self._check_sessions, name="veneer-sessions", daemon=True
+        )
 
     @property
     def has_tied_head(self) -> bool:
@@ -110,30 +112,32 @@ class Training:
 
     def start(self) -> None:
         self.worker.start()
-        self._watch.start()
+        self._session_thread.start()
 
     def close(self) -> None:
         self._stop.set()
-        if self._watch.is_alive():
-            self._watch.join()
+        if self._session_thread.is_alive():
+            self._session_thread.join()
         self.worker.close()
-        self.disk.shutdown()
+        self.index_thread.shutdown()
         self.store.close()
 
-    async def write(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Write to the index, in the thread for it. ``Refusal``: the disk failed."""
+    async def write(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function that writes to the index, in the index's thread. ``Refusal``: the disk
+        failed."""
         return await self._await_disk(
-            asyncio.get_running_loop().run_in_executor(self.disk, work, *args)
+            asyncio.get_running_loop().run_in_executor(self.index_thread, function, *args)
         )
 
-    async def change_checkpoints(self, work: Callable[[], Any]) -> Any:
-        """Save, copy or delete checkpoints in the training thread, so that a row of the index and
-        its files always belong to the same change. ``Refusal``: the disk failed."""
-        return await self._await_disk(asyncio.shield(asyncio.wrap_future(self.worker.do(work))))
+    async def change_checkpoints(self, function: Callable[[], Any]) -> Any:
+        """Call a function that changes checkpoints, in the training thread, so that the row and the
+        files of a checkpoint always change together. ``Refusal``: the disk failed."""
+        future = asyncio.wrap_future(self.worker.submit(function))
+        return await self._await_disk(asyncio.shield(future))
 
-    async def _await_disk(self, work: Awaitable[Any]) -> Any:
+    async def _await_disk(self, writing: Awaitable[Any]) -> Any:
         try:
-            return await work
+            return await writing
         except (sqlite3.Error, OSError) as error:
             problem = f"a folder that cannot be written ({error})"
             raise Refusal(
@@ -149,7 +153,7 @@ class Training:
             self._heartbeats[session] = time.monotonic()
 
     def register_checkpoint(self, path: str) -> str:
-        """Register a checkpoint with the bank if necessary; return its name there."""
+        """Register a checkpoint with the bank unless this is done; return its name in the bank."""
         folder = self.checkpoints.resolve(path).path
         if path not in self.bank:
             self.bank.register(path, folder)
@@ -157,13 +161,13 @@ class Training:
         return path
 
     def record_use(self, name: str) -> None:
-        """Record that an adapter of the bank is sampled from. If the bank holds more than
-        ``resident`` of them, the least recently used ones leave its memory; they are read again
+        """Record that an adapter of the bank is sampled from. If more than ``max_resident`` are
+        sampled from, the least recently used ones leave the bank's memory. They are read again
         when they are needed."""
         with self._lock:
             self._last_uses[name] = time.monotonic()
             self._last_uses.move_to_end(name)
-            excess = len(self._last_uses) - self.resident
+            excess = len(self._last_uses) - self.max_resident
             least_recent = [self._last_uses.popitem(last=False)[0] for _ in range(excess)]
         for unused in least_recent:
             try:
@@ -171,159 +175,171 @@ class Training:
                     self.bank.register(unused, self.folder_of(unused), replace=True)
             except (VeneerError, OSError):  # must not fail the call that uses ``name``
                 log.exception("the samples of %s cannot be read again", unused)
-                with suppress(SelectionError):  # it was deleted meanwhile
+                with suppress(SelectionError):  # the adapter was deleted meanwhile
                     self.bank.remove(unused)
 
     def folder_of(self, name: str) -> Path:
-        """The adapter folder of a name tinker://…: of a checkpoint, or of a run as it is now."""
+        """The adapter folder of a name tinker://…, which names a checkpoint or a run's current
+        weights."""
         return self.checkpoints.resolve(name).path
 
-    async def reserve_tokens(self, key: Key, most: int) -> Callable[[int], None]:
-        """Count the most tokens that a call for samples can use. The returned function replaces
-        that count by the number of tokens that were used, when it is first called. ``Refusal``: the
-        tokens exceed the key's quota."""
+    async def reserve_tokens(self, key: Key, max_tokens: int) -> Callable[[int], None]:
+        """Count the largest number of tokens that a call for samples can use. The returned function
+        takes the number of tokens that the call has used. When it is first called, it replaces the
+        count by that number. ``Refusal``: the tokens exceed the key's quota."""
         if not key.owner:
             return lambda used: None
-        await self.write(self._reserve, key, most)
+        await self.write(self._reserve, key, max_tokens)
 
-        reservation = iter([most])
+        reservations = iter([max_tokens])
 
         def charge(used: int) -> None:
-            if next(reservation, None) is None:
+            if next(reservations, None) is None:
                 return
-            done = self.disk.submit(self.store.settle_tokens, key.owner, most, used)
-            done.add_done_callback(
+            settling = self.index_thread.submit(
+                self.store.settle_tokens, key.owner, max_tokens, used
+            )
+            settling.add_done_callback(
                 partial(_log_failure, f"{used} tokens of {key.owner} were not counted")
             )
 
         return charge
 
-    def _reserve(self, key: Key, most: int) -> None:
-        problem = over_quota(self.store, key.owner, "tokens", key.tokens, most)
+    def _reserve(self, key: Key, max_tokens: int) -> None:
+        problem = quota_problem(self.store, key.owner, "tokens", key.tokens, max_tokens)
         if problem is not None:
             raise Refusal(403, problem, code="quota")
-        self.store.reserve_tokens(key.owner, most)
+        self.store.reserve_tokens(key.owner, max_tokens)
 
-    def address(self, folder: Path) -> str:
-        """A secret token by which a folder's files can be downloaded for ``FILES`` seconds."""
-        moment, token = time.monotonic(), secrets.token_urlsafe(24)
+    def new_file_token(self, folder: Path) -> str:
+        """A new secret token with which a folder's files can be downloaded for a limited time."""
+        now, token = time.monotonic(), secrets.token_urlsafe(24)
         with self._lock:
-            self._files = {
-                token: entry for token, entry in self._files.items() if entry[1] > moment
-            }
-            self._files[token] = folder, moment + FILES
+            self._files = {token: entry for token, entry in self._files.items() if entry[1] > now}
+            self._files[token] = folder, now + FILE_URL_SECONDS
         return token
 
-    def file(self, token: str, name: str) -> Path | None:
+    def find_file(self, token: str, name: str) -> Path | None:
+        """The path of a file in the folder of a token; None if the token is invalid or there is no
+        such file."""
         entry = self._files.get(token)
         if entry is None or entry[1] < time.monotonic():
             return None
-        names = {
+        files_by_name = {
             str(file.relative_to(entry[0])): file for file in entry[0].rglob("*") if file.is_file()
         }
-        return names.get(name)
+        return files_by_name.get(name)
 
-    def leave(self, session: str) -> None:
-        """Move the runs of a session whose client has left out of memory."""
+    def evict_session(self, session: str) -> None:
+        """Move the runs of a session to the disk, because its client has left."""
         runs = {row["id"] for row in self.store.runs(None, session)}
 
-        def let_runs_go() -> None:
+        def evict_idle_runs() -> None:
             for run in runs:
-                line = self.worker.lines.get(run)
-                if line is not None and line.current is None and not line.waiting:
-                    self.worker.memory.let_go(line)
+                active_run = self.worker.active_runs.get(run)
+                if (
+                    active_run is not None
+                    and active_run.current_pass is None
+                    and not active_run.waiting_requests
+                ):
+                    self.worker.memory.evict(active_run)
 
-        self.worker.do(let_runs_go).add_done_callback(
+        self.worker.submit(evict_idle_runs).add_done_callback(
             partial(_log_failure, f"the runs of session {session} are still in memory")
         )
 
-    def _look(self) -> None:
-        while not self._stop.wait(LOOK):
+    def _check_sessions(self) -> None:
+        while not self._stop.wait(CHECK_SECONDS):
             try:
-                self.sweep()
+                self.clean_up()
             except Exception:
                 log.exception("a check of the sessions failed")
 
-    def sweep(self) -> None:
-        """Free the resources of vanished clients; answer missing requests; delete expired
-        checkpoints and unused weights without a name."""
-        moment = time.monotonic()
-        self._fill_gaps(moment)
+    def clean_up(self) -> None:
+        """Free the resources of silent clients; answer missing requests; delete expired
+        checkpoints, and checkpoints without a name that are not used."""
+        now = time.monotonic()
+        self._answer_missing_requests(now)
         with self._lock:
-            vanished = [
-                session for session, last in self._heartbeats.items() if moment - last > VANISHED
+            silent_sessions = [
+                session
+                for session, last_heartbeat in self._heartbeats.items()
+                if now - last_heartbeat > SILENT_SECONDS
             ]
-            for session in vanished:
+            for session in silent_sessions:
                 del self._heartbeats[session]
-        for session in vanished:
-            self.samples.leave_soon(session)
-            self.leave(session)
-        self.worker.do(self._delete_old_checkpoints).add_done_callback(
+        for session in silent_sessions:
+            self.samples.cancel_session_soon(session)
+            self.evict_session(session)
+        self.worker.submit(self._delete_old_checkpoints).add_done_callback(
             partial(_log_failure, "old checkpoints are still there")
         )
 
     def _delete_old_checkpoints(self) -> None:
-        """Delete expired and unused checkpoints. The training thread calls it, so that a checkpoint
-        which is saved again meanwhile is not deleted."""
+        """Delete expired and unused checkpoints. Only the training thread calls this, so that a
+        checkpoint which is saved again meanwhile is not deleted."""
         unused = self._unused_checkpoints(time.monotonic())
         for checkpoint in [*self.store.expired_checkpoints(), *unused]:
             try:
                 self.operations.delete(checkpoint)
-            except (VeneerError, OSError, sqlite3.Error):  # go on with the others
+            except (VeneerError, OSError, sqlite3.Error):  # continue with the other checkpoints
                 log.exception("%s could not be deleted", checkpoint.path)
             else:
                 with self._lock:
                     self._last_uses.pop(checkpoint.path, None)
 
-    def _fill_gaps(self, moment: float) -> None:
-        """Answer requests that have been missing for too long with an error, so that the requests
-        after them are computed."""
-        gaps: dict[str, tuple[int, float]] = {}
-        for line in list(self.worker.lines.values()):
-            first, after = line.next, min(list(line.waiting), default=0)
-            if after <= first:
+    def _answer_missing_requests(self, now: float) -> None:
+        """Answer requests that have been missing for ``MISSING_SECONDS`` with an error, so that the
+        requests after them are computed."""
+        missing_requests: dict[str, tuple[int, float]] = {}
+        for active_run in list(self.worker.active_runs.values()):
+            first_missing = active_run.next_seq
+            first_waiting = min(list(active_run.waiting_requests), default=0)
+            if first_waiting <= first_missing:
                 continue
-            gaps[line.run] = self._gaps.get(line.run, (first, moment))
-            if gaps[line.run][0] != first:
-                gaps[line.run] = first, moment
-            if moment - gaps[line.run][1] < OVERDUE:
+            run_id = active_run.run_id
+            missing = self._missing_requests.get(run_id, (first_missing, now))
+            if missing[0] != first_missing:
+                missing = first_missing, now
+            missing_requests[run_id] = missing
+            if now - missing[1] < MISSING_SECONDS:
                 continue
             log.warning(
                 "%s: requests %d to %d did not come: it goes on without them",
-                line.run,
-                first,
-                after - 1,
+                run_id,
+                first_missing,
+                first_waiting - 1,
             )
-            for number in range(first, after):
-                problem = f"no request {number} for {OVERDUE:g} s, though later ones came"
+            for number in range(first_missing, first_waiting):
+                problem = f"no request {number} for {MISSING_SECONDS:g} s, though later ones came"
                 error = sentence(problem, "each number once", "send it again, with the next number")
                 self.worker.queue.accept(
-                    line.run, number, MISSING, json.dumps({"error": error}).encode()
+                    run_id, number, MISSING, json.dumps({"error": error}).encode()
                 )
-        self._gaps = gaps
+        self._missing_requests = missing_requests
 
-    def _unused_checkpoints(self, moment: float) -> list[Checkpoint]:
-        """Unnamed weights beyond the newest ``UNNAMED`` of each run, not used for ``UNUSED``
-        seconds."""
+    def _unused_checkpoints(self, now: float) -> list[Checkpoint]:
+        """The unnamed checkpoints that were not used for ``UNUSED_SECONDS``, except the newest
+        ``MAX_UNNAMED`` of each run."""
         checkpoints_by_run: dict[str, list[Checkpoint]] = {}
-        for row in self.store.hidden_checkpoints():  # the newest first
+        for row in self.store.hidden_checkpoints():  # the newest come first
             checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
             checkpoints_by_run.setdefault(row["run"], []).append(checkpoint)
-        old = [
+        old_checkpoints = [
             checkpoint
             for checkpoints in checkpoints_by_run.values()
-            for checkpoint in checkpoints[UNNAMED:]
+            for checkpoint in checkpoints[MAX_UNNAMED:]
         ]
         with self._lock:
             return [
                 checkpoint
-                for checkpoint in old
-                if moment - self._last_uses.setdefault(checkpoint.path, moment) > UNUSED
+                for checkpoint in old_checkpoints
+                if now - self._last_uses.setdefault(checkpoint.path, now) > UNUSED_SECONDS
             ]
 
 
-def _log_failure(message: str, done: Future[None]) -> None:
-    if (error := done.exception()) is not None:
+def _log_failure(message: str, future: Future[None]) -> None:
+    if (error := future.exception()) is not None:
         log.error(message, exc_info=error)
 
 
@@ -340,13 +356,13 @@ def open_training(
     folder: str | Path,
     service: Any,
     model: Any,
-    turn: Turn,
+    model_lock: FairLock,
     *,
     tokenizer: str | None,
-    resident: int = 50,
+    max_resident: int = 50,
 ) -> Training:
-    """Create the training service of a running ``service``, with its runs in ``folder``.
-    ``ConfigError``: the model is an encoder, or the folder holds something else."""
+    """Create and start the training service of a running ``service``. ``folder`` holds its runs.
+    ``ConfigError``: the model is an encoder, or the folder cannot be used."""
     if service.engine is None:
         raise ConfigError(
             "an encoder to train",
@@ -361,10 +377,10 @@ def open_training(
             model,
             service.bank,
             service.engine,
-            turn,
+            model_lock,
             store,
             service.timeout,
-            resident,
+            max_resident,
         )
     except BaseException:
         store.close()

@@ -1,9 +1,9 @@
-"""Bodies in protobuf, as the `tinker` SDK sends and reads them: training data, log-probabilities,
+"""Protobuf bodies that the `tinker` SDK sends and reads: training data, log-probabilities,
 samples.
 
 The messages and the numbers of their fields are the SDK's (tinker/proto/tinker_public_pb2.py,
 0.38). They are declared here and parsed by Google's library, so that the server does not need the
-SDK. Maps are declared as repeated entries, their form on the wire. Unused fields (images, audio,
+SDK. Maps are declared as repeated entries, as protobuf encodes them. Unused fields (images, audio,
 provenance) are ignored, or refused by name.
 """
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from veneer.errors import DataError
 from veneer.serve.training.losses import Datum
 
-#: fields by name: (number, type). Types of messages begin with a capital letter; "*" marks repeated
-#: fields.
+#: message -> field -> (number, type). A type that begins with a capital letter is a message; "*"
+#: marks repeated fields.
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "SparseCsr": {
         "values": (1, "bytes"),
@@ -89,30 +89,34 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "prompt_alt_tokens": (6, "PromptAltTokens"),
     },
 }
-#: element types on the wire, and their numpy dtypes
+#: values of a tensor's field `dtype`, and their numpy dtypes
 _FLOAT32, _INT64 = 1, 2
-_TYPES = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8")}
-#: padding in lists of the most likely tokens
+_NUMPY_DTYPES = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8")}
+#: id and log-probability that pad lists of the most likely tokens
 NO_TOKEN, NO_LOGPROB = 0, -99999.0
-#: the most targets of one token
-MOST_TARGETS = 256
+#: the largest number of targets of one token
+MAX_TARGETS = 256
 
 
 def _message_classes() -> dict[str, Any]:
     file = descriptor_pb2.FileDescriptorProto(
         name="veneer_training.proto", package="veneer.training", syntax="proto3"
     )
-    kinds = descriptor_pb2.FieldDescriptorProto
+    field_proto = descriptor_pb2.FieldDescriptorProto
     for name, fields in _MESSAGES.items():
         message = file.message_type.add(name=name)
-        for field, (number, kind) in fields.items():
-            bare = kind.removesuffix("*")
-            new_field = message.field.add(name=field, number=number)
-            new_field.label = kinds.LABEL_REPEATED if bare != kind else kinds.LABEL_OPTIONAL
-            if bare[0].isupper():
-                new_field.type, new_field.type_name = kinds.TYPE_MESSAGE, f".veneer.training.{bare}"
+        for field_name, (number, field_type) in fields.items():
+            type_name = field_type.removesuffix("*")
+            new_field = message.field.add(name=field_name, number=number)
+            is_repeated = type_name != field_type
+            new_field.label = (
+                field_proto.LABEL_REPEATED if is_repeated else field_proto.LABEL_OPTIONAL
+            )
+            if type_name[0].isupper():
+                new_field.type = field_proto.TYPE_MESSAGE
+                new_field.type_name = f".veneer.training.{type_name}"
             else:
-                new_field.type = getattr(kinds, f"TYPE_{bare.upper()}")
+                new_field.type = getattr(field_proto, f"TYPE_{type_name.upper()}")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     descriptors = {
@@ -128,7 +132,7 @@ MESSAGES = _message_classes()
 
 
 class Answer(NamedTuple):
-    """The answer to a request: JSON, or protobuf if ``binary``."""
+    """The answer to a request: JSON, or protobuf if ``binary`` is true."""
 
     body: bytes
     binary: bool = False
@@ -137,13 +141,15 @@ class Answer(NamedTuple):
 def failure(error: BaseException, is_bug: bool = False) -> Answer:
     """The answer to a request that failed. ``is_bug``: the error is the server's, not the
     client's."""
-    text = f"{type(error).__name__}: {error}" if is_bug else str(error)
+    message = f"{type(error).__name__}: {error}" if is_bug else str(error)
     category = "server" if is_bug else "user"
-    return Answer(json.dumps({"error": text, "category": category}).encode())
+    return Answer(json.dumps({"error": message, "category": category}).encode())
 
 
 class PassRequest(NamedTuple):
-    """A forward pass of a run, followed by a backward pass if ``backward``."""
+    """A request for a forward pass of a run, followed by a backward pass if ``backward`` is true.
+    ``seq``: its number among the run's requests; ``loss``: the name of the loss; ``settings``: of
+    the loss."""
 
     run: str
     seq: int
@@ -154,7 +160,7 @@ class PassRequest(NamedTuple):
 
 
 class PassHeader(NamedTuple):
-    """The header of a pass, without its data. ``tokens``: the number of input tokens."""
+    """The fields of a ``PassRequest`` except its data. ``tokens``: the number of input tokens."""
 
     run: str
     seq: int
@@ -163,7 +169,7 @@ class PassHeader(NamedTuple):
 
 
 def read_header(body: bytes) -> PassHeader:
-    """``DataError``: this is no such message."""
+    """Read the header of a pass. ``DataError``: the body is no ``ForwardBackwardRequest``."""
     message = _parse_request(body)
     chunks = (chunk for datum in message.data for chunk in datum.model_input)
     tokens = sum(len(chunk.encoded_text.tokens) // 4 for chunk in chunks)
@@ -175,14 +181,14 @@ def has_backward(body: bytes) -> bool:
 
 
 def read_pass(body: bytes) -> PassRequest:
-    """``DataError``: what is not understood, by name."""
+    """Read a pass with its data. ``DataError``: a field is invalid; the message names the field."""
     message = _parse_request(body)
     settings: dict[str, Any] = {entry.key: entry.value for entry in message.loss_fn_config}
     for entry in message.loss_fn_config_v2:
         settings[entry.key] = entry.value.text or entry.value.number
     if not message.data:
         raise DataError("no data", "at least one datum", "send some")
-    data = [_datum(entry, number) for number, entry in enumerate(message.data)]
+    data = [_read_datum(entry, index) for index, entry in enumerate(message.data)]
     return PassRequest(
         message.model_id, message.seq_id, data, message.loss_fn, settings, not message.forward_only
     )
@@ -198,21 +204,23 @@ def _parse_request(body: bytes) -> Any:
         ) from error
 
 
-def _datum(message: Any, number: int) -> Datum:
-    label, tokens = f"datum {number}", []
+def _read_datum(message: Any, index: int) -> Datum:
+    label, chunk_tokens = f"datum {index}", []
     for chunk in message.model_input:
         if not chunk.HasField("encoded_text"):
             problem = f"an input of {label} that is an image, a sound or unknown"
             raise DataError(problem, "text", "leave it out: this server trains on tokens")
-        raw = chunk.encoded_text.tokens
-        if len(raw) % 4:
+        token_bytes = chunk.encoded_text.tokens
+        if len(token_bytes) % 4:
             raise DataError(
-                f"tokens of {len(raw)} bytes in {label}", "four bytes each", "check the client"
+                f"tokens of {len(token_bytes)} bytes in {label}",
+                "four bytes each",
+                "check the client",
             )
-        tokens.append(np.frombuffer(raw, "<i4").astype(np.int64))
-    ids = torch.from_numpy(np.concatenate(tokens) if tokens else np.zeros(0, np.int64))
+        chunk_tokens.append(np.frombuffer(token_bytes, "<i4").astype(np.int64))
+    ids = torch.from_numpy(np.concatenate(chunk_tokens) if chunk_tokens else np.zeros(0, np.int64))
     inputs = {
-        entry.key: _tensor(entry.value, f"{entry.key[:80]!r} of {label}", len(ids))
+        entry.key: _read_tensor(entry.value, f"{entry.key[:80]!r} of {label}", len(ids))
         for entry in message.loss_fn_inputs
     }
     if "target_tokens" not in inputs:
@@ -225,20 +233,24 @@ def _datum(message: Any, number: int) -> Datum:
     return Datum(ids, targets, inputs)
 
 
-def _numbers(raw: bytes, kind: int, label: str) -> np.ndarray:
-    if kind not in _TYPES:
-        raise DataError(f"element type {kind} in {label}", "float32 or int64", "convert the tensor")
-    if len(raw) % _TYPES[kind].itemsize:
+def _read_numbers(raw: bytes, dtype: int, label: str) -> np.ndarray:
+    if dtype not in _NUMPY_DTYPES:
+        problem = f"element type {dtype} in {label}"
+        raise DataError(problem, "float32 or int64", "convert the tensor")
+    if len(raw) % _NUMPY_DTYPES[dtype].itemsize:
         raise DataError(
-            f"{len(raw)} bytes in {label}", f"{_TYPES[kind].itemsize} a number", "check the client"
+            f"{len(raw)} bytes in {label}",
+            f"{_NUMPY_DTYPES[dtype].itemsize} a number",
+            "check the client",
         )
-    return np.frombuffer(raw, _TYPES[kind])
+    return np.frombuffer(raw, _NUMPY_DTYPES[dtype])
 
 
-def _tensor(message: Any, label: str, rows: int) -> Tensor:
-    """A tensor of so many rows, dense; what a sparse one leaves out is 0."""
+def _read_tensor(message: Any, label: str, rows: int) -> Tensor:
+    """Read a dense or sparse tensor of ``rows`` rows as a dense tensor. ``label``: its name in
+    error messages."""
     values, shape = (
-        _numbers(
+        _read_numbers(
             message.sparse_csr.values if message.HasField("sparse_csr") else message.dense,
             message.dtype,
             label,
@@ -251,20 +263,20 @@ def _tensor(message: Any, label: str, rows: int) -> Tensor:
             problem = f"{len(values)} numbers of shape {shape[:4]} in {label}"
             raise DataError(problem, f"[{rows}] or [{rows}, k]", "check the client")
         return torch.from_numpy(values.copy()).view(shape)
-    crow = _numbers(message.sparse_csr.crow_indices, _INT64, label)
-    col = _numbers(message.sparse_csr.col_indices, _INT64, label)
-    sound = (
+    crow = _read_numbers(message.sparse_csr.crow_indices, _INT64, label)
+    col = _read_numbers(message.sparse_csr.col_indices, _INT64, label)
+    is_valid = (
         len(shape) == 2
         and shape[0] == rows
-        and 0 < shape[1] <= MOST_TARGETS
+        and 0 < shape[1] <= MAX_TARGETS
         and len(crow) == rows + 1
     )
-    sound = sound and len(col) == len(values) and crow[0] == 0 and crow[-1] == len(col)
-    sound = (
-        sound and crow.max() == len(col) and (crow[1:] >= crow[:-1]).all()
-    )  # a difference may overflow
-    if not (sound and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))):
-        expected = f"{rows} rows of at most {MOST_TARGETS}, in CSR"
+    is_valid = is_valid and len(col) == len(values) and crow[0] == 0 and crow[-1] == len(col)
+    is_valid = (
+        is_valid and crow.max() == len(col) and (crow[1:] >= crow[:-1]).all()
+    )  # compared, not subtracted: a difference may overflow
+    if not (is_valid and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))):
+        expected = f"{rows} rows of at most {MAX_TARGETS}, in CSR"
         raise DataError(f"a sparse tensor {shape} in {label}", expected, "check the client")
     dense = np.zeros(shape, values.dtype)
     dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
@@ -272,57 +284,60 @@ def _tensor(message: Any, label: str, rows: int) -> Tensor:
 
 
 def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> bytes:
-    """The answer to a pass: log-probabilities of the targets of each datum, [n] or [n, k]."""
+    """The answer to a pass. ``logprobs``: log-probabilities of each datum's targets, [tokens] or
+    [tokens, targets of a token]."""
     output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="TorchLossReturn")
     for name, value in metrics.items():
         output.metrics.add(key=name, value=value)
     start = 0
-    while start < len(logprobs):  # a record is of data whose trailing shapes are equal
-        after = start
-        while after < len(logprobs) and logprobs[after].shape[1:] == logprobs[start].shape[1:]:
-            after += 1
-        rows = [row.contiguous().numpy().astype("<f4") for row in logprobs[start:after]]
+    while start < len(logprobs):  # one record for neighbouring data with equal trailing shapes
+        end = start
+        while end < len(logprobs) and logprobs[end].shape[1:] == logprobs[start].shape[1:]:
+            end += 1
+        rows = [row.contiguous().numpy().astype("<f4") for row in logprobs[start:end]]
         record = output.loss_fn_outputs.add(num_datums=len(rows))
         field = record.fields.add(key="logprobs").value
         field.data = b"".join(row.tobytes() for row in rows)
         field.offsets = np.cumsum([0, *[row.nbytes for row in rows]]).astype("<i8").tobytes()
         field.dtype = _FLOAT32
         field.trailing_shape.extend(logprobs[start].shape[1:])
-        start = after
+        start = end
     return output.SerializeToString()
 
 
-class Sequence_(NamedTuple):
-    """One sample. ``top``: for each of its tokens, the most likely (token, log-probability) pairs;
-    ``cut``: it ended because of its length."""
+class SampledSequence(NamedTuple):
+    """One sample. ``top_logprobs``: for each of its tokens, (token id, log-probability) pairs of
+    the most likely tokens; ``is_truncated``: the sample ended because of its length."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
-    top: Sequence[Sequence[tuple[int, float]]]
-    cut: bool
+    top_logprobs: Sequence[Sequence[tuple[int, float]]]
+    is_truncated: bool
 
 
-def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str, Any]) -> bytes:
-    """The answer to a call for samples. ``top``: how many likely tokens to add for each sampled
+def sample_output(
+    sequences: Sequence[SampledSequence], top_k: int, scores: Mapping[str, Any]
+) -> bytes:
+    """The answer to a call for samples. ``top_k``: how many likely tokens to add for each sampled
     token. ``scores``: the requested scores of the prompt, by the names of the message's fields:
     arrays, or (tokens, logprobs) for the most likely tokens."""
     output = MESSAGES["SampleResponse"]()
     padding = (NO_TOKEN, NO_LOGPROB)
     for sample in sequences:
-        sequence = output.sequences.add(stop_reason=int(sample.cut))
+        sequence = output.sequences.add(stop_reason=int(sample.is_truncated))
         sequence.tokens = np.asarray(sample.tokens, "<i4").tobytes()
         sequence.logprobs = np.asarray(sample.logprobs, "<f4").tobytes()
-        if top:
-            rows = [[*row[:top], *[padding] * (top - len(row))] for row in sample.top]
+        if top_k:
+            rows = [[*row[:top_k], *[padding] * (top_k - len(row))] for row in sample.top_logprobs]
             ids = np.asarray([[token for token, _ in row] for row in rows], "<i4")
             logprobs = np.asarray([[logprob for _, logprob in row] for row in rows], "<f4")
-            _set_top(
-                sequence.topk_sampled_logprobs, ids.reshape(-1, top), logprobs.reshape(-1, top)
+            _set_top_logprobs(
+                sequence.topk_sampled_logprobs, ids.reshape(-1, top_k), logprobs.reshape(-1, top_k)
             )
     if "prompt_logprobs" in scores:
         output.prompt_logprobs = scores["prompt_logprobs"].astype("<f4").tobytes()
     if "topk_prompt_logprobs" in scores:
-        _set_top(output.topk_prompt_logprobs, *scores["topk_prompt_logprobs"])
+        _set_top_logprobs(output.topk_prompt_logprobs, *scores["topk_prompt_logprobs"])
     if "target_prompt_logprobs" in scores:
         _set_tensor(
             output.target_prompt_logprobs, scores["target_prompt_logprobs"], scores.get("csr")
@@ -334,7 +349,7 @@ def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str,
     return output.SerializeToString()
 
 
-def _set_top(message: Any, ids: np.ndarray, logprobs: np.ndarray) -> None:
+def _set_top_logprobs(message: Any, ids: np.ndarray, logprobs: np.ndarray) -> None:
     message.length, message.k = ids.shape
     message.token_ids, message.logprobs = (
         ids.astype("<i4").tobytes(),
@@ -345,10 +360,10 @@ def _set_top(message: Any, ids: np.ndarray, logprobs: np.ndarray) -> None:
 def _set_tensor(
     message: Any, values: np.ndarray, csr: tuple[Any, Any, Sequence[int]] | None
 ) -> None:
-    """``csr``: crow and col indices and the shape, where ``values`` are those of a sparse
-    tensor."""
+    """Write an array into a ``Tensor`` message. ``csr``: (row pointers, column indices, shape) if
+    ``values`` are the entries of a sparse tensor in CSR, else None."""
     message.dtype = _INT64 if values.dtype.kind == "i" else _FLOAT32
-    raw = values.astype(_TYPES[message.dtype]).tobytes()
+    raw = values.astype(_NUMPY_DTYPES[message.dtype]).tobytes()
     if csr is None:
         message.dense = raw
         message.shape.extend(values.shape)

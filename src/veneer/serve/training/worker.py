@@ -1,14 +1,15 @@
-"""The thread that trains: requests of each run in their order, passes of many runs in one batch.
+"""The thread that trains. It computes the requests of each run in their order, and passes of many
+runs in one batch.
 
-    accept → journal → line of the run → at the head: an operation, or a pass → batch (trainer) →
-    answer
+    accepted request → journal → waiting requests of its run → the run's next request:
+        an operation, which is computed alone, or a pass, which joins a batch → answer
 
-Each run that is used is in memory (run_memory.py). A request that needs room there waits at the
-head of its run's line while all runs in memory are computed.
+A run is loaded into memory when it is used (run_memory.py). A request that needs room in memory
+waits while all runs in memory are computed.
 
-A failure concerns one run only. A state that cannot be written now is computed again from its
-requests. A run whose weights no state can hold is marked as failed, and accepts nothing but a
-checkpoint to load.
+A failure concerns one run only. If a run's state cannot be written now, the run can be computed
+again from its requests. A run whose weights are too large to be saved is marked as failed, and
+accepts nothing but a checkpoint to load.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from typing import Any
 from veneer.errors import DataError, VeneerError, sentence
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import Shares
-from veneer.serve.training.curve import LOSS, Batch
-from veneer.serve.training.lines import Line, Queue, RunRequest
+from veneer.serve.training.active_runs import ActiveRun, Queue, RunRequest
+from veneer.serve.training.curve import LOSS_METRIC, Batch
 from veneer.serve.training.losses import check_datum, complete_settings
-from veneer.serve.training.run_memory import PASS, REPLAYED, Operation, RunMemory
+from veneer.serve.training.run_memory import PASS, REPLAYED_KINDS, Operation, RunMemory
 from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
-from veneer.serve.training.store import Store
+from veneer.serve.training.store import FAILED, FAILED_STEP_INPUT, SUCCEEDED, Store
 from veneer.serve.training.wire import (
     Answer,
     failure,
@@ -43,22 +44,23 @@ from veneer.serve.training.wire import (
 
 log = logging.getLogger("veneer.serve.training")
 
-#: how long a batch waits for runs of the last batch: a share of that batch's seconds, and a maximum
-#: in seconds
-LINGER, MOST_LINGER = 0.25, 0.05
+#: how long a batch waits for runs of the last batch: a share of the last batch's duration, and a
+#: maximum in seconds
+WAIT_SHARE, MAX_WAIT_SECONDS = 0.25, 0.05
 #: seconds to wait after an error of the thread itself, such as a full disk, and before an answer
-#: that could not be written is tried again
-PAUSE = 1.0
+#: that could not be written is computed and written again
+PAUSE_SECONDS = 1.0
 #: how many times the process may die during one request before that request is given up
-DEATHS = 3
+MAX_DEATHS = 3
 #: kinds of refused requests, which are answered in the run's order. A refused pass with a backward
-#: and a missing number also change the meaning of the next step.
+#: and a missing request also change what the run's next optimizer step does.
 REFUSED, REFUSED_PASS, MISSING = "refused", "refused_pass", "missing"
-#: kinds that need no room in memory, and kinds for which the run is not loaded first
-NEED_NO_ROOM = ("unload", REFUSED, REFUSED_PASS, MISSING)
-NEED_NO_RUN = ("load", "create", *NEED_NO_ROOM)
-#: how many runs to remember with the request after which they were last published
-PUBLISHED = 512
+#: kinds of requests that need no room in memory for their run
+KINDS_WITHOUT_ROOM = ("unload", REFUSED, REFUSED_PASS, MISSING)
+#: kinds of requests for which the run need not be loaded first
+KINDS_WITHOUT_RUN = ("load", "create", *KINDS_WITHOUT_ROOM)
+#: for how many runs to remember which request preceded their last publication
+MAX_PUBLISHED = 512
 
 
 def _affects_step(request: RunRequest) -> bool:
@@ -68,33 +70,52 @@ def _affects_step(request: RunRequest) -> bool:
     )
 
 
+def _waiting_order(active_run: ActiveRun) -> float:
+    """Sort key: runs that wait for room in memory come first, by how long they have waited."""
+    return active_run.waiting_since or math.inf
+
+
 class Worker:
-    """One thread, the only one that calls the trainer. ``operations``: by the kind of a request,
-    except passes. ``length``, ``vocabulary``: of the base."""
+    """One thread, the only one that calls the trainer.
+
+    ``operations``: functions by the kind of request, for all kinds except passes;
+    ``context_length`` of the base in tokens; ``vocabulary_size`` of the base; ``max_resident``: the
+    largest number of runs in memory."""
 
     def __init__(
-        self, trainer: Trainer, store: Store, *, length: int, vocabulary: int, resident: int = 50
+        self,
+        trainer: Trainer,
+        store: Store,
+        *,
+        context_length: int,
+        vocabulary_size: int,
+        max_resident: int = 50,
     ) -> None:
         self.trainer, self.store = trainer, store
-        self.length, self.vocabulary = length, vocabulary
-        self.operations: dict[str, Operation] = {"step": self._step}
+        self.context_length, self.vocabulary_size = context_length, vocabulary_size
+        self.operations: dict[str, Operation] = {"step": self._step_optimizer}
         self.queue = Queue(store, trainer.runs)
-        self.lines = self.queue.lines
+        self.active_runs = self.queue.active_runs
         self.memory = RunMemory(
-            trainer, store, self.queue, resident, self.operations, self._make_pass
+            trainer, store, self.queue, max_resident, self.operations, self._make_pass
         )
-        #: by run: its next request when its weights were last published for samples
+        #: by run id: the number of the run's next request when its weights were last published
         self.published: dict[str, int] = {}
-        self.steps = self.tokens = 0  # by this server: steps, and tokens that were trained on
-        self.batch: Batch | None = None  # the last one
+        self.steps = self.tokens = 0  # optimizer steps and trained tokens since the server started
+        self.batch: Batch | None = None  # the last batch
         self._wake = self.queue.wake
+        #: (function, future of its result, id of the run that must have room in memory or None)
         self._tasks: deque[tuple[Callable[[], Any], Future[Any], str | None]] = deque()
-        self._shares = Shares()
-        self._last_passes: dict[str, float] = {}  # by run: when its last pass ended
-        self._batch_seconds = 0.0
+        self._shares = Shares()  # tokens that were computed for each key
+        self._last_pass_times: dict[str, float] = {}  # by run id: when the run's last pass ended
+        self._batch_seconds = 0.0  # duration of the last batch
         self._closing = False
-        #: runs whose first request may have ended the previous server
-        self._suspects = [line for line in self.lines.values() if line.head is not None]
+        #: runs whose first waiting request may have killed the previous server
+        self._suspects = [
+            active_run
+            for active_run in self.active_runs.values()
+            if active_run.next_request is not None
+        ]
         self._thread = threading.Thread(target=self._loop, name="veneer-training", daemon=True)
 
     def start(self) -> None:
@@ -107,103 +128,112 @@ class Worker:
             self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        for line in self.memory.lines():
-            self.memory.write_state_if_due(line)
+        for active_run in self.memory.resident_runs():
+            self.memory.write_state_if_due(active_run)
 
     @property
     def ready(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
-    # any thread
+    # any thread may call this
 
-    def do(self, work: Callable[[], Any], run: str | None = None) -> Future[Any]:
-        """Run a function on the worker's thread between two batches; with ``run``, once that run is
-        in memory or has room there."""
-        done: Future[Any] = Future()
-        done.set_running_or_notify_cancel()
+    def submit(self, function: Callable[[], Any], run: str | None = None) -> Future[Any]:
+        """Call a function on the worker's thread between two batches; return the future of its
+        result. With ``run``, the call waits until that run is in memory or has room there."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
         with self._wake:
             if self._closing:
-                done.set_exception(_closing_error())
+                future.set_exception(_closing_error())
             else:
-                self._tasks.append((work, done, run))
+                self._tasks.append((function, future, run))
                 self._wake.notify_all()
-        return done
+        return future
 
-    # the worker's thread
+    # only the worker's thread calls the methods below
 
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not (self._closing or self._tasks or self.queue.active()):
-                    # A line that is busy but not active has an answer that could not be written,
-                    # which is tried again after a pause.
-                    self._wake.wait(PAUSE if self.queue.busy else None)
+                while not (self._closing or self._tasks or self.queue.ready_runs()):
+                    # A run that is busy but not ready has an answer that could not be written. The
+                    # answer is tried again after a pause.
+                    self._wake.wait(PAUSE_SECONDS if self.queue.busy_runs else None)
                 if self._closing:
                     break
             try:
-                self.turn()
+                self.run_once()
             except Exception:
                 log.exception("a turn of the training thread failed")
-                time.sleep(PAUSE)
-        self._do_tasks()
-        for _, done, _ in self._tasks:  # tasks that wait for room in memory
-            done.set_exception(_closing_error())
+                time.sleep(PAUSE_SECONDS)
+        self._run_tasks()
+        for _, future, _ in self._tasks:  # tasks that wait for room in memory
+            future.set_exception(_closing_error())
 
-    def _for_each(self, lines: Iterable[Line], work: Callable[[Line], Any]) -> None:
-        """Call a function for each line. A line whose call fails, for example because its answer
-        cannot be written, is tried again later; the other lines go on."""
-        for line in lines:
+    def _call_for_each(
+        self, active_runs: Iterable[ActiveRun], function: Callable[[ActiveRun], Any]
+    ) -> None:
+        """Call a function for each run. If a call fails, for example because an answer cannot be
+        written, the run's request is tried again later, and the other runs continue."""
+        for active_run in active_runs:
             try:
-                work(line)
+                function(active_run)
             except Exception:
-                log.exception("%s: a request could not be answered", line.run)
-                line.again = time.monotonic() + PAUSE
+                log.exception("%s: a request could not be answered", active_run.run_id)
+                active_run.retry_time = time.monotonic() + PAUSE_SECONDS
 
-    def _do_tasks(self) -> None:
+    def _run_tasks(self) -> None:
+        """Run the tasks of ``submit`` whose runs have room in memory."""
         self.queue.drop_idle()
         for _ in range(len(self._tasks)):
-            work, done, run = self._tasks.popleft()
-            if run is not None and not self.memory.has_room(self.queue.line(run)):
-                self._tasks.append((work, done, run))
+            function, future, run = self._tasks.popleft()
+            if run is not None and not self.memory.has_room(self.queue.active_run(run)):
+                self._tasks.append((function, future, run))
                 continue
             try:
-                done.set_result(work())
+                future.set_result(function())
             except Exception as error:
-                done.set_exception(error)
+                future.set_exception(error)
 
-    def turn(self) -> None:
-        """Run the tasks of ``do``. Then replay, one at a time, requests that may have ended the
-        previous server; without any, run the operations at the heads of lines and one batch."""
-        self._do_tasks()
+    def run_once(self) -> None:
+        """Run the tasks of ``submit``, then one round of requests.
+
+        After a restart, a round is the first waiting request of one run, because this request may
+        have killed the previous server. Later, a round is the operations that are next in their
+        runs, and one batch of passes."""
+        self._run_tasks()
         if self._suspects:
-            self._try_suspect(self._suspects.pop())
+            self._run_suspect(self._suspects.pop())
             return
-        self._do_operations()
+        self._run_operations()
         self._end_passes()
         self._begin_passes()
-        self._linger()
+        self._wait_for_recent_runs()
         passes = self._ordered_passes()
         if passes:
-            self._compute(passes)
+            self._compute_batch(passes)
 
-    def _try_suspect(self, line: Line) -> None:
-        """Run the first waiting request of a run alone, after the server has started. If the
-        process dies during it again and again, the request is given up."""
-        request = line.head
+    def _run_suspect(self, active_run: ActiveRun) -> None:
+        """Compute the first waiting request of a run alone, after the server has started. Give the
+        request up if the process has died during it ``MAX_DEATHS`` times."""
+        request = active_run.next_request
         if request is None:
             return
-        # load the run before the attempt is counted: the request is not to blame for failures here
-        if request.kind not in NEED_NO_RUN:
+        # Load the run before the attempt is counted: a failure to load is not the request's fault.
+        if request.kind not in KINDS_WITHOUT_RUN:
             try:
-                self.memory.ensure(line)
+                self.memory.ensure_loaded(active_run)
             except Exception:
-                return  # it fails again and is answered in its regular turn
-        if self.store.begin(line.run, request.seq) > DEATHS:
+                return  # loading fails again in a later round, which answers the request
+        if self.store.count_attempt(active_run.run_id, request.seq) > MAX_DEATHS:
             log.error(
-                "%s: request %d ended the server %d times: given up", line.run, request.seq, DEATHS
+                "%s: request %d ended the server %d times: given up",
+                active_run.run_id,
+                request.seq,
+                MAX_DEATHS,
             )
             message = sentence(
-                f"a request during which the server's process ended {DEATHS} times",
+                f"a request during which the server's process ended {MAX_DEATHS} times",
                 "one for which it has the memory",
                 "ask for fewer or shorter rows at a time",
             )
@@ -212,202 +242,245 @@ class Worker:
                 body=json.dumps({"error": message}).encode(),
             )
         if request.kind != PASS:
-            self._answer(line, request, lambda: self._operate(line, request))
+            self._answer_request(
+                active_run, request, lambda: self._run_operation(active_run, request)
+            )
             return
-        self._begin(line)
-        while line.current is not None and not self._closing:
-            self._compute([line.current])
-            self._do_tasks()
-        if line.current is not None:  # the server was closed, which is no death
-            self.store.uncount_begin(line.run, request.seq)
+        self._begin_pass(active_run)
+        while active_run.current_pass is not None and not self._closing:
+            self._compute_batch([active_run.current_pass])
+            self._run_tasks()
+        if active_run.current_pass is not None:  # the server was closed; its process did not die
+            self.store.uncount_attempt(active_run.run_id, request.seq)
 
-    def _operate(self, line: Line, request: RunRequest) -> Answer:
+    def _run_operation(self, active_run: ActiveRun, request: RunRequest) -> Answer:
         fields = json.loads(request.body)
         if request.kind in (REFUSED, REFUSED_PASS, MISSING):
             raise DataError(fields["error"])
-        self.memory.curve(line)
-        if request.kind not in NEED_NO_RUN:
-            self.memory.ensure(line)
-        line.used = time.monotonic()
-        answer = Answer(json.dumps(self.operations[request.kind](line, fields)).encode())
-        if request.kind == "load" and line.failed is not None:
-            self.store.recover(line.run)
-            line.failed = None
+        self.memory.curve(active_run)
+        if request.kind not in KINDS_WITHOUT_RUN:
+            self.memory.ensure_loaded(active_run)
+        active_run.last_used = time.monotonic()
+        answer = Answer(json.dumps(self.operations[request.kind](active_run, fields)).encode())
+        if request.kind == "load" and active_run.failure is not None:
+            self.store.clear_failure(active_run.run_id)
+            active_run.failure = None
         return answer
 
-    def _answer(self, line: Line, request: RunRequest, work: Callable[[], Answer]) -> None:
-        """Run a request, write its answer, and advance the line."""
-        done = 1
+    def _answer_request(
+        self, active_run: ActiveRun, request: RunRequest, compute: Callable[[], Answer]
+    ) -> None:
+        """Compute the answer to a request, write it, and go on to the run's next request."""
+        status = SUCCEEDED
         try:
-            answer = work()
+            answer = compute()
         except DivergenceError as error:
-            self.memory.fail(line, str(error))
-            answer, done = failure(error), 2
+            self.memory.mark_failed(active_run, str(error))
+            answer, status = failure(error), FAILED
         except (VeneerError, ArithmeticError, MemoryError) as error:
-            log.info("%s: request %d failed: %s", line.run, request.seq, error)
-            answer, done = failure(error), 2
+            log.info("%s: request %d failed: %s", active_run.run_id, request.seq, error)
+            answer, status = failure(error), FAILED
         except Exception as error:
-            log.exception("%s: request %d failed", line.run, request.seq)
-            answer, done = failure(error, is_bug=True), 2
-            if request.kind in REPLAYED:  # it may have changed the run in part
-                self.memory.drop(line)
-        if done == 2 and request.seq == 0:
-            self.store.unload(line.run)  # the run did not begin
-        self._finalize(line, request.seq, answer, done)
-        if request.kind == "step" and done == 1:
-            self.memory.curve(line).add_step()
+            log.exception("%s: request %d failed", active_run.run_id, request.seq)
+            answer, status = failure(error, is_bug=True), FAILED
+            if request.kind in REPLAYED_KINDS:  # the request may have changed the run in part
+                self.memory.drop(active_run)
+        if status == FAILED and request.seq == 0:
+            self.store.mark_unloaded(active_run.run_id)  # the run was not created
+        self._store_answer(active_run, request.seq, answer, status)
+        if request.kind == "step" and status == SUCCEEDED:
+            self.memory.curve(active_run).add_step()
             self.steps += 1
-        if request.kind == "load" and done == 1:
-            self.memory.curve(line).drop_passes()
-            self.memory.write_state_if_due(line)  # the checkpoint may be deleted later
+        if request.kind == "load" and status == SUCCEEDED:
+            self.memory.curve(active_run).drop_passes()
+            # now, because the checkpoint that was loaded may be deleted later
+            self.memory.write_state_if_due(active_run)
 
-    def _finalize(self, line: Line, seq: int, answer: Answer, done: int) -> None:
-        if done == 2 and _affects_step(line.waiting[seq]):
-            done = 3
+    def _store_answer(self, active_run: ActiveRun, seq: int, answer: Answer, status: int) -> None:
+        """Write the answer to request ``seq`` to the store, then resolve its promise."""
+        if status == FAILED and _affects_step(active_run.waiting_requests[seq]):
+            status = FAILED_STEP_INPUT
         try:
-            self.store.answer(line.run, seq, done, answer.binary, answer.body)
+            self.store.store_answer(active_run.run_id, seq, status, answer.binary, answer.body)
         except Exception:  # the run in memory is ahead of the disk: load it again from there
-            self.memory.drop(line)
+            self.memory.drop(active_run)
             raise
-        self.queue.answer(line, seq, answer)
+        self.queue.finish_request(active_run, seq, answer)
 
-    def _do_operations(self) -> None:
-        """Run the operations at the heads of lines. Runs in memory are first: they then have no
-        gradients that wait for a step when others need their room. The others follow in the order
-        in which they began to wait for room."""
+    def _run_operations(self) -> None:
+        """Run the operations that are next in their runs.
 
-        def operate(line: Line) -> None:
-            request = line.head
-            if request is not None and request.kind != PASS and self._has_room(line, request.kind):
-                self._answer(line, request, lambda: self._operate(line, request))
+        Runs in memory come first: afterwards they have no gradients that wait for a step, and can
+        be evicted to make room for other runs. The other runs follow in the order in which they
+        began to wait for room."""
 
-        lines = sorted(self.queue.active(), key=lambda line: line.since or math.inf)
-        self._for_each(sorted(lines, key=lambda line: line not in self.memory), operate)
+        def run_if_ready(active_run: ActiveRun) -> None:
+            request = active_run.next_request
+            if (
+                request is not None
+                and request.kind != PASS
+                and self._has_room(active_run, request.kind)
+            ):
+                self._answer_request(
+                    active_run, request, lambda: self._run_operation(active_run, request)
+                )
+
+        by_waiting = sorted(self.queue.ready_runs(), key=_waiting_order)
+        residents_first = sorted(by_waiting, key=lambda active_run: active_run not in self.memory)
+        self._call_for_each(residents_first, run_if_ready)
 
     def _begin_passes(self) -> None:
-        """Begin the passes at the heads of lines, the longest waiting for room first."""
-        lines = sorted(self.queue.active(), key=lambda line: line.since or math.inf)
-        self._for_each(lines, self._begin)
+        """Begin the passes that are next in their runs. Runs that have waited longest for room in
+        memory come first."""
+        self._call_for_each(sorted(self.queue.ready_runs(), key=_waiting_order), self._begin_pass)
 
-    def _begin(self, line: Line) -> None:
-        request = line.head
-        if request is None or request.kind != PASS or not self._has_room(line, PASS):
+    def _begin_pass(self, active_run: ActiveRun) -> None:
+        request = active_run.next_request
+        if request is None or request.kind != PASS or not self._has_room(active_run, PASS):
             return
         try:
-            training_pass = self._make_pass(line, request.body)
-            self.memory.ensure(line)
+            training_pass = self._make_pass(active_run, request.body)
+            self.memory.ensure_loaded(active_run)
         except Exception as error:
             is_bug = not isinstance(error, VeneerError)
             if is_bug:
-                log.exception("%s: request %d failed", line.run, request.seq)
-            self._finalize(line, request.seq, failure(error, is_bug), 2)
-            if line.owner:  # give the tokens back to the key
-                self.store.count_tokens(line.owner, -read_header(request.body).tokens)
+                log.exception("%s: request %d failed", active_run.run_id, request.seq)
+            self._store_answer(active_run, request.seq, failure(error, is_bug), FAILED)
+            if active_run.owner:  # give the tokens back to the key
+                self.store.count_tokens(active_run.owner, -read_header(request.body).tokens)
             return
-        line.current, line.used = training_pass, time.monotonic()
-        self._shares.enter(line.owner)
+        active_run.current_pass, active_run.last_used = training_pass, time.monotonic()
+        self._shares.enter(active_run.owner)
 
-    def _make_pass(self, line: Line, body: bytes) -> Pass:
+    def _make_pass(self, active_run: ActiveRun, body: bytes) -> Pass:
         request = read_pass(body)
         settings = complete_settings(request.loss, request.settings)
         data = [
-            check_datum(datum, request.loss, number, self.vocabulary, self.length)
-            for number, datum in enumerate(request.data)
+            check_datum(datum, request.loss, index, self.vocabulary_size, self.context_length)
+            for index, datum in enumerate(request.data)
         ]
-        return Pass(line.name, data, request.loss, settings, request.backward, line.owner)
+        return Pass(
+            active_run.adapter_name,
+            data,
+            request.loss,
+            settings,
+            request.backward,
+            active_run.owner,
+        )
 
-    def _linger(self) -> None:
-        """Wait a little for runs of the last batch. Otherwise a run whose requests come slightly
-        later would be computed alone each time."""
+    def _wait_for_recent_runs(self) -> None:
+        """Wait a little for passes of the runs that were in the last batch. Otherwise a run whose
+        requests come slightly later would be computed alone each time."""
         with self._wake:
-            current = [line.current for line in self.queue.active() if line.current]
-        if not current or any(len(one_pass.remaining) < len(one_pass.data) for one_pass in current):
+            passes = [
+                active_run.current_pass
+                for active_run in self.queue.ready_runs()
+                if active_run.current_pass
+            ]
+        if not passes or any(
+            len(training_pass.remaining) < len(training_pass.data) for training_pass in passes
+        ):
             return
-        deadline = time.monotonic() + min(MOST_LINGER, LINGER * self._batch_seconds)
-        while (remaining := deadline - time.monotonic()) > 0:
+        wait_seconds = min(MAX_WAIT_SECONDS, WAIT_SHARE * self._batch_seconds)
+        deadline = time.monotonic() + wait_seconds
+        while (remaining_seconds := deadline - time.monotonic()) > 0:
             with self._wake:
-                active_runs = {line.run for line in self.queue.active()}
-                since = time.monotonic() - 2 * self._batch_seconds - MOST_LINGER
-                recent_runs = {run for run, moment in self._last_passes.items() if moment > since}
-                if self._closing or recent_runs <= active_runs:
+                ready_ids = {active_run.run_id for active_run in self.queue.ready_runs()}
+                cutoff = time.monotonic() - 2 * self._batch_seconds - MAX_WAIT_SECONDS
+                recent_ids = {
+                    run_id for run_id, ended in self._last_pass_times.items() if ended > cutoff
+                }
+                if self._closing or recent_ids <= ready_ids:
                     break
-                self._wake.wait(remaining)
-            self._do_operations()
+                self._wake.wait(remaining_seconds)
+            self._run_operations()
             self._begin_passes()
 
     def _ordered_passes(self) -> list[Pass]:
-        """The running passes. Those of the owner that was served least are first."""
-        passes = [line.current for line in self.queue.active() if line.current is not None]
+        """The running passes. The passes of the least served owner come first."""
+        passes = [
+            active_run.current_pass
+            for active_run in self.queue.ready_runs()
+            if active_run.current_pass is not None
+        ]
         if not passes:
             return []
-        first = self._shares.least({training_pass.owner for training_pass in passes})
-        self._shares.turn(first)
-        return sorted(passes, key=lambda training_pass: training_pass.owner != first)
+        next_owner = self._shares.least({training_pass.owner for training_pass in passes})
+        self._shares.turn(next_owner)
+        return sorted(passes, key=lambda training_pass: training_pass.owner != next_owner)
 
-    def _compute(self, passes: list[Pass]) -> None:
+    def _compute_batch(self, passes: list[Pass]) -> None:
         """Compute one batch, and charge its time and tokens to the runs and owners in it."""
-        began = time.monotonic()
-        rows_before = {training_pass.run: training_pass.remaining for training_pass in passes}
+        started = time.monotonic()
+        remaining_before = {training_pass.run: training_pass.remaining for training_pass in passes}
         tokens = self.trainer.compute(passes)
         ended = time.monotonic()
-        self._batch_seconds = ended - began
-        computed = [
+        self._batch_seconds = ended - started
+        computed_passes = [
             training_pass
             for training_pass in passes
-            if len(training_pass.remaining) != len(rows_before[training_pass.run])
+            if len(training_pass.remaining) != len(remaining_before[training_pass.run])
             or training_pass.error
         ]
-        runs = tuple(self.queue.named[training_pass.run].run for training_pass in computed)
-        self.batch = Batch(runs, ended)
-        for training_pass in computed:
-            line = self.queue.named[training_pass.run]
-            rows = set(rows_before[training_pass.run]) - set(training_pass.remaining)
-            line.rate.add(began, ended, sum(len(training_pass.data[row].tokens) for row in rows))
-            line.spent += self._batch_seconds / len(computed)
-            self._shares.charge(training_pass.owner, tokens / len(computed))
+        runs_by_adapter = self.queue.runs_by_adapter
+        run_ids = tuple(
+            runs_by_adapter[training_pass.run].run_id for training_pass in computed_passes
+        )
+        self.batch = Batch(run_ids, ended)
+        for training_pass in computed_passes:
+            active_run = runs_by_adapter[training_pass.run]
+            rows = set(remaining_before[training_pass.run]) - set(training_pass.remaining)
+            row_tokens = sum(len(training_pass.data[row].tokens) for row in rows)
+            active_run.rate.add(started, ended, row_tokens)
+            active_run.unsaved_seconds += self._batch_seconds / len(computed_passes)
+            self._shares.charge(training_pass.owner, tokens / len(computed_passes))
         self._end_passes()
 
     def _end_passes(self) -> None:
         """Answer the passes that are computed, including earlier ones whose answer could not be
         written because the disk failed."""
 
-        def end(line: Line) -> None:
-            if line.current is not None and line.current.over:
-                self._end(line, line.current)
+        def end_if_computed(active_run: ActiveRun) -> None:
+            if active_run.current_pass is not None and active_run.current_pass.is_over:
+                self._end_pass(active_run, active_run.current_pass)
 
-        self._for_each(self.queue.active(), end)
+        self._call_for_each(self.queue.ready_runs(), end_if_computed)
 
-    def _end(self, line: Line, training_pass: Pass) -> None:
-        seq, error = line.next, training_pass.error
+    def _end_pass(self, active_run: ActiveRun, training_pass: Pass) -> None:
+        seq, error = active_run.next_seq, training_pass.error
         if error is None:
             logprobs: list[Any] = training_pass.logprobs
-            output = pass_output(logprobs, {LOSS: training_pass.total})
-            answer, done = Answer(output, True), 1
+            output = pass_output(logprobs, {LOSS_METRIC: training_pass.loss_sum})
+            answer, status = Answer(output, True), SUCCEEDED
         else:
             is_bug = not isinstance(error, VeneerError | MemoryError)
-            answer, done = failure(error, is_bug), 2
-        self._shares.leave(line.owner)
-        self._last_passes[line.run] = time.monotonic()
-        if len(self._last_passes) > 256:
-            self._last_passes = dict(list(self._last_passes.items())[-128:])
-        line.current = None
-        self._finalize(line, seq, answer, done)
-        if done == 1 and training_pass.backward:
+            answer, status = failure(error, is_bug), FAILED
+        self._shares.leave(active_run.owner)
+        self._last_pass_times[active_run.run_id] = time.monotonic()
+        if len(self._last_pass_times) > 256:
+            self._last_pass_times = dict(list(self._last_pass_times.items())[-128:])
+        active_run.current_pass = None
+        self._store_answer(active_run, seq, answer, status)
+        if status == SUCCEEDED and training_pass.backward:
             data = training_pass.data
-            self.memory.curve(line).add_pass(training_pass.total, training_pass.loss, data)
+            curve = self.memory.curve(active_run)
+            curve.add_pass(training_pass.loss_sum, training_pass.loss, data)
             self.tokens += sum(len(datum.tokens) for datum in data)
 
-    def _step(self, line: Line, fields: Mapping[str, Any]) -> dict[str, Any]:
-        metrics = self.trainer.step(line.name, Adam(**fields))
-        return {"metrics": {**metrics, **self.store.failures(line.run)}}
+    def _step_optimizer(self, active_run: ActiveRun, fields: Mapping[str, Any]) -> dict[str, Any]:
+        metrics = self.trainer.step(active_run.adapter_name, Adam(**fields))
+        return {"metrics": {**metrics, **self.store.failure_metrics(active_run.run_id)}}
 
-    def _has_room(self, line: Line, kind: str) -> bool:
-        """Whether a request of a run can be computed now: it needs no room in memory, or has it."""
-        needs_room = kind not in NEED_NO_ROOM and (line.failed is None or kind == "load")
-        if needs_room and not self.memory.has_room(line):
-            line.since = line.since or time.monotonic()
+    def _has_room(self, active_run: ActiveRun, request_kind: str) -> bool:
+        """Whether a request of a run can be computed now: it needs no room in memory, or its run
+        has room."""
+        needs_room = request_kind not in KINDS_WITHOUT_ROOM and (
+            active_run.failure is None or request_kind == "load"
+        )
+        if needs_room and not self.memory.has_room(active_run):
+            active_run.waiting_since = active_run.waiting_since or time.monotonic()
             return False
-        line.since = None
+        active_run.waiting_since = None
         return True
 
 
