@@ -106,7 +106,7 @@ def find_intruders(
             problem, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}"
         )
     lows = applied_products(saved)
-    for aligned in align([saved], base_weights.order):
+    for aligned in align([saved], base_weights.parameter_order):
         if aligned.alias_of is None:
             low, random = lows[aligned.model_path], torch.Generator().manual_seed(seed)
             yield _find_in_weight(

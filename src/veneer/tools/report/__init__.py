@@ -168,7 +168,7 @@ def examine(
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     weights = FrozenWeights(base, model)
     aligned_weights = [
-        aligned for aligned in align([saved], weights.order) if aligned.alias_of is None
+        aligned for aligned in align([saved], weights.parameter_order) if aligned.alias_of is None
     ]
     if not aligned_weights:
         problem = f"{saved.path}, which changes no weight at a low rank"
