@@ -79,9 +79,9 @@ def merge_vectors(
             return (vector / density).where(uniform.to(vector.device) < density, 0)
         # at least one entry is kept, and each entry that equals the threshold
         if index not in thresholds:
-            kept_count = max(1, round(density * vector.numel()))
+            retained_count = max(1, round(density * vector.numel()))
             thresholds[index] = (
-                vector.abs().flatten().kthvalue(vector.numel() - kept_count + 1).values
+                vector.abs().flatten().kthvalue(vector.numel() - retained_count + 1).values
             )
         return vector.where(vector.abs() >= thresholds[index], 0)
 

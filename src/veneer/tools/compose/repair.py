@@ -80,8 +80,8 @@ class RepairReport:
             )
         ranks_text = rank_range(weight.rank for weight in self.weights)
         summary = (
-            f"{count_noun(self.intruders, 'intruder')} among {vector_count} leading singular vectors,"
-            f" in {repaired_count} of {count_noun(len(self.weights), 'weight')}, scaled by"
+            f"{count_noun(self.intruders, 'intruder')} among {vector_count} leading singular"
+            f" vectors, in {repaired_count} of {count_noun(len(self.weights), 'weight')}, scaled by"
             f" {self.factor:g}; {ranks_text}; "
         )
         return f"{summary}{self.removed:.1%} of the change taken off"
@@ -211,16 +211,16 @@ def _repair_layer(
     if not intruders.count or factor == 1:
         return layer.with_low(layer.low.compact().to(dtype)).with_magnitude(magnitude)
     low_rank = (low_rank.T if intruders.is_transposed else low_rank).to(torch.float64)
-    repaired = LowRank.sum([low_rank, _intruder_change(intruders, low_rank, factor)], [1, 1]).compact()
+    repaired_change = LowRank.sum([low_rank, _intruder_change(intruders, low_rank, factor)], [1, 1]).compact()
     if intruders.gain is not None:
-        repaired = repaired.to(dtype)
+        repaired_change = repaired_change.to(dtype)
         W = base_weights.frozen_weight(intruders.aligned, saved.peft_config).weight.double()
-        magnitude = (intruders.gain.flatten() * row_norms(W, repaired).flatten()).to(dtype)
-    repaired = repaired.T if intruders.is_transposed else repaired
+        magnitude = (intruders.gain.flatten() * row_norms(W, repaired_change).flatten()).to(dtype)
+    repaired_change = repaired_change.T if intruders.is_transposed else repaired_change
     # PEFT adds the change of an attention's out-projection more than once
     repeats = low_rank.scale / layer.scale if layer.scale else 1.0
-    repaired = LowRank(repaired.A, repaired.B, repaired.scale / repeats).to(dtype)
-    return layer.with_low(repaired).with_magnitude(magnitude)
+    repaired_change = LowRank(repaired_change.A, repaired_change.B, repaired_change.scale / repeats).to(dtype)
+    return layer.with_low(repaired_change).with_magnitude(magnitude)
 
 
 def _intruder_change(intruders: WeightIntruders, low_rank: LowRank, factor: float) -> LowRank:

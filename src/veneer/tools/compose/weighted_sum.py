@@ -78,9 +78,9 @@ def sum_with_magnitudes(
     model_path: str,
     dtype: torch.dtype,
 ) -> Blend:
-    """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``. ``weight``: the
-    frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, so no DoRA change equals the
-    sum."""
+    """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``. ``weight``:
+    the frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, so that no DoRA change
+    equals the sum."""
     W = weight.double()
     gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack(
