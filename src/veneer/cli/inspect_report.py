@@ -180,10 +180,10 @@ def _write_derived_adapters(
         path = compose(saved, folder / f"weaker-{weight}", weights=[weight], **files).path
         return "weaker", weight, 1 - weight, path
 
-    has_intruders = any(weight.count for weight in report.found)
+    has_intruders = any(weight.count for weight in report.weight_intruders)
     for factor in REPAIR_FACTORS if has_intruders else ():
         repaired = repair(
-            saved, folder / f"repaired-{factor}", **files, factor=factor, found=report.found
+            saved, folder / f"repaired-{factor}", **files, factor=factor, intruders=report.weight_intruders
         )
         yield "repaired", factor, repaired.removed, repaired.path
         if repaired.removed < 1:

@@ -97,7 +97,7 @@ def repair(
     factor: float = FACTOR,
     count: int = COUNT,
     threshold: float = THRESHOLD,
-    found: Sequence[WeightIntruders] | None = None,
+    intruders: Sequence[WeightIntruders] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> RepairReport:
@@ -108,7 +108,7 @@ def repair(
         factor: the factor in [0, 1] of each intruder's singular value. 0 removes the intruder.
         count, threshold: how many leading singular vectors of each weight to examine, and the
             cosine below which a vector is an intruder.
-        found: the results of ``find_intruders`` for this adapter; None computes them.
+        intruders: the results of ``find_intruders`` for this adapter; None computes them.
 
     Raises:
         ConfigError: an option has an invalid value.
@@ -128,10 +128,10 @@ def repair(
     saved.refuse_trained_tokens("a repair")
     saved.refuse_invocation_tokens("a repair")
     base_weights, products = FrozenWeights(base, model), applied_products(saved)
-    if found is None:
-        found = [*find_intruders(saved, base_weights, count=count, threshold=threshold)]
+    if intruders is None:
+        intruders = [*find_intruders(saved, base_weights, count=count, threshold=threshold)]
     repaired_layers, reports = {}, []
-    for result in found:
+    for result in intruders:
         path = result.aligned.model_path
         layer = result.aligned.layers[0]
         repaired_layers[path] = _repair_layer(
@@ -150,7 +150,7 @@ def repair(
         "repaired": {
             "adapter": saved.path.name,
             "factor": factor,
-            "intruders": sum(result.count for result in found),
+            "intruders": sum(result.count for result in intruders),
         },
         **(provenance or {}),
     }
@@ -158,9 +158,9 @@ def repair(
     folder = write_derived(
         out, [saved], entries, full_params, variant=variant, provenance=provenance, overwrite=overwrite
     )
-    total_distance = math.hypot(*(result.distance for result in found))
+    total_distance = math.hypot(*(result.distance for result in intruders))
     removed_norm = math.hypot(
-        *(report.removed * result.distance for report, result in zip(reports, found, strict=True))
+        *(report.removed * result.distance for report, result in zip(reports, intruders, strict=True))
     )
     return RepairReport(
         folder, float(factor), tuple(reports), removed_norm / total_distance if total_distance else 0.0

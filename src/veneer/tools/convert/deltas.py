@@ -177,8 +177,9 @@ def _split_deltas(
     energy: float | None,
     problems: list[str],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[ParamRef, dict[str, Tensor]], dict[str, float]]:
-    """Split changes into parameters that are stored in full (module path -> name -> new value) and
-    factors A and B of the others. The third result has the relative error of each product by path."""
+    """Split changes into the new values of parameters that are stored in full (by module path and
+    name) and factors A and B of the others. The third result: the relative error of each product,
+    by path."""
     refs = {
         name: ref
         for name in deltas
@@ -230,10 +231,10 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
 def factor_delta(
     delta: Tensor, rank: int | None, energy: float | None
 ) -> tuple[Tensor, Tensor, float]:
-    """Factor ΔW [g, out, in], float64: (A [g, r, in], B [g, out, r], both float32, the relative
-    error of B A). r is ``rank``, at most min(out, in). If it is None, r is the lowest rank that keeps
-    the share ``energy`` of ‖ΔW‖²; if both are None, the lowest rank with an error of at most
-    1e-6 · ‖ΔW‖."""
+    """Factor ΔW [g, out, in], float64, into A [g, r, in] and B [g, out, r], float32. The third
+    result is the relative error of B A. r is ``rank``, at most min(out, in). If ``rank`` is None, r
+    is the lowest rank that keeps the share ``energy`` of ‖ΔW‖², or without ``energy`` the lowest
+    rank with an error of at most 1e-6 · ‖ΔW‖."""
     svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
     # [min(out, in)]: at index i, the squared error of keeping only the first i singular values
     tail_energy = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)

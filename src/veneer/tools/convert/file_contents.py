@@ -83,9 +83,9 @@ def _weight_name(
     fused_modules: set[str],
     facts: BaseFacts,
 ) -> str:
-    """The path of the parameter that an entry of the folder changes: from the adapter's record, else
-    from the base, else by PEFT's rule. ``fused_modules``: paths of attention modules with one weight
-    for query, key and value."""
+    """The path of the parameter that an entry of the folder changes: from the adapter's record,
+    else from the base, else by PEFT's rule. ``fused_modules``: paths of attention modules with one
+    weight for query, key and value."""
     target_path = layer.target_path
     if peft.of_parameter(path, layer) or target_path in recorded_weights or target_path in facts.shapes:
         return target_path

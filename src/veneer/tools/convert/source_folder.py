@@ -37,7 +37,7 @@ def read_source(
     verify_base: bool,
 ) -> tuple[AdapterFiles, Contents, dict[str, float]]:
     """(the adapter folder, the contents of the source file, the relative error of each dense change
-    that was factored). If ``source`` is no adapter folder, it is converted to one in ``scratch``."""
+    that was factored). If ``source`` is no adapter folder, one is written to ``scratch``."""
     read_contents = FORMATS[source_format].read
     if read_contents is None:
         return folder.read(source, _weight_lookup(base_info.facts)), Contents(), {}
@@ -112,8 +112,8 @@ def _write_from_deltas(
 
 
 def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Path) -> None:
-    """``BaseMismatchError`` if the weights of ``model`` do not match the fingerprints in ``record``,
-    which the dense file ``source`` copied from its adapter's record."""
+    """``BaseMismatchError`` if the weights of ``model`` do not match the fingerprints in
+    ``record``, which the dense file ``source`` copied from its adapter's record."""
     tensors = [tensor for tensor in list_weights(Names(model)) if tensor.is_readable]
     fingerprints = zip(
         tensors, fingerprints_of(tensors, kind=recorded_hash_kind(record)), strict=True

@@ -66,8 +66,8 @@ def require_supported(
 
 
 def list_losses(saved: AdapterFiles, target_format: str) -> list[str]:
-    """Descriptions of contents of the source that ``target_format`` cannot store, although no output
-    depends on them."""
+    """Descriptions of contents of the source that ``target_format`` cannot store, although they
+    change no output."""
     hash_text = "hashes" if target_format == "dense" else "fingerprints of the base, hashes"
     variant, dropout = saved.config.variant, saved.config.dropout
     is_veneer, is_folder = target_format == "veneer", target_format in ("veneer", "peft")

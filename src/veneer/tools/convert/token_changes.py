@@ -128,9 +128,9 @@ def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
 
 
 def split_head(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
-    """(the input embedding, the head) if the base stores them as two equal weights, and they were
-    one tied weight in the base that the adapter was trained on. None otherwise. The adapter's record
-    lists every weight of that base, so a tied head is missing in it.
+    """(the input embedding's weight, the head's) if the base stores them as two equal weights, and
+    they were one tied weight in the base that the adapter was trained on; None otherwise. The
+    adapter's record lists every weight of that base, so a tied head is missing in it.
 
     Raises:
         AdapterError: the two weights differ.
@@ -143,28 +143,28 @@ def split_head(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] |
     record = saved.metadata.get("base") or {}
     if not record.get("rest") or any(id(module) not in path_by_id for module in embeddings):
         return None
-    (embedding, embedding_weight), (head, head_weight) = (
+    (embedding_path, embedding_weight), (head_path, head_weight) = (
         (path_by_id[id(module)], weight_of(module, "weight")) for module in embeddings
     )
     recorded_names = {*record["weights"], *record["rest"], *record.get("fresh", ())}
     if (
-        embedding not in saved.tokens
+        embedding_path not in saved.tokens
         or embedding_weight is head_weight
-        or parameter_path(head, "weight") in recorded_names
-        or head in saved.full
+        or parameter_path(head_path, "weight") in recorded_names
+        or head_path in saved.full
     ):
         return None
     if not torch.equal(
         *(cast(Any, storage_of(weight)).dense(weight) for weight in (embedding_weight, head_weight))
     ):
         problem = (
-            f"trained tokens of {embedding!r}, then the head too, and a base whose {head!r} has"
+            f"trained tokens of {embedding_path!r}, then the head too, and a base whose {head_path!r} has"
             " other numbers"
         )
         raise AdapterError(
             problem, "a copy of the embedding", f"give the base that it was trained on, or {_MERGE_HINT}"
         )
-    return (embedding, "weight"), (head, "weight")
+    return (embedding_path, "weight"), (head_path, "weight")
 
 
 def token_fingerprints(names: Names, saved: AdapterFiles) -> dict[str, str]:

@@ -1,20 +1,20 @@
-"""Examine an adapter: how much of its rank is used, which weights it changes most, and what the
-model may have forgotten.
+"""Examine an adapter: how much of its rank is used, which weights it changes most, and whether the
+model may have forgotten something.
 
-    examine(adapter, …)  ->  Report      numbers alone; ``to_dict()`` is the JSON
-    report_page.page(facts)  ->  str     one HTML page, rendered from that JSON alone
+    examine(adapter, …)  ->  Report      all numbers; ``to_dict()`` returns them as JSON values
+    report_page.page(facts)  ->  str     one HTML page, from these JSON values alone
 
-Computed for each weight from the thin factors: the singular values of ΔW (for a stack or a grouped
-convolution, the root of the sum of squares over its groups), and
+For each weight the singular values of ΔW are computed from the factors A and B. (For a stack or a
+grouped convolution, each is the root of the sum of squares over the groups.) From these follow
 
-    effective rank   exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ / Σ σ: Roy and Vetterli 2007, "The effective rank".
-                     It is r if all σᵢ are equal
-    rank for 99 %    the lowest rank that keeps this share of ‖ΔW‖²
+    effective rank   exp(−Σ pᵢ log pᵢ) with pᵢ = σᵢ / Σ σ (Roy and Vetterli 2007, "The effective
+                     rank"). If r singular values are equal and the others 0, it is r
+    rank for 99 %    the lowest rank that keeps 99 % of ‖ΔW‖²
     lost at rank r   ‖ΔW − ΔW truncated to r‖ / ‖ΔW‖, over all weights
 
-With a base: ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``). With another adapter:
-the similarity of the spaces of both (``tools/compare.py``), and that of two random spaces,
-max(r, r') / n.
+With a base, the report adds ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``). With
+another adapter, it adds the similarity of the two adapters' row spaces and column spaces
+(``tools/compare.py``), and for comparison the similarity of two random spaces, max(r, r') / n.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intru
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
 
-#: the share of ‖ΔW‖² that the suggested rank must keep; the share of the allotted rank above which
-#: the rank counts as fully used
+#: ENOUGH: the share of ‖ΔW‖² that the suggested rank must keep. FULL: the rank counts as fully used
+#: if the effective rank is at least this share of it
 ENOUGH, FULL = 0.99, 0.75
 
 
 @dataclass(frozen=True)
 class Shared:
-    """The similarity of a weight's change to that of the other adapter. ``read`` and ``written``:
-    φ of the row spaces and of the column spaces; ``angles``: their principal angles in degrees;
-    ``chance``: φ of two random spaces of these ranks."""
+    """How two adapters' changes of a weight compare. ``read``: φ of the row spaces (the inputs that
+    ΔW reads); ``written``: φ of the column spaces (the outputs that ΔW writes); None if a change is
+    zero. ``chance_…``: φ of two random spaces of these ranks. ``angles_…``: the principal angles in
+    degrees."""
 
     cosine: float
     read: float | None
@@ -63,10 +64,19 @@ class Shared:
 
 @dataclass(frozen=True)
 class ReportLayer:
-    """One weight that changes. ``block``: the first number in its path, or None. ``relative``: ‖W'
-    − W‖ / ‖W‖; None without a base. ``cosines``, ``control``: cosines of the leading singular
-    vectors of W' and of the control; empty if none were examined. ``intruders``: how many are below
-    the threshold, in W' and in the control."""
+    """One weight that the adapter changes.
+
+    Fields:
+        block: the first number in its path; None without any.
+        kind: the last name in its path, such as "q_proj".
+        norm: ‖ΔW‖.
+        rank_90, rank_99: the lowest ranks that keep 90 % and 99 % of ‖ΔW‖².
+        relative: ‖W' − W‖ / ‖W‖; None without a base.
+        cosines, control: cosines of the leading singular vectors of W' and of the control change;
+            empty if none were examined.
+        intruders: how many of these cosines are below the threshold: (in W', in the control).
+        shared: the comparison with the other adapter's change; None if there is none.
+    """
 
     path: str
     block: int | None
@@ -86,13 +96,13 @@ class ReportLayer:
 
     @property
     def used(self) -> float:
-        """The used share of the allotted rank."""
+        """The effective rank as a share of the rank."""
         return self.effective_rank / self.rank
 
 
 @dataclass(frozen=True)
 class Cut:
-    """All weights truncated to a rank. ``lost``: ‖truncated part‖ / ‖ΔW‖."""
+    """All weights truncated to a rank. ``lost``: ‖truncated part‖ / ‖ΔW‖ over all weights."""
 
     rank: int
     lost: float
@@ -100,10 +110,20 @@ class Cut:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of ``examine``. ``base``: its name, None if its weights were not read; ``other``:
-    the other adapter. ``in_full``: parameters trained in full, which the report does not examine.
-    ``next_rank`` and ``why``: the rank to train with next, and the reason. ``cuts``: truncations of
-    all layers to lower ranks."""
+    """The result of ``examine``.
+
+    Fields:
+        about: facts about the adapter, such as its rank and variant.
+        base: the name of the base; None if its weights were not read.
+        other: the other adapter; None without any.
+        cuts: the truncations of all weights to lower ranks.
+        next_rank, why: the rank to train with next, and the reason.
+        in_full: parameters that are trained in full, which the report does not examine.
+        only_here, only_other: weights that only this, only the other adapter changes.
+        leading: how many singular vectors of each weight were examined; 0 without a base.
+        seconds: the duration of the search for intruders.
+        weight_intruders: the intruders of each weight, for ``repair``; not in the JSON values.
+    """
 
     adapter: str
     about: Mapping[str, Any]
@@ -119,16 +139,20 @@ class Report:
     leading: int = 0
     threshold: float = THRESHOLD
     seconds: float = 0.0
-    #: the intruders of each weight, as ``repair`` takes them; not in the JSON
-    found: tuple[WeightIntruders, ...] = field(default=(), repr=False)
+    weight_intruders: tuple[WeightIntruders, ...] = field(default=(), repr=False)
 
     @property
     def norm(self) -> float:
+        """‖ΔW‖ over all weights."""
         return math.hypot(*(layer.norm for layer in self.layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values; NaN and infinity become None."""
-        facts = {name: value for name, value in vars(self).items() if name != "found"}
+        """The report as JSON values. NaN and infinity become None."""
+        facts = {
+            field_name: field_value
+            for field_name, field_value in vars(self).items()
+            if field_name != "weight_intruders"
+        }
         facts["layers"] = [{**asdict(layer), "used": layer.used} for layer in self.layers]
         facts["cuts"] = [asdict(cut) for cut in self.cuts]
         return json.loads(
@@ -152,23 +176,24 @@ def examine(
     """Examine an adapter.
 
     Args:
-        base, model: as ``compose`` takes them.
-        base_name: the name of the base in the report.
+        base, model: as for ``compose``.
+        base_name: the name of the base that the report shows.
         other: another adapter of the same model.
         count, threshold: how many leading singular vectors of each weight to examine (0: none), and
-            the cosine below which one is an intruder.
-        seed: seed of the control's random directions.
-        progress: called with (path, done, total) after each weight of the base.
+            the cosine below which a vector is an intruder.
+        seed: seed of the random directions of the control.
+        progress: called with (path of a weight, number of weights done, number of weights) after
+            the search for intruders in the weight.
 
     Raises:
-        AdapterError: an adapter cannot be read, has no low-rank change, or its shapes differ from
-            those of ``other``; or the base lacks a weight.
+        AdapterError: an adapter cannot be read, the adapter has no low-rank change, the shapes of
+            the two adapters differ, or the base lacks a weight.
         BaseMismatchError: the adapter was trained on another base.
     """
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
-    weights = FrozenWeights(base, model)
+    base_weights = FrozenWeights(base, model)
     aligned_weights = [
-        aligned for aligned in align([saved], weights.parameter_order) if aligned.alias_of is None
+        aligned for aligned in align([saved], base_weights.parameter_order) if aligned.alias_of is None
     ]
     if not aligned_weights:
         problem = f"{saved.path}, which changes no weight at a low rank"
@@ -177,20 +202,20 @@ def examine(
             "changes of the form scale · B @ A",
             "`veneer inspect` lists what it trains in full",
         )
-    lows, intruders = applied_products(saved), {}
+    products, intruders = applied_products(saved), {}
     if base is not None:
-        search = find_intruders(
-            saved, weights, count=count, threshold=threshold, control=True, seed=seed
+        intruder_results = find_intruders(
+            saved, base_weights, count=count, threshold=threshold, control=True, seed=seed
         )
-        for done, result in enumerate(search, 1):
+        for done, result in enumerate(intruder_results, 1):
             intruders[result.aligned.model_path] = result
             if progress is not None:
                 progress(result.aligned.model_path, done, len(aligned_weights))
     difference = None if other is None else compare(saved, other)
-    relations = [] if difference is None else difference.layers
-    shared = {layer.path: _relate_layers(layer, lows[layer.path]) for layer in relations}
+    layer_differences = [] if difference is None else difference.layers
+    shared = {layer.path: _relate_layers(layer, products[layer.path]) for layer in layer_differences}
     layers = [
-        _examine_layer(aligned, lows[path], intruders.get(path), threshold, shared.get(path))
+        _examine_layer(aligned, products[path], intruders.get(path), threshold, shared.get(path))
         for aligned in aligned_weights
         for path in [aligned.model_path]
     ]
@@ -211,12 +236,12 @@ def examine(
         leading=count if base is not None else 0,
         threshold=threshold,
         seconds=sum(result.seconds for result in intruders.values()),
-        found=tuple(intruders.values()),
+        weight_intruders=tuple(intruders.values()),
     )
 
 
 def _full_names(saved: AdapterFiles) -> list[str]:
-    """Parameters that are trained in full, and descriptions of trained token rows."""
+    """Paths of parameters that are trained in full, and descriptions of trained token rows."""
     names = [
         f"{peft_paths.strip_wrappers(path)[0]}.{name}"
         for path, tensors in saved.full.items()
@@ -226,9 +251,9 @@ def _full_names(saved: AdapterFiles) -> list[str]:
 
 
 def _describe_adapter(saved: AdapterFiles) -> dict[str, Any]:
-    record = saved.metadata.get("base", {})
+    base_record = saved.metadata.get("base", {})
     return {
-        "base": record.get("name") or saved.peft_config.get("base_model_name_or_path"),
+        "base": base_record.get("name") or saved.peft_config.get("base_model_name_or_path"),
         "variant": saved.config.variant,
         "rank": saved.config.rank,
         "alpha": saved.peft_config["lora_alpha"],
@@ -238,7 +263,7 @@ def _describe_adapter(saved: AdapterFiles) -> dict[str, Any]:
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """exp of the entropy of the singular values, normalised to sum 1; 0 if all are 0."""
+    """exp of the entropy of the singular values after division by their sum; 0 if all are 0."""
     total = float(spectrum.sum())
     if not total:
         return 0.0
@@ -248,14 +273,15 @@ def effective_rank(spectrum: Tensor) -> float:
 
 def _examine_layer(
     aligned: AlignedWeight,
-    low: LowRank,
+    low_rank: LowRank,
     weight_intruders: WeightIntruders | None,
     threshold: float,
     shared: Shared | None,
 ) -> ReportLayer:
-    svd = low.svd()
+    svd = low_rank.svd()
     spectrum = svd.S.square().sum(0).sqrt()
-    norm, number = float(spectrum.norm()), re.search(r"(?:^|\.)(\d+)\.", f"{aligned.model_path}.")
+    norm = float(spectrum.norm())
+    block_match = re.search(r"(?:^|\.)(\d+)\.", f"{aligned.model_path}.")
     rank_90, rank_99 = (svd.rank_for(share) if norm else 0 for share in (0.9, ENOUGH))
     relative, cosines, control, intruders = None, (), (), None
     if weight_intruders is not None:
@@ -270,7 +296,7 @@ def _examine_layer(
         )
     return ReportLayer(
         path=aligned.model_path,
-        block=None if number is None else int(number[1]),
+        block=None if block_match is None else int(block_match[1]),
         kind=aligned.model_path.rpartition(".")[2],
         shape=aligned.template.dims,
         rank=aligned.template.rank,
@@ -287,60 +313,55 @@ def _examine_layer(
     )
 
 
-def _relate_layers(layer: LayerDifference, low: LowRank) -> Shared:
+def _relate_layers(layer: LayerDifference, low_rank: LowRank) -> Shared:
     largest_rank, rows, columns = max(layer.ranks), layer.rows, layer.columns
     return Shared(
         layer.cosine,
         None if rows is None else rows.similarity,
         None if columns is None else columns.similarity,
-        min(1.0, largest_rank / low.A.shape[2]),
-        min(1.0, largest_rank / low.B.shape[1]),
+        min(1.0, largest_rank / low_rank.A.shape[2]),
+        min(1.0, largest_rank / low_rank.B.shape[1]),
         () if rows is None else rows.angles,
         () if columns is None else columns.angles,
     )
 
 
 def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
-    """Truncations at the powers of two below the largest rank, and at that rank."""
-    largest, total_norm = (
+    """Truncations to the powers of two below the largest rank, and to the largest rank."""
+    largest_rank, total_norm = (
         max(layer.rank for layer in layers),
         math.hypot(*(layer.norm for layer in layers)),
     )
-    ranks = [2**power for power in range(largest.bit_length()) if 2**power < largest]
-    lost = [
-        math.hypot(*(value for layer in layers for value in layer.spectrum[rank:]))
+    ranks = [2**power for power in range(largest_rank.bit_length()) if 2**power < largest_rank]
+    lost_norms = [
+        math.hypot(*(sigma for layer in layers for sigma in layer.spectrum[rank:]))
         for rank in ranks
     ]
     return [
         *(
-            Cut(rank, lost / total_norm if total_norm else 0.0)
-            for rank, lost in zip(ranks, lost, strict=True)
+            Cut(rank, lost_norm / total_norm if total_norm else 0.0)
+            for rank, lost_norm in zip(ranks, lost_norms, strict=True)
         ),
-        Cut(largest, 0.0),
+        Cut(largest_rank, 0.0),
     ]
 
 
 def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int, str]:
-    """(the rank to train with next, the reason), from the change alone, without any loss."""
-    allotted = cuts[-1].rank
-    used = sorted(layer.used for layer in layers)[len(layers) // 2]
+    """(the rank to train with next, the reason), from the singular values of ΔW alone."""
+    largest_rank = cuts[-1].rank
+    median_use = sorted(layer.used for layer in layers)[len(layers) // 2]
     if not any(layer.norm for layer in layers):
-        return allotted, "every change is zero: it was not trained"
-    enough = next(cut.rank for cut in cuts if cut.lost**2 <= 1 - ENOUGH)
-    if enough < allotted:
+        return largest_rank, "every change is zero: it was not trained"
+    sufficient_rank = next(cut.rank for cut in cuts if cut.lost**2 <= 1 - ENOUGH)
+    if sufficient_rank < largest_rank:
+        kept_share = 1 - next(cut.lost for cut in cuts if cut.rank == sufficient_rank) ** 2
+        return sufficient_rank, f"rank {sufficient_rank} holds {kept_share:.1%} of ‖ΔW‖²"
+    if median_use >= FULL:
         return (
-            enough,
+            2 * largest_rank,
             (
-                f"rank {enough} holds {1 - next(c.lost for c in cuts if c.rank == enough) ** 2:.1%}"
-                " of ‖ΔW‖²"
+                f"the median weight uses {median_use:.0%} of its rank: try whether twice as much"
+                " lowers the loss"
             ),
         )
-    if used >= FULL:
-        return (
-            2 * allotted,
-            (
-                f"the median weight uses {used:.0%} of its rank: try whether twice as much lowers"
-                " the loss"
-            ),
-        )
-    return allotted, f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²"
+    return largest_rank, f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²"
