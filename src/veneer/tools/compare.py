@@ -44,7 +44,7 @@ RANK_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Space:
-    """How two subspaces lie to each other: their similarity φ, and the principal angles in degrees, ascending."""
+    """The similarity φ of two subspaces, and their principal angles in degrees, ascending."""
 
     similarity: float
     angles: tuple[float, ...]
@@ -174,8 +174,8 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
         AdapterError: an adapter cannot be read, or changes of one weight have different shapes, so
             that the adapters cannot belong to one model.
     """
-    adapters = [saved if isinstance(saved, AdapterFiles) else read(saved) for saved in (a, b)]
-    products, problems = [applied_products(saved) for saved in adapters], []
+    adapters = [saved_adapter if isinstance(saved_adapter, AdapterFiles) else read(saved_adapter) for saved_adapter in (a, b)]
+    products, problems = [applied_products(saved_adapter) for saved_adapter in adapters], []
     shared_paths = [path for path in products[0] if path in products[1]]
     for path in shared_paths:
         dims = [
@@ -187,9 +187,9 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
             problems.append(sentence(problem, "adapters of one model", "compare those"))
     raise_all(AdapterError, "These adapters cannot be compared", problems)
     magnitudes = [
-        {layer.target_path: layer.extras for layer in saved.low.values()} for saved in adapters
+        {layer.target_path: layer.extras for layer in saved_adapter.low.values()} for saved_adapter in adapters
     ]
-    full_tensors = [_full_tensors(saved) for saved in adapters]
+    full_tensors = [_full_tensors(saved_adapter) for saved_adapter in adapters]
     exclusive_names = [
         tuple(
             name
@@ -199,7 +199,7 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
         )
         for index in (0, 1)
     ]
-    config_a, config_b = (saved.config.to_dict() for saved in adapters)
+    config_a, config_b = (saved_adapter.config.to_dict() for saved_adapter in adapters)
     config_differences = {
         field_name: (config_a[field_name], config_b[field_name])
         for field_name in config_a
@@ -303,11 +303,11 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
     return Space(min(1.0, squared_overlap / smaller_rank), tuple(sorted(angles)))
 
 
-def _full_tensors(saved: AdapterFiles) -> dict[str, Tensor]:
+def _full_tensors(saved_adapter: AdapterFiles) -> dict[str, Tensor]:
     """The parameters that an adapter trains in full and its trained token rows, by path; a row has
     the path of its weight and the token id, as in "embed.weight[7]"."""
     tensors_by_path = (
-        (peft_paths.strip_wrappers(path)[0], tensors) for path, tensors in saved.full.items()
+        (peft_paths.strip_wrappers(path)[0], tensors) for path, tensors in saved_adapter.full.items()
     )
     full_parameters = {
         parameter_path(module_path, name): tensor
@@ -316,7 +316,7 @@ def _full_tensors(saved: AdapterFiles) -> dict[str, Tensor]:
     }
     token_rows = (
         (weight_tokens, *id_and_row)
-        for weight_tokens in saved.tokens.values()
+        for weight_tokens in saved_adapter.tokens.values()
         for id_and_row in zip(weight_tokens.ids, weight_tokens.rows, strict=True)
     )
     return full_parameters | {
@@ -337,7 +337,7 @@ def _compare_bases(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ..
     """("same", "different" or "unknown" for the two bases, the paths of weights whose recorded
     fingerprints differ)."""
     fingerprints_a, fingerprints_b = (
-        recorded_fingerprints(saved.metadata.get("base", {})) for saved in (a, b)
+        recorded_fingerprints(saved_adapter.metadata.get("base", {})) for saved_adapter in (a, b)
     )
     comparable_names = [
         name

@@ -92,7 +92,7 @@ class WeightIntruders:
 
 
 def find_intruders(
-    saved: AdapterFiles,
+    saved_adapter: AdapterFiles,
     base_weights: FrozenWeights,
     *,
     count: int = COUNT,
@@ -117,13 +117,13 @@ def find_intruders(
         raise ConfigError(
             problem, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}"
         )
-    products = applied_products(saved)
-    for aligned in align([saved], base_weights.parameter_order):
+    products = applied_products(saved_adapter)
+    for aligned in align([saved_adapter], base_weights.parameter_order):
         if aligned.alias_of is None:
             low_rank = products[aligned.model_path]
             generator = torch.Generator().manual_seed(seed) if control else None
             yield _find_in_weight(
-                aligned, low_rank, saved, base_weights, count, threshold, generator
+                aligned, low_rank, saved_adapter, base_weights, count, threshold, generator
             )
 
 
@@ -131,14 +131,14 @@ def find_intruders(
 def _find_in_weight(
     aligned: AlignedWeight,
     low_rank: LowRank,
-    saved: AdapterFiles,
+    saved_adapter: AdapterFiles,
     base_weights: FrozenWeights,
     count: int,
     threshold: float,
     generator: torch.Generator | None,
 ) -> WeightIntruders:
     start_time = time.perf_counter()
-    weight, is_transposed, _ = base_weights.proven_weight(aligned, [saved])
+    weight, is_transposed, _ = base_weights.proven_weight(aligned, [saved_adapter])
     low_rank = (low_rank.T if is_transposed else low_rank).to(torch.float64)
     magnitude = aligned.layers[0].extras.get(peft.MAGNITUDE)
     gains = None if magnitude is None else gain_of(Term(low_rank, magnitude, 1.0), weight.double())

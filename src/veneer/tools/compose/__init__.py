@@ -164,13 +164,13 @@ def compose(
     adapter_files = [
         adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
     ]
-    for saved in adapter_files:
-        saved.refuse_trained_tokens("a combination of adapters")
-        saved.refuse_invocation_tokens("a combination of adapters")
+    for saved_adapter in adapter_files:
+        saved_adapter.refuse_trained_tokens("a combination of adapters")
+        saved_adapter.refuse_invocation_tokens("a combination of adapters")
     used_indices = [index for index, weight in enumerate(adapter_weights) if weight]
     notes = [
-        f"{saved.path} has weight 0 and is left out"
-        for index, saved in enumerate(adapter_files)
+        f"{saved_adapter.path} has weight 0 and is left out"
+        for index, saved_adapter in enumerate(adapter_files)
         if index not in used_indices
     ]
     sources = [adapter_files[index] for index in used_indices]
@@ -220,11 +220,11 @@ def _provenance(
     the name of its folder, the hash of its record, and its weight."""
     adapter_entries = [
         {
-            "adapter": saved.path.name,
-            "record": saved.metadata.get("hashes", {}).get("record"),
+            "adapter": saved_adapter.path.name,
+            "record": saved_adapter.metadata.get("hashes", {}).get("record"),
             "weight": weight,
         }
-        for saved, weight in zip(adapters, weights, strict=True)
+        for saved_adapter, weight in zip(adapters, weights, strict=True)
     ]
     option_fields = {"rank": options.rank, "energy": options.energy}
     option_fields |= (

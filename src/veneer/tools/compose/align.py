@@ -59,8 +59,8 @@ def align(
     """
     problems: list[str] = []
     changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
-    for adapter_index, saved in enumerate(saved_adapters):
-        for path, layer in saved.low.items():
+    for adapter_index, saved_adapter in enumerate(saved_adapters):
+        for path, layer in saved_adapter.low.items():
             changes.setdefault(layer.target_path, {})[adapter_index] = path, layer
     parameter_paths = {
         model_path
@@ -126,17 +126,17 @@ def _find_weights_and_aliases(
     weight_paths: dict[str, str] = {}
     candidates: dict[str, dict[tuple[str, bool], None]] = {}
     layers_by_path = [
-        {layer.target_path: layer for layer in saved.low.values()} for saved in saved_adapters
+        {layer.target_path: layer for layer in saved_adapter.low.values()} for saved_adapter in saved_adapters
     ]
-    for saved, layers in zip(saved_adapters, layers_by_path, strict=True):
+    for saved_adapter, layers in zip(saved_adapters, layers_by_path, strict=True):
         # the paths of the weights in the record, by model path
         recorded_weights = {
             path if path in layers else path.rpartition(".")[0]: path
-            for path in saved.metadata.get("changes", {})
+            for path in saved_adapter.metadata.get("changes", {})
         }
         weight_paths |= recorded_weights
         for model_path in (
-            layers.keys() - recorded_weights.keys() if saved.record is not None else ()
+            layers.keys() - recorded_weights.keys() if saved_adapter.record is not None else ()
         ):
             ties = {
                 (tied_path, transposed): None
@@ -252,7 +252,7 @@ def _order_parameters(
     return parameter_paths
 
 
-def applied_products(saved: AdapterFiles) -> dict[str, LowRank]:
+def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
     """The low-rank product of each change by model path, scaled as the library that wrote the
     folder applies it: PEFT adds the change of an attention's out-projection
     ``peft_behaviour.OUT_PROJ_REPEATS`` times.
@@ -261,10 +261,10 @@ def applied_products(saved: AdapterFiles) -> dict[str, LowRank]:
         AdapterError: it is unknown how the PEFT version that wrote the folder applies a change.
     """
     products = {}
-    for path, layer in saved.low.items():
-        is_repeated = saved.record is None and peft_paths.attention_of(path) is not None
-        if is_repeated and (reason := peft_behaviour.out_proj_problem(saved.peft_config)) is not None:
-            problem = f"a change of {layer.target_path!r} in {saved.path}: {reason}"
+    for path, layer in saved_adapter.low.items():
+        is_repeated = saved_adapter.record is None and peft_paths.attention_of(path) is not None
+        if is_repeated and (reason := peft_behaviour.out_proj_problem(saved_adapter.peft_config)) is not None:
+            problem = f"a change of {layer.target_path!r} in {saved_adapter.path}: {reason}"
             raise AdapterError(problem, "a known meaning", "use PEFT for it")
         products[layer.target_path] = (
             replace(layer.low, scale=layer.scale * peft_behaviour.OUT_PROJ_REPEATS)

@@ -161,8 +161,8 @@ class FrozenWeights:
             actual = actual or (None if expected is None else fingerprint(frozen.dense, expected))
             if actual != expected and expected is not None:
                 problem = (
-                    f"another weight {aligned.weight_path!r} in the base than {source.path} was made"
-                    " for"
+                    f"another weight {aligned.weight_path!r} in the base than {source.path} was"
+                    " made for"
                 )
                 raise BaseMismatchError(problem, "the base of the adapters", "pass that base")
         return frozen

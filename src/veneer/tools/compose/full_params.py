@@ -117,7 +117,8 @@ def _combine_param(
         return None
     if base_tensor is not None and base_tensor.shape != first_tensor.shape:
         problem = (
-            f"{path!r} of shape {tuple(first_tensor.shape)}, in the base of {tuple(base_tensor.shape)}"
+            f"{path!r} of shape {tuple(first_tensor.shape)},"
+            f" in the base of {tuple(base_tensor.shape)}"
         )
         problems.append(sentence(problem, "one shape", "pass the base that the adapters are of"))
         return None

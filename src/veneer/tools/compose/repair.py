@@ -124,31 +124,31 @@ def repair(
         )
     _check_factor(factor)
     must_not_exist(Path(out), overwrite)
-    saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
-    saved.refuse_trained_tokens("a repair")
-    saved.refuse_invocation_tokens("a repair")
-    base_weights, products = FrozenWeights(base, model), applied_products(saved)
+    saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
+    saved_adapter.refuse_trained_tokens("a repair")
+    saved_adapter.refuse_invocation_tokens("a repair")
+    base_weights, products = FrozenWeights(base, model), applied_products(saved_adapter)
     if intruders is None:
-        intruders = [*find_intruders(saved, base_weights, count=count, threshold=threshold)]
+        intruders = [*find_intruders(saved_adapter, base_weights, count=count, threshold=threshold)]
     repaired_layers, reports = {}, []
     for result in intruders:
         path = result.aligned.model_path
         layer = result.aligned.layers[0]
         repaired_layers[path] = _repair_layer(
-            result, layer, products[path], factor, base_weights, saved
+            result, layer, products[path], factor, base_weights, saved_adapter
         )
         reports.append(_report_weight(result, repaired_layers[path].rank, factor))
-    aligned_weights = align([saved], base_weights.parameter_order)
+    aligned_weights = align([saved_adapter], base_weights.parameter_order)
     entries = {
         aligned.entry_path: _folder_entry(aligned, repaired_layers) for aligned in aligned_weights
     }
     options = ComposeOptions("sum", None, None, 1.0, 0)
     full_params = combine_full_params(
-        [saved], aligned_weights, lambda names, source_index: 1.0, options, base_weights
+        [saved_adapter], aligned_weights, lambda names, source_index: 1.0, options, base_weights
     )
     provenance = {
         "repaired": {
-            "adapter": saved.path.name,
+            "adapter": saved_adapter.path.name,
             "factor": factor,
             "intruders": sum(result.count for result in intruders),
         },
@@ -156,7 +156,7 @@ def repair(
     }
     variant = "dora" if any(layer.extras for layer in entries.values()) else "lora"
     folder = write_derived(
-        out, [saved], entries, full_params, variant=variant, provenance=provenance, overwrite=overwrite
+        out, [saved_adapter], entries, full_params, variant=variant, provenance=provenance, overwrite=overwrite
     )
     total_distance = math.hypot(*(result.distance for result in intruders))
     removed_norm = math.hypot(
@@ -202,7 +202,7 @@ def _repair_layer(
     low_rank: LowRank,
     factor: float,
     base_weights: FrozenWeights,
-    saved: AdapterFiles,
+    saved_adapter: AdapterFiles,
 ) -> peft.PeftLayer:
     magnitude, dtype = (
         layer.extras.get(peft.MAGNITUDE),
@@ -214,7 +214,7 @@ def _repair_layer(
     repaired_change = LowRank.sum([low_rank, _intruder_change(intruders, low_rank, factor)], [1, 1]).compact()
     if intruders.gain is not None:
         repaired_change = repaired_change.to(dtype)
-        W = base_weights.frozen_weight(intruders.aligned, saved.peft_config).weight.double()
+        W = base_weights.frozen_weight(intruders.aligned, saved_adapter.peft_config).weight.double()
         magnitude = (intruders.gain.flatten() * row_norms(W, repaired_change).flatten()).to(dtype)
     repaired_change = repaired_change.T if intruders.is_transposed else repaired_change
     # PEFT adds the change of an attention's out-projection more than once

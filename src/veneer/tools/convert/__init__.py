@@ -142,43 +142,43 @@ def conversion(
             problem, "the base that the adapter was made for", 'give base, or choose "peft"'
         )
     with tempfile.TemporaryDirectory() as scratch:
-        saved, contents, errors = read_source(
+        saved_adapter, contents, errors = read_source(
             source, source_format, Path(scratch) / "adapter", base_info, options, verify_base
         )
-        left_out = [*contents.left_out, *list_losses(saved, to)]
-        require_supported(saved, source_format, target, base_info)
-        if saved.tuner is not None and to == "peft":
-            lora_folder = write_derived(Path(scratch) / "plain", [saved], saved.low, saved.full)
-            saved = folder.read(lora_folder)
+        left_out = [*contents.left_out, *list_losses(saved_adapter, to)]
+        require_supported(saved_adapter, source_format, target, base_info)
+        if saved_adapter.tuner is not None and to == "peft":
+            lora_folder = write_derived(Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full)
+            saved_adapter = folder.read(lora_folder)
         changes_weights = not FORMATS[source_format].peft
         adapted_base = partial(
-            _adapted_base, base_info, saved, verify_base, changes_weights
+            _adapted_base, base_info, saved_adapter, verify_base, changes_weights
         )
         if to == "veneer":
             provenance = {"converted from": source_format, **contents.about}
-            changes = _write_veneer(saved, out, base_info.facts, adapted_base, provenance, overwrite)
+            changes = _write_veneer(saved_adapter, out, base_info.facts, adapted_base, provenance, overwrite)
         elif target.write is None:  # "peft", the only other format without a writer
-            changes = _write_peft(saved, out, base_info.facts, options, overwrite)
+            changes = _write_peft(saved_adapter, out, base_info.facts, options, overwrite)
         else:
-            require_token_rows(saved, to, base_info.facts)
-            changes = list_changes(saved, base_info.facts)
-            adapter = build_adapter(saved, to, changes, base_info, adapted_base)
+            require_token_rows(saved_adapter, to, base_info.facts)
+            changes = list_changes(saved_adapter, base_info.facts)
+            adapter = build_adapter(saved_adapter, to, changes, base_info, adapted_base)
             changes = adapter.changes
             with new_file(out, overwrite=overwrite) as file:
                 left_out += target.write(adapter, file, base_info.facts, options)
     ranks = {
-        parameter_path(path, "weight"): len(tokens.ids) for path, tokens in saved.tokens.items()
+        parameter_path(path, "weight"): len(tokens.ids) for path, tokens in saved_adapter.tokens.items()
     }
     ranks |= {change.weight: change.layer.rank for change in changes}
     full = tuple(
-        parameter_path(path, name) for path, tensors in saved.full.items() for name in tensors
+        parameter_path(path, name) for path, tensors in saved_adapter.full.items() for name in tensors
     )
     source_name = source_format if tuner_type is None else f"peft ({tuner_type})"
     return Conversion(out, source_name, to, ranks, full, tuple(left_out), errors)
 
 
 def _write_veneer(
-    saved: AdapterFiles,
+    saved_adapter: AdapterFiles,
     out: Path,
     base_facts: BaseFacts,
     adapted_base: Callable[[], AbstractContextManager[nn.Module]],
@@ -190,8 +190,8 @@ def _write_veneer(
             model,
             out,
             name=deltas.ADAPTER_NAME,
-            base_name=saved.peft_config.get("base_model_name_or_path") or base_facts.name,
-            provenance={**provenance, **saved.metadata.get("provenance", {})},
+            base_name=saved_adapter.peft_config.get("base_model_name_or_path") or base_facts.name,
+            provenance={**provenance, **saved_adapter.metadata.get("provenance", {})},
             overwrite=overwrite,
         )
     # some layers get another rank on the base than in the source, so the ranks are read again
@@ -199,26 +199,26 @@ def _write_veneer(
 
 
 def _write_peft(
-    saved: AdapterFiles, out: Path, base_facts: BaseFacts, options: Options, overwrite: bool
+    saved_adapter: AdapterFiles, out: Path, base_facts: BaseFacts, options: Options, overwrite: bool
 ) -> tuple[LowRankChange, ...]:
-    tensors, _ = read_tensors(saved.path / peft.TENSORS)
+    tensors, _ = read_tensors(saved_adapter.path / peft.TENSORS)
     folder.write(
         out,
         {key: cast(tensor, options.dtype) for key, tensor in tensors.items()},
-        saved.peft_config,
+        saved_adapter.peft_config,
         base=None,
         changes=None,
-        config=saved.config,
+        config=saved_adapter.config,
         provenance={},
         overwrite=overwrite,
         parameters={},
     )
-    return list_changes(saved, base_facts)
+    return list_changes(saved_adapter, base_facts)
 
 
 @contextmanager
 def _adapted_base(
-    base_info: BaseInfo, saved: AdapterFiles, verify_base: bool, changes_weights: bool
+    base_info: BaseInfo, saved_adapter: AdapterFiles, verify_base: bool, changes_weights: bool
 ) -> Iterator[nn.Module]:
     """A context with the base and the adapter installed on it. ``changes_weights``: the source
     format stores changes of weights only. The warning ``UnverifiedAdapter`` is hidden, because the
@@ -229,7 +229,7 @@ def _adapted_base(
         warnings.simplefilter("ignore", UnverifiedAdapter)
         install_from(
             model,
-            saved.path,
+            saved_adapter.path,
             deltas.ADAPTER_NAME,
             trainable=False,
             verify_base=verify_base,

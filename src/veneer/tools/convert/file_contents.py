@@ -20,7 +20,7 @@ from veneer.tools.convert.token_changes import replace_token_changes, split_head
 
 
 def build_adapter(
-    saved: AdapterFiles,
+    saved_adapter: AdapterFiles,
     target_format: str,
     changes: tuple[LowRankChange, ...],
     base_info: BaseInfo,
@@ -28,48 +28,48 @@ def build_adapter(
 ) -> Adapter:
     """The adapter as ``Format.write`` takes it. ``adapted_base``: opens a context with the base and
     the adapter installed on it."""
-    if peft.not_for_peft(saved.peft_config) is not None and not base_info.facts.shapes:
-        problem = f"{saved.path}, with layers that only Veneer and its base know"
+    if peft.not_for_peft(saved_adapter.peft_config) is not None and not base_info.facts.shapes:
+        problem = f"{saved_adapter.path}, with layers that only Veneer and its base know"
         raise AdapterError(problem, "the base that it was made for", "give the base")
 
     def compute_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
         if base_info.load_model is None:
-            return deltas.deltas_of_file(changes, saved.full)
+            return deltas.deltas_of_file(changes, saved_adapter.full)
         with adapted_base() as model:
             model_deltas = deltas.deltas_of_model(model, deltas.ADAPTER_NAME)
-            split_refs = split_head(Names(model), saved) if saved.tokens else None
+            split_refs = split_head(Names(model), saved_adapter) if saved_adapter.tokens else None
         if split_refs is not None:
             embedding, head = (parameter_path(*ref) for ref in split_refs)
             model_deltas = {**model_deltas, head: model_deltas[embedding]}
         return model_deltas, []
 
-    base_record: Mapping[str, Any] = saved.metadata.get("base") or {
-        "name": saved.peft_config.get("base_model_name_or_path")
+    base_record: Mapping[str, Any] = saved_adapter.metadata.get("base") or {
+        "name": saved_adapter.peft_config.get("base_model_name_or_path")
     }
-    if saved.tokens:
+    if saved_adapter.tokens:
         with adapted_base() as model:
-            fingerprints = token_fingerprints(Names(model), saved)
+            fingerprints = token_fingerprints(Names(model), saved_adapter)
             weights = {**base_record.get("weights", {}), **fingerprints}
             base_record = {**base_record, "weights": weights}
             if target_format != "dense":  # ``compute_deltas`` includes the token rows
-                changes = replace_token_changes(model, deltas.ADAPTER_NAME, saved, changes)
+                changes = replace_token_changes(model, deltas.ADAPTER_NAME, saved_adapter, changes)
     facts = {
         "base": base_record,
-        "provenance": saved.metadata.get("provenance", {}),
-        "variant": saved.config.variant,
+        "provenance": saved_adapter.metadata.get("provenance", {}),
+        "variant": saved_adapter.config.variant,
     }
-    return Adapter(changes, saved.full, facts, compute_deltas)
+    return Adapter(changes, saved_adapter.full, facts, compute_deltas)
 
 
-def list_changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
+def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
     """The low-rank changes of a folder, with the path of each changed weight and its kind of
     layer."""
-    recorded_weights = saved.metadata.get("changes") or {}
-    attention_paths = (peft.attention_of(path) for path in saved.low)
+    recorded_weights = saved_adapter.metadata.get("changes") or {}
+    attention_paths = (peft.attention_of(path) for path in saved_adapter.low)
     fused_modules = {attention for attention in attention_paths if attention is not None}
-    transposed = bool(saved.peft_config.get("fan_in_fan_out"))
+    transposed = bool(saved_adapter.peft_config.get("fan_in_fan_out"))
     changes = []
-    for path, layer in saved.low.items():
+    for path, layer in saved_adapter.low.items():
         weight = _weight_name(path, layer, recorded_weights, fused_modules, facts)
         kind = kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight))
         changes.append(LowRankChange(weight, layer, kind))

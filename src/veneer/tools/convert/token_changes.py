@@ -39,17 +39,17 @@ from veneer.models.base_weights import list_weights
 _MERGE_HINT = "merge the adapter (`veneer merge`) and take the merged model"
 
 
-def require_token_rows(saved: AdapterFiles, target_format: str, facts: BaseFacts) -> None:
+def require_token_rows(saved_adapter: AdapterFiles, target_format: str, facts: BaseFacts) -> None:
     """``AdapterError`` if the adapter has trained tokens, and the base is missing or lacks rows for
     them."""
-    if not saved.tokens:
+    if not saved_adapter.tokens:
         return
     rows_text, size = (
-        listing(f"{len(tokens.ids)} of {path!r}" for path, tokens in saved.tokens.items()),
-        vocabulary_size(saved),
+        listing(f"{len(tokens.ids)} of {path!r}" for path, tokens in saved_adapter.tokens.items()),
+        vocabulary_size(saved_adapter),
     )
     adapter_description, expected = (
-        f"{saved.path} with trained tokens ({rows_text})",
+        f"{saved_adapter.path} with trained tokens ({rows_text})",
         f"the base with all {size} rows of its vocabulary",
     )
     if not facts.shapes:
@@ -59,7 +59,7 @@ def require_token_rows(saved: AdapterFiles, target_format: str, facts: BaseFacts
         )
         raise AdapterError(problem, expected, f"give the base, or {_MERGE_HINT}")
     base_row_count = min(
-        facts.shapes.get(parameter_path(path, "weight"), (size,))[0] for path in saved.tokens
+        facts.shapes.get(parameter_path(path, "weight"), (size,))[0] for path in saved_adapter.tokens
     )
     if base_row_count < size:
         problem = (
@@ -74,18 +74,18 @@ def require_token_rows(saved: AdapterFiles, target_format: str, facts: BaseFacts
 
 
 def replace_token_changes(
-    model: nn.Module, name: str, saved: AdapterFiles, folder_changes: Iterable[LowRankChange]
+    model: nn.Module, name: str, saved_adapter: AdapterFiles, folder_changes: Iterable[LowRankChange]
 ) -> tuple[LowRankChange, ...]:
-    """The low-rank changes of the adapter ``name``, which was read from ``saved`` and is installed
-    on ``model``. ``folder_changes``: the low-rank changes in its folder. A weight with trained
-    tokens gets a single change instead, which includes its token rows and its low-rank change; it
-    is repeated under every name of the weight.
+    """The low-rank changes of the adapter ``name``, which was read from ``saved_adapter`` and is
+    installed on ``model``. ``folder_changes``: the low-rank changes in its folder. A weight with
+    trained tokens gets a single change instead, which includes its token rows and its low-rank
+    change; it is repeated under every name of the weight.
 
     Raises:
         AdapterError: DoRA rescales a weight with trained tokens, or the base's head differs from
             its embedding although they were tied in training.
     """
-    token_changes = {change.weight: change for change in _token_changes(model, name, saved)}
+    token_changes = {change.weight: change for change in _token_changes(model, name, saved_adapter)}
     return (
         *(change for change in folder_changes if change.weight not in token_changes),
         *token_changes.values(),
@@ -93,10 +93,10 @@ def replace_token_changes(
 
 
 @torch.no_grad()
-def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator[LowRankChange]:
+def _token_changes(model: nn.Module, name: str, saved_adapter: AdapterFiles) -> Iterator[LowRankChange]:
     """The change of each weight with trained tokens, under every name of the weight."""
     names = Names(model)
-    holders_by_id, split_refs = names.holders(), split_head(names, saved)
+    holders_by_id, split_refs = names.holders(), split_head(names, saved_adapter)
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue
@@ -127,7 +127,7 @@ def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
             )
 
 
-def split_head(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
+def split_head(names: Names, saved_adapter: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
     """(the input embedding's weight, the head's) if the base stores them as two equal weights, and
     they were one tied weight in the base that the adapter was trained on; None otherwise. The
     adapter's record lists every weight of that base, so a tied head is missing in it.
@@ -140,7 +140,7 @@ def split_head(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] |
         getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
     ]
     path_by_id = {id(module): path for path, module in names.modules.items()}
-    record = saved.metadata.get("base") or {}
+    record = saved_adapter.metadata.get("base") or {}
     if not record.get("rest") or any(id(module) not in path_by_id for module in embeddings):
         return None
     (embedding_path, embedding_weight), (head_path, head_weight) = (
@@ -148,18 +148,18 @@ def split_head(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] |
     )
     recorded_names = {*record["weights"], *record["rest"], *record.get("fresh", ())}
     if (
-        embedding_path not in saved.tokens
+        embedding_path not in saved_adapter.tokens
         or embedding_weight is head_weight
         or parameter_path(head_path, "weight") in recorded_names
-        or head_path in saved.full
+        or head_path in saved_adapter.full
     ):
         return None
     if not torch.equal(
         *(cast(Any, storage_of(weight)).dense(weight) for weight in (embedding_weight, head_weight))
     ):
         problem = (
-            f"trained tokens of {embedding_path!r}, then the head too, and a base whose {head_path!r} has"
-            " other numbers"
+            f"trained tokens of {embedding_path!r}, then the head too, and a base whose {head_path!r}"
+            " has other numbers"
         )
         raise AdapterError(
             problem, "a copy of the embedding", f"give the base that it was trained on, or {_MERGE_HINT}"
@@ -167,13 +167,13 @@ def split_head(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] |
     return (embedding_path, "weight"), (head_path, "weight")
 
 
-def token_fingerprints(names: Names, saved: AdapterFiles) -> dict[str, str]:
+def token_fingerprints(names: Names, saved_adapter: AdapterFiles) -> dict[str, str]:
     """Fingerprints of the whole weights with trained tokens, by path. The fingerprints in the
     adapter's record leave the trained rows out."""
-    base_record = saved.metadata.get("base") or {}
+    base_record = saved_adapter.metadata.get("base") or {}
     paths = [
         weight_path
-        for token_path in saved.tokens
+        for token_path in saved_adapter.tokens
         if (weight_path := parameter_path(token_path, "weight")) in base_record.get("weights", ())
     ]
     weight_by_name = {

@@ -81,7 +81,7 @@ class WeightPair:
 
     @property
     def rows(self) -> list[slice | None]:
-        """What to read at a time: slices of the first axis for a stack, else [None] for all rows."""
+        """What to read at a time: slices of the first axis for a stack, else [None] for all."""
         return [slice(index, index + 1) for index in range(self.base.shape[0])] if self.is_stack else [None]
 
     def matrix_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:

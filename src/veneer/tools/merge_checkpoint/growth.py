@@ -33,7 +33,7 @@ from veneer.models.safetensors_dir import NAMES, Checkpoint
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
     """Add the rows that the adapters' new tokens need to the embedding and head of a model without
     weights. Returns the new number of rows; None if no rows are needed."""
-    sizes = [size for saved in saved_adapters if (size := grown_size(model, saved)) is not None]
+    sizes = [size for saved_adapter in saved_adapters if (size := grown_size(model, saved_adapter)) is not None]
     if not sizes:
         return None
     # BART has a buffer with a column for each token
@@ -130,9 +130,9 @@ def model_with_head(
     adapters have heads with different labels."""
     architecture = saved_adapters[0].metadata.get("base", {}).get("architecture")
     labels_by_adapter = {
-        str(saved.path): labels
-        for saved in saved_adapters
-        if (labels := labels_in(saved.metadata)) is not None
+        str(saved_adapter.path): labels
+        for saved_adapter in saved_adapters
+        if (labels := labels_in(saved_adapter.metadata)) is not None
     }
     if len({*labels_by_adapter.values()}) > 1:
         label_lists = "; ".join(
@@ -153,8 +153,8 @@ def model_with_head(
 def _count_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
     """The number of outputs of the head that adapters train in full; None if the model's head has
     the same number, or there is no such head."""
-    for saved in saved_adapters if type(model).__name__.endswith("Classification") else ():
-        for path, tensors in saved.full.items():
+    for saved_adapter in saved_adapters if type(model).__name__.endswith("Classification") else ():
+        for path, tensors in saved_adapter.full.items():
             for name, tensor in tensors.items():
                 try:
                     shape = model.get_parameter(f"{path}.{name}").shape

@@ -200,8 +200,8 @@ def plan_job(
     folder = Path(base).expanduser()
     checkpoint = open_checkpoint(folder)  # first, because reading the adapters takes longer
     saved_adapters = [read(path) for path, _ in weighted_paths]
-    for saved in saved_adapters:
-        saved.refuse_invocation_tokens("a merge")
+    for saved_adapter in saved_adapters:
+        saved_adapter.refuse_invocation_tokens("a merge")
     tokenizer = common_tokenizer({str(path): path for path, _ in weighted_paths})
     stub_model = (
         linear_stub_model(checkpoint, saved_adapters)

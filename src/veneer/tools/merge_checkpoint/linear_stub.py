@@ -36,9 +36,9 @@ def linear_stub_model(
     except (OSError, ValueError):
         return None  # building the model itself reports the error
     shapes: dict[str, tuple[int, int]] = {}
-    for saved in saved_adapters:
-        for weight, change in saved.metadata.get("changes", {}).items():
-            is_recorded = weight in checkpoint.file_of and weight in saved.metadata["base"]["weights"]
+    for saved_adapter in saved_adapters:
+        for weight, change in saved_adapter.metadata.get("changes", {}).items():
+            is_recorded = weight in checkpoint.file_of and weight in saved_adapter.metadata["base"]["weights"]
             shape = list(checkpoint.shape(weight)) if is_recorded else []
             is_linear = (
                 change.get("kind") == "linear" and weight.endswith(".weight") and len(shape) == 2
@@ -46,7 +46,7 @@ def linear_stub_model(
             if not is_linear or vocabulary_sizes.intersection(shape):
                 return None
             shapes[weight.removesuffix(".weight")] = shape[0], shape[1]
-        if not saved.metadata or saved.full:
+        if not saved_adapter.metadata or saved_adapter.full:
             return None
     changed_names_and_shapes = {(path.rpartition(".")[2], shape) for path, shape in shapes.items()}
     for name in checkpoint.file_of:

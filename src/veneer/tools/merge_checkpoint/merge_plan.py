@@ -160,13 +160,13 @@ def _quantization_notes(
     adapters: Sequence[WeightedFolder], saved_adapters: Sequence[AdapterFiles]
 ) -> Iterator[str]:
     """Notes on adapters that were trained on a quantised base."""
-    for (path, _), saved in zip(adapters, saved_adapters, strict=True):
-        quantization = saved.metadata.get("base", {}).get("quantized")
+    for (path, _), saved_adapter in zip(adapters, saved_adapters, strict=True):
+        quantization = saved_adapter.metadata.get("base", {}).get("quantized")
         if quantization:
             storage_text = quantization.get("as", f"{quantization.get('by')}'s form")
             yield (
-                f"{path} was trained on its base in {storage_text}; it is merged into the weights that"
-                " this was made of."
+                f"{path} was trained on its base in {storage_text}; it is merged into the weights"
+                " that this was made of."
             )
 
 
@@ -214,13 +214,13 @@ def _plan_from_model(
         for tensor, param_slice in slices_by_path[path].items():
             edits_by_tensor.setdefault(tensor, []).append(replace(edit, param_slice=param_slice))
     fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-    for (adapter, _), saved in zip(attached.values(), saved_adapters, strict=True):
-        for weight_path, expected in saved.metadata.get("base", {}).get("weights", {}).items():
+    for (adapter, _), saved_adapter in zip(attached.values(), saved_adapters, strict=True):
+        for weight_path, expected in saved_adapter.metadata.get("base", {}).get("weights", {}).items():
             fingerprints.setdefault(path_by_id[id(_get_tensor(model, weight_path))], {})[
                 str(adapter)
             ] = (
                 expected,
-                saved.token_ids(weight_path),
+                saved_adapter.token_ids(weight_path),
             )
     return MergePlan(
         {tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},

@@ -190,28 +190,28 @@ def examine(
             the two adapters differ, or the base lacks a weight.
         BaseMismatchError: the adapter was trained on another base.
     """
-    saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
+    saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     base_weights = FrozenWeights(base, model)
     aligned_weights = [
-        aligned for aligned in align([saved], base_weights.parameter_order) if aligned.alias_of is None
+        aligned for aligned in align([saved_adapter], base_weights.parameter_order) if aligned.alias_of is None
     ]
     if not aligned_weights:
-        problem = f"{saved.path}, which changes no weight at a low rank"
+        problem = f"{saved_adapter.path}, which changes no weight at a low rank"
         raise AdapterError(
             problem,
             "changes of the form scale · B @ A",
             "`veneer inspect` lists what it trains in full",
         )
-    products, intruders = applied_products(saved), {}
+    products, intruders = applied_products(saved_adapter), {}
     if base is not None:
         intruder_results = find_intruders(
-            saved, base_weights, count=count, threshold=threshold, control=True, seed=seed
+            saved_adapter, base_weights, count=count, threshold=threshold, control=True, seed=seed
         )
         for done, result in enumerate(intruder_results, 1):
             intruders[result.aligned.model_path] = result
             if progress is not None:
                 progress(result.aligned.model_path, done, len(aligned_weights))
-    difference = None if other is None else compare(saved, other)
+    difference = None if other is None else compare(saved_adapter, other)
     layer_differences = [] if difference is None else difference.layers
     shared = {layer.path: _relate_layers(layer, products[layer.path]) for layer in layer_differences}
     layers = [
@@ -222,15 +222,15 @@ def examine(
     cuts = _cuts(layers)
     next_rank, reason = _next_rank(layers, cuts)
     return Report(
-        adapter=str(saved.path),
-        about=_describe_adapter(saved),
+        adapter=str(saved_adapter.path),
+        about=_describe_adapter(saved_adapter),
         base=base_name if base is not None else None,
         other=None if difference is None else str(difference.b),
         layers=tuple(layers),
         cuts=tuple(cuts),
         next_rank=next_rank,
         why=reason,
-        in_full=tuple(_full_names(saved)),
+        in_full=tuple(_full_names(saved_adapter)),
         only_here=() if difference is None else difference.only_a,
         only_other=() if difference is None else difference.only_b,
         leading=count if base is not None else 0,
@@ -240,25 +240,25 @@ def examine(
     )
 
 
-def _full_names(saved: AdapterFiles) -> list[str]:
+def _full_names(saved_adapter: AdapterFiles) -> list[str]:
     """Paths of parameters that are trained in full, and descriptions of trained token rows."""
     names = [
         f"{peft_paths.strip_wrappers(path)[0]}.{name}"
-        for path, tensors in saved.full.items()
+        for path, tensors in saved_adapter.full.items()
         for name in tensors
     ]
-    return names + [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
+    return names + [f"{len(rows.ids)} tokens of {path}" for path, rows in saved_adapter.tokens.items()]
 
 
-def _describe_adapter(saved: AdapterFiles) -> dict[str, Any]:
-    base_record = saved.metadata.get("base", {})
+def _describe_adapter(saved_adapter: AdapterFiles) -> dict[str, Any]:
+    base_record = saved_adapter.metadata.get("base", {})
     return {
-        "base": base_record.get("name") or saved.peft_config.get("base_model_name_or_path"),
-        "variant": saved.config.variant,
-        "rank": saved.config.rank,
-        "alpha": saved.peft_config["lora_alpha"],
-        "parameters": saved.parameters,
-        "verified": bool(saved.record),
+        "base": base_record.get("name") or saved_adapter.peft_config.get("base_model_name_or_path"),
+        "variant": saved_adapter.config.variant,
+        "rank": saved_adapter.config.rank,
+        "alpha": saved_adapter.peft_config["lora_alpha"],
+        "parameters": saved_adapter.parameters,
+        "verified": bool(saved_adapter.record),
     }
 
 

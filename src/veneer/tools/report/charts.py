@@ -220,7 +220,7 @@ def _integer_ticks(low: float, high: float) -> list[float]:
 
 
 def _scale(low: float, high: float) -> Callable[[float], float]:
-    """A linear function that maps ``low`` to 0 and ``high`` to 1; constant 0.5 if they are equal."""
+    """A linear function that maps ``low`` to 0 and ``high`` to 1; 0.5 if they are equal."""
     return (lambda value: (value - low) / (high - low)) if high > low else (lambda value: 0.5)
 
 
