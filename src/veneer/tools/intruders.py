@@ -66,7 +66,7 @@ class WeightIntruders:
     """The intruders of one weight.
 
     Fields:
-        aligned: the weight and its change.
+        aligned_weight: the weight and its change.
         is_transposed: whether the change in the adapter folder is transposed against the weight.
         cosines: of the examined singular vectors of W', the same number for each group.
         control: the cosines of the control; empty unless it was requested.
@@ -76,7 +76,7 @@ class WeightIntruders:
         seconds: the duration of the search.
     """
 
-    aligned: AlignedWeight
+    aligned_weight: AlignedWeight
     is_transposed: bool
     cosines: tuple[float, ...]
     control: tuple[float, ...]
@@ -118,18 +118,18 @@ def find_intruders(
             problem, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}"
         )
     products = applied_products(saved_adapter)
-    for aligned in align([saved_adapter], base_weights.parameter_order):
-        if aligned.alias_of is None:
-            low_rank = products[aligned.model_path]
+    for aligned_weight in align([saved_adapter], base_weights.parameter_order):
+        if aligned_weight.alias_of is None:
+            low_rank = products[aligned_weight.model_path]
             generator = torch.Generator().manual_seed(seed) if control else None
             yield _find_in_weight(
-                aligned, low_rank, saved_adapter, base_weights, count, threshold, generator
+                aligned_weight, low_rank, saved_adapter, base_weights, count, threshold, generator
             )
 
 
 @torch.no_grad()
 def _find_in_weight(
-    aligned: AlignedWeight,
+    aligned_weight: AlignedWeight,
     low_rank: LowRank,
     saved_adapter: AdapterFiles,
     base_weights: FrozenWeights,
@@ -138,9 +138,9 @@ def _find_in_weight(
     generator: torch.Generator | None,
 ) -> WeightIntruders:
     start_time = time.perf_counter()
-    weight, is_transposed, _ = base_weights.proven_weight(aligned, [saved_adapter])
+    weight, is_transposed, _ = base_weights.proven_weight(aligned_weight, [saved_adapter])
     low_rank = (low_rank.T if is_transposed else low_rank).to(torch.float64)
-    magnitude = aligned.layers[0].extras.get(peft.MAGNITUDE)
+    magnitude = aligned_weight.layers[0].extras.get(peft.MAGNITUDE)
     gains = None if magnitude is None else gain_of(Term(low_rank, magnitude, 1.0), weight.double())
     cosines, control_cosines, intruders = [], [], []
     squared_norm = squared_distance = 0.0
@@ -166,7 +166,7 @@ def _find_in_weight(
             )
             control_cosines += _cosines(W, squared_values, vectors, control_triples.U).tolist()
     return WeightIntruders(
-        aligned=aligned,
+        aligned_weight=aligned_weight,
         is_transposed=is_transposed,
         cosines=tuple(cosines),
         control=tuple(control_cosines),

@@ -279,7 +279,7 @@ def _weigh_by_layer(
     factor of the first pattern in ``layers`` that matches a name of the layer. ``used_indices``:
     the positions of the sources among all adapters. ``ConfigError``: a pattern matches no layer."""
     layer_names = [
-        name for aligned in aligned_weights for name in (aligned.model_path, aligned.weight_path) if name
+        name for aligned_weight in aligned_weights for name in (aligned_weight.model_path, aligned_weight.weight_path) if name
     ]
     for source in sources:
         for path, tensors in source.full.items():
@@ -300,7 +300,7 @@ def _weigh_by_layer(
             continue
         if not any(map(matches_name, layer_names)):
             leaf_names = dict.fromkeys(
-                aligned.model_path.rpartition(".")[2] for aligned in aligned_weights
+                aligned_weight.model_path.rpartition(".")[2] for aligned_weight in aligned_weights
             )
             suggestion = nearest(pattern, [*leaf_names, *layer_names])
             problem = f"layers pattern {pattern!r} matches no layer{suggestion}"
@@ -339,56 +339,56 @@ def _combine_changes(
     """(the combined changes by their path in the adapter folder, a report of each weight, the
     variant of the new adapter)."""
     aliases: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
-    for aligned in aligned_weights:
-        if aligned.alias_of is not None:
-            aliases[aligned.alias_of[0]].append(aligned)
+    for aligned_weight in aligned_weights:
+        if aligned_weight.alias_of is not None:
+            aliases[aligned_weight.alias_of[0]].append(aligned_weight)
     weights_by_path: dict[str, dict[int, float]] = {}
-    for aligned in aligned_weights:
-        if aligned.alias_of is None:
+    for aligned_weight in aligned_weights:
+        if aligned_weight.alias_of is None:
             names = [
                 name
-                for tied_weight in (aligned, *aliases[aligned.model_path])
+                for tied_weight in (aligned_weight, *aliases[aligned_weight.model_path])
                 for name in (tied_weight.model_path, tied_weight.weight_path)
                 if name
             ]
-            weights_by_path[aligned.model_path] = {
+            weights_by_path[aligned_weight.model_path] = {
                 source_index: weight
-                for source_index in aligned.layers
+                for source_index in aligned_weight.layers
                 if (weight := weigh_adapter(names, source_index))
             }
     changed_weights = [
-        aligned for aligned in aligned_weights if weights_by_path.get(aligned.model_path)
+        aligned_weight for aligned_weight in aligned_weights if weights_by_path.get(aligned_weight.model_path)
     ]
     has_magnitudes = any(
-        aligned.layers[source_index].extras
-        for aligned in changed_weights
-        for source_index in weights_by_path[aligned.model_path]
+        aligned_weight.layers[source_index].extras
+        for aligned_weight in changed_weights
+        for source_index in weights_by_path[aligned_weight.model_path]
     )
     is_dora = has_magnitudes and options.method not in MERGE_METHODS
     combined_layers, reports = {}, []
-    for aligned in changed_weights:
+    for aligned_weight in changed_weights:
         blend, layer = _combine_change(
-            aligned, weights_by_path[aligned.model_path], sources, options, base_weights, is_dora
+            aligned_weight, weights_by_path[aligned_weight.model_path], sources, options, base_weights, is_dora
         )
-        combined_layers[aligned.entry_path] = layer
-        for alias in aliases[aligned.model_path]:
+        combined_layers[aligned_weight.entry_path] = layer
+        for alias in aliases[aligned_weight.model_path]:
             alias_layer = alias.template.with_low(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
             combined_layers[alias.entry_path] = alias_layer.with_magnitude(blend.magnitude)
-        ranks = tuple(aligned.layers[source_index].low.rank for source_index in weights_by_path[aligned.model_path])
+        ranks = tuple(aligned_weight.layers[source_index].low.rank for source_index in weights_by_path[aligned_weight.model_path])
         relative_error = blend.error / blend.norm if blend.norm else 0.0
-        reports.append(LayerReport(aligned.model_path, ranks, layer.rank, blend.norm, relative_error))
+        reports.append(LayerReport(aligned_weight.model_path, ranks, layer.rank, blend.norm, relative_error))
     ordered_layers = {
-        aligned.entry_path: combined_layers[aligned.entry_path]
-        for aligned in aligned_weights
-        if aligned.entry_path in combined_layers
+        aligned_weight.entry_path: combined_layers[aligned_weight.entry_path]
+        for aligned_weight in aligned_weights
+        if aligned_weight.entry_path in combined_layers
     }
     return ordered_layers, reports, "dora" if is_dora else "lora"
 
 
 def _combine_change(
-    aligned: AlignedWeight,
+    aligned_weight: AlignedWeight,
     weights: Mapping[int, float],
     sources: Sequence[AdapterFiles],
     options: ComposeOptions,
@@ -397,7 +397,7 @@ def _combine_change(
 ) -> tuple[Blend, peft.PeftLayer]:
     """(the combined change of one weight, its entry in the adapter folder). ``weights``: the weight
     of each source by its index; ``is_dora``: whether the new adapter is a DoRA adapter."""
-    layers = [aligned.layers[source_index] for source_index in weights]
+    layers = [aligned_weight.layers[source_index] for source_index in weights]
     dtype = (
         torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
     )
@@ -417,13 +417,13 @@ def _combine_change(
         if base_weights.source is None:
             problem = (
                 "DoRA, which rescales the rows of base and change together (at"
-                f" {aligned.model_path!r}), without the base"
+                f" {aligned_weight.model_path!r}), without the base"
             )
             raise AdapterError(
                 problem, "the base's weights", "pass base= (--base on the command line)"
             )
         frozen_weight = base_weights.proven_weight(
-            aligned, [sources[source_index] for source_index in weights]
+            aligned_weight, [sources[source_index] for source_index in weights]
         )
     is_transposed = frozen_weight is not None and frozen_weight.is_transposed
     terms = [
@@ -432,10 +432,10 @@ def _combine_change(
     ]
     if options.method in MERGE_METHODS:
         blend = merge_by_method(
-            terms, options, None if frozen_weight is None else frozen_weight.weight, aligned.model_path
+            terms, options, None if frozen_weight is None else frozen_weight.weight, aligned_weight.model_path
         )
     elif frozen_weight is not None:
-        blend = sum_with_magnitudes(terms, options, frozen_weight.weight, aligned.model_path, dtype)
+        blend = sum_with_magnitudes(terms, options, frozen_weight.weight, aligned_weight.model_path, dtype)
     else:
         blend = reduce_rank(
             LowRank.sum([term.low_rank for term in terms], [term.weight for term in terms]), options

@@ -168,15 +168,15 @@ def _find_weights_and_aliases(
     return weight_paths, aliases
 
 
-def _tie_orientations(first: peft.PeftLayer, second: peft.PeftLayer) -> Iterator[bool]:
-    """Whether ``second`` must be transposed to equal ``first``: False, True, both, or nothing if
-    the changes differ."""
+def _tie_orientations(first_layer: peft.PeftLayer, second_layer: peft.PeftLayer) -> Iterator[bool]:
+    """Whether ``second_layer`` must be transposed to equal ``first_layer``: False, True, both, or
+    nothing if the changes differ."""
     for transposed in (False, True):
-        second_low_rank = second.low.T if transposed else second.low
+        second_low_rank = second_layer.low.T if transposed else second_layer.low
         if (
-            first.scale == second.scale
-            and torch.equal(first.low.A, second_low_rank.A)
-            and torch.equal(first.low.B, second_low_rank.B)
+            first_layer.scale == second_layer.scale
+            and torch.equal(first_layer.low.A, second_low_rank.A)
+            and torch.equal(first_layer.low.B, second_low_rank.B)
         ):
             yield transposed
 

@@ -1,7 +1,7 @@
 """Read the frozen weights that an adapter changes, as [g, out, in], from a model or from tensors by
 path. g: groups of a convolution or matrices of a stack, else 1.
 
-    frozen_weights.frozen_weight(aligned, config)  ->  FrozenWeight
+    frozen_weights.frozen_weight(aligned_weight, config)  ->  FrozenWeight
 
 With a model, the class of the layer determines the layout of its weight. Without a model, the
 shapes of the weight, A and B nearly always determine it. If they do not (a square matrix may be
@@ -36,12 +36,12 @@ Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 class FrozenWeight(NamedTuple):
     """``weight``: a frozen weight [g, out, in] in its stored dtype. ``is_transposed``: whether the
-    change in the adapter folder is transposed against ``weight``. ``dense``: the weight in its
-    stored shape, for its fingerprint."""
+    change in the adapter folder is transposed against ``weight``. ``dense_weight``: the weight in
+    its stored shape, for its fingerprint."""
 
     weight: Tensor
     is_transposed: bool
-    dense: Tensor
+    dense_weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,17 @@ class FrozenWeights:
             )
         return None if tensor is None else tensor.detach().cpu()
 
-    def frozen_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> FrozenWeight:
-        """The weight that the aligned changes apply to. ``config``: the PEFT config of one of the
+    def frozen_weight(self, aligned_weight: AlignedWeight, config: Mapping[str, Any]) -> FrozenWeight:
+        """The weight that the changes apply to. ``config``: the PEFT config of one of the
         adapters. ``AdapterError``: the base lacks the weight, or its layout is ambiguous."""
-        path = aligned.weight_path
+        path = aligned_weight.weight_path
         if (
             path is None
             and self.names is not None
-            and (ref := ref_at(self.names, aligned.entry_path, config)) is not None
+            and (ref := ref_at(self.names, aligned_weight.entry_path, config)) is not None
         ):
             path = parameter_path(*ref)
-        model_path = aligned.model_path
+        model_path = aligned_weight.model_path
         candidate_paths = (
             [path]
             if path
@@ -113,7 +113,7 @@ class FrozenWeights:
                 parameter_path(model_path, "in_proj_weight"),
             ]
         )
-        path, dense = next(
+        path, dense_weight = next(
             (
                 (candidate, tensor)
                 for candidate in candidate_paths
@@ -121,61 +121,65 @@ class FrozenWeights:
             ),
             ("", None),
         )
-        if dense is None:
+        if dense_weight is None:
             problem = f"no {' or '.join(map(repr, candidate_paths))} in the base"
             raise AdapterError(
                 problem, "the weight that the adapters change", "pass the base that they are of"
             )
-        if not dense.is_floating_point():
-            problem = f"{path!r} of {dense.dtype}"
+        if not dense_weight.is_floating_point():
+            problem = f"{path!r} of {dense_weight.dtype}"
             raise AdapterError(problem, "a storage that Veneer knows", "load it dense")
         if self.names is not None:
             module_path, _, name = path.rpartition(".")
             module = self.names.modules[self.names.canonical[module_path]]
             kind = kind_for(module, name)
-            peft_kind = LAYERS[GENERAL] if aligned.is_parameter else kind
-            is_transposed = peft_kind.name == GENERAL and swapped_stack(module, dense.shape)
+            peft_kind = LAYERS[GENERAL] if aligned_weight.is_parameter else kind
+            is_transposed = peft_kind.name == GENERAL and swapped_stack(module, dense_weight.shape)
             is_transposed = is_transposed != (peft_kind.out_axis != kind.out_axis)
-            weight = kind.unfold(dense, kind.dims(module, dense.shape))
+            weight = kind.unfold(dense_weight, kind.dims(module, dense_weight.shape))
         else:
             # A folder with changes of parameters may have transposed layers without
             # "fan_in_fan_out" in its config (see peft_mapping.py).
             may_be_transposed = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
-            weight, is_transposed = _weight_by_shape(path, dense, aligned, may_be_transposed)
-        groups, out, in_ = aligned.template.dims
+            weight, is_transposed = _weight_by_shape(path, dense_weight, aligned_weight, may_be_transposed)
+        groups, out, in_ = aligned_weight.template.dims
         if weight.shape != ((groups, in_, out) if is_transposed else (groups, out, in_)):
-            problem = f"{path!r} of shape {tuple(dense.shape)} in the base"
+            problem = f"{path!r} of shape {tuple(dense_weight.shape)} in the base"
             expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
             raise AdapterError(problem, expected, "pass the base that the adapters are of")
-        return FrozenWeight(weight, is_transposed, dense)
+        return FrozenWeight(weight, is_transposed, dense_weight)
 
     def proven_weight(
-        self, aligned: AlignedWeight, sources: Sequence[AdapterFiles]
+        self, aligned_weight: AlignedWeight, sources: Sequence[AdapterFiles]
     ) -> FrozenWeight:
         """``frozen_weight``, checked against the fingerprints in the adapters' records.
         ``BaseMismatchError``: an adapter was trained on another value of the weight."""
-        frozen = self.frozen_weight(aligned, sources[0].peft_config)
-        actual = None
+        frozen_weight = self.frozen_weight(aligned_weight, sources[0].peft_config)
+        actual_fingerprint = None
         for source in sources:
-            expected = source.metadata.get("base", {}).get("weights", {}).get(aligned.weight_path)
-            actual = actual or (None if expected is None else fingerprint(frozen.dense, expected))
-            if actual != expected and expected is not None:
+            expected_fingerprint = source.metadata.get("base", {}).get("weights", {}).get(aligned_weight.weight_path)
+            if expected_fingerprint is None:
+                continue
+            actual_fingerprint = actual_fingerprint or fingerprint(
+                frozen_weight.dense_weight, expected_fingerprint
+            )
+            if actual_fingerprint != expected_fingerprint:
                 problem = (
-                    f"another weight {aligned.weight_path!r} in the base than {source.path} was"
+                    f"another weight {aligned_weight.weight_path!r} in the base than {source.path} was"
                     " made for"
                 )
                 raise BaseMismatchError(problem, "the base of the adapters", "pass that base")
-        return frozen
+        return frozen_weight
 
 
 def _weight_by_shape(
-    path: str, dense: Tensor, aligned: AlignedWeight, may_be_transposed: bool
+    path: str, dense_weight: Tensor, aligned_weight: AlignedWeight, may_be_transposed: bool
 ) -> tuple[Tensor, bool]:
     """(the weight as [g, out, in], whether the change in the folder is transposed), from shapes
     alone. ``AdapterError``: no layout fits the shapes, or several do."""
-    layouts = dict(_possible_layouts(dense, aligned))
+    layouts = dict(_possible_layouts(dense_weight, aligned_weight))
     # two layouts fit a square matrix; the config says that no layer is transposed
-    if len(layouts) == 2 and dense.dim() == 2 and not may_be_transposed:
+    if len(layouts) == 2 and dense_weight.dim() == 2 and not may_be_transposed:
         del layouts["transposed"]
     first_layout = next(iter(layouts.values()), None)
     if first_layout is None or not all(
@@ -186,8 +190,8 @@ def _weight_by_shape(
             f"which may be {listing(layouts)}" if layouts else "whose shape fits no kind of layer"
         )
         problem = (
-            f"{path!r} of shape {tuple(dense.shape)} with a change of A"
-            f" {tuple(aligned.template.A.shape)}, {layout_text}"
+            f"{path!r} of shape {tuple(dense_weight.shape)} with a change of A"
+            f" {tuple(aligned_weight.template.A.shape)}, {layout_text}"
         )
         raise AdapterError(
             problem, "a weight of which it can be told how it is used", "pass model= too"
@@ -196,37 +200,37 @@ def _weight_by_shape(
 
 
 def _possible_layouts(
-    dense: Tensor, aligned: AlignedWeight
+    dense_weight: Tensor, aligned_weight: AlignedWeight
 ) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
     """(name of the layout, (weight as [g, out, in], whether the change in the folder is
     transposed)) for each layer kind that fits the shapes of the weight and of its change."""
-    layer, shape = aligned.template, without_unit_axes(dense.shape)
+    layer, shape = aligned_weight.template, without_unit_axes(dense_weight.shape)
     groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:
-        if dense.shape == (in_, out):
-            yield "embedding", (dense.mT[None], False)
+        if dense_weight.shape == (in_, out):
+            yield "embedding", (dense_weight.mT[None], False)
         return
     if layer.A.dim() > 2:
         if (
-            dense.dim() == layer.A.dim()
-            and dense.shape[0] == groups * out
-            and dense.numel() == groups * out * in_
+            dense_weight.dim() == layer.A.dim()
+            and dense_weight.shape[0] == groups * out
+            and dense_weight.numel() == groups * out * in_
         ):
-            yield "convolution", (dense.reshape(groups, out, in_), False)
+            yield "convolution", (dense_weight.reshape(groups, out, in_), False)
         return
-    if dense.numel() != groups * out * in_:
+    if dense_weight.numel() != groups * out * in_:
         return
     if (shape[0] == out and groups == 1) or shape == (groups, out, in_):
-        yield "plain", (dense.reshape(groups, out, in_), False)
-    if dense.shape == (in_, out) and groups == 1 and not aligned.is_parameter:
-        yield "transposed", (dense.mT[None], False)
+        yield "plain", (dense_weight.reshape(groups, out, in_), False)
+    if dense_weight.shape == (in_, out) and groups == 1 and not aligned_weight.is_parameter:
+        yield "transposed", (dense_weight.mT[None], False)
     if shape == (groups, in_, out):
-        yield "stack of transposed matrices", (dense.reshape(groups, in_, out), True)
+        yield "stack of transposed matrices", (dense_weight.reshape(groups, in_, out), True)
     if (
-        dense.dim() > 2
-        and dense.shape[1] == out
-        and dense.shape[0] % groups == 0
-        and not aligned.is_parameter
+        dense_weight.dim() > 2
+        and dense_weight.shape[1] == out
+        and dense_weight.shape[0] % groups == 0
+        and not aligned_weight.is_parameter
     ):
-        blocks = dense.reshape(groups, dense.shape[0] // groups, out, -1)
+        blocks = dense_weight.reshape(groups, dense_weight.shape[0] // groups, out, -1)
         yield "transposed convolution", (blocks.transpose(1, 2).reshape(groups, out, in_), False)

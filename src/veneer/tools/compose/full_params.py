@@ -51,7 +51,7 @@ def combine_full_params(
             )
             for name, tensor in tensors.items():
                 params.setdefault((module_path, name), {})[source_index] = tensor
-    changed_modules = {aligned.model_path for aligned in aligned_weights if not aligned.is_parameter}
+    changed_modules = {aligned_weight.model_path for aligned_weight in aligned_weights if not aligned_weight.is_parameter}
     combined: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     missing_in_base: list[str] = []

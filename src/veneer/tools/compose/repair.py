@@ -131,16 +131,16 @@ def repair(
     if intruders is None:
         intruders = [*find_intruders(saved_adapter, base_weights, count=count, threshold=threshold)]
     repaired_layers, reports = {}, []
-    for result in intruders:
-        path = result.aligned.model_path
-        layer = result.aligned.layers[0]
+    for weight_intruders in intruders:
+        path = weight_intruders.aligned_weight.model_path
+        layer = weight_intruders.aligned_weight.layers[0]
         repaired_layers[path] = _repair_layer(
-            result, layer, products[path], factor, base_weights, saved_adapter
+            weight_intruders, layer, products[path], factor, base_weights, saved_adapter
         )
-        reports.append(_report_weight(result, repaired_layers[path].rank, factor))
+        reports.append(_report_weight(weight_intruders, repaired_layers[path].rank, factor))
     aligned_weights = align([saved_adapter], base_weights.parameter_order)
     entries = {
-        aligned.entry_path: _folder_entry(aligned, repaired_layers) for aligned in aligned_weights
+        aligned_weight.entry_path: _folder_entry(aligned_weight, repaired_layers) for aligned_weight in aligned_weights
     }
     options = ComposeOptions("sum", None, None, 1.0, 0)
     full_params = combine_full_params(
@@ -150,7 +150,7 @@ def repair(
         "repaired": {
             "adapter": saved_adapter.path.name,
             "factor": factor,
-            "intruders": sum(result.count for result in intruders),
+            "intruders": sum(weight_intruders.count for weight_intruders in intruders),
         },
         **(provenance or {}),
     }
@@ -158,9 +158,9 @@ def repair(
     folder = write_derived(
         out, [saved_adapter], entries, full_params, variant=variant, provenance=provenance, overwrite=overwrite
     )
-    total_distance = math.hypot(*(result.distance for result in intruders))
+    total_distance = math.hypot(*(weight_intruders.distance for weight_intruders in intruders))
     removed_norm = math.hypot(
-        *(report.removed * result.distance for report, result in zip(reports, intruders, strict=True))
+        *(report.removed * weight_intruders.distance for report, weight_intruders in zip(reports, intruders, strict=True))
     )
     return RepairReport(
         folder, float(factor), tuple(reports), removed_norm / total_distance if total_distance else 0.0
@@ -176,22 +176,22 @@ def _check_factor(factor: Any) -> None:
         )
 
 
-def _report_weight(result: WeightIntruders, rank: int, factor: float) -> RepairedWeight:
-    intruder_norm = math.hypot(*(float(triples.S.norm()) for triples in result.intruders))
-    removed = intruder_norm * (1 - factor) / result.distance if result.distance else 0.0
+def _report_weight(weight_intruders: WeightIntruders, rank: int, factor: float) -> RepairedWeight:
+    intruder_norm = math.hypot(*(float(triples.S.norm()) for triples in weight_intruders.intruders))
+    removed = intruder_norm * (1 - factor) / weight_intruders.distance if weight_intruders.distance else 0.0
     return RepairedWeight(
-        result.aligned.model_path, len(result.cosines), result.count, rank, removed
+        weight_intruders.aligned_weight.model_path, len(weight_intruders.cosines), weight_intruders.count, rank, removed
     )
 
 
-def _folder_entry(aligned: AlignedWeight, layers: Mapping[str, peft.PeftLayer]) -> peft.PeftLayer:
+def _folder_entry(aligned_weight: AlignedWeight, layers: Mapping[str, peft.PeftLayer]) -> peft.PeftLayer:
     """The entry of a weight in the new folder. An alias of a tied weight gets the change of the
     weight's first name."""
-    if aligned.alias_of is None:
-        return layers[aligned.model_path]
-    first_path, transposed = aligned.alias_of
+    if aligned_weight.alias_of is None:
+        return layers[aligned_weight.model_path]
+    first_path, transposed = aligned_weight.alias_of
     low_rank = layers[first_path].low
-    return aligned.template.with_low(low_rank.T if transposed else low_rank).with_magnitude(
+    return aligned_weight.template.with_low(low_rank.T if transposed else low_rank).with_magnitude(
         layers[first_path].extras.get(peft.MAGNITUDE)
     )
 
@@ -214,7 +214,7 @@ def _repair_layer(
     repaired_change = LowRank.sum([low_rank, _intruder_change(intruders, low_rank, factor)], [1, 1]).compact()
     if intruders.gain is not None:
         repaired_change = repaired_change.to(dtype)
-        W = base_weights.frozen_weight(intruders.aligned, saved_adapter.peft_config).weight.double()
+        W = base_weights.frozen_weight(intruders.aligned_weight, saved_adapter.peft_config).weight.double()
         magnitude = (intruders.gain.flatten() * row_norms(W, repaired_change).flatten()).to(dtype)
     repaired_change = repaired_change.T if intruders.is_transposed else repaired_change
     # PEFT adds the change of an attention's out-projection more than once

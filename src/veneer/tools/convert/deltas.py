@@ -54,14 +54,14 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
     for path, module, weight, change in changes(model, name):
         target = weight_of(module, weight)
         low_rank, gain = change.resolve(target)
-        dense = change.storage.dense(target).double()
+        base_weight = change.storage.dense(target).double()
         if gain is None:  # (W + ΔW) - W would lose digits
             deltas[parameter_path(path, weight)] = change.layer.fold(
-                low_rank.delta(torch.float64), dense.shape
+                low_rank.delta(torch.float64), base_weight.shape
             )
         else:
             deltas[parameter_path(path, weight)] = (
-                change.changed_weight(target, low_rank, gain, torch.float64) - dense
+                change.changed_weight(target, low_rank, gain, torch.float64) - base_weight
             )
     for path, module, parameters in adapters(model, name):
         for name_in_module, tensor in parameters.full.state_dict().items():
@@ -249,7 +249,7 @@ def factor_delta(
 def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> None:
     """``AdapterError`` unless at most one of the three options is given and its value is valid."""
     options = {"rank": rank, "energy": energy, "whole": whole or None}
-    used_options = [name for name, value in options.items() if value is not None]
+    used_options = [name for name, option in options.items() if option is not None]
     rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
     energy_is_invalid = energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1)
     checks = [

@@ -111,8 +111,8 @@ def _require_weight_changes(saved_adapter: AdapterFiles, target: Format, model: 
         layer_traits = "a dilation, a padding mode or a forward of its own"
         warnings.warn(
             f"Nobody checked what PEFT makes of {saved_adapter.path}: where a module reads another"
-            f" one's weight, or a layer has {layer_traits}, that is no change of the weight, which is"
-            f" what {target.name!r} holds. Give the model as base to have it checked.",
+            f" one's weight, or a layer has {layer_traits}, that is no change of the weight, which"
+            f" is what {target.name!r} holds. Give the model as base to have it checked.",
             UnverifiedAdapter,
             stacklevel=4,
         )

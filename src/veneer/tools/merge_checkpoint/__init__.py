@@ -149,28 +149,28 @@ def prove(
         MergeError: tensors or files differ; the error lists them.
     """
     job = plan_job(base, adapters, dtype, rounding, False, model)
-    merged = open_checkpoint(out)
+    merged_checkpoint = open_checkpoint(out)
     problems = [
         f"{name!r} is in one of them only"
-        for name in merged.file_of.keys() ^ job.checkpoint.file_of.keys()
+        for name in merged_checkpoint.file_of.keys() ^ job.checkpoint.file_of.keys()
     ]
     total_bytes, bytes_done = sum(map(job.checkpoint.bytes, job.checkpoint.file_of)), 0
     _, use_numba = job.memory_limit()
-    for name in job.checkpoint.file_of.keys() & merged.file_of.keys():
-        if merged.dtype(name) != job.output_dtype(name) or merged.shape(
+    for name in job.checkpoint.file_of.keys() & merged_checkpoint.file_of.keys():
+        if merged_checkpoint.dtype(name) != job.output_dtype(name) or merged_checkpoint.shape(
             name
         ) != job.checkpoint.shape(name):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
         expected, _ = merge_tensor(job, name, job.checkpoint.read(name), use_numba)
-        if not torch.equal(as_bytes(expected), as_bytes(merged.read(name))):
+        if not torch.equal(as_bytes(expected), as_bytes(merged_checkpoint.read(name))):
             problems.append(f"{name!r} holds other numbers")
         bytes_done += job.checkpoint.bytes(name)
         if progress is not None:
             progress(bytes_done, total_bytes, name)
     problems += aux_files.list_differences(job.checkpoint, job.aux_changes, Path(out))
     raise_all(MergeError, f"{out} is not the base with these adapters", problems)
-    return len(merged.file_of)
+    return len(merged_checkpoint.file_of)
 
 
 def _write_aux_files(job: MergeJob, folder: Path) -> list[str]:

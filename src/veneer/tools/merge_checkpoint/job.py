@@ -145,7 +145,7 @@ class MergeJob:
                 name: next(edit for edit in self.merge_plan.edits[name] if edit.path == path)
                 for name in tensors
             }
-            actual = {
+            actual_fingerprints = {
                 (kind, ids): fingerprint_without_rows(read(tensors[0]), ids, kind)
                 if ids
                 else fingerprint_of(
@@ -160,7 +160,7 @@ class MergeJob:
             if mismatched_adapters := [
                 adapter
                 for adapter, (expected, ids) in expected_by_adapter.items()
-                if expected != actual[kind_of(expected), ids]
+                if expected != actual_fingerprints[kind_of(expected), ids]
             ]:
                 mismatches.append(f"{listing(tensors, 2)} (adapter {listing(mismatched_adapters)})")
         if mismatches:
@@ -226,16 +226,16 @@ def merge_tensor(
     for edit in job.merge_plan.edits.get(name, ()):
         weight = tensor[edit.param_slice.within]
         if edit.changes:
-            merged = merge_changes(
+            folded = merge_changes(
                 edit, weight, dtype, _choose_rounding(job, edit, dtype, use_numba), use_numba
             )
-            merged_weight = merged.weight
+            merged_weight = folded.weight
             reports.append(
                 LayerMerge(
-                    name, merged.change, merged.retention, merged.rounding, merged.sums.retention
+                    name, folded.change, folded.retention, folded.rounding, folded.sums.retention
                 )
             )
-            is_finite = merged.finite
+            is_finite = folded.finite
         else:
             merged_weight = merge_full(edit, weight, dtype)
             is_finite = not merged_weight.is_floating_point() or bool(merged_weight.isfinite().all())
@@ -274,11 +274,11 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``, rounded once. ``MergeError``: a value is out of its range."""
     if tensor.dtype == dtype:
         return tensor
-    result = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
-    if bool((tensor.isfinite() & ~result.isfinite()).any()):
+    cast_tensor = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
+    if bool((tensor.isfinite() & ~cast_tensor.isfinite()).any()):
         problem = f"{name}: numbers beyond the range of {dtype}"
         raise MergeError(problem, "a dtype that holds them", "choose bfloat16 or float32")
-    return result
+    return cast_tensor
 
 
 class _NeedsBase(Exception):  # noqa: N818 (a signal, not an error)
@@ -296,9 +296,9 @@ def merge_changes(
     result equals bit for bit what ``veneer.merge`` with this ``rounding`` writes into a model in
     memory. ``use_numba``: whether numba may run."""
     shape = slice_shape(edit.shape, edit.param_slice.index)
-    dense, first_change = weight.reshape(shape), edit.changes[0][1]
+    parameter_slice, first_change = weight.reshape(shape), edit.changes[0][1]
     dims = first_change.dims if not edit.param_slice.index else first_change.layer.dims(None, shape)
-    layer_weight = first_change.layer.unfold(dense, dims)
+    layer_weight = first_change.layer.unfold(parameter_slice, dims)
     low_rank, gain = _sum_changes(
         [
             (adapter_weight, *_resolve_slice(change, edit, layer_weight))

@@ -193,7 +193,7 @@ def examine(
     saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     base_weights = FrozenWeights(base, model)
     aligned_weights = [
-        aligned for aligned in align([saved_adapter], base_weights.parameter_order) if aligned.alias_of is None
+        aligned_weight for aligned_weight in align([saved_adapter], base_weights.parameter_order) if aligned_weight.alias_of is None
     ]
     if not aligned_weights:
         problem = f"{saved_adapter.path}, which changes no weight at a low rank"
@@ -207,17 +207,17 @@ def examine(
         intruder_results = find_intruders(
             saved_adapter, base_weights, count=count, threshold=threshold, control=True, seed=seed
         )
-        for done, result in enumerate(intruder_results, 1):
-            intruders[result.aligned.model_path] = result
+        for done, weight_intruders in enumerate(intruder_results, 1):
+            intruders[weight_intruders.aligned_weight.model_path] = weight_intruders
             if progress is not None:
-                progress(result.aligned.model_path, done, len(aligned_weights))
+                progress(weight_intruders.aligned_weight.model_path, done, len(aligned_weights))
     difference = None if other is None else compare(saved_adapter, other)
     layer_differences = [] if difference is None else difference.layers
     shared = {layer.path: _relate_layers(layer, products[layer.path]) for layer in layer_differences}
     layers = [
-        _examine_layer(aligned, products[path], intruders.get(path), threshold, shared.get(path))
-        for aligned in aligned_weights
-        for path in [aligned.model_path]
+        _examine_layer(aligned_weight, products[path], intruders.get(path), threshold, shared.get(path))
+        for aligned_weight in aligned_weights
+        for path in [aligned_weight.model_path]
     ]
     cuts = _cuts(layers)
     next_rank, reason = _next_rank(layers, cuts)
@@ -235,7 +235,7 @@ def examine(
         only_other=() if difference is None else difference.only_b,
         leading=count if base is not None else 0,
         threshold=threshold,
-        seconds=sum(result.seconds for result in intruders.values()),
+        seconds=sum(weight_intruders.seconds for weight_intruders in intruders.values()),
         weight_intruders=tuple(intruders.values()),
     )
 
@@ -272,7 +272,7 @@ def effective_rank(spectrum: Tensor) -> float:
 
 
 def _examine_layer(
-    aligned: AlignedWeight,
+    aligned_weight: AlignedWeight,
     low_rank: LowRank,
     weight_intruders: WeightIntruders | None,
     threshold: float,
@@ -281,7 +281,7 @@ def _examine_layer(
     svd = low_rank.svd()
     spectrum = svd.S.square().sum(0).sqrt()
     norm = float(spectrum.norm())
-    block_match = re.search(r"(?:^|\.)(\d+)\.", f"{aligned.model_path}.")
+    block_match = re.search(r"(?:^|\.)(\d+)\.", f"{aligned_weight.model_path}.")
     rank_90, rank_99 = (svd.rank_for(share) if norm else 0 for share in (0.9, ENOUGH))
     relative, cosines, control, intruders = None, (), (), None
     if weight_intruders is not None:
@@ -295,11 +295,11 @@ def _examine_layer(
             else None
         )
     return ReportLayer(
-        path=aligned.model_path,
+        path=aligned_weight.model_path,
         block=None if block_match is None else int(block_match[1]),
-        kind=aligned.model_path.rpartition(".")[2],
-        shape=aligned.template.dims,
-        rank=aligned.template.rank,
+        kind=aligned_weight.model_path.rpartition(".")[2],
+        shape=aligned_weight.template.dims,
+        rank=aligned_weight.template.rank,
         norm=norm,
         spectrum=tuple(spectrum.tolist()),
         effective_rank=effective_rank(spectrum),
@@ -354,8 +354,8 @@ def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int,
         return largest_rank, "every change is zero: it was not trained"
     sufficient_rank = next(cut.rank for cut in cuts if cut.lost**2 <= 1 - ENOUGH)
     if sufficient_rank < largest_rank:
-        kept_share = 1 - next(cut.lost for cut in cuts if cut.rank == sufficient_rank) ** 2
-        return sufficient_rank, f"rank {sufficient_rank} holds {kept_share:.1%} of ‖ΔW‖²"
+        retained_share = 1 - next(cut.lost for cut in cuts if cut.rank == sufficient_rank) ** 2
+        return sufficient_rank, f"rank {sufficient_rank} holds {retained_share:.1%} of ‖ΔW‖²"
     if median_use >= FULL:
         return (
             2 * largest_rank,

@@ -170,8 +170,8 @@ def _draw_axes(
         if count == 5 or len({f"{_value_at(y_scale, share):.{count}g}" for share in axis_shares}) == 5
     )
     for share in axis_shares:
-        value = _value_at(y_scale, share)
-        label = f"{10**value:.1g}" if log_y else f"{value:.{digit_count}g}"
+        y_value = _value_at(y_scale, share)
+        label = f"{10**y_value:.1g}" if log_y else f"{y_value:.{digit_count}g}"
         elements.append(
             f'<line class="axis" x1="{LEFT_MARGIN}" x2="{WIDTH - RIGHT_MARGIN}"'
             f' y1="{_y_position(share):.1f}" y2="{_y_position(share):.1f}"/>'
@@ -187,15 +187,15 @@ def _draw_axes(
         if is_integer_axis
         else [x_limits[0] + (x_limits[1] - x_limits[0]) * share for share in axis_shares]
     )
-    for value in tick_values:
-        tick_x = LEFT_MARGIN + x_scale(value) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
+    for x_value in tick_values:
+        tick_x = LEFT_MARGIN + x_scale(x_value) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
         anchor = (
             "middle" if tick_x < WIDTH - 3 * RIGHT_MARGIN else "end"
         )  # keep the last label within the drawing
         label_x = tick_x if anchor == "middle" else WIDTH
         elements.append(
             f'<text x="{label_x:.1f}" y="{HEIGHT - BOTTOM_MARGIN + 15}"'
-            f' text-anchor="{anchor}">{_format_tick(value)}</text>'
+            f' text-anchor="{anchor}">{_format_tick(x_value)}</text>'
         )
     elements.append(
         f'<text x="{(LEFT_MARGIN + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
@@ -253,10 +253,10 @@ def heat_map(
     for block in blocks:
         row_cells = []
         for kind in kinds:
-            value = cells.get((block, kind))
-            shade = 0.0 if value is None or not darkest else max(0.0, min(1.0, value / darkest))
+            number = cells.get((block, kind))
+            shade = 0.0 if number is None or not darkest else max(0.0, min(1.0, number / darkest))
             row_cells.append(
-                "<td></td>" if value is None else f'<td style="--v:{shade:.3f}">{format_number(value)}</td>'
+                "<td></td>" if number is None else f'<td style="--v:{shade:.3f}">{format_number(number)}</td>'
             )
         rows.append(f"<tr><th>{'–' if block is None else block}</th>{''.join(row_cells)}</tr>")
     return (

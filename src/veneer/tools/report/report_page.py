@@ -271,8 +271,8 @@ def _forgetting_section(facts: Facts) -> str:
         "A singular vector of W′ is an intruder if no singular vector of W has a cosine of"
         f" {facts['threshold']:g} with it (Shuttleworth et al. 2024). Of {vector_count} leading"
         f" ones, {facts['leading']} a weight, {intruders} are; of random changes with the same"
-        f" singular values, {control}. The base's leading directions outlive a change that is small beside"
-        " them."
+        f" singular values, {control}. The base's leading directions outlive a change that is small"
+        " beside them."
     )
     explanation += (
         ""
