@@ -234,6 +234,56 @@ def _folder(source: str | Path, structure: nn.Module | None) -> Path:
 
 
 def pair_weights(model_pair: ModelPair) -> list[WeightPair]:
+    """Pair each parameter and persistent buffer of the base with the one of the tuned model, in the
+    order of the base. ``ExtractError``: names, shapes or dtypes differ, or a tied weight has two
+    values; the error lists every problem."""
+    names = Names(model_pair.structure)
+    pairs: list[WeightPair] = []
+    missing_names: dict[str, list[str]] = {model_pair.base.label: [], model_pair.tuned.label: []}
+    shape_texts, dtype_texts, untied_problems = [], [], []
+    model_names: set[str] = set()
+    for model_weight in list_weights(names):
+        model_names.update(model_weight.names)
+        base = model_pair.base.find(model_weight.names)
+        tuned = model_pair.tuned.find(model_weight.names)
+        if base is None or tuned is None:
+            # the model's constructor creates a buffer that neither model stores
+            if base is not None or tuned is not None or not model_weight.is_buffer:
+                missing_names[model_pair.base.label] += [model_weight.path] if base is None else []
+                missing_names[model_pair.tuned.label] += (
+                    [model_weight.path] if tuned is None else []
+                )
+            continue
+        module, shape = model_weight.module, model_weight.shape
+        if not base.shape == tuned.shape == shape:
+            shape_texts.append(
+                f"{model_weight.path} {list(base.shape)} and {list(tuned.shape)}"
+                f" (the model's: {list(shape)})"
+            )
+            continue
+        if dtypes := [
+            str(weight.dtype)
+            for weight in (base, tuned)
+            if weight.dtype not in FLOAT_DTYPES and not model_weight.is_buffer
+        ]:
+            dtype_texts.append(f"{model_weight.path} ({', '.join(dtypes)})")
+        untied_problems += _untied_problems(model_pair, model_weight, base, tuned)
+        kind = kind_for(module, model_weight.ref[1])
+        pairs.append(WeightPair(model_weight, base, tuned, module, kind))
+    extra_names = {
+        weights.label: sorted(weights.by_name.keys() - model_names)
+        for weights in (model_pair.base, model_pair.tuned)
+    }
+    problems = _difference_problems(missing_names, extra_names, shape_texts, dtype_texts)
+    raise_all(
+        ExtractError,
+        f"{model_pair.tuned.label} is no fine-tune of {model_pair.base.label}",
+        [*problems, *untied_problems],
+    )
+    return pairs
+
+
+#: how many names an error lists at most
 MAX_NAMES = 40
 COMPARE_HINT = "compare the two models"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
