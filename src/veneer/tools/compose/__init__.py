@@ -153,61 +153,52 @@ def compose(
         problem, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
         raise ConfigError(problem, "a model, or its weights by path", do)
     adapters = [adapters] if isinstance(adapters, str | Path | AdapterFiles) else list(adapters)
-    adapter_weights, layers = (
-        [1.0] * len(adapters) if weights is None else list(weights),
-        layers or {},
-    )
+    adapter_weights = [1.0] * len(adapters) if weights is None else list(weights)
+    layers = layers or {}
     options = check_options(
         len(adapters), adapter_weights, method, rank, energy, density, layers, seed
     )
     must_not_exist(Path(out), overwrite)
-    adapter_files = [
-        adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
-    ]
-    for saved_adapter in adapter_files:
-        saved_adapter.refuse_trained_tokens("a combination of adapters")
-        saved_adapter.refuse_invocation_tokens("a combination of adapters")
-    used_indices = [index for index, weight in enumerate(adapter_weights) if weight]
+    saved_adapters = _read_adapters(adapters)
     notes = [
         f"{saved_adapter.path} has weight 0 and is left out"
-        for index, saved_adapter in enumerate(adapter_files)
-        if index not in used_indices
+        for saved_adapter, weight in zip(saved_adapters, adapter_weights, strict=True)
+        if not weight
     ]
-    sources = [adapter_files[index] for index in used_indices]
-    base_weights = FrozenWeights(base, model)
+    used_indices = [index for index, weight in enumerate(adapter_weights) if weight]
+    source_weights = [adapter_weights[index] for index in used_indices]
+    sources = [saved_adapters[index] for index in used_indices]
     merged_base(sources)  # raises early if the adapters have different bases
     notes += _unproven_notes(sources)
+    base_weights = FrozenWeights(base, model)
     aligned_weights = align(sources, base_weights.parameter_order)
-    weigh_adapter = _weigh_by_layer(
-        [adapter_weights[index] for index in used_indices],
-        used_indices,
-        layers,
-        aligned_weights,
-        sources,
-    )
-    low_rank_layers, reports, variant = _combine_changes(
+    weigh_adapter = _weigh_by_layer(source_weights, used_indices, layers, aligned_weights, sources)
+    entries, reports, variant = _combine_changes(
         aligned_weights, sources, weigh_adapter, options, base_weights
     )
-    full_params = combine_full_params(
-        sources, aligned_weights, weigh_adapter, options, base_weights
-    )
+    params = combine_full_params(sources, aligned_weights, weigh_adapter, options, base_weights)
     provenance = {
-        "composed": _provenance(adapter_files, adapter_weights, options, layers),
+        "composed": _provenance(saved_adapters, adapter_weights, options, layers),
         **(provenance or {}),
     }
     path = write_derived(
-        out,
-        sources,
-        low_rank_layers,
-        full_params,
-        variant=variant,
-        overwrite=overwrite,
-        provenance=provenance,
+        out, sources, entries, params, variant=variant, overwrite=overwrite, provenance=provenance
     )
     verified = all(source.record is not None for source in sources)
     return ComposeReport(
         path, options.method, tuple(adapter_weights), tuple(reports), verified, tuple(notes)
     )
+
+
+def _read_adapters(adapters: Sequence[str | Path | AdapterFiles]) -> list[AdapterFiles]:
+    """The files of ``adapters``. ``AdapterError``: an adapter has trained or invocation tokens."""
+    saved_adapters = [
+        adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
+    ]
+    for saved_adapter in saved_adapters:
+        saved_adapter.refuse_trained_tokens("a combination of adapters")
+        saved_adapter.refuse_invocation_tokens("a combination of adapters")
+    return saved_adapters
 
 
 def _provenance(
@@ -342,22 +333,11 @@ def _combine_changes(
     for aligned_weight in aligned_weights:
         if aligned_weight.alias_of is not None:
             aliases[aligned_weight.alias_of[0]].append(aligned_weight)
-    weights_by_path: dict[str, dict[int, float]] = {}
-    for aligned_weight in aligned_weights:
-        if aligned_weight.alias_of is None:
-            names = [
-                name
-                for tied_weight in (aligned_weight, *aliases[aligned_weight.model_path])
-                for name in (tied_weight.model_path, tied_weight.weight_path)
-                if name
-            ]
-            weights_by_path[aligned_weight.model_path] = {
-                source_index: weight
-                for source_index in aligned_weight.layers
-                if (weight := weigh_adapter(names, source_index))
-            }
+    weights_by_path = _source_weights(aligned_weights, aliases, weigh_adapter)
     changed_weights = [
-        aligned_weight for aligned_weight in aligned_weights if weights_by_path.get(aligned_weight.model_path)
+        aligned_weight
+        for aligned_weight in aligned_weights
+        if weights_by_path.get(aligned_weight.model_path)
     ]
     has_magnitudes = any(
         aligned_weight.layers[source_index].extras
@@ -367,8 +347,9 @@ def _combine_changes(
     is_dora = has_magnitudes and options.method not in MERGE_METHODS
     combined_layers, reports = {}, []
     for aligned_weight in changed_weights:
+        weights = weights_by_path[aligned_weight.model_path]
         blend, layer = _combine_change(
-            aligned_weight, weights_by_path[aligned_weight.model_path], sources, options, base_weights, is_dora
+            aligned_weight, weights, sources, options, base_weights, is_dora
         )
         combined_layers[aligned_weight.entry_path] = layer
         for alias in aliases[aligned_weight.model_path]:
@@ -376,15 +357,45 @@ def _combine_changes(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
             combined_layers[alias.entry_path] = alias_layer.with_magnitude(blend.magnitude)
-        ranks = tuple(aligned_weight.layers[source_index].low.rank for source_index in weights_by_path[aligned_weight.model_path])
-        relative_error = blend.error / blend.norm if blend.norm else 0.0
-        reports.append(LayerReport(aligned_weight.model_path, ranks, layer.rank, blend.norm, relative_error))
+        reports.append(_report_layer(aligned_weight, weights, blend, layer.rank))
     ordered_layers = {
         aligned_weight.entry_path: combined_layers[aligned_weight.entry_path]
         for aligned_weight in aligned_weights
         if aligned_weight.entry_path in combined_layers
     }
     return ordered_layers, reports, "dora" if is_dora else "lora"
+
+
+def _source_weights(
+    aligned_weights: Sequence[AlignedWeight],
+    aliases: Mapping[str, Sequence[AlignedWeight]],
+    weigh_adapter: WeighAdapter,
+) -> dict[str, dict[int, float]]:
+    """By path of a model weight and then by source index: the weight of the source, unless it is 0.
+    ``aliases``: the aliases of tied weights by the path of their first name."""
+    weights_by_path: dict[str, dict[int, float]] = {}
+    for aligned_weight in aligned_weights:
+        if aligned_weight.alias_of is None:
+            names = [
+                name
+                for tied_weight in (aligned_weight, *aliases.get(aligned_weight.model_path, ()))
+                for name in (tied_weight.model_path, tied_weight.weight_path)
+                if name
+            ]
+            weights_by_path[aligned_weight.model_path] = {
+                source_index: weight
+                for source_index in aligned_weight.layers
+                if (weight := weigh_adapter(names, source_index))
+            }
+    return weights_by_path
+
+
+def _report_layer(
+    aligned_weight: AlignedWeight, weights: Mapping[int, float], blend: Blend, rank: int
+) -> LayerReport:
+    ranks = tuple(aligned_weight.layers[source_index].low.rank for source_index in weights)
+    relative_error = blend.error / blend.norm if blend.norm else 0.0
+    return LayerReport(aligned_weight.model_path, ranks, rank, blend.norm, relative_error)
 
 
 def _combine_change(

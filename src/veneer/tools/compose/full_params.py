@@ -41,17 +41,12 @@ def combine_full_params(
             negative. The error lists every problem.
         BaseMismatchError: the adapters store different values of the same frozen weight.
     """
-    params: dict[tuple[str, str], dict[int, Tensor]] = {}
-    entry_paths: dict[str, str] = {}
-    for source_index, source in enumerate(sources):
-        for path, tensors in source.full.items():
-            module_path = peft_paths.strip_wrappers(path)[0]
-            entry_paths[module_path] = (
-                path if entry_paths.get(module_path, path) == path else module_path
-            )
-            for name, tensor in tensors.items():
-                params.setdefault((module_path, name), {})[source_index] = tensor
-    changed_modules = {aligned_weight.model_path for aligned_weight in aligned_weights if not aligned_weight.is_parameter}
+    params, entry_paths = _collect_params(sources)
+    changed_modules = {
+        aligned_weight.model_path
+        for aligned_weight in aligned_weights
+        if not aligned_weight.is_parameter
+    }
     combined: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     missing_in_base: list[str] = []
@@ -92,6 +87,23 @@ def combine_full_params(
         problems.append(sentence(problem, "the base, from which their changes are counted", do))
     raise_all(AdapterError, "What these adapters train in full cannot be combined", problems)
     return combined
+
+
+def _collect_params(
+    sources: Sequence[AdapterFiles],
+) -> tuple[dict[tuple[str, str], dict[int, Tensor]], dict[str, str]]:
+    """({(module path, name): {source index: tensor}}, the path in the new folder by module path)."""
+    params: dict[tuple[str, str], dict[int, Tensor]] = {}
+    entry_paths: dict[str, str] = {}
+    for source_index, source in enumerate(sources):
+        for path, tensors in source.full.items():
+            module_path = peft_paths.strip_wrappers(path)[0]
+            entry_paths[module_path] = (
+                path if entry_paths.get(module_path, path) == path else module_path
+            )
+            for name, tensor in tensors.items():
+                params.setdefault((module_path, name), {})[source_index] = tensor
+    return params, entry_paths
 
 
 def _combine_param(

@@ -116,13 +116,7 @@ def repair(
         BaseMismatchError: the adapter was trained on another base.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
     """
-    if base is None:
-        raise ConfigError(
-            "a repair without the base",
-            "its weights, to which the intruders are compared",
-            "pass the base (--base)",
-        )
-    _check_factor(factor)
+    _check_arguments(base, factor)
     must_not_exist(Path(out), overwrite)
     saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     saved_adapter.refuse_trained_tokens("a repair")
@@ -140,10 +134,11 @@ def repair(
         reports.append(_report_weight(weight_intruders, repaired_layers[path].rank, factor))
     aligned_weights = align([saved_adapter], base_weights.parameter_order)
     entries = {
-        aligned_weight.entry_path: _folder_entry(aligned_weight, repaired_layers) for aligned_weight in aligned_weights
+        aligned_weight.entry_path: _folder_entry(aligned_weight, repaired_layers)
+        for aligned_weight in aligned_weights
     }
     options = ComposeOptions("sum", None, None, 1.0, 0)
-    full_params = combine_full_params(
+    params = combine_full_params(
         [saved_adapter], aligned_weights, lambda names, source_index: 1.0, options, base_weights
     )
     provenance = {
@@ -156,18 +151,40 @@ def repair(
     }
     variant = "dora" if any(layer.extras for layer in entries.values()) else "lora"
     folder = write_derived(
-        out, [saved_adapter], entries, full_params, variant=variant, provenance=provenance, overwrite=overwrite
+        out,
+        [saved_adapter],
+        entries,
+        params,
+        variant=variant,
+        provenance=provenance,
+        overwrite=overwrite,
     )
-    total_distance = math.hypot(*(weight_intruders.distance for weight_intruders in intruders))
+    removed = _removed_share(reports, intruders)
+    return RepairReport(folder, float(factor), tuple(reports), removed)
+
+
+def _removed_share(
+    reports: Sequence[RepairedWeight], intruders: Sequence[WeightIntruders]
+) -> float:
+    """‖W'' − W'‖ / ‖W' − W‖ over all weights."""
+    distances = [weight_intruders.distance for weight_intruders in intruders]
     removed_norm = math.hypot(
-        *(report.removed * weight_intruders.distance for report, weight_intruders in zip(reports, intruders, strict=True))
+        *(
+            report.removed * distance
+            for report, distance in zip(reports, distances, strict=True)
+        )
     )
-    return RepairReport(
-        folder, float(factor), tuple(reports), removed_norm / total_distance if total_distance else 0.0
-    )
+    total_distance = math.hypot(*distances)
+    return removed_norm / total_distance if total_distance else 0.0
 
 
-def _check_factor(factor: Any) -> None:
+def _check_arguments(base: Source | None, factor: Any) -> None:
+    if base is None:
+        raise ConfigError(
+            "a repair without the base",
+            "its weights, to which the intruders are compared",
+            "pass the base (--base)",
+        )
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
         raise ConfigError(
             f"factor={factor!r}",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -148,15 +148,17 @@ def conversion(
         left_out = [*contents.left_out, *list_losses(saved_adapter, to)]
         require_supported(saved_adapter, source_format, target, base_info)
         if saved_adapter.tuner is not None and to == "peft":
-            lora_folder = write_derived(Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full)
+            lora_folder = write_derived(
+                Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+            )
             saved_adapter = folder.read(lora_folder)
-        changes_weights = not FORMATS[source_format].peft
-        adapted_base = partial(
-            _adapted_base, base_info, saved_adapter, verify_base, changes_weights
-        )
+        weights_only = not FORMATS[source_format].peft
+        adapted_base = partial(_adapted_base, base_info, saved_adapter, verify_base, weights_only)
         if to == "veneer":
             provenance = {"converted from": source_format, **contents.about}
-            changes = _write_veneer(saved_adapter, out, base_info.facts, adapted_base, provenance, overwrite)
+            changes = _write_veneer(
+                saved_adapter, out, base_info.facts, adapted_base, provenance, overwrite
+            )
         elif target.write is None:  # "peft", the only other format without a writer
             changes = _write_peft(saved_adapter, out, base_info.facts, options, overwrite)
         else:
@@ -166,15 +168,29 @@ def conversion(
             changes = adapter.changes
             with new_file(out, overwrite=overwrite) as file:
                 left_out += target.write(adapter, file, base_info.facts, options)
-    ranks = {
-        parameter_path(path, "weight"): len(tokens.ids) for path, tokens in saved_adapter.tokens.items()
-    }
-    ranks |= {change.weight: change.layer.rank for change in changes}
-    full = tuple(
-        parameter_path(path, name) for path, tensors in saved_adapter.full.items() for name in tensors
-    )
+    ranks, full_names = _list_ranks(saved_adapter, changes), _list_full_names(saved_adapter)
     source_name = source_format if tuner_type is None else f"peft ({tuner_type})"
-    return Conversion(out, source_name, to, ranks, full, tuple(left_out), errors)
+    return Conversion(out, source_name, to, ranks, full_names, tuple(left_out), errors)
+
+
+def _list_ranks(
+    saved_adapter: AdapterFiles, changes: Iterable[LowRankChange]
+) -> dict[str, int]:
+    """The rank of each change by the path of its weight; for trained tokens, how many they are."""
+    token_counts = {
+        parameter_path(path, "weight"): len(tokens.ids)
+        for path, tokens in saved_adapter.tokens.items()
+    }
+    return token_counts | {change.weight: change.layer.rank for change in changes}
+
+
+def _list_full_names(saved_adapter: AdapterFiles) -> tuple[str, ...]:
+    """The paths of the parameters that the adapter trains in full."""
+    return tuple(
+        parameter_path(path, name)
+        for path, tensors in saved_adapter.full.items()
+        for name in tensors
+    )
 
 
 def _write_veneer(
@@ -218,9 +234,9 @@ def _write_peft(
 
 @contextmanager
 def _adapted_base(
-    base_info: BaseInfo, saved_adapter: AdapterFiles, verify_base: bool, changes_weights: bool
+    base_info: BaseInfo, saved_adapter: AdapterFiles, verify_base: bool, weights_only: bool
 ) -> Iterator[nn.Module]:
-    """A context with the base and the adapter installed on it. ``changes_weights``: the source
+    """A context with the base and the adapter installed on it. ``weights_only``: the source
     format stores changes of weights only. The warning ``UnverifiedAdapter`` is hidden, because the
     conversion itself warns if it matters."""
     assert base_info.load_model is not None
@@ -233,7 +249,7 @@ def _adapted_base(
             deltas.ADAPTER_NAME,
             trainable=False,
             verify_base=verify_base,
-            of_weights=changes_weights,
+            of_weights=weights_only,
             untie=False,
         )
     try:

@@ -43,7 +43,14 @@ from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.models.base_weights import list_weights
 from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost
-from veneer.tools.extract.selection import LOSSY, LOSSY_PRODUCT, keep_options, plan, select_weights
+from veneer.tools.extract.selection import (
+    LOSSY,
+    LOSSY_PRODUCT,
+    Selection,
+    keep_options,
+    plan,
+    select_weights,
+)
 from veneer.tools.extract.weight_pairs import ModelPair, Source, WeightPair, open_models, pair_weights
 
 __all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
@@ -119,14 +126,12 @@ def extract(
     must_not_exist(out, overwrite)
     model_pair = open_models(base, tuned, model)
     weight_pairs, names = pair_weights(model_pair), Names(model_pair.structure)
-    changed_pairs, attached = _find_changed(weight_pairs, model_pair), adapters_of(model_pair.structure)
-    used_names = () if attached is None else attached.configs
-    name = next(name for number in count() if (name := f"extracted{number}") not in used_names)
+    changed_pairs = _find_changed(weight_pairs, model_pair)
+    name = _free_adapter_name(model_pair.structure)
     exclude_patterns = (exclude,) if isinstance(exclude, str) else exclude
     selection = select_weights(names, changed_pairs, targets, exclude_patterns, keep_patterns, name)
-    dtype = (
-        torch.float64 if any(pair.base.dtype == torch.float64 for pair in selection.low_rank) else torch.float32
-    )
+    has_float64 = any(pair.base.dtype == torch.float64 for pair in selection.low_rank)
+    dtype = torch.float64 if has_float64 else torch.float32
     products, full_pairs = [], list(selection.full)
     for done, pair in enumerate(selection.low_rank, 1):
         product = _factor_change(pair, rank, energy, dtype)
@@ -137,8 +142,9 @@ def extract(
         else:
             products.append(product)
     unchanged_count = len(weight_pairs) - len(changed_pairs)
-    report = _report(out, products, full_pairs, selection.lost, unchanged_count, model_pair.tuned.unread, least)
-    record_fields = {
+    report = _report(out, products, full_pairs, selection, unchanged_count, model_pair, least)
+    extraction_record = {
+        "from": model_pair.tuned.label,
         "rank": rank,
         "energy": energy,
         "kept": report.kept,
@@ -152,26 +158,33 @@ def extract(
         dtype,
         out,
         base_name=base_name or model_pair.base_name,
-        provenance={"extracted": {"from": model_pair.tuned.label, **record_fields}, **(provenance or {})},
+        provenance={"extracted": extraction_record, **(provenance or {})},
         overwrite=overwrite,
     )
     return replace(report, seconds=time.perf_counter() - start_time)
+
+
+def _free_adapter_name(model: nn.Module) -> str:
+    """A name that no adapter on ``model`` has."""
+    attached = adapters_of(model)
+    used_names = () if attached is None else attached.configs
+    return next(name for number in count() if (name := f"extracted{number}") not in used_names)
 
 
 def _report(
     out: Path,
     products: Sequence[_Product],
     full_pairs: PairsWithReason,
-    lost: PairsWithReason,
+    selection: Selection,
     unchanged_count: int,
-    unread_tensors: Any,
+    model_pair: ModelPair,
     least: float,
 ) -> ExtractReport:
     """The report of an extraction, with 0 seconds. ``ExtractError``: there is nothing to write."""
     if not products and not full_pairs:
         problem = (
-            f"changes of {listing((pair.path for pair, _ in lost), 3)} only, which neither targets"
-            " nor keep cover"
+            f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} only, which neither"
+            " targets nor keep cover"
         )
         raise ExtractError(problem, "something to write", "widen targets or keep")
     return ExtractReport(
@@ -181,9 +194,9 @@ def _report(
             Kept(pair.path, torch.Size(pair.base.shape).numel(), pair.change(), reason)
             for pair, reason in full_pairs
         ),
-        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in lost),
+        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
         unchanged_count,
-        unread_tensors,
+        model_pair.tuned.unread,
         least,
         0.0,
     )

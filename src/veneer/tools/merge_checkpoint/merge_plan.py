@@ -182,17 +182,15 @@ def _plan_from_model(
     the model; ``param_slices``: for each tensor in the files, the slices of the model's parameters
     that it holds."""
     path_by_id = {
-        id(tensor): path
-        for path, tensor in (*model.named_buffers(), *model.named_parameters())
+        id(tensor): path for path, tensor in (*model.named_buffers(), *model.named_parameters())
     }
     edits = _collect_edits(model, attached, path_by_id)
     # for each parameter: the tensors that hold it, and which slice each of them holds
     slices_by_path: dict[str, dict[str, models.ParamSlice]] = {path: {} for path in edits}
     for tensor, tensor_slices in param_slices.items():
         for param_slice in tensor_slices:
-            path = path_by_id[
-                id(_get_tensor(model, param_slice.path))
-            ]  # the first name of a tied parameter
+            # the first name of a tied parameter
+            path = path_by_id[id(_get_tensor(model, param_slice.path))]
             slices_by_path.setdefault(path, {}).setdefault(tensor, param_slice)
     added = {
         path: tuple(edit.shape)
@@ -213,15 +211,7 @@ def _plan_from_model(
     for path, edit in edits.items():
         for tensor, param_slice in slices_by_path[path].items():
             edits_by_tensor.setdefault(tensor, []).append(replace(edit, param_slice=param_slice))
-    fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-    for (adapter, _), saved_adapter in zip(attached.values(), saved_adapters, strict=True):
-        for weight_path, expected in saved_adapter.metadata.get("base", {}).get("weights", {}).items():
-            fingerprints.setdefault(path_by_id[id(_get_tensor(model, weight_path))], {})[
-                str(adapter)
-            ] = (
-                expected,
-                saved_adapter.token_ids(weight_path),
-            )
+    fingerprints = _expected_fingerprints(model, attached, saved_adapters, path_by_id)
     return MergePlan(
         {tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},
         {
@@ -236,6 +226,24 @@ def _plan_from_model(
         tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, slices_by_path)])),
         added=added,
     )
+
+
+def _expected_fingerprints(
+    model: nn.Module,
+    attached: Mapping[str, WeightedFolder],
+    saved_adapters: Sequence[AdapterFiles],
+    path_by_id: Mapping[int, str],
+) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """By path of a parameter and then by adapter: (the fingerprint in the adapter's record, the ids
+    of the token rows that it leaves out)."""
+    fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for (adapter, _), saved_adapter in zip(attached.values(), saved_adapters, strict=True):
+        recorded_weights = saved_adapter.metadata.get("base", {}).get("weights", {})
+        for weight_path, fingerprint in recorded_weights.items():
+            path = path_by_id[id(_get_tensor(model, weight_path))]
+            expected = fingerprint, saved_adapter.token_ids(weight_path)
+            fingerprints.setdefault(path, {})[str(adapter)] = expected
+    return fingerprints
 
 
 def _may_be_head(path: str, edit: TensorEdit) -> bool:

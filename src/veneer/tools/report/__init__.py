@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,9 @@ def examine(
     saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     base_weights = FrozenWeights(base, model)
     aligned_weights = [
-        aligned_weight for aligned_weight in align([saved_adapter], base_weights.parameter_order) if aligned_weight.alias_of is None
+        aligned_weight
+        for aligned_weight in align([saved_adapter], base_weights.parameter_order)
+        if aligned_weight.alias_of is None
     ]
     if not aligned_weights:
         problem = f"{saved_adapter.path}, which changes no weight at a low rank"
@@ -207,17 +209,15 @@ def examine(
         intruder_results = find_intruders(
             saved_adapter, base_weights, count=count, threshold=threshold, control=True, seed=seed
         )
-        for done, weight_intruders in enumerate(intruder_results, 1):
-            intruders[weight_intruders.aligned_weight.model_path] = weight_intruders
-            if progress is not None:
-                progress(weight_intruders.aligned_weight.model_path, done, len(aligned_weights))
+        intruders = _collect_intruders(intruder_results, len(aligned_weights), progress)
     difference = None if other is None else compare(saved_adapter, other)
-    layer_differences = [] if difference is None else difference.layers
-    shared = {layer.path: _relate_layers(layer, products[layer.path]) for layer in layer_differences}
+    shared = {
+        layer.path: _relate_layers(layer, products[layer.path])
+        for layer in (() if difference is None else difference.layers)
+    }
     layers = [
-        _examine_layer(aligned_weight, products[path], intruders.get(path), threshold, shared.get(path))
+        _examine_layer(aligned_weight, products, intruders, threshold, shared)
         for aligned_weight in aligned_weights
-        for path in [aligned_weight.model_path]
     ]
     cuts = _cuts(layers)
     next_rank, reason = _next_rank(layers, cuts)
@@ -238,6 +238,21 @@ def examine(
         seconds=sum(weight_intruders.seconds for weight_intruders in intruders.values()),
         weight_intruders=tuple(intruders.values()),
     )
+
+
+def _collect_intruders(
+    results: Iterable[WeightIntruders],
+    weight_count: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, WeightIntruders]:
+    """The results by path of the weight, with a call of ``progress`` after each."""
+    intruders = {}
+    for done, weight_intruders in enumerate(results, 1):
+        path = weight_intruders.aligned_weight.model_path
+        intruders[path] = weight_intruders
+        if progress is not None:
+            progress(path, done, weight_count)
+    return intruders
 
 
 def _full_names(saved_adapter: AdapterFiles) -> list[str]:
@@ -273,15 +288,17 @@ def effective_rank(spectrum: Tensor) -> float:
 
 def _examine_layer(
     aligned_weight: AlignedWeight,
-    low_rank: LowRank,
-    weight_intruders: WeightIntruders | None,
+    products: Mapping[str, LowRank],
+    intruders_by_path: Mapping[str, WeightIntruders],
     threshold: float,
-    shared: Shared | None,
+    shared_by_path: Mapping[str, Shared],
 ) -> ReportLayer:
-    svd = low_rank.svd()
+    path = aligned_weight.model_path
+    weight_intruders = intruders_by_path.get(path)
+    svd = products[path].svd()
     spectrum = svd.S.square().sum(0).sqrt()
     norm = float(spectrum.norm())
-    block_match = re.search(r"(?:^|\.)(\d+)\.", f"{aligned_weight.model_path}.")
+    block_match = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
     rank_90, rank_99 = (svd.rank_for(share) if norm else 0 for share in (0.9, ENOUGH))
     relative, cosines, control, intruders = None, (), (), None
     if weight_intruders is not None:
@@ -295,9 +312,9 @@ def _examine_layer(
             else None
         )
     return ReportLayer(
-        path=aligned_weight.model_path,
+        path=path,
         block=None if block_match is None else int(block_match[1]),
-        kind=aligned_weight.model_path.rpartition(".")[2],
+        kind=path.rpartition(".")[2],
         shape=aligned_weight.template.dims,
         rank=aligned_weight.template.rank,
         norm=norm,
@@ -309,7 +326,7 @@ def _examine_layer(
         cosines=cosines,
         control=control,
         intruders=intruders,
-        shared=shared,
+        shared=shared_by_path.get(path),
     )
 
 
