@@ -103,7 +103,8 @@ def sparkline(values: Sequence[float]) -> str:
     """A character for each value, lowest for the least value."""
     least, greatest = min(values), max(values)
     return "".join(
-        BARS[round((value - least) / ((greatest - least) or 1) * (len(BARS) - 1))] for value in values
+        BARS[round((value - least) / ((greatest - least) or 1) * (len(BARS) - 1))]
+        for value in values
     )
 
 

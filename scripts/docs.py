@@ -1,17 +1,17 @@
 """Write the generated parts of the docs.
 
-    docs/cli.md                     from the commands' --help
-    docs/config.md                  the table of variants, from their registry
-    docs/serving.md                 the table of fields, from the server's request bodies
-    docs/troubleshooting.md         the errors, from their docstrings
-    docs/plan.md                    from the planner
-    examples/grafana.json           from the table of its panels
-    docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md, and blocks of README.md,
-    docs/start.md, docs/from-peft.md, docs/trainers.md      from recorded results
-    docs/paper/                     from the results in experiments/
+docs/cli.md                     from the commands' --help
+docs/config.md                  the table of variants, from their registry
+docs/serving.md                 the table of fields, from the server's request bodies
+docs/troubleshooting.md         the errors, from their docstrings
+docs/plan.md                    from the planner
+examples/grafana.json           from the table of its panels
+docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md, and blocks of README.md,
+docs/start.md, docs/from-peft.md, docs/trainers.md      from recorded results
+docs/paper/                     from the results in experiments/
 
-    python scripts/docs.py            write
-    python scripts/docs.py --check    fail if anything committed is stale
+python scripts/docs.py            write
+python scripts/docs.py --check    fail if anything committed is stale
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ def page() -> str:
         " it.\n"
     )
     return (
-        LEAD + note + "".join("\n" + "\n".join(_result_section(result)).rstrip() + "\n" for result in results)
+        LEAD
+        + note
+        + "".join("\n" + "\n".join(_result_section(result)).rstrip() + "\n" for result in results)
     )
 
 

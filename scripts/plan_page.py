@@ -227,7 +227,9 @@ def measured() -> list[str]:
         ]
         for row in rows_measured
     ]  # fmt: skip
-    errors_by_name = {name: [abs(row[name]) for row in rows_measured if name in row] for name in ERRORS}
+    errors_by_name = {
+        name: [abs(row[name]) for row in rows_measured if name in row] for name in ERRORS
+    }
     counts = {
         name: sum(error <= limit for error in errors_by_name[name])
         for name, limit in ERRORS.items()
@@ -287,7 +289,13 @@ def published() -> list[str]:
             gib(lora),
             off(lora.total / GIB, 16.2),
         ],
-        ["8B, LoRA: GiB", "torchtune", "30.3", gib(uncheckpointed), off(uncheckpointed.total / GIB, 30.3)],
+        [
+            "8B, LoRA: GiB",
+            "torchtune",
+            "30.3",
+            gib(uncheckpointed),
+            off(uncheckpointed.total / GIB, 30.3),
+        ],
         [
             "8B, QLoRA, checkpointed: GiB",
             "torchtune",

@@ -80,8 +80,8 @@ def run_trainers(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def same_answers(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two rows have the same results. The sizes of checkpoints may differ slightly, with the
-    names that a library writes."""
+    """Whether two rows have the same results. The sizes of checkpoints may differ slightly, with
+    the names that a library writes."""
     has_similar_size = bool(first) and bool(second) and abs(first["size"] - second["size"]) < 0.1
     return has_similar_size and {**first, "size": None} == {**second, "size": None}
 

@@ -202,7 +202,9 @@ def work(pipe: Connection, folder: Path, seed: int, numbers: Iterable[int]) -> N
     warnings.simplefilter("ignore")
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
-        address_bytes = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
+        address_bytes = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize")
+        )
         resource.setrlimit(resource.RLIMIT_AS, (address_bytes + ADDRESSES, resource.RLIM_INFINITY))
     stands = stands_in(folder)
     for stand in stands:

@@ -131,7 +131,9 @@ def write(file: Path, header: Any, data: bytes) -> None:
 def tensors_in(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(file, framework="pt") as tensor_file:
         names = tensor_file.keys()
-        return {name: tensor_file.get_tensor(name) for name in names}, dict(tensor_file.metadata() or {})
+        return {name: tensor_file.get_tensor(name) for name in names}, dict(
+            tensor_file.metadata() or {}
+        )
 
 
 def forge(folder: Path) -> bool:
@@ -192,7 +194,9 @@ def change_somewhere(value: Any, rng: random.Random, m: Mutant) -> None:
         del container[path[-1]]
         m.note("removed", path)
     elif isinstance(container, dict):
-        container[rng.choice(["x", "", "../x", "q", "é", "\x00", "linear.weight"])] = rng.choice(ODD)
+        container[rng.choice(["x", "", "../x", "q", "é", "\x00", "linear.weight"])] = rng.choice(
+            ODD
+        )
         m.note("added at", path[:-1])
     else:
         container.append(rng.choice(ODD))

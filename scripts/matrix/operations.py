@@ -121,7 +121,9 @@ def forward(case: Case) -> Verdicts:
                     verdicts[example] = verdicts.get(example) or _within(
                         error(y, expected[example]), FORWARD
                     )
-    unchanged_examples = {example for example, y in base.items() if error(y, expected[example]) < 1e-3}
+    unchanged_examples = {
+        example for example, y in base.items() if error(y, expected[example]) < 1e-3
+    }
     return {
         example: "the adapter changes nothing" if example in unchanged_examples else why
         for example, why in verdicts.items()
@@ -143,7 +145,10 @@ def gradient(case: Case) -> Verdicts:
     parameters = dict(veneer.Handle(case.model, case.name).named_parameters())
     if list(parameters) != list(leaves):
         raise Inexact(f"trains {list(parameters)}")
-    names = [*(name.partition(".")[0] for name in parameters), *(example for example, _ in example_inputs)]
+    names = [
+        *(name.partition(".")[0] for name in parameters),
+        *(example for example, _ in example_inputs),
+    ]
     verdicts: Verdicts = dict.fromkeys(case.inputs, EXACT)
 
     def gradients(
@@ -235,9 +240,7 @@ def save_load(case: Case) -> Verdicts:
     verdicts: Verdicts = {}
     for example in case.inputs:
         names = [name for name in saved_tensors if name.startswith(f"{example}.")]
-        same_tensors = all(
-            torch.equal(saved_tensors[name], loaded_tensors[name]) for name in names
-        )
+        same_tensors = all(torch.equal(saved_tensors[name], loaded_tensors[name]) for name in names)
         same_outputs = torch.equal(before[example], after[example])
         verdicts[example] = (
             EXACT
@@ -351,9 +354,7 @@ def _check_compiled(case: Case, inputs: Mapping[str, tuple], fullgraph: bool) ->
             actual, expected = flats(run(inputs)), flats(case.model(inputs))
         verdicts = {
             example: verdicts[example]
-            or _within(
-                error(actual[example], expected[example]), FORWARD, "differs from eager"
-            )
+            or _within(error(actual[example], expected[example]), FORWARD, "differs from eager")
             for example in inputs
         }
     return verdicts
@@ -377,9 +378,13 @@ def peft_round_trip(case: Case) -> Verdicts:
             peft_model = load_in_peft()
             outputs = flats(peft_model(case.inputs))
             peft_model.save_pretrained(f"{folder}/theirs")
-            is_same = {example: error(outputs[example], y) <= PEFT for example, y in expected.items()}
+            is_same = {
+                example: error(outputs[example], y) <= PEFT for example, y in expected.items()
+            }
             merged = (
-                outputs if all(is_same.values()) else flats(load_in_peft().merge_and_unload()(case.inputs))
+                outputs
+                if all(is_same.values())
+                else flats(load_in_peft().merge_and_unload()(case.inputs))
             )
         except Exception as peft_error:
             raise Inexact(f"PEFT: {peft_error}") from peft_error
@@ -506,9 +511,12 @@ def of_layer(
         breaks = {name: breaks_of(getattr(base, name), args) for name, args in inputs.items()}
         torch._dynamo.reset()
     model, compiled = copy.deepcopy(base), {}
-    selected_variants = [variant for variant in VARIANTS if not variants or variant.name in variants]
+    selected_variants = [
+        variant for variant in VARIANTS if not variants or variant.name in variants
+    ]
     refusals = {
-        variant.name: attach_where_possible(base, model, variant, inputs) for variant in selected_variants
+        variant.name: attach_where_possible(base, model, variant, inputs)
+        for variant in selected_variants
     }
     complete_variants = [name for name, why in refusals.items() if not why]
     results = Results(

@@ -40,7 +40,9 @@ class Page:
         number = self.notes.setdefault(
             "; ".join(texts) or "no example has rows", len(self.notes) + 1
         )
-        exact_count = sum(not why or why.startswith((NOTE, GRID)) for why in verdicts_with_rows.values())
+        exact_count = sum(
+            not why or why.startswith((NOTE, GRID)) for why in verdicts_with_rows.values()
+        )
         if verdicts_with_rows and exact_count == len(verdicts_with_rows):
             is_rounded = any(why.startswith(GRID) for why in reasons)
             return "exact, with a note", f"{'to its grid' if is_rounded else 'exact'} [^{number}]"
@@ -178,4 +180,6 @@ def page(layers: list[Results], storages: list[Results]) -> tuple[str, str]:
     lines += ["", storage_summary, ""]
     lines += [f"[^{number}]: {text}." for text, number in builder.notes.items()]
     meanings = "\n".join(f"| {operation} | {MEANINGS[operation]} |" for operation in OPERATIONS)
-    return f"{INTRO}{meanings}\n{NOTES}\n" + "\n".join(lines) + "\n", f"{summary}\n{storage_summary}"
+    return f"{INTRO}{meanings}\n{NOTES}\n" + "\n".join(
+        lines
+    ) + "\n", f"{summary}\n{storage_summary}"

@@ -68,7 +68,7 @@ def stored_truth(
     return F.linear(x, W, bias), F.linear(x, W + scale * numbers["B"][0] @ numbers["A"][0], bias)
 
 
-#: limit of the relative error of a library's own outputs; one that rounds its inputs to 8 bits has an
+#: limit of the relative error of a library's outputs; one that rounds its inputs to 8 bits has an
 #: error of 0.6 %
 LIBRARY = 1e-2
 #: verdict if the library rounds {}, which the base computes
@@ -178,9 +178,7 @@ def count_far(merged: Tensor, exact: Tensor) -> int:
     block are those of its other numbers; 16 numbers in a row are in one block in every storage."""
     rounded, targets = merged.reshape(-1, 16), exact.reshape(-1, 16)
     nearest = (rounded[:, None, :] - targets[:, :, None]).abs().amin(2)
-    slack = 0.002 * rounded.abs().amax(
-        1, keepdim=True
-    )  # a rounded scale shifts the grid
+    slack = 0.002 * rounded.abs().amax(1, keepdim=True)  # a rounded scale shifts the grid
     return int(((rounded - targets).abs() > nearest + slack).sum())
 
 

@@ -29,7 +29,9 @@ class Library:
 
 def _attach_veneer(model: Any, run: Run) -> Any:
     full_modules = ["score"] if run.head == "reward" else []
-    config = veneer.LoraConfig(rank=16, alpha=16, dropout=0.1, targets=LINEAR, train_also=full_modules)
+    config = veneer.LoraConfig(
+        rank=16, alpha=16, dropout=0.1, targets=LINEAR, train_also=full_modules
+    )
     veneer.attach(model, config)
     return model
 

@@ -138,11 +138,17 @@ def forge(path, tensors=None, record=None, config=None, own=None):
     peft_config = json.loads((path / CONFIG).read_text())
     parameters = load_file(path / PARAMETERS) if (path / PARAMETERS).exists() else {}
     for change, data in (
-        (tensors, main_tensors), (record, folder_record), (config, peft_config), (own, parameters)
+        (tensors, main_tensors),
+        (record, folder_record),
+        (config, peft_config),
+        (own, parameters),
     ):
         if change is not None:
             change(data)
-    folder_record["hashes"] |= {"tensors": hash_tensors(main_tensors), CONFIG: hash_json(peft_config)}
+    folder_record["hashes"] |= {
+        "tensors": hash_tensors(main_tensors),
+        CONFIG: hash_json(peft_config),
+    }
     if parameters:
         folder_record["hashes"][PARAMETERS] = hash_tensors(parameters)
         save_file(parameters, path / PARAMETERS)

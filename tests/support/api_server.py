@@ -93,7 +93,9 @@ class FakeEngine:
                 break
             word = f"w{number + (sampling.seed or 0)} "
             stop = next((stop for stop in sampling.stop if stop in text + word), None)
-            visible_text = word if stop is None else word[: max(0, (text + word).index(stop) - len(text))]
+            visible_text = (
+                word if stop is None else word[: max(0, (text + word).index(stop) - len(text))]
+            )
             top_tokens = tuple((9, f"x{i}", -1.0 - i) for i in range(sampling.logprobs or 0))
             token = Token(7, word, None if sampling.logprobs is None else -0.5, top_tokens)
             text, generated = text + word, generated + 1

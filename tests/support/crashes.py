@@ -129,8 +129,8 @@ def die_at(operation: str, folder: Path, number: int, step: int) -> None:
 
 
 def die_at_each(pipe: Any, operation: str, folder: Path, exchange: bool) -> None:
-    """For each (number, step) that ``pipe`` receives, call ``die_at`` in a fork of this process, and
-    send back the exit code of the fork."""
+    """For each (number, step) that ``pipe`` receives, call ``die_at`` in a fork of this process,
+    and send back the exit code of the fork."""
     if not exchange:
         without_exchange()
     while True:

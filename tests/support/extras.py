@@ -65,7 +65,8 @@ def needs(*names: str) -> pytest.MarkDecorator:
     example because a process that it starts imports them."""
     missing_libraries = [name for name in names if find_spec(name) is None]
     return pytest.mark.skipif(
-        bool(missing_libraries) and not IN_CI, reason=f"{', '.join(missing_libraries)} is not installed"
+        bool(missing_libraries) and not IN_CI,
+        reason=f"{', '.join(missing_libraries)} is not installed",
     )
 
 

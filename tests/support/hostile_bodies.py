@@ -250,7 +250,9 @@ def hostile_request(seed: int, number: int, routes: Any = tuple(ROUTES)) -> Host
     content = json.dumps(body).encode()
     if draw.random() < 0.08:
         content = damage(draw, content)
-    content_type = "application/json" if draw.random() < 0.97 else draw.choice(("text/plain", "", "a/b"))
+    content_type = (
+        "application/json" if draw.random() < 0.97 else draw.choice(("text/plain", "", "a/b"))
+    )
     return HostileRequest(route, content, content_type, leaves=draw.random() < 0.05)
 
 

@@ -40,7 +40,9 @@ def reference(handle, args):
         low_rank, gain = change.variant.resolve(
             tensors, change.scale, lambda base=base, c=change: c.layer.unfold(base, c.dims)
         )
-        low_rank = low_rank if change.frozen_input is None else low_rank.zero_input(change.frozen_input)
+        low_rank = (
+            low_rank if change.frozen_input is None else low_rank.zero_input(change.frozen_input)
+        )
         weight = base.detach() + change.layer.fold(
             torch.einsum("gor,gri->goi", low_rank.B, low_rank.A) * low_rank.scale, base.shape
         )

@@ -13,7 +13,9 @@ HALF = (torch.bfloat16, torch.float16)
 def exact(weight, low_rank, gain=None):
     """gain ⊙ (weight + ΔW) [g, out, in] in float64."""
     merged_weight = weight.double() + low_rank.delta(torch.float64)
-    return merged_weight if gain is None else merged_weight * gain.double().view(*weight.shape[:2], 1)
+    return (
+        merged_weight if gain is None else merged_weight * gain.double().view(*weight.shape[:2], 1)
+    )
 
 
 def make_change(shape, ratio=1e-3, rank=4, dtype=torch.bfloat16, seed=0):

@@ -86,7 +86,10 @@ def write_whisper(folder: Path) -> Path:
         feature_size=8, sampling_rate=RATE, chunk_length=1
     )
     return _save(
-        transformers.WhisperForConditionalGeneration(config), folder, tiny_tokenizer(), feature_extractor
+        transformers.WhisperForConditionalGeneration(config),
+        folder,
+        tiny_tokenizer(),
+        feature_extractor,
     )
 
 

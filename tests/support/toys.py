@@ -140,7 +140,9 @@ def definition(module, values, args):
             False  # torch cannot propagate a sparse gradient through a computed weight
         )
     if isinstance(module_copy, nn.RNNBase):
-        module_copy._flat_weights = [module_copy._parameters[name] for name in module_copy._flat_weights_names]
+        module_copy._flat_weights = [
+            module_copy._parameters[name] for name in module_copy._flat_weights_names
+        ]
     return module_copy(*args)
 
 

@@ -127,7 +127,9 @@ class Case:
         model, outcome = self.first
         if outcome.reference is None:
             return YES
-        model_pointers = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+        model_pointers = {
+            value.untyped_storage().data_ptr() for value in model.state_dict().values()
+        }
         reference_tensors = [
             value
             for value in outcome.reference.state_dict().values()

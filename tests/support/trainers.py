@@ -76,8 +76,8 @@ Watch = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a run. `save` writes the model into a folder by the trainer's own means. `model`
-    is the trained model. `reference` is the model with which the trainer compares the policy
+    """The result of a run. `save` writes the model into a folder by the trainer's own means;
+    `model` is the trained model; `reference` is the model that the policy is compared with
     (None: it uses none, or switches PEFT's adapter off).
     """
 

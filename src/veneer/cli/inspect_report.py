@@ -183,7 +183,11 @@ def _write_derived_adapters(
     has_intruders = any(weight.count for weight in report.weight_intruders)
     for factor in REPAIR_FACTORS if has_intruders else ():
         repaired = repair(
-            saved, folder / f"repaired-{factor}", **files, factor=factor, intruders=report.weight_intruders
+            saved,
+            folder / f"repaired-{factor}",
+            **files,
+            factor=factor,
+            intruders=report.weight_intruders,
         )
         yield "repaired", factor, repaired.removed, repaired.path
         if repaired.removed < 1:

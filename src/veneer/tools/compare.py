@@ -121,7 +121,9 @@ class Difference:
     @property
     def cosine(self) -> float:
         """The cosine of ΔW_A and ΔW_B, over all weights that both adapters change."""
-        inner_product = math.fsum(layer.cosine * layer.norms[0] * layer.norms[1] for layer in self.layers)
+        inner_product = math.fsum(
+            layer.cosine * layer.norms[0] * layer.norms[1] for layer in self.layers
+        )
         return inner_product / math.prod(self._norms) if all(self._norms) else 0.0
 
     @property
@@ -174,7 +176,10 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
         AdapterError: an adapter cannot be read, or changes of one weight have different shapes, so
             that the adapters cannot belong to one model.
     """
-    adapters = [saved_adapter if isinstance(saved_adapter, AdapterFiles) else read(saved_adapter) for saved_adapter in (a, b)]
+    adapters = [
+        saved_adapter if isinstance(saved_adapter, AdapterFiles) else read(saved_adapter)
+        for saved_adapter in (a, b)
+    ]
     products, problems = [applied_products(saved_adapter) for saved_adapter in adapters], []
     shared_paths = [path for path in products[0] if path in products[1]]
     for path in shared_paths:
@@ -187,7 +192,8 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
             problems.append(sentence(problem, "adapters of one model", "compare those"))
     raise_all(AdapterError, "These adapters cannot be compared", problems)
     magnitudes = [
-        {layer.target_path: layer.extras for layer in saved_adapter.low.values()} for saved_adapter in adapters
+        {layer.target_path: layer.extras for layer in saved_adapter.low.values()}
+        for saved_adapter in adapters
     ]
     full_tensors = [_full_tensors(saved_adapter) for saved_adapter in adapters]
     exclusive_names = [
@@ -255,7 +261,9 @@ def _compare_layer(
         else [math.inf]
     )
     larger_norm, norm_product = max(norms), norms[0] * norms[1]
-    cosine = 1.0 if are_equal and larger_norm else a.inner(b) / norm_product if norm_product else 0.0
+    cosine = (
+        1.0 if are_equal and larger_norm else a.inner(b) / norm_product if norm_product else 0.0
+    )
     return LayerDifference(
         path=path,
         ranks=(a.rank, b.rank),
@@ -291,15 +299,23 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
     squared_overlap, angles = 0.0, []
     for larger_basis, smaller_basis in bases:
         larger_basis, smaller_basis = (
-            (larger_basis, smaller_basis) if larger_basis.shape[1] >= smaller_basis.shape[1] else (smaller_basis, larger_basis)
+            (larger_basis, smaller_basis)
+            if larger_basis.shape[1] >= smaller_basis.shape[1]
+            else (smaller_basis, larger_basis)
         )
         inner_products = larger_basis.mT @ smaller_basis
-        cosines = torch.linalg.svdvals(inner_products).clamp(max=1)  # descending, so the angles ascend
-        sines = torch.linalg.svdvals(smaller_basis - larger_basis @ inner_products).clamp(max=1).flip(0)
+        cosines = torch.linalg.svdvals(inner_products).clamp(
+            max=1
+        )  # descending, so the angles ascend
+        sines = (
+            torch.linalg.svdvals(smaller_basis - larger_basis @ inner_products).clamp(max=1).flip(0)
+        )
         # arccos loses half the digits near 0°, arcsin near 90°
         angles += torch.where(cosines**2 > 0.5, sines.asin(), cosines.acos()).rad2deg().tolist()
         squared_overlap += float(inner_products.square().sum())
-    smaller_rank = sum(min(larger_basis.shape[1], smaller_basis.shape[1]) for larger_basis, smaller_basis in bases)
+    smaller_rank = sum(
+        min(larger_basis.shape[1], smaller_basis.shape[1]) for larger_basis, smaller_basis in bases
+    )
     return Space(min(1.0, squared_overlap / smaller_rank), tuple(sorted(angles)))
 
 
@@ -307,7 +323,8 @@ def _full_tensors(saved_adapter: AdapterFiles) -> dict[str, Tensor]:
     """The parameters that an adapter trains in full and its trained token rows, by path; a row has
     the path of its weight and the token id, as in "embed.weight[7]"."""
     tensors_by_path = (
-        (peft_paths.strip_wrappers(path)[0], tensors) for path, tensors in saved_adapter.full.items()
+        (peft_paths.strip_wrappers(path)[0], tensors)
+        for path, tensors in saved_adapter.full.items()
     )
     full_parameters = {
         parameter_path(module_path, name): tensor
@@ -344,5 +361,9 @@ def _compare_bases(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ..
         for name in fingerprints_a
         if name in fingerprints_b and kind_of(fingerprints_a[name]) == kind_of(fingerprints_b[name])
     ]
-    mismatched_weights = tuple(name for name in comparable_names if fingerprints_a[name] != fingerprints_b[name])
-    return ("different" if mismatched_weights else "same" if comparable_names else "unknown"), mismatched_weights
+    mismatched_weights = tuple(
+        name for name in comparable_names if fingerprints_a[name] != fingerprints_b[name]
+    )
+    return (
+        "different" if mismatched_weights else "same" if comparable_names else "unknown"
+    ), mismatched_weights

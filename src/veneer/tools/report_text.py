@@ -10,7 +10,11 @@ def rank_range(ranks: Iterable[int]) -> str:
     sorted_ranks = sorted(set(ranks))
     if not sorted_ranks:
         return "no ranks"
-    return f"rank {sorted_ranks[0]}" if len(sorted_ranks) == 1 else f"ranks {sorted_ranks[0]} to {sorted_ranks[-1]}"
+    return (
+        f"rank {sorted_ranks[0]}"
+        if len(sorted_ranks) == 1
+        else f"ranks {sorted_ranks[0]} to {sorted_ranks[-1]}"
+    )
 
 
 def count_noun(count: int, noun: str) -> str:

@@ -270,7 +270,10 @@ def _weigh_by_layer(
     factor of the first pattern in ``layers`` that matches a name of the layer. ``used_indices``:
     the positions of the sources among all adapters. ``ConfigError``: a pattern matches no layer."""
     layer_names = [
-        name for aligned_weight in aligned_weights for name in (aligned_weight.model_path, aligned_weight.weight_path) if name
+        name
+        for aligned_weight in aligned_weights
+        for name in (aligned_weight.model_path, aligned_weight.weight_path)
+        if name
     ]
     for source in sources:
         for path, tensors in source.full.items():
@@ -443,10 +446,15 @@ def _combine_change(
     ]
     if options.method in MERGE_METHODS:
         blend = merge_by_method(
-            terms, options, None if frozen_weight is None else frozen_weight.weight, aligned_weight.model_path
+            terms,
+            options,
+            None if frozen_weight is None else frozen_weight.weight,
+            aligned_weight.model_path,
         )
     elif frozen_weight is not None:
-        blend = sum_with_magnitudes(terms, options, frozen_weight.weight, aligned_weight.model_path, dtype)
+        blend = sum_with_magnitudes(
+            terms, options, frozen_weight.weight, aligned_weight.model_path, dtype
+        )
     else:
         blend = reduce_rank(
             LowRank.sum([term.low_rank for term in terms], [term.weight for term in terms]), options

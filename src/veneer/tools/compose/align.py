@@ -91,14 +91,21 @@ def _mismatch_problems(
     for model_path, entries in changes.items():
         index_by_shape: dict[tuple, int] = {}
         for adapter_index, (path, layer) in entries.items():
-            shape_key = layer.suffixes, peft.of_parameter(path, layer), layer.dims, layer.A.shape[1:]
+            shape_key = (
+                layer.suffixes,
+                peft.of_parameter(path, layer),
+                layer.dims,
+                layer.A.shape[1:],
+            )
             index_by_shape.setdefault(shape_key, adapter_index)
         if len(index_by_shape) > 1:
             dims_and_folders = [
                 (shape_key[2], saved_adapters[index].path)
                 for shape_key, index in index_by_shape.items()
             ]
-            descriptions = [f"(groups, out, in) = {dims} in {folder}" for dims, folder in dims_and_folders]
+            descriptions = [
+                f"(groups, out, in) = {dims} in {folder}" for dims, folder in dims_and_folders
+            ]
             yield sentence(
                 f"changes of {model_path!r} of {listing(descriptions, 3)}",
                 "changes of one weight",
@@ -126,7 +133,8 @@ def _find_weights_and_aliases(
     weight_paths: dict[str, str] = {}
     candidates: dict[str, dict[tuple[str, bool], None]] = {}
     layers_by_path = [
-        {layer.target_path: layer for layer in saved_adapter.low.values()} for saved_adapter in saved_adapters
+        {layer.target_path: layer for layer in saved_adapter.low.values()}
+        for saved_adapter in saved_adapters
     ]
     for saved_adapter, layers in zip(saved_adapters, layers_by_path, strict=True):
         # the paths of the weights in the record, by model path
@@ -182,7 +190,10 @@ def _tie_orientations(first_layer: peft.PeftLayer, second_layer: peft.PeftLayer)
 
 
 def _entry_paths(
-    changes: ChangesByPath, parameter_paths: set[str], parameter_order: ParameterOrder | None, problems: list[str]
+    changes: ChangesByPath,
+    parameter_paths: set[str],
+    parameter_order: ParameterOrder | None,
+    problems: list[str],
 ) -> dict[str, str]:
     """The path of each change in a folder that holds the changes of all adapters, by model path. It
     includes the names of the modules that PEFT wraps around an adapted module."""
@@ -198,7 +209,11 @@ def _entry_paths(
         module_path, _, leaf_name = model_path.rpartition(".")
         if model_path in parameter_paths:
             ordered_parameters = _order_parameters(
-                module_path, parameters_by_module.pop(module_path, []), changes, parameter_order, problems
+                module_path,
+                parameters_by_module.pop(module_path, []),
+                changes,
+                parameter_order,
+                problems,
             )
             for position, parameter in enumerate(ordered_parameters, 1):
                 wrappers = ["base_layer"] * (len(ordered_parameters) - position)
@@ -233,7 +248,8 @@ def _order_parameters(
         return parameter_paths
     if parameter_order is not None:
         return sorted(
-            parameter_paths, key=[parameter_path(module_path, name) for name in parameter_order(module_path)].index
+            parameter_paths,
+            key=[parameter_path(module_path, name) for name in parameter_order(module_path)].index,
         )
     for adapter_index in {index for path in parameter_paths for index in changes[path]}:
         depths = {
@@ -263,7 +279,10 @@ def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
     products = {}
     for path, layer in saved_adapter.low.items():
         is_repeated = saved_adapter.record is None and peft_paths.attention_of(path) is not None
-        if is_repeated and (reason := peft_behaviour.out_proj_problem(saved_adapter.peft_config)) is not None:
+        if (
+            is_repeated
+            and (reason := peft_behaviour.out_proj_problem(saved_adapter.peft_config)) is not None
+        ):
             problem = f"a change of {layer.target_path!r} in {saved_adapter.path}: {reason}"
             raise AdapterError(problem, "a known meaning", "use PEFT for it")
         products[layer.target_path] = (

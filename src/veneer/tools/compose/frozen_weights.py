@@ -93,7 +93,9 @@ class FrozenWeights:
             )
         return None if tensor is None else tensor.detach().cpu()
 
-    def frozen_weight(self, aligned_weight: AlignedWeight, config: Mapping[str, Any]) -> FrozenWeight:
+    def frozen_weight(
+        self, aligned_weight: AlignedWeight, config: Mapping[str, Any]
+    ) -> FrozenWeight:
         """The weight that the changes apply to. ``config``: the PEFT config of one of the
         adapters. ``AdapterError``: the base lacks the weight, or its layout is ambiguous."""
         path = aligned_weight.weight_path
@@ -140,8 +142,12 @@ class FrozenWeights:
         else:
             # A folder with changes of parameters may have transposed layers without
             # "fan_in_fan_out" in its config (see peft_mapping.py).
-            may_be_transposed = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
-            weight, is_transposed = _weight_by_shape(path, dense_weight, aligned_weight, may_be_transposed)
+            may_be_transposed = bool(
+                config.get("fan_in_fan_out") or config.get("target_parameters")
+            )
+            weight, is_transposed = _weight_by_shape(
+                path, dense_weight, aligned_weight, may_be_transposed
+            )
         groups, out, in_ = aligned_weight.template.dims
         if weight.shape != ((groups, in_, out) if is_transposed else (groups, out, in_)):
             problem = f"{path!r} of shape {tuple(dense_weight.shape)} in the base"
@@ -157,7 +163,9 @@ class FrozenWeights:
         frozen_weight = self.frozen_weight(aligned_weight, sources[0].peft_config)
         actual_fingerprint = None
         for source in sources:
-            expected_fingerprint = source.metadata.get("base", {}).get("weights", {}).get(aligned_weight.weight_path)
+            expected_fingerprint = (
+                source.metadata.get("base", {}).get("weights", {}).get(aligned_weight.weight_path)
+            )
             if expected_fingerprint is None:
                 continue
             actual_fingerprint = actual_fingerprint or fingerprint(
@@ -165,8 +173,8 @@ class FrozenWeights:
             )
             if actual_fingerprint != expected_fingerprint:
                 problem = (
-                    f"another weight {aligned_weight.weight_path!r} in the base than {source.path} was"
-                    " made for"
+                    f"another weight {aligned_weight.weight_path!r} in the base than {source.path}"
+                    " was made for"
                 )
                 raise BaseMismatchError(problem, "the base of the adapters", "pass that base")
         return frozen_weight

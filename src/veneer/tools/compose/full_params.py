@@ -72,7 +72,9 @@ def combine_full_params(
                 for source_index in tensors
                 if (weight := weigh_adapter((module_path, path), source_index))
             }
-            combined_param = _combine_param(path, tensors, weights, options, base_weights, problems, missing_in_base)
+            combined_param = _combine_param(
+                path, tensors, weights, options, base_weights, problems, missing_in_base
+            )
             if combined_param is not None:
                 combined.setdefault(entry_paths[module_path], {})[name] = combined_param
     if missing_in_base:
@@ -92,7 +94,7 @@ def combine_full_params(
 def _collect_params(
     sources: Sequence[AdapterFiles],
 ) -> tuple[dict[tuple[str, str], dict[int, Tensor]], dict[str, str]]:
-    """({(module path, name): {source index: tensor}}, the path in the new folder by module path)."""
+    """({(module path, name): {source index: tensor}}, {module path: path in the new folder})."""
     params: dict[tuple[str, str], dict[int, Tensor]] = {}
     entry_paths: dict[str, str] = {}
     for source_index, source in enumerate(sources):
@@ -135,7 +137,9 @@ def _combine_param(
         problems.append(sentence(problem, "one shape", "pass the base that the adapters are of"))
         return None
     base_value = (
-        torch.zeros(first_tensor.shape, dtype=torch.float64) if base_tensor is None else base_tensor.double()
+        torch.zeros(first_tensor.shape, dtype=torch.float64)
+        if base_tensor is None
+        else base_tensor.double()
     )
     if merge_method is None:
         # without a base, P₀ cancels, so base_value may be 0
@@ -146,9 +150,7 @@ def _combine_param(
         # The seed depends on the values, so that DARE drops the same entries under each name of a
         # tied parameter.
         seed = "/".join([str(options.seed), *(digest(tensors[index]) for index in weights)])
-        vectors = [
-            lambda index=index: tensors[index].double() - base_value for index in weights
-        ]
+        vectors = [lambda index=index: tensors[index].double() - base_value for index in weights]
         combined_param = base_value + merge_vectors(
             merge_method, vectors, list(weights.values()), options.density, seed
         )

@@ -122,7 +122,9 @@ def nearest_product(
         svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
     else:
         svd = _randomised_svd(delta, rank + OVERSAMPLING, seeded_generator(seed))
-    low_rank, _ = svd.cut(min(rank or full_rank, full_rank) if energy is None else svd.rank_for(energy))
+    low_rank, _ = svd.cut(
+        min(rank or full_rank, full_rank) if energy is None else svd.rank_for(energy)
+    )
     zero_rows = (delta == 0).all(2, keepdim=True)
     zero_columns = (delta == 0).all(1, keepdim=True)
     low_rank = LowRank(

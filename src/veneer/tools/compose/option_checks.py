@@ -38,7 +38,9 @@ def check_options(
     return ComposeOptions(method, rank, energy, density or 1.0, seed)
 
 
-def _weight_checks(adapter_count: int, weights: Sequence[float], layers: LayerFactors) -> list[_Check]:
+def _weight_checks(
+    adapter_count: int, weights: Sequence[float], layers: LayerFactors
+) -> list[_Check]:
     factors = [number for factor in layers.values() for number in list_factors(factor)]
     numbers = [*weights, *factors]
     all_finite, weight_count = all(map(_is_finite_number, numbers)), len(weights)
@@ -122,7 +124,9 @@ def _is_share(number: Any) -> bool:
 
 
 def _is_finite_number(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    return (
+        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    )
 
 
 def list_factors(factor: float | Sequence[float]) -> list[float]:

@@ -169,10 +169,7 @@ def _removed_share(
     """‖W'' − W'‖ / ‖W' − W‖ over all weights."""
     distances = [weight_intruders.distance for weight_intruders in intruders]
     removed_norm = math.hypot(
-        *(
-            report.removed * distance
-            for report, distance in zip(reports, distances, strict=True)
-        )
+        *(report.removed * distance for report, distance in zip(reports, distances, strict=True))
     )
     total_distance = math.hypot(*distances)
     return removed_norm / total_distance if total_distance else 0.0
@@ -195,13 +192,23 @@ def _check_arguments(base: Source | None, factor: Any) -> None:
 
 def _report_weight(weight_intruders: WeightIntruders, rank: int, factor: float) -> RepairedWeight:
     intruder_norm = math.hypot(*(float(triples.S.norm()) for triples in weight_intruders.intruders))
-    removed = intruder_norm * (1 - factor) / weight_intruders.distance if weight_intruders.distance else 0.0
+    removed = (
+        intruder_norm * (1 - factor) / weight_intruders.distance
+        if weight_intruders.distance
+        else 0.0
+    )
     return RepairedWeight(
-        weight_intruders.aligned_weight.model_path, len(weight_intruders.cosines), weight_intruders.count, rank, removed
+        weight_intruders.aligned_weight.model_path,
+        len(weight_intruders.cosines),
+        weight_intruders.count,
+        rank,
+        removed,
     )
 
 
-def _folder_entry(aligned_weight: AlignedWeight, layers: Mapping[str, peft.PeftLayer]) -> peft.PeftLayer:
+def _folder_entry(
+    aligned_weight: AlignedWeight, layers: Mapping[str, peft.PeftLayer]
+) -> peft.PeftLayer:
     """The entry of a weight in the new folder. An alias of a tied weight gets the change of the
     weight's first name."""
     if aligned_weight.alias_of is None:
@@ -228,15 +235,21 @@ def _repair_layer(
     if not intruders.count or factor == 1:
         return layer.with_low(layer.low.compact().to(dtype)).with_magnitude(magnitude)
     low_rank = (low_rank.T if intruders.is_transposed else low_rank).to(torch.float64)
-    repaired_change = LowRank.sum([low_rank, _intruder_change(intruders, low_rank, factor)], [1, 1]).compact()
+    repaired_change = LowRank.sum(
+        [low_rank, _intruder_change(intruders, low_rank, factor)], [1, 1]
+    ).compact()
     if intruders.gain is not None:
         repaired_change = repaired_change.to(dtype)
-        W = base_weights.frozen_weight(intruders.aligned_weight, saved_adapter.peft_config).weight.double()
+        W = base_weights.frozen_weight(
+            intruders.aligned_weight, saved_adapter.peft_config
+        ).weight.double()
         magnitude = (intruders.gain.flatten() * row_norms(W, repaired_change).flatten()).to(dtype)
     repaired_change = repaired_change.T if intruders.is_transposed else repaired_change
     # PEFT adds the change of an attention's out-projection more than once
     repeats = low_rank.scale / layer.scale if layer.scale else 1.0
-    repaired_change = LowRank(repaired_change.A, repaired_change.B, repaired_change.scale / repeats).to(dtype)
+    repaired_change = LowRank(
+        repaired_change.A, repaired_change.B, repaired_change.scale / repeats
+    ).to(dtype)
     return layer.with_low(repaired_change).with_magnitude(magnitude)
 
 

@@ -92,7 +92,8 @@ def sum_with_magnitudes(
         do = "change the weights a little, or use another method"
         raise AdapterError(problem, "a row that is W's, rescaled, plus a product", do)
     products = [
-        term.low_rank.to(torch.float64).scale_rows(gain) for term, gain in zip(terms, gains, strict=True)
+        term.low_rank.to(torch.float64).scale_rows(gain)
+        for term, gain in zip(terms, gains, strict=True)
     ]
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())

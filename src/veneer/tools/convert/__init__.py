@@ -173,9 +173,7 @@ def conversion(
     return Conversion(out, source_name, to, ranks, full_names, tuple(left_out), errors)
 
 
-def _list_ranks(
-    saved_adapter: AdapterFiles, changes: Iterable[LowRankChange]
-) -> dict[str, int]:
+def _list_ranks(saved_adapter: AdapterFiles, changes: Iterable[LowRankChange]) -> dict[str, int]:
     """The rank of each change by the path of its weight; for trained tokens, how many they are."""
     token_counts = {
         parameter_path(path, "weight"): len(tokens.ids)
@@ -280,9 +278,13 @@ def check_conversion_options(
     formats_with_parts = [name for name in FORMATS.names() if FORMATS[name].parts]
     dtype_is_unknown = dtype is not None and dtype not in DTYPES
     part_is_unknown = part is not None and part not in PARTS
-    part_is_unused = part is not None and not {source_format, target_format} & set(formats_with_parts)
+    part_is_unused = part is not None and not {source_format, target_format} & set(
+        formats_with_parts
+    )
     dtype_is_fixed = dtype is not None and target_format == "veneer"
-    rank_is_unused = source_format != "dense" and not (rank is None and energy is None and not whole)
+    rank_is_unused = source_format != "dense" and not (
+        rank is None and energy is None and not whole
+    )
     checks = [
         (dtype_is_unknown, f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"),
         (part_is_unknown, f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"),

@@ -62,7 +62,9 @@ def _require_weights(model: nn.Module) -> nn.Module:
     meta_names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta_names:
         raise AdapterError(
-            f"a base on the meta device ({listing(meta_names, 2)})", "its weights", "load them first"
+            f"a base on the meta device ({listing(meta_names, 2)})",
+            "its weights",
+            "load them first",
         )
     return model
 

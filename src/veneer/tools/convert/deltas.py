@@ -94,7 +94,9 @@ def deltas_of_file(
             unknown_deltas.append((change.weight, "whose shape the file does not tell"))
         else:
             input_shape = (
-                change.layer.A.shape[1:] if kind in ("conv", "grouped conv") else low_rank.A.shape[2:]
+                change.layer.A.shape[1:]
+                if kind in ("conv", "grouped conv")
+                else low_rank.A.shape[2:]
             )
             # [g, out, in] → [g · out, *input_shape]
             delta = low_rank.delta(torch.float64).reshape(-1, *input_shape).float()
@@ -198,7 +200,9 @@ def _split_deltas(
             or (kind.name == GENERAL and weight not in kind.weights(module))
         ):
             base_value = {**module._parameters, **module._buffers}[weight]
-            full_values.setdefault(path, {})[weight] = (base_value.double() + delta).to(base_value.dtype)
+            full_values.setdefault(path, {})[weight] = (base_value.double() + delta).to(
+                base_value.dtype
+            )
         else:
             A, B, errors[name] = factor_delta(
                 kind.unfold(delta, kind.dims(module, delta.shape)), rank, energy
@@ -220,7 +224,9 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
         )
         problems.append(sentence(problem, "the same modules", "use the model that it was made for"))
         return None
-    shape = tuple(storage_of(stored_tensor).shape(stored_tensor) if is_parameter else stored_tensor.shape)
+    shape = tuple(
+        storage_of(stored_tensor).shape(stored_tensor) if is_parameter else stored_tensor.shape
+    )
     if shape != tuple(delta.shape):
         problem = f"a change of {name!r} of shape {tuple(delta.shape)}"
         problems.append(sentence(problem, f"{shape}", "use the model that it was made for"))
@@ -251,7 +257,9 @@ def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> N
     options = {"rank": rank, "energy": energy, "whole": whole or None}
     used_options = [name for name, option in options.items() if option is not None]
     rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
-    energy_is_invalid = energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1)
+    energy_is_invalid = energy is not None and not (
+        type(energy) in (int, float) and 0 < energy <= 1
+    )
     checks = [
         (len(used_options) > 1, listing(used_options), "one of them", "leave the others out"),
         (rank_is_invalid, f"rank={rank!r}", "a number of at least 1", "choose one"),

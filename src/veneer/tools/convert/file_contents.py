@@ -87,7 +87,11 @@ def _weight_name(
     else from the base, else by PEFT's rule. ``fused_modules``: paths of attention modules with one
     weight for query, key and value."""
     target_path = layer.target_path
-    if peft.of_parameter(path, layer) or target_path in recorded_weights or target_path in facts.shapes:
+    if (
+        peft.of_parameter(path, layer)
+        or target_path in recorded_weights
+        or target_path in facts.shapes
+    ):
         return target_path
     candidates = [weight for weight in recorded_weights if weight.rpartition(".")[0] == target_path]
     if len(candidates) == 1:

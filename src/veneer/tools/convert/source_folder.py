@@ -118,10 +118,14 @@ def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Pa
     fingerprints = zip(
         tensors, fingerprints_of(tensors, kind=recorded_hash_kind(record)), strict=True
     )
-    fingerprint_by_name = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
+    fingerprint_by_name = {
+        name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names
+    }
     changed_weights, unchanged_weights = record.get("weights") or {}, record.get("rest") or {}
     mismatches = [
-        name for name, expected in changed_weights.items() if fingerprint_by_name.get(name) != expected
+        name
+        for name, expected in changed_weights.items()
+        if fingerprint_by_name.get(name) != expected
     ]
     mismatches += [
         name

@@ -61,7 +61,12 @@ def require_supported(
             f"{saved_adapter.path} cannot be LoRA",
             list(_convolution_problems(saved_adapter, base_info)),
         )
-    if needs_checks and not target.peft and FORMATS[source_format].peft and saved_adapter.record is None:
+    if (
+        needs_checks
+        and not target.peft
+        and FORMATS[source_format].peft
+        and saved_adapter.record is None
+    ):
         _require_weight_changes(saved_adapter, target, base_info.structure)
 
 
@@ -104,7 +109,9 @@ def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> I
             )
 
 
-def _require_weight_changes(saved_adapter: AdapterFiles, target: Format, model: nn.Module | None) -> None:
+def _require_weight_changes(
+    saved_adapter: AdapterFiles, target: Format, model: nn.Module | None
+) -> None:
     """``AdapterError`` for changes that PEFT does not apply to weights. Without a model there is no
     such check, and the warning ``UnverifiedAdapter`` says so."""
     if model is None:

@@ -59,7 +59,8 @@ def require_token_rows(saved_adapter: AdapterFiles, target_format: str, facts: B
         )
         raise AdapterError(problem, expected, f"give the base, or {_MERGE_HINT}")
     base_row_count = min(
-        facts.shapes.get(parameter_path(path, "weight"), (size,))[0] for path in saved_adapter.tokens
+        facts.shapes.get(parameter_path(path, "weight"), (size,))[0]
+        for path in saved_adapter.tokens
     )
     if base_row_count < size:
         problem = (
@@ -74,7 +75,10 @@ def require_token_rows(saved_adapter: AdapterFiles, target_format: str, facts: B
 
 
 def replace_token_changes(
-    model: nn.Module, name: str, saved_adapter: AdapterFiles, folder_changes: Iterable[LowRankChange]
+    model: nn.Module,
+    name: str,
+    saved_adapter: AdapterFiles,
+    folder_changes: Iterable[LowRankChange],
 ) -> tuple[LowRankChange, ...]:
     """The low-rank changes of the adapter ``name``, which was read from ``saved_adapter`` and is
     installed on ``model``. ``folder_changes``: the low-rank changes in its folder. A weight with
@@ -93,7 +97,9 @@ def replace_token_changes(
 
 
 @torch.no_grad()
-def _token_changes(model: nn.Module, name: str, saved_adapter: AdapterFiles) -> Iterator[LowRankChange]:
+def _token_changes(
+    model: nn.Module, name: str, saved_adapter: AdapterFiles
+) -> Iterator[LowRankChange]:
     """The change of each weight with trained tokens, under every name of the weight."""
     names = Names(model)
     holders_by_id, split_refs = names.holders(), split_head(names, saved_adapter)
@@ -158,11 +164,13 @@ def split_head(names: Names, saved_adapter: AdapterFiles) -> tuple[ParamRef, Par
         *(cast(Any, storage_of(weight)).dense(weight) for weight in (embedding_weight, head_weight))
     ):
         problem = (
-            f"trained tokens of {embedding_path!r}, then the head too, and a base whose {head_path!r}"
-            " has other numbers"
+            f"trained tokens of {embedding_path!r}, then the head too, and a base whose"
+            f" {head_path!r} has other numbers"
         )
         raise AdapterError(
-            problem, "a copy of the embedding", f"give the base that it was trained on, or {_MERGE_HINT}"
+            problem,
+            "a copy of the embedding",
+            f"give the base that it was trained on, or {_MERGE_HINT}",
         )
     return (embedding_path, "weight"), (head_path, "weight")
 

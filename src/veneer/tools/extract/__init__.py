@@ -51,7 +51,13 @@ from veneer.tools.extract.selection import (
     plan,
     select_weights,
 )
-from veneer.tools.extract.weight_pairs import ModelPair, Source, WeightPair, open_models, pair_weights
+from veneer.tools.extract.weight_pairs import (
+    ModelPair,
+    Source,
+    WeightPair,
+    open_models,
+    pair_weights,
+)
 
 __all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
 
@@ -183,8 +189,8 @@ def _report(
     """The report of an extraction, with 0 seconds. ``ExtractError``: there is nothing to write."""
     if not products and not full_pairs:
         problem = (
-            f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} only, which neither"
-            " targets nor keep cover"
+            f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} only, which"
+            " neither targets nor keep cover"
         )
         raise ExtractError(problem, "something to write", "widen targets or keep")
     return ExtractReport(
@@ -204,16 +210,31 @@ def _report(
 
 def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
     rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
-    energy_is_invalid = energy is not None and not (isinstance(energy, int | float) and 0 < energy < 1)
+    energy_is_invalid = energy is not None and not (
+        isinstance(energy, int | float) and 0 < energy < 1
+    )
     least_is_invalid, share = (
         not (isinstance(least, int | float) and 0 <= least <= 1),
         "a share between 0 and 1",
     )
-    rank_and_energy, usual_fix = f"rank={rank!r} and energy={energy!r}", "give rank=16, or energy=0.95"
+    rank_and_energy, usual_fix = (
+        f"rank={rank!r} and energy={energy!r}",
+        "give rank=16, or energy=0.95",
+    )
     checks = [
         ((rank is None) == (energy is None), rank_and_energy, "one of them", usual_fix),
-        (rank_is_invalid, f"rank={rank!r}", "a whole number of at least 1", "use 16, or energy=0.95"),
-        (energy_is_invalid, f"energy={energy!r}", share, "use 0.95, or 0.999 to lose next to nothing"),
+        (
+            rank_is_invalid,
+            f"rank={rank!r}",
+            "a whole number of at least 1",
+            "use 16, or energy=0.95",
+        ),
+        (
+            energy_is_invalid,
+            f"energy={energy!r}",
+            share,
+            "use 0.95, or 0.999 to lose next to nothing",
+        ),
         (least_is_invalid, f"least={least!r}", "a share from 0 to 1", "use 0.5"),
     ]
     return [sentence(*error_texts) for failed, *error_texts in checks if failed]
@@ -225,7 +246,9 @@ def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> 
     for pair in weight_pairs:
         is_changed, is_finite = pair.compare()
         changed_pairs += [pair] if is_changed else []
-        non_finite_paths += [] if is_finite or (pair.model_weight.is_buffer and not is_changed) else [pair.path]
+        non_finite_paths += (
+            [] if is_finite or (pair.model_weight.is_buffer and not is_changed) else [pair.path]
+        )
     if non_finite_paths:
         problem = f"NaN or infinity in {listing(non_finite_paths, 40)}"
         raise ExtractError(
@@ -337,7 +360,9 @@ def _write(
     # Parameters that the adapter holds in full get the tuned model's values. Buffers that did not
     # change or are left out, such as running statistics, get the base's.
     tuned_paths = {path for pair, _ in full_pairs for path in pair.model_weight.names}
-    product_weight_ids = {id(model_pair.base.by_name.get(product.pair.path)) for product in products}
+    product_weight_ids = {
+        id(model_pair.base.by_name.get(product.pair.path)) for product in products
+    }
     fingerprints = {product.pair.path: product.fingerprint for product in products}
     try:
         install_adapter(model_pair.structure, name, plans, trainable=False, parameters=factors)
@@ -347,7 +372,9 @@ def _write(
                 *module_parameters.full._buffers.items(),
             ):
                 full_path = parameter_path(path, tensor_name)
-                source = (model_pair.tuned if full_path in tuned_paths else model_pair.base).by_name.get(full_path)
+                source = (
+                    model_pair.tuned if full_path in tuned_paths else model_pair.base
+                ).by_name.get(full_path)
                 if source is not None and tensor is not None:
                     tensor.copy_(source.read(None))
         for model_weight in list_weights(names):

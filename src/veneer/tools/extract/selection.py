@@ -58,7 +58,9 @@ def select_weights(
     carry its change; the error lists every problem."""
     config = LoraConfig(rank=1, targets=targets, exclude=exclude)
     keep_patterns = [pattern for pattern in keep if pattern not in KEEP_WORDS]
-    problems = bad_regex(LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *keep_patterns]))
+    problems = bad_regex(
+        LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *keep_patterns])
+    )
     raise_all(TargetError, "Nothing was extracted", problems)
     problems += name_problems(names.model, adapter_name)
     if (attached := adapters_of(names.model)) is not None and attached.merged is not None:
@@ -81,7 +83,9 @@ def select_weights(
         elif refs & keep_refs:
             full_pairs.append((pair, REQUESTED))
         elif not pair.model_weight.is_buffer and is_matrix(names, pair.model_weight.ref):
-            low_rank_pairs.append(pair) if refs & targeted_refs else lost_pairs.append((pair, NO_TARGET))
+            low_rank_pairs.append(pair) if refs & targeted_refs else lost_pairs.append(
+                (pair, NO_TARGET)
+            )
         elif NONE in keep:
             lost_pairs.append((pair, NOT_KEPT))
         else:
@@ -109,9 +113,14 @@ def plan(
     full_names: dict[str, tuple[str, ...]] = {}
     for pair in full_pairs:
         path, name = pair.model_weight.ref
-        full_names[path] = (*full_names.get(path, ()), *(() if pair.model_weight.is_buffer else (name,)))
+        full_names[path] = (
+            *full_names.get(path, ()),
+            *(() if pair.model_weight.is_buffer else (name,)),
+        )
     full_names = {**dict.fromkeys(full_names, ()), **with_ties(names, full_names)}
-    buffer_modules = frozenset(pair.model_weight.ref[0] for pair in full_pairs if pair.model_weight.is_buffer)
+    buffer_modules = frozenset(
+        pair.model_weight.ref[0] for pair in full_pairs if pair.model_weight.is_buffer
+    )
     return complete_plans(
         names, config, low_rank_plans, full_names, problems, full_modules=buffer_modules
     )
@@ -137,9 +146,7 @@ def _matching_refs(names: Names, patterns: Sequence[str], problems: list[str]) -
     of a module that contains it."""
     refs: set[ParamRef] = set()
     for pattern in patterns:
-        module_paths = [
-            child for path in names.matching(pattern) for child in names.children(path)
-        ]
+        module_paths = [child for path in names.matching(pattern) for child in names.children(path)]
         modules = [(path, names.modules[path]) for path in module_paths]
         matches = [
             (path, name)

@@ -82,7 +82,11 @@ class WeightPair:
     @property
     def rows(self) -> list[slice | None]:
         """What to read at a time: slices of the first axis for a stack, else [None] for all."""
-        return [slice(index, index + 1) for index in range(self.base.shape[0])] if self.is_stack else [None]
+        return (
+            [slice(index, index + 1) for index in range(self.base.shape[0])]
+            if self.is_stack
+            else [None]
+        )
 
     def matrix_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(base weight, tuned weight): a matrix at a time for a stack, else the whole weights."""
@@ -92,9 +96,7 @@ class WeightPair:
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(chunk of the base weight, chunk of the tuned weight), as of the function ``chunks``."""
         return (
-            chunk_pair
-            for base, tuned in self.matrix_pairs()
-            for chunk_pair in chunks(base, tuned)
+            chunk_pair for base, tuned in self.matrix_pairs() for chunk_pair in chunks(base, tuned)
         )
 
     def matrices(self) -> Iterator[Tensor]:
@@ -117,8 +119,10 @@ class WeightPair:
     def change(self) -> float:
         """‖tuned − base‖."""
         return math.sqrt(
-            sum((tuned.double() - base.double()).square().sum().item()
-                for base, tuned in self.chunks())
+            sum(
+                (tuned.double() - base.double()).square().sum().item()
+                for base, tuned in self.chunks()
+            )
         )
 
 
@@ -339,5 +343,7 @@ def _untied_problems(
 def _equal(first_reader: ReadRows, second_reader: ReadRows) -> bool:
     """Whether two functions read equal weights."""
     first, second = first_reader(None), second_reader(None)
-    return first.shape == second.shape and all(torch.equal(first_chunk, second_chunk)
-        for first_chunk, second_chunk in chunks(first, second))
+    return first.shape == second.shape and all(
+        torch.equal(first_chunk, second_chunk)
+        for first_chunk, second_chunk in chunks(first, second)
+    )

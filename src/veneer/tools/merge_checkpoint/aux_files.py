@@ -59,7 +59,9 @@ def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
         if has_weights or not contained_paths:
             left_out.append(path.name)
         else:
-            files += sorted(file.relative_to(folder) for file in contained_paths if not file.is_dir())
+            files += sorted(
+                file.relative_to(folder) for file in contained_paths if not file.is_dir()
+            )
     return files, left_out
 
 

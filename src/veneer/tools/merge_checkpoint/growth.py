@@ -33,7 +33,11 @@ from veneer.models.safetensors_dir import NAMES, Checkpoint
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
     """Add the rows that the adapters' new tokens need to the embedding and head of a model without
     weights. Returns the new number of rows; None if no rows are needed."""
-    sizes = [size for saved_adapter in saved_adapters if (size := grown_size(model, saved_adapter)) is not None]
+    sizes = [
+        size
+        for saved_adapter in saved_adapters
+        if (size := grown_size(model, saved_adapter)) is not None
+    ]
     if not sizes:
         return None
     # BART has a buffer with a column for each token
@@ -53,10 +57,12 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
         if layer is None:
             continue
         old_weight = layer.weight
-        if id(old) not in grown_weights:
-            weight = torch.empty(max(sizes), old_weight.shape[1], dtype=old_weight.dtype, device="meta")
-            grown_weights[id(old)] = nn.Parameter(weight, old_weight.requires_grad)
-        layer.weight = grown_weights[id(old)]
+        if id(old_weight) not in grown_weights:
+            weight = torch.empty(
+                max(sizes), old_weight.shape[1], dtype=old_weight.dtype, device="meta"
+            )
+            grown_weights[id(old_weight)] = nn.Parameter(weight, old_weight.requires_grad)
+        layer.weight = grown_weights[id(old_weight)]
         size_attribute = "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features"
         setattr(layer, size_attribute, max(sizes))
     models.materialize_meta(model)
@@ -106,9 +112,11 @@ def _resize_tensors(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpo
             old_entry.dtype,
             shape,
             old_entry.start,
-            old_entry.start + prod(shape) * checkpoint.dtype(name).itemsize
+            old_entry.start + prod(shape) * checkpoint.dtype(name).itemsize,
         )
-        files[checkpoint.file_of[name]] = replace(header, tensors={**header.tensors, name: new_entry})
+        files[checkpoint.file_of[name]] = replace(
+            header, tensors={**header.tensors, name: new_entry}
+        )
     return Checkpoint(
         checkpoint.folder, files, checkpoint.index, checkpoint.index_name, checkpoint.file_of
     )

@@ -33,9 +33,9 @@ from veneer.tools.merge_checkpoint.aux_files import ConfigChanges
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import (
-    WeightedFolder,
     MergePlan,
     TensorEdit,
+    WeightedFolder,
     plan_merge,
 )
 
@@ -164,15 +164,11 @@ class MergeJob:
             ]:
                 mismatches.append(f"{listing(tensors, 2)} (adapter {listing(mismatched_adapters)})")
         if mismatches:
-            problem = (
-                f"other weights in {self.checkpoint.folder} ({listing(mismatches, 3)})"
-            )
+            problem = f"other weights in {self.checkpoint.folder} ({listing(mismatches, 3)})"
             expected = "the weights that the adapters were trained on"
             precision_hint = "if these are the same in another precision"
             do = f"name that base, or pass verify_base=False (--no-verify-base) {precision_hint}"
-            raise BaseMismatchError(
-                f"This is another base. {sentence(problem, expected, do)}"
-            )
+            raise BaseMismatchError(f"This is another base. {sentence(problem, expected, do)}")
 
 
 def plan_job(
@@ -191,7 +187,9 @@ def plan_job(
     known_rounding(rounding)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise MergeError(
-            f"dtype={dtype}", listing(map(str, FLOAT_DTYPES)), "choose one, or None to keep the base's"
+            f"dtype={dtype}",
+            listing(map(str, FLOAT_DTYPES)),
+            "choose one, or None to keep the base's",
         )
     adapter_pairs = [
         (adapter, 1.0) if isinstance(adapter, str | Path) else adapter for adapter in adapters
@@ -238,7 +236,9 @@ def merge_tensor(
             is_finite = folded.finite
         else:
             merged_weight = merge_full(edit, weight, dtype)
-            is_finite = not merged_weight.is_floating_point() or bool(merged_weight.isfinite().all())
+            is_finite = not merged_weight.is_floating_point() or bool(
+                merged_weight.isfinite().all()
+            )
         if not is_finite:
             problem = f"{name}: W + ΔW is not finite in {dtype}"
             raise MergeError(
@@ -306,7 +306,13 @@ def merge_changes(
         ]
     )
     folded = fold_change(
-        first_change, layer_weight, low_rank, gain, dtype=dtype, rounding=rounding, compiled=use_numba
+        first_change,
+        layer_weight,
+        low_rank,
+        gain,
+        dtype=dtype,
+        rounding=rounding,
+        compiled=use_numba,
     )
     return replace(
         folded, weight=first_change.layer.fold(folded.weight, shape).reshape(weight.shape)

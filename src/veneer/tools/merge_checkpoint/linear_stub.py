@@ -38,7 +38,9 @@ def linear_stub_model(
     shapes: dict[str, tuple[int, int]] = {}
     for saved_adapter in saved_adapters:
         for weight, change in saved_adapter.metadata.get("changes", {}).items():
-            is_recorded = weight in checkpoint.file_of and weight in saved_adapter.metadata["base"]["weights"]
+            is_recorded = (
+                weight in checkpoint.file_of and weight in saved_adapter.metadata["base"]["weights"]
+            )
             shape = list(checkpoint.shape(weight)) if is_recorded else []
             is_linear = (
                 change.get("kind") == "linear" and weight.endswith(".weight") and len(shape) == 2
@@ -52,7 +54,10 @@ def linear_stub_model(
     for name in checkpoint.file_of:
         path, _, leaf_name = name.rpartition(".")
         is_unchanged = leaf_name == "weight" and path not in shapes
-        if is_unchanged and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in changed_names_and_shapes:
+        if (
+            is_unchanged
+            and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in changed_names_and_shapes
+        ):
             return None
     stub = nn.Module()
     try:

@@ -258,8 +258,12 @@ def _added_head_notes(
 ) -> Iterator[str]:
     if added:
         yield f"The base has no {listing(added, 4)}: added from the adapter."
-        stored_ids = {id(_get_tensor(model, path)) for path in slices_by_path if slices_by_path[path]}
-        missing_paths = [path for path, parameter in model.named_parameters() if id(parameter) not in stored_ids]
+        stored_ids = {
+            id(_get_tensor(model, path)) for path in slices_by_path if slices_by_path[path]
+        }
+        missing_paths = [
+            path for path, parameter in model.named_parameters() if id(parameter) not in stored_ids
+        ]
         if missing_paths:
             yield (
                 f"Neither the base nor the adapter has {listing(missing_paths, 4)}: loading the"
@@ -293,7 +297,9 @@ def _collect_edits(
     for adapter_name, (_, adapter_weight) in attached.items():
         for module_path, module, weight, change in changes(model, adapter_name):
             target: Any = module._parameters.get(weight)
-            is_rewritten = type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
+            is_rewritten = (
+                type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
+            )
             is_rewritten = is_rewritten and getattr(module, "max_norm", None) is not None
             if target is None or change.storage.name != "plain" or is_rewritten:
                 problem = (
@@ -302,17 +308,26 @@ def _collect_edits(
                 )
                 do = "merge it in memory (veneer.merge), and save the model"
                 raise MergeError(problem, "weights that lie in the files as they are used", do)
-            edit = edits.get(path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape))
+            edit = edits.get(
+                path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape)
+            )
             edits[edit.path] = replace(edit, changes=(*edit.changes, (adapter_weight, change)))
         for _, module, parameters in adapters_of(model, adapter_name):
-            for name, trained_value in {**parameters.full._parameters, **parameters.full._buffers}.items():
+            for name, trained_value in {
+                **parameters.full._parameters,
+                **parameters.full._buffers,
+            }.items():
                 target = {**module._parameters, **module._buffers}[name]
                 if trained_value is None or target is None:
                     continue
-                edit = edits.get(path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape))
+                edit = edits.get(
+                    path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape)
+                )
                 # a tied parameter occurs under each of its names, but is merged once
                 if not any(trained_value is earlier_value for _, earlier_value in edit.full):
-                    edits[edit.path] = replace(edit, full=(*edit.full, (adapter_weight, trained_value.detach())))
+                    edits[edit.path] = replace(
+                        edit, full=(*edit.full, (adapter_weight, trained_value.detach()))
+                    )
     if conflicts := [path for path, edit in edits.items() if edit.changes and edit.full]:
         problem = f"{listing(conflicts)}, which one adapter changes and another replaces"
         raise MergeError(problem, "one or the other", "merge one adapter after the other")
@@ -384,4 +399,6 @@ def _order_tensors(slices_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[s
         slices_by_tensor,
         key=lambda tensor: [axis_slice.start for axis_slice in slices_by_tensor[tensor].index],
     )
-    return tuple(sorted_tensors if slices_by_tensor[sorted_tensors[0]].index else sorted_tensors[:1])
+    return tuple(
+        sorted_tensors if slices_by_tensor[sorted_tensors[0]].index else sorted_tensors[:1]
+    )

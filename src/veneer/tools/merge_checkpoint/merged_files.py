@@ -43,7 +43,9 @@ class _ByteBudget:
     def reserve(self, byte_count: int) -> Iterator[None]:
         """A context that holds ``byte_count`` bytes of the budget; it waits until they are free."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._used_bytes or self._used_bytes + byte_count <= self._limit)
+            self._changed.wait_for(
+                lambda: not self._used_bytes or self._used_bytes + byte_count <= self._limit
+            )
             self._used_bytes += byte_count
         try:
             yield
@@ -62,11 +64,13 @@ class CheckpointWriter:
         self._budget = _ByteBudget(limit)
         self._offsets: dict[str, int] = {}
         position = {name: index for index, name in enumerate(job.checkpoint.file_of)}
-        #: the parameters whose fingerprints can be checked when a tensor is in memory, because it is
-        #: the last of their tensors to be read, by name of this tensor
+        #: by name of a tensor: the parameters whose fingerprints can be checked when it is in memory,
+        #: because it is the last of their tensors to be read
         self._parameters_by_last_tensor: dict[str, list[str]] = {}
         for path, (tensors, *_) in job.merge_plan.fingerprints.items() if job.verify_base else ():
-            self._parameters_by_last_tensor.setdefault(max(tensors, key=position.__getitem__), []).append(path)
+            self._parameters_by_last_tensor.setdefault(
+                max(tensors, key=position.__getitem__), []
+            ).append(path)
 
     def write(self, progress: Progress | None) -> list[LayerMerge]:
         """Write every file, and return the report of each weight that changed. If tensors fail, the
@@ -79,7 +83,9 @@ class CheckpointWriter:
         names, layer_reports, bytes_done = list(self.job.checkpoint.file_of), [], 0
         total_bytes = sum(map(self.job.checkpoint.bytes, names))
         with _worker_pool() as pool:
-            for name, tensor_reports in zip(names, pool.map(self._write_tensor, names), strict=True):
+            for name, tensor_reports in zip(
+                names, pool.map(self._write_tensor, names), strict=True
+            ):
                 layer_reports += tensor_reports
                 bytes_done += self.job.checkpoint.bytes(name)
                 if progress is not None:
@@ -95,7 +101,9 @@ class CheckpointWriter:
                 return []
             with self._budget.reserve(job.buffer_bytes(name)):
                 tensor = job.checkpoint.read(name)
-                job.check_fingerprints(self._parameters_by_last_tensor.get(name, ()), {name: tensor})
+                job.check_fingerprints(
+                    self._parameters_by_last_tensor.get(name, ()), {name: tensor}
+                )
                 result, reports = merge_tensor(job, name, tensor, self._use_numba)
                 write_all(target, memoryview(as_bytes(result).numpy().data))
         return reports
@@ -121,9 +129,7 @@ def _worker_pool() -> Iterator[ThreadPoolExecutor]:
     thread_count = torch.get_num_threads()
     worker_count = min(thread_count, MAX_WORKERS)
     threads_per_worker = math.ceil(thread_count / worker_count)
-    pool = ThreadPoolExecutor(
-        worker_count, "veneer-merge", _limit_threads, (threads_per_worker,)
-    )
+    pool = ThreadPoolExecutor(worker_count, "veneer-merge", _limit_threads, (threads_per_worker,))
     try:
         yield pool
     finally:

@@ -262,7 +262,9 @@ def _full_names(saved_adapter: AdapterFiles) -> list[str]:
         for path, tensors in saved_adapter.full.items()
         for name in tensors
     ]
-    return names + [f"{len(rows.ids)} tokens of {path}" for path, rows in saved_adapter.tokens.items()]
+    return names + [
+        f"{len(rows.ids)} tokens of {path}" for path, rows in saved_adapter.tokens.items()
+    ]
 
 
 def _describe_adapter(saved_adapter: AdapterFiles) -> dict[str, Any]:
@@ -381,4 +383,7 @@ def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int,
                 " lowers the loss"
             ),
         )
-    return largest_rank, f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²"
+    return (
+        largest_rank,
+        f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²",
+    )

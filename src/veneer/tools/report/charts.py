@@ -167,7 +167,8 @@ def _draw_axes(
     digit_count = next(
         count
         for count in (2, 3, 4, 5)
-        if count == 5 or len({f"{_value_at(y_scale, share):.{count}g}" for share in axis_shares}) == 5
+        if count == 5
+        or len({f"{_value_at(y_scale, share):.{count}g}" for share in axis_shares}) == 5
     )
     for share in axis_shares:
         y_value = _value_at(y_scale, share)
@@ -256,7 +257,9 @@ def heat_map(
             number = cells.get((block, kind))
             shade = 0.0 if number is None or not darkest else max(0.0, min(1.0, number / darkest))
             row_cells.append(
-                "<td></td>" if number is None else f'<td style="--v:{shade:.3f}">{format_number(number)}</td>'
+                "<td></td>"
+                if number is None
+                else f'<td style="--v:{shade:.3f}">{format_number(number)}</td>'
             )
         rows.append(f"<tr><th>{'–' if block is None else block}</th>{''.join(row_cells)}</tr>")
     return (
@@ -280,8 +283,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         body += f"<tr>{cells_html}</tr>"
     return (
         "<div"
-        f' class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>"
+        f' class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody>'
+        "</table></div>"
     )
 
 
@@ -335,7 +338,8 @@ def ranges_file(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], 
 
 def _colour_style() -> str:
     return " ".join(
-        f".s{number} {{ stroke: {colour}; color: {colour}; }}" for number, colour in enumerate(FILE_COLOURS)
+        f".s{number} {{ stroke: {colour}; color: {colour}; }}"
+        for number, colour in enumerate(FILE_COLOURS)
     )
 
 

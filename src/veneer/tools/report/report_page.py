@@ -97,7 +97,9 @@ def _key_numbers(facts: Facts) -> Iterator[tuple[str, str]]:
             "‖W′ − W‖ / ‖W‖, median weight",
         )
     if facts["leading"]:
-        intruders, control = (sum(layer["intruders"][index] for layer in layers) for index in (0, 1))
+        intruders, control = (
+            sum(layer["intruders"][index] for layer in layers) for index in (0, 1)
+        )
         yield f"{intruders}", f"intruder dimensions; random changes of the same size have {control}"
     rows = {
         row["what"]: row
@@ -294,7 +296,8 @@ def _forgetting_section(facts: Facts) -> str:
 def _distribution(cosines: Sequence[float]) -> list[tuple[float, float]]:
     """The cumulative distribution of ``cosines`` at 41 points from 0 to 1."""
     return [
-        (step / 40, sum(cosine <= step / 40 for cosine in cosines) / len(cosines)) for step in range(41)
+        (step / 40, sum(cosine <= step / 40 for cosine in cosines) / len(cosines))
+        for step in range(41)
     ]
 
 
@@ -325,7 +328,9 @@ def _loss_table(facts: Facts) -> str:
         for source in sources
     )
     has_repairs = any(row["what"] == "repaired" for row in losses["rows"])
-    note = "Below a repair, its control: as much taken off the change, evenly. " if has_repairs else ""
+    note = (
+        "Below a repair, its control: as much taken off the change, evenly. " if has_repairs else ""
+    )
     note = f"{note}Measured: {sources_text}. {losses['note'] or ''}"
     return f"<p>Mean loss a token, in nats. {escape(note)}</p>{table(headings, rows)}"
 
