@@ -268,13 +268,10 @@ def _factor_change(
     """The low-rank product nearest to the change of one weight, with factors in ``dtype``."""
     start_time = time.perf_counter()
     fingerprint = fingerprint_of(pair.base.shape, (pair.base.read(rows) for rows in pair.rows))
-    dense_matrices, frozen_input = (
-        None if pair.is_stack else list(pair.matrices()),
-        pair.kind.frozen_input(pair.module),
-    )
+    dense_matrices = None if pair.is_stack else list(pair.matrices())
+    frozen_input = pair.kind.frozen_input(pair.module)
     frozen_input_energy = 0.0
-    # A product cannot change the frozen input, such as the padding row of an embedding: zero its
-    # column, and count it as an error of the product.
+    # a product cannot change a frozen input (the padding row of an embedding): count it as an error
     for matrix in dense_matrices or () if frozen_input is not None else ():
         frozen_input_energy += matrix[:, frozen_input].double().square().sum().item()
         matrix[:, frozen_input] = 0
@@ -290,13 +287,8 @@ def _factor_change(
             spectra.append(squared_values)
         rank = svd.smallest_rank(spectra, energy)
     assert rank is not None  # either `rank` or `energy` is given
-    rank, change_energy, error_energy, methods, factors = (
-        min(rank, pair.dims.max_rank),
-        frozen_input_energy,
-        frozen_input_energy,
-        set(),
-        [],
-    )
+    rank, methods, factors = min(rank, pair.dims.max_rank), set(), []
+    change_energy = error_energy = frozen_input_energy
     for index, matrix in enumerate(matrices()):
         if singular_vectors is not None and pair.dims.groups == 1:
             vectors, method = singular_vectors[:, :rank], "exact"

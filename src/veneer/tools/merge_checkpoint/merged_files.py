@@ -64,7 +64,7 @@ class CheckpointWriter:
         self._budget = _ByteBudget(limit)
         self._offsets: dict[str, int] = {}
         position = {name: index for index, name in enumerate(job.checkpoint.file_of)}
-        #: by name of a tensor: the parameters whose fingerprints can be checked when it is in memory,
+        #: by name of a tensor: the parameters whose fingerprints can be checked when it is read,
         #: because it is the last of their tensors to be read
         self._parameters_by_last_tensor: dict[str, list[str]] = {}
         for path, (tensors, *_) in job.merge_plan.fingerprints.items() if job.verify_base else ():
