@@ -33,7 +33,7 @@ def norms_by_block(norms: Mapping[str, float]) -> str:
     for path, norm in norms.items():
         block = re.search(r"\.(\d+)\.", path)
         cells[int(block[1]) if block else None, path.rpartition(".")[2]] = norm
-    return heat_map(cells, caption="‖ΔW‖", form="{:.2f}".format)
+    return heat_map(cells, caption="‖ΔW‖", format_number="{:.2f}".format)
 
 
 def write(

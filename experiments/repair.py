@@ -85,7 +85,7 @@ def run(cell: Cell) -> dict[str, Any]:
             for name, directions in (("repair", below), ("control", controls)):
                 if any(weight.count for weight in directions):
                     path = folder / f"{name}-{threshold}"
-                    repair(adapter, path, base=base.model, factor=factor, found=directions)
+                    repair(adapter, path, base=base.model, factor=factor, intruders=directions)
                     rows[f"{name}: {label}"] = losses(path)
     cosines = [cosine for weight in weights for cosine in weight.cosines]
     control = [cosine for weight in weights for cosine in weight.control]

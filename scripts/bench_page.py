@@ -1,6 +1,5 @@
-"""Tables of what benchmarks/results/NAME/COMMIT.json hold: one for the README, all of them for
-docs/benchmarks.md. The number that is shown is always that of the latest record; a small plot shows
-all of them."""
+"""Make tables of the records in benchmarks/results/NAME/COMMIT.json: a table for the README, and
+docs/benchmarks.md. Tables show the latest record; a small plot shows all records."""
 
 from __future__ import annotations
 
@@ -20,13 +19,14 @@ for _folder in (ROOT, ROOT / "benchmarks"):
 
 from benchmarks import runner  # noqa: E402
 
-from cases import all_cases  # noqa: E402 (behind the folders)
+from cases import all_cases  # noqa: E402 (found in the folders above)
 from veneer.tools.report import charts  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: second records of the same commits, made from a fresh clone: NAME/COMMIT.json
 REPEATS = RESULTS / "again"
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+#: the characters of a sparkline, from low to high
 BARS = "▁▂▃▄▅▆▇█"
 PENDING = "Figures are being recorded; earlier ones were [wrong](docs/benchmarks.md#corrections)."
 #: headings of docs/benchmarks.md by case
@@ -56,8 +56,8 @@ TITLES = {
     "gap": "Streams beside long prompts",
     "long_row": "A long row among short ones",
 }
-#: rows of "In short": title, case, setting that selects its column, Veneer's arm, number
-OWN_LOSS = "veneer, own loss and attention"
+#: rows of "In short": (title, case, setting of the case, arm of Veneer, name of the number)
+OWN_LOSS_ARM = "veneer, own loss and attention"
 README_ROWS = (
     ("training step, 4 × 256 tokens", "step", {"tokens": 1024}, "veneer", "wall"),
     ("training step, 4 × 64 tokens", "step", {"tokens": 256}, "veneer", "wall"),
@@ -68,11 +68,11 @@ README_ROWS = (
 )
 PAGE_ROWS = (
     *README_ROWS,
-    ("own loss and attention: step, 4 × 256", "step", {"tokens": 1024}, OWN_LOSS, "wall"),
-    ("own loss and attention: step, 4 × 64", "step", {"tokens": 256}, OWN_LOSS, "wall"),
-    ("own loss and attention: peak memory", "step_memory", {}, OWN_LOSS, "peak"),
+    ("own loss and attention: step, 4 × 256", "step", {"tokens": 1024}, OWN_LOSS_ARM, "wall"),
+    ("own loss and attention: step, 4 × 64", "step", {"tokens": 256}, OWN_LOSS_ARM, "wall"),
+    ("own loss and attention: peak memory", "step_memory", {}, OWN_LOSS_ARM, "peak"),
     ("one thread, 2 layers: step, 512 tokens", "step_one_thread", {}, "veneer", "wall"),
-    ("one thread, own loss and attention", "step_one_thread", {}, OWN_LOSS, "wall"),
+    ("one thread, own loss and attention", "step_one_thread", {}, OWN_LOSS_ARM, "wall"),
 )
 PEER_ARMS = ("peft", "peft, bf16 adapters")
 
@@ -83,7 +83,7 @@ def _known_cases() -> dict[str, Any]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, and an empty one."""
+    """The lines of a Markdown table, and an empty line."""
     lines = [
         f"| {' | '.join(head)} |",
         "|" + "---|" * len(head),
@@ -100,10 +100,11 @@ def ratio(row: Mapping[str, Any] | None, spread: bool = True) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A bar for each value, the least at the bottom."""
-    low, high = min(values), max(values)
+    """A character for each value, lowest for the least value."""
+    least, greatest = min(values), max(values)
     return "".join(
-        BARS[round((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in values
+        BARS[round((value - least) / ((greatest - least) or 1) * (len(BARS) - 1))]
+        for value in values
     )
 
 
@@ -119,18 +120,19 @@ def latest(name: str) -> dict[str, Any] | None:
 
 
 def repeat_of(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The second record of the same commit."""
+    """The second record of the same commit; None without one."""
     recorded = runner.records(result["name"], REPEATS)
-    return next((again for again in recorded if again["commit"] == result["commit"]), None)
+    return next((repeat for repeat in recorded if repeat["commit"] == result["commit"]), None)
 
 
 def compare_repeat(
-    result: Mapping[str, Any], again: Mapping[str, Any]
+    result: Mapping[str, Any], repeat: Mapping[str, Any]
 ) -> list[tuple[str, str, str, str, str, bool]]:
-    """Setting, arm, number, first and second cell of every figure that is shown, and whether the
-    median of the second lies in the range of the first. The floor's ratio to itself is left out."""
+    """Compare each number that is shown of a record with its repeat: (setting, arm, title of the
+    number, cell of the record, cell of the repeat, whether the median of the repeat lies in the
+    range of the record). The ratio of the floor to itself is omitted."""
     rows, floor = [], result["floor"]
-    for case, case_again in zip(result["cases"], again["cases"], strict=True):
+    for case, case_again in zip(result["cases"], repeat["cases"], strict=True):
         for arm in case["processes"][0]["rounds"]:
             for number, (title, form) in result["shown"].items():
                 if arm == floor and form == "ratio":
@@ -140,21 +142,22 @@ def compare_repeat(
                 if first is None or second is None:
                     continue
                 cells = [cell(record, arm, floor, number, form) for record in (case, case_again)]
-                within = first[1] <= second[0] <= first[2]
-                rows.append((describe(case["setting"]), arm, title, *cells, within))
+                is_within = first[1] <= second[0] <= first[2]
+                rows.append((describe(case["setting"]), arm, title, *cells, is_within))
     return rows
 
 
 def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) -> str:
-    """Median, and the least and the most between the processes."""
+    """The median of a number, and its least and greatest value over the processes."""
     spread = runner.spread(case["processes"], arm, floor, number, form)
     if spread is None:
         return "–"
     form, unit, scale = {"ratio": (".2f", "", 1), "bytes": (",.0f", " MiB", 2**20)}.get(
         form, (form, "", 1)
     )
-    middle, low, high = (format(value / scale, form) for value in spread)
-    return f"{middle}{unit}" + (f" ({low}–{high})" if low != high else "")
+    middle_text, least_text, greatest_text = (format(value / scale, form) for value in spread)
+    range_text = f" ({least_text}–{greatest_text})" if least_text != greatest_text else ""
+    return f"{middle_text}{unit}{range_text}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) 
 
 
 def readme() -> str:
-    """The README's table from the latest records, or one line where nothing is recorded."""
+    """The README's table of the latest records; a single line if nothing is recorded."""
     rows = _summary_rows(README_ROWS)
     if not rows:
         return PENDING
@@ -176,12 +179,12 @@ def readme() -> str:
 
 
 def _summary_rows(
-    wanted_rows: Iterable[tuple[str, str, Mapping[str, Any], str, str]],
+    row_specs: Iterable[tuple[str, str, Mapping[str, Any], str, str]],
 ) -> list[list[str]]:
-    """Veneer beside PEFT at its defaults and at its best, in either precision; rows without any
-    record are left out."""
+    """Rows of Veneer, PEFT at its defaults and PEFT at its best, in both precisions. A row without
+    any record is omitted."""
     rows = []
-    for title, name, setting, arm, number in wanted_rows:
+    for title, name, setting, arm, number in row_specs:
         cells = []
         result = latest(name)
         for dtype in ("float32", "bfloat16"):
@@ -197,9 +200,9 @@ def _summary_rows(
     return rows
 
 
-def _case_of(result: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    fits = [case for case in result["cases"] if wanted.items() <= case["setting"].items()]
-    return fits[0] if fits else None
+def _case_of(result: Mapping[str, Any], setting: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    matches = [case for case in result["cases"] if setting.items() <= case["setting"].items()]
+    return matches[0] if matches else None
 
 
 def _serve_table() -> list[str]:
@@ -224,8 +227,8 @@ def _serve_table() -> list[str]:
 
 
 def page() -> str:
-    """Every case: what is equal, where it was measured, each arm beside the floor, and all that was
-    recorded of it."""
+    """The page. For every case: what is equal between the arms, where it was measured, each arm
+    beside the floor, and all records."""
     cases = _known_cases()
     minutes = sum(case.minutes for case in cases.values() if case.group == "bench")
     lines = [
@@ -259,17 +262,17 @@ def page() -> str:
 
 
 def _is_same_work(result: Mapping[str, Any], case: Any) -> bool:
-    """Whether a record is of the settings that the case has now, so that its words apply."""
+    """Whether a record has the settings of the case today, so that the case's text describes it."""
     return [entry["setting"] for entry in result["cases"]] == [*map(dict, case.settings)]
 
 
 def plots() -> dict[str, str]:
-    """The plot of each recorded case, by its name below docs/."""
-    drawn = {}
+    """The plot of each recorded case, by the name of its file in docs/."""
+    plots_by_name = {}
     for name in _known_cases():
         if result := latest(name):
-            drawn[_plot_name(name)] = _plot(result)
-    return drawn
+            plots_by_name[_plot_name(name)] = _plot(result)
+    return plots_by_name
 
 
 def _plot_name(name: str) -> str:
@@ -277,7 +280,7 @@ def _plot_name(name: str) -> str:
 
 
 def _plot(result: Mapping[str, Any]) -> str:
-    """The first number of each arm, with its range, in each setting."""
+    """A plot of the first number of each arm, with its range, in each setting."""
     number, (title, form) = next(iter(result["shown"].items()))
     panels: dict[str, dict[str, tuple[float, float, float]]] = {}
     for case in result["cases"]:
@@ -292,12 +295,12 @@ def _plot(result: Mapping[str, Any]) -> str:
 
 
 def _paragraph(text: str) -> list[str]:
-    """Lines of at most 100 columns, and an empty one."""
+    """``text`` as lines of at most 100 columns, and an empty line."""
     return [*textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False), ""]
 
 
 def _details(summary: str, lines: Sequence[str]) -> list[str]:
-    """Lines that a reader opens."""
+    """Lines that are hidden until a reader opens them."""
     return ['<details markdown="1">', f"<summary>{summary}</summary>", "", *lines, "</details>", ""]
 
 
@@ -334,13 +337,13 @@ def _about_runner() -> list[str]:
 
 
 def _count_repeats() -> list[str]:
-    """How many medians of the second records lie in the range of the first."""
+    """A paragraph: how many medians of the repeats lie in the range of the records."""
     pairs = [(result, repeat_of(result)) for name in _known_cases() if (result := latest(name))]
-    rows = [row for result, again in pairs if again for row in compare_repeat(result, again)]
+    rows = [row for result, repeat in pairs if repeat for row in compare_repeat(result, repeat)]
     if not rows:
         return []
     text = (
-        f"{sum(again is not None for _, again in pairs)} of {len(pairs)} cases were recorded a"
+        f"{sum(repeat is not None for _, repeat in pairs)} of {len(pairs)} cases were recorded a"
         f" second time, from a fresh clone of the same commit: {sum(row[-1] for row in rows)} of"
         f" {len(rows)} medians of the second record lie in the range of the first. Both are in"
         " the details of each case."
@@ -379,55 +382,56 @@ def _record_section(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _repeat_section(result: Mapping[str, Any]) -> list[str]:
-    """The figures of the second record beside those of the first."""
-    again = repeat_of(result)
-    if again is None:
+    """A table of the numbers of the repeat beside those of the record."""
+    repeat = repeat_of(result)
+    if repeat is None:
         return []
     rows = [
-        [setting, arm, title, first, second, "yes" if within else "no"]
-        for setting, arm, title, first, second, within in compare_repeat(result, again)
+        [setting, arm, title, first, second, "yes" if is_within else "no"]
+        for setting, arm, title, first, second, is_within in compare_repeat(result, repeat)
     ]
     head = ["", "", "", "first", "again", "median in the range"]
-    lead = f"Recorded again from a fresh clone, {_provenance(again)[3:]}"
+    lead = f"Recorded again from a fresh clone, {_provenance(repeat)[3:]}"
     return [*_paragraph(lead), *table(head, rows)]
 
 
 def _table_by_setting(result: Mapping[str, Any], number: str, shown: Sequence[str]) -> list[str]:
-    """Arms as rows, settings as columns."""
+    """A table with arms as rows and settings as columns."""
     cases, (title, form) = result["cases"], shown
     first = cases[0]["setting"]
     names = dict.fromkeys(key for case in cases for key in case["setting"])
-    differ = [
+    varied_keys = [
         key for key in names if any(case["setting"].get(key) != first.get(key) for case in cases)
     ]
-    shared = {key: value for key, value in first.items() if key not in differ}
+    shared = {key: value for key, value in first.items() if key not in varied_keys}
     head = [title]
     for case in cases:
         head.append(
-            describe({key: case["setting"][key] for key in differ if key in case["setting"]})
+            describe({key: case["setting"][key] for key in varied_keys if key in case["setting"]})
             or "all"
         )
     arms = dict.fromkeys(arm for case in cases for arm in case["processes"][0]["rounds"])
     rows = [
         [arm, *(cell(case, arm, result["floor"], number, form) for case in cases)] for arm in arms
     ]
-    of = f" as ratio to `{result['floor']}`" if form == "ratio" else ""
-    return [f"{describe(shared)}; {title}{of}:", "", *table(head, rows)]
+    ratio_text = f" as ratio to `{result['floor']}`" if form == "ratio" else ""
+    return [f"{describe(shared)}; {title}{ratio_text}:", "", *table(head, rows)]
 
 
 def _provenance(result: Mapping[str, Any]) -> str:
     processes = [process for case in result["cases"] for process in case["processes"]]
-    thrown = sum(not process["kept"] for process in processes)
+    discarded_count = sum(not process["kept"] for process in processes)
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
     return (
         f"On {result['machine']}, {result['cores']} cores, load {result['load']:.1f} at the start;"
         f" allocator {result['allocator']}; {versions}. Commit `{result['commit'][:12]}`, recorded"
-        f" {result['recorded'][:10]}; {len(processes) - thrown} processes, {thrown} thrown away."
+        f" {result['recorded'][:10]}; {len(processes) - discarded_count} processes,"
+        f" {discarded_count} thrown away."
     )
 
 
 def _history(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first number of each arm of Veneer in the first setting, in all records."""
+    """A sparkline for each arm of Veneer: its first number in the first setting, in all records."""
     result = recorded[-1]
     number, (title, form) = next(iter(result["shown"].items()))
     lines = []
@@ -446,16 +450,16 @@ def _history(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _recorded_before() -> list[str]:
-    """Results of the programs that were here before the runner: which files there are,
-    unchanged."""
+    """A section on the results that other programs recorded before the runner existed: a table of
+    their files."""
     rows = []
     for file in sorted((ROOT / "benchmarks" / "results" / "before").glob("*.json")):
         result = json.loads(file.read_text())
         versions = result.get("versions", {})
-        named = ", ".join(
+        versions_text = ", ".join(
             f"{key} {versions[key]}" for key in ("torch", "transformers", "peft") if key in versions
         )
-        rows.append([f"`{file.name}`", str(result.get("machine", "–")), named or "–"])
+        rows.append([f"`{file.name}`", str(result.get("machine", "–")), versions_text or "–"])
     lead = (
         "Recorded before by other programs, unchanged, in `benchmarks/results/before/`; no number"
         " of this page is one of these. Programs and predictions of then are in git's history."

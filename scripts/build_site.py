@@ -1,10 +1,10 @@
-"""The site of docs/, by Zensical, into build/site: `make site`.
+"""Build the site of docs/ with Zensical into build/site: `make site`.
 
-Zensical reads one folder, and pages link to what lies beside docs/ (README.md, examples/). So the
-pages are collected first, in build/pages, where they lie as in the repository: a link is the same
-there, on GitHub and on the site. Beside them comes what is generated and committed nowhere: the API
-from the docstrings of what docs/public-api.md lists, a notebook of each tutorial, and llms.txt, for
-readers that are models. The navigation is scripts/site.toml.
+Zensical reads a single folder, and pages link to files outside docs/ (README.md, examples/). So the
+pages are first collected in build/pages, with the same relative paths as in the repository: a link
+works there, on GitHub and on the site. Some files are generated there and never committed: the API
+pages from the docstrings of the modules in docs/public-api.md, a notebook of each tutorial, and
+llms.txt for language models. The navigation is scripts/site.toml.
 
     python scripts/build_site.py [FOLDER]        FOLDER/site, build/site by default; any warning is
                                                  an error
@@ -27,14 +27,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "scripts" / "site.toml"
 PACKAGE = ROOT / "src"
-BESIDE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "RELEASING.md")
+#: pages outside docs/
+ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "RELEASING.md")
 
 
 def collect(pages: Path) -> None:
-    """Every page and what pages link to, as it lies in the repository; then what is generated."""
+    """Copy every page and the files that pages link to into ``pages``, and generate the others."""
     for name in ("docs", "examples", "experiments/full", "experiments/shapes"):
         shutil.copytree(ROOT / name, pages / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in BESIDE:
+    for name in ROOT_PAGES:
         shutil.copy(ROOT / name, pages / name)
     shutil.copy(ROOT / "scripts" / "site.css", pages / "site.css")
     (pages / "docs" / "api").mkdir()
@@ -52,8 +53,8 @@ def collect(pages: Path) -> None:
 
 
 def join_ranges(text: str) -> str:
-    """A page whose tables do not break a range of numbers (1.06–1.15) at its dash: a word joiner on
-    both sides of it."""
+    """A page in whose tables no line breaks at the dash of a range (1.06–1.15): the dash gets a
+    word joiner on both sides."""
     return re.sub(
         r"^\|.*",
         lambda row: re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", row[0]),
@@ -67,8 +68,8 @@ def join_ranges(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """A page for each row of the table in docs/public-api.md, named after its first module.
-    mkdocstrings reads the names of a module from its ``__all__``."""
+    """A page for each row of the table in docs/public-api.md, by the name of its first module.
+    mkdocstrings reads the public names of a module from its ``__all__``."""
     table = (ROOT / "docs" / "public-api.md").read_text().split("## How long", 1)[0]
     rows = [
         line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `veneer")
@@ -91,8 +92,8 @@ def api_pages() -> dict[str, str]:
 
 
 def hidden(module: str) -> Iterator[str]:
-    """Where those names of a package are defined that a module of the package has too
-    (`veneer.attach` is a function, and a folder): read from the source, the name is the module."""
+    """The full names of the public names of a package that are also names of its modules, such as
+    `veneer.attach`, a function and a folder. In the source, such a name means the module."""
     folder = PACKAGE / module.replace(".", "/")
     if not folder.is_dir():
         return
@@ -108,8 +109,8 @@ def hidden(module: str) -> Iterator[str]:
 
 
 def notebook(page: str) -> dict[str, Any]:
-    """A page as a notebook (nbformat 4.5): Python blocks become cells of code, shell blocks cells
-    of the shell."""
+    """A page as a notebook (nbformat 4.5). Python blocks become code cells, shell blocks become
+    code cells that run the shell."""
     cells = []
     for kind, text in pieces(page):
         cell: dict[str, Any] = {"cell_type": "markdown", "id": f"cell-{len(cells)}", "metadata": {}}
@@ -122,8 +123,8 @@ def notebook(page: str) -> dict[str, Any]:
 
 
 def pieces(page: str) -> Iterator[tuple[str, str]]:
-    """("markdown", prose) and ("python" or "bash", code), in their order; other blocks stay within
-    the prose."""
+    """("markdown", prose) and ("python" or "bash", code) of a page, in order. Other code blocks are
+    part of the prose."""
     end = 0
     for block in re.finditer(r"^```(python|bash)\n(.*?)^```\n", page, re.DOTALL | re.MULTILINE):
         if prose := page[end : block.start()].strip():
@@ -139,7 +140,7 @@ def pieces(page: str) -> Iterator[tuple[str, str]]:
 
 
 def navigation(entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """(title, page) of the navigation, in its order."""
+    """(title, path of the page) of each entry of the navigation, in order."""
     for entry in entries:
         ((title, target),) = entry.items()
         if isinstance(target, str):
@@ -149,7 +150,7 @@ def navigation(entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 def llms(pages: Path) -> str:
-    """llms.txt (llmstxt.org): the pages as Markdown, with what each says first."""
+    """The text of llms.txt (llmstxt.org): links to the pages, with their first words."""
     config = tomllib.loads(CONFIG.read_text())["project"]
     lines = [f"# {config['site_name']}", "", f"> {config['site_description']}", ""]
     lines += ["Start with [the guide for coding agents](docs/agents.md).", ""]
@@ -165,7 +166,7 @@ def llms(pages: Path) -> str:
 
 
 def first_words(page: Path) -> str:
-    """The first sentence of a page's first paragraph, without its links."""
+    """The first sentence of a page's first paragraph, without links."""
     paragraphs = (
         block for block in page.read_text().split("\n\n") if re.match(r"[A-Za-z*`_\[]", block)
     )
@@ -181,7 +182,7 @@ def first_words(page: Path) -> str:
 
 
 def build(folder: Path) -> int:
-    """Build FOLDER/site; 0, or 1 if anything at all was warned of."""
+    """Build FOLDER/site. Returns 0, or 1 if there was any warning."""
     shutil.rmtree(folder / "pages", ignore_errors=True)
     shutil.rmtree(folder / "site", ignore_errors=True)
     collect(folder / "pages")
@@ -196,18 +197,18 @@ def build(folder: Path) -> int:
         "-f",
         str(folder / "zensical.toml"),
     ]
-    searched = [
+    search_path = [
         str(PACKAGE),
         *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]  # for the docstrings, which are only read
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(searched)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    print(done.stdout, done.stderr, sep="", end="")
+    ]  # where mkdocstrings reads the docstrings
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    print(process.stdout, process.stderr, sep="", end="")
     if (
-        done.returncode or done.stderr.strip() != "No issues found"
-    ):  # --strict lets warnings of docstrings pass
+        process.returncode or process.stderr.strip() != "No issues found"
+    ):  # --strict ignores warnings about docstrings
         return 1
-    for page in sorted((folder / "pages").rglob("*.md")):  # what llms.txt links to
+    for page in sorted((folder / "pages").rglob("*.md")):  # llms.txt links to these
         shutil.copy(page, folder / "site" / page.relative_to(folder / "pages"))
     return 0
 

@@ -1,13 +1,17 @@
-"""Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of
-variants in docs/config.md from their registry, that of fields in docs/serving.md from the server's
-bodies, the errors in docs/troubleshooting.md from their docstrings, docs/plan.md from the planner,
-examples/grafana.json from the table of its panels,
-docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md and blocks of README.md, docs/start.md,
-docs/from-peft.md and docs/trainers.md from recorded results, docs/paper/ from those of
-experiments/.
+"""Write the generated parts of the docs.
 
-    python scripts/docs.py            write
-    python scripts/docs.py --check    fail if anything committed is stale
+docs/cli.md                     from the commands' --help
+docs/config.md                  the table of variants, from their registry
+docs/serving.md                 the table of fields, from the server's request bodies
+docs/troubleshooting.md         the errors, from their docstrings
+docs/plan.md                    from the planner
+examples/grafana.json           from the table of its panels
+docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md, and blocks of README.md,
+docs/start.md, docs/from-peft.md, docs/trainers.md      from recorded results
+docs/paper/                     from the results in experiments/
+
+python scripts/docs.py            write
+python scripts/docs.py --check    fail if anything committed is stale
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ COMMANDS = ("", *COMMAND_LINES)
 
 
 def help_of(command: str) -> str:
+    """The text of a command's --help."""
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     arguments = [sys.executable, "-m", "veneer.cli", *command.split(), "--help"]
     text = subprocess.run(
@@ -65,7 +70,7 @@ def demo_table() -> str:
 
 
 def variants_table() -> str:
-    """The registered variants; the count of their numbers and the scale are those of a run."""
+    """A table of the registered variants, with measured counts of parameters and scales."""
     scales = {1.0: "alpha", 0.25: "alpha / r", 0.5: "alpha / √r"}
     calibration = {"inputs": "batches", "gradient": "batches, loss", "original": "the original"}
     lines = [
@@ -75,25 +80,25 @@ def variants_table() -> str:
         ),
         "|---" * 7 + "|",
     ]
-    weight, more, inputs = (
+    weight, second_weight, inputs = (
         torch.randn(1, 512, 512),
         torch.randn(1, 512, 512),
         torch.eye(512, dtype=torch.float64),
     )
-    start = InitContext(
+    init_context = InitContext(
         *(1, 512, 512, 8, 512),
-        base=lambda: weight, inputs=lambda: inputs[None], gradient=more.double,
-        original=lambda: weight + more,
+        base=lambda: weight, inputs=lambda: inputs[None], gradient=second_weight.double,
+        original=lambda: weight + second_weight,
     )  # fmt: skip
     for variant in VARIANTS:
-        trained = sum(
+        trained_count = sum(
             value.numel()
-            for name, value in variant.init(start).items()
+            for name, value in variant.init(init_context).items()
             if name not in variant.frozen
         )
         cells = [
             f"`{variant.name}`", scales[variant.scale(1, 4)], f"{variant.default_alpha:g}",
-            f"{trained:,}", "the base" if variant.exact_start else "near the original",
+            f"{trained_count:,}", "the base" if variant.exact_start else "near the original",
             *map(calibration.get, variant.needs or [""]), variant.paper,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cell or '' for cell in cells)} |")
@@ -101,6 +106,7 @@ def variants_table() -> str:
 
 
 def fill_block(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` in the block between the comments with this name."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"no <!-- {name} --> block in the page")
@@ -108,7 +114,8 @@ def fill_block(text: str, name: str, content: str) -> str:
 
 
 def pages_with_blocks() -> dict[str, str]:
-    """Pages by path that are written by hand but for blocks between comments, these filled."""
+    """The contents of pages that are written by hand except for blocks between comments, by path;
+    the blocks are filled."""
     blocks = {
         "README.md": {"picture": readme_picture.caption(), "bench": bench_page.readme()},
         "docs/start.md": {"demo": demo_table()},

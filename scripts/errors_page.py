@@ -1,6 +1,6 @@
-"""The causes and fixes of docs/troubleshooting.md, from the docstrings of veneer/errors.py.
+"""Make the sections of docs/troubleshooting.md on errors, from the docstrings of veneer/errors.py.
 
-The first paragraph of a docstring says what the error means. Each entry of the list below it has
+The first paragraph of a docstring says what the error means. Each entry of the list after it has
 the form "- Cause: …. Fix: …."
 """
 
@@ -14,10 +14,10 @@ from veneer import errors
 
 
 def error_classes() -> list[type[errors.VeneerError]]:
-    """Every error class but the root, in the order of the source."""
+    """All error classes except the root, in the order of the source."""
     root = errors.VeneerError
-    classes = [value for value in vars(errors).values() if inspect.isclass(value)]
-    return [value for value in classes if issubclass(value, root) and value is not root]
+    classes = [member for member in vars(errors).values() if inspect.isclass(member)]
+    return [cls for cls in classes if issubclass(cls, root) and cls is not root]
 
 
 def read_docstring(error: type[Exception]) -> tuple[str, list[tuple[str, str]]]:
@@ -28,7 +28,7 @@ def read_docstring(error: type[Exception]) -> tuple[str, list[tuple[str, str]]]:
 
 
 def errors_section() -> str:
-    """A section for each class: its meaning, the built-in type, and the table of causes."""
+    """A section for each error class: its meaning, its built-in base class, a table of causes."""
     lines = []
     for error in error_classes():
         summary, pairs = read_docstring(error)
@@ -42,5 +42,5 @@ def errors_section() -> str:
 
 
 def sentence_of(text: str) -> str:
-    """A cell of the table: a sentence that begins with a capital letter."""
+    """``text`` with a capital first letter, for a cell of the table."""
     return text[0].upper() + text[1:]

@@ -1,6 +1,7 @@
-"""The table of docs/serving.md that has each field of vLLM's bodies beside what this server does
-with it: vLLM's are those of `vllm_fields.json`, which an installed vLLM was asked for; ours are
-read off the bodies that the routes take, and tests/serve/test_fields.py sends each of them."""
+"""Make the table of docs/serving.md that says what this server does with each field of vLLM's
+request bodies. vLLM's fields are in `vllm_fields.json`, which `vllm_fields.py` reads from an
+installed vLLM. This server's fields come from the bodies of its routes;
+tests/serve/test_fields.py sends each of them."""
 
 from __future__ import annotations
 
@@ -29,20 +30,20 @@ BODIES: dict[str, type[BaseModel]] = {
     "/score": ScoreRequest,
     "/rerank": RerankRequest,
 }
-#: older names that bodies take too
-OLDER: Mapping[str, frozenset[str]] = {
+#: older names of fields that a body accepts too
+OLDER_NAMES: Mapping[str, frozenset[str]] = {
     "/v1/chat/completions": frozenset(GUIDED),
     "/v1/completions": frozenset(GUIDED),
     "/score": frozenset(PAIR_NAMES),
 }
-#: fields of vLLM's older versions
-ONCE = [*GUIDED, "guided_decoding_backend", "guided_whitespace_pattern", "best_of"]
+#: fields that only older versions of vLLM have
+REMOVED_FIELDS = [*GUIDED, "guided_decoding_backend", "guided_whitespace_pattern", "best_of"]
 SUPPORTED, NO_EFFECT, REFUSED = "yes", "no effect", "refused"
 
 
 def status_of(name: str, route: str) -> str:
-    """What a route does with a field."""
-    if name in BODIES[route].model_fields or name in OLDER.get(route, ()):
+    """How a route treats a field, as the text of a cell."""
+    if name in BODIES[route].model_fields or name in OLDER_NAMES.get(route, ()):
         return SUPPORTED
     if name in NEUTRAL:
         return " or ".join(f"`{json.dumps(value)}`" for value in NEUTRAL[name])
@@ -50,32 +51,32 @@ def status_of(name: str, route: str) -> str:
 
 
 def vllm_fields() -> dict[str, list[str]]:
-    """The fields that vLLM has, and had, by route."""
+    """The fields that vLLM has or had, by route."""
     fields: dict[str, list[str]] = json.loads(RECORD.read_text())["fields"]
     completions = ("/v1/chat/completions", "/v1/completions")
-    return fields | {route: [*fields[route], *ONCE] for route in completions}
+    return fields | {route: [*fields[route], *REMOVED_FIELDS] for route in completions}
 
 
 def cells() -> dict[tuple[str, str], str]:
-    """What each route does with a field, by (field, route): with those of vLLM, and with those that
-    this server alone has, in italics."""
+    """How each route treats a field, by (field, route). Fields that only this server has are in
+    italics."""
     by_route = vllm_fields()
     statuses = {
         (name, route): status_of(name, route) for route, names in by_route.items() for name in names
     }
-    own = {
+    own_fields = {
         (field.alias or name, route): f"*{SUPPORTED}*"
         for route, body in BODIES.items()
         for name, field in body.model_fields.items()
         if (field.alias or name) not in by_route[route]
     }
-    return statuses | own
+    return statuses | own_fields
 
 
 def table() -> str:
     statuses = cells()
-    heads = [f"`{route.rpartition('/v1')[2]}`" for route in BODIES]
-    lines = [f"| field | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    headings = [f"`{route.rpartition('/v1')[2]}`" for route in BODIES]
+    lines = [f"| field | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
     for name in sorted({name for name, _ in statuses}):
         row = [statuses.get((name, route), "–") for route in BODIES]
         lines.append(f"| `{name}` | {' | '.join(row)} |")
@@ -83,4 +84,5 @@ def table() -> str:
 
 
 def version() -> str:
+    """The version of vLLM whose fields are recorded."""
     return json.loads(RECORD.read_text())["version"]

@@ -1,5 +1,5 @@
-"""docs/gpu-measured.md: what `make gpu` has recorded in benchmarks/results/gpu-*.json, or that
-nothing has been."""
+"""Make docs/gpu-measured.md from the records of `make gpu` in benchmarks/results/gpu-*.json.
+Without a record, the page says so."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 if __package__:
     from scripts import bench_page
-else:  # beside docs.py, which is run as a program
+else:  # docs.py runs as a program, with this folder on the path
     import bench_page
 
 LEAD = """# Measured on GPUs
@@ -39,11 +39,14 @@ def page() -> str:
         " it.\n"
     )
     return (
-        LEAD + note + "".join("\n" + "\n".join(_of(result)).rstrip() + "\n" for result in results)
+        LEAD
+        + note
+        + "".join("\n" + "\n".join(_result_section(result)).rstrip() + "\n" for result in results)
     )
 
 
-def _of(result: Mapping[str, Any]) -> list[str]:
+def _result_section(result: Mapping[str, Any]) -> list[str]:
+    """The section of the page for one GPU."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
         f"## {result['gpu']}",
@@ -85,9 +88,9 @@ def _of(result: Mapping[str, Any]) -> list[str]:
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How many are right, and each that is not."""
-    right = sum(row["found"] == "right" for row in checks)
-    lines = [f"{right} of {len(checks)} checks against float64 are right.", ""]
+    """Lines with the number of checks that are right, and a table of the others."""
+    right_count = sum(row["found"] == "right" for row in checks)
+    lines = [f"{right_count} of {len(checks)} checks against float64 are right.", ""]
     failures = [row for row in checks if row["found"] != "right"]
     if failures:
         rows = [[row["check"], row["found"], _cell(row["text"])] for row in failures]
@@ -96,6 +99,7 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _rows(case: Mapping[str, Any]) -> list[str]:
+    """The table of one case."""
     rows = []
     for name, row in case["rows"].items():
         if "why" in row:

@@ -1,7 +1,7 @@
-"""The Grafana board of `veneer serve`, examples/grafana.json, made of the table below.
+"""Make the Grafana board of `veneer serve`, examples/grafana.json, from the table below.
 
-Each panel is a title, a unit of Grafana and its queries, by legend. Every series of /metrics is on
-the board: tests/serve/test_grafana.py compares the names.
+Each panel has a title, a unit of Grafana, and queries by their legend. Every series of /metrics is
+on the board; tests/serve/test_grafana.py compares the names.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def rate(series: str, label: str = "") -> str:
-    """The sum of a counter's rate; by a label, if one is named."""
+    """A query: the sum of a counter's rate, for each value of ``label`` if it is not empty."""
     return f"sum{f' by ({label})' if label else ''} (rate({series}{RATE}))"
 
 
 def quantiles(series: str) -> dict[str, str]:
-    """The quantiles of a histogram."""
+    """Queries of the quantiles of a histogram, by legend."""
     buckets = rate(f"{series}_bucket", "le")
     return {name: f"histogram_quantile({share}, {buckets})" for name, share in QUANTILES.items()}
 
 
 def largest(query: str) -> str:
-    """The ten largest series of a query."""
+    """A query: the ten largest series of ``query``."""
     return f"topk(10, {query})"
 
 
+#: (title, unit, queries by legend) of each panel
 PANELS: list[tuple[str, str, dict[str, str]]] = [
     (
         "Tokens a second",
@@ -112,6 +113,7 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
     ("Servers that take requests", "short", {"ready": "sum(veneer_ready)"}),
 ]
 
+#: size of a panel in units of Grafana's grid, which has 24 columns
 WIDTH, HEIGHT = 12, 8
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
@@ -134,8 +136,8 @@ def panel(number: int, title: str, unit: str, queries: dict[str, str]) -> dict[s
 
 
 def board() -> str:
-    """The board as JSON, which Grafana imports."""
-    source = {"name": "datasource", "label": "Prometheus", "type": "datasource"}
+    """The board as JSON for Grafana's import."""
+    data_source = {"name": "datasource", "label": "Prometheus", "type": "datasource"}
     content = {
         "title": "Veneer",
         "uid": "veneer-serve",
@@ -143,7 +145,7 @@ def board() -> str:
         "schemaVersion": 39,
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [{**source, "query": "prometheus"}]},
+        "templating": {"list": [{**data_source, "query": "prometheus"}]},
         "panels": [panel(number, *row) for number, row in enumerate(PANELS)],
     }
     return json.dumps(content, indent=2) + "\n"

@@ -1,6 +1,6 @@
-"""docs/plan.md: what `veneer plan` says of bases from 8 billion to a trillion numbers, how far off
-it is where it was measured (benchmarks/results/plan_errors/), and beside what others have
-published."""
+"""Make docs/plan.md: the predictions of `veneer plan` for bases with 8 billion to a trillion
+parameters, their measured errors (benchmarks/results/plan_errors/), and a comparison with published
+figures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LLAMA = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
 }
-#: the shapes that their makers publish in config.json
+#: shapes of the bases, as published in their config.json
 BASES: dict[str, dict[str, Any]] = {
     "8B": {
         **_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -66,11 +66,12 @@ BASES: dict[str, dict[str, Any]] = {
         "v_head_dim": 128, "vocab_size": 163840,
     },
 }  # fmt: skip
-WHOSE = {
+#: the model with the shape of each base
+MODEL_NAMES = {
     "8B": "Llama 3.1 8B", "70B": "Llama 3.1 70B", "405B": "Llama 3.1 405B",
     "1T experts": "Kimi K2: 384 experts, 8 a token, which `all-linear` does not adapt",
 }  # fmt: skip
-#: base -> (hardware, devices) of its table
+#: base -> (hardware, number of devices) of the rows of its table
 MACHINES = {
     "8B": [("rtx4090", 1), ("h100", 1), ("h100", 8)],
     "70B": [("h100", 2), ("h100", 4), ("h100", 8), ("b200", 1)],
@@ -84,31 +85,31 @@ def planner(
     base: str, rank: int = 16, targets: str = "all-linear", dtype: str | None = None
 ) -> Planner:
     model = countable_model(BASES[base], torch.bfloat16)
-    chosen = targets.split(",") if "," in targets else targets
-    veneer.attach(model, veneer.LoraConfig(rank=rank, targets=chosen, dtype=dtype))
+    target_patterns = targets.split(",") if "," in targets else targets
+    veneer.attach(model, veneer.LoraConfig(rank=rank, targets=target_patterns, dtype=dtype))
     return Planner(model)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """A table whose cells are aligned to the right, but for the first column."""
+    """The lines of a Markdown table; all columns but the first are aligned to the right."""
     rule = ["---", *["---:"] * (len(heads) - 1)]
     return [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
 
 
 def training(base: str) -> list[str]:
-    made = planner(base)
+    base_planner = planner(base)
     rows = []
     for quantize in (None, "nf4") if "experts" not in base else (None,):
         for device, count in MACHINES[base]:
             run = Run(1, 4096, accumulate=count, checkpointing=True, quantize=quantize)
             for strategy in ("ddp", "fsdp", "tp") if count > 1 else ("ddp",):
                 if strategy == "tp" and count > DEVICES[device].devices_per_machine:
-                    continue  # its sums are waited for, over a network
+                    continue  # its sums would wait for the network
                 if strategy == "ddp" and count > 1 and base != "8B":
-                    continue  # as much memory as one device
+                    continue  # it needs as much memory as on one device
                 if strategy != "ddp" and quantize:
-                    continue  # packed weights are not spread
-                rows.append(cells(made.plan(run, strategy, count, DEVICES[device])))
+                    continue  # packed weights cannot be sharded
+                rows.append(cells(base_planner.plan(run, strategy, count, DEVICES[device])))
     heads = [
         "devices",
         "by",
@@ -121,20 +122,21 @@ def training(base: str) -> list[str]:
         "tokens/s each",
     ]
     count = (
-        f"{made.total / 1e9:,.1f} billion numbers, of which {made.trainable / 1e6:,.1f} million"
+        f"{base_planner.total / 1e9:,.1f} billion numbers, of which"
+        f" {base_planner.trainable / 1e6:,.1f} million"
         " train beside them"
     )
-    return [f"### {base}", "", f"{WHOSE[base]}. {count}.", "", *table(heads, rows), ""]
+    return [f"### {base}", "", f"{MODEL_NAMES[base]}. {count}.", "", *table(heads, rows), ""]
 
 
-def cells(one: RunPlan) -> list[str]:
-    assert one.seconds is not None
-    assert one.speed is not None
+def cells(plan: RunPlan) -> list[str]:
+    assert plan.seconds is not None
+    assert plan.speed is not None
     return [
-        f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "",
-        one.run.quantize or "bf16", f"{one.memory['base'] / GIB:.1f}", f"{one.total / GIB:.1f}",
-        "fits" if one.fits else "too much", f"{one.sent / 1e9:,.1f}", f"{one.seconds:.2f}",
-        f"{one.speed:,.0f}",
+        f"{plan.devices} × {plan.hardware}", plan.strategy if plan.devices > 1 else "",
+        plan.run.quantize or "bf16", f"{plan.memory['base'] / GIB:.1f}", f"{plan.total / GIB:.1f}",
+        "fits" if plan.fits else "too much", f"{plan.sent / 1e9:,.1f}", f"{plan.seconds:.2f}",
+        f"{plan.speed:,.0f}",
     ]  # fmt: skip
 
 
@@ -145,14 +147,15 @@ def serving() -> list[str]:
         ("405B", 16, "h200", 8), ("1T experts", 16, "h200", 16),
     ):  # fmt: skip
         load = Load(requests=100, prompt=1024, answer=256, adapters=10_000, rows=64, devices=count)
-        one = plan_service(planner(base, rank).model, load, DEVICES[device])
-        name = [base, str(rank), f"{count} × {device}", f"{one.adapter / 2**20:,.0f}"]
-        if not one.rows:
-            rows.append([*name, f"{one.row / 2**20:,.0f}", "0", "", "", "", "", ""])
+        plan = plan_service(planner(base, rank).model, load, DEVICES[device])
+        name = [base, str(rank), f"{count} × {device}", f"{plan.adapter / 2**20:,.0f}"]
+        if not plan.rows:
+            rows.append([*name, f"{plan.row / 2**20:,.0f}", "0", "", "", "", "", ""])
             continue
         rows.append([
-            *name, f"{one.row / 2**20:,.0f}", str(one.rows), f"{one.in_memory:,}",
-            f"{1e3 * one.step:.0f}", f"{one.answered:.1f}", str(one.replicas), f"{one.hits:.0%}",
+            *name, f"{plan.row / 2**20:,.0f}", str(plan.rows), f"{plan.in_memory:,}",
+            f"{1e3 * plan.step:.0f}", f"{plan.answered:.1f}", str(plan.replicas),
+            f"{plan.hits:.0%}",
         ])  # fmt: skip
     heads = [
         "base", "rank", "a replica", "MiB an adapter", "MiB a row", "rows", "adapters in memory",
@@ -162,8 +165,8 @@ def serving() -> list[str]:
 
 
 def measured_rows() -> tuple[str, list[dict[str, Any]]]:
-    """(where they are from, what was planned and measured of each configuration): of the latest
-    record, or of the program that was there before the runner."""
+    """(a note on their source, the planned and measured numbers of each configuration), from the
+    latest record, or from the program that recorded them before the runner existed."""
     recorded = runner.records("plan_errors", RESULTS)
     if not recorded:
         before = json.loads((RESULTS / "before" / "plan_errors.json").read_text())
@@ -174,34 +177,37 @@ def measured_rows() -> tuple[str, list[dict[str, Any]]]:
     for case in recorded[-1]["cases"]:
         numbers = {
             arm: {
-                name: statistics.median(p["rounds"][arm][0][name] for p in case["processes"])
+                name: statistics.median(
+                    process["rounds"][arm][0][name] for process in case["processes"]
+                )
                 for name in NUMBERS
             }
             for arm in ("as it comes", "giving back")
         }
-        plain, held = numbers["as it comes"], numbers["giving back"]["memory"]
+        usual, held = numbers["as it comes"], numbers["giving back"]["memory"]
         name = case["setting"]["name"]
         row = {
             "name": name, "several": name.endswith(("ddp", "fsdp")),
             "dtype": "bf16" if "bf16" in name else "fp32",
-            "measured": {"memory": plain["memory"], "held": held, "seconds": plain["seconds"]},
-            "predicted": {"memory": plain["planned memory"], "seconds": plain["planned seconds"]},
-            "memory_error": plain["planned memory"] / plain["memory"] - 1,
-            "held_error": plain["planned memory"] / held - 1,
+            "measured": {"memory": usual["memory"], "held": held, "seconds": usual["seconds"]},
+            "predicted": {"memory": usual["planned memory"], "seconds": usual["planned seconds"]},
+            "memory_error": usual["planned memory"] / usual["memory"] - 1,
+            "held_error": usual["planned memory"] / held - 1,
         }  # fmt: skip
         rows.append(row)
     for row in (
-        alone := [row for row in rows if not row["several"]]
-    ):  # processes wait for each other
-        times = [
-            math.log(one["predicted"]["seconds"] / one["measured"]["seconds"])
-            for one in alone if one["dtype"] == row["dtype"]
+        single_rows := [row for row in rows if not row["several"]]
+    ):  # several processes wait for each other
+        log_ratios = [
+            math.log(single_row["predicted"]["seconds"] / single_row["measured"]["seconds"])
+            for single_row in single_rows if single_row["dtype"] == row["dtype"]
         ]  # fmt: skip
-        own = row["predicted"]["seconds"] / row["measured"]["seconds"]
-        row["time_error"] = own / math.exp(statistics.median(times)) - 1
+        time_ratio = row["predicted"]["seconds"] / row["measured"]["seconds"]
+        row["time_error"] = time_ratio / math.exp(statistics.median(log_ratios)) - 1
     return f"Recorded on commit `{recorded[-1]['commit'][:12]}`.", rows
 
 
+#: the numbers of an arm in a record of plan_errors
 NUMBERS = ("memory", "seconds", "planned memory", "planned seconds")
 
 
@@ -221,35 +227,41 @@ def measured() -> list[str]:
         ]
         for row in rows_measured
     ]  # fmt: skip
-    found = {name: [abs(row[name]) for row in rows_measured if name in row] for name in ERRORS}
-    within = {name: sum(error <= limit for error in found[name]) for name, limit in ERRORS.items()}
-    middle = {name: statistics.median(errors) for name, errors in found.items()}
-    said = (
+    errors_by_name = {
+        name: [abs(row[name]) for row in rows_measured if name in row] for name in ERRORS
+    }
+    counts = {
+        name: sum(error <= limit for error in errors_by_name[name])
+        for name, limit in ERRORS.items()
+    }
+    medians = {name: statistics.median(errors) for name, errors in errors_by_name.items()}
+    summary = (
         f"Of {len(rows)} configurations, what is held is within 10 % of the plan for"
-        f" {within['held_error']} (median "
-        f"{middle['held_error']:.1%}), what is resident for {within['memory_error']} (median "
-        f"{middle['memory_error']:.1%}); of {len(found['time_error'])}, the ratio of times is"
-        " within 15 % for "
-        f"{within['time_error']} (median {middle['time_error']:.1%})."
+        f" {counts['held_error']} (median "
+        f"{medians['held_error']:.1%}), what is resident for {counts['memory_error']} (median "
+        f"{medians['memory_error']:.1%}); of {len(errors_by_name['time_error'])}, the ratio of"
+        " times is within 15 % for "
+        f"{counts['time_error']} (median {medians['time_error']:.1%})."
     )
-    return [note, "", *table(heads, rows), "", said]
+    return [note, "", *table(heads, rows), "", summary]
 
 
+#: kind of error -> the limit within which the page counts it
 ERRORS = {"held_error": 0.10, "memory_error": 0.10, "time_error": 0.15}
 
 
 def published() -> list[str]:
-    """Beside figures of others; who they are stands in the text of the page."""
+    """A table of published figures and the plan's; the page's text names their sources."""
     nemo = planner("8B").plan(Run(2, 4096, accumulate=16), hardware=DEVICES["h100"])
-    large = [
-        planner("70B").plan(Run(1, 4096, accumulate=32), how, 8, DEVICES["h100"])
-        for how in ("fsdp", "tp")
+    large_plans = [
+        planner("70B").plan(Run(1, 4096, accumulate=32), strategy, 8, DEVICES["h100"])
+        for strategy in ("fsdp", "tp")
     ]
-    tune = planner("8B", 8, "q_proj,v_proj", "bfloat16")
-    card, other = DEVICES["rtx4090"], Run(2, 2048, checkpointing=True)
-    lora = tune.plan(other, hardware=card)
-    packed = tune.plan(Run(2, 2048, checkpointing=True, quantize="nf4"), hardware=card)
-    whole = tune.plan(Run(2, 2048), hardware=card)
+    tune_planner = planner("8B", 8, "q_proj,v_proj", "bfloat16")
+    device, checkpointed_run = DEVICES["rtx4090"], Run(2, 2048, checkpointing=True)
+    lora = tune_planner.plan(checkpointed_run, hardware=device)
+    qlora = tune_planner.plan(Run(2, 2048, checkpointing=True, quantize="nf4"), hardware=device)
+    uncheckpointed = tune_planner.plan(Run(2, 2048), hardware=device)
     flops = nemo.operations / nemo.tokens / 1e9
     rows = [
         [
@@ -262,13 +274,13 @@ def published() -> list[str]:
         ["8B, one H100: GFLOP a token", "NeMo AutoModel", "32.2", f"{flops:.1f}", off(flops, 32.2)],
         *(
             [
-                f"70B, 8 H100, {one.strategy}: tokens/s each",
+                f"70B, 8 H100, {plan.strategy}: tokens/s each",
                 "NeMo AutoModel (TP 2 · PP 4)",
                 "659",
-                f"{one.speed:,.0f}",
-                off(one.speed, 659),
+                f"{plan.speed:,.0f}",
+                off(plan.speed, 659),
             ]
-            for one in large
+            for plan in large_plans
         ),
         [
             "8B, LoRA, checkpointed: GiB",
@@ -277,13 +289,19 @@ def published() -> list[str]:
             gib(lora),
             off(lora.total / GIB, 16.2),
         ],
-        ["8B, LoRA: GiB", "torchtune", "30.3", gib(whole), off(whole.total / GIB, 30.3)],
+        [
+            "8B, LoRA: GiB",
+            "torchtune",
+            "30.3",
+            gib(uncheckpointed),
+            off(uncheckpointed.total / GIB, 30.3),
+        ],
         [
             "8B, QLoRA, checkpointed: GiB",
             "torchtune",
             "7.4",
-            gib(packed),
-            off(packed.total / GIB, 7.4),
+            gib(qlora),
+            off(qlora.total / GIB, 7.4),
         ],
         [
             "8B, LoRA, RTX 4090: tokens/s",
@@ -296,28 +314,29 @@ def published() -> list[str]:
             "8B, QLoRA, RTX 4090: tokens/s",
             "torchtune",
             "2,413",
-            f"{packed.speed:,.0f}",
-            off(packed.speed, 2413),
+            f"{qlora.speed:,.0f}",
+            off(qlora.speed, 2413),
         ],
     ]
     return table(["what", "by", "published", "planned", "off"], rows)
 
 
 def of_peak(tokens: float, peak: float, checkpointing: bool) -> str:
-    """The share of a peak (TFLOP/s) that so many tokens a second of torchtune's 8B take."""
-    one = planner("8B", 8, "q_proj,v_proj", "bfloat16").plan(
+    """The share of a device's peak (TFLOP/s) that torchtune's 8B needs at ``tokens`` per second."""
+    plan = planner("8B", 8, "q_proj,v_proj", "bfloat16").plan(
         Run(2, 2048, checkpointing=checkpointing)
     )
-    return f"{tokens * one.operations / one.tokens / peak / 1e12:.0%}"
+    return f"{tokens * plan.operations / plan.tokens / peak / 1e12:.0%}"
 
 
-def gib(one: RunPlan) -> str:
-    return f"{one.total / GIB:.1f}"
+def gib(plan: RunPlan) -> str:
+    return f"{plan.total / GIB:.1f}"
 
 
-def off(found: float | None, wanted: float) -> str:
-    assert found is not None
-    return f"{found / wanted - 1:+.0%}"
+def off(planned: float | None, published_value: float) -> str:
+    """The relative difference of a planned value from the published one."""
+    assert planned is not None
+    return f"{planned / published_value - 1:+.0%}"
 
 
 def devices() -> list[str]:
@@ -333,36 +352,36 @@ def devices() -> list[str]:
     heads += ["GB/s to other machines", "sources"]
     rows = [
         [
-            f"`{one.name}`",
-            f"{one.memory / 1e9:.0f}",
-            f"{one.peak16 / 1e12:,.0f}",
-            f"{one.peak32 / 1e12:,.0f}",
-            f"{one.memory_bandwidth / 1e9:,.0f}",
-            f"{one.link_bandwidth / 1e9:.0f}",
-            str(one.devices_per_machine),
-            f"{one.network.bandwidth / 1e9:g}",
-            linked(one),
+            f"`{device.name}`",
+            f"{device.memory / 1e9:.0f}",
+            f"{device.peak16 / 1e12:,.0f}",
+            f"{device.peak32 / 1e12:,.0f}",
+            f"{device.memory_bandwidth / 1e9:,.0f}",
+            f"{device.link_bandwidth / 1e9:.0f}",
+            str(device.devices_per_machine),
+            f"{device.network.bandwidth / 1e9:g}",
+            link_sources(device),
         ]
-        for one in DEVICES.values()
+        for device in DEVICES.values()
     ]
     return table(heads, rows)
 
 
-def linked(one: Hardware) -> str:
-    network = f", [network]({one.network.source})" if one.network.source else ""
-    return f"[device]({one.source}){network}"
+def link_sources(device: Hardware) -> str:
+    network = f", [network]({device.network.source})" if device.network.source else ""
+    return f"[device]({device.source}){network}"
 
 
 def page() -> str:
     text = (ROOT / "scripts" / "plan_page.md").read_text()
-    parts = {
+    sections = {
         "training": [line for base in BASES for line in training(base)][:-1],
         "serving": serving(),
         "measured": measured(),
         "published": published(),
         "devices": devices(),
     }
-    for name, lines in parts.items():
+    for name, lines in sections.items():
         text = text.replace(f"{{{{{name}}}}}", "\n".join(lines))
     shares = {
         "products": f"{PRODUCTS:.0%}",

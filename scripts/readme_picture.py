@@ -1,6 +1,6 @@
-"""The README's picture and the number below it: held-out loss by step of `veneer train`, beside
-TRL's SFTTrainer with PEFT for as many steps, from a recorded run. `python -m benchmarks
-time_to_target` runs them again."""
+"""Make the README's picture and its caption: held-out loss by step of `veneer train`, compared with
+TRL's SFTTrainer with PEFT for the same number of steps, from a recorded run. `python -m benchmarks
+time_to_target` repeats the runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from veneer.tools.report import charts
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "before" / "time_to_target.json"
 PICTURE = "docs/first-run.svg"
-#: recorded arms with the same number of steps, by their names in the picture: of TRL with PEFT the
+#: recorded arms with the same number of steps, by their names in the picture; TRL with PEFT has the
 #: better of two settings
 ARMS = {"veneer train": "veneer, as many steps", "TRL + PEFT": "trl + peft"}
 
 
 def curve(arm: str, number: str) -> list[tuple[int, float]]:
-    """The median over seeds of a number on held-out rows, by step."""
+    """(step, median over seeds of a number on held-out rows)."""
     runs = json.loads(RECORD.read_text())["curves"][arm]
     return [
         (points[0]["step"], statistics.median(point[number] for point in points))

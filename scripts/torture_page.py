@@ -1,5 +1,5 @@
-"""docs/torture.md and the README's table of it, from benchmarks/results/torture.json and
-docs/upstream/."""
+"""Make docs/torture.md, and the table of counts in docs/from-peft.md, from
+benchmarks/results/torture.json and docs/upstream/."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RULES = """
 - **does not check**: bad input or a damaged file is taken as it is. A library may well leave that
   to its user.
 """.strip()
-#: wrong results that are no report, and why
+#: wrong results that were not reported upstream, with the reason
 NOT_REPORTED = {
     ("PEFT", "merge_100_times"): "rounding; its documentation promises no exact unmerging",
     ("loralib", "merge_100_times"): "rounding; its documentation promises no exact unmerging",
@@ -43,7 +43,7 @@ def escape_cell(text: str) -> str:
 
 
 def upstream_reports() -> dict[tuple[str, str], tuple[str, str]]:
-    """(library, case) → the file and title of the report."""
+    """The (file, title) of each report in docs/upstream/, by (library, case)."""
     reports = {}
     for file in sorted(UPSTREAM.glob("*.md")):
         title, _, body = file.read_text().partition("\n")
@@ -84,7 +84,7 @@ def page() -> str:
 def list_faults(
     record: dict[str, Any], reports: dict[Any, Any], library: str, version: str
 ) -> list[str]:
-    """The cases that a library gets wrong, with the report that is ready to be sent."""
+    """A section with a table of the cases that a library gets wrong, and their reports."""
     lines = [f"## {library} {version}: wrong, or a crash", ""]
     lines += ["| case | got | right | report |", "|---|---|---|---|"]
     for name, case in record["cases"].items():

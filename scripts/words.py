@@ -60,7 +60,7 @@ ERROR_ARGUMENTS = {"found", "expected", "do"}
 
 @dataclass
 class Counts:
-    """The counts of one folder. ``places``: a line of text for each place that is counted."""
+    """The counts of one folder. ``places``: a line of text for each counted name or sentence."""
 
     names: int = 0
     functions: int = 0
@@ -89,7 +89,7 @@ class Counts:
 
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[str, int, bool]]:
-    """(name, line, whether it is a function's) of each name that a module binds."""
+    """(name, line, whether it names a function) for each name that a module binds."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             arguments = node.args
@@ -149,7 +149,7 @@ def count_folder(folder: Path) -> Counts:
 
 
 def check_bounds() -> list[str]:
-    """Print the counts of each folder in BOUNDS; return those that are exceeded."""
+    """Print the counts of each folder in BOUNDS. Returns a problem for each folder above them."""
     problems = []
     for folder, (most_vague, most_participles, most_relative) in BOUNDS.items():
         counts = count_folder(ROOT / folder)

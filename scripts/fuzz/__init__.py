@@ -1,29 +1,26 @@
-"""Damage adapter folders in every way that we can think of, and see what reading and loading make
-of them.
+"""Damage adapter folders in many ways, and check what reading and loading them does.
 
-    python -m scripts.fuzz --count 10000 --seed 0    as many mutants; exit code 1 if any of them
+    python -m scripts.fuzz --count 10000 --seed 0    judge this many mutants; exit code 1 if one
                                                      fails
-    python -m scripts.fuzz --seed 0 --only 1234      one of them again, with everything that is
-                                                     known of it
+    python -m scripts.fuzz --seed 0 --only 1234      judge one of them again, and print all about it
 
-Each mutant is one adapter folder with one mutation, both drawn from (seed, number). It is verified,
-read and loaded onto the model that it belongs to, in a process that is watched from outside. It may
-be
+A mutant is an adapter folder with one mutation, both chosen at random from (seed, number). It is
+verified, read and loaded onto its model in a process that another process watches. The outcome must
+be one of
 
-    refused      by one VeneerError that says what was found and what to do, with the model as it
-                 was
-    harmless     loaded, and the outputs are those of the adapter before the mutation, to the bit
-    different    loaded, and the outputs are finite and others: a valid folder that describes
-                 another adapter. Only
-                 where nothing could tell: a folder of another library, which has no hashes, or
-                     hashes made anew
+    refused      One VeneerError says what was found and what to do, and the model is unchanged.
+    harmless     The mutant loads, and its outputs equal bit for bit those of the adapter before the
+                 mutation.
+    different    The mutant loads, and its outputs are finite but others: it is a valid folder of
+                 another adapter. This is allowed only if nothing can tell: the folder is another
+                 library's and has no hashes, or the mutation corrected the hashes.
 
-Anything else is a failure: another exception, a crash, more than 5 seconds of work, memory beyond
-what its files explain, outputs that are not finite, a model that is left changed, a pickle that
-ran, other outputs of an adapter of ours whose hashes nobody made anew, or a `veneer verify` of
-another opinion than loading.
+Any other outcome is a failure: another exception, a crash, more than 5 seconds of work, more memory
+than the files explain, outputs that are not finite, a changed model, an executed pickle, other
+outputs of a Veneer adapter whose hashes were not corrected, or a `veneer verify` that disagrees
+with loading.
 
     seeds.py      the adapters and their models
-    mutations.py  what is done to a folder
-    judge.py      what becomes of a mutant; the watched process
+    mutations.py  the mutations of a folder
+    judge.py      judges a mutant; the watched process
 """

@@ -19,8 +19,8 @@ from .seeds import write_all
 
 
 def run(count: int, seed: int, start: int = 0) -> list[Outcome]:
-    """The outcomes of ``count`` mutants, in a process that is started anew when it hangs or
-    dies."""
+    """The outcomes of ``count`` mutants. They are judged in a process that is restarted when it
+    hangs or dies."""
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder))
@@ -30,7 +30,7 @@ def run(count: int, seed: int, start: int = 0) -> list[Outcome]:
 
 
 def _write(folder: Path) -> None:
-    logging.disable(logging.WARNING)  # of the libraries that PEFT looks for
+    logging.disable(logging.WARNING)  # PEFT warns of missing libraries
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,20 +40,20 @@ def _write(folder: Path) -> None:
 
 
 def _watch(folder: Path, seed: int, numbers: range, target: Any = work) -> list[Outcome]:
-    """The outcomes of as many of these mutants as one process gets through."""
+    """The outcomes of these mutants, until one process has judged all of them, hangs or dies."""
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=target, args=(theirs, folder, seed, numbers), daemon=True)
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=target, args=(sender, folder, seed, numbers), daemon=True)
     process.start()
-    theirs.close()
+    sender.close()
     outcomes: list[Outcome] = []
-    current, wait, problem = None, 120.0, ""  # it imports torch first
+    current, wait, problem = None, 120.0, ""  # the first message comes after torch is imported
     try:
         while True:
-            if not _answers(ours, process, wait):
+            if not _has_message(receiver, process, wait):
                 problem = f"no end within {wait:.0f} s"
                 break
-            message: Any = ours.recv()
+            message: Any = receiver.recv()
             if message is None:
                 return outcomes
             current, wait = (message, SECONDS) if isinstance(message, int) else (None, 120.0)
@@ -70,15 +70,15 @@ def _watch(folder: Path, seed: int, numbers: range, target: Any = work) -> list[
     return [*outcomes, Outcome(current, "?", "?", "see --only", "failure", problem, SECONDS)]
 
 
-def _answers(pipe: Any, process: Any, wait: float) -> bool:
-    """Whether a process says something while it works for so many seconds, or in eight times as
-    many: other work on the machine is no hang."""
-    start, watched = time.perf_counter(), psutil.Process(process.pid)
-    worked = sum(watched.cpu_times()[:2])
+def _has_message(pipe: Any, process: Any, wait: float) -> bool:
+    """Whether a process sends a message before it has worked for ``wait`` seconds of CPU time, and
+    before eight times as much time has passed. (Other work on the machine may slow it down.)"""
+    start, process_info = time.perf_counter(), psutil.Process(process.pid)
+    start_cpu_seconds = sum(process_info.cpu_times()[:2])
     while not pipe.poll(0.5):
-        with contextlib.suppress(psutil.NoSuchProcess):  # poll will say so
+        with contextlib.suppress(psutil.NoSuchProcess):  # poll will tell
             if (
-                sum(watched.cpu_times()[:2]) - worked > wait
+                sum(process_info.cpu_times()[:2]) - start_cpu_seconds > wait
                 or time.perf_counter() - start > 8 * wait
             ):
                 return False

@@ -26,17 +26,16 @@ from veneer.adapter_files.verify import verify
 from .mutations import MUTATIONS, Mutant
 from .seeds import INPUTS, SEEDS, Seed
 
-# : seconds that a mutant may take, and bytes that it may add: so many and so many times the size of
-# its files
+#: limits of a mutant: its seconds; its memory may grow by BYTES + TIMES · (bytes of its files)
 SECONDS, BYTES, TIMES = 5.0, 64 * 2**20, 40
-#: bytes of addresses that the process may take, beyond those that it starts with
+#: bytes of address space that the process may add to that at its start
 ADDRESSES = 2 * 2**30
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one mutant. ``kind`` is refused, harmless, different or failure; ``text`` the error or the
-    reason."""
+    """The outcome of one mutant. ``kind``: refused, harmless, different or failure. ``text``: the
+    error or the reason."""
 
     number: int
     seed: str
@@ -49,7 +48,8 @@ class Outcome:
 
 @dataclass
 class Stand:
-    """A seed with its model and the model's outputs, shared by all mutants of the seed."""
+    """A seed, its folders, its model and the model's outputs, shared by all mutants of the seed.
+    ``twin``: the folder of a second adapter of the same seed."""
 
     seed: Seed
     folder: Path
@@ -66,7 +66,7 @@ class Stand:
         self.x = INPUTS[self.seed.model]()
         self.base, self.bits = (
             self.model(self.x),
-            {k: v.clone() for k, v in self.model.state_dict().items()},
+            {key: tensor.clone() for key, tensor in self.model.state_dict().items()},
         )
         handle = veneer.load(self.model, self.folder)
         self.adapted = self.model(self.x)
@@ -76,11 +76,11 @@ class Stand:
 
 
 class MutantError(Exception):
-    """A mutant that is neither refused nor loaded as it should be."""
+    """Raised if a mutant is neither refused nor loaded correctly."""
 
 
 def mutant(number: int, seed: int, stands: list[Stand], work: Path) -> tuple[Stand, str, Mutant]:
-    """The mutant with this number, made in ``work``."""
+    """(its seed, the name of the mutation, the mutant) with this number, written to ``work``."""
     rng = random.Random(f"{seed}:{number}")
     stand, name = rng.choice(stands), rng.choice(list(MUTATIONS))
     folder = work / "adapter"
@@ -92,7 +92,7 @@ def mutant(number: int, seed: int, stands: list[Stand], work: Path) -> tuple[Sta
 
 @torch.no_grad()
 def judge(stand: Stand, candidate: Mutant) -> tuple[str, str]:
-    """(kind, text) of a mutant. Raises MutantError, or whatever reading it raised."""
+    """(kind, text) of a mutant's outcome. Raises MutantError, or the error of reading it."""
     model = stand.other_model if candidate.other_base else stand.model
     report = verify(candidate.folder)
     try:
@@ -185,8 +185,8 @@ def judge_mutant(number: int, seed: int, stands: list[Stand]) -> Outcome:
 
 
 def _peak(reset: bool = False) -> int:
-    """Most bytes that the process held since the last reset, where the system can tell; else since
-    its start."""
+    """The peak of the process's memory in bytes, since the last reset if the system can tell, else
+    since its start."""
     with contextlib.suppress(OSError):
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -196,13 +196,16 @@ def _peak(reset: bool = False) -> int:
 
 
 def work(pipe: Connection, folder: Path, seed: int, numbers: Iterable[int]) -> None:
-    """The watched process: says which mutant it begins, and what became of it."""
+    """Run in the watched process: send the number of each mutant before it is judged, and then
+    its outcome."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
-        held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
-        resource.setrlimit(resource.RLIMIT_AS, (held + ADDRESSES, resource.RLIM_INFINITY))
+        address_bytes = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize")
+        )
+        resource.setrlimit(resource.RLIMIT_AS, (address_bytes + ADDRESSES, resource.RLIM_INFINITY))
     stands = stands_in(folder)
     for stand in stands:
         stand.prepare()
@@ -213,7 +216,7 @@ def work(pipe: Connection, folder: Path, seed: int, numbers: Iterable[int]) -> N
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """How many mutants of each mutation became what."""
+    """A table with the number of outcomes of each kind for each mutation."""
     kinds = ("refused", "harmless", "different", "failure")
     counts = Counter((outcome.mutation, outcome.kind) for outcome in outcomes)
     lines = [f"{'mutation':<26}" + "".join(f"{kind:>11}" for kind in kinds)]

@@ -1,5 +1,5 @@
-"""What is done to an adapter folder. A mutation draws what it needs from a generator of random
-numbers, so that the same seed makes the same mutant."""
+"""The mutations of an adapter folder. A mutation makes its random choices with the generator of the
+mutant, so that the same seed makes the same mutant."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ CONFIG, TENSORS = peft.CONFIG, peft.TENSORS
 
 @dataclass
 class Mutant:
-    """A copy of an adapter folder that may be changed, and another adapter of the same kind beside
-    it.
+    """A copy of an adapter folder that a mutation may change.
 
-    ``forged``: the hashes were made right again, so nobody can tell by them. ``other_base``: to be
-    loaded onto another model of the same shapes. ``notes`` say what was done."""
+    Fields:
+        folder: the copy.
+        twin: the folder of another adapter of the same kind.
+        ours: whether Veneer wrote the adapter.
+        forged: whether the hashes were corrected after the change, so that they cannot tell.
+        other_base: whether to load the folder onto another model with the same shapes.
+        notes: what was changed.
+    """
 
     folder: Path
     twin: Path
@@ -44,7 +49,7 @@ class Mutant:
     notes: list[str] = field(default_factory=list)
 
     def file(self, *names: str) -> Path:
-        """One of the files that are there."""
+        """A random one of the existing files; ``names``: the candidates."""
         files = [self.folder / name for name in names or CORE if (self.folder / name).is_file()]
         return self.random.choice(files)
 
@@ -66,20 +71,22 @@ def mutation(function: Mutate) -> Mutate:
 
 
 # ----------------------------------------------------------------------------------------------
-# tools
+# helpers
 
 
 class Raw(str):
-    """Text that stands in a JSON file as it is, where no value of Python's gives it."""
+    """Text to insert into a JSON file unchanged, if no Python value gives this text."""
 
 
 DEEP = Raw("[" * 3000 + "]" * 3000)
+#: regular expressions that are slow or invalid
 EVIL = [
     r"(a|a)*b", r"(.*)*x", r"((a+)+)+$", r"(.*.*.*.*.*.*.*)y", r"(\w+\.?)+!", r"(?=.*a)+.*",
     r"(x+x+)+y", r"(q", r"\1", r"(?P<a>q)(?P=a)", "((((" * 300 + "q" + "))))" * 300,
     "q{1000}{1000}{1000}", "(?i)Q", "q" * 100_000, r"[[a]", "*", "((((){999}){999}){999}){999}",
     ".*" * 2000, r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(.*\.)*(q|up)", "(" * 50 + ".*" + ")*" * 50,
 ]  # fmt: skip
+#: unusual values for JSON files
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.5, 1e-300, 1e30, 1e308, 2**31, 2**63, 2**64, "",
     "x", "q", "0", "../x", "a" * 5000, "\x00", "\u202e", "é", [], [0], ["q"], ["q", "up"], [None],
@@ -92,18 +99,18 @@ ODD: list[Any] = [
 
 
 def dumps(value: Any) -> str:
-    """JSON, with ``Raw`` texts as they are."""
+    """``value`` as JSON, with ``Raw`` texts unchanged."""
     raws: list[Raw] = []
 
-    def plain(value: Any) -> Any:
+    def replace_raw(value: Any) -> Any:
         if isinstance(value, Raw):
             raws.append(value)
             return f"@raw{len(raws) - 1}@"
         if isinstance(value, dict):
-            return {key: plain(below) for key, below in value.items()}
-        return [plain(below) for below in value] if isinstance(value, list) else value
+            return {key: replace_raw(child) for key, child in value.items()}
+        return [replace_raw(child) for child in value] if isinstance(value, list) else value
 
-    text = json.dumps(plain(value))
+    text = json.dumps(replace_raw(value))
     for number, raw in enumerate(raws):
         text = text.replace(f'"@raw{number}@"', raw)
     return text
@@ -122,13 +129,15 @@ def write(file: Path, header: Any, data: bytes) -> None:
 
 
 def tensors_in(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()
-        return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
+    with safe_open(file, framework="pt") as tensor_file:
+        names = tensor_file.keys()
+        return {name: tensor_file.get_tensor(name) for name in names}, dict(
+            tensor_file.metadata() or {}
+        )
 
 
 def forge(folder: Path) -> bool:
-    """Make every hash in a folder right again, as only a program can; whether that was possible."""
+    """Correct every hash in a folder, as only a program can. Returns whether this was possible."""
     try:
         tensors, metadata = tensors_in(folder / TENSORS)
         record = json.loads(metadata["veneer"])
@@ -138,11 +147,11 @@ def forge(folder: Path) -> bool:
             record["hashes"][PARAMETERS] = hash_tensors(tensors_in(folder / PARAMETERS)[0])
         return put_record(folder, record)
     except Exception:
-        return False  # damaged beyond that: the reader will see it as well
+        return False  # the folder is too damaged, which the reader will notice too
 
 
 def put_record(folder: Path, record: Any, hashed: bool = True) -> bool:
-    """Write a record to both of its places, with its own hash made right if ``hashed``."""
+    """Write a record to both files that hold it; ``hashed``: correct the hash of the record."""
     if hashed:
         record["hashes"]["record"] = hash_record(record)
     text = dumps(record)
@@ -154,11 +163,11 @@ def put_record(folder: Path, record: Any, hashed: bool = True) -> bool:
 
 
 def json_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the paths of all values below a JSON value, to a depth of 100: an earlier mutation may
-    have nested thousands."""
+    """The paths of all values inside a JSON value, to a depth of 100. (An earlier mutation may have
+    nested thousands of lists.)"""
     if len(path) > 100:
         return []
-    items = (
+    entries = (
         value.items()
         if isinstance(value, dict)
         else enumerate(value)
@@ -166,29 +175,31 @@ def json_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         else ()
     )
     paths = []
-    for key, below in items:
-        paths += [(*path, key), *json_paths(below, (*path, key))]
+    for key, child in entries:
+        paths += [(*path, key), *json_paths(child, (*path, key))]
     return paths
 
 
 def change_somewhere(value: Any, rng: random.Random, m: Mutant) -> None:
-    """Replace, remove or add one thing in a JSON value."""
+    """Replace, remove or add a random entry in a JSON value."""
     path = rng.choice(json_paths(value))
-    holder = value
+    container = value
     for key in path[:-1]:
-        holder = holder[key]
-    how = rng.random()
-    if how < 0.7:
-        holder[path[-1]] = rng.choice(ODD)
-        m.note("put", repr(holder[path[-1]])[:60], "at", path)
-    elif how < 0.85:
-        del holder[path[-1]]
+        container = container[key]
+    choice = rng.random()
+    if choice < 0.7:
+        container[path[-1]] = rng.choice(ODD)
+        m.note("put", repr(container[path[-1]])[:60], "at", path)
+    elif choice < 0.85:
+        del container[path[-1]]
         m.note("removed", path)
-    elif isinstance(holder, dict):
-        holder[rng.choice(["x", "", "../x", "q", "é", "\x00", "linear.weight"])] = rng.choice(ODD)
+    elif isinstance(container, dict):
+        container[rng.choice(["x", "", "../x", "q", "é", "\x00", "linear.weight"])] = rng.choice(
+            ODD
+        )
         m.note("added at", path[:-1])
     else:
-        holder.append(rng.choice(ODD))
+        container.append(rng.choice(ODD))
         m.note("appended at", path[:-1])
 
 
@@ -254,9 +265,9 @@ def shuffle_bytes(m: Mutant) -> None:
 @mutation
 def append(m: Mutant) -> None:
     file = m.file()
-    more = m.random.choice([b"\0", b" ", b"\n", b"{}", m.random.randbytes(64), bytes(10_000)])
-    file.write_bytes(file.read_bytes() + more)
-    m.note(file.name, len(more))
+    suffix = m.random.choice([b"\0", b" ", b"\n", b"{}", m.random.randbytes(64), bytes(10_000)])
+    file.write_bytes(file.read_bytes() + suffix)
+    m.note(file.name, len(suffix))
 
 
 @mutation
@@ -275,7 +286,7 @@ def lie_about_length(m: Mutant) -> None:
     file = m.file(TENSORS, PARAMETERS)
     data = file.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
-    lie = m.random.choice(
+    false_length = m.random.choice(
         [
             0,
             1,
@@ -289,8 +300,8 @@ def lie_about_length(m: Mutant) -> None:
             2**64 - 1,
         ]
     )
-    file.write_bytes(struct.pack("<Q", lie) + data[8:])
-    m.note(file.name, lie)
+    file.write_bytes(struct.pack("<Q", false_length) + data[8:])
+    m.note(file.name, false_length)
 
 
 def edit_header(m: Mutant, edit: Callable[[dict[str, Any], str], Any]) -> None:
@@ -306,14 +317,14 @@ def edit_header(m: Mutant, edit: Callable[[dict[str, Any], str], Any]) -> None:
 def lie_about_shape(m: Mutant) -> None:
     def edit(header: dict[str, Any], name: str) -> Any:
         shape = list(header[name]["shape"])
-        lies = [
+        false_values = [
             shape[::-1], [*shape, 1], [1, *shape], [*shape, 0], [2**31, 2**31], [2**63], [2**64, 0],
             [-n for n in shape], [float(n) for n in shape], [str(n) for n in shape],
             [True] * len(shape), None, "2", {}, [n + 1 for n in shape], [10**9, *shape],
             [1] * 1000 + shape, [2**62, 2**62, 2**62], [shape], [n * 2 for n in shape], [],
             [2**62, 0],
         ]  # fmt: skip
-        header[name]["shape"] = m.random.choice(lies)
+        header[name]["shape"] = m.random.choice(false_values)
         return str(header[name]["shape"])[:60]
 
     edit_header(m, edit)
@@ -335,7 +346,7 @@ def lie_about_dtype(m: Mutant) -> None:
 
 @mutation
 def lie_about_type_and_shape(m: Mutant) -> None:
-    """Another dtype, with a shape that fits the bytes."""
+    """Give a tensor another dtype, with a shape that fits the bytes."""
 
     def edit(header: dict[str, Any], name: str) -> Any:
         entry = header[name]
@@ -360,14 +371,14 @@ def lie_about_offsets(m: Mutant) -> None:
     def edit(header: dict[str, Any], name: str) -> Any:
         start, stop = header[name]["data_offsets"]
         another_name = m.random.choice([key for key in header if key != "__metadata__"])
-        lies = [
+        false_values = [
             [stop, start], [start + 4, stop + 4], [start - 4, stop - 4], [0, stop - start],
             [start, stop * 1000], [start], [start, 2**63], [2**63, 2**64 - 1], [-4, stop],
             [start, stop, stop], None, "0", [float(start), stop], [start, None],
             [start + 1, stop + 1], list(header[another_name]["data_offsets"]),
             [10**18, 10**18 + stop - start], [True, stop],
         ]  # fmt: skip
-        header[name]["data_offsets"] = m.random.choice(lies)
+        header[name]["data_offsets"] = m.random.choice(false_values)
         return header[name]["data_offsets"]
 
     edit_header(m, edit)
@@ -375,7 +386,7 @@ def lie_about_offsets(m: Mutant) -> None:
 
 @mutation
 def swap_offsets(m: Mutant) -> None:
-    """Two tensors of one shape change places: a valid file with other numbers."""
+    """Swap two tensors of the same shape: a valid file with other values."""
 
     def edit(header: dict[str, Any], name: str) -> Any:
         same_shape = [
@@ -392,8 +403,8 @@ def swap_offsets(m: Mutant) -> None:
 
 @mutation
 def reorder(m: Mutant) -> None:
-    """The entries of a header in another order, or the data as well; both are valid, and say the
-    same."""
+    """Reorder the entries of a header, or also the data. Both files are valid, with the same
+    tensors."""
     file = m.file(TENSORS, PARAMETERS)
     header, data = read(file)
     names = list(header)
@@ -413,7 +424,7 @@ def reorder(m: Mutant) -> None:
 def rename(m: Mutant) -> None:
     def edit(header: dict[str, Any], name: str) -> Any:
         prefix, _, last = name.rpartition(".")
-        odd = [
+        odd_names = [
             "", ".", "..", f"../{name}", f"{prefix}..{last}", f".{name}", f"{name}.", name.upper(),
             f"{name}\x00", f"{name}\n", name.replace("lora_A", "lora_B"),
             name.replace("lora_A", "lora_a"), name.replace("base_model.model.", ""),
@@ -426,25 +437,25 @@ def rename(m: Mutant) -> None:
             f"{prefix}.modules_to_save.default.{last}", "base_model.model.head.weight", "\ud800",
             "__metadata__2",
         ]  # fmt: skip
-        new = m.random.choice(odd)
-        entries = {new if key == name else key: entry for key, entry in header.items()}
+        new_name = m.random.choice(odd_names)
+        entries = {new_name if key == name else key: entry for key, entry in header.items()}
         header.clear()
         header.update(entries)
-        return repr(new[:80])
+        return repr(new_name[:80])
 
     edit_header(m, edit)
 
 
 @mutation
 def odd_header(m: Mutant) -> None:
-    """Keys twice, padding, nesting, metadata of other types."""
+    """Write an unusual header: with duplicate keys, padding, nesting or metadata of other types."""
     file = m.file(TENSORS, PARAMETERS)
     header, data = read(file)
     text = json.dumps(header)
     first = next(key for key in header if key != "__metadata__")
     entry = json.dumps(header[first])
     meta = header.get("__metadata__", {})
-    odd = {
+    odd_headers = {
         "twice": f'{{"{first}": {entry}, {text[1:]}',
         "metadata twice": '{"__metadata__": {}, ' + text[1:],
         "padding": text + " " * m.random.choice([1, 8, 5_000_000]),
@@ -477,8 +488,8 @@ def odd_header(m: Mutant) -> None:
         "record empty": {**header, "__metadata__": {**meta, "veneer": ""}},
         "record object": {**header, "__metadata__": {**meta, "veneer": '{"hashes": []}'}},
     }
-    choice = m.random.choice(list(odd))
-    write(file, odd[choice], data)
+    choice = m.random.choice(list(odd_headers))
+    write(file, odd_headers[choice], data)
     m.note(file.name, choice)
 
 
@@ -525,7 +536,7 @@ def put_number(m: Mutant) -> None:
 
 @mutation
 def change_tensor(m: Mutant) -> None:
-    """Another type, another shape, none, one more."""
+    """Give a tensor another dtype or shape, or remove it."""
 
     def edit(tensors: dict[str, torch.Tensor], name: str) -> Any:
         value = tensors[name]
@@ -553,14 +564,14 @@ def change_tensor(m: Mutant) -> None:
 @mutation
 def add_tensor(m: Mutant) -> None:
     def edit(tensors: dict[str, torch.Tensor], name: str) -> Any:
-        above, _, last = name.rpartition(".")
+        module_path, _, last = name.rpartition(".")
         names = [
             "base_model.model.head.weight", "base_model.model.head.bias",
             "base_model.model.head.lora_A.weight", "x", name + ".x",
             "base_model.model.norm.running_mean", "base_model.model.layers.0.q.weight",
             "base_model.model.layers.0.q.bias", "",
             "base_model.model.layers.0.q.lora_magnitude_vector",
-            "base_model.model.layers.0.lora_A.weight", f"{above}.x.{last}",
+            "base_model.model.layers.0.lora_A.weight", f"{module_path}.x.{last}",
             "base_model.model.embed.lora_embedding_A", "base_model.model.norm.num_batches_tracked",
             "base_model.model.", "base_model.model.layers.0.q.base_layer.lora_A.weight",
             "base_model.model.norm.weight", "layers.0.q.weight.A",
@@ -580,11 +591,11 @@ def add_tensor(m: Mutant) -> None:
             (4,),
             tuple(tensors[name].shape),
         ]
-        new = m.random.choice(names)
-        tensors[new] = torch.rand(
+        new_name = m.random.choice(names)
+        tensors[new_name] = torch.rand(
             m.random.choice(shapes), generator=torch.Generator().manual_seed(0)
         )
-        return new, tuple(tensors[new].shape)
+        return new_name, tuple(tensors[new_name].shape)
 
     edit_tensors(m, edit)
 
@@ -595,8 +606,7 @@ def add_tensor(m: Mutant) -> None:
 
 @mutation
 def config_field(m: Mutant) -> None:
-    """A field of adapter_config.json with a value that it must not have, or that means something
-    else."""
+    """Give a field of adapter_config.json an invalid value, or one with another meaning."""
     file = m.folder / CONFIG
     config = json.loads(file.read_text())
     names = [
@@ -645,13 +655,13 @@ def evil_regex(m: Mutant) -> None:
 
 @mutation
 def record_somewhere(m: Mutant) -> None:
-    """The record of an adapter of ours, with its own hash made right, or not."""
+    """Change the record of a Veneer adapter, and correct the record's hash or not."""
     if not m.ours:
         return config_somewhere(m)
     record = json.loads((m.folder / RECORD).read_text())
     for _ in range(m.random.choice([1, 1, 2])):
         change_somewhere(record, m.random, m)
-    with contextlib.suppress(Exception):  # the hashes themselves may be what was changed
+    with contextlib.suppress(Exception):  # the change may have hit the hashes
         m.forged = put_record(m.folder, record, hashed=m.random.random() < 0.8)
     return None
 
@@ -662,7 +672,7 @@ def odd_json(m: Mutant) -> None:
     text = file.read_text()
     content = text.rstrip()
     first = content[1:].split(":", 1)[0].strip()
-    odd: dict[str, str | bytes] = {
+    odd_texts: dict[str, str | bytes] = {
         "deep": DEEP,
         "deep inside": content[:-1] + ', "x": ' + DEEP + "}",
         "less deep": content[:-1] + ', "x": ' + "[" * 200 + "]" * 200 + "}",
@@ -689,9 +699,9 @@ def odd_json(m: Mutant) -> None:
         "again": content * 2,
         "nested objects": '{"a":' * 2000 + "1" + "}" * 2000,
     }
-    choice = m.random.choice(list(odd))
-    value = odd[choice]
-    file.write_bytes(value if isinstance(value, bytes) else value.encode())
+    choice = m.random.choice(list(odd_texts))
+    file_content = odd_texts[choice]
+    file.write_bytes(file_content if isinstance(file_content, bytes) else file_content.encode())
     m.note(file.name, choice)
     m.maybe_forge()
 
@@ -702,22 +712,22 @@ def odd_json(m: Mutant) -> None:
 
 @mutation
 def swap_files(m: Mutant) -> None:
-    """Files of another adapter of the same shapes."""
+    """Replace files by those of another adapter with the same shapes."""
     for name in m.random.sample(CORE, m.random.choice([1, 1, 2])):
         if (m.twin / name).exists() and (m.folder / name).exists():
             shutil.copy(m.twin / name, m.folder / name)
             m.note(name)
-    # all that is there may be the twin's now, which is another adapter, and a whole one
+    # if all files are the twin's now, they are another complete adapter
     m.forged = all(
-        (m.folder / n).read_bytes() == (m.twin / n).read_bytes()
-        for n in CORE
-        if (m.folder / n).exists()
+        (m.folder / name).read_bytes() == (m.twin / name).read_bytes()
+        for name in CORE
+        if (m.folder / name).exists()
     )
 
 
 @mutation
 def other_base(m: Mutant) -> None:
-    """The folder as it is, and a model of the same shapes with other numbers."""
+    """Keep the folder, and load it onto a model with the same shapes and other values."""
     m.other_base = True
 
 
@@ -725,35 +735,35 @@ def other_base(m: Mutant) -> None:
 def links(m: Mutant) -> None:
     file = m.file()
     outside = m.folder.parent / f"outside-{file.name}"
-    how = m.random.choice(
+    link_kind = m.random.choice(
         ["outside", "inside", "loop", "nothing", "folder", "pipe", "device", "passwd", "up"]
     )
-    if how == "outside":
+    if link_kind == "outside":
         shutil.move(file, outside)
         file.symlink_to(outside)
-    elif how == "up":
+    elif link_kind == "up":
         shutil.move(file, outside)
         file.symlink_to(Path("..") / outside.name)
-    elif how == "inside":
+    elif link_kind == "inside":
         shutil.move(file, m.folder / "data")
         file.symlink_to("data")
     else:
         file.unlink()
-        if how == "folder":
+        if link_kind == "folder":
             file.mkdir()
-        elif how == "pipe":
+        elif link_kind == "pipe":
             os.mkfifo(file)
         else:
             file.symlink_to(
                 {"loop": file.name, "device": "/dev/zero", "passwd": "/etc/passwd"}.get(
-                    how, "nothing"
+                    link_kind, "nothing"
                 )
             )
-    m.note(file.name, how)
+    m.note(file.name, link_kind)
 
 
 class Runs:
-    """A pickle that ends the process which reads it."""
+    """An object whose pickle ends the process that loads it."""
 
     def __reduce__(self) -> Any:
         return os._exit, (99,)
@@ -780,7 +790,7 @@ def pickles(m: Mutant) -> None:
 
 @mutation
 def more_files(m: Mutant) -> None:
-    """Add files that people keep beside an adapter: harmless."""
+    """Add a file that people keep with an adapter; it must be harmless."""
     name = m.random.choice(
         ["README.md", "setup.py", "optimizer.pt", "tokenizer.json", "x.safetensors", ".hidden", "é"]
     )

@@ -1,5 +1,5 @@
-"""The adapters that are damaged: of Veneer and of PEFT, of every kind that lies differently in a
-folder."""
+"""The adapters that the mutations damage: adapters of Veneer and of PEFT, of every kind that is
+stored differently in a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import veneer
 
 
 class Text(nn.Module):
-    """Embedding, block, head."""
+    """A model of texts: embedding, blocks, head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Text(nn.Module):
 
 
 class Image(nn.Module):
-    """Convolutions in groups and without, running statistics."""
+    """A model of images: convolutions with and without groups, running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +45,7 @@ class Image(nn.Module):
         return self.head(torch.relu(self.norm(self.deep(self.conv(x)))).mean((-2, -1)))
 
 
+#: the input of each model
 INPUTS: dict[type, Callable[[], torch.Tensor]] = {
     Text: lambda: torch.tensor([[1, 5, 3], [2, 0, 6]]),
     Image: lambda: torch.linspace(-1, 1, 100).view(2, 2, 5, 5),
@@ -53,7 +54,8 @@ INPUTS: dict[type, Callable[[], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Seed:
-    """An adapter: the fields of its config, by which library, for which model."""
+    """An adapter of a model. ``fields``: those of its config. ``ours``: whether Veneer makes it, or
+    PEFT."""
 
     name: str
     model: type[nn.Module]
@@ -61,33 +63,33 @@ class Seed:
     ours: bool = True
 
     def base(self, other: bool = False) -> nn.Module:
-        """The model that it was made for, or another one of the same shapes."""
+        """The model of the adapter, or another model with the same shapes."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2 if other else 1)
             return self.model().eval()
 
     def write(self, folder: Path, number: int) -> None:
-        """One of several adapters that differ in their numbers alone."""
+        """Write an adapter. Adapters with another ``number`` differ in their values alone."""
         model = self.base()
         torch.manual_seed(10 + number)
         if self.ours:
             handle = veneer.attach(
                 model, veneer.LoraConfig(**{"rank": 2, "alpha": 3, **self.fields})
             )
-            _noise(handle.parameters())
+            _add_noise(handle.parameters())
             handle.save(folder, provenance={"steps": 3, "loss": 1.5})
             return
         import peft
 
-        theirs = peft.get_peft_model(
+        peft_model = peft.get_peft_model(
             model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **self.fields})
         )
-        _noise(p for name, p in theirs.named_parameters() if p.requires_grad)
-        theirs.save_pretrained(folder)
+        _add_noise(parameter for parameter in peft_model.parameters() if parameter.requires_grad)
+        peft_model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
 
 
-def _noise(parameters: Any) -> None:
+def _add_noise(parameters: Any) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -156,8 +158,8 @@ SEEDS = {
 
 
 def write_all(folder: Path) -> None:
-    """Two adapters of each seed, and what each seed's own outputs are."""
+    """Write two adapters of each seed, and the names of the seeds."""
     for number, seed in enumerate(SEEDS.values()):
-        for copy in range(2):
-            seed.write(folder / f"{number}-{copy}", 2 * number + copy)
+        for copy_number in range(2):
+            seed.write(folder / f"{number}-{copy_number}", 2 * number + copy_number)
     (folder / "seeds.json").write_text(json.dumps(list(SEEDS)))

@@ -1,17 +1,16 @@
-"""Write docs/support.md: what works with what, every cell decided by a run.
+"""Write docs/support.md, the tables of what works with what. A run decides each cell.
 
     python -m scripts.matrix              run everything, print the page and write it
-    python -m scripts.matrix --check      run everything, fail if the committed page says something
-                                          else
-    python -m scripts.matrix linear gguf  run these layers and storages, print their part
+    python -m scripts.matrix --check      run everything, fail if the committed page differs
+    python -m scripts.matrix linear gguf  run these layers and storages, print their rows
 
-The layers, variants and storages are those of the registries; the modules and inputs are their
-``examples``. All examples of a kind stand side by side in one model, on which every variant is an
-adapter: so one file, one compilation and one PEFT model serve them all. Where that fails, each
-example runs alone, to find out which it was and why.
+The layers, variants and storages come from the registries, the modules and their inputs from their
+``examples``. All examples of a layer kind are modules of a single model, to which every variant is
+attached as an adapter. So one file, one compilation and one PEFT model serve all of them. If this
+fails, each example runs by itself, to find out which example fails and why.
 
-    cases.py        the models: a variant on the examples of a kind
-    definitions.py  what each variant means
+    cases.py        the models: a variant on the examples of a layer kind
+    definitions.py  the definition of each variant
     operations.py   the columns: forward, gradient, merge, …
     storages.py     the second table: linear layers whose weight is stored in another way
     page.py         cells, footnotes, tables
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def silence() -> None:
-    """Before the libraries are imported: nobody looks for a network, and nobody talks."""
+    """Turn off network access, logs and warnings of libraries, before they are imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

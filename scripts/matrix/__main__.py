@@ -10,12 +10,12 @@ from concurrent.futures import ProcessPoolExecutor
 from . import ROOT, __doc__, silence
 
 PAGE = ROOT / "docs" / "support.md"
-#: the layers that take longest start first, so that no process waits for one at the end
-LONG = ("conv3d", "recurrent", "attention", "parameter")
+#: layers that take longest; they start first, so that no process waits for them at the end
+SLOW_LAYERS = ("conv3d", "recurrent", "attention", "parameter")
 
 
 def run(only: list[str], jobs: int) -> tuple[str, str]:
-    """(the page of these layers and storages, or of all; its summary)."""
+    """(the page, its summary), of these layers and storages, or of all if ``only`` is empty."""
     silence()
     from veneer.bases import BASES
     from veneer.layers import LAYERS
@@ -26,19 +26,20 @@ def run(only: list[str], jobs: int) -> tuple[str, str]:
 
     layers, storages = (
         [name for name in names if not only or name in only]
-        # of those that only their libraries' forwards read: docs/quantised-bases.md
+        # opaque storages are in docs/quantised-bases.md instead
         for names in (LAYERS.names(), [storage.name for storage in BASES if not storage.opaque])
     )
     with ProcessPoolExecutor(
         jobs, mp_context=multiprocessing.get_context("spawn"), initializer=silence
     ) as pool:
-        running = {
+        layer_futures = {
             name: pool.submit(of_layer, name)
-            for name in sorted(layers, key=lambda name: name not in LONG)
+            for name in sorted(layers, key=lambda name: name not in SLOW_LAYERS)
         }
-        stored = [pool.submit(of_storage, name) for name in storages]
+        storage_futures = [pool.submit(of_storage, name) for name in storages]
         return page(
-            [running[name].result() for name in layers], [future.result() for future in stored]
+            [layer_futures[name].result() for name in layers],
+            [future.result() for future in storage_futures],
         )
 
 

@@ -1,5 +1,5 @@
-"""The cases: a variant as an adapter on all examples of one kind of layer, and what is said of each
-example."""
+"""The cases of the matrix: a variant as an adapter on all examples of a layer kind, and the verdict
+on each example."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers.pytorch_utils  # noqa: F401 (the class of a kind that exists once this is imported)
+import transformers.pytorch_utils  # noqa: F401 (registers a class of a layer kind)
 from tests.support.toys import error, flat, randomise
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -22,18 +22,19 @@ from veneer.errors import VeneerError
 from veneer.layers import Layer
 from veneer.variants import VARIANTS, Variant
 
+#: the verdict on an exact result
 EXACT = ""
-#: begins what is said of an exact result
+#: begins the verdict on an exact result that needs a note
 NOTE = "exact, with "
-#: an example to which an operation does not apply
+#: the verdict on an example to which an operation does not apply
 LEFT_OUT = None
-#: of every adapter: neither their ratio nor a scale is 1
+#: rank and alpha of every adapter, so that the scale is not 1
 RANK, ALPHA = 2, 3
-#: what an operation says of each example by name: EXACT, LEFT_OUT or why it is not exact
-Found = dict[str, str | None]
+#: the verdict of an operation by example: EXACT, LEFT_OUT, or the reason why it is not exact
+Verdicts = dict[str, str | None]
 
-#: what an exception says -> what the page says; any other is quoted
-WORDS = {
+#: pattern of an exception's text -> text on the page; other exceptions are quoted
+REASONS = {
     r"whose inputs cannot be read": (
         "this variant starts from the inputs of every weight, and what they are is known only "
         "inside this layer"
@@ -66,20 +67,20 @@ WORDS = {
     ),
     r"^PEFT: .*not for PEFT: '\S*?': (.*?)\"?$": (
         r"\1"
-    ),  # what we write into a folder that PEFT would read otherwise
+    ),  # Veneer's own reason in a folder that PEFT would misread
 }
 
 
-#: options that say nothing: sizes and defaults
+#: options of a module that its description omits: sizes and defaults
 ORDINARY = r"\w*_features=|stride=1$|affine=True|momentum=|track_running_stats="
 
 
 class Inexact(Exception):  # noqa: N818 (no error of the program)
-    """A run that ended and gave another result."""
+    """Raised if a run ends with a wrong result."""
 
 
 class Side(nn.Module):
-    """Modules side by side, called on a mapping of their arguments by name."""
+    """A model of several modules. It is called with the arguments of each module by its name."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -92,11 +93,11 @@ class Side(nn.Module):
 
 @dataclass
 class Results:
-    """The verdicts of one kind of layer or storage, {variant or storage: {operation: {example:
-    …}}}, and the descriptions of its examples."""
+    """The results of one layer kind or storage. ``verdicts``: {variant or storage: {operation:
+    {example: verdict}}}; ``examples``: a description of each example."""
 
     name: str
-    verdicts: dict[str, dict[str, Found]]
+    verdicts: dict[str, dict[str, Verdicts]]
     examples: dict[str, str]
 
 
@@ -106,11 +107,12 @@ class Case:
 
     Fields:
         base: the examples without adapters, float64.
-        model: the same with an adapter that is named like each variant.
-        other: another adapter on it.
-        rows, breaks: what ``rows_of`` and ``breaks_of`` find for each example.
-        compiled: the model, compiled with and without ``fullgraph``; shared by the cases of the
-            model.
+        model: the examples with an adapter for each variant, named like the variant.
+        other: the name of another adapter on ``model``.
+        rows, breaks: the results of ``rows_of`` and ``breaks_of`` for each example.
+        compiled: the model, compiled with and without ``fullgraph``; all cases of the model share
+            it.
+        alone: the cases of single examples, by example.
     """
 
     kind: Layer
@@ -129,7 +131,7 @@ class Case:
         return self.variant.name
 
     def solo(self, example: str) -> Case:
-        """This case on one example."""
+        """This case with one example alone."""
         if example not in self.alone:
             base = Side({example: getattr(self.base, example)})
             inputs = {example: self.inputs[example]}
@@ -142,6 +144,7 @@ class Case:
         return self.alone[example]
 
     def outputs(self) -> dict[str, Tensor]:
+        """The flattened output of each example under the variant's adapter."""
         with veneer.use(self.model, self.name), torch.no_grad():
             return flats(self.model(self.inputs))
 
@@ -153,8 +156,8 @@ def flats(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
 def attach(
     model: Side, variant: Variant, inputs: Mapping[str, tuple], name: str | None = None, exclude=()
 ) -> Any:
-    """The variant as an adapter with random numbers, on every weight that there is, with all the
-    data that it needs."""
+    """Attach the variant as an adapter with random values to every weight of ``model``, with all
+    the calibration data that it needs."""
     calibration: dict[str, Any] = {}
     if variant.needs & {"inputs", "gradient"}:
         calibration["batches"] = [(inputs,)]
@@ -180,90 +183,95 @@ def attach(
 def attach_where_possible(
     base: Side, model: Side, variant: Variant, inputs: Mapping[str, tuple]
 ) -> dict[str, str]:
-    """Attach the variant to ``model`` without the examples that refuse it. Returns their reasons by
-    name."""
+    """Attach the variant to ``model``, except to the examples that refuse it. Returns the reasons
+    of these by example."""
     try:
         attach(model, variant, inputs)
         return {}
     except Exception as first_error:
-        refused: dict[str, str] = {}
+        refusals: dict[str, str] = {}
         for example, args in inputs.items():
             try:
                 attach(
                     Side({example: copy.deepcopy(getattr(base, example))}), variant, {example: args}
                 )
             except Exception as error:
-                refused[example] = reason(error)
-        if not refused:
+                refusals[example] = reason(error)
+        if not refusals:
             raise first_error
-        if len(refused) < len(inputs):
-            rest = {example: args for example, args in inputs.items() if example not in refused}
-            attach(model, variant, rest, exclude=tuple(refused))
-        return refused
+        if len(refusals) < len(inputs):
+            accepted = {
+                example: args for example, args in inputs.items() if example not in refusals
+            }
+            attach(model, variant, accepted, exclude=tuple(refusals))
+        return refusals
 
 
 def rows_of(kind: Layer, module: nn.Module, args: tuple) -> int | None:
-    """How many rows the inputs of a module hold: as many as the base can be run on one by one, with
-    the same outputs. None if there is no such number; negative for inputs that the kind cannot take
-    apart."""
+    """The number of rows in the inputs of a module, such that the base gives the same outputs when
+    it runs on the rows one by one. None if there is no such number; negative if the layer kind
+    cannot split the inputs into rows."""
     tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-    packed = [int(x.batch_sizes[0]) for x in args if isinstance(x, PackedSequence)]
+    packed_sizes = [int(x.batch_sizes[0]) for x in args if isinstance(x, PackedSequence)]
     candidates = (
-        *packed,
+        *packed_sizes,
         *dict.fromkeys(size for x in tensors for size in x.shape[:2] if size > 1),
     )
     batch_output, has_rows = flat(module(*args)), False
     for count in candidates:
         try:
-            each = []
+            row_outputs = []
             for row in range(count):
                 row_args, row_kwargs = kind.take(module, args, {}, torch.tensor([row]), count)
                 has_rows = True
-                each.append(module(*row_args, **row_kwargs))
-            if error(flat(kind.put(module, each, torch.arange(count))), batch_output) < 1e-10:
+                row_outputs.append(module(*row_args, **row_kwargs))
+            if (
+                error(flat(kind.put(module, row_outputs, torch.arange(count))), batch_output)
+                < 1e-10
+            ):
                 return count
-        except (LookupError, RuntimeError):  # not an axis of rows
+        except (LookupError, RuntimeError):  # this axis does not count rows
             continue
     return None if has_rows else -candidates[0]
 
 
 def breaks_of(module: nn.Module, args: tuple) -> str:
-    """Why the base alone cannot be compiled into one graph, or nothing."""
+    """The reason why the base cannot be compiled into one graph; EXACT if it can."""
     torch._dynamo.reset()
     try:
         with torch.no_grad():
             torch.compile(module, backend="eager", fullgraph=True)(*args)
-    except Exception as broken:
-        return reason(broken)
+    except Exception as error:
+        return reason(error)
     return EXACT
 
 
 def reason(error: Exception) -> str:
-    """An exception as a few words that are the same on every machine."""
+    """The text of an exception for the page, short and the same on every machine."""
     text = " ".join(str(error).split()) or type(error).__name__
-    for pattern, words in WORDS.items():
+    for pattern, words in REASONS.items():
         if match := re.search(pattern, text):
             return short(match.expand(words))
-    contract = re.search(r"Found: (.*?)\. Expected: ", text)
-    if isinstance(error, VeneerError) and contract:
-        text = contract[1]
+    veneer_error = re.search(r"Found: (.*?)\. Expected: ", text)
+    if isinstance(error, VeneerError) and veneer_error:
+        text = veneer_error[1]
     elif not isinstance(error, VeneerError | Inexact):
         text = text.split(". ")[0]
     text = re.sub(
         r"(base_model\.model\.)?\b(m\d+|beside)\.?", "", text
-    )  # the names of our examples
+    )  # the names of the examples
     return short(re.sub(r" ?\([^()]*\d\.\d[^()]*\)", "", text)).strip(
         " .:;,"
-    )  # numbers that a random seed gives
+    )  # numbers that depend on a random seed
 
 
 def short(text: str) -> str:
-    """A kernel's (3, 3) is 3."""
+    """``text`` with tuples of equal numbers shortened, such as "(3, 3)" to "3"."""
     return re.sub(r"\((\d+)(?:, \1)*,?\)", r"\1", text)
 
 
 def describe_example(module: nn.Module, first: nn.Module) -> str:
-    """Describe how an example differs from the first and plainest example of its kind."""
+    """How an example differs from the first example of its layer kind, which has no options."""
     options = ", ".join(option for option in _options(module) if option not in _options(first))
     name = type(module).__name__
     return (
@@ -277,7 +285,7 @@ def describe_example(module: nn.Module, first: nn.Module) -> str:
 
 def _options(module: nn.Module) -> list[str]:
     text = short(module.extra_repr())
-    if isinstance(module, nn.MultiheadAttention):  # which does not say them
+    if isinstance(module, nn.MultiheadAttention):  # its extra_repr omits the options
         attributes = {
             "batch_first": module.batch_first,
             "kdim": module.kdim,
@@ -289,7 +297,7 @@ def _options(module: nn.Module) -> list[str]:
 
 
 def quiet() -> None:
-    """One thread, one seed, and nobody who talks in between."""
+    """Set one thread, one seed and limits of recompilation, and turn off warnings."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64
@@ -297,4 +305,4 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
     warnings.simplefilter(
         "error", veneer.SkippedLayers
-    )  # an example without an adapter would prove nothing
+    )  # an example without an adapter must not count as exact

@@ -1,5 +1,5 @@
-"""The definition of each variant on dense matrices, from its paper alone, so that the matrix does
-not compare Veneer with itself."""
+"""The definition of each variant on dense matrices. It follows the variant's paper alone, so that
+the matrix does not compare Veneer with itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from veneer.attach.layer.change import Change
 
-#: (numbers, scale, W [g, out, in]) -> gain ⊙ (W + ΔW)
+#: maps (n: the adapter parameters by name, s: the scale, W: the frozen weight [g, out, in]) to
+#: gain ⊙ (W + ΔW)
 Meaning = Callable[[Mapping[str, Tensor], float, Tensor], Tensor]
 
 
@@ -24,17 +25,17 @@ def _product_minus_start(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor
 
 
 def _dora(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
-    """No gradient flows through the norm; a row that is zero stays zero."""
+    """DoRA: no gradient flows through the norm; a zero row stays zero."""
     V = _product(n, s, W)
     norm = V.detach().norm(dim=2, keepdim=True)
     return n["magnitude"].view(norm.shape) * V / torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
 def _product_on_pooled_input(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
-    pooled = n["A1"].shape[-1]
-    size = W.shape[-1] // pooled
-    group = torch.arange(W.shape[-1]) // size
-    return W + s * n["B"] @ n["A1"][..., group] * pooled / size
+    pooled_count = n["A1"].shape[-1]
+    pool_size = W.shape[-1] // pooled_count
+    pool_index = torch.arange(W.shape[-1]) // pool_size
+    return W + s * n["B"] @ n["A1"][..., pool_index] * pooled_count / pool_size
 
 
 def _lokr(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ MEANINGS: dict[str, Meaning] = {
     "lokr": _lokr,
 }
 
-#: (alpha, rank) -> the factor of ΔW, where it is not alpha / rank
+#: a function of (alpha, rank) that returns the scale, for variants whose scale is not alpha / rank
 SCALES: dict[str, Callable[[float, int], float]] = {
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
     "dora_rslora": lambda alpha, rank: alpha / math.sqrt(rank),
@@ -76,20 +77,20 @@ SCALES: dict[str, Callable[[float, int], float]] = {
 def meaning(
     change: Change, alpha: float, rank: int, numbers: Mapping[str, Tensor], weight: Tensor
 ) -> Tensor:
-    """``gain ⊙ (W + ΔW)`` in the shape of ``weight``, with a graph to the numbers. The layer says
-    how a matrix lies in its weight; the rest is said here."""
+    """``gain ⊙ (W + ΔW)`` in the shape of ``weight``, with a graph to the adapter parameters
+    ``numbers``. Only the layout of the weight comes from Veneer's layer."""
     variant, W = change.variant.name, change.layer.unfold(weight, change.dims)
     numbers = dict(numbers)
-    moves = torch.ones(change.dims.in_, dtype=W.dtype)
-    if change.frozen_input is not None:  # an input that never changes
-        moves[change.frozen_input] = 0
+    input_mask = torch.ones(change.dims.in_, dtype=W.dtype)
+    if change.frozen_input is not None:  # the change ignores this input
+        input_mask[change.frozen_input] = 0
         if "A" in numbers:
-            numbers["A"] = numbers["A"] * moves
+            numbers["A"] = numbers["A"] * input_mask
         if "A0" in numbers:
-            numbers["A0"] = numbers["A0"] * moves
+            numbers["A0"] = numbers["A0"] * input_mask
     changed = MEANINGS[variant](
         numbers, SCALES.get(variant, lambda alpha, rank: alpha / rank)(alpha, rank), W
     )
     if "A" not in numbers:
-        changed = W + (changed - W) * moves
+        changed = W + (changed - W) * input_mask
     return change.layer.fold(changed, weight.shape)

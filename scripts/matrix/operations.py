@@ -1,5 +1,5 @@
-"""The columns of the matrix: what is asked of each variant on each example, and ``of_layer``, which
-asks it."""
+"""The operations of the matrix, one for each column, and ``of_layer``, which runs them on each
+variant and example."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from .cases import (
     NOTE,
     RANK,
     Case,
-    Found,
     Inexact,
     Results,
     Side,
+    Verdicts,
     attach,
     attach_where_possible,
     breaks_of,
@@ -45,20 +45,22 @@ from .cases import (
 )
 from .definitions import meaning
 
-#: the one that a call takes by itself, and both that it may be told to take
+#: call paths: the default (None), and the two that a context can select
 PATHS = (None, "factored", "materialised")
+#: limits of relative errors
 FORWARD, GRADIENT, PEFT = 1e-10, 1e-9, 1e-5
+#: how often ``unmerge`` merges and unmerges
 CYCLES = 10
 
-#: what selects an adapter (None: none) for each row
+#: a function that selects an adapter for each row (None: the base alone) within a context
 Select = Callable[[Sequence[str | None]], AbstractContextManager[Any]]
 
-# The definition: the module's own forward on gain ⊙ (W + ΔW), in float64.
+# The reference is the module's own forward on gain ⊙ (W + ΔW), in float64.
 
 
 def weights_of(base: Side, handle: veneer.Handle) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(every changed weight of ``base`` by path, the trained numbers as leaves by name), float64,
-    with a graph from these to those."""
+    """(each changed weight of ``base`` by path, the adapter parameters as leaves by name), float64.
+    The weights have a graph to the leaves."""
     leaves: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for path, change in handle.changes.items():
@@ -89,7 +91,8 @@ def weights_of(base: Side, handle: veneer.Handle) -> tuple[dict[str, Tensor], di
 def reference_outputs(
     case: Case, examples: Mapping[str, tuple]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(y by example, the trained numbers as leaves by name), with a graph from these to those."""
+    """(y by example, the adapter parameters as leaves by name). The outputs have a graph to the
+    leaves."""
     handle = veneer.Handle(case.model, case.name)
     values, leaves = weights_of(case.base, handle)
     for path, layer_state in handle.layers.items():
@@ -99,39 +102,41 @@ def reference_outputs(
     outputs = {}
     for example, args in examples.items():
         example_weights = {
-            path.removeprefix(f"{example}."): v
-            for path, v in values.items()
+            path.removeprefix(f"{example}."): tensor
+            for path, tensor in values.items()
             if path.startswith(f"{example}.")
         }
         outputs[example] = flat(definition(getattr(case.base, example), example_weights, args))
     return outputs, leaves
 
 
-def forward(case: Case) -> Found:
+def forward(case: Case) -> Verdicts:
     with torch.no_grad():
-        wanted, _ = reference_outputs(case, case.inputs)
+        expected, _ = reference_outputs(case, case.inputs)
         base = flats(case.base(case.inputs))
-        verdicts: Found = {}
+        verdicts: Verdicts = {}
         for path in PATHS:
             with context.override(path=path):
                 for example, y in case.outputs().items():
                     verdicts[example] = verdicts.get(example) or _within(
-                        error(y, wanted[example]), FORWARD
+                        error(y, expected[example]), FORWARD
                     )
-    idle = {example for example, y in base.items() if error(y, wanted[example]) < 1e-3}
+    unchanged_examples = {
+        example for example, y in base.items() if error(y, expected[example]) < 1e-3
+    }
     return {
-        example: "the adapter changes nothing" if example in idle else why
+        example: "the adapter changes nothing" if example in unchanged_examples else why
         for example, why in verdicts.items()
     }
 
 
-def gradient(case: Case) -> Found:
+def gradient(case: Case) -> Verdicts:
     inputs = pytree.tree_map(
         lambda x: x.clone().requires_grad_() if _is_float(x) else x, dict(case.inputs)
     )
-    wanted, leaves = reference_outputs(case, inputs)
-    weights = {example: torch.randn_like(y) for example, y in wanted.items()}
-    xs = [
+    expected, leaves = reference_outputs(case, inputs)
+    weights = {example: torch.randn_like(y) for example, y in expected.items()}
+    example_inputs = [
         (example, x)
         for example, args in inputs.items()
         for x in pytree.tree_leaves(args)
@@ -140,55 +145,62 @@ def gradient(case: Case) -> Found:
     parameters = dict(veneer.Handle(case.model, case.name).named_parameters())
     if list(parameters) != list(leaves):
         raise Inexact(f"trains {list(parameters)}")
-    names = [*(name.partition(".")[0] for name in parameters), *(example for example, _ in xs)]
-    verdicts: Found = dict.fromkeys(case.inputs, EXACT)
+    names = [
+        *(name.partition(".")[0] for name in parameters),
+        *(example for example, _ in example_inputs),
+    ]
+    verdicts: Verdicts = dict.fromkeys(case.inputs, EXACT)
 
     def gradients(
         outputs: Mapping[str, Tensor], numbers: Mapping[str, Tensor]
     ) -> tuple[Tensor, ...]:
         loss = sum((weights[example] * y).sum() for example, y in outputs.items())
-        return torch.autograd.grad(loss, [*numbers.values(), *(x for _, x in xs)])  # pyright: ignore
+        return torch.autograd.grad(loss, [*numbers.values(), *(x for _, x in example_inputs)])  # pyright: ignore
 
-    truth = gradients(wanted, leaves)
+    true_gradients = gradients(expected, leaves)
     for path in PATHS:
         with context.override(path=path), veneer.use(case.model, case.name):
             actual = gradients(flats(case.model(inputs)), parameters)
-        for example, mine, true in zip(names, actual, truth, strict=True):
-            verdicts[example] = verdicts[example] or _within(error(mine, true), GRADIENT)
+        for example, actual_gradient, true_gradient in zip(
+            names, actual, true_gradients, strict=True
+        ):
+            verdicts[example] = verdicts[example] or _within(
+                error(actual_gradient, true_gradient), GRADIENT
+            )
     return verdicts
 
 
-def merge(case: Case) -> Found:
-    """The outputs in float64, and in bfloat16 every merged weight: none of its neighbours is nearer
-    to W + ΔW."""
+def merge(case: Case) -> Verdicts:
+    """Check the merged outputs in float64, and in bfloat16 that every merged weight is the nearest
+    number to W + ΔW."""
     adapted = case.outputs()
     veneer.merge(case.model, case.name)
-    verdicts: Found = {}
+    verdicts: Verdicts = {}
     for example, y in case.outputs().items():
         verdicts[example] = _within(error(y, adapted[example]), FORWARD, "other outputs")
     veneer.unmerge(case.model)
     model, handle = in_bfloat16(case)
     exact, _ = weights_of(model, handle)
     for path, change in handle.changes.items():
-        above, _, _ = path.rpartition(".")
+        module_path, _, _ = path.rpartition(".")
         exact[path] = change.layer.apply_forward_rewrite(
-            model.get_submodule(above), exact[path].detach()
+            model.get_submodule(module_path), exact[path].detach()
         )
     handle.merge(rounding="nearest")
     for path, values in exact.items():
-        wrong = wrong_roundings(model.get_parameter(path).detach(), values.detach())
+        wrong_count = wrong_roundings(model.get_parameter(path).detach(), values.detach())
         example = path.partition(".")[0]
         verdicts[example] = verdicts[example] or (
-            f"{wrong} weights are not rounded to the nearest" if wrong else EXACT
+            f"{wrong_count} weights are not rounded to the nearest" if wrong_count else EXACT
         )
     return verdicts
 
 
-def unmerge(case: Case) -> Found:
-    """The bits after every cycle: an error that undoes itself in the next one is an error too."""
+def unmerge(case: Case) -> Verdicts:
+    """Check the bits of the base after every cycle, because the next cycle might undo an error."""
     model, handle = in_bfloat16(case)
     before = bits(model)
-    verdicts: Found = dict.fromkeys(case.inputs, EXACT)
+    verdicts: Verdicts = dict.fromkeys(case.inputs, EXACT)
     for _ in range(CYCLES):
         handle.merge()
         merged = bits(model)
@@ -204,43 +216,48 @@ def unmerge(case: Case) -> Found:
 
 
 def in_bfloat16(case: Case) -> tuple[Side, veneer.Handle]:
-    """The case's base in bfloat16 with the variant on the same examples."""
+    """(the case's base in bfloat16, the handle of the variant on the same examples)."""
     model = copy.deepcopy(case.base).bfloat16()
     for example in set(model._modules) - set(case.inputs):
         del model._modules[example]
     return model, attach(model, case.variant, cast(dict(case.inputs), torch.bfloat16))
 
 
-def save_load(case: Case) -> Found:
+def save_load(case: Case) -> Verdicts:
     with tempfile.TemporaryDirectory() as folder:
         veneer.save(case.model, f"{folder}/adapter", name=case.name)
         fresh = copy.deepcopy(case.base)
         handle = veneer.load(fresh, f"{folder}/adapter", name=case.name)
-    mine, theirs = numbers_of(veneer.Handle(case.model, case.name)), numbers_of(handle)
-    if mine.keys() != theirs.keys():
+    saved_tensors = numbers_of(veneer.Handle(case.model, case.name))
+    loaded_tensors = numbers_of(handle)
+    if saved_tensors.keys() != loaded_tensors.keys():
         raise Inexact("other trained numbers")
     if handle.config != veneer.Handle(case.model, case.name).config:
         raise Inexact("another config")
     before = case.outputs()
     with torch.no_grad():
         after = flats(fresh(case.inputs))
-    verdicts: Found = {}
+    verdicts: Verdicts = {}
     for example in case.inputs:
-        names = [name for name in mine if name.startswith(f"{example}.")]
-        same = all(torch.equal(mine[name], theirs[name]) for name in names)
-        equal = torch.equal(before[example], after[example])
+        names = [name for name in saved_tensors if name.startswith(f"{example}.")]
+        same_tensors = all(torch.equal(saved_tensors[name], loaded_tensors[name]) for name in names)
+        same_outputs = torch.equal(before[example], after[example])
         verdicts[example] = (
-            EXACT if same and equal else "other outputs" if same else "other trained numbers"
+            EXACT
+            if same_tensors and same_outputs
+            else "other outputs"
+            if same_tensors
+            else "other trained numbers"
         )
     return verdicts
 
 
-def mixed_batch(case: Case) -> Found:
+def mixed_batch(case: Case) -> Verdicts:
     return _of_rows(case, lambda names: veneer.use(case.model, names), case.model)
 
 
-def bank(case: Case) -> Found:
-    """From the folders of both adapters, on a base of its own."""
+def bank(case: Case) -> Verdicts:
+    """``mixed_batch`` with a bank that loads both adapters from their folders, on another base."""
     model = copy.deepcopy(case.base)
     with tempfile.TemporaryDirectory() as folder:
         adapter_bank = veneer.Bank(model)
@@ -250,8 +267,8 @@ def bank(case: Case) -> Found:
         return _of_rows(case, adapter_bank.rows, model)
 
 
-def _of_rows(case: Case, select: Select, model: Side) -> Found:
-    verdicts: Found = {}
+def _of_rows(case: Case, select: Select, model: Side) -> Verdicts:
+    verdicts: Verdicts = {}
     for example, args in case.inputs.items():
         count = case.rows[example]
         try:
@@ -268,13 +285,14 @@ def _of_rows(case: Case, select: Select, model: Side) -> Found:
 def _check_mixed_rows(
     case: Case, example: str, args: tuple, count: int, select: Select, model: Side
 ) -> str:
-    """Rows in such an order that they must be brought back into it, as those of one adapter run
-    together. Fewer than four are repeated: two would have one order alone."""
+    """Run a batch whose rows use different adapters, in an order that the library must restore,
+    because it runs the rows of an adapter together. Fewer than four rows are repeated, so that they
+    can have several orders."""
     choices = (case.name, case.other, None)
     outputs_by_choice = []
     if 0 < count < 4:
-        module, again = getattr(case.base, example), torch.arange(4) % count
-        row_args, row_kwargs = case.kind.take(module, args, {}, again, count)
+        module, repeated = getattr(case.base, example), torch.arange(4) % count
+        row_args, row_kwargs = case.kind.take(module, args, {}, repeated, count)
         args, count = inspect.signature(module.forward).bind(*row_args, **row_kwargs).args, 4
     count = abs(count)
     with torch.no_grad():
@@ -288,7 +306,7 @@ def _check_mixed_rows(
             names = [pattern[row % 4] for row in range(count)]
             with select(names):
                 mixed = model({example: args})[example]
-            # row i of the outputs of the whole batch under its own adapter
+            # row i of the whole batch's outputs under the adapter of row i
             order = torch.tensor(
                 [choices.index(name) * count + row for row, name in enumerate(names)]
             )
@@ -300,83 +318,89 @@ def _check_mixed_rows(
     return EXACT
 
 
-def compile_model(case: Case) -> Found:
-    """Into one graph, but for what breaks without an adapter too; then with graph breaks."""
-    broken = {example: args for example, args in case.inputs.items() if case.breaks[example]}
-    rest = {example: args for example, args in case.inputs.items() if not case.breaks[example]}
-    verdicts: Found = {}
-    if broken:
-        split = _check_compiled(case, broken, fullgraph=False)
+def compile_model(case: Case) -> Verdicts:
+    """Compile into one graph; examples whose base breaks the graph, with graph breaks."""
+    breaking = {example: args for example, args in case.inputs.items() if case.breaks[example]}
+    unbroken = {example: args for example, args in case.inputs.items() if not case.breaks[example]}
+    verdicts: Verdicts = {}
+    if breaking:
+        verdicts_with_breaks = _check_compiled(case, breaking, fullgraph=False)
         verdicts |= {
-            e: why or f"{NOTE}a gap in the compiled graph, as without an adapter: {case.breaks[e]}"
-            for e, why in split.items()
+            example: why
+            or f"{NOTE}a gap in the compiled graph, as without an adapter: {case.breaks[example]}"
+            for example, why in verdicts_with_breaks.items()
         }
-    if rest:
+    if unbroken:
         try:
-            verdicts |= _check_compiled(case, rest, fullgraph=True)
+            verdicts |= _check_compiled(case, unbroken, fullgraph=True)
         except Exception as error:
             if len(case.inputs) > 1:
                 raise
-            split = _check_compiled(case, rest, fullgraph=False)
+            verdicts_with_breaks = _check_compiled(case, unbroken, fullgraph=False)
             verdicts |= {
-                e: why or f"{NOTE}a gap in the compiled graph: {reason(error)}"
-                for e, why in split.items()
+                example: why or f"{NOTE}a gap in the compiled graph: {reason(error)}"
+                for example, why in verdicts_with_breaks.items()
             }
     return verdicts
 
 
-def _check_compiled(case: Case, inputs: Mapping[str, tuple], fullgraph: bool) -> Found:
+def _check_compiled(case: Case, inputs: Mapping[str, tuple], fullgraph: bool) -> Verdicts:
     run = case.compiled.setdefault(
         fullgraph, torch.compile(case.model, backend="aot_eager", fullgraph=fullgraph)
     )
-    verdicts: Found = dict.fromkeys(inputs, EXACT)
+    verdicts: Verdicts = dict.fromkeys(inputs, EXACT)
     for name in (case.name, case.other, case.name):
         with veneer.use(case.model, name), torch.no_grad():
-            actual, wanted = flats(run(inputs)), flats(case.model(inputs))
+            actual, expected = flats(run(inputs)), flats(case.model(inputs))
         verdicts = {
-            e: verdicts[e] or _within(error(actual[e], wanted[e]), FORWARD, "differs from eager")
-            for e in inputs
+            example: verdicts[example]
+            or _within(error(actual[example], expected[example]), FORWARD, "differs from eager")
+            for example in inputs
         }
     return verdicts
 
 
-WITHOUT = (
+MISSING_IN_FOLDER = (
     "PEFT computes it exactly, but leaves numbers out of the folder that it writes: those of a"
     " vector that is trained in full, if its module has other parameters or running statistics"
 )
 
 
-def peft_round_trip(case: Case) -> Found:
-    wanted = case.outputs()
+def peft_round_trip(case: Case) -> Verdicts:
+    expected = case.outputs()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         veneer.save(case.model, f"{folder}/ours", name=case.name)
 
-        def theirs() -> Any:
+        def load_in_peft() -> Any:
             return peft.PeftModel.from_pretrained(copy.deepcopy(case.base), f"{folder}/ours").eval()
 
         try:
-            peft_model = theirs()
+            peft_model = load_in_peft()
             outputs = flats(peft_model(case.inputs))
             peft_model.save_pretrained(f"{folder}/theirs")
-            same = {example: error(outputs[example], y) <= PEFT for example, y in wanted.items()}
+            is_same = {
+                example: error(outputs[example], y) <= PEFT for example, y in expected.items()
+            }
             merged = (
-                outputs if all(same.values()) else flats(theirs().merge_and_unload()(case.inputs))
+                outputs
+                if all(is_same.values())
+                else flats(load_in_peft().merge_and_unload()(case.inputs))
             )
-        except Exception as failed:
-            raise Inexact(f"PEFT: {failed}") from failed
-        back = copy.deepcopy(case.base)
-        veneer.load(back, f"{folder}/theirs")
-        again = flats(back(case.inputs))
-        ours, rewritten = (
-            {*load_file(f"{folder}/{whose}/adapter_model.safetensors")}
-            for whose in ("ours", "theirs")
+        except Exception as peft_error:
+            raise Inexact(f"PEFT: {peft_error}") from peft_error
+        reloaded = copy.deepcopy(case.base)
+        veneer.load(reloaded, f"{folder}/theirs")
+        reloaded_outputs = flats(reloaded(case.inputs))
+        our_keys, peft_keys = (
+            {*load_file(f"{folder}/{folder_name}/adapter_model.safetensors")}
+            for folder_name in ("ours", "theirs")
         )
-    verdicts: Found = {}
-    for example, y in wanted.items():
-        if same[example]:
-            lost = any(f".{example}." in key for key in ours - rewritten)
-            why = WITHOUT if lost else "what PEFT then writes gives other outputs"
-            verdicts[example] = _within(error(again[example], y), PEFT, why)
+    verdicts: Verdicts = {}
+    for example, y in expected.items():
+        if is_same[example]:
+            lost = any(f".{example}." in key for key in our_keys - peft_keys)
+            why = MISSING_IN_FOLDER if lost else "what PEFT then writes gives other outputs"
+            verdicts[example] = _within(error(reloaded_outputs[example], y), PEFT, why)
         elif error(merged[example], y) <= PEFT:
             verdicts[example] = "PEFT's forward differs from its own merge, which is ours"
         else:
@@ -384,7 +408,7 @@ def peft_round_trip(case: Case) -> Found:
     return verdicts
 
 
-OPERATIONS: dict[str, Callable[[Case], Found]] = {
+OPERATIONS: dict[str, Callable[[Case], Verdicts]] = {
     "forward": forward,
     "gradient": gradient,
     "merge": merge,
@@ -406,8 +430,8 @@ def _is_float(x: Any) -> bool:
 
 
 def numbers_of(handle: veneer.Handle) -> dict[str, Tensor]:
-    """Every number of an adapter, frozen ones and running statistics too, but for those of an input
-    that never changes: they have no effect, and stand as zeros in a file."""
+    """All tensors of an adapter by path, including frozen ones and running statistics. The column
+    of A of an input that never changes is zero, as in a file, because it has no effect."""
     values: dict[str, Tensor] = {}
     for path, change in handle.changes.items():
         values |= {f"{path}.{name}": value for name, value in change.adapter_parameters.items()}
@@ -421,7 +445,7 @@ def numbers_of(handle: veneer.Handle) -> dict[str, Tensor]:
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of the base, as bytes."""
+    """The bytes of the base's parameters and buffers, by name."""
     state = {name: value for name, value in model.state_dict().items() if ".veneer." not in name}
     return {
         name: value.clone().contiguous().flatten().view(torch.uint8)
@@ -431,48 +455,48 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 
 def wrong_roundings(rounded: Tensor, exact: Tensor) -> int:
-    """How many 16-bit numbers have a neighbour that is nearer to the exact one. Of two that are
-    nearly as near, either is right: a variant's gain is float32."""
+    """How many 16-bit numbers have a neighbour that is nearer to the exact number. If both are
+    nearly equally near, either is right, because a variant's gain is float32."""
     distance, wrong = (rounded.double() - exact).abs(), 0
     distance = distance - 1e-6 * exact.abs().mean()
-    for toward in (-1, 1):
+    for direction in (-1, 1):
         number = rounded.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-        ordered = torch.where(number >= 0x8000, 0x8000 - number, number) + toward
-        next_ = torch.where(ordered < 0, 0x8000 - ordered, ordered).bitwise_and(0xFFFF)
-        neighbour = next_.to(torch.int16).view(rounded.dtype)
+        ordered = torch.where(number >= 0x8000, 0x8000 - number, number) + direction
+        next_bits = torch.where(ordered < 0, 0x8000 - ordered, ordered).bitwise_and(0xFFFF)
+        neighbour = next_bits.to(torch.int16).view(rounded.dtype)
         wrong += int(((neighbour.double() - exact).abs() < distance).sum())
     return wrong
 
 
-def run(operation: Callable[[Case], Found], case: Case) -> Found:
-    """Run an operation on all examples; if that raises, run it on each example alone."""
+def run(operation: Callable[[Case], Verdicts], case: Case) -> Verdicts:
+    """The verdicts of an operation on all examples at once; if this raises, on each alone."""
     try:
         return operation(case)
-    except Exception as failed:
+    except Exception as error:
         if len(case.inputs) == 1:
-            return dict.fromkeys(case.inputs, reason(failed))
-        verdicts: Found = {}
+            return dict.fromkeys(case.inputs, reason(error))
+        verdicts: Verdicts = {}
         for example in case.inputs:
             verdicts |= run(operation, case.solo(example))
         # every example alone is exact, so the error comes from running them together
         return (
             verdicts
             if any(verdicts.values())
-            else dict.fromkeys(verdicts, f"side by side: {reason(failed)}")
+            else dict.fromkeys(verdicts, f"side by side: {reason(error)}")
         )
 
 
 def of_layer(
     name: str, variants: Sequence[str] = (), operations: Sequence[str] = tuple(OPERATIONS)
 ) -> Results:
-    """Every variant × every operation on one kind of layer; or at least two variants, and some
-    operations."""
+    """The results of every variant and every operation on one layer kind. ``variants`` (at least
+    two) and ``operations`` restrict them."""
     quiet()
     kind = LAYERS[name]
     examples = {f"m{number}": example for number, example in enumerate(kind.examples())}
     if not any(kind.weights(module) for module, _ in examples.values()):
-        # An adapter that only trains vectors in full is no LoRA to PEFT: one linear layer beside
-        # them makes it one.
+        # PEFT does not take an adapter that only trains vectors in full as LoRA. An additional
+        # linear layer makes it one.
         examples["beside"] = (nn.Linear(3, 3), torch.randn(2, 3))
     base = Side({name: module for name, (module, _) in examples.items()}).double().eval()
     tuples = {
@@ -480,18 +504,21 @@ def of_layer(
     }
     inputs = {name: cast(args, torch.float64) for name, args in tuples.items()}
     with torch.no_grad():
-        base(inputs)  # a first call settles the rows of an embedding with max_norm
+        base(inputs)  # the first call rescales the rows of an embedding with max_norm
         rows = {name: rows_of(kind, getattr(base, name), args) for name, args in inputs.items()}
     breaks = {}
     if "compile" in operations:
         breaks = {name: breaks_of(getattr(base, name), args) for name, args in inputs.items()}
         torch._dynamo.reset()
-    model, compiled_ = copy.deepcopy(base), {}
-    chosen = [variant for variant in VARIANTS if not variants or variant.name in variants]
-    refused = {
-        variant.name: attach_where_possible(base, model, variant, inputs) for variant in chosen
+    model, compiled = copy.deepcopy(base), {}
+    selected_variants = [
+        variant for variant in VARIANTS if not variants or variant.name in variants
+    ]
+    refusals = {
+        variant.name: attach_where_possible(base, model, variant, inputs)
+        for variant in selected_variants
     }
-    complete = [name for name, why in refused.items() if not why]
+    complete_variants = [name for name, why in refusals.items() if not why]
     results = Results(
         name,
         {},
@@ -501,20 +528,20 @@ def of_layer(
             if name != "beside"
         },
     )
-    for variant in chosen:
+    for variant in selected_variants:
         torch.manual_seed(0)
-        why = refused[variant.name]
+        why = refusals[variant.name]
         variant_inputs = {name: args for name, args in inputs.items() if name not in why}
-        second_variant = next(name for name in complete if name != variant.name)
+        second_variant = next(name for name in complete_variants if name != variant.name)
         case = Case(
-            kind, variant, base, variant_inputs, model, second_variant, rows, breaks, compiled_
+            kind, variant, base, variant_inputs, model, second_variant, rows, breaks, compiled
         )
         verdicts_by_operation = {
             operation: {**why, **(run(OPERATIONS[operation], case) if variant_inputs else {})}
             for operation in operations
         }
         results.verdicts[variant.name] = {
-            operation: {name: each[name] for name in results.examples}
-            for operation, each in verdicts_by_operation.items()
+            operation: {name: verdicts[name] for name in results.examples}
+            for operation, verdicts in verdicts_by_operation.items()
         }
     return results

@@ -1,4 +1,4 @@
-"""The page: tables and their footnotes."""
+"""Make the page of the matrix: its tables and their footnotes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Iterator, Mapping
 
 from veneer.variants import VARIANTS
 
-from .cases import LEFT_OUT, NOTE, Found, Results
+from .cases import LEFT_OUT, NOTE, Results, Verdicts
 from .operations import CYCLES, OPERATIONS
 from .storages import GRID, STORED
 
 
 class Page:
-    """Tables, and their footnotes."""
+    """Makes the cells of the tables, numbers their footnotes and counts the classes of cells."""
 
     def __init__(self) -> None:
         self.notes: dict[str, int] = {}
         self.counts = {"exact": 0, "exact, with a note": 0, "in part": 0, "no": 0}
 
-    def cell(self, verdicts: Found, examples: Mapping[str, str]) -> tuple[str, str]:
-        """(the class of a cell, its text)."""
+    def cell(self, verdicts: Verdicts, examples: Mapping[str, str]) -> tuple[str, str]:
+        """(the class of a cell, its text). ``examples``: a description of each example."""
         verdicts_with_rows = {
             example: why for example, why in verdicts.items() if why is not LEFT_OUT
         }
@@ -40,27 +40,29 @@ class Page:
         number = self.notes.setdefault(
             "; ".join(texts) or "no example has rows", len(self.notes) + 1
         )
-        good = sum(not why or why.startswith((NOTE, GRID)) for why in verdicts_with_rows.values())
-        if verdicts_with_rows and good == len(verdicts_with_rows):
-            rounded = any(why.startswith(GRID) for why in reasons)
-            return "exact, with a note", f"{'to its grid' if rounded else 'exact'} [^{number}]"
-        kind = "in part" if good else "no"
-        return kind, f"{kind} [^{number}]"
+        exact_count = sum(
+            not why or why.startswith((NOTE, GRID)) for why in verdicts_with_rows.values()
+        )
+        if verdicts_with_rows and exact_count == len(verdicts_with_rows):
+            is_rounded = any(why.startswith(GRID) for why in reasons)
+            return "exact, with a note", f"{'to its grid' if is_rounded else 'exact'} [^{number}]"
+        cell_class = "in part" if exact_count else "no"
+        return cell_class, f"{cell_class} [^{number}]"
 
     def rows(self, results: Results) -> Iterator[tuple[str, list[str]]]:
-        """(variants, cells): one row for all variants of which the same was found."""
+        """(names of variants, cells): variants with the same cells share a row."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for name, operations in results.verdicts.items():
-            cells = [self.cell(each, results.examples) for each in operations.values()]
-            for kind, _ in cells:
-                self.counts[kind] += 1
+            cells = [self.cell(verdicts, results.examples) for verdicts in operations.values()]
+            for cell_class, _ in cells:
+                self.counts[cell_class] += 1
             groups.setdefault(tuple(text for _, text in cells), []).append(name)
-        most = max(groups.values(), key=len)
+        largest_group = max(groups.values(), key=len)
         for cells, names in groups.items():
             remaining = [name for name in results.verdicts if name not in names]
             if not remaining:
                 variants = f"all {len(names)}" if len(names) > 1 else ""
-            elif names is most and len(remaining) < len(names):
+            elif names is largest_group and len(remaining) < len(names):
                 variants = f"all but {', '.join(remaining)}"
             else:
                 variants = ", ".join(names)
@@ -171,10 +173,13 @@ def page(layers: list[Results], storages: list[Results]) -> tuple[str, str]:
     builder.counts = dict.fromkeys(builder.counts, 0)
     for results in storages:
         for _, row in builder.rows(results):
-            kinds = ", ".join(dict.fromkeys(results.examples.values()))
-            lines.append(f"| {results.name} | {kinds} | {' | '.join(row)} |")
-    more = f"{len(storages)} storages × {len(STORED)} operations = {format_counts(builder.counts)}"
-    lines += ["", more, ""]
+            examples_text = ", ".join(dict.fromkeys(results.examples.values()))
+            lines.append(f"| {results.name} | {examples_text} | {' | '.join(row)} |")
+    sizes = f"{len(storages)} storages × {len(STORED)} operations"
+    storage_summary = f"{sizes} = {format_counts(builder.counts)}"
+    lines += ["", storage_summary, ""]
     lines += [f"[^{number}]: {text}." for text, number in builder.notes.items()]
     meanings = "\n".join(f"| {operation} | {MEANINGS[operation]} |" for operation in OPERATIONS)
-    return f"{INTRO}{meanings}\n{NOTES}\n" + "\n".join(lines) + "\n", f"{summary}\n{more}"
+    return f"{INTRO}{meanings}\n{NOTES}\n" + "\n".join(
+        lines
+    ) + "\n", f"{summary}\n{storage_summary}"

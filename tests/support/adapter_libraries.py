@@ -1,5 +1,5 @@
-"""Veneer and PEFT as the runs of `trainers.py` meet them: how each puts the same adapter on a
-model, and what is asked of both after a run."""
+"""Veneer and PEFT in the runs of `trainers.py`: how each attaches the same adapter to a model, and
+what the tests check of both after a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from veneer import integrations
 
 @dataclass(frozen=True)
 class Library:
-    """`attach(model, run)` returns the model with a new adapter, `integration(run)` what the
-    trainer is given for it (None: nothing), `bare(run)` what it is given so that it attaches the
-    adapter by itself."""
+    """`attach(model, run)` returns the model with a new adapter. `integration(run)` returns the
+    library's argument for the trainer (None: no argument). `bare(run)` returns the argument with
+    which the trainer attaches the adapter by itself."""
 
     name: str
     attach: Callable[[Any, Run], Any]
@@ -27,22 +27,24 @@ class Library:
     bare: Callable[[Run], Any]
 
 
-def _veneer(model: Any, run: Run) -> Any:
-    also = ["score"] if run.head == "reward" else []
-    config = veneer.LoraConfig(rank=16, alpha=16, dropout=0.1, targets=LINEAR, train_also=also)
+def _attach_veneer(model: Any, run: Run) -> Any:
+    full_modules = ["score"] if run.head == "reward" else []
+    config = veneer.LoraConfig(
+        rank=16, alpha=16, dropout=0.1, targets=LINEAR, train_also=full_modules
+    )
     veneer.attach(model, config)
     return model
 
 
-def _integration(run: Run) -> Any:
+def _veneer_integration(run: Run) -> Any:
     if run.name.startswith("Lightning"):
         return integrations.lightning_callback()
     return integrations.accelerate_hooks if run.name == "accelerate" else None
 
 
-def _bare(run: Run) -> Any:
+def _veneer_bare(run: Run) -> Any:
     return (
-        _integration(run)
+        _veneer_integration(run)
         if run.name.startswith(("Lightning", "accelerate"))
         else integrations.callback()
     )
@@ -51,19 +53,19 @@ def _bare(run: Run) -> Any:
 def _peft_config(run: Run) -> Any:
     import peft
 
-    also = ["score"] if run.head == "reward" else None
+    full_modules = ["score"] if run.head == "reward" else None
     return peft.LoraConfig(
-        r=16, lora_alpha=16, lora_dropout=0.1, target_modules=LINEAR, modules_to_save=also
+        r=16, lora_alpha=16, lora_dropout=0.1, target_modules=LINEAR, modules_to_save=full_modules
     )
 
 
-def _peft(model: Any, run: Run) -> Any:
+def _attach_peft(model: Any, run: Run) -> Any:
     import peft
 
     return peft.get_peft_model(model, _peft_config(run))
 
 
-def _nothing(run: Run) -> None:
+def _no_argument(run: Run) -> None:
     return None
 
 
@@ -71,8 +73,8 @@ def _peft_bare(run: Run) -> Any:
     return {"peft_config": _peft_config(run)} if run.of_trl else None
 
 
-VENEER = Library("Veneer", _veneer, _integration, _bare)
-PEFT = Library("PEFT", _peft, _nothing, _peft_bare)
+VENEER = Library("Veneer", _attach_veneer, _veneer_integration, _veneer_bare)
+PEFT = Library("PEFT", _attach_peft, _no_argument, _peft_bare)
 
 
 def load_model(bases: Path, run: Run) -> Any:
@@ -86,7 +88,7 @@ def attach_adapter(library: Library, bases: Path, run: Run, seed: int) -> Any:
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
-    """A copy of what trains."""
+    """Copies of the parameters that train, by path."""
     return {
         name: value.detach().clone()
         for name, value in model.named_parameters()
@@ -95,7 +97,7 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 
 def frozen(model: Any) -> dict[str, torch.Tensor]:
-    """A copy of what does not."""
+    """Copies of the parameters and buffers that do not train, by path."""
     parameters = trained(model)
     return {
         name: value.detach().clone()
@@ -119,7 +121,7 @@ def outputs(model: Any) -> torch.Tensor:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all in a folder."""
+    """The size in bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in files_of(path))
 
 
@@ -130,9 +132,9 @@ def files_of(path: Path) -> list[Path]:
 
 
 def holds_the_base(path: Path, bases: Path, run: Run) -> bool:
-    """Whether the bytes of a weight that no adapter touches lie in a checkpoint: formats of torch
-    do not compress."""
+    """Whether a file in a checkpoint contains the bytes of a weight that no adapter changes.
+    torch's formats do not compress, so a stored weight is found."""
     state = load_model(bases, run).state_dict()
     name = next(name for name in state if name.endswith(("down_proj.weight", "fc1.weight")))
-    sought = state[name].numpy().tobytes()
-    return any(sought in file.read_bytes() for file in files_of(path))
+    weight_bytes = state[name].numpy().tobytes()
+    return any(weight_bytes in file.read_bytes() for file in files_of(path))

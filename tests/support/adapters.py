@@ -20,8 +20,8 @@ TENSORS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "v
 
 
 def numbers(handle) -> dict:
-    """Copies of all that an adapter trained, by path. What never changes of A (a padding token) is
-    no part of it."""
+    """Copies of the values that an adapter trained, by path. The column of A of an input that
+    never changes (a padding token) is zero in them."""
     values = {}
     for path, change in handle.changes.items():
         for name, value in change.adapter_parameters.items():
@@ -57,8 +57,8 @@ class Small(nn.Module):
 
 
 class Fused(nn.Module):
-    """Queries, keys and values in one matrix, a head tied to the embedding, parameters on the model
-    itself, in a list and in a stack, and an attention of torch."""
+    """A model with queries, keys and values in one matrix, a head tied to the embedding,
+    parameters on the model itself, in a list and in a stack, and torch's attention module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,37 +130,46 @@ def fused() -> Fused:
 
 
 def forge(path, tensors=None, record=None, config=None, own=None):
-    """Change a folder and make every hash in it right again, as only a program that writes folders
-    can. The arguments change the main tensors, the record, PEFT's config and the tensors of
-    veneer.safetensors in place."""
-    kept, told = load_file(path / TENSORS), json.loads((path / RECORD).read_text())
-    said = json.loads((path / CONFIG).read_text())
-    numbers = load_file(path / PARAMETERS) if (path / PARAMETERS).exists() else {}
-    for change, value in ((tensors, kept), (record, told), (config, said), (own, numbers)):
+    """Change an adapter folder, and correct every hash in it, as only a program that writes
+    folders can. Each argument is a function that changes its data in place: ``tensors`` the main
+    tensors, ``record`` the record, ``config`` PEFT's config, ``own`` the tensors of
+    veneer.safetensors."""
+    main_tensors, folder_record = load_file(path / TENSORS), json.loads((path / RECORD).read_text())
+    peft_config = json.loads((path / CONFIG).read_text())
+    parameters = load_file(path / PARAMETERS) if (path / PARAMETERS).exists() else {}
+    for change, data in (
+        (tensors, main_tensors),
+        (record, folder_record),
+        (config, peft_config),
+        (own, parameters),
+    ):
         if change is not None:
-            change(value)
-    told["hashes"] |= {"tensors": hash_tensors(kept), CONFIG: hash_json(said)}
-    if numbers:
-        told["hashes"][PARAMETERS] = hash_tensors(numbers)
-        save_file(numbers, path / PARAMETERS)
-    told["hashes"]["record"] = hash_record(told)
-    (path / CONFIG).write_text(json.dumps(said))
-    (path / RECORD).write_text(json.dumps(told))
-    save_file(kept, path / TENSORS, metadata={"veneer": json.dumps(told)})
+            change(data)
+    folder_record["hashes"] |= {
+        "tensors": hash_tensors(main_tensors),
+        CONFIG: hash_json(peft_config),
+    }
+    if parameters:
+        folder_record["hashes"][PARAMETERS] = hash_tensors(parameters)
+        save_file(parameters, path / PARAMETERS)
+    folder_record["hashes"]["record"] = hash_record(folder_record)
+    (path / CONFIG).write_text(json.dumps(peft_config))
+    (path / RECORD).write_text(json.dumps(folder_record))
+    save_file(main_tensors, path / TENSORS, metadata={"veneer": json.dumps(folder_record)})
 
 
 def put(path, *values):
-    """A change of a nested mapping: what stands ``path`` becomes the last of ``values``; nothing
-    removes it."""
-    *above, last = path
+    """A function that changes a nested mapping: the entry at the keys ``path`` becomes the last
+    of ``values``, or is removed if there are no values."""
+    *parent_keys, last_key = path
 
-    def change(value):
-        for key in above:
-            value = value[key]
+    def change(mapping):
+        for key in parent_keys:
+            mapping = mapping[key]
         if values:
-            value[last] = values[-1]
+            mapping[last_key] = values[-1]
         else:
-            del value[last]
+            del mapping[last_key]
 
     return change
 
@@ -180,10 +189,10 @@ def small_adapter(path, variant="lora", model=None, **fields):
 
 
 def refused(model, path, words, kind=AdapterError) -> str:
-    """Assert that a folder does not load, and that the model is the very one that it was; returns
-    the error's text."""
+    """Assert that a folder does not load, and that the model is unchanged: the same modules,
+    parameters and classes. Returns the error's text."""
     before, classes = bits(model), [type(module) for module in model.modules()]
-    identities, flags = (
+    parameter_ids, grad_flags = (
         [id(p) for p in model.parameters()],
         [p.requires_grad for p in model.parameters()],
     )
@@ -191,7 +200,7 @@ def refused(model, path, words, kind=AdapterError) -> str:
         veneer.load(model, path)
     same(bits(model), before)
     assert [type(module) for module in model.modules()] == classes
-    assert [id(p) for p in model.parameters()] == identities
-    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [id(p) for p in model.parameters()] == parameter_ids
+    assert [p.requires_grad for p in model.parameters()] == grad_flags
     assert not any("veneer" in key for key in [*model.state_dict(), *model.__dict__])
     return str(caught.value)

@@ -1,12 +1,11 @@
-"""A server to test: the real application on a real port, with an engine that says what it is told
-and a bank of names.
+"""A server for tests: Veneer's application on a real port, with a fake engine and a fake bank.
 
     with serving(tmp_path, "french") as it:
         it.client().models.list()
 
-The engine's answer to a prompt of n tokens is "w0 w1 w2 …", in words of one token; an answer with a
-seed starts at that number. It ends after ``words`` of them, and waits ``pause`` seconds before
-each.
+The engine answers each prompt with the text "w0 w1 w2 …", in words of one token; if the request has
+a seed, the first word has this number. The answer ends after ``words`` words, and the engine waits
+``pause`` seconds before each.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Ticket:
 
 
 class FakeEngine:
-    """A thread for each answer."""
+    """An engine that writes each answer in a thread of its own."""
 
     def __init__(self, words: int = 8, pause: float = 0.0, observer: Any = None) -> None:
         self.words, self.pause, self.observer = words, pause, observer
@@ -94,11 +93,13 @@ class FakeEngine:
                 break
             word = f"w{number + (sampling.seed or 0)} "
             stop = next((stop for stop in sampling.stop if stop in text + word), None)
-            shown = word if stop is None else word[: max(0, (text + word).index(stop) - len(text))]
-            top = tuple((9, f"x{i}", -1.0 - i) for i in range(sampling.logprobs or 0))
-            token = Token(7, word, None if sampling.logprobs is None else -0.5, top)
+            visible_text = (
+                word if stop is None else word[: max(0, (text + word).index(stop) - len(text))]
+            )
+            top_tokens = tuple((9, f"x{i}", -1.0 - i) for i in range(sampling.logprobs or 0))
+            token = Token(7, word, None if sampling.logprobs is None else -0.5, top_tokens)
             text, generated = text + word, generated + 1
-            deliver(Piece(shown, (token,)))
+            deliver(Piece(visible_text, (token,)))
             if stop is not None:
                 finish = "stop"
                 break
@@ -128,17 +129,18 @@ class FakeEngine:
 
 
 def _scored(prompt: tuple[int, ...], alternatives: int) -> tuple[Token, ...]:
-    """A prompt's tokens "p0", "p1", …: the second has -0.2 and rank 2, the third -0.3 and rank
-    3."""
-    top = tuple((9 + i, f"x{i}", -1.0 - i) for i in range(alternatives))
+    """The tokens "p0", "p1", … of a prompt. The second has the log-probability -0.2 and rank 2, the
+    third -0.3 and rank 3, and so on."""
+    top_tokens = tuple((9 + i, f"x{i}", -1.0 - i) for i in range(alternatives))
     return tuple(
-        Token(id, f"p{i}", -(i + 1) / 10, top, i + 1) if i else Token(id, "p0")
-        for i, id in enumerate(prompt)
+        Token(token_id, f"p{i}", -(i + 1) / 10, top_tokens, i + 1) if i else Token(token_id, "p0")
+        for i, token_id in enumerate(prompt)
     )
 
 
 class FakeBank:
-    """Names and paths; a folder whose config says {"broken": true} does not load."""
+    """A bank that knows names and paths only. A folder with {"broken": true} in its config does not
+    load."""
 
     def __init__(self) -> None:
         self.paths: dict[str, Path] = {}
@@ -148,7 +150,7 @@ class FakeBank:
         self.on_event: Any = None
 
     def throttle_loads(self) -> None:
-        """Nothing here takes long."""
+        """Do nothing: no load takes long here."""
 
     def register(self, name: str, path: Path, *, replace: bool = False) -> None:
         if name in self.paths and not replace:
@@ -217,7 +219,7 @@ class Served:
     clients: dict[str, openai.OpenAI] = field(default_factory=dict)
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        """One for each key, open as long as the server is."""
+        """The client with this key. There is one for each key, open as long as the server."""
         if key not in self.clients:
             self.clients[key] = openai.OpenAI(
                 base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20
@@ -230,7 +232,7 @@ class Served:
 
 
 def fake_service(folder: Path, *names: str, keys: Keyring | None = None, **engine: Any) -> Service:
-    """A service with an adapter folder that holds these names."""
+    """A service on fakes, whose adapter folder holds adapters of these names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if not (folder / name).exists():
@@ -239,11 +241,11 @@ def fake_service(folder: Path, *names: str, keys: Keyring | None = None, **engin
     catalogue = Catalogue(folder, bank, BASE)
     metrics = Metrics(catalogue.known)
     bank.on_event = metrics.event
-    fake = FakeEngine(observer=metrics, **engine)
-    metrics.watch(fake, bank)
+    fake_engine = FakeEngine(observer=metrics, **engine)
+    metrics.watch(fake_engine, bank)
     return Service(
         base=BASE, source="folder/tiny", tokenizer=tiny_tokenizer(), bank=bank, catalogue=catalogue,
-        keys=keys or Keyring(), metrics=metrics, length=512, vocabulary=259, engine=fake,
+        keys=keys or Keyring(), metrics=metrics, length=512, vocabulary=259, engine=fake_engine,
     )  # fmt: skip
 
 
@@ -251,12 +253,12 @@ def fake_service(folder: Path, *names: str, keys: Keyring | None = None, **engin
 def listening(
     service: Service, grace: float = 5.0, *routers: Any, create: Any = create
 ) -> Iterator[tuple[str, Any]]:
-    """The address of a service on a port of its own, and its server."""
-    up, socket = threading.Event(), bind("127.0.0.1", 0)
-    server = make_server(create(service, *routers), service.drain, grace, up.set)
+    """Run a service on a free port, and yield (its address, its server)."""
+    is_up, socket = threading.Event(), bind("127.0.0.1", 0)
+    server = make_server(create(service, *routers), service.drain, grace, is_up.set)
     thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
     thread.start()
-    assert up.wait(20)
+    assert is_up.wait(20)
     try:
         yield f"http://127.0.0.1:{socket.getsockname()[1]}", server
     finally:
@@ -270,7 +272,7 @@ def listening(
 def serving(
     folder: Path, *names: str, keys: Keyring | None = None, grace: float = 5.0, **engine: Any
 ) -> Iterator[Any]:
-    """A running server with fakes behind it."""
+    """Run a server on fakes, and yield it."""
     service = fake_service(folder, *names, keys=keys, **engine)
     with listening(service, grace) as (url, server):
         served = Served(url, service, service.engine, service.bank, folder, server)
@@ -280,7 +282,7 @@ def serving(
 
 
 def until(condition: Any, seconds: float = 10.0) -> None:
-    """Wait for something that another thread does."""
+    """Wait until ``condition()`` is true, because another thread makes it so."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -288,8 +290,8 @@ def until(condition: Any, seconds: float = 10.0) -> None:
 
 
 def main() -> None:
-    """A server in a process of its own, for signals: `python api_server.py FOLDER PAUSE GRACE`.
-    Prints its address."""
+    """Run a server in a separate process, for tests of signals: `python api_server.py FOLDER PAUSE
+    GRACE`. It prints its address."""
     import logging
 
     logging.basicConfig(level=logging.INFO)

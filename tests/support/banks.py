@@ -1,4 +1,4 @@
-"""Adapters on the disk for a bank."""
+"""Adapter folders for a bank, and the outputs that a bank must give."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from torch import nn
 
 import veneer
 
-# transformers' Conv1D is a kind only once transformers has been imported
+# transformers' Conv1D is a kind of layer only after transformers was imported
 import transformers.pytorch_utils  # noqa: F401  # isort: skip
 
 
-def save_adapters(model, folder, *names, config=None, size=0.3, **given):
-    """Adapters of a model, each in a folder of its own; the model is as it was."""
+def save_adapters(model, folder, *names, config=None, size=0.3, **options):
+    """Save adapters of ``model`` with random values, each in the folder of its name. Returns the
+    model, which is unchanged."""
     for name in names:
         handle = veneer.attach(
-            model, config or veneer.LoraConfig(rank=2, targets="all"), name="own", **given
+            model, config or veneer.LoraConfig(rank=2, targets="all"), name="own", **options
         )
         randomise(handle, size)
         handle.save(folder / name)
@@ -38,7 +39,7 @@ def alone(model, folder, name, *args, **kwargs):
 
 
 class Linears(nn.Module):
-    """Three layers of which two read one input, and the last one has a bias."""
+    """Three layers. Two of them read the same input; the last one has a bias."""
 
     def __init__(self, width=12):
         super().__init__()

@@ -1,5 +1,4 @@
-"""Veneer, broken in one place through pytest's monkeypatch: what tests of the tests have in
-common."""
+"""Ways to break Veneer with pytest's monkeypatch, for tests that check that tests can fail."""
 
 from __future__ import annotations
 

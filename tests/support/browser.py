@@ -1,4 +1,4 @@
-"""The served page in Chromium."""
+"""Open and use the server's page in Chromium."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ CHROMIUM = next(
 )
 
 
-# Chromium's own services look up hosts of Google's at each start
+# without these options, Chromium connects to hosts of Google at each start
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
     if CHROMIUM is None:
-        why = (
+        reason = (
             "no Chromium: apt-get install chromium (Debian), or put chromium or google-chrome on"
             " the PATH"
         )
         assert os.environ.get("VENEER_CHROMIUM") != "required", (
-            why
-        )  # where CI says so, nothing passes by being skipped
-        pytest.skip(why)
+            reason
+        )  # there, a skipped test must not count as passed
+        pytest.skip(reason)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield browser
@@ -43,17 +43,17 @@ def browser() -> Iterator[sync_api.Browser]:
 def alone(
     browser: sync_api.Browser, file: Path, width: int, scheme: str
 ) -> tuple[sync_api.Page, list[str]]:
-    """A page of one file without a network, and what is wrong with it: what it writes to the
-    console or asks for."""
-    wrong: list[str] = []
+    """(a page that shows one file, without a network; the list of its failures: messages on the
+    console, and requests of other files)."""
+    failures: list[str] = []
     context: Any = browser.new_context(
         viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
     )  # pyright: ignore
-    shown = context.new_page()
-    shown.on("console", lambda message: wrong.append(message.text))
-    shown.on("request", lambda request: request.url == file.as_uri() or wrong.append(request.url))
-    shown.goto(file.as_uri())
-    return shown, wrong
+    page = context.new_page()
+    page.on("console", lambda message: failures.append(message.text))
+    page.on("request", lambda request: request.url == file.as_uri() or failures.append(request.url))
+    page.goto(file.as_uri())
+    return page, failures
 
 
 def column(page: sync_api.Page, index: int) -> sync_api.Locator:
@@ -71,7 +71,7 @@ def send(page: sync_api.Page, prompt: str = "one two three", tokens: int = 6) ->
 
 
 def load(page: sync_api.Page, folder: str, name: str | None = None) -> None:
-    """Fill in the form of the shelf, which is open, and send it."""
+    """Fill in and send the form that loads an adapter; it must be visible."""
     if name is not None:
         page.get_by_label("Name").fill(name)
     page.get_by_label("Folder").fill(folder)

@@ -1,9 +1,9 @@
-"""Which cells of a product the quick suite runs.
+"""Choose which cells of a product of test parameters the quick suite runs.
 
-A test over layers × variants × dtypes × ways is a product, and nearly every bug that it could find
-shows wherever two certain values meet (a variant in a dtype, a layer on a path). So the quick suite
-runs as many cells as it takes for any two values that meet in the product to meet in one of them;
-the others are marked slow, for `make test-slow`.
+A test over layers × variants × dtypes × call paths is a product of axes. Nearly every bug that
+such a test can find shows wherever two certain values occur together (a variant with a dtype, a
+layer on a call path). So the quick suite runs enough cells for each pair of values that occurs in
+the product to occur in one of them. The other cells are marked slow, for `make test-slow`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Cell = tuple[Hashable, ...]
 
 
 def pairwise(cells: Iterable[Cell], marks: Mapping[Hashable, Any] | None = None) -> list[Any]:
-    """All cells as pytest's parameters, in their order, each marked slow that no pair needs. An
-    axis of several arguments is a tuple: ``(("conv1d", 3), "dora", torch.float32)`` is one of four.
-    ``marks`` are those of a value."""
+    """All cells as pytest's parameters, in their order; cells that no pair needs are marked slow.
+    An axis of several arguments is a tuple: ``(("conv1d", 3), "dora", torch.float32)`` has three
+    axes and four arguments. ``marks``: a further mark for all cells with a value, by the value."""
     product = list(cells)
     quick = covering(product)
 
@@ -34,18 +34,18 @@ def pairwise(cells: Iterable[Cell], marks: Mapping[Hashable, Any] | None = None)
 
 
 def covering(product: list[Cell]) -> set[Cell]:
-    """Cells in which each pair of values of two axes occurs that occurs in the product: first those
-    that bring only new pairs, then those that bring one less, and so on. The order in which they
-    are looked at is drawn once."""
+    """A set of cells in which each pair of values of two axes occurs that occurs in the product.
+    It is built greedily: first cells that add only new pairs, then cells that add one pair less,
+    and so on. The order in which cells are considered is random, with a fixed seed."""
     pairs = {cell: set(itertools.combinations(enumerate(cell), 2)) for cell in product}
-    missing, chosen = set().union(*pairs.values()), set()
+    missing_pairs, chosen_cells = set().union(*pairs.values()), set()
     order = random.Random(0).sample(product, len(product))
-    for least in range(max(map(len, pairs.values())), 0, -1):
+    for new_count in range(max(map(len, pairs.values())), 0, -1):
         for cell in order:
-            if len(pairs[cell] & missing) >= least:
-                chosen.add(cell)
-                missing -= pairs[cell]
-    return chosen
+            if len(pairs[cell] & missing_pairs) >= new_count:
+                chosen_cells.add(cell)
+                missing_pairs -= pairs[cell]
+    return chosen_cells
 
 
 def _flat(cell: Cell) -> list[Any]:

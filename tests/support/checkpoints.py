@@ -1,4 +1,4 @@
-"""Small checkpoints on the disk, and their merges in memory."""
+"""Write small checkpoints and adapters, and merge them in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from veneer.models.safetensors_dir import open_checkpoint
 
 
 def trained(model, path, size=0.05, args=(), **config):
-    """A saved adapter with changes that are not zero; the model is as it was. ``args``: a call's,
-    for variants that start from data."""
+    """Save an adapter of ``model`` with random changes, and return its folder. The model is
+    unchanged. ``args``: arguments of a call of the model, for variants that start from
+    calibration data."""
     calibration_data = calibration(model, config.get("variant", "lora"), args)
     handle = veneer.attach(
         model, veneer.LoraConfig(**{"rank": 2, "targets": "all", **config}), **calibration_data
@@ -27,14 +28,14 @@ def trained(model, path, size=0.05, args=(), **config):
 
 def merged(model, path):
     """The weights of ``model`` with an adapter folded in, in float64."""
-    twin = copy.deepcopy(model).double()
-    for module in twin.modules():
+    model_copy = copy.deepcopy(model).double()
+    for module in model_copy.modules():
         if getattr(module, "max_norm", None) is not None:
-            module.max_norm = None  # forward scales rows after the change; a sum is one of changes
-    veneer.load(twin, path)
-    veneer.merge(twin)
-    veneer.detach(twin, keep_merged=True)
-    return twin.state_dict()
+            module.max_norm = None  # forward would rescale rows after the change
+    veneer.load(model_copy, path)
+    veneer.merge(model_copy)
+    veneer.detach(model_copy, keep_merged=True)
+    return model_copy.state_dict()
 
 
 def save_model(model, folder, **options):
@@ -43,7 +44,7 @@ def save_model(model, folder, **options):
 
 
 def in_memory(model, adapter, folder):
-    """The tensors that merge() in memory and save_pretrained write."""
+    """The tensors that ``merge`` in memory and then ``save_pretrained`` write, by name."""
     handle = veneer.load(model, adapter)
     handle.merge(keep=False)
     veneer.detach(model, keep_merged=True)

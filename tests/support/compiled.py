@@ -1,4 +1,4 @@
-"""Tests of compiled loops, and which of them can run here."""
+"""Skip tests of compiled loops that cannot run on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from veneer.kernels.switch import LOOPS, VARIABLE, has_numba, on
 
 
 def needs_loop(name: str) -> pytest.MarkDecorator:
-    """For a test about one of the loops itself."""
-    missing = name in LOOPS and not has_numba()
-    reason = "numba is not installed" if missing else f"{VARIABLE} turns {name} off"
-    return pytest.mark.skipif(not on(name) and not (missing and IN_CI), reason=reason)
+    """The mark of a test that needs the compiled loop ``name``."""
+    is_missing = name in LOOPS and not has_numba()
+    reason = "numba is not installed" if is_missing else f"{VARIABLE} turns {name} off"
+    return pytest.mark.skipif(not on(name) and not (is_missing and IN_CI), reason=reason)

@@ -1,11 +1,11 @@
-"""A stand-in of compressed-tensors (its documented interface, as version 0.20 leaves a model that
-transformers loads).
+"""A stand-in for the library compressed-tensors. It has the documented interface, and leaves a
+model that transformers loads as version 0.20 of the library does.
 
-quantised(linear, rounds_x)     a layer as it is loaded: packed tensors in the place of its weight,
-                                a wrapper on the instance in the place of its forward
-packed_model(model)             its first call makes every such weight dense, wraps every module's
-                                forward once more and puts every table of parameters into one that
-                                moves tensors to their device
+quantised(linear, rounds_x)     a layer as it is loaded: it has packed tensors instead of a weight,
+                                and a wrapper on the instance instead of its forward
+packed_model(model)             the first call of the model makes every such weight dense, wraps the
+                                forward of every module once more, and replaces every table of
+                                parameters by one that moves tensors to their device
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+#: input features that share a scale
 GROUP = 32
 
 
 def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
-    """W4A16 (``weight_packed`` [out, in / 8], offset 8, a scale for each group of 32), or W8A8
-    (int8 ``weight``, a scale for each row; x rounded to int8 token by token)."""
+    """Quantise a layer to W4A16 (``weight_packed`` [out, in / 8], offset 8, a scale for each group
+    of 32 inputs), or with ``rounds_x`` to W8A8 (int8 ``weight`` with a scale for each row; each
+    token of x is rounded to int8)."""
     weight = linear.weight.detach()
     if rounds_x:
         scale = weight.abs().amax(1, keepdim=True) / 127
@@ -46,7 +48,7 @@ def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
 
     @wraps(type(linear).forward)
     def quantized_forward(self, input):
-        weight = self.weight  # none while it is packed: an AttributeError, as there
+        weight = self.weight  # an AttributeError while it is packed, as in the library
         if self.quantization_scheme.input_activations:
             input = round_tokens(input)
         data, weight.data = weight.data, weight.data
@@ -61,7 +63,7 @@ def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
 
 @torch.no_grad()
 def round_tokens(x: Tensor) -> Tensor:
-    """To int8 by the largest number of each token; it has no gradient."""
+    """``x`` rounded to int8 with a scale for each token, without a gradient."""
     scale = x.abs().amax(-1, keepdim=True) / 127
     return (x / scale).round() * scale
 
@@ -89,26 +91,25 @@ def decompress_module(module: Any) -> None:
 
 
 class Cache(MutableMapping):
-    """A replacement for a module's table of parameters that is no dict, as accelerate's hooks
-    use."""
+    """A table of a module's parameters that is no dict, as accelerate's hooks use."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values_ = values
+    def __init__(self, entries: dict[str, Any]) -> None:
+        self.entries = entries
 
     def __getitem__(self, name: str) -> Any:
-        return self.values_[name]
+        return self.entries[name]
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.values_[name] = value
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        self.entries[name] = tensor
 
     def __delitem__(self, name: str) -> None:
-        del self.values_[name]
+        del self.entries[name]
 
     def __iter__(self):
-        return iter(self.values_)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self.values_)
+        return len(self.entries)
 
 
 def _move_tables(module: Any) -> None:
@@ -123,7 +124,7 @@ def _move_tables(module: Any) -> None:
 
 
 def packed_model(model: nn.Module) -> nn.Module:
-    def first(model: nn.Module, args: Any) -> None:
+    def unpack_on_first_call(model: nn.Module, args: Any) -> None:
         handle.remove()
         for module in list(model.modules()):
             _move_tables(module)
@@ -131,12 +132,12 @@ def packed_model(model: nn.Module) -> nn.Module:
             if "quantization_scheme" in module.__dict__:
                 decompress_module(module)
 
-    handle = model.register_forward_pre_hook(first)
+    handle = model.register_forward_pre_hook(unpack_on_first_call)
     return model
 
 
 def instead_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put this where the library would be imported."""
+    """Make imports of the library import this stand-in."""
     for name in (
         "compressed_tensors",
         "compressed_tensors.compressors",

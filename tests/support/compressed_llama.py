@@ -1,5 +1,4 @@
-"""A tiny Llama that compressed-tensors has quantised (the library itself, where it is
-installed)."""
+"""Write a tiny Llama quantised by the library compressed-tensors, if it is installed."""
 
 from __future__ import annotations
 
@@ -10,8 +9,8 @@ from tests.support.tiny import tiny_config
 
 
 def save_quantised(folder: Path, preset: str) -> None:
-    """A checkpoint in one of the library's presets, W4A16 and so on, whose scales are those of the
-    largest numbers."""
+    """Save a checkpoint quantised by one of the library's presets, such as W4A16. The largest
+    value of each group or row determines its scale."""
     from compressed_tensors.compressors import ModelCompressor  # pyright: ignore[reportMissingImports]
     from compressed_tensors.quantization import (  # pyright: ignore[reportMissingImports]
         QuantizationConfig,

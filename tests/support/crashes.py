@@ -1,5 +1,6 @@
-"""Children that do things to an adapter or a library, and die of it: by kill -9 at some moment, or
-by themselves before the k-th step on the disk. For ``test_crashes.py``."""
+"""Child processes that change an adapter or a library on the disk and die while they do: by
+kill -9 at a random moment, or by themselves before their k-th step on the disk. For
+``test_crashes.py``."""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ import veneer
 from veneer.fileio import atomic
 from veneer.store.library import Library
 
+#: exit code of a child that died before its k-th step
 DIED = 77
-#: every call by which anything changes on the disk
+#: functions of ``os`` that change something on the disk
 STEPS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir", "utime", "chmod")
 
 
 def make(path: Path, seed: int) -> Path:
-    """An adapter folder whose numbers depend on the seed."""
+    """Write an adapter folder whose values depend on the seed."""
     torch.manual_seed(seed)
     handle = veneer.attach(nn.Sequential(nn.Linear(6, 5)), veneer.LoraConfig(rank=2))
     for parameter in handle.parameters():
@@ -32,7 +34,7 @@ def make(path: Path, seed: int) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------
-# what a child does
+# operations of a child
 
 
 def save(folder: Path, number: int) -> None:
@@ -40,7 +42,7 @@ def save(folder: Path, number: int) -> None:
 
 
 def save_among(folder: Path, number: int) -> None:
-    """Over an adapter in a folder that holds files of others."""
+    """Overwrite an adapter in a folder that also holds files of other programs."""
     make(folder / "among", number)
 
 
@@ -49,7 +51,8 @@ def _library(folder: Path) -> Library:
 
 
 def add(folder: Path, number: int) -> None:
-    """New names, known content, names that are replaced: by turns."""
+    """Add adapters under new names and under a name that is replaced, in turn, with repeated
+    contents."""
     name = f"new-{number}" if number % 3 else "replaced"
     _library(folder).add(folder / "sources" / str(number % 4), name, tags=["t"], overwrite=True)
 
@@ -81,18 +84,19 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- how
-# it ends
+# ----------------------------------------------------------------------------------------------
+# ways to die
 
 
 def without_exchange() -> None:
-    """Let this process run as on NFS, Lustre or macOS, where no two folders are exchanged in one
-    step."""
+    """Let this process behave as on NFS, Lustre or macOS, where two folders cannot be exchanged in
+    one step."""
     atomic._rename = lambda *_: False
 
 
 def loop(operation: str, folder: Path, ready: Any, exchange: bool) -> None:
-    """Do it again and again until killed. A tag's number goes on from the one that is there."""
+    """Repeat the operation until the process is killed. The numbers of tags continue after the
+    tag that exists."""
     if not exchange:
         without_exchange()
     numbers = itertools.count(1000)
@@ -105,8 +109,8 @@ def loop(operation: str, folder: Path, ready: Any, exchange: bool) -> None:
 
 
 def die_at(operation: str, folder: Path, number: int, step: int) -> None:
-    """Do it once and die instead of the given step on the disk; exit normally if there are
-    fewer."""
+    """Do the operation once, and die instead of step number ``step`` on the disk. The process exits
+    normally if the operation has fewer steps."""
     remaining = itertools.count(step, -1)
 
     def count_calls(function: Any) -> Any:
@@ -125,8 +129,8 @@ def die_at(operation: str, folder: Path, number: int, step: int) -> None:
 
 
 def die_at_each(pipe: Any, operation: str, folder: Path, exchange: bool) -> None:
-    """For each (number, step) that comes, a fork of this process: what is sent back is how it
-    ended."""
+    """For each (number, step) that ``pipe`` receives, call ``die_at`` in a fork of this process,
+    and send back the exit code of the fork."""
     if not exchange:
         without_exchange()
     while True:
@@ -148,7 +152,7 @@ def die_at_each(pipe: Any, operation: str, folder: Path, exchange: bool) -> None
 
 
 def work(folder: Path, worker: int, count: int, failed: Any) -> None:
-    """One of several processes that use one library at once."""
+    """Use a library, while other processes use it too. An error is put into ``failed``."""
     library, choice = _library(folder), random.Random(worker)
     try:
         for number in range(count):
@@ -170,7 +174,8 @@ def work(folder: Path, worker: int, count: int, failed: Any) -> None:
 
 
 def look(folder: Path, stop: Any, observed: Any, failed: Any) -> None:
-    """A reader beside the writers: every index that it reads is whole."""
+    """Read the library while other processes write to it, until ``stop`` is set: every index that
+    is read must be complete."""
     library, reads = _library(folder), 0
     try:
         while not stop.is_set():

@@ -1,19 +1,19 @@
-"""Two devices of type CUDA in main memory, whose launches, waits and bytes are counted: ``python -m
+"""Emulate two CUDA devices in main memory, and record their launches, waits and bytes: ``python -m
 pytest -p tests.support.emulated_device tests/cuda``, which is ``make test-cuda``.
 
 ``emulated_device.cpp`` is compiled once for each torch, into ``$VENEER_TEST_CACHE`` or the user's
-cache, and must be loaded before torch looks for CUDA: so these tests run in a process of their own,
-and this is a plugin of pytest.
+cache. The library must be loaded before torch looks for CUDA. So these tests run in a separate
+process, and this file is a plugin of pytest.
 
-    with count() as seen: run()         seen.launches, seen.waits: names of what the device was
-                                        asked for, in order
-    with bytes_more() as more: run()    more.peak, more.kept: bytes on the first device beyond what
-                                        was held before
-    with without_float64(): run()       as on MPS
+    with count() as seen: run()         seen.launches, seen.waits: the names of the operations that
+                                        the device was asked for, in order
+    with bytes_more() as more: run()    more.peak, more.kept: bytes on the first device beyond those
+                                        before the block
+    with without_float64(): run()       the devices refuse float64, like MPS
 
-``torch.cuda.set_sync_debug_mode`` warns of waits or refuses them, with CUDA's own words.
+``torch.cuda.set_sync_debug_mode`` warns of waits or refuses them, with CUDA's messages.
 
-What it cannot show: kernels, their speed and their rounding, streams, graphs.
+The emulation has no CUDA kernels (their speed, their rounding), no streams and no graphs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _torch_folder() -> Path:
 
 
 def why_not() -> str:
-    """Why there is no emulated device here; empty if there is one."""
+    """The reason why this machine cannot emulate the devices; "" if it can."""
     if sys.platform != "linux":
         return "the emulated device is for Linux"
     if not re.search(r"^cuda.*= None$", (_torch_folder() / "version.py").read_text(), re.MULTILINE):
@@ -56,12 +56,12 @@ def why_not() -> str:
 
 
 def built() -> Path:
-    """The library for this torch, compiled if it is not there."""
+    """The path of the library for this torch, which is compiled if it is missing."""
     torch_folder = _torch_folder()
-    made_of = SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes()
-    usual = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "veneer-tests"
-    folder = Path(os.environ.get("VENEER_TEST_CACHE", usual))
-    library = folder / f"emulated-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    inputs = SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes()
+    default_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "veneer-tests"
+    folder = Path(os.environ.get("VENEER_TEST_CACHE", default_folder))
+    library = folder / f"emulated-{hashlib.sha256(inputs).hexdigest()[:16]}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def built() -> Path:
 
 
 def load_library() -> Any:
-    """The library in this process, below a torch that has not been imported yet."""
+    """Load the library into this process, before torch is imported."""
     library = built()
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(_torch_folder() / "lib" / name), ctypes.RTLD_GLOBAL)
@@ -103,7 +103,7 @@ if missing and os.environ.get("CI"):
     raise RuntimeError(missing)
 DEVICE: Any = None if missing else load_library()
 
-import torch  # noqa: E402 (what is loaded above must be there first)
+import torch  # noqa: E402 (after the library is loaded)
 import torch.cuda.random  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -112,7 +112,7 @@ G0, G1 = torch.device("cuda:0"), torch.device("cuda:1")
 
 
 class _Device:
-    """``torch.cuda.device``."""
+    """The replacement of ``torch.cuda.device``; it does nothing."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -122,34 +122,34 @@ class _Device:
 
 
 def _pretend() -> None:
-    """Replace the functions of torch.cuda that torch calls in Python."""
+    """Replace the Python functions of torch.cuda that torch calls."""
     compiler, torch.compile = (
         torch.compile,
         lambda function=None, **_: function or (lambda function: function),
     )
     with warnings.catch_warnings(), suppress(ImportError):
         warnings.simplefilter("ignore")
-        # Before it could look for kernels, and without compiling its own, which fails anew in each
-        # call.
+        # Import it before it could look for kernels, and without compiling its own kernels, which
+        # would fail again in each call.
         importlib.import_module("bitsandbytes")
     torch.compile = compiler
     importlib.import_module(
         "torch._dynamo.trace_rules"
-    ).get_torch_obj_rule_map()  # before functions are others
+    ).get_torch_obj_rule_map()  # before functions are replaced
     assert DEVICE.device_ready(), "torch has looked for CUDA before the device was there"
 
-    def gives(value: Any) -> Callable[..., Any]:
+    def constant(value: Any) -> Callable[..., Any]:
         return lambda *_, **__: value
 
     properties = types.SimpleNamespace(
         name="emulated", major=8, minor=0, total_memory=80 << 30, multi_processor_count=8
     )
-    nothing = (
+    no_ops = (
         "_lazy_init empty_cache synchronize set_device manual_seed manual_seed_all "
         "set_rng_state set_rng_state_all"
     )
     answers: dict[str, Any] = {
-        **dict.fromkeys(nothing.split()),
+        **dict.fromkeys(no_ops.split()),
         "is_available": True,
         "is_initialized": True,
         "is_bf16_supported": True,
@@ -160,7 +160,7 @@ def _pretend() -> None:
         "get_device_properties": properties,
         "mem_get_info": (60 << 30, 80 << 30),
     }
-    functions = {name: gives(value) for name, value in answers.items()}
+    functions = {name: constant(value) for name, value in answers.items()}
     functions["get_rng_state"] = lambda *_: torch.Generator("cuda").get_state()
     functions["get_rng_state_all"] = lambda: [torch.Generator("cuda").get_state()]
     for name in ("memory_allocated", "memory_reserved"):
@@ -196,7 +196,7 @@ if DEVICE is not None:
 
 
 class Seen:
-    """The requests to the devices within a block."""
+    """The operations that the devices were asked for during a block."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
@@ -214,7 +214,7 @@ class Seen:
 
     @property
     def between(self) -> list[str]:
-        """Copies from one device to the other."""
+        """The copies from one device to the other."""
         return self._of("peer")
 
 
@@ -235,7 +235,7 @@ class Bytes:
 
 @contextmanager
 def bytes_more() -> Iterator[Bytes]:
-    gc.collect()  # what others have left is no part of it
+    gc.collect()  # so that earlier garbage is not counted
     more, before = Bytes(), DEVICE.device_held(0)
     DEVICE.device_reset_peak()
     yield more
@@ -253,7 +253,7 @@ def without_float64() -> Iterator[None]:
 
 @contextmanager
 def one_visible() -> Iterator[None]:
-    """Let who asks see one device: transformers wants ``nn.DataParallel`` for two."""
+    """Make torch report one device: transformers would use ``nn.DataParallel`` with two."""
     before, torch.cuda.device_count = torch.cuda.device_count, lambda: 1
     try:
         yield
@@ -262,8 +262,9 @@ def one_visible() -> Iterator[None]:
 
 
 def waits_of(run: Callable[[], Any], plain: Callable[[], Any] | None = None) -> Counter[str]:
-    """The waits of a call that has run before, less those of the same without adapters."""
-    located = []
+    """The waits in the second call of ``run``, minus those of ``plain``, the same call without
+    adapters."""
+    wait_counts = []
     for call in (run, plain):
         names: list[str] = []
         if call is not None:
@@ -271,5 +272,5 @@ def waits_of(run: Callable[[], Any], plain: Callable[[], Any] | None = None) -> 
             with count() as recorded:
                 call()
             names = recorded.waits
-        located.append(Counter(names))
-    return located[0] - located[1]
+        wait_counts.append(Counter(names))
+    return wait_counts[0] - wait_counts[1]

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 
-#: libraries that come with an extra of veneer's (see pyproject.toml)
+#: libraries that an extra of veneer installs (see pyproject.toml)
 EXTRAS = frozenset(
     [
         "accelerate",
@@ -61,17 +61,18 @@ IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
-    """For a test that asks for a library where no ImportError tells, as in a process that it
-    starts."""
-    missing = [name for name in names if find_spec(name) is None]
+    """The mark of a test that needs libraries although it raises no ImportError without them, for
+    example because a process that it starts imports them."""
+    missing_libraries = [name for name in names if find_spec(name) is None]
     return pytest.mark.skipif(
-        bool(missing) and not IN_CI, reason=f"{', '.join(missing)} is not installed"
+        bool(missing_libraries) and not IN_CI,
+        reason=f"{', '.join(missing_libraries)} is not installed",
     )
 
 
 def reason(error: object) -> str | None:
-    """Why a test or a file of tests that ended like this is skipped: it imports an extra that is
-    not installed."""
+    """The reason to skip a test or a file of tests that ended with ``error``: it imports an extra
+    that is not installed. None if it must not be skipped."""
     match = re.search(r"No module named '(\w+)", str(error))
     name = None if match is None else match[1]
     if IN_CI or name not in EXTRAS or find_spec(name) is not None:

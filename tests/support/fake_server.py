@@ -1,12 +1,12 @@
-"""A server that speaks the routes which the page uses, with answers that a test can foresee, and
-faults on demand.
+"""A stand-in for Veneer's server, with the routes that its page uses. Its answers are predictable,
+and it can fail on demand.
 
-the base           repeats the prompt's words, for ever if max_tokens says so
-an adapter         says its own name before each word
-one named broken…  fails after three tokens
-one named cut…     closes the connection after three tokens
-one named bytes…   sends an answer byte by byte, with line ends of Windows
-one named html…    answers with HTML
+base                     repeats the words of the prompt until max_tokens
+adapter                  writes its name before each word
+adapter named broken…    fails after three tokens
+adapter named cut…       closes the connection after three tokens
+adapter named bytes…     sends an answer byte by byte, with the line ends of Windows
+adapter named html…      answers with HTML
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ HTML = '<img src=x onerror="window.pwned = 1"><script>window.pwned = 1</script><
 
 @dataclass
 class Fake:
-    """The state of the server, and the requests that it got."""
+    """The state of the server, and the requests that it received."""
 
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    key: str | None = None  # asked for, if given
-    admin: bool = True  # whether that key may read /metrics, manage adapters and ask the base
-    pace: float = 0.01  # seconds a token
-    held: bool = False  # answers wait after their third token, until it is False again
+    key: str | None = None  # the key that requests must have; None: none
+    admin: bool = True  # whether the key may read /metrics, manage adapters and use the base
+    pace: float = 0.01  # seconds between two tokens
+    held: bool = False  # whether answers wait after their third token
     ready: bool = True
     running: int = 0
     tokens: int = 0
-    vanished: int = 0  # streams that the client left
+    vanished: int = 0  # number of streams that the client closed
     asked: list[dict[str, Any]] = field(default_factory=list)
     refuse: dict[str, tuple[int, str]] = field(
         default_factory=dict
-    )  # model → what a completion answers instead
+    )  # model → (status, message) that a completion answers instead
     prompts: dict[str, dict[str, Any]] = field(
         default_factory=dict
-    )  # model → how it is prompted; chat, if it is not here
+    )  # model → its prompt format; the default is chat
 
     def add(self, name: str, pinned: bool = False, resident: bool = True) -> None:
         size = (4 + len(self.adapters)) * MEBIBYTE
@@ -186,7 +186,7 @@ def application(fake: Fake) -> FastAPI:
         body = await request.json()
         fake.asked.append(body)
         name, path = body["lora_name"], body.get("lora_path")
-        if path is None:  # a pin set or taken
+        if path is None:  # the request changes a pin alone
             fake.adapters[name]["pinned"] = body["pin"]
         elif path.startswith("missing"):
             return error(404, f"There is no adapter at {path!r}.")
@@ -220,7 +220,7 @@ def application(fake: Fake) -> FastAPI:
 
 @contextmanager
 def serve_fake(fake: Fake) -> Iterator[str]:
-    """The server in a thread: its address."""
+    """Run the server in a thread, and yield its address."""
     config = uvicorn.Config(
         application(fake), port=0, ws="none", log_level="error", timeout_graceful_shutdown=1
     )

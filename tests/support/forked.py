@@ -1,9 +1,8 @@
-"""Python code as a program of its own, in a process forked from one that has imported the large
+"""Run Python code as a program, in a process that is forked from one that has imported the large
 libraries.
 
-It starts in milliseconds instead of seconds, and what it imports of ours it imports itself. This
-file is also the program that is forked from, so it imports nothing but the standard library at
-first.
+Such a program starts in milliseconds instead of seconds. It imports Veneer by itself. This file is
+also the server process that is forked, so at its top it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-# : what a program starts with of which the imports are no matter: with one tuple for all, one
-# process to fork from
+#: the libraries that most programs need; with the same tuple for all, one server process is enough
 LARGE = (
     "torch",
     "transformers.models.llama.modeling_llama",
@@ -39,16 +37,16 @@ LARGE = (
 
 
 def printed(code: str, **environment: str) -> str:
-    """The output of a program that succeeds. torch is imported before it begins, and no other large
-    library."""
+    """The output of a program, which must succeed. torch is imported before the program begins; the
+    other large libraries are not."""
     program = Program(code, "torch", **environment)
     assert program.wait() == 0, program.said
     return program.said
 
 
 class Program:
-    """One that runs in ``folder``, after these libraries were imported; ``strict``: to which a
-    warning is an error."""
+    """A program that runs in ``folder`` after the libraries ``imported`` were imported. ``strict``:
+    whether warnings are errors in it."""
 
     def __init__(
         self,
@@ -60,14 +58,14 @@ class Program:
     ) -> None:
         self._files = Path(tempfile.mkdtemp(dir=_files()))
         (self._files / "output").touch()
-        wanted = {
+        request = {
             "code": code,
             "folder": str(folder or Path.cwd()),
             "strict": strict,
             "environment": environment,
         }
         print(
-            json.dumps({**wanted, "files": str(self._files)}),
+            json.dumps({**request, "files": str(self._files)}),
             file=_server(imported).stdin,
             flush=True,
         )
@@ -76,7 +74,7 @@ class Program:
 
     @property
     def said(self) -> str:
-        """The output so far, of both streams."""
+        """The output so far, of stdout and stderr."""
         return (self._files / "output").read_text()
 
     @property
@@ -84,7 +82,7 @@ class Program:
         return not (self._files / "status").exists()
 
     def wait(self, seconds: float = 300) -> int:
-        """Its exit code, negative for a signal."""
+        """Wait for the end of the program. Returns its exit code, negative after a signal."""
         self.until(lambda: not self.alive, seconds)
         return int((self._files / "status").read_text())
 
@@ -108,7 +106,7 @@ def _server(imported: tuple[str, ...]) -> subprocess.Popen[str]:
 
     @atexit.register
     def end() -> None:
-        with server:  # whose end waits for it
+        with server:  # __exit__ waits for its end
             server.kill()
 
     return server
@@ -122,16 +120,16 @@ def _files() -> str:
 
 
 # ----------------------------------------------------------------------------------------------
-# what is forked from
+# the server process
 
 
 def _serve(imported: list[str]) -> None:
-    sys.path.pop(0)  # this file's folder: not what a program's own imports look through
+    sys.path.pop(0)  # remove this file's folder, which a program would not have
     gc.disable()
     for library in imported:
         importlib.import_module(library)
-    os.fsync = lambda fd: None  # as in the tests' own process
-    # a program that collects garbage would walk all of it, and so copy the pages that it shares
+    os.fsync = lambda fd: None  # as in the process of the tests
+    # garbage collection in a program would visit all objects, and so copy the shared pages
     gc.freeze()
     gc.enable()
     for line in sys.stdin:
@@ -139,11 +137,11 @@ def _serve(imported: list[str]) -> None:
             _watch(**json.loads(line))
 
 
-def _watch(files: str, **wanted: Any) -> NoReturn:
-    """Start the program and tell its end."""
+def _watch(files: str, **request: Any) -> NoReturn:
+    """Start the program, and write its process id and its exit code to files."""
     child = os.fork()
     if child == 0:
-        _run(output=f"{files}/output", **wanted)
+        _run(output=f"{files}/output", **request)
     _write_status(files, "pid", child)
     _write_status(files, "status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     os._exit(0)

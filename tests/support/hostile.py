@@ -1,4 +1,4 @@
-"""Files that lie."""
+"""Make adapter files that are malicious or incomplete."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tests.support.adapters import RECORD, TENSORS
 
 
 class Runs:
-    """A pickle that ends whoever reads it."""
+    """An object whose pickle ends the process that loads it."""
 
     def __reduce__(self):
         return os._exit, (1,)
 
 
 # ----------------------------------------------------------------------------------------------
-# types and magnitudes
+# adapters of other libraries
 
 
 def remove_record(path: Path) -> Path:
-    """As another library's: without a record."""
-    with safe_open(path / TENSORS, framework="pt") as opened:
-        names = opened.keys()
-        tensors = {name: opened.get_tensor(name) for name in names}
+    """Remove the record of an adapter folder, so that it looks like another library's."""
+    with safe_open(path / TENSORS, framework="pt") as tensor_file:
+        names = tensor_file.keys()
+        tensors = {name: tensor_file.get_tensor(name) for name in names}
     (path / RECORD).unlink()
     save_file(tensors, path / TENSORS)
     return path

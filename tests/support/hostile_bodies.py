@@ -1,7 +1,7 @@
-"""Bodies of the server's API: right ones for each route, and hostile ones that are made of them.
+"""Request bodies for the server's API: valid ones for each route, and hostile ones made from these.
 
-Body number i of a seed is the same each time (``hostile_request``), so one that breaks something
-can be sent again alone.
+``hostile_request(seed, number)`` always returns the same request, so that a request that breaks
+something can be sent again by itself.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ MESSAGES = {
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "b"}]},
     ],
 }
-#: what may be beside the fields of a completion
+#: further fields that a completion may have
 SAMPLING = {
     "presence_penalty": 0.5,
     "frequency_penalty": 0.5,
@@ -119,7 +119,7 @@ SAMPLING = {
     "add_special_tokens": True,
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},
 }
-FORMS = [
+STRUCTURED_OUTPUTS = [
     {"regex": "(a|b)*c"},
     {"regex": "(x+x+)+y"},
     {"choice": ["a", "bc"]},
@@ -163,7 +163,7 @@ COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 #: routes of encoders
 ENCODED = ("/v1/embeddings", "/score", "/rerank")
 
-#: values that stand in the place of others
+#: values that replace other values
 VALUES: list[Any] = [
     None,
     True,
@@ -199,7 +199,7 @@ VALUES: list[Any] = [
     {str(i): i for i in range(200)},
 ]
 NAMES = ["", "a", "model", "__class__", "stream", "user", "n", "tools", "\ud83d", "x" * 300]
-#: bytes that are no bodies, or hardly
+#: bytes that are no valid bodies
 RAW = [
     b"",
     b"{",
@@ -221,7 +221,8 @@ RAW = [
 
 @dataclass(frozen=True)
 class HostileRequest:
-    """A request to be sent; ``leaves``: its client goes away after the first bytes of a stream."""
+    """A request to send. ``leaves``: whether the client disconnects after the first bytes of a
+    stream."""
 
     route: str
     content: bytes
@@ -230,7 +231,7 @@ class HostileRequest:
 
 
 def hostile_request(seed: int, number: int, routes: Any = tuple(ROUTES)) -> HostileRequest:
-    """Request number ``number`` of a seed, for one of some routes."""
+    """The request with this number for a seed, to one of ``routes``."""
     draw = random.Random(f"{seed}:{number}")
     route = draw.choice(list(routes))
     if draw.random() < 0.06:
@@ -241,7 +242,7 @@ def hostile_request(seed: int, number: int, routes: Any = tuple(ROUTES)) -> Host
             body[name] = copy.deepcopy(SAMPLING[name])
         if draw.random() < 0.2:
             body.pop("response_format", None)
-            body["structured_outputs"] = copy.deepcopy(draw.choice(FORMS))
+            body["structured_outputs"] = copy.deepcopy(draw.choice(STRUCTURED_OUTPUTS))
         if draw.random() < 0.5:
             body.pop(draw.choice(sorted(body)))
     for _ in range(draw.choice((0, 1, 1, 1, 2, 3))):
@@ -249,23 +250,25 @@ def hostile_request(seed: int, number: int, routes: Any = tuple(ROUTES)) -> Host
     content = json.dumps(body).encode()
     if draw.random() < 0.08:
         content = damage(draw, content)
-    kind = "application/json" if draw.random() < 0.97 else draw.choice(("text/plain", "", "a/b"))
-    return HostileRequest(route, content, kind, leaves=draw.random() < 0.05)
+    content_type = (
+        "application/json" if draw.random() < 0.97 else draw.choice(("text/plain", "", "a/b"))
+    )
+    return HostileRequest(route, content, content_type, leaves=draw.random() < 0.05)
 
 
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each (container, key) of a body."""
+def entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each (container, key or index) in a body, at any depth."""
     keys = (
         value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     )
     for key in list(keys):
         yield value, key
-        yield from places(value[key])
+        yield from entries(value[key])
 
 
 def mutate(draw: random.Random, body: dict[str, Any]) -> None:
-    """Change one place of a body."""
-    container, key = draw.choice([*places(body), (body, "model")])
+    """Change, add or remove a random entry of a body."""
+    container, key = draw.choice([*entries(body), (body, "model")])
     match draw.randrange(8):
         case 0:
             if isinstance(container, dict):
@@ -274,8 +277,8 @@ def mutate(draw: random.Random, body: dict[str, Any]) -> None:
             if isinstance(container, dict):
                 container[draw.choice(NAMES)] = copy.deepcopy(draw.choice(VALUES))
         case 2:
-            other, other_key = draw.choice([*places(body), (body, "model")])
-            value = other.get(other_key) if isinstance(other, dict) else other[other_key]
+            source, source_key = draw.choice([*entries(body), (body, "model")])
+            value = source.get(source_key) if isinstance(source, dict) else source[source_key]
             container[key] = copy.deepcopy(value)
         case 3:
             if isinstance(container, list):
@@ -285,7 +288,7 @@ def mutate(draw: random.Random, body: dict[str, Any]) -> None:
 
 
 def damage(draw: random.Random, content: bytes) -> bytes:
-    """Bytes of a body, of which some are lost or are others."""
+    """The bytes of a body, truncated or with some bytes replaced."""
     if draw.random() < 0.5:
         return content[: draw.randrange(len(content))]
     damaged = bytearray(content)

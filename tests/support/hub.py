@@ -1,5 +1,5 @@
-"""A small hub: the few routes of the Hugging Face hub that pushing and pulling an adapter takes,
-over HTTP, with commits and branches in memory. The client is the real one."""
+"""A stand-in for the Hugging Face Hub, over HTTP: the routes that pushing and pulling an adapter
+use, with commits and branches in memory. The client is the real library."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Repo:
 
 @dataclass
 class Hub:
-    """``refuse`` answers a route that contains the text with a status: ``hub.refuse["/commit/"] =
-    403``."""
+    """The state of the hub. ``refuse``: the status to answer on routes that contain a text, such as
+    ``hub.refuse["/commit/"] = 403``."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     refuse: dict[str, int] = field(default_factory=dict)
@@ -56,7 +56,7 @@ def serving() -> Iterator[Hub]:
 
 
 def _git(data: bytes) -> str:
-    """The name that git gives to a file's bytes."""
+    """The id that git gives to a file with these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -135,10 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
                 branches[branch] = branches["main"]
                 return self._json({})
             case ["api", "models", owner, name, "preupload", revision]:
-                _, there = self._commit(f"{owner}/{name}", revision)
+                _, committed = self._commit(f"{owner}/{name}", revision)
                 files = []
                 for path in (file["path"] for file in json.loads(body)["files"]):
-                    blob = {"oid": _git(there[path])} if path in there else {}
+                    blob = {"oid": _git(committed[path])} if path in committed else {}
                     files.append(
                         {"path": path, "uploadMode": "regular", "shouldIgnore": False, **blob}
                     )

@@ -1,4 +1,4 @@
-"""`veneer train` in several processes, which meet as those that torchrun starts do."""
+"""Run `veneer train` in several processes, with the environment that torchrun gives them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ main()
 def train(
     config: Any, folder: Path, processes: int, *flags: str, before: str = ""
 ) -> list[Program]:
-    """Start `veneer train` with a configuration. `before`: code that runs first, with `rank` as a
-    name."""
+    """Start `veneer train` with a configuration. `before`: code that runs first, in which `rank` is
+    the rank of the process."""
     file = folder / f"{config.output.name}.yaml"
     file.write_text(yaml.safe_dump(config.content()))
     return start(["train", str(file), *flags], processes, before)
@@ -35,10 +35,10 @@ def start(arguments: list[str], processes: int, before: str = "") -> list[Progra
 
 
 def code(text: str, processes: int) -> list[Program]:
-    """Start Python code, in which `rank` is a name."""
+    """Start Python code in each process; in the code, `rank` is the rank of the process."""
     variables: dict[str, str] = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     store: Any = None
-    if processes > 1:  # it is torchrun that holds what they tell each other, and it outlives them
+    if processes > 1:  # torchrun holds the store that they share, and outlives them
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         variables |= {
             "WORLD_SIZE": str(processes),
@@ -59,21 +59,21 @@ def code(text: str, processes: int) -> list[Program]:
 
 
 def steps(output: Path) -> int:
-    """How many the log of a run shows."""
+    """The number of steps in the log of a run."""
     log = output / "log.jsonl"
     return log.read_text().count('"loss"') if log.is_file() else 0
 
 
 def reach(program: Program, output: Path, step: int, delay: float = 0.0) -> None:
-    """Wait until `delay` seconds after the log shows `step` steps: any moment, also within a
-    checkpoint."""
+    """Wait until `delay` seconds after the log shows `step` steps. This may be any moment, also
+    while a checkpoint is written."""
     Program.until(lambda: steps(output) >= step or not program.alive)
     time.sleep(delay)
 
 
 def wait_for_all(programs: list[Program], *expected: int) -> str:
-    """Wait until all programs have ended with one of these exit codes (by default 0); return their
-    output."""
+    """Wait until all programs have ended; assert that their exit codes are among `expected`
+    (default: 0). Returns their output."""
     codes = [program.wait() for program in programs]
     output = "\n".join(f"--- rank {rank}\n{program.said}" for rank, program in enumerate(programs))
     assert {*codes} <= {*(expected or (0,))}, f"exit codes {codes}\n{output}"

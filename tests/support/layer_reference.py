@@ -1,4 +1,4 @@
-"""The output of a layer with a change, by definition."""
+"""Compute the output of an adapted layer by its definition."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 import veneer
 from veneer.bases import weight_of
 
-# transformers' Conv1D is a kind only once transformers has been imported
+# transformers' Conv1D is a kind of layer only after transformers was imported
 import transformers.pytorch_utils  # noqa: F401  # isort: skip
 
 
@@ -19,8 +19,8 @@ PATHS = [None, "materialised"]
 
 
 def reference(handle, args):
-    """(y, the float64 leaves, args) in float64 from the definition: the module's own forward on
-    gain ⊙ (W + ΔW)."""
+    """(y, the leaf tensors that need gradients by path, args), all in float64. y is the output of
+    the module's own forward on gain ⊙ (W + ΔW)."""
     module = copy.deepcopy(handle.model)
     veneer.detach(module)
     module = module.double()
@@ -31,18 +31,20 @@ def reference(handle, args):
             name: p.detach().double().requires_grad_() for name, p in change.named_parameters()
         }
         leaves |= {f"{path}.{name}": p for name, p in parameters.items()}
-        numbers = {**{name: b.double() for name, b in change.named_buffers()}, **parameters}
+        tensors = {**{name: b.double() for name, b in change.named_buffers()}, **parameters}
         base = change.storage.dense(weight_at(module, path))
         if (
-            change.frozen_input is not None and "A" in numbers
-        ):  # the column of an input that never changes is no part of ΔW
-            numbers["A"] = numbers["A"] * (torch.arange(change.dims.in_) != change.frozen_input)
-        low, gain = change.variant.resolve(
-            numbers, change.scale, lambda base=base, c=change: c.layer.unfold(base, c.dims)
+            change.frozen_input is not None and "A" in tensors
+        ):  # ΔW has no column for an input that never changes
+            tensors["A"] = tensors["A"] * (torch.arange(change.dims.in_) != change.frozen_input)
+        low_rank, gain = change.variant.resolve(
+            tensors, change.scale, lambda base=base, c=change: c.layer.unfold(base, c.dims)
         )
-        low = low if change.frozen_input is None else low.zero_input(change.frozen_input)
+        low_rank = (
+            low_rank if change.frozen_input is None else low_rank.zero_input(change.frozen_input)
+        )
         weight = base.detach() + change.layer.fold(
-            torch.einsum("gor,gri->goi", low.B, low.A) * low.scale, base.shape
+            torch.einsum("gor,gri->goi", low_rank.B, low_rank.A) * low_rank.scale, base.shape
         )
         if gain is not None:
             weight = weight * change.layer.spread(gain, change.dims, base.shape)
@@ -59,8 +61,8 @@ def reference(handle, args):
 
 
 def weight_at(module, path):
-    above, _, name = path.rpartition(".")
-    return weight_of(module.get_submodule(above), name)
+    module_path, _, name = path.rpartition(".")
+    return weight_of(module.get_submodule(module_path), name)
 
 
 def _float(x):

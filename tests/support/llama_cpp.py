@@ -1,4 +1,4 @@
-"""Adapters in llama.cpp."""
+"""A small Llama for tests of llama.cpp, and the fields of its GGUF files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Small models with what real ones have: blocks, attention and MLP names, a tied output head,
-convolutions, shared modules."""
+"""Small models with features of real ones: blocks, names of attention and MLP layers, a tied output
+head, convolutions, shared modules."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Body(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """A causal-LM-like model; with ``tied`` its head shares the embedding's weight."""
+    """A model like a causal LM. ``tied``: whether its head shares the embedding's weight."""
 
     base_model_prefix = "model"
 
@@ -84,7 +84,7 @@ class ConvNet(nn.Module):
 
 
 class Shared(nn.Module):
-    """One block that is called three times and reachable under two names, as in ALBERT."""
+    """A model with one layer that has two names and is called three times, as in ALBERT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,8 @@ class Shared(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers of every way to run: factored, on a view, and read from above."""
+    """A model with layers for every path of an adapted call: factored, on a view, and with a weight
+    that another module reads."""
 
     def __init__(self) -> None:
         super().__init__()

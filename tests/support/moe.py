@@ -1,4 +1,4 @@
-"""Mixtures of experts of transformers, at random weights and a toy's size."""
+"""Small mixture-of-experts models of transformers with random weights, and adapters on them."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def build(name, dtype, experts=4):
 
 
 def set_way(model, path):
-    """Choose one of transformers' implementations of experts, where the model has a choice."""
+    """Choose one of transformers' implementations of experts, if the model has several."""
     if any(hasattr(module, "is_transposed") for module in model.modules()):
         model.set_experts_implementation(path)
 
 
 def experts_of(model):
-    """The first module of experts."""
+    """The first module that holds the weights of experts."""
     return next(
         m for m in model.modules() if "gate_up_proj" in m._parameters and m.gate_up_proj.dim() == 3
     )
@@ -102,7 +102,7 @@ def attach_adapter(name, path, dtype, experts=4, rank=2, dropout=0.0):
 
 
 def inputs_for(module, dtype, tokens=9):
-    """Arguments of its forward, with an expert that no token meets where that can be."""
+    """Arguments of the forward of an experts module; one expert gets no token, if possible."""
     generator = torch.Generator().manual_seed(1)
     count, width = (
         len(module.gate_up_proj),
@@ -118,11 +118,11 @@ def inputs_for(module, dtype, tokens=9):
 
 
 def definition(module, args, weights=None):
-    """(y, the adapter parameters, x) in float64, of the module's own eager forward on W + Σ weight
-    · ΔW."""
-    plain = copy.deepcopy(module)
-    plain.__class__ = type(module).veneer_base
-    states = plain._modules.pop("veneer")
+    """(y, the adapter parameters, x) in float64. y is the output of the module's eager forward on
+    W + Σ weight · ΔW; ``weights``: the weight of each adapter by name."""
+    base_module = copy.deepcopy(module)
+    base_module.__class__ = type(module).veneer_base
+    states = base_module._modules.pop("veneer")
     leaves, values = [], {}
     for adapter, weight in (weights or {"default": 1.0}).items():
         for name, change in states.get(adapter).changes.items():
@@ -131,12 +131,12 @@ def definition(module, args, weights=None):
                 for key, value in change._parameters.items()
             }
             leaves += tensors.values()
-            before = values.get(name, plain._parameters[name].detach().double())
-            values[name] = before + weight * change.scale * tensors["B"] @ tensors["A"]
-    plain = plain.double()
-    if hasattr(plain, "config"):
-        plain.config = copy.copy(plain.config)
-        plain.config._experts_implementation = "eager"
-    first = args[0].detach().double().requires_grad_()
-    rest = [x.double() if x.is_floating_point() else x for x in args[1:]]
-    return functional_call(plain, values, (first, *rest)), leaves, first
+            weight_value = values.get(name, base_module._parameters[name].detach().double())
+            values[name] = weight_value + weight * change.scale * tensors["B"] @ tensors["A"]
+    base_module = base_module.double()
+    if hasattr(base_module, "config"):
+        base_module.config = copy.copy(base_module.config)
+        base_module.config._experts_implementation = "eager"
+    x = args[0].detach().double().requires_grad_()
+    other_args = [arg.double() if arg.is_floating_point() else arg for arg in args[1:]]
+    return functional_call(base_module, values, (x, *other_args)), leaves, x

@@ -1,6 +1,6 @@
-"""Processes that run functions of the tests, forked from a server that has imported everything: one
-costs some milliseconds. ``forked.py`` is for programs, to which it matters what has been
-imported."""
+"""Run functions of the tests in processes that are forked from a server that has imported the large
+libraries, so that a process starts in milliseconds. ``forked.py`` runs programs instead, for tests
+that depend on what has been imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-#: not the tests' own files: the server does not know their folder
+#: without the files of the tests, because the server does not know their folder
 CONTEXT.set_forkserver_preload(
     [
         "veneer",
@@ -25,12 +25,12 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 
-#: what one of several processes does: (rank, a folder that all of them have)
+#: a function that each of several processes calls with (rank, a folder that all share)
 Task = Callable[[int, Path], None]
 
 
 def together(work: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Run `work(rank, *arguments)` in so many processes, which have met (gloo)."""
+    """Run `work(rank, *arguments)` in `count` processes that form a process group (gloo)."""
     import torch.multiprocessing as mp
 
     with socket.socket() as free:
@@ -57,19 +57,19 @@ def _meet(
 
 
 def done_by_two(tasks: Sequence[Task], folder: Path) -> Callable[[Task], Path]:
-    """Two processes do the tasks, one after the other, each in a folder of its own, until one
-    fails. The function that this returns gives the folder of a task that both have done, and fails
-    with what they said of one that they have not."""
+    """Run tasks one after the other in two processes, each task in a folder of its own, until one
+    fails. Returns a function: for a task that both processes have completed, it returns the folder;
+    for another task, it fails with the error of the processes."""
     together(_in_turn, 2, tasks, folder)
 
-    def of(task: Task) -> Path:
+    def folder_of(task: Task) -> Path:
         for rank in range(2):
             file = folder / f"{task.__name__}-{rank}.txt"
             text = file.read_text() if file.exists() else "not run: see the task before it"
             assert text == "done", f"rank {rank}: {text}"
         return folder / task.__name__
 
-    return of
+    return folder_of
 
 
 def _in_turn(rank: int, tasks: Sequence[Task], folder: Path) -> None:
@@ -81,5 +81,5 @@ def _in_turn(rank: int, tasks: Sequence[Task], folder: Path) -> None:
             dist.barrier()
         except BaseException:
             (folder / f"{task.__name__}-{rank}.txt").write_text(traceback.format_exc())
-            os._exit(0)  # not to wait for the other rank, which may wait for this one
+            os._exit(0)  # without waiting for the other rank, which may wait for this one
         (folder / f"{task.__name__}-{rank}.txt").write_text("done")

@@ -1,8 +1,8 @@
-"""Linear layers as libraries quantise them for transformers: the libraries' own where they run on
-this machine, else stand-ins with the same module, class, attributes and layout of bytes, whose
-forward dequantises and multiplies.
+"""Linear layers quantised as other libraries do for transformers. They come from the library itself
+if it runs on this machine, else from a stand-in with the same module, class, attributes and byte
+layout, whose forward dequantises and multiplies.
 
-    made("gptq") -> (module, W: what its bytes mean, in float64)
+    libraries("gptq") -> (module, the dequantised W in float64)
 """
 
 from __future__ import annotations
@@ -19,48 +19,47 @@ from tests.support import compressed
 from torch import Tensor, nn
 
 IN, OUT, GROUP = 64, 32, 32
-#: by the name of the format, what has to be installed for the library's own
+#: by name of a format, the library that must be installed for its own layers
 REAL = {
     "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "w4a16": "compressed_tensors",
     "w8a8": "compressed_tensors",
 }  # fmt: skip
-#: the library's own classes, whose kernels need a GPU: those are replaced
+#: formats with classes of transformers whose kernels need a GPU; the kernels are replaced
 KERNELS = ("fp8", "fp8 per tensor", "fbgemm", "compressed-tensors fp8")
-# : formats of compressed-tensors, after the first call of their model; w8a8 rounds x too, token by
-# token
+#: formats of compressed-tensors, after the first call of the model; w8a8 rounds each token of x too
 COMPRESSED = ("w4a16", "w8a8")
 FORMATS = (*REAL, *KERNELS)
 
 
-def integers(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric 4-bit numbers [out, in], scales and zeros [out, in / group] of a weight [out,
-    in]."""
+def quantize_4_bits(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise a weight [out, in] to asymmetric 4-bit integers [out, in], with scales and zeros
+    [out, in / group]."""
     blocks = weight.view(len(weight), -1, group)
-    low, high = blocks.amin(2), blocks.amax(2)
-    scale = ((high - low) / 15).half()
-    zero = (-low / scale).round().clamp(0, 15).int()
-    numbers = (blocks / scale[..., None] + zero[..., None]).round().clamp(0, 15).int()
-    return numbers.view_as(weight), scale, zero
+    minimum, maximum = blocks.amin(2), blocks.amax(2)
+    scale = ((maximum - minimum) / 15).half()
+    zero = (-minimum / scale).round().clamp(0, 15).int()
+    integers = (blocks / scale[..., None] + zero[..., None]).round().clamp(0, 15).int()
+    return integers.view_as(weight), scale, zero
 
 
-def packed(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Eight numbers of the last axis in one int32, the number ``order[i]`` in the i-th four
-    bits."""
-    words = torch.zeros(*numbers.shape[:-1], numbers.shape[-1] // 8, dtype=torch.int64)
+def pack_words(integers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Pack eight 4-bit integers of the last axis into an int32. Integer ``order[i]`` has the bits
+    4 i to 4 i + 3."""
+    words = torch.zeros(*integers.shape[:-1], integers.shape[-1] // 8, dtype=torch.int64)
     for nibble, source in enumerate(order):
-        words |= numbers[..., source::8].long() << 4 * nibble
+        words |= integers[..., source::8].long() << 4 * nibble
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def unpack_words(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    numbers = torch.empty(*words.shape, 8, dtype=torch.int64, device=words.device)
+    integers = torch.empty(*words.shape, 8, dtype=torch.int64, device=words.device)
     for nibble, source in enumerate(order):
-        numbers[..., source] = words.long() >> 4 * nibble & 15
-    return numbers.flatten(-2)
+        integers[..., source] = words.long() >> 4 * nibble & 15
+    return integers.flatten(-2)
 
 
 class BaseQuantLinear(nn.Module):
-    """The common part of gptqmodel's classes: sizes, and buffers instead of parameters."""
+    """The base of gptqmodel's classes: it holds sizes, and buffers instead of parameters."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -77,18 +76,18 @@ class GptqLinear(BaseQuantLinear):
 
     def __init__(self, weight: Tensor, bias: bool) -> None:
         super().__init__(bias)
-        numbers, scale, zero = integers(weight, GROUP)
-        self.register_buffer("qweight", packed(numbers).mT.contiguous())
-        self.register_buffer("qzeros", packed(zero.mT))
+        integers, scale, zero = quantize_4_bits(weight, GROUP)
+        self.register_buffer("qweight", pack_words(integers).mT.contiguous())
+        self.register_buffer("qzeros", pack_words(zero.mT))
         self.register_buffer("scales", scale.mT.contiguous())
         self.register_buffer("g_idx", torch.arange(IN) // GROUP)
 
     def dequantized_weight(self) -> Tensor:
-        zeros, numbers = (
+        zeros, integers = (
             unpack_words(self.qzeros)[self.g_idx],
             unpack_words(self.qweight.mT).mT,
         )  # [in, out]
-        return ((numbers - zeros) * self.scales[self.g_idx]).mT
+        return ((integers - zeros) * self.scales[self.g_idx]).mT
 
 
 class AwqLinear(BaseQuantLinear):
@@ -99,23 +98,23 @@ class AwqLinear(BaseQuantLinear):
 
     def __init__(self, weight: Tensor, bias: bool) -> None:
         super().__init__(bias)
-        numbers, scale, zero = integers(weight, GROUP)
-        self.register_buffer("qweight", packed(numbers.mT, self.ORDER))
-        self.register_buffer("qzeros", packed(zero.mT, self.ORDER))
+        integers, scale, zero = quantize_4_bits(weight, GROUP)
+        self.register_buffer("qweight", pack_words(integers.mT, self.ORDER))
+        self.register_buffer("qzeros", pack_words(zero.mT, self.ORDER))
         self.register_buffer("scales", scale.mT.contiguous())
 
     def dequantized_weight(self) -> Tensor:
-        zeros, numbers = (
+        zeros, integers = (
             unpack_words(self.qzeros, self.ORDER),
             unpack_words(self.qweight, self.ORDER),
         )
         groups = torch.arange(IN) // GROUP
-        return ((numbers - zeros[groups]) * self.scales[groups]).mT
+        return ((integers - zeros[groups]) * self.scales[groups]).mT
 
 
 class HQQLinear(nn.Module):
-    """W_q holds two numbers a byte, the first half of the groups in the upper four bits; what they
-    mean is in ``meta``, and the bias is no parameter."""
+    """W_q holds two integers in each byte; the first half of the groups is in the upper four bits.
+    ``meta`` has their scales and zeros, and the bias is no parameter."""
 
     def __init__(self, weight: Tensor, bias: bool) -> None:
         super().__init__()
@@ -125,8 +124,8 @@ class HQQLinear(nn.Module):
             torch.float32,
             "cpu",
         )
-        numbers, scale, zero = integers(weight, GROUP)
-        upper, lower = numbers.view(-1, GROUP).to(torch.uint8).chunk(2)
+        integers, scale, zero = quantize_4_bits(weight, GROUP)
+        upper, lower = integers.view(-1, GROUP).to(torch.uint8).chunk(2)
         self.W_q = nn.Parameter(upper << 4 | lower, requires_grad=False)
         self.meta = {
             "scale": scale.float().view(-1, 1),
@@ -136,8 +135,8 @@ class HQQLinear(nn.Module):
         self.bias = torch.randn(OUT) if bias else None
 
     def dequantize(self) -> Tensor:
-        numbers = torch.cat([self.W_q >> 4, self.W_q & 15]).float()
-        return ((numbers - self.meta["zero"]) * self.meta["scale"]).view(self.meta["shape"])
+        integers = torch.cat([self.W_q >> 4, self.W_q & 15]).float()
+        return ((integers - self.meta["zero"]) * self.meta["scale"]).view(self.meta["shape"])
 
     def forward(self, x: Tensor) -> Tensor:
         y = x @ self.dequantize().to(x.dtype).mT
@@ -145,11 +144,11 @@ class HQQLinear(nn.Module):
 
 
 @torch.no_grad()
-def _gptqmodel(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
-    """The library's own, packed by it, and what it says that this means."""
+def _gptqmodel_layer(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
+    """(a layer that gptqmodel packs, the weight that gptqmodel dequantises from it)."""
     linear = nn.Linear(IN, OUT, bias=bias)
     linear.weight.data = weight
-    _, scale, zero = integers(weight, GROUP)
+    _, scale, zero = quantize_4_bits(weight, GROUP)
     settings = {
         "bits": 4,
         "group_size": GROUP,
@@ -176,7 +175,7 @@ def _gptqmodel(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor
 
 
 @torch.no_grad()
-def _hqq(weight: Tensor, bias: bool) -> nn.Module:
+def _hqq_layer(weight: Tensor, bias: bool) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # pyright: ignore[reportMissingImports]
 
     linear = nn.Linear(IN, OUT, bias=bias)
@@ -185,8 +184,8 @@ def _hqq(weight: Tensor, bias: bool) -> nn.Module:
     return HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
 
 
-def _float8(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
-    """transformers' own classes, as its loader leaves them, and what they hold."""
+def _float8_layer(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
+    """(a layer of transformers as its loader leaves it, the weight that it holds)."""
     from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
     from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
     from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -213,7 +212,7 @@ def _float8(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
 
 @torch.no_grad()
 def _scaled_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of a kernel without a gradient, with scales that lie beside the weight's rows."""
+    """x Wᵀ + bias without gradients, as of a kernel; ``scale``: a factor for each row of W."""
     return F.linear(x.float(), weight.float() * scale.float().view(-1, 1), bias).to(x.dtype)
 
 
@@ -247,8 +246,8 @@ def _compress_layer(weight: Tensor, bias: bool, kind: str, real: bool) -> nn.Mod
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module, Tensor]]:
-    """``made(kind, bias=True, real=False)``: a module of a format, and what its weight means in
-    float64."""
+    """A function ``(kind, bias=True, real=False)`` that returns a layer of a format and its
+    dequantised weight in float64. ``real``: use the library instead of a stand-in."""
 
     def fp8_linear(x, weight, scale, block, bias=None, activation_scale=None, allow_deepgemm=True):
         from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
@@ -289,15 +288,15 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
         if not real:
             stand_in(kind)
         if kind in KERNELS:
-            module, dense = _float8(weight, bias, kind)
+            module, dense = _float8_layer(weight, bias, kind)
         elif kind == "hqq":
-            module = _hqq(weight, bias) if real else HQQLinear(weight, bias)
+            module = _hqq_layer(weight, bias) if real else HQQLinear(weight, bias)
             dense = module.dequantize()
         elif kind in COMPRESSED:
             module = _compress_layer(weight, bias, kind, real)
             dense = module.weight.detach()
         elif real:
-            module, dense = _gptqmodel(weight, bias, kind)
+            module, dense = _gptqmodel_layer(weight, bias, kind)
         else:
             module = GptqLinear(weight, bias) if kind == "gptq" else AwqLinear(weight, bias)
             dense = module.dequantized_weight()
@@ -307,14 +306,14 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
 
 
 def variants_of(kinds: tuple[str, ...] = FORMATS) -> list:
-    """Each format by a stand-in, and by its library where that is installed."""
+    """pytest's parameters: each format with a stand-in, and with its library if installed."""
     cells = [
         pytest.param(kind, False, id=f"{kind}-stand-in" if kind in REAL else kind) for kind in kinds
     ]
     for kind in kinds:
         if kind in REAL:
-            lacking = pytest.mark.skipif(
+            skip_mark = pytest.mark.skipif(
                 find_spec(REAL[kind]) is None, reason=f"{REAL[kind]} is not installed"
             )
-            cells.append(pytest.param(kind, True, id=f"{kind}-{REAL[kind]}", marks=lacking))
+            cells.append(pytest.param(kind, True, id=f"{kind}-{REAL[kind]}", marks=skip_mark))
     return cells

@@ -1,9 +1,9 @@
-"""Real architectures, small: what transformers, torchvision and diffusers build from a config, with
-random weights.
+"""Small models of real architectures that transformers, torchvision and diffusers build from a
+config, with random weights.
 
 ``REAL`` maps a name to an entry. ``REAL[name].build()`` makes the same model each time, in eval
-mode, with an example whose loss gives a gradient to every parameter of the model but those that the
-entry lists, each with its reason.
+mode, with an example and a loss. The loss gives a gradient to every parameter of the model except
+those that the entry lists with a reason.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 Built = tuple[nn.Module, dict[str, Any], Callable[[Any], Tensor]]
 
-# : softmax(q·(k + b)) is softmax(q·k): a bias of the keys adds the same number to every score of a
-# row
+#: softmax(q·(k + b)) = softmax(q·k): a bias of the keys adds the same number to all scores of a row
 KEY_BIAS = "softmax does not see a bias of the keys"
 
 
@@ -31,12 +30,12 @@ class RealModel:
     """One architecture.
 
     Args:
-        make: from a seeded random state to (model, keyword arguments of its forward, loss of its
-            output).
-        no_gradient: glob of parameter paths → why the loss has no gradient there.
-        fixed: glob of parameter paths → why the model itself freezes them.
-        skipped: glob of module paths → why ``targets="all"`` leaves them out. Nothing else may be
-            left out.
+        make: returns (model, keyword arguments of its forward, loss function of its output), from
+            the seeded random state.
+        no_gradient: glob of parameter paths → the reason why the loss has no gradient there.
+        fixed: glob of parameter paths → the reason why the model freezes them.
+        skipped: glob of module paths → the reason why ``targets="all"`` leaves them out. All other
+            modules must be targets.
         biases: whether any parameter is called "bias".
     """
 
@@ -47,7 +46,7 @@ class RealModel:
     biases: bool = True
 
     def build(self, seed: int = 0) -> Built:
-        """The model in eval mode, an example and a loss. The global random state is as it was."""
+        """(the model in eval mode, an example, a loss). The global random state is unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, example, loss = self.make()
@@ -61,7 +60,7 @@ REAL: dict[str, RealModel] = {}
 
 @functools.cache
 def transformers_models() -> list[str]:
-    """The names of those that transformers has a class for, and so files of."""
+    """The names of the models with a class in transformers, which can save them as files."""
     from transformers import PreTrainedModel
 
     return [name for name, real in REAL.items() if isinstance(real.build()[0], PreTrainedModel)]
@@ -76,12 +75,12 @@ def _real(name: str, **fields: Any) -> Callable[[Callable[[], Built]], Callable[
 
 
 def grow_up(model: nn.Module, example: Mapping[str, Any]) -> None:
-    """Give a new model the sizes that a trained one has; as it is made, much of it is hidden from a
-    test.
+    """Give a new model weights of the sizes that trained models have. Otherwise a test would miss
+    errors, because some parameters have no effect.
 
-    Zero biases and the ones of a norm get values of their own. Weights that start at 0.02, as if
-    the model were wide, become large enough for attention to differ from an average. Running
-    statistics become those of the example.
+    Zero biases and the ones of a norm get random values. Weights that start at 0.02, as if the
+    model were wide, become large enough for attention to differ from an average. Running statistics
+    become those of the example.
     """
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -104,7 +103,7 @@ def grow_up(model: nn.Module, example: Mapping[str, Any]) -> None:
         norm.eval().momentum = momentum
         norm.running_var.clamp_(
             min=0.1
-        )  # an example this small hardly moves some channels, which would explode
+        )  # some channels hardly vary in so small an example, and would explode
 
 
 # Examples and losses
@@ -115,14 +114,14 @@ def _ids(vocabulary: int, rows: int = 2, length: int = 12) -> Tensor:
 
 
 def _padded(ids: Tensor, padding: int = 4) -> Tensor:
-    """The mask of rows of which the last is shorter than the others."""
+    """An attention mask in which the last row ends with padding."""
     mask = torch.ones_like(ids)
     mask[-1, -padding:] = 0
     return mask
 
 
 def _next_token(ids: Tensor, mask: Tensor | None = None) -> Callable[[Any], Tensor]:
-    """Cross-entropy of the next token, over what is not padding."""
+    """A loss: the cross-entropy of the next token, without padding."""
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
     return lambda output: F.cross_entropy(
         output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
@@ -130,8 +129,8 @@ def _next_token(ids: Tensor, mask: Tensor | None = None) -> Callable[[Any], Tens
 
 
 def _near(*names: str, seed: int = 1) -> Callable[[Any], Tensor]:
-    """Mean squared distance of the output's tensors (the output itself, if no name is given) to
-    random ones."""
+    """A loss: the mean squared distance of tensors of the output to random tensors. ``names``: the
+    names of these tensors; without names, the output itself."""
 
     def loss(output: Any) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -184,7 +183,7 @@ def _qwen3() -> Built:
 def _qwen3_moe() -> Built:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    # the second of the layers has a dense MLP
+    # the second layer has a dense MLP
     config = Qwen3MoeConfig(
         **_LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
         mlp_only_layers=[1], norm_topk_prob=True,
@@ -379,7 +378,7 @@ def _resnet18() -> Built:
     from torchvision.models.resnet import BasicBlock, ResNet
 
     class NarrowResNet(ResNet):
-        """With an eighth of the channels behind the stem."""
+        """A ResNet with an eighth of the channels after the stem."""
 
         def _make_layer(self, block, planes, *args, **kwargs):
             return super()._make_layer(block, planes // 8, *args, **kwargs)
@@ -483,7 +482,7 @@ def _clip() -> Built:
 
 @_real("clip-large-image", no_gradient={"*.k_proj.bias": KEY_BIAS})
 def _clip_large_image() -> Built:
-    """CLIP on a larger image than it was made for, for which it interpolates its position
+    """CLIP with a larger image than its config says, so that it interpolates its position
     embeddings."""
     model, example, loss = _clip()
     return (
@@ -544,13 +543,13 @@ def _wav2vec2() -> Built:
         conv_dim=(16, 16), conv_kernel=(8, 3), conv_stride=(4, 2), num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2, layerdrop=0.0, feat_extract_norm="group",
     )  # fmt: skip
-    heard = torch.ones(2, 200, dtype=torch.long)
-    heard[1, 150:] = 0
-    hidden = torch.zeros(2, 24, dtype=torch.bool)  # frames that the model has to guess
-    hidden[:, 3:6] = True
+    attention_mask = torch.ones(2, 200, dtype=torch.long)
+    attention_mask[1, 150:] = 0
+    masked_frames = torch.zeros(2, 24, dtype=torch.bool)  # frames that the model has to guess
+    masked_frames[:, 3:6] = True
     example = {
         "input_values": torch.randn(2, 200),
-        "attention_mask": heard,
-        "mask_time_indices": hidden,
+        "attention_mask": attention_mask,
+        "mask_time_indices": masked_frames,
     }
     return Wav2Vec2Model(config), example, _near("last_hidden_state")

@@ -1,5 +1,5 @@
-"""Folders whose JSON names code that lies beside them: it writes a file as soon as it is
-imported."""
+"""Model folders whose JSON files name Python code in the folder. The code writes a file as soon as
+it is imported."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ CLASSES = {
 
 
 def name_own_code(folder: Path, mark: Path, files: tuple[str, ...]) -> Path:
-    """Let the JSON ``files`` of a folder name code beside them, which writes ``mark`` when it is
-    imported."""
+    """Make the JSON ``files`` of a folder name code in the folder. The code writes the file
+    ``mark`` when it is imported. Returns the folder."""
     (folder / "own_code.py").write_text(CODE.format(mark=str(mark)))
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(

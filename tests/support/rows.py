@@ -8,15 +8,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from veneer.layers import LAYERS
 
-# transformers' Conv1D is a kind only once transformers has been imported
+# transformers' Conv1D is a kind of layer only after transformers was imported
 import transformers.pytorch_utils  # noqa: F401  # isort: skip
 
 
+#: (name of the layer kind, number of its example)
 EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(kind.examples())]
 
 
 def rows_of(module, args) -> tuple[int, int]:
-    """How many rows the arguments hold, and the axis along which the first output counts them."""
+    """(the number of rows of the batch, the axis of the rows in the first output)."""
     if isinstance(module, nn.EmbeddingBag) and len(args) > 1:
         return len(args[1]), 0
     if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
@@ -26,8 +27,9 @@ def rows_of(module, args) -> tuple[int, int]:
 
 def has_rows(kind, number):
     module, args = example(kind, number)
-    packed = isinstance(args[0], PackedSequence)
-    return not packed and args[0].dim() > 1 and type(module).__name__ != "Experts"
+    is_packed = isinstance(args[0], PackedSequence)
+    return not is_packed and args[0].dim() > 1 and type(module).__name__ != "Experts"
 
 
+#: the examples whose batch has rows
 ROWS = [case for case in EXAMPLES if has_rows(*case)]

@@ -1,4 +1,4 @@
-"""Training runs that end early, and their equality."""
+"""End training runs early, and compare runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from veneer.train.run import Result
 
 
 class Crash(TrainerCallback):
-    """Raise at the end of step `step`, after its checkpoint if it has one: what a kill there would
-    leave behind."""
+    """Raise at the end of step `step`, after its checkpoint if it has one. The run leaves the same
+    files as after a kill at this moment."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -26,25 +26,25 @@ class Crash(TrainerCallback):
 
 
 def same(first: Result, second: Result) -> None:
-    """Equal to the last bit: losses, evaluations, and the adapter's numbers."""
+    """Assert that two runs have bit-equal losses, evaluations and adapters."""
     assert first.losses == second.losses
     assert first.eval_losses == second.eval_losses
     assert first.tokens == second.tokens
-    _same_numbers(first.adapter, second.adapter)
+    _assert_equal_tensors(first.adapter, second.adapter)
 
 
 def same_folders(first: Path, second: Path) -> None:
-    """The same of the output folders of runs that ended."""
+    """Assert that the output folders of two complete runs have equal logs and adapters."""
     names = ("step", "loss", "eval_loss", "tokens")
     logs = [
         [[line.get(name) for name in names] for line in checkpoint.read_log(output)]
         for output in (first, second)
     ]
     assert logs[0] == logs[1]
-    _same_numbers(first / "adapter", second / "adapter")
+    _assert_equal_tensors(first / "adapter", second / "adapter")
 
 
-def _same_numbers(*adapters: Path) -> None:
+def _assert_equal_tensors(*adapters: Path) -> None:
     first, second = (load_file(adapter / "adapter_model.safetensors") for adapter in adapters)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

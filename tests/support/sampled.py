@@ -1,9 +1,8 @@
-"""What the quick suite leaves to the slow one: of each of these tests it runs every n-th case, or
-none (0).
+"""Choose which cases of expensive tests the quick suite runs: every n-th case, or none (0).
 
-They are those that take the most time for what they could find: products in which a fault of one
-case is a fault of its neighbours, and whole programs of which a cheaper test holds the parts.
-``make test-slow`` runs all of them.
+The listed tests take the most time for what they can find. They are products of parameters in which
+a fault of one case is also a fault of similar cases, or they run whole programs whose parts cheaper
+tests check. ``make test-slow`` runs all cases.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Iterable
 
 import pytest
 
+#: n for each test by its name
 EVERY = {
     "adapter_files/test_base_proof.py::test_any_tensor_that_forward_uses_is_refused_once_it_was_changed": 5,  # noqa: E501
     "adapter_files/test_derived_folder.py::test_a_layer_gives_the_same_outputs": 3,
@@ -101,8 +101,8 @@ EVERY = {
 
 
 def leave_to_the_slow_suite(items: Iterable[pytest.Item]) -> set[str]:
-    """Mark the cases slow that are not every n-th. Returns the entries that name no test of
-    these."""
+    """Mark all cases but every n-th of the listed tests as slow. Returns the entries of ``EVERY``
+    that name none of ``items``."""
     counts: Counter[str] = Counter()
     for item in items:
         name = item.nodeid.partition("[")[0].removeprefix("tests/")

@@ -13,7 +13,7 @@ from veneer.serve.training.registration import TrainingPlugin
 
 
 def make_adapter(path, seed, base_seed=0, **config):
-    """An adapter with random numbers large enough for answers to differ."""
+    """Save an adapter with random values that are large enough to change answers."""
     model = tiny_model(base_seed)
     with torch.random.fork_rng():  # A begins with random numbers
         torch.manual_seed(seed)
@@ -27,7 +27,8 @@ def make_adapter(path, seed, base_seed=0, **config):
 
 
 def open_service(base, adapters, *, keys=None, train=None, runs=50, **fields):
-    """A service; ``train`` is the folder of what clients train, with ``runs`` of it in memory."""
+    """A service. ``train``: the folder of the training runs of clients (None: no training);
+    ``runs``: how many of them stay in memory."""
     options = {"rows": 8, "length": 200, "timeout": 60.0, "precision": "fp32", **fields}
     return start(
         Settings(str(base), "tiny", None if adapters is None else str(adapters), **options),

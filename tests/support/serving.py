@@ -1,5 +1,5 @@
-"""Shared by the tests of the engine: tiny models of several architectures, a bank that only
-records, a client."""
+"""Helpers for tests of the engine: tiny models of several architectures, a bank that only records,
+a client."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MODELS = {
     ),
 }  # fmt: skip
 
-#: with an attention, or a way to be called, that slots do not know
+#: models whose attention or calls the slots do not support
 OTHERS = {
     "gpt_oss": lambda: transformers.GptOssForCausalLM(
         transformers.GptOssConfig(**SLIDING, num_local_experts=2, num_experts_per_tok=1)
@@ -62,8 +62,8 @@ OTHERS = {
 
 
 def make(name: str, seed: int = 0):
-    """A model of an architecture with random weights, large enough that its answers differ from
-    prompt to prompt."""
+    """A model of an architecture, with random weights that are large enough for different answers
+    to different prompts."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = {**MODELS, **OTHERS}[name]()
@@ -75,7 +75,7 @@ def make(name: str, seed: int = 0):
 
 
 def prompts(count: int, longest: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Token ids of differing lengths."""
+    """Random prompts as token ids, of 1 to ``longest`` tokens."""
     draw = random.Random(seed)
     return [
         tuple(draw.randrange(3, 259) for _ in range(draw.randint(1, longest))) for _ in range(count)
@@ -108,7 +108,7 @@ def asked(
 
 
 class Client:
-    """Collects the pieces of one request."""
+    """Sends one request, and collects the pieces of its answer."""
 
     def __init__(self, engine, request: Request, on_piece=None) -> None:
         self.pieces: list[Piece] = []
@@ -154,7 +154,7 @@ _UIDS = itertools.count()
 
 
 class Adapter:
-    """An adapter in memory."""
+    """A stand-in for an adapter in memory."""
 
     invocation_tokens = ()
 
@@ -174,10 +174,11 @@ class Lease:
 
 
 class Recorder:
-    """A stand-in for the bank: it holds no adapters and notes who asks for which, and what each
-    call runs with.
+    """A stand-in for the bank. It holds no adapters, and records the leases and the adapters of
+    each call.
 
-    ``slow`` blends arrive when ``arrive`` is called; ``failing`` maps a name to its error.
+    ``slow``: names whose blends are loaded when ``arrive`` is called. ``failing``: the error of
+    each adapter that does not load, by name.
     """
 
     crowded = False
@@ -205,7 +206,7 @@ class Recorder:
         return self.held[-1]
 
     def arrive(self) -> None:
-        """One of the slow blends is there."""
+        """Finish the load of the first slow blend."""
         future, blend = self.pending.get(timeout=30)
         self.slow -= set(blend)
         future.set_result(self._lease(blend))

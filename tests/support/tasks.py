@@ -1,5 +1,5 @@
-"""Tiny bases and rows for each task of `veneer train`, in which a few steps have something to
-learn."""
+"""Tiny bases and rows for each task of `veneer train`. A few training steps learn something from
+the rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = {
     "num_attention_heads": 4,
     "intermediate_size": 64,
 }
-RATE = 16000  # samples a second that the tiny Whisper hears, one second at once
+RATE = 16000  # audio samples per second; the tiny Whisper hears one second
 
 REWARDS = '''
 def letters(prompts, completions, wanted):
@@ -42,7 +42,7 @@ def _save(model: Any, folder: Path, *processors: Any) -> Path:
 
 
 def write_llama(folder: Path) -> Path:
-    """With weights large enough for its predictions to differ."""
+    """Write a tiny Llama with weights large enough for its predictions to differ."""
     return write_tiny(folder, initializer_range=0.2)
 
 
@@ -82,11 +82,14 @@ def write_whisper(folder: Path) -> Path:
         decoder_ffn_dim=64, max_source_positions=50, pad_token_id=0, max_target_positions=32,
         bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
-    hearing = transformers.WhisperFeatureExtractor(
+    feature_extractor = transformers.WhisperFeatureExtractor(
         feature_size=8, sampling_rate=RATE, chunk_length=1
     )
     return _save(
-        transformers.WhisperForConditionalGeneration(config), folder, tiny_tokenizer(), hearing
+        transformers.WhisperForConditionalGeneration(config),
+        folder,
+        tiny_tokenizer(),
+        feature_extractor,
     )
 
 
@@ -100,7 +103,7 @@ BASES = {
 
 
 def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
-    """Rows whose lesson is plain: which of two letters a text is made of."""
+    """Rows of one kind. What they teach is simple: which of two letters a text consists of."""
     draw = random.Random(0)
     letters = [draw.choice("ab") for _ in range(count)]
     texts = [" ".join(letter * draw.randint(1, 3) for _ in range(3)) for letter in letters]
@@ -165,7 +168,7 @@ def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
     raise ValueError(kind)
 
 
-#: name → (base, rows, settings)
+#: name of a case → (base, kind of rows, settings of the run)
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "classify": ("bert", "text", {"task": "classify"}),
     "classify words": ("bert", "words", {"task": "classify"}),

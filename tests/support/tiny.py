@@ -1,11 +1,10 @@
-"""A tiny random Llama and a tiny byte-level tokenizer, built from nothing: no download, no hub, a
-few milliseconds.
+"""Build a tiny random Llama and a byte-level tokenizer in a few milliseconds, without downloads.
 
     write_tiny(folder)          a model folder that `transformers` and `veneer train` load
     write_rows(path, rows)      a JSONL file
 
-The tokenizer is byte-level without merges, so a token is one byte and every text has a length that
-can be counted by hand. The chat template is ChatML.
+The tokenizer is byte-level without merges: a token is one byte, so that token counts of a text are
+easy to tell. The chat template is ChatML.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_config(**changes: Any) -> Any:
-    """The configuration of the tiny Llama: 2 layers, width 32, 4 heads of which 2 key/value,
+    """The configuration of the tiny Llama: 2 layers, width 32, 4 query heads, 2 key-value heads,
     context 256."""
     from transformers import LlamaConfig
 
@@ -82,7 +81,7 @@ def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def sums(count: int, start: int = 0) -> list[dict[str, str]]:
-    """`count` small prompt/completion rows of differing lengths."""
+    """`count` rows of different lengths: the prompt is a small sum, the completion its result."""
     rows = []
     for i in range(start, start + count):
         a, b = (7 * i + 3) % 97, (13 * i * i + 5) % 1013

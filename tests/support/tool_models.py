@@ -1,10 +1,10 @@
-"""What the tests of tools share: a chat template with tools, a model whose next token hangs on
-nothing, and answers that are given.
+"""Helpers for tests of tool calls: a chat template with tools, a model that ignores its prompt, and
+an engine with scripted answers.
 
-    template   ChatML, with tools and calls in the notation of Hermes
-    unigram    a tiny Llama of which each token has a fixed chance: under a schema its strings and
-               lists end soon, so that a forced call is short and whole
-    scripted   the engine of `api_server`, made to say a given text
+    TEMPLATE       ChatML, with tools and calls in the notation of Hermes
+    write_unigram  writes a tiny Llama whose tokens have constant probabilities. Under a schema its
+                   strings and lists end soon, so that a forced call is short and complete
+    scripted       makes the engine of `api_server` answer with a given text
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ CALL = (
 
 
 def write_unigram(folder: Path, length: int = 2048) -> Path:
-    """A model folder: a tiny Llama whose logits are the same behind every prompt, with quotes and
-    closing brackets before letters, and a tokenizer whose template has tools."""
+    """Write a model folder: a tiny Llama whose logits are the same after every prompt and prefer
+    quotes and closing brackets to letters, and a tokenizer whose template has tools. Returns the
+    folder."""
     import torch
 
     model = tiny_model(tie_word_embeddings=False, max_position_embeddings=length)
@@ -65,12 +66,12 @@ def write_unigram(folder: Path, length: int = 2048) -> Path:
     with torch.no_grad():
         model.model.embed_tokens.weight.zero_()
         model.model.embed_tokens.weight[:, 0] = 1.0
-        for layer in model.model.layers:  # which then add nothing
+        for layer in model.model.layers:  # so that the layers add nothing
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
-        for text, liking in {'"': 2.0, "}": 2.0, "]": 1.9, "5": 1.0, "a": 0.6, " ": -1.0}.items():
-            model.lm_head.weight[tokenizer(text)["input_ids"][0], 0] = liking
+        for text, logit in {'"': 2.0, "}": 2.0, "]": 1.9, "5": 1.0, "a": 0.6, " ": -1.0}.items():
+            model.lm_head.weight[tokenizer(text)["input_ids"][0], 0] = logit
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -79,8 +80,8 @@ def write_unigram(folder: Path, length: int = 2048) -> Path:
 def scripted(
     engine: Any, script: Callable[[str], str], decode: Callable[..., str], size: int = 3
 ) -> Callable[..., None]:
-    """A ``_write`` for a ``FakeEngine``: its answer to a prompt's text, in tokens of ``size``
-    characters. A request with a schema gets the smallest value of it."""
+    """A ``_write`` for a ``FakeEngine`` that answers a prompt with ``script(prompt)``, in tokens of
+    ``size`` characters. A request with a schema gets the smallest value that fits the schema."""
 
     def write(ticket: Any, deliver: Any) -> None:
         request = ticket.request
@@ -108,7 +109,7 @@ def scripted(
 
 
 def smallest(schema: Any, root: Mapping[str, Any]) -> Any:
-    """The first and smallest value that fits a JSON schema, of the keywords that clients send."""
+    """The smallest value that fits a JSON schema with the keywords that clients send."""
     if not isinstance(schema, Mapping):
         return None
     if "$ref" in schema:
@@ -142,7 +143,7 @@ def smallest(schema: Any, root: Mapping[str, Any]) -> Any:
 
 
 def weather_script(prompt: str) -> str:
-    """A model that asks for the weather, and tells what it was told."""
+    """The answer of a model that calls the weather tool, and then repeats the tool's result."""
     turns = prompt.split("<|im_start|>")
     results = [turn for turn in turns if turn.startswith("tool\n")]
     if results:

@@ -1,5 +1,5 @@
-"""A variant and a layer kind as a user would add them: tests find them through the registries, as
-they find Veneer's own."""
+"""A variant and a layer kind as a user would add them. Tests find them through the registries, like
+Veneer's own. Also helpers that many tests use."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ def _init(start):
 
 
 def _resolve(parameters, scale, base):
-    assert base().shape[0] == parameters["A"].shape[0]  # the frozen weight can be asked for
+    assert base().shape[0] == parameters["A"].shape[0]  # a variant may ask for the frozen weight
     return LowRank(parameters["A"], parameters["B"], scale), parameters["gain"]
 
 
-# : rescales every output row: the ``gain`` of the equation, which no variant of Veneer's own uses
-# yet
+#: a variant that rescales every output row by the ``gain`` of the equation
 SCALED = replace(LORA, name="toy_scaled", init=_init, resolve=_resolve, peft=None)
 
 
 class Squared(nn.Linear):
-    """A linear layer with a forward of its own, which is not even linear in its weight."""
+    """A linear layer with its own forward, which is not linear in the weight."""
 
     def forward(self, input):
         return F.linear(input, self.weight * self.weight.abs(), self.bias)
 
 
 class Diagonal(nn.Module):
-    """A layer that Veneer does not know: y = x · scale for each row of a table."""
+    """A layer of a kind that Veneer lacks: y is the product of x with each row of a table."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -52,7 +51,7 @@ class Diagonal(nn.Module):
 
 
 class DiagonalKind(Layer):
-    """The few lines that CONTRIBUTING shows."""
+    """The layer kind that CONTRIBUTING.md shows as an example."""
 
     name = "toy_diagonal"
     weight = "table"
@@ -78,8 +77,7 @@ def register_toys() -> None:
 
 
 def randomise(handle, size: float = 0.3) -> None:
-    """Give every trained number of an adapter a random value, so that nothing is hidden by a
-    zero."""
+    """Give every trained value of an adapter a random number, because zeros could hide errors."""
     around_one = ("gain", "magnitude")
     for change in handle.changes.values():
         for name, parameter in change.named_parameters():
@@ -92,31 +90,31 @@ def randomise(handle, size: float = 0.3) -> None:
             parameter.data.add_(torch.randn_like(parameter) * size)
 
 
-#: a change of everything, with a scale that is not 1
+#: a config that targets all weights, with a scale other than 1
 ALL = veneer.LoraConfig(rank=2, targets="all", alpha=3)
 
 
 def adapt(model, *names, config=ALL, size=0.3):
-    """``model`` with random adapters of these names."""
+    """Attach random adapters of these names to ``model``, and return it."""
     for name in names:
         randomise(veneer.attach(model, config, name), size)
     return model
 
 
 def example(kind, number=0, dtype=torch.float32):
-    """A layer of this kind in eval mode, and its arguments."""
+    """(a layer of this kind in eval mode, the arguments of a call)."""
     torch.manual_seed(number)
     module, args = list(LAYERS[kind].examples())[number]
     return module.to(dtype).eval(), cast(args if isinstance(args, tuple) else (args,), dtype)
 
 
 def numbers(model, name="a"):
-    """Copies of what an adapter trains, under the keys of the model's state dict."""
-    marks = {"veneer", name}
+    """Copies of the parameters of an adapter, by their keys in the model's state dict."""
+    key_parts = {"veneer", name}
     matches = {
         key: p.detach().clone()
         for key, p in model.named_parameters()
-        if marks <= set(key.split("."))
+        if key_parts <= set(key.split("."))
     }
     assert matches
     return matches
@@ -129,24 +127,27 @@ def selected(model, name, *args):
 
 
 def definition(module, values, args):
-    """A module's own forward on other parameters, buffers included: what every path must equal."""
-    copied = copy.deepcopy(module)
+    """The output of a module's forward with other parameters or buffers, ``values`` by path. Every
+    path of an adapted call must equal it."""
+    module_copy = copy.deepcopy(module)
     for path, value in values.items():
-        above, _, name = path.rpartition(".")
-        holder = copied.get_submodule(above)
+        module_path, _, name = path.rpartition(".")
+        holder = module_copy.get_submodule(module_path)
         table = holder._parameters if name in holder._parameters else holder._buffers
         table[name] = value
-    if getattr(copied, "sparse", False):
-        copied.sparse = (
-            False  # torch cannot carry a sparse gradient on from a weight that is computed
+    if getattr(module_copy, "sparse", False):
+        module_copy.sparse = (
+            False  # torch cannot propagate a sparse gradient through a computed weight
         )
-    if isinstance(copied, nn.RNNBase):
-        copied._flat_weights = [copied._parameters[name] for name in copied._flat_weights_names]
-    return copied(*args)
+    if isinstance(module_copy, nn.RNNBase):
+        module_copy._flat_weights = [
+            module_copy._parameters[name] for name in module_copy._flat_weights_names
+        ]
+    return module_copy(*args)
 
 
 def flat(output):
-    """Every tensor of a nested output, one after the other."""
+    """All floating-point tensors of a nested output, flattened into one vector."""
     leaves = [
         leaf.data if isinstance(leaf, PackedSequence) else leaf
         for leaf in pytree.tree_leaves(output)
@@ -180,8 +181,8 @@ def error(actual, expected) -> float:
 
 
 def calibration(model, variant, args=(), loss=None) -> dict:
-    """The arguments of ``attach`` that ``variant`` needs to start on ``model``; ``args`` are those
-    of a call."""
+    """The arguments of ``attach`` that ``variant`` needs to start on ``model``. ``args``: the
+    arguments of a call of the model."""
     needs, calibration = VARIANTS[variant].needs, {}
     if needs & {"inputs", "gradient"}:
         calibration["batches"] = [args]
@@ -200,7 +201,7 @@ def calibration(model, variant, args=(), loss=None) -> dict:
 
 
 def bits(model) -> dict:
-    """Copies of everything that a model's state dict holds of the base."""
+    """Copies of the base's tensors in a model's state dict, by key."""
     return {
         name: value.clone()
         for name, value in model.state_dict().items()
@@ -209,8 +210,8 @@ def bits(model) -> dict:
 
 
 def works(handle, *args, within=1e-5) -> None:
-    """Assert what every adapter does: it changes the output, the merged weights give that output
-    too, unmerging and detaching give the very bits back."""
+    """Assert what holds for every adapter: it changes the output, merged weights give the same
+    output, and unmerging and detaching restore the base bit by bit."""
     model, before = handle.model.eval(), bits(handle.model)
     with torch.no_grad():
         forward = flat(model(*args))
@@ -225,4 +226,4 @@ def works(handle, *args, within=1e-5) -> None:
         handle.detach()
         assert (
             error(flat(model(*args)), base) < 1e-6
-        )  # what needs no gradient may run another kernel
+        )  # another kernel may run if no gradient is needed

@@ -1,7 +1,6 @@
-"""What each trainer does with an adapter, asked of Veneer and of PEFT alike: every answer is that
-of a run.
+"""Find out what each trainer does with an adapter of Veneer and of PEFT, by training runs.
 
-`docs/trainers.md` shows them; `python -m scripts.trainers` asks again.
+`docs/trainers.md` shows the results; `python -m scripts.trainers` repeats the runs.
 """
 
 from __future__ import annotations
@@ -30,12 +29,13 @@ from tests.support.adapter_libraries import (
 from tests.support.trainers import HALF, HEADS, RUNS, STEPS, Outcome, Run, write_bases
 
 YES, NOT_OFFERED = "yes", "not offered by the trainer"
-#: the same sizes but for names, and what a library writes about itself
+#: allowed ratio of checkpoint sizes; they differ by names and the metadata of a library
 LARGEST = 1.1
 
 
 class Case:
-    """A library's adapter in one trainer. The run is made once, when a cell first asks for it."""
+    """The adapter of one library in one trainer. Each method fills a cell of the table. The main
+    run is made once, when the first method needs it."""
 
     def __init__(self, library: Library, run: Run, bases: Path, folder: Path) -> None:
         self.library, self.run, self.bases, self.folder = library, run, bases, folder
@@ -49,7 +49,7 @@ class Case:
 
     @cached_property
     def first(self) -> tuple[Any, Outcome]:
-        """(the model, the outcome) of a run that nothing disturbed."""
+        """(the model, the outcome) of an uninterrupted run."""
         model = self.model(1)
         self.before = trained(model), libraries.frozen(model)
         return model, self.train(model, "first")
@@ -59,19 +59,19 @@ class Case:
         return self.folder / "first" / self.run.checkpoint.format(step)
 
     def alone(self) -> str:
-        """Every B moved, and no bit of the base."""
+        """Whether training changed every B, and no bit of the base."""
         model, _ = self.first
         numbers, base = self.before
         after = trained(model)
-        still = [name for name in numbers if torch.equal(numbers[name], after[name])]
+        unchanged = [name for name in numbers if torch.equal(numbers[name], after[name])]
         frozen_values = libraries.frozen(model)
-        moved = [name for name in base if not torch.equal(base[name], frozen_values[name])]
-        if still or moved:
-            return f"no: {', '.join(still)} stayed, {', '.join(moved)} moved"
+        changed = [name for name in base if not torch.equal(base[name], frozen_values[name])]
+        if unchanged or changed:
+            return f"no: {', '.join(unchanged)} stayed, {', '.join(changed)} moved"
         return YES
 
     def holds(self) -> str:
-        """No weight of the base in a checkpoint."""
+        """Whether checkpoints contain no weight of the base."""
         if any(
             libraries.holds_the_base(self.checkpoint(step), self.bases, self.run)
             for step in (HALF, STEPS)
@@ -80,15 +80,15 @@ class Case:
         return YES
 
     def resume(self) -> str:
-        """From the checkpoint at half to the numbers of the first run, in a model that began
-        elsewhere."""
+        """Whether a run that is resumed from the checkpoint at step `HALF`, in a model with other
+        adapter values, ends with the values of the first run."""
         model, _ = self.first
         again = self.model(2)
         self.train(again, "again", resume=self.folder / "first")
         return YES if same(trained(again), trained(model)) else "no: other numbers"
 
     def bare(self) -> str:
-        """The same, of a base that the trainer attaches the adapter to."""
+        """Like `resume`, but the trainer attaches the adapter to the base."""
         model, _ = self.first
         base = load_model(self.bases, self.run)
         resumed = self.folder / "first"
@@ -96,7 +96,7 @@ class Case:
         return YES if same(trained(outcome.model), trained(model)) else "no: the base is trained"
 
     def best(self) -> str:
-        """At the end the model is that of the best checkpoint, and no longer the last."""
+        """Whether the model at the end is that of the best checkpoint instead of the last."""
         snapshots: list[dict[str, torch.Tensor]] = []
         model = self.model(1)
         self.train(model, "best", best=lambda model: snapshots.append(trained(model)))
@@ -109,7 +109,7 @@ class Case:
         )
 
     def loads(self) -> str:
-        """`from_pretrained` of what the trainer saves gives the trained model."""
+        """Whether `from_pretrained` of what the trainer saves gives the trained model."""
         model, outcome = self.first
         outcome.save(self.folder / "saved")
         expected = outputs(model)
@@ -122,23 +122,28 @@ class Case:
         return YES if distance < 1e-5 else f"no: {distance:.0e} away"
 
     def reference(self) -> str:
-        """No tensor of the model that the policy is compared with has memory of its own."""
+        """Whether the reference model, with which the policy is compared, shares all its memory
+        with the policy."""
         model, outcome = self.first
         if outcome.reference is None:
             return YES
-        ours = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-        callbacks = [
+        model_pointers = {
+            value.untyped_storage().data_ptr() for value in model.state_dict().values()
+        }
+        reference_tensors = [
             value
             for value in outcome.reference.state_dict().values()
             if isinstance(value, torch.Tensor)
         ]
-        apart = sum(
-            value.numel() for value in callbacks if value.untyped_storage().data_ptr() not in ours
+        unshared_count = sum(
+            value.numel()
+            for value in reference_tensors
+            if value.untyped_storage().data_ptr() not in model_pointers
         )
-        return "no: a second copy" if apart or not callbacks else YES
+        return "no: a second copy" if unshared_count or not reference_tensors else YES
 
 
-#: the cell's name, and the head of its column
+#: name of a cell (a method of `Case`) → the heading of its column
 CELLS: dict[str, str] = {
     "alone": "trains the adapter alone",
     "holds": "checkpoints hold it alone",
@@ -155,7 +160,7 @@ def has_cell(run: Run, cell: str) -> bool:
 
 
 def answer(case: Case, cell: str) -> str:
-    """The text of a cell: `YES`, `NOT_OFFERED`, or no and the reason."""
+    """The text of a cell: `YES`, `NOT_OFFERED`, or "no" with the reason."""
     if not has_cell(case.run, cell):
         return NOT_OFFERED
     try:
@@ -168,7 +173,7 @@ def answer(case: Case, cell: str) -> str:
 
 
 def rows(only: Callable[[Run], bool] = lambda run: True) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(trainer, {library: {cell: answer}, "size": Veneer's checkpoint beside PEFT's})."""
+    """(trainer, {library: {cell: text}, "size": size of Veneer's checkpoint / size of PEFT's})."""
     with tempfile.TemporaryDirectory() as temporary:
         bases = Path(temporary) / "bases"
         write_bases(bases)

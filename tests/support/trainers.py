@@ -1,9 +1,8 @@
-"""Every trainer that a model with an adapter is held against: how it is built, started, stopped and
-resumed.
+"""Build, run, stop and resume every trainer that Veneer's adapters are tested with.
 
 A `Run` trains a model for six steps in a folder and leaves checkpoints at steps 3 and 6. It knows
-nothing of adapters, so PEFT's models go through it as well as ours (`cells.py` of
-`scripts/trainers` asks both the same).
+nothing about adapters, so PEFT's models go through it as well as Veneer's (`trainer_cells.py`
+compares both).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj"]
 
 
 def write_bases(folder: Path) -> None:
-    """A base with each head, under the head's name."""
+    """Write a tiny base for each head into the folder of the head's name."""
     torch.manual_seed(0)
     from transformers import LlamaForCausalLM
 
@@ -77,9 +76,9 @@ Watch = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: `save` writes the model into a folder by the trainer's own means; `model`
-    is what it trained; `reference` is the model that it compared the policy with (None: none, or it
-    switches PEFT's adapter off).
+    """The result of a run. `save` writes the model into a folder by the trainer's own means;
+    `model` is the trained model; `reference` is the model that the policy is compared with
+    (None: it uses none, or switches PEFT's adapter off).
     """
 
     save: Callable[[Path], None]
@@ -91,11 +90,11 @@ class Outcome:
 class Run:
     """One trainer.
 
-    `train(model, folder, resume=None, best=None, integration=None)` trains to the last step, from
-    the checkpoint at `HALF` in the folder `resume` if that is given. With `best`, the model at
-    `HALF` is the best one, of which `best` is called with the model, and the trainer is asked for
-    it at the end. `integration` is a callback for the trainer, for accelerate what is called with
-    the accelerator, or further arguments for a trainer of TRL.
+    `train(model, folder, resume=None, best=None, integration=None)` trains to the last step. With
+    `resume`, it starts from the checkpoint at step `HALF` in the folder `resume`. With `best`, the
+    model at step `HALF` counts as the best: `best` is called with it, and the trainer must return
+    to it at the end. `integration` is a callback for the trainer. For accelerate it is a function,
+    called with the accelerator; for a trainer of TRL it may be a dictionary of arguments.
     """
 
     name: str
@@ -103,9 +102,9 @@ class Run:
     train: Callable[..., Outcome]
     checkpoint: str = "checkpoint-{}"
     of_trl: bool = False
-    #: it compares the policy with a model that stays
+    #: whether it compares the policy with a reference model
     compares: bool = False
-    #: what this trainer does not have at all
+    #: cells of the table that do not apply to this trainer
     lacks: tuple[str, ...] = ()
 
 
@@ -120,7 +119,7 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def _best_at_half(watch: Watch) -> Any:
-    """A callback that calls the model at `HALF` the best."""
+    """A callback that makes the model at step `HALF` the best, and calls `watch` with it."""
     from transformers import TrainerCallback
 
     class BestAtHalf(TrainerCallback):
@@ -141,8 +140,8 @@ BEST = {
 
 
 def _hugging_face(build: Callable[..., Any]) -> Callable[..., Outcome]:
-    """How everything that is a transformers `Trainer` runs. `build(model, folder, callbacks, more
-    arguments)`."""
+    """The `train` of a trainer that subclasses transformers' `Trainer`. `build(model, folder,
+    callbacks, more_arguments)` makes the trainer."""
 
     def train(
         model: Any,
@@ -181,7 +180,7 @@ def _of_transformers(trainer: str, settings: str) -> Callable[..., Any]:
 def of_trl(
     name: str, rows: Callable[[], list[dict[str, Any]]], **settings: Any
 ) -> Callable[..., Any]:
-    """What builds a trainer of TRL by its short name."""
+    """A function that builds the trainer of TRL with this short name."""
 
     def build(
         model: Any, folder: Path, callbacks: list[Any], more: dict[str, Any], **options: Any
@@ -287,7 +286,7 @@ def _lightning(precision: str) -> Callable[..., Outcome]:
             def configure_optimizers(self) -> Any:
                 return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
-        # two epochs, as Lightning goes on within an epoch only if the loader keeps its place
+        # two epochs: Lightning resumes within an epoch only if the loader saves its position
         keep = ModelCheckpoint(
             folder,
             filename="checkpoint-{step}",
@@ -341,7 +340,7 @@ def _accelerate(
     for step, batch in enumerate(loader, 1 if resume is None else HALF + 1):
         torch.manual_seed(
             step
-        )  # a loader that starts anew draws a number that the first run had drawn before
+        )  # a new loader draws a random number that the first run drew earlier
         accelerator.backward(prepared(**batch).loss)
         optimiser.step()
         optimiser.zero_grad()
@@ -376,7 +375,6 @@ RUNS = [
     ),
     Run("Lightning", "causal", _lightning("32-true"), checkpoint=CKPT),
     Run("Lightning, bf16-mixed", "causal", _lightning("bf16-mixed"), checkpoint=CKPT),
-    # its checkpoints are loaded into an optimiser that has been made; it does not know which of
-    # them is the best
+    # accelerate loads checkpoints into an existing optimiser, and does not know which one is best
     Run("accelerate", "causal", _accelerate, lacks=("bare", "best")),
 ]

@@ -1,5 +1,4 @@
-"""A client of the training service by hand: the requests that the `tinker` SDK sends, and no
-SDK."""
+"""A client of the training service that sends the requests of the `tinker` SDK without the SDK."""
 
 from __future__ import annotations
 
@@ -15,15 +14,15 @@ from veneer.serve.training.wire import MESSAGES
 
 
 class Failed(Exception):  # noqa: N818
-    """A promise that came to an error: its words, and whose it is ("user" or "server")."""
+    """The error of a promise, with its message and its category ("user" or "server")."""
 
-    def __init__(self, words: str, category: str) -> None:
-        super().__init__(words)
+    def __init__(self, message: str, category: str) -> None:
+        super().__init__(message)
         self.category = category
 
 
 class Client:
-    """One client of a server, with a session of its own."""
+    """A client of a server, with its own session."""
 
     def __init__(self, url: str, key: str = "tml-any") -> None:
         self.http = httpx.Client(
@@ -47,11 +46,11 @@ class Client:
         assert response.is_success, f"{response.status_code}: {response.text}"
         return response.json()
 
-    def result(self, promised: dict[str, Any], kind: str | None = None) -> Any:
-        """Wait for a promise; return its JSON, or a message."""
+    def result(self, promise: dict[str, Any], kind: str | None = None) -> Any:
+        """Wait for a promise. Returns its JSON, or a protobuf message of type ``kind``."""
         while (
             response := self.http.post(
-                "/retrieve_future", json={"request_id": promised["request_id"]}
+                "/retrieve_future", json={"request_id": promise["request_id"]}
             )
         ).status_code == 408:
             pass
@@ -66,14 +65,14 @@ class Client:
 
     def run(self, number: int = 0, rank: int = 4, seed: int = 1, **lora: Any) -> Run:
         config = {"rank": rank, "seed": seed, **lora}
-        promised = self.post(
+        promise = self.post(
             "create_model",
             session_id=self.session,
             model_seq_id=number,
             base_model="tiny",
             lora_config=config,
         )
-        return Run(self, self.result(promised)["model_id"])
+        return Run(self, self.result(promise)["model_id"])
 
     def sample(
         self,
@@ -89,7 +88,7 @@ class Client:
             if session is None
             else {"sampling_session_id": session, "seq_id": number}
         )
-        promised = self.post(
+        promise = self.post(
             "asample",
             **endpoint,
             num_samples=count,
@@ -97,7 +96,7 @@ class Client:
             sampling_params=params,
             **fields,
         )
-        message = self.result(promised, "SampleResponse")
+        message = self.result(promise, "SampleResponse")
         sequences = [
             SimpleNamespace(
                 tokens=np.frombuffer(datum.tokens, "<i4").tolist(),
@@ -114,7 +113,7 @@ class Client:
 
 
 class Run:
-    """A run of a client. Requests are numbered in the order in which they are made."""
+    """A training run of a client. Its requests are numbered in order."""
 
     def __init__(self, client: Client, id: str, number: int = 0) -> None:
         self.client, self.id, self.number = client, id, number
@@ -131,10 +130,10 @@ class Run:
         )
         for name, value in settings.items():
             message.loss_fn_config_v2.add(key=name).value.number = value
-        for one in data:
+        for row in data:
             datum = message.data.add()
-            datum.model_input.add().encoded_text.tokens = np.asarray(one["tokens"], "<i4").tobytes()
-            for name, values in one.items():
+            datum.model_input.add().encoded_text.tokens = np.asarray(row["tokens"], "<i4").tobytes()
+            for name, values in row.items():
                 if name != "tokens":
                     array = np.asarray(values, "<i8" if name == "target_tokens" else "<f4")
                     tensor = datum.loss_fn_inputs.add(key=name).value
@@ -158,9 +157,9 @@ class Run:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def wait_for_pass(self, promised: dict[str, Any]) -> Any:
-        """The loss, and the log-probabilities of each datum."""
-        message = self.client.result(promised, "ForwardBackwardOutput")
+    def wait_for_pass(self, promise: dict[str, Any]) -> Any:
+        """Wait for a pass. Returns its loss, and the log-probabilities of each row."""
+        message = self.client.result(promise, "ForwardBackwardOutput")
         logprobs = []
         for record in message.loss_fn_outputs:
             (field,) = [datum.value for datum in record.fields if datum.key == "logprobs"]
@@ -198,5 +197,5 @@ class Run:
 
 
 def datum(tokens: Sequence[int], **inputs: Any) -> dict[str, Any]:
-    """A row of text: each token's target is the next one."""
+    """A training row of these tokens: the target of each token is the next token."""
     return {"tokens": [*tokens[:-1]], "target_tokens": [*tokens[1:]], **inputs}

@@ -375,7 +375,7 @@ def test_after_an_interrupt_or_a_full_disk_nothing_is_left(error, last, tmp_path
 
     with monkeypatch.context() as patch:
         if last:
-            patch.setattr(merging, "_aux_files", fail)
+            patch.setattr(merging, "_write_aux_files", fail)
         else:
             patch.setattr(merging.CheckpointWriter, "_write_tensor", fail)
         with pytest.raises(type(error) if isinstance(error, OSError) else error):

@@ -110,8 +110,12 @@ def check_repair(model, path, tmp_path, threshold, count=3, factor=0.25):
     """Cosines, counts and the repaired weights against the reference; how many intruders there
     are."""
     base, changed = model.state_dict(), merged(model, path)
-    found = {one.aligned.weight: one for one in find_intruders(read(path), FrozenWeights(model), count=count,
-                                                               threshold=threshold, control=True)}  # fmt: skip
+    found = {
+        one.aligned_weight.weight_path: one
+        for one in find_intruders(
+            read(path), FrozenWeights(model), count=count, threshold=threshold, control=True
+        )
+    }
     report = repair(
         path, tmp_path / "out", base=model, factor=factor, count=count, threshold=threshold
     )

@@ -206,14 +206,14 @@ def _write_derived_adapters(
         ).path
         return "weaker", scale, 1 - scale, path
 
-    has_intruders = any(weight.count for weight in report.found)
+    has_intruders = any(weight.count for weight in report.weight_intruders)
     for factor in REPAIR_FACTORS if has_intruders else ():
         repaired = repair(
             adapter_files,
             folder / f"repaired-{factor}",
             **base_arguments,
             factor=factor,
-            found=report.found,
+            intruders=report.weight_intruders,
         )
         yield "repaired", factor, repaired.removed, repaired.path
         if repaired.removed < 1:

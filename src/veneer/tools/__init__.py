@@ -1,17 +1,19 @@
-"""Tools for adapter folders and checkpoints that work without training, one package for each task.
+"""Tools that read adapter folders and checkpoints, without training: one package or module a task.
 
-    merge_checkpoint/   merge adapters into a checkpoint on disk, tensor by tensor, whatever its
-                        size
-    compose/            one adapter out of several: sums, a lower rank, task vectors; and repair
-    extract/            an adapter from a full fine-tune, by the SVD of its change
-    convert/            adapters between the formats of several libraries
-    report/             examine one adapter, as numbers and as an HTML page
+    merge_checkpoint/   merge adapters into a checkpoint on disk, tensor by tensor, so that memory
+                        does not limit its size
+    compose/            combine adapters into one: sums, truncation to a rank, merges of task
+                        vectors; repair.py scales down intruder dimensions
+    extract/            extract an adapter from a full fine-tune, by the SVD of each weight's change
+    convert/            convert adapters between the formats of several libraries
+    report/             measure one adapter, and write the numbers as an HTML page
     compare             compare two adapters: norms, angles between their subspaces
-    intruders           singular directions of W + ΔW that resemble none of W
+    intruders           find singular vectors of W + ΔW that resemble no singular vector of W
 
-Inputs are folders of adapters and models. The output is a folder, written atomically, and a report
-of what was done and lost. Packages that write different kinds of folders do not import each other;
-compare, intruders and report align weights as compose does.
+The inputs are folders of adapters and models. A tool that writes a folder writes it atomically, and
+reports what it did and what the result lacks. Packages that write different kinds of folders do not
+import each other. compare, intruders and report use compose/align.py to match the weights of
+adapters.
 """
 
 from veneer.registry import lazy_submodules

@@ -1,19 +1,20 @@
-"""Compare two adapters: where they change the model, how much, and in which directions.
+"""Compare two adapters: which weights they change, how much, and in which directions.
 
-    compare(a, b)  ->  Difference        for each weight that both change:
+    compare(a, b)  ->  Difference        with these numbers for each weight that both change:
 
     norms          ‖ΔW_A‖, ‖ΔW_B‖, ‖ΔW_A − ΔW_B‖ / the larger of the two
     cosine         ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖)
     angles         principal angles between the row spaces (input directions that ΔW reads) and
                    between the column spaces (output directions that ΔW writes)
-    similarity     φ = ‖U_Aᵀ U_B‖² / min(rank_A, rank_B) in [0, 1] of the same spaces: Hu et al.
-                   2021, arXiv:2106.09685, section 7.2 and appendix G
+    similarity     φ = ‖U_Aᵀ U_B‖² / min(rank_A, rank_B) in [0, 1], for the row spaces and for the
+                   column spaces; U_A and U_B are orthonormal bases (Hu et al. 2021,
+                   arXiv:2106.09685, section 7.2 and appendix G)
 
-Everything is computed from the thin factors in float64; ΔW is never formed. The spaces are those of
-ΔW, not of A and B, because factors may be rank-deficient or scaled against each other.
+All numbers are computed from the factors A and B in float64; ΔW is never formed. The spaces are
+those of ΔW rather than of A and B, because a factor may have a lower rank than its shape allows.
 
-For DoRA the products and the magnitudes are compared separately, because their combined effect
-depends on the base.
+For DoRA, B A and the magnitudes are compared separately, because their combined effect depends on
+the base.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from veneer.tools.compose.align import applied_products
 
 __all__ = ["Difference", "FullDifference", "LayerDifference", "Space", "compare"]
 
-#: singular values below this share of the largest are rounding error
-ROUNDING = 1e-6
+#: a singular value below this share of the largest one is rounding error and adds no rank
+RANK_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Space:
-    """The relation of two subspaces: φ, and the principal angles in degrees, ascending."""
+    """The similarity φ of two subspaces, and their principal angles in degrees, ascending."""
 
     similarity: float
     angles: tuple[float, ...]
@@ -51,9 +52,12 @@ class Space:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One weight that both adapters change. ``rows`` and ``columns`` are None if one of the changes
-    is zero. ``magnitude`` is ‖m_A − m_B‖ / the larger norm: inf if only one adapter is DoRA, None
-    if neither is."""
+    """One weight that both adapters change.
+
+    ``difference``: ‖ΔW_A − ΔW_B‖ / the larger norm. ``rows`` and ``columns`` compare the row spaces
+    and the column spaces; they are None if one of the changes is zero. ``magnitude``: ‖m_A − m_B‖ /
+    the larger norm of the DoRA magnitudes; inf if only one adapter is DoRA, None if neither is.
+    """
 
     path: str
     ranks: tuple[int, int]
@@ -68,7 +72,7 @@ class LayerDifference:
 @dataclass(frozen=True)
 class FullDifference:
     """One parameter that both adapters train in full. ``difference``: ‖P_A − P_B‖ / the larger
-    norm; inf if the shapes differ."""
+    norm of the two values; inf if their shapes differ."""
 
     path: str
     difference: float
@@ -80,23 +84,23 @@ class Difference:
 
     a: Path
     b: Path
-    # weights that only A changes, and parameters that only A trains in full
+    # paths of weights that only A changes, and of parameters that only A trains in full
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     layers: tuple[LayerDifference, ...]  # weights that both change
-    full: tuple[FullDifference, ...]
+    full: tuple[FullDifference, ...]  # parameters that both train in full
     config: Mapping[str, tuple[Any, Any]]  # fields of the LoraConfig that differ, as (A's, B's)
-    #: "same", "different" or "unknown" (no record, no weight in common, or fingerprints of
-    #: different kinds)
+    #: whether both were trained on the same base: "same", "different" or "unknown" (an adapter has
+    #: no record, no weight is in both records, or their fingerprints are not comparable)
     base: str
-    base_weights: tuple[str, ...]  # base weights with different fingerprints
+    base_weights: tuple[str, ...]  # paths of base weights whose fingerprints differ
 
     @property
     def same_change(self) -> bool:
-        """Whether both change the same weights by the same values."""
-        exact = all(not layer.difference and not layer.magnitude for layer in self.layers)
+        """Whether both adapters change the same weights by the same values."""
+        layers_equal = all(not layer.difference and not layer.magnitude for layer in self.layers)
         return (
-            exact
+            layers_equal
             and not self.only_a
             and not self.only_b
             and not any(entry.difference for entry in self.full)
@@ -104,25 +108,27 @@ class Difference:
 
     @property
     def identical(self) -> bool:
-        """Whether values, config and base are all equal."""
+        """Whether the adapters have equal changes and configs, and no different bases."""
         return self.same_change and not self.config and self.base != "different"
 
     @property
     def relative(self) -> float:
-        """‖ΔW_A − ΔW_B‖ / the larger norm, over all weights that both change."""
+        """‖ΔW_A − ΔW_B‖ / the larger norm, over all weights that both adapters change."""
         distance = math.hypot(*(layer.difference * max(layer.norms) for layer in self.layers))
         largest_norm = max(self._norms)
         return distance / largest_norm if largest_norm else 0.0
 
     @property
     def cosine(self) -> float:
-        """The cosine of the two changes, over all weights that both change."""
-        product = math.fsum(layer.cosine * layer.norms[0] * layer.norms[1] for layer in self.layers)
-        return product / math.prod(self._norms) if all(self._norms) else 0.0
+        """The cosine of ΔW_A and ΔW_B, over all weights that both adapters change."""
+        inner_product = math.fsum(
+            layer.cosine * layer.norms[0] * layer.norms[1] for layer in self.layers
+        )
+        return inner_product / math.prod(self._norms) if all(self._norms) else 0.0
 
     @property
     def _norms(self) -> list[float]:
-        return [math.hypot(*(layer.norms[side] for layer in self.layers)) for side in (0, 1)]
+        return [math.hypot(*(layer.norms[index] for layer in self.layers)) for index in (0, 1)]
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -130,21 +136,21 @@ class Difference:
     def _lines(self) -> Iterator[str]:
         yield f"A  {self.a}"
         yield f"B  {self.b}"
-        base = {
+        base_texts = {
             "same": "the same weights",
             "unknown": "unknown whether the same",
             "different": "different weights",
         }
         weights_text = f" ({listing(self.base_weights, 3)})" if self.base_weights else ""
-        yield f"base    {base[self.base]}{weights_text}"
+        yield f"base    {base_texts[self.base]}{weights_text}"
         if self.identical:
             yield "identical: the same numbers, the same config"
             return
-        for name, (a_value, b_value) in self.config.items():
-            yield f"config  {name}: {a_value!r} → {b_value!r}"
-        for side, names in (("A", self.only_a), ("B", self.only_b)):
+        for field_name, (a_value, b_value) in self.config.items():
+            yield f"config  {field_name}: {a_value!r} → {b_value!r}"
+        for adapter_label, names in (("A", self.only_a), ("B", self.only_b)):
             if names:
-                yield f"only {side}  {len(names)}: {listing(names)}"
+                yield f"only {adapter_label}  {len(names)}: {listing(names)}"
         if self.same_change:
             yield "the same change: the same numbers"
             return
@@ -164,65 +170,69 @@ class Difference:
 
 @torch.no_grad()
 def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Difference:
-    """How two adapters differ; neither needs its base.
+    """Compare two adapters. Their bases are not needed.
 
     Raises:
-        AdapterError: one cannot be read, or their changes have other shapes, so that they are of no
-            one model.
+        AdapterError: an adapter cannot be read, or changes of one weight have different shapes, so
+            that the adapters cannot belong to one model.
     """
-    pair = [saved if isinstance(saved, AdapterFiles) else read(saved) for saved in (a, b)]
-    products, problems = [applied_products(saved) for saved in pair], []
-    both = [path for path in products[0] if path in products[1]]
-    for path in both:
-        sizes = [
-            (low.A.shape[0], low.B.shape[1], low.A.shape[2])
-            for low in (changes[path] for changes in products)
+    adapters = [
+        saved_adapter if isinstance(saved_adapter, AdapterFiles) else read(saved_adapter)
+        for saved_adapter in (a, b)
+    ]
+    products, problems = [applied_products(saved_adapter) for saved_adapter in adapters], []
+    shared_paths = [path for path in products[0] if path in products[1]]
+    for path in shared_paths:
+        dims = [
+            (change.A.shape[0], change.B.shape[1], change.A.shape[2])
+            for change in (products_by_path[path] for products_by_path in products)
         ]
-        if sizes[0] != sizes[1]:
-            problem = f"changes of {path!r} of (groups, out, in) = {sizes[0]} and {sizes[1]}"
+        if dims[0] != dims[1]:
+            problem = f"changes of {path!r} of (groups, out, in) = {dims[0]} and {dims[1]}"
             problems.append(sentence(problem, "adapters of one model", "compare those"))
     raise_all(AdapterError, "These adapters cannot be compared", problems)
     magnitudes = [
-        {layer.target_path: layer.extras for layer in saved.low.values()} for saved in pair
+        {layer.target_path: layer.extras for layer in saved_adapter.low.values()}
+        for saved_adapter in adapters
     ]
-    full = [_full_tensors(saved) for saved in pair]
-    only = [
+    full_tensors = [_full_tensors(saved_adapter) for saved_adapter in adapters]
+    exclusive_names = [
         tuple(
             name
-            for changes in (products, full)
-            for name in changes[side]
-            if name not in changes[1 - side]
+            for changed_tensors in (products, full_tensors)
+            for name in changed_tensors[index]
+            if name not in changed_tensors[1 - index]
         )
-        for side in (0, 1)
+        for index in (0, 1)
     ]
-    config_a, config_b = (saved.config.to_dict() for saved in pair)
-    config = {
-        name: (config_a[name], config_b[name])
-        for name in config_a
-        if config_a[name] != config_b[name]
+    config_a, config_b = (saved_adapter.config.to_dict() for saved_adapter in adapters)
+    config_differences = {
+        field_name: (config_a[field_name], config_b[field_name])
+        for field_name in config_a
+        if config_a[field_name] != config_b[field_name]
     }
-    base, weights = _compare_bases(*pair)
+    base_relation, mismatched_weights = _compare_bases(*adapters)
     layers = [
         _compare_layer(
             path, products[0][path], products[1][path], magnitudes[0][path], magnitudes[1][path]
         )
-        for path in both
+        for path in shared_paths
     ]
     full_differences = [
-        FullDifference(name, _relative_difference(tensor, full[1][name]))
-        for name, tensor in full[0].items()
-        if name in full[1]
+        FullDifference(name, _relative_difference(tensor, full_tensors[1][name]))
+        for name, tensor in full_tensors[0].items()
+        if name in full_tensors[1]
     ]
     return Difference(
-        a=pair[0].path,
-        b=pair[1].path,
-        only_a=only[0],
-        only_b=only[1],
+        a=adapters[0].path,
+        b=adapters[1].path,
+        only_a=exclusive_names[0],
+        only_b=exclusive_names[1],
         layers=tuple(layers),
         full=tuple(full_differences),
-        config=config,
-        base=base,
-        base_weights=weights,
+        config=config_differences,
+        base=base_relation,
+        base_weights=mismatched_weights,
     )
 
 
@@ -234,83 +244,101 @@ def _compare_layer(
     magnitudes_b: Mapping[str, Tensor],
 ) -> LayerDifference:
     norms = float(a.core().norm()), float(b.core().norm())
-    same = a.scale == b.scale and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+    are_equal = a.scale == b.scale and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
     distance = (
         0.0
-        if same
+        if are_equal
         else float(LowRank.sum([a.to(torch.float64), b.to(torch.float64)], [1, -1]).core().norm())
     )
     rows, columns = _compare_spaces(a, b)
-    same_keys = magnitudes_a.keys() == magnitudes_b.keys()
-    differences = (
-        [_relative_difference(m, magnitudes_b[name]) for name, m in magnitudes_a.items()]
-        if same_keys
+    has_same_keys = magnitudes_a.keys() == magnitudes_b.keys()
+    magnitude_differences = (
+        [
+            _relative_difference(magnitude, magnitudes_b[name])
+            for name, magnitude in magnitudes_a.items()
+        ]
+        if has_same_keys
         else [math.inf]
     )
-    larger, product = max(norms), norms[0] * norms[1]
-    cosine = 1.0 if same and larger else a.inner(b) / product if product else 0.0
+    larger_norm, norm_product = max(norms), norms[0] * norms[1]
+    cosine = (
+        1.0 if are_equal and larger_norm else a.inner(b) / norm_product if norm_product else 0.0
+    )
     return LayerDifference(
         path=path,
         ranks=(a.rank, b.rank),
         norms=norms,
-        difference=distance / larger if larger else 0.0,
+        difference=distance / larger_norm if larger_norm else 0.0,
         cosine=max(-1.0, min(1.0, cosine)),
         rows=rows,
         columns=columns,
-        magnitude=max(differences, default=None),
+        magnitude=max(magnitude_differences, default=None),
     )
 
 
 def _compare_spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]:
-    rows, columns = [], []
+    """(the relation of the row spaces, that of the column spaces), over all groups; None if a
+    change is zero in every group."""
+    row_bases, column_bases = [], []
     svd_a, svd_b = a.svd(), b.svd()
     for group in range(a.A.shape[0]):
         rank_a, rank_b = (
-            int((svd.S[group] > ROUNDING * svd.S[group, 0]).sum()) for svd in (svd_a, svd_b)
+            int((svd.S[group] > RANK_TOLERANCE * svd.S[group, 0]).sum()) for svd in (svd_a, svd_b)
         )
         if rank_a and rank_b:
-            rows.append((svd_a.V[group, :rank_a].mT, svd_b.V[group, :rank_b].mT))
-            columns.append((svd_a.U[group, :, :rank_a], svd_b.U[group, :, :rank_b]))
-    return _relate_spaces(rows), _relate_spaces(columns)
+            row_bases.append((svd_a.V[group, :rank_a].mT, svd_b.V[group, :rank_b].mT))
+            column_bases.append((svd_a.U[group, :, :rank_a], svd_b.U[group, :, :rank_b]))
+    return _relate_spaces(row_bases), _relate_spaces(column_bases)
 
 
 def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
-    """The relation of the spaces of orthonormal bases [n, rank], one pair for each group; None
-    without any pair."""
+    """The relation of two spaces from their orthonormal bases [in or out, rank], one pair for each
+    group; None without any pair."""
     if not bases:
         return None
-    shared, angles = 0.0, []
-    for larger, smaller in bases:
-        larger, smaller = (
-            (larger, smaller) if larger.shape[1] >= smaller.shape[1] else (smaller, larger)
+    squared_overlap, angles = 0.0, []
+    for larger_basis, smaller_basis in bases:
+        larger_basis, smaller_basis = (
+            (larger_basis, smaller_basis)
+            if larger_basis.shape[1] >= smaller_basis.shape[1]
+            else (smaller_basis, larger_basis)
         )
-        inner = larger.mT @ smaller
-        cosines = torch.linalg.svdvals(inner).clamp(max=1)  # falling: the angles rise
-        sines = torch.linalg.svdvals(smaller - larger @ inner).clamp(max=1).flip(0)
+        inner_products = larger_basis.mT @ smaller_basis
+        cosines = torch.linalg.svdvals(inner_products).clamp(
+            max=1
+        )  # descending, so the angles ascend
+        sines = (
+            torch.linalg.svdvals(smaller_basis - larger_basis @ inner_products).clamp(max=1).flip(0)
+        )
         # arccos loses half the digits near 0°, arcsin near 90°
         angles += torch.where(cosines**2 > 0.5, sines.asin(), cosines.acos()).rad2deg().tolist()
-        shared += float(inner.square().sum())
-    size = sum(min(larger.shape[1], smaller.shape[1]) for larger, smaller in bases)
-    return Space(min(1.0, shared / size), tuple(sorted(angles)))
-
-
-def _full_tensors(saved: AdapterFiles) -> dict[str, Tensor]:
-    tensors_by_path = (
-        (peft_paths.strip_wrappers(path)[0], tensors) for path, tensors in saved.full.items()
+        squared_overlap += float(inner_products.square().sum())
+    smaller_rank = sum(
+        min(larger_basis.shape[1], smaller_basis.shape[1]) for larger_basis, smaller_basis in bases
     )
-    full = {
+    return Space(min(1.0, squared_overlap / smaller_rank), tuple(sorted(angles)))
+
+
+def _full_tensors(saved_adapter: AdapterFiles) -> dict[str, Tensor]:
+    """The parameters that an adapter trains in full and its trained token rows, by path; a row has
+    the path of its weight and the token id, as in "embed.weight[7]"."""
+    tensors_by_path = (
+        (peft_paths.strip_wrappers(path)[0], tensors)
+        for path, tensors in saved_adapter.full.items()
+    )
+    full_parameters = {
         parameter_path(module_path, name): tensor
         for module_path, tensors in tensors_by_path
         for name, tensor in tensors.items()
     }
-    tokens = (
-        (tokens_of_weight, *row)
-        for tokens_of_weight in saved.tokens.values()
-        for row in zip(tokens_of_weight.ids, tokens_of_weight.rows, strict=True)
+    token_rows = (
+        (weight_tokens, *id_and_row)
+        for weight_tokens in saved_adapter.tokens.values()
+        for id_and_row in zip(weight_tokens.ids, weight_tokens.rows, strict=True)
     )
-    return full | {
-        f"{parameter_path(tokens_of_weight.module_path, 'weight')}[{id_}]": row
-        for tokens_of_weight, id_, row in tokens
+    return full_parameters | {
+        f"{parameter_path(weight_tokens.module_path, 'weight')}[{token_id}]": row
+        for weight_tokens, token_id, row in token_rows
     }
 
 
@@ -318,18 +346,24 @@ def _relative_difference(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / the larger norm; inf if the shapes differ."""
     if a.shape != b.shape:
         return math.inf
-    larger = max(float(a.double().norm()), float(b.double().norm()))
-    return float((a.double() - b.double()).norm()) / larger if larger else 0.0
+    larger_norm = max(float(a.double().norm()), float(b.double().norm()))
+    return float((a.double() - b.double()).norm()) / larger_norm if larger_norm else 0.0
 
 
 def _compare_bases(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ...]]:
+    """("same", "different" or "unknown" for the two bases, the paths of weights whose recorded
+    fingerprints differ)."""
     fingerprints_a, fingerprints_b = (
-        recorded_fingerprints(saved.metadata.get("base", {})) for saved in (a, b)
+        recorded_fingerprints(saved_adapter.metadata.get("base", {})) for saved_adapter in (a, b)
     )
-    shared = [
+    comparable_names = [
         name
         for name in fingerprints_a
         if name in fingerprints_b and kind_of(fingerprints_a[name]) == kind_of(fingerprints_b[name])
     ]
-    differ = tuple(name for name in shared if fingerprints_a[name] != fingerprints_b[name])
-    return ("different" if differ else "same" if shared else "unknown"), differ
+    mismatched_weights = tuple(
+        name for name in comparable_names if fingerprints_a[name] != fingerprints_b[name]
+    )
+    return (
+        "different" if mismatched_weights else "same" if comparable_names else "unknown"
+    ), mismatched_weights

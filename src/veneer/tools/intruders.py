@@ -1,19 +1,19 @@
-"""Intruder dimensions: leading singular vectors of the changed weight that resemble no singular
-vector of the base weight.
+"""Find intruder dimensions: leading singular vectors of the changed weight that resemble no
+singular vector of the base weight.
 
     W' = gain ⊙ (W + ΔW) = Σ σⱼ uⱼ vⱼᵀ        W = Σ sᵢ xᵢ yᵢᵀ        cosine(j) = maxᵢ |⟨uⱼ, xᵢ⟩|
 
-uⱼ, one of the first ``count`` left singular vectors of W', is an intruder if its cosine is below
-``threshold`` (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1, who link forgetting to these
-directions). The control for each change is a change with the same singular values in random
-directions. A high cosine means that the change strengthened or slightly rotated a direction of the
-base, which is harmless.
+Of the left singular vectors of W', the first ``count`` are examined. uⱼ is an intruder if its
+cosine is below ``threshold`` (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1; they link
+intruders to forgetting). The number of intruders is compared with a control: a change of W with the
+same singular values in random directions. A high cosine means that the change strengthened or
+slightly rotated a direction of the base, which is harmless.
 
 Cost for each weight (each matrix of a stack) with n = min(out, in): all xᵢ come from the
-eigenvectors of the smaller Gram matrix of W, about 10 n³ in float64; measured on one core: 0.06 s
-at n = 576 and 2.8 s at n = 2048. The leading uⱼ of W' and of the control come from a
-bidiagonalisation with about a hundred matrix-vector products, 0.04 s and 0.7 s. In memory: one
-weight at a time in float64, with its change and the Gram matrix.
+eigenvectors of the smaller Gram matrix of W, about 10 n³ operations in float64; measured on one
+core: 0.06 s at n = 576 and 2.8 s at n = 2048. The leading uⱼ of W' and of the control come from a
+bidiagonalisation with about a hundred matrix-vector products, 0.04 s and 0.7 s. Memory: one weight
+at a time in float64, its change, and the Gram matrix.
 
 Rejected: comparing with the leading xᵢ alone, which would be cheaper. A change may amplify any xᵢ
 of the base into a leading position, and such a direction is not an intruder.
@@ -41,16 +41,16 @@ from veneer.tools.compose.weighted_sum import Term, gain_of
 #: defaults: how many leading singular vectors of a changed weight are examined, and the cosine
 #: below which one is an intruder
 COUNT, THRESHOLD = 10, 0.5
-#: singular values of W below this share of the largest are rounding error
-ROUNDING = 1e-6
-#: a triple has converged once ‖Mᵀu − σv‖ is below this share of the largest singular value
-RESIDUAL = 1e-8
-#: matrices with a shorter side up to this get a full SVD
-SMALL = 96
+#: a singular value of W below this share of the largest one is rounding error
+RANK_TOLERANCE = 1e-6
+#: a singular triple (u, σ, v) of M has converged if ‖Mᵀu − σv‖ is below this share of the largest σ
+MAX_RESIDUAL = 1e-8
+#: a full SVD is computed if min(out, in) is at most this
+FULL_SVD_SIZE = 96
 
 
 class Triples(NamedTuple):
-    """Singular triples: U [out, k], S [k] descending, V [in, k]; float64."""
+    """k singular triples: U [out, k], S [k] descending, V [in, k]; float64."""
 
     U: Tensor
     S: Tensor
@@ -63,13 +63,21 @@ class Triples(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightIntruders:
-    """The intruders of one weight, over all its groups. ``cosines``: of the leading singular
-    vectors of W', the same number for each group. ``control``: the cosines for the random change;
-    empty unless requested. ``intruders``: the intruding triples of W', by group. ``gain``: [g, out]
-    of a DoRA change, else None. ``norm``: ‖W‖; ``distance``: ‖W' − W‖."""
+    """The intruders of one weight.
 
-    aligned: AlignedWeight
-    swapped: bool
+    Fields:
+        aligned_weight: the weight and its change.
+        is_transposed: whether the change in the adapter folder is transposed against the weight.
+        cosines: of the examined singular vectors of W', the same number for each group.
+        control: the cosines of the control; empty unless it was requested.
+        intruders: the singular triples of W' that are intruders, for each group.
+        gain: the gain [g, out] of a DoRA change, else None.
+        norm, distance: ‖W‖ and ‖W' − W‖.
+        seconds: the duration of the search.
+    """
+
+    aligned_weight: AlignedWeight
+    is_transposed: bool
     cosines: tuple[float, ...]
     control: tuple[float, ...]
     intruders: tuple[Triples, ...]
@@ -84,7 +92,7 @@ class WeightIntruders:
 
 
 def find_intruders(
-    saved: AdapterFiles,
+    saved_adapter: AdapterFiles,
     base_weights: FrozenWeights,
     *,
     count: int = COUNT,
@@ -92,11 +100,15 @@ def find_intruders(
     control: bool = False,
     seed: int = 0,
 ) -> Iterator[WeightIntruders]:
-    """Yield the intruders of each weight that an adapter changes; a tied weight once. With
-    ``count`` 0 only the norms are computed.
+    """Yield the intruders of each weight that an adapter changes; a tied weight is yielded once.
+
+    Args:
+        count: how many leading singular vectors to examine; 0 computes the norms alone.
+        threshold: the cosine below which a vector is an intruder.
+        control: whether to examine a control too; ``seed``: seed of its random directions.
 
     Raises:
-        ConfigError: ``count`` or ``threshold`` cannot be used.
+        ConfigError: ``count`` or ``threshold`` has an invalid value.
         AdapterError: the base lacks a weight, or the layout of a weight is ambiguous.
         BaseMismatchError: the adapter was trained on other weights.
     """
@@ -105,99 +117,103 @@ def find_intruders(
         raise ConfigError(
             problem, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}"
         )
-    lows = applied_products(saved)
-    for aligned in align([saved], base_weights.order):
-        if aligned.alias_of is None:
-            low, random = lows[aligned.model_path], torch.Generator().manual_seed(seed)
+    products = applied_products(saved_adapter)
+    for aligned_weight in align([saved_adapter], base_weights.parameter_order):
+        if aligned_weight.alias_of is None:
+            low_rank = products[aligned_weight.model_path]
+            generator = torch.Generator().manual_seed(seed) if control else None
             yield _find_in_weight(
-                aligned, low, saved, base_weights, count, threshold, random if control else None
+                aligned_weight, low_rank, saved_adapter, base_weights, count, threshold, generator
             )
 
 
 @torch.no_grad()
 def _find_in_weight(
-    aligned: AlignedWeight,
-    low: LowRank,
-    saved: AdapterFiles,
+    aligned_weight: AlignedWeight,
+    low_rank: LowRank,
+    saved_adapter: AdapterFiles,
     base_weights: FrozenWeights,
     count: int,
     threshold: float,
-    random: torch.Generator | None,
+    generator: torch.Generator | None,
 ) -> WeightIntruders:
     start_time = time.perf_counter()
-    weight, swapped, _ = base_weights.proven_weight(aligned, [saved])
-    low = (low.T if swapped else low).to(torch.float64)
-    magnitude = aligned.layers[0].extras.get(peft.MAGNITUDE)
-    gains = None if magnitude is None else gain_of(Term(low, magnitude, 1.0), weight.double())
-    cosines, controls, intruders, squares = [], [], [], [0.0, 0.0]
+    weight, is_transposed, _ = base_weights.proven_weight(aligned_weight, [saved_adapter])
+    low_rank = (low_rank.T if is_transposed else low_rank).to(torch.float64)
+    magnitude = aligned_weight.layers[0].extras.get(peft.MAGNITUDE)
+    gains = None if magnitude is None else gain_of(Term(low_rank, magnitude, 1.0), weight.double())
+    cosines, control_cosines, intruders = [], [], []
+    squared_norm = squared_distance = 0.0
     for group in range(weight.shape[0]):
         W, group_change = (
             weight[group].double(),
-            LowRank(low.A[group, None], low.B[group, None], low.scale),
+            LowRank(low_rank.A[group, None], low_rank.B[group, None], low_rank.scale),
         )
-        changed = W + group_change.delta()[0]
-        changed = changed if gains is None else gains[group, :, None] * changed
-        squares[0] += float(W.square().sum())
-        squares[1] += float((changed - W).square().sum())
+        changed_W = W + group_change.delta()[0]
+        changed_W = changed_W if gains is None else gains[group, :, None] * changed_W
+        squared_norm += float(W.square().sum())
+        squared_distance += float((changed_W - W).square().sum())
         leading_count = min(count, *W.shape)
         if leading_count:
-            values, vectors = spectrum(W)
-            triples = leading_triples(changed, leading_count)
-            group_cosines = _cosines(W, values, vectors, triples.U)
+            squared_values, vectors = spectrum(W)
+            triples = leading_triples(changed_W, leading_count)
+            group_cosines = _cosines(W, squared_values, vectors, triples.U)
             cosines += group_cosines.tolist()
             intruders.append(triples.select(group_cosines < threshold))
-        if leading_count and random is not None:
-            random_triples = leading_triples(W + _random_like(group_change, random), leading_count)
-            controls += _cosines(W, values, vectors, random_triples.U).tolist()
+        if leading_count and generator is not None:
+            control_triples = leading_triples(
+                W + _random_like(group_change, generator), leading_count
+            )
+            control_cosines += _cosines(W, squared_values, vectors, control_triples.U).tolist()
     return WeightIntruders(
-        aligned=aligned,
-        swapped=swapped,
+        aligned_weight=aligned_weight,
+        is_transposed=is_transposed,
         cosines=tuple(cosines),
-        control=tuple(controls),
+        control=tuple(control_cosines),
         intruders=tuple(intruders),
         gain=gains,
-        norm=squares[0] ** 0.5,
-        distance=squares[1] ** 0.5,
+        norm=squared_norm**0.5,
+        distance=squared_distance**0.5,
         seconds=time.perf_counter() - start_time,
     )
 
 
-def _cosines(W: Tensor, values: Tensor, vectors: Tensor, U: Tensor) -> Tensor:
-    """maxᵢ |⟨uⱼ, xᵢ⟩| for the columns of U [out, k]. ``values``, ``vectors``: the ``spectrum`` of
-    W: the vectors are xᵢ if W is wide, else the right singular vectors yᵢ with xᵢ = W yᵢ / sᵢ."""
-    is_nonzero = values > ROUNDING**2 * values[:1]
+def _cosines(W: Tensor, squared_values: Tensor, vectors: Tensor, U: Tensor) -> Tensor:
+    """maxᵢ |⟨uⱼ, xᵢ⟩| [k] for the columns uⱼ of U [out, k]. ``squared_values`` and ``vectors`` are
+    the result of ``spectrum(W)``: the squares sᵢ², and as vectors the left singular vectors xᵢ if W
+    has more columns than rows, else the right singular vectors yᵢ, with xᵢ = W yᵢ / sᵢ."""
+    is_nonzero = squared_values > RANK_TOLERANCE**2 * squared_values[:1]
     if W.shape[0] < W.shape[1]:
-        inner = vectors.mT @ U
+        inner_products = vectors.mT @ U
     else:
-        inner = (vectors.mT @ (W.mT @ U)) / values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()[
-            :, None
-        ]
-    return inner.abs().masked_fill(~is_nonzero[:, None], 0).amax(0).clamp(max=1)
+        singular_values = squared_values.clamp_min(torch.finfo(squared_values.dtype).tiny).sqrt()
+        inner_products = (vectors.mT @ (W.mT @ U)) / singular_values[:, None]
+    return inner_products.abs().masked_fill(~is_nonzero[:, None], 0).amax(0).clamp(max=1)
 
 
-def _random_like(low: LowRank, random: torch.Generator) -> Tensor:
-    """A change [out, in] with the singular values of ``low``, in random directions."""
-    S = low.svd().S[0]
-    sides = [
-        torch.linalg.qr(torch.randn(size, len(S), generator=random, dtype=torch.float64))[0]
-        for size in (low.B.shape[1], low.A.shape[2])
+def _random_like(low_rank: LowRank, generator: torch.Generator) -> Tensor:
+    """A change [out, in] with the singular values of ``low_rank``, in random directions."""
+    S = low_rank.svd().S[0]
+    random_bases = [
+        torch.linalg.qr(torch.randn(size, len(S), generator=generator, dtype=torch.float64))[0]
+        for size in (low_rank.B.shape[1], low_rank.A.shape[2])
     ]
-    left_vectors, right_vectors = (side.to(S.device) for side in sides)
-    width = min(left_vectors.shape[1], right_vectors.shape[1])
-    return (left_vectors[:, :width] * S[:width]) @ right_vectors[:, :width].mT
+    left_vectors, right_vectors = (basis.to(S.device) for basis in random_bases)
+    rank = min(left_vectors.shape[1], right_vectors.shape[1])
+    return (left_vectors[:, :rank] * S[:rank]) @ right_vectors[:, :rank].mT
 
 
 def leading_triples(matrix: Tensor, count: int, seed: int = 0) -> Triples:
     """The ``count`` leading singular triples of ``matrix`` [out, in], float64, by descending
     singular value.
 
-    The method is Golub and Kahan's bidiagonalisation from a random vector with full
-    reorthogonalisation (Golub and Van Loan, Matrix Computations, section 10.4): M V = U B with B
-    bidiagonal. The singular triples of B converge to the leading ones of M; the last row of B
-    bounds their error. If they do not converge within min(out, in) / 2 steps, or the iteration
-    reaches an invariant subspace (equal singular values), a full SVD replaces it.
+    The method is the bidiagonalisation of Golub and Kahan, from a random vector, with full
+    reorthogonalisation (Golub and Van Loan, Matrix Computations, section 10.4): M V = U B with a
+    bidiagonal B. The singular triples of B converge to the leading triples of M; the last row of
+    B bounds their error. A full SVD is the fallback if they do not converge within min(out, in) / 2
+    steps, or if the iteration reaches an invariant subspace (equal singular values).
     """
-    triples = _bidiagonalise(matrix, count, seed) if min(matrix.shape) > SMALL else None
+    triples = _bidiagonalise(matrix, count, seed) if min(matrix.shape) > FULL_SVD_SIZE else None
     if triples is not None:
         return triples
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -205,17 +221,18 @@ def leading_triples(matrix: Tensor, count: int, seed: int = 0) -> Triples:
 
 
 def _bidiagonalise(matrix: Tensor, count: int, seed: int) -> Triples | None:
+    """``leading_triples`` by bidiagonalisation; None if the iteration does not converge."""
     max_steps = min(matrix.shape) // 2
-    start = torch.randn(
+    start_vector = torch.randn(
         matrix.shape[1], generator=torch.Generator().manual_seed(seed), dtype=matrix.dtype
     )
-    # one vector in each row
+    # U and V have one vector in each row
     U, V = (
         matrix.new_zeros(max_steps, matrix.shape[0]),
         matrix.new_zeros(max_steps + 1, matrix.shape[1]),
     )
-    V[0] = (start / start.norm()).to(matrix.device)
-    diagonal, superdiagonal, next_check = [], [], 4 * count + 20
+    V[0] = (start_vector / start_vector.norm()).to(matrix.device)
+    diagonal, superdiagonal, next_check_step = [], [], 4 * count + 20
     for step in range(max_steps):
         for basis, vector, norms in (
             (U[:step], matrix @ V[step], diagonal),
@@ -225,16 +242,16 @@ def _bidiagonalise(matrix: Tensor, count: int, seed: int) -> Triples | None:
             for _ in range(2):  # the second pass removes the rounding error of the first
                 vector = vector - (basis @ vector) @ basis
             norms.append(float(vector.norm()))
-            if norms[-1] <= RESIDUAL * max(diagonal):
+            if norms[-1] <= MAX_RESIDUAL * max(diagonal):
                 return None
             (U if norms is diagonal else V)[len(basis)] = vector / norms[-1]
-        if step + 1 in (next_check, max_steps):
-            next_check += max(20, next_check // 4)
+        if step + 1 in (next_check_step, max_steps):
+            next_check_step += max(20, next_check_step // 4)
             B = torch.diag(torch.tensor(diagonal, dtype=matrix.dtype))
             P, S, Qh = torch.linalg.svd(
                 B + torch.diag(torch.tensor(superdiagonal[:-1], dtype=matrix.dtype), 1)
             )
-            if superdiagonal[-1] * float(P[-1, :count].abs().max()) <= RESIDUAL * float(S[0]):
+            if superdiagonal[-1] * float(P[-1, :count].abs().max()) <= MAX_RESIDUAL * float(S[0]):
                 P, S, Qh = (
                     factor.to(matrix.device) for factor in (P[:, :count], S[:count], Qh[:count])
                 )

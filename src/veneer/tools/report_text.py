@@ -6,13 +6,17 @@ from collections.abc import Iterable
 
 
 def rank_range(ranks: Iterable[int]) -> str:
-    """ "rank 8", "ranks 4 to 16" or "no ranks"."""
-    ordered = sorted(set(ranks))
-    if not ordered:
+    """The range of some ranks as text: "rank 8", "ranks 4 to 16" or "no ranks"."""
+    sorted_ranks = sorted(set(ranks))
+    if not sorted_ranks:
         return "no ranks"
-    return f"rank {ordered[0]}" if len(ordered) == 1 else f"ranks {ordered[0]} to {ordered[-1]}"
+    return (
+        f"rank {sorted_ranks[0]}"
+        if len(sorted_ranks) == 1
+        else f"ranks {sorted_ranks[0]} to {sorted_ranks[-1]}"
+    )
 
 
-def count_noun(number: int, noun: str) -> str:
-    """ "1 layer", "2 layers"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def count_noun(count: int, noun: str) -> str:
+    """A count and its noun as text, such as "1 layer" and "2 layers"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

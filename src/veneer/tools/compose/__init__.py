@@ -1,14 +1,14 @@
-"""Compose several adapters into one: weighted sums, sums at a lower rank, and merges of task
-vectors (TIES, DARE).
+"""Combine several adapters into one adapter: weighted sums, sums at a lower rank, and merges of
+task vectors (TIES, DARE).
 
     sum      ΔW = Σ wᵢ ΔWᵢ, exact: the factors are concatenated, the ranks add up
-    svd      the best approximation of that sum at a rank, computed from the thin factors
+    svd      the best approximation of this sum at a given rank, computed from the factors A and B
     ties, dare, dare_ties, prune
-             merge the dense ΔWᵢ entry by entry, layer by layer, then truncate to a rank
+             merge the dense ΔWᵢ entry by entry, one weight at a time, then truncate to a rank
 
-A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco et al. 2023,
-arXiv:2212.04089). A sum of DoRA changes and plain ones is a DoRA change (``weighted_sum.py``). It
-needs the base, because the gain is g = m / ‖W + ΔW‖ and a folder stores only m.
+An adapter's weight wᵢ may be negative: wᵢ = −1 negates a task vector (Ilharco et al. 2023,
+arXiv:2212.04089). A sum of DoRA changes and LoRA changes is a DoRA change (``weighted_sum.py``).
+This sum needs the base: the gain is g = m / ‖W + ΔW‖, and a folder stores only m.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
-from veneer.tools.compose.full_params import Weigh, combine_full_params
+from veneer.tools.compose.full_params import WeighAdapter, combine_full_params
 from veneer.tools.compose.merge_methods import MERGE_METHODS
-from veneer.tools.compose.option_checks import METHODS, LayerFactors, check_options, factor_list
+from veneer.tools.compose.option_checks import METHODS, LayerFactors, check_options, list_factors
 from veneer.tools.compose.weighted_sum import (
     Blend,
     ComposeOptions,
@@ -52,8 +52,9 @@ __all__ = ["METHODS", "ComposeReport", "LayerReport", "compose"]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The combined change of one weight. ``ranks``: those of the adapters that change it; ``rank``:
-    that of the result; ``norm``: ‖ΔW‖ before truncation; ``error``: ‖truncated part‖ / ``norm``."""
+    """The combined change of one weight. ``ranks``: the ranks of the adapters' changes of it;
+    ``rank``: the rank of the combined change; ``norm``: ‖ΔW‖ before truncation; ``error``:
+    ‖truncated part‖ / ``norm``."""
 
     path: str
     ranks: tuple[int, ...]
@@ -64,9 +65,9 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """The report of ``compose``; ``str(report)`` is readable text. ``verified``: every adapter has
-    a record with fingerprints of its base, so the result has one too. ``notes``: warnings for the
-    caller."""
+    """The result of ``compose``; ``str(report)`` is readable text. ``verified``: the record of
+    every adapter has fingerprints of its base, so the new adapter has them too. ``notes``: warnings
+    for the caller, one text each."""
 
     path: Path
     method: str
@@ -77,28 +78,28 @@ class ComposeReport:
 
     @property
     def error(self) -> float:
-        """‖truncated parts of all layers‖ / ‖the change of all layers‖."""
+        """‖truncated part‖ / ‖ΔW‖ over all layers, before truncation."""
         norm = math.hypot(*(layer.norm for layer in self.layers))
         return (
             math.hypot(*(layer.norm * layer.error for layer in self.layers)) / norm if norm else 0.0
         )
 
     def __str__(self) -> str:
-        ranks = rank_range(layer.rank for layer in self.layers)
-        adapters, layers = (
+        ranks_text = rank_range(layer.rank for layer in self.layers)
+        adapter_count, layer_count = (
             count_noun(len(self.weights), "adapter"),
             count_noun(len(self.layers), "layer"),
         )
-        worst, loss_text = (
+        worst_layer, loss_text = (
             max(self.layers, key=lambda layer: layer.error, default=None),
             ", nothing left out",
         )
-        if worst is not None and worst.error >= 1e-9:  # rounding in float64
+        if worst_layer is not None and worst_layer.error >= 1e-9:  # more than float64 rounding
             loss_text = (
-                f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst"
-                f" ({worst.path})"
+                f"; {self.error:.2%} of the change left out, {worst_layer.error:.2%} at worst"
+                f" ({worst_layer.path})"
             )
-        summary = f"{self.method} of {adapters}: {layers}, {ranks}{loss_text}"
+        summary = f"{self.method} of {adapter_count}: {layer_count}, {ranks_text}{loss_text}"
         return "\n".join([summary, *(f"note: {note}" for note in self.notes)])
 
 
@@ -123,72 +124,81 @@ def compose(
 
     Args:
         adapters: one or several folders, or results of ``veneer.adapter_files.read``.
-        weights: a number for each adapter; None means 1 each. 0 leaves the adapter out.
-        method: one of ``METHODS``; None is "svd" if a rank or an energy is given, else "sum".
-        rank: rank of the result, for every method but "sum"; capped at min(out, in) of each
-            weight. Without ``rank`` and ``energy`` the merge methods use the sum of the adapters'
-            ranks.
-        energy: instead of ``rank``: the share of ‖ΔW‖² to keep in each layer, in (0, 1].
-        density: the share of entries that ties, dare, dare_ties and prune keep of each ΔWᵢ, in (0,
-            1].
-        layers: pattern → a factor for the layers that it matches, or a factor for each adapter.
-            Patterns are those of ``LoraConfig``; the first that matches a layer counts.
-        base: a model, or its weights by path (a mapping, or a function that raises KeyError).
-            Needed for DoRA, and for parameters trained in full unless the weights of their
-            adapters add up to 1.
-        model: the model of the weights in ``base``, possibly on the meta device. Needed where a
-            shape does not determine the layout: square weights of GPT-2's Conv1D, stacks of square
-            matrices.
-        seed: seed of the entries that DARE drops. The result is deterministic given the seed.
+        weights: a factor wᵢ for each adapter; None: 1 for each. 0 leaf_names the adapter out.
+        method: one of ``METHODS``; None: "svd" if ``rank`` or ``energy`` is given, else "sum".
+        rank: the rank of each combined change, for every method but "sum"; at most min(out, in) of
+            the weight. Without ``rank`` and ``energy`` the merge methods use the sum of the
+            adapters' ranks.
+        energy: the share of ‖ΔW‖² to keep in each layer, in (0, 1], instead of ``rank``.
+        density: the share of the entries of each ΔWᵢ that ties, dare, dare_ties and prune keep,
+            in (0, 1].
+        layers: factors by pattern: one number for all adapters, or a number for each. A factor
+            multiplies the adapter's weight in the layers that the pattern matches. Patterns are as
+            in ``LoraConfig``; the first one that matches a layer counts.
+        base: a model, or its weights by path (a mapping, or a function that raises KeyError). It is
+            needed for DoRA adapters, and for parameters that are trained in full unless the weights
+            of their adapters add up to 1.
+        model: the model that the weights in ``base`` belong to, possibly on the meta device. It is
+            needed where the shape of a weight does not determine its layout: square weights of
+            GPT-2's Conv1D, stacks of square matrices.
+        seed: seed of the random choice of the entries that DARE drops.
 
     Raises:
-        ConfigError: an option cannot be used.
-        AdapterError: the adapters do not match each other, or the base is needed.
-        BaseMismatchError: the adapters have different bases, or ``base`` is not theirs.
-        OutputExistsError: the path exists and ``overwrite`` is False.
+        ConfigError: an option has an invalid value.
+        AdapterError: the adapters do not match each other, or ``base`` is missing and needed.
+        BaseMismatchError: the adapters have different bases, or ``base`` is another base.
+        OutputExistsError: ``out`` exists and ``overwrite`` is False.
     """
     if isinstance(base, str | Path):
         problem, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
         raise ConfigError(problem, "a model, or its weights by path", do)
     adapters = [adapters] if isinstance(adapters, str | Path | AdapterFiles) else list(adapters)
-    adapter_weights, layers = (
-        [1.0] * len(adapters) if weights is None else list(weights),
-        layers or {},
-    )
+    adapter_weights = [1.0] * len(adapters) if weights is None else list(weights)
+    layers = layers or {}
     options = check_options(
         len(adapters), adapter_weights, method, rank, energy, density, layers, seed
     )
     must_not_exist(Path(out), overwrite)
-    files = [
-        adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
-    ]
-    for file in files:
-        file.refuse_trained_tokens("a combination of adapters")
-        file.refuse_invocation_tokens("a combination of adapters")
-    used = [number for number, weight in enumerate(adapter_weights) if weight]
+    saved_adapters = _read_adapters(adapters)
     notes = [
-        f"{file.path} has weight 0 and is left out" for n, file in enumerate(files) if n not in used
+        f"{saved_adapter.path} has weight 0 and is left out"
+        for saved_adapter, weight in zip(saved_adapters, adapter_weights, strict=True)
+        if not weight
     ]
-    sources, base_weights = [files[number] for number in used], FrozenWeights(base, model)
-    merged_base(sources)  # check before any computation that the adapters share one base
+    used_indices = [index for index, weight in enumerate(adapter_weights) if weight]
+    source_weights = [adapter_weights[index] for index in used_indices]
+    sources = [saved_adapters[index] for index in used_indices]
+    merged_base(sources)  # raises early if the adapters have different bases
     notes += _unproven_notes(sources)
-    aligned_weights = align(sources, base_weights.order)
-    weigh = _layer_weights(
-        [adapter_weights[number] for number in used], used, layers, aligned_weights, sources
+    base_weights = FrozenWeights(base, model)
+    aligned_weights = align(sources, base_weights.parameter_order)
+    weigh_adapter = _weigh_by_layer(source_weights, used_indices, layers, aligned_weights, sources)
+    entries, reports, variant = _combine_changes(
+        aligned_weights, sources, weigh_adapter, options, base_weights
     )
-    low, reports, variant = _combine_changes(aligned_weights, sources, weigh, options, base_weights)
-    full = combine_full_params(sources, aligned_weights, weigh, options, base_weights)
+    params = combine_full_params(sources, aligned_weights, weigh_adapter, options, base_weights)
     provenance = {
-        "composed": _provenance(files, adapter_weights, options, layers),
+        "composed": _provenance(saved_adapters, adapter_weights, options, layers),
         **(provenance or {}),
     }
     path = write_derived(
-        out, sources, low, full, variant=variant, overwrite=overwrite, provenance=provenance
+        out, sources, entries, params, variant=variant, overwrite=overwrite, provenance=provenance
     )
     verified = all(source.record is not None for source in sources)
     return ComposeReport(
         path, options.method, tuple(adapter_weights), tuple(reports), verified, tuple(notes)
     )
+
+
+def _read_adapters(adapters: Sequence[str | Path | AdapterFiles]) -> list[AdapterFiles]:
+    """The files of ``adapters``. ``AdapterError``: an adapter has trained or invocation tokens."""
+    saved_adapters = [
+        adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
+    ]
+    for saved_adapter in saved_adapters:
+        saved_adapter.refuse_trained_tokens("a combination of adapters")
+        saved_adapter.refuse_invocation_tokens("a combination of adapters")
+    return saved_adapters
 
 
 def _provenance(
@@ -197,15 +207,15 @@ def _provenance(
     options: ComposeOptions,
     layers: LayerFactors,
 ) -> dict[str, Any]:
-    """The provenance in the record: for each adapter the name of its folder, the hash of its
-    record, and its weight; and the options."""
+    """The provenance that the record of the new adapter holds: the options, and for each adapter
+    the name of its folder, the hash of its record, and its weight."""
     adapter_entries = [
         {
-            "adapter": saved.path.name,
-            "record": saved.metadata.get("hashes", {}).get("record"),
+            "adapter": saved_adapter.path.name,
+            "record": saved_adapter.metadata.get("hashes", {}).get("record"),
             "weight": weight,
         }
-        for saved, weight in zip(adapters, weights, strict=True)
+        for saved_adapter, weight in zip(adapters, weights, strict=True)
     ]
     option_fields = {"rank": options.rank, "energy": options.energy}
     option_fields |= (
@@ -214,61 +224,65 @@ def _provenance(
         else {}
     )
     option_fields |= (
-        {"layers": {pattern: factor_list(factor) for pattern, factor in layers.items()}}
+        {"layers": {pattern: list_factors(factor) for pattern, factor in layers.items()}}
         if layers
         else {}
     )
     return {
         "method": options.method,
-        **{name: value for name, value in option_fields.items() if value is not None},
+        **{field: option for field, option in option_fields.items() if option is not None},
         "of": adapter_entries,
     }
 
 
 def _unproven_notes(sources: Sequence[AdapterFiles]) -> list[str]:
-    """Notes on adapters without a record, written by other libraries. ``AdapterError``: PEFT
-    applies the factors of another adapter in a different way than Veneer."""
-    foreign = [source for source in sources if source.record is None]
-    if not foreign:
+    """Notes on adapters without a record, which other libraries wrote. ``AdapterError``: PEFT and
+    Veneer disagree on the change of one of the adapters."""
+    unrecorded_sources = [source for source in sources if source.record is None]
+    if not unrecorded_sources:
         return []
     for source in sources:
         if peft.not_for_peft(source.peft_config) is not None:
             problem = (
-                f"{source.path}, which holds what PEFT applies otherwise, and {foreign[0].path}"
+                f"{source.path}, which holds what PEFT applies otherwise, and"
+                f" {unrecorded_sources[0].path}"
                 " without a record"
             )
             do = "load each on its model and save it with veneer.save first"
             raise AdapterError(problem, "adapters of Veneer's, or such as PEFT applies alike", do)
-    for source in foreign:
-        applied_products(source)  # raises if PEFT's behaviour is unknown
-    names = listing((str(source.path) for source in foreign), 3)
+    for source in unrecorded_sources:
+        applied_products(source)  # raises if it is unknown how PEFT applies a change
+    source_names = listing((str(source.path) for source in unrecorded_sources), 3)
     return [
-        f"{names}: no record of the base, so the result has none; only you can tell that the bases"
-        " are one"
+        f"{source_names}: no record of the base, so the result has none; only you can tell that the"
+        " bases are one"
     ]
 
 
-def _layer_weights(
+def _weigh_by_layer(
     weights: Sequence[float],
-    used: Sequence[int],
+    used_indices: Sequence[int],
     layers: LayerFactors,
     aligned_weights: Sequence[AlignedWeight],
     sources: Sequence[AdapterFiles],
-) -> Weigh:
-    """A function that returns the weight of an adapter in a layer: the adapter's weight times the
-    factor of the first pattern in ``layers`` that matches one of the layer's names. Each pattern
-    must match at least one layer."""
+) -> WeighAdapter:
+    """A function that returns the weight of an adapter in a layer: the adapter's weight, times the
+    factor of the first pattern in ``layers`` that matches a name of the layer. ``used_indices``:
+    the positions of the sources among all adapters. ``ConfigError``: a pattern matches no layer."""
     layer_names = [
-        name for aligned in aligned_weights for name in (aligned.model_path, aligned.weight) if name
+        name
+        for aligned_weight in aligned_weights
+        for name in (aligned_weight.model_path, aligned_weight.weight_path)
+        if name
     ]
     for source in sources:
         for path, tensors in source.full.items():
             module_path = peft_paths.strip_wrappers(path)[0]
             layer_names += [module_path, *(parameter_path(module_path, name) for name in tensors)]
-    rules, problems = [], []
+    rules, problems = [], []  # rules: (test of a name, factor of each source)
     for pattern, factor in layers.items():
         try:
-            test = path_test(pattern)
+            matches_name = path_test(pattern)
         except re.error as error:
             problems.append(
                 sentence(
@@ -278,89 +292,126 @@ def _layer_weights(
                 )
             )
             continue
-        if not any(map(test, layer_names)):
-            leaves = dict.fromkeys(
-                aligned.model_path.rpartition(".")[2] for aligned in aligned_weights
+        if not any(map(matches_name, layer_names)):
+            leaf_names = dict.fromkeys(
+                aligned_weight.model_path.rpartition(".")[2] for aligned_weight in aligned_weights
             )
-            suggestion = nearest(pattern, [*leaves, *layer_names])
+            suggestion = nearest(pattern, [*leaf_names, *layer_names])
             problem = f"layers pattern {pattern!r} matches no layer{suggestion}"
-            problems.append(sentence(problem, f"names such as {listing(leaves)}", "correct it"))
+            problems.append(sentence(problem, f"names such as {listing(leaf_names)}", "correct it"))
         rules.append(
-            (test, [float(factor if isinstance(factor, int | float) else factor[n]) for n in used])
+            (
+                matches_name,
+                [
+                    float(factor if isinstance(factor, int | float) else factor[index])
+                    for index in used_indices
+                ],
+            )
         )
     raise_all(ConfigError, "These layers cannot be weighed", problems)
 
-    def weigh(names: Sequence[str], number: int) -> float:
-        return weights[number] * next(
-            (factors[number] for test, factors in rules if any(map(test, names))), 1.0
+    def weigh_adapter(names: Sequence[str], source_index: int) -> float:
+        return weights[source_index] * next(
+            (
+                factors[source_index]
+                for matches_name, factors in rules
+                if any(map(matches_name, names))
+            ),
+            1.0,
         )
 
-    return weigh
+    return weigh_adapter
 
 
 def _combine_changes(
     aligned_weights: Sequence[AlignedWeight],
     sources: Sequence[AdapterFiles],
-    weigh: Weigh,
+    weigh_adapter: WeighAdapter,
     options: ComposeOptions,
     base_weights: FrozenWeights,
 ) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:
-    """(the combined changes by their path in the folder, a report of each weight, the variant)."""
-    tied: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
-    for aligned in aligned_weights:
-        if aligned.alias_of is not None:
-            tied[aligned.alias_of[0]].append(aligned)
-    weights: dict[str, dict[int, float]] = {}
-    for aligned in aligned_weights:
-        if aligned.alias_of is None:
-            names = [
-                name
-                for tied_weight in (aligned, *tied[aligned.model_path])
-                for name in (tied_weight.model_path, tied_weight.weight)
-                if name
-            ]
-            weights[aligned.model_path] = {
-                number: weight for number in aligned.layers if (weight := weigh(names, number))
-            }
-    changed = [aligned for aligned in aligned_weights if weights.get(aligned.model_path)]
-    extras = any(
-        aligned.layers[number].extras
-        for aligned in changed
-        for number in weights[aligned.model_path]
+    """(the combined changes by their path in the adapter folder, a report of each weight, the
+    variant of the new adapter)."""
+    aliases: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
+    for aligned_weight in aligned_weights:
+        if aligned_weight.alias_of is not None:
+            aliases[aligned_weight.alias_of[0]].append(aligned_weight)
+    weights_by_path = _source_weights(aligned_weights, aliases, weigh_adapter)
+    changed_weights = [
+        aligned_weight
+        for aligned_weight in aligned_weights
+        if weights_by_path.get(aligned_weight.model_path)
+    ]
+    has_magnitudes = any(
+        aligned_weight.layers[source_index].extras
+        for aligned_weight in changed_weights
+        for source_index in weights_by_path[aligned_weight.model_path]
     )
-    rescales = extras and options.method not in MERGE_METHODS
-    low, reports = {}, []
-    for aligned in changed:
+    is_dora = has_magnitudes and options.method not in MERGE_METHODS
+    combined_layers, reports = {}, []
+    for aligned_weight in changed_weights:
+        weights = weights_by_path[aligned_weight.model_path]
         blend, layer = _combine_change(
-            aligned, weights[aligned.model_path], sources, options, base_weights, rescales
+            aligned_weight, weights, sources, options, base_weights, is_dora
         )
-        low[aligned.entry_path] = layer
-        for alias in tied[aligned.model_path]:
+        combined_layers[aligned_weight.entry_path] = layer
+        for alias in aliases[aligned_weight.model_path]:
             alias_layer = alias.template.with_low(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
-            low[alias.entry_path] = alias_layer.with_magnitude(blend.magnitude)
-        ranks = tuple(aligned.layers[number].low.rank for number in weights[aligned.model_path])
-        error = blend.error / blend.norm if blend.norm else 0.0
-        reports.append(LayerReport(aligned.model_path, ranks, layer.rank, blend.norm, error))
-    ordered = {
-        aligned.entry_path: low[aligned.entry_path]
-        for aligned in aligned_weights
-        if aligned.entry_path in low
+            combined_layers[alias.entry_path] = alias_layer.with_magnitude(blend.magnitude)
+        reports.append(_report_layer(aligned_weight, weights, blend, layer.rank))
+    ordered_layers = {
+        aligned_weight.entry_path: combined_layers[aligned_weight.entry_path]
+        for aligned_weight in aligned_weights
+        if aligned_weight.entry_path in combined_layers
     }
-    return ordered, reports, "dora" if rescales else "lora"
+    return ordered_layers, reports, "dora" if is_dora else "lora"
+
+
+def _source_weights(
+    aligned_weights: Sequence[AlignedWeight],
+    aliases: Mapping[str, Sequence[AlignedWeight]],
+    weigh_adapter: WeighAdapter,
+) -> dict[str, dict[int, float]]:
+    """By path of a model weight and then by source index: the weight of the source, unless it is 0.
+    ``aliases``: the aliases of tied weights by the path of their first name."""
+    weights_by_path: dict[str, dict[int, float]] = {}
+    for aligned_weight in aligned_weights:
+        if aligned_weight.alias_of is None:
+            names = [
+                name
+                for tied_weight in (aligned_weight, *aliases.get(aligned_weight.model_path, ()))
+                for name in (tied_weight.model_path, tied_weight.weight_path)
+                if name
+            ]
+            weights_by_path[aligned_weight.model_path] = {
+                source_index: weight
+                for source_index in aligned_weight.layers
+                if (weight := weigh_adapter(names, source_index))
+            }
+    return weights_by_path
+
+
+def _report_layer(
+    aligned_weight: AlignedWeight, weights: Mapping[int, float], blend: Blend, rank: int
+) -> LayerReport:
+    ranks = tuple(aligned_weight.layers[source_index].low.rank for source_index in weights)
+    relative_error = blend.error / blend.norm if blend.norm else 0.0
+    return LayerReport(aligned_weight.model_path, ranks, rank, blend.norm, relative_error)
 
 
 def _combine_change(
-    aligned: AlignedWeight,
+    aligned_weight: AlignedWeight,
     weights: Mapping[int, float],
     sources: Sequence[AdapterFiles],
     options: ComposeOptions,
     base_weights: FrozenWeights,
-    rescales: bool,
+    is_dora: bool,
 ) -> tuple[Blend, peft.PeftLayer]:
-    """The combined change of one weight, and its entry in the folder."""
-    layers = [aligned.layers[number] for number in weights]
+    """(the combined change of one weight, its entry in the adapter folder). ``weights``: the weight
+    of each source by its index; ``is_dora``: whether the new adapter is a DoRA adapter."""
+    layers = [aligned_weight.layers[source_index] for source_index in weights]
     dtype = (
         torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
     )
@@ -368,39 +419,45 @@ def _combine_change(
     if (
         options.method == "sum"
         and list(weights.values()) == [1.0]
-        and (magnitudes[0] is not None or not rescales)
+        and (magnitudes[0] is not None or not is_dora)
     ):
-        # one unscaled change needs no base; PEFT stores some variants at a higher rank than
-        # needed, hence compact()
-        low = layers[0].low.compact().to(dtype)
-        return Blend(low, magnitudes[0], low.norm(), 0.0), layers[0].with_low(low).with_magnitude(
-            magnitudes[0]
-        )
-    base_weight = None
-    if rescales or any(magnitude is not None for magnitude in magnitudes):
+        # A single change with weight 1 needs no base. PEFT stores some variants at a higher rank
+        # than they need; compact() lowers the rank.
+        low_rank = layers[0].low.compact().to(dtype)
+        entry = layers[0].with_low(low_rank).with_magnitude(magnitudes[0])
+        return Blend(low_rank, magnitudes[0], low_rank.norm(), 0.0), entry
+    frozen_weight = None
+    if is_dora or any(magnitude is not None for magnitude in magnitudes):
         if base_weights.source is None:
             problem = (
                 "DoRA, which rescales the rows of base and change together (at"
-                f" {aligned.model_path!r}), without the base"
+                f" {aligned_weight.model_path!r}), without the base"
             )
             raise AdapterError(
                 problem, "the base's weights", "pass base= (--base on the command line)"
             )
-        base_weight = base_weights.proven_weight(aligned, [sources[number] for number in weights])
-    swapped = base_weight is not None and base_weight.swapped
+        frozen_weight = base_weights.proven_weight(
+            aligned_weight, [sources[source_index] for source_index in weights]
+        )
+    is_transposed = frozen_weight is not None and frozen_weight.is_transposed
     terms = [
-        Term(layer.low.T if swapped else layer.low, magnitude, weight)
+        Term(layer.low.T if is_transposed else layer.low, magnitude, weight)
         for layer, magnitude, weight in zip(layers, magnitudes, weights.values(), strict=True)
     ]
     if options.method in MERGE_METHODS:
         blend = merge_by_method(
-            terms, options, None if base_weight is None else base_weight.weight, aligned.model_path
+            terms,
+            options,
+            None if frozen_weight is None else frozen_weight.weight,
+            aligned_weight.model_path,
         )
-    elif base_weight is not None:
-        blend = sum_with_magnitudes(terms, options, base_weight.weight, aligned.model_path, dtype)
+    elif frozen_weight is not None:
+        blend = sum_with_magnitudes(
+            terms, options, frozen_weight.weight, aligned_weight.model_path, dtype
+        )
     else:
         blend = reduce_rank(
-            LowRank.sum([term.low for term in terms], [term.weight for term in terms]), options
+            LowRank.sum([term.low_rank for term in terms], [term.weight for term in terms]), options
         )
-    low = (blend.low.T if swapped else blend.low).to(dtype)
-    return blend, layers[0].with_low(low).with_magnitude(blend.magnitude)
+    low_rank = (blend.low_rank.T if is_transposed else blend.low_rank).to(dtype)
+    return blend, layers[0].with_low(low_rank).with_magnitude(blend.magnitude)

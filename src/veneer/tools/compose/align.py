@@ -1,10 +1,11 @@
-"""Align several adapters: find which of their changes apply to the same weight.
+"""Align several adapters: find which of their changes belong to the same weight of the model.
 
-    align(saved adapters) -> an AlignedWeight for each weight that any of the adapters changes
+    align(saved_adapters) -> [AlignedWeight], one for each weight that any of the adapters changes
 
-Changes are matched by ``PeftLayer.target_path``, the module path without PEFT's wrappers. A folder
-has an entry for each name of a tied weight; the record lists the first name. The other entries are
-its aliases: the same product, transposed if the module uses the transposed weight.
+Changes are matched by ``PeftLayer.target_path``, the module path without PEFT's wrappers. If a
+weight is tied, the folder has an entry for each of its names, and the record lists the first name
+only. The entries of the other names are called aliases here. An alias holds the same change as the
+first entry, transposed if its module uses the transposed weight.
 """
 
 from __future__ import annotations
@@ -23,86 +24,96 @@ from veneer.lowrank import LowRank
 
 @dataclass(frozen=True)
 class AlignedWeight:
-    """One weight with the changes of all adapters."""
+    """One weight, with its change in each adapter that changes it."""
 
-    model_path: str  # path of its module, or of the parameter (``PeftLayer.target_path``)
-    entry_path: str  # path in an adapter folder with all the changes
-    parameter: bool  # whether the entry names the parameter, not its module
-    weight: str | None  # the path of the weight, if a record has it
-    # the change by the number of the adapter
+    model_path: str  # ``PeftLayer.target_path``: the path of its module or of the parameter
+    entry_path: str  # the path of the change in a folder that holds the changes of all adapters
+    is_parameter: bool  # whether the paths name the parameter rather than its module
+    weight_path: str | None  # the path of the weight; None if no adapter's record has it
+    # the change in each adapter, by the adapter's index
     layers: Mapping[int, peft.PeftLayer]
-    # (model path, transposed) of the weight that it is tied to, if that weight comes first
+    # for an alias: (model path of the first name, whether the alias is transposed)
     alias_of: tuple[str, bool] | None = None
 
     @property
     def template(self) -> peft.PeftLayer:
-        """One of the changes, for its shapes and suffixes."""
+        """One of the changes; shapes and suffixes are equal in all of them."""
         return next(iter(self.layers.values()))
 
 
-#: (path of a module) -> names of its parameters in the order of the model
+#: maps the path of a module to the names of its parameters, in the order of the model
 ParameterOrder = Callable[[str], Sequence[str]]
-#: (path in the adapter folder, change) by model path and number of the adapter
+#: (path in the adapter folder, change), by model path and then by adapter index
 ChangesByPath = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]
 
 
 def align(
-    saved_adapters: Sequence[AdapterFiles], order: ParameterOrder | None = None
+    saved_adapters: Sequence[AdapterFiles], parameter_order: ParameterOrder | None = None
 ) -> list[AlignedWeight]:
-    """The weights that these adapters change, in the order of the first adapter.
+    """The weights that these adapters change: first those of the first adapter, in its order.
 
     Raises:
-        AdapterError: shapes differ, a weight is tied in one adapter only, one adapter changes a
-            module and another its parameter, or the order of a module's parameters is unknown. The
-            error lists every problem.
+        AdapterError: changes of one weight have different shapes, a weight is tied in one adapter
+            and not in another, one adapter changes a module and another its parameter, or the order
+            of a module's parameters is unknown. The error lists every problem.
     """
     problems: list[str] = []
     changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
-    for number, saved in enumerate(saved_adapters):
-        for path, layer in saved.low.items():
-            changes.setdefault(layer.target_path, {})[number] = path, layer
-    parameters = {
+    for adapter_index, saved_adapter in enumerate(saved_adapters):
+        for path, layer in saved_adapter.low.items():
+            changes.setdefault(layer.target_path, {})[adapter_index] = path, layer
+    parameter_paths = {
         model_path
         for model_path, entries in changes.items()
         if any(peft.of_parameter(*entry) for entry in entries.values())
     }
-    problems += _mismatch_problems(saved_adapters, changes, parameters)
-    weights, aliases = _find_weights_and_aliases(saved_adapters, problems)
-    paths = _entry_paths(changes, parameters, order, problems)
+    problems += _mismatch_problems(saved_adapters, changes, parameter_paths)
+    weight_paths, aliases = _find_weights_and_aliases(saved_adapters, problems)
+    entry_paths = _entry_paths(changes, parameter_paths, parameter_order, problems)
     raise_all(AdapterError, "These adapters cannot be put side by side", problems)
     return [
         AlignedWeight(
             model_path,
-            paths[model_path],
-            model_path in parameters,
-            weights.get(model_path),
-            {number: layer for number, (_, layer) in changes[model_path].items()},
+            entry_paths[model_path],
+            model_path in parameter_paths,
+            weight_paths.get(model_path),
+            {index: layer for index, (_, layer) in changes[model_path].items()},
             aliases.get(model_path),
         )
-        for model_path in paths
+        for model_path in entry_paths
     ]
 
 
 def _mismatch_problems(
-    saved_adapters: Sequence[AdapterFiles], changes: ChangesByPath, parameters: set[str]
+    saved_adapters: Sequence[AdapterFiles], changes: ChangesByPath, parameter_paths: set[str]
 ) -> Iterator[str]:
-    """Problems with changes under one model path that cannot apply to one weight."""
+    """Problems of model paths where the adapters' changes cannot belong to one weight."""
     for model_path, entries in changes.items():
-        shapes: dict[tuple, int] = {}
-        for number, (path, layer) in entries.items():
-            form = layer.suffixes, peft.of_parameter(path, layer), layer.dims, layer.A.shape[1:]
-            shapes.setdefault(form, number)
-        if len(shapes) > 1:
-            sizes = [(form[2], saved_adapters[number].path) for form, number in shapes.items()]
-            descriptions = [f"(groups, out, in) = {dims} in {path}" for dims, path in sizes]
+        index_by_shape: dict[tuple, int] = {}
+        for adapter_index, (path, layer) in entries.items():
+            shape_key = (
+                layer.suffixes,
+                peft.of_parameter(path, layer),
+                layer.dims,
+                layer.A.shape[1:],
+            )
+            index_by_shape.setdefault(shape_key, adapter_index)
+        if len(index_by_shape) > 1:
+            dims_and_folders = [
+                (shape_key[2], saved_adapters[index].path)
+                for shape_key, index in index_by_shape.items()
+            ]
+            descriptions = [
+                f"(groups, out, in) = {dims} in {folder}" for dims, folder in dims_and_folders
+            ]
             yield sentence(
                 f"changes of {model_path!r} of {listing(descriptions, 3)}",
                 "changes of one weight",
                 "leave one of them out",
             )
-    for model_path in parameters:
+    for model_path in parameter_paths:
         module_path = model_path.rpartition(".")[0]
-        if module_path in changes and module_path not in parameters:
+        if module_path in changes and module_path not in parameter_paths:
             problem = (
                 f"a change of the module {module_path!r} in one adapter and of its parameter"
                 f" {model_path!r} in another"
@@ -117,21 +128,23 @@ def _mismatch_problems(
 def _find_weights_and_aliases(
     saved_adapters: Sequence[AdapterFiles], problems: list[str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, bool]]]:
-    """(the path of each recorded weight, the alias of each tied one), by model path."""
-    weights: dict[str, str] = {}
+    """(the path of each weight that a record lists, the first name of each alias and whether the
+    alias is transposed), both by model path."""
+    weight_paths: dict[str, str] = {}
     candidates: dict[str, dict[tuple[str, bool], None]] = {}
     layers_by_path = [
-        {layer.target_path: layer for layer in saved.low.values()} for saved in saved_adapters
+        {layer.target_path: layer for layer in saved_adapter.low.values()}
+        for saved_adapter in saved_adapters
     ]
-    for saved, layers in zip(saved_adapters, layers_by_path, strict=True):
-        # the weights in the record by model path
+    for saved_adapter, layers in zip(saved_adapters, layers_by_path, strict=True):
+        # the paths of the weights in the record, by model path
         recorded_weights = {
-            weight if weight in layers else weight.rpartition(".")[0]: weight
-            for weight in saved.metadata.get("changes", {})
+            path if path in layers else path.rpartition(".")[0]: path
+            for path in saved_adapter.metadata.get("changes", {})
         }
-        weights |= recorded_weights
+        weight_paths |= recorded_weights
         for model_path in (
-            layers.keys() - recorded_weights.keys() if saved.record is not None else ()
+            layers.keys() - recorded_weights.keys() if saved_adapter.record is not None else ()
         ):
             ties = {
                 (tied_path, transposed): None
@@ -146,9 +159,10 @@ def _find_weights_and_aliases(
             }
     aliases: dict[str, tuple[str, bool]] = {}
     for model_path, ties in candidates.items():
-        # if several match, their changes are equal in every adapter, so any of them will do
+        # Several first names can match. Their changes are then equal in every adapter, so the
+        # choice makes no difference.
         for tied_path, transposed in ties:
-            # every adapter must change both weights by one product, or neither
+            # every adapter must change both weights equally, or neither
             pairs = [(layers.get(model_path), layers.get(tied_path)) for layers in layers_by_path]
             if all(transposed in _tie_orientations(a, b) if a and b else a is b for a, b in pairs):
                 aliases[model_path] = tied_path, transposed
@@ -159,41 +173,51 @@ def _find_weights_and_aliases(
                 " another"
             )
             problems.append(sentence(problem, "adapters of one model", "leave one of them out"))
-    return weights, aliases
+    return weight_paths, aliases
 
 
-def _tie_orientations(first: peft.PeftLayer, second: peft.PeftLayer) -> Iterator[bool]:
+def _tie_orientations(first_layer: peft.PeftLayer, second_layer: peft.PeftLayer) -> Iterator[bool]:
+    """Whether ``second_layer`` must be transposed to equal ``first_layer``: False, True, both, or
+    nothing if the changes differ."""
     for transposed in (False, True):
-        low = second.low.T if transposed else second.low
+        second_low_rank = second_layer.low.T if transposed else second_layer.low
         if (
-            first.scale == second.scale
-            and torch.equal(first.low.A, low.A)
-            and torch.equal(first.low.B, low.B)
+            first_layer.scale == second_layer.scale
+            and torch.equal(first_layer.low.A, second_low_rank.A)
+            and torch.equal(first_layer.low.B, second_low_rank.B)
         ):
             yield transposed
 
 
 def _entry_paths(
-    changes: ChangesByPath, parameters: set[str], order: ParameterOrder | None, problems: list[str]
+    changes: ChangesByPath,
+    parameter_paths: set[str],
+    parameter_order: ParameterOrder | None,
+    problems: list[str],
 ) -> dict[str, str]:
-    """The path of each change in a folder that holds all changes, with PEFT's wrappers of
-    modules."""
+    """The path of each change in a folder that holds the changes of all adapters, by model path. It
+    includes the names of the modules that PEFT wraps around an adapted module."""
     parameters_by_module: dict[str, list[str]] = {}
-    for model_path in filter(parameters.__contains__, changes):
+    for model_path in filter(parameter_paths.__contains__, changes):
         parameters_by_module.setdefault(model_path.rpartition(".")[0], []).append(model_path)
     wrapper_counts = {
-        module: len(parameter_paths) for module, parameter_paths in parameters_by_module.items()
+        module_path: len(module_parameters)
+        for module_path, module_parameters in parameters_by_module.items()
     }
-    paths: dict[str, str] = {}
+    entry_paths: dict[str, str] = {}
     for model_path, entries in changes.items():
         module_path, _, leaf_name = model_path.rpartition(".")
-        if model_path in parameters:
-            ordered = _order_parameters(
-                module_path, parameters_by_module.pop(module_path, []), changes, order, problems
+        if model_path in parameter_paths:
+            ordered_parameters = _order_parameters(
+                module_path,
+                parameters_by_module.pop(module_path, []),
+                changes,
+                parameter_order,
+                problems,
             )
-            for number, parameter in enumerate(ordered, 1):
-                wrappers = ["base_layer"] * (len(ordered) - number)
-                paths[parameter] = ".".join(
+            for position, parameter in enumerate(ordered_parameters, 1):
+                wrappers = ["base_layer"] * (len(ordered_parameters) - position)
+                entry_paths[parameter] = ".".join(
                     [
                         *(
                             [peft_paths.add_wrappers(module_path, wrapper_counts)]
@@ -205,59 +229,65 @@ def _entry_paths(
                 )
         elif any(peft.attention_of(path) is not None for path, _ in entries.values()):
             path = peft_paths.add_wrappers(model_path, wrapper_counts)
-            paths[model_path] = f"{path.removesuffix(leaf_name)}base_layer.{leaf_name}"
+            entry_paths[model_path] = f"{path.removesuffix(leaf_name)}base_layer.{leaf_name}"
         else:
-            paths[model_path] = peft_paths.add_wrappers(model_path, wrapper_counts)
-    return paths
+            entry_paths[model_path] = peft_paths.add_wrappers(model_path, wrapper_counts)
+    return entry_paths
 
 
 def _order_parameters(
-    module: str,
+    module_path: str,
     parameter_paths: list[str],
     changes: ChangesByPath,
-    order: ParameterOrder | None,
+    parameter_order: ParameterOrder | None,
     problems: list[str],
 ) -> list[str]:
-    """The parameters of one module in the order of the model, in which PEFT wraps them. Without a
+    """Sort the parameters of one module as in the model; PEFT wraps them in this order. Without a
     model the order follows from the nesting in a folder: the first parameter is nested deepest."""
     if len(parameter_paths) < 2:
         return parameter_paths
-    if order is not None:
+    if parameter_order is not None:
         return sorted(
-            parameter_paths, key=[parameter_path(module, name) for name in order(module)].index
+            parameter_paths,
+            key=[parameter_path(module_path, name) for name in parameter_order(module_path)].index,
         )
-    for number in {number for path in parameter_paths for number in changes[path]}:
+    for adapter_index in {index for path in parameter_paths for index in changes[path]}:
         depths = {
-            path: peft_paths.strip_wrappers(changes[path][number][0])[1]
+            path: peft_paths.strip_wrappers(changes[path][adapter_index][0])[1]
             for path in parameter_paths
-            if number in changes[path]
+            if adapter_index in changes[path]
         }
         if len(depths) == len(parameter_paths):
             return sorted(parameter_paths, key=lambda path: -depths[path])
     problem = (
-        f"parameters of {module!r} ({listing(parameter_paths)}) that no one adapter changes all of"
+        f"parameters of {module_path!r} ({listing(parameter_paths)}) that no one adapter changes"
+        " all of"
     )
     expected = "their order in the model, in which PEFT nests them"
     problems.append(sentence(problem, expected, "pass the model (--base on the command line)"))
     return parameter_paths
 
 
-def applied_products(saved: AdapterFiles) -> dict[str, LowRank]:
-    """The product of each change by model path, scaled as the library that wrote it applies it:
-    PEFT adds the change of an attention's out-projection ``peft_behaviour.OUT_PROJ_REPEATS`` times.
+def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
+    """The low-rank product of each change by model path, scaled as the library that wrote the
+    folder applies it: PEFT adds the change of an attention's out-projection
+    ``peft_behaviour.OUT_PROJ_REPEATS`` times.
 
     Raises:
-        AdapterError: the behaviour of that PEFT version is unknown.
+        AdapterError: it is unknown how the PEFT version that wrote the folder applies a change.
     """
     products = {}
-    for path, layer in saved.low.items():
-        twice = saved.record is None and peft_paths.attention_of(path) is not None
-        if twice and (reason := peft_behaviour.out_proj_problem(saved.peft_config)) is not None:
-            problem = f"a change of {layer.target_path!r} in {saved.path}: {reason}"
+    for path, layer in saved_adapter.low.items():
+        is_repeated = saved_adapter.record is None and peft_paths.attention_of(path) is not None
+        if (
+            is_repeated
+            and (reason := peft_behaviour.out_proj_problem(saved_adapter.peft_config)) is not None
+        ):
+            problem = f"a change of {layer.target_path!r} in {saved_adapter.path}: {reason}"
             raise AdapterError(problem, "a known meaning", "use PEFT for it")
         products[layer.target_path] = (
             replace(layer.low, scale=layer.scale * peft_behaviour.OUT_PROJ_REPEATS)
-            if twice
+            if is_repeated
             else layer.low
         )
     return products

@@ -1,11 +1,11 @@
 """Read the frozen weights that an adapter changes, as [g, out, in], from a model or from tensors by
-name.
+path. g: groups of a convolution or matrices of a stack, else 1.
 
-    frozen_weights.frozen_weight(aligned, config)  ->  FrozenWeight(weight [g, out, in], swapped)
+    frozen_weights.frozen_weight(aligned_weight, config)  ->  FrozenWeight
 
-With a model, the layer determines the layout of its weight. Without one, the shapes of the weight,
-A and B nearly always do. If they do not (a square matrix fits either orientation), an error asks
-for the model.
+With a model, the class of the layer determines the layout of its weight. Without a model, the
+shapes of the weight, A and B nearly always determine it. If they do not (a square matrix may be
+transposed or not), an error asks for the model.
 """
 
 from __future__ import annotations
@@ -30,32 +30,33 @@ from veneer.layers.parameter import swapped_stack, without_unit_axes
 from veneer.models.base_weights import BaseWeights, open_base_weights
 from veneer.tools.compose.align import AlignedWeight, ParameterOrder
 
-#: the source of base weights: a model, or dense tensors by path
+#: where base weights come from: a model, or dense tensors by path
 Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
 class FrozenWeight(NamedTuple):
-    """A frozen weight [g, out, in] in its stored dtype. ``swapped``: the adapter folder stores the
-    transposed change. ``dense``: the weight in its stored shape, for its fingerprint."""
+    """``weight``: a frozen weight [g, out, in] in its stored dtype. ``is_transposed``: whether the
+    change in the adapter folder is transposed against ``weight``. ``dense_weight``: the weight in
+    its stored shape, for its fingerprint."""
 
     weight: Tensor
-    swapped: bool
-    dense: Tensor
+    is_transposed: bool
+    dense_weight: Tensor
 
 
 @dataclass(frozen=True)
 class FrozenWeights:
     """Base weights by path. ``source``: a model, a mapping, a function that raises KeyError for an
-    unknown path, or None (no base). ``structure``: the model of those tensors, possibly on the meta
-    device."""
+    unknown path, or None if there is no base. ``structure``: the model that the tensors of
+    ``source`` belong to, possibly on the meta device; None if it is unknown or ``source``."""
 
     source: Source | None
     structure: nn.Module | None = None
 
     @cached_property
     def names(self) -> Names | None:
-        """The modules by path; None without a model. ``AdapterError``: an adapter is merged into
-        the model."""
+        """The modules of the base by path; None without a model. ``AdapterError``: an adapter is
+        merged into the model's weights."""
         model = self.source if isinstance(self.source, nn.Module) else self.structure
         attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
         if attached is not None and attached.merged is not None:
@@ -66,13 +67,13 @@ class FrozenWeights:
         return None if model is None else Names(unwrap(model))
 
     @property
-    def order(self) -> ParameterOrder | None:
-        """The order of the parameters of each module; None without a model."""
+    def parameter_order(self) -> ParameterOrder | None:
+        """A function that lists the parameter names of a module in order; None without a model."""
         names = self.names
         return (
             None
             if names is None
-            else lambda module: own_parameters(names.modules[names.canonical[module]])
+            else lambda path: own_parameters(names.modules[names.canonical[path]])
         )
 
     @cached_property
@@ -80,8 +81,8 @@ class FrozenWeights:
         return None if self.source is None else open_base_weights(self.source)
 
     def get(self, path: str) -> Tensor | None:
-        """The dense parameter or buffer at ``path`` on the CPU, or None. ``AdapterError``: it is on
-        the meta device."""
+        """The dense parameter or buffer at ``path`` on the CPU; None if the base lacks it.
+        ``AdapterError``: it is on the meta device."""
         if isinstance(self.source, nn.Module) and self.names is None:
             return None
         weight = None if self._reader is None else self._reader.get(path)
@@ -92,18 +93,20 @@ class FrozenWeights:
             )
         return None if tensor is None else tensor.detach().cpu()
 
-    def frozen_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> FrozenWeight:
-        """The weight that these changes apply to. ``config``: the PEFT config of one of the
+    def frozen_weight(
+        self, aligned_weight: AlignedWeight, config: Mapping[str, Any]
+    ) -> FrozenWeight:
+        """The weight that the changes apply to. ``config``: the PEFT config of one of the
         adapters. ``AdapterError``: the base lacks the weight, or its layout is ambiguous."""
-        path = aligned.weight
+        path = aligned_weight.weight_path
         if (
             path is None
             and self.names is not None
-            and (ref := ref_at(self.names, aligned.entry_path, config)) is not None
+            and (ref := ref_at(self.names, aligned_weight.entry_path, config)) is not None
         ):
             path = parameter_path(*ref)
-        model_path = aligned.model_path
-        paths = (
+        model_path = aligned_weight.model_path
+        candidate_paths = (
             [path]
             if path
             else [
@@ -112,111 +115,130 @@ class FrozenWeights:
                 parameter_path(model_path, "in_proj_weight"),
             ]
         )
-        path, dense = next(
-            ((p, tensor) for p in paths if (tensor := self.get(p)) is not None), ("", None)
+        path, dense_weight = next(
+            (
+                (candidate, tensor)
+                for candidate in candidate_paths
+                if (tensor := self.get(candidate)) is not None
+            ),
+            ("", None),
         )
-        if dense is None:
-            problem = f"no {' or '.join(map(repr, paths))} in the base"
+        if dense_weight is None:
+            problem = f"no {' or '.join(map(repr, candidate_paths))} in the base"
             raise AdapterError(
                 problem, "the weight that the adapters change", "pass the base that they are of"
             )
-        if not dense.is_floating_point():
-            problem = f"{path!r} of {dense.dtype}"
+        if not dense_weight.is_floating_point():
+            problem = f"{path!r} of {dense_weight.dtype}"
             raise AdapterError(problem, "a storage that Veneer knows", "load it dense")
         if self.names is not None:
-            above, _, name = path.rpartition(".")
-            module = self.names.modules[self.names.canonical[above]]
+            module_path, _, name = path.rpartition(".")
+            module = self.names.modules[self.names.canonical[module_path]]
             kind = kind_for(module, name)
-            peft_form = LAYERS[GENERAL] if aligned.parameter else kind
-            swapped = peft_form.name == GENERAL and swapped_stack(module, dense.shape)
-            swapped = swapped != (peft_form.out_axis != kind.out_axis)
-            weight = kind.unfold(dense, kind.dims(module, dense.shape))
+            peft_kind = LAYERS[GENERAL] if aligned_weight.is_parameter else kind
+            is_transposed = peft_kind.name == GENERAL and swapped_stack(module, dense_weight.shape)
+            is_transposed = is_transposed != (peft_kind.out_axis != kind.out_axis)
+            weight = kind.unfold(dense_weight, kind.dims(module, dense_weight.shape))
         else:
-            # a folder with changes of parameters may have transposed layers without saying so: see
-            # peft_mapping
-            transposed = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
-            weight, swapped = _weight_by_shape(path, dense, aligned, transposed)
-        groups, out, in_ = aligned.template.dims
-        if weight.shape != ((groups, in_, out) if swapped else (groups, out, in_)):
-            problem = f"{path!r} of shape {tuple(dense.shape)} in the base"
+            # A folder with changes of parameters may have transposed layers without
+            # "fan_in_fan_out" in its config (see peft_mapping.py).
+            may_be_transposed = bool(
+                config.get("fan_in_fan_out") or config.get("target_parameters")
+            )
+            weight, is_transposed = _weight_by_shape(
+                path, dense_weight, aligned_weight, may_be_transposed
+            )
+        groups, out, in_ = aligned_weight.template.dims
+        if weight.shape != ((groups, in_, out) if is_transposed else (groups, out, in_)):
+            problem = f"{path!r} of shape {tuple(dense_weight.shape)} in the base"
             expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
             raise AdapterError(problem, expected, "pass the base that the adapters are of")
-        return FrozenWeight(weight, swapped, dense)
+        return FrozenWeight(weight, is_transposed, dense_weight)
 
     def proven_weight(
-        self, aligned: AlignedWeight, sources: Sequence[AdapterFiles]
+        self, aligned_weight: AlignedWeight, sources: Sequence[AdapterFiles]
     ) -> FrozenWeight:
-        """As ``frozen_weight``, after a check against the fingerprints in the adapters' records.
-        ``BaseMismatchError``: an adapter was trained on another weight."""
-        frozen = self.frozen_weight(aligned, sources[0].peft_config)
-        actual = None
+        """``frozen_weight``, checked against the fingerprints in the adapters' records.
+        ``BaseMismatchError``: an adapter was trained on another value of the weight."""
+        frozen_weight = self.frozen_weight(aligned_weight, sources[0].peft_config)
+        actual_fingerprint = None
         for source in sources:
-            expected = source.metadata.get("base", {}).get("weights", {}).get(aligned.weight)
-            actual = actual or (None if expected is None else fingerprint(frozen.dense, expected))
-            if actual != expected and expected is not None:
+            expected_fingerprint = (
+                source.metadata.get("base", {}).get("weights", {}).get(aligned_weight.weight_path)
+            )
+            if expected_fingerprint is None:
+                continue
+            actual_fingerprint = actual_fingerprint or fingerprint(
+                frozen_weight.dense_weight, expected_fingerprint
+            )
+            if actual_fingerprint != expected_fingerprint:
                 problem = (
-                    f"another weight {aligned.weight!r} in the base than {source.path} was made for"
+                    f"another weight {aligned_weight.weight_path!r} in the base than {source.path}"
+                    " was made for"
                 )
                 raise BaseMismatchError(problem, "the base of the adapters", "pass that base")
-        return frozen
+        return frozen_weight
 
 
 def _weight_by_shape(
-    path: str, dense: Tensor, aligned: AlignedWeight, transposed: bool
+    path: str, dense_weight: Tensor, aligned_weight: AlignedWeight, may_be_transposed: bool
 ) -> tuple[Tensor, bool]:
-    layouts = dict(_possible_layouts(dense, aligned))
-    # a square matrix, and no layer of this adapter is transposed
-    if len(layouts) == 2 and dense.dim() == 2 and not transposed:
+    """(the weight as [g, out, in], whether the change in the folder is transposed), from shapes
+    alone. ``AdapterError``: no layout fits the shapes, or several do."""
+    layouts = dict(_possible_layouts(dense_weight, aligned_weight))
+    # two layouts fit a square matrix; the config says that no layer is transposed
+    if len(layouts) == 2 and dense_weight.dim() == 2 and not may_be_transposed:
         del layouts["transposed"]
-    first = next(iter(layouts.values()), None)
-    if first is None or not all(
-        s == first[1] and torch.equal(w, first[0]) for w, s in layouts.values()
+    first_layout = next(iter(layouts.values()), None)
+    if first_layout is None or not all(
+        is_transposed == first_layout[1] and torch.equal(weight, first_layout[0])
+        for weight, is_transposed in layouts.values()
     ):
         layout_text = (
             f"which may be {listing(layouts)}" if layouts else "whose shape fits no kind of layer"
         )
         problem = (
-            f"{path!r} of shape {tuple(dense.shape)} with a change of A"
-            f" {tuple(aligned.template.A.shape)}, {layout_text}"
+            f"{path!r} of shape {tuple(dense_weight.shape)} with a change of A"
+            f" {tuple(aligned_weight.template.A.shape)}, {layout_text}"
         )
         raise AdapterError(
             problem, "a weight of which it can be told how it is used", "pass model= too"
         )
-    return first
+    return first_layout
 
 
 def _possible_layouts(
-    dense: Tensor, aligned: AlignedWeight
+    dense_weight: Tensor, aligned_weight: AlignedWeight
 ) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
-    """(name of the layout, (weight as [g, out, in], swapped)) for each layer kind that fits the
-    shapes of the weight and of its change."""
-    layer, sizes = aligned.template, without_unit_axes(dense.shape)
+    """(name of the layout, (weight as [g, out, in], whether the change in the folder is
+    transposed)) for each layer kind that fits the shapes of the weight and of its change."""
+    layer, shape = aligned_weight.template, without_unit_axes(dense_weight.shape)
     groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:
-        if dense.shape == (in_, out):
-            yield "embedding", (dense.mT[None], False)
+        if dense_weight.shape == (in_, out):
+            yield "embedding", (dense_weight.mT[None], False)
         return
     if layer.A.dim() > 2:
         if (
-            dense.dim() == layer.A.dim()
-            and dense.shape[0] == groups * out
-            and dense.numel() == groups * out * in_
+            dense_weight.dim() == layer.A.dim()
+            and dense_weight.shape[0] == groups * out
+            and dense_weight.numel() == groups * out * in_
         ):
-            yield "convolution", (dense.reshape(groups, out, in_), False)
+            yield "convolution", (dense_weight.reshape(groups, out, in_), False)
         return
-    if dense.numel() != groups * out * in_:
+    if dense_weight.numel() != groups * out * in_:
         return
-    if (sizes[0] == out and groups == 1) or sizes == (groups, out, in_):
-        yield "plain", (dense.reshape(groups, out, in_), False)
-    if dense.shape == (in_, out) and groups == 1 and not aligned.parameter:
-        yield "transposed", (dense.mT[None], False)
-    if sizes == (groups, in_, out):
-        yield "stack of transposed matrices", (dense.reshape(groups, in_, out), True)
+    if (shape[0] == out and groups == 1) or shape == (groups, out, in_):
+        yield "plain", (dense_weight.reshape(groups, out, in_), False)
+    if dense_weight.shape == (in_, out) and groups == 1 and not aligned_weight.is_parameter:
+        yield "transposed", (dense_weight.mT[None], False)
+    if shape == (groups, in_, out):
+        yield "stack of transposed matrices", (dense_weight.reshape(groups, in_, out), True)
     if (
-        dense.dim() > 2
-        and dense.shape[1] == out
-        and dense.shape[0] % groups == 0
-        and not aligned.parameter
+        dense_weight.dim() > 2
+        and dense_weight.shape[1] == out
+        and dense_weight.shape[0] % groups == 0
+        and not aligned_weight.is_parameter
     ):
-        blocks = dense.reshape(groups, dense.shape[0] // groups, out, -1)
+        blocks = dense_weight.reshape(groups, dense_weight.shape[0] // groups, out, -1)
         yield "transposed convolution", (blocks.transpose(1, 2).reshape(groups, out, in_), False)

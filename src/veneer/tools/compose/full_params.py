@@ -1,7 +1,7 @@
-"""Combine parameters that several adapters train in full: P = P₀ + Σ wᵢ (Pᵢ − P₀), P₀ the base's.
+"""Combine parameters that several adapters train in full: P = P₀ + Σ wᵢ (Pᵢ − P₀).
 
-If the weights of the adapters with a parameter add up to 1, P₀ cancels and no base is needed. The
-merge methods (such as TIES) treat Pᵢ − P₀ like ΔWᵢ.
+P₀ is the base's value, Pᵢ that of adapter i, wᵢ the weight of adapter i. If the wᵢ add up to 1, P₀
+cancels and no base is needed. The merge methods (such as TIES) treat Pᵢ − P₀ like ΔWᵢ.
 """
 
 from __future__ import annotations
@@ -23,38 +23,33 @@ from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors
 from veneer.tools.compose.weighted_sum import ComposeOptions
 
-#: (names of a layer or parameter, number of an adapter) -> weight of the adapter there
-Weigh = Callable[[Sequence[str], int], float]
+#: maps (names of a layer or parameter, index of an adapter) to the adapter's weight in this layer
+WeighAdapter = Callable[[Sequence[str], int], float]
 
 
 def combine_full_params(
     sources: Sequence[AdapterFiles],
     aligned_weights: Sequence[AlignedWeight],
-    weigh: Weigh,
+    weigh_adapter: WeighAdapter,
     options: ComposeOptions,
     base_weights: FrozenWeights,
 ) -> dict[str, dict[str, Tensor]]:
-    """The combined parameters and running statistics, by path in the folder and name.
+    """The combined parameters and running statistics, by module path in the folder and by name.
 
     Raises:
-        AdapterError: a base is needed, shapes differ, or a running variance would be negative. The
-            error lists every problem.
-        BaseMismatchError: the adapters store different values of one frozen weight.
+        AdapterError: the base is missing and needed, shapes differ, or a running variance would be
+            negative. The error lists every problem.
+        BaseMismatchError: the adapters store different values of the same frozen weight.
     """
-    params: dict[tuple[str, str], dict[int, Tensor]] = {}
-    entry_paths: dict[str, str] = {}
-    for number, source in enumerate(sources):
-        for path, tensors in source.full.items():
-            module_path = peft_paths.strip_wrappers(path)[0]
-            entry_paths[module_path] = (
-                path if entry_paths.get(module_path, path) == path else module_path
-            )
-            for name, tensor in tensors.items():
-                params.setdefault((module_path, name), {})[number] = tensor
-    changed = {aligned.model_path for aligned in aligned_weights if not aligned.parameter}
-    full: dict[str, dict[str, Tensor]] = {}
+    params, entry_paths = _collect_params(sources)
+    changed_modules = {
+        aligned_weight.model_path
+        for aligned_weight in aligned_weights
+        if not aligned_weight.is_parameter
+    }
+    combined: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    lacking: list[str] = []
+    missing_in_base: list[str] = []
     for (module_path, name), tensors in params.items():
         path = parameter_path(module_path, name)
         if len({tensor.shape for tensor in tensors.values()}) > 1:
@@ -63,25 +58,27 @@ def combine_full_params(
                     f"{path!r} in several shapes", "one parameter", "leave one of the adapters out"
                 )
             )
-        elif name == "weight" and module_path in changed:
-            # a frozen weight that PEFT stores along with its change
-            first, *copies = tensors.values()
-            if not all(torch.equal(tensor, first) for tensor in copies):
+        elif name == "weight" and module_path in changed_modules:
+            # PEFT stores the frozen weight together with its change
+            first_tensor, *copies = tensors.values()
+            if not all(torch.equal(tensor, first_tensor) for tensor in copies):
                 raise BaseMismatchError(
                     f"different frozen weights of {path!r}", "one base", "leave one out"
                 )
-            full.setdefault(entry_paths[module_path], {})[name] = first
+            combined.setdefault(entry_paths[module_path], {})[name] = first_tensor
         else:
             weights = {
-                number: weight
-                for number in tensors
-                if (weight := weigh((module_path, path), number))
+                source_index: weight
+                for source_index in tensors
+                if (weight := weigh_adapter((module_path, path), source_index))
             }
-            value = _combine_param(path, tensors, weights, options, base_weights, problems, lacking)
-            if value is not None:
-                full.setdefault(entry_paths[module_path], {})[name] = value
-    if lacking:
-        problem = f"no base values of {listing(lacking)}, which are trained in full"
+            combined_param = _combine_param(
+                path, tensors, weights, options, base_weights, problems, missing_in_base
+            )
+            if combined_param is not None:
+                combined.setdefault(entry_paths[module_path], {})[name] = combined_param
+    if missing_in_base:
+        problem = f"no base values of {listing(missing_in_base)}, which are trained in full"
         problem += (
             "" if options.method in MERGE_METHODS else " with weights that do not add up to 1"
         )
@@ -91,7 +88,24 @@ def combine_full_params(
         )
         problems.append(sentence(problem, "the base, from which their changes are counted", do))
     raise_all(AdapterError, "What these adapters train in full cannot be combined", problems)
-    return full
+    return combined
+
+
+def _collect_params(
+    sources: Sequence[AdapterFiles],
+) -> tuple[dict[tuple[str, str], dict[int, Tensor]], dict[str, str]]:
+    """({(module path, name): {source index: tensor}}, {module path: path in the new folder})."""
+    params: dict[tuple[str, str], dict[int, Tensor]] = {}
+    entry_paths: dict[str, str] = {}
+    for source_index, source in enumerate(sources):
+        for path, tensors in source.full.items():
+            module_path = peft_paths.strip_wrappers(path)[0]
+            entry_paths[module_path] = (
+                path if entry_paths.get(module_path, path) == path else module_path
+            )
+            for name, tensor in tensors.items():
+                params.setdefault((module_path, name), {})[source_index] = tensor
+    return params, entry_paths
 
 
 def _combine_param(
@@ -101,45 +115,47 @@ def _combine_param(
     options: ComposeOptions,
     base_weights: FrozenWeights,
     problems: list[str],
-    lacking: list[str],
+    missing_in_base: list[str],
 ) -> Tensor | None:
-    """The combined value of one parameter; None if its weights are 0, or after adding to
-    ``problems`` or ``lacking``."""
+    """The combined value of one parameter. None if all its weights are 0, or after adding to
+    ``problems`` or ``missing_in_base``."""
     if not weights:
-        return None  # the layer has weight 0: keep the base's value
+        return None  # the new adapter leaves this parameter at the base's value
     merge_method, first_tensor = MERGE_METHODS.get(options.method), tensors[next(iter(weights))]
     if merge_method is None and list(weights.values()) == [1.0]:
         return first_tensor
-    base = base_weights.get(path)
-    cancels = math.isclose(sum(weights.values()), 1.0, rel_tol=1e-12)
-    if base is None and (merge_method is not None or not cancels):
-        lacking.append(path)
+    base_tensor = base_weights.get(path)
+    base_cancels = math.isclose(sum(weights.values()), 1.0, rel_tol=1e-12)
+    if base_tensor is None and (merge_method is not None or not base_cancels):
+        missing_in_base.append(path)
         return None
-    if base is not None and base.shape != first_tensor.shape:
+    if base_tensor is not None and base_tensor.shape != first_tensor.shape:
         problem = (
-            f"{path!r} of shape {tuple(first_tensor.shape)}, in the base of {tuple(base.shape)}"
+            f"{path!r} of shape {tuple(first_tensor.shape)},"
+            f" in the base of {tuple(base_tensor.shape)}"
         )
         problems.append(sentence(problem, "one shape", "pass the base that the adapters are of"))
         return None
     base_value = (
-        torch.zeros(first_tensor.shape, dtype=torch.float64) if base is None else base.double()
+        torch.zeros(first_tensor.shape, dtype=torch.float64)
+        if base_tensor is None
+        else base_tensor.double()
     )
     if merge_method is None:
-        # without a base P₀ cancels and 0 stands in for it
-        value = base_value + torch.stack(
-            [weight * (tensors[n].double() - base_value) for n, weight in weights.items()]
+        # without a base, P₀ cancels, so base_value may be 0
+        combined_param = base_value + torch.stack(
+            [weight * (tensors[index].double() - base_value) for index, weight in weights.items()]
         ).sum(0)
     else:
-        # seeded by content, so that both names of a tied parameter drop the same entries
-        seed = "/".join([str(options.seed), *(digest(tensors[number]) for number in weights)])
-        vectors = [
-            lambda number=number: tensors[number].double() - base_value for number in weights
-        ]
-        value = base_value + merge_vectors(
+        # The seed depends on the values, so that DARE drops the same entries under each name of a
+        # tied parameter.
+        seed = "/".join([str(options.seed), *(digest(tensors[index]) for index in weights)])
+        vectors = [lambda index=index: tensors[index].double() - base_value for index in weights]
+        combined_param = base_value + merge_vectors(
             merge_method, vectors, list(weights.values()), options.density, seed
         )
-    if path.endswith("running_var") and (value < 0).any():
+    if path.endswith("running_var") and (combined_param < 0).any():
         problem = f"a variance below 0 in {path!r}"
         problems.append(sentence(problem, "a variance", "give this layer weights that add up to 1"))
-    dtype = reduce(torch.promote_types, (tensors[number].dtype for number in weights))
-    return value.to(dtype) if dtype.is_floating_point else value.round().to(dtype)
+    dtype = reduce(torch.promote_types, (tensors[index].dtype for index in weights))
+    return combined_param.to(dtype) if dtype.is_floating_point else combined_param.round().to(dtype)

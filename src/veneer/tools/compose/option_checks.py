@@ -1,4 +1,4 @@
-"""Check the options of ``compose``."""
+"""Check the options of ``compose``, and complete them with defaults."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from veneer.tools.compose.merge_methods import MERGE_METHODS
 from veneer.tools.compose.weighted_sum import ComposeOptions
 
 METHODS = ("sum", "svd", *MERGE_METHODS)
-#: pattern -> a factor for the layers that it matches, or a factor for each adapter
+#: pattern of layer names -> one factor for all adapters, or a factor for each adapter
 LayerFactors = Mapping[str, float | Sequence[float]]
-#: (whether the check failed, found, expected, what to do)
+#: (whether the check failed, and the texts of its error: problem, expected value, what to do)
 _Check = tuple[bool, str, str, str]
 
 
 def check_options(
-    count: int,
+    adapter_count: int,
     weights: Sequence[float],
     method: str | None,
     rank: int | None,
@@ -27,10 +27,10 @@ def check_options(
     layers: LayerFactors,
     seed: int,
 ) -> ComposeOptions:
-    """The options for ``count`` adapters; ``ConfigError`` with every problem."""
+    """The checked options of ``compose``. ``ConfigError`` lists every invalid option."""
     method = method or ("svd" if rank is not None or energy is not None else "sum")
     checks = [
-        *_weight_checks(count, weights, layers),
+        *_weight_checks(adapter_count, weights, layers),
         *_method_checks(method, rank, energy, density),
     ]
     problems = [sentence(*error_texts) for failed, *error_texts in checks if failed]
@@ -38,29 +38,31 @@ def check_options(
     return ComposeOptions(method, rank, energy, density or 1.0, seed)
 
 
-def _weight_checks(count: int, weights: Sequence[float], layers: LayerFactors) -> list[_Check]:
-    factors = [value for factor in layers.values() for value in factor_list(factor)]
+def _weight_checks(
+    adapter_count: int, weights: Sequence[float], layers: LayerFactors
+) -> list[_Check]:
+    factors = [number for factor in layers.values() for number in list_factors(factor)]
     numbers = [*weights, *factors]
-    finite, weight_count = all(map(_is_finite_number, numbers)), len(weights)
-    all_zero = finite and weight_count > 0 and not any(weights)
-    wrong_lengths = [
+    all_finite, weight_count = all(map(_is_finite_number, numbers)), len(weights)
+    all_zero = all_finite and weight_count > 0 and not any(weights)
+    mismatched_patterns = [
         pattern
         for pattern, factor in layers.items()
-        if not isinstance(factor, int | float) and len(factor) != count
+        if not isinstance(factor, int | float) and len(factor) != adapter_count
     ]
     return [
-        (count == 0, "no adapter", "at least one", "name the adapters"),
+        (adapter_count == 0, "no adapter", "at least one", "name the adapters"),
         (
-            weight_count != count,
-            f"{weight_count} weights for {count} adapters",
+            weight_count != adapter_count,
+            f"{weight_count} weights for {adapter_count} adapters",
             "one each",
             "leave them out to weigh all by 1",
         ),
-        (not finite, f"weights {numbers}", "finite numbers", "correct them"),
+        (not all_finite, f"weights {numbers}", "finite numbers", "correct them"),
         (all_zero, "weights that are all 0", "one that is not", "there would be nothing to write"),
         (
-            bool(wrong_lengths),
-            f"factors of {listing(wrong_lengths)} for other than {count} adapters",
+            bool(mismatched_patterns),
+            f"factors of {listing(mismatched_patterns)} for other than {adapter_count} adapters",
             "one each",
             "correct it",
         ),
@@ -70,11 +72,11 @@ def _weight_checks(count: int, weights: Sequence[float], layers: LayerFactors) -
 def _method_checks(
     method: str, rank: int | None, energy: float | None, density: float | None
 ) -> list[_Check]:
-    bad_rank = rank is not None and (type(rank) is not int or rank < 1)
-    bad_energy = energy is not None and not _is_share(energy)
-    truncates = rank is not None or energy is not None
-    merges = method in MERGE_METHODS
-    paper_density = MERGE_METHODS[method].paper_density if merges else None
+    rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
+    energy_is_invalid = energy is not None and not _is_share(energy)
+    has_limit = rank is not None or energy is not None
+    is_merge_method = method in MERGE_METHODS
+    paper_density = MERGE_METHODS[method].paper_density if is_merge_method else None
     return [
         (
             method not in METHODS,
@@ -82,8 +84,8 @@ def _method_checks(
             " | ".join(METHODS),
             'use "sum"',
         ),
-        (bad_rank, f"rank={rank!r}", "a whole number of at least 1", "use 16"),
-        (bad_energy, f"energy={energy!r}", "a share of ‖ΔW‖² in (0, 1]", "use 0.99"),
+        (rank_is_invalid, f"rank={rank!r}", "a whole number of at least 1", "use 16"),
+        (energy_is_invalid, f"energy={energy!r}", "a share of ‖ΔW‖² in (0, 1]", "use 0.99"),
         (
             rank is not None and energy is not None,
             "both a rank and an energy",
@@ -91,19 +93,19 @@ def _method_checks(
             "leave one out",
         ),
         (
-            method == "sum" and truncates,
+            method == "sum" and has_limit,
             "a rank or an energy for an exact sum",
             "none",
             "use method='svd'",
         ),
         (
-            method == "svd" and not truncates,
+            method == "svd" and not has_limit,
             "neither a rank nor an energy for svd",
             "one of them",
             "give rank=16 or energy=0.99",
         ),
         (
-            merges and not _is_share(density),
+            is_merge_method and not _is_share(density),
             f"density={density!r} for {method}",
             "a share of entries in (0, 1]",
             f"give density={paper_density}, as in the paper",
@@ -117,13 +119,15 @@ def _method_checks(
     ]
 
 
-def _is_share(value: Any) -> bool:
-    return _is_finite_number(value) and 0 < value <= 1
+def _is_share(number: Any) -> bool:
+    return _is_finite_number(number) and 0 < number <= 1
 
 
-def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite_number(number: object) -> bool:
+    return (
+        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    )
 
 
-def factor_list(factor: float | Sequence[float]) -> list[float]:
+def list_factors(factor: float | Sequence[float]) -> list[float]:
     return [factor] if isinstance(factor, int | float) else list(factor)

@@ -1,12 +1,15 @@
-"""Scale down the intruder dimensions of an adapter, and write the result as an adapter folder.
+"""Scale down the intruder dimensions of an adapter, and write a new adapter folder.
 
-    W'' = W' + Σⱼ (factor − 1) σⱼ uⱼ vⱼᵀ        j: the intruders of W' (``tools/intruders.py``)
+    W'' = W' + Σⱼ (factor − 1) σⱼ uⱼ vⱼᵀ
 
-ΔW'' = ΔW + the sum is an exact product whose rank grows by the number of intruders; nothing is
-trained. For a DoRA adapter, W' = g ⊙ (W + ΔW) keeps its gain g: the sum is divided by g, and the
-magnitude is recomputed from the new factors. Rows and columns that are zero in the factors (a
-padding token, frozen rows) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale the leading
-intruder of a weight this way; this module scales all intruders.
+W' is the changed weight; (σⱼ, uⱼ, vⱼ) are the singular triples of W' that are intruders
+(``tools/intruders.py``).
+
+ΔW'' = ΔW + this sum is an exact product. Its rank grows by the number of intruders; nothing is
+trained. A DoRA adapter has W' = g ⊙ (W + ΔW) with a gain g, which is unchanged: the sum is divided
+by g, and the magnitude is recomputed from the new factors. Rows and columns of zeros in the factors
+(a padding token, frozen rows) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale only the
+leading intruder of a weight; this module scales all intruders.
 """
 
 from __future__ import annotations
@@ -36,14 +39,15 @@ from veneer.variants.dora import row_norms
 
 __all__ = ["FACTOR", "RepairReport", "RepairedWeight", "repair"]
 
-#: default factor of an intruder's singular value
+#: default factor by which the singular value of an intruder is multiplied
 FACTOR = 0.5
 
 
 @dataclass(frozen=True)
 class RepairedWeight:
-    """The repair of one weight. ``looked_at``: the number of leading singular vectors that were
-    examined; ``intruders``: how many of them are intruders. ``removed``: ‖W'' − W'‖ / ‖W' − W‖."""
+    """The repair of one weight. ``looked_at``: how many leading singular vectors were examined;
+    ``intruders``: how many of them are intruders; ``rank``: the rank of ΔW''. ``removed``:
+    ‖W'' − W'‖ / ‖W' − W‖."""
 
     path: str
     looked_at: int
@@ -54,8 +58,8 @@ class RepairedWeight:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """The report of ``repair``; ``str(report)`` is readable text. ``removed``: ‖W'' − W'‖ / ‖W' −
-    W‖ over all weights."""
+    """The result of ``repair``; ``str(report)`` is readable text. ``removed``: ‖W'' − W'‖ /
+    ‖W' − W‖ over all weights."""
 
     path: Path
     factor: float
@@ -67,18 +71,18 @@ class RepairReport:
         return sum(weight.intruders for weight in self.weights)
 
     def __str__(self) -> str:
-        touched = sum(bool(weight.intruders) for weight in self.weights)
-        looked_at = sum(weight.looked_at for weight in self.weights)
+        repaired_count = sum(bool(weight.intruders) for weight in self.weights)
+        vector_count = sum(weight.looked_at for weight in self.weights)
         if not self.intruders:
             return (
-                f"no intruder among the {looked_at} leading singular vectors: the adapter is"
+                f"no intruder among the {vector_count} leading singular vectors: the adapter is"
                 " written as it was"
             )
-        ranks = rank_range(weight.rank for weight in self.weights)
+        ranks_text = rank_range(weight.rank for weight in self.weights)
         summary = (
-            f"{count_noun(self.intruders, 'intruder')} among {looked_at} leading singular vectors,"
-            f" in {touched} of {count_noun(len(self.weights), 'weight')}, scaled by"
-            f" {self.factor:g}; {ranks}; "
+            f"{count_noun(self.intruders, 'intruder')} among {vector_count} leading singular"
+            f" vectors, in {repaired_count} of {count_noun(len(self.weights), 'weight')}, scaled by"
+            f" {self.factor:g}; {ranks_text}; "
         )
         return f"{summary}{self.removed:.1%} of the change taken off"
 
@@ -93,73 +97,91 @@ def repair(
     factor: float = FACTOR,
     count: int = COUNT,
     threshold: float = THRESHOLD,
-    found: Sequence[WeightIntruders] | None = None,
+    intruders: Sequence[WeightIntruders] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> RepairReport:
     """Write an adapter whose intruder dimensions are scaled by ``factor``.
 
     Args:
-        base, model: as ``compose`` takes them; the base is always needed.
-        factor: multiplies the singular value of each intruder, in [0, 1]. 0 removes it.
+        base, model: as for ``compose``, but the base is always needed.
+        factor: the factor in [0, 1] of each intruder's singular value. 0 removes the intruder.
         count, threshold: how many leading singular vectors of each weight to examine, and the
-            cosine below which one is an intruder.
-        found: the results of ``find_intruders`` for this adapter, if they are known already.
+            cosine below which a vector is an intruder.
+        intruders: the results of ``find_intruders`` for this adapter; None computes them.
 
     Raises:
-        ConfigError: an option cannot be used.
+        ConfigError: an option has an invalid value.
         AdapterError: the adapter has trained tokens, or the base lacks a weight.
         BaseMismatchError: the adapter was trained on another base.
-        OutputExistsError: the path exists and ``overwrite`` is False.
+        OutputExistsError: ``out`` exists and ``overwrite`` is False.
     """
+    _check_arguments(base, factor)
+    must_not_exist(Path(out), overwrite)
+    saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
+    saved_adapter.refuse_trained_tokens("a repair")
+    saved_adapter.refuse_invocation_tokens("a repair")
+    base_weights, products = FrozenWeights(base, model), applied_products(saved_adapter)
+    if intruders is None:
+        intruders = [*find_intruders(saved_adapter, base_weights, count=count, threshold=threshold)]
+    repaired_layers, reports = {}, []
+    for weight_intruders in intruders:
+        path = weight_intruders.aligned_weight.model_path
+        layer = weight_intruders.aligned_weight.layers[0]
+        repaired_layers[path] = _repair_layer(
+            weight_intruders, layer, products[path], factor, base_weights, saved_adapter
+        )
+        reports.append(_report_weight(weight_intruders, repaired_layers[path].rank, factor))
+    aligned_weights = align([saved_adapter], base_weights.parameter_order)
+    entries = {
+        aligned_weight.entry_path: _folder_entry(aligned_weight, repaired_layers)
+        for aligned_weight in aligned_weights
+    }
+    options = ComposeOptions("sum", None, None, 1.0, 0)
+    params = combine_full_params(
+        [saved_adapter], aligned_weights, lambda names, source_index: 1.0, options, base_weights
+    )
+    provenance = {
+        "repaired": {
+            "adapter": saved_adapter.path.name,
+            "factor": factor,
+            "intruders": sum(weight_intruders.count for weight_intruders in intruders),
+        },
+        **(provenance or {}),
+    }
+    variant = "dora" if any(layer.extras for layer in entries.values()) else "lora"
+    folder = write_derived(
+        out,
+        [saved_adapter],
+        entries,
+        params,
+        variant=variant,
+        provenance=provenance,
+        overwrite=overwrite,
+    )
+    removed = _removed_share(reports, intruders)
+    return RepairReport(folder, float(factor), tuple(reports), removed)
+
+
+def _removed_share(
+    reports: Sequence[RepairedWeight], intruders: Sequence[WeightIntruders]
+) -> float:
+    """‖W'' − W'‖ / ‖W' − W‖ over all weights."""
+    distances = [weight_intruders.distance for weight_intruders in intruders]
+    removed_norm = math.hypot(
+        *(report.removed * distance for report, distance in zip(reports, distances, strict=True))
+    )
+    total_distance = math.hypot(*distances)
+    return removed_norm / total_distance if total_distance else 0.0
+
+
+def _check_arguments(base: Source | None, factor: Any) -> None:
     if base is None:
         raise ConfigError(
             "a repair without the base",
             "its weights, to which the intruders are compared",
             "pass the base (--base)",
         )
-    _check_factor(factor)
-    must_not_exist(Path(out), overwrite)
-    saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
-    saved.refuse_trained_tokens("a repair")
-    saved.refuse_invocation_tokens("a repair")
-    weights, lows = FrozenWeights(base, model), applied_products(saved)
-    if found is None:
-        found = [*find_intruders(saved, weights, count=count, threshold=threshold)]
-    layers, reports = {}, []
-    for result in found:
-        path = result.aligned.model_path
-        layer = result.aligned.layers[0]
-        layers[path] = _repair_layer(result, layer, lows[path], factor, weights, saved)
-        reports.append(_report_weight(result, layers[path].rank, factor))
-    aligned_weights = align([saved], weights.order)
-    low = {aligned.entry_path: _layer(aligned, layers) for aligned in aligned_weights}
-    options = ComposeOptions("sum", None, None, 1.0, 0)
-    full = combine_full_params(
-        [saved], aligned_weights, lambda names, number: 1.0, options, weights
-    )
-    provenance = {
-        "repaired": {
-            "adapter": saved.path.name,
-            "factor": factor,
-            "intruders": sum(result.count for result in found),
-        },
-        **(provenance or {}),
-    }
-    variant = "dora" if any(layer.extras for layer in low.values()) else "lora"
-    folder = write_derived(
-        out, [saved], low, full, variant=variant, provenance=provenance, overwrite=overwrite
-    )
-    total_distance = math.hypot(*(result.distance for result in found))
-    removed = math.hypot(
-        *(report.removed * result.distance for report, result in zip(reports, found, strict=True))
-    )
-    return RepairReport(
-        folder, float(factor), tuple(reports), removed / total_distance if total_distance else 0.0
-    )
-
-
-def _check_factor(factor: Any) -> None:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
         raise ConfigError(
             f"factor={factor!r}",
@@ -168,22 +190,32 @@ def _check_factor(factor: Any) -> None:
         )
 
 
-def _report_weight(result: WeightIntruders, rank: int, factor: float) -> RepairedWeight:
-    intruder_norm = math.hypot(*(float(triples.S.norm()) for triples in result.intruders))
-    removed = intruder_norm * (1 - factor) / result.distance if result.distance else 0.0
+def _report_weight(weight_intruders: WeightIntruders, rank: int, factor: float) -> RepairedWeight:
+    intruder_norm = math.hypot(*(float(triples.S.norm()) for triples in weight_intruders.intruders))
+    removed = (
+        intruder_norm * (1 - factor) / weight_intruders.distance
+        if weight_intruders.distance
+        else 0.0
+    )
     return RepairedWeight(
-        result.aligned.model_path, len(result.cosines), result.count, rank, removed
+        weight_intruders.aligned_weight.model_path,
+        len(weight_intruders.cosines),
+        weight_intruders.count,
+        rank,
+        removed,
     )
 
 
-def _layer(aligned: AlignedWeight, layers: Mapping[str, peft.PeftLayer]) -> peft.PeftLayer:
-    """The folder's entry for a weight. An alias of a tied weight gets the change of its first
-    name."""
-    if aligned.alias_of is None:
-        return layers[aligned.model_path]
-    first_path, transposed = aligned.alias_of
-    low = layers[first_path].low
-    return aligned.template.with_low(low.T if transposed else low).with_magnitude(
+def _folder_entry(
+    aligned_weight: AlignedWeight, layers: Mapping[str, peft.PeftLayer]
+) -> peft.PeftLayer:
+    """The entry of a weight in the new folder. An alias of a tied weight gets the change of the
+    weight's first name."""
+    if aligned_weight.alias_of is None:
+        return layers[aligned_weight.model_path]
+    first_path, transposed = aligned_weight.alias_of
+    low_rank = layers[first_path].low
+    return aligned_weight.template.with_low(low_rank.T if transposed else low_rank).with_magnitude(
         layers[first_path].extras.get(peft.MAGNITUDE)
     )
 
@@ -191,10 +223,10 @@ def _layer(aligned: AlignedWeight, layers: Mapping[str, peft.PeftLayer]) -> peft
 def _repair_layer(
     intruders: WeightIntruders,
     layer: peft.PeftLayer,
-    low: LowRank,
+    low_rank: LowRank,
     factor: float,
-    weights: FrozenWeights,
-    saved: AdapterFiles,
+    base_weights: FrozenWeights,
+    saved_adapter: AdapterFiles,
 ) -> peft.PeftLayer:
     magnitude, dtype = (
         layer.extras.get(peft.MAGNITUDE),
@@ -202,26 +234,32 @@ def _repair_layer(
     )
     if not intruders.count or factor == 1:
         return layer.with_low(layer.low.compact().to(dtype)).with_magnitude(magnitude)
-    low = (low.T if intruders.swapped else low).to(torch.float64)
-    total = LowRank.sum([low, _intruder_change(intruders, low, factor)], [1, 1]).compact()
+    low_rank = (low_rank.T if intruders.is_transposed else low_rank).to(torch.float64)
+    repaired_change = LowRank.sum(
+        [low_rank, _intruder_change(intruders, low_rank, factor)], [1, 1]
+    ).compact()
     if intruders.gain is not None:
-        total = total.to(dtype)
-        W = weights.frozen_weight(intruders.aligned, saved.peft_config).weight.double()
-        magnitude = (intruders.gain.flatten() * row_norms(W, total).flatten()).to(dtype)
-    total = total.T if intruders.swapped else total
+        repaired_change = repaired_change.to(dtype)
+        W = base_weights.frozen_weight(
+            intruders.aligned_weight, saved_adapter.peft_config
+        ).weight.double()
+        magnitude = (intruders.gain.flatten() * row_norms(W, repaired_change).flatten()).to(dtype)
+    repaired_change = repaired_change.T if intruders.is_transposed else repaired_change
     # PEFT adds the change of an attention's out-projection more than once
-    repeats = low.scale / layer.scale if layer.scale else 1.0
-    total = LowRank(total.A, total.B, total.scale / repeats).to(dtype)
-    return layer.with_low(total).with_magnitude(magnitude)
+    repeats = low_rank.scale / layer.scale if layer.scale else 1.0
+    repaired_change = LowRank(
+        repaired_change.A, repaired_change.B, repaired_change.scale / repeats
+    ).to(dtype)
+    return layer.with_low(repaired_change).with_magnitude(magnitude)
 
 
-def _intruder_change(intruders: WeightIntruders, low: LowRank, factor: float) -> LowRank:
-    """(factor − 1) Σ σ u vᵀ of each group as one product; groups with fewer intruders are padded
-    with zeros."""
-    width = max(len(triples.S) for triples in intruders.intruders)
+def _intruder_change(intruders: WeightIntruders, low_rank: LowRank, factor: float) -> LowRank:
+    """(factor − 1) Σⱼ σⱼ uⱼ vⱼᵀ of each group as one low-rank product. Groups with fewer intruders
+    are padded with zeros."""
+    max_count = max(len(triples.S) for triples in intruders.intruders)
 
     def pad(rows: Tensor) -> Tensor:
-        return torch.cat([rows, rows.new_zeros(width - len(rows), rows.shape[1])])
+        return torch.cat([rows, rows.new_zeros(max_count - len(rows), rows.shape[1])])
 
     A = torch.stack([pad(triples.V.mT) for triples in intruders.intruders])
     B = torch.stack(
@@ -229,5 +267,6 @@ def _intruder_change(intruders: WeightIntruders, low: LowRank, factor: float) ->
     ).mT
     if intruders.gain is not None:
         B = B / intruders.gain.masked_fill(intruders.gain == 0, 1)[..., None]
-    rows, columns = (low.B == 0).all(2, keepdim=True), (low.A == 0).all(1, keepdim=True)
-    return LowRank(A.masked_fill(columns, 0), B.masked_fill(rows, 0), 1.0)
+    zero_rows = (low_rank.B == 0).all(2, keepdim=True)
+    zero_columns = (low_rank.A == 0).all(1, keepdim=True)
+    return LowRank(A.masked_fill(zero_columns, 0), B.masked_fill(zero_rows, 0), 1.0)

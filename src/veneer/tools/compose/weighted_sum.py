@@ -1,13 +1,13 @@
-"""Combine the changes of one weight: a weighted sum, its best approximation at a rank, or a merge
-of the dense ΔW (TIES).
+"""Combine several adapters' changes of one weight: as a weighted sum, as the sum's best
+approximation at a rank, or by merging the dense ΔW (TIES).
 
-    plain     Σ wᵢ ΔWᵢ
+    LoRA      Σ wᵢ ΔWᵢ                    wᵢ: the weight of adapter i
     DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)
               G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
 
-So a sum of DoRA changes and plain ones (g = 1) is a DoRA change with magnitude G ⊙ ‖W + ΔW*‖. The
-truncation to a rank approximates S = G ⊙ ΔW*, the term that is added to the weights, so its error
-is minimal for this G.
+A LoRA change has the gain gᵢ = 1. So a sum of DoRA and LoRA changes is a DoRA change with magnitude
+G ⊙ ‖W + ΔW*‖. The truncation to a rank approximates S = G ⊙ ΔW*, the term that is added to the
+weights, so its error is minimal for this G.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from veneer.lowrank import LowRank
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
 from veneer.variants.dora import row_norms
 
-#: |G| below which a row counts as scaled to 0
-SMALLEST = 1e-6
+#: a row of G with a smaller absolute value counts as 0
+MIN_GAIN = 1e-6
 
 
 class ComposeOptions(NamedTuple):
+    """The checked options of ``compose``: see there."""
+
     method: str
     rank: int | None
     energy: float | None
@@ -37,34 +39,36 @@ class ComposeOptions(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One adapter's change of a weight: ΔW [g, out, in] in the layout of the weight, DoRA's
-    magnitude [g · out] (None: not DoRA), and the adapter's weight in the sum."""
+    """One adapter's change of a model's weight. ``low_rank``: ΔW [g, out, in], oriented as the
+    model's weight; ``magnitude`` [g · out]: that of DoRA, None for LoRA; ``weight``: the factor of
+    the adapter in the sum."""
 
-    low: LowRank
+    low_rank: LowRank
     magnitude: Tensor | None
     weight: float
 
 
 class Blend(NamedTuple):
-    """The combined change, its DoRA magnitude [g · out] (None: not DoRA), ‖ΔW‖ before truncation,
-    and the norm of the truncated part."""
+    """A combined change. ``low_rank``: its ΔW; ``magnitude`` [g · out]: that of DoRA, None for
+    LoRA; ``norm``: ‖ΔW‖ before truncation; ``error``: ‖truncated part‖."""
 
-    low: LowRank
+    low_rank: LowRank
     magnitude: Tensor | None
     norm: float
     error: float
 
 
 def reduce_rank(total: LowRank, options: ComposeOptions) -> Blend:
-    """The sum, truncated to the rank or energy in ``options`` unless the method is "sum"."""
+    """The change ``total``, truncated to the rank or energy in ``options`` unless the method is
+    "sum"."""
     if options.method == "sum" or (
         options.rank is not None and total.rank <= min(options.rank, total.largest_rank)
     ):
         return Blend(total.compact(), None, total.norm(), 0.0)
     svd = total.svd()
     rank = options.rank if options.rank is not None else svd.rank_for(options.energy or 1.0)
-    low, error = svd.cut(min(rank, total.largest_rank))
-    return Blend(low, None, float(svd.S.norm()), error)
+    low_rank, error = svd.cut(min(rank, total.largest_rank))
+    return Blend(low_rank, None, float(svd.S.norm()), error)
 
 
 def sum_with_magnitudes(
@@ -74,7 +78,7 @@ def sum_with_magnitudes(
     model_path: str,
     dtype: torch.dtype,
 ) -> Blend:
-    """The sum of DoRA and plain changes as one DoRA change with factors in ``dtype``. ``weight``:
+    """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``. ``weight``:
     the frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, so that no DoRA change
     equals the sum."""
     W = weight.double()
@@ -82,27 +86,30 @@ def sum_with_magnitudes(
     G = 1 + torch.stack(
         [term.weight * (gain - 1) for term, gain in zip(terms, gains, strict=True)]
     ).sum(0)
-    zero_rows = int((G.abs() < SMALLEST).sum())
+    zero_rows = int((G.abs() < MIN_GAIN).sum())
     if zero_rows:
         problem = f"a sum that scales {zero_rows} rows of {model_path!r} to 0"
         do = "change the weights a little, or use another method"
         raise AdapterError(problem, "a row that is W's, rescaled, plus a product", do)
     products = [
-        term.low.to(torch.float64).scale_rows(gain) for term, gain in zip(terms, gains, strict=True)
+        term.low_rank.to(torch.float64).scale_rows(gain)
+        for term, gain in zip(terms, gains, strict=True)
     ]
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
-    low, *_, error = reduce_rank(total, options)
-    # computed from the rounded factors, so that a reader of the file gets the gain G
-    low = low.to(torch.float64).scale_rows(1 / G).to(dtype)
-    return Blend(low, (G.flatten() * row_norms(W, low)).to(dtype), norm, error)
+    low_rank, *_, error = reduce_rank(total, options)
+    # The magnitude is computed from the rounded factors, so that a reader of the file gets the
+    # gain G.
+    low_rank = low_rank.to(torch.float64).scale_rows(1 / G).to(dtype)
+    return Blend(low_rank, (G.flatten() * row_norms(W, low_rank)).to(dtype), norm, error)
 
 
 def gain_of(term: Term, W: Tensor) -> Tensor:
-    """[g, out]: magnitude / ‖W + ΔW‖, and 1 where that is 0, as in ``variants/dora.py``."""
+    """The gain [g, out] of a change of W: magnitude / ‖W + ΔW‖ per row, and 1 where this norm is 0,
+    as in ``variants/dora.py``."""
     if term.magnitude is None:
         return W.new_ones(W.shape[:2])
-    norms = row_norms(W, term.low)
+    norms = row_norms(W, term.low_rank)
     gain = term.magnitude.double().flatten() / norms.masked_fill(norms == 0, 1)
     return torch.where(norms == 0, torch.ones_like(gain), gain).view(W.shape[:2])
 
@@ -110,18 +117,18 @@ def gain_of(term: Term, W: Tensor) -> Tensor:
 def merge_by_method(
     terms: Sequence[Term], options: ComposeOptions, weight: Tensor | None, model_path: str
 ) -> Blend:
-    """Merge the dense changes by one of ``MERGE_METHODS`` and factor the result. ``weight``: the
+    """Merge the dense changes by the method in ``options``, and factor the result. ``weight``: the
     frozen weight [g, out, in], needed for DoRA changes."""
 
-    def dense(term: Term) -> Tensor:
-        delta = term.low.delta(torch.float64)
+    def dense_change(term: Term) -> Tensor:
+        delta = term.low_rank.delta(torch.float64)
         if term.magnitude is None or weight is None:
             return delta
         W = weight.double()
         gain = gain_of(term, W)[..., None]
         return (gain - 1) * W + gain * delta
 
-    vectors, seed = [partial(dense, term) for term in terms], f"{options.seed}/{model_path}"
+    vectors, seed = [partial(dense_change, term) for term in terms], f"{options.seed}/{model_path}"
     delta = merge_vectors(
         MERGE_METHODS[options.method],
         vectors,
@@ -130,9 +137,9 @@ def merge_by_method(
         seed,
     )
     rank = (
-        sum(term.low.rank for term in terms)
+        sum(term.low_rank.rank for term in terms)
         if options.rank is None and options.energy is None
         else options.rank
     )
-    low, error = nearest_product(delta, rank, options.energy, seed)
-    return Blend(low, None, float(delta.norm()), error)
+    low_rank, error = nearest_product(delta, rank, options.energy, seed)
+    return Blend(low_rank, None, float(delta.norm()), error)

@@ -3,21 +3,21 @@
 
     source --read--> an adapter folder in PEFT's layout --write--> out
 
-A conversion raises one error with every reason if the target format cannot hold a change. Contents
-that change no output and that the target cannot store are listed in the report. Conversions to
-``peft``, ``kohya`` and ``diffusers`` copy the factors bit by bit; where a format scales by another
-rule, alpha changes and the product stays.
+If the target format cannot hold a change, the conversion raises one error with every reason.
+Contents that the target cannot store and that change no output are listed in the report.
+Conversions to ``peft``, ``kohya`` and ``diffusers`` copy the factors A and B bit by bit. If the
+formats scale by different rules, the conversion adapts alpha, so that scale · B A stays equal.
 
-``veneer`` stores fingerprints of the base and so needs the base. Reading and writing ``gguf`` and
-reading ``kohya`` need the names of the base's weights. ``dense`` needs the weights themselves where
-ΔW depends on them.
+A ``veneer`` folder stores fingerprints of the base, so writing it needs the base. Reading and
+writing ``gguf`` and reading ``kohya`` need the names of the base's weights. ``dense`` needs the
+weights themselves if ΔW depends on them.
 """
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -51,15 +51,15 @@ __all__ = ["FORMATS", "Conversion", "MisreadElsewhere", "conversion", "convert",
 
 @dataclass(frozen=True)
 class Conversion:
-    """The report of a conversion."""
+    """The result of a conversion; ``str(conversion)`` is readable text."""
 
     path: Path  # the written folder or file
     source: str  # the format of the source
     to: str  # the format of ``path``
-    ranks: Mapping[str, int]  # by the name of the changed weight
+    ranks: Mapping[str, int]  # the rank of each change, by the name of the changed weight
     full: tuple[str, ...]  # names of parameters that are trained in full
-    left_out: tuple[str, ...]  # contents of the source that ``path`` lacks, with the reason
-    # ‖ΔW - product‖ / ‖ΔW‖ of each dense change that became a product, by its name
+    left_out: tuple[str, ...]  # what the source holds and ``path`` lacks, with the reason
+    # ‖ΔW - B A‖ / ‖ΔW‖ of each dense change that was factored, by the name of the weight
     errors: Mapping[str, float]
 
     def __str__(self) -> str:
@@ -69,14 +69,15 @@ class Conversion:
         ]
         lines += [f"in full: {listing(self.full)}"] if self.full else []
         if self.errors:
-            worst = max(self.errors, key=self.errors.__getitem__)
-            lines.append(f"relative error of a product {self.errors[worst]:.2g} at most ({worst})")
+            worst_weight = max(self.errors, key=self.errors.__getitem__)
+            worst_error = f"{self.errors[worst_weight]:.2g}"
+            lines.append(f"relative error of a product {worst_error} at most ({worst_weight})")
         lines += [f"left out: {reason}" for reason in self.left_out]
         return "\n".join([*lines, f"written to {self.path}"])
 
 
 def convert(source: str | Path, out: str | Path, **options: Any) -> Path:
-    """As ``conversion``, with the path alone as the result."""
+    """Call ``conversion`` with these arguments, and return the path of the written adapter."""
     return conversion(source, out, **options).path
 
 
@@ -99,29 +100,31 @@ def conversion(
     Args:
         source: an adapter folder or file of any format (see ``detect``).
         to: "veneer", "peft", "kohya", "diffusers", "gguf" or "dense".
-        base: the base model, or an argument of ``models.load_base``. Where only names and shapes
-            are needed, it may be on the meta device or the folder of a diffusers pipeline. It is
-            not changed.
-        dtype: "fp32", "bf16" or "fp16" for the tensors in ``out``; None keeps the source's, except
-            that "veneer" stores 16-bit factors in float32, the dtype in which it trains them.
-        part: the model of an image pipeline that the adapter changes, where its paths do not name
-            it: "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", or
-            "model" for names of LyCORIS.
-        rank, energy, whole: how to store a dense change: as a product of this rank, as a product
-            of the lowest rank that keeps this share of ‖ΔW‖², or as a parameter trained in full.
-            By default: the lowest rank with an error of at most 1e-6 · ‖ΔW‖.
-        verify_base: refuse a base that does not match the adapter's fingerprints.
+        base: the base model, or an argument of ``models.load_base``. A conversion that needs only
+            names and shapes also takes a model on the meta device or the folder of a diffusers
+            pipeline. The model is not changed.
+        dtype: "fp32", "bf16" or "fp16": the dtype of the tensors in ``out``. None keeps the
+            source's dtype, except that "veneer" stores 16-bit factors in float32, the dtype in
+            which Veneer trains them.
+        part: the model of an image pipeline that the adapter changes, if the paths in the source do
+            not name it: "unet", "transformer", "text_encoder", "text_encoder_2",
+            "text_encoder_3", or "model" for LyCORIS names.
+        rank, energy, whole: how to store a dense change: ``rank`` as a product of this rank,
+            ``energy`` as a product of the lowest rank that keeps this share of ‖ΔW‖², ``whole`` as
+            a parameter trained in full. Default: a product of the lowest rank with an error of at
+            most 1e-6 · ‖ΔW‖.
+        verify_base: whether to refuse a base that does not match the adapter's fingerprints.
 
     Warns:
         MisreadElsewhere: ``out`` is correct, but a common reader of its format misreads it.
-        UnverifiedAdapter: without the model, Veneer cannot check that PEFT applies the changes to
-            weights.
+        UnverifiedAdapter: ``base`` is missing, so that Veneer cannot check whether PEFT applies the
+            changes to weights.
 
     Raises:
         AdapterError: the source cannot be read, or ``to`` cannot hold it (with every reason).
-            Nothing was written.
+            Nothing is written.
         BaseMismatchError: the adapter was made for another base.
-        ConfigError: no such format, type, part or base.
+        ConfigError: the format, dtype, part or base does not exist.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
     """
     source, out = Path(source), Path(out)
@@ -129,113 +132,131 @@ def conversion(
     options = check_conversion_options(dtype, part, rank, energy, whole, source_format, to)
     must_not_exist(out, overwrite, folder=to == "veneer" or target.write is None)
     base_info = open_base(base)
-    tuner = read_tuner_type(source) if source_format == "peft" else None
-    if source_format == to and tuner is None:
+    tuner_type = read_tuner_type(source) if source_format == "peft" else None
+    if source_format == to and tuner_type is None:
         problem = f"{source}, which is of the format {to!r} already"
         raise AdapterError(problem, "another format", "copy it, or choose another format")
-    if to == "veneer" and base_info.module is None:
+    if to == "veneer" and base_info.load_model is None:
         problem = "no base, whose fingerprints the folder is to hold"
         raise AdapterError(
             problem, "the base that the adapter was made for", 'give base, or choose "peft"'
         )
     with tempfile.TemporaryDirectory() as scratch:
-        saved, contents, errors = read_source(
+        saved_adapter, contents, errors = read_source(
             source, source_format, Path(scratch) / "adapter", base_info, options, verify_base
         )
-        left_out = [*contents.left_out, *list_losses(saved, to)]
-        require_supported(saved, source_format, target, base_info)
-        if saved.tuner is not None and to == "peft":
-            lora_folder = write_derived(Path(scratch) / "plain", [saved], saved.low, saved.full)
-            saved = folder.read(lora_folder)
-        of_weights = not FORMATS[source_format].peft
-        on_model = partial(_adapter_on_base, base_info, saved, verify_base, of_weights)
+        left_out = [*contents.left_out, *list_losses(saved_adapter, to)]
+        require_supported(saved_adapter, source_format, target, base_info)
+        if saved_adapter.tuner is not None and to == "peft":
+            lora_folder = write_derived(
+                Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+            )
+            saved_adapter = folder.read(lora_folder)
+        weights_only = not FORMATS[source_format].peft
+        adapted_base = partial(_adapted_base, base_info, saved_adapter, verify_base, weights_only)
         if to == "veneer":
             provenance = {"converted from": source_format, **contents.about}
-            changes = _write_veneer(saved, out, base_info.facts, on_model, provenance, overwrite)
+            changes = _write_veneer(
+                saved_adapter, out, base_info.facts, adapted_base, provenance, overwrite
+            )
         elif target.write is None:  # "peft", the only other format without a writer
-            changes = _write_peft(saved, out, base_info.facts, options, overwrite)
+            changes = _write_peft(saved_adapter, out, base_info.facts, options, overwrite)
         else:
-            require_token_rows(saved, to, base_info.facts)
-            changes = list_changes(saved, base_info.facts)
-            adapter = build_adapter(saved, to, changes, base_info, on_model)
+            require_token_rows(saved_adapter, to, base_info.facts)
+            changes = list_changes(saved_adapter, base_info.facts)
+            adapter = build_adapter(saved_adapter, to, changes, base_info, adapted_base)
             changes = adapter.changes
             with new_file(out, overwrite=overwrite) as file:
                 left_out += target.write(adapter, file, base_info.facts, options)
-    ranks = {
-        parameter_path(path, "weight"): len(tokens.ids) for path, tokens in saved.tokens.items()
+    ranks, full_names = _list_ranks(saved_adapter, changes), _list_full_names(saved_adapter)
+    source_name = source_format if tuner_type is None else f"peft ({tuner_type})"
+    return Conversion(out, source_name, to, ranks, full_names, tuple(left_out), errors)
+
+
+def _list_ranks(saved_adapter: AdapterFiles, changes: Iterable[LowRankChange]) -> dict[str, int]:
+    """The rank of each change by the path of its weight; for trained tokens, how many they are."""
+    token_counts = {
+        parameter_path(path, "weight"): len(tokens.ids)
+        for path, tokens in saved_adapter.tokens.items()
     }
-    ranks |= {change.weight: change.layer.rank for change in changes}
-    full = tuple(
-        parameter_path(path, name) for path, tensors in saved.full.items() for name in tensors
+    return token_counts | {change.weight: change.layer.rank for change in changes}
+
+
+def _list_full_names(saved_adapter: AdapterFiles) -> tuple[str, ...]:
+    """The paths of the parameters that the adapter trains in full."""
+    return tuple(
+        parameter_path(path, name)
+        for path, tensors in saved_adapter.full.items()
+        for name in tensors
     )
-    source_name = source_format if tuner is None else f"peft ({tuner})"
-    return Conversion(out, source_name, to, ranks, full, tuple(left_out), errors)
 
 
 def _write_veneer(
-    saved: AdapterFiles,
+    saved_adapter: AdapterFiles,
     out: Path,
-    facts: BaseFacts,
-    on_model: Callable[[], AbstractContextManager[nn.Module]],
+    base_facts: BaseFacts,
+    adapted_base: Callable[[], AbstractContextManager[nn.Module]],
     provenance: Mapping[str, Any],
     overwrite: bool,
 ) -> tuple[LowRankChange, ...]:
-    with on_model() as model:
+    with adapted_base() as model:
         save(
             model,
             out,
-            name=deltas.NAME,
-            base_name=saved.peft_config.get("base_model_name_or_path") or facts.name,
-            provenance={**provenance, **saved.metadata.get("provenance", {})},
+            name=deltas.ADAPTER_NAME,
+            base_name=saved_adapter.peft_config.get("base_model_name_or_path") or base_facts.name,
+            provenance={**provenance, **saved_adapter.metadata.get("provenance", {})},
             overwrite=overwrite,
         )
-    # read again: on a base, some layers get another rank than in the source
-    return list_changes(folder.read(out), facts)
+    # some layers get another rank on the base than in the source, so the ranks are read again
+    return list_changes(folder.read(out), base_facts)
 
 
 def _write_peft(
-    saved: AdapterFiles, out: Path, facts: BaseFacts, options: Options, overwrite: bool
+    saved_adapter: AdapterFiles, out: Path, base_facts: BaseFacts, options: Options, overwrite: bool
 ) -> tuple[LowRankChange, ...]:
-    tensors, _ = read_tensors(saved.path / peft.TENSORS)
+    tensors, _ = read_tensors(saved_adapter.path / peft.TENSORS)
     folder.write(
         out,
         {key: cast(tensor, options.dtype) for key, tensor in tensors.items()},
-        saved.peft_config,
+        saved_adapter.peft_config,
         base=None,
         changes=None,
-        config=saved.config,
+        config=saved_adapter.config,
         provenance={},
         overwrite=overwrite,
         parameters={},
     )
-    return list_changes(saved, facts)
+    return list_changes(saved_adapter, base_facts)
 
 
 @contextmanager
-def _adapter_on_base(
-    base: BaseInfo, saved: AdapterFiles, verify_base: bool, of_weights: bool
+def _adapted_base(
+    base_info: BaseInfo, saved_adapter: AdapterFiles, verify_base: bool, weights_only: bool
 ) -> Iterator[nn.Module]:
-    """The base with the adapter installed. ``UnverifiedAdapter`` is not shown: the conversion
-    warns where it matters."""
-    assert base.module is not None
-    model = base.module()
+    """A context with the base and the adapter installed on it. ``weights_only``: the source
+    format stores changes of weights only. The warning ``UnverifiedAdapter`` is hidden, because the
+    conversion itself warns if it matters."""
+    assert base_info.load_model is not None
+    model = base_info.load_model()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnverifiedAdapter)
         install_from(
             model,
-            saved.path,
-            deltas.NAME,
+            saved_adapter.path,
+            deltas.ADAPTER_NAME,
             trainable=False,
             verify_base=verify_base,
-            of_weights=of_weights,
+            of_weights=weights_only,
             untie=False,
         )
     try:
         yield model
     finally:
-        detach(model, deltas.NAME)
+        detach(model, deltas.ADAPTER_NAME)
 
 
+#: dtypes of tensors by the name in the option
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -248,35 +269,39 @@ def check_conversion_options(
     source_format: str,
     target_format: str,
 ) -> Options:
-    """The options as the formats take them.
+    """The checked options of a conversion.
 
     Raises:
-        ConfigError: an option has no such value, or neither format uses it.
+        ConfigError: an option has an invalid value, or neither format uses it.
         AdapterError: ``rank``, ``energy`` and ``whole`` contradict each other.
     """
     formats_with_parts = [name for name in FORMATS.names() if FORMATS[name].parts]
-    unknown_dtype = dtype is not None and dtype not in DTYPES
-    unknown_part = part is not None and part not in PARTS
-    unused_part = part is not None and not {source_format, target_format} & set(formats_with_parts)
-    fixed_dtype = dtype is not None and target_format == "veneer"
-    unused_rank = source_format != "dense" and not (rank is None and energy is None and not whole)
+    dtype_is_unknown = dtype is not None and dtype not in DTYPES
+    part_is_unknown = part is not None and part not in PARTS
+    part_is_unused = part is not None and not {source_format, target_format} & set(
+        formats_with_parts
+    )
+    dtype_is_fixed = dtype is not None and target_format == "veneer"
+    rank_is_unused = source_format != "dense" and not (
+        rank is None and energy is None and not whole
+    )
     checks = [
-        (unknown_dtype, f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"),
-        (unknown_part, f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"),
+        (dtype_is_unknown, f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"),
+        (part_is_unknown, f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"),
         (
-            unused_part,
+            part_is_unused,
             f"a part, from {source_format} to {target_format}",
             f"one for {listing(formats_with_parts)} alone",
             "leave it out",
         ),
         (
-            fixed_dtype,
+            dtype_is_fixed,
             f"dtype {dtype!r} for a veneer folder, which holds the numbers as they train",
             "none",
             'leave it out, or choose "peft"',
         ),
         (
-            unused_rank,
+            rank_is_unused,
             f"rank, energy or whole for a {source_format} adapter",
             "them for dense changes alone",
             "leave them out",
@@ -315,14 +340,14 @@ def detect(path: str | Path) -> str:
     if any(key.startswith(peft.PREFIX) for key in keys):
         problem = f"{path}, the tensors of a PEFT folder without its {peft.CONFIG}"
         raise AdapterError(problem, "the folder", "name the folder that holds both")
-    problem = f"{path} with keys such as {listing(sorted(keys), 2)}" if keys else f"{path}"
+    problem = f"{path} with keys such as {listing(sorted(keys), 2)}" if keys else str(path)
     raise AdapterError(problem, f"one of {', '.join(FORMATS.names())}", "check the file")
 
 
 def _detect_folder(path: Path) -> str:
-    tensors = path / peft.TENSORS
-    if tensors.is_file():
-        return "veneer" if "veneer" in read_header(tensors).metadata else "peft"
+    tensor_file = path / peft.TENSORS
+    if tensor_file.is_file():
+        return "veneer" if "veneer" in read_header(tensor_file).metadata else "peft"
     files = sorted(path.iterdir())
     if pickles := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
         problem = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"

@@ -1,11 +1,11 @@
-"""The base of a conversion: names and shapes of its weights, its config, and the model itself only
-where weights are needed.
+"""What a conversion needs of its base: names and shapes of weights, the config, and the model if
+weights are needed.
 
     open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name") -> BaseInfo
 
-For a folder of a transformers model, the names come from the model on the meta device, because the
-files may use other names. For another folder of safetensors, or a diffusers pipeline, they come
-from the files' headers. Everything else is loaded.
+For a folder of a transformers model, names and shapes come from the model on the meta device,
+because the files may use other names. For another folder of safetensors files, or a diffusers
+pipeline, they come from the headers of the files. Any other base is loaded.
 """
 
 from __future__ import annotations
@@ -32,41 +32,46 @@ from veneer.models.meta import without_meta
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base. ``facts``: names, shapes and config. ``module``: loads the model (None: no base was
-    given). ``structure``: its modules, whose weights may be zeros (None: only names and shapes are
-    known)."""
+    """A base. ``facts``: names, shapes and config. ``load_model``: a function that loads the model
+    (None: the conversion has no base). ``structure``: the modules of the model, with or without
+    values (None: only names and shapes are known)."""
 
     facts: BaseFacts
-    module: Callable[[], nn.Module] | None
+    load_model: Callable[[], nn.Module] | None
     structure: nn.Module | None
 
 
 def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
     """Names, shapes and config of a base. The weights of a folder are loaded only when
-    ``BaseInfo.module`` is called."""
+    ``BaseInfo.load_model`` is called."""
     if base is None:
         return BaseInfo(BaseFacts(), None, None)
     if isinstance(base, nn.Module):
-        return BaseInfo(_facts_of(base), lambda: _with_weights(base), without_meta(base))
+        return BaseInfo(_model_facts(base), lambda: _require_weights(base), without_meta(base))
     path = Path(base)
     if path.is_dir() and any(path.rglob("*.safetensors")):
-        load = cache(lambda: models.load_base(base, precision="stored", device="cpu").model)
-        facts, structure = _facts_in(path)
-        return BaseInfo(facts, load, structure)
+        load_model = cache(lambda: models.load_base(base, precision="stored", device="cpu").model)
+        facts, structure = _folder_facts(path)
+        return BaseInfo(facts, load_model, structure)
     model = models.load_base(base, precision="stored", device="cpu").model
-    return BaseInfo(_facts_of(model, str(base)), lambda: model, model)
+    return BaseInfo(_model_facts(model, str(base)), lambda: model, model)
 
 
-def _with_weights(model: nn.Module) -> nn.Module:
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
+def _require_weights(model: nn.Module) -> nn.Module:
+    """``model``. ``AdapterError``: some of its weights are on the meta device."""
+    meta_names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if meta_names:
         raise AdapterError(
-            f"a base on the meta device ({listing(empty, 2)})", "its weights", "load them first"
+            f"a base on the meta device ({listing(meta_names, 2)})",
+            "its weights",
+            "load them first",
         )
     return model
 
 
-def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
+def _model_facts(model: nn.Module, name: str | None = None) -> BaseFacts:
+    """Names, shapes and config of a model. ``name``: what the record calls the base; None takes the
+    name in the config."""
     names = Names(model)
     weights = {
         parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)
@@ -82,16 +87,16 @@ def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
     return BaseFacts(shapes, config.to_dict() if hasattr(config, "to_dict") else {}, name)
 
 
-def _facts_in(path: Path) -> tuple[BaseFacts, nn.Module | None]:
-    """The facts in the files of a folder, and the model without weights if transformers has its
-    class."""
+def _folder_facts(path: Path) -> tuple[BaseFacts, nn.Module | None]:
+    """(names, shapes and config of the base in a folder, the model on the meta device or None if
+    transformers lacks its class)."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("model_type") and config.get("architectures"):
         try:
             model = models.meta_model(path)
-            return _facts_of(model, str(path)), model
+            return _model_facts(model, str(path)), model
         except ConfigError:
-            # transformers lacks the class: only the names in the files are known
+            # transformers lacks the class, so only the names in the files are known
             pass
     shapes = {
         parameter_path(part, name): entry.shape

@@ -1,9 +1,9 @@
-"""Dense changes ΔW = W' - W of an adapter's parameters, and an adapter from dense changes by
-singular values.
+"""Compute the dense changes ΔW = W' - W of an adapter, and make an adapter of dense changes by SVD.
 
-ΔW = gain ⊙ (W + scale · B A) - W           any variant, any layer; W' - W of parameters trained in
-                                            full
-ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the nearest product of a rank (Eckart and Young 1936)
+ΔW = gain ⊙ (W + scale · B A) - W           of a weight, for any variant and layer
+ΔW = W' - W                                 of a parameter trained in full
+ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the nearest product of a given rank, from the largest
+                                            singular values (Eckart and Young 1936)
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.lowrank import Svd
 
-#: the name of the adapter that a conversion installs on a model
-NAME = "veneer_convert"
-#: default bound on ‖ΔW - product‖ / ‖ΔW‖: the precision of float32 factors
-EXACT = 1e-6
+#: the name of the adapter that a conversion installs on the base
+ADAPTER_NAME = "veneer_convert"
+#: default limit of ‖ΔW - B A‖ / ‖ΔW‖, near the precision of float32 factors
+MAX_RELATIVE_ERROR = 1e-6
 
 
 @torch.no_grad()
 def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """ΔW of every parameter that the adapter ``name`` changes, in the parameter's shape, each
-    weight once. Computed in float64, returned in float32.
+    """ΔW of every parameter that the adapter ``name`` changes, by path, in the parameter's shape. A
+    tied weight is listed once. ΔW is computed in float64 and returned in float32.
 
     Raises:
-        AdapterError: the adapter changes outputs of modules, which no ΔW describes.
+        AdapterError: the adapter changes outputs of modules, which a ΔW cannot describe.
     """
     raise_all(
         AdapterError, f"There is no ΔW of {name!r}", list(output_change_problems(model, name))
@@ -53,23 +53,23 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
     deltas: dict[str, Tensor] = {}
     for path, module, weight, change in changes(model, name):
         target = weight_of(module, weight)
-        low, gain = change.resolve(target)
-        dense = change.storage.dense(target).double()
-        if gain is None:  # W + ΔW - W would lose digits
+        low_rank, gain = change.resolve(target)
+        base_weight = change.storage.dense(target).double()
+        if gain is None:  # (W + ΔW) - W would lose digits
             deltas[parameter_path(path, weight)] = change.layer.fold(
-                low.delta(torch.float64), dense.shape
+                low_rank.delta(torch.float64), base_weight.shape
             )
         else:
             deltas[parameter_path(path, weight)] = (
-                change.changed_weight(target, low, gain, torch.float64) - dense
+                change.changed_weight(target, low_rank, gain, torch.float64) - base_weight
             )
     for path, module, parameters in adapters(model, name):
-        for key, value in parameters.full.state_dict().items():
-            base_value = {**module._parameters, **module._buffers}[key]
-            deltas[parameter_path(path, key)] = (
-                value.double() - base_value.double()
-                if value.is_floating_point()
-                else value - base_value
+        for name_in_module, tensor in parameters.full.state_dict().items():
+            base_value = {**module._parameters, **module._buffers}[name_in_module]
+            deltas[parameter_path(path, name_in_module)] = (
+                tensor.double() - base_value.double()
+                if tensor.is_floating_point()
+                else tensor - base_value
             )
     return {
         path: delta.float() if delta.is_floating_point() else delta
@@ -78,30 +78,33 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def deltas_of_file(
-    low_rank: Sequence[LowRankChange], full: Mapping[str, Any]
+    low_rank_changes: Sequence[LowRankChange], full: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """As ``deltas_of_model``, without a model: (ΔW by name, problems with the changes that need the
-    base)."""
+    """(ΔW by path as in ``deltas_of_model``, but without a model; problems of the changes whose ΔW
+    depends on the base)."""
     deltas: dict[str, Tensor] = {}
-    unknown = []
-    for change in low_rank:
-        kind, low = change.kind, change.layer.low
+    unknown_deltas = []
+    for change in low_rank_changes:
+        kind, low_rank = change.kind, change.layer.low
         if change.magnitude is not None:
-            unknown.append((change.weight, "which rescales the weight"))
+            unknown_deltas.append((change.weight, "which rescales the weight"))
         elif kind == "attention" and change.weight.endswith("out_proj.weight"):
-            unknown.append((change.weight, "which PEFT applies more than once"))
+            unknown_deltas.append((change.weight, "which PEFT applies more than once"))
         elif kind in ("stack", "parameter"):
-            unknown.append((change.weight, "whose shape the file does not tell"))
+            unknown_deltas.append((change.weight, "whose shape the file does not tell"))
         else:
-            inner = (
-                change.layer.A.shape[1:] if kind in ("conv", "grouped conv") else low.A.shape[2:]
+            input_shape = (
+                change.layer.A.shape[1:]
+                if kind in ("conv", "grouped conv")
+                else low_rank.A.shape[2:]
             )
-            flat = low.delta(torch.float64).reshape(-1, *inner).float()  # of [g, out, in]
-            deltas[change.weight] = flat.mT if kind in ("embedding", "Conv1D") else flat
-    unknown += [(weight or "the model", "which is trained in full") for weight in full]
+            # [g, out, in] → [g · out, *input_shape]
+            delta = low_rank.delta(torch.float64).reshape(-1, *input_shape).float()
+            deltas[change.weight] = delta.mT if kind in ("embedding", "Conv1D") else delta
+    unknown_deltas += [(weight or "the model", "which is trained in full") for weight in full]
     problems = [
         sentence(f"a change of {weight!r}, {reason}", "the base beside it", "give the base")
-        for weight, reason in unknown
+        for weight, reason in unknown_deltas
     ]
     return deltas, problems
 
@@ -114,54 +117,57 @@ def install_deltas(
     rank: int | None,
     energy: float | None,
 ) -> dict[str, float]:
-    """Install the adapter ``NAME`` that makes these changes. Vectors and the parameters in
-    ``full_names`` are stored in full, the rest as products of ``rank``, or of the lowest rank that
-    keeps the share ``energy`` of ‖ΔW‖². Returns ‖ΔW - product‖ / ‖ΔW‖ of each product, by name.
+    """Install the adapter ``ADAPTER_NAME``, which makes the changes ``deltas``, on ``model``.
+    Vectors and the parameters in ``full_names`` are stored in full, the others as products of
+    ``rank``, or of the lowest rank that keeps the share ``energy`` of ‖ΔW‖². Returns
+    ‖ΔW - B A‖ / ‖ΔW‖ of each product, by path.
 
     Raises:
         AdapterError: the model lacks a name or has another shape. The model is unchanged.
     """
     names, problems = Names(model), []
-    full, factors, errors = _split_deltas(names, deltas, full_names, rank, energy, problems)
-    ranks = {ref: pair["A"].shape[1] for ref, pair in factors.items()}
-    low = plan_low(
+    full_values, factors, errors = _split_deltas(names, deltas, full_names, rank, energy, problems)
+    ranks = {ref: factor_pair["A"].shape[1] for ref, factor_pair in factors.items()}
+    low_rank_plans = plan_low(
         names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
     )
     full_keys = {
-        path: tuple(key for key in full[path] if key in names.modules[path]._parameters)
-        for path in full
+        path: tuple(name for name in tensors if name in names.modules[path]._parameters)
+        for path, tensors in full_values.items()
     }
-    buffers = frozenset(
-        path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers)
+    buffer_modules = frozenset(
+        path
+        for path, tensors in full_values.items()
+        if set(tensors) & set(names.modules[path]._buffers)
     )
-    highest_rank = max((plan.rank for plan in low), default=1)
+    highest_rank = max((plan.rank for plan in low_rank_plans), default=1)
     config = LoraConfig(
         rank=highest_rank,
         alpha=float(highest_rank),
-        targets=tuple(parameter_path(*plan.ref) for plan in low) or "all",
-        train_also=tuple(full),
+        targets=tuple(parameter_path(*plan.ref) for plan in low_rank_plans) or "all",
+        train_also=tuple(full_values),
         dtype="float32",
     )
     plans = complete_plans(
         names,
         config,
-        low,
+        low_rank_plans,
         full_keys,
         problems,
-        full_modules=buffers,
-        split_ties=names.split_ties(full),
+        full_modules=buffer_modules,
+        split_ties=names.split_ties(full_values),
     )
     raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
-    for plan in low:  # the plan of a shared weight names the first of its modules
-        first = next(ref for ref in plan.holders if ref in factors)
-        factors[plan.ref] = factors[first]
-    install_adapter(model, NAME, plans, trainable=False, parameters=factors)
+    for plan in low_rank_plans:  # ``deltas`` may name a tied weight by another of its names
+        factor_ref = next(ref for ref in plan.holders if ref in factors)
+        factors[plan.ref] = factors[factor_ref]
+    install_adapter(model, ADAPTER_NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
-        for module_path, _, module_parameters in adapters(model, NAME):
-            for key, value in full.get(module_path, {}).items():
+        for module_path, _, module_parameters in adapters(model, ADAPTER_NAME):
+            for name, tensor in full_values.get(module_path, {}).items():
                 {**module_parameters.full._parameters, **module_parameters.full._buffers}[
-                    key
-                ].copy_(value)
+                    name
+                ].copy_(tensor)
     return errors
 
 
@@ -173,14 +179,15 @@ def _split_deltas(
     energy: float | None,
     problems: list[str],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[ParamRef, dict[str, Tensor]], dict[str, float]]:
-    """Split changes into parameters stored in full (path -> name -> new value) and factors A and B
-    of the others; also return the relative error of each product, by name."""
+    """Split changes into the new values of parameters that are stored in full (by module path and
+    name) and factors A and B of the others. The third result: the relative error of each product,
+    by path."""
     refs = {
         name: ref
         for name in deltas
         if (ref := _ref_of(names, name, deltas[name], problems)) is not None
     }
-    full: dict[str, dict[str, Tensor]] = {}
+    full_values: dict[str, dict[str, Tensor]] = {}
     factors: dict[ParamRef, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}
     for name, (path, weight) in refs.items():
@@ -193,28 +200,33 @@ def _split_deltas(
             or (kind.name == GENERAL and weight not in kind.weights(module))
         ):
             base_value = {**module._parameters, **module._buffers}[weight]
-            full.setdefault(path, {})[weight] = (base_value.double() + delta).to(base_value.dtype)
+            full_values.setdefault(path, {})[weight] = (base_value.double() + delta).to(
+                base_value.dtype
+            )
         else:
             A, B, errors[name] = factor_delta(
                 kind.unfold(delta, kind.dims(module, delta.shape)), rank, energy
             )
             factors[path, weight] = {"A": A, "B": B}
-    return full, factors, errors
+    return full_values, factors, errors
 
 
 def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> ParamRef | None:
+    """The reference of the parameter or buffer ``name``; None after adding to ``problems``."""
     module_path, _, weight = name.rpartition(".")
     path = names.canonical.get(module_path, "")
     module = names.modules[path] if module_path in names.canonical else nn.Module()
-    parameter = weight in own_parameters(module)
-    stored: Any = weight_of(module, weight) if parameter else module._buffers.get(weight)
-    if stored is None:
+    is_parameter = weight in own_parameters(module)
+    stored_tensor: Any = weight_of(module, weight) if is_parameter else module._buffers.get(weight)
+    if stored_tensor is None:
         problem = (
             f"a change of {name!r}, which this model lacks{nearest(module_path, names.canonical)}"
         )
         problems.append(sentence(problem, "the same modules", "use the model that it was made for"))
         return None
-    shape = tuple(storage_of(stored).shape(stored) if parameter else stored.shape)
+    shape = tuple(
+        storage_of(stored_tensor).shape(stored_tensor) if is_parameter else stored_tensor.shape
+    )
     if shape != tuple(delta.shape):
         problem = f"a change of {name!r} of shape {tuple(delta.shape)}"
         problems.append(sentence(problem, f"{shape}", "use the model that it was made for"))
@@ -225,30 +237,33 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
 def factor_delta(
     delta: Tensor, rank: int | None, energy: float | None
 ) -> tuple[Tensor, Tensor, float]:
-    """A [g, r, in] and B [g, out, r] in float32, and their relative error, for ΔW [g, out, in] in
-    float64. r is ``rank``, at most min(out, in). If that is None, r is the lowest rank that keeps
-    the share ``energy`` of ‖ΔW‖²; if both are None, the lowest with an error of at most
-    1e-6 · ‖ΔW‖."""
+    """Factor ΔW [g, out, in], float64, into A [g, r, in] and B [g, out, r], float32. The third
+    result is the relative error of B A. r is ``rank``, at most min(out, in). If ``rank`` is None, r
+    is the lowest rank that keeps the share ``energy`` of ‖ΔW‖², or without ``energy`` the lowest
+    rank with an error of at most 1e-6 · ‖ΔW‖."""
     svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
-    # [min(out, in)]: the squared error if only the first i singular values are kept
+    # [min(out, in)]: at index i, the squared error of keeping only the first i singular values
     tail_energy = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)
-    max_energy_lost = (EXACT**2 if energy is None else 1 - energy) * tail_energy[0]
+    max_energy_lost = (MAX_RELATIVE_ERROR**2 if energy is None else 1 - energy) * tail_energy[0]
     rank = max(1, int((tail_energy > max_energy_lost).sum())) if rank is None else rank
-    low = svd.cut(rank)[0].to(torch.float32)
+    low_rank = svd.cut(rank)[0].to(torch.float32)
     norm = delta.norm().item()
-    return low.A, low.B, (low.delta(torch.float64) - delta).norm().item() / norm if norm else 0.0
+    error = (low_rank.delta(torch.float64) - delta).norm().item()
+    return low_rank.A, low_rank.B, error / norm if norm else 0.0
 
 
 def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> None:
     """``AdapterError`` unless at most one of the three options is given and its value is valid."""
     options = {"rank": rank, "energy": energy, "whole": whole or None}
-    used_options = [name for name, value in options.items() if value is not None]
-    bad_rank = rank is not None and (type(rank) is not int or rank < 1)
-    bad_energy = energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1)
+    used_options = [name for name, option in options.items() if option is not None]
+    rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
+    energy_is_invalid = energy is not None and not (
+        type(energy) in (int, float) and 0 < energy <= 1
+    )
     checks = [
         (len(used_options) > 1, listing(used_options), "one of them", "leave the others out"),
-        (bad_rank, f"rank={rank!r}", "a number of at least 1", "choose one"),
-        (bad_energy, f"energy={energy!r}", "a share in (0, 1]", "choose one"),
+        (rank_is_invalid, f"rank={rank!r}", "a number of at least 1", "choose one"),
+        (energy_is_invalid, f"energy={energy!r}", "a share in (0, 1]", "choose one"),
     ]
     problems = [sentence(*error_texts) for failed, *error_texts in checks if failed]
     raise_all(AdapterError, "This cannot be made a product", problems)

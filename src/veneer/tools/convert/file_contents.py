@@ -1,4 +1,4 @@
-"""The contents of a one-file format (kohya, diffusers, gguf, dense), from an adapter folder."""
+"""Build the contents of a file (kohya, diffusers, gguf or dense) from an adapter folder."""
 
 from __future__ import annotations
 
@@ -20,56 +20,57 @@ from veneer.tools.convert.token_changes import replace_token_changes, split_head
 
 
 def build_adapter(
-    saved: AdapterFiles,
+    saved_adapter: AdapterFiles,
     target_format: str,
     changes: tuple[LowRankChange, ...],
     base_info: BaseInfo,
-    on_model: Callable[[], AbstractContextManager[nn.Module]],
+    adapted_base: Callable[[], AbstractContextManager[nn.Module]],
 ) -> Adapter:
-    """The adapter as ``Format.write`` takes it. ``on_model``: a context with the adapter installed
-    on its base."""
-    if peft.not_for_peft(saved.peft_config) is not None and not base_info.facts.shapes:
-        problem = f"{saved.path}, with layers that only Veneer and its base know"
+    """The adapter as ``Format.write`` takes it. ``adapted_base``: opens a context with the base and
+    the adapter installed on it."""
+    if peft.not_for_peft(saved_adapter.peft_config) is not None and not base_info.facts.shapes:
+        problem = f"{saved_adapter.path}, with layers that only Veneer and its base know"
         raise AdapterError(problem, "the base that it was made for", "give the base")
 
-    def all_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
-        if base_info.module is None:
-            return deltas.deltas_of_file(changes, saved.full)
-        with on_model() as model:
-            model_deltas = deltas.deltas_of_model(model, deltas.NAME)
-            split_refs = split_head(Names(model), saved) if saved.tokens else None
+    def compute_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
+        if base_info.load_model is None:
+            return deltas.deltas_of_file(changes, saved_adapter.full)
+        with adapted_base() as model:
+            model_deltas = deltas.deltas_of_model(model, deltas.ADAPTER_NAME)
+            split_refs = split_head(Names(model), saved_adapter) if saved_adapter.tokens else None
         if split_refs is not None:
             embedding, head = (parameter_path(*ref) for ref in split_refs)
             model_deltas = {**model_deltas, head: model_deltas[embedding]}
         return model_deltas, []
 
-    base: Mapping[str, Any] = saved.metadata.get("base") or {
-        "name": saved.peft_config.get("base_model_name_or_path")
+    base_record: Mapping[str, Any] = saved_adapter.metadata.get("base") or {
+        "name": saved_adapter.peft_config.get("base_model_name_or_path")
     }
-    if saved.tokens:
-        with on_model() as model:
-            fingerprints = token_fingerprints(Names(model), saved)
-            base = {**base, "weights": {**base.get("weights", {}), **fingerprints}}
-            if target_format != "dense":  # a dense file takes ΔW from the model
-                changes = replace_token_changes(model, deltas.NAME, saved, changes)
-    about = {
-        "base": base,
-        "provenance": saved.metadata.get("provenance", {}),
-        "variant": saved.config.variant,
+    if saved_adapter.tokens:
+        with adapted_base() as model:
+            fingerprints = token_fingerprints(Names(model), saved_adapter)
+            weights = {**base_record.get("weights", {}), **fingerprints}
+            base_record = {**base_record, "weights": weights}
+            if target_format != "dense":  # ``compute_deltas`` includes the token rows
+                changes = replace_token_changes(model, deltas.ADAPTER_NAME, saved_adapter, changes)
+    facts = {
+        "base": base_record,
+        "provenance": saved_adapter.metadata.get("provenance", {}),
+        "variant": saved_adapter.config.variant,
     }
-    return Adapter(changes, saved.full, about, all_deltas)
+    return Adapter(changes, saved_adapter.full, facts, compute_deltas)
 
 
-def list_changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
-    """The low-rank changes of a folder, each with the name of its weight and the kind of its
+def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
+    """The low-rank changes of a folder, with the path of each changed weight and its kind of
     layer."""
-    recorded_weights = saved.metadata.get("changes") or {}
-    attention_paths = (peft.attention_of(path) for path in saved.low)
-    fused = {attention for attention in attention_paths if attention is not None}
-    transposed = bool(saved.peft_config.get("fan_in_fan_out"))
+    recorded_weights = saved_adapter.metadata.get("changes") or {}
+    attention_paths = (peft.attention_of(path) for path in saved_adapter.low)
+    fused_modules = {attention for attention in attention_paths if attention is not None}
+    transposed = bool(saved_adapter.peft_config.get("fan_in_fan_out"))
     changes = []
-    for path, layer in saved.low.items():
-        weight = _weight_name(path, layer, recorded_weights, fused, facts)
+    for path, layer in saved_adapter.low.items():
+        weight = _weight_name(path, layer, recorded_weights, fused_modules, facts)
         kind = kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight))
         changes.append(LowRankChange(weight, layer, kind))
     return tuple(changes)
@@ -79,16 +80,21 @@ def _weight_name(
     path: str,
     layer: peft.PeftLayer,
     recorded_weights: Iterable[str],
-    fused: set[str],
+    fused_modules: set[str],
     facts: BaseFacts,
 ) -> str:
-    """The parameter that an entry of the folder changes: from the record, else from the base, else
-    by PEFT's rule. ``fused``: attention modules with one weight for query, key and value."""
-    name = layer.target_path
-    if peft.of_parameter(path, layer) or name in recorded_weights or name in facts.shapes:
-        return name
-    candidates = [weight for weight in recorded_weights if weight.rpartition(".")[0] == name]
+    """The path of the parameter that an entry of the folder changes: from the adapter's record,
+    else from the base, else by PEFT's rule. ``fused_modules``: paths of attention modules with one
+    weight for query, key and value."""
+    target_path = layer.target_path
+    if (
+        peft.of_parameter(path, layer)
+        or target_path in recorded_weights
+        or target_path in facts.shapes
+    ):
+        return target_path
+    candidates = [weight for weight in recorded_weights if weight.rpartition(".")[0] == target_path]
     if len(candidates) == 1:
         return candidates[0]
-    is_fused = name in fused or f"{name}.in_proj_weight" in facts.shapes
-    return f"{name}.{'in_proj_weight' if is_fused else 'weight'}"
+    is_fused = target_path in fused_modules or f"{target_path}.in_proj_weight" in facts.shapes
+    return f"{target_path}.{'in_proj_weight' if is_fused else 'weight'}"

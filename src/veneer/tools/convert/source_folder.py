@@ -1,7 +1,7 @@
 """Read the source of a conversion as an adapter folder in PEFT's layout.
 
-A source in another format is written to a scratch folder first, so that every format is checked
-and read by the same code.
+A source in another format is first written to a scratch folder in PEFT's layout. So the same code
+checks and reads the adapters of every format.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def read_source(
     options: Options,
     verify_base: bool,
 ) -> tuple[AdapterFiles, Contents, dict[str, float]]:
-    """The adapter folder of ``source`` (written to ``scratch`` where the source is none), the
-    contents of the source file, and the relative error of each change that became a product."""
-    reader = FORMATS[source_format].read
-    if reader is None:
+    """(the adapter folder, the contents of the source file, the relative error of each dense change
+    that was factored). If ``source`` is no adapter folder, one is written to ``scratch``."""
+    read_contents = FORMATS[source_format].read
+    if read_contents is None:
         return folder.read(source, _weight_lookup(base_info.facts)), Contents(), {}
-    contents = reader(source, base_info.facts, options)
+    contents = read_contents(source, base_info.facts, options)
     if not contents.low and not contents.deltas:
         raise AdapterError(f"no change at all in {source}", "at least one", "check the file")
     if contents.deltas:
         errors = _write_from_deltas(source, contents, scratch, base_info, options, verify_base)
         return folder.read(scratch), contents, errors
-    dora = [bool(layer.extras) for layer in contents.low.values()]
-    if any(dora) and not all(dora):
-        problem = f"{source}, where {sum(dora)} of {len(dora)} layers are DoRA"
+    has_magnitude = [bool(layer.extras) for layer in contents.low.values()]
+    if any(has_magnitude) and not all(has_magnitude):
+        problem = f"{source}, where {sum(has_magnitude)} of {len(has_magnitude)} layers are DoRA"
         raise AdapterError(problem, "all of them or none", "merge it with the tool that made it")
     config = {
         "peft_type": "LORA",
@@ -58,13 +58,13 @@ def read_source(
         "lora_alpha": 1,
         "fan_in_fan_out": contents.transposed,
     }
-    stub = AdapterFiles(source, LoraConfig(), config, None, {}, {}, {})
-    write_derived(scratch, [stub], contents.low, variant=contents.variant)
+    config_only = AdapterFiles(source, LoraConfig(), config, None, {}, {}, {})
+    write_derived(scratch, [config_only], contents.low, variant=contents.variant)
     return folder.read(scratch), contents, {}
 
 
 def read_tuner_type(source: Path) -> str | None:
-    """The ``peft_type`` of a PEFT folder if it belongs to a tuner other than LoRA, else None."""
+    """The ``peft_type`` of a PEFT folder if its tuner is not LoRA, else None."""
     tuner = (
         peft_tuners.tuner_of(read_json(source / peft.CONFIG))
         if (source / peft.CONFIG).is_file()
@@ -74,7 +74,7 @@ def read_tuner_type(source: Path) -> str | None:
 
 
 def _weight_lookup(facts: BaseFacts) -> peft_tuners.Weights | None:
-    """A function from a weight's name to its shape and dtype; None without a base."""
+    """A function that returns the shape and dtype of a weight by its path; None without a base."""
     dtype_name = facts.config.get("dtype") or facts.config.get("torch_dtype")
     dtype = getattr(torch, str(dtype_name).removeprefix("torch."), None)
 
@@ -92,12 +92,12 @@ def _write_from_deltas(
     options: Options,
     verify_base: bool,
 ) -> dict[str, float]:
-    """Write a folder of dense changes to ``scratch``. Returns the relative error of each change
-    that became a product."""
-    if base_info.module is None:
+    """Factor the dense changes in ``contents``, and write them as an adapter folder to ``scratch``.
+    Returns the relative error of each change that was factored."""
+    if base_info.load_model is None:
         problem = f"{source}, whose changes only a model's layers make products of"
         raise AdapterError(problem, "the base that it was made for", "give the base")
-    model = base_info.module()
+    model = base_info.load_model()
     if verify_base:
         _verify_fingerprints(model, contents.about.get("base") or {}, source)
     full_names = frozenset(contents.deltas) if options.whole else contents.full
@@ -105,34 +105,38 @@ def _write_from_deltas(
         model, contents.deltas, full_names, rank=options.rank, energy=options.energy
     )
     try:
-        save(model, scratch, name=deltas.NAME, base_name=contents.base_name)
+        save(model, scratch, name=deltas.ADAPTER_NAME, base_name=contents.base_name)
     finally:
-        detach(model, deltas.NAME)
+        detach(model, deltas.ADAPTER_NAME)
     return errors
 
 
 def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Path) -> None:
-    """Compare ``model`` with the fingerprints that a dense file copied from its adapter's
-    record."""
+    """``BaseMismatchError`` if the weights of ``model`` do not match the fingerprints in
+    ``record``, which the dense file ``source`` copied from its adapter's record."""
     tensors = [tensor for tensor in list_weights(Names(model)) if tensor.is_readable]
     fingerprints = zip(
         tensors, fingerprints_of(tensors, kind=recorded_hash_kind(record)), strict=True
     )
-    by_name = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
+    fingerprint_by_name = {
+        name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names
+    }
     changed_weights, unchanged_weights = record.get("weights") or {}, record.get("rest") or {}
     mismatches = [
-        name for name, expected in changed_weights.items() if by_name.get(name) != expected
+        name
+        for name, expected in changed_weights.items()
+        if fingerprint_by_name.get(name) != expected
     ]
     mismatches += [
         name
         for name, expected in unchanged_weights.items()
-        if by_name.get(name, expected) != expected
+        if fingerprint_by_name.get(name, expected) != expected
     ]
-    earlier = earlier_fingerprints(tensors, recorded_hash_kind(record)) if mismatches else {}
+    earlier_hashes = earlier_fingerprints(tensors, recorded_hash_kind(record)) if mismatches else {}
     mismatches = [
         name
         for name in mismatches
-        if earlier.get(name) != recorded_fingerprints(record).get(name, "")
+        if earlier_hashes.get(name) != recorded_fingerprints(record).get(name, "")
     ]
     if mismatches:
         problem = (

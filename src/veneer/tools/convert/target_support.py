@@ -1,4 +1,5 @@
-"""Limits of the target format: errors for changes that it cannot hold, a list of other losses."""
+"""Check what the target format can hold: an error for changes that it cannot hold, and a list of
+other contents that the conversion loses."""
 
 from __future__ import annotations
 
@@ -19,24 +20,24 @@ from veneer.tools.convert.base_info import BaseInfo
 
 
 def require_supported(
-    saved: AdapterFiles, source_format: str, target: Format, base_info: BaseInfo
+    saved_adapter: AdapterFiles, source_format: str, target: Format, base_info: BaseInfo
 ) -> None:
-    """Refuse changes that PEFT computes in another way than Veneer does, if either format is
-    PEFT's. Without a model, also refuse folders with factors that do not determine the change: a
-    start that PEFT subtracts from the base, a bias beside B.
+    """Refuse changes that PEFT and Veneer compute differently, if one of the two formats is PEFT's.
+    Without a model, also refuse folders whose factors do not determine the change: PEFT subtracts a
+    start from the base weight, or the adapter has a bias beside B.
 
     Raises:
         AdapterError: ``target`` cannot hold the adapter.
     """
     if target.name not in ("veneer", "peft"):
-        saved.refuse_invocation_tokens(f"format {target.name!r}")
-    # with a model, `install_from` makes these checks
-    unchecked = target.name not in ("veneer", "dense") or base_info.module is None
-    if unchecked:
-        peft_fields.check_config(saved.peft_config, saved.record is not None)
+        saved_adapter.refuse_invocation_tokens(f"format {target.name!r}")
+    # if the adapter is installed on the base, `install_from` makes these checks
+    needs_checks = target.name not in ("veneer", "dense") or base_info.load_model is None
+    if needs_checks:
+        peft_fields.check_config(saved_adapter.peft_config, saved_adapter.record is not None)
         output_changes = [
             name
-            for name, change in saved.metadata.get("changes", {}).items()
+            for name, change in saved_adapter.metadata.get("changes", {}).items()
             if change.get("module_only")
         ]
         if output_changes and not target.peft:
@@ -49,49 +50,56 @@ def require_supported(
                 "changes of weights",
                 'keep the adapter beside its base, or convert it to "peft"',
             )
-    if target.peft and (reason := peft.not_for_peft(saved.peft_config)) is not None:
+    if target.peft and (reason := peft.not_for_peft(saved_adapter.peft_config)) is not None:
         problem = f"an adapter that PEFT would apply in another way ({reason})"
         raise AdapterError(
             problem, "changes that PEFT computes", "merge it, or convert it to dense"
         )
-    if target.peft and saved.tuner is not None:
+    if target.peft and saved_adapter.tuner is not None:
         raise_all(
             AdapterError,
-            f"{saved.path} cannot be LoRA",
-            list(_convolution_problems(saved, base_info)),
+            f"{saved_adapter.path} cannot be LoRA",
+            list(_convolution_problems(saved_adapter, base_info)),
         )
-    if unchecked and not target.peft and FORMATS[source_format].peft and saved.record is None:
-        _require_weight_changes(saved, target, base_info.structure)
+    if (
+        needs_checks
+        and not target.peft
+        and FORMATS[source_format].peft
+        and saved_adapter.record is None
+    ):
+        _require_weight_changes(saved_adapter, target, base_info.structure)
 
 
-def list_losses(saved: AdapterFiles, target_format: str) -> list[str]:
-    """Contents of the source that ``target_format`` cannot store and that change no output."""
-    hashes = "hashes" if target_format == "dense" else "fingerprints of the base, hashes"
-    variant, dropout = saved.config.variant, saved.config.dropout
-    to_veneer, to_folder = target_format == "veneer", target_format in ("veneer", "peft")
+def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
+    """Descriptions of contents of the source that ``target_format`` cannot store, although they
+    change no output."""
+    hash_text = "hashes" if target_format == "dense" else "fingerprints of the base, hashes"
+    variant, dropout = saved_adapter.config.variant, saved_adapter.config.dropout
+    is_veneer, is_folder = target_format == "veneer", target_format in ("veneer", "peft")
     losses = [
-        (saved.metadata and not to_veneer, f"the record: {hashes} and provenance"),
+        (saved_adapter.metadata and not is_veneer, f"the record: {hash_text} and provenance"),
         (
-            saved.adapter_parameters and not to_veneer,
+            saved_adapter.adapter_parameters and not is_veneer,
             f"the numbers of variant {variant!r}; the change that they amount to is kept",
         ),
         (
-            saved.tokens and not to_folder,
+            saved_adapter.tokens and not is_folder,
             "the rows of trained tokens; kept is how they differ from this base's own, so it fits"
             " this base alone",
         ),
-        (dropout and not to_folder, f"dropout {dropout:g}, which counts in training alone"),
+        (dropout and not is_folder, f"dropout {dropout:g}, which counts in training alone"),
     ]
     return [description for is_lost, description in losses if is_lost]
 
 
-def _convolution_problems(saved: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
-    """Convolutions of another tuner's adapter that PEFT's LoRA would compute in another way."""
-    convolutions = [layer.target_path for layer in saved.low.values() if layer.A.dim() > 2]
+def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
+    """Problems of an adapter of another PEFT tuner: convolutions that PEFT's LoRA would compute
+    differently."""
+    convolutions = [layer.target_path for layer in saved_adapter.low.values() if layer.A.dim() > 2]
     if not convolutions:
         return
-    assert base_info.module is not None  # the kernels' shapes came from the model
-    names = Names(base_info.module())
+    assert base_info.load_model is not None  # such an adapter was read with the base's shapes
+    names = Names(base_info.load_model())
     for path in convolutions:
         module = names.modules[names.canonical[path]]
         reason = peft_behaviour.deviation_reason(kind_for(module, "weight").name, module)
@@ -101,28 +109,30 @@ def _convolution_problems(saved: AdapterFiles, base_info: BaseInfo) -> Iterator[
             )
 
 
-def _require_weight_changes(saved: AdapterFiles, target: Format, model: nn.Module | None) -> None:
-    """``AdapterError`` for changes that PEFT does not apply to weights. Without a model this cannot
-    be checked: ``UnverifiedAdapter`` warns of that."""
+def _require_weight_changes(
+    saved_adapter: AdapterFiles, target: Format, model: nn.Module | None
+) -> None:
+    """``AdapterError`` for changes that PEFT does not apply to weights. Without a model there is no
+    such check, and the warning ``UnverifiedAdapter`` says so."""
     if model is None:
-        layer_options = "a dilation, a padding mode or a forward of its own"
+        layer_traits = "a dilation, a padding mode or a forward of its own"
         warnings.warn(
-            f"Nobody checked what PEFT makes of {saved.path}: where a module reads another one's"
-            f" weight, or a layer has {layer_options}, that is no change of the weight, which is"
-            f" what {target.name!r} holds. Give the model as base to have it checked.",
+            f"Nobody checked what PEFT makes of {saved_adapter.path}: where a module reads another"
+            f" one's weight, or a layer has {layer_traits}, that is no change of the weight, which"
+            f" is what {target.name!r} holds. Give the model as base to have it checked.",
             UnverifiedAdapter,
             stacklevel=4,
         )
         return
-    names, config, problems = Names(model), saved.peft_config, []
-    for path, layer in saved.low.items():
+    names, config, problems = Names(model), saved_adapter.peft_config, []
+    for path, layer in saved_adapter.low.items():
         ref = ref_at(names, path, config)
         if ref is None:
             continue
-        past, reason = deviations(
-            names, ref, layer, means_parameter(names, ref, config), saved.tuner
+        reader_reason, layer_reason = deviations(
+            names, ref, layer, means_parameter(names, ref, config), saved_adapter.tuner
         )
-        if reason := past or reason:
+        if reason := reader_reason or layer_reason:
             problem = (
                 f"a change of {layer.target_path!r} that PEFT applies in another way: {reason}"
             )

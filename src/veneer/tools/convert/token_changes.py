@@ -1,17 +1,19 @@
-"""Trained tokens as plain low-rank changes, for formats that cannot store single rows.
+"""Write trained token rows as low-rank changes, for formats that cannot store single rows.
 
-    ΔW[ids] = R − W[ids], elsewhere 0       = E (R − W[ids]), E [rows, n] the tokens' one-hot
-                                            columns
+    ΔW[ids] = R − W[ids], and 0 in all other rows; as a product: ΔW = E (R − W[ids])
 
-The product has rank n; with a low-rank change of the same weight, whose scale is multiplied into B,
-it has rank n + r.
+W [rows, in] is the weight, ids are the n trained tokens, R [n, in] their trained rows, and
+E [rows, n] has a one-hot column for each of them.
 
-A folder stores the rows R, which are the same for every base with a vocabulary of that size. ΔW is
-relative to the rows of one base, so the conversion needs that base, with its vocabulary already
-grown, and the result is right for that base alone.
+The product has rank n. If the adapter also has a low-rank change of rank r of the same weight, the
+sum has rank n + r; the scale of the low-rank change is multiplied into B.
+
+An adapter folder stores R, which is right for every base with a vocabulary of the same size. ΔW is
+relative to the rows of one base. So the conversion needs this base, with the new rows of its
+vocabulary already added, and the result is right for this base alone.
 
 If the head of the trained model is tied to its input embedding, the adapter changes both. A base
-that stores the same head separately (a GGUF with ``output.weight``) gets the change in both
+that stores an equal head as a second weight (a GGUF with ``output.weight``) gets the change in both
 weights.
 """
 
@@ -34,20 +36,20 @@ from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, laye
 from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.models.base_weights import list_weights
 
-_MERGE = "merge the adapter (`veneer merge`) and take the merged model"
+_MERGE_HINT = "merge the adapter (`veneer merge`) and take the merged model"
 
 
-def require_token_rows(saved: AdapterFiles, target_format: str, facts: BaseFacts) -> None:
-    """``AdapterError`` if the adapter has trained tokens and the base is missing or lacks their
-    rows."""
-    if not saved.tokens:
+def require_token_rows(saved_adapter: AdapterFiles, target_format: str, facts: BaseFacts) -> None:
+    """``AdapterError`` if the adapter has trained tokens, and the base is missing or lacks rows for
+    them."""
+    if not saved_adapter.tokens:
         return
-    rows, size = (
-        listing(f"{len(tokens.ids)} of {path!r}" for path, tokens in saved.tokens.items()),
-        vocabulary_size(saved),
+    rows_text, size = (
+        listing(f"{len(tokens.ids)} of {path!r}" for path, tokens in saved_adapter.tokens.items()),
+        vocabulary_size(saved_adapter),
     )
     adapter_description, expected = (
-        f"{saved.path} with trained tokens ({rows})",
+        f"{saved_adapter.path} with trained tokens ({rows_text})",
         f"the base with all {size} rows of its vocabulary",
     )
     if not facts.shapes:
@@ -55,58 +57,67 @@ def require_token_rows(saved: AdapterFiles, target_format: str, facts: BaseFacts
             f"{adapter_description}, and no base, from whose rows {target_format!r} stores the"
             " differences"
         )
-        raise AdapterError(problem, expected, f"give the base, or {_MERGE}")
-    base_rows = min(
-        facts.shapes.get(parameter_path(path, "weight"), (size,))[0] for path in saved.tokens
+        raise AdapterError(problem, expected, f"give the base, or {_MERGE_HINT}")
+    base_row_count = min(
+        facts.shapes.get(parameter_path(path, "weight"), (size,))[0]
+        for path in saved_adapter.tokens
     )
-    if base_rows < size:
+    if base_row_count < size:
         problem = (
             f"{adapter_description}, whose changes {target_format!r} counts from the base's own"
-            f" rows, and a base of {base_rows} rows"
+            f" rows, and a base of {base_row_count} rows"
         )
         do = (
             f"grow it (model.resize_token_embeddings({size})), save_pretrained it, and give that;"
-            f" or {_MERGE}"
+            f" or {_MERGE_HINT}"
         )
         raise AdapterError(problem, expected, do)
 
 
 def replace_token_changes(
-    model: nn.Module, name: str, saved: AdapterFiles, plain: Iterable[LowRankChange]
+    model: nn.Module,
+    name: str,
+    saved_adapter: AdapterFiles,
+    folder_changes: Iterable[LowRankChange],
 ) -> tuple[LowRankChange, ...]:
-    """The low-rank changes of the adapter ``name``, which was read from ``saved`` and is installed
-    on ``model``: ``plain``, the changes in its folder, except that each weight with trained tokens
-    gets one change with both, under every name of the weight.
+    """The low-rank changes of the adapter ``name``, which was read from ``saved_adapter`` and is
+    installed on ``model``. ``folder_changes``: the low-rank changes in its folder. A weight with
+    trained tokens gets a single change instead, which includes its token rows and its low-rank
+    change; it is repeated under every name of the weight.
 
     Raises:
         AdapterError: DoRA rescales a weight with trained tokens, or the base's head differs from
             its embedding although they were tied in training.
     """
-    token_changes = {change.weight: change for change in _token_changes(model, name, saved)}
+    token_changes = {change.weight: change for change in _token_changes(model, name, saved_adapter)}
     return (
-        *(change for change in plain if change.weight not in token_changes),
+        *(change for change in folder_changes if change.weight not in token_changes),
         *token_changes.values(),
     )
 
 
 @torch.no_grad()
-def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator[LowRankChange]:
+def _token_changes(
+    model: nn.Module, name: str, saved_adapter: AdapterFiles
+) -> Iterator[LowRankChange]:
+    """The change of each weight with trained tokens, under every name of the weight."""
     names = Names(model)
-    by_identity, split_refs = names.holders(), split_head(names, saved)
+    holders_by_id, split_refs = names.holders(), split_head(names, saved_adapter)
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue
-        low, gain = change.resolve_float64(weight_of(module, weight))
+        low_rank, gain = change.resolve_float64(weight_of(module, weight))
         if gain is not None:
             problem = f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales"
-            raise AdapterError(problem, "a product alone", _MERGE)
-        A, B = low.A[0].float(), (low.B[0] * low.scale).float()  # [r + n, in], [out, r + n]
-        refs = names.holders_of((path, weight), by_identity)
+            raise AdapterError(problem, "a product alone", _MERGE_HINT)
+        # [r + n, in], [out, r + n]
+        A, B = low_rank.A[0].float(), (low_rank.B[0] * low_rank.scale).float()
+        refs = names.holders_of((path, weight), holders_by_id)
         for holder_path, holder_weight in dict.fromkeys(
             [*refs, *(split_refs if split_refs is not None and split_refs[0] in refs else ())]
         ):
             is_embedding = kind_for(names.modules[holder_path], holder_weight).out_axis
-            # a tied weight in a layer of the other orientation: swap the factors
+            # for a tied weight, a layer that uses it transposed needs the transposed product
             layer_A, layer_B = (A, B) if is_embedding == change.layer.out_axis else (B.mT, A.mT)
             layer = layer_of(
                 holder_path,
@@ -122,66 +133,68 @@ def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
             )
 
 
-def split_head(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
-    """(the input embedding, the head) if the base stores them as two equal weights and the adapter
-    was trained on a base where they were tied: its record lists every weight of that base, and no
-    head. None otherwise.
+def split_head(names: Names, saved_adapter: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
+    """(the input embedding's weight, the head's) if the base stores them as two equal weights, and
+    they were one tied weight in the base that the adapter was trained on; None otherwise. The
+    adapter's record lists every weight of that base, so a tied head is missing in it.
 
     Raises:
         AdapterError: the two weights differ.
     """
     model: Any = names.model
-    ends: list[Any] = [
+    embeddings: list[Any] = [
         getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
     ]
     path_by_id = {id(module): path for path, module in names.modules.items()}
-    record = saved.metadata.get("base") or {}
-    if not record.get("rest") or any(id(end) not in path_by_id for end in ends):
+    record = saved_adapter.metadata.get("base") or {}
+    if not record.get("rest") or any(id(module) not in path_by_id for module in embeddings):
         return None
-    (embedding, embedding_weight), (head, head_weight) = (
-        (path_by_id[id(end)], weight_of(end, "weight")) for end in ends
+    (embedding_path, embedding_weight), (head_path, head_weight) = (
+        (path_by_id[id(module)], weight_of(module, "weight")) for module in embeddings
     )
     recorded_names = {*record["weights"], *record["rest"], *record.get("fresh", ())}
     if (
-        embedding not in saved.tokens
+        embedding_path not in saved_adapter.tokens
         or embedding_weight is head_weight
-        or parameter_path(head, "weight") in recorded_names
-        or head in saved.full
+        or parameter_path(head_path, "weight") in recorded_names
+        or head_path in saved_adapter.full
     ):
         return None
     if not torch.equal(
         *(cast(Any, storage_of(weight)).dense(weight) for weight in (embedding_weight, head_weight))
     ):
         problem = (
-            f"trained tokens of {embedding!r}, then the head too, and a base whose {head!r} has"
-            " other numbers"
+            f"trained tokens of {embedding_path!r}, then the head too, and a base whose"
+            f" {head_path!r} has other numbers"
         )
         raise AdapterError(
-            problem, "a copy of the embedding", f"give the base that it was trained on, or {_MERGE}"
+            problem,
+            "a copy of the embedding",
+            f"give the base that it was trained on, or {_MERGE_HINT}",
         )
-    return (embedding, "weight"), (head, "weight")
+    return (embedding_path, "weight"), (head_path, "weight")
 
 
-def token_fingerprints(names: Names, saved: AdapterFiles) -> dict[str, str]:
-    """Fingerprints of all rows of the weights with trained tokens, by path. (The fingerprints in
-    the record leave the trained rows out.)"""
-    base_record = saved.metadata.get("base") or {}
+def token_fingerprints(names: Names, saved_adapter: AdapterFiles) -> dict[str, str]:
+    """Fingerprints of the whole weights with trained tokens, by path. The fingerprints in the
+    adapter's record leave the trained rows out."""
+    base_record = saved_adapter.metadata.get("base") or {}
     paths = [
         weight_path
-        for token_path in saved.tokens
+        for token_path in saved_adapter.tokens
         if (weight_path := parameter_path(token_path, "weight")) in base_record.get("weights", ())
     ]
-    by_name = {
-        name: tensor
-        for tensor in list_weights(names)
-        if tensor.is_readable
-        for name in tensor.names
+    weight_by_name = {
+        name: weight
+        for weight in list_weights(names)
+        if weight.is_readable
+        for name in weight.names
     }
     return dict(
         zip(
             paths,
             fingerprints_of(
-                [by_name[weight_path] for weight_path in paths],
+                [weight_by_name[weight_path] for weight_path in paths],
                 kind=recorded_hash_kind(base_record),
             ),
             strict=True,

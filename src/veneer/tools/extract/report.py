@@ -1,4 +1,4 @@
-"""The report of an extraction: numbers and readable text."""
+"""The report of an extraction, as numbers and as readable text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from veneer.tools.report_text import rank_range
 
 @dataclass(frozen=True)
 class Extracted:
-    """One weight with a change that was written as a product."""
+    """One weight whose change was written as a low-rank product."""
 
     path: str
     dims: tuple[int, int, int]  # (groups, out, in) of the change
     rank: int
     change: float  # ‖ΔW‖
     relative: float  # ‖ΔW‖ / ‖W‖
-    error: float  # ‖ΔW − BA‖ / ‖ΔW‖, measured with the factors as they were written
-    method: str  # how the directions were found, "exact" or "randomised"
-    seconds: float  # reading and factoring
+    error: float  # ‖ΔW − BA‖ / ‖ΔW‖, with the factors in the dtype that is written
+    method: str  # how the singular vectors were computed: "exact" or "randomised"
+    seconds: float  # duration of reading and factoring
 
     @property
     def kept(self) -> float:
@@ -43,7 +43,8 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Kept:
-    """One parameter or buffer that was written in full. ``change``: ‖ΔW‖; ``why``: the reason."""
+    """One parameter or buffer that was written in full. ``numbers``: how many elements it has;
+    ``change``: ‖ΔW‖; ``why``: the reason for writing it in full."""
 
     path: str
     numbers: int
@@ -53,8 +54,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Lost:
-    """One parameter or buffer that changed and is not in the adapter. ``change``: ‖ΔW‖; ``why``:
-    the reason."""
+    """One changed parameter or buffer that was not written. ``change``: ‖ΔW‖; ``why``: the reason
+    for not writing it."""
 
     path: str
     change: float
@@ -63,20 +64,20 @@ class Lost:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """The report of an extraction. ``str(report)`` is readable text, ``to_dict`` JSON values."""
+    """The result of ``extract``; ``str(report)`` is readable text."""
 
     path: Path
-    layers: tuple[Extracted, ...]  # changed parameters that were written as products,
-    whole: tuple[Kept, ...]  # in full,
-    lost: tuple[Lost, ...]  # or not at all
+    layers: tuple[Extracted, ...]  # changed weights that were written as products
+    whole: tuple[Kept, ...]  # changed parameters that were written in full
+    lost: tuple[Lost, ...]  # changed parameters that were not written
     unchanged: int  # how many parameters and buffers did not change
-    unread: tuple[str, ...]  # tensors of the tuned model's files that are no part of the model
-    least: float  # the share of ‖ΔW‖² below which a layer counts as lossy
-    seconds: float  # of the whole extraction
+    unread: tuple[str, ...]  # tensors in the tuned model's files that the model does not have
+    least: float  # the share of ‖ΔW‖² below which a product counts as lossy
+    seconds: float  # duration of the extraction
 
     @property
     def kept(self) -> float:
-        """The share of ‖ΔW‖², over everything that changed, that the adapter holds."""
+        """The share of ‖ΔW‖² that the adapter holds, over all changed parameters and buffers."""
         lost_energy = sum((layer.error * layer.change) ** 2 for layer in self.layers)
         lost_energy += sum(entry.change**2 for entry in self.lost)
         total_energy = sum(entry.change**2 for entry in (*self.layers, *self.whole, *self.lost))
@@ -84,7 +85,7 @@ class ExtractReport:
 
     @property
     def lossy(self) -> tuple[Extracted, ...]:
-        """The layers that keep less than ``least`` of their change."""
+        """The layers whose product keeps a smaller share of ‖ΔW‖² than ``least``."""
         return tuple(layer for layer in self.layers if layer.kept < self.least)
 
     @property
@@ -93,6 +94,7 @@ class ExtractReport:
         return sum(entry.numbers for entry in (*self.layers, *self.whole))
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
         summary = {
             "path": str(self.path),
             "kept": self.kept,
@@ -116,10 +118,11 @@ class ExtractReport:
             f"{self.kept:.2%} of the change in {self.numbers:,} numbers, written to {self.path}"
         ]
         if self.layers:
-            worst = min(self.layers, key=lambda layer: layer.kept)
-            rank = rank_range(layer.rank for layer in self.layers)
-            products = f"{len(self.layers)} weights as products of {rank}"
-            lines.append(f"{products}; the worst, {worst.path}, keeps {worst.kept:.2%}")
+            worst_layer = min(self.layers, key=lambda layer: layer.kept)
+            ranks_text = rank_range(layer.rank for layer in self.layers)
+            products_text = f"{len(self.layers)} weights as products of {ranks_text}"
+            worst_text = f"the worst, {worst_layer.path}, keeps {worst_layer.kept:.2%}"
+            lines.append(f"{products_text}; {worst_text}")
         if self.whole:
             lines.append(
                 f"{len(self.whole)} whole: {listing((entry.path for entry in self.whole), 3)}"
@@ -130,9 +133,10 @@ class ExtractReport:
             lines.append(
                 f"{len(self.lossy)} keep less than {self.least:.0%} of their change: {paths} ({do})"
             )
-        if large := [layer.path for layer in self.layers if layer.large]:
+        if large_paths := [layer.path for layer in self.layers if layer.large]:
             lines.append(
-                f"{len(large)} need no fewer numbers as products than whole: {listing(large, 3)}"
+                f"{len(large_paths)} need no fewer numbers as products than whole:"
+                f" {listing(large_paths, 3)}"
             )
         for reason in dict.fromkeys(entry.why for entry in self.lost):
             paths = [entry.path for entry in self.lost if entry.why == reason]

@@ -1,8 +1,8 @@
 """Decide how to write each changed parameter: as a low-rank product, in full, or not at all.
 
-low      matched by ``targets`` and has a low-rank change; otherwise
-whole    matched by ``keep``: by default every vector; otherwise
-lost     not written, with the reason
+low_rank  ``targets`` matches the parameter, and it has a low-rank change
+full      else, ``keep`` matches it; the default matches every vector
+lost      else, it is not written, and the report gives the reason
 """
 
 from __future__ import annotations
@@ -29,69 +29,73 @@ from veneer.errors import ConfigError, TargetError, raise_all, sentence
 from veneer.layers import ParamRef
 from veneer.tools.extract.weight_pairs import WeightPair
 
-#: the words of ``keep`` beside patterns
-AUTO, NONE, LOSSY = WORDS = ("auto", "none", "lossy")
+#: words that ``keep`` may contain instead of patterns
+AUTO, NONE, LOSSY = KEEP_WORDS = ("auto", "none", "lossy")
 
-#: reasons to write a parameter in full, or not at all
-ASKED, VECTOR, LITTLE = "asked for", "no low-rank change", "lossy as a product"
+#: reasons in the report: why a parameter is written in full, and why it is not written
+REQUESTED, VECTOR, LOSSY_PRODUCT = "asked for", "no low-rank change", "lossy as a product"
 NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, and keep says none"
 
 
 class Selection(NamedTuple):
-    """The changed pairs by the way they are written, with the reason."""
+    """The changed weights by how they are written, with the reason if it is not as a product."""
 
-    low: tuple[WeightPair, ...]
-    whole: tuple[tuple[WeightPair, str], ...]
+    low_rank: tuple[WeightPair, ...]
+    full: tuple[tuple[WeightPair, str], ...]
     lost: tuple[tuple[WeightPair, str], ...]
 
 
 def select_weights(
     names: Names,
-    changed: Sequence[WeightPair],
+    changed_pairs: Sequence[WeightPair],
     targets: Targets,
     exclude: Sequence[str],
     keep: Sequence[str],
-    adapter: str,
+    adapter_name: str,
 ) -> Selection:
-    """Sort the changed pairs. ``adapter``: the name under which the adapter will be installed on
-    the model. ``TargetError``: a pattern matches nothing, or a weight cannot carry its change; the
-    error lists every problem."""
+    """Decide how to write each changed weight. ``adapter_name``: the name under which the adapter
+    will be installed on the base. ``TargetError``: a pattern matches nothing, or a weight cannot
+    carry its change; the error lists every problem."""
     config = LoraConfig(rank=1, targets=targets, exclude=exclude)
-    patterns = [pattern for pattern in keep if pattern not in WORDS]
-    problems = bad_regex(LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *patterns]))
+    keep_patterns = [pattern for pattern in keep if pattern not in KEEP_WORDS]
+    problems = bad_regex(
+        LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *keep_patterns])
+    )
     raise_all(TargetError, "Nothing was extracted", problems)
-    problems += name_problems(names.model, adapter)
+    problems += name_problems(names.model, adapter_name)
     if (attached := adapters_of(names.model)) is not None and attached.merged is not None:
         problem = f"{attached.merged!r} merged into the weights of the base"
         problems.append(sentence(problem, "an unmerged base", "call veneer.unmerge(model) first"))
-    selected_refs, target_problems = target_refs(names, config)
+    target_ref_list, target_problems = target_refs(names, config)
     problems += target_problems
-    selected = set(selected_refs)
-    left_out = excluded_refs(names, config, []) | _matching_refs(
-        names, [p for p in config.exclude if names.matching(p)], []
+    targeted_refs = set(target_ref_list)
+    unwritten_refs = excluded_refs(names, config, []) | _matching_refs(
+        names, [pattern for pattern in config.exclude if names.matching(pattern)], []
     )
-    by_name = _matching_refs(names, patterns, problems)
-    low, whole, lost = [], [], []
-    for pair in changed:
-        split_names = (path.rpartition(".") for path in pair.entry.names)
+    keep_refs = _matching_refs(names, keep_patterns, problems)
+    low_rank_pairs, full_pairs, lost_pairs = [], [], []
+    for pair in changed_pairs:
+        split_names = (path.rpartition(".") for path in pair.model_weight.names)
         # a tied weight has several references
         refs = {(names.canonical[module_path], name) for module_path, _, name in split_names}
-        if refs & left_out and not refs & selected:
-            lost.append((pair, EXCLUDED))
-        elif refs & by_name:
-            whole.append((pair, ASKED))
-        elif not pair.entry.is_buffer and is_matrix(names, pair.entry.ref):
-            low.append(pair) if refs & selected else lost.append((pair, NO_TARGET))
+        if refs & unwritten_refs and not refs & targeted_refs:
+            lost_pairs.append((pair, EXCLUDED))
+        elif refs & keep_refs:
+            full_pairs.append((pair, REQUESTED))
+        elif not pair.model_weight.is_buffer and is_matrix(names, pair.model_weight.ref):
+            low_rank_pairs.append(pair) if refs & targeted_refs else lost_pairs.append(
+                (pair, NO_TARGET)
+            )
         elif NONE in keep:
-            lost.append((pair, NOT_KEPT))
+            lost_pairs.append((pair, NOT_KEPT))
         else:
-            whole.append((pair, VECTOR))
-    ranks = {pair.entry.ref: 1 for pair in low}
-    plan(names, config, ranks, [pair for pair, _ in whole], problems)
+            full_pairs.append((pair, VECTOR))
+    ranks = {pair.model_weight.ref: 1 for pair in low_rank_pairs}
+    plan(names, config, ranks, [pair for pair, _ in full_pairs], problems)
     if LOSSY in keep:
-        plan(names, config, {}, low, problems)
+        plan(names, config, {}, low_rank_pairs, problems)
     raise_all(TargetError, "Nothing was extracted", list(dict.fromkeys(problems)))
-    return Selection(tuple(low), tuple(whole), tuple(lost))
+    return Selection(tuple(low_rank_pairs), tuple(full_pairs), tuple(lost_pairs))
 
 
 def plan(
@@ -101,41 +105,49 @@ def plan(
     full_pairs: Sequence[WeightPair],
     problems: list[str],
 ) -> Plans:
-    """The plan of an adapter with these ranks (alpha = rank, so that the scale is 1) and with these
-    parameters and buffers in full."""
-    low = plan_low(
+    """The plan of an adapter with these ``ranks`` (alpha = rank, so that the scale is 1) that holds
+    the weights of ``full_pairs`` in full."""
+    low_rank_plans = plan_low(
         names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
     )
-    full: dict[str, tuple[str, ...]] = {}
+    full_names: dict[str, tuple[str, ...]] = {}
     for pair in full_pairs:
-        path, name = pair.entry.ref
-        full[path] = (*full.get(path, ()), *(() if pair.entry.is_buffer else (name,)))
-    full = {**dict.fromkeys(full, ()), **with_ties(names, full)}
-    buffers = frozenset(pair.entry.ref[0] for pair in full_pairs if pair.entry.is_buffer)
-    return complete_plans(names, config, low, full, problems, full_modules=buffers)
+        path, name = pair.model_weight.ref
+        full_names[path] = (
+            *full_names.get(path, ()),
+            *(() if pair.model_weight.is_buffer else (name,)),
+        )
+    full_names = {**dict.fromkeys(full_names, ()), **with_ties(names, full_names)}
+    buffer_modules = frozenset(
+        pair.model_weight.ref[0] for pair in full_pairs if pair.model_weight.is_buffer
+    )
+    return complete_plans(
+        names, config, low_rank_plans, full_names, problems, full_modules=buffer_modules
+    )
 
 
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
-    """``keep`` as a tuple. ``ConfigError``: it holds an invalid pattern or contradictory words."""
-    words = (keep,) if isinstance(keep, str) else tuple(keep)
-    if not all(isinstance(word, str) and word for word in words):
+    """The option ``keep`` as a tuple. ``ConfigError``: a pattern is empty or no text, or the words
+    contradict each other."""
+    entries = (keep,) if isinstance(keep, str) else tuple(keep)
+    if not all(isinstance(entry, str) and entry for entry in entries):
         problem, expected = (
             f"keep={keep!r}",
             "patterns of parameters or modules, 'auto', 'none' or 'lossy'",
         )
         raise ConfigError(problem, expected, "name what is to be written whole")
-    if AUTO in words and NONE in words:
+    if AUTO in entries and NONE in entries:
         raise ConfigError("keep with 'auto' and 'none'", "one of them", "leave one out")
-    return words
+    return entries
 
 
 def _matching_refs(names: Names, patterns: Sequence[str], problems: list[str]) -> set[ParamRef]:
-    """The parameters and buffers that patterns match: by a module above them, or by their own
-    paths."""
+    """The parameters and buffers that patterns match. A pattern matches the path of a parameter or
+    of a module that contains it."""
     refs: set[ParamRef] = set()
     for pattern in patterns:
-        below = [child for path in names.matching(pattern) for child in names.children(path)]
-        modules = [(path, names.modules[path]) for path in below]
+        module_paths = [child for path in names.matching(pattern) for child in names.children(path)]
+        modules = [(path, names.modules[path]) for path in module_paths]
         matches = [
             (path, name)
             for path, module in modules

@@ -1,7 +1,7 @@
 """Pair the weights of a base and a tuned model, and compute their differences.
 
-open_both(base, tuned, model) -> Both      structure, base weights, tuned weights
-pair_weights(both) -> [WeightPair]         names and shapes are checked
+open_models(base, tuned, model) -> ModelPair    the base's model, base weights, tuned weights
+pair_weights(model_pair) -> [WeightPair]        after checks of names, shapes and dtypes
 """
 
 from __future__ import annotations
@@ -32,66 +32,75 @@ from veneer.models.base_weights import (
     state_dict_weights,
 )
 
+#: a model: its folder or name, a module, or a state dict
 Source = str | Path | nn.Module | Mapping[str, Tensor]
 
-#: how many numbers of a pair are cast at once
-PIECE = 1 << 21
+#: how many elements of a weight are cast at once
+CHUNK_SIZE = 1 << 21
 
 
-class Both(NamedTuple):
-    """Two models. ``model``: the structure of the base; if ``meta_model`` is True it has no values
-    and belongs to no caller."""
+class ModelPair(NamedTuple):
+    """Two models. ``structure``: the modules of the base. ``is_meta``: ``structure`` was built
+    without weights, and no caller uses it. ``base_name``: the name or folder of a base that was
+    read from files. ``base`` and ``tuned``: the weights."""
 
-    model: nn.Module
-    meta_model: bool
-    name: str | None
-    old: BaseWeights
-    new: BaseWeights
+    structure: nn.Module
+    is_meta: bool
+    base_name: str | None
+    base: BaseWeights
+    tuned: BaseWeights
 
 
 @dataclass(frozen=True)
 class WeightPair:
-    """One parameter or persistent buffer in both models. ``kind``: its layout as [g, out, in]."""
+    """One parameter or persistent buffer in both models. ``module`` holds it in the base's model;
+    ``kind`` tells how to lay it out as [g, out, in]."""
 
-    entry: ModuleWeight
-    old: BaseWeight
-    new: BaseWeight
+    model_weight: ModuleWeight
+    base: BaseWeight
+    tuned: BaseWeight
     module: nn.Module
     kind: Layer
 
     @property
     def path(self) -> str:
-        return self.entry.path
+        return self.model_weight.path
 
     @property
     def dims(self) -> Dims:
-        return self.kind.dims(self.module, torch.Size(self.old.shape))
+        return self.kind.dims(self.module, torch.Size(self.base.shape))
 
     @property
     def is_stack(self) -> bool:
-        """Whether each row of the first axis is a matrix with a change of its own."""
+        """Whether the first axis of the weight counts matrices, each with a product of its own."""
         return (
             self.kind.name == GENERAL
-            and len(self.old.shape) == 3
-            and self.dims.groups == self.old.shape[0]
+            and len(self.base.shape) == 3
+            and self.dims.groups == self.base.shape[0]
         )
 
     @property
     def rows(self) -> list[slice | None]:
-        """The rows to read at a time: one matrix of a stack, or everything."""
-        return [slice(g, g + 1) for g in range(self.old.shape[0])] if self.is_stack else [None]
+        """What to read at a time: slices of the first axis for a stack, else [None] for all."""
+        return (
+            [slice(index, index + 1) for index in range(self.base.shape[0])]
+            if self.is_stack
+            else [None]
+        )
 
     def matrix_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(base, tuned), matrix by matrix for a stack, else in one piece."""
+        """(base weight, tuned weight): a matrix at a time for a stack, else the whole weights."""
         for rows in self.rows:
-            yield self.old.read(rows), self.new.read(rows)
+            yield self.base.read(rows), self.tuned.read(rows)
 
-    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(base, tuned) in ``pieces`` of one dtype."""
-        return (pair for base, tuned in self.matrix_pairs() for pair in pieces(base, tuned))
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(chunk of the base weight, chunk of the tuned weight), as of the function ``chunks``."""
+        return (
+            chunk_pair for base, tuned in self.matrix_pairs() for chunk_pair in chunks(base, tuned)
+        )
 
     def matrices(self) -> Iterator[Tensor]:
-        """ΔW [out, in] of each group, in new memory, at least float32."""
+        """ΔW [out, in] of each group or matrix, in new memory, in float32 or float64."""
         for base, tuned in self.matrix_pairs():
             delta = difference(base, tuned)
             del base, tuned
@@ -100,98 +109,103 @@ class WeightPair:
             )
 
     def compare(self) -> tuple[bool, bool]:
-        """(whether anything changed, whether all of it is finite)."""
-        changed, finite = False, True
-        for base_piece, tuned_piece in self.pieces():
-            changed = changed or not torch.equal(base_piece, tuned_piece)
-            finite = finite and _all_finite(base_piece) and _all_finite(tuned_piece)
-        return changed, finite
+        """(whether any element changed, whether all elements of both are finite)."""
+        is_changed, is_finite = False, True
+        for base_chunk, tuned_chunk in self.chunks():
+            is_changed = is_changed or not torch.equal(base_chunk, tuned_chunk)
+            is_finite = is_finite and _all_finite(base_chunk) and _all_finite(tuned_chunk)
+        return is_changed, is_finite
 
     def change(self) -> float:
+        """‖tuned − base‖."""
         return math.sqrt(
-            sum((b.double() - a.double()).square().sum().item() for a, b in self.pieces())
+            sum(
+                (tuned.double() - base.double()).square().sum().item()
+                for base, tuned in self.chunks()
+            )
         )
 
 
-def pieces(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both tensors as flat pieces of one dtype that can hold either. If the tuned dtype is coarser,
-    the base is rounded to it first."""
+def chunks(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(chunk of ``base``, chunk of ``tuned``): flat, and in a dtype that holds the values of both.
+    If the tuned dtype is coarser, the base is rounded to it first."""
     tuned = tuned.to(base.device)
-    floating = base.is_floating_point() and tuned.is_floating_point()
-    rounds = floating and torch.finfo(tuned.dtype).eps > torch.finfo(base.dtype).eps
+    is_float = base.is_floating_point() and tuned.is_floating_point()
+    rounds_base = is_float and torch.finfo(tuned.dtype).eps > torch.finfo(base.dtype).eps
     common_dtype = torch.promote_types(base.dtype, tuned.dtype)
     flat_base, flat_tuned = base.reshape(-1), tuned.reshape(-1)
-    for start in range(0, flat_base.numel(), PIECE):
-        piece = flat_base[start : start + PIECE]
-        piece = piece.to(tuned.dtype) if rounds else piece
-        yield piece.to(common_dtype), flat_tuned[start : start + PIECE].to(common_dtype)
+    for start in range(0, flat_base.numel(), CHUNK_SIZE):
+        base_chunk = flat_base[start : start + CHUNK_SIZE]
+        base_chunk = base_chunk.to(tuned.dtype) if rounds_base else base_chunk
+        yield base_chunk.to(common_dtype), flat_tuned[start : start + CHUNK_SIZE].to(common_dtype)
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether all values are finite, from minimum and maximum (NaN if any is): 16 times faster than
-    ``isfinite`` in bfloat16."""
+    """Whether all values are finite. The minimum and the maximum tell this, because they are NaN if
+    any value is. They are 16 times faster than ``isfinite`` in bfloat16."""
     return not values.is_floating_point() or all(
-        bool(end.isfinite()) for end in torch.aminmax(values)
+        bool(extreme.isfinite()) for extreme in torch.aminmax(values)
     )
 
 
 def difference(base: Tensor, tuned: Tensor) -> Tensor:
-    """tuned − base in float32, or in float64 if either is float64, cast as ``pieces`` does."""
+    """tuned − base, both rounded as in ``chunks``; float64 if either is float64, else float32."""
     dtype = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
     delta = torch.empty(base.shape, dtype=dtype, device=base.device)
-    flat, start = delta.view(-1), 0
-    for base_piece, tuned_piece in pieces(base, tuned):
+    flat_delta, start = delta.view(-1), 0
+    for base_chunk, tuned_chunk in chunks(base, tuned):
         torch.sub(
-            tuned_piece.to(dtype),
-            base_piece.to(dtype),
-            out=flat[start : start + base_piece.numel()],
+            tuned_chunk.to(dtype),
+            base_chunk.to(dtype),
+            out=flat_delta[start : start + base_chunk.numel()],
         )
-        start += base_piece.numel()
+        start += base_chunk.numel()
     return delta
 
 
-def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
-    """Open two models; weights in folders are not read yet.
+def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPair:
+    """Open a base and a tuned model. Weights in folders are not read yet.
 
     Raises:
-        ConfigError, CheckpointError: a folder is not a model.
+        ConfigError, CheckpointError: a folder holds no model.
         ExtractError: the base is a state dict without ``model``, or the tuned model has unmerged
             adapters.
     """
-    name = None
+    base_name = None
     if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():
         # report a wrong path before the base is loaded, which takes longer
         models.folder_of(tuned)
     if isinstance(base, nn.Module):
         structure = unwrap(base)
-        old = module_weights(structure, "the base")
+        base_weights = module_weights(structure, "the base")
     elif isinstance(base, Mapping):
         if model is None:
             raise ExtractError(
                 "a state dict for the base and no model", "the model that it is of", "give model=…"
             )
         structure = unwrap(model)
-        old = state_dict_weights(structure, base, "the base")
+        base_weights = state_dict_weights(structure, base, "the base")
     else:
-        folder, name = _folder(base, model), str(base)
+        folder, base_name = _folder(base, model), str(base)
         structure = models.meta_model(folder) if model is None else unwrap(model)
-        old = folder_weights(structure, folder)
-    tuned_weights = _read_tuned(tuned, structure, model is None)
-    both = Both(structure, name is not None and model is None, name, old, tuned_weights)
+        base_weights = folder_weights(structure, folder)
+    tuned_weights = _read_tuned(tuned, structure, has_config=model is None)
+    is_meta = base_name is not None and model is None
+    model_pair = ModelPair(structure, is_meta, base_name, base_weights, tuned_weights)
     for source in (base, tuned):
         if isinstance(source, nn.Module) and (
-            meta := [path for path, p in source.named_parameters() if p.is_meta]
+            meta_paths := [path for path, p in source.named_parameters() if p.is_meta]
         ):
-            problem = f"{listing(meta, 3)} on the meta device"
+            problem = f"{listing(meta_paths, 3)} on the meta device"
             raise ExtractError(
                 problem, "weights that hold numbers", "load the model first, or name its folder"
             )
-    return both
+    return model_pair
 
 
-def _read_tuned(tuned: Source, structure: nn.Module, own_config: bool) -> BaseWeights:
-    """The weights of the tuned model. With ``own_config`` a folder is read by its own config: it
-    may tie other weights than the base does."""
+def _read_tuned(tuned: Source, structure: nn.Module, has_config: bool) -> BaseWeights:
+    """The weights of the tuned model. ``has_config``: read a folder by the config in it, which may
+    tie other weights than the base's config does."""
     if isinstance(tuned, nn.Module):
         tuned = unwrap(tuned)
         attached = adapters_of(tuned)
@@ -208,7 +222,7 @@ def _read_tuned(tuned: Source, structure: nn.Module, own_config: bool) -> BaseWe
         return state_dict_weights(structure, tuned, "the tuned model")
     folder = _folder(tuned, structure)
     if (
-        own_config
+        has_config
         and (folder / "config.json").is_file()
         and hasattr(structure, "base_model_prefix")
     ):
@@ -217,101 +231,109 @@ def _read_tuned(tuned: Source, structure: nn.Module, own_config: bool) -> BaseWe
 
 
 def _folder(source: str | Path, structure: nn.Module | None) -> Path:
-    """The folder of a model's files. With a structure it needs no config."""
+    """The folder of a model's files. If ``structure`` is given, the folder needs no config.json."""
     path = Path(source).expanduser()
-    plain = path.is_dir() and not (path / "adapter_config.json").is_file()
-    return path if structure is not None and plain else models.folder_of(source)
+    is_model_folder = path.is_dir() and not (path / "adapter_config.json").is_file()
+    return path if structure is not None and is_model_folder else models.folder_of(source)
 
 
-def pair_weights(both: Both) -> list[WeightPair]:
-    """Each parameter and persistent buffer of the base with its counterpart in the tuned model, in
-    the order of the model. ``ExtractError``: names, shapes or dtypes differ, or a tied weight has
-    two values; the error lists every problem."""
-    names = Names(both.model)
+def pair_weights(model_pair: ModelPair) -> list[WeightPair]:
+    """Pair each parameter and persistent buffer of the base with the one of the tuned model, in the
+    order of the base. ``ExtractError``: names, shapes or dtypes differ, or a tied weight has two
+    values; the error lists every problem."""
+    names = Names(model_pair.structure)
     pairs: list[WeightPair] = []
-    missing: dict[str, list[str]] = {both.old.label: [], both.new.label: []}
-    shapes, types, untied = [], [], []
-    known_names: set[str] = set()
-    for entry in list_weights(names):
-        known_names.update(entry.names)
-        old, new = both.old.find(entry.names), both.new.find(entry.names)
-        if old is None or new is None:
-            # a buffer that neither file holds is created by the model's constructor
-            if old is not None or new is not None or not entry.is_buffer:
-                missing[both.old.label] += [entry.path] if old is None else []
-                missing[both.new.label] += [entry.path] if new is None else []
+    missing_names: dict[str, list[str]] = {model_pair.base.label: [], model_pair.tuned.label: []}
+    shape_texts, dtype_texts, untied_problems = [], [], []
+    model_names: set[str] = set()
+    for model_weight in list_weights(names):
+        model_names.update(model_weight.names)
+        base = model_pair.base.find(model_weight.names)
+        tuned = model_pair.tuned.find(model_weight.names)
+        if base is None or tuned is None:
+            # the model's constructor creates a buffer that neither model stores
+            if base is not None or tuned is not None or not model_weight.is_buffer:
+                missing_names[model_pair.base.label] += [model_weight.path] if base is None else []
+                missing_names[model_pair.tuned.label] += (
+                    [model_weight.path] if tuned is None else []
+                )
             continue
-        module, shape = entry.module, entry.shape
-        if not old.shape == new.shape == shape:
-            shapes.append(
-                f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})"
+        module, shape = model_weight.module, model_weight.shape
+        if not base.shape == tuned.shape == shape:
+            shape_texts.append(
+                f"{model_weight.path} {list(base.shape)} and {list(tuned.shape)}"
+                f" (the model's: {list(shape)})"
             )
             continue
-        if listed := [
-            str(value.dtype)
-            for value in (old, new)
-            if value.dtype not in FLOATS and not entry.is_buffer
+        if dtypes := [
+            str(weight.dtype)
+            for weight in (base, tuned)
+            if weight.dtype not in FLOAT_DTYPES and not model_weight.is_buffer
         ]:
-            types.append(f"{entry.path} ({', '.join(listed)})")
-        untied += _untied_problems(both, entry, old, new)
-        pairs.append(WeightPair(entry, old, new, module, kind_for(module, entry.ref[1])))
+            dtype_texts.append(f"{model_weight.path} ({', '.join(dtypes)})")
+        untied_problems += _untied_problems(model_pair, model_weight, base, tuned)
+        kind = kind_for(module, model_weight.ref[1])
+        pairs.append(WeightPair(model_weight, base, tuned, module, kind))
     extra_names = {
-        weights.label: sorted(weights.by_name.keys() - known_names)
-        for weights in (both.old, both.new)
+        weights.label: sorted(weights.by_name.keys() - model_names)
+        for weights in (model_pair.base, model_pair.tuned)
     }
-    problems = _difference_problems(missing, extra_names, shapes, types)
+    problems = _difference_problems(missing_names, extra_names, shape_texts, dtype_texts)
     raise_all(
-        ExtractError, f"{both.new.label} is no fine-tune of {both.old.label}", [*problems, *untied]
+        ExtractError,
+        f"{model_pair.tuned.label} is no fine-tune of {model_pair.base.label}",
+        [*problems, *untied_problems],
     )
     return pairs
 
 
-#: how many names one message lists
-LONG = 40
-COMPARE = "compare the two models"
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-RESIZE = (
+#: how many names an error lists at most
+MAX_NAMES = 40
+COMPARE_HINT = "compare the two models"
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+RESIZE_HINT = (
     "extract from models of one architecture; a vocabulary that grew must have grown in both"
     " (call model.resize_token_embeddings on the base, then save_pretrained)"
 )
 
 
 def _difference_problems(
-    missing: Mapping[str, list[str]],
+    missing_names: Mapping[str, list[str]],
     extra_names: Mapping[str, list[str]],
-    shapes: list[str],
-    types: list[str],
+    shape_texts: list[str],
+    dtype_texts: list[str],
 ) -> list[str]:
-    """Problems of names that one model lacks or has in addition, by the model's label, and of
-    weights with other shapes or types."""
-    stored = "weights stored as something else than floating-point numbers: "
-    floats = "float64, float32, bfloat16 or float16"
+    """Problems of names that only one model has and of weights whose shapes or dtypes differ.
+    ``missing_names`` and ``extra_names``: the names that a model lacks or has in addition, by the
+    label of the model."""
+    dtype_problem = "weights stored as something else than floating-point numbers: "
+    expected_dtypes = "float64, float32, bfloat16 or float16"
     checks = [
         *(
-            (paths, "no ", f" in {label}", "the parameters of the base", COMPARE)
-            for label, paths in missing.items()
+            (paths, "no ", f" in {label}", "the parameters of the base", COMPARE_HINT)
+            for label, paths in missing_names.items()
         ),
         *(
-            (paths, "", f" in {label}", "the parameters of the base alone", COMPARE)
+            (paths, "", f" in {label}", "the parameters of the base alone", COMPARE_HINT)
             for label, paths in extra_names.items()
         ),
-        (shapes, "other shapes: ", "", "the same in base and tuned model", RESIZE),
-        (types, stored, "", floats, "dequantise the model first"),
+        (shape_texts, "other shapes: ", "", "the same in base and tuned model", RESIZE_HINT),
+        (dtype_texts, dtype_problem, "", expected_dtypes, "dequantise the model first"),
     ]
     return [
-        sentence(f"{prefix}{listing(names, LONG)}{suffix}", expected, do)
+        sentence(f"{prefix}{listing(names, MAX_NAMES)}{suffix}", expected, do)
         for names, prefix, suffix, expected, do in checks
         if names
     ]
 
 
 def _untied_problems(
-    both: Both, entry: ModuleWeight, old: BaseWeight, new: BaseWeight
+    model_pair: ModelPair, model_weight: ModuleWeight, base: BaseWeight, tuned: BaseWeight
 ) -> Iterator[str]:
-    for weights, value in ((both.old, old), (both.new, new)):
-        if not all(_equal(value.read, read) for read in value.duplicates):
+    for weights, weight in ((model_pair.base, base), (model_pair.tuned, tuned)):
+        if not all(_equal(weight.read, read) for read in weight.duplicates):
             problem = (
-                f"{listing(entry.names)}, one weight of the base, with different numbers in"
+                f"{listing(model_weight.names)}, one weight of the base, with different numbers in"
                 f" {weights.label}"
             )
             do = "set tie_word_embeddings to false in the configuration of the base, and save it so"
@@ -319,5 +341,9 @@ def _untied_problems(
 
 
 def _equal(first_reader: ReadRows, second_reader: ReadRows) -> bool:
+    """Whether two functions read equal weights."""
     first, second = first_reader(None), second_reader(None)
-    return first.shape == second.shape and all(torch.equal(a, b) for a, b in pieces(first, second))
+    return first.shape == second.shape and all(
+        torch.equal(first_chunk, second_chunk)
+        for first_chunk, second_chunk in chunks(first, second)
+    )

@@ -1,13 +1,13 @@
-"""Merge adapters into a checkpoint on disk, tensor by tensor, whatever its size.
+"""Merge adapters into a checkpoint on disk, tensor by tensor, with little memory.
 
-    MergeJob          the files of the base, what the adapters change, dtype and rounding
-    CheckpointWriter  reads, merges and writes each tensor; at most twice the largest is in memory
-    aux_files         configuration and tokenizer, copied or adjusted
+    MergeJob          a checked merge: the base's files, the changes, the dtype, the rounding
+    CheckpointWriter  reads, merges and writes each tensor; memory holds at most twice the largest
+    aux_files         copies or adjusts the configuration and the tokenizer
 
-The result grows in a temporary folder beside OUT and takes its name in one step, once it is on the
-disk. A merge that fails or is killed leaves OUT as it was; the next merge into OUT removes what a
-killed one left. Rejected: a journal from which a killed merge could resume, since merging takes
-about as long as copying.
+The result is written to a temporary folder beside the folder ``out``. When it is complete and on
+the disk, it is renamed to ``out``. After an error or a kill, ``out`` is unchanged. The next merge
+into ``out`` removes the temporary folder of a killed merge. Rejected: a journal from which a killed
+merge could resume, because merging takes about as long as copying.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ __all__ = ["CheckpointMerge", "merge_checkpoint", "prove"]
 
 @dataclass(frozen=True)
 class CheckpointMerge:
-    """The report of a merge. ``report``: as of ``veneer.merge``, by tensor; ``left_out``: names in
-    the base's folder that were not copied (``aux_files.py``)."""
+    """The result of ``merge_checkpoint``; ``str(merge)`` is readable text. ``report``: what
+    ``veneer.merge`` reports, by tensor; ``left_out``: files and folders of the base that were not
+    copied (``aux_files.py``); ``notes``: remarks for the caller."""
 
     path: Path
     report: MergeReport
@@ -69,26 +70,27 @@ def merge_checkpoint(
     progress: Progress | None = None,
     model: nn.Module | None = None,
 ) -> CheckpointMerge:
-    """Merge adapters into the safetensors files of ``base``, written to the folder ``out`` in the
-    same layout: shards, names, index, configuration and tokenizer.
+    """Merge adapters into the safetensors files of ``base``, and write the result to the folder
+    ``out``, with the same shards, tensor names, index, configuration and tokenizer.
 
     Args:
         base: a folder with one or several safetensors files.
-        adapters: folders, each alone or with a weight: W + Σ wᵢ ΔWᵢ.
-        dtype: of all floating-point tensors of the result; None keeps each as it is.
+        adapters: adapter folders, or pairs (folder, weight wᵢ; default 1): W + Σ wᵢ ΔWᵢ.
+        dtype: the dtype of all floating-point tensors of the result; None keeps their dtypes.
         rounding: "nearest", "faithful" or "auto" (see ``veneer.merge``).
-        verify_base: compare the fingerprint of each weight that changes with what the adapters say.
-        progress: called as (bytes done, bytes in all, name of the tensor).
-        model: the model of these files, where transformers cannot build it from their config.json.
+        verify_base: whether to compare each changed weight with the fingerprints in the adapters'
+            records.
+        progress: called after each tensor, with (bytes done, bytes in total, name of the tensor).
+        model: the model of ``base``, if transformers cannot build it from the config.json.
 
     Raises:
-        CheckpointError, AdapterError, BaseMismatchError: the files, an adapter, or the two together
-            cannot be used.
-        ConfigError: another rounding.
+        CheckpointError, AdapterError, BaseMismatchError: the files or an adapter cannot be used, or
+            they do not fit each other.
+        ConfigError: ``rounding`` is unknown.
         MergeError: a merged weight is not finite in its dtype.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
 
-    After an error nothing is left behind, and ``out`` is as it was.
+    After an error no temporary files remain, and ``out`` is unchanged.
     """
     out = Path(out).expanduser().resolve()
     must_not_exist(out, overwrite)
@@ -99,8 +101,8 @@ def merge_checkpoint(
     except BaseMismatchError:
         if not job.merge_plan.by_fingerprints:
             raise
-    # The first plan assumed that the tensors are named as the model's parameters, and a
-    # fingerprint has refuted that. The second takes the names from the model itself.
+    # The first plan assumed that the files name tensors as the model names its parameters. A
+    # fingerprint showed that this is wrong. The second plan takes the names from the model.
     job = plan_job(base, adapters, dtype, rounding, verify_base, model, by_fingerprints=False)
     return _write_merge(job, base, out, overwrite, progress)
 
@@ -114,17 +116,18 @@ def _write_merge(
         )
     lock = out.with_name(f".{out.name}.merging.lock")
     with (
-        hold_lock(lock, partial(_busy, out)),
+        hold_lock(lock, partial(_busy_error, out)),
         new_folder(out, overwrite=overwrite, replaces=MODEL_FILES) as folder,
     ):
-        layers = CheckpointWriter(job, folder).write(progress)
-        left_out = _aux_files(job, folder)
-        report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(layers))
+        layer_reports = CheckpointWriter(job, folder).write(progress)
+        left_out = _write_aux_files(job, folder)
+        report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(layer_reports))
         (folder / RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
     return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes)
 
 
-def _busy(out: Path, holder: str) -> MergeError:
+def _busy_error(out: Path, holder: str) -> MergeError:
+    """The error if another process (``holder``) holds the lock of ``out``."""
     problem = f"{holder}, which merges into {out}"
     return MergeError(problem, "one at a time", "wait for it, or choose another folder")
 
@@ -139,71 +142,74 @@ def prove(
     progress: Progress | None = None,
     model: nn.Module | None = None,
 ) -> int:
-    """Verify a merged checkpoint byte by byte: unchanged tensors against the base, the others
-    against a repeated merge. Returns how many tensors were compared.
+    """Verify a merged checkpoint byte by byte. Tensors that the merge copied are compared with the
+    base, the merged ones with a repeated merge. Returns the number of compared tensors.
 
     Raises:
-        MergeError: lists the tensors and files that differ.
+        MergeError: tensors or files differ; the error lists them.
     """
     job = plan_job(base, adapters, dtype, rounding, False, model)
-    merged = open_checkpoint(out)
+    merged_checkpoint = open_checkpoint(out)
     problems = [
         f"{name!r} is in one of them only"
-        for name in merged.file_of.keys() ^ job.checkpoint.file_of.keys()
+        for name in merged_checkpoint.file_of.keys() ^ job.checkpoint.file_of.keys()
     ]
-    total, done = sum(map(job.checkpoint.bytes, job.checkpoint.file_of)), 0
-    _, compiled = job.memory_limit()
-    for name in job.checkpoint.file_of.keys() & merged.file_of.keys():
-        if merged.dtype(name) != job.output_dtype(name) or merged.shape(
+    total_bytes, bytes_done = sum(map(job.checkpoint.bytes, job.checkpoint.file_of)), 0
+    _, use_numba = job.memory_limit()
+    for name in job.checkpoint.file_of.keys() & merged_checkpoint.file_of.keys():
+        if merged_checkpoint.dtype(name) != job.output_dtype(name) or merged_checkpoint.shape(
             name
         ) != job.checkpoint.shape(name):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
-        expected, _ = merge_tensor(job, name, job.checkpoint.read(name), compiled)
-        if not torch.equal(as_bytes(expected), as_bytes(merged.read(name))):
+        expected, _ = merge_tensor(job, name, job.checkpoint.read(name), use_numba)
+        if not torch.equal(as_bytes(expected), as_bytes(merged_checkpoint.read(name))):
             problems.append(f"{name!r} holds other numbers")
-        done += job.checkpoint.bytes(name)
+        bytes_done += job.checkpoint.bytes(name)
         if progress is not None:
-            progress(done, total, name)
+            progress(bytes_done, total_bytes, name)
     problems += aux_files.list_differences(job.checkpoint, job.aux_changes, Path(out))
     raise_all(MergeError, f"{out} is not the base with these adapters", problems)
-    return len(merged.file_of)
+    return len(merged_checkpoint.file_of)
 
 
-def _aux_files(job: MergeJob, folder: Path) -> list[str]:
-    """Write the files beside the weights; returns the names of those that were left out."""
+def _write_aux_files(job: MergeJob, folder: Path) -> list[str]:
+    """Write the files that hold no weights, and the index. Returns the names of files and folders
+    of the base that are left out."""
     checkpoint, left_out = (
         job.checkpoint,
         aux_files.write_aux_files(job.checkpoint, job.aux_changes, folder),
     )
     if checkpoint.index is not None:
-        total = sum(map(job.output_bytes, checkpoint.file_of))
+        total_bytes = sum(map(job.output_bytes, checkpoint.file_of))
         metadata = checkpoint.index.get("metadata") or {}
         source, target = (
             parent / str(checkpoint.index_name) for parent in (checkpoint.folder, folder)
         )
-        if metadata.get("total_size") == total:
+        if metadata.get("total_size") == total_bytes:
             shutil.copyfile(source, target)
         else:
-            index = {**checkpoint.index, "metadata": {**metadata, "total_size": total}}
+            index = {**checkpoint.index, "metadata": {**metadata, "total_size": total_bytes}}
             target.write_text(json.dumps(index, indent=2) + "\n")
     return left_out
 
 
 def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, Any]:
-    """The record of the merge, without paths of this machine."""
-    adapters = [
+    """The record that the result holds in ``RECORD``. It contains no paths of this machine."""
+    adapter_entries = [
         {"name": path.name, "weight": weight, "content": content_hash(path)}
         for path, weight in job.adapters
     ]
     return {
         "veneer": version("veneer"),
         "base": Path(base).name,
-        "adapters": adapters,
+        "adapters": adapter_entries,
         "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
         "rounding": job.rounding,
         "layers": {
-            layer.path: {k: v for k, v in asdict(layer).items() if k != "path"}
+            layer.path: {
+                field: number for field, number in asdict(layer).items() if field != "path"
+            }
             for layer in report.layers
         },
     }

@@ -1,9 +1,9 @@
-"""The files beside the weights that a merged checkpoint needs too: configuration and tokenizer.
+"""Write the files of a merged checkpoint that hold no weights: configuration and tokenizer.
 
-Not copied are weights in other formats, which would be those of the base, folders with such files,
-and hidden folders (of git and the hub's client). config.json is rewritten if the merge changes the
-dtype, the size of the vocabulary or the labels of a classifier. The tokenizer is the adapter's if
-the adapter added tokens to it.
+Weights in other formats are not copied, because they would be the base's, nor are folders that
+contain such files, nor hidden folders (of git and the Hub's client). config.json is rewritten if
+the merge changes the dtype, the size of the vocabulary, or the labels of a classifier. The
+tokenizer is the adapter's if the adapter added tokens to it, else the base's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from veneer.adapter_files.file_names import TOKENIZER
 from veneer.models.safetensors_dir import Checkpoint
 from veneer.tools.merge_checkpoint.growth import Head
 
+#: the record of the merge, and the configuration of the model
 RECORD, CONFIG = "veneer_merge.json", "config.json"
-#: files that hold the same weights in other formats
+#: suffixes of files that hold weights
 WEIGHT_SUFFIXES = (
     ".bin",
     ".pt",
@@ -37,52 +38,62 @@ WEIGHT_SUFFIXES = (
 
 
 def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """(the files to copy, relative to the folder; the names in it that are left out)."""
+    """(the paths of the files to copy, relative to the base's folder; the names of its files and
+    folders that are left out)."""
     files, left_out, folder = [], [], checkpoint.folder
     for path in sorted(folder.iterdir()):
         if path.name in checkpoint.files or path.name in (checkpoint.index_name, RECORD):
             continue
-        contents = (
+        contained_paths = (
             [path]
             if not path.is_dir()
             else []
             if path.name.startswith(".")
             else list(path.rglob("*"))
         )
-        # links to folders are not followed, so they may lead to weights
+        # links to folders are not followed, so a link counts as weights
         has_weights = any(
             file.name.endswith(WEIGHT_SUFFIXES) or (file.is_dir() and file.is_symlink())
-            for file in contents
+            for file in contained_paths
         )
-        if has_weights or not contents:
+        if has_weights or not contained_paths:
             left_out.append(path.name)
         else:
-            files += sorted(file.relative_to(folder) for file in contents if not file.is_dir())
+            files += sorted(
+                file.relative_to(folder) for file in contained_paths if not file.is_dir()
+            )
     return files, left_out
 
 
 @dataclass(frozen=True)
 class ConfigChanges:
-    """The differences from the base's files. ``dtype`` (None: unchanged), ``vocabulary``: rows of
-    the vocabulary (None: unchanged), ``tokenizer``: folder of a tokenizer with added tokens (None:
-    the base's), ``head``: of a classifier (None: the adapters have none)."""
+    """The changes of the base's files.
+
+    Fields:
+        dtype: the new dtype in config.json; None: unchanged.
+        vocabulary_size: the new number of tokens in config.json; None: unchanged.
+        tokenizer: the folder of a tokenizer with added tokens; None: the base's tokenizer stays.
+        head: the class and labels of a classifier; None: the adapters have none.
+    """
 
     dtype: torch.dtype | None = None
-    vocabulary: int | None = None
+    vocabulary_size: int | None = None
     tokenizer: Path | None = None
     head: Head | None = None
 
     @property
-    def of_config(self) -> bool:
-        return (self.dtype, self.vocabulary, self.head) != (None, None, None)
+    def changes_config(self) -> bool:
+        """Whether config.json changes."""
+        return (self.dtype, self.vocabulary_size, self.head) != (None, None, None)
 
 
 def write_aux_files(checkpoint: Checkpoint, changes: ConfigChanges, target: Path) -> list[str]:
-    """Write the files into the folder ``target``; returns the names of those that were left out."""
+    """Write the files into the folder ``target``. Returns the names of files and folders of the
+    base that are left out."""
     files, left_out = _sources(checkpoint, changes)
     for file, source in files.items():
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if file == Path(CONFIG) and changes.of_config:
+        if file == Path(CONFIG) and changes.changes_config:
             (target / file).write_bytes(_expected_content(source, changes, file))
         else:
             shutil.copyfile(source, target / file)
@@ -90,7 +101,7 @@ def write_aux_files(checkpoint: Checkpoint, changes: ConfigChanges, target: Path
 
 
 def list_differences(checkpoint: Checkpoint, changes: ConfigChanges, target: Path) -> Iterator[str]:
-    """Differences between ``target`` and what ``write_aux_files`` would write."""
+    """Descriptions of the files in ``target`` that ``write_aux_files`` would write differently."""
     for file, source in _sources(checkpoint, changes)[0].items():
         if not (target / file).is_file():
             yield f"{file} is not there"
@@ -99,7 +110,8 @@ def list_differences(checkpoint: Checkpoint, changes: ConfigChanges, target: Pat
 
 
 def _sources(checkpoint: Checkpoint, changes: ConfigChanges) -> tuple[dict[Path, Path], list[str]]:
-    """(the source of each file of the result, the names of those that are left out)."""
+    """(the source of each file of the result, by its path in the result; the names of files and
+    folders of the base that are left out)."""
     files, left_out = list_aux_files(checkpoint)
     sources = {file: checkpoint.folder / file for file in files}
     if changes.tokenizer is not None:
@@ -113,14 +125,15 @@ def _sources(checkpoint: Checkpoint, changes: ConfigChanges) -> tuple[dict[Path,
 
 
 def _expected_content(source: Path, changes: ConfigChanges, file: Path) -> bytes:
+    """The bytes of ``file`` in the result, from the bytes of its ``source``."""
     content = source.read_bytes()
-    if file != Path(CONFIG) or not changes.of_config:
+    if file != Path(CONFIG) or not changes.changes_config:
         return content
     config = json.loads(content)
     if changes.dtype is not None:
         config = _with_dtype(config, str(changes.dtype).removeprefix("torch."))
-    if changes.vocabulary is not None:
-        config = _with_vocab_size(config, changes.vocabulary)
+    if changes.vocabulary_size is not None:
+        config = _with_vocab_size(config, changes.vocabulary_size)
     if changes.head is not None:
         config = _with_labels(config, changes.head)
         if config == json.loads(content):
@@ -128,33 +141,34 @@ def _expected_content(source: Path, changes: ConfigChanges, file: Path) -> bytes
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _with_vocab_size(config: dict[str, Any], rows: int) -> dict[str, Any]:
-    """The config with another vocabulary size, in its ``text_config`` if it has one without its own
-    size."""
+def _with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The config with this vocabulary size. The size is set in ``text_config`` if there is one and
+    the top level has no size."""
     if "vocab_size" in config or not isinstance(config.get("text_config"), dict):
-        return {**config, "vocab_size": rows}
-    return {**config, "text_config": {**config["text_config"], "vocab_size": rows}}
+        return {**config, "vocab_size": vocab_size}
+    return {**config, "text_config": {**config["text_config"], "vocab_size": vocab_size}}
 
 
 def _with_labels(config: dict[str, Any], head: Head) -> dict[str, Any]:
     """The config with the class and the labels of ``head``."""
-    names = config.get("id2label") or {}
-    if [str(names.get(str(number))) for number in range(len(names))] != [*head.labels]:
-        names = {str(number): label for number, label in enumerate(head.labels)}
+    labels_by_index = config.get("id2label") or {}
+    labels = [str(labels_by_index.get(str(index))) for index in range(len(labels_by_index))]
+    if labels != [*head.labels]:
+        labels_by_index = {str(index): label for index, label in enumerate(head.labels)}
         config = {
             **config,
-            "id2label": names,
-            "label2id": {label: number for number, label in enumerate(head.labels)},
+            "id2label": labels_by_index,
+            "label2id": {label: index for index, label in enumerate(head.labels)},
         }
         config.pop("num_labels", None)
     return {**config, "architectures": [head.architecture]}
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
-    """The config with ``dtype`` wherever it names one."""
+    """The config with ``dtype`` instead of each dtype in it, at any depth."""
     if isinstance(config, dict):
         return {
-            k: dtype if k in ("dtype", "torch_dtype") and v else _with_dtype(v, dtype)
-            for k, v in config.items()
+            key: dtype if key in ("dtype", "torch_dtype") and entry else _with_dtype(entry, dtype)
+            for key, entry in config.items()
         }
-    return [_with_dtype(each, dtype) for each in config] if isinstance(config, list) else config
+    return [_with_dtype(entry, dtype) for entry in config] if isinstance(config, list) else config

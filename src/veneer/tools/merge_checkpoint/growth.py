@@ -1,14 +1,13 @@
-"""Tensors that a merged checkpoint has and the base's files lack: rows of embedding and head for
-tokens that adapters add, and a head that adapters train in full, such as the classifier on an
-encoder.
+"""Add tensors and rows that adapters need and the base's files lack: rows of embedding and head for
+new tokens, and a head that adapters train in full, such as a classifier on an encoder.
 
-    grow_model(model, adapters)        the rows, in a model without weights
-    model_with_head(folder, adapters)  the model without weights, with the labels of the adapters
-    Head(architecture, labels)         the entries of the head in the config of the result
-    grow_checkpoint, add_tensors       a checkpoint with these rows and tensors
+    grow_model(model, saved_adapters)        adds the rows to a model without weights
+    model_with_head(folder, saved_adapters)  builds a model without weights, with the adapters' head
+    Head(architecture, labels)               what the config of the result says about the head
+    grow_checkpoint, add_tensors             return a checkpoint with these rows and tensors
 
-The new values are zeros until the merge writes the trained ones. ``saved_token_rows.grown_size``
-refuses adapters that do not train every new row.
+The new rows and tensors are zeros until the merge writes the trained values. An adapter that does
+not train every new row is refused (``saved_token_rows.grown_size``).
 """
 
 from __future__ import annotations
@@ -32,12 +31,16 @@ from veneer.models.safetensors_dir import NAMES, Checkpoint
 
 
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
-    """Give a model without weights the rows of its vocabulary that the adapters need. Returns their
-    number, or None if none are added."""
-    sizes = [size for saved in saved_adapters if (size := grown_size(model, saved)) is not None]
+    """Add the rows that the adapters' new tokens need to the embedding and head of a model without
+    weights. Returns the new number of rows; None if no rows are needed."""
+    sizes = [
+        size
+        for saved_adapter in saved_adapters
+        if (size := grown_size(model, saved_adapter)) is not None
+    ]
     if not sizes:
         return None
-    # a buffer of BART with a column for each token
+    # BART has a buffer with a column for each token
     if getattr(model, "final_logits_bias", None) is not None:
         problem, expected = (
             "'final_logits_bias', which grows with the vocabulary",
@@ -53,59 +56,67 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
         layer = getattr(model, f"get_{side}_embeddings")()
         if layer is None:
             continue
-        old = layer.weight
-        if id(old) not in grown_weights:
-            weight = torch.empty(max(sizes), old.shape[1], dtype=old.dtype, device="meta")
-            grown_weights[id(old)] = nn.Parameter(weight, old.requires_grad)
-        layer.weight = grown_weights[id(old)]
-        name = "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features"
-        setattr(layer, name, max(sizes))
+        old_weight = layer.weight
+        if id(old_weight) not in grown_weights:
+            weight = torch.empty(
+                max(sizes), old_weight.shape[1], dtype=old_weight.dtype, device="meta"
+            )
+            grown_weights[id(old_weight)] = nn.Parameter(weight, old_weight.requires_grad)
+        layer.weight = grown_weights[id(old_weight)]
+        size_attribute = "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features"
+        setattr(layer, size_attribute, max(sizes))
     models.materialize_meta(model)
     return max(sizes)
 
 
 @dataclass(frozen=True)
 class GrownCheckpoint(Checkpoint):
-    """A checkpoint with tensors that have more rows than in their files. ``grown``: the number of
-    rows in the files by name; 0 for a tensor that the files lack."""
+    """A checkpoint with tensors that have more rows than the files store. ``file_rows``: by name of
+    such a tensor, the number of rows in its file; 0 if the files lack the tensor."""
 
-    grown: Mapping[str, int]
+    file_rows: Mapping[str, int]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        if name not in self.grown:
+        if name not in self.file_rows:
             return super().read(name, rows)
-        file_rows, shape = self.grown[name], self.shape(name)
-        value = torch.zeros(shape, dtype=self.dtype(name))
-        if file_rows:  # 0: the files lack this tensor
-            value[:file_rows] = Checkpoint.read(self.with_file_rows(name), name)
-        return value if rows is None else value[rows]
+        row_count, shape = self.file_rows[name], self.shape(name)
+        tensor = torch.zeros(shape, dtype=self.dtype(name))
+        if row_count:  # else the files lack this tensor
+            tensor[:row_count] = Checkpoint.read(self.with_file_rows(name), name)
+        return tensor if rows is None else tensor[rows]
 
     def with_file_rows(self, name: str) -> Checkpoint:
-        """The checkpoint with this tensor as its file stores it."""
-        return _resize_tensors(self, {name: self.grown[name]})
+        """The checkpoint, in which this tensor has only the rows that its file stores."""
+        return _resize_tensors(self, {name: self.file_rows[name]})
 
 
 def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
-    """The checkpoint with these numbers of rows, by name of the tensor."""
-    larger = {name: rows for name, rows in sizes.items() if checkpoint.shape(name)[0] < rows}
-    if not larger:
+    """The checkpoint with more rows in some tensors. ``sizes``: the new number of rows by name."""
+    grown_sizes = {name: rows for name, rows in sizes.items() if checkpoint.shape(name)[0] < rows}
+    if not grown_sizes:
         return checkpoint
-    resized = _resize_tensors(checkpoint, larger)
-    before = {name: checkpoint.shape(name)[0] for name in larger}
+    resized = _resize_tensors(checkpoint, grown_sizes)
+    file_rows = {name: checkpoint.shape(name)[0] for name in grown_sizes}
     return GrownCheckpoint(
-        resized.folder, resized.files, resized.index, resized.index_name, resized.file_of, before
+        resized.folder, resized.files, resized.index, resized.index_name, resized.file_of, file_rows
     )
 
 
 def _resize_tensors(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
+    """The checkpoint whose headers give some tensors other numbers of rows."""
     files = dict(checkpoint.files)
     for name, rows in sizes.items():
-        header, old = files[checkpoint.file_of[name]], checkpoint.entry(name)
-        shape = rows, *old.shape[1:]
-        new = Entry(
-            old.dtype, shape, old.start, old.start + prod(shape) * checkpoint.dtype(name).itemsize
+        header, old_entry = files[checkpoint.file_of[name]], checkpoint.entry(name)
+        shape = rows, *old_entry.shape[1:]
+        new_entry = Entry(
+            old_entry.dtype,
+            shape,
+            old_entry.start,
+            old_entry.start + prod(shape) * checkpoint.dtype(name).itemsize,
         )
-        files[checkpoint.file_of[name]] = replace(header, tensors={**header.tensors, name: new})
+        files[checkpoint.file_of[name]] = replace(
+            header, tensors={**header.tensors, name: new_entry}
+        )
     return Checkpoint(
         checkpoint.folder, files, checkpoint.index, checkpoint.index_name, checkpoint.file_of
     )
@@ -113,7 +124,7 @@ def _resize_tensors(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpo
 
 @dataclass(frozen=True)
 class Head:
-    """The class of a model and the labels of its head, in the order of its outputs."""
+    """The class of a model, and the labels of its head in the order of the head's outputs."""
 
     architecture: str
     labels: tuple[str, ...]
@@ -122,14 +133,14 @@ class Head:
 def model_with_head(
     folder: Path, saved_adapters: Sequence[AdapterFiles]
 ) -> tuple[Any, Head | None]:
-    """The model of a folder without weights, with the architecture and labels in the adapters'
-    records, and its head if they have one. ``MergeError``: the adapters have heads with different
-    labels."""
+    """(the model of a folder without weights, its head). The class of the model and the labels come
+    from the adapters' records. The head is None if the adapters have none. ``MergeError``: the
+    adapters have heads with different labels."""
     architecture = saved_adapters[0].metadata.get("base", {}).get("architecture")
     labels_by_adapter = {
-        str(saved.path): labels
-        for saved in saved_adapters
-        if (labels := labels_in(saved.metadata)) is not None
+        str(saved_adapter.path): labels
+        for saved_adapter in saved_adapters
+        if (labels := labels_in(saved_adapter.metadata)) is not None
     }
     if len({*labels_by_adapter.values()}) > 1:
         label_lists = "; ".join(
@@ -140,18 +151,18 @@ def model_with_head(
         )
     labels = next(iter(labels_by_adapter.values()), None)
     model = models.meta_model(folder, architecture, labels)
-    count = None if labels is not None else _count_of_labels(model, saved_adapters)
-    if count is not None:  # the record is of an earlier Veneer
-        labels = tuple(f"LABEL_{number}" for number in range(count))
+    label_count = None if labels is not None else _count_labels(model, saved_adapters)
+    if label_count is not None:  # an earlier Veneer wrote the record, without labels
+        labels = tuple(f"LABEL_{number}" for number in range(label_count))
         model = models.meta_model(folder, architecture, labels)
     return model, None if labels is None else Head(type(model).__name__, labels)
 
 
-def _count_of_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
-    """The number of outputs of the head that adapters train in full, if the model has another
-    number."""
-    for saved in saved_adapters if type(model).__name__.endswith("Classification") else ():
-        for path, tensors in saved.full.items():
+def _count_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
+    """The number of outputs of the head that adapters train in full; None if the model's head has
+    the same number, or there is no such head."""
+    for saved_adapter in saved_adapters if type(model).__name__.endswith("Classification") else ():
+        for path, tensors in saved_adapter.full.items():
             for name, tensor in tensors.items():
                 try:
                     shape = model.get_parameter(f"{path}.{name}").shape
@@ -166,8 +177,8 @@ def _count_of_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int 
 
 
 def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) -> Checkpoint:
-    """The checkpoint with tensors of these shapes, in its most common dtype, at the end of its last
-    file."""
+    """The checkpoint with additional tensors at the end of its last file, in its most common dtype.
+    ``tensors``: their shapes by name."""
     if not tensors:
         return checkpoint
     dtypes = [
@@ -178,19 +189,19 @@ def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) 
     dtype = max({*dtypes}, key=dtypes.count, default=torch.float32)
     file = [*checkpoint.files][-1]
     header = checkpoint.files[file]
-    entries, stop = (
+    entries, end_offset = (
         dict(header.tensors),
         max((entry.stop for entry in header.tensors.values()), default=0),
     )
     for name, shape in tensors.items():
-        start, stop = stop, stop + prod(shape) * dtype.itemsize
-        entries[name] = Entry(NAMES[dtype], tuple(shape), start, stop)
+        start, end_offset = end_offset, end_offset + prod(shape) * dtype.itemsize
+        entries[name] = Entry(NAMES[dtype], tuple(shape), start, end_offset)
     index = checkpoint.index
     if index is not None:
         index = {**index, "weight_map": {**index["weight_map"], **dict.fromkeys(tensors, file)}}
-    rows = {**getattr(checkpoint, "grown", {}), **dict.fromkeys(tensors, 0)}
+    file_rows = {**getattr(checkpoint, "file_rows", {}), **dict.fromkeys(tensors, 0)}
     files = {**checkpoint.files, file: replace(header, tensors=entries)}
     file_of_tensor = {**checkpoint.file_of, **dict.fromkeys(tensors, file)}
     return GrownCheckpoint(
-        checkpoint.folder, files, index, checkpoint.index_name, file_of_tensor, rows
+        checkpoint.folder, files, index, checkpoint.index_name, file_of_tensor, file_rows
     )

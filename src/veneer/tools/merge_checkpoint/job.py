@@ -1,10 +1,10 @@
-"""A checked and planned merge, and the merge of one tensor.
+"""Check and plan a merge of adapters into a checkpoint, and merge one tensor.
 
-    MergeJob       the base's files, the edits (``merge_plan``), dtype, rounding
-    merge_tensor(job, name, tensor, compiled)  ->  the merged tensor, and reports of the merge
+    plan_job(base, adapters, …)                ->  MergeJob: the base's files, the plan, the options
+    merge_tensor(job, name, tensor, use_numba) ->  the merged tensor, and reports of its weights
 
-Each weight equals what ``veneer.merge`` would write into the live model, bit for bit: both call
-``kernels.rounding.fold``.
+Each merged weight equals bit for bit the weight that ``veneer.merge`` writes into a model in
+memory, because both call ``kernels.rounding.fold``.
 """
 
 from __future__ import annotations
@@ -33,58 +33,63 @@ from veneer.tools.merge_checkpoint.aux_files import ConfigChanges
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import (
-    Adapter,
     MergePlan,
     TensorEdit,
+    WeightedFolder,
     plan_merge,
 )
 
-#: bytes of memory that numba takes, including its compiler
-NUMBA = 128 * 2**20
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: bytes of memory that numba needs, including its compiler
+NUMBA_BYTES = 128 * 2**20
+#: dtypes that a merge can write
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """A merge after all checks and planning."""
+    """A merge that is checked and planned."""
 
     checkpoint: Checkpoint
     merge_plan: MergePlan
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[WeightedFolder, ...]
     dtype: torch.dtype | None
     rounding: str
     verify_base: bool
-    #: the folder of the adapter whose tokenizer the result gets; None: the base's
+    #: the folder of the adapter whose tokenizer the result gets; None: the base's tokenizer
     tokenizer: Path | None
-    #: the rounding of each parameter that several tensors hold, decided at the first of them
-    decided: dict[str, str] = field(default_factory=dict)
+    #: by path of a parameter that several tensors hold: its rounding, chosen at the first tensor
+    chosen_roundings: dict[str, str] = field(default_factory=dict)
 
     @property
     def aux_changes(self) -> ConfigChanges:
-        """The differences of the files beside the weights from the base's."""
-        rows = max(self.merge_plan.sizes.values(), default=None)
-        return ConfigChanges(self.dtype, rows, self.tokenizer, self.merge_plan.head)
+        """What changes in the base's configuration and tokenizer."""
+        vocabulary_size = max(self.merge_plan.sizes.values(), default=None)
+        return ConfigChanges(self.dtype, vocabulary_size, self.tokenizer, self.merge_plan.head)
 
     def output_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the result."""
         base_dtype = self.checkpoint.dtype(name)
-        return self.dtype if self.dtype is not None and base_dtype in FLOATS else base_dtype
+        return self.dtype if self.dtype is not None and base_dtype in FLOAT_DTYPES else base_dtype
 
     def is_copied(self, name: str) -> bool:
-        unedited = name not in self.merge_plan.edits and name not in self.merge_plan.sizes
-        return unedited and self.output_dtype(name) == self.checkpoint.dtype(name)
+        """Whether the bytes of a tensor are copied from the base."""
+        is_unedited = name not in self.merge_plan.edits and name not in self.merge_plan.sizes
+        return is_unedited and self.output_dtype(name) == self.checkpoint.dtype(name)
 
     def output_bytes(self, name: str) -> int:
-        size = self.checkpoint.bytes(name)
-        return size // self.checkpoint.dtype(name).itemsize * self.output_dtype(name).itemsize
+        """The size in bytes of a tensor in the result."""
+        base_bytes = self.checkpoint.bytes(name)
+        return base_bytes // self.checkpoint.dtype(name).itemsize * self.output_dtype(name).itemsize
 
     def buffer_bytes(self, name: str) -> int:
+        """The bytes of memory for reading and merging a tensor."""
         return self.checkpoint.bytes(name) + self.output_bytes(name)
 
     def memory_limit(self) -> tuple[int, bool]:
-        """(bytes that tensors may take between reading and writing, whether numba is used). The
-        limit is twice the largest tensor; numba is used if its memory fits in too."""
+        """(the limit of the bytes of all tensors in memory, whether numba is used). The limit is
+        twice the largest tensor. numba is used if its own memory fits into this limit too."""
         limit = max(map(self.buffer_bytes, self.checkpoint.file_of), default=0)
-        needed = max(
+        needed_bytes = max(
             (
                 self.buffer_bytes(name)
                 for name in self.checkpoint.file_of
@@ -92,20 +97,20 @@ class MergeJob:
             ),
             default=0,
         )
-        compiled = limit - NUMBA >= needed
-        return (limit - NUMBA if compiled else limit), compiled
+        use_numba = limit - NUMBA_BYTES >= needed_bytes
+        return (limit - NUMBA_BYTES if use_numba else limit), use_numba
 
     def layout(self, file: str) -> tuple[bytes, dict[str, int]]:
-        """(header bytes, offset of each tensor) of a file of the result."""
+        """(the header, the offset in bytes of each tensor by name) of a file of the result."""
         header, names = self.checkpoint.files[file], in_order(self.checkpoint.files[file])
         offsets = dict(
             zip(names, accumulate(map(self.output_bytes, names), initial=0), strict=False)
         )
-        same_shapes = (
+        has_same_shapes = (
             not (self.merge_plan.sizes.keys() | self.merge_plan.added.keys())
             & header.tensors.keys()
         )
-        if same_shapes and all(
+        if has_same_shapes and all(
             self.output_dtype(name) == self.checkpoint.dtype(name) for name in names
         ):
             with (self.checkpoint.folder / file).open("rb") as stream:
@@ -121,14 +126,14 @@ class MergeJob:
                     "shape": shape,
                     "data_offsets": [start, start + self.output_bytes(name)],
                 }
-            text = json.dumps(header_fields, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
-            header_bytes = len(text).to_bytes(8, "little") + text
+            header_json = json.dumps(header_fields, separators=(",", ":")).encode()
+            header_json += b" " * (-len(header_json) % 8)
+            header_bytes = len(header_json).to_bytes(8, "little") + header_json
         return header_bytes, {name: len(header_bytes) + start for name, start in offsets.items()}
 
     def check_fingerprints(self, paths: Sequence[str], loaded: Mapping[str, Tensor]) -> None:
-        """``BaseMismatchError`` if a parameter does not match the adapters' fingerprints.
-        ``loaded``: tensors that are in memory already."""
+        """``BaseMismatchError`` if a parameter does not match the fingerprints in the adapters'
+        records. ``loaded``: tensors that are already in memory, by name."""
         mismatches = []
 
         def read(name: str) -> Tensor:
@@ -140,12 +145,12 @@ class MergeJob:
                 name: next(edit for edit in self.merge_plan.edits[name] if edit.path == path)
                 for name in tensors
             }
-            actual = {
+            actual_fingerprints = {
                 (kind, ids): fingerprint_without_rows(read(tensors[0]), ids, kind)
                 if ids
                 else fingerprint_of(
                     shape,
-                    (read(name)[work.param_slice.within] for name, work in edits.items()),
+                    (read(name)[edit.param_slice.within] for name, edit in edits.items()),
                     kind,
                 )
                 for kind, ids in {
@@ -155,19 +160,15 @@ class MergeJob:
             if mismatched_adapters := [
                 adapter
                 for adapter, (expected, ids) in expected_by_adapter.items()
-                if expected != actual[kind_of(expected), ids]
+                if expected != actual_fingerprints[kind_of(expected), ids]
             ]:
                 mismatches.append(f"{listing(tensors, 2)} (adapter {listing(mismatched_adapters)})")
         if mismatches:
-            mismatched_adapters = (
-                f"other weights in {self.checkpoint.folder} ({listing(mismatches, 3)})"
-            )
+            problem = f"other weights in {self.checkpoint.folder} ({listing(mismatches, 3)})"
             expected = "the weights that the adapters were trained on"
             precision_hint = "if these are the same in another precision"
             do = f"name that base, or pass verify_base=False (--no-verify-base) {precision_hint}"
-            raise BaseMismatchError(
-                f"This is another base. {sentence(mismatched_adapters, expected, do)}"
-            )
+            raise BaseMismatchError(f"This is another base. {sentence(problem, expected, do)}")
 
 
 def plan_job(
@@ -179,103 +180,109 @@ def plan_job(
     model: Any,
     by_fingerprints: bool = True,
 ) -> MergeJob:
-    """Check the arguments of ``merge_checkpoint`` and plan the merge. ``by_fingerprints`` allows to
-    map tensors by the fingerprints in the adapters' records, if these are checked."""
+    """Check the arguments of ``merge_checkpoint``, and plan the merge. ``by_fingerprints``: whether
+    tensors may be identified by the fingerprints in the adapters' records, if ``verify_base``."""
     if not adapters:
         raise MergeError("no adapter", "one or several", "name them")
     known_rounding(rounding)
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
         raise MergeError(
-            f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's"
+            f"dtype={dtype}",
+            listing(map(str, FLOAT_DTYPES)),
+            "choose one, or None to keep the base's",
         )
-    weighted_adapters = [
+    adapter_pairs = [
         (adapter, 1.0) if isinstance(adapter, str | Path) else adapter for adapter in adapters
     ]
-    adapter_weights = [(Path(path), float(weight)) for path, weight in weighted_adapters]
+    weighted_paths = [(Path(path), float(weight)) for path, weight in adapter_pairs]
     folder = Path(base).expanduser()
-    checkpoint = open_checkpoint(folder)  # before the adapters, because it fails sooner
-    saved_adapters = [read(path) for path, _ in adapter_weights]
-    for saved in saved_adapters:
-        saved.refuse_invocation_tokens("a merge")
-    tokenizer = common_tokenizer({str(path): path for path, _ in adapter_weights})
+    checkpoint = open_checkpoint(folder)  # first, because reading the adapters takes longer
+    saved_adapters = [read(path) for path, _ in weighted_paths]
+    for saved_adapter in saved_adapters:
+        saved_adapter.refuse_invocation_tokens("a merge")
+    tokenizer = common_tokenizer({str(path): path for path, _ in weighted_paths})
     stub_model = (
         linear_stub_model(checkpoint, saved_adapters)
         if model is None and verify_base and by_fingerprints
         else None
     )
     merge_plan = plan_merge(
-        checkpoint, adapter_weights, saved_adapters, model if stub_model is None else stub_model
+        checkpoint, weighted_paths, saved_adapters, model if stub_model is None else stub_model
     )
     merge_plan = replace(merge_plan, by_fingerprints=stub_model is not None)
     checkpoint = add_tensors(grow_checkpoint(checkpoint, merge_plan.sizes), merge_plan.added)
     return MergeJob(
-        checkpoint, merge_plan, tuple(adapter_weights), dtype, rounding, verify_base, tokenizer
+        checkpoint, merge_plan, tuple(weighted_paths), dtype, rounding, verify_base, tokenizer
     )
 
 
 def merge_tensor(
-    job: MergeJob, name: str, tensor: Tensor, compiled: bool
+    job: MergeJob, name: str, tensor: Tensor, use_numba: bool
 ) -> tuple[Tensor, list[LayerMerge]]:
-    """The merged tensor, and the report of each merged weight. ``compiled`` allows numba."""
-    dtype, layers, result = job.output_dtype(name), [], None
+    """(the merged tensor, a report of each weight in it). ``use_numba``: whether numba may run."""
+    dtype, reports, result = job.output_dtype(name), [], None
     for edit in job.merge_plan.edits.get(name, ()):
         weight = tensor[edit.param_slice.within]
         if edit.changes:
-            merged = merge_changes(
-                edit, weight, dtype, _rounding(job, edit, dtype, compiled), compiled
+            folded = merge_changes(
+                edit, weight, dtype, _choose_rounding(job, edit, dtype, use_numba), use_numba
             )
-            value = merged.weight
-            layers.append(
+            merged_weight = folded.weight
+            reports.append(
                 LayerMerge(
-                    name, merged.change, merged.retention, merged.rounding, merged.sums.retention
+                    name, folded.change, folded.retention, folded.rounding, folded.sums.retention
                 )
             )
-            finite = merged.finite
+            is_finite = folded.finite
         else:
-            value = merge_full(edit, weight, dtype)
-            finite = not value.is_floating_point() or bool(value.isfinite().all())
-        if not finite:
+            merged_weight = merge_full(edit, weight, dtype)
+            is_finite = not merged_weight.is_floating_point() or bool(
+                merged_weight.isfinite().all()
+            )
+        if not is_finite:
             problem = f"{name}: W + ΔW is not finite in {dtype}"
             raise MergeError(
                 problem, "finite weights", "check the adapter, or choose a wider dtype"
             )
         if not edit.param_slice.within:
-            result = value
+            result = merged_weight
         else:
             result = _cast(name, tensor, dtype).clone() if result is None else result
-            result[edit.param_slice.within] = value
-    return _cast(name, tensor, dtype) if result is None else result, layers
+            result[edit.param_slice.within] = merged_weight
+    return _cast(name, tensor, dtype) if result is None else result, reports
 
 
-def _rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, compiled: bool) -> str:
-    """The rounding of a slice: that of the whole parameter, for which "auto" decides once."""
+def _choose_rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, use_numba: bool) -> str:
+    """The rounding of a slice. All slices of a parameter are rounded alike: for "auto", the first
+    slice that needs it decides, from all of them."""
     tensors = job.merge_plan.split_tensors.get(edit.path)
     if tensors is None or job.rounding != "auto" or dtype not in HALF:
         return job.rounding
-    if edit.path not in job.decided:
-        sums = Sums(0.0, 0.0, 0.0, 0.0)
+    if edit.path not in job.chosen_roundings:
+        rounding_sums = Sums(0.0, 0.0, 0.0, 0.0)
         for name in tensors:
             tensor_edit = next(
                 candidate for candidate in job.merge_plan.edits[name] if candidate.path == edit.path
             )
             weight = job.checkpoint.read(name)[tensor_edit.param_slice.within]
-            sums += merge_changes(tensor_edit, weight, dtype, "nearest", compiled).sums
-        job.decided[edit.path] = "faithful" if is_inaccurate(sums) else "nearest"
-    return job.decided[edit.path]
+            rounding_sums += merge_changes(tensor_edit, weight, dtype, "nearest", use_numba).sums
+        job.chosen_roundings[edit.path] = "faithful" if is_inaccurate(rounding_sums) else "nearest"
+    return job.chosen_roundings[edit.path]
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, rounded once. ``MergeError``: a value is out of its range."""
     if tensor.dtype == dtype:
         return tensor
-    result = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
-    if bool((tensor.isfinite() & ~result.isfinite()).any()):
+    cast_tensor = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
+    if bool((tensor.isfinite() & ~cast_tensor.isfinite()).any()):
         problem = f"{name}: numbers beyond the range of {dtype}"
         raise MergeError(problem, "a dtype that holds them", "choose bfloat16 or float32")
-    return result
+    return cast_tensor
 
 
 class _NeedsBase(Exception):  # noqa: N818 (a signal, not an error)
-    """A variant needs the frozen weight."""
+    """Raised when a variant asks for the frozen weight."""
 
 
 def merge_changes(
@@ -283,20 +290,29 @@ def merge_changes(
     weight: Tensor,
     dtype: torch.dtype,
     rounding: str,
-    compiled: bool,
+    use_numba: bool,
 ) -> Folded:
-    """Merge the changes of ``edit`` into ``weight``, a slice of a tensor that stays unchanged. The
-    result is bit for bit what ``veneer.merge`` writes into a live model with this ``rounding``.
-    ``compiled=False`` does not use numba."""
+    """Merge the changes of ``edit`` into ``weight``, a slice of a tensor; neither is modified. The
+    result equals bit for bit what ``veneer.merge`` with this ``rounding`` writes into a model in
+    memory. ``use_numba``: whether numba may run."""
     shape = slice_shape(edit.shape, edit.param_slice.index)
-    dense, first_change = weight.reshape(shape), edit.changes[0][1]
+    parameter_slice, first_change = weight.reshape(shape), edit.changes[0][1]
     dims = first_change.dims if not edit.param_slice.index else first_change.layer.dims(None, shape)
-    layer_weight = first_change.layer.unfold(dense, dims)
-    low, gain = _sum_changes(
-        [(share, *_resolve_slice(change, edit, layer_weight)) for share, change in edit.changes]
+    layer_weight = first_change.layer.unfold(parameter_slice, dims)
+    low_rank, gain = _sum_changes(
+        [
+            (adapter_weight, *_resolve_slice(change, edit, layer_weight))
+            for adapter_weight, change in edit.changes
+        ]
     )
     folded = fold_change(
-        first_change, layer_weight, low, gain, dtype=dtype, rounding=rounding, compiled=compiled
+        first_change,
+        layer_weight,
+        low_rank,
+        gain,
+        dtype=dtype,
+        rounding=rounding,
+        compiled=use_numba,
     )
     return replace(
         folded, weight=first_change.layer.fold(folded.weight, shape).reshape(weight.shape)
@@ -321,14 +337,14 @@ def _resolve_slice(
         else (all_rows, edit.param_slice.index[0])
     )
 
-    def need() -> Tensor:
+    def require_base() -> Tensor:
         raise _NeedsBase
 
     parameters: dict[str, Any] = {
-        name: value.double() for name, value in change.adapter_parameters.items()
+        name: parameter.double() for name, parameter in change.adapter_parameters.items()
     }
     try:
-        low, _ = change.variant.resolve(parameters, change.scale, need)
+        low_rank, _ = change.variant.resolve(parameters, change.scale, require_base)
     except _NeedsBase:
         if change.rows is not None or parameters.keys() - {"A", "B"} - set(
             change.variant.peft_keys
@@ -341,55 +357,63 @@ def _resolve_slice(
             ) from None
         shape = change.dims[:2]
         sliced_parameters = {
-            name: value[groups]
+            name: parameter[groups]
             if name == "A"
-            else value[groups, rows]
+            else parameter[groups, rows]
             if name == "B"
-            else value.view(shape)[groups, rows].flatten()
-            for name, value in parameters.items()
+            else parameter.view(shape)[groups, rows].flatten()
+            for name, parameter in parameters.items()
         }
         return change.variant.resolve(sliced_parameters, change.scale, lambda: layer_weight)
     if change.rows is not None:
-        low = low.place(change.rows, change.dims.out)
-    return LowRank(low.A[groups], low.B[groups, rows], low.scale), None
+        low_rank = low_rank.expand_rows(change.rows, change.dims.out)
+    return LowRank(low_rank.A[groups], low_rank.B[groups, rows], low_rank.scale), None
 
 
 def _sum_changes(
     terms: Sequence[tuple[float, LowRank, Tensor | None]],
 ) -> tuple[LowRank, Tensor | None]:
-    """Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) as one change G ⊙ (W + ΔW) − W."""
+    """(ΔW, G) of the sum Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW) − W. ``terms``: (wᵢ, ΔWᵢ, gᵢ) for
+    each adapter; a gain None is 1."""
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1:]
-    shares, lows, optional_gains = zip(*terms, strict=True)
+    adapter_weights, low_ranks, optional_gains = zip(*terms, strict=True)
     if all(gain is None for gain in optional_gains):
-        return LowRank.sum(lows, shares), None
-    sizes = lows[0].B.shape[:2]
+        return LowRank.sum(low_ranks, adapter_weights), None
+    gain_shape = low_ranks[0].B.shape[:2]  # [g, out]
     gains = [
-        torch.ones(sizes).double() if gain is None else gain.double().view(sizes)
+        torch.ones(gain_shape).double() if gain is None else gain.double().view(gain_shape)
         for gain in optional_gains
     ]
     total_gain = 1 + torch.stack(
-        [share * (gain - 1) for share, gain in zip(shares, gains, strict=True)]
+        [weight * (gain - 1) for weight, gain in zip(adapter_weights, gains, strict=True)]
     ).sum(0)
     if total_gain.abs().min() < 1e-6:
         raise MergeError(
             "a row that these weights scale to nothing", "a gain that is not 0", "change them"
         )
-    scaled_lows = [
-        low.to(torch.float64).scale_rows(gain / total_gain)
-        for low, gain in zip(lows, gains, strict=True)
+    scaled_low_ranks = [
+        low_rank.to(torch.float64).scale_rows(gain / total_gain)
+        for low_rank, gain in zip(low_ranks, gains, strict=True)
     ]
-    return LowRank.sum(scaled_lows, shares), total_gain.flatten()
+    return LowRank.sum(scaled_low_ranks, adapter_weights), total_gain.flatten()
 
 
 def merge_full(edit: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Merge values trained in full into ``weight``, a slice of a tensor: W + Σ wᵢ (Pᵢ − W),
-    rounded once."""
-    values = [
-        (share, value[edit.param_slice.index].reshape(weight.shape)) for share, value in edit.full
+    """Merge parameters Pᵢ that adapters train in full into W = ``weight``, a slice of a tensor:
+    W + Σ wᵢ (Pᵢ − W), rounded once to ``dtype``."""
+    trained_values = [
+        (adapter_weight, tensor[edit.param_slice.index].reshape(weight.shape))
+        for adapter_weight, tensor in edit.full
     ]
-    if not weight.is_floating_point() or (len(values) == 1 and values[0][0] == 1):
-        value = values[0][1]
-        return round_once(value.double(), dtype) if value.is_floating_point() else value.to(dtype)
-    base = weight.double()
-    return round_once(base + sum(share * (value.double() - base) for share, value in values), dtype)
+    if not weight.is_floating_point() or (len(trained_values) == 1 and trained_values[0][0] == 1):
+        trained_value = trained_values[0][1]
+        if not trained_value.is_floating_point():
+            return trained_value.to(dtype)
+        return round_once(trained_value.double(), dtype)
+    base_value = weight.double()
+    change = sum(
+        adapter_weight * (trained_value.double() - base_value)
+        for adapter_weight, trained_value in trained_values
+    )
+    return round_once(base_value + change, dtype)

@@ -1,15 +1,16 @@
-"""A stub of the model with the linear layers that adapters change, built from their records and the
-checkpoint without the model's code.
+"""Build a stub of the model that has only the linear layers that adapters change. It needs the
+adapters' records and the checkpoint, but not the model's code.
 
-    linear_stub_model(checkpoint, saved_adapters) -> a module with these layers at their paths, or
-    None
+    linear_stub_model(checkpoint, saved_adapters) -> a module with these layers at their paths
 
 The record of a Veneer adapter has the path, layer kind and fingerprint of each changed weight. If
-the checkpoint has a tensor of that name and fingerprint, the tensor is the weight: loading did not
-rename, transpose or join it. The stub is not used (None) where a weight may have a second name: a
-dimension equals the size of the vocabulary (embedding and head may be tied), or a tensor with the
-name and shape of a changed layer is unchanged. Nor is it used for other layer kinds and for
-parameters trained in full.
+the checkpoint has a tensor with this name and fingerprint, the tensor is the weight: loading the
+model does not rename, transpose or join it.
+
+A weight may have a second name that the stub lacks. So there is no stub (None) if a dimension of a
+changed weight equals the size of the vocabulary (embedding and head may be tied), or if an
+unchanged tensor has the last name and the shape of a changed layer. There is also none for other
+layer kinds and for parameters trained in full.
 """
 
 from __future__ import annotations
@@ -27,48 +28,53 @@ from veneer.models.safetensors_dir import Checkpoint
 def linear_stub_model(
     checkpoint: Checkpoint, saved_adapters: Sequence[AdapterFiles]
 ) -> nn.Module | None:
-    """A stub without weights for ``merge_plan.plan_merge``; None if the real model is needed. The
+    """A stub without weights for ``merge_plan.plan_merge``; None if the model itself is needed. The
     caller must check the fingerprints in the adapters' records."""
     config = checkpoint.folder / "config.json"
     try:
-        vocabularies = set(_sizes(json.loads(config.read_text())))
+        vocabulary_sizes = set(_vocabulary_sizes(json.loads(config.read_text())))
     except (OSError, ValueError):
-        return None  # the code that builds the model reports the error
+        return None  # building the model itself reports the error
     shapes: dict[str, tuple[int, int]] = {}
-    for saved in saved_adapters:
-        for weight, change in saved.metadata.get("changes", {}).items():
-            in_files = weight in checkpoint.file_of and weight in saved.metadata["base"]["weights"]
-            shape = list(checkpoint.shape(weight)) if in_files else []
+    for saved_adapter in saved_adapters:
+        for weight, change in saved_adapter.metadata.get("changes", {}).items():
+            is_recorded = (
+                weight in checkpoint.file_of and weight in saved_adapter.metadata["base"]["weights"]
+            )
+            shape = list(checkpoint.shape(weight)) if is_recorded else []
             is_linear = (
                 change.get("kind") == "linear" and weight.endswith(".weight") and len(shape) == 2
             )
-            if not is_linear or vocabularies.intersection(shape):
+            if not is_linear or vocabulary_sizes.intersection(shape):
                 return None
             shapes[weight.removesuffix(".weight")] = shape[0], shape[1]
-        if not saved.metadata or saved.full:
+        if not saved_adapter.metadata or saved_adapter.full:
             return None
-    changed_forms = {(path.rpartition(".")[2], shape) for path, shape in shapes.items()}
+    changed_names_and_shapes = {(path.rpartition(".")[2], shape) for path, shape in shapes.items()}
     for name in checkpoint.file_of:
         path, _, leaf_name = name.rpartition(".")
-        unchanged = leaf_name == "weight" and path not in shapes
-        if unchanged and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in changed_forms:
+        is_unchanged = leaf_name == "weight" and path not in shapes
+        if (
+            is_unchanged
+            and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in changed_names_and_shapes
+        ):
             return None
     stub = nn.Module()
     try:
         for path, (out, in_) in shapes.items():
             *parents, name = path.split(".")
-            module = stub
+            parent = stub
             for component in parents:
-                if component not in module._modules:
-                    module.add_module(component, nn.Module())
-                module = module._modules[component]
-            module.add_module(name, nn.Linear(in_, out, bias=False, device="meta"))
-    except KeyError:  # names that no model can have
+                if component not in parent._modules:
+                    parent.add_module(component, nn.Module())
+                parent = parent._modules[component]
+            parent.add_module(name, nn.Linear(in_, out, bias=False, device="meta"))
+    except KeyError:  # no module can have such a name
         return None
     return stub
 
 
-def _sizes(config: Any) -> Iterator[int]:
+def _vocabulary_sizes(config: Any) -> Iterator[int]:
     """The vocabulary sizes in a config, at any depth."""
     entries = (
         config.items()
@@ -77,7 +83,7 @@ def _sizes(config: Any) -> Iterator[int]:
         if isinstance(config, list)
         else ()
     )
-    for name, value in entries:
-        if isinstance(value, int) and "vocab" in str(name):
-            yield value
-        yield from _sizes(value)
+    for key, entry in entries:
+        if isinstance(entry, int) and "vocab" in str(key):
+            yield entry
+        yield from _vocabulary_sizes(entry)

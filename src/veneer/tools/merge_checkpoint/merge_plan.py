@@ -1,14 +1,13 @@
-"""Plan a merge from names and shapes alone, and merge one tensor.
+"""Plan a merge from names and shapes alone.
 
-    plan_merge(checkpoint, adapters, …)   ->  MergePlan: the edits of each tensor (slice of the
-                                              parameter, weighted changes)
-    merge_changes(edit, weight, dtype, …) ->  the merged slice, rounded once, and statistics of the
-                                              rounding
+    plan_merge(checkpoint, adapters, …)   ->  MergePlan: the edits of each tensor in the files. An
+                                              edit: a slice of a parameter and the weighted changes
+                                              of this slice
 
-The model is built without weights (``models.meta_model``), and the adapters are loaded onto it by
-the code that loads them onto a real model, so this plan refuses everything that a live merge
-refuses. transformers, which maps the names, takes seconds to import: for linear layers the records
-of Veneer's adapters suffice (``linear_stub_model``).
+The model is built without weights (``models.meta_model``). The adapters are loaded onto it by the
+code that loads them onto a model with weights, so this plan refuses everything that
+``veneer.merge`` refuses. The names in the files are mapped by transformers, which takes seconds to
+import. For linear layers the records of Veneer's adapters suffice instead (``linear_stub_model``).
 """
 
 from __future__ import annotations
@@ -40,17 +39,23 @@ from veneer.tools.merge_checkpoint.growth import (
     model_with_head,
 )
 
-#: an adapter folder and its weight in the merge
-Adapter = tuple[Path, float]
+#: (adapter folder, its weight in the merge)
+WeightedFolder = tuple[Path, float]
+#: a tensor that holds a parameter and nothing else
 WHOLE_PARAM = models.ParamSlice("")
 
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """An edit of one tensor, or of the slice ``param_slice.within`` of it. The slice holds
-    ``param_slice.index`` of the parameter ``path`` (its first name), which has this ``shape``.
-    Either ``changes`` with their weights are added, or ``full``, values with weights, replaces
-    it."""
+    """An edit of one tensor in the files, or of a slice of it.
+
+    Fields:
+        path, shape: the parameter's first name in the model, and its shape.
+        param_slice: ``within`` is the slice of the tensor that is edited, ``index`` the slice of
+            the parameter that it holds.
+        changes: (adapter weight, change of the parameter) for each adapter; or
+        full: (adapter weight, trained value of the parameter) for each adapter.
+    """
 
     path: str
     shape: torch.Size
@@ -63,38 +68,39 @@ class TensorEdit:
 class MergePlan:
     """Everything that a merge does to a checkpoint."""
 
-    edits: Mapping[str, tuple[TensorEdit, ...]]  # by the name of the tensor
-    # the tensors of a parameter that is split over several, by its path
+    edits: Mapping[str, tuple[TensorEdit, ...]]  # by the name of the tensor in the files
+    # the names of the tensors that together hold one parameter, by the parameter's path
     split_tensors: Mapping[str, tuple[str, ...]]
-    #: by the path of a parameter: (its tensors in order, its shape, the fingerprint that each
-    #: adapter expects and the tokens whose rows that fingerprint leaves out)
+    #: by the path of a parameter: (its tensors in order, its shape, {adapter: (the fingerprint that
+    #: its record expects, the ids of the token rows that this fingerprint leaves out)})
     fingerprints: Mapping[
         str, tuple[tuple[str, ...], torch.Size, Mapping[str, tuple[str, tuple[int, ...]]]]
     ]
-    notes: tuple[str, ...]  # for the report
-    #: new numbers of rows of the tensors that grow with the vocabulary, by name
+    notes: tuple[str, ...]  # remarks for the report of the merge
+    #: by name of a tensor that grows with the vocabulary: its new number of rows
     sizes: Mapping[str, int] = field(default_factory=dict)
-    #: shapes of tensors that adapters train in full and the files lack; the head that they form
+    #: by name of a tensor that adapters train in full and the files lack: its shape
     added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    head: Head | None = None
-    #: the plan comes from ``linear_stub_model`` and is valid only if the fingerprints match
+    head: Head | None = None  # the head that the added tensors belong to
+    #: whether the plan was made with ``linear_stub_model``; then it holds only if the fingerprints
+    #: match
     by_fingerprints: bool = False
 
 
 def plan_merge(
     checkpoint: Checkpoint,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[WeightedFolder],
     saved_adapters: Sequence[AdapterFiles],
     model: nn.Module | None = None,
 ) -> MergePlan:
     """Plan the merge of these adapters into a checkpoint. ``saved_adapters``: the files of
-    ``adapters``; ``model``: the model of the checkpoint, with or without weights; None builds it
-    from the config in its folder.
+    ``adapters``; ``model``: the model of the checkpoint, with or without weights; if it is None,
+    the model is built from the config in the checkpoint's folder.
 
     Raises:
         AdapterError, TargetError: an adapter does not fit the model.
-        CheckpointError: the files lack a weight that an adapter changes, or store it in an
-            unsupported form.
+        CheckpointError: the files lack a weight that an adapter changes, or store it with an
+            unsupported shape or dtype.
         MergeError: a change cannot be merged tensor by tensor.
     """
     target_model, head = (
@@ -103,8 +109,8 @@ def plan_merge(
         else (without_meta(model), None)
     )
     param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
-    is_own_copy, sizes = model is None or target_model is not model, {}
-    if is_own_copy and (rows := grow_model(target_model, saved_adapters)) is not None:
+    is_copy, sizes = model is None or target_model is not model, {}
+    if is_copy and (rows := grow_model(target_model, saved_adapters)) is not None:
         embedding_ids = {
             id(embedding.weight)
             for side in ("input", "output")
@@ -112,29 +118,29 @@ def plan_merge(
         }
         grown_tensors = {
             tensor
-            for tensor, tensor_places in param_slices.items()
-            if {id(_get_tensor(target_model, param_slice.path)) for param_slice in tensor_places}
+            for tensor, tensor_slices in param_slices.items()
+            if {id(_get_tensor(target_model, param_slice.path)) for param_slice in tensor_slices}
             & embedding_ids
         }
         sizes = dict.fromkeys(sorted(grown_tensors), rows)
         checkpoint = grow_checkpoint(checkpoint, sizes)
-    attached: dict[str, Adapter] = {}
-    with warnings.catch_warnings(record=True) as caught:
+    attached: dict[str, WeightedFolder] = {}
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         try:
-            for number, adapter in enumerate(adapters):
+            for index, adapter in enumerate(adapters):
                 install_from(
                     target_model,
                     adapter[0],
-                    f"merged{number}",
+                    f"merged{index}",
                     trainable=False,
                     verify_base=False,
                     untie=False,
                 )
-                attached[f"merged{number}"] = adapter
+                attached[f"merged{index}"] = adapter
             notes = [
                 *_quantization_notes(adapters, saved_adapters),
-                *(str(warning.message) for warning in caught),
+                *(str(warning.message) for warning in caught_warnings),
             ]
             notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
             merge_plan = _plan_from_model(
@@ -151,101 +157,117 @@ def _embeddings(model: Any, side: str) -> Any:
 
 
 def _quantization_notes(
-    adapters: Sequence[Adapter], saved_adapters: Sequence[AdapterFiles]
+    adapters: Sequence[WeightedFolder], saved_adapters: Sequence[AdapterFiles]
 ) -> Iterator[str]:
     """Notes on adapters that were trained on a quantised base."""
-    for (path, _), saved in zip(adapters, saved_adapters, strict=True):
-        quantization = saved.metadata.get("base", {}).get("quantized")
+    for (path, _), saved_adapter in zip(adapters, saved_adapters, strict=True):
+        quantization = saved_adapter.metadata.get("base", {}).get("quantized")
         if quantization:
-            kind = quantization.get("as", f"{quantization.get('by')}'s form")
+            storage_text = quantization.get("as", f"{quantization.get('by')}'s form")
             yield (
-                f"{path} was trained on its base in {kind}; it is merged into the weights that this"
-                " was made of."
+                f"{path} was trained on its base in {storage_text}; it is merged into the weights"
+                " that this was made of."
             )
 
 
 def _plan_from_model(
     model: nn.Module,
-    attached: Mapping[str, Adapter],
+    attached: Mapping[str, WeightedFolder],
     saved_adapters: Sequence[AdapterFiles],
     param_slices: Mapping[str, tuple[models.ParamSlice, ...]],
     checkpoint: Checkpoint,
     notes: Sequence[str],
 ) -> MergePlan:
-    """The plan for a model with the adapters attached. ``param_slices``: for each tensor of the
-    files, its slices of the model's parameters."""
-    names = {id(value): path for path, value in (*model.named_buffers(), *model.named_parameters())}
-    edits = _collect_edits(model, attached, names)
-    # for each parameter, its tensors and their slices
-    tensors_by_path: dict[str, dict[str, models.ParamSlice]] = {path: {} for path in edits}
-    for tensor, tensor_places in param_slices.items():
-        for param_slice in tensor_places:
-            path = names[
-                id(_get_tensor(model, param_slice.path))
-            ]  # tied parameters are listed under their first name
-            tensors_by_path.setdefault(path, {}).setdefault(tensor, param_slice)
+    """The plan for a model with the adapters attached. ``attached``: the adapters by their names on
+    the model; ``param_slices``: for each tensor in the files, the slices of the model's parameters
+    that it holds."""
+    path_by_id = {
+        id(tensor): path for path, tensor in (*model.named_buffers(), *model.named_parameters())
+    }
+    edits = _collect_edits(model, attached, path_by_id)
+    # for each parameter: the tensors that hold it, and which slice each of them holds
+    slices_by_path: dict[str, dict[str, models.ParamSlice]] = {path: {} for path in edits}
+    for tensor, tensor_slices in param_slices.items():
+        for param_slice in tensor_slices:
+            # the first name of a tied parameter
+            path = path_by_id[id(_get_tensor(model, param_slice.path))]
+            slices_by_path.setdefault(path, {}).setdefault(tensor, param_slice)
     added = {
         path: tuple(edit.shape)
         for path, edit in edits.items()
-        if not tensors_by_path[path] and _is_of_head(path, edit)
+        if not slices_by_path[path] and _may_be_head(path, edit)
     }
-    tensors_by_path |= {path: {path: models.ParamSlice(path)} for path in added}
+    slices_by_path |= {path: {path: models.ParamSlice(path)} for path in added}
     checkpoint = add_tensors(checkpoint, added)
     problems = [
         problem
         for path, edit in edits.items()
-        for problem in _coverage_problems(path, edit, tensors_by_path[path], checkpoint)
+        for problem in _coverage_problems(path, edit, slices_by_path[path], checkpoint)
     ]
     raise_all(
         CheckpointError, f"The adapters do not fit the files in {checkpoint.folder}", problems
     )
     edits_by_tensor: dict[str, list[TensorEdit]] = {}
     for path, edit in edits.items():
-        for tensor, param_slice in tensors_by_path[path].items():
+        for tensor, param_slice in slices_by_path[path].items():
             edits_by_tensor.setdefault(tensor, []).append(replace(edit, param_slice=param_slice))
-    fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-    for (adapter, _), saved in zip(attached.values(), saved_adapters, strict=True):
-        for weight_path, expected in saved.metadata.get("base", {}).get("weights", {}).items():
-            fingerprints.setdefault(names[id(_get_tensor(model, weight_path))], {})[
-                str(adapter)
-            ] = (
-                expected,
-                saved.token_ids(weight_path),
-            )
+    fingerprints = _expected_fingerprints(model, attached, saved_adapters, path_by_id)
     return MergePlan(
-        {tensor: tuple(tensor_places) for tensor, tensor_places in edits_by_tensor.items()},
+        {tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},
         {
-            path: _order_tensors(tensors_by_path[path])
+            path: _order_tensors(slices_by_path[path])
             for path in edits
-            if any(param_slice.index for param_slice in tensors_by_path[path].values())
+            if any(param_slice.index for param_slice in slices_by_path[path].values())
         },
         {
-            path: (_order_tensors(tensors_by_path[path]), edits[path].shape, expected_by_adapter)
+            path: (_order_tensors(slices_by_path[path]), edits[path].shape, expected_by_adapter)
             for path, expected_by_adapter in fingerprints.items()
         },
-        tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, tensors_by_path)])),
+        tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, slices_by_path)])),
         added=added,
     )
 
 
-def _is_of_head(path: str, edit: TensorEdit) -> bool:
-    """Whether a parameter may belong to a head that the base lacks: it is trained in full and is
-    outside the numbered blocks."""
-    in_full = not edit.changes and edit.full[0][1].is_floating_point()
-    return in_full and not any(component.isdigit() for component in path.split("."))
+def _expected_fingerprints(
+    model: nn.Module,
+    attached: Mapping[str, WeightedFolder],
+    saved_adapters: Sequence[AdapterFiles],
+    path_by_id: Mapping[int, str],
+) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """By path of a parameter and then by adapter: (the fingerprint in the adapter's record, the ids
+    of the token rows that it leaves out)."""
+    fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for (adapter, _), saved_adapter in zip(attached.values(), saved_adapters, strict=True):
+        recorded_weights = saved_adapter.metadata.get("base", {}).get("weights", {})
+        for weight_path, fingerprint in recorded_weights.items():
+            path = path_by_id[id(_get_tensor(model, weight_path))]
+            expected = fingerprint, saved_adapter.token_ids(weight_path)
+            fingerprints.setdefault(path, {})[str(adapter)] = expected
+    return fingerprints
+
+
+def _may_be_head(path: str, edit: TensorEdit) -> bool:
+    """Whether a parameter may belong to a head that the base lacks: an adapter trains it in full,
+    and no number in its path tells that it belongs to a block."""
+    is_full = not edit.changes and edit.full[0][1].is_floating_point()
+    return is_full and not any(component.isdigit() for component in path.split("."))
 
 
 def _added_head_notes(
-    model: nn.Module, added: Mapping[str, Any], tensors_by_path: Mapping[str, Any]
+    model: nn.Module, added: Mapping[str, Any], slices_by_path: Mapping[str, Any]
 ) -> Iterator[str]:
     if added:
         yield f"The base has no {listing(added, 4)}: added from the adapter."
-        ids = {id(_get_tensor(model, path)) for path in tensors_by_path if tensors_by_path[path]}
-        lacking = [path for path, parameter in model.named_parameters() if id(parameter) not in ids]
-        if lacking:
+        stored_ids = {
+            id(_get_tensor(model, path)) for path in slices_by_path if slices_by_path[path]
+        }
+        missing_paths = [
+            path for path, parameter in model.named_parameters() if id(parameter) not in stored_ids
+        ]
+        if missing_paths:
             yield (
-                f"Neither the base nor the adapter has {listing(lacking, 4)}: loading the result"
-                " starts it anew."
+                f"Neither the base nor the adapter has {listing(missing_paths, 4)}: loading the"
+                " result starts it anew."
             )
 
 
@@ -256,43 +278,56 @@ def _get_tensor(model: nn.Module, path: str) -> Tensor:
 
 
 def _collect_edits(
-    model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[int, str]
+    model: nn.Module, attached: Mapping[str, WeightedFolder], path_by_id: Mapping[int, str]
 ) -> dict[str, TensorEdit]:
-    """The edit of each parameter and running statistic that an adapter changes, by its path."""
+    """The edit of each parameter and running statistic that an adapter changes, by its path.
+    ``attached``: the adapters by their names on the model; ``path_by_id``: the path of each tensor
+    of the model by its id."""
     edits: dict[str, TensorEdit] = {}
-    problems = {
+    problems_by_adapter = {
         name: (*split_tie_problems(model, name), *output_change_problems(model, name))
         for name in attached
     }
     all_problems = [
         f"{attached[name][0]}: {problem}"
-        for name, tie_problems in problems.items()
-        for problem in tie_problems
+        for name, adapter_problems in problems_by_adapter.items()
+        for problem in adapter_problems
     ]
     raise_all(MergeError, "Nothing was merged", all_problems)
-    for adapter, (_, share) in attached.items():
-        for module_path, module, weight, change in changes(model, adapter):
+    for adapter_name, (_, adapter_weight) in attached.items():
+        for module_path, module, weight, change in changes(model, adapter_name):
             target: Any = module._parameters.get(weight)
-            rewrites = type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
-            rewrites = rewrites and getattr(module, "max_norm", None) is not None
-            if target is None or change.storage.name != "plain" or rewrites:
+            is_rewritten = (
+                type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
+            )
+            is_rewritten = is_rewritten and getattr(module, "max_norm", None) is not None
+            if target is None or change.storage.name != "plain" or is_rewritten:
                 problem = (
                     f"a change of {parameter_path(module_path, weight)!r}, which is computed or"
                     " rewritten as it is read"
                 )
                 do = "merge it in memory (veneer.merge), and save the model"
                 raise MergeError(problem, "weights that lie in the files as they are used", do)
-            edit = edits.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
-            edits[edit.path] = replace(edit, changes=(*edit.changes, (share, change)))
-        for _, module, parameters in adapters_of(model, adapter):
-            for name, value in {**parameters.full._parameters, **parameters.full._buffers}.items():
+            edit = edits.get(
+                path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape)
+            )
+            edits[edit.path] = replace(edit, changes=(*edit.changes, (adapter_weight, change)))
+        for _, module, parameters in adapters_of(model, adapter_name):
+            for name, trained_value in {
+                **parameters.full._parameters,
+                **parameters.full._buffers,
+            }.items():
                 target = {**module._parameters, **module._buffers}[name]
-                if value is None or target is None:
+                if trained_value is None or target is None:
                     continue
-                edit = edits.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
-                # a tied parameter has one copy under several names
-                if not any(value is known_value for _, known_value in edit.full):
-                    edits[edit.path] = replace(edit, full=(*edit.full, (share, value.detach())))
+                edit = edits.get(
+                    path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape)
+                )
+                # a tied parameter occurs under each of its names, but is merged once
+                if not any(trained_value is earlier_value for _, earlier_value in edit.full):
+                    edits[edit.path] = replace(
+                        edit, full=(*edit.full, (adapter_weight, trained_value.detach()))
+                    )
     if conflicts := [path for path, edit in edits.items() if edit.changes and edit.full]:
         problem = f"{listing(conflicts)}, which one adapter changes and another replaces"
         raise MergeError(problem, "one or the other", "merge one adapter after the other")
@@ -305,13 +340,13 @@ def _coverage_problems(
     slices_by_tensor: Mapping[str, models.ParamSlice],
     checkpoint: Checkpoint,
 ):
-    """Problems of the files with one parameter: no tensor for all of it, or another shape or
-    dtype."""
+    """Problems of one parameter: the files do not hold all of it, or hold it with another shape or
+    dtype. ``slices_by_tensor``: the tensors that hold it, and their slices."""
     if not slices_by_tensor and not edit.changes and not edit.full[0][1].is_floating_point():
-        return  # the counter of a norm, absent in old files
-    covered = (
+        return  # the step counter of a batch norm, which old files lack
+    covered_mask = (
         torch.zeros(edit.shape, dtype=torch.bool)
-        if any(each.index for each in slices_by_tensor.values())
+        if any(param_slice.index for param_slice in slices_by_tensor.values())
         else None
     )
     for tensor, param_slice in slices_by_tensor.items():
@@ -337,8 +372,8 @@ def _coverage_problems(
                 "a floating-point type of at least 16 bits",
                 "dequantise it first",
             )
-        if covered is not None:
-            covered[param_slice.index] = True
+        if covered_mask is not None:
+            covered_mask[param_slice.index] = True
         if (
             param_slice.index
             and edit.changes
@@ -350,7 +385,7 @@ def _coverage_problems(
                 "the whole of it in one tensor",
                 "merge it in memory (veneer.merge), and save it",
             )
-    if not slices_by_tensor or (covered is not None and not covered.all()):
+    if not slices_by_tensor or (covered_mask is not None and not covered_mask.all()):
         problem = f"no tensor that is {path!r}" + (" as a whole" if slices_by_tensor else "")
         yield sentence(
             problem, "every weight that the adapter changes", "name the base that it was trained on"
@@ -358,9 +393,12 @@ def _coverage_problems(
 
 
 def _order_tensors(slices_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
-    """The tensors that make up a parameter, in order; one of them if each holds all of it."""
-    ordered = sorted(
+    """The tensors that together hold a parameter, in the order of their slices; a single tensor if
+    each holds all of it."""
+    sorted_tensors = sorted(
         slices_by_tensor,
         key=lambda tensor: [axis_slice.start for axis_slice in slices_by_tensor[tensor].index],
     )
-    return tuple(ordered if slices_by_tensor[ordered[0]].index else ordered[:1])
+    return tuple(
+        sorted_tensors if slices_by_tensor[sorted_tensors[0]].index else sorted_tensors[:1]
+    )

@@ -1,10 +1,10 @@
-"""Write the files of a merged checkpoint: several tensors at a time, each at its place in its file.
+"""Write the files of a merged checkpoint, several tensors at a time.
 
     read ──► compare the fingerprint ──► merge ──► write at the tensor's offset
 
-The header of a safetensors file fixes the offset of each tensor, so workers need no order among
-themselves. The bytes that they hold together are bounded (``MergeJob.memory_limit``). Tensors that
-no adapter changes are copied in blocks.
+The header of a safetensors file fixes the offset of each tensor, so the workers may write tensors
+in any order. The bytes of all tensors in memory are limited (``MergeJob.memory_limit``). Tensors
+that no adapter changes are copied block by block.
 """
 
 from __future__ import annotations
@@ -24,31 +24,34 @@ from veneer.attach import LayerMerge
 from veneer.errors import CheckpointError
 from veneer.tools.merge_checkpoint.job import MergeJob, merge_tensor
 
-#: bytes that are copied at once, and workers at most
-BLOCK, WORKERS = 1 << 22, 4
+#: number of bytes that are copied at once, and the largest number of workers
+BLOCK_BYTES, MAX_WORKERS = 1 << 22, 4
 
-#: called as (bytes done, bytes in all, name of the tensor)
+#: called with (bytes done, bytes in total, name of the tensor)
 Progress = Callable[[int, int, str], object]
 
 
 class _ByteBudget:
-    """A limit on the bytes that all workers hold together. A tensor above the limit waits until no
-    other is held."""
+    """A limit of the bytes of all tensors that workers hold in memory. A tensor larger than the
+    limit waits until no other tensor is in memory."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._used = limit, 0
+        self._limit, self._used_bytes = limit, 0
         self._changed = threading.Condition()
 
     @contextmanager
-    def reserve(self, count: int) -> Iterator[None]:
+    def reserve(self, byte_count: int) -> Iterator[None]:
+        """A context that holds ``byte_count`` bytes of the budget; it waits until they are free."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + count <= self._limit)
-            self._used += count
+            self._changed.wait_for(
+                lambda: not self._used_bytes or self._used_bytes + byte_count <= self._limit
+            )
+            self._used_bytes += byte_count
         try:
             yield
         finally:
             with self._changed:
-                self._used -= count
+                self._used_bytes -= byte_count
                 self._changed.notify_all()
 
 
@@ -57,32 +60,37 @@ class CheckpointWriter:
 
     def __init__(self, job: MergeJob, folder: Path) -> None:
         self.job, self.folder = job, folder
-        limit, self._compiled = job.memory_limit()
+        limit, self._use_numba = job.memory_limit()
         self._budget = _ByteBudget(limit)
         self._offsets: dict[str, int] = {}
-        order = {name: number for number, name in enumerate(job.checkpoint.file_of)}
-        #: parameters whose fingerprint is complete once a tensor is read, by the tensor's name
-        self._parameters: dict[str, list[str]] = {}
+        position = {name: index for index, name in enumerate(job.checkpoint.file_of)}
+        #: by name of a tensor: the parameters whose fingerprints can be checked when it is read,
+        #: because it is the last of their tensors to be read
+        self._parameters_by_last_tensor: dict[str, list[str]] = {}
         for path, (tensors, *_) in job.merge_plan.fingerprints.items() if job.verify_base else ():
-            self._parameters.setdefault(max(tensors, key=order.__getitem__), []).append(path)
+            self._parameters_by_last_tensor.setdefault(
+                max(tensors, key=position.__getitem__), []
+            ).append(path)
 
     def write(self, progress: Progress | None) -> list[LayerMerge]:
-        """Write every file, and return the report of each weight that changed. The first error in
-        the order of tensors is raised: ``BaseMismatchError``, ``MergeError``, ``CheckpointError``
-        or ``OSError``."""
+        """Write every file, and return the report of each weight that changed. If tensors fail, the
+        error of the first of them in the order of the files is raised: ``BaseMismatchError``,
+        ``MergeError``, ``CheckpointError`` or ``OSError``."""
         for file in self.job.checkpoint.files:
             header, offsets = self.job.layout(file)
             (self.folder / file).write_bytes(header)
             self._offsets |= offsets
-        names, layers, done = list(self.job.checkpoint.file_of), [], 0
-        total = sum(map(self.job.checkpoint.bytes, names))
+        names, layer_reports, bytes_done = list(self.job.checkpoint.file_of), [], 0
+        total_bytes = sum(map(self.job.checkpoint.bytes, names))
         with _worker_pool() as pool:
-            for name, reports in zip(names, pool.map(self._write_tensor, names), strict=True):
-                layers += reports
-                done += self.job.checkpoint.bytes(name)
+            for name, tensor_reports in zip(
+                names, pool.map(self._write_tensor, names), strict=True
+            ):
+                layer_reports += tensor_reports
+                bytes_done += self.job.checkpoint.bytes(name)
                 if progress is not None:
-                    progress(done, total, name)
-        return layers
+                    progress(bytes_done, total_bytes, name)
+        return layer_reports
 
     def _write_tensor(self, name: str) -> list[LayerMerge]:
         job = self.job
@@ -93,50 +101,56 @@ class CheckpointWriter:
                 return []
             with self._budget.reserve(job.buffer_bytes(name)):
                 tensor = job.checkpoint.read(name)
-                job.check_fingerprints(self._parameters.get(name, ()), {name: tensor})
-                result, reports = merge_tensor(job, name, tensor, self._compiled)
+                job.check_fingerprints(
+                    self._parameters_by_last_tensor.get(name, ()), {name: tensor}
+                )
+                result, reports = merge_tensor(job, name, tensor, self._use_numba)
                 write_all(target, memoryview(as_bytes(result).numpy().data))
         return reports
 
     def _copy(self, target: BinaryIO, name: str) -> None:
-        checkpoint, remaining = self.job.checkpoint, self.job.checkpoint.bytes(name)
+        checkpoint, remaining_bytes = self.job.checkpoint, self.job.checkpoint.bytes(name)
         with (checkpoint.folder / checkpoint.file_of[name]).open("rb", buffering=0) as source:
             source.seek(checkpoint.start(name))
-            while remaining:
-                block = source.read(min(remaining, BLOCK))
+            while remaining_bytes:
+                block = source.read(min(remaining_bytes, BLOCK_BYTES))
                 if not block:
                     problem = f"{checkpoint.file_of[name]}, which became shorter while it was read"
                     do = "let nobody write to it meanwhile"
                     raise CheckpointError(problem, "the base as it was", do)
                 write_all(target, memoryview(block))
-                remaining -= len(block)
+                remaining_bytes -= len(block)
 
 
 @contextmanager
 def _worker_pool() -> Iterator[ThreadPoolExecutor]:
-    """A pool of workers that share torch's threads. After an error the waiting tensors are
-    dropped."""
-    threads = torch.get_num_threads()
-    workers = min(threads, WORKERS)
-    share = math.ceil(threads / workers)
-    pool = ThreadPoolExecutor(workers, "veneer-merge", _limit_threads, (share,))
+    """A pool of worker threads, among which torch's threads are divided. After an error, the pool
+    drops the tensors that no worker has begun."""
+    thread_count = torch.get_num_threads()
+    worker_count = min(thread_count, MAX_WORKERS)
+    threads_per_worker = math.ceil(thread_count / worker_count)
+    pool = ThreadPoolExecutor(worker_count, "veneer-merge", _limit_threads, (threads_per_worker,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # threads that start later begin with the last setting
+        # a later thread begins with the number that any thread has set last
+        torch.set_num_threads(thread_count)
 
 
 def _limit_threads(count: int) -> None:
-    torch.get_num_threads()  # the first use in a thread takes over the last setting made anywhere
+    # The first call in a thread takes the number that any thread has set last, so it must come
+    # before the thread sets its number.
+    torch.get_num_threads()
     torch.set_num_threads(count)
 
 
 def write_all(target: BinaryIO, data: memoryview) -> None:
-    """Write ``data`` to an unbuffered file, whose ``write`` may take only some of it."""
+    """Write all of ``data`` to an unbuffered file, whose ``write`` may write fewer bytes."""
     while data:
         data = data[target.write(data) :]
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor as uint8 [number of bytes]."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

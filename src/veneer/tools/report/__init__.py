@@ -1,20 +1,20 @@
-"""Examine an adapter: how much of its rank is used, which weights it changes most, and what the
-model may have forgotten.
+"""Examine an adapter: how much of its rank is used, which weights it changes most, and whether the
+model may have forgotten something.
 
-    examine(adapter, …)  ->  Report      numbers alone; ``to_dict()`` is the JSON
-    report_page.page(facts)  ->  str     one HTML page, rendered from that JSON alone
+    examine(adapter, …)  ->  Report      all numbers; ``to_dict()`` returns them as JSON values
+    report_page.page(facts)  ->  str     one HTML page, from these JSON values alone
 
-Computed for each weight from the thin factors: the singular values of ΔW (for a stack or a grouped
-convolution, the root of the sum of squares over its groups), and
+For each weight the singular values of ΔW are computed from the factors A and B. (For a stack or a
+grouped convolution, each is the root of the sum of squares over the groups.) From these follow
 
-    effective rank   exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ / Σ σ: Roy and Vetterli 2007, "The effective rank".
-                     It is r if all σᵢ are equal
-    rank for 99 %    the lowest rank that keeps this share of ‖ΔW‖²
+    effective rank   exp(−Σ pᵢ log pᵢ) with pᵢ = σᵢ / Σ σ (Roy and Vetterli 2007, "The effective
+                     rank"). If r singular values are equal and the others 0, it is r
+    rank for 99 %    the lowest rank that keeps 99 % of ‖ΔW‖²
     lost at rank r   ‖ΔW − ΔW truncated to r‖ / ‖ΔW‖, over all weights
 
-With a base: ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``). With another adapter:
-the similarity of the spaces of both (``tools/compare.py``), and that of two random spaces,
-max(r, r') / n.
+With a base, the report adds ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``). With
+another adapter, it adds the similarity of the two adapters' row spaces and column spaces
+(``tools/compare.py``), and for comparison the similarity of two random spaces, max(r, r') / n.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,17 @@ from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intru
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
 
-#: the share of ‖ΔW‖² that the suggested rank must keep; the share of the allotted rank above which
-#: the rank counts as fully used
+#: ENOUGH: the share of ‖ΔW‖² that the suggested rank must keep. FULL: the rank counts as fully used
+#: if the effective rank is at least this share of it
 ENOUGH, FULL = 0.99, 0.75
 
 
 @dataclass(frozen=True)
 class Shared:
-    """The similarity of a weight's change to that of the other adapter. ``read`` and ``written``:
-    φ of the row spaces and of the column spaces; ``angles``: their principal angles in degrees;
-    ``chance``: φ of two random spaces of these ranks."""
+    """How two adapters' changes of a weight compare. ``read``: φ of the row spaces (the inputs that
+    ΔW reads); ``written``: φ of the column spaces (the outputs that ΔW writes); None if a change is
+    zero. ``chance_…``: φ of two random spaces of these ranks. ``angles_…``: the principal angles in
+    degrees."""
 
     cosine: float
     read: float | None
@@ -63,10 +64,19 @@ class Shared:
 
 @dataclass(frozen=True)
 class ReportLayer:
-    """One weight that changes. ``block``: the first number in its path, or None. ``relative``: ‖W'
-    − W‖ / ‖W‖; None without a base. ``cosines``, ``control``: cosines of the leading singular
-    vectors of W' and of the control; empty if none were examined. ``intruders``: how many are below
-    the threshold, in W' and in the control."""
+    """One weight that the adapter changes.
+
+    Fields:
+        block: the first number in its path; None without any.
+        kind: the last name in its path, such as "q_proj".
+        norm: ‖ΔW‖.
+        rank_90, rank_99: the lowest ranks that keep 90 % and 99 % of ‖ΔW‖².
+        relative: ‖W' − W‖ / ‖W‖; None without a base.
+        cosines, control: cosines of the leading singular vectors of W' and of the control change;
+            empty if none were examined.
+        intruders: how many of these cosines are below the threshold: (in W', in the control).
+        shared: the comparison with the other adapter's change; None if there is none.
+    """
 
     path: str
     block: int | None
@@ -86,13 +96,13 @@ class ReportLayer:
 
     @property
     def used(self) -> float:
-        """The used share of the allotted rank."""
+        """The effective rank as a share of the rank."""
         return self.effective_rank / self.rank
 
 
 @dataclass(frozen=True)
 class Cut:
-    """All weights truncated to a rank. ``lost``: ‖truncated part‖ / ‖ΔW‖."""
+    """All weights truncated to a rank. ``lost``: ‖truncated part‖ / ‖ΔW‖ over all weights."""
 
     rank: int
     lost: float
@@ -100,10 +110,20 @@ class Cut:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of ``examine``. ``base``: its name, None if its weights were not read; ``other``:
-    the other adapter. ``in_full``: parameters trained in full, which the report does not examine.
-    ``next_rank`` and ``why``: the rank to train with next, and the reason. ``cuts``: truncations of
-    all layers to lower ranks."""
+    """The result of ``examine``.
+
+    Fields:
+        about: facts about the adapter, such as its rank and variant.
+        base: the name of the base; None if its weights were not read.
+        other: the other adapter; None without any.
+        cuts: the truncations of all weights to lower ranks.
+        next_rank, why: the rank to train with next, and the reason.
+        in_full: parameters that are trained in full, which the report does not examine.
+        only_here, only_other: weights that only this, only the other adapter changes.
+        leading: how many singular vectors of each weight were examined; 0 without a base.
+        seconds: the duration of the search for intruders.
+        weight_intruders: the intruders of each weight, for ``repair``; not in the JSON values.
+    """
 
     adapter: str
     about: Mapping[str, Any]
@@ -119,16 +139,20 @@ class Report:
     leading: int = 0
     threshold: float = THRESHOLD
     seconds: float = 0.0
-    #: the intruders of each weight, as ``repair`` takes them; not in the JSON
-    found: tuple[WeightIntruders, ...] = field(default=(), repr=False)
+    weight_intruders: tuple[WeightIntruders, ...] = field(default=(), repr=False)
 
     @property
     def norm(self) -> float:
+        """‖ΔW‖ over all weights."""
         return math.hypot(*(layer.norm for layer in self.layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values; NaN and infinity become None."""
-        facts = {name: value for name, value in vars(self).items() if name != "found"}
+        """The report as JSON values. NaN and infinity become None."""
+        facts = {
+            field_name: field_value
+            for field_name, field_value in vars(self).items()
+            if field_name != "weight_intruders"
+        }
         facts["layers"] = [{**asdict(layer), "used": layer.used} for layer in self.layers]
         facts["cuts"] = [asdict(cut) for cut in self.cuts]
         return json.loads(
@@ -152,93 +176,111 @@ def examine(
     """Examine an adapter.
 
     Args:
-        base, model: as ``compose`` takes them.
-        base_name: the name of the base in the report.
+        base, model: as for ``compose``.
+        base_name: the name of the base that the report shows.
         other: another adapter of the same model.
         count, threshold: how many leading singular vectors of each weight to examine (0: none), and
-            the cosine below which one is an intruder.
-        seed: seed of the control's random directions.
-        progress: called with (path, done, total) after each weight of the base.
+            the cosine below which a vector is an intruder.
+        seed: seed of the random directions of the control.
+        progress: called with (path of a weight, number of weights done, number of weights) after
+            the search for intruders in the weight.
 
     Raises:
-        AdapterError: an adapter cannot be read, has no low-rank change, or its shapes differ from
-            those of ``other``; or the base lacks a weight.
+        AdapterError: an adapter cannot be read, the adapter has no low-rank change, the shapes of
+            the two adapters differ, or the base lacks a weight.
         BaseMismatchError: the adapter was trained on another base.
     """
-    saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
-    weights = FrozenWeights(base, model)
+    saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
+    base_weights = FrozenWeights(base, model)
     aligned_weights = [
-        aligned for aligned in align([saved], weights.order) if aligned.alias_of is None
+        aligned_weight
+        for aligned_weight in align([saved_adapter], base_weights.parameter_order)
+        if aligned_weight.alias_of is None
     ]
     if not aligned_weights:
-        problem = f"{saved.path}, which changes no weight at a low rank"
+        problem = f"{saved_adapter.path}, which changes no weight at a low rank"
         raise AdapterError(
             problem,
             "changes of the form scale · B @ A",
             "`veneer inspect` lists what it trains in full",
         )
-    lows, intruders = applied_products(saved), {}
+    products, intruders = applied_products(saved_adapter), {}
     if base is not None:
-        search = find_intruders(
-            saved, weights, count=count, threshold=threshold, control=True, seed=seed
+        intruder_results = find_intruders(
+            saved_adapter, base_weights, count=count, threshold=threshold, control=True, seed=seed
         )
-        for done, result in enumerate(search, 1):
-            intruders[result.aligned.model_path] = result
-            if progress is not None:
-                progress(result.aligned.model_path, done, len(aligned_weights))
-    difference = None if other is None else compare(saved, other)
-    relations = [] if difference is None else difference.layers
-    shared = {layer.path: _relate_layers(layer, lows[layer.path]) for layer in relations}
+        intruders = _collect_intruders(intruder_results, len(aligned_weights), progress)
+    difference = None if other is None else compare(saved_adapter, other)
+    shared = {
+        layer.path: _relate_layers(layer, products[layer.path])
+        for layer in (() if difference is None else difference.layers)
+    }
     layers = [
-        _examine_layer(aligned, lows[path], intruders.get(path), threshold, shared.get(path))
-        for aligned in aligned_weights
-        for path in [aligned.model_path]
+        _examine_layer(aligned_weight, products, intruders, threshold, shared)
+        for aligned_weight in aligned_weights
     ]
     cuts = _cuts(layers)
     next_rank, reason = _next_rank(layers, cuts)
     return Report(
-        adapter=str(saved.path),
-        about=_describe_adapter(saved),
+        adapter=str(saved_adapter.path),
+        about=_describe_adapter(saved_adapter),
         base=base_name if base is not None else None,
         other=None if difference is None else str(difference.b),
         layers=tuple(layers),
         cuts=tuple(cuts),
         next_rank=next_rank,
         why=reason,
-        in_full=tuple(_full_names(saved)),
+        in_full=tuple(_full_names(saved_adapter)),
         only_here=() if difference is None else difference.only_a,
         only_other=() if difference is None else difference.only_b,
         leading=count if base is not None else 0,
         threshold=threshold,
-        seconds=sum(result.seconds for result in intruders.values()),
-        found=tuple(intruders.values()),
+        seconds=sum(weight_intruders.seconds for weight_intruders in intruders.values()),
+        weight_intruders=tuple(intruders.values()),
     )
 
 
-def _full_names(saved: AdapterFiles) -> list[str]:
-    """Parameters that are trained in full, and descriptions of trained token rows."""
+def _collect_intruders(
+    results: Iterable[WeightIntruders],
+    weight_count: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, WeightIntruders]:
+    """The results by path of the weight, with a call of ``progress`` after each."""
+    intruders = {}
+    for done, weight_intruders in enumerate(results, 1):
+        path = weight_intruders.aligned_weight.model_path
+        intruders[path] = weight_intruders
+        if progress is not None:
+            progress(path, done, weight_count)
+    return intruders
+
+
+def _full_names(saved_adapter: AdapterFiles) -> list[str]:
+    """Paths of parameters that are trained in full, and descriptions of trained token rows."""
     names = [
         f"{peft_paths.strip_wrappers(path)[0]}.{name}"
-        for path, tensors in saved.full.items()
+        for path, tensors in saved_adapter.full.items()
         for name in tensors
     ]
-    return names + [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
+    return names + [
+        f"{len(rows.ids)} tokens of {path}" for path, rows in saved_adapter.tokens.items()
+    ]
 
 
-def _describe_adapter(saved: AdapterFiles) -> dict[str, Any]:
-    record = saved.metadata.get("base", {})
+def _describe_adapter(saved_adapter: AdapterFiles) -> dict[str, Any]:
+    base_record = saved_adapter.metadata.get("base", {})
     return {
-        "base": record.get("name") or saved.peft_config.get("base_model_name_or_path"),
-        "variant": saved.config.variant,
-        "rank": saved.config.rank,
-        "alpha": saved.peft_config["lora_alpha"],
-        "parameters": saved.parameters,
-        "verified": bool(saved.record),
+        "base": base_record.get("name") or saved_adapter.peft_config.get("base_model_name_or_path"),
+        "variant": saved_adapter.config.variant,
+        "rank": saved_adapter.config.rank,
+        "alpha": saved_adapter.peft_config["lora_alpha"],
+        "parameters": saved_adapter.parameters,
+        "verified": bool(saved_adapter.record),
     }
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """exp of the entropy of the singular values, normalised to sum 1; 0 if all are 0."""
+    """exp of the entropy of the singular values after division by their sum; 0 if all are 0."""
     total = float(spectrum.sum())
     if not total:
         return 0.0
@@ -247,15 +289,18 @@ def effective_rank(spectrum: Tensor) -> float:
 
 
 def _examine_layer(
-    aligned: AlignedWeight,
-    low: LowRank,
-    weight_intruders: WeightIntruders | None,
+    aligned_weight: AlignedWeight,
+    products: Mapping[str, LowRank],
+    intruders_by_path: Mapping[str, WeightIntruders],
     threshold: float,
-    shared: Shared | None,
+    shared_by_path: Mapping[str, Shared],
 ) -> ReportLayer:
-    svd = low.svd()
+    path = aligned_weight.model_path
+    weight_intruders = intruders_by_path.get(path)
+    svd = products[path].svd()
     spectrum = svd.S.square().sum(0).sqrt()
-    norm, number = float(spectrum.norm()), re.search(r"(?:^|\.)(\d+)\.", f"{aligned.model_path}.")
+    norm = float(spectrum.norm())
+    block_match = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
     rank_90, rank_99 = (svd.rank_for(share) if norm else 0 for share in (0.9, ENOUGH))
     relative, cosines, control, intruders = None, (), (), None
     if weight_intruders is not None:
@@ -269,11 +314,11 @@ def _examine_layer(
             else None
         )
     return ReportLayer(
-        path=aligned.model_path,
-        block=None if number is None else int(number[1]),
-        kind=aligned.model_path.rpartition(".")[2],
-        shape=aligned.template.dims,
-        rank=aligned.template.rank,
+        path=path,
+        block=None if block_match is None else int(block_match[1]),
+        kind=path.rpartition(".")[2],
+        shape=aligned_weight.template.dims,
+        rank=aligned_weight.template.rank,
         norm=norm,
         spectrum=tuple(spectrum.tolist()),
         effective_rank=effective_rank(spectrum),
@@ -283,64 +328,62 @@ def _examine_layer(
         cosines=cosines,
         control=control,
         intruders=intruders,
-        shared=shared,
+        shared=shared_by_path.get(path),
     )
 
 
-def _relate_layers(layer: LayerDifference, low: LowRank) -> Shared:
+def _relate_layers(layer: LayerDifference, low_rank: LowRank) -> Shared:
     largest_rank, rows, columns = max(layer.ranks), layer.rows, layer.columns
     return Shared(
         layer.cosine,
         None if rows is None else rows.similarity,
         None if columns is None else columns.similarity,
-        min(1.0, largest_rank / low.A.shape[2]),
-        min(1.0, largest_rank / low.B.shape[1]),
+        min(1.0, largest_rank / low_rank.A.shape[2]),
+        min(1.0, largest_rank / low_rank.B.shape[1]),
         () if rows is None else rows.angles,
         () if columns is None else columns.angles,
     )
 
 
 def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
-    """Truncations at the powers of two below the largest rank, and at that rank."""
-    largest, total_norm = (
+    """Truncations to the powers of two below the largest rank, and to the largest rank."""
+    largest_rank, total_norm = (
         max(layer.rank for layer in layers),
         math.hypot(*(layer.norm for layer in layers)),
     )
-    ranks = [2**power for power in range(largest.bit_length()) if 2**power < largest]
-    lost = [
-        math.hypot(*(value for layer in layers for value in layer.spectrum[rank:]))
+    ranks = [2**power for power in range(largest_rank.bit_length()) if 2**power < largest_rank]
+    lost_norms = [
+        math.hypot(*(sigma for layer in layers for sigma in layer.spectrum[rank:]))
         for rank in ranks
     ]
     return [
         *(
-            Cut(rank, lost / total_norm if total_norm else 0.0)
-            for rank, lost in zip(ranks, lost, strict=True)
+            Cut(rank, lost_norm / total_norm if total_norm else 0.0)
+            for rank, lost_norm in zip(ranks, lost_norms, strict=True)
         ),
-        Cut(largest, 0.0),
+        Cut(largest_rank, 0.0),
     ]
 
 
 def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int, str]:
-    """(the rank to train with next, the reason), from the change alone, without any loss."""
-    allotted = cuts[-1].rank
-    used = sorted(layer.used for layer in layers)[len(layers) // 2]
+    """(the rank to train with next, the reason), from the singular values of ΔW alone."""
+    largest_rank = cuts[-1].rank
+    median_use = sorted(layer.used for layer in layers)[len(layers) // 2]
     if not any(layer.norm for layer in layers):
-        return allotted, "every change is zero: it was not trained"
-    enough = next(cut.rank for cut in cuts if cut.lost**2 <= 1 - ENOUGH)
-    if enough < allotted:
+        return largest_rank, "every change is zero: it was not trained"
+    sufficient_rank = next(cut.rank for cut in cuts if cut.lost**2 <= 1 - ENOUGH)
+    if sufficient_rank < largest_rank:
+        retained_share = 1 - next(cut.lost for cut in cuts if cut.rank == sufficient_rank) ** 2
+        return sufficient_rank, f"rank {sufficient_rank} holds {retained_share:.1%} of ‖ΔW‖²"
+    if median_use >= FULL:
         return (
-            enough,
+            2 * largest_rank,
             (
-                f"rank {enough} holds {1 - next(c.lost for c in cuts if c.rank == enough) ** 2:.1%}"
-                " of ‖ΔW‖²"
+                f"the median weight uses {median_use:.0%} of its rank: try whether twice as much"
+                " lowers the loss"
             ),
         )
-    if used >= FULL:
-        return (
-            2 * allotted,
-            (
-                f"the median weight uses {used:.0%} of its rank: try whether twice as much lowers"
-                " the loss"
-            ),
-        )
-    return allotted, f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²"
+    return (
+        largest_rank,
+        f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²",
+    )

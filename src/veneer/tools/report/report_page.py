@@ -1,13 +1,15 @@
-"""Render a report as one self-contained HTML page: no scripts, no network; for phones, desktops and
+"""Render a report as one HTML page without scripts or network access, for phones, desktops and
 paper, in light and dark mode.
 
-The input is ``Report.to_dict()``, with the measurements of ``veneer inspect`` under "losses":
+The input ``facts`` is ``Report.to_dict()``. ``veneer inspect`` adds the losses that it measured,
+under "losses":
 
-    losses   {"data": {source, tokens} | None, "general": {…} | None, "note": text | None, "rows":
-             [row, …]}
-    row      {"what": "base" | "adapter" | "rank" | "repaired" | "weaker", "at": rank, factor or
-             weight | None,
-              "removed": share of the change | None, "data": loss | None, "general": loss | None}
+    losses   {"data": {source, tokens} | None, "general": {…} | None, "note": text | None,
+              "rows": [row, …]}
+    row      {"what": "base" | "adapter" | "rank" | "repaired" | "weaker",
+              "at": the rank, the factor of intruders or the weight of the adapter | None,
+              "removed": share of the change that is removed | None,
+              "data": loss | None, "general": loss | None}
 """
 
 from __future__ import annotations
@@ -20,21 +22,23 @@ from typing import Any
 
 from veneer.tools.report.charts import heat_map, lines, table
 
+#: the JSON values of a report, see above
 Facts = Mapping[str, Any]
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def page(facts: Facts) -> str:
-    """The HTML page of a report; ``facts``: see the module's docstring."""
-    about = facts["about"]
-    base = facts["base"] or about["base"] or "an unnamed base"
+    """The HTML page of a report."""
+    adapter_facts = facts["about"]
+    base_name = facts["base"] or adapter_facts["base"] or "an unnamed base"
     introduction = (
-        f"{about['variant']}, rank {about['rank']}, alpha {about['alpha']:g},"
-        f" {about['parameters']:,} numbers, on "
+        f"{adapter_facts['variant']}, rank {adapter_facts['rank']},"
+        f" alpha {adapter_facts['alpha']:g},"
+        f" {adapter_facts['parameters']:,} numbers, on "
     )
-    introduction += f"{base}. " + (
-        "" if about["verified"] else "Written by another library: nothing to verify it by. "
+    introduction += f"{base_name}. " + (
+        "" if adapter_facts["verified"] else "Written by another library: nothing to verify it by. "
     )
     introduction += (
         "" if facts["base"] else "Without --base nothing is said of the base's own weights. "
@@ -58,13 +62,14 @@ def page(facts: Facts) -> str:
         f"{escape(facts['adapter'])}. Singular values are of ΔW = scale · B A, in float64 from the"
         " factors; <code>veneer inspect --json</code> has the same numbers."
     )
-    return document(f"A look inside {name}", introduction, _cards(facts), sections, footer)
+    return document(f"A look inside {name}", introduction, _key_numbers(facts), sections, footer)
 
 
 def document(
     title: str, lead: str, cards: Iterable[tuple[str, str]], sections: str, footer: str
 ) -> str:
-    """An HTML document. ``cards``: (number, caption); ``sections`` and ``footer`` are HTML."""
+    """An HTML document. ``lead``: the text below the title; ``cards``: (number, caption) of the
+    boxes at the top; ``sections`` and ``footer`` are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -81,10 +86,10 @@ def _card(card: tuple[str, str]) -> str:
     return f'<div class="card"><b>{escape(card[0])}</b><span>{escape(card[1])}</span></div>'
 
 
-def _cards(facts: Facts) -> Iterator[tuple[str, str]]:
+def _key_numbers(facts: Facts) -> Iterator[tuple[str, str]]:
     layers = facts["layers"]
-    used = median(layer["used"] for layer in layers)
-    yield f"{used:.0%}", "of the allotted rank in use (effective rank, median weight)"
+    median_use = median(layer["used"] for layer in layers)
+    yield f"{median_use:.0%}", "of the allotted rank in use (effective rank, median weight)"
     yield str(facts["next_rank"]), "rank to use next"
     if facts["base"] and all(layer["relative"] is not None for layer in layers):
         yield (
@@ -92,7 +97,9 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str]]:
             "‖W′ − W‖ / ‖W‖, median weight",
         )
     if facts["leading"]:
-        intruders, control = (sum(layer["intruders"][side] for layer in layers) for side in (0, 1))
+        intruders, control = (
+            sum(layer["intruders"][index] for layer in layers) for index in (0, 1)
+        )
         yield f"{intruders}", f"intruder dimensions; random changes of the same size have {control}"
     rows = {
         row["what"]: row
@@ -108,75 +115,76 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _rank_section(facts: Facts) -> str:
-    kinds: dict[str, list[Any]] = {}
+    spectra_by_kind: dict[str, list[Any]] = {}
     for layer in facts["layers"]:
         if layer["norm"]:
-            kinds.setdefault(layer["kind"], []).append(layer["spectrum"])
-    series = {kind: _mean_spectrum(spectra) for kind, spectra in kinds.items()}
-    lost = [(cut["rank"], cut["lost"]) for cut in facts["cuts"]]
-    largest = facts["cuts"][-1]["rank"]
-    rows = {
-        row["at"] or largest: row
+            spectra_by_kind.setdefault(layer["kind"], []).append(layer["spectrum"])
+    series = {kind: _mean_spectrum(spectra) for kind, spectra in spectra_by_kind.items()}
+    loss_points = [(cut["rank"], cut["lost"]) for cut in facts["cuts"]]
+    largest_rank = facts["cuts"][-1]["rank"]
+    rows_by_rank = {
+        row["at"] or largest_rank: row
         for row in facts.get("losses", {}).get("rows", ())
         if row["what"] in ("rank", "adapter")
     }
-    measured = any(row["data"] is not None for row in rows.values())
-    heads = [
+    has_losses = any(row["data"] is not None for row in rows_by_rank.values())
+    headings = [
         ">rank",
         ">lost, of ‖ΔW‖",
         ">kept, of ‖ΔW‖²",
-        *([">loss on the data"] if measured else []),
+        *([">loss on the data"] if has_losses else []),
     ]
-    cells = []
+    table_rows = []
     for cut in facts["cuts"]:
-        loss = rows.get(cut["rank"], {}).get("data")
-        cells.append([str(cut["rank"]), f"{cut['lost']:.1%}", f"{1 - cut['lost'] ** 2:.1%}"])
-        cells[-1] += [_format_loss(loss)] if measured else []
+        loss = rows_by_rank.get(cut["rank"], {}).get("data")
+        table_rows.append([str(cut["rank"]), f"{cut['lost']:.1%}", f"{1 - cut['lost'] ** 2:.1%}"])
+        table_rows[-1] += [_format_loss(loss)] if has_losses else []
     note = (
         "Truncated after training, which says what is spare; training at a smaller rank may do"
         " better than that."
     )
-    spectrum = lines(series, x="singular value", y="share of the largest", top=1.0)
-    loss_by_rank = lines({"lost": lost}, x="rank", y="lost, of ‖ΔW‖")
+    spectrum_chart = lines(series, x="singular value", y="share of the largest", top=1.0)
+    cut_chart = lines({"lost": loss_points}, x="rank", y="lost, of ‖ΔW‖")
     return (
         "<h2>How much of its rank is in use</h2><p>Singular values of ΔW, the largest 1, mean over"
         f" weights of a kind. Next: rank {facts['next_rank']}; {escape(facts['why'])}. {note}</p>"
-        f"<div class='pair'><figure>{spectrum}</figure><figure>{loss_by_rank}</figure></div>"
-        f"{table(heads, cells)}"
+        f"<div class='pair'><figure>{spectrum_chart}</figure><figure>{cut_chart}</figure></div>"
+        f"{table(headings, table_rows)}"
         + _layer_heat_map(
             facts,
             "used",
             "Effective rank as a share of the allotted one, by block and kind",
             "{:.0%}",
-            most=1.0,
+            darkest=1.0,
         )
     )
 
 
 def _mean_spectrum(spectra: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    longest = max(map(len, spectra))
+    """The points (number of the singular value, mean of its share of the largest one)."""
+    length = max(map(len, spectra))
     shares = [
-        [*(value / spectrum[0] for value in spectrum), *[0.0] * (longest - len(spectrum))]
+        [*(sigma / spectrum[0] for sigma in spectrum), *[0.0] * (length - len(spectrum))]
         for spectrum in spectra
     ]
     return [(number, mean(column)) for number, column in enumerate(zip(*shares, strict=True), 1)]
 
 
 def _location_section(facts: Facts) -> str:
-    relative = bool(facts["base"]) and all(
+    has_relative = bool(facts["base"]) and all(
         layer["relative"] is not None for layer in facts["layers"]
     )
     relative_map = (
-        _layer_heat_map(facts, "relative", "‖W′ − W‖ / ‖W‖", "{:.2%}") if relative else ""
+        _layer_heat_map(facts, "relative", "‖W′ − W‖ / ‖W‖", "{:.2%}") if has_relative else ""
     )
-    total = sum(layer["norm"] ** 2 for layer in facts["layers"])
-    shares: dict[str, float] = {}
+    total_energy = sum(layer["norm"] ** 2 for layer in facts["layers"])
+    energy_by_kind: dict[str, float] = {}
     for layer in facts["layers"]:
-        shares[layer["kind"]] = shares.get(layer["kind"], 0.0) + layer["norm"] ** 2
-    ordered = sorted(shares.items(), key=lambda kind_share: -kind_share[1])
+        energy_by_kind[layer["kind"]] = energy_by_kind.get(layer["kind"], 0.0) + layer["norm"] ** 2
+    sorted_kinds = sorted(energy_by_kind.items(), key=lambda kind_energy: -kind_energy[1])
     shares_text = (
-        ", ".join(f"{kind} {share / total:.0%}" for kind, share in ordered)
-        if total
+        ", ".join(f"{kind} {energy / total_energy:.0%}" for kind, energy in sorted_kinds)
+        if total_energy
         else "nowhere: every change is 0"
     )
     norm_map = _layer_heat_map(facts, "norm", "‖ΔW‖ by block and kind", "{:.2g}")
@@ -196,12 +204,12 @@ def _optional_sections(facts: Facts) -> Iterator[str]:
 
 
 def _similarity_section(facts: Facts) -> str:
-    both = [
+    shared_layers = [
         layer
         for layer in facts["layers"]
         if layer["shared"] and layer["shared"]["read"] is not None
     ]
-    exclusive_changes = [
+    exclusive_texts = [
         f"{len(facts[key])} weights are changed {adapter_name}"
         for key, adapter_name in (
             ("only_here", "by this one alone"),
@@ -210,34 +218,34 @@ def _similarity_section(facts: Facts) -> str:
         if facts[key]
     ]
     heading = f"<h2>Beside {escape(Path(facts['other']).name)}</h2>"
-    exclusive = escape("; ".join(exclusive_changes))
-    if not both:
-        return f"{heading}<p>They change no weight in common. {exclusive}</p>"
+    exclusive_text = escape("; ".join(exclusive_texts))
+    if not shared_layers:
+        return f"{heading}<p>They change no weight in common. {exclusive_text}</p>"
     series = {}
-    for name, side in (("reads from", "read"), ("writes to", "written")):
-        longest = min(len(layer["shared"][f"angles_{side}"]) for layer in both)
-        angles = [layer["shared"][f"angles_{side}"][:longest] for layer in both]
-        series[name] = [
+    for verb, side in (("reads from", "read"), ("writes to", "written")):
+        length = min(len(layer["shared"][f"angles_{side}"]) for layer in shared_layers)
+        angles = [layer["shared"][f"angles_{side}"][:length] for layer in shared_layers]
+        series[verb] = [
             (number, mean(column)) for number, column in enumerate(zip(*angles, strict=True), 1)
         ]
     maps = []
-    for side, name in (("read", "reads from"), ("written", "writes to")):
-        chance = mean(layer["shared"][f"chance_{side}"] for layer in both)
-        caption = f"φ of the space that ΔW {name}; two random spaces: {chance:.3f}"
+    for side, verb in (("read", "reads from"), ("written", "writes to")):
+        chance = mean(layer["shared"][f"chance_{side}"] for layer in shared_layers)
+        caption = f"φ of the space that ΔW {verb}; two random spaces: {chance:.3f}"
         maps.append(
             _layer_heat_map(
-                {"layers": both},
+                {"layers": shared_layers},
                 lambda layer, side=side: layer["shared"][side],
                 caption,
                 "{:.2f}",
-                most=1.0,
+                darkest=1.0,
             )
         )
-    cosine = median(layer["shared"]["cosine"] for layer in both)
+    cosine = median(layer["shared"]["cosine"] for layer in shared_layers)
     return (
         f"{heading}<p>φ is 1 where one space lies within the other, 0 where they share no direction"
         f" (Hu et al. 2021, section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}."
-        f" {exclusive}</p>"
+        f" {exclusive_text}</p>"
         f"<figure>{lines(series, x='principal angle', y='degrees, mean', top=90.0)}</figure>"
         f'<div class="pair">{"".join(maps)}</div>'
     )
@@ -245,8 +253,8 @@ def _similarity_section(facts: Facts) -> str:
 
 def _forgetting_section(facts: Facts) -> str:
     layers = [layer for layer in facts["layers"] if layer["intruders"] is not None]
-    looked_at = sum(len(layer["cosines"]) for layer in layers)
-    intruders, control = (sum(layer["intruders"][side] for layer in layers) for side in (0, 1))
+    vector_count = sum(len(layer["cosines"]) for layer in layers)
+    intruders, control = (sum(layer["intruders"][index] for layer in layers) for index in (0, 1))
     series = {
         name: _distribution([cosine for layer in layers for cosine in layer[key]])
         for name, key in (
@@ -263,19 +271,19 @@ def _forgetting_section(facts: Facts) -> str:
     )
     explanation = (
         "A singular vector of W′ is an intruder if no singular vector of W has a cosine of"
-        f" {facts['threshold']:g} with it (Shuttleworth et al. 2024). Of {looked_at} leading ones,"
-        f" {facts['leading']} a weight, {intruders} are; of random changes with the same singular"
-        f" values, {control}. The base's leading directions outlive a change that is small beside"
-        " them."
+        f" {facts['threshold']:g} with it (Shuttleworth et al. 2024). Of {vector_count} leading"
+        f" ones, {facts['leading']} a weight, {intruders} are; of random changes with the same"
+        f" singular values, {control}. The base's leading directions outlive a change that is small"
+        " beside them."
     )
     explanation += (
         ""
         if intruders > control
         else " It has no more intruders than chance makes: they do not tell what was forgotten."
     )
-    caption, examined_facts = "Intruders by block and kind", {"layers": layers}
+    caption, intruder_facts = "Intruders by block and kind", {"layers": layers}
     intruder_map = (
-        _layer_heat_map(examined_facts, lambda layer: layer["intruders"][0], caption, "{:.3g}")
+        _layer_heat_map(intruder_facts, lambda layer: layer["intruders"][0], caption, "{:.3g}")
         if intruders
         else ""
     )
@@ -285,10 +293,11 @@ def _forgetting_section(facts: Facts) -> str:
     )
 
 
-def _distribution(values: Sequence[float]) -> list[tuple[float, float]]:
-    """The cumulative distribution of ``values`` at 41 points from 0 to 1."""
+def _distribution(cosines: Sequence[float]) -> list[tuple[float, float]]:
+    """The cumulative distribution of ``cosines`` at 41 points from 0 to 1."""
     return [
-        (step / 40, sum(value <= step / 40 for value in values) / len(values)) for step in range(41)
+        (step / 40, sum(cosine <= step / 40 for cosine in cosines) / len(cosines))
+        for step in range(41)
     ]
 
 
@@ -296,9 +305,9 @@ def _loss_table(facts: Facts) -> str:
     losses = facts.get("losses")
     if not losses:
         return "<p>Give --base with --data or --general to measure what this does to the loss.</p>"
-    names = [name for name in ("data", "general") if losses[name]]
+    sources = [source for source in ("data", "general") if losses[source]]
     captions = {"data": "loss on the data", "general": "loss on general text"}
-    heads = ["model", ">taken off", *(f">{captions[name]}" for name in names)]
+    headings = ["model", ">taken off", *(f">{captions[source]}" for source in sources)]
     model_labels = {
         "base": "base",
         "adapter": "with the adapter",
@@ -309,25 +318,27 @@ def _loss_table(facts: Facts) -> str:
         [
             model_labels[row["what"]].format(row["at"] if row["at"] is not None else ""),
             "" if row["removed"] is None else f"{row['removed']:.1%}",
-            *(_format_loss(row[name]) for name in names),
+            *(_format_loss(row[source]) for source in sources),
         ]
         for row in losses["rows"]
         if row["what"] in model_labels
     ]
-    sources = "; ".join(
-        f"{captions[name]}: {losses[name]['source']}, {losses[name]['tokens']:,} tokens"
-        for name in names
+    sources_text = "; ".join(
+        f"{captions[source]}: {losses[source]['source']}, {losses[source]['tokens']:,} tokens"
+        for source in sources
     )
-    repaired = any(row["what"] == "repaired" for row in losses["rows"])
-    note = "Below a repair, its control: as much taken off the change, evenly. " if repaired else ""
-    note = f"{note}Measured: {sources}. {losses['note'] or ''}"
-    return f"<p>Mean loss a token, in nats. {escape(note)}</p>{table(heads, rows)}"
+    has_repairs = any(row["what"] == "repaired" for row in losses["rows"])
+    note = (
+        "Below a repair, its control: as much taken off the change, evenly. " if has_repairs else ""
+    )
+    note = f"{note}Measured: {sources_text}. {losses['note'] or ''}"
+    return f"<p>Mean loss a token, in nats. {escape(note)}</p>{table(headings, rows)}"
 
 
 def _layer_table(facts: Facts) -> str:
     has_base, has_intruders = bool(facts["base"]), bool(facts["leading"])
-    heads = ["weight", ">rank", ">effective", ">for 90 %", ">for 99 %", ">‖ΔW‖"]
-    heads += [
+    headings = ["weight", ">rank", ">effective", ">for 90 %", ">for 99 %", ">‖ΔW‖"]
+    headings += [
         *([">‖W′−W‖/‖W‖"] if has_base else []),
         *([">intruders", ">random"] if has_intruders else []),
     ]
@@ -343,30 +354,31 @@ def _layer_table(facts: Facts) -> str:
         row += (
             ["∞" if layer["relative"] is None else f"{layer['relative']:.2%}"] if has_base else []
         )
-        row += [str(layer["intruders"][side]) for side in (0, 1)] if has_intruders else []
+        row += [str(layer["intruders"][index]) for index in (0, 1)] if has_intruders else []
         rows.append(row)
-    return f"<details><summary>All {len(rows)} weights</summary>{table(heads, rows)}</details>"
+    return f"<details><summary>All {len(rows)} weights</summary>{table(headings, rows)}</details>"
 
 
 def _layer_heat_map(
     facts: Facts,
-    value: str | Callable[[Any], float],
+    quantity: str | Callable[[Any], float],
     caption: str,
-    form: str,
-    most: float | None = None,
+    number_format: str,
+    darkest: float | None = None,
 ) -> str:
-    """``heat_map`` of the layers; several weights of one kind in a block are averaged."""
-    get_value = value if callable(value) else lambda layer: layer[value]
-    cells: dict[tuple[int | None, str], list[float]] = {}
+    """A heat map of a quantity of the layers by block and kind, averaged over layers with the same
+    block and kind. ``quantity``: a key of the layer's facts, or a function of them."""
+    measure = quantity if callable(quantity) else lambda layer: layer[quantity]
+    numbers_by_cell: dict[tuple[int | None, str], list[float]] = {}
     for layer in facts["layers"]:
-        cells.setdefault((layer["block"], layer["kind"]), []).append(get_value(layer))
+        numbers_by_cell.setdefault((layer["block"], layer["kind"]), []).append(measure(layer))
     return heat_map(
-        {block_and_kind: mean(values) for block_and_kind, values in cells.items()},
+        {cell: mean(numbers) for cell, numbers in numbers_by_cell.items()},
         caption=caption,
-        form=form.format,
-        most=most,
+        format_number=number_format.format,
+        darkest=darkest,
     )
 
 
-def _format_loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _format_loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.4f}"
