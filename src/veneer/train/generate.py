@@ -169,7 +169,7 @@ def _by_engine(
     try:
         forward = open_forward(model, max(map(len, encoded)) + max_new_tokens)
     except ConfigError as error:
-        _log_once(f"Answers are computed by transformers' own generate: {error.found}.")
+        _log_once(f"Answers are computed by transformers' own generate: {error.problem}.")
         return None
     with contextlib.closing(forward):
         return Continuations(

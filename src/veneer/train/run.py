@@ -338,7 +338,7 @@ def _replace_connection_errors() -> Iterator[None]:
             " last checkpoint"
         )
         lost = TrainingError(problem, "all of them", do)
-        lost.told_elsewhere = getattr(error, "told_elsewhere", False)
+        lost.reported_elsewhere = getattr(error, "reported_elsewhere", False)
         raise lost from error
 
 

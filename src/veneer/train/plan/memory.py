@@ -165,7 +165,7 @@ def _format_total(sizes: Mapping[str, int]) -> str:
 def _format_lower_bound(sizes: Mapping[str, int], error: ConfigError) -> str:
     return (
         f"at least {_format_total(sizes).removeprefix('about ')}; activations are not counted:"
-        f" {error.found}"
+        f" {error.problem}"
     )
 
 
