@@ -154,7 +154,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         # Tuples and dicts, so that configs with equal fields are equal, cannot change while they
         # are shared, and convert to JSON.
-        for name, empty in (
+        for field_name, empty in (
             ("exclude", ()),
             ("train_also", ()),
             ("ranks", {}),
@@ -163,34 +163,38 @@ class LoraConfig:
             ("trainable_tokens", ()),
             ("invocation_tokens", ()),
         ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, empty)
-        for name in ("exclude", "train_also", "targets", "layers"):
-            value = getattr(self, name)
-            if isinstance(value, str | int) and name != "targets":
-                value = (value,)
-            if isinstance(value, Set):
-                value = sorted(value, key=str)
-            if isinstance(value, Iterable) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-        object.__setattr__(self, "trainable_tokens", _tokens(self.trainable_tokens))
+            if getattr(self, field_name) is None:
+                object.__setattr__(self, field_name, empty)
+        for field_name in ("exclude", "train_also", "targets", "layers"):
+            field_value = getattr(self, field_name)
+            if isinstance(field_value, str | int) and field_name != "targets":
+                field_value = (field_value,)
+            if isinstance(field_value, Set):
+                field_value = sorted(field_value, key=str)
+            if isinstance(field_value, Iterable) and not isinstance(field_value, str):
+                object.__setattr__(self, field_name, tuple(field_value))
+        object.__setattr__(self, "trainable_tokens", _ids_as_tuples(self.trainable_tokens))
         if isinstance(self.invocation_tokens, Iterable | int):
-            object.__setattr__(self, "invocation_tokens", _sequence(self.invocation_tokens))
+            object.__setattr__(
+                self, "invocation_tokens", _sequence_as_tuple(self.invocation_tokens)
+            )
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        for name in ("ranks", "alphas"):
-            object.__setattr__(self, name, dict(getattr(self, name)))
+        for field_name in ("ranks", "alphas"):
+            object.__setattr__(self, field_name, dict(getattr(self, field_name)))
         slices = {
             pattern: tuple(
-                chosen if isinstance(chosen, bool) else tuple(chosen) for chosen in outputs
+                selection if isinstance(selection, bool) else tuple(selection)
+                for selection in selections
             )
-            for pattern, outputs in self.slices.items()
+            for pattern, selections in self.slices.items()
         }
         object.__setattr__(self, "slices", slices)
 
     def _problems(self):
-        yield from self._strength_problems()
+        """An error text for each field that is wrong."""
+        yield from self._rank_and_alpha_problems()
         yield from self._target_problems()
         yield from self._invocation_problems()
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
@@ -218,8 +222,8 @@ class LoraConfig:
             problem = f"dtype={self.dtype!r}{nearest(str(self.dtype), DTYPES)}"
             yield sentence(problem, f"None, or one of {', '.join(DTYPES)}", "use None")
 
-    def _strength_problems(self):
-        yield from _positive_integer("rank", self.rank)
+    def _rank_and_alpha_problems(self):
+        yield from _positive_integer_problems("rank", self.rank)
         alphas = {"alpha": 1.0 if self.alpha is None else self.alpha}
         for name in ("ranks", "alphas"):
             if not isinstance(getattr(self, name), Mapping):
@@ -227,7 +231,7 @@ class LoraConfig:
                 yield sentence(problem, "a mapping of pattern to value", "use e.g. {'q_proj': 8}")
             elif name == "ranks":
                 for pattern, rank in self.ranks.items():
-                    yield from _positive_integer(f"ranks[{pattern!r}]", rank)
+                    yield from _positive_integer_problems(f"ranks[{pattern!r}]", rank)
             else:
                 alphas |= {f"alphas[{pattern!r}]": alpha for pattern, alpha in self.alphas.items()}
         for name, alpha in alphas.items():
@@ -244,13 +248,19 @@ class LoraConfig:
     def _target_problems(self):
         by_pattern = self.trainable_tokens
         id_lists = by_pattern.values() if isinstance(by_pattern, Mapping) else ()
-        if not all(map(_are_distinct_ids, id_lists or (self.trainable_tokens,))) or (() in id_lists):
+        if not all(map(_are_distinct_ids, id_lists or (self.trainable_tokens,))) or (
+            () in id_lists
+        ):
             expected = "a list of different token ids, or {pattern: such a list}"
             yield sentence(
                 f"trainable_tokens={self.trainable_tokens!r}", expected, "use e.g. [49152, 49153]"
             )
         trains_only_tokens = self.targets == () and self.trainable_tokens
-        if not callable(self.targets) and not _are_patterns(self.targets) and not trains_only_tokens:
+        if (
+            not callable(self.targets)
+            and not _are_patterns(self.targets)
+            and not trains_only_tokens
+        ):
             expected = "a pattern, a list of patterns or a callable"
             yield sentence(f"targets={self.targets!r}", expected, 'use "all-linear"')
         for name in ("exclude", "train_also"):
@@ -288,9 +298,9 @@ class LoraConfig:
             plain_variants = ", ".join(filter(_is_plain_product, VARIANTS.names()))
             problem = f"variant={self.variant!r} with invocation_tokens"
             yield sentence(problem, f"one of {plain_variants}", 'use variant="lora"')
-        for name, unused in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
+        for name, default in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
             value = getattr(self, name)
-            if value != unused:
+            if value != default:
                 problem = f"{name}={value!r} with invocation_tokens"
                 expected = "only low-rank changes, which act from the invocation on"
                 yield sentence(problem, expected, f"leave {name} out")
@@ -352,6 +362,7 @@ def trained_dtype(config: LoraConfig, base_dtype: torch.dtype) -> torch.dtype:
 
 
 def pattern_list(patterns: str | Iterable[str]) -> list[str]:
+    """The patterns of a field that holds one pattern or several."""
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
@@ -411,24 +422,24 @@ def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
             )
 
 
-def _positive_integer(name: str, value: object):
+def _positive_integer_problems(name: str, value: object):
     if type(value) is not int or value < 1:
         yield sentence(
             f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data"
         )
 
 
-def _tokens(value: Any) -> Any:
+def _ids_as_tuples(value: Any) -> Any:
     """Token ids as tuples, so that configs can be compared. Values that are not token ids are
     returned unchanged, for the error message."""
     if isinstance(value, Mapping):
-        return {pattern: _tokens(ids) for pattern, ids in value.items()} or ()
+        return {pattern: _ids_as_tuples(ids) for pattern, ids in value.items()} or ()
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(sorted(value) if isinstance(value, Set) else value)
     return value
 
 
-def _sequence(value: Any) -> Any:
+def _sequence_as_tuple(value: Any) -> Any:
     """A sequence of token ids as a tuple. Text and sets, which are not sequences of ids, are
     returned unchanged, for the error message."""
     if isinstance(value, str | Set | Mapping):
@@ -449,15 +460,15 @@ def _are_distinct_ids(value: Any) -> bool:
     return all(type(id_) is int and id_ >= 0 for id_ in value) and len({*value}) == len(value)
 
 
-def _are_slices(outputs: object) -> bool:
+def _are_slices(slices: object) -> bool:
     """Whether a value is a list of bools, one for each block of equal size, or of (start, stop)."""
-    if not isinstance(outputs, Sequence) or isinstance(outputs, str) or not outputs:
+    if not isinstance(slices, Sequence) or isinstance(slices, str) or not slices:
         return False
-    if all(isinstance(chosen, bool) for chosen in outputs):
-        return any(outputs)
+    if all(isinstance(is_changed, bool) for is_changed in slices):
+        return any(slices)
     return all(
-        isinstance(bounds, Sequence) and [type(end) for end in bounds] == [int, int]
-        for bounds in outputs
+        isinstance(bounds, Sequence) and [type(bound) for bound in bounds] == [int, int]
+        for bounds in slices
     )
 
 

@@ -46,7 +46,7 @@ def test_a_lane_has_nothing_of_another_adapter(tmp_path):
     model = save_adapters(Linears(), tmp_path, "a")
     save_adapters(model, tmp_path, "b", config=veneer.LoraConfig(rank=8, targets=["one", "two"]))
     bank, x = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 12)
-    for part in bank._entries["b"].resident.parts.values():
+    for part in bank._entries["b"].resident.layer_changes.values():
         part.A.fill_(torch.nan)
     with torch.no_grad(), bank.rows(["b", None]):
         model(x)
@@ -153,7 +153,7 @@ def test_an_adapter_removed_in_use_keeps_its_factors_and_leaves_nothing(tmp_path
         if not turn:
             bank.remove("a")
     assert len(made) == 3  # layers, each once
-    held = weakref.ref(lease.uses[0][0])
+    held = weakref.ref(lease.weighted_adapters[0][0])
     lease.release()
     bank.remove("b")
     del lease
@@ -167,7 +167,7 @@ def test_an_adapter_without_a_product_leaves_nothing_when_it_is_removed_in_use(t
     model = save_adapters(nn.Sequential(nn.Conv1d(3, 4, 3)), tmp_path, "a")
     bank, x = bank_of(model, tmp_path, "a"), torch.randn(2, 3, 8)
     lease = bank.acquire({"a": 1.0}).result()
-    held = weakref.ref(lease.uses[0][0])
+    held = weakref.ref(lease.weighted_adapters[0][0])
     with bank.rows([lease, None]), torch.no_grad():
         model(x)
         bank.remove("a")

@@ -80,10 +80,15 @@ def sampling_options(
 
     Arguments that are None are taken from the base's generation_config.json, with a note on stderr.
     Without do_sample = true in that file, the default temperature is 0 (greedy decoding)."""
-    from veneer.models.sampling_defaults import FILE, NEUTRAL, SAMPLER, sampling_defaults
+    from veneer.models.sampling_defaults import (
+        FILE,
+        NEUTRAL_VALUES,
+        TRANSFORMERS_ONLY,
+        sampling_defaults,
+    )
 
     base = sampling_defaults(model)
-    applied = {"repetition_penalty", *NEUTRAL} - {*SAMPLER}
+    applied = {"repetition_penalty", *NEUTRAL_VALUES} - {*TRANSFORMERS_ONLY}
     if temperature is None:
         temperature = (
             (1.0 if base.temperature is None else base.temperature) if base.samples else 0.0
@@ -93,7 +98,7 @@ def sampling_options(
         applied |= {name for name, value in (("top_p", top_p), ("top_k", top_k)) if value is None}
     if words := base.describe(applied):
         err.print(f"As the base's {FILE} says: {words}.")
-    if words := base.describe(SAMPLER):
+    if words := base.describe(TRANSFORMERS_ONLY):
         err.print(f"Not applied, of the base's {FILE}: {words}.")
     top_p = base.top_p if top_p is None else top_p
     top_k = base.top_k if top_k is None else top_k
