@@ -153,7 +153,7 @@ def test_an_adapter_removed_in_use_keeps_its_factors_and_leaves_nothing(tmp_path
         if not turn:
             bank.remove("a")
     assert len(made) == 3  # layers, each once
-    held = weakref.ref(lease.weighted_adapters[0][0])
+    held = weakref.ref(lease.uses[0][0])
     lease.release()
     bank.remove("b")
     del lease
@@ -167,7 +167,7 @@ def test_an_adapter_without_a_product_leaves_nothing_when_it_is_removed_in_use(t
     model = save_adapters(nn.Sequential(nn.Conv1d(3, 4, 3)), tmp_path, "a")
     bank, x = bank_of(model, tmp_path, "a"), torch.randn(2, 3, 8)
     lease = bank.acquire({"a": 1.0}).result()
-    held = weakref.ref(lease.weighted_adapters[0][0])
+    held = weakref.ref(lease.uses[0][0])
     with bank.rows([lease, None]), torch.no_grad():
         model(x)
         bank.remove("a")

@@ -243,7 +243,7 @@ def test_a_bank_takes_an_attached_adapter_with_its_invocation(models, folders):
     bank = veneer.Bank(model)
     bank.put("copy", folders["a"], "a")
     with bank.acquire({"copy": 1.0}).result() as lease:
-        assert lease.weighted_adapters[0][0].invocation_tokens == TOKENS["a"]
+        assert lease.uses[0][0].invocation_tokens == TOKENS["a"]
         ids = torch.tensor([[*TOKENS["a"], 20, 21]])
         with torch.inference_mode(), bank.rows([lease], invoked=True):
             logits = model(ids).logits

@@ -76,17 +76,15 @@ class Lease:
 
     Attributes:
         adapter_weights: the requested weights, by the name of the adapter.
-        weighted_adapters: the same weights, each with its adapter in memory.
+        uses: the same weights, each with its adapter in memory.
     """
 
     def __init__(
         self, bank: Lender, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
     ) -> None:
         self.adapter_weights = dict(adapter_weights)
-        weighted_adapters: Any = [
-            (entry.resident, adapter_weights[entry.name]) for entry in entries
-        ]
-        self.weighted_adapters: WeightedAdapters = tuple(weighted_adapters)
+        uses: Any = [(entry.resident, adapter_weights[entry.name]) for entry in entries]
+        self.uses: WeightedAdapters = tuple(uses)
         self._bank, self._entries = bank, [*entries]
 
     def release(self) -> None:
@@ -127,7 +125,7 @@ def require_live_lease(bank: Lender, lease: Any) -> Lease:
     if (
         not isinstance(lease, Lease)
         or lease._bank is not bank
-        or len(lease._entries) != len(lease.weighted_adapters)
+        or len(lease._entries) != len(lease.uses)
     ):
         problem = "a lease that was released, or of another bank"
         raise SelectionError(problem, "a live one", "acquire one")
@@ -154,10 +152,10 @@ def adapters_of_rows(
         SelectionError: an adapter has invocation tokens, for which a bank does not search the rows,
             and ``invoked`` is False.
     """
-    adapters = (adapter for adapter, _ in lease.weighted_adapters)
+    adapters = (adapter for adapter, _ in lease.uses)
     adapter_by_name = dict(zip(lease.adapter_weights, adapters, strict=True))
     blends = (
-        require_live_lease(bank, choice).weighted_adapters
+        require_live_lease(bank, choice).uses
         if weights is None
         else [(adapter_by_name[name], weight) for name, weight in weights.items()]
         for choice, weights in zip(choices, row_weights, strict=True)
