@@ -100,7 +100,7 @@ class LoraConfig:
         slices: pattern → which outputs of a fused weight to change: a bool for each of its blocks
             of equal size (q and v of a fused q, k, v: ``[True, False, True]``), or (start, stop)
             ranges of outputs. All other outputs are left unchanged.
-        layers: indices of the repeated blocks to keep (the first number in a path); negative ones
+        layers: indices of the repeated blocks to adapt (the first number in a path); negative ones
             count from the end.
         train_also: modules to train fully, as copies that belong to the adapter: the base keeps its
             values.
@@ -121,7 +121,7 @@ class LoraConfig:
             bits) and the base's dtype otherwise.
 
     Raises:
-        ConfigError: with every problem at once.
+        ConfigError: the error lists all problems of the config.
     """
 
     rank: int = 16

@@ -165,8 +165,8 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
     ]
     meshes = [parameter.device_mesh for parameter in sharded_parameters]
     mesh_ranks = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
-    members = mesh_ranks or range(dist.get_world_size())
-    if len(members) < 2 or (alone and not meshes):
+    member_ranks = mesh_ranks or range(dist.get_world_size())
+    if len(member_ranks) < 2 or (alone and not meshes):
         return None
     if alone:
         problem = "alone=True of a model whose weights are spread over processes"
@@ -182,10 +182,10 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
         raise AdapterError(problem, "gloo or nccl", "initialise torch.distributed with one of them")
     if store is None:  # MPI has no store
         return None
-    return _arrive(store, members, path, sharded=bool(meshes))
+    return _arrive(store, member_ranks, path, sharded=bool(meshes))
 
 
-def _arrive(store: Any, members: Sequence[int], path: str, *, sharded: bool) -> Ranks | None:
+def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool) -> Ranks | None:
     """Record in the store that this rank has called ``meet_ranks``, and wait for the other ranks.
     An atomic ``compare_set`` decides once for all ranks whether every rank has called."""
     this_rank = dist.get_rank()
@@ -198,42 +198,42 @@ def _arrive(store: Any, members: Sequence[int], path: str, *, sharded: bool) -> 
         )
         warnings.warn(sentence(problem, expected, do), SavedAlone, stacklevel=5)
 
-    meeting_key, arrival_keys, earlier_paths = _next_meeting(store, members, path)
+    meeting_key, arrival_keys, earlier_paths = _next_meeting(store, member_ranks, path)
     if earlier_paths and not sharded:
         earlier = listing(map(str, earlier_paths))
         warn(f"{path}, which rank {earlier} saved before rank {this_rank} came")
         return Ranks(store, meeting_key, ())
-    waits_briefly = this_rank == members[0] and not sharded
+    waits_briefly = this_rank == member_ranks[0] and not sharded
     patience = SOLO_PATIENCE if waits_briefly else PATIENCE
     store.set(arrival_keys[this_rank], path)
     decision_key = f"{meeting_key}/decided"
     missing_keys = wait_for_keys(store, [*arrival_keys.values()], patience, decision_key)
     decision = store.compare_set(decision_key, "", "left" if missing_keys else "all").decode()
     present_ranks = [
-        rank for rank in members if decision == "all" or store.check([arrival_keys[rank]])
+        rank for rank in member_ranks if decision == "all" or store.check([arrival_keys[rank]])
     ]
     paths = {rank: store.get(arrival_keys[rank]).decode() for rank in present_ranks}
     same_path = len(set(paths.values())) == 1
     if decision == "all" and same_path:
-        return Ranks(store, meeting_key, members)
+        return Ranks(store, meeting_key, member_ranks)
     if sharded or (same_path and len(present_ranks) > 1):
         if same_path:
             ranks = listing(map(str, present_ranks))
-            problem = f"rank {ranks} of {len(members)} alone, after up to {patience:g} s"
+            problem = f"rank {ranks} of {len(member_ranks)} alone, after up to {patience:g} s"
         else:
             path_of_rank = listing(f"{rank}: {rank_path}" for rank, rank_path in paths.items())
             problem = f"other paths on other ranks ({path_of_rank})"
         do = "let every rank that holds the model call save, with the same path"
         raise AdapterError(f"{path} was not written. {sentence(problem, 'every rank', do)}")
     if len(present_ranks) == 1:
-        warn(f"{path} saved by rank {this_rank} of {len(members)} alone, after {patience:g} s")
+        warn(f"{path} saved by rank {this_rank} of {len(member_ranks)} alone, after {patience:g} s")
     return None
 
 
 def _next_meeting(
-    store: Any, members: Sequence[int], path: str
+    store: Any, member_ranks: Sequence[int], path: str
 ) -> tuple[str, dict[int, str], dict[int, str]]:
-    """The meeting in which this rank takes part: one save by all ranks of ``members``.
+    """The meeting in which this rank takes part: one save by all ranks of ``member_ranks``.
 
     Meetings for other paths that ended before this rank called are skipped.
 
@@ -241,12 +241,12 @@ def _next_meeting(
         (the meeting's key in the store, the key of each rank's arrival, the path of each rank that
         saved to ``path`` before this rank called).
     """
-    members_hash = hashlib.sha256(json.dumps([*members]).encode()).hexdigest()[:16]
+    ranks_hash = hashlib.sha256(json.dumps([*member_ranks]).encode()).hexdigest()[:16]
     while True:
-        meeting = _MEETING_COUNTS.get(members_hash, 0)
-        _MEETING_COUNTS[members_hash] = meeting + 1
-        meeting_key = f"veneer/{members_hash}/{meeting}"
-        arrival_keys = {rank: f"{meeting_key}/come/{rank}" for rank in members}
+        meeting = _MEETING_COUNTS.get(ranks_hash, 0)
+        _MEETING_COUNTS[ranks_hash] = meeting + 1
+        meeting_key = f"veneer/{ranks_hash}/{meeting}"
+        arrival_keys = {rank: f"{meeting_key}/come/{rank}" for rank in member_ranks}
         decision_key = f"{meeting_key}/decided"
         if not store.check([decision_key]) or store.get(decision_key).decode() != "left":
             return meeting_key, arrival_keys, {}
@@ -272,7 +272,8 @@ class Ranks:
     """The ranks of one meeting, which run operations together.
 
     Attributes:
-        writes: whether this rank writes files: the first one does. Without members, none does.
+        members: the ranks that take part.
+        writes: whether this rank writes files: the first member does. Without members, none does.
         step: the number of operations so far; the keys in the store contain it.
         gates: how many times the running operation has called ``gate``.
     """

@@ -36,10 +36,10 @@ MIN_ROUNDED_RANK = 8
 #: prefill
 MAX_CACHED_ASSIGNMENTS = 2
 #: the most tokens per row for which rows are grouped by adapter
-FEW_TOKENS = 4
+MAX_GROUPED_TOKENS = 4
 #: on a GPU: the most runs of rows that are multiplied one by one, and the most rows per adapter
 #: that are multiplied with factors stacked for each row
-FEW_RUNS, ROWS_PER_ADAPTER = 2, 4
+MAX_SINGLE_RUNS, MAX_ROWS_PER_ADAPTER = 2, 4
 
 #: the adapters of one row, each with its weight; empty for the base alone
 WeightedAdapters = tuple[tuple[ResidentAdapter, float], ...]
@@ -144,7 +144,9 @@ class Layer:
                 tokens = len(flat) // assignment.row_count
                 if assignment.multiplies_by_row(self, tokens):
                     delta = batched.by_rows(flat, *assignment.row_factors(self))
-                elif tokens > FEW_TOKENS or (self.on_gpu and assignment.run_count <= FEW_RUNS):
+                elif tokens > MAX_GROUPED_TOKENS or (
+                    self.on_gpu and assignment.run_count <= MAX_SINGLE_RUNS
+                ):
                     delta = batched.by_runs(flat, self.out_dim, assignment.runs(self), tokens)
                 else:
                     delta = self.multiply_groups(flat, tokens, assignment)
@@ -298,12 +300,12 @@ class BatchAssignment:
         """Whether to multiply each row by factors that are stacked for this row. That is faster on
         a GPU. On a CPU it is faster for 16-bit prompts, where it takes one batched product instead
         of two for each adapter. ``tokens``: tokens per row."""
-        if self.run_count <= FEW_RUNS:
+        if self.run_count <= MAX_SINGLE_RUNS:
             return False
         if not layer.on_gpu:
-            return tokens > FEW_TOKENS and layer.weight_dtype.itemsize == 2
-        has_few_rows = self.row_count <= ROWS_PER_ADAPTER * max(len(self.adapters), 1)
-        return tokens > FEW_TOKENS or has_few_rows
+            return tokens > MAX_GROUPED_TOKENS and layer.weight_dtype.itemsize == 2
+        has_few_rows = self.row_count <= MAX_ROWS_PER_ADAPTER * max(len(self.adapters), 1)
+        return tokens > MAX_GROUPED_TOKENS or has_few_rows
 
     def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
         """A [rows, r, in] and B [rows, r, out] of a layer, stacked for this call, and the adapter

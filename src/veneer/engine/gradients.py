@@ -31,7 +31,9 @@ def restore_gradients(parameters: Sequence[nn.Parameter], gradients: Gradients) 
         parameter.grad = gradient
 
 
-def add_to_earlier(parameters: Sequence[nn.Parameter], earlier_gradients: Gradients) -> None:
+def add_to_earlier_gradients(
+    parameters: Sequence[nn.Parameter], earlier_gradients: Gradients
+) -> None:
     """Add the parameters' gradients to ``earlier_gradients`` in place, and give the sums to the
     parameters. As with ``loss.backward()``, a parameter's gradient stays the same tensor object."""
     for parameter, gradient in zip(parameters, earlier_gradients, strict=True):

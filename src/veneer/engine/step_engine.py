@@ -37,7 +37,7 @@ from veneer.engine.batches import (
     split_output,
 )
 from veneer.engine.gradients import (
-    add_to_earlier,
+    add_to_earlier_gradients,
     clip_gradients,
     restore_gradients,
     take_gradients,
@@ -194,7 +194,7 @@ class StepEngine:
             if name in result.failures:  # its gradients are zeros of the shared backward
                 restore_gradients(adapter.parameters, gradients)
             else:
-                add_to_earlier(adapter.parameters, gradients)
+                add_to_earlier_gradients(adapter.parameters, gradients)
         return result
 
     def forward(self, requests: Requests, keep_going: bool = False) -> PassResult:

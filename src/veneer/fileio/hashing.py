@@ -78,7 +78,7 @@ def _update_hash(hasher: Any, tensor: Tensor) -> None:
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     flat_values = tensor.reshape(-1)
     if tensor.device.type == "cpu" and tensor.dtype != dtype:
-        # a small buffer that stays in the cache
+        # a small buffer that stays in the cache of the CPU
         buffer = torch.empty(min(CPU_BLOCK, len(flat_values)), dtype=torch.bfloat16)
         buffer_bytes = memory_of(buffer)
         for block in flat_values.split(CPU_BLOCK) if len(flat_values) else ():

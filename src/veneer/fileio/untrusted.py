@@ -248,15 +248,15 @@ def parse(text: str | bytes) -> Any:
         value = json.loads(json_text, object_pairs_hook=_unique_keys, **hooks)
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
-    level = [value]  # the values at one depth
+    nested_values = [value]  # the values at one depth
     for _ in range(MAX_DEPTH + 1):
         nested = (
             container.values() if isinstance(container, dict) else container
-            for container in level
+            for container in nested_values
             if isinstance(container, dict | list)
         )
-        level = [child for children in nested for child in children]
-    if level:
+        nested_values = [child for children in nested for child in children]
+    if nested_values:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if b"\\ud" in json_bytes or b"\\uD" in json_bytes:
         json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError

@@ -44,7 +44,7 @@ class Encoder(NamedTuple):
 
 
 def is_causal(source: str | Path) -> bool:
-    """Whether a base is a causal language model. Reads only its config. Raises as ``load_base``."""
+    """Whether a base is a causal language model, by its config. The errors are ``load_base``'s."""
     return _describe_non_causal(str(source)) is None
 
 
@@ -134,12 +134,12 @@ def load_encoder(
     auto_class = "AutoModelForSequenceClassification" if has_scorer else "AutoModel"
     model: Any = load_head(source, auto_class, precision=precision, device=device, **base_options)
     tokenizer = tokenizer_at(location, name)
-    limits = (
+    length_limits = (
         max_length,
         getattr(model.config, "max_position_embeddings", None),
         tokenizer.model_max_length,
     )
-    length = min(int(limit) for limit in limits if limit)
+    length = min(int(limit) for limit in length_limits if limit)
     return Encoder(model, tokenizer, name, pooling, normal, length, int(has_scorer))
 
 

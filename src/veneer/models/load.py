@@ -347,7 +347,7 @@ def context_length(source: str | Path) -> int | None:
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:
-    """The torch dtype in a base's config, or None if it states none. Raises as ``load_base``."""
+    """The torch dtype in a base's config, or None. The errors are those of ``load_base``."""
     return config_of(source).dtype
 
 

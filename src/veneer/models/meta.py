@@ -276,17 +276,18 @@ def _map_converted(
         type(operation).__name__: getattr(operation, "dim", None) for operation in rule.operations
     }
     if operation_dims == {"Chunk": 0} and len(tensors) == 1:
-        targets = [
+        target_names = [
             path.replace(rule.target_patterns[0], target_pattern)
             for target_pattern in rule.target_patterns
         ]
-        if any(target not in state for target in targets):
+        if any(target not in state for target in target_names):
             return {}
-        sizes = [state[target].shape[0] for target in targets]
+        sizes = [state[target].shape[0] for target in target_names]
         stops = [sum(sizes[: count + 1]) for count in range(len(sizes))]
-        within = [slice(end - size, end) for size, end in zip(sizes, stops, strict=True)]
+        row_slices = [slice(end - size, end) for size, end in zip(sizes, stops, strict=True)]
         param_slices = (
-            ParamSlice(target, (), (rows,)) for target, rows in zip(targets, within, strict=True)
+            ParamSlice(target, (), (rows,))
+            for target, rows in zip(target_names, row_slices, strict=True)
         )
         return {tensors[0][0]: tuple(param_slices)}
     is_stacked = "MergeModulelist" in operation_dims

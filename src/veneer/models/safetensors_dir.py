@@ -177,14 +177,14 @@ def _call_reader(reader: Any, path: Path) -> Any:
 
 def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
     """The file names in the index at ``path``; they must not lead out of the index's folder."""
-    weights = index.get("weight_map")
+    weight_map = index.get("weight_map")
     if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(name, str) for name in weights.values())
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
     ):
         raise CheckpointError(f"no weight_map of names in {path}", "one", "get the file again")
-    names = sorted(set(weights.values()))
+    names = sorted(set(weight_map.values()))
     invalid_names = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
     if invalid_names:
         problem = f"{listing(map(repr, invalid_names))} in {path}"

@@ -223,8 +223,8 @@ def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
     path is the name. ``ConfigError``: two adapters have the same name."""
     adapter_by_name: dict[str, str] = {}
     for text in adapters:
-        name, equals, adapter = text.partition("=")
-        if not equals or "/" in name or Path(text).exists():
+        name, separator, adapter = text.partition("=")
+        if not separator or "/" in name or Path(text).exists():
             adapter, stem = text, Path(text.rpartition(":")[2]).name
             name = "".join(c if c.isalnum() or c in "_-" else "-" for c in stem) or "adapter"
         if name in adapter_by_name:

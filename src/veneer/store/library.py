@@ -363,7 +363,7 @@ class Library:
             "names": {name: asdict(entry) for name, entry in sorted(entries.items())},
         }
         text = json.dumps(content, indent=1) + "\n"
-        write_whole(self.folder / INDEX, text)  # from here on the change is complete
+        write_whole(self.folder / INDEX, text)  # this completes the change
         write_whole(self.folder / COPY, text)
 
     def _read_entries(self) -> dict[str, Entry]:
