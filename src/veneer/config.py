@@ -30,14 +30,14 @@ from veneer.variants import VARIANTS
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 BIASES = ("none", "targets", "all")
-#: torch's names of the dtypes that numbers may have, and the short ones
+#: spelling of a parameter's dtype -> torch's name of the dtype
 DTYPES = {
     "float32": "float32", "fp32": "float32",
     "bfloat16": "bfloat16", "bf16": "bfloat16",
     "float16": "float16", "fp16": "float16",
     "float64": "float64", "fp64": "float64",
 }  # fmt: skip
-#: PEFT's fields that have another name here, and that name
+#: field of PEFT's LoraConfig -> the field that replaces it here
 PEFT_FIELDS = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -61,13 +61,13 @@ PEFT_FIELDS = {
     "lora_ga_config": 'variant="lora_ga"',
     "peft_type": "variant",
 }
-#: those that need no counterpart
+#: fields of PEFT's LoraConfig that Veneer does not need
 PEFT_UNNEEDED = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "megatron_config", "megatron_core", "peft_version",
     "revision", "runtime_config", "task_type",
 }  # fmt: skip
-#: and those that PEFT alone offers
+#: fields of PEFT's LoraConfig for features that Veneer does not have
 PEFT_ONLY = {
     "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "qalora_group_size", "use_bdlora", "velora_config",
@@ -76,8 +76,8 @@ PEFT_ONLY = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What to attach. Every pattern (``targets``, ``exclude``, ``train_also``, the keys of
-    ``ranks`` and ``alphas``) is one of
+    """Which weights to adapt, and how. Every pattern (``targets``, ``exclude``, ``train_also``, the
+    keys of ``ranks`` and ``alphas``) is one of
 
     - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that
       transformers initialised because the checkpoint did not hold it is trained in full),
@@ -93,35 +93,35 @@ class LoraConfig:
         rank: r, the width of the bottleneck, ≥ 1 and at most min(out, in) of each target.
         alpha: numerator of the scale; None takes the variant's own default (32 for ``lora``).
         dropout: probability in [0, 1) of dropping an input of the low-rank path while training.
-        targets: what to attach to; each pattern must match something.
-        exclude: what to leave out of ``targets``; each pattern must match something.
-        ranks, alphas: pattern → value, for the targets that differ; the first pattern that matches
-            counts.
-        slices: pattern → which outputs of a fused weight to change: a bool for each of its equal
-            parts (q and v of a fused q, k, v: ``[True, False, True]``), or (start, stop) ranges.
-            The other outputs stay as they are.
-        layers: indices of the repeated blocks to keep (the first number in a path); negative ones
+        targets: weights to adapt; each pattern must match at least one.
+        exclude: weights to leave out of ``targets``; each pattern must match at least one.
+        ranks, alphas: pattern → rank or alpha, for targets that differ from ``rank`` and ``alpha``;
+            the first pattern that matches a target applies.
+        slices: pattern → which outputs of a fused weight to change: a bool for each of its blocks
+            of equal size (q and v of a fused q, k, v: ``[True, False, True]``), or (start, stop)
+            ranges of outputs. All other outputs are left unchanged.
+        layers: indices of the repeated blocks to adapt (the first number in a path); negative ones
             count from the end.
         train_also: modules to train fully, as copies that belong to the adapter: the base keeps its
             values.
         bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the
             model).
-        trainable_tokens: ids of tokens whose rows of the input embedding are trained in full, and
-            with them those of every weight that is tied to it; or {pattern: ids}, for an embedding
-            or head by name. The other rows stay as they are; with ``targets=()`` nothing else is
-            trained.
+        trainable_tokens: ids of tokens whose rows of the input embedding, and of every weight tied
+            to it, are trained in full; or {pattern: ids}, for embeddings or heads by name. All
+            other rows stay frozen. With ``targets=()``, only these rows are trained.
         invocation_tokens: ids of the tokens that invoke the adapter (aLoRA, Greenewald et al. 2025,
-            arXiv:2504.12397): in each row it acts on the tokens from their last occurrence in
-            ``input_ids`` on, and a row without them is the base's. For linear layers of a model
-            that reads ``input_ids``, with a plain product B A. Empty acts on every token.
+            arXiv:2504.12397). In each row of ``input_ids``, the adapter acts from the last
+            occurrence of these tokens on; a row without them gets the base's output. Only for
+            linear layers of a model that reads ``input_ids``, with a plain product B A. If it is
+            empty, the adapter acts on every token.
         variant: a name in ``veneer.variants.names()``.
-        dtype: of the trained numbers: a torch.dtype, its name ("float32", "float64", "bfloat16",
-            "float16") or a short one ("fp32", "bf16", …); kept as its name. None takes float32 for
-            a 16-bit base (a 16-bit AdamW step of usual size is lost in rounding) and the base's
-            dtype otherwise.
+        dtype: dtype of the adapter parameters: a torch.dtype, its name ("float32", "float64",
+            "bfloat16", "float16") or an abbreviation ("fp32", "bf16", …); stored as its name. None
+            takes float32 for a 16-bit base (rounding would lose an AdamW step of usual size in 16
+            bits) and the base's dtype otherwise.
 
     Raises:
-        ConfigError: with every problem at once.
+        ConfigError: the error lists all problems of the config.
     """
 
     rank: int = 16
@@ -143,8 +143,8 @@ class LoraConfig:
     if not TYPE_CHECKING:
 
         def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
-            """Refuse PEFT's names by Veneer's; other unknown names are left to the error of
-            ``__init__``."""
+            """Refuse PEFT's field names with an error that shows Veneer's. Other unknown names are
+            errors of ``__init__``."""
             if fields.keys() & {*PEFT_FIELDS, *PEFT_UNNEEDED, *PEFT_ONLY}:
                 raise_all(
                     ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields))
@@ -152,9 +152,9 @@ class LoraConfig:
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # Tuples and plain dicts, so that a config is a value: equal when its fields are, safe to
-        # share, and plain JSON.
-        for name, empty in (
+        # Tuples and dicts, so that configs with equal fields are equal, cannot change while they
+        # are shared, and convert to JSON.
+        for field_name, empty in (
             ("exclude", ()),
             ("train_also", ()),
             ("ranks", {}),
@@ -163,37 +163,41 @@ class LoraConfig:
             ("trainable_tokens", ()),
             ("invocation_tokens", ()),
         ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, empty)
-        for name in ("exclude", "train_also", "targets", "layers"):
-            value = getattr(self, name)
-            if isinstance(value, str | int) and name != "targets":
-                value = (value,)
-            if isinstance(value, Set):
-                value = sorted(value, key=str)
-            if isinstance(value, Iterable) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-        object.__setattr__(self, "trainable_tokens", _tokens(self.trainable_tokens))
+            if getattr(self, field_name) is None:
+                object.__setattr__(self, field_name, empty)
+        for field_name in ("exclude", "train_also", "targets", "layers"):
+            field_value = getattr(self, field_name)
+            if isinstance(field_value, str | int) and field_name != "targets":
+                field_value = (field_value,)
+            if isinstance(field_value, Set):
+                field_value = sorted(field_value, key=str)
+            if isinstance(field_value, Iterable) and not isinstance(field_value, str):
+                object.__setattr__(self, field_name, tuple(field_value))
+        object.__setattr__(self, "trainable_tokens", _ids_as_tuples(self.trainable_tokens))
         if isinstance(self.invocation_tokens, Iterable | int):
-            object.__setattr__(self, "invocation_tokens", _sequence(self.invocation_tokens))
+            object.__setattr__(
+                self, "invocation_tokens", _sequence_as_tuple(self.invocation_tokens)
+            )
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        for name in ("ranks", "alphas"):
-            object.__setattr__(self, name, dict(getattr(self, name)))
+        for field_name in ("ranks", "alphas"):
+            object.__setattr__(self, field_name, dict(getattr(self, field_name)))
         slices = {
             pattern: tuple(
-                chosen if isinstance(chosen, bool) else tuple(chosen) for chosen in outputs
+                selection if isinstance(selection, bool) else tuple(selection)
+                for selection in selections
             )
-            for pattern, outputs in self.slices.items()
+            for pattern, selections in self.slices.items()
         }
         object.__setattr__(self, "slices", slices)
 
     def _problems(self):
-        yield from self._strength_problems()
+        """An error text for each field that is wrong."""
+        yield from self._rank_and_alpha_problems()
         yield from self._target_problems()
         yield from self._invocation_problems()
-        if not _number(self.dropout) or not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             yield sentence(
                 f"dropout={self.dropout!r}",
                 "a probability in [0, 1)",
@@ -218,8 +222,8 @@ class LoraConfig:
             problem = f"dtype={self.dtype!r}{nearest(str(self.dtype), DTYPES)}"
             yield sentence(problem, f"None, or one of {', '.join(DTYPES)}", "use None")
 
-    def _strength_problems(self):
-        yield from _positive_integer("rank", self.rank)
+    def _rank_and_alpha_problems(self):
+        yield from _positive_integer_problems("rank", self.rank)
         alphas = {"alpha": 1.0 if self.alpha is None else self.alpha}
         for name in ("ranks", "alphas"):
             if not isinstance(getattr(self, name), Mapping):
@@ -227,47 +231,52 @@ class LoraConfig:
                 yield sentence(problem, "a mapping of pattern to value", "use e.g. {'q_proj': 8}")
             elif name == "ranks":
                 for pattern, rank in self.ranks.items():
-                    yield from _positive_integer(f"ranks[{pattern!r}]", rank)
+                    yield from _positive_integer_problems(f"ranks[{pattern!r}]", rank)
             else:
                 alphas |= {f"alphas[{pattern!r}]": alpha for pattern, alpha in self.alphas.items()}
         for name, alpha in alphas.items():
-            if not _number(alpha) or not math.isfinite(alpha) or alpha <= 0:
+            if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 yield sentence(
                     f"{name}={alpha!r}", "a finite number above 0", "use 32, or twice the rank"
                 )
-        if not isinstance(self.slices, Mapping) or not all(map(_slices, self.slices.values())):
+        if not isinstance(self.slices, Mapping) or not all(map(_are_slices, self.slices.values())):
             expected = "a mapping of pattern to bools or to (start, stop) ranges"
             yield sentence(
                 f"slices={self.slices!r}", expected, "use e.g. {'c_attn': [True, False, True]}"
             )
 
     def _target_problems(self):
-        wanted = (
-            self.trainable_tokens.values() if isinstance(self.trainable_tokens, Mapping) else ()
-        )
-        if not all(map(_ids, wanted or (self.trainable_tokens,))) or (() in wanted):
+        by_pattern = self.trainable_tokens
+        id_lists = by_pattern.values() if isinstance(by_pattern, Mapping) else ()
+        if not all(map(_are_distinct_ids, id_lists or (self.trainable_tokens,))) or (
+            () in id_lists
+        ):
             expected = "a list of different token ids, or {pattern: such a list}"
             yield sentence(
                 f"trainable_tokens={self.trainable_tokens!r}", expected, "use e.g. [49152, 49153]"
             )
-        nothing_else = self.targets == () and self.trainable_tokens
-        if not callable(self.targets) and not _patterns(self.targets) and not nothing_else:
+        trains_only_tokens = self.targets == () and self.trainable_tokens
+        if (
+            not callable(self.targets)
+            and not _are_patterns(self.targets)
+            and not trains_only_tokens
+        ):
             expected = "a pattern, a list of patterns or a callable"
             yield sentence(f"targets={self.targets!r}", expected, 'use "all-linear"')
         for name in ("exclude", "train_also"):
             value = getattr(self, name)
-            if value != () and not _patterns(value):
+            if value != () and not _are_patterns(value):
                 yield sentence(
                     f"{name}={value!r}",
                     "a pattern or a list of patterns",
                     "name modules of the model",
                 )
-        indices = (
+        are_indices = (
             isinstance(self.layers, tuple)
             and self.layers
             and all(type(index) is int for index in self.layers)
         )
-        if self.layers is not None and not indices:
+        if self.layers is not None and not are_indices:
             yield sentence(
                 f"layers={self.layers!r}",
                 "a list of block indices",
@@ -275,7 +284,8 @@ class LoraConfig:
             )
 
     def _invocation_problems(self):
-        """Problems of ``invocation_tokens``, and of what would change tokens before them."""
+        """Problems of ``invocation_tokens``, and of other fields that would change the outputs of
+        tokens before the invocation."""
         tokens = self.invocation_tokens
         if tokens == ():
             return
@@ -285,19 +295,19 @@ class LoraConfig:
             do = "use e.g. tokenizer.encode(text, add_special_tokens=False)"
             yield sentence(f"invocation_tokens={tokens!r}", "a list of token ids", do)
         if self.variant in VARIANTS.names() and not _is_plain_product(self.variant):
-            plain = ", ".join(filter(_is_plain_product, VARIANTS.names()))
+            plain_variants = ", ".join(filter(_is_plain_product, VARIANTS.names()))
             problem = f"variant={self.variant!r} with invocation_tokens"
-            yield sentence(problem, f"one of {plain}", 'use variant="lora"')
-        for name, nothing in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
+            yield sentence(problem, f"one of {plain_variants}", 'use variant="lora"')
+        for name, default in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
             value = getattr(self, name)
-            if value != nothing:
+            if value != default:
                 problem = f"{name}={value!r} with invocation_tokens"
-                expected = "changes that act from the invocation on: low-rank ones alone"
+                expected = "only low-rank changes, which act from the invocation on"
                 yield sentence(problem, expected, f"leave {name} out")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. A callable has no such form: ``attach`` replaces it by the paths that
-        it chose."""
+        """The fields as JSON values. A callable in ``targets`` is not one: ``attach`` replaces it
+        by the paths of the modules that it chose."""
         fields = asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -306,15 +316,15 @@ class LoraConfig:
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> LoraConfig:
-        """The config of ``to_dict``; an unknown field is a ConfigError that names the nearest known
-        one."""
+        """The config whose ``to_dict`` is ``fields``. An unknown field is a ConfigError that names
+        the most similar field."""
         raise_all(ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields)))
         return LoraConfig(**fields)
 
     @staticmethod
     def from_peft(config: Any) -> LoraConfig:
-        """The config that means what PEFT's means: an adapter that is attached with it computes the
-        same from the same parameters, and changes the same weights.
+        """The config that is equivalent to one of PEFT: it changes the same weights, and its
+        adapter computes the same outputs from the same adapter parameters.
 
         Args:
             config: a ``peft.LoraConfig``, a mapping of its fields, or the path of an
@@ -331,13 +341,13 @@ class LoraConfig:
 
 
 def dtype_name(dtype: Any) -> str | None:
-    """torch's name of a dtype that is spelled in any of the accepted ways; None if it is none of
-    ``DTYPES``."""
+    """torch's name of a dtype in any spelling of ``DTYPES``; None if it is not one of them."""
     return DTYPES.get(str(dtype).removeprefix("torch."))
 
 
 def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
-    """The ``torch.dtype`` of such a spelling. ``ConfigError``: there is none of this name."""
+    """The ``torch.dtype`` for a spelling of ``DTYPES``. ``ConfigError``, which calls the value
+    ``argument``: there is no such dtype."""
     name = dtype_name(dtype)
     if name is None:
         problem = f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}"
@@ -345,19 +355,20 @@ def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
     return getattr(torch, name)
 
 
-def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
-    """The dtype of the parameters that are trained for a weight of dtype ``base``: that of the
-    config, else float32, or float64 if ``base`` is."""
-    return torch_dtype(config.dtype) if config.dtype else at_least_float32(base)
+def trained_dtype(config: LoraConfig, base_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of adapter parameters for a weight of dtype ``base_dtype``: the config's dtype if
+    it has one, else float32, or float64 for a float64 weight."""
+    return torch_dtype(config.dtype) if config.dtype else at_least_float32(base_dtype)
 
 
 def pattern_list(patterns: str | Iterable[str]) -> list[str]:
+    """The patterns of a field that holds one pattern or several."""
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def path_test(pattern: str) -> Callable[[str], bool]:
-    """A test whether ``pattern`` matches a path: as a regular expression (``re:``), a glob, or a
-    path or its end."""
+    """A function that tells whether ``pattern`` matches the path of a module. The pattern is a
+    regular expression (``re:``), a glob, a path, or the end of a path."""
     if pattern.startswith("re:"):
         expression = re.compile(pattern[3:])
         return lambda path: expression.fullmatch(path) is not None
@@ -367,7 +378,7 @@ def path_test(pattern: str) -> Callable[[str], bool]:
 
 
 def bad_regex(config: LoraConfig) -> list[str]:
-    """A problem for each ``re:`` pattern of a config that is no regular expression."""
+    """A problem for each ``re:`` pattern of a config that is not a valid regular expression."""
     targets = () if callable(config.targets) else pattern_list(config.targets)
     patterns = [*targets, *config.exclude, *config.train_also, *config.ranks, *config.alphas]
     problems = []
@@ -386,15 +397,16 @@ def bad_regex(config: LoraConfig) -> list[str]:
 
 
 def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
-    """A problem for each name that is no field. For a field of PEFT it says what to write here."""
+    """A problem for each name that is not a field. For a field of PEFT, it names the field to use
+    here."""
     names = LoraConfig.__dataclass_fields__
     for name in fields:
         if name in names:
             continue
         if name in PEFT_FIELDS:
-            ours = PEFT_FIELDS[name]
-            expected = f"{ours!r}, as PEFT's `{name}` is `{ours}` here"
-            yield sentence(f"field {name!r}", expected, f"write {ours}")
+            replacement = PEFT_FIELDS[name]
+            expected = f"{replacement!r}, as PEFT's `{name}` is `{replacement}` here"
+            yield sentence(f"field {name!r}", expected, f"write {replacement}")
         elif name in PEFT_UNNEEDED:
             yield sentence(
                 f"field {name!r} of PEFT", "no such field: it is not needed", "remove it"
@@ -410,64 +422,65 @@ def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
             )
 
 
-def _positive_integer(name: str, value: object):
+def _positive_integer_problems(name: str, value: object):
     if type(value) is not int or value < 1:
         yield sentence(
             f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data"
         )
 
 
-def _tokens(value: Any) -> Any:
-    """Ids as tuples of ints, so that a config is a value; what are no ids stays, for the error to
-    show."""
+def _ids_as_tuples(value: Any) -> Any:
+    """Token ids as tuples, so that configs can be compared. Values that are not token ids are
+    returned unchanged, for the error message."""
     if isinstance(value, Mapping):
-        return {pattern: _tokens(ids) for pattern, ids in value.items()} or ()
+        return {pattern: _ids_as_tuples(ids) for pattern, ids in value.items()} or ()
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(sorted(value) if isinstance(value, Set) else value)
     return value
 
 
-def _sequence(value: Any) -> Any:
-    """Token ids in their order as a tuple; text and sets, which have none, stay as they are."""
+def _sequence_as_tuple(value: Any) -> Any:
+    """A sequence of token ids as a tuple. Text and sets, which are not sequences of ids, are
+    returned unchanged, for the error message."""
     if isinstance(value, str | Set | Mapping):
         return value
     return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _is_plain_product(variant: str) -> bool:
-    """Whether a variant computes ΔW = s · B A from two parameters that train, as LoRA does."""
+    """Whether a variant computes ΔW = s · B A from two trained parameters, as LoRA does."""
     lora = VARIANTS["lora"]
     return VARIANTS[variant].resolve is lora.resolve and not VARIANTS[variant].frozen
 
 
-def _ids(value: Any) -> bool:
-    """Whether these are different token ids."""
+def _are_distinct_ids(value: Any) -> bool:
+    """Whether a value is a tuple of distinct token ids."""
     if not isinstance(value, tuple):
         return False
     return all(type(id_) is int and id_ >= 0 for id_ in value) and len({*value}) == len(value)
 
 
-def _slices(outputs: object) -> bool:
-    """Whether these are bools, one a part of equal size, or (start, stop) ranges."""
-    if not isinstance(outputs, Sequence) or isinstance(outputs, str) or not outputs:
+def _are_slices(slices: object) -> bool:
+    """Whether a value is a list of bools, one for each block of equal size, or of (start, stop)."""
+    if not isinstance(slices, Sequence) or isinstance(slices, str) or not slices:
         return False
-    if all(isinstance(chosen, bool) for chosen in outputs):
-        return any(outputs)
+    if all(isinstance(is_changed, bool) for is_changed in slices):
+        return any(slices)
     return all(
-        isinstance(bounds, Sequence) and [type(end) for end in bounds] == [int, int]
-        for bounds in outputs
+        isinstance(bounds, Sequence) and [type(bound) for bound in bounds] == [int, int]
+        for bounds in slices
     )
 
 
-def _number(value: object) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _patterns(value: object) -> bool:
+def _are_patterns(value: object) -> bool:
     if isinstance(value, str):
         return bool(value)
     return (
         isinstance(value, Sequence)
         and len(value) > 0
-        and all(isinstance(item, str) and item for item in value)
+        and all(isinstance(pattern, str) and pattern for pattern in value)
     )

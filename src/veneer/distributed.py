@@ -1,16 +1,16 @@
-"""Several processes that hold one model: which weights are sharded, and how all ranks do one thing
-with one outcome.
+"""Several processes that hold one model: which weights are sharded, and how all ranks run one
+operation that succeeds on all of them or on none.
 
-    is_sharded(tensor), full_tensor(tensor)   DTensors (FSDP2, tensor parallelism); all their values
+    is_sharded(tensor), full_tensor(tensor)   is it a DTensor (FSDP2, TP); all its values
     ranks = meet_ranks("save …", …)           the ranks that hold the model; None if there is one
-    ranks = all_ranks("train", patience)      all ranks, which are sure to call it
+    ranks = all_ranks("train", patience)      all ranks of torch.distributed; each must call it
     ranks.run_on_all(work, summary)           work on every rank: all succeed, or all raise an error
     ranks.run_on_first(work)                  work on the first rank; every rank gets its result
     average_gradients(parameters)             gradients of replicated parameters: one all-reduce
 
-Messages go through the store of ``torch.distributed``, not through collectives, so a rank that
-fails or does not come is an error on the others instead of a hang. Gathering a weight is a
-collective; within ``Ranks.run_on_all`` it begins only after every rank has reached it
+Ranks exchange messages through the store of ``torch.distributed``, not through collectives. So if
+one rank fails or never calls, the other ranks raise an error instead of hanging. Gathering a weight
+is a collective; within ``Ranks.run_on_all`` it begins only after every rank has reached it
 (``Ranks.gate``).
 """
 
@@ -36,29 +36,31 @@ T = TypeVar("T")
 
 #: seconds that a rank waits for the others
 PATIENCE = 300.0
-#: seconds after which the first rank concludes that only it was called, if no weight is sharded
-ALONE = 30.0
+#: seconds after which the first rank concludes that no other rank saves the model, if no weight is
+#: sharded
+SOLO_PATIENCE = 30.0
 
 #: the ranks whose ``run_on_all`` is running
 _CURRENT_RANKS: ContextVar[Ranks | None] = ContextVar("veneer_ranks", default=None)
-#: number of meetings of this process, by a hash of the members or by a name
-_MEETINGS: dict[str, int] = {}
+#: how many meetings (``meet_ranks``, ``all_ranks``) this process took part in, by the name of the
+#: meeting or the hash of its ranks
+_MEETING_COUNTS: dict[str, int] = {}
 
 
 class SavedAlone(UserWarning):
     """Only one of several processes that hold a model saved it, so its copy was not compared with
-    those of the others."""
+    the copies of the other processes."""
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor of torch. Does not import the module: if a DTensor exists, it
-    is imported already."""
+    """Whether a tensor is a DTensor of torch. It does not import torch's module of DTensors: if a
+    DTensor exists, the module is imported already."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def full_tensor(tensor: Any) -> Any:
-    """The full tensor of one that may be sharded. For a sharded tensor this is a collective, which
+    """All values of a tensor that may be sharded. For a sharded tensor this is a collective, which
     every rank must call."""
     if not is_sharded(tensor):
         return tensor
@@ -85,14 +87,15 @@ def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without its adapters, and without the subclass by which
     ``fully_shard`` replaces it."""
-    cls = getattr(type(module), "veneer_base", type(module))
+    module_class = getattr(type(module), "veneer_base", type(module))
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return cls.__mro__[2] if fsdp is not None and issubclass(cls, fsdp.FSDPModule) else cls
+    is_fsdp_class = fsdp is not None and issubclass(module_class, fsdp.FSDPModule)
+    return module_class.__mro__[2] if is_fsdp_class else module_class
 
 
 def is_spread(modules: Iterable[nn.Module]) -> bool:
-    """Whether weights of these modules are sharded over processes, even while FSDP2 has gathered
-    them."""
+    """Whether weights of these modules are sharded over processes. True also while FSDP2 has
+    gathered the weights."""
     if "torch.distributed.tensor" not in sys.modules:
         return False
     modules = list(modules)
@@ -102,8 +105,8 @@ def is_spread(modules: Iterable[nn.Module]) -> bool:
 
 
 def spread_problem(modules: Iterable[nn.Module], operation: str, do: str) -> str | None:
-    """The problem of an operation that needs full weights, as an error text; None if they are not
-    sharded."""
+    """The error message for an ``operation`` that needs full weights; None if the weights are not
+    sharded. ``do`` is the advice in the message."""
     modules = list(modules)
     if has_fsdp1(modules):
         problem = f"{operation} of a model in torch's first FullyShardedDataParallel (FSDP1)"
@@ -142,24 +145,28 @@ def reshard(model: nn.Module) -> None:
 
 
 def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
-    """Wait until all ranks that hold a model have called this to save it at ``path``.
+    """Wait until all ranks that hold a model have called this function to save it at ``path``.
+
+    Args:
+        alone: only this rank saves the model, so it does not wait.
 
     Returns:
-        the ranks; None if this rank saves without the others: it is the only one, ``alone`` is set,
-        or no other rank came in time.
+        the ranks; None if this rank saves the model without the others: because it is the only
+        rank, ``alone`` is set, or no other rank calls in time.
 
     Raises:
-        AdapterError: the weights are sharded, and not every rank comes in time or with the same
-            path, or ``alone`` is set.
+        AdapterError: the weights are sharded, and some rank does not call in time, or calls with
+            another path, or ``alone`` is set.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    sharded: list[Any] = [parameter for parameter in model.parameters() if is_sharded(parameter)]
-    meshes = [parameter.device_mesh for parameter in sharded]
-    members = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}) or range(
-        dist.get_world_size()
-    )
-    if len(members) < 2 or (alone and not meshes):
+    sharded_parameters: list[Any] = [
+        parameter for parameter in model.parameters() if is_sharded(parameter)
+    ]
+    meshes = [parameter.device_mesh for parameter in sharded_parameters]
+    mesh_ranks = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
+    member_ranks = mesh_ranks or range(dist.get_world_size())
+    if len(member_ranks) < 2 or (alone and not meshes):
         return None
     if alone:
         problem = "alone=True of a model whose weights are spread over processes"
@@ -175,13 +182,13 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
         raise AdapterError(problem, "gloo or nccl", "initialise torch.distributed with one of them")
     if store is None:  # MPI has no store
         return None
-    return _arrive(store, members, path, spread=bool(meshes))
+    return _arrive(store, member_ranks, path, sharded=bool(meshes))
 
 
-def _arrive(store: Any, members: Sequence[int], path: str, *, spread: bool) -> Ranks | None:
-    """Each rank records its arrival in the store. Whether all have come is decided once for all
-    ranks, by an atomic ``compare_set``."""
-    own_rank = dist.get_rank()
+def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool) -> Ranks | None:
+    """Record in the store that this rank has called ``meet_ranks``, and wait for the other ranks.
+    An atomic ``compare_set`` decides once for all ranks whether every rank has called."""
+    this_rank = dist.get_rank()
 
     def warn(problem: str) -> None:
         expected = "a call on every rank, which compares them"
@@ -191,74 +198,85 @@ def _arrive(store: Any, members: Sequence[int], path: str, *, spread: bool) -> R
         )
         warnings.warn(sentence(problem, expected, do), SavedAlone, stacklevel=5)
 
-    key, arrival_keys, earlier_paths = _next_meeting(store, members, path)
-    if earlier_paths and not spread:
+    meeting_key, arrival_keys, earlier_paths = _next_meeting(store, member_ranks, path)
+    if earlier_paths and not sharded:
         earlier = listing(map(str, earlier_paths))
-        warn(f"{path}, which rank {earlier} saved before rank {own_rank} came")
-        return Ranks(store, key, ())
-    patience = ALONE if own_rank == members[0] and not spread else PATIENCE
-    store.set(arrival_keys[own_rank], path)
-    missing = wait_for_keys(store, [*arrival_keys.values()], patience, f"{key}/decided")
-    decision = store.compare_set(f"{key}/decided", "", "left" if missing else "all").decode()
-    arrived = [rank for rank in members if decision == "all" or store.check([arrival_keys[rank]])]
-    paths = {rank: store.get(arrival_keys[rank]).decode() for rank in arrived}
+        warn(f"{path}, which rank {earlier} saved before rank {this_rank} came")
+        return Ranks(store, meeting_key, ())
+    waits_briefly = this_rank == member_ranks[0] and not sharded
+    patience = SOLO_PATIENCE if waits_briefly else PATIENCE
+    store.set(arrival_keys[this_rank], path)
+    decision_key = f"{meeting_key}/decided"
+    missing_keys = wait_for_keys(store, [*arrival_keys.values()], patience, decision_key)
+    decision = store.compare_set(decision_key, "", "left" if missing_keys else "all").decode()
+    present_ranks = [
+        rank for rank in member_ranks if decision == "all" or store.check([arrival_keys[rank]])
+    ]
+    paths = {rank: store.get(arrival_keys[rank]).decode() for rank in present_ranks}
     same_path = len(set(paths.values())) == 1
     if decision == "all" and same_path:
-        return Ranks(store, key, members)
-    if spread or (same_path and len(arrived) > 1):
+        return Ranks(store, meeting_key, member_ranks)
+    if sharded or (same_path and len(present_ranks) > 1):
         if same_path:
-            ranks = listing(map(str, arrived))
-            problem = f"rank {ranks} of {len(members)} alone, after up to {patience:g} s"
+            ranks = listing(map(str, present_ranks))
+            problem = f"rank {ranks} of {len(member_ranks)} alone, after up to {patience:g} s"
         else:
-            path_of_rank = listing(f"{rank}: {text}" for rank, text in paths.items())
+            path_of_rank = listing(f"{rank}: {rank_path}" for rank, rank_path in paths.items())
             problem = f"other paths on other ranks ({path_of_rank})"
         do = "let every rank that holds the model call save, with the same path"
         raise AdapterError(f"{path} was not written. {sentence(problem, 'every rank', do)}")
-    if len(arrived) == 1:
-        warn(f"{path} saved by rank {own_rank} of {len(members)} alone, after {patience:g} s")
+    if len(present_ranks) == 1:
+        warn(f"{path} saved by rank {this_rank} of {len(member_ranks)} alone, after {patience:g} s")
     return None
 
 
 def _next_meeting(
-    store: Any, members: Sequence[int], path: str
+    store: Any, member_ranks: Sequence[int], path: str
 ) -> tuple[str, dict[int, str], dict[int, str]]:
-    """The meeting in which this rank takes part.
+    """The meeting in which this rank takes part: one save by all ranks of ``member_ranks``.
+
+    Meetings for other paths that ended before this rank called are skipped.
 
     Returns:
-        (key of the meeting in the store, key of each rank's arrival, path of each rank that saved
-        before this rank came). Meetings that ended without this rank, for saves to other paths, are
-        skipped.
+        (the meeting's key in the store, the key of each rank's arrival, the path of each rank that
+        saved to ``path`` before this rank called).
     """
-    members_hash = hashlib.sha256(json.dumps([*members]).encode()).hexdigest()[:16]
+    ranks_hash = hashlib.sha256(json.dumps([*member_ranks]).encode()).hexdigest()[:16]
     while True:
-        meeting = _MEETINGS.get(members_hash, 0)
-        _MEETINGS[members_hash] = meeting + 1
-        key = f"veneer/{members_hash}/{meeting}"
-        arrival_keys = {rank: f"{key}/come/{rank}" for rank in members}
-        decided = f"{key}/decided"
-        if not store.check([decided]) or store.get(decided).decode() != "left":
-            return key, arrival_keys, {}
+        meeting = _MEETING_COUNTS.get(ranks_hash, 0)
+        _MEETING_COUNTS[ranks_hash] = meeting + 1
+        meeting_key = f"veneer/{ranks_hash}/{meeting}"
+        arrival_keys = {rank: f"{meeting_key}/come/{rank}" for rank in member_ranks}
+        decision_key = f"{meeting_key}/decided"
+        if not store.check([decision_key]) or store.get(decision_key).decode() != "left":
+            return meeting_key, arrival_keys, {}
         earlier_paths = {
             rank: store.get(arrival_key).decode()
             for rank, arrival_key in arrival_keys.items()
             if store.check([arrival_key])
         }
         if path in earlier_paths.values():
-            return key, arrival_keys, earlier_paths
+            return meeting_key, arrival_keys, earlier_paths
 
 
 def all_ranks(name: str, patience: float) -> Ranks:
-    """All ranks of ``torch.distributed``; each waits up to ``patience`` seconds for another. Every
-    process must call this equally often with one ``name``."""
-    meeting = _MEETINGS.get(name, 0)
-    _MEETINGS[name] = meeting + 1
+    """All ranks of ``torch.distributed``; each waits up to ``patience`` seconds for the others.
+    Every process must call this function equally often with one ``name``."""
+    meeting = _MEETING_COUNTS.get(name, 0)
+    _MEETING_COUNTS[name] = meeting + 1
     store = dist.distributed_c10d._get_default_store()
     return Ranks(store, f"veneer/{name}/{meeting}", range(dist.get_world_size()), patience)
 
 
 class Ranks:
-    """The ranks of one meeting. ``writes``: whether this rank writes files; with no members, none
-    does."""
+    """The ranks of one meeting, which run operations together.
+
+    Attributes:
+        members: the ranks that take part.
+        writes: whether this rank writes files: the first member does. Without members, none does.
+        step: the number of operations so far; the keys in the store contain it.
+        gates: how many times the running operation has called ``gate``.
+    """
 
     def __init__(
         self, store: Any, key: str, members: Sequence[int], patience: float | None = None
@@ -270,15 +288,16 @@ class Ranks:
         self.step = self.gates = 0
 
     def run_on_all(self, work: Callable[[], T], summary: Callable[[T], str], subject: str) -> T:
-        """Run ``work`` on every rank and return its result on this rank, if it succeeds on all and
-        the results agree.
+        """Run ``work`` on every rank and return the result of this rank, if ``work`` succeeds on
+        all ranks with results that agree.
 
         Args:
             summary: returns a short text of the result, which must be the same on every rank.
             subject: the name of the result in errors.
 
         Raises:
-            the error of ``work``: here at once, and on the other ranks an error of the same class.
+            the error of ``work``, on the rank where it failed; the other ranks raise an error of
+                the same class.
             AdapterError: the summaries differ, or a rank does not answer.
         """
         self.step, self.gates = self.step + 1, 0
@@ -288,13 +307,13 @@ class Ranks:
         try:
             result = work()
             # JSON is never empty: some stores cannot tell an empty value from a missing one
-            own_summary = json.dumps(summary(result))
+            summary_text = json.dumps(summary(result))
         except BaseException as error:
             self._report_error(error)
             raise
         finally:
             _CURRENT_RANKS.reset(token)
-        self.store.set(result_key, own_summary)
+        self.store.set(result_key, summary_text)
         missing_keys = wait_for_keys(self.store, [*rank_of_key], self.patience, self._failure_key)
         self._raise_reported_error()
         if missing_keys:
@@ -303,12 +322,13 @@ class Ranks:
             raise AdapterError(
                 problem, "one from every rank", "see what that rank printed; it may be gone"
             )
-        groups: dict[str, list[int]] = {}
+        ranks_by_summary: dict[str, list[int]] = {}
         for key, rank in rank_of_key.items():
-            groups.setdefault(json.loads(self.store.get(key)), []).append(rank)
-        if len(groups) > 1:
+            ranks_by_summary.setdefault(json.loads(self.store.get(key)), []).append(rank)
+        if len(ranks_by_summary) > 1:
             differences = " and ".join(
-                f"{text[:12]} on rank {listing(map(str, ranks))}" for text, ranks in groups.items()
+                f"{summary_of_rank[:12]} on rank {listing(map(str, ranks))}"
+                for summary_of_rank, ranks in ranks_by_summary.items()
             )
             do = (
                 "look for what differs by rank: a seed, gradients that are not averaged, a base"
@@ -317,13 +337,13 @@ class Ranks:
             error = AdapterError(
                 f"{subject} that differs by rank ({differences})", "one on all ranks", do
             )
-            error.told_elsewhere = not self.writes
+            error.reported_elsewhere = not self.writes
             raise error
         return result
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
         """Run ``work`` on the first rank and return its result, a JSON value, on every rank. Raises
-        as ``run_on_all``."""
+        the errors of ``run_on_all``."""
         value_key = f"{self.key}/{self.step + 1}/value"
         self.run_on_all(
             lambda: self.store.set(value_key, json.dumps(work())) if self.writes else None,
@@ -333,20 +353,22 @@ class Ranks:
         return json.loads(self.store.get(value_key))
 
     def _report_error(self, error: BaseException) -> None:
-        """Report an error to the other ranks. If another rank failed first, its error counts, and
-        an error that results from it here, such as a closed connection, is replaced by it."""
+        """Report an error of this rank to the other ranks.
+
+        If another rank has failed before, the error here may only be a consequence, such as a
+        closed connection: then it is replaced by the error of that rank."""
         report = {"rank": self.rank, "error": type(error).__name__, "text": str(error)}
         first_report = json.loads(self.store.compare_set(self._failure_key, "", json.dumps(report)))
-        if "told_elsewhere" in vars(error) or not isinstance(error, Exception):
+        if "reported_elsewhere" in vars(error) or not isinstance(error, Exception):
             return  # a nested ``run_on_all`` has reported it already
         failed_elsewhere = first_report["rank"] != self.rank
         if failed_elsewhere and not isinstance(error, VeneerError | OSError):
             raise _error_of_rank(first_report) from error
         same_error = first_report == {**report, "rank": first_report["rank"]}
-        error.told_elsewhere = failed_elsewhere and same_error  # pyright: ignore[reportAttributeAccessIssue]
+        error.reported_elsewhere = failed_elsewhere and same_error  # pyright: ignore[reportAttributeAccessIssue]
 
     def gate(self) -> None:
-        """Wait until every rank has reached this call, before a collective.
+        """Wait until every rank has reached this call. A collective may follow.
 
         Raises:
             the error of another rank, if one failed; AdapterError: a rank does not come in time.
@@ -357,22 +379,23 @@ class Ranks:
         key = f"{self.key}/{self.step}/gate/{self.gates}"
         deadline = time.monotonic() + self.patience
         pause = 0.001
-        count = self.store.add(key, 1)
-        while count < len(self.members):
+        arrived_count = self.store.add(key, 1)
+        while arrived_count < len(self.members):
             self._raise_reported_error()
             if time.monotonic() > deadline:
                 problem = (
-                    f"{count} of {len(self.members)} ranks at the gathering of a weight after"
-                    f" {self.patience:g} s"
+                    f"{arrived_count} of {len(self.members)} ranks at the gathering of a weight"
+                    f" after {self.patience:g} s"
                 )
                 raise AdapterError(
                     problem, "all of them", "see what the others printed; one may be gone"
                 )
             time.sleep(pause)
-            pause, count = min(2 * pause, 0.1), self.store.add(key, 0)
+            pause = min(2 * pause, 0.1)
+            arrived_count = self.store.add(key, 0)  # adding 0 reads the number
 
     def _raise_reported_error(self) -> None:
-        """Raise the first error of another rank, which then will not come."""
+        """Raise the first error of another rank, if one has failed."""
         if self.store.check([self._failure_key]):
             raise _error_of_rank(json.loads(self.store.get(self._failure_key)))
 
@@ -386,31 +409,31 @@ def _error_of_rank(report: dict[str, Any]) -> VeneerError:
     error = getattr(errors, report["error"], AdapterError)(
         f"On rank {report['rank']}: {report['text'] or report['error']}"
     )
-    error.told_elsewhere = True
+    error.reported_elsewhere = True
     return error
 
 
 def wait_for_keys(
-    store: Any, keys: Sequence[str], seconds: float, stop: str | None = None
+    store: Any, keys: Sequence[str], seconds: float, stop_key: str | None = None
 ) -> list[str]:
-    """Wait until a store has all keys, has the key ``stop``, or the time is over. Returns the
-    missing keys."""
+    """Wait until a store has all keys, or has the key ``stop_key``, or the time is over. Returns
+    the keys that are missing then."""
     deadline, pause = time.monotonic() + seconds, 0.002
-    missing = [*keys]
+    missing_keys = [*keys]
     while True:
-        missing = [key for key in missing if not store.check([key])]
-        if not missing or time.monotonic() > deadline:
-            return missing
-        if stop is not None and store.check([stop]):
-            # keys may have been set just before `stop`
-            return [key for key in missing if not store.check([key])]
+        missing_keys = [key for key in missing_keys if not store.check([key])]
+        if not missing_keys or time.monotonic() > deadline:
+            return missing_keys
+        if stop_key is not None and store.check([stop_key]):
+            # keys may have been set just before `stop_key`
+            return [key for key in missing_keys if not store.check([key])]
         time.sleep(pause)
         pause = min(2 * pause, 0.2)
 
 
 @torch.no_grad()
 def full_tensors(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
-    """The full tensors of the sharded ones among ``values``, by the id of the tensor."""
+    """The full tensor of each sharded tensor in ``values``, by the id of the sharded one."""
     return {
         id(value): full_tensor(value.detach())
         for value in values
@@ -420,27 +443,27 @@ def full_tensors(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace each parameter's gradient by its mean over all ranks, in one all-reduce in float32
-    (float64 if a parameter has that dtype). A missing gradient counts as zeros, unless no rank has
-    one."""
+    """Replace the gradient of each parameter by its mean over all ranks, in one all-reduce in
+    float32 (float64 if a parameter has that dtype). On a rank without a gradient it counts as zero;
+    if no rank has one, it stays None."""
     gradients = [parameter.grad for parameter in parameters]
     device, dtype = parameters[0].device, torch.float32
     if any(parameter.dtype == torch.float64 for parameter in parameters):
         dtype = torch.float64
     sizes = [*(parameter.numel() for parameter in parameters), len(gradients)]
-    flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
-    *slices, counts = flat.split(sizes)
-    present = [gradient is not None for gradient in gradients]
-    counts.copy_(torch.tensor(present))
-    for gradient_slice, gradient in zip(slices, gradients, strict=True):
+    flat_gradients = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    *gradient_slices, gradient_counts = flat_gradients.split(sizes)
+    has_gradient = [gradient is not None for gradient in gradients]
+    gradient_counts.copy_(torch.tensor(has_gradient))
+    for gradient_slice, gradient in zip(gradient_slices, gradients, strict=True):
         if gradient is not None:
             gradient_slice.copy_(gradient.flatten())
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    dist.all_reduce(flat_gradients)
+    flat_gradients /= dist.get_world_size()
     # copy the counts to the host only if this rank lacks a gradient
-    present_anywhere = present if all(present) else counts.tolist()
+    has_gradient_anywhere = has_gradient if all(has_gradient) else gradient_counts.tolist()
     for parameter, gradient_slice, is_present in zip(
-        parameters, slices, present_anywhere, strict=True
+        parameters, gradient_slices, has_gradient_anywhere, strict=True
     ):
         parameter.grad = (
             gradient_slice.view_as(parameter).to(parameter.dtype) if is_present else None

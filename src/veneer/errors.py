@@ -1,31 +1,31 @@
-"""Every error that Veneer raises on purpose, as one tree; warnings of the attached model; and the
-form of their texts.
+"""The errors that Veneer raises on purpose, as one tree of classes; its warnings; and functions
+that format their messages.
 
     VeneerError
     ├── ConfigError        ValueError       a field of a config is wrong
-    ├── TargetError        ValueError       what was asked for cannot be attached to this model
+    ├── TargetError        ValueError       the config cannot be attached to this model
     ├── SelectionError     RuntimeError     no, an unknown or a conflicting adapter is selected
     ├── BankFullError      MemoryError      adapters that a bank's budget cannot hold at once
-    ├── MergeError         RuntimeError     a merge or an unmerge that would lose something
+    ├── MergeError         RuntimeError     a merge or an unmerge that would lose values
     ├── CheckError         RuntimeError     an attached adapter that the model's output never sees
     ├── DataError          ValueError       training data that cannot be read or used
-    ├── TrainingError      ArithmeticError  a run whose loss is no number, or that lost a process
+    ├── TrainingError      ArithmeticError  a run whose loss is not finite, or that lost a process
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     ├── CheckpointError    ValueError       a model's files that cannot be read
-    ├── MethodError        AttributeError   a name of another library, asked of what is Veneer's
-    ├── LibraryError       LookupError      a name that a library lacks or cannot take, a bad index
-    ├── RemoteError        OSError          a remote place that cannot be reached, read or written
-    ├── ExtractError       ValueError       two models whose difference no adapter can be
+    ├── MethodError        AttributeError   another library's method, called on Veneer's object
+    ├── LibraryError       LookupError      an unknown or invalid adapter name, a bad index
+    ├── RemoteError        OSError          a remote address that cannot be reached, read, written
+    ├── ExtractError       ValueError       two models whose difference no adapter can express
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
     UserWarning
-    ├── FreshWeights      an adapter does not hold parameters that the checkpoint did not hold
-    ├── NotQuantized      torch's quantisation passes an adapted layer by
+    ├── FreshWeights      random parameters that neither the checkpoint nor the adapter holds
+    ├── NotQuantized      torch's quantisation skips an adapted layer
     ├── NotTrained        an optimiser does not train the adapter
     └── SkippedLayers     targets="all" leaves layers out
 
-Each error is also the standard library's type for its kind, so that ``except ValueError`` works. A
+Each error is also a subclass of a built-in exception, so that ``except ValueError`` works. A
 message says what was found, what was expected and what to do; a function that finds several
 problems collects them and raises once.
 """
@@ -47,15 +47,15 @@ __all__ = [
 
 
 class VeneerError(Exception):
-    """The root of the tree: catch this to catch everything that Veneer raises on purpose. It takes
-    a message, or what was found, what was expected and what to do (``sentence``)."""
+    """The base class of Veneer's errors: catch it to catch every error that Veneer raises on
+    purpose. The arguments are one message, or the three texts of ``sentence``."""
 
-    #: of several processes that work together, another one raised this first, and tells it
-    told_elsewhere = False
+    #: whether another process of the same run raised this error first, and shows it to the user
+    reported_elsewhere = False
 
-    def __init__(self, *words: str) -> None:
-        super().__init__(sentence(*words) if len(words) == 3 else "".join(words))
-        self.found = words[0] if len(words) == 3 else str(self)
+    def __init__(self, *texts: str) -> None:
+        super().__init__(sentence(*texts) if len(texts) == 3 else "".join(texts))
+        self.problem = texts[0] if len(texts) == 3 else str(self)
 
 
 class ConfigError(VeneerError, ValueError):
@@ -71,7 +71,7 @@ class ConfigError(VeneerError, ValueError):
 
 
 class TargetError(VeneerError, ValueError):
-    """What was asked for cannot be attached to this model. Nothing was changed.
+    """The config cannot be attached to this model. Nothing was changed.
 
     - Cause: no weight of the model matches a target. Fix: compare with `[name for name, _ in
       model.named_modules()]`, or use `"all-linear"`.
@@ -105,7 +105,7 @@ class BankFullError(VeneerError, MemoryError):
 
 
 class MergeError(VeneerError, RuntimeError):
-    """A merge or an unmerge that would lose something. Nothing was changed.
+    """A merge or an unmerge that would lose values. Nothing was changed.
 
     - Cause: the base is packed in a format that cannot be written (GPTQ, AWQ, HQQ, FP8). Fix: load
       the base in a floating-point dtype, load the adapter on it and merge there.
@@ -166,7 +166,7 @@ class CheckpointError(VeneerError, ValueError):
 
 
 class MethodError(VeneerError, AttributeError):
-    """A name of another library that Veneer, a handle or an adapted model does not have.
+    """A method of another library, which Veneer, a handle or an adapted model lacks.
 
     - Cause: code written for PEFT calls `print_trainable_parameters`, `merge_and_unload` or the
       like. Fix: call the function of Veneer that the message names.
@@ -176,7 +176,7 @@ class MethodError(VeneerError, AttributeError):
 
 
 class LibraryError(VeneerError, LookupError):
-    """A name that a library of adapters lacks or cannot take, or a damaged index.
+    """An adapter name that a library lacks or cannot take, or a damaged index.
 
     - Cause: the name is not in the library. Fix: check it with `veneer list`, or add the adapter
       with `veneer add`.
@@ -185,13 +185,13 @@ class LibraryError(VeneerError, LookupError):
 
 
 class RemoteError(VeneerError, OSError):
-    """A remote place cannot be reached, read or written.
+    """A remote address cannot be reached, read or written.
 
     - Cause: no network, or the hub is unreachable. Fix: check the network, `HF_ENDPOINT` and
       `HF_HUB_OFFLINE`; a commit that was pulled before needs no network.
     - Cause: a private or gated repository. Fix: log in with `hf auth login`, and accept the terms
       on its page.
-    - Cause: a package for this kind of place is missing. Fix: `pip install 'veneer[remote]'`, and
+    - Cause: a package for this kind of address is missing. Fix: `pip install 'veneer[remote]'`, and
       the fsspec package that the message names.
     """
 
@@ -235,19 +235,22 @@ class FreshWeights(UserWarning):
     """Warns of parameters that neither the checkpoint nor the adapter stores. They will have other
     values when the adapter is loaded again.
 
-    transformers initialises a new head, say, at random: the next load makes other values.
+    transformers initialises a new head, for example, at random: the next load makes other values.
     """
 
     @classmethod
-    def warn(cls, lost: Collection[tuple[str, str]], when: str, *, stacklevel: int) -> None:
-        """Warn of these parameters, (path of a module, name), unless there are none."""
-        if lost:
-            paths = [f"{path}.{name}".lstrip(".") for path, name in lost]
-            modules = list(dict.fromkeys(path or name for path, name in lost))
+    def warn(
+        cls, parameters: Collection[tuple[str, str]], occasion: str, *, stacklevel: int
+    ) -> None:
+        """Warn of ``parameters``, each (path of its module, its name), unless there are none.
+        ``occasion`` begins the message: "As the adapter is saved"."""
+        if parameters:
+            paths = [f"{path}.{name}".lstrip(".") for path, name in parameters]
+            modules = list(dict.fromkeys(path or name for path, name in parameters))
             warnings.warn(
-                f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does"
-                f" not hold them either: {listing(paths, 4)}. They were initialised at random as"
-                " the model was loaded; the next load makes others. Train them in full"
+                f"{occasion}, {len(paths)} parameters were not in the checkpoint, and the adapter"
+                f" does not hold them either: {listing(paths, 4)}. They were initialised at random"
+                " as the model was loaded; the next load makes others. Train them in full"
                 f" (train_also={modules[:4]!r}), unless nothing that you use reads them.",
                 cls,
                 stacklevel=stacklevel,
@@ -263,70 +266,82 @@ class NotTrained(UserWarning):
 
 
 class SkippedLayers(UserWarning):
-    """``targets="all"`` left out layers that cannot carry an adapter. The text gives each
-    reason."""
+    """``targets="all"`` left out layers that cannot carry an adapter. The message gives the reason
+    for each layer."""
 
 
-#: characters of what was found, and problems, that one message shows: both may come from a file of
-#: any size
-LONGEST, MOST = 2000, 50
+#: the limits of one message: characters of its problem, and listed problems. A problem may quote a
+#: file of any size.
+MAX_PROBLEM_LENGTH, MAX_LISTED_PROBLEMS = 2000, 50
 
 
 def escape_controls(text: str) -> str:
-    r"""A text of strangers as a terminal may show it: what steers one (escape sequences, overrides
-    of the direction of writing) as ``\x1b``; lines and tabs stay."""
-    return "".join(ascii(mark)[1:-1] if _steers(mark) else mark for mark in text)
+    r"""Untrusted text in a form that is safe to print: characters that control a terminal (escape
+    sequences, changes of the writing direction) become ``\x1b`` and the like. Newlines and tabs
+    stay."""
+    return "".join(
+        ascii(character)[1:-1] if _controls_terminal(character) else character for character in text
+    )
 
 
-def _steers(mark: str) -> bool:
-    if mark.isprintable() or mark in "\n\t":
+def _controls_terminal(character: str) -> bool:
+    if character.isprintable() or character in "\n\t":
         return False
-    return unicodedata.category(mark) != "Cf" or unicodedata.bidirectional(mark) != "BN"
+    return unicodedata.category(character) != "Cf" or unicodedata.bidirectional(character) != "BN"
 
 
-def sentence(found: str, expected: str, do: str) -> str:
-    """One problem in the form that every message of Veneer has."""
-    found = found if len(found) <= LONGEST else f"{found[:LONGEST]}…"
-    return f"Found: {found}. Expected: {expected}. Do: {do}."
+def sentence(problem: str, expected: str, do: str) -> str:
+    """A message in the form of all of Veneer's: the problem, the expectation, and the advice
+    ``do``."""
+    if len(problem) > MAX_PROBLEM_LENGTH:
+        problem = f"{problem[:MAX_PROBLEM_LENGTH]}…"
+    return f"Found: {problem}. Expected: {expected}. Do: {do}."
 
 
-def raise_all(error: type[VeneerError], what: str, problems: Sequence[str]) -> None:
-    """Raise ``error`` once with every collected problem; return quietly if there are none."""
+def raise_all(error_class: type[VeneerError], summary: str, problems: Sequence[str]) -> None:
+    """Raise one ``error_class`` with ``summary`` and all ``problems``, unless there are none."""
     if len(problems) == 1:
-        raise error(f"{what}. {problems[0]}")
+        raise error_class(f"{summary}. {problems[0]}")
     if problems:
-        lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:MOST], 1)]
-        lines += [f"  … and {len(problems) - MOST} more"] if len(problems) > MOST else []
-        raise error("\n".join([f"{what}: {len(problems)} problems", *lines]))
+        listed = problems[:MAX_LISTED_PROBLEMS]
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(listed, 1)]
+        if len(problems) > len(listed):
+            lines.append(f"  … and {len(problems) - len(listed)} more")
+        raise error_class("\n".join([f"{summary}: {len(problems)} problems", *lines]))
 
 
 def warn_caller(message: str, category: type[Warning], within: Sequence[str] = ("veneer",)) -> None:
-    """Warn at the line that called into these packages, however deep the call is within them. Each
-    such line then warns once; at a line of a library, the first caller alone would be warned in the
-    life of a process."""
-    frame, level = sys._getframe(1), 2
+    """Warn at the line that called into the packages ``within``, however many calls deep in them
+    this function runs.
+
+    Python shows a warning once for each line that it is attributed to. Attributed to a line of a
+    package, it would be shown once in the life of the process, for the first caller alone."""
+    frame, stack_level = sys._getframe(1), 2
     while (
         frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within
     ):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
+        frame, stack_level = frame.f_back, stack_level + 1
+    warnings.warn(message, category, stacklevel=stack_level)
 
 
-def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """`` (nearest: 'a', 'b')`` for the other known words most like ``word``, or an empty string."""
-    others = [other for other in dict.fromkeys(known) if other != word]
-    close = difflib.get_close_matches(word, others, n=limit, cutoff=0.5)
-    return f" (nearest: {', '.join(map(repr, close))})" if close else ""
+def nearest(word: str, candidates: Iterable[str], limit: int = 3) -> str:
+    """`` (nearest: 'a', 'b')``: the ``candidates`` that are spelled most like ``word``, without
+    ``word`` itself. An empty string if none is similar."""
+    others = [candidate for candidate in dict.fromkeys(candidates) if candidate != word]
+    similar_words = difflib.get_close_matches(word, others, n=limit, cutoff=0.5)
+    return f" (nearest: {', '.join(map(repr, similar_words))})" if similar_words else ""
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:
-    """The first ``limit`` names, comma separated, and how many more there are."""
+    """The first ``limit`` names, separated by commas, and the total if there are more; "none" if
+    there are no names."""
     names = list(names)
-    more = f", … ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "none"
+    suffix = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + suffix if names else "none"
 
 
-def format_bytes(count: float) -> str:
-    """A number of bytes as text, in powers of 1024."""
-    power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
-    return f"{count / 1024**power:,.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+def format_bytes(byte_count: float) -> str:
+    """A number of bytes as text, in B, KiB, MiB or GiB."""
+    power = next((power for power in range(3) if byte_count < 1024 ** (power + 1)), 3)
+    unit = ("B", "KiB", "MiB", "GiB")[power]
+    return f"{byte_count / 1024**power:,.{min(power, 1)}f} {unit}"

@@ -182,7 +182,7 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     except RemoteError as error:
         if remote == path:
             raise
-        problem = f"no folder {path}, and no adapter {remote} ({error.found})"
+        problem = f"no folder {path}, and no adapter {remote} ({error.problem})"
         do = "check the path or the id; for a private repository log in with `hf auth login`"
         expected = "an adapter folder, or an adapter's id on the Hugging Face hub"
         raise AdapterError(problem, expected, do) from error

@@ -180,7 +180,7 @@ def ranks_that_differ_keep_the_old_folder(rank: int, folder: Path) -> None:
 
 
 def a_rank_that_fails_or_stays_away_is_an_error(rank: int, folder: Path) -> None:
-    distributed.PATIENCE = distributed.ALONE = 2.0
+    distributed.PATIENCE = distributed.SOLO_PATIENCE = 2.0
     model, handle = attached()
     dist.barrier()
     if rank == 0:  # the idiom of DDP: it works, and says what it could not do
@@ -214,7 +214,7 @@ def a_rank_that_fails_or_stays_away_is_an_error(rank: int, folder: Path) -> None
         fails(AdapterError, "On rank 1: on purpose", lambda: handle.save(folder / "adapter"))
     assert sorted(path.name for path in folder.iterdir()) == ["alone", "together"]
     dist.barrier()
-    distributed.PATIENCE, distributed.ALONE = 300.0, 30.0
+    distributed.PATIENCE, distributed.SOLO_PATIENCE = 300.0, 30.0
 
 
 def trainers_let_rank_0_save(rank: int, folder: Path) -> None:
@@ -227,7 +227,7 @@ def trainers_let_rank_0_save(rank: int, folder: Path) -> None:
             warnings.simplefilter("error", distributed.SavedAlone)
             model.save_pretrained(folder / "new")
             model.save_pretrained(folder / "new")  # among the files that are there
-        assert time.monotonic() - started < distributed.ALONE
+        assert time.monotonic() - started < distributed.SOLO_PATIENCE
     dist.barrier()
     handle.save(folder / "together")
     shard(model)

@@ -46,7 +46,7 @@ def test_a_lane_has_nothing_of_another_adapter(tmp_path):
     model = save_adapters(Linears(), tmp_path, "a")
     save_adapters(model, tmp_path, "b", config=veneer.LoraConfig(rank=8, targets=["one", "two"]))
     bank, x = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 12)
-    for part in bank._entries["b"].resident.parts.values():
+    for part in bank._entries["b"].resident.layer_changes.values():
         part.A.fill_(torch.nan)
     with torch.no_grad(), bank.rows(["b", None]):
         model(x)

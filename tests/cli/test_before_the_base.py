@@ -65,7 +65,7 @@ def test_it_is_told_before_the_base_is_touched(
         converted.append(file)
         raise RuntimeError("the base was converted")
 
-    monkeypatch.setattr("veneer.models.locate.converted_gguf", convert)
+    monkeypatch.setattr("veneer.models.locate.convert_gguf", convert)
     (tmp_path / "adapters").mkdir()
     (tmp_path / "rows.docx").write_text("")
     (tmp_path / "judge.py").write_text("def f(**columns): return [0.0]")

@@ -10,7 +10,7 @@ from tests.support.api_server import listening, until
 from tests.support.service import make_adapter, open_service
 from tests.support.tiny import write_tiny
 
-from veneer.store.remote import file_system, parse_place, push
+from veneer.store.remote import file_system, parse_address, push
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # boto's own
 
@@ -29,7 +29,7 @@ def bucket(monkeypatch, tmp_path):
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     place = f"s3://bucket-{uuid.uuid4().hex[:8]}"
-    file_system(parse_place(place, None))[0].mkdir(place)
+    file_system(parse_address(place, None))[0].mkdir(place)
     yield f"{place}/adapters"
     server.stop()
 
@@ -68,5 +68,5 @@ def test_what_is_pushed_to_a_bucket_is_served_by_all_within_seconds(bucket, tmp_
         assert {card["root"] for card in cards[1:]} == {f"{bucket}/french", f"{bucket}/german"}
         refused = httpx.post(f"{one}/v1/unload_lora_adapter", json={"lora_name": "french"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "remote_adapters")
-        file_system(parse_place(bucket, None))[0].rm(f"{bucket}/french", recursive=True)
+        file_system(parse_address(bucket, None))[0].rm(f"{bucket}/french", recursive=True)
         until(lambda: answers("french") == [None, None], 30)

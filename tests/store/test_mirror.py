@@ -47,16 +47,16 @@ def test_what_is_pushed_is_seen_at_the_next_look(place, made, tmp_path, monkeypa
         Mirror("hf://owner/name")
     push(made[0], f"{place}/french")
     push(made[1], f"{place}/german")
-    assert {name: files(path) for name, path in where.look().items()} == {
+    assert {name: files(path) for name, path in where.sync().items()} == {
         "french": files(made[0]), "german": files(made[1]),
     }  # fmt: skip
-    before = where.look()
+    before = where.sync()
     push(made[2], f"{place}/french")
     pulled, real = [], catalogue.pull
     monkeypatch.setattr(
         catalogue, "pull", lambda name, **options: pulled.append(name) or real(name, **options)
     )
-    after = where.look()
+    after = where.sync()
     assert pulled == [f"{place}/french"]  # and german is not read again
     assert files(after["french"]) == files(made[2])
     assert files(before["french"]) == files(made[0])  # who still reads the old one can
@@ -67,23 +67,23 @@ def test_what_is_deleted_is_gone(tmp_path, made):
     where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
     for name in ("french", "german"):
         push(made[0], f"file://{tmp_path}/place/{name}")
-    assert set(where.look()) == {"french", "german"}
+    assert set(where.sync()) == {"french", "german"}
     shutil.rmtree(tmp_path / "place" / "french")
-    assert set(where.look()) == {"german"}
+    assert set(where.sync()) == {"german"}
     push(made[1], f"file://{tmp_path}/place/french")
-    assert files(where.look()["french"]) == files(made[1])
+    assert files(where.sync()["french"]) == files(made[1])
 
 
 def test_files_that_were_copied_there_are_read_when_they_rest(tmp_path, made):
     where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
     shutil.copytree(made[0], tmp_path / "place" / "french")
-    assert files(where.look()["french"]) == files(
+    assert files(where.sync()["french"]) == files(
         made[0]
     )  # at the start there is nothing to compare with
     shutil.copytree(made[1], tmp_path / "place" / "french", dirs_exist_ok=True)
     shutil.copytree(made[1], tmp_path / "place" / "new")
-    assert files(where.look()["french"]) == files(made[0])
-    assert {name: files(path) for name, path in where.look().items()} == dict.fromkeys(
+    assert files(where.sync()["french"]) == files(made[0])
+    assert {name: files(path) for name, path in where.sync().items()} == dict.fromkeys(
         ("french", "new"), files(made[1])
     )
 
@@ -91,22 +91,22 @@ def test_files_that_were_copied_there_are_read_when_they_rest(tmp_path, made):
 def test_files_that_are_copied_to_an_empty_place_are_read_when_they_rest(tmp_path, made):
     (tmp_path / "place").mkdir()
     where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
-    assert where.look() == {}
+    assert where.sync() == {}
     shutil.copytree(made[0], tmp_path / "place" / "french")
-    assert where.look() == {}
-    assert files(where.look()["french"]) == files(made[0])
+    assert where.sync() == {}
+    assert files(where.sync()["french"]) == files(made[0])
 
 
 def test_what_is_damaged_leaves_the_old_one_and_is_said_once(tmp_path, made, caplog):
     where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
     push(made[0], f"file://{tmp_path}/place/french")
-    before = where.look()
+    before = where.sync()
     key = push(made[1], f"file://{tmp_path}/place/french").rpartition("@")[2]
     (tmp_path / "place" / "french" / key / peft.TENSORS).write_bytes(b"")
-    assert where.look() == where.look() == before
+    assert where.sync() == where.sync() == before
     assert caplog.text.count("Not served: french") == 1
     shutil.copyfile(made[1] / peft.TENSORS, tmp_path / "place" / "french" / key / peft.TENSORS)
-    assert files(where.look()["french"]) == files(made[1])
+    assert files(where.sync()["french"]) == files(made[1])
 
 
 def test_a_place_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, made):
@@ -118,4 +118,4 @@ def test_a_place_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, made):
 
     monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.find", refused)
     with pytest.raises(RemoteError, match="no permission to read"):
-        where.look()
+        where.sync()

@@ -150,7 +150,7 @@ def test_a_run_can_be_told_to_stop(make: Make, whole: Any, asked_at: int | None)
 
 def elsewhere() -> ConfigError:
     error = ConfigError("On rank 1: no")
-    error.told_elsewhere = True
+    error.reported_elsewhere = True
     return error
 
 

@@ -1,5 +1,5 @@
-"""Many adapters on one base, by name, within a budget of memory; each row of a batch selects its
-own.
+"""Many adapters on one base, by name, within a budget of memory. Each row of a batch selects the
+adapter that it uses.
 
     bank = veneer.Bank(model, capacity_bytes=2 << 30)
     bank.register("french", "adapters/french")      loaded when it is first used

@@ -1,9 +1,9 @@
-"""Many adapters of one model, by name: each is loaded when it is first used and evicted when memory
-is needed, and each row of a batch selects its own.
+"""Many adapters of one model, by name. An adapter is loaded when it is first used, and evicted when
+memory is needed. Each row of a batch selects the adapter that it uses.
 
-Adapters that are in use or pinned stay in memory; of the others, the least recently used one is
-evicted first. Nothing is registered with the model: its ``state_dict`` and parameters remain those
-of the base. Several threads may use a bank at once, because each call has its own batch state.
+Adapters that are in use or pinned stay in memory. Of all other adapters, the least recently used
+one is evicted first. Nothing is registered with the model: its ``state_dict`` and parameters remain
+those of the base. Several threads may use a bank at once: each call has its own batch state.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from veneer.attach import (
     unwrap,
     walk,
 )
-from veneer.bank.batch_state import BatchState, Frame, Uses
+from veneer.bank.batch_state import BatchState, ModelLayout, WeightedAdapters
 from veneer.bank.lease import (
     Entry,
     Lease,
     Status,
+    adapters_of_rows,
     full_error,
     row_weights_of,
     sequences_per_row,
-    uses_of_rows,
 )
 from veneer.bank.resident import (
-    Recipes,
     ResidentAdapter,
+    ResolvePlans,
     expected_bytes,
     load_resident,
     resident_of,
@@ -58,10 +58,10 @@ from veneer.distributed import spread_problem
 from veneer.errors import AdapterError, SelectionError, nearest, raise_all
 from veneer.fileio import throttle
 
-#: seconds for which a load waits for memory that leased adapters use
+#: seconds for which a load waits for memory that leased adapters occupy
 PATIENCE = 60.0
-#: seconds after a call within which the next call is expected
-QUIET = 0.05
+#: seconds after a call during which the next call is expected soon
+CALL_GAP = 0.05
 
 
 class Bank:
@@ -70,15 +70,15 @@ class Bank:
     Args:
         model: the base. Its layers get an adapted class and its parameters are frozen; ``close``
             undoes both.
-        capacity_bytes: memory for adapters; None for no limit. The batched factors of running
-            calls come on top: copies of the factors in use, for at most two sets of adapters.
-        dtype: dtype of the adapters' parameters in memory, as in ``LoraConfig``; None takes that
+        capacity_bytes: memory for adapters; None for no limit. Running calls need more: they copy
+            the factors of their adapters, for at most two sets of adapters.
+        dtype: dtype of the adapters' factors in memory, as in ``LoraConfig``; None takes the dtype
             of each base weight.
         verify_base: False accepts other base weights of the same shapes.
 
     Attributes:
-        on_event: called as (kind, name, seconds) after a "load", an "evict", a "remove" or a "fail"
-            of a load, from the thread where it happened.
+        on_event: called as (kind, name, seconds) after a "load", an "evict", a "remove" or a failed
+            load ("fail"), by the thread that did it.
     """
 
     def __init__(
@@ -97,23 +97,23 @@ class Bank:
         self.dtype, self.verify_base = dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
         self._attached = open_bank(model)
-        self._frame = Frame(self._attached.uid, time_first(model))
+        self._layout = ModelLayout(self._attached.uid, time_first(model))
         self._entries: dict[str, Entry] = {}
-        self._cache = MatchCache(Names(model))
-        self._recipes: Recipes = {}
+        self._match_cache = MatchCache(Names(model))
+        self._resolve_plans: ResolvePlans = {}
         self._changed = threading.Condition(threading.RLock())
-        self._loading = threading.Lock()
+        self._loading = threading.Lock()  # held during a load
         self._loader: ThreadPoolExecutor | None = None
-        self._batch_states: list[BatchState] = []  # not used by a running call
-        self._calls, self._ended = 0, -QUIET
-        self._clock = self._bytes = 0
-        self._alive: set[int] = set()  # ``ResidentAdapter.uid`` of the adapters in memory
-        self._crowded, self._closed = 0, False
+        self._batch_states: list[BatchState] = []  # of no running call, for reuse
+        self._running_calls, self._last_call_end = 0, -CALL_GAP
+        self._use_counter = self._bytes = 0
+        self._resident_uids: set[int] = set()  # ``ResidentAdapter.uid`` of each
+        self._waiting_loads, self._closed = 0, False
 
     def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
-        """Register the adapter folder ``path`` as ``name``. It is read and verified when it is
-        first used. With ``replace``, it takes the name of another adapter at once; running calls
-        finish with the previous one.
+        """Register the adapter folder ``path`` as ``name``. The folder is read and verified when
+        the adapter is first used. ``replace`` allows a name that is registered already: new calls
+        use the new adapter, and running calls finish with the previous one.
 
         Raises:
             SelectionError: the name is taken, or is not a non-empty string.
@@ -131,14 +131,14 @@ class Bank:
                 raise SelectionError(problem, "a new name", "choose another, or remove that one")
             self._entries[name] = Entry(name, path)
             if previous is not None and not previous.users:
-                self._drop(previous)
+                self._unload(previous)
 
     def add(
         self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False
     ) -> str:
-        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it
-        now. With ``replace``, it takes the name of another adapter as soon as it is loaded; both
-        are in memory until then.
+        """Register an adapter, by the name of its folder unless ``name`` is given, and load it now.
+        With ``replace``, the name may belong to another adapter. It keeps the name until the new
+        one is loaded, and both are in memory until then.
 
         Raises:
             AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is unchanged.
@@ -155,18 +155,20 @@ class Bank:
             with self._changed:
                 if entry is not None and self._entries.get(name) is entry:
                     del self._entries[name]
-                    if not entry.users:  # another thread may have loaded it successfully
-                        self._drop(entry)
+                    if not entry.users:  # another thread may have loaded the adapter
+                        self._unload(entry)
             raise
         if pin:
             self.pin(name)
         return name
 
     def put(self, name: str, path: str | Path, adapter: str) -> None:
-        """Register the adapter folder ``path`` as ``name``, replacing an adapter of that name, and
-        copy its parameters from the attached adapter ``adapter``, whose values equal the folder's.
-        The folder is read later if the copy is evicted, if leases occupy the memory now (this
-        method does not wait), or if the adapter is not low rank everywhere.
+        """Register the adapter folder ``path`` as ``name``, replacing an adapter of that name. Its
+        parameters are copied from the attached adapter ``adapter``, whose values must equal the
+        folder's.
+
+        The adapter is loaded from the folder later if the copy is evicted, if leases occupy the
+        memory now (this method does not wait), or if not every change is low rank.
 
         Raises:
             SelectionError, AdapterError: the bank is unchanged.
@@ -176,47 +178,47 @@ class Bank:
             self.register(name, path, replace=True)
             if resident is not None and self._evict(resident.nbytes):
                 entry = self._entries[name]
-                entry.used = self._clock = self._clock + 1
-                self._keep(entry, resident)
+                entry.last_use = self._use_counter = self._use_counter + 1
+                self._store_resident(entry, resident)
 
     def _replace(self, name: str, path: Path, pin: bool) -> None:
-        """Load an adapter while the previous one of its name stays, then give it the name."""
+        """Load an adapter while the previous adapter of the name stays, then give it the name."""
         raise_all(AdapterError, f"{name!r} cannot be replaced", folder_problems(path))
         with self._loading:
             with self._changed:
                 self._require_open()
                 new = Entry(name, path, users=1)
-                new.used = self._clock = self._clock + 1
+                new.last_use = self._use_counter = self._use_counter + 1
             lease = self._load_entries({name: 1.0}, [new])
             with self._changed:
                 previous = self._entries.get(name)
                 self._entries[name] = new
                 new.pinned = pin or (previous is not None and previous.pinned)
                 if previous is not None and not previous.users:
-                    self._drop(previous)
+                    self._unload(previous)
             lease.release()
 
     def remove(self, name: str) -> None:
-        """Remove a name. Running calls keep the adapter; its memory is freed after the last one."""
+        """Remove a name. Running calls keep its adapter, whose memory is freed when they end."""
         with self._changed:
-            entry = self._need(name)
+            entry = self._entry(name)
             del self._entries[name]
             if not entry.users:
-                self._drop(entry)
+                self._unload(entry)
         self._notify("remove", name)
 
     def pin(self, name: str) -> None:
-        """Load an adapter if it is not in memory, and never evict it.
+        """Load an adapter if it is not in memory, and do not evict it.
 
         Raises:
             SelectionError, AdapterError, BaseMismatchError, BankFullError: the bank is unchanged.
         """
         with self._acquire({name: 1.0}), self._changed:
-            self._need(name).pinned = True
+            self._entry(name).pinned = True
 
     def unpin(self, name: str) -> None:
         with self._changed:
-            self._need(name).pinned = False
+            self._entry(name).pinned = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -230,8 +232,8 @@ class Bank:
 
     @property
     def crowded(self) -> bool:
-        """Whether a load is waiting for memory that is in use. New leases make it wait longer."""
-        return self._crowded > 0
+        """Whether a load waits for memory that leases occupy. New leases make it wait longer."""
+        return self._waiting_loads > 0
 
     def status(self) -> list[Status]:
         with self._changed:
@@ -241,25 +243,25 @@ class Bank:
         return name in self._entries
 
     def acquire(self, adapter_weights: Mapping[str, float]) -> Future[Lease]:
-        """A future of a lease on the adapters of a blend ({name: weight}; an empty one is the base
-        alone). It is done at once if all are in memory, else when a thread has loaded the others.
+        """A future of a lease on the adapters of a blend ({name: weight}; {} is the base alone). It
+        is done at once if all adapters are in memory, else when a thread has loaded the others.
 
         Raises:
-            SelectionError: an unknown name, or a weight that is not finite. The future raises
-                others.
+            SelectionError: an unknown name, or a weight that is not finite. Errors of loading are
+                raised by the future.
         """
-        done: Future[Lease] = Future()
+        future: Future[Lease] = Future()
         with self._changed:
             require_finite_weights(adapter_weights)
-            if (lease := self._warm(adapter_weights)) is not None:
-                done.set_result(lease)
-                return done
+            if (lease := self._lease_if_resident(adapter_weights)) is not None:
+                future.set_result(lease)
+                return future
             if self._loader is None:
                 self._loader = ThreadPoolExecutor(1, "veneer-bank", self.throttle_loads)
             return self._loader.submit(self._acquire, dict(adapter_weights))
 
     def prefetch(self, name: str) -> Future[Lease]:
-        """Load an adapter in the background, without a lease: it may be evicted again."""
+        """Load an adapter in the background, without a lease, so it may be evicted again."""
         future = self.acquire({name: 1.0})
         future.add_done_callback(lambda done: None if done.exception() else done.result().release())
         return future
@@ -268,8 +270,8 @@ class Bank:
     def rows(self, choices: Sequence[Any], *, invoked: bool = False) -> Iterator[None]:
         """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a
         blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. The
-        selection applies to calls of this thread or asyncio task. ``invoked``: the tokens of each
-        call are all behind the invocation of their row's adapter, if that has one.
+        selection applies to calls of this thread or asyncio task. ``invoked``: whether all tokens
+        of each call follow the invocation of their row's adapter, if it has invocation tokens.
 
         Raises:
             SelectionError: an unknown name, no rows, or invocation tokens that are not ``invoked``.
@@ -278,8 +280,8 @@ class Bank:
         row_weights = row_weights_of(choices)
         names = {name: 1.0 for weights in row_weights if weights for name in weights}
         with self._acquire(names) as lease:
-            uses = uses_of_rows(self, choices, row_weights, lease, invoked)
-            with self._use_rows(uses):
+            rows = adapters_of_rows(self, choices, row_weights, lease, invoked)
+            with self._use_rows(rows):
                 yield
 
     def generate(
@@ -289,17 +291,19 @@ class Bank:
         beams and returned sequences of a row use the row's adapter.
 
         Raises:
-            SelectionError: as ``rows``; also if an encoder runs before the rows are repeated.
+            SelectionError: an error of ``rows``, or an encoder runs before the rows are repeated.
         """
         model: Any = self.model
-        times = sequences_per_row(model, kwargs)
-        with self.rows([choice for choice in adapters for _ in range(times)]):
+        sequences = sequences_per_row(model, kwargs)
+        with self.rows([choice for choice in adapters for _ in range(sequences)]):
             return model.generate(inputs, **kwargs)
 
     def throttle_loads(self) -> None:
-        """From now on, pause this thread's loads (about a second each) while a call runs or has
-        just ended."""
-        throttle.throttle_loads(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
+        """From now on, pause this thread's loads while a call runs or has just ended. A load then
+        takes about a second."""
+        throttle.throttle_loads(
+            lambda: self._running_calls > 0 or time.monotonic() - self._last_call_end < CALL_GAP
+        )
 
     def close(self) -> None:
         """Remove all adapters and restore the model's classes and ``requires_grad``.
@@ -315,12 +319,12 @@ class Bank:
                 if self._closed:
                     return
                 used = [entry.name for entry in self._entries.values() if entry.users]
-                if used or self._calls:
+                if used or self._running_calls:
                     problem = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
                     raise SelectionError(problem, "no running call", "let the calls end first")
                 self._closed = True
                 for entry in self._entries.values():
-                    self._drop(entry)
+                    self._unload(entry)
                 self._entries.clear()
                 self._batch_states.clear()
                 if self._loader is not None:
@@ -333,7 +337,7 @@ class Bank:
         if self._closed:
             raise SelectionError("a bank that was closed", "an open one", "make another")
 
-    def _need(self, name: str) -> Entry:
+    def _entry(self, name: str) -> Entry:
         self._require_open()
         entry = self._entries.get(name)
         if entry is None:
@@ -343,33 +347,33 @@ class Bank:
         return entry
 
     def _take_entries(self, adapter_weights: Mapping[str, float]) -> list[Entry]:
-        """The entries of a blend, with one user added to each so that none is evicted."""
-        entries = [self._need(name) for name in adapter_weights]
-        self._clock += 1
+        """The entries of a blend, each with one more user so that it is not evicted."""
+        entries = [self._entry(name) for name in adapter_weights]
+        self._use_counter += 1
         for entry in entries:
             entry.users += 1
-            entry.used = self._clock
+            entry.last_use = self._use_counter
         return entries
 
-    def _warm(self, adapter_weights: Mapping[str, float]) -> Lease | None:
+    def _lease_if_resident(self, adapter_weights: Mapping[str, float]) -> Lease | None:
         """A lease if all adapters of the blend are in memory, else None."""
         with self._changed:
-            if any(self._need(name).resident is None for name in adapter_weights):
+            if any(self._entry(name).resident is None for name in adapter_weights):
                 return None
             return Lease(self, adapter_weights, self._take_entries(adapter_weights))
 
     def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
-        """A lease; this thread loads adapters that are not in memory. It holds no adapter while it
-        waits for its turn to load, so that others can use the memory."""
-        if (lease := self._warm(adapter_weights)) is not None:
+        """A lease. This thread loads the adapters that are not in memory. While it waits until it
+        may load, it holds no adapter, so that other threads can use the memory."""
+        if (lease := self._lease_if_resident(adapter_weights)) is not None:
             return lease
-        with self._loading:  # one load at a time, because it uses all cores
+        with self._loading:  # one load at a time, because a load uses all cores
             with self._changed:
                 entries = self._take_entries(adapter_weights)
             return self._load_entries(adapter_weights, entries)
 
     def _load_entries(self, weights: Mapping[str, float], entries: Sequence[Entry]) -> Lease:
-        """A lease on entries from ``_take_entries``. The caller holds ``_loading``."""
+        """A lease on entries from ``_take_entries``. The caller must hold ``_loading``."""
         try:
             for entry in entries:
                 if entry.resident is None:
@@ -380,75 +384,76 @@ class Bank:
         with self._changed:
             return Lease(self, weights, entries)
 
-    def _load(self, entry: Entry, wanted: Sequence[Entry]) -> None:
+    def _load(self, entry: Entry, requested: Sequence[Entry]) -> None:
+        """Load an adapter that is needed together with the ``requested`` entries."""
         start = time.monotonic()
         try:
-            self._room(expected_bytes(entry.path), wanted)
+            self._make_room(expected_bytes(entry.path), requested)
             resident = load_resident(
                 self.model,
                 entry.path,
                 dtype=self.dtype,
                 verify_base=self.verify_base,
-                cache=self._cache,
-                recipes=self._recipes,
+                cache=self._match_cache,
+                resolve_plans=self._resolve_plans,
             )
             with self._changed:
-                self._room(resident.nbytes, wanted)
-                self._keep(entry, resident)
+                self._make_room(resident.nbytes, requested)
+                self._store_resident(entry, resident)
         except BaseException:
             self._notify("fail", entry.name, time.monotonic() - start)
             raise
         self._notify("load", entry.name, time.monotonic() - start)
 
-    def _keep(self, entry: Entry, resident: ResidentAdapter) -> None:
-        # modules that no adapter changed before
-        if any(key not in self._frame.modules for key in resident.parts):
-            self._frame.modules = {
+    def _store_resident(self, entry: Entry, resident: ResidentAdapter) -> None:
+        # the table ``_layout.modules`` lacks modules that no adapter has changed before
+        if any(key not in self._layout.modules for key in resident.layer_changes):
+            self._layout.modules = {
                 layer_state.key: module for _, module, layer_state in layer_states(self.model)
             }
         entry.resident, entry.rank_and_variant = resident, (resident.rank, resident.variant)
         self._bytes += resident.nbytes
-        self._alive.add(resident.uid)
+        self._resident_uids.add(resident.uid)
 
-    def _evict(self, count: int) -> bool:
-        """Evict unused adapters until ``count`` bytes fit; return whether they do."""
-        while self.capacity is not None and self._bytes + count > self.capacity:
+    def _evict(self, byte_count: int) -> bool:
+        """Evict unused adapters until ``byte_count`` bytes fit; return whether they do."""
+        while self.capacity is not None and self._bytes + byte_count > self.capacity:
             entries = self._entries.values()
             idle = [e for e in entries if e.resident and not e.users and not e.pinned]
             if not idle:
                 return False
-            oldest = min(idle, key=lambda entry: entry.used)
-            self._drop(oldest)
+            oldest = min(idle, key=lambda entry: entry.last_use)
+            self._unload(oldest)
             self._notify("evict", oldest.name)
         return True
 
-    def _room(self, count: int, wanted: Sequence[Entry]) -> None:
-        """Evict until ``count`` bytes fit; wait for leases to be released if necessary."""
+    def _make_room(self, byte_count: int, requested: Sequence[Entry]) -> None:
+        """Evict adapters until ``byte_count`` bytes fit. Wait for leases if that can help."""
         deadline = time.monotonic() + PATIENCE
         with self._changed:
-            while self.capacity is not None and not self._evict(count):
-                wanted_ids = set(map(id, wanted))
-                entries = {id(e): e for e in (*self._entries.values(), *wanted) if e.resident}
-                fixed = (e for key, e in entries.items() if e.pinned or key in wanted_ids)
-                unevictable = sum(e.resident.nbytes for e in fixed if e.resident is not None)
-                waits = unevictable + count <= self.capacity
+            while self.capacity is not None and not self._evict(byte_count):
+                requested_ids = set(map(id, requested))
+                entries = {id(e): e for e in (*self._entries.values(), *requested) if e.resident}
+                unevictable = (e for key, e in entries.items() if e.pinned or key in requested_ids)
+                occupied = sum(e.resident.nbytes for e in unevictable if e.resident is not None)
+                waits = occupied + byte_count <= self.capacity
                 if waits:
-                    self._crowded += 1
+                    self._waiting_loads += 1
                     try:
-                        freed = self._changed.wait(max(0.0, deadline - time.monotonic()))
+                        was_notified = self._changed.wait(max(0.0, deadline - time.monotonic()))
                     finally:
-                        self._crowded -= 1
-                    if freed or self._bytes + count <= self.capacity:
+                        self._waiting_loads -= 1
+                    if was_notified or self._bytes + byte_count <= self.capacity:
                         continue
-                raise full_error(count, unevictable, self.capacity, PATIENCE if waits else None)
+                raise full_error(byte_count, occupied, self.capacity, PATIENCE if waits else None)
 
-    def _drop(self, entry: Entry) -> None:
+    def _unload(self, entry: Entry) -> None:
         resident, entry.resident, entry.pinned = entry.resident, None, False
         if resident is not None:
             self._bytes -= resident.nbytes
-            self._alive.discard(resident.uid)
-            for batch_state in self._batch_states:  # those in use follow when their call ends
-                batch_state.keep(self._alive)
+            self._resident_uids.discard(resident.uid)
+            for batch_state in self._batch_states:  # running calls' states follow when they end
+                batch_state.drop_removed(self._resident_uids)
             self._changed.notify_all()
 
     def _release(self, entries: Sequence[Entry]) -> None:
@@ -456,36 +461,36 @@ class Bank:
             for entry in entries:
                 entry.users -= 1
                 if not entry.users and self._entries.get(entry.name) is not entry:
-                    self._drop(entry)
+                    self._unload(entry)
             if entries:
                 self._changed.notify_all()
 
     @contextmanager
-    def _use_rows(self, uses: tuple[Uses, ...]) -> Iterator[None]:
-        """A block of calls in which row i uses the adapters ``uses[i]``."""
+    def _use_rows(self, rows: tuple[WeightedAdapters, ...]) -> Iterator[None]:
+        """A block of calls in which row i uses the adapters ``rows[i]``."""
         with self._changed:
             self._require_open()
             states = self._batch_states
-            batch_state = states.pop() if states else BatchState(self._frame)
-            self._calls += 1
+            batch_state = states.pop() if states else BatchState(self._layout)
+            self._running_calls += 1
         active = None
         try:
-            if any(uses):
-                active = ActiveAdapter("a bank's rows", batch_state.use(uses).table)
+            if any(rows):
+                active = ActiveAdapter("a bank's rows", batch_state.use(rows).table)
             outside = partial(OutsideGenerator, "bank.rows(…)")
             selection = {self._attached.uid: BASE if active is None else active}
             with context.override(selection, outside=outside):
                 yield
         finally:
-            # code that copied this context must not use the rows of the next call
+            # a task that copied this context must not use the rows of a later call
             if active is not None:
                 active.name = "the rows of a bank's block that has ended"
                 active.layer_adapters = None
             batch_state.assignment = None
             with self._changed:
-                batch_state.keep(self._alive)
+                batch_state.drop_removed(self._resident_uids)
                 self._batch_states.append(batch_state)
-                self._calls, self._ended = self._calls - 1, time.monotonic()
+                self._running_calls, self._last_call_end = self._running_calls - 1, time.monotonic()
 
     def _notify(self, kind: str, name: str, seconds: float = 0.0) -> None:
         if self.on_event is not None:

@@ -1,14 +1,14 @@
 """Batched factors of the adapters that one call uses, for ``kernels/batched.py``.
 
     BatchState ─ layers         each changed by batched products
-               ─ assignments    what each row of a call uses; groups of rows, gains and biases
+               ─ assignments    the adapters of each row of a call; groups of rows, gains and biases
 
-An assignment stacks the factors of its adapters in A [lanes, r, in] and B [lanes, r, out], one lane
-for each adapter, for each layer and rounded rank. The next call with the same adapters uses the
-same tensors. Lanes of adapters that do not change a layer, or change it at a smaller rank, are
-padded with zeros.
+An assignment stacks the factors of its adapters for each layer and each rounded rank: in
+A [lanes, r, in] and B [lanes, r, out], with one lane for each adapter. The next call with the same
+adapters uses the same tensors. The lane of an adapter that does not change the layer is zero; the
+lane of one that changes it at a smaller rank is padded with zeros.
 
-Each running call has a batch state of its own, so none changes during a call.
+Each running call has its own batch state, so another call cannot change the state during the call.
 """
 
 from __future__ import annotations
@@ -29,25 +29,30 @@ from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
 from veneer.precision import at_least_float32
 
-#: the smallest rounded rank: ranks are rounded up to powers of two, and adapters of the same
-#: rounded rank share a product
-LEAST_RANK = 8
-#: how many assignments to cache: a server alternates between the rows that decode and those that
+#: the smallest rounded rank. Ranks are rounded up to powers of two, and adapters of the same
+#: rounded rank share a product.
+MIN_ROUNDED_RANK = 8
+#: how many assignments to cache: a server alternates between the rows that decode and the rows that
 #: prefill
-CACHED = 2
+MAX_CACHED_ASSIGNMENTS = 2
 #: the most tokens per row for which rows are grouped by adapter
-FEW_TOKENS = 4
-#: on a device: the most runs of rows that are multiplied one by one, and the most rows per adapter
+MAX_GROUPED_TOKENS = 4
+#: on a GPU: the most runs of rows that are multiplied one by one, and the most rows per adapter
 #: that are multiplied with factors stacked for each row
-FEW_RUNS, ROWS_PER_ADAPTER = 2, 4
+MAX_SINGLE_RUNS, MAX_ROWS_PER_ADAPTER = 2, 4
 
-#: the adapters of a row and their weights; empty for the base alone
-Uses = tuple[tuple[ResidentAdapter, float], ...]
+#: the adapters of one row, each with its weight; empty for the base alone
+WeightedAdapters = tuple[tuple[ResidentAdapter, float], ...]
 
 
-class Frame:
-    """A bank's facts about its model: the modules by the keys of their layer states, the id under
-    which a selection is stored, and whether the batch is the second axis."""
+class ModelLayout:
+    """What a bank knows of its model.
+
+    Attributes:
+        uid: the id under which a selection of this model is stored.
+        time_first: whether the second axis of the inputs is the batch.
+        modules: the adapted modules, by the keys of their layer states.
+    """
 
     def __init__(self, uid: str, time_first: bool) -> None:
         self.uid, self.time_first = uid, time_first
@@ -55,53 +60,53 @@ class Frame:
 
 
 class Layer:
-    """One layer of a batch state, which runs in place of the layer's forward."""
+    """One layer for one batch state. Its ``run`` replaces the layer's forward."""
 
     def __init__(self, batch_state: BatchState, key: Any, resolved_low: ResolvedLowRank) -> None:
         self.batch_state, self.key, self.name = batch_state, key, resolved_low.name
-        weight: Any = batch_state.frame.modules[key]._parameters[resolved_low.name]
-        self.flipped = resolved_low.layer.out_axis == 1
-        self.in_, self.out = resolved_low.A.shape[1], resolved_low.B.shape[1]
-        self.on_device = not weight.is_cpu
+        weight: Any = batch_state.layout.modules[key]._parameters[resolved_low.name]
+        self.is_transposed = resolved_low.layer.out_axis == 1
+        self.in_dim, self.out_dim = resolved_low.A.shape[1], resolved_low.B.shape[1]
+        self.on_gpu = not weight.is_cpu
         self.device, self.weight_dtype = weight.device, weight.dtype
-        self.dtype = weight.dtype if self.on_device else at_least_float32(weight.dtype)
-        self.time_first = batch_state.frame.time_first
+        self.compute_dtype = weight.dtype if self.on_gpu else at_least_float32(weight.dtype)
+        self.time_first = batch_state.layout.time_first
         self.factor_dtype = resolved_low.A.dtype
-        self.no_factors = (
-            resolved_low.A.new_empty(0, self.in_),
-            resolved_low.B.new_empty(0, self.out),
+        self.empty_factors = (
+            resolved_low.A.new_empty(0, self.in_dim),
+            resolved_low.B.new_empty(0, self.out_dim),
         )
 
-    def stack_factors(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
-        """The factors of these adapters, one lane each: A [lanes, r, in], B [lanes, r, out]."""
-        changes = [resident.parts.get(self.key) for resident in members]
-        if self.on_device:
+    def stack_factors(self, adapters: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
+        """The factors of these adapters, one lane for each: A [lanes, r, in], B [lanes, r, out]."""
+        changes = [resident.layer_changes.get(self.key) for resident in adapters]
+        if self.on_gpu:
             A, B = self.join_factors(
                 [[change] if type(change) is ResolvedLowRank else [] for change in changes]
             )
             return A, B
         pairs = [
-            (change.A, change.B) if type(change) is ResolvedLowRank else self.no_factors
+            (change.A, change.B) if type(change) is ResolvedLowRank else self.empty_factors
             for change in changes
         ]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
         # later calls, which may be outside of inference mode, use these tensors
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if len({len(factor) for factor in A}) == 1:
-                return torch.stack(A).to(self.dtype), torch.stack(B).to(self.dtype)
-            return pad_sequence(A, batch_first=True).to(self.dtype), pad_sequence(
+                return torch.stack(A).to(self.compute_dtype), torch.stack(B).to(self.compute_dtype)
+            return pad_sequence(A, batch_first=True).to(self.compute_dtype), pad_sequence(
                 B, batch_first=True
-            ).to(self.dtype)
+            ).to(self.compute_dtype)
 
     def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
-        """A [n, r, in] and B [n, r, out] of n rows: the factors of each row's changes, joined along
-        the rank and padded with zeros. They are copied once, in the dtype of the weight, and freed
-        after the product."""
+        """A [n, r, in] and B [n, r, out] of n rows: the factors of all changes of a row, joined
+        along the rank and padded with zeros. They are copied once, in the dtype of the weight, and
+        freed after the product."""
         ranks = [sum(len(change.A) for change in changes) for changes in rows]
-        most, factors = max(ranks), []
-        for name, width in (("A", self.in_), ("B", self.out)):
-            zeros = self.batch_state.zeros(most * width, self.factor_dtype, self.device).view(
-                most, width
+        max_rank, factors = max(ranks), []
+        for name, width in (("A", self.in_dim), ("B", self.out_dim)):
+            zeros = self.batch_state.zeros(max_rank * width, self.factor_dtype, self.device).view(
+                max_rank, width
             )
             pieces = [
                 piece
@@ -110,17 +115,17 @@ class Layer:
                 if len(piece)
             ]
             factors.append(
-                torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.weight_dtype)
+                torch.cat(pieces or [zeros]).view(len(rows), max_rank, width).to(self.weight_dtype)
             )
         return factors
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
-        for resident in self.batch_state.assignment.members:
-            if self.key in resident.parts:
-                yield from resident.parts[self.key].reached_ids(method)
+        for resident in self.batch_state.assignment.adapters:
+            if self.key in resident.layer_changes:
+                yield from resident.layer_changes[self.key].reached_ids(method)
 
     def run(self, call: Call) -> Any:
-        """As ``LayerAdapter.run``."""
+        """The layer's output for a call, as ``LayerAdapter.run`` computes it."""
         # every Python call here costs time in each layer of a decoding step
         assignment = self.batch_state.assignment
         if len(call.args) == 1 and not call.kwargs and call.context.path is None:
@@ -129,36 +134,38 @@ class Layer:
             if (
                 (fused.applies(x, weight) or device.applies_alike(x, weight))
                 and x.ndim > 1
-                and x.shape[0] == assignment.count
+                and x.shape[0] == assignment.row_count
                 and not (x.requires_grad and torch.is_grad_enabled())
-                and not (self.time_first and x.ndim > 2 and x.shape[1] == assignment.count)
+                and not (self.time_first and x.ndim > 2 and x.shape[1] == assignment.row_count)
             ):
-                weight = weight.mT if self.flipped else weight
+                weight = weight.mT if self.is_transposed else weight
                 bias = parameters["bias"] if "bias" in parameters else None  # noqa: SIM401 (half the time of a call)
-                flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
-                tokens = len(flat) // assignment.count
+                flat = x.view(-1, self.in_dim) if x.is_contiguous() else x.reshape(-1, self.in_dim)
+                tokens = len(flat) // assignment.row_count
                 if assignment.multiplies_by_row(self, tokens):
                     delta = batched.by_rows(flat, *assignment.row_factors(self))
-                elif tokens > FEW_TOKENS or (self.on_device and assignment.run_count <= FEW_RUNS):
-                    delta = batched.by_runs(flat, self.out, assignment.runs(self), tokens)
+                elif tokens > MAX_GROUPED_TOKENS or (
+                    self.on_gpu and assignment.run_count <= MAX_SINGLE_RUNS
+                ):
+                    delta = batched.by_runs(flat, self.out_dim, assignment.runs(self), tokens)
                 else:
                     delta = self.multiply_groups(flat, tokens, assignment)
-                if self.key in assignment.with_gain_or_bias:
+                if self.key in assignment.gain_or_bias_keys:
                     y = self.add_gain_and_bias(delta, flat, weight, bias, assignment)
                 else:
                     y = fused.add_product(delta, flat, weight, bias)
-                return y.view(*x.shape[:-1], self.out)
-        return assignment.row_parts[self.key].run(call)
+                return y.view(*x.shape[:-1], self.out_dim)
+        return assignment.unresolved_layers[self.key].run(call)
 
     def multiply_groups(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
-        """ΔW x of all rows, [N, out]."""
-        wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
+        """ΔW x for ``flat`` [N, in], the tokens of all rows: [N, out]."""
+        inputs = flat if flat.dtype is self.compute_dtype else flat.to(self.compute_dtype)
         delta = None
         for grouping, (A, B) in assignment.groups(self, tokens):
-            h = batched.project_down(batched.gather_rows(wide, grouping), A, grouping)
+            h = batched.project_down(batched.gather_rows(inputs, grouping), A, grouping)
             delta = batched.project_up(h, B, grouping, delta)
         if delta is None:
-            return flat.new_zeros(len(flat), self.out)
+            return flat.new_zeros(len(flat), self.out_dim)
         return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
 
     def add_gain_and_bias(
@@ -169,90 +176,101 @@ class Layer:
         bias: Tensor | None,
         assignment: BatchAssignment,
     ) -> Tensor:
-        """gain ⊙ (x Wᵀ) + Δ + bias, with a gain or a bias of each row."""
-        gain, row_bias = assignment.extra(self, bias, flat)
+        """gain ⊙ (x Wᵀ) + delta + bias for ``flat`` = x, with the gain and bias of each row."""
+        gain, row_bias = assignment.row_gain_and_bias(self, bias, flat)
         if gain is None:
             y = fused.add_product(delta, flat, weight, None)
         else:
-            base_output, shape_by_row = flat @ weight.mT, (assignment.count, -1, self.out)
+            base_output, shape_by_row = flat @ weight.mT, (assignment.row_count, -1, self.out_dim)
             y = delta.view(shape_by_row).addcmul_(base_output.view(shape_by_row), gain[:, None])
         if row_bias is not None:
-            y = y.view(assignment.count, -1, self.out).add_(row_bias[:, None])
+            y = y.view(assignment.row_count, -1, self.out_dim).add_(row_bias[:, None])
         elif bias is not None:
             y = y.add_(bias)
         return y
 
 
 class BatchAssignment:
-    """The adapters of each row of a call. ``table`` maps each layer's key to the object that
-    computes the layer in this call."""
+    """The adapters of each row of a call.
 
-    def __init__(self, batch_state: BatchState, rows: tuple[Uses, ...]) -> None:
-        self.batch_state, self.rows, self.count = batch_state, rows, len(rows)
-        self.members = list({resident: None for uses in rows for resident, _ in uses})
-        self.members_by_rank: dict[int, list[ResidentAdapter]] = {}
-        for resident in sorted(self.members, key=lambda resident: resident.uid):
+    Attributes:
+        table: maps each layer's key to the object that computes the layer in this call.
+        adapters: the adapters of all rows, each listed once.
+        adapters_by_rank: the same adapters by rounded rank.
+        groupings: how rows are grouped, by (tokens per row, device, dtype).
+        rows_by_blend: the indices of rows with equal adapters and weights.
+        unresolved_layers: compute layers with a change that is no ``ResolvedLowRank``.
+        gain_or_bias_keys: keys of layers for which some adapter has a gain or a bias.
+    """
+
+    def __init__(self, batch_state: BatchState, rows: tuple[WeightedAdapters, ...]) -> None:
+        self.batch_state, self.rows, self.row_count = batch_state, rows, len(rows)
+        self.adapters = list({resident: None for blend in rows for resident, _ in blend})
+        self.adapters_by_rank: dict[int, list[ResidentAdapter]] = {}
+        for resident in sorted(self.adapters, key=lambda resident: resident.uid):
             if resident.rank:  # adapters of similar rank share a product
-                self.members_by_rank.setdefault(
-                    max(LEAST_RANK, 1 << (resident.rank - 1).bit_length()), []
+                self.adapters_by_rank.setdefault(
+                    max(MIN_ROUNDED_RANK, 1 << (resident.rank - 1).bit_length()), []
                 ).append(resident)
         self.groupings: dict[Any, list[Grouping]] = {}
         siblings = (
             sibling
             for sibling in batch_state.assignments.values()
-            if sibling.members_by_rank == self.members_by_rank
+            if sibling.adapters_by_rank == self.adapters_by_rank
         )
         #: stacked factors by layer, shared by all assignments of the same adapters
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
             (sibling.factors for sibling in siblings), {}
         )
         self.run_cache: dict[Any, list[batched.Run]] = {}
-        self.by_row: dict[Any, tuple[list[list[ResolvedLowRank]], Tensor | None]] = {}
-        self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
-        self.distinct = {
-            uses: [i for i, row_indices in enumerate(rows) if row_indices == uses]
-            for uses in dict.fromkeys(rows)
+        self.row_factor_cache: dict[Any, tuple[list[list[ResolvedLowRank]], Tensor | None]] = {}
+        self.gain_and_bias_cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
+        self.rows_by_blend = {
+            blend: [row for row, row_blend in enumerate(rows) if row_blend == blend]
+            for blend in dict.fromkeys(rows)
         }
         selections = [
             blend_adapters(
                 [
-                    (ActiveAdapter(resident.path.name, resident.parts), weight)
-                    for resident, weight in uses
+                    (ActiveAdapter(resident.path.name, resident.layer_changes), weight)
+                    for resident, weight in blend
                 ]
             )
-            if uses
+            if blend
             else BASE
-            for uses in self.distinct
+            for blend in self.rows_by_blend
         ]
         indices = [
-            torch.tensor(row_indices, device="cpu") for row_indices in self.distinct.values()
+            torch.tensor(row_indices, device="cpu") for row_indices in self.rows_by_blend.values()
         ]
-        self.row_parts = RowAdapters(
-            batch_state.frame.uid, selections, indices, self.count, batch_state.frame.time_first
+        layout = batch_state.layout
+        self.unresolved_layers = RowAdapters(
+            layout.uid, selections, indices, self.row_count, layout.time_first
         )
-        general = {key for resident in self.members for key in resident.general}
-        keys = dict.fromkeys(key for resident in self.members for key in resident.parts)
+        unresolved_keys = {key for resident in self.adapters for key in resident.unresolved_keys}
+        keys = dict.fromkeys(key for resident in self.adapters for key in resident.layer_changes)
         self.table = {
-            key: self.row_parts[key] if key in general else batch_state.layers[key] for key in keys
+            key: (self.unresolved_layers if key in unresolved_keys else batch_state.layers)[key]
+            for key in keys
         }
-        self.with_gain_or_bias = {
+        self.gain_or_bias_keys = {
             key
-            for resident in self.members
-            for key, change in resident.parts.items()
+            for resident in self.adapters
+            for key, change in resident.layer_changes.items()
             if isinstance(change, ResolvedLowRank)
             and (change.gain is not None or change.bias is not None)
         }
 
     def runs(self, layer: Layer) -> list[batched.Run]:
-        """Runs of neighbouring rows with the same adapters, and the factors of a layer for each
-        run."""
+        """Runs of neighbouring rows with the same adapters: (first row, row after the last, factors
+        of the layer)."""
         if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
             first = 0
-            for row in range(1, self.count + 1):
-                if row == self.count or self.rows[row] != self.rows[first]:
+            for row in range(1, self.row_count + 1):
+                if row == self.row_count or self.rows[row] != self.rows[first]:
                     changes = (
-                        (resident.parts.get(layer.key), weight)
+                        (resident.layer_changes.get(layer.key), weight)
                         for resident, weight in self.rows[first]
                     )
                     factors = [
@@ -276,25 +294,30 @@ class BatchAssignment:
 
     @cached_property
     def run_count(self) -> int:
-        return 1 + sum(uses != next_uses for uses, next_uses in itertools.pairwise(self.rows))
+        return 1 + sum(blend != next_blend for blend, next_blend in itertools.pairwise(self.rows))
 
     def multiplies_by_row(self, layer: Layer, tokens: int) -> bool:
-        """Whether to multiply each row by factors stacked for that row. True on a device, and for
-        16-bit prompts on a CPU, where it takes one batched product in place of two for each
-        adapter."""
-        if self.run_count <= FEW_RUNS:
+        """Whether to multiply each row by factors that are stacked for this row. That is faster on
+        a GPU. On a CPU it is faster for 16-bit prompts, where it takes one batched product instead
+        of two for each adapter. ``tokens``: tokens per row."""
+        if self.run_count <= MAX_SINGLE_RUNS:
             return False
-        if not layer.on_device:
-            return tokens > FEW_TOKENS and layer.weight_dtype.itemsize == 2
-        return tokens > FEW_TOKENS or self.count <= ROWS_PER_ADAPTER * max(len(self.members), 1)
+        if not layer.on_gpu:
+            return tokens > MAX_GROUPED_TOKENS and layer.weight_dtype.itemsize == 2
+        has_few_rows = self.row_count <= MAX_ROWS_PER_ADAPTER * max(len(self.adapters), 1)
+        return tokens > MAX_GROUPED_TOKENS or has_few_rows
 
     def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A [rows, r, in] and B [rows, r, out] of a layer, stacked for this call, and the weights
-        [rows, 1, r]."""
-        if layer.key not in self.by_row:
+        """A [rows, r, in] and B [rows, r, out] of a layer, stacked for this call, and the adapter
+        weights [rows, 1, r]; None if all weights are 1."""
+        if layer.key not in self.row_factor_cache:
             rows = [
-                [(r.parts[layer.key], weight) for r, weight in uses if layer.key in r.parts]
-                for uses in self.rows
+                [
+                    (resident.layer_changes[layer.key], weight)
+                    for resident, weight in blend
+                    if layer.key in resident.layer_changes
+                ]
+                for blend in self.rows
             ]
             row_changes, weights = (
                 [[change for change, _ in weighted_changes] for weighted_changes in rows],
@@ -306,132 +329,132 @@ class BatchAssignment:
                     for changes in rows
                 ]
                 weights = pad_sequence(row_weights, batch_first=True)[:, None]
-                weights = weights.to(layer.dtype).to(layer.device, non_blocking=True)
-            self.by_row[layer.key] = row_changes, weights
-        row_changes, weights = self.by_row[layer.key]
+                weights = weights.to(layer.compute_dtype).to(layer.device, non_blocking=True)
+            self.row_factor_cache[layer.key] = row_changes, weights
+        row_changes, weights = self.row_factor_cache[layer.key]
         A, B = layer.join_factors(row_changes)
         return A, B, weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
-        """For each rounded rank, the grouping of rows with this number of tokens, and the factors
+        """For each rounded rank: the grouping of rows of ``tokens`` tokens, and the stacked factors
         of a layer."""
-        key, members_by_rank = (tokens, layer.device, layer.dtype), self.members_by_rank
+        key, adapters_by_rank = (tokens, layer.device, layer.compute_dtype), self.adapters_by_rank
         if key not in self.groupings:
             self.groupings[key] = [
-                _grouping(self.rows, members, *key) for members in members_by_rank.values()
+                _grouping(self.rows, adapters, *key) for adapters in adapters_by_rank.values()
             ]
-        if layer.on_device:
+        if layer.on_gpu:
             return zip(
                 self.groupings[key],
-                [layer.stack_factors(members) for members in members_by_rank.values()],
+                [layer.stack_factors(adapters) for adapters in adapters_by_rank.values()],
                 strict=True,
             )
         if layer.key not in self.factors:
             self.factors[layer.key] = [
-                layer.stack_factors(members) for members in members_by_rank.values()
+                layer.stack_factors(adapters) for adapters in adapters_by_rank.values()
             ]
         return zip(self.groupings[key], self.factors[layer.key], strict=True)
 
-    def extra(
+    def row_gain_and_bias(
         self, layer: Layer, bias: Tensor | None, like: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gain and the bias of each row for a layer, [rows, out]; None if no row has one."""
-        if layer.key not in self.extras:
-            changes = {resident: resident.parts.get(layer.key) for resident in self.members}
+        """The gain and the bias of each row for a layer, [rows, out]. Either is None if no row has
+        one. ``bias``: the layer's own; ``like``: a tensor of the results' dtype and device."""
+        if layer.key not in self.gain_and_bias_cache:
+            changes = {
+                resident: resident.layer_changes.get(layer.key) for resident in self.adapters
+            }
 
             def of_rows(name: str, base_value: Tensor) -> Tensor | None:
                 if all(getattr(change, name, None) is None for change in changes.values()):
                     return None
-                values = base_value.expand(self.count, layer.out).clone()
-                for row, uses in enumerate(self.rows):
-                    for resident, weight in uses:
+                values = base_value.expand(self.row_count, layer.out_dim).clone()
+                for row, blend in enumerate(self.rows):
+                    for resident, weight in blend:
                         if (value := getattr(changes[resident], name, None)) is not None:
-                            values[row] += weight * (value.to(layer.dtype) - base_value)
+                            values[row] += weight * (value.to(layer.compute_dtype) - base_value)
                 return values.to(like.dtype)
 
-            gain = of_rows("gain", torch.ones(layer.out, dtype=layer.dtype, device=like.device))
-            self.extras[layer.key] = (
+            ones = torch.ones(layer.out_dim, dtype=layer.compute_dtype, device=like.device)
+            gain = of_rows("gain", ones)
+            self.gain_and_bias_cache[layer.key] = (
                 gain,
-                None if bias is None else of_rows("bias", bias.to(layer.dtype)),
+                None if bias is None else of_rows("bias", bias.to(layer.compute_dtype)),
             )
-        return self.extras[layer.key]
+        return self.gain_and_bias_cache[layer.key]
 
 
 def _grouping(
-    rows: Sequence[Uses],
-    members: Sequence[ResidentAdapter],
+    rows: Sequence[WeightedAdapters],
+    adapters: Sequence[ResidentAdapter],
     tokens: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Grouping:
-    """Group rows by the lanes of the adapters that they use. Computed on the CPU, so that nothing
-    waits for a device."""
-    count, lane_of = len(members), {resident: lane for lane, resident in enumerate(members)}
-    rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in members]
+    """Group rows by the lanes of their adapters, in the order of ``adapters``. Computed on the CPU,
+    so that nothing waits for an accelerator."""
+    lane_count, lane_of = len(adapters), {resident: lane for lane, resident in enumerate(adapters)}
+    rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in adapters]
     lanes_of_row: list[list[tuple[int, int]]] = []  # for each row, (lane, index within the lane)
-    for row, uses in enumerate(rows):
+    for row, blend in enumerate(rows):
         lanes_of_row.append([])
-        for resident, weight in uses:
+        for resident, weight in blend:
             if (lane := lane_of.get(resident)) is not None:
                 lanes_of_row[row].append((lane, len(rows_of_lane[lane])))
                 rows_of_lane[lane].append((row, weight))
-    size = max(map(len, rows_of_lane))
-    padded = [lane_rows + [(0, 0.0)] * (size - len(lane_rows)) for lane_rows in rows_of_lane]
+    lane_size = max(map(len, rows_of_lane))
+    lanes = [lane_rows + [(0, 0.0)] * (lane_size - len(lane_rows)) for lane_rows in rows_of_lane]
 
     def move_to_device(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
     def expand_to_tokens(indices: Sequence[int]) -> Tensor | None:
-        """Indices of rows or lanes, expanded to indices of their tokens; None if these are 0, 1, 2,
-        …"""
-        wide = torch.tensor(indices, device="cpu")[:, None] * tokens + torch.arange(
-            tokens, device="cpu"
-        )
-        flat = wide.flatten()
-        same = len(flat) == count * size * tokens == len(rows) * tokens
-        return (
-            None
-            if same and torch.equal(flat, torch.arange(len(flat), device="cpu"))
-            else move_to_device(flat)
-        )
+        """Indices of rows or lanes, expanded to the indices of their tokens. None if these are 0,
+        1, 2, … in order."""
+        first_tokens = torch.tensor(indices, device="cpu")[:, None] * tokens
+        token_indices = (first_tokens + torch.arange(tokens, device="cpu")).flatten()
+        count = len(token_indices)
+        same_length = count == lane_count * lane_size * tokens == len(rows) * tokens
+        if same_length and torch.equal(token_indices, torch.arange(count, device="cpu")):
+            return None
+        return move_to_device(token_indices)
 
-    order = expand_to_tokens([row for lane_rows in padded for row, _ in lane_rows])
-    lane_weights = torch.tensor(
-        [[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device="cpu"
-    )
-    unweighted = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
-    weights = (
-        None if unweighted else move_to_device(lane_weights.repeat_interleave(tokens, 1)[:, None])
-    )
+    order = expand_to_tokens([row for lane_rows in lanes for row, _ in lane_rows])
+    lane_weights = [[weight for _, weight in lane_rows] for lane_rows in lanes]
+    weights = None
+    if not all(weight in (0.0, 1.0) for row_weights in lane_weights for weight in row_weights):
+        weight_tensor = torch.tensor(lane_weights, dtype=dtype, device="cpu")
+        weights = move_to_device(weight_tensor.repeat_interleave(tokens, 1)[:, None])
     gathers = []
-    for number in range(max(map(len, lanes_of_row))):
-        is_present = [len(entries) > number for entries in lanes_of_row]
-        entries = [
-            entry[number] if present else (0, 0)
-            for entry, present in zip(lanes_of_row, is_present, strict=True)
+    for position in range(max(map(len, lanes_of_row))):
+        is_present = [len(row_lanes) > position for row_lanes in lanes_of_row]
+        lane_entries = [
+            row_lanes[position] if present else (0, 0)
+            for row_lanes, present in zip(lanes_of_row, is_present, strict=True)
         ]
-        index = expand_to_tokens([lane * size + within for lane, within in entries])
-        absent = None
+        lane_indices = [lane * lane_size + index_in_lane for lane, index_in_lane in lane_entries]
+        index = expand_to_tokens(lane_indices)
+        is_absent = None
         if not all(is_present):
-            absent = move_to_device(
+            is_absent = move_to_device(
                 ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens)[:, None]
             )
-        gathers.append((index, absent))
-    return Grouping(0, count, order, weights, tuple(gathers))
+        gathers.append((index, is_absent))
+    return Grouping(0, lane_count, order, weights, tuple(gathers))
 
 
 class BatchState:
     """The layers, cached assignments of recent calls, and the assignment of the running call."""
 
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
+    def __init__(self, layout: ModelLayout) -> None:
+        self.layout = layout
         self.layers: dict[Any, Layer] = {}
         self.assignments: dict[Any, BatchAssignment] = {}
         self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
         self.zero_buffers: dict[Any, Tensor] = {}
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``count`` zeros, shared and never written to."""
+        """``count`` zeros in memory that all callers share, so they must not be written to."""
         buffer = self.zero_buffers.get((dtype, device))
         if buffer is None or len(buffer) < count:
             with torch.inference_mode(False):
@@ -440,29 +463,28 @@ class BatchState:
                 )
         return buffer[:count]
 
-    def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
-        """Make ``rows`` the assignment of the calls that follow."""
-        key = tuple(tuple((resident.uid, weight) for resident, weight in uses) for uses in rows)
+    def use(self, rows: tuple[WeightedAdapters, ...]) -> BatchAssignment:
+        """Make ``rows``, the adapters of each row, the assignment of the calls that follow."""
+        key = tuple(tuple((resident.uid, weight) for resident, weight in blend) for blend in rows)
         assignment = self.assignments.pop(key, None)
         if assignment is None:
-            while len(self.assignments) >= CACHED:
+            while len(self.assignments) >= MAX_CACHED_ASSIGNMENTS:
                 del self.assignments[next(iter(self.assignments))]
-            for resident in {resident for uses in rows for resident, _ in uses}:
-                for layer, part in resident.parts.items():
-                    if isinstance(part, ResolvedLowRank) and layer not in self.layers:
-                        self.layers[layer] = Layer(self, layer, part)
-            with torch.inference_mode(
-                False
-            ):  # later calls, which may be outside of inference mode, use its tensors
+            for resident in {resident for blend in rows for resident, _ in blend}:
+                for layer_key, change in resident.layer_changes.items():
+                    if isinstance(change, ResolvedLowRank) and layer_key not in self.layers:
+                        self.layers[layer_key] = Layer(self, layer_key, change)
+            # later calls, which may be outside of inference mode, use the assignment's tensors
+            with torch.inference_mode(False):
                 assignment = BatchAssignment(self, rows)
         self.assignments[key] = self.assignment = assignment
         return assignment
 
-    def keep(self, alive: set[int]) -> None:
-        """Drop assignments with adapters that are no longer in memory. ``alive``: the ``uid`` of
-        those that are."""
+    def drop_removed(self, resident_uids: set[int]) -> None:
+        """Drop cached assignments of adapters that are no longer in memory. ``resident_uids``: the
+        uids of the adapters in memory."""
         self.assignments = {
             key: assignment
             for key, assignment in self.assignments.items()
-            if all(member.uid in alive for member in assignment.members)
+            if all(adapter.uid in resident_uids for adapter in assignment.adapters)
         }

@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from veneer.attach import require_finite_weights
-from veneer.bank.batch_state import Uses
+from veneer.bank.batch_state import WeightedAdapters
 from veneer.bank.resident import ResidentAdapter
 from veneer.errors import BankFullError, SelectionError
 
 
 @dataclass(frozen=True)
 class Status:
-    """One name of a bank. ``resident``: it is in memory and takes ``bytes`` there; ``users``: the
-    number of leases on it. ``rank`` and ``variant`` are None until it was loaded once."""
+    """The state of one registered name.
+
+    Fields:
+        resident: whether the adapter is in memory.
+        bytes: its size in memory, 0 if it is not there.
+        pinned: whether it is never evicted.
+        users: the number of leases on it.
+        rank, variant: None until it was loaded once.
+    """
 
     name: str
     path: Path
@@ -30,17 +37,17 @@ class Status:
 
 @dataclass(eq=False)
 class Entry:
-    """One registered adapter. ``rank_and_variant`` is None until it was loaded once."""
+    """One registered adapter. ``rank_and_variant`` is None until the adapter was loaded once."""
 
     name: str
     path: Path
     pinned: bool = False
     resident: ResidentAdapter | None = None
     rank_and_variant: tuple[int, str] | None = None
-    #: leases on it, including those that wait for a load
+    #: number of leases on the adapter, including leases that wait for it to be loaded
     users: int = 0
-    #: the bank's clock when it was last used
-    used: int = 0
+    #: the bank's use counter at the adapter's last use
+    last_use: int = 0
 
     def status(self) -> Status:
         rank, variant = self.rank_and_variant or (None, None)
@@ -57,7 +64,7 @@ class Entry:
 
 
 class Lender(Protocol):
-    """The part of a bank that its leases use."""
+    """The methods of a bank that its leases call."""
 
     def _release(self, entries: Sequence[Entry]) -> None:
         """End one use of each of these entries."""
@@ -65,15 +72,19 @@ class Lender(Protocol):
 
 
 class Lease:
-    """The right to use adapters, which stay in memory until it is released. ``adapter_weights``:
-    the requested weights by name; ``uses``: the same with the resident adapters."""
+    """The right to use adapters, which stay in memory until the lease is released.
+
+    Attributes:
+        adapter_weights: the requested weights, by the name of the adapter.
+        uses: the same weights, each with its adapter in memory.
+    """
 
     def __init__(
         self, bank: Lender, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
     ) -> None:
         self.adapter_weights = dict(adapter_weights)
         uses: Any = [(entry.resident, adapter_weights[entry.name]) for entry in entries]
-        self.uses: Uses = tuple(uses)
+        self.uses: WeightedAdapters = tuple(uses)
         self._bank, self._entries = bank, [*entries]
 
     def release(self) -> None:
@@ -88,18 +99,28 @@ class Lease:
         self.release()
 
 
-def full_error(count: int, unevictable: int, capacity: int, waited: float | None) -> BankFullError:
-    """The error of a load of ``count`` bytes that does not fit. ``waited``: the seconds of waiting
-    for leases to be released, if that could have helped."""
-    problem = f"{count:,} bytes to load beside {unevictable:,} that are pinned or asked for with it"
+def full_error(
+    byte_count: int, unevictable: int, capacity: int, waited: float | None
+) -> BankFullError:
+    """The error of a load of ``byte_count`` bytes that does not fit.
+
+    Args:
+        unevictable: bytes of adapters that are pinned or requested together with the new one.
+        capacity: the bank's limit in bytes.
+        waited: seconds for which the load waited for leases to be released; None if that could not
+            have helped.
+    """
+    problem = (
+        f"{byte_count:,} bytes to load beside {unevictable:,} that are pinned or asked for with it"
+    )
     if waited is not None:
         problem += f", and others in use for {waited:g} s"
     do = "give the bank more, unpin adapters, or use fewer at once"
     return BankFullError(problem, f"at most {capacity:,}", do)
 
 
-def live_lease(bank: Lender, lease: Any) -> Lease:
-    """Return ``lease`` if it is a lease of the bank that was not released, else raise
+def require_live_lease(bank: Lender, lease: Any) -> Lease:
+    """Return ``lease`` if it is a lease of the bank that was not released; else raise
     ``SelectionError``."""
     if (
         not isinstance(lease, Lease)
@@ -111,38 +132,48 @@ def live_lease(bank: Lender, lease: Any) -> Lease:
     return lease
 
 
-def uses_of_rows(
+def adapters_of_rows(
     bank: Lender,
     choices: Sequence[Any],
     row_weights: Sequence[Mapping[str, float] | None],
     lease: Lease,
     invoked: bool,
-) -> tuple[Uses, ...]:
-    """The resident adapters and weights of each row, without weights of 0. ``lease`` holds the
-    adapters of all rows whose choice is not itself a lease. ``SelectionError``: an adapter has
-    invocation tokens, which a bank's rows do not search, and the tokens are not all ``invoked``."""
+) -> tuple[WeightedAdapters, ...]:
+    """The adapters of each row in memory, with their weights. Adapters with a weight of 0 are left
+    out.
+
+    Args:
+        choices: the choice for each row, as in ``Bank.rows``.
+        row_weights: ``row_weights_of(choices)``.
+        lease: holds the adapters of all rows whose choice is not itself a lease.
+        invoked: whether all tokens follow the invocation of their row's adapter, if it has one.
+
+    Raises:
+        SelectionError: an adapter has invocation tokens, for which a bank does not search the rows,
+            and ``invoked`` is False.
+    """
     adapters = (adapter for adapter, _ in lease.uses)
-    resident = dict(zip(lease.adapter_weights, adapters, strict=True))
+    adapter_by_name = dict(zip(lease.adapter_weights, adapters, strict=True))
     blends = (
-        live_lease(bank, choice).uses
+        require_live_lease(bank, choice).uses
         if weights is None
-        else [(resident[name], weight) for name, weight in weights.items()]
+        else [(adapter_by_name[name], weight) for name, weight in weights.items()]
         for choice, weights in zip(choices, row_weights, strict=True)
     )
-    uses = tuple(
+    rows = tuple(
         tuple((adapter, weight) for adapter, weight in blend if weight) for blend in blends
     )
-    for adapter in () if invoked else (adapter for row in uses for adapter, _ in row):
+    for adapter in () if invoked else (adapter for row in rows for adapter, _ in row):
         if adapter.invocation_tokens:
             problem = f"{adapter.path.name!r} in a bank's rows, which has invocation tokens"
             expected = "adapters that act on every token"
             do = "veneer.load it and use veneer.use, or ask `veneer serve`"
             raise SelectionError(problem, expected, do)
-    return uses
+    return rows
 
 
 def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
-    """The weights of each row's adapters; None if the choice is a lease."""
+    """The adapter weights of each row, by name; None for a row whose choice is a lease."""
     if isinstance(choices, str | Mapping) or not len(choices):
         problem = f"{choices!r} for the rows" if len(choices) else "no rows"
         do = "name an adapter or None for each row"
@@ -152,23 +183,24 @@ def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
 
 def sequences_per_row(model: Any, options: Mapping[str, Any]) -> int:
     """The number of sequences that ``model.generate`` computes for each row of its inputs.
-    ``SelectionError``: several for a model with an encoder, which computes each row once."""
+    ``SelectionError``: a model with an encoder should compute several, but its encoder runs before
+    ``generate`` repeats the rows."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     beams, sequences = (
         options.get(name) or getattr(config, name, None) or 1
         for name in ("num_beams", "num_return_sequences")
     )
-    count = max(beams, sequences)
-    if count > 1 and getattr(model.config, "is_encoder_decoder", False):
-        problem = f"{count} sequences a row from an encoder and a decoder, of which the encoder "
-        problem += "sees each row once"
+    sequence_count = max(beams, sequences)
+    if sequence_count > 1 and getattr(model.config, "is_encoder_decoder", False):
+        problem = f"{sequence_count} sequences a row from an encoder and a decoder, of which the"
+        problem += " encoder sees each row once"
         do = "repeat the rows of the inputs yourself"
         raise SelectionError(problem, "one sequence a row", do)
-    return count
+    return sequence_count
 
 
 def weights_of(choice: Any) -> dict[str, float]:
-    """The adapter weights of a choice for one row, by name; empty for the base."""
+    """The adapter weights of one row's choice, by name; an empty dict for the base."""
     if choice is None:
         return {}
     if isinstance(choice, str):

@@ -1,12 +1,12 @@
 """An adapter in memory, in the form that a bank's calls need.
 
-    parts       what runs instead of a layer's forward, by the key of the layer's ``LayerState``
+    layer_changes   what runs instead of a layer's forward, by the key of the layer's ``LayerState``
         ResolvedLowRank     for a linear layer: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
         LayerAdapter        for any other change
 
-The tensors of all ``ResolvedLowRank`` of an adapter are views of one block of memory in the dtype
-of the base, which is freed at once. DoRA's gain and PiSSA's products are computed once, when the
-adapter is loaded, because neither the base nor the adapter changes afterwards.
+All tensors of an adapter's ``ResolvedLowRank`` are views of one block of memory in the dtype of the
+base, so that evicting the adapter frees one block. DoRA's gain and PiSSA's products are computed
+once, when the adapter is loaded, because neither the base nor the adapter changes afterwards.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
-#: the largest ratio of the resolved factors' size to the adapter parameters' size: a variant that
-#: trains few values at a large rank stays a ``LayerAdapter``
-SWELL = 2.0
-#: approximate bytes of the Python objects of one part
-OVERHEAD = 1 << 10
+#: the largest ratio of the resolved factors' size to the adapter parameters' size. A variant that
+#: trains few values at a large rank exceeds it, and stays a ``LayerAdapter``.
+MAX_GROWTH = 2.0
+#: approximate bytes of the Python objects of the change of one layer
+BYTES_PER_CHANGE = 1 << 10
 
-_COUNT = itertools.count()
+#: numbers for ``ResidentAdapter.uid``
+_UIDS = itertools.count()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,9 +60,12 @@ class ResolvedLowRank:
     """The change of a layer that is a matrix product: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias.
 
     Fields:
-        A, B: [r, in] and [r, out]; B is multiplied by the scale and the gain.
-        gain: [out], for the rows of W; None for 1.
-        bias: [out], which replaces the layer's bias; None keeps that.
+        A, B: [r, in] and [r, out]; B is already multiplied by the scale and the gain.
+        gain: [out], a factor for each row of W; None stands for 1.
+        bias: [out], which replaces the layer's bias; None keeps the layer's bias.
+        layer: the layer kind of the module (``layers/``).
+        name: the name of W in the module.
+        dims: how the layer kind unfolds W into a matrix.
     """
 
     A: Tensor
@@ -75,7 +79,7 @@ class ResolvedLowRank:
     read_below = {}
     entries = {}
     storage = BASES["plain"]
-    # for calls without batched products (under autocast, with gradients): runs the layer on W + ΔW
+    # calls without batched products (under autocast, or with gradients) run the layer on W + ΔW
     run = run_on_view
 
     @property
@@ -107,19 +111,25 @@ class ResolvedLowRank:
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """An adapter in memory. ``uid``: never used again; ``parts``: the table of its
-    ``ActiveAdapter``; ``nbytes``: bytes of tensors and Python objects; ``rank``: the largest one;
-    ``general``: keys of the parts that are not ``ResolvedLowRank``; ``invocation_tokens``: those of
-    its config."""
+    """An adapter in memory.
+
+    Fields:
+        layer_changes: {key of a layer: what runs instead of its forward}.
+        nbytes: bytes of the tensors and the Python objects.
+        rank: the largest rank of its ``ResolvedLowRank``.
+        unresolved_keys: keys of the layers whose change is no ``ResolvedLowRank``.
+        invocation_tokens: the invocation tokens of its config.
+        uid: a number that no other adapter gets.
+    """
 
     path: Path
     variant: str
-    parts: Mapping[Any, Any]
+    layer_changes: Mapping[Any, Any]
     nbytes: int
     rank: int
-    general: frozenset[Any]
+    unresolved_keys: frozenset[Any]
     invocation_tokens: tuple[int, ...] = ()
-    uid: int = field(default_factory=_COUNT.__next__)
+    uid: int = field(default_factory=_UIDS.__next__)
 
 
 def expected_bytes(path: Path) -> int:
@@ -129,7 +139,7 @@ def expected_bytes(path: Path) -> int:
     return file.stat().st_size // 2 if file.is_file() else 0
 
 
-@torch.inference_mode(False)  # these tensors are used by calls in any mode
+@torch.inference_mode(False)  # calls in any mode use the tensors
 def load_resident(
     model: nn.Module,
     path: Path,
@@ -137,18 +147,19 @@ def load_resident(
     dtype: torch.dtype | None,
     verify_base: bool,
     cache: MatchCache,
-    recipes: Recipes,
+    resolve_plans: ResolvePlans,
 ) -> ResidentAdapter:
-    """Verify an adapter folder against a model and build its parts. The modules that they change
+    """Verify an adapter folder against a model, and load the adapter. The modules that it changes
     get an adapted class.
 
     Args:
-        dtype: dtype of the factors; None takes that of each weight.
-        cache, recipes: results for this model and for earlier adapters; new results are added.
+        dtype: dtype of the factors; None takes the dtype of each weight.
+        cache: results of verifying earlier adapters against this model; new results are added.
+        resolve_plans: plans of earlier adapters of this model; a new plan is added.
 
     Raises:
-        AdapterError, BaseMismatchError: as ``veneer.load``.
-        SelectionError: an adapter is merged into the weights, so they are not the base's.
+        AdapterError, BaseMismatchError: errors of ``veneer.load``.
+        SelectionError: an adapter is merged into the weights, so they differ from the base's.
     """
     attached = adapters_of(model)
     if attached is not None and attached.merged is not None:
@@ -156,81 +167,90 @@ def load_resident(
         raise SelectionError(problem, "an unmerged model", "call veneer.unmerge(model) first")
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
     config, low = load_plan.saved.config, load_plan.plans.low
-    recipe = recipes.get(id(low))  # ``cache`` holds this very tuple, so its id is unique
-    if recipe is not None and not load_plan.full and recipe.config == config:
-        tables = recipe.table(load_plan.adapter_parameters, dtype)
-        return _resident(path, config, tables, [], len(tables))
+    # ``cache`` holds the tuple ``low`` itself, so its id is unique
+    resolve_plan = resolve_plans.get(id(low))
+    if resolve_plan is not None and not load_plan.full and resolve_plan.config == config:
+        layer_changes = resolve_plan.resolve(load_plan.adapter_parameters, dtype)
+        return _make_resident(path, config, layer_changes, [], len(layer_changes))
     layer_adapters = build_layer_adapters(
         names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
     )
     load_plan.fill(layer_adapters)
     table = adapt_modules(names, load_plan.plans, layer_adapters)
-    resolved_low, general = _split_adapters(names, layer_adapters, dtype)
-    tables = {
+    resolved_low, unresolved = _split_adapters(names, layer_adapters, dtype)
+    layer_changes = {
         key: resolved_low.get(id(layer_adapter), layer_adapter)
         for key, layer_adapter in table.items()
     }
     modules = [names.modules[entry.path] for entry in low]
-    plain = not (general or load_plan.full or VARIANTS[config.variant].derived) and len(
+    all_resolved = not (unresolved or load_plan.full or VARIANTS[config.variant].derived) and len(
         table
     ) == len(low)
-    if plain and all(map(_ordinary, low, modules)):
-        recipes[id(low)] = Recipe(config, low, modules)
-    return _resident(path, config, tables, general, len(layer_adapters))
+    if all_resolved and all(map(_covers_weight, low, modules)):
+        resolve_plans[id(low)] = ResolvePlan(config, low, modules)
+    return _make_resident(path, config, layer_changes, unresolved, len(layer_adapters))
 
 
 @torch.inference_mode(False)
 def resident_of(
     model: nn.Module, path: Path, name: str, *, dtype: torch.dtype | None
 ) -> ResidentAdapter | None:
-    """As ``load_resident`` of a folder whose values equal those of the attached adapter ``name``:
-    the tensors are copied from that adapter. None if a part is no ``ResolvedLowRank``, because such
-    a part would follow further training."""
+    """The adapter that ``load_resident`` would load from the folder ``path``. Its tensors are
+    copied from the attached adapter ``name``, whose values must equal the folder's.
+
+    Returns None if the change of some layer is no ``ResolvedLowRank``: it would share its tensors
+    with the attached adapter, and follow its further training."""
     attached = need_adapters(model, name)
     layer_adapters = {
         module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)
     }
-    resolved_low, general = _split_adapters(Names(model), layer_adapters, dtype)
+    resolved_low, unresolved = _split_adapters(Names(model), layer_adapters, dtype)
     table = {
         key: entry.layer_adapter if isinstance(entry, InvokedAdapter) else entry
         for key, entry in attached.selections[name].table.items()
     }
-    if general or any(id(layer_adapter) not in resolved_low for layer_adapter in table.values()):
+    if unresolved or any(id(layer_adapter) not in resolved_low for layer_adapter in table.values()):
         return None
-    tables = {key: resolved_low[id(layer_adapter)] for key, layer_adapter in table.items()}
-    return _resident(path, attached.configs[name], tables, [], len(tables))
+    layer_changes = {key: resolved_low[id(layer_adapter)] for key, layer_adapter in table.items()}
+    return _make_resident(path, attached.configs[name], layer_changes, [], len(layer_changes))
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe:
-    """The plan of an adapter whose parts are all ``ResolvedLowRank``. Another adapter with the same
-    plan can be loaded without building modules."""
+class ResolvePlan:
+    """How to compute all ``ResolvedLowRank`` of an adapter. Another adapter that changes the same
+    weights in the same way can be loaded by this plan, without building modules."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
     modules: Sequence[nn.Module]
 
     @torch.no_grad()
-    def table(
+    def resolve(
         self, parameters: Mapping[ParamRef, Mapping[str, Tensor]], dtype: torch.dtype | None
     ) -> dict[Any, ResolvedLowRank]:
+        """{key of a layer: its ``ResolvedLowRank``} for the adapter parameters of each weight.
+        ``dtype``: dtype of the factors; None takes the dtype of each weight."""
         variant = VARIANTS[self.config.variant]
         resolved = []
         for entry, module in throttle(zip(self.low, self.modules, strict=True)):
             weight: Any = weight_of(module, entry.weight)
-            trained = trained_dtype(self.config, weight.dtype)
-            trained_values = {
-                name: value.to(weight.device, trained)
+            parameter_dtype = trained_dtype(self.config, weight.dtype)
+            weight_parameters = {
+                name: value.to(weight.device, parameter_dtype)
                 for name, value in parameters[entry.ref].items()
             }
             low, gain = variant.resolve(
-                trained_values,
+                weight_parameters,
                 variant.scale(entry.alpha, entry.rank),
-                lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
+                lambda entry=entry, weight=weight: entry.layer.unfold(
+                    entry.storage.dense(weight), entry.dims
+                ),
             )
-            wanted = weight.dtype if dtype is None else dtype
-            resolved.append((module, entry.dims, [*_flatten_factors(low, gain, wanted), None]))
-        resolved_low = _in_one_block(resolved)
+            factor_dtype = weight.dtype if dtype is None else dtype
+            resolved.append(
+                (module, entry.dims, [*_flatten_factors(low, gain, factor_dtype), None])
+            )
+        resolved_low = _join_in_memory(resolved)
         layer_states: list[Any] = [state_of(module) for module in self.modules]
         return {
             layer_state.key: change
@@ -238,46 +258,52 @@ class Recipe:
         }
 
 
-#: by the id of ``LoadPlan.plans.low``
-Recipes = dict[int, Recipe]
+#: plans by the id of ``LoadPlan.plans.low``, the tuple of the changed weights
+ResolvePlans = dict[int, ResolvePlan]
 
 
-def _ordinary(entry: LowRankPlan, module: nn.Module) -> bool:
+def _covers_weight(entry: LowRankPlan, module: nn.Module) -> bool:
     """Whether a change covers all outputs and inputs of its weight, and the weight has the layout
     of its layer kind."""
     layer_state = state_of(module)
-    lies = layer_state is not None and not layer_state.transposed
-    return lies and entry.rows is entry.tokens is None and entry.layer.frozen_input(module) is None
+    has_usual_layout = layer_state is not None and not layer_state.transposed
+    return (
+        has_usual_layout
+        and entry.rows is entry.tokens is None
+        and entry.layer.frozen_input(module) is None
+    )
 
 
-def _resident(
+def _make_resident(
     path: Path,
     config: LoraConfig,
-    tables: Mapping[Any, Any],
-    general: Sequence[LayerAdapter],
-    part_count: int,
+    layer_changes: Mapping[Any, Any],
+    unresolved: Sequence[LayerAdapter],
+    change_count: int,
 ) -> ResidentAdapter:
-    low = {key: change for key, change in tables.items() if isinstance(change, ResolvedLowRank)}
+    resolved = {
+        key: change for key, change in layer_changes.items() if isinstance(change, ResolvedLowRank)
+    }
     tensors = [
-        value
-        for change in low.values()
-        for value in (change.A, change.B, change.gain, change.bias)
-        if value is not None
+        tensor
+        for change in resolved.values()
+        for tensor in (change.A, change.B, change.gain, change.bias)
+        if tensor is not None
     ]
     tensors += [
-        value
-        for layer_adapter in general
-        for value in (*layer_adapter.parameters(), *layer_adapter.buffers())
+        tensor
+        for layer_adapter in unresolved
+        for tensor in (*layer_adapter.parameters(), *layer_adapter.buffers())
     ]
-    size = sum(value.nbytes for value in {id(value): value for value in tensors}.values())
-    rank = max((len(change.A) for change in low.values()), default=0)
+    size = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    rank = max((len(change.A) for change in resolved.values()), default=0)
     return ResidentAdapter(
         path,
         config.variant,
-        tables,
-        size + OVERHEAD * part_count,
+        layer_changes,
+        size + BYTES_PER_CHANGE * change_count,
         rank,
-        frozenset(tables.keys() - low.keys()),
+        frozenset(layer_changes.keys() - resolved.keys()),
         tuple(config.invocation_tokens),
     )
 
@@ -285,11 +311,12 @@ def _resident(
 def _split_adapters(
     names: Names, layer_adapters: Mapping[str, LayerAdapter], dtype: torch.dtype | None
 ) -> tuple[dict[int, ResolvedLowRank], list[LayerAdapter]]:
-    """Resolve the layer adapters that can be a ``ResolvedLowRank``. Returns these by the id of the
-    layer adapter, and the other layer adapters."""
+    """Resolve the layer adapters that can be a ``ResolvedLowRank``. Returns (each
+    ``ResolvedLowRank`` by the id of its layer adapter, the layer adapters that could not be
+    resolved)."""
     resolved: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
-    split, general = [], []
-    below = {
+    resolved_ids, unresolved = [], []
+    nested_ids = {
         id(nested)
         for layer_adapter in layer_adapters.values()
         for table in (layer_adapter.read_below, *layer_adapter.entries.values())
@@ -298,28 +325,30 @@ def _split_adapters(
     for path, layer_adapter in layer_adapters.items():
         module = names.modules[path]
         tensors = (
-            None if id(layer_adapter) in below else _resolve_adapter(layer_adapter, module, dtype)
+            None
+            if id(layer_adapter) in nested_ids
+            else _resolve_adapter(layer_adapter, module, dtype)
         )
         if tensors is None:
-            general.append(layer_adapter)
+            unresolved.append(layer_adapter)
         else:
             (change,) = layer_adapter.changes.values()
-            split.append(id(layer_adapter))
+            resolved_ids.append(id(layer_adapter))
             resolved.append((module, change.dims, tensors))
-    return dict(zip(split, _in_one_block(resolved), strict=True)), general
+    return dict(zip(resolved_ids, _join_in_memory(resolved), strict=True)), unresolved
 
 
-def _in_one_block(
+def _join_in_memory(
     resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]],
 ) -> list[ResolvedLowRank]:
     """A ``ResolvedLowRank`` for each (module, dims, [A, B, gain, bias]), with copies of the tensors
     in one block of memory."""
-    flat = _copy_together(
+    copies = _copy_to_one_block(
         [value for *_, tensors in resolved for value in tensors if value is not None]
     )
     changes = []
     for module, dims, tensors in throttle(resolved):
-        A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in tensors])
+        A, B, gain, bias = cast(Any, [None if value is None else next(copies) for value in tensors])
         layer_state: Any = state_of(module)
         changes.append(
             ResolvedLowRank(A, B, gain, bias, layer_state.layer, layer_state.layer.weight, dims)
@@ -331,12 +360,12 @@ def _in_one_block(
 def _resolve_adapter(
     layer_adapter: LayerAdapter, module: nn.Module, dtype: torch.dtype | None
 ) -> list[Tensor | None] | None:
-    """[A, B, gain, bias] of a layer adapter that is one product and perhaps a bias; None for any
-    other."""
+    """[A, B, gain, bias] of a layer adapter that adds one matrix product and perhaps a bias; None
+    for any other layer adapter."""
     layer_state = state_of(module)
-    plain = layer_state is not None and layer_state.product and len(layer_adapter.changes) == 1
+    is_product = layer_state is not None and layer_state.product and len(layer_adapter.changes) == 1
     if (
-        not plain
+        not is_product
         or layer_adapter.read_below
         or layer_adapter.entries
         or layer_adapter.full._buffers
@@ -351,14 +380,14 @@ def _resolve_adapter(
     if (layer_state.transposed and gain is not None) or len(low.A) > 1:
         return None
     parameters, derived = change.adapter_parameters, change.variant.derived
-    trained = sum(value.numel() for key, value in parameters.items() if key not in derived)
-    if low.A.numel() + low.B.numel() > SWELL * trained:
+    parameter_count = sum(value.numel() for key, value in parameters.items() if key not in derived)
+    if low.A.numel() + low.B.numel() > MAX_GROWTH * parameter_count:
         return None
-    wanted: torch.dtype = weight.dtype if dtype is None else dtype
+    factor_dtype: torch.dtype = weight.dtype if dtype is None else dtype
     bias = layer_adapter.full._parameters.get("bias")
     return [
-        *_flatten_factors(low.T if layer_state.transposed else low, gain, wanted),
-        None if bias is None else bias.to(wanted),
+        *_flatten_factors(low.T if layer_state.transposed else low, gain, factor_dtype),
+        None if bias is None else bias.to(factor_dtype),
     ]
 
 
@@ -372,17 +401,19 @@ def _flatten_factors(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> l
     ]
 
 
-def _copy_together(values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Copies of tensors, consecutive in one block of memory for each dtype and device, each aligned
-    to 64 bytes."""
-    starts: dict[Any, int] = {}
+def _copy_to_one_block(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Copies of tensors. All copies of one dtype and device lie in one block of memory, each
+    aligned to 64 bytes."""
+    block_sizes: dict[Any, int] = {}  # in values, by (dtype, device)
     offsets = []
-    for value in values:
-        kind, step = (value.dtype, value.device), 64 // value.element_size()
-        offsets.append((kind, starts.get(kind, 0)))
-        starts[kind] = offsets[-1][1] + -(-value.numel() // step) * step
+    for tensor in tensors:
+        block, alignment = (tensor.dtype, tensor.device), 64 // tensor.element_size()
+        offsets.append((block, block_sizes.get(block, 0)))
+        padded_size = -(-tensor.numel() // alignment) * alignment
+        block_sizes[block] = offsets[-1][1] + padded_size
     blocks = {
-        kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in starts.items()
+        (dtype, device): torch.empty(size, dtype=dtype, device=device)
+        for (dtype, device), size in block_sizes.items()
     }
-    for value, (kind, start) in zip(values, offsets, strict=True):
-        yield blocks[kind][start : start + value.numel()].view(value.shape).copy_(value)
+    for tensor, (block, start) in zip(tensors, offsets, strict=True):
+        yield blocks[block][start : start + tensor.numel()].view(tensor.shape).copy_(tensor)

@@ -84,7 +84,7 @@ def _report(error: BaseException, message: str) -> int:
 
     if os.environ.get("VENEER_DEBUG"):
         raise error
-    if getattr(error, "told_elsewhere", False):
+    if getattr(error, "reported_elsewhere", False):
         return 2
     console = SafeConsole(stderr=True)
     message_and_notes = "\n".join([message, *getattr(error, "__notes__", ())])

@@ -80,10 +80,15 @@ def sampling_options(
 
     An argument that is None is taken from the base's generation_config.json, with a note on stderr.
     Without do_sample = true in that file, the default temperature is 0 (greedy decoding)."""
-    from veneer.models.sampling_defaults import FILE, NEUTRAL, SAMPLER, sampling_defaults
+    from veneer.models.sampling_defaults import (
+        FILE,
+        NEUTRAL_VALUES,
+        TRANSFORMERS_ONLY,
+        sampling_defaults,
+    )
 
     defaults = sampling_defaults(model)
-    applied_names = {"repetition_penalty", *NEUTRAL} - {*SAMPLER}
+    applied_names = {"repetition_penalty", *NEUTRAL_VALUES} - {*TRANSFORMERS_ONLY}
     if temperature is None:
         temperature = (
             (1.0 if defaults.temperature is None else defaults.temperature)
@@ -96,7 +101,7 @@ def sampling_options(
         applied_names |= {name for name, value in arguments.items() if value is None}
     if description := defaults.describe(applied_names):
         err.print(f"As the base's {FILE} says: {description}.")
-    if description := defaults.describe(SAMPLER):
+    if description := defaults.describe(TRANSFORMERS_ONLY):
         err.print(f"Not applied, of the base's {FILE}: {description}.")
     top_p = defaults.top_p if top_p is None else top_p
     top_k = defaults.top_k if top_k is None else top_k

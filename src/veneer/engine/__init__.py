@@ -1,5 +1,5 @@
-"""One engine that trains several adapters on one base, for `train_many`, the candidates of a sweep
-and the training service.
+"""One engine that trains several adapters on one base, for `train_many`, for the candidates of a
+sweep, and for the training service.
 
     engine = StepEngine(model)
     engine.add("a", handle.parameters(), engine.new_stream(seed=0))
@@ -12,8 +12,8 @@ and the training service.
     gradients.py        take, restore, add and clip gradients
     optimizer_state.py  the state of an optimiser as named tensors
 
-In: attached adapters, and a request for each. Out: losses and gradients with the same numbers as in
-each adapter's own loop, and the errors of adapters that failed.
+In: attached adapters, and a request for each. Out: the losses and gradients that each adapter would
+get in a training loop of its own, with equal values, and the errors of adapters that failed.
 """
 
 from veneer.engine.random_streams import RandomStream

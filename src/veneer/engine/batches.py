@@ -22,8 +22,8 @@ from veneer.errors import DataError, SelectionError
 
 
 class AdapterBatch(NamedTuple):
-    """Arguments of the model, and the target of the loss, for one adapter. ``row_count``: the size
-    of the first axis of each tensor in ``args`` and ``kwargs``."""
+    """One adapter's batch: arguments of the model, and the target of the loss. ``row_count``: the
+    size of the first axis of each tensor in ``args`` and ``kwargs``."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -32,8 +32,9 @@ class AdapterBatch(NamedTuple):
 
     @property
     def shape_key(self) -> Any:
-        """Batches with equal keys can share a forward. The key holds their structure, the dtypes,
-        devices and shapes (without the first axis) of tensors, and all other values."""
+        """A key: batches with equal keys can share a forward. It holds the structure of the
+        arguments; the dtypes, devices and shapes (without the first axis) of their tensors; and all
+        values that are not tensors."""
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
         leaf_keys = [
             (
@@ -51,11 +52,11 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
     ``AdapterBatch``.
 
     Args:
-        name: the adapter, for errors.
-        default_inputs: keyword arguments of the model, unless the batch contains them.
+        name: the name of the adapter, for errors.
+        default_inputs: keyword arguments of the model that the batch does not contain.
 
     Raises:
-        DataError: the batch has another form, or its tensors differ in rows.
+        DataError: the batch has another form, or its tensors differ in their number of rows.
     """
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -93,17 +94,18 @@ def join_batches(batches: Sequence[AdapterBatch]) -> tuple[tuple[Any, ...], dict
 
 
 def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
-    """Split the output of such a call by batch.
+    """Split the model's output for joined batches by batch. ``row_counts``: the number of rows of
+    each batch.
 
     Raises:
-        SelectionError: a tensor that requires a gradient does not have one entry for each row, such
-            as a load-balancing loss of experts over all tokens.
+        SelectionError: a tensor that requires a gradient does not have one entry for each row. An
+            example is a load-balancing loss of experts over all tokens.
     """
     leaves, structure = pytree.tree_flatten(output)
-    pieces = []
+    slices_by_leaf = []
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == sum(row_counts):
-            pieces.append(leaf.split(list(row_counts)))
+            slices_by_leaf.append(leaf.split(list(row_counts)))
         elif isinstance(leaf, Tensor) and leaf.requires_grad:
             problem = f"an output {list(leaf.shape)} of the model, which is of all rows together"
             do = "let the model not return it, or train the runs one by one"
@@ -111,36 +113,39 @@ def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
                 problem, f"the {sum(row_counts)} rows of the batch along its first axis", do
             )
         else:
-            pieces.append([leaf] * len(row_counts))
+            slices_by_leaf.append([leaf] * len(row_counts))
     return [
         pytree.tree_unflatten(list(output_leaves), structure)
-        for output_leaves in zip(*pieces, strict=True)
+        for output_leaves in zip(*slices_by_leaf, strict=True)
     ]
 
 
 def check_independent_rows(model: nn.Module, uid: str, batches: Sequence[AdapterBatch]) -> None:
-    """Raise a SelectionError if the base, in eval mode, gives another output for the first batch
-    when it is joined with other batches."""
+    """Raise a SelectionError if the base's output for the first batch changes when the batch is
+    joined with other batches. The base runs in eval mode. ``uid``: the id of its adapters."""
     training_modes = {module: module.training for _, module in walk(model)}
     for module in training_modes:
         module.training = False
     try:
         with torch.no_grad(), context.override({uid: BASE}):
-            alone = model(*batches[0].args, **batches[0].kwargs)
+            separate_output = model(*batches[0].args, **batches[0].kwargs)
             args, kwargs = join_batches(batches)
-            among = split_output(model(*args, **kwargs), [batch.row_count for batch in batches])[0]
+            row_counts = [batch.row_count for batch in batches]
+            joined_output = split_output(model(*args, **kwargs), row_counts)[0]
     finally:
         for module, training in training_modes.items():
             module.training = training
-    leaf_pairs = zip(pytree.tree_leaves(alone), pytree.tree_leaves(among), strict=True)
-    for alone_leaf, among_leaf in leaf_pairs:
-        if not isinstance(alone_leaf, Tensor) or not alone_leaf.is_floating_point():
+    leaf_pairs = zip(
+        pytree.tree_leaves(separate_output), pytree.tree_leaves(joined_output), strict=True
+    )
+    for separate_leaf, joined_leaf in leaf_pairs:
+        if not isinstance(separate_leaf, Tensor) or not separate_leaf.is_floating_point():
             continue
-        wide = alone_leaf.double() if alone_leaf.is_cpu else alone_leaf.float()
-        largest = max(float(wide.nan_to_num(0, 0, 0).abs().max()), 1e-30)
-        tolerance = torch.finfo(alone_leaf.dtype).eps ** 0.5 * largest
-        if alone_leaf.shape != among_leaf.shape or not torch.allclose(
-            wide, among_leaf.to(wide.dtype), rtol=0, atol=tolerance, equal_nan=True
+        wide_leaf = separate_leaf.double() if separate_leaf.is_cpu else separate_leaf.float()
+        largest_value = max(float(wide_leaf.nan_to_num(0, 0, 0).abs().max()), 1e-30)
+        tolerance = torch.finfo(separate_leaf.dtype).eps ** 0.5 * largest_value
+        if separate_leaf.shape != joined_leaf.shape or not torch.allclose(
+            wide_leaf, joined_leaf.to(wide_leaf.dtype), rtol=0, atol=tolerance, equal_nan=True
         ):
             problem = "a model whose output of some rows depends on which others are in the batch"
             raise SelectionError(

@@ -1,7 +1,7 @@
-"""Gradients of one adapter: taken, restored, added, measured and clipped.
+"""Take, restore, add, measure and clip the gradients of one adapter.
 
-A pass that fails must leave the gradients of earlier passes unchanged. So these are taken from the
-parameters before the pass (``take_gradients``) and added after it has succeeded.
+If a pass fails, the gradients of earlier passes must be unchanged. So the earlier gradients are
+taken from the parameters before a pass (``take_gradients``), and added after it has succeeded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer import precision
 
-#: the gradient of each parameter, or None
+#: the gradient of each parameter, or None for a parameter without one
 Gradients = list[Tensor | None]
 
 
@@ -26,22 +26,25 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> Gradients:
 
 
 def restore_gradients(parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
+    """Give each parameter the gradient that was taken from it."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 
 
-def add_to_earlier(parameters: Sequence[nn.Parameter], earlier: Gradients) -> None:
-    """Add the parameters' gradients in place to the ones that were taken, and restore the sums. As
-    with ``loss.backward()``, the gradient of a parameter stays the same tensor object."""
-    for parameter, gradient in zip(parameters, earlier, strict=True):
+def add_to_earlier_gradients(
+    parameters: Sequence[nn.Parameter], earlier_gradients: Gradients
+) -> None:
+    """Add the parameters' gradients to ``earlier_gradients`` in place, and give the sums to the
+    parameters. As with ``loss.backward()``, a parameter's gradient stays the same tensor object."""
+    for parameter, gradient in zip(parameters, earlier_gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
-def add_earlier(parameters: Sequence[nn.Parameter], earlier: Gradients) -> None:
-    """Add gradients that were taken to those of the parameters. ``earlier`` is not modified, so it
-    can still be restored."""
-    for parameter, gradient in zip(parameters, earlier, strict=True):
+def add_earlier(parameters: Sequence[nn.Parameter], earlier_gradients: Gradients) -> None:
+    """Add ``earlier_gradients`` to the gradients of the parameters. The ``earlier_gradients`` are
+    not modified, so they can still be restored."""
+    for parameter, gradient in zip(parameters, earlier_gradients, strict=True):
         if parameter.grad is None:
             parameter.grad = gradient
         elif gradient is not None:
@@ -55,12 +58,12 @@ def present_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def clip_gradients(
     parameters: Sequence[nn.Parameter], max_norm: float, *, wide: bool = False
 ) -> float:
-    """Scale gradients down to a joint norm of ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``
-    does; 0 leaves them unchanged.
+    """Scale the gradients down so that their joint norm is at most ``max_norm``, as
+    ``torch.nn.utils.clip_grad_norm_`` does. A ``max_norm`` of 0 leaves them unchanged.
 
     Args:
-        wide: compute the norm in float64, for gradients whose squares overflow float32. Without it,
-            the result is bit for bit that of transformers' ``Trainer``.
+        wide: compute the norm in float64, for gradients whose squares overflow float32. The norm in
+            float32 is bit for bit that of transformers' ``Trainer``.
 
     Returns:
         the norm before scaling.
@@ -78,19 +81,19 @@ def clip_gradients(
 
 
 def wide_norms(tensors: Sequence[Tensor]) -> list[float]:
-    """The norm of each tensor, in float64 if the device supports it: squares of large values
-    overflow float32."""
+    """The norm of each tensor, in float64 if the device supports it, because squares of large
+    values overflow float32."""
     if not tensors:
         return []
-    device = tensors[0].device  # a base may use several devices
-    wide = torch.float64 if precision.has_float64(device) else torch.float32
+    device = tensors[0].device  # the base may be spread over several devices
+    norm_dtype = torch.float64 if precision.has_float64(device) else torch.float32
     with torch.no_grad():
-        norms = torch._foreach_norm(list(tensors), 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(list(tensors), 2, dtype=norm_dtype)  # pyright: ignore[reportPrivateImportUsage]
         return torch.stack([norm.to(device) for norm in norms]).tolist()
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
-    """The largest absolute value; NaN if there is a NaN."""
+    """The largest absolute value in any of the tensors; NaN if one holds a NaN."""
     if not tensors:
         return 0.0
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """The state of an adapter's optimiser as named tensors, for a safetensors file.
 
-    "exp_avg:model.layers.0.q_proj.A"      key of the state, name of the parameter
+    "exp_avg:model.layers.0.q_proj.A"      key of the optimiser's state, name of the parameter
 
-States are matched by name, so a later version may list parameters in another order.
+States are matched by name, so another version of Veneer may list the parameters in another order.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameter_names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The optimiser's state as {"key:parameter name": tensor}. ``parameter_names``: in the order of
-    the optimiser's parameters."""
+    """The optimiser's state as {"key:parameter name": tensor}. ``parameter_names``: the names of
+    the parameters, in the optimiser's order."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{key}:{parameter_names[index]}": value.detach().cpu().contiguous()
-        for index, values in state.items()
-        for key, value in values.items()
+        f"{state_key}:{parameter_names[index]}": value.detach().cpu().contiguous()
+        for index, parameter_state in state.items()
+        for state_key, value in parameter_state.items()
     }
 
 
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameter_names: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Load a state that ``optimizer_tensors`` returned."""
+    """Load into the optimiser a state that ``optimizer_tensors`` returned."""
     indices = {name: index for index, name in enumerate(parameter_names)}
     state: dict[int, dict[str, Tensor]] = {}
     for label, tensor in tensors.items():
-        key, _, parameter_name = label.partition(":")
-        state.setdefault(indices[parameter_name], {})[key] = tensor
+        state_key, _, parameter_name = label.partition(":")
+        state.setdefault(indices[parameter_name], {})[state_key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

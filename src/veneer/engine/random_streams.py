@@ -1,8 +1,8 @@
-"""Random numbers of each adapter: within a context, torch's default generators continue that
-adapter's sequence.
+"""Random numbers of each adapter: within a ``RandomStream``, torch's default generators continue
+the sequence of one adapter.
 
-    RandomStream       the sequence of one adapter; starts as after ``torch.manual_seed(seed)``
-    DropoutByAdapter   draws the base's dropout on rows of several adapters from their streams
+    RandomStream       the sequence of one adapter; it starts as after ``torch.manual_seed(seed)``
+    DropoutByAdapter   dropout of the base draws for each adapter's rows from the adapter's sequence
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from veneer import context
 from veneer.attach import RowAdapters, walk
 from veneer.errors import SelectionError
 
+#: torch's functions that drop entries of their first argument at random
 _DROPOUT_FUNCTIONS: Any = {
     F.dropout,
     F.dropout1d,
@@ -59,7 +60,7 @@ def equal_states(states: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     )
 
 
-def _warn_of_own() -> None:
+def _warn_of_deprecated_own() -> None:
     message = (
         "Runs.stream(name).own is now Runs.stream(name).states. Do: use states; own is removed in"
         " 0.3."
@@ -69,7 +70,12 @@ def _warn_of_own() -> None:
 
 class RandomStream:
     """Context manager in which torch's default generators continue one adapter's sequence. It is
-    reentrant. ``states``: the generator states by device, valid outside of the context."""
+    reentrant.
+
+    Attributes:
+        states: the state of each device's generator, in the order of ``devices``. Within the
+            context, the generators themselves hold the states.
+    """
 
     def __init__(self, seed: int, devices: Sequence[torch.device]) -> None:
         self.devices = devices
@@ -81,16 +87,16 @@ class RandomStream:
     @property
     def own(self) -> list[Tensor]:
         """Deprecated name of ``states``."""
-        _warn_of_own()
+        _warn_of_deprecated_own()
         return self.states
 
     @own.setter
     def own(self, states: list[Tensor]) -> None:
-        _warn_of_own()
+        _warn_of_deprecated_own()
         self.states = states
 
     def restart(self, seed: int) -> None:
-        """Restart the sequence, as ``torch.manual_seed(seed)`` does."""
+        """Restart the sequence, as after ``torch.manual_seed(seed)``."""
         self.states = [
             torch.Generator(device).manual_seed(seed).get_state() for device in self.devices
         ]
@@ -105,9 +111,9 @@ class RandomStream:
         self._depth -= 1
         if self._depth:
             return
-        before, self.states = self.states, generator_states(self.devices)
+        states_before, self.states = self.states, generator_states(self.devices)
         set_generator_states(self.devices, self._outer_states)
-        if torch._C._current_graph_task_id() != -1 and not equal_states(before, self.states):
+        if torch._C._current_graph_task_id() != -1 and not equal_states(states_before, self.states):
             problem = (
                 "random numbers in a layer that activation checkpointing computes again, on rows "
                 "of several runs"
@@ -120,7 +126,7 @@ class RandomStream:
 
 
 def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(module, attribute) of each attribute whose name suggests a dropout probability."""
+    """(module, attribute name) of each float attribute that is named like a dropout probability."""
     return [
         (module, attribute)
         for _, module in walk(model)
@@ -131,13 +137,13 @@ def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 class DropoutByAdapter(TorchFunctionMode):
-    """Torch function mode in which dropout on a joined batch draws for each adapter's rows from
-    that adapter's stream."""
+    """A torch function mode for a batch that joins the rows of several adapters. In it, dropout
+    draws for the rows of each adapter from the adapter's ``RandomStream``."""
 
     def __init__(self, assignment: RowAdapters) -> None:
         super().__init__()
         self.assignment = assignment
-        self.row_counts = [after - first for first, after in assignment.row_ranges or ()]
+        self.row_counts = [stop - start for start, stop in assignment.row_ranges or ()]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -145,30 +151,30 @@ class DropoutByAdapter(TorchFunctionMode):
             return func(*args, **kwargs)
         active = context.current.selection.get(self.assignment.uid)
         if active is None or active.layer_adapters is not self.assignment:
-            # a layer that runs for the rows of a single adapter
+            # within a layer that runs on the rows of one adapter only
             return func(*args, **kwargs)
         if func in _DROPOUT_FUNCTIONS:
             kwargs = {**kwargs, "inplace": False}
         values = [*args, *kwargs.values()]
-        by_row = [
+        has_all_rows = [
             isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.assignment.count
             for value in values
         ]
-        if not by_row[0]:
+        if not has_all_rows[0]:
             problem = f"dropout of a tensor {list(values[0].shape)} of the base"
             do = "set the base's own dropout to 0, or its modules to eval()"
             raise SelectionError(
                 problem, f"the {self.assignment.count} rows of the batch along its first axis", do
             )
-        pieces = [
-            value.split(self.row_counts) if split else value
-            for value, split in zip(values, by_row, strict=True)
+        split_values = [
+            value.split(self.row_counts) if has_rows else value
+            for value, has_rows in zip(values, has_all_rows, strict=True)
         ]
         outputs = []
         for index, selection in enumerate(self.assignment.selections):
             arguments = [
-                piece[index] if split else piece
-                for piece, split in zip(pieces, by_row, strict=True)
+                value[index] if has_rows else value
+                for value, has_rows in zip(split_values, has_all_rows, strict=True)
             ]
             keywords = dict(zip(kwargs, arguments[len(args) :], strict=True))
             with selection.stream:  # pyright: ignore[reportOptionalContextManager]
@@ -177,6 +183,7 @@ class DropoutByAdapter(TorchFunctionMode):
 
 
 def _drops(func: Any, args: Sequence[Any], kwargs: Any) -> bool:
+    """Whether a call of a torch function drops entries at random."""
     if func is F.scaled_dot_product_attention:
         return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
     return func in _DROPOUT_FUNCTIONS and kwargs.get("training", True) and kwargs.get("p", 0.5) > 0

@@ -5,7 +5,7 @@
 
 Each adapter has its own parameters (any variant, rank, dtype), random numbers
 (``random_streams.py``), rows, loss and optimiser. The base's forward and backward are shared.
-Batches of different shapes do not share a forward, so an adapter's numbers never depend on other
+Batches of different shapes do not share a forward. So an adapter's results never depend on other
 adapters: padding to the longest batch would change the numbers that dropout draws.
 
 A pass that raises leaves the gradients and random numbers of its adapters unchanged.
@@ -37,7 +37,7 @@ from veneer.engine.batches import (
     split_output,
 )
 from veneer.engine.gradients import (
-    add_to_earlier,
+    add_to_earlier_gradients,
     clip_gradients,
     restore_gradients,
     take_gradients,
@@ -52,10 +52,10 @@ from veneer.engine.random_streams import (
 )
 from veneer.errors import ConfigError, SelectionError
 
-#: number of cached row assignments of joined batches
-MOST_ASSIGNMENTS = 64
+#: the largest number of cached row assignments of joined batches
+MAX_CACHED_ASSIGNMENTS = 64
 
-#: one forward of the joined rows of some adapters -> the output of each
+#: (the base, batches by adapter) -> the output of each adapter's rows, by one forward of all rows
 Forward = Callable[[nn.Module, Mapping[str, AdapterBatch]], Mapping[str, Any]]
 
 
@@ -63,9 +63,9 @@ class PassRequest(NamedTuple):
     """A request for a forward of one adapter's rows, and the backward of its loss.
 
     Fields:
-        loss: (output, target) -> scalar; None returns the output of a forward.
-        forward: computes the outputs of joined batches; None is the model's output by rows.
-            Requests share a forward only if their values of this field are equal.
+        loss: (output, target) -> scalar. None requests a forward alone, which returns the output.
+        forward: computes the outputs of joined batches; None takes the model's output for the rows
+            of each batch. Requests share a forward only if they have the same function here.
         weight: a factor of the gradient, but not of the returned loss.
     """
 
@@ -83,7 +83,8 @@ Requests = Mapping[str, PassRequest]
 
 
 class PassResult(NamedTuple):
-    """By adapter: detached losses, or outputs; and the errors of failed adapters."""
+    """The results of a pass. ``values``: by adapter, its detached loss, or its output if it
+    requested no loss. ``failures``: the errors of adapters that failed."""
 
     values: dict[str, Any]
     failures: dict[str, Exception]
@@ -91,8 +92,8 @@ class PassResult(NamedTuple):
 
 @dataclass(eq=False)
 class TrainedAdapter:
-    """Parameters, random numbers and optimiser of one adapter. ``scheduler``: the learning rate
-    schedule; None if the caller sets the rate before each step."""
+    """Parameters, random numbers and optimiser of one adapter. ``scheduler``: its learning-rate
+    schedule; None if the caller sets the learning rate before each step."""
 
     parameters: list[nn.Parameter]
     stream: RandomStream
@@ -105,7 +106,7 @@ class TrainedAdapter:
         return any(parameter.grad is not None for parameter in self.parameters)
 
     def clip(self, max_norm: float, *, wide: bool = False) -> float:
-        """See ``clip_gradients``."""
+        """Clip the gradients, as ``clip_gradients`` does, and return their norm before."""
         return clip_gradients(self.parameters, max_norm, wide=wide)
 
     def step(self) -> None:
@@ -117,7 +118,7 @@ class TrainedAdapter:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of optimiser, schedule and random numbers, for ``torch.save``."""
+        """The state of the optimiser, the schedule and the random numbers, for ``torch.save``."""
         assert self.optimizer is not None
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -133,29 +134,29 @@ class TrainedAdapter:
 
 
 class StepEngine:
-    """Trains several adapters on one base, in ``adapters`` by name. The caller attaches and
-    detaches them, and must call all methods from one thread."""
+    """Trains several adapters on one base. ``adapters``: the trained adapters, by name. The caller
+    attaches and detaches adapters, and must call all methods from one thread."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, TrainedAdapter] = {}
-        # results of walks through the model
+        # computed once, because each needs a walk through the modules of the model
         self._devices = random_devices(model)
         self._dropout_settings = dropout_settings(model)
         self._time_first = time_first(model)
-        # a joined forward must not return one cache of keys and values for the rows of all
+        # the KV cache of a joined forward would hold the rows of all adapters
         parameters = inspect.signature(model.forward).parameters
         self._default_inputs = {"use_cache": False} if "use_cache" in parameters else {}
         self._checked_structures: set[Any] = set()
         self._assignments: dict[Any, tuple[list[ActiveAdapter], RowAdapters]] = {}
 
     def new_stream(self, seed: int) -> RandomStream:
-        """Random numbers for an adapter. Attach the adapter within this context, so that its start
-        is drawn from the stream."""
+        """Random numbers for an adapter. Attach the adapter within this context, so that its
+        initial parameters are drawn from the stream."""
         return RandomStream(seed, self._devices)
 
     def add(self, name: str, parameters: list[nn.Parameter], stream: RandomStream) -> None:
-        """Train an attached adapter."""
+        """Register an attached adapter for training."""
         self.adapters[name] = TrainedAdapter(parameters, stream)
 
     def remove(self, name: str) -> None:
@@ -163,7 +164,7 @@ class StepEngine:
         self._assignments.clear()
 
     def read_batch(self, name: str, batch: Any) -> AdapterBatch:
-        """See ``batches.read_batch``."""
+        """Convert a caller's batch for the adapter ``name``, as ``batches.read_batch`` does."""
         return read_batch(name, batch, self._default_inputs)
 
     def backward(self, requests: Requests, keep_going: bool = False) -> PassResult:
@@ -171,27 +172,29 @@ class StepEngine:
         in a separate loop.
 
         Args:
-            keep_going: if the loss of an adapter raises, list it in ``failures`` and leave its
-                gradients unchanged. Without it, and for any other error, raise, and leave all
-                adapters unchanged.
+            keep_going: if the loss of an adapter raises, list the error in ``failures`` and leave
+                the gradients of this adapter unchanged. Without ``keep_going``, and for any other
+                error, raise the error and leave all adapters unchanged.
         """
         adapters = [self.adapters[name] for name in requests]
-        earlier = [take_gradients(adapter.parameters) for adapter in adapters]
+        earlier_gradients = [take_gradients(adapter.parameters) for adapter in adapters]
         stream_states = [adapter.stream.states for adapter in adapters]
         result = PassResult({}, {})
         try:
             for group in _group_requests(requests):
                 self._backward_group(group, result, keep_going)
         except BaseException:
-            for adapter, gradients, states in zip(adapters, earlier, stream_states, strict=True):
+            for adapter, gradients, states in zip(
+                adapters, earlier_gradients, stream_states, strict=True
+            ):
                 restore_gradients(adapter.parameters, gradients)
                 adapter.stream.states = states
             raise
-        for name, adapter, gradients in zip(requests, adapters, earlier, strict=True):
-            if name in result.failures:  # the shared backward gave it zeros
+        for name, adapter, gradients in zip(requests, adapters, earlier_gradients, strict=True):
+            if name in result.failures:  # its gradients are zeros of the shared backward
                 restore_gradients(adapter.parameters, gradients)
             else:
-                add_to_earlier(adapter.parameters, gradients)
+                add_to_earlier_gradients(adapter.parameters, gradients)
         return result
 
     def forward(self, requests: Requests, keep_going: bool = False) -> PassResult:
@@ -199,22 +202,22 @@ class StepEngine:
         ``backward``."""
         result = PassResult({}, {})
         for group in _group_requests(requests):
-            selection, dropout = self._select(group)
+            selection, dropout = self._select_adapters(group)
             with torch.no_grad(), context.override(selection), dropout:
-                result.values.update(self._values(group, result.failures, keep_going))
+                result.values.update(self._compute_values(group, result.failures, keep_going))
         return result
 
     def _backward_group(self, group: Requests, result: PassResult, keep_going: bool) -> None:
-        """Forward and backward of requests that share a forward."""
+        """Run the forward and the backward of a group of requests that share a forward."""
         with ExitStack() as stack:
-            selection, dropout = self._select(group)
+            selection, dropout = self._select_adapters(group)
             stack.enter_context(context.override(selection))
             if len(group) == 1:
                 stack.enter_context(self.adapters[next(iter(group))].stream)
-            before = generator_states(self._devices)
+            states_before = generator_states(self._devices)
             with dropout:
-                losses = self._values(group, result.failures, keep_going, _check_loss)
-            if len(group) > 1 and not equal_states(before, generator_states(self._devices)):
+                losses = self._compute_values(group, result.failures, keep_going, _check_loss)
+            if len(group) > 1 and not equal_states(states_before, generator_states(self._devices)):
                 names = ", ".join(map(repr, group))
                 problem = f"random numbers that the base drew for rows of {names} together"
                 do = "set its own dropout to 0, or its modules to eval()"
@@ -226,15 +229,15 @@ class StepEngine:
                 torch.autograd.backward(list(losses.values()), factors)
         result.values.update({name: loss.detach() for name, loss in losses.items()})
 
-    def _values(
+    def _compute_values(
         self,
         group: Requests,
         failures: dict[str, Exception],
         keep_going: bool,
         check: Callable[[str, Any], None] = lambda name, value: None,
     ) -> dict[str, Any]:
-        """Run one forward. Returns each request's loss, or its output if the request has no
-        loss."""
+        """Run one forward. Returns the loss of each request, or its output if it has no loss.
+        ``check(name, value)`` raises if a loss or an output is not valid."""
         batches = {name: request.batch for name, request in group.items()}
         self._check_rows(batches)
         forward = next(iter(group.values())).forward or _output_rows
@@ -255,10 +258,10 @@ class StepEngine:
             values[name] = value
         return values
 
-    def _select(
+    def _select_adapters(
         self, group: Requests
     ) -> tuple[dict[str, ActiveAdapter], AbstractContextManager[Any]]:
-        """The adapter selection for the joined rows, and a context for the base's own dropout."""
+        """(the adapter selection for the joined rows, a context for the dropout of the base)."""
         attached = need_adapters(self.model, walk=False)
         selections = [attached.selections[name] for name in group]
         selections_with_streams = [
@@ -267,17 +270,17 @@ class StepEngine:
         ]
         if len(group) == 1:
             return {attached.uid: selections_with_streams[0]}, nullcontext()
-        # Each layer plans its work on these rows in the first call, and reuses the plan until the
-        # set of adapters changes.
+        # Each layer plans its work on an assignment's rows in the first call, and reuses the plan
+        # until the set of adapters changes.
         key = tuple((name, request.batch.row_count) for name, request in group.items())
-        earlier_selections, assignment = self._assignments.get(key, (None, None))
-        if assignment is None or earlier_selections != selections:
+        cached_selections, assignment = self._assignments.get(key, (None, None))
+        if assignment is None or cached_selections != selections:
             row_counts = [request.batch.row_count for request in group.values()]
             rows = torch.arange(sum(row_counts), device="cpu").split(row_counts)
             assignment = RowAdapters(
                 attached.uid, selections_with_streams, rows, sum(row_counts), self._time_first
             )
-            if len(self._assignments) >= MOST_ASSIGNMENTS:
+            if len(self._assignments) >= MAX_CACHED_ASSIGNMENTS:
                 self._assignments.clear()
             self._assignments[key] = selections, assignment
         selected = ActiveAdapter(None, assignment, common_base_adapter(assignment.selections))
@@ -285,14 +288,14 @@ class StepEngine:
         return {attached.uid: selected}, dropout
 
     def _has_dropout(self) -> bool:
-        """Whether dropout of the base is active."""
+        """Whether any dropout of the base is active."""
         return any(
             module.training and getattr(module, attribute) > 0
             for module, attribute in self._dropout_settings
         )
 
     def _check_rows(self, batches: Mapping[str, AdapterBatch]) -> None:
-        """Check once for each structure of batches that the base computes rows independently."""
+        """Check that the base computes rows independently, once for each structure of batches."""
         samples = list(batches.values())[:2]
         key = len(samples[0].args), *samples[0].kwargs
         if len(samples) > 1 and key not in self._checked_structures:
@@ -303,8 +306,8 @@ class StepEngine:
 def isolate_failures(
     run_pass: Callable[..., PassResult], requests: Mapping[str, Any]
 ) -> PassResult:
-    """Call ``run_pass(requests, keep_going=True)`` so that errors become failures of single
-    adapters: if the joint pass raises, each request is computed separately.
+    """Call ``run_pass(requests, keep_going=True)`` so that an error fails only the adapters that
+    cause it: if the joint pass raises, each request is computed separately.
 
     Args:
         run_pass: ``StepEngine.backward``, ``forward``, or a function around one of them.
@@ -314,17 +317,17 @@ def isolate_failures(
     except Exception as error:
         if len(requests) == 1:
             return PassResult({}, dict.fromkeys(requests, error))
-    # Here the exception is deleted, and with it the references to the tensors of the failed pass.
+    # Python deletes ``error`` after the except block, and so frees the tensors of the failed pass.
     result = PassResult({}, {})
     for name, request in requests.items():
-        alone = isolate_failures(run_pass, {name: request})
-        result.values.update(alone.values)
-        result.failures.update(alone.failures)
+        single_result = isolate_failures(run_pass, {name: request})
+        result.values.update(single_result.values)
+        result.failures.update(single_result.failures)
     return result
 
 
 def _group_requests(requests: Requests) -> list[dict[str, PassRequest]]:
-    """Group requests that share a forward, in the order of each group's first request."""
+    """Groups of requests that share a forward, ordered by the first request of each group."""
     groups: dict[Hashable, dict[str, PassRequest]] = {}
     for name, request in requests.items():
         groups.setdefault(request.group_key, {})[name] = request
@@ -332,7 +335,7 @@ def _group_requests(requests: Requests) -> list[dict[str, PassRequest]]:
 
 
 def _output_rows(model: nn.Module, batches: Mapping[str, AdapterBatch]) -> dict[str, Any]:
-    """The model's output of each adapter's rows."""
+    """The model's output for the rows of each adapter."""
     args, kwargs = join_batches(list(batches.values()))
     output = model(*args, **kwargs)
     if len(batches) == 1:

@@ -1,5 +1,5 @@
 """Reading untrusted files and writing files atomically.
 
 In: paths, tensors, JSON values. Out: the same, validated or written. This folder knows tensors, but
-no layer, adapter or model.
+no layers, adapters or models.
 """

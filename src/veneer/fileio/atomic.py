@@ -29,18 +29,19 @@ from veneer.fileio.temporary import (
     write_plan,
 )
 
+#: arguments of Linux's system call renameat2
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
-#: pattern for folders that only Veneer writes to: every file in them is replaced
+#: a value of ``replaces`` for folders that only Veneer writes to: it replaces every file in them
 EVERYTHING = "*"
-#: errors of a rename to a path that exists, or where a file system is mounted
-_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EBUSY)
+#: error numbers of a rename whose target exists or is a mount point
+_TARGET_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EBUSY)
 
 
 def must_not_exist(path: Path, overwrite: bool, *, folder: bool = True) -> None:
     """Raise OutputExistsError if ``path`` exists and must not be replaced.
 
     An empty folder may always be replaced. A file is never replaced by a folder, nor a folder by a
-    file; ``folder`` says which of the two will be written."""
+    file; ``folder`` says whether a folder or a file will be written to ``path``."""
     if overwrite and folder and path.exists() and not path.is_dir():
         raise OutputExistsError(
             f"{path}, which is a file", "a path for a folder", "choose another, or remove the file"
@@ -62,8 +63,8 @@ def new_folder(
     ``path``. If the block raises, the folder is removed and ``path`` stays unchanged.
 
     Args:
-        overwrite: replace files in an existing folder: those that the block writes, and those that
-            match ``replaces``. All other files stay.
+        overwrite: replace an existing folder's files that the block writes, or that match
+            ``replaces``. All other files stay.
         replaces: patterns of file names that an earlier folder of the same kind may contain; "*"
             replaces the complete folder. The first pattern matches the file without which readers
             refuse the folder.
@@ -79,7 +80,7 @@ def new_folder(
     with disk_errors(path), temporary(path, within=within) as folder:
         (folder / NEW).mkdir()
         yield folder / NEW
-        _finish(folder, path, overwrite, replaces)
+        _flush_and_move(folder, path, overwrite, replaces)
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         (folder / NEW).mkdir()
         file = folder / NEW / path.name
         yield file
-        _flush(folder / NEW, _mode(folder) & 0o666)
+        _flush(folder / NEW, _folder_mode(folder) & 0o666)
         if overwrite:
             file.replace(path)
         elif not _rename(file, path, _RENAME_NOREPLACE):
@@ -103,69 +104,82 @@ def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) to ``path`` atomically; an existing file is replaced."""
+    """Write ``text``, encoded as UTF-8, to ``path`` atomically; an existing file is replaced."""
     with new_file(path, overwrite=True) as file:
         file.write_text(text, encoding="utf-8")
 
 
-def _finish(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) -> None:
-    """Flush ``new`` in a temporary folder to disk and move it to ``path``."""
-    new, mode = container / NEW, _mode(container)
+def _flush_and_move(
+    temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
+) -> None:
+    """Flush the folder ``new`` in a temporary folder to disk, then move it to ``path``."""
+    new, mode = temporary_folder / NEW, _folder_mode(temporary_folder)
     new.chmod(mode)
     _flush(new, mode & 0o666)
-    _put(container, path, overwrite, replaces)
+    _move_into_place(temporary_folder, path, overwrite, replaces)
     flush_folder(path.parent)
 
 
-def _put(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) -> None:
-    new = container / NEW
-    if container.parent != path and (not path.exists() or _is_empty(path)):
+def _move_into_place(
+    temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
+) -> None:
+    """Rename the complete new folder to ``path``, or exchange it with the folder there, or replace
+    files of that folder one by one."""
+    new = temporary_folder / NEW
+    if temporary_folder.parent != path and (not path.exists() or _is_empty(path)):
         try:
-            new.rename(path)  # also replaces an empty folder
+            new.rename(path)  # this also replaces an empty folder
             return
         except OSError as error:
             # another process created the path, or the empty folder is a mount point
-            if error.errno not in _TAKEN:
+            if error.errno not in _TARGET_TAKEN:
                 raise
     must_not_exist(path, overwrite)
-    written = [file.name for file in new.iterdir()]
-    if not _files_to_keep(path, written, replaces) and not _holds_us(path) and _exchange(new, path):
-        for name in _files_to_keep(new, written, replaces):  # created before the exchange
+    new_names = [file.name for file in new.iterdir()]
+    keeps_nothing = not _files_to_keep(path, new_names, replaces)
+    if keeps_nothing and not _contains_working_directory(path) and _exchange(new, path):
+        # files that another process wrote to the old folder just before the exchange
+        for name in _files_to_keep(new, new_names, replaces):
             (new / name).rename(path / name)
         return
-    writes = sorted(files_in(new), key=lambda name: (_rank(name, replaces), name))
-    if blocked := [
+    writes = sorted(files_in(new), key=lambda name: (_pattern_index(name, replaces), name))
+    if folder_names := [
         name for name in writes if (path / name).is_dir() and not (path / name).is_symlink()
     ]:
-        conflict = f"{path}, in which {listing(blocked, 3)} is a folder"
+        conflict = f"{path}, in which {listing(folder_names, 3)} is a folder"
         raise OutputExistsError(conflict, "a file, or nothing, in its place", "choose another path")
-    old = (
+    old_names = (
         files_in(path)
         if EVERYTHING in replaces
         else [file.name for file in path.iterdir() if not _is_folder(file)]
     )
-    removes = [name for name in old if name not in writes and _rank(name, replaces) < len(replaces)]
-    write_plan(container, writes[0], writes, removes)
-    move_files(container, path)
+    removes = [
+        name
+        for name in old_names
+        if name not in writes and _pattern_index(name, replaces) < len(replaces)
+    ]
+    write_plan(temporary_folder, writes[0], writes, removes)
+    move_files(temporary_folder, path)
 
 
-def _rank(name: str, patterns: Sequence[str]) -> int:
+def _pattern_index(name: str, patterns: Sequence[str]) -> int:
     """Return the index of the first pattern that matches a name; ``len(patterns)`` if none does."""
     return next(
-        (rank for rank, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), len(patterns)
+        (index for index, pattern in enumerate(patterns) if fnmatchcase(name, pattern)),
+        len(patterns),
     )
 
 
-def _files_to_keep(folder: Path, written: Sequence[str], replaces: Sequence[str]) -> list[str]:
-    """Return the names in a folder that are not replaced: all folders, and files that are not
-    ``written`` and match no pattern."""
+def _files_to_keep(folder: Path, new_names: Sequence[str], replaces: Sequence[str]) -> list[str]:
+    """Return the names in a folder that are not to be replaced: all folders, and files that are not
+    in ``new_names`` and match no pattern of ``replaces``."""
     if EVERYTHING in replaces:
         return []
     return [
         file.name
         for file in folder.iterdir()
         if _is_folder(file)
-        or (_rank(file.name, replaces) == len(replaces) and file.name not in written)
+        or (_pattern_index(file.name, replaces) == len(replaces) and file.name not in new_names)
     ]
 
 
@@ -177,12 +191,12 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and all(WITHIN.fullmatch(file.name) for file in path.iterdir())
 
 
-def _holds_us(path: Path) -> bool:
-    """Return whether the working directory of this process is in the folder. An exchange would
-    remove that directory."""
+def _contains_working_directory(path: Path) -> bool:
+    """Return whether the working directory of this process is in the folder ``path``. An exchange
+    of the folder would remove the working directory."""
     try:
         return Path.cwd().is_relative_to(path)
-    except FileNotFoundError:  # it was removed
+    except FileNotFoundError:  # the working directory was removed
         return False
 
 
@@ -214,15 +228,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         ):
             raise
         # torch's writer does not say why it failed; the usual reason is a full disk
-        free = shutil.disk_usage(path.parent).free
-        code = (
-            int(os_error.group(1)) if os_error else errno.ENOSPC if free < 64 * 2**20 else errno.EIO
-        )
-        raise OSError(code, os.strerror(code), str(path)) from error
+        free_bytes = shutil.disk_usage(path.parent).free
+        likely_error = errno.ENOSPC if free_bytes < 64 * 2**20 else errno.EIO
+        error_number = int(os_error.group(1)) if os_error else likely_error
+        raise OSError(error_number, os.strerror(error_number), str(path)) from error
 
 
 def _flush(folder: Path, mode: int) -> None:
-    """Flush all files to disk and give them the mode of a new file (safetensors sets 0600)."""
+    """Flush all files in a folder to disk, and give them ``mode``, the permissions of a new file
+    (safetensors creates files with 0600)."""
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(mode)
@@ -233,13 +247,13 @@ def _flush(folder: Path, mode: int) -> None:
     flush_folder(folder)
 
 
-def _mode(folder: Path) -> int:
-    """Return the mode of new folders in ``folder``.
+def _folder_mode(folder: Path) -> int:
+    """Return the permissions that new folders in ``folder`` get.
 
-    It is read from a probe folder: the umask itself can only be read by changing it for all
-    threads, which is a race and would give files of other threads the wrong mode."""
+    They are read from a probe folder: the umask itself can only be read by changing it for all
+    threads, which is a race and would give files of other threads wrong permissions."""
     probe = folder / ".mode"
-    probe.mkdir(exist_ok=True)  # a run that was killed may have left one
+    probe.mkdir(exist_ok=True)  # a killed process may have left one behind
     try:
         return probe.stat().st_mode & 0o777
     finally:

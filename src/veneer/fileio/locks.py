@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+#: the ending of the file that names the holder of a lock
 HOLDER = ".holder"
 #: seconds to wait for another process that replaces files
 PATIENCE = 600.0
@@ -25,23 +26,24 @@ def hold_lock(path: Path, refusal: Callable[[str], Exception] | None = None) -> 
     """Hold the lock file ``path`` inside of the block, and remove it afterwards.
 
     If another process holds the lock, raise ``refusal(description of that process)``. If
-    ``refusal`` is None, wait for up to PATIENCE seconds, then raise TimeoutError."""
+    ``refusal`` is None, wait for up to PATIENCE seconds instead, then raise TimeoutError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, holder = acquire(path, 0 if refusal else PATIENCE), path.with_name(path.name + HOLDER)
+    lock = acquire(path, 0 if refusal else PATIENCE)
+    holder_file = path.with_name(path.name + HOLDER)
     if lock is None:
         raise (
             TimeoutError(f"{path} is locked by another process")
             if refusal is None
-            else refusal(_describe_holder(holder))
+            else refusal(_describe_holder(holder_file))
         )
     try:
         if refusal is not None:
-            description = f"{os.getpid()} on {socket.gethostname()}: {_program()}"
-            holder.write_text(f"another process ({description})", encoding="utf-8")
+            process_text = f"{os.getpid()} on {socket.gethostname()}: {_program_name()}"
+            holder_file.write_text(f"another process ({process_text})", encoding="utf-8")
         yield
     finally:
         if refusal is not None:
-            holder.unlink(missing_ok=True)
+            holder_file.unlink(missing_ok=True)
         # on systems that cannot delete open files, the empty lock file stays
         with suppress(PermissionError):
             path.unlink(missing_ok=True)
@@ -52,8 +54,8 @@ def acquire(path: Path, patience: float = 0) -> Any:
     """Acquire the lock file ``path``, which is created if needed. Returns the lock, or None if
     another process holds it for more than ``patience`` seconds.
 
-    A holder removes the file before it releases the lock, so a lock counts only while its file
-    exists."""
+    A process removes the file before it releases the lock. So a lock on a file that no longer
+    exists is worthless, and this function tries again."""
     from filelock import FileLock, Timeout  # the import takes 10 ms
 
     while True:
@@ -67,14 +69,14 @@ def acquire(path: Path, patience: float = 0) -> Any:
         lock.release()  # the previous holder has just removed the file
 
 
-def _describe_holder(holder: Path) -> str:
+def _describe_holder(holder_file: Path) -> str:
     try:
-        return holder.read_text(encoding="utf-8") or "another process"
+        return holder_file.read_text(encoding="utf-8") or "another process"
     except FileNotFoundError:
         return "another process"
 
 
-def _program() -> str:
+def _program_name() -> str:
     return (
         " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]) if sys.argv and sys.argv[0] else "python"
     )

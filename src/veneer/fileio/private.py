@@ -1,4 +1,4 @@
-"""Create folders and files with users' data readable only for their owner, whatever the umask."""
+"""Create folders and files for users' data that only their owner can read, whatever the umask."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
 """Temporary folders for atomic writes, and recovery of the folders that killed writers left.
 
     .NAME.abcd1234.tmp/       beside NAME, or .veneer-abcd1234.tmp/ within the folder NAME
-      lock                    held by the process that writes
+      lock                    a lock file, held by the process that writes
       new/                    the future folder NAME, or the future file NAME
-      plan.json               {"entry", "writes", "removes"}: new/ is complete, and its files are
-                              moved into NAME one by one
+      plan.json               {"entry", "writes", "removes"}, once new/ is complete: which files to
+                              move into NAME one by one, and which files of NAME to remove
 
 In a folder that also contains other programs' files, the files are replaced one by one. The first
 step removes ``entry``, the file without which readers refuse the folder, and the last step writes
-the new one. So a reader sees the old files, the new files, or no valid folder. If the writer is
-killed meanwhile, ``recover`` continues from the plan and the remaining files. Rejected: a new
-folder with hard links to the other files, because processes that work in the old folder would lose
-it.
+the new ``entry``. So a reader sees the old files, the new files, or a folder that it refuses. If
+the writer is killed meanwhile, ``recover`` continues from the plan and the files that are left in
+new/. Rejected: a new folder with hard links to the files to keep, because processes whose working
+directory is the old folder would lose it.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from typing import Any
 
 from veneer.fileio.locks import acquire, hold_lock
 
+#: names of the entries of a temporary folder (see the top of this file)
 NEW, LOCK, PLAN = "new", "lock", "plan.json"
 #: lock file that is held while files of a folder are replaced one by one
 FOLDER_LOCK = ".veneer.lock"
+#: names of temporary folders beside NAME, and within it
 _SIBLING, WITHIN = re.compile(r"\.(.+)\.[^.]+\.tmp"), re.compile(r"\.veneer-[^.]+\.tmp")
 #: names of folders that earlier versions of Veneer moved aside for a moment
-_ASIDE = re.compile(r"\.(.+)\.replaced")
+_MOVED_ASIDE = re.compile(r"\.(.+)\.replaced")
 
 
 @contextmanager
 def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
-    """Create a locked temporary folder beside ``path``, or within it. It is removed when the block
-    ends, unless files were being moved out of it."""
+    """Create a locked temporary folder beside ``path``, or with ``within`` inside of it. The
+    temporary folder is removed when the block ends, unless files were being moved out of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, parent = (".veneer-", path) if within else (f".{path.name}.", path.parent)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
         lock = acquire(folder / LOCK)
         if lock is not None:
-            break  # else another process removed the folder as a leftover before it was locked
+            break  # otherwise another process took the folder for a leftover and removed it
     try:
         yield folder
     finally:
@@ -57,12 +59,12 @@ def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
 
 
 def recover(path: Path) -> None:
-    """Clean up the temporary folders of killed writers of ``path``: finish replacing files where
-    there is a plan, and remove the folders. Folders of running processes stay."""
+    """Clean up the temporary folders of killed writers of ``path``: if there is a plan, finish
+    replacing files, then remove the folder. Folders of running processes stay."""
     for sibling in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
         if (match := _SIBLING.fullmatch(sibling.name)) and match[1] == path.name:
             _finish_or_remove(sibling, path)
-        elif (match := _ASIDE.fullmatch(sibling.name)) and match[1] == path.name:
+        elif (match := _MOVED_ASIDE.fullmatch(sibling.name)) and match[1] == path.name:
             _put_back(sibling, path)
     for inner in sorted(path.iterdir()) if path.is_dir() else ():
         if WITHIN.fullmatch(inner.name):
@@ -72,7 +74,7 @@ def recover(path: Path) -> None:
 def sweep(folder: Path) -> None:
     """Call ``recover`` for every path in ``folder`` that a killed writer was writing."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _SIBLING.fullmatch(path.name) or _ASIDE.fullmatch(path.name)
+        match = _SIBLING.fullmatch(path.name) or _MOVED_ASIDE.fullmatch(path.name)
         if match is not None:
             recover(folder / match[1])
 
@@ -85,12 +87,12 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        return  # belongs to another user, or is on a read-only disk
+        return  # the folder belongs to another user, or is on a read-only disk
     if lock is None:
         return
     try:
         if (temporary_folder / PLAN).is_file():
-            if path.is_dir() and not os.path.lexists(path / _plan(temporary_folder)["entry"]):
+            if path.is_dir() and not os.path.lexists(path / _read_plan(temporary_folder)["entry"]):
                 move_files(temporary_folder, path)
             (temporary_folder / PLAN).unlink(missing_ok=True)
         remove(temporary_folder)
@@ -99,8 +101,8 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    """Restore a folder that an earlier version of Veneer moved aside, or remove it if ``path``
-    exists again."""
+    """Rename ``aside``, a folder that an earlier version of Veneer moved aside, back to ``path``;
+    if ``path`` exists again, remove ``aside`` instead."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     if os.path.lexists(path):
@@ -109,26 +111,32 @@ def _put_back(aside: Path, path: Path) -> None:
         aside.rename(path)
 
 
-def _plan(temporary_folder: Path) -> dict[str, Any]:
+def _read_plan(temporary_folder: Path) -> dict[str, Any]:
     return json.loads((temporary_folder / PLAN).read_text(encoding="utf-8"))
 
 
 def write_plan(temporary_folder: Path, entry: str, writes: list[str], removes: list[str]) -> None:
-    """Record that the files in ``new`` are complete and on disk. From here on, recovery moves them
-    into the folder."""
-    new_plan = temporary_folder / f"{PLAN}.new"
-    new_plan.write_text(
+    """Write a plan, which states that the files in ``new`` are complete and on disk. From here on,
+    ``recover`` moves them into the folder.
+
+    Args:
+        entry: the file without which readers refuse the folder.
+        writes: files to move into the folder, relative to it.
+        removes: files of the folder to remove.
+    """
+    unfinished_plan = temporary_folder / f"{PLAN}.new"
+    unfinished_plan.write_text(
         json.dumps({"entry": entry, "writes": writes, "removes": removes}), encoding="utf-8"
     )
-    with new_plan.open("rb") as stream:
+    with unfinished_plan.open("rb") as stream:
         os.fsync(stream.fileno())
-    new_plan.replace(temporary_folder / PLAN)
+    unfinished_plan.replace(temporary_folder / PLAN)
     flush_folder(temporary_folder)
 
 
 def move_files(temporary_folder: Path, path: Path) -> None:
-    """Replace the files of the folder ``path`` according to the plan, or continue doing so."""
-    plan, new = _plan(temporary_folder), temporary_folder / NEW
+    """Replace files of the folder ``path`` as the plan says, or continue to do so after a crash."""
+    plan, new = _read_plan(temporary_folder), temporary_folder / NEW
     entry, writes, removes = plan["entry"], plan["writes"], plan["removes"]
     with hold_lock(path / FOLDER_LOCK):
         if (new / entry).exists():
@@ -143,27 +151,27 @@ def move_files(temporary_folder: Path, path: Path) -> None:
             for folder in {(path / name).parent for name in writes}:
                 flush_folder(folder)
             (new / entry).replace(path / entry)
-            _remove_empty({(path / name).parent for name in removes} - {path})
+            _remove_empty_folders({(path / name).parent for name in removes} - {path})
         flush_folder(path)
         (temporary_folder / PLAN).unlink()
 
 
-def _remove_empty(folders: set[Path]) -> None:
+def _remove_empty_folders(folders: set[Path]) -> None:
     for folder in sorted(folders, reverse=True):  # subfolders first
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def files_in(folder: Path) -> list[str]:
-    """Return the relative paths of all files and links below a folder, without those in temporary
-    folders and without locks."""
+    """Return the relative paths of all files and symbolic links below a folder, except for lock
+    files and the contents of temporary folders."""
     names = []
     for root, folders, files in os.walk(folder):
-        links = [name for name in folders if Path(root, name).is_symlink()]
+        linked_folders = [name for name in folders if Path(root, name).is_symlink()]
         folders[:] = [name for name in folders if not WITHIN.fullmatch(name)]
         names += [
             Path(root, name).relative_to(folder).as_posix()
-            for name in (*files, *links)
+            for name in (*files, *linked_folders)
             if name != FOLDER_LOCK
         ]
     return sorted(names)

@@ -1,6 +1,6 @@
 """Read the tensors of a safetensors file into newly allocated memory.
 
-The safetensors library maps the file into memory. With a map, a later write to the file would
+The safetensors library maps the file into memory instead. Then a later write to the file would
 change values after they were checked, and truncating the file would kill the process.
 """
 
@@ -28,41 +28,46 @@ DTYPES = {
 
 
 def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file and its metadata, once its header was found to be true.
-    ``AdapterError``: it is no whole safetensors file, or holds a type of numbers that torch
+    """Read all tensors of a safetensors file, and its metadata, after its header was validated.
+    ``AdapterError``: the file is not a complete safetensors file, or has a dtype that torch
     lacks."""
     file = Path(file)
-    header, tensors = read_header(file), {}
-    odd = [
+    header = read_header(file)
+    tensors: dict[str, Tensor] = {}
+    unsupported_tensors = [
         f"{name!r} ({entry.dtype})"
         for name, entry in header.tensors.items()
         if entry.dtype not in DTYPES
     ]
-    if odd:
-        problem = f"{file} cannot be read ({listing(odd, 3)}: types of numbers that torch lacks)"
+    if unsupported_tensors:
+        names = listing(unsupported_tensors, 3)
+        problem = f"{file} cannot be read ({names}: types of numbers that torch lacks)"
         raise AdapterError(problem, f"one of {', '.join(DTYPES)}", "convert them to bfloat16")
     with file.open("rb") as stream:
         for name, entry in throttle(header.tensors.items()):
-            flat = read_bytes(stream, header.data_start + entry.start, entry.stop - entry.start)
-            if flat is None:
+            raw_bytes = read_bytes(
+                stream, header.data_start + entry.start, entry.stop - entry.start
+            )
+            if raw_bytes is None:
                 problem = f"{file} cannot be read (it ended within {name!r}, while it was read)"
                 raise AdapterError(
                     problem,
                     "a whole safetensors file",
                     "get the file again, or let nobody write to it",
                 )
-            tensors[name] = flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
+            tensors[name] = raw_bytes.view(DTYPES[entry.dtype]).reshape(entry.shape)
     return tensors, dict(header.metadata)
 
 
 def read_bytes(stream: BufferedReader, start: int, size: int) -> Tensor | None:
-    """Read bytes of a file into a new tensor, uint8 [size]; None if the file ends before."""
-    flat = torch.empty(size, dtype=torch.uint8, device="cpu")
+    """Read ``size`` bytes of a file, from the byte ``start`` on, into a new uint8 tensor [size].
+    Returns None if the file ends before."""
+    raw_bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
     stream.seek(start)
-    return flat if stream.readinto(flat.numpy().data) == size else None
+    return raw_bytes if stream.readinto(raw_bytes.numpy().data) == size else None
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the CPU; a meta tensor is copied as a meta tensor."""
+    """Copy a tensor to the CPU; a tensor on the meta device stays there."""
     tensor = tensor.detach()
     return tensor.clone() if tensor.device.type in ("cpu", "meta") else tensor.to("cpu", copy=True)

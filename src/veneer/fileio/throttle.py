@@ -1,9 +1,9 @@
 """Long Python loops that pause while another thread computes.
 
-Because of the GIL, preparing an adapter for tens of milliseconds delays the next step of a
-computing thread by about as much. With pauses, the work delays each of many steps a little.
-Rejected: also giving the loading thread the lowest priority. That delayed the other threads more,
-because the thread holds the GIL while it waits for a core.
+Because of the GIL, a thread that prepares an adapter for tens of milliseconds delays the next step
+of a computing thread by about as long. With pauses, it delays many steps by a little each.
+Rejected: also giving the preparing thread the lowest priority. That delayed the computing threads
+more, because the preparing thread holds the GIL while it waits for a core.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-#: seconds of work, and of the pause after it
+#: seconds of a slice of work, and of the pause after it
 SLICE, PAUSE = 0.001, 0.012
 
+#: of each thread that called ``throttle_loads``: ``is_busy``, and ``slice_start``, the thread's CPU
+#: time in seconds at which its slice of work began
 _THREAD = threading.local()
 
 
-def throttle_loads(busy: Callable[[], bool]) -> None:
-    """Make this thread pause in ``throttle`` loops while ``busy()`` returns True."""
-    _THREAD.busy, _THREAD.since = busy, time.thread_time()
+def throttle_loads(is_busy: Callable[[], bool]) -> None:
+    """From now on, pause this thread in ``throttle`` loops while ``is_busy()`` returns True."""
+    _THREAD.is_busy, _THREAD.slice_start = is_busy, time.thread_time()
 
 
 def is_throttled() -> bool:
     """Return whether this thread called ``throttle_loads``."""
-    return getattr(_THREAD, "busy", None) is not None
+    return getattr(_THREAD, "is_busy", None) is not None
 
 
 def throttle(items: Iterable[Item]) -> Iterator[Item]:
     """Yield ``items``, with pauses between them in a thread that called ``throttle_loads``."""
     for item in items:
-        if is_throttled() and time.thread_time() - _THREAD.since > SLICE:
-            if _THREAD.busy():
+        if is_throttled() and time.thread_time() - _THREAD.slice_start > SLICE:
+            if _THREAD.is_busy():
                 time.sleep(PAUSE)
-            _THREAD.since = time.thread_time()
+            _THREAD.slice_start = time.thread_time()
         yield item

@@ -1,8 +1,9 @@
 """Base models and their files: locate, load, convert, and read tensor by tensor.
 
 The input is the name of a base as the user gives it; the output is a module, or tensors by name.
-Below train/ and serve/ only this package imports transformers, and only inside functions but for
-decode/, which is imported where a model is called.
+Except for train/ and serve/, only this package imports transformers. It does so inside functions,
+so that importing veneer stays fast. decode/ imports transformers at the top of its files, and is
+itself imported when a model is called.
 """
 
 from veneer.models.attention import use_products

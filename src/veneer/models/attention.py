@@ -1,9 +1,9 @@
-"""Attention as plain matrix products, for transformers' models, in calls for which torch's fused
+"""Attention as plain matrix products, for models of transformers, in calls for which torch's fused
 kernel is slower.
 
-These are calls on a CPU with short rows in 16 bits, or with a causal mask (see
-``kernels/cpu_attention.py``). ``use_products`` registers an attention function with transformers
-that chooses for each call, and otherwise uses transformers' own "sdpa".
+Products are faster on a CPU with short rows in 16 bits, or with a causal mask (see
+``kernels/cpu_attention.py``). ``use_products`` registers an attention function with transformers.
+In each call, it uses products if they are faster, and transformers' own "sdpa" otherwise.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["use_products"]
 
-#: arguments that describe rows packed into one: where each begins, and the length of the longest
-LENGTHS = ("cu_seq_lens_q", "max_length_q")
-#: transformers' name for Veneer's attention
+#: arguments for several rows packed into one: the position at which each row begins, and the length
+#: of the longest row
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "max_length_q")
+#: the name under which transformers knows Veneer's attention
 PRODUCTS = "veneer_products"
 
 
 def use_products(model: PreTrainedModel) -> None:
-    """Let a model compute attention as plain matrix products (``kernels.attention``) in the calls
-    for which these are faster, and as transformers' "sdpa" in all others.
+    """Let a model compute attention as plain matrix products (``kernels.cpu_attention``) in calls
+    for which products are faster, and as transformers' "sdpa" in all others.
 
     Raises:
         ValueError: transformers does not support choosing the model's attention, or the model
@@ -44,15 +45,16 @@ def use_products(model: PreTrainedModel) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(PRODUCTS, _attention())
+    ALL_ATTENTION_FUNCTIONS.register(PRODUCTS, _attention_function())
     ALL_MASK_ATTENTION_FUNCTIONS.register(PRODUCTS, sdpa_mask)
     model.set_attn_implementation(PRODUCTS)
 
 
 @functools.cache
-def _attention() -> Callable[..., tuple[Any, None]]:
-    """The attention function for transformers: query [b, h, s, d], key and value [b, kv, k, d] ->
-    [b, s, h, d]."""
+def _attention_function() -> Callable[..., tuple[Any, None]]:
+    """The attention function for transformers. It takes the query [b, h, s, d], and key and value
+    [b, kv, k, d], and returns [b, s, h, d], for b rows, h query heads, kv key heads, s queries and
+    k keys of width d."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from veneer.kernels import cpu_attention
@@ -68,33 +70,34 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, None]:
-        starts, longest = (kwargs.pop(name, None) for name in LENGTHS)
+        row_starts, max_length = (kwargs.pop(name, None) for name in PACKING_ARGUMENTS)
         has_shared_mask = kwargs.get("position_bias") is None and (
             attention_mask is None or attention_mask.shape[1] == 1
         )
-        if has_shared_mask and cpu_attention.is_packed(query, key, attention_mask, starts, longest):
-            rows = cpu_attention.Packed(starts, longest)
-            query, key, value = (rows.unpack(tensor) for tensor in (query, key, value))
+        if has_shared_mask and cpu_attention.is_packed(
+            query, key, attention_mask, row_starts, max_length
+        ):
+            packing = cpu_attention.Packed(row_starts, max_length)
+            query, key, value = (packing.unpack(tensor) for tensor in (query, key, value))
             options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-            return (
-                rows.pack(
-                    attend(module, query, key, value, rows.row_masks(attention_mask), **options)[0]
-                ),
-                None,
-            )
+            mask = packing.row_masks(attention_mask)
+            output, _ = attend(module, query, key, value, mask, **options)
+            return packing.pack(output), None
         if query.shape[2] > 1 and has_shared_mask:
-            causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-            pure_causal = causal and attention_mask is None
-            if cpu_attention.is_faster(query, key, pure_causal and not dropout):
-                if pure_causal and not dropout:
+            has_causal_mask = bool(
+                getattr(module, "is_causal", True) if is_causal is None else is_causal
+            )
+            only_causal = has_causal_mask and attention_mask is None
+            if cpu_attention.is_faster(query, key, only_causal and not dropout):
+                if only_causal and not dropout:
                     return cpu_attention.causal(query, key, value, scaling).transpose(1, 2), None
                 bias = (
                     None
-                    if pure_causal
-                    else cpu_attention.bias_of(attention_mask, causal, query, key)
+                    if only_causal
+                    else cpu_attention.bias_of(attention_mask, has_causal_mask, query, key)
                 )
                 output = cpu_attention.products(
-                    query, key, value, bias, scaling, dropout, causal=pure_causal
+                    query, key, value, bias, scaling, dropout, causal=only_causal
                 )
                 return output.transpose(1, 2), None
         return sdpa_attention_forward(

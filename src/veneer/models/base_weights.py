@@ -1,20 +1,20 @@
 """Read base weights by name, from any source.
 
-    open_base_weights(source)                 chooses among these:
+    open_base_weights(source)                 calls one of these:
     module_weights(model)                     a live module; packed weights are read as dense ones
     state_dict_weights(model, tensors)        a state dict of ``model``
-    folder_weights(model, folder)             safetensors, under their names in ``model``
+    folder_weights(model, folder)             safetensors files; names are those of ``model``
     tensor_weights(tensors)                   tensors by name, or a function that reads one
 
     weights.get(name)  ->  BaseWeight         shape, dtype, read(rows), fingerprint()
 
-A ``BaseWeight`` is one parameter or persistent buffer. It is read completely or by rows of its
-first axis, so two models that are larger than memory can be compared, and a stack of experts can be
-read one expert at a time, although its file may hold a tensor for each of them. A GGUF file is
-first converted to a folder (``gguf.py``).
+A ``BaseWeight`` is one parameter or persistent buffer. It is read completely, or by rows of its
+first axis. So two models that are larger than memory can be compared, and a stack of experts can be
+read one expert at a time, even if the file holds a tensor for each expert. A GGUF file is first
+converted to a folder (``gguf_conversion.py``).
 
-A tied parameter is one weight under all its names. A file may hold it several times; the other
-copies are its ``duplicates``, for callers that need to know that they are equal.
+A tied parameter is one weight with several names. A file may hold a copy of it under each name. The
+copies after the first are its ``duplicates``, for callers that need to know that they are equal.
 """
 
 from __future__ import annotations
@@ -40,23 +40,29 @@ from veneer.models.locate import folder_of
 from veneer.models.meta import ParamSlice, map_checkpoint_names, meta_model
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
-#: how many numbers of a weight to read at once if it need not be in memory completely
+#: how many values of a weight to read at once, if the weight need not be in memory completely
 BLOCK_SIZE = 1 << 24
-#: the last two components of the names of embeddings and heads that a model may tie
+#: last two components of the names of weights that a model may tie: embeddings and output heads
 TIED = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "embed_tokens.weight", "wte.weight",
     "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight", "shared.weight",
 )  # fmt: skip
 
+#: reads rows of a weight's first axis, or all rows for None
 ReadRows = Callable[[slice | None], Tensor]
-#: a module, tensors by name, a function that reads one, or a path
+#: a module, tensors by name, a function that returns the tensor of a name, or a path
 WeightSource = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor] | str | Path
 
 
 @dataclass(frozen=True)
 class BaseWeight:
-    """One parameter or buffer. ``read_rows`` takes rows of the first axis, or None for all, and
-    returns them on the device of the source (the CPU for files). The result must not be changed."""
+    """One parameter or buffer.
+
+    Fields:
+        read_rows: takes a slice of rows of the first axis, or None for all rows, and returns the
+            values on the device of the source (the CPU for files). The tensor must not be changed.
+        duplicates: read the other copies in the files, if the weight is tied.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -67,12 +73,12 @@ class BaseWeight:
         return self.read_rows(rows)
 
     def blocks(self) -> Iterator[Tensor]:
-        """The weight in blocks of rows of about ``BLOCK_SIZE`` numbers."""
-        count = torch.Size(self.shape).numel()
-        if not self.shape or not count:
+        """The weight in blocks of rows, each of about ``BLOCK_SIZE`` values."""
+        value_count = torch.Size(self.shape).numel()
+        if not self.shape or not value_count:
             yield self.read()
             return
-        step = max(1, BLOCK_SIZE * self.shape[0] // count)
+        step = max(1, BLOCK_SIZE * self.shape[0] // value_count)
         for start in range(0, self.shape[0], step):
             yield self.read(slice(start, start + step))
 
@@ -83,13 +89,13 @@ class BaseWeight:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Weights of a base by all their names.
+    """The weights of a base, by name. A tied weight is listed under each of its names.
 
     Fields:
         label: describes the source in messages.
-        unread: tensors of the files that the model does not have.
-        file_weights: those of a folder under the names in its files, among which a name is looked
-            up with or without a prefix.
+        unread: names of tensors in the files of which the model has no parameter.
+        file_weights: for a folder that was opened without a model, its weights by their names in
+            the files. ``get`` finds them with or without a prefix.
     """
 
     label: str
@@ -108,15 +114,17 @@ class BaseWeights:
         return None
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """``KeyError``: no weight of this name."""
+        """The values of a weight, or of ``rows`` of its first axis. ``KeyError``: there is no such
+        weight."""
         weight = self.get(name)
         if weight is None:
             raise KeyError(name)
         return weight.read(rows)
 
     def fingerprint(self, name: str, kind: str = XXH3) -> str | None:
-        """The fingerprint of a weight, or None if there is no such weight. Weights of files are
-        hashed once for each kind; those of a live model may change between two calls."""
+        """The fingerprint of a weight, or None if there is no such weight. ``kind``: the hash
+        function. The fingerprint of a file's weight is computed once. A live model's is computed in
+        each call, because the weight may have changed."""
         weight = self.get(name)
         key = id(weight), kind_of(kind)
         if weight is None or self.file_weights is None:
@@ -126,29 +134,31 @@ class BaseWeights:
         return self._fingerprints[key]
 
     def aliases(self, name: str) -> list[str]:
-        """All names of one weight, ``name`` alone if there is no such weight."""
+        """All names of the weight ``name``; [``name``] if there is no such weight."""
         weight = self.by_name.get(name)
-        return [name] if weight is None else [n for n, w in self.by_name.items() if w is weight]
+        if weight is None:
+            return [name]
+        return [alias for alias, candidate in self.by_name.items() if candidate is weight]
 
     def find(self, names: Sequence[str]) -> BaseWeight | None:
-        """The weight with any of these names. Weights that have only some of the names are its
-        ``duplicates``."""
+        """The weight that has one of these names, or None. If there are several, they are copies of
+        one tied weight: the result is the first, with the others as its ``duplicates``."""
         matches = {
             id(self.by_name[name]): self.by_name[name] for name in names if name in self.by_name
         }
         if len(matches) < 2:
             return next(iter(matches.values()), None)
-        first, *further = matches.values()
-        reads = (read for weight in further for read in (weight.read_rows, *weight.duplicates))
+        first, *copies = matches.values()
+        reads = (read for weight in copies for read in (weight.read_rows, *weight.duplicates))
         return BaseWeight(first.shape, first.dtype, first.read_rows, (*first.duplicates, *reads))
 
 
 def open_base_weights(source: WeightSource, model: nn.Module | None = None) -> BaseWeights:
-    """The weights of ``source``, under their names in ``model`` if it is given.
+    """The weights of ``source``, by their names in ``model`` if it is given.
 
-    Without ``model``, a folder is read under the names of the model in its config, or under the
-    names in its files if transformers has no such model; a name is then found with or without a
-    prefix, and under either name of a tied embedding. ``CheckpointError``: a path without
+    Without ``model``, the weights of a folder have their names in the model of the folder's config,
+    or their names in the files if transformers has no such model. ``get`` then finds a name with or
+    without a prefix, and by either name of a tied embedding. ``CheckpointError``: the path holds no
     safetensors, or damaged ones.
     """
     if isinstance(source, nn.Module):
@@ -184,18 +194,26 @@ def _match_name(names: Collection[str], name: str) -> str | None:
     match = next((suffix for suffix in suffixes if suffix in names), None)
     if match is not None:
         return match
-    longer = [candidate for candidate in names if candidate.endswith(f".{name}")]
-    if len(longer) == 1:
-        return longer[0]
+    prefixed_names = [candidate for candidate in names if candidate.endswith(f".{name}")]
+    if len(prefixed_names) == 1:
+        return prefixed_names[0]
     if ".".join(components[-2:]) not in TIED:
         return None
-    return next((n for n in names if ".".join(n.split(".")[-2:]) in TIED), None)
+    tied_names = (tied for tied in names if ".".join(tied.split(".")[-2:]) in TIED)
+    return next(tied_names, None)
 
 
 @dataclass(frozen=True)
 class ModuleWeight:
-    """One parameter or persistent buffer of a module: its first location, all its names, the object
-    that the module holds, and its storage (None: the values as they are)."""
+    """One parameter or persistent buffer of a model.
+
+    Fields:
+        ref: (path of its module, its name there), of its first occurrence in the model.
+        names: all its names in the state dict.
+        module: the module at ``ref``.
+        weight: the object that the module holds.
+        storage: how ``weight`` stores the values; None if ``weight`` is the tensor of the values.
+    """
 
     ref: ParamRef
     names: tuple[str, ...]
@@ -214,27 +232,28 @@ class ModuleWeight:
 
     @property
     def is_readable(self) -> bool:
-        """Whether its values can be read: it is neither on the meta device nor packed by an unknown
-        library."""
+        """Whether the values can be read: they are neither on the meta device nor packed by an
+        unknown library."""
         tensors = self.weight.parameters() if isinstance(self.weight, nn.Module) else [self.weight]
         if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors):
             return False
         return self.storage is not None or type(self.weight).__module__.partition(".")[0] == "torch"
 
-    def reader(self) -> BaseWeight:
+    def base_weight(self) -> BaseWeight:
+        """The weight with its values read through its storage."""
         if self.storage is None:
-            return _whole_weight(self.weight.shape, self.weight.dtype, self.weight.detach)
+            return _unsliced_weight(self.weight.shape, self.weight.dtype, self.weight.detach)
         dense = partial(_dense, self.storage, self.weight)
-        return _whole_weight(self.shape, self.storage.dtype(self.weight), dense)
+        return _unsliced_weight(self.shape, self.storage.dtype(self.weight), dense)
 
 
 def list_weights(names: Names) -> list[ModuleWeight]:
-    """The parameters and persistent buffers of a model, each once, in the model's order."""
+    """The parameters and persistent buffers of a model, each listed once, in the modules' order."""
     by_identity: dict[int, tuple[ParamRef, list[str], Any, bool]] = {}
     for path, module in names.modules.items():
         skipped = module._non_persistent_buffers_set
-        lasting = [name for name in module._buffers if name not in skipped]
-        for name in (*own_parameters(module), *lasting):
+        persistent_buffers = [name for name in module._buffers if name not in skipped]
+        for name in (*own_parameters(module), *persistent_buffers):
             is_buffer = name in module._buffers
             weight = module._buffers[name] if is_buffer else weight_of(module, name)
             if weight is not None:
@@ -254,19 +273,19 @@ def list_weights(names: Names) -> list[ModuleWeight]:
 
 
 def module_weights(model: nn.Module, label: str = "the model") -> BaseWeights:
-    """The weights of a live module without its adapters (a merged adapter is part of the
-    weights)."""
+    """The weights of a live module, without its adapters. A merged adapter is part of the
+    weights."""
     by_name: dict[str, BaseWeight] = {}
     for entry in list_weights(Names(model)):
-        by_name |= dict.fromkeys(entry.names, entry.reader())
+        by_name |= dict.fromkeys(entry.names, entry.base_weight())
     return BaseWeights(label, by_name)
 
 
 def state_dict_weights(
     model: nn.Module, tensors: Mapping[str, Tensor], label: str = "the state dict"
 ) -> BaseWeights:
-    """The weights of a state dict of ``model``. Tensors that the model does not have keep their
-    names."""
+    """The weights of a state dict of ``model``. Tensors of which the model has no parameter keep
+    their names."""
     weights = {name: _tensor_weight(tensor) for name, tensor in tensors.items()}
     known_names = model.state_dict().keys()
     unmatched = {name: weight for name, weight in weights.items() if name not in known_names}
@@ -274,15 +293,16 @@ def state_dict_weights(
 
 
 def folder_weights(model: nn.Module, folder: str | Path) -> BaseWeights:
-    """The weights of a folder of safetensors whose tensors are those of ``model`` by transformers'
-    rules. ``CheckpointError``: as ``checkpoint_weights``, or not such a folder."""
+    """The weights of a folder of safetensors that transformers would load into ``model``, by their
+    names in the model. ``CheckpointError``: the folder holds no safetensors, or an error of
+    ``checkpoint_weights``."""
     weights, unread = checkpoint_weights(model, open_checkpoint(folder))
     return BaseWeights(str(folder), _by_every_name(model, weights), unread)
 
 
 class _TensorFunction(Mapping[str, BaseWeight]):
-    """Weights that ``read`` returns by name; it raises KeyError for a name that it lacks. The names
-    cannot be listed."""
+    """The weights that a function ``read`` returns. The function raises KeyError for an unknown
+    name. The names cannot be listed."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         self._read = read
@@ -298,7 +318,7 @@ class _TensorFunction(Mapping[str, BaseWeight]):
 
 
 def tensor_weights(source: Mapping[str, Tensor] | Callable[[str], Tensor]) -> BaseWeights:
-    """Tensors by name, or a function that reads one and raises KeyError for a name it lacks."""
+    """Weights from a mapping of tensors, or a function that raises KeyError for an unknown name."""
     read: Any = source.__getitem__ if hasattr(source, "__getitem__") else source
     return BaseWeights("the tensors", _TensorFunction(read))
 
@@ -306,18 +326,24 @@ def tensor_weights(source: Mapping[str, Tensor] | Callable[[str], Tensor]) -> Ba
 def checkpoint_weights(
     model: nn.Module, checkpoint: Checkpoint
 ) -> tuple[dict[str, BaseWeight], tuple[str, ...]]:
-    """(the weights in a checkpoint, each under one of its names in the state dict of ``model``;
-    tensors of the checkpoint that the model does not have). ``CheckpointError``: tensors that do
-    not fill their parameter."""
+    """The weights of ``model`` in a checkpoint.
+
+    Returns:
+        (weights, each by one of its names in the state dict of ``model``; names of the checkpoint's
+        tensors of which the model has no parameter).
+
+    Raises:
+        CheckpointError: tensors do not fill their parameter.
+    """
     param_slices = map_checkpoint_names(model, checkpoint.file_of)
-    pieces: dict[str, list[tuple[str, ParamSlice]]] = {}
-    for name, tensor_slices in param_slices.items():
+    tensors_of_path: dict[str, list[tuple[str, ParamSlice]]] = {}
+    for tensor_name, tensor_slices in param_slices.items():
         for param_slice in tensor_slices:
-            pieces.setdefault(param_slice.path, []).append((name, param_slice))
-    state, problems = model.state_dict(), []
+            tensors_of_path.setdefault(param_slice.path, []).append((tensor_name, param_slice))
+    state_dict, problems = model.state_dict(), []
     weights: dict[str, BaseWeight] = {}
-    for path, tensors in pieces.items():
-        model_shape = tuple(state[path].shape)
+    for path, tensors in tensors_of_path.items():
+        model_shape = tuple(state_dict[path].shape)
         shape = _joined_shape(checkpoint, tensors, model_shape)
         if shape is None:
             shapes = (f"{name} {list(checkpoint.shape(name))}" for name, _ in tensors)
@@ -325,7 +351,7 @@ def checkpoint_weights(
             do = "get the files and the configuration of one model"
             problems.append(sentence(listing(shapes, 3), expected, do))
             continue
-        dtypes = {checkpoint.dtype(name) for name, _ in tensors}
+        dtypes = {checkpoint.dtype(tensor_name) for tensor_name, _ in tensors}
         dtype = functools.reduce(torch.promote_types, dtypes)
         read = partial(_join_rows, checkpoint, tuple(tensors), shape, dtype)
         weights[path] = BaseWeight(shape, dtype, read)
@@ -334,7 +360,7 @@ def checkpoint_weights(
 
 
 def _by_every_name(model: nn.Module, weights: Mapping[str, BaseWeight]) -> dict[str, BaseWeight]:
-    """The weights under all names of the parameters of ``model``."""
+    """The weights, each listed under all names of its parameter in ``model``."""
     by_name: dict[str, BaseWeight] = {}
     source = BaseWeights("", weights)
     for entry in list_weights(Names(model)):
@@ -345,8 +371,8 @@ def _by_every_name(model: nn.Module, weights: Mapping[str, BaseWeight]) -> dict[
 
 
 def _computed_weight(entry: ModuleWeight, weights: Mapping[str, BaseWeight]) -> BaseWeight | None:
-    """A weight that a parametrization computes from tensors of the files, or None if they lack one
-    of these."""
+    """The values that a parametrization computes from tensors of the files. None if ``entry`` is
+    not parametrized, or if the files lack one of the tensors."""
     (path, name), parametrized = entry.ref, entry.weight
     if entry.is_buffer or not isinstance(parametrized, nn.Module):
         return None
@@ -366,8 +392,8 @@ def _computed_weight(entry: ModuleWeight, weights: Mapping[str, BaseWeight]) -> 
         filled_copy.load_state_dict(tensors, assign=True)
         return _dense(storage, filled_copy)
 
-    dtype = next(w.dtype for w in sources.values() if w.dtype.is_floating_point)
-    return _whole_weight(storage.shape(parametrized), dtype, compute)
+    dtype = next(weight.dtype for weight in sources.values() if weight.dtype.is_floating_point)
+    return _unsliced_weight(storage.shape(parametrized), dtype, compute)
 
 
 def _dense(storage: Any, weight: Any) -> Tensor:
@@ -376,13 +402,13 @@ def _dense(storage: Any, weight: Any) -> Tensor:
 
 
 def _tensor_weight(tensor: Tensor) -> BaseWeight:
-    return _whole_weight(tensor.shape, tensor.dtype, tensor.detach)
+    return _unsliced_weight(tensor.shape, tensor.dtype, tensor.detach)
 
 
-def _whole_weight(
+def _unsliced_weight(
     shape: Sequence[int], dtype: torch.dtype, read_all: Callable[[], Tensor]
 ) -> BaseWeight:
-    """A weight for which reading some rows costs as much as reading all."""
+    """A weight for which reading some rows costs as much as reading all rows."""
     read = lambda rows: read_all() if rows is None else read_all()[rows]  # noqa: E731
     return BaseWeight(tuple(shape), dtype, read)
 
@@ -390,18 +416,18 @@ def _whole_weight(
 def _joined_shape(
     checkpoint: Checkpoint, tensors: Sequence[tuple[str, ParamSlice]], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """The shape of the parameter that these tensors form: that of a tensor that holds all of it,
-    else ``shape``; None if they do not fill ``shape``."""
+    """The shape of the parameter that ``tensors`` of a checkpoint form. If one tensor holds the
+    complete parameter, its shape; else ``shape``, or None if the tensors do not fill ``shape``."""
     if len(tensors) == 1 and not tensors[0][1].index and not tensors[0][1].within:
         return checkpoint.shape(tensors[0][0])
-    count = 0
-    for name, param_slice in tensors:
-        target = slice_shape(shape, param_slice.index)
-        source = slice_shape(checkpoint.shape(name), param_slice.within)
-        if target != source and target != (1, *source):
+    value_count = 0
+    for tensor_name, param_slice in tensors:
+        target_shape = slice_shape(shape, param_slice.index)
+        source_shape = slice_shape(checkpoint.shape(tensor_name), param_slice.within)
+        if target_shape != source_shape and target_shape != (1, *source_shape):
             return None
-        count += target.numel()
-    return shape if count == torch.Size(shape).numel() else None
+        value_count += target_shape.numel()
+    return shape if value_count == torch.Size(shape).numel() else None
 
 
 def slice_shape(shape: Sequence[int], index: Sequence[slice]) -> torch.Size:
@@ -417,24 +443,25 @@ def _join_rows(
     dtype: torch.dtype,
     rows: slice | None,
 ) -> Tensor:
-    """Rows of the parameter that tensors of the files form. Only tensors with such rows are
-    read."""
-    name, param_slice = tensors[0]
+    """Rows of the parameter that ``tensors`` of a checkpoint form. Only tensors that hold such rows
+    are read."""
+    tensor_name, param_slice = tensors[0]
     if len(tensors) == 1 and not param_slice.index and len(param_slice.within) < 2:
         if param_slice.within:
-            file_rows = range(checkpoint.shape(name)[0])[param_slice.within[0]][rows or slice(None)]
+            all_rows = range(checkpoint.shape(tensor_name)[0])[param_slice.within[0]]
+            file_rows = all_rows[rows or slice(None)]
             rows = slice(file_rows.start, file_rows.stop)
-        return checkpoint.read(name, rows).to(dtype)
+        return checkpoint.read(tensor_name, rows).to(dtype)
     requested_rows = range(shape[0])[rows or slice(None)]
     joined = torch.empty(len(requested_rows), *shape[1:], dtype=dtype)
-    for name, param_slice in tensors:
-        held_rows = range(shape[0])[param_slice.index[0]]
-        # Only rows of stacks are requested, of which each tensor is one matrix, so no tensor is cut
-        # along its rows.
-        if held_rows.start < requested_rows.stop and requested_rows.start < held_rows.stop:
+    for tensor_name, param_slice in tensors:
+        tensor_rows = range(shape[0])[param_slice.index[0]]
+        # Rows are requested of stacks of matrices only. Each tensor is one matrix of the stack, so
+        # no request splits a tensor.
+        if tensor_rows.start < requested_rows.stop and requested_rows.start < tensor_rows.stop:
             first_axis = slice(
-                held_rows.start - requested_rows.start, held_rows.stop - requested_rows.start
+                tensor_rows.start - requested_rows.start, tensor_rows.stop - requested_rows.start
             )
             target = joined[(first_axis, *param_slice.index[1:])]
-            target.copy_(checkpoint.read(name)[param_slice.within].reshape(target.shape))
+            target.copy_(checkpoint.read(tensor_name)[param_slice.within].reshape(target.shape))
     return joined

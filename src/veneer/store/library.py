@@ -4,17 +4,18 @@
                             rank}}}
     index.copy.json         a copy, in case the index is damaged
     objects/<hash>/         an adapter folder, named by the hash of its files; never changed
-    lock                    held while anything is changed (filelock)
+    lock                    held by a process while it changes the library (filelock)
 
-A name is an entry of the index, an object is content. A change takes the lock, reads the index,
-moves a complete object into place, and replaces the index by a rename. A crash therefore leaves the
-old index or the new one, and all objects of an index are complete. Readers take no lock.
+Each entry of the index gives a name to an object: an adapter folder under the hash of its files. A
+change takes the lock, reads the index, moves a complete object into place, and replaces the index
+by a rename. So after a crash, the index is the old one or the new one, and all its objects are
+complete. Readers take no lock.
 
-The lock is held during the whole change, including the copying, so a folder with a temporary name
-is always the leftover of a writer that died. ``gc`` deletes objects without a name after a grace
-period, which begins when the last name is removed (``remove`` sets the folder's modification time);
-a path from ``get`` is valid for at least that long. Atomic renames of folders are required: Windows
-is not supported.
+The lock is held during the whole change, including the copying. So when a process holds the lock,
+any folder with a temporary name was left by a writer that died. ``gc`` deletes objects without a
+name after a grace period, which begins when the last name is removed (``remove`` sets the folder's
+modification time); a path from ``get`` is valid for at least that long. Renames of folders must be
+atomic: Windows is not supported.
 """
 
 from __future__ import annotations
@@ -50,26 +51,34 @@ from veneer.errors import (
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.fileio.temporary import remove, sweep
 from veneer.models.gguf_conversion import cache_dir
-from veneer.store.remote import is_remote, keep_folder, pull
+from veneer.store.remote import ensure_cached, is_remote, pull
 
 __all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolve"]
 
+#: names of the entries of a library's folder (see the top of this file)
 INDEX, COPY, LOCK, OBJECTS = "index.json", "index.copy.json", "lock", "objects"
 FORMAT = 1
 #: seconds for which an object without a name is kept
 GRACE = 3600.0
+#: begins the address of an adapter in the default library
 SCHEME = "library:"
-#: the form of adapter names, in a library and for a server
+#: the pattern of adapter names, in a library and on a server
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HASH = re.compile(r"[0-9a-f]{64}")
-#: the errors of ``_parse`` for a missing or damaged index
-_DAMAGED = (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError)
+#: errors of ``_parse`` for a missing or damaged index
+_READ_ERRORS = (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of a library. ``object``: the hash of its files; ``added``: in UTC; ``size``: in
-    bytes; ``base``: the adapter's name for its base."""
+    """One name of a library, and the adapter that it stands for.
+
+    Fields:
+        object: the hash of the adapter's files.
+        added: when the adapter was added, as text in UTC.
+        size: bytes of its files.
+        base: the name of its base, as the adapter records it.
+    """
 
     name: str
     object: str
@@ -83,8 +92,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Collected:
-    """The result of ``gc``: hashes of the deleted objects, the number of deleted leftovers of
-    writers that died, and the bytes of both."""
+    """The result of ``gc``. ``objects``: hashes of the deleted objects; ``leftovers``: how many
+    temporary folders of writers that died were deleted; ``freed``: bytes of all deleted files."""
 
     objects: tuple[str, ...]
     leftovers: int
@@ -93,8 +102,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """The result of ``rebuild``: names that were kept, names that were given to objects without
-    one, and names that were removed because their object is missing or altered."""
+    """The result of ``rebuild``. ``kept``: names that are still in the index; ``recovered``: new
+    names, of objects that had none; ``lost``: removed names, and hashes of unreadable objects."""
 
     kept: tuple[str, ...]
     recovered: tuple[str, ...]
@@ -103,8 +112,8 @@ class Rebuilt:
 
 @dataclass(frozen=True, init=False)
 class Library:
-    """The adapters in a folder, which is created when it is needed. Reading takes no lock; one
-    writer at a time."""
+    """The adapters in a folder, which the first ``add`` creates. Readers take no lock; one writer
+    at a time changes the library."""
 
     folder: Path
 
@@ -112,16 +121,17 @@ class Library:
         object.__setattr__(self, "folder", Path(folder).expanduser())
 
     def entry(self, name: str) -> Entry:
-        """The entry of a name. Raises ``LibraryError`` if there is none."""
-        return self._need(self._names(), name)
+        """The entry of a name. ``LibraryError``: there is no such name."""
+        return self._entry_of(self._read_entries(), name)
 
     def get(self, name: str) -> Path:
-        """The adapter folder of a name. It must not be changed, and is valid for at least the grace
-        period."""
-        path = self._object(self.entry(name).object)
+        """The adapter folder of a name. Its files must not be changed, and stay for at least the
+        grace period after the name is removed."""
+        path = self._object_folder(self.entry(name).object)
         if not path.is_dir():
             problem = f"no folder {path}, which {name!r} stands for"
-            raise LibraryError(problem, "it there", f"run {self._mend()}, or add it again")
+            do = f"run {self._rebuild_command()}, or add it again"
+            raise LibraryError(problem, "it there", do)
         return path
 
     def pull(self, name: str, *, cache: Path | None = None) -> Path:
@@ -137,14 +147,17 @@ class Library:
         """
         source = self.get(name)
         target = (cache or cache_dir() / "adapters") / "library" / source.name
-        return keep_folder(
+        return ensure_cached(
             target, str(source), lambda folder: copy_files(source, folder), source.name
         )
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
-        """All entries by name, or those with a tag, or those for a base (by ``Entry.base``)."""
+        """The entries, sorted by name: all, or those with ``tag``, or for ``base``
+        (``Entry.base``)."""
         entries = (
-            entry for _, entry in sorted(self._names().items()) if tag is None or tag in entry.tags
+            entry
+            for _, entry in sorted(self._read_entries().items())
+            if tag is None or tag in entry.tags
         )
         return tuple(entry for entry in entries if base is None or base == entry.base)
 
@@ -153,8 +166,8 @@ class Library:
     ) -> Entry:
         """Verify an adapter folder, and copy it into the library under a name.
 
-        Only an adapter's own files are copied. ``overwrite`` replaces the adapter of the name and
-        its tags, because the tags of the old adapter need not apply to the new one.
+        Only files that belong to an adapter are copied. ``overwrite`` replaces the adapter of the
+        name, and its tags too, because they need not apply to the new adapter.
 
         Raises:
             AdapterError: the folder is no intact adapter.
@@ -162,32 +175,32 @@ class Library:
             LibraryError: an invalid name or tag, or a damaged index.
         """
         path, tags = Path(path), tuple(dict.fromkeys(tags))
-        _check_words(name, tags)
-        key = content_hash(path)
-        entry = _entry(path, name, key, tags)  # reads and verifies the folder
-        with self._change(create=True) as names:
-            if name in names and not overwrite:
+        _check_names(name, tags)
+        object_hash = content_hash(path)
+        entry = _read_entry(path, name, object_hash, tags)  # reads and verifies the folder
+        with self._edit_entries(create=True) as entries:
+            if name in entries and not overwrite:
                 problem = f"an adapter {name!r} in {self.folder}"
                 raise OutputExistsError(
                     problem, "a new name", "choose another, or allow overwriting"
                 )
-            self._store(path, key)
-            if name in names:
-                self._retire(names[name].object)
-            names[name] = entry
+            self._store_object(path, object_hash)
+            if name in entries:
+                self._restart_grace_period(entries[name].object)
+            entries[name] = entry
         return entry
 
     def remove(self, name: str) -> Entry:
-        """Remove a name from the library; return its entry. ``gc`` deletes the files later, unless
-        another name has them."""
-        with self._change() as names:
-            entry = self._need(names, name)
-            self._retire(entry.object)
-            del names[name]
+        """Remove a name from the library, and return its entry. ``gc`` deletes the adapter's files
+        later, unless another name stands for them."""
+        with self._edit_entries() as entries:
+            entry = self._entry_of(entries, name)
+            self._restart_grace_period(entry.object)
+            del entries[name]
         return entry
 
     def tag(self, name: str, *tags: str, remove: Iterable[str] = ()) -> Entry:
-        """Add and remove tags of a name; return its new entry.
+        """Add the given tags to a name, remove the tags ``remove``, and return the new entry.
 
         Raises:
             LibraryError: no such name, an invalid tag, or a tag to remove that the name does not
@@ -196,9 +209,9 @@ class Library:
         remove = tuple(remove)
         if not tags and not remove:
             raise LibraryError("no tag to add or remove", "at least one", "name it")
-        _check_words(name, (*tags, *remove))
-        with self._change() as names:
-            entry = self._need(names, name)
+        _check_names(name, (*tags, *remove))
+        with self._edit_entries() as entries:
+            entry = self._entry_of(entries, name)
             if absent := [tag for tag in remove if tag not in entry.tags]:
                 absent_tags = listing(map(repr, absent))
                 problem = f"no tag {absent_tags} at {name!r}, which has {listing(entry.tags)}"
@@ -206,16 +219,15 @@ class Library:
             remaining = tuple(
                 tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove
             )
-            names[name] = replace(entry, tags=remaining)
-        return names[name]
+            entries[name] = replace(entry, tags=remaining)
+        return entries[name]
 
     def gc(self, *, grace: float = GRACE) -> Collected:
-        """Delete the objects that have had no name for ``grace`` seconds, and the leftovers of
-        killed writers."""
-        with self._lock():
-            used = {
-                entry.object for entry in self._names().values()
-            }  # raises for a damaged index, so nothing is deleted
+        """Delete the objects that have had no name for ``grace`` seconds, and the temporary folders
+        of killed writers."""
+        with self._hold_lock():
+            # this raises for a damaged index, so that nothing is deleted
+            used_hashes = {entry.object for entry in self._read_entries().values()}
             objects = self.folder / OBJECTS
             leftovers = [
                 *self.folder.glob(".*.tmp"),
@@ -223,64 +235,69 @@ class Library:
                 *objects.glob(".*.replaced"),
             ]
             freed = sum(map(_size, leftovers))
-            sweep(objects)  # first, because they may contain the rest of a partly deleted object
+            sweep(objects)  # first, because they may hold files of a partly deleted object
             for path in leftovers:
                 remove(path)
-            unused = [path for path in sorted(self._objects()) if path.name not in used]
-            old = [path for path in unused if time.time() - path.stat().st_mtime >= grace]
-            for path in old:
-                doomed = path.with_name(f".{path.name}.tmp")
-                # rename first: half an object must never have the name of its hash
-                path.rename(doomed)
-                freed += _size(doomed)
-                remove(doomed)
-        return Collected(tuple(path.name for path in old), len(leftovers), freed)
+            unused = [
+                path for path in sorted(self._object_folders()) if path.name not in used_hashes
+            ]
+            expired = [path for path in unused if time.time() - path.stat().st_mtime >= grace]
+            for path in expired:
+                renamed = path.with_name(f".{path.name}.tmp")
+                # rename first: an incomplete object must never have the name of its hash
+                path.rename(renamed)
+                freed += _size(renamed)
+                remove(renamed)
+        return Collected(tuple(path.name for path in expired), len(leftovers), freed)
 
     def rebuild(self) -> Rebuilt:
         """Rebuild a damaged index from its copy and from the objects, which are verified.
 
-        If the index can be read, names whose object is missing or altered are removed. Otherwise
-        the copy is used, which is at most one change behind; objects that it does not list get the
-        name "recovered-…" and the tag "recovered". Files of removed names stay for the grace
-        period.
+        If the index can be read, names whose object is missing or altered are removed from it.
+        Otherwise the copy is used, which lacks at most one change. Objects that the copy does not
+        list get the name "recovered-…" and the tag "recovered". Files of removed names stay for the
+        grace period.
         """
-        with self._lock():
-            names, complete = self._readable()
-            intact = {path.name for path in self._objects() if has_content(path, path.name)}
-            intact_entries = {
-                name: entry for name, entry in names.items() if entry.object in intact
+        with self._hold_lock():
+            entries, index_is_readable = self._read_index_or_copy()
+            intact_hashes = {
+                path.name for path in self._object_folders() if has_content(path, path.name)
             }
-            lost, recovered = sorted(names.keys() - intact_entries.keys()), {}
-            unknown = intact - {entry.object for entry in intact_entries.values()}
-            for key in () if complete else sorted(unknown):
+            intact_entries = {
+                name: entry for name, entry in entries.items() if entry.object in intact_hashes
+            }
+            lost, recovered = sorted(entries.keys() - intact_entries.keys()), {}
+            unlisted_hashes = intact_hashes - {entry.object for entry in intact_entries.values()}
+            for object_hash in () if index_is_readable else sorted(unlisted_hashes):
                 name = (
-                    f"recovered-{key[:12]}"
-                    if f"recovered-{key[:12]}" not in intact_entries
-                    else f"recovered-{key}"
+                    f"recovered-{object_hash[:12]}"
+                    if f"recovered-{object_hash[:12]}" not in intact_entries
+                    else f"recovered-{object_hash}"
                 )
                 try:
-                    recovered[name] = _entry(self._object(key), name, key, ("recovered",))
-                except (
-                    AdapterError
-                    # for example of a variant that this installation lacks: keep its files for the
-                    # grace period
-                ):
-                    lost.append(key)
-            after = {**intact_entries, **recovered}
-            unnamed = (
-                {path.name for path in self._objects()}
-                if not complete
-                else {names[name].object for name in lost}
+                    recovered[name] = _read_entry(
+                        self._object_folder(object_hash), name, object_hash, ("recovered",)
+                    )
+                # this installation may lack the variant: keep the files for the grace period
+                except AdapterError:
+                    lost.append(object_hash)
+            rebuilt_entries = {**intact_entries, **recovered}
+            unnamed_hashes = (
+                {path.name for path in self._object_folders()}
+                if not index_is_readable
+                else {entries[name].object for name in lost}
             )
-            for key in unnamed - {entry.object for entry in after.values()}:
-                self._retire(key)  # keep the files for the grace period: the user may need them
-            self._write(after)
+            for object_hash in unnamed_hashes - {
+                entry.object for entry in rebuilt_entries.values()
+            }:
+                self._restart_grace_period(object_hash)  # the user may need the files
+            self._write_entries(rebuilt_entries)
         return Rebuilt(tuple(sorted(intact_entries)), tuple(recovered), tuple(lost))
 
-    def _object(self, key: str) -> Path:
-        return self.folder / OBJECTS / key
+    def _object_folder(self, object_hash: str) -> Path:
+        return self.folder / OBJECTS / object_hash
 
-    def _objects(self) -> list[Path]:
+    def _object_folders(self) -> list[Path]:
         folder = self.folder / OBJECTS
         return (
             [path for path in folder.iterdir() if _HASH.fullmatch(path.name)]
@@ -288,26 +305,26 @@ class Library:
             else []
         )
 
-    def _store(self, path: Path, key: str) -> None:
-        """Copy the files into the object's folder, unless they are there and intact."""
-        target = self._object(key)
-        if target.is_dir() and has_content(target, key):
+    def _store_object(self, path: Path, object_hash: str) -> None:
+        """Copy an adapter's files into its object's folder, unless they are there and intact."""
+        target = self._object_folder(object_hash)
+        if target.is_dir() and has_content(target, object_hash):
             return
         with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
             copy_files(path, folder)
-            if not has_content(folder, key):
+            if not has_content(folder, object_hash):
                 problem = f"files in {path} that changed while they were copied"
                 raise AdapterError(problem, "files at rest", "add it again when they are written")
 
-    def _retire(self, key: str) -> None:
+    def _restart_grace_period(self, object_hash: str) -> None:
         """Restart the grace period of an object, before one of its names is removed."""
-        if self._object(key).is_dir():
-            os.utime(self._object(key))
+        if self._object_folder(object_hash).is_dir():
+            os.utime(self._object_folder(object_hash))
 
     @contextmanager
-    def _lock(self, *, create: bool = False) -> Iterator[None]:
-        """Hold the lock of the writer. The folder is created only with ``create``, so that a
-        mistyped path creates none."""
+    def _hold_lock(self, *, create: bool = False) -> Iterator[None]:
+        """Hold the writer's lock. The library's folder is created only with ``create``, so that a
+        mistyped path creates no library."""
         if not create and not (self.folder / OBJECTS).is_dir():
             raise LibraryError(
                 f"no library in {self.folder}",
@@ -317,7 +334,7 @@ class Library:
         import filelock  # imported here because it takes a tenth of a second
 
         lock = filelock.FileLock(self.folder / LOCK)
-        # widens the type for type checkers, which would otherwise narrow every lock to it
+        # type checkers would otherwise take every lock for a ``SoftFileLock``
         soft: type = filelock.SoftFileLock
         if isinstance(lock, soft):  # a killed writer would leave this kind of lock behind
             raise LibraryError(
@@ -328,57 +345,57 @@ class Library:
             yield
 
     @contextmanager
-    def _change(self, *, create: bool = False) -> Iterator[dict[str, Entry]]:
-        """The names of the index, which the block may change; written if the block ends without an
-        error."""
-        with self._lock(create=create):
-            names = self._names()
+    def _edit_entries(self, *, create: bool = False) -> Iterator[dict[str, Entry]]:
+        """The entries of the index by name, which the block may change. They are written if the
+        block ends without an error."""
+        with self._hold_lock(create=create):
+            entries = self._read_entries()
             if not (self.folder / INDEX).exists():
-                # before the first object, so that objects without an index mean that the index was
-                # lost
-                self._write(names)
-            yield names
-            self._write(names)
+                # written before the first object, so that objects without an index mean that the
+                # index was lost
+                self._write_entries(entries)
+            yield entries
+            self._write_entries(entries)
 
-    def _write(self, names: dict[str, Entry]) -> None:
+    def _write_entries(self, entries: dict[str, Entry]) -> None:
         content = {
             "format": FORMAT,
-            "names": {name: asdict(entry) for name, entry in sorted(names.items())},
+            "names": {name: asdict(entry) for name, entry in sorted(entries.items())},
         }
         text = json.dumps(content, indent=1) + "\n"
-        write_whole(self.folder / INDEX, text)  # from here on the change is complete
+        write_whole(self.folder / INDEX, text)  # this completes the change
         write_whole(self.folder / COPY, text)
 
-    def _names(self) -> dict[str, Entry]:
+    def _read_entries(self) -> dict[str, Entry]:
         index = self.folder / INDEX
-        # check in this order: another process's first write may come in between, and it writes the
-        # index before the first object
-        if not index.exists() and not (self.folder / COPY).exists() and not self._objects():
+        # in this order, because another process may write to an empty library meanwhile: it writes
+        # the index before the first object
+        if not index.exists() and not (self.folder / COPY).exists() and not self._object_folders():
             return {}
         try:
             return _parse(index)
-        except _DAMAGED as error:
+        except _READ_ERRORS as error:
             state = (
                 "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
             )
-            problem, do = f"an index {index} that {state}", f"run {self._mend()}"
+            problem, do = f"an index {index} that {state}", f"run {self._rebuild_command()}"
             raise LibraryError(problem, "the index of a library", do) from error
 
-    def _readable(self) -> tuple[dict[str, Entry], bool]:
-        """The names of the index (and True); else those of its copy; else none."""
+    def _read_index_or_copy(self) -> tuple[dict[str, Entry], bool]:
+        """(the entries of the index, True), or (the entries of its copy, False), or ({}, False)."""
         for file in (INDEX, COPY):
-            with suppress(*_DAMAGED):
+            with suppress(*_READ_ERRORS):
                 return _parse(self.folder / file), file == INDEX
         return {}, False
 
-    def _need(self, names: dict[str, Entry], name: str) -> Entry:
-        if name not in names:
-            problem = f"no adapter {name!r} in {self.folder}{nearest(name, names)}"
-            expected = f"one of {listing(sorted(names))}" if names else "one that was added"
+    def _entry_of(self, entries: dict[str, Entry], name: str) -> Entry:
+        if name not in entries:
+            problem = f"no adapter {name!r} in {self.folder}{nearest(name, entries)}"
+            expected = f"one of {listing(sorted(entries))}" if entries else "one that was added"
             raise LibraryError(problem, expected, "check the name, or add it")
-        return names[name]
+        return entries[name]
 
-    def _mend(self) -> str:
+    def _rebuild_command(self) -> str:
         return f"`veneer gc --rebuild --library {self.folder}`"
 
 
@@ -392,13 +409,13 @@ def _parse(file: Path) -> dict[str, Entry]:
     for name, fields in content["names"].items():
         entry = Entry(**{**fields, "tags": tuple(fields["tags"])})
         texts = entry.added, entry.variant, entry.base or "", *entry.tags
-        sound = (
+        has_valid_types = (
             all(isinstance(text, str) for text in texts)
             and type(entry.size) is type(entry.rank) is int
         )
-        # paths in a foreign index must not lead out of the folder
+        # paths in an untrusted index must not lead out of the folder
         if (
-            not sound
+            not has_valid_types
             or entry.name != name
             or not NAME.fullmatch(name)
             or not _HASH.fullmatch(entry.object)
@@ -408,17 +425,19 @@ def _parse(file: Path) -> dict[str, Entry]:
     return names
 
 
-def _entry(path: Path, name: str, key: str, tags: tuple[str, ...]) -> Entry:
+def _read_entry(path: Path, name: str, object_hash: str, tags: tuple[str, ...]) -> Entry:
     saved = read(path)
     base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get(
         "base_model_name_or_path"
     )
     size = sum((path / file).stat().st_size for file in adapter_file_names(path))
     added = datetime.now(UTC).isoformat(timespec="seconds")
-    return Entry(name, key, tags, added, size, base, saved.config.variant, saved.config.rank)
+    return Entry(
+        name, object_hash, tags, added, size, base, saved.config.variant, saved.config.rank
+    )
 
 
-def _check_words(name: str, tags: Iterable[str]) -> None:
+def _check_names(name: str, tags: Iterable[str]) -> None:
     expected = "1 to 128 letters, digits, '_', '-' and '.', the first a letter, a digit or '_'"
     wrong = [f"name {name!r}"] if not NAME.fullmatch(name) else []
     wrong += [f"tag {tag!r}" for tag in tags if not NAME.fullmatch(tag)]
@@ -427,7 +446,7 @@ def _check_words(name: str, tags: Iterable[str]) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Size in bytes of a file, or of all files of a folder."""
     return sum(
         file.stat().st_size
         for file in (path.rglob("*") if path.is_dir() else (path,))
@@ -436,20 +455,19 @@ def _size(path: Path) -> int:
 
 
 def default_folder() -> Path:
-    """``$VENEER_LIBRARY``, or ``veneer/adapters`` in ``$XDG_DATA_HOME`` or ``~/.local/share``."""
-    data, setting = (
-        os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share",
-        os.environ.get("VENEER_LIBRARY"),
-    )
+    """The folder of the default library: ``$VENEER_LIBRARY``, or ``veneer/adapters`` in
+    ``$XDG_DATA_HOME`` or ``~/.local/share``."""
+    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    setting = os.environ.get("VENEER_LIBRARY")
     if setting and is_remote(setting):
         problem = f"VENEER_LIBRARY is {setting}, a remote library, which only vLLM's plug-in reads"
         raise LibraryError(problem, "a folder", "unset it here, or name a folder with --library")
-    return Path(setting or Path(data) / "veneer" / "adapters").expanduser()
+    return Path(setting or Path(data_home) / "veneer" / "adapters").expanduser()
 
 
 def resolve(adapter: str | Path, library: Library | None = None) -> Path:
-    """The folder of a command's ADAPTER: ``library:NAME`` in a library (None: the default one), a
-    remote place, which is pulled, or a path."""
+    """The folder of a command's ADAPTER argument: ``library:NAME`` (None takes the default
+    library), a remote place, from which it is pulled, or a path."""
     text = str(adapter)
     if text.startswith(SCHEME):
         return (library or Library(default_folder())).get(text.removeprefix(SCHEME))

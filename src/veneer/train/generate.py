@@ -184,7 +184,7 @@ def _answer_by_engine(
     try:
         forward = open_forward(model, max(map(len, prompt_ids)) + max_new_tokens)
     except ConfigError as error:
-        _log_once(f"Answers are computed by transformers' own generate: {error.found}.")
+        _log_once(f"Answers are computed by transformers' own generate: {error.problem}.")
         return None
     with contextlib.closing(forward):
         return Continuations(

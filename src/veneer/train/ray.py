@@ -206,7 +206,7 @@ def _raise_failure(error: BaseException | None, max_restarts: int) -> None:
         return
     # an error that a worker raised says more than the death of another worker
     for failure in error.worker_failures.values():
-        if hasattr(failure, "recurs") and not getattr(failure, "told_elsewhere", False):
+        if hasattr(failure, "recurs") and not getattr(failure, "reported_elsewhere", False):
             raise failure from None
     problem = (
         f"worker {listing(map(str, sorted(error.worker_failures)))} that died, after {max_restarts}"
@@ -287,7 +287,7 @@ def _would_recur(error: Exception) -> bool:
     death, and for torch's errors of a device or a connection."""
     if isinstance(error, VeneerError):
         return not (
-            error.told_elsewhere
+            error.reported_elsewhere
             or (isinstance(error, TrainingError) and error.__cause__ is not None)
         )
     return not isinstance(error, RuntimeError)

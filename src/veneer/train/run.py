@@ -358,7 +358,7 @@ def _replace_connection_errors() -> Iterator[None]:
             " last checkpoint"
         )
         connection_error = TrainingError(problem, "all of them", remedy)
-        connection_error.told_elsewhere = getattr(error, "told_elsewhere", False)
+        connection_error.reported_elsewhere = getattr(error, "reported_elsewhere", False)
         raise connection_error from error
 
 

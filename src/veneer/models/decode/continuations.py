@@ -76,7 +76,7 @@ def open_forward(model: Any, length: int) -> Forward:
             forward.close()
             raise
     except ConfigError as error:
-        _TRIED[model] = state, error.found
+        _TRIED[model] = state, error.problem
         raise
     _TRIED[model] = state, forward.forms
     if forward.context is not None and length > forward.context:

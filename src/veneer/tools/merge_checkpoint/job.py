@@ -28,7 +28,7 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Folded, Sums, is_inaccurate, known_rounding
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
-from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
+from veneer.models.safetensors_dir import NAMES, Checkpoint, names_by_offset, open_checkpoint
 from veneer.tools.merge_checkpoint.aux_files import ConfigChanges
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
@@ -102,7 +102,7 @@ class MergeJob:
 
     def layout(self, file: str) -> tuple[bytes, dict[str, int]]:
         """(the header, the offset in bytes of each tensor by name) of a file of the result."""
-        header, names = self.checkpoint.files[file], in_order(self.checkpoint.files[file])
+        header, names = self.checkpoint.files[file], names_by_offset(self.checkpoint.files[file])
         offsets = dict(
             zip(names, accumulate(map(self.output_bytes, names), initial=0), strict=False)
         )

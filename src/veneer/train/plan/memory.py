@@ -197,7 +197,7 @@ def _format_total(bytes_by_use: Mapping[str, int]) -> str:
 def _format_lower_bound(bytes_by_use: Mapping[str, int], error: ConfigError) -> str:
     return (
         f"at least {_format_total(bytes_by_use).removeprefix('about ')}; activations are not"
-        f" counted: {error.found}"
+        f" counted: {error.problem}"
     )
 
 
