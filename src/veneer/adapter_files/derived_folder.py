@@ -100,7 +100,7 @@ def _file_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of the adapter's file by their keys in PEFT's layout."""
     tensors = {
-        peft.key(path_in_file, suffix): file_tensor(tensor)
+        peft.tensor_key(path_in_file, suffix): file_tensor(tensor)
         for path_in_file, layer in low.items()
         for suffix, tensor in (
             (layer.suffixes[0], layer.A),
@@ -112,7 +112,7 @@ def _file_tensors(
         # PEFT's wrapper of an adapted module holds the module as ``base_layer``
         inner = f"{path_in_file}.base_layer".lstrip(".") if path_in_file in low else path_in_file
         for name, tensor in parameters.items():
-            tensors[peft.key(inner, name)] = file_tensor(tensor)
+            tensors[peft.tensor_key(inner, name)] = file_tensor(tensor)
     return tensors
 
 
@@ -227,11 +227,11 @@ def _config(
     sizes = {peft.pattern_of(path, layer): (layer.rank, layer.alpha) for path, layer in low.items()}
     parameters = list(
         dict.fromkeys(
-            layer.target_path for path, layer in low.items() if peft.of_parameter(path, layer)
+            layer.target_path for path, layer in low.items() if peft.targets_parameter(path, layer)
         )
     )
     targets = [
-        layer.target_path for path, layer in low.items() if not peft.of_parameter(path, layer)
+        layer.target_path for path, layer in low.items() if not peft.targets_parameter(path, layer)
     ]
     target_lists = [config.get("target_modules") for config in configs]
     simple = all(isinstance(names, list) for names in target_lists) and not any(
@@ -243,7 +243,7 @@ def _config(
         layer.target_path
         for source in sources
         for path, layer in source.low.items()
-        if not peft.of_parameter(path, layer)
+        if not peft.targets_parameter(path, layer)
     }
     target_modules = union if union and module_targets == set(targets) else sorted(set(targets))
     types = [str(config.get("peft_type")) for config in configs]

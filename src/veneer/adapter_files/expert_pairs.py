@@ -112,7 +112,7 @@ def _map_renamed_layers(
             and kind_for(names.modules[names.canonical[path]], "weight") is not GENERAL_KIND
         ):
             continue
-        if path not in experts and layer.suffixes == PAIR and not peft.of_parameter(path, layer):
+        if path not in experts and layer.suffixes == PAIR and not peft.targets_parameter(path, layer):
             parameter_paths[path] = f"{path}.weight"
     locations = (
         map_checkpoint_names(names.model, parameter_paths.values()) if parameter_paths else {}

@@ -60,7 +60,7 @@ def trains_tokens(path: Path) -> bool:
     """Whether the config in an adapter folder trains token rows."""
     config = path / peft.CONFIG
     fields = read_json(config) if config.is_file() else {}
-    return bool(fields.get(peft_tokens.FIELD)) or fields.get("peft_type") == peft_tokens.TYPE
+    return bool(fields.get(peft_tokens.INDICES_FIELD)) or fields.get("peft_type") == peft_tokens.TOKENS_TYPE
 
 
 def tokenizer_folder(path: Path) -> Path | None:

@@ -298,7 +298,7 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
         )
         parameters = read_parameters(path, record)
         require_unchanged(compare_hashes(path, record, peft_config, tensors, parameters), path)
-    lora, every_tensor = peft_tokens.as_lora(peft_config, tensors)
+    lora, every_tensor = peft_tokens.convert_to_lora(peft_config, tensors)
     check_config(lora, record is not None, weights is not None)
     odd = list(number_problems({**every_tensor, **parameters}, "get another copy"))
     raise_all(AdapterError, f"{path} cannot be used", odd)
@@ -307,7 +307,7 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
     lora, tensors, left_out = convert_foreign_files(peft_config, tensors)
     if left_out:
         warnings.warn(
-            f"{path} holds {peft_targets.describe(left_out)}.",
+            f"{path} holds {peft_targets.describe_ignored(left_out)}.",
             peft_targets.TensorsLeftOut,
             stacklevel=2,
         )
@@ -325,7 +325,7 @@ def convert_foreign_files(
     extras = (key for variant in VARIANTS for key in variant.peft_keys.values())
     suffixes = dict.fromkeys((*pairs, *extras, peft.LORA_BIAS))
     tensors, left_out = peft_targets.applied_tensors(peft_config, tensors, suffixes)
-    return *peft_tokens.as_lora(peft_config, tensors), left_out
+    return *peft_tokens.convert_to_lora(peft_config, tensors), left_out
 
 
 def assemble(
@@ -348,8 +348,8 @@ def assemble(
         )
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     extras |= {peft.LORA_BIAS} if peft_config.get("lora_bias") is True else set()
-    tokens, tensors = peft_tokens.split(tensors, peft_config)
-    low, full = peft.split(
+    tokens, tensors = peft_tokens.split_rows(tensors, peft_config)
+    low, full = peft.split_tensors(
         tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None
     )
     raise_all(
@@ -463,7 +463,7 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
         targets=targets,
         train_also=config.get("modules_to_save") or (),
         variant=variant.name,
-        trainable_tokens=config.get(peft_tokens.FIELD) or (),
+        trainable_tokens=config.get(peft_tokens.INDICES_FIELD) or (),
         invocation_tokens=config.get("alora_invocation_tokens") or (),
         bias=BIASES.get(config.get("bias") or "none", "none"),
     )

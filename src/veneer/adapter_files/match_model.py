@@ -188,7 +188,7 @@ class _Match:
         for path in self.saved.left_out:
             if path not in self.names.modules:
                 self.add_missing_module(path, path)
-        if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
+        if self.saved.tokens or self.saved.peft_config.get(peft_tokens.INDICES_FIELD):
             self.tokens = saved_token_rows.match_tokens(
                 self.names, self.saved, self.problems, self.by_peft_rules
             )
@@ -206,7 +206,7 @@ class _Match:
         config_path = (
             parameter_path(*ref) if parameter or several else ref[0] if nested is None else nested
         )
-        rank, alpha, scale = peft_paths.strength(config, config_path)
+        rank, alpha, scale = peft_paths.rank_alpha_scale(config, config_path)
         if self.by_peft_rules:
             past, reason = deviations(names, ref, entry, parameter, self.saved.tuner, nested)
             if past is not None and has_forward(module):

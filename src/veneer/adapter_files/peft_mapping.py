@@ -138,10 +138,10 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
         for suffix, tensor in zip(
             kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True
         ):
-            tensors[peft.key(entry.file_path, suffix)] = file_tensor(tensor)
+            tensors[peft.tensor_key(entry.file_path, suffix)] = file_tensor(tensor)
         for number, suffix in change.variant.peft_keys.items():
             magnitude = _full_magnitude(change, weight, change.adapter_parameters[number])
-            tensors[peft.key(entry.file_path, suffix)] = file_tensor(
+            tensors[peft.tensor_key(entry.file_path, suffix)] = file_tensor(
                 kind.pack_vector(magnitude, shape)
             )
     wrapper_counts, biases = _wraps(peft_form), new_biases(model, name)
@@ -149,7 +149,7 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
         value = biases.get(
             entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1])
         )
-        tensors[peft.key(entry.file_path, peft.LORA_BIAS)] = file_tensor(
+        tensors[peft.tensor_key(entry.file_path, peft.LORA_BIAS)] = file_tensor(
             value / (entry.low.scale or 1)
         )
     for path, _, layer_adapter in adapters(model, name):
@@ -158,7 +158,7 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
         file_path = ".".join([*inside, *["base_layer"] * wrapper_counts.get(path, 0)])
         for key, value in layer_adapter.full.state_dict().items():
             if key != "bias" or path not in biases:
-                tensors[peft.key(file_path, key)] = file_tensor(value)
+                tensors[peft.tensor_key(file_path, key)] = file_tensor(value)
     return tensors
 
 

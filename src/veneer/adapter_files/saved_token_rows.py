@@ -38,7 +38,7 @@ def tensors_of(names: Names, name: str) -> dict[str, Tensor]:
     """The tensors of the adapter's trained token rows, by their key in the PEFT file."""
     token_changes = _token_changes(names, name)
     return {
-        peft.key(path, peft_tokens.SUFFIX): peft_mapping.file_tensor(change.token_rows)
+        peft.tensor_key(path, peft_tokens.LORA_ROWS_SUFFIX): peft_mapping.file_tensor(change.token_rows)
         for path, _, change in token_changes
     }
 
@@ -50,7 +50,7 @@ def config_fields(names: Names, name: str) -> dict[str, Any]:
     by_identity = names.holders()
     for path, weight, change in _token_changes(names, name):
         tokens: Any = change.tokens
-        fields.setdefault(peft_tokens.FIELD, {})[path] = tokens.tolist()
+        fields.setdefault(peft_tokens.INDICES_FIELD, {})[path] = tokens.tolist()
         reason = deviation_reason(names, (path, weight), by_identity)
         if change.rank:
             reason = "PEFT takes no low-rank change of a module of which it trains tokens"
@@ -234,7 +234,7 @@ def _missing_rows(
     by_identity: Mapping[int, list[ParamRef]],
 ) -> Iterator[str]:
     """The problems of modules with trained tokens in the config and no rows in the file."""
-    token_ids = saved.peft_config.get(peft_tokens.FIELD) or {}
+    token_ids = saved.peft_config.get(peft_tokens.INDICES_FIELD) or {}
     for end in token_ids if isinstance(token_ids, Mapping) else ():
         owners = {owner_at(names, path, by_identity) for path in names.matching(end)}
         if not owners & matches.keys():

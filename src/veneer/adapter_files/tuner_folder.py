@@ -65,7 +65,7 @@ class TunerFolder:
 
     def config_of(self, plain: LoraConfig) -> LoraConfig:
         """The config of the variant, from that of the plain changes."""
-        lora = peft_tuners.as_lora(self.tuner, self.source)
+        lora = peft_tuners.lora_config_of(self.tuner, self.source)
         alpha = 1.0 if self.tuner.type == "VERA" else lora["lora_alpha"]
         return replace(plain, variant=self.tuner.variant, rank=lora["r"], alpha=alpha)
 
@@ -122,8 +122,8 @@ def tuner_folder(
     """Convert a tuner's files. ``AdapterError``: the tensors are no changes of this tuner, or do
     not fit the base."""
     needs_base_shapes = peft_tuners.needs_base_shapes(tuner, weights)
-    changes, rest = peft_tuners.changes(tuner, config, tensors, weights)
-    lora, plain, problems = peft_tuners.as_lora(tuner, config), {}, []
+    changes, rest = peft_tuners.read_changes(tuner, config, tensors, weights)
+    lora, plain, problems = peft_tuners.lora_config_of(tuner, config), {}, []
     parameters: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for module_path, change in changes.items():
@@ -134,7 +134,7 @@ def tuner_folder(
         groups, out, in_ = *low.B.shape[:2], low.A.shape[2]
         assert groups == 1
         # PEFT allows a rank above min(out, in)
-        rank = min(peft_paths.strength(lora, module_path)[0], out, in_)
+        rank = min(peft_paths.rank_alpha_scale(lora, module_path)[0], out, in_)
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
         sizes[f"{module_path}.weight"] = rank, _alpha(tuner, change.scale, rank)
@@ -144,10 +144,10 @@ def tuner_folder(
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
     plain_tensors = dict(rest)
     for module_path, low in plain.items():
-        A, B = peft_tuners.plain_shapes(module_path, low.A[0], low.B[0], weights)
+        A, B = peft_tuners.reshape_for_file(module_path, low.A[0], low.B[0], weights)
         plain_tensors |= {
-            peft.key(module_path, "lora_A.weight"): A,
-            peft.key(module_path, "lora_B.weight"): B,
+            peft.tensor_key(module_path, "lora_A.weight"): A,
+            peft.tensor_key(module_path, "lora_B.weight"): B,
         }
     scales = {module_path: (low.rank, low.scale * low.rank) for module_path, low in plain.items()}
     usual = next(iter(scales.values()), (lora["r"], lora["lora_alpha"]))

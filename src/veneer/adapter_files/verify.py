@@ -45,7 +45,7 @@ from veneer.errors import CheckpointError, listing, sentence
 from veneer.fileio.tensors import read_tensors
 from veneer.fileio.untrusted import MAX_JSON, describe_format, location_problems, read_json
 from veneer.formats import peft, peft_paths, peft_tokens
-from veneer.formats.peft_targets import describe
+from veneer.formats.peft_targets import describe_ignored
 from veneer.formats.peft_tuners import check_config, tuner_of
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import BaseWeights, open_base_weights
@@ -135,7 +135,7 @@ class _Verification:
         record, parameters = self.check_record(config, tensors, header, readable)
         foreign_files = config, tensors
         if config is not None:
-            config, tensors = peft_tokens.as_lora(config, tensors)
+            config, tensors = peft_tokens.convert_to_lora(config, tensors)
         if (fields := config) is not None:
             config = log.try_step(
                 "config", lambda: check_config(fields, has_record, with_base=True) or fields
@@ -149,7 +149,7 @@ class _Verification:
                 return
             config, tensors, left_out = converted
             if left_out:
-                log.add("warning", "config", describe(left_out))
+                log.add("warning", "config", describe_ignored(left_out))
         self.check_layers(config, record, tensors, parameters)
 
     def check_record(

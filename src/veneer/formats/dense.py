@@ -1,14 +1,14 @@
-"""Dense changes: one safetensors file with ΔW by the name of each parameter.
+"""Dense changes: one safetensors file with ΔW under the name of each parameter.
 
-    <parameter>                 ΔW in the parameter's own shape: base[name] += file[name] is the
-                                adapted model
+    <parameter>                 ΔW in the parameter's shape: the adapted model has
+                                base[name] + file[name] for each parameter
     header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full":
-                                […], "variant": …}
+                                [names], "variant": …}
 
-Every tool can add such changes, and no other format holds any variant on any layer: DoRA's change
-is W' - W. The file is as large as the weights. ``full`` names the parameters that the adapter
-trained in full; when the file is read, these are not factored. Rejected: the changed weights
-themselves, because W' would be rounded and a change is exact.
+Every tool can add such changes to weights. No other format can hold every variant on every layer:
+DoRA's change is stored as W' - W, too. The file is as large as the weights. "full" names the
+parameters that the adapter trained in full; a reader does not factor their changes into A and B.
+Rejected: to store the changed weights W', because rounding W' loses a small change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADER = "veneer_dense"
 FORMAT = 1
 
 
-def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
+def recognises(first_bytes: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
     return HEADER in header
 
 
@@ -53,17 +53,17 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _well_formed(full: Any, base: Any, version: Any) -> bool:
-    """Whether the fields of the header have their types: names in a list, and a base as in Veneer's
-    record."""
-    names = isinstance(full, list) and all(isinstance(name, str) for name in full)
-    if not names or type(version) is not int or not isinstance(base, dict):
+    """Whether the fields of the header have the right types: ``full`` is a list of names, and
+    ``base`` has the types that it has in Veneer's record."""
+    is_name_list = isinstance(full, list) and all(isinstance(name, str) for name in full)
+    if not is_name_list or type(version) is not int or not isinstance(base, dict):
         return False
     tables = [base.get("weights") or {}, base.get("rest") or {}]
-    hashes = all(
-        isinstance(table, dict) and all(isinstance(h, str) for h in table.values())
+    are_hashes_valid = all(
+        isinstance(table, dict) and all(isinstance(hash_text, str) for hash_text in table.values())
         for table in tables
     )
-    return hashes and isinstance(base.get("name"), str | None)
+    return are_hashes_valid and isinstance(base.get("name"), str | None)
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:

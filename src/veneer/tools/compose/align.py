@@ -64,7 +64,7 @@ def align(
     parameters = {
         model_path
         for model_path, entries in changes.items()
-        if any(peft.of_parameter(*entry) for entry in entries.values())
+        if any(peft.targets_parameter(*entry) for entry in entries.values())
     }
     problems += _mismatch_problems(saved_adapters, changes, parameters)
     weights, aliases = _find_weights_and_aliases(saved_adapters, problems)
@@ -90,7 +90,7 @@ def _mismatch_problems(
     for model_path, entries in changes.items():
         shapes: dict[tuple, int] = {}
         for number, (path, layer) in entries.items():
-            form = layer.suffixes, peft.of_parameter(path, layer), layer.dims, layer.A.shape[1:]
+            form = layer.suffixes, peft.targets_parameter(path, layer), layer.dims, layer.A.shape[1:]
             shapes.setdefault(form, number)
         if len(shapes) > 1:
             sizes = [(form[2], saved_adapters[number].path) for form, number in shapes.items()]

@@ -85,7 +85,7 @@ def _weight_name(
     """The parameter that an entry of the folder changes: from the record, else from the base, else
     by PEFT's rule. ``fused``: attention modules with one weight for query, key and value."""
     name = layer.target_path
-    if peft.of_parameter(path, layer) or name in recorded_weights or name in facts.shapes:
+    if peft.targets_parameter(path, layer) or name in recorded_weights or name in facts.shapes:
         return name
     candidates = [weight for weight in recorded_weights if weight.rpartition(".")[0] == name]
     if len(candidates) == 1:

@@ -30,7 +30,13 @@ from veneer.attach import Names, changes
 from veneer.bases import storage_of, weight_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind
-from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, layer_of
+from veneer.formats._base import (
+    EMBEDDING_SUFFIXES,
+    LORA_SUFFIXES,
+    BaseFacts,
+    LowRankChange,
+    build_peft_layer,
+)
 from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.models.base_weights import list_weights
 
@@ -108,12 +114,12 @@ def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
             is_embedding = kind_for(names.modules[holder_path], holder_weight).out_axis
             # a tied weight in a layer of the other orientation: swap the factors
             layer_A, layer_B = (A, B) if is_embedding == change.layer.out_axis else (B.mT, A.mT)
-            layer = layer_of(
+            layer = build_peft_layer(
                 holder_path,
                 layer_A.contiguous(),
                 layer_B.contiguous(),
                 None,
-                suffixes=EMBEDDING if is_embedding else PAIR,
+                suffixes=EMBEDDING_SUFFIXES if is_embedding else LORA_SUFFIXES,
             )
             yield LowRankChange(
                 parameter_path(holder_path, holder_weight),
