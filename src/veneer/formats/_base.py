@@ -205,8 +205,8 @@ def build_peft_layer(
     magnitude: Tensor | None = None,
     suffixes: tuple[str, str] = LORA_SUFFIXES,
 ) -> PeftLayer:
-    """A ``PeftLayer`` from A [r, in, …] and B [out, r, …] as a file stores them. r is the rank, … the
-    kernel of a convolution.
+    """A ``PeftLayer`` from A [r, in, …] and B [out, r, …] as a file has them. r is the rank; … stands
+    for the axes of a convolution kernel.
 
     Args:
         alpha: None means the rank, so that the scale alpha / r is 1. If it is negative, its sign

@@ -74,7 +74,8 @@ def _subtract_count(remaining_count: int, count: int, data: mmap.mmap) -> int:
     bytes of the file."""
     if count > min(remaining_count, len(data)):
         raise ValueError(
-            f"it claims {count:,} values in {len(data):,} bytes, of {remaining_count:,} that may be left"
+            f"it claims {count:,} values in {len(data):,} bytes, of {remaining_count:,} that may"
+            " be left"
         )
     return remaining_count - count
 

@@ -237,7 +237,7 @@ def _read_factors(module_tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor,
 
 
 def _to_float32(*tensors: Tensor) -> list[Tensor]:
-    """Convert tensors to float32 (or keep float64), so that products of 16-bit numbers are exact."""
+    """Convert tensors to float32, or keep float64: products of 16-bit numbers are then exact."""
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 

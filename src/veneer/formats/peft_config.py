@@ -94,7 +94,8 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     }
     veneer_fields["targets"] = _target_patterns(values, problems)
     veneer_fields["exclude"] = _module_patterns(values.get("exclude_modules") or ())
-    veneer_fields["train_also"] = _full_module_patterns(values.get("modules_to_save") or (), task_type)
+    saved_modules = values.get("modules_to_save") or ()
+    veneer_fields["train_also"] = _full_module_patterns(saved_modules, task_type)
     for peft_name, name in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
         patterns = values.get(peft_name) or {}
         veneer_fields[name] = {_layer_pattern(key): value for key, value in patterns.items()}
@@ -164,7 +165,8 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
         return rf"(?>.*?\.[^.]*\.(?=\d+\.)){index_pattern}"
     containers = [rf"(?:^|.*?\.){name}\.(?=\d+\.)" for name in names]
     return "|".join(
-        "".join(f"(?!{earlier})" for earlier in containers[:position]) + f"(?>{container}){index_pattern}"
+        "".join(f"(?!{earlier})" for earlier in containers[:position])
+        + f"(?>{container}){index_pattern}"
         for position, container in enumerate(containers)
     )
 
@@ -200,3 +202,34 @@ def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[
 
 
 def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
+    """The name of the variant that has this ``init_lora_weights`` and these flags. If no variant
+    combines them, a problem is added."""
+    flags = [
+        name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")
+    ]  # the variant with both DoRA and rsLoRA is named "dora_rslora"
+    start = values.get("init_lora_weights", True)
+    name = start.partition("_niter")[0].lower() if isinstance(start, str) else ""
+    if start is not True and name not in _START_VARIANTS:
+        do = 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")'
+        problems.append(
+            sentence(f"init_lora_weights={start!r}", f"True, or one of {', '.join(_START_VARIANTS)}", do)
+        )
+    elif (flags and name) or (len(flags) > 1 and "qalora" in flags):
+        problem = " with ".join(
+            [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={start!r}"]
+        )
+        problems.append(sentence(problem, "a variant that has all of it", "choose one of them"))
+    if "qalora" in flags and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
+        problem = f"qalora_group_size={values['qalora_group_size']!r}"
+        problems.append(sentence(problem, str(_GROUP_SIZE), "use that size"))
+    if name == "corda" and _corda_method(values.get("corda_config")) == "kpm":
+        name = "corda_kpm"
+    return name or "_".join(flags) or "lora"
+
+
+def _corda_method(config: Any) -> str | None:
+    return (
+        config.get("corda_method")
+        if isinstance(config, Mapping)
+        else getattr(config, "corda_method", None)
+    )

@@ -3,8 +3,8 @@ comes from a file of vLLM:
 
     adapter_config.json    vllm/lora/peft_helper.py: PEFTHelper, its fields and ``validate_legal``
     the tensors' names     vllm/lora/utils.py: ``parse_fine_tuned_lora_name``
-    the adapted modules    vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last name in
-                           a path
+    the adapted modules    vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last
+                           name in a path
 
 Only vLLM knows which modules of a model it can adapt: it wraps linear layers, and embeddings of the
 models that list them. This file finds the adapters that vLLM cannot load for any model.
