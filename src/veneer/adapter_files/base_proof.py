@@ -114,7 +114,7 @@ _HASHING_LOCK = threading.RLock()
 def fingerprints_of(
     tensors: Sequence[ModuleWeight],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
-    kind: str = XXH3,
+    hash_kind: str = XXH3,
     as_loaded: bool = False,
 ) -> list[str]:
     """The fingerprint of each tensor, from the cache if the tensor has not changed.
@@ -122,7 +122,7 @@ def fingerprints_of(
     Args:
         bits: the stored tensors of merged weights before the merge, by the ``id`` of the weight
             (``stored_weights.bits_before_merge``).
-        kind: the hash, XXH3 or SHA256. A record can only be compared with fingerprints by its hash.
+        hash_kind: the hash, XXH3 or SHA256. A record can only be compared with fingerprints by its hash.
         as_loaded: see ``WeightValues.dense``.
     """
     with _HASHING_LOCK, _prepare_storages(tensors):
@@ -131,13 +131,13 @@ def fingerprints_of(
         fingerprints: list[str] = []
         for values, version in zip(all_values, versions, strict=True):
             cached_version, digest = _CACHE.get(values.anchor, {}).get(
-                (kind, as_loaded), (None, "")
+                (hash_kind, as_loaded), (None, "")
             )
             if version is None or cached_version != version:
-                digest = fingerprint(values.dense(as_loaded), kind)
+                digest = fingerprint(values.dense(as_loaded), hash_kind)
                 # do not cache if another thread wrote to the weight while it was hashed
                 if version is not None and values.version() == version:
-                    _CACHE.setdefault(values.anchor, {})[kind, as_loaded] = version, digest
+                    _CACHE.setdefault(values.anchor, {})[hash_kind, as_loaded] = version, digest
             fingerprints.append(digest)
         return fingerprints
 
@@ -152,11 +152,11 @@ def call_modified_weights(tensors: Sequence[ModuleWeight]) -> list[ModuleWeight]
     ]
 
 
-def earlier_fingerprints(tensors: Sequence[ModuleWeight], kind: str = XXH3) -> dict[str, str]:
+def earlier_fingerprints(tensors: Sequence[ModuleWeight], hash_kind: str = XXH3) -> dict[str, str]:
     """The fingerprints, by name, that earlier releases of Veneer took of packed weights: before the
     first forward call, which may change the values."""
     packed = call_modified_weights(tensors)
-    fingerprints = zip(packed, fingerprints_of(packed, kind=kind, as_loaded=True), strict=True)
+    fingerprints = zip(packed, fingerprints_of(packed, hash_kind=hash_kind, as_loaded=True), strict=True)
     return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
 
 
@@ -172,11 +172,11 @@ def fingerprint_without_rows(
     tensor: ModuleWeight,
     rows: Sequence[int],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
-    kind: str = XXH3,
+    hash_kind: str = XXH3,
 ) -> str:
     """The fingerprint of a weight without the ``rows`` (ascending) that an adapter replaces."""
     with _HASHING_LOCK, _prepare_storages([tensor]):
-        return hashing.fingerprint_without_rows(_values_of(tensor, bits or {}).dense(), rows, kind)
+        return hashing.fingerprint_without_rows(_values_of(tensor, bits or {}).dense(), rows, hash_kind)
 
 
 def clear_fingerprints() -> None:
@@ -225,23 +225,23 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def base_record(
-    changed: Mapping[str, ModuleWeight],
-    unchanged: Sequence[ModuleWeight],
+    changed_weights: Mapping[str, ModuleWeight],
+    unchanged_tensors: Sequence[ModuleWeight],
     fingerprints: Sequence[str | None],
 ) -> dict[str, dict[str, str]]:
     """The fields "weights" and "rest" of a record: fingerprints by path or name.
 
     Args:
-        changed: the weights that the adapter changes at a low rank, by path.
-        unchanged: all other tensors of the base that the adapter does not replace.
-        fingerprints: the fingerprint of each tensor of ``changed`` and then of ``unchanged``; None
-            if it is unknown.
+        changed_weights: the weights that the adapter changes at a low rank, by path.
+        unchanged_tensors: all other tensors of the base that the adapter does not replace.
+        fingerprints: the fingerprint of each of ``changed_weights`` and then of each of
+            ``unchanged_tensors``; None if it is unknown.
     """
-    unchanged_fingerprints = zip(unchanged, fingerprints[len(changed) :], strict=True)
+    unchanged_fingerprints = zip(unchanged_tensors, fingerprints[len(changed_weights) :], strict=True)
     return {
         "weights": {
             path: digest
-            for path, digest in zip(changed, fingerprints, strict=False)
+            for path, digest in zip(changed_weights, fingerprints, strict=False)
             if digest is not None
         },
         "rest": {

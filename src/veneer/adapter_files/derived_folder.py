@@ -127,17 +127,17 @@ def _narrow_base(
         for path_in_file, tensors in full.items()
         for name in tensors
     }
-    narrowed = dict(base)
-    narrowed["weights"] = {weight_path: base["weights"][weight_path] for weight_path in changes}
+    narrowed_record = dict(base)
+    narrowed_record["weights"] = {weight_path: base["weights"][weight_path] for weight_path in changes}
     if "rest" in base:
-        narrowed["rest"] = {
+        narrowed_record["rest"] = {
             name: fingerprint
             for name, fingerprint in recorded_fingerprints(base).items()
             if name not in {*changes, *full_names}
         }
-        if fresh := [name for name in narrowed.pop("fresh", ()) if name not in full_names]:
-            narrowed["fresh"] = fresh
-    return narrowed
+        if fresh := [name for name in narrowed_record.pop("fresh", ()) if name not in full_names]:
+            narrowed_record["fresh"] = fresh
+    return narrowed_record
 
 
 def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
@@ -205,8 +205,8 @@ def _recorded_changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.Pe
             layer = layers.get(weight_path) or layers.get(weight_path.rpartition(".")[0])
             if layer is None:
                 continue
-            recorded = changes.get(weight_path, change)
-            if recorded.get("module_only", False) != change.get("module_only", False):
+            earlier_change = changes.get(weight_path, change)
+            if earlier_change.get("module_only", False) != change.get("module_only", False):
                 problem = (
                     f"a change of {weight_path!r} that some of them, as PEFT does, make to the"
                     " output of its module alone"
@@ -217,7 +217,7 @@ def _recorded_changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.Pe
             shared_fields = {
                 key: change[key]
                 for key in ("kind", "rows", "module_only")
-                if key in change and recorded.get(key) == change[key]
+                if key in change and earlier_change.get(key) == change[key]
             }
             changes[weight_path] = {"rank": layer.rank, "alpha": layer.alpha, **shared_fields}
     return changes

@@ -8,7 +8,7 @@ their new names.
     …experts.3.up_proj     A₂ B₂ s₂                          [   0  s₂ B₂] [A₂]    expert: gate, up
     …experts.3.down_proj   A₃ B₃ s₃       down_proj[3]    += s₃ B₃ A₃
 
-(s: the scale of a change.) The result is exact. The rank of a stack is the largest rank of its
+s is the scale of a change. The result is exact. The rank of a stack is the largest rank of its
 experts; A and B of experts with a smaller rank or no change are padded with zeros. Transformers'
 rules for converting checkpoints (``models/meta.py``) tell which slice of which parameter an old
 layer has become.
@@ -47,21 +47,23 @@ class _ExpertChange(NamedTuple):
     layer: peft.PeftLayer
 
 
-def stack_experts(saved: AdapterFiles, names: Names, problems: list[str]) -> AdapterFiles:
+def stack_experts(adapter_files: AdapterFiles, names: Names, problems: list[str]) -> AdapterFiles:
     """The folder with one change for each stack instead of one for each expert, and with the new
     paths of renamed layers. A folder without such layers is returned unchanged."""
-    if saved.record is not None:
-        return saved
+    if adapter_files.record is not None:
+        return adapter_files
     expert_matches = {
         path: match
-        for path in saved.low
+        for path in adapter_files.low
         if (match := _EXPERT.fullmatch(path)) and path not in names.canonical
     }
-    renamed = _map_renamed_layers(saved, names, expert_matches)
-    if not expert_matches and not renamed:
-        return saved
-    stacks, stacked_paths = _group_by_stack(saved, names, expert_matches) if expert_matches else ({}, set())
-    is_rslora = bool(saved.peft_config.get("use_rslora"))
+    renamed_paths = _map_renamed_layers(adapter_files, names, expert_matches)
+    if not expert_matches and not renamed_paths:
+        return adapter_files
+    stacks, stacked_paths = {}, set()
+    if expert_matches:
+        stacks, stacked_paths = _group_by_stack(adapter_files, names, expert_matches)
+    is_rslora = bool(adapter_files.peft_config.get("use_rslora"))
     stack_layers = {
         weight_path: _stack_changes(weight_path, expert_changes, names, is_rslora, problems)
         for weight_path, expert_changes in stacks.items()
@@ -70,10 +72,10 @@ def stack_experts(saved: AdapterFiles, names: Names, problems: list[str]) -> Ada
         weight_path: layer for weight_path, layer in stack_layers.items() if layer is not None
     }
     module_layers: dict[str, peft.PeftLayer] = {}
-    for path, weight_path in renamed.items():
+    for path, weight_path in renamed_paths.items():
         module_path, _, name = weight_path.rpartition(".")
-        layer, kind = saved.low[path], kind_for(names.modules[names.canonical[module_path]], name)
-        if kind is not GENERAL_KIND:
+        layer, layer_kind = adapter_files.low[path], kind_for(names.modules[names.canonical[module_path]], name)
+        if layer_kind is not GENERAL_KIND:
             module_layers[module_path] = replace(layer, target_path=module_path)
         elif layer.extras:
             problem = f"{path!r} with {' '.join(layer.extras)}"
@@ -82,7 +84,7 @@ def stack_experts(saved: AdapterFiles, names: Names, problems: list[str]) -> Ada
             )
         else:
             parameter_layers[weight_path] = replace(layer, target_path=weight_path)
-    config = dict(saved.peft_config)
+    config = dict(adapter_files.peft_config)
     config["target_parameters"] = [*(config.get("target_parameters") or ()), *parameter_layers]
     for field, attribute in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
         patterns = {
@@ -92,23 +94,23 @@ def stack_experts(saved: AdapterFiles, names: Names, problems: list[str]) -> Ada
         config[field] = {**patterns, **(config.get(field) or {})}
     low = {
         path: layer
-        for path, layer in saved.low.items()
-        if path not in stacked_paths and path not in renamed
+        for path, layer in adapter_files.low.items()
+        if path not in stacked_paths and path not in renamed_paths
     }
     return replace(
-        saved,
+        adapter_files,
         peft_config=config,
         low={**low, **module_layers, **_add_wrappers(parameter_layers, names, config)},
     )
 
 
 def _map_renamed_layers(
-    saved: AdapterFiles, names: Names, expert_paths: Collection[str]
+    adapter_files: AdapterFiles, names: Names, expert_paths: Collection[str]
 ) -> dict[str, str]:
     """{path in the file: path of the parameter in the model} of each layer that transformers 5
     renamed, or replaced by a parameter without a module, such as a router."""
     parameter_paths = {}
-    for path, layer in saved.low.items():
+    for path, layer in adapter_files.low.items():
         is_module = path in names.canonical
         if (
             is_module
@@ -134,7 +136,7 @@ def _map_renamed_layers(
 
 
 def _group_by_stack(
-    saved: AdapterFiles, names: Names, expert_matches: Mapping[str, re.Match[str]]
+    adapter_files: AdapterFiles, names: Names, expert_matches: Mapping[str, re.Match[str]]
 ) -> tuple[dict[str, list[_ExpertChange]], set[str]]:
     """(the changes of experts by the path of their stack, the paths of these changes in the file).
     """
@@ -143,13 +145,13 @@ def _group_by_stack(
         (len(parameter) for parameter in model.parameters() if parameter.dim() == 3), default=0
     )
     possible_names = {
-        f"{match[1]}.{number}.{projection}.weight"
+        f"{match[1]}.{expert}.{projection}.weight"
         for match in expert_matches.values()
         for projection in next(
             (scheme for scheme in _PROJECTIONS if match[3] in scheme),
             (match[3],),
         )
-        for number in range(expert_count)
+        for expert in range(expert_count)
     }
     locations, stacks = map_checkpoint_names(model, possible_names), {}
     stacked_paths: set[str] = set()
@@ -164,7 +166,7 @@ def _group_by_stack(
             continue
         weight_path, index = matches[0].path, list(matches[0].index)
         expert_rows = index[1] if len(index) > 1 else slice(None)
-        change = _ExpertChange(index[0].start, expert_rows, saved.low[path])
+        change = _ExpertChange(index[0].start, expert_rows, adapter_files.low[path])
         stacks.setdefault(weight_path, []).append(change)
         stacked_paths.add(path)
     return stacks, stacked_paths
@@ -236,7 +238,7 @@ def _add_wrappers(
 ) -> dict[str, peft.PeftLayer]:
     """The changes of parameters by their path in PEFT's file. If several parameters of a module
     change, PEFT nests a wrapper for each, so that each path has one ``base_layer`` more."""
-    wrapped = {}
+    layers_by_file_path = {}
     for weight_path, layer in parameter_layers.items():
         path, _, name = weight_path.rpartition(".")
         module = names.modules[names.canonical[path]]
@@ -246,5 +248,5 @@ def _add_wrappers(
             if f"{path}.{parameter_name}" in config["target_parameters"]
         ]
         depth = len(targeted_names) - 1 - targeted_names.index(name)
-        wrapped[".".join([path, *["base_layer"] * depth])] = layer
-    return wrapped
+        layers_by_file_path[".".join([path, *["base_layer"] * depth])] = layer
+    return layers_by_file_path

@@ -119,8 +119,8 @@ class AdapterFiles:
     def token_ids(self, weight_path: str) -> tuple[int, ...]:
         """The ids of the trained tokens of a weight; empty if it has none. A tied weight has ids
         only under the path that the file names."""
-        entry = self.tokens.get(weight_path.rpartition(".")[0])
-        return () if entry is None else entry.ids
+        token_rows = self.tokens.get(weight_path.rpartition(".")[0])
+        return () if token_rows is None else token_rows.ids
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -136,12 +136,12 @@ class AdapterFiles:
             AdapterError: a change is more than a low-rank product. DoRA, for example, also rescales
                 the weight.
         """
-        beyond_product = [entry.target_path for entry in self.low.values() if entry.extras]
-        if beyond_product:
+        non_product_paths = [layer.target_path for layer in self.low.values() if layer.extras]
+        if non_product_paths:
             problem = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
             do = "merge it to have the changed weights, or take `products` to leave the rest out"
             raise AdapterError(
-                f"{problem} (at {listing(beyond_product, 3)})",
+                f"{problem} (at {listing(non_product_paths, 3)})",
                 "changes of the form scale · B @ A",
                 do,
             )
@@ -151,7 +151,7 @@ class AdapterFiles:
     def products(self) -> dict[str, LowRank]:
         """The low-rank product of each change, by the same paths as in ``layers``, but without
         DoRA's magnitudes."""
-        return {entry.target_path: entry.low for entry in self.low.values()}
+        return {layer.target_path: layer.low for layer in self.low.values()}
 
     @property
     def parameters(self) -> int:
@@ -169,11 +169,11 @@ class AdapterFiles:
         tensor_groups = (*self.adapter_parameters.values(), *self.full.values())
         tensors = [tensor for group in tensor_groups for tensor in group.values()]
         tensors += [token_rows.rows for token_rows in self.tokens.values()]
-        for entry in self.low.values():
+        for layer in self.low.values():
             tensors += (
                 ()
-                if entry.target_path in variant_paths
-                else (entry.A, entry.B, *entry.extras.values())
+                if layer.target_path in variant_paths
+                else (layer.A, layer.B, *layer.extras.values())
             )
         return sum(tensor.numel() for tensor in tensors)
 
@@ -200,7 +200,7 @@ def write(
             tensors, by name) and "fresh" (names). None if the base is unknown: the folder then has
             no record.
         changes: the rank, alpha and rows of each change, by the path of the changed weight.
-        parameters: the tensors of ``veneer.safetensors``, a file that is not written without any.
+        parameters: the tensors of ``veneer.safetensors``. Without any, the file is not written.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False; it is a file; or it holds a
@@ -220,9 +220,9 @@ def write(
         record = seal_record(record, tensors, peft_config, provenance, parameters)
     elif parameters:
         raise AdapterError("numbers of a variant without a base", "both", "name the base")
-    texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
+    texts_by_file = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
     if record is not None:
-        texts[RECORD] = json.dumps(record, indent=2) + "\n"
+        texts_by_file[RECORD] = json.dumps(record, indent=2) + "\n"
     with _report_unwritten(path):
         peft_fields.check_config(peft_config, record is not None, with_base=record is not None)
         raise_all(
@@ -231,13 +231,13 @@ def write(
             list(record_problems(record, path)) if record is not None else [],
         )
         assemble(path, peft_config, record, tensors, parameters)
-        for file, text in texts.items():
-            json_object(text, file, "give less provenance")
+        for file_name, text in texts_by_file.items():
+            json_object(text, file_name, "give less provenance")
     must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
-    texts[model_card.NAME] = _card_text(path, peft_config, record, tensors)
+    texts_by_file[model_card.NAME] = _card_text(path, peft_config, record, tensors)
     with new_folder(path, overwrite=overwrite, replaces=FILES) as folder:
-        for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8", errors="replace")
+        for file_name, text in texts_by_file.items():
+            (folder / file_name).write_text(text, encoding="utf-8", errors="replace")
         if parameters:
             save_file(dict(parameters), folder / PARAMETERS, metadata={"format": "pt"})
         header = (
@@ -245,8 +245,8 @@ def write(
         )
         save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
         with _report_unwritten(path):
-            for file in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
-                read_header(folder / file)
+            for file_name in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
+                read_header(folder / file_name)
 
 
 def _card_text(
@@ -319,8 +319,8 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
             peft_targets.TensorsLeftOut,
             stacklevel=2,
         )
-    saved = assemble(path, lora_config, record, tensors, parameters, weights)
-    return replace(saved, ignored_modules=ignored_modules)
+    adapter_files = assemble(path, lora_config, record, tensors, parameters, weights)
+    return replace(adapter_files, ignored_modules=ignored_modules)
 
 
 def convert_foreign_files(
@@ -371,8 +371,8 @@ def assemble(
     )
     parameters_by_weight: dict[str, dict[str, Tensor]] = {}
     for key, tensor in parameters.items():
-        weight_path, _, name = key.rpartition(".")
-        parameters_by_weight.setdefault(weight_path, {})[name] = tensor
+        weight_path, _, parameter_name = key.rpartition(".")
+        parameters_by_weight.setdefault(weight_path, {})[parameter_name] = tensor
     try:
         config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
         VARIANTS[config.variant]  # raises ConfigError for an unknown variant
@@ -422,7 +422,9 @@ def folder_problems(path: Path) -> list[str]:
     if not path.is_dir():
         return [sentence(f"no folder {path}", "an adapter folder", _fetch_advice(str(path)))]
     problems = [*pickle_problems(path), *location_problems(path, FILES)]
-    missing_files = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
+    missing_files = [
+        name for name in (peft.CONFIG, peft.TENSORS) if not (path / name).is_file()
+    ]
     if missing_files and not problems:
         problem = f"no {' and no '.join(missing_files)} in {path}"
         problems.append(

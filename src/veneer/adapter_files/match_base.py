@@ -27,7 +27,7 @@ from veneer.models.quantize import sources_of
 
 class UnverifiedAdapter(UserWarning):
     """Veneer cannot verify that an adapter was trained on this base: another library wrote the
-    folder without fingerprints, or the base has parameters that the record does not list.
+    folder without fingerprints, or the base has parameters that the adapter's record does not list.
     ``convert`` also warns so if it has no base and cannot verify that the adapter changes only
     weights."""
 
@@ -37,7 +37,7 @@ class PartialChange(UserWarning):
     module's weight directly and so compute without the change."""
 
 
-def must_be_base(names: Names, saved: AdapterFiles, cache: dict[str, dict[str, str]]) -> None:
+def must_be_base(names: Names, adapter_files: AdapterFiles, cache: dict[str, dict[str, str]]) -> None:
     """Compare the fingerprint of every tensor of the base that the record lists.
 
     Args:
@@ -46,23 +46,23 @@ def must_be_base(names: Names, saved: AdapterFiles, cache: dict[str, dict[str, s
     Raises:
         BaseMismatchError: fingerprints differ.
     """
-    base_record = saved.metadata["base"]
+    base_record = adapter_files.metadata["base"]
     expected_fingerprints = recorded_fingerprints(base_record)
     hash_kind = recorded_hash_kind(base_record)
     fingerprints = cache.setdefault(hash_kind, {})
     token_weights = {
         weight_path: expected_fingerprints.pop(weight_path)
-        for weight_path, change in saved.metadata["changes"].items()
+        for weight_path, change in adapter_files.metadata["changes"].items()
         if "tokens" in change
     }
     uncached_names = expected_fingerprints.keys() - fingerprints.keys()
     if uncached_names:
-        uncached = [
+        uncached_tensors = [
             tensor
             for tensor in list_weights(names)
             if tensor.is_readable and not uncached_names.isdisjoint(tensor.names)
         ]
-        for tensor, digest in zip(uncached, fingerprints_of(uncached, kind=hash_kind), strict=True):
+        for tensor, digest in zip(uncached_tensors, fingerprints_of(uncached_tensors, hash_kind=hash_kind), strict=True):
             fingerprints.update(dict.fromkeys(tensor.names, digest))
     # a weight that was quantised at loading may match by the fingerprint of its file, too
     file_fingerprints = sources_of(names.model)
@@ -86,7 +86,7 @@ def must_be_base(names: Names, saved: AdapterFiles, cache: dict[str, dict[str, s
     mismatches += [
         weight_path
         for weight_path, expected in token_weights.items()
-        if not _untrained_rows_match(names, saved, weight_path, expected)
+        if not _untrained_rows_match(names, adapter_files, weight_path, expected)
     ]
     if mismatches:
         was_called = any(
@@ -94,13 +94,13 @@ def must_be_base(names: Names, saved: AdapterFiles, cache: dict[str, dict[str, s
             for base_weight in call_modified_weights(mismatched_weights)
             if not {*mismatches}.isdisjoint(base_weight.names)
         )
-        raise BaseMismatchError(_mismatch_text(saved, mismatches, was_called))
-    _warn_unproven(names, saved, expected_fingerprints, fingerprints, token_weights)
+        raise BaseMismatchError(_mismatch_text(adapter_files, mismatches, was_called))
+    _warn_unproven(names, adapter_files, expected_fingerprints, fingerprints, token_weights)
 
 
 def _warn_unproven(
     names: Names,
-    saved: AdapterFiles,
+    adapter_files: AdapterFiles,
     expected_fingerprints: Mapping[str, str],
     fingerprints: Mapping[str, str],
     token_weights: Mapping[str, str],
@@ -114,12 +114,12 @@ def _warn_unproven(
         fingerprints: the model's fingerprints by name.
         token_weights: the fingerprints in the record of weights with trained tokens, by path.
     """
-    base_record = saved.metadata["base"]
+    base_record = adapter_files.metadata["base"]
     missing_names = [name for name in expected_fingerprints if name not in fingerprints]
     recorded_names = {*expected_fingerprints, *token_weights, *base_record.get("fresh", ())}
     full_names = {
         f"{peft_paths.strip_wrappers(path)[0]}.{name}".lstrip(".")
-        for path, full in saved.full.items()
+        for path, full in adapter_files.full.items()
         for name in full
     }
     unlisted_paths = [
@@ -138,23 +138,23 @@ def _warn_unproven(
     ]
     # earlier releases recorded the adapted layers alone
     if counts and "rest" in base_record:
-        text = (
-            f"{saved.path} does not prove all of this base: {'; '.join(counts)}. That is right"
-            " where nothing that "
+        warning_text = (
+            f"{adapter_files.path} does not prove all of this base: {'; '.join(counts)}. That is"
+            " right where nothing that "
         )
-        warnings.warn(f"{text}you use reads them.", UnverifiedAdapter, stacklevel=6)
+        warnings.warn(f"{warning_text}you use reads them.", UnverifiedAdapter, stacklevel=6)
 
 
-def _untrained_rows_match(names: Names, saved: AdapterFiles, weight_path: str, expected: str) -> bool:
+def _untrained_rows_match(names: Names, adapter_files: AdapterFiles, weight_path: str, expected: str) -> bool:
     """Whether a weight with trained token rows equals the base's weight in all other rows.
     ``expected``: the fingerprint of the base's weight without the trained rows."""
     tensor = next(tensor for tensor in list_weights(names) if weight_path in tensor.names)
     ids = next(
         token_rows.ids
-        for path, token_rows in saved.tokens.items()
+        for path, token_rows in adapter_files.tokens.items()
         if f"{path}.{weight_path.rpartition('.')[2]}" in tensor.names
     )
-    return fingerprint_without_rows(tensor, ids, kind=expected) == expected
+    return fingerprint_without_rows(tensor, ids, hash_kind=expected) == expected
 
 
 def warn_foreign(path: str | Path) -> None:
@@ -183,14 +183,16 @@ def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
         )
 
 
-def _mismatch_text(saved: AdapterFiles, mismatches: Sequence[str], was_called: bool) -> str:
+def _mismatch_text(adapter_files: AdapterFiles, mismatches: Sequence[str], was_called: bool) -> str:
     """The text of the error. ``was_called``: whether a forward call has changed packed weights in
     ``mismatches``."""
-    base_record, counts = saved.metadata["base"], []
+    base_record, counts = adapter_files.metadata["base"], []
     for key, label in (("weights", "adapted layers"), ("rest", "other tensors")):
         names = [name for name in mismatches if name in base_record.get(key, {})]
         counts += (
-            [f"{len(names)} of {len(base_record[key])} {label} ({listing(names, 3)})"] if names else []
+            [f"{len(names)} of {len(base_record[key])} {label} ({listing(names, 3)})"]
+            if names
+            else []
         )
     problem = f"other weights in {' and '.join(counts)}"
     base_name = base_record["name"] or base_record["architecture"]
@@ -223,4 +225,5 @@ def _mismatch_text(saved: AdapterFiles, mismatches: Sequence[str], was_called: b
             " in no file"
         )
         do = f"train it anew with train_also={modules[:3]!r}, or {do}"
-    return f"The adapter {saved.path} was made for another base. {sentence(problem, expected, do)}"
+    mismatch = sentence(problem, expected, do)
+    return f"The adapter {adapter_files.path} was made for another base. {mismatch}"

@@ -31,7 +31,7 @@ from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_mod
 from veneer.adapter_files.match_parameters import COPY_ADVICE, MODEL_ADVICE, ParameterReader
 from veneer.adapter_files.peft_deviations import attention_above, deviations
 from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_at, ref_at
-from veneer.adapter_files.peft_starts import without_start
+from veneer.adapter_files.peft_starts import without_initial_product
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach import (
     ROWS,
@@ -60,13 +60,13 @@ class LoadPlan:
     """An adapter folder that fits a model.
 
     Fields:
-        saved: the folder.
+        adapter_files: the folder.
         plans: what has to be installed.
         adapter_parameters: the parameters of each low-rank change by name, by changed weight.
         full: the tensors that are trained in full, by module path and then by name.
     """
 
-    saved: AdapterFiles
+    adapter_files: AdapterFiles
     plans: Plans
     adapter_parameters: Mapping[ParamRef, Mapping[str, Tensor]]
     full: Mapping[str, Mapping[str, Tensor]]
@@ -83,8 +83,8 @@ class LoadPlan:
 
 @dataclass
 class MatchCache:
-    """Results for one model that further adapters of the model use: the fingerprints of its weights
-    by kind of hash, and the plans for sets of targets. Verifying these adapters takes a fraction of
+    """Results for one model that further adapters of it use: the fingerprints of its weights by
+    kind of hash, and the plans for sets of targets. Verifying these adapters takes a fraction of
     the time. The model must not change in between."""
 
     names: Names
@@ -94,15 +94,16 @@ class MatchCache:
     def plan(
         self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
     ) -> tuple[LowRankPlan, ...]:
-        key = tuple(
+        """The plans for the targets ``specs``, from the cache if possible."""
+        cache_key = tuple(
             (ref, spec.rank, spec.alpha, repr(spec.slices), spec.module_only, spec.tokens)
             for ref, spec in specs.items()
         )
-        if key in self.plans:
-            return self.plans[key]
+        if cache_key in self.plans:
+            return self.plans[cache_key]
         problem_count, plans = len(problems), tuple(plan_low(self.names, specs, problems))
         if len(problems) == problem_count:
-            self.plans[key] = plans
+            self.plans[cache_key] = plans
         return plans
 
 
@@ -128,9 +129,9 @@ def match(
         BaseMismatchError: the adapter was trained on a base with other weights.
     """
     cache = MatchCache(Names(model)) if cache is None else cache
-    saved = stack_experts(read(path, weights_of(cache.names)), cache.names, problems)
+    adapter_files = stack_experts(read(path, weights_of(cache.names)), cache.names, problems)
     matching = _Match(
-        saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights
+        adapter_files, cache.names, problems, by_peft_rules=adapter_files.record is None and not of_weights
     )
     matching.match_modules()
     matching.plan_low_rank(cache)
@@ -139,11 +140,11 @@ def match(
     raise_all(
         AdapterError, f"The adapter {path} does not fit this {base_class(model).__name__}", problems
     )
-    if saved.record is None:
+    if adapter_files.record is None:
         warn_foreign(path)
         warn_module_only(path, [plan.path for plan in matching.low_rank if plan.module_only])
     elif verify_base:
-        must_be_base(cache.names, saved, cache.fingerprints)
+        must_be_base(cache.names, adapter_files, cache.fingerprints)
     return matching.load_plan()
 
 
@@ -152,21 +153,21 @@ class _Match:
     adds to ``problems``."""
 
     def __init__(
-        self, saved: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
+        self, adapter_files: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
     ) -> None:
         """``by_peft_rules``: whether another library wrote the folder, so that its tensors have the
         meaning that they have in PEFT."""
-        self.saved, self.names, self.problems = saved, names, problems
+        self.adapter_files, self.names, self.problems = adapter_files, names, problems
         self.by_peft_rules = by_peft_rules
         self.layers: dict[ParamRef, peft.PeftLayer] = {}
-        #: the weights of which PEFT changes the module's output only, while other code reads the
-        #: unchanged weight
+        #: weights that PEFT leaves unchanged for other code that reads them, as it only changes the
+        #: output of their module
         self.module_only: set[ParamRef] = set()
         self.low_rank: tuple[LowRankPlan, ...] = ()
         self.adapter_parameters: dict[ParamRef, dict[str, Tensor]] = {}
         self.tokens: dict[ParamRef, peft_tokens.TokenRows] = {}
         self.full: dict[str, dict[str, Tensor]] = {}
-        #: the changes of biases (``lora_bias``), by module path
+        #: the scaled biases of ``lora_bias``, by module path
         self.biases: dict[str, Tensor] = {}
         #: the names of the tensors in ``full`` that are parameters, without buffers, by module path
         self.full_names: dict[str, tuple[str, ...]] = {}
@@ -175,36 +176,39 @@ class _Match:
         self.problems.append(sentence(problem, expected, do))
 
     def add_missing_module(self, target_path: str, module_path: str) -> None:
+        """Add the problem that the model has no module at ``module_path``, for a change of
+        ``target_path``."""
         suggestion = nearest(module_path, self.names.modules)
         problem = f"a change of {target_path!r}, which this model lacks{suggestion}"
         self.add_problem(problem, "the same modules")
 
     def match_modules(self) -> None:
-        for file_path, entry in throttle(self.saved.low.items()):
-            ref = ref_at(self.names, file_path, self.saved.peft_config)
+        """Find the weight of the model for each change and for the trained tokens of the folder."""
+        for file_path, file_layer in throttle(self.adapter_files.low.items()):
+            ref = ref_at(self.names, file_path, self.adapter_files.peft_config)
             if ref is None:
-                self.add_missing_module(entry.target_path, entry.target_path)
+                self.add_missing_module(file_layer.target_path, file_layer.target_path)
                 continue
             if ref in self.layers:
-                problem = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
+                problem = f"two changes of {parameter_path(*ref)!r} in {self.adapter_files.path}"
                 self.add_problem(problem, "one", "get the whole file again")
-            layer = self.without_bias(ref, self.with_strength(ref, file_path, entry))
+            layer = self.without_bias(ref, self.with_config_scale(ref, file_path, file_layer))
             self.layers[ref] = (
-                layer if self.saved.record is not None else self.as_change(ref, layer)
+                layer if self.adapter_files.record is not None else self.as_weight_change(ref, layer)
             )
         # PEFT skips modules that the model lacks; here the folder of another model is refused
-        for path in self.saved.ignored_modules:
+        for path in self.adapter_files.ignored_modules:
             if path not in self.names.modules:
                 self.add_missing_module(path, path)
-        if self.saved.tokens or self.saved.peft_config.get(peft_tokens.INDICES_FIELD):
+        if self.adapter_files.tokens or self.adapter_files.peft_config.get(peft_tokens.INDICES_FIELD):
             self.tokens = saved_token_rows.match_tokens(
-                self.names, self.saved, self.problems, self.by_peft_rules
+                self.names, self.adapter_files, self.problems, self.by_peft_rules
             )
 
-    def with_strength(self, ref: ParamRef, file_path: str, entry: peft.PeftLayer) -> peft.PeftLayer:
+    def with_config_scale(self, ref: ParamRef, file_path: str, file_layer: peft.PeftLayer) -> peft.PeftLayer:
         """The change with the rank, alpha and scale that the config gives to this weight. It adds a
         problem if PEFT would apply the change in another way than to the weight."""
-        names, config = self.names, self.saved.peft_config
+        names, config = self.names, self.adapter_files.peft_config
         is_parameter = means_parameter(names, ref, config)
         attention_path = (
             attention_above(names, ref) if peft_paths.attention_of(file_path) is not None else None
@@ -218,7 +222,7 @@ class _Match:
         rank, alpha, scale = peft_paths.rank_alpha_scale(config, config_path)
         if self.by_peft_rules:
             reader_reason, reason = deviations(
-                names, ref, entry, is_parameter, self.saved.tuner, attention_path
+                names, ref, file_layer, is_parameter, self.adapter_files.tuner, attention_path
             )
             if reader_reason is not None and has_forward(module):
                 self.module_only.add(ref)
@@ -232,15 +236,16 @@ class _Match:
                 reason = peft_behaviour.out_proj_problem(config) if reason is None else reason
             if reason is not None:
                 problem = (
-                    f"a change of {entry.target_path!r} that PEFT applies in another way: {reason}"
+                    f"a change of {file_layer.target_path!r} that PEFT applies in another way:"
+                    f" {reason}"
                 )
                 self.add_problem(problem, "a change of the weight", "use PEFT for it")
-        return replace(entry, rank=rank, alpha=alpha, scale=scale)
+        return replace(file_layer, rank=rank, alpha=alpha, scale=scale)
 
     def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
         """The change without the bias of ``lora_bias``. ``add_biases`` adds this bias to the
         module's bias instead."""
-        if self.saved.peft_config.get("lora_bias") is not True:
+        if self.adapter_files.peft_config.get("lora_bias") is not True:
             return layer
         extras = dict(layer.extras)
         bias = extras.pop(peft.LORA_BIAS, None)
@@ -286,46 +291,46 @@ class _Match:
                 at_least_float32(total.dtype if module_bias is None else module_bias.dtype)
             )
 
-    def as_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
+    def as_weight_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
         """The change of another library's folder as a change of the unchanged base, with a rank of
-        at most min(out, in). PEFT changes the base for some starts as it loads a folder, and
+        at most min(out, in). PEFT changes the base for some initialisations as it loads, and
         accepts any rank."""
-        if peft_fields.starts_from_base(self.saved.peft_config):
+        if peft_fields.changes_base_at_load(self.adapter_files.peft_config):
             kind_name = kind_for(self.names.modules[ref[0]], ref[1]).name
-            low = without_start(self.names, ref, kind_name, self.saved.peft_config, layer)
-            if isinstance(low, str):
+            product = without_initial_product(self.names, ref, kind_name, self.adapter_files.peft_config, layer)
+            if isinstance(product, str):
                 self.add_problem(
-                    f"{layer.target_path!r}: {low}",
+                    f"{layer.target_path!r}: {product}",
                     "a change of the base",
                     "let PEFT convert it when it saves",
                 )
                 return layer
-            layer = self.as_product(layer, low)
+            layer = self.with_product(layer, product)
         A, B = layer.A, layer.B
         is_rank_small = not (A.numel() and B.numel()) or layer.rank <= min(
             A.numel() // len(A), B.numel() // B.shape[1]
         )
         if is_rank_small or layer.low.rank != layer.rank:
             return layer
-        return self.as_product(layer, layer.low.thin())
+        return self.with_product(layer, layer.low.thin())
 
-    def as_product(self, layer: peft.PeftLayer, low: LowRank) -> peft.PeftLayer:
-        """The change with the product ``low``, and with the alpha that gives the scale of ``low``
+    def with_product(self, layer: peft.PeftLayer, product: LowRank) -> peft.PeftLayer:
+        """The change with another product, and with the alpha that gives the scale of this product
         by the rule of the config."""
-        is_rslora = self.saved.peft_config.get("use_rslora")
-        alpha = low.scale * (math.sqrt(low.rank) if is_rslora else low.rank)
-        return replace(layer.with_low(low), alpha=alpha, extras=layer.extras)
+        is_rslora = self.adapter_files.peft_config.get("use_rslora")
+        alpha = product.scale * (math.sqrt(product.rank) if is_rslora else product.rank)
+        return replace(layer.with_low(product), alpha=alpha, extras=layer.extras)
 
     def plan_low_rank(self, cache: MatchCache) -> None:
         """Plan every change by the record, or by the file if there is no record. Then read the
         adapter parameters of each planned weight."""
-        saved, layers = self.saved, self.layers
-        recorded_changes = saved.metadata.get("changes")
+        adapter_files, layers = self.adapter_files, self.layers
+        recorded_changes = adapter_files.metadata.get("changes")
         if recorded_changes is None:
-            tuner_sizes = {} if saved.tuner is None else saved.tuner.sizes
+            tuner_sizes = {} if adapter_files.tuner is None else adapter_files.tuner.sizes
             sizes = {
-                ref: tuner_sizes.get(parameter_path(*ref), (entry.rank, entry.alpha))
-                for ref, entry in layers.items()
+                ref: tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha))
+                for ref, layer in layers.items()
             }
             module_only = self.module_only
             specs = {
@@ -337,25 +342,25 @@ class _Match:
         for ref, tokens in self.tokens.items():
             specs[ref] = replace(specs.get(ref, TargetSpec(0, 1.0)), tokens=tokens.ids)
         self.low_rank = cache.plan(specs, self.problems)
-        reader = ParameterReader(saved, self.names, layers, self.problems)
+        reader = ParameterReader(adapter_files, self.names, layers, self.problems)
         self.adapter_parameters = {
             plan.ref: (reader.read(plan) if plan.rank else {}) | self.rows_of(plan)
             for plan in throttle(self.low_rank)
         }
         if recorded_changes is not None:
             planned_refs = {ref for plan in self.low_rank for ref in plan.holders} | set(specs)
-            unrecorded = [parameter_path(*ref) for ref in layers if ref not in planned_refs]
-            unrecorded += sorted(saved.adapter_parameters.keys() - recorded_changes.keys())
-            if unrecorded:
-                problem = f"changes that the record does not know: {listing(unrecorded)}"
+            unrecorded_paths = [parameter_path(*ref) for ref in layers if ref not in planned_refs]
+            unrecorded_paths += sorted(adapter_files.adapter_parameters.keys() - recorded_changes.keys())
+            if unrecorded_paths:
+                problem = f"changes that the record does not know: {listing(unrecorded_paths)}"
                 self.add_problem(problem, "the files as they were saved", COPY_ADVICE)
 
     def rows_of(self, plan: LowRankPlan) -> dict[str, Tensor]:
         """The trained token rows of one planned weight, under the name of their parameter; empty if
         the weight has none."""
         tokens = self.tokens.get(plan.ref)
-        if self.saved.record is not None and saved_token_rows.differs_from_record(
-            self.saved, plan.full_path, tokens
+        if self.adapter_files.record is not None and saved_token_rows.differs_from_record(
+            self.adapter_files, plan.full_path, tokens
         ):
             self.add_problem(
                 f"other trained tokens of {plan.full_path!r} than its record says",
@@ -368,13 +373,13 @@ class _Match:
         """The target specs for the changes in a record, by weight."""
         specs: dict[ParamRef, TargetSpec] = {}
         for weight_path, change in changes.items():
-            module_path, _, name = weight_path.rpartition(".")
+            module_path, _, parameter_name = weight_path.rpartition(".")
             path = self.names.canonical.get(module_path)
-            if path is None or name not in own_parameters(self.names.modules[path]):
+            if path is None or parameter_name not in own_parameters(self.names.modules[path]):
                 self.add_missing_module(weight_path, module_path)
             else:
                 module_only, rows = change.get("module_only", False), change.get("rows")
-                specs[path, name] = TargetSpec(
+                specs[path, parameter_name] = TargetSpec(
                     change["rank"], change["alpha"], rows, module_only=module_only
                 )
         return specs
@@ -383,7 +388,7 @@ class _Match:
         """Check the tensors that are trained in full against the modules of the model, and complete
         the plans."""
         names = self.names
-        for file_path, tensors in self.saved.full.items():
+        for file_path, tensors in self.adapter_files.full.items():
             self.full.setdefault(module_at(names, file_path), {}).update(tensors)
         for plan in self.low_rank:
             self.remove_base_weight(plan)
@@ -391,21 +396,21 @@ class _Match:
         for path, tensors in self.full.items():
             module = names.modules.get(path)
             module_tensors = {**module._parameters, **module._buffers} if module is not None else {}
-            for key, tensor in tensors.items():
-                if key == "bias" and path in self.biases and module_tensors[key] is None:
+            for name, tensor in tensors.items():
+                if name == "bias" and path in self.biases and module_tensors[name] is None:
                     continue  # ``lora_bias`` adds a bias to a layer that has none
-                if module_tensors.get(key) is None:
-                    problem = f"a tensor for {path}.{key}, which this model lacks"
+                if module_tensors.get(name) is None:
+                    problem = f"a tensor for {path}.{name}, which this model lacks"
                     self.add_problem(problem, "the same modules", "use its model")
-                elif module_tensors[key].shape != tensor.shape:
-                    problem = f"{path}.{key} of shape {tuple(tensor.shape)}"
+                elif module_tensors[name].shape != tensor.shape:
+                    problem = f"{path}.{name} of shape {tuple(tensor.shape)}"
                     self.add_problem(
                         problem,
-                        f"{tuple(module_tensors[key].shape)}",
+                        f"{tuple(module_tensors[name].shape)}",
                         "use the model that it was trained on",
                     )
             if module is not None:
-                self.full_names[path] = tuple(key for key in tensors if key in module._parameters)
+                self.full_names[path] = tuple(name for name in tensors if name in module._parameters)
         modules_with_buffers = frozenset(
             path
             for path, tensors in self.full.items()
@@ -413,7 +418,7 @@ class _Match:
         )
         self.plans = complete_plans(
             names,
-            self.saved.config,
+            self.adapter_files.config,
             self.low_rank,
             self.full_names,
             self.problems,
@@ -432,7 +437,7 @@ class _Match:
             if saved_weight is not None and fingerprint_without_rows(
                 saved_weight, trained_rows
             ) != fingerprint_without_rows(dense, trained_rows):
-                path = self.saved.path
+                path = self.adapter_files.path
                 problem = f"another weight of {module_path!r} in {path} than in this model"
                 raise BaseMismatchError(
                     problem, "the base that it was trained on", "load that base"
@@ -441,29 +446,32 @@ class _Match:
     def check_complete(self) -> None:
         """Check that a folder without a record has a tensor for every target of its config, as its
         file may have been truncated behind a tensor."""
-        if self.saved.record is not None:
+        if self.adapter_files.record is not None:
             return
-        names, config = self.names, self.saved.peft_config
+        names, config = self.names, self.adapter_files.peft_config
         weight_names = {
-            path: kind.weight
+            path: layer_kind.weight
             for path, module in names.modules.items()
-            if (kind := kind_of(module)) is not None
+            if (layer_kind := kind_of(module)) is not None
         }
-        expected = {
+        expected_refs = {
             (path, weight_names[path])
             for path in peft_paths.expected_paths(config, weight_names) or ()
         }
-        expected = {ref for ref in expected if weight_of(names.modules[ref[0]], ref[1]) is not None}
-        expected |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
-        missing = sorted(parameter_path(*ref) for ref in expected - self.layers.keys())
+        expected_refs = {ref for ref in expected_refs if weight_of(names.modules[ref[0]], ref[1]) is not None}
+        expected_refs |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
+        missing_paths = sorted(parameter_path(*ref) for ref in expected_refs - self.layers.keys())
         # a tuner that trains its layers in full has no low-rank tensors for them
-        if self.saved.tuner is not None and self.saved.tuner.trains_in_full:
-            full_paths = peft_paths.expected_paths(self.saved.tuner.source, names.modules) or set()
-            missing += sorted(path for path in full_paths if not self.full.get(names.canonical[path]))
-        if missing:
+        if self.adapter_files.tuner is not None and self.adapter_files.tuner.trains_in_full:
+            source_config = self.adapter_files.tuner.source
+            full_paths = peft_paths.expected_paths(source_config, names.modules) or ()
+            missing_paths += sorted(
+                path for path in full_paths if not self.full.get(names.canonical[path])
+            )
+        if missing_paths:
             self.add_problem(
-                f"no tensors for {listing(missing)}", "those of every target", "get the whole file"
+                f"no tensors for {listing(missing_paths)}", "those of every target", "get the whole file"
             )
 
     def load_plan(self) -> LoadPlan:
-        return LoadPlan(self.saved, self.plans, self.adapter_parameters, self.full)
+        return LoadPlan(self.adapter_files, self.plans, self.adapter_parameters, self.full)

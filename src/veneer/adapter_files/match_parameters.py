@@ -46,7 +46,7 @@ class ParameterReader:
         layers: the changes in PEFT's file, by the changed weight.
     """
 
-    saved: AdapterFiles
+    adapter_files: AdapterFiles
     names: Names
     layers: Mapping[ParamRef, peft.PeftLayer]
     problems: list[str]
@@ -57,7 +57,7 @@ class ParameterReader:
     def read(self, plan: LowRankPlan) -> dict[str, Tensor]:
         """The adapter parameters of one planned weight, by name; empty if they do not fit."""
         weight_path, layer = parameter_path(*plan.ref), self.layers.get(plan.ref)
-        variant = VARIANTS[self.saved.config.variant]
+        variant = VARIANTS[self.adapter_files.config.variant]
         shared_pair = self.shared_pair(plan)
         if shared_pair is None or layer is None:
             return {}
@@ -67,7 +67,7 @@ class ParameterReader:
             problem = f"{listing(layer.extras)} at {plan.path!r}"
             self.add_problem(problem, expected, "get both files again")
             return {}
-        variant_parameters = self.saved.adapter_parameters.get(weight_path)
+        variant_parameters = self.adapter_files.adapter_parameters.get(weight_path)
         if variant_parameters is not None:
             product = LowRank(A, B, layer.scale)
             reason = _disagreement(self.names, plan, dict(variant_parameters), product, variant)
@@ -94,9 +94,9 @@ class ParameterReader:
         """Check that the plan, which follows the record, has the rank, alpha and scale of PEFT's
         config."""
         weight_path = parameter_path(*plan.ref)
-        missing = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
-        if missing and self.saved.record is not None:
-            problem = f"no {listing(sorted(missing))} of {weight_path!r} in {PARAMETERS}"
+        missing_names = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
+        if missing_names and self.adapter_files.record is not None:
+            problem = f"no {listing(sorted(missing_names))} of {weight_path!r} in {PARAMETERS}"
             self.add_problem(problem, f"those of variant {variant.name!r}", COPY_ADVICE)
         scale = variant.scale(plan.alpha, plan.rank)
         if plan.rank != layer.rank or not math.isclose(scale, layer.scale):
@@ -144,14 +144,14 @@ class ParameterReader:
                 problem = f"no change of {parameter_path(*ref)!r} in {peft.TENSORS}"
             self.add_problem(problem, "one change for a tied weight, under every name", UNTIE_ADVICE)
             return None
-        kind = kind_for(module, name)
-        if means_parameter(self.names, ref, self.saved.peft_config):
-            kind = GENERAL_KIND  # PEFT stores a parameter alike in every kind of module
+        layer_kind = kind_for(module, name)
+        if means_parameter(self.names, ref, self.adapter_files.peft_config):
+            layer_kind = GENERAL_KIND  # PEFT stores a parameter alike in every kind of module
         shape = plan.storage.shape(weight_of(module, name))
         pair = None
-        if layer.suffixes == kind.file_keys:
-            pair = kind.unpack(layer.A, layer.B, module, shape)
-        if pair is not None and kind.out_axis != plan.layer.out_axis:
+        if layer.suffixes == layer_kind.file_keys:
+            pair = layer_kind.unpack(layer.A, layer.B, module, shape)
+        if pair is not None and layer_kind.out_axis != plan.layer.out_axis:
             pair = pair[1].mT, pair[0].mT
         groups, out, in_ = plan.dims
         if (
@@ -161,8 +161,8 @@ class ParameterReader:
         ):
             problem = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
             expected = (
-                f"those of a {kind.name} layer with (groups, out, in) ="
-                f" {tuple(kind.dims(module, shape))}"
+                f"those of a {layer_kind.name} layer with (groups, out, in) ="
+                f" {tuple(layer_kind.dims(module, shape))}"
             )
             self.add_problem(problem, expected)
             return None

@@ -84,13 +84,13 @@ def card(
     return _Card(peft_config, record or {}, shapes or {}).text()
 
 
-def renew_card(new: str, old: str | None) -> str:
-    """The card ``new`` with the notes of ``old``, the text below NOTES_MARKER; ``old``
-    unchanged if it lacks that line."""
-    if old is None:
-        return new
-    _, line, notes = old.partition(NOTES_MARKER)
-    return new.rstrip("\n") + notes if line else old
+def renew_card(new_card: str, old_card: str | None) -> str:
+    """``new_card`` with the notes of ``old_card``, the text below NOTES_MARKER. If ``old_card`` has
+    no such line, it is returned unchanged."""
+    if old_card is None:
+        return new_card
+    _, marker, notes = old_card.partition(NOTES_MARKER)
+    return new_card.rstrip("\n") + notes if marker else old_card
 
 
 class _Card:

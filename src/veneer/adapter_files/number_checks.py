@@ -48,12 +48,12 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
     nonfinite_keys = [key for key, magnitude in largest_magnitudes.items() if not math.isfinite(magnitude)]
     if nonfinite_keys:
         yield sentence(f"numbers that are not finite in {listing(nonfinite_keys)}", "finite ones", do)
-    oversized = [
+    oversized_keys = [
         f"{key} ({magnitude:.1e})" for key, magnitude in largest_magnitudes.items() if MAX_MAGNITUDE < magnitude < math.inf
     ]
-    if oversized:
+    if oversized_keys:
         yield sentence(
-            f"numbers beyond {MAX_MAGNITUDE:.0e} in {listing(oversized)}",
+            f"numbers beyond {MAX_MAGNITUDE:.0e} in {listing(oversized_keys)}",
             "an adapter that did not diverge",
             do,
         )
@@ -61,8 +61,8 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
 
 def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
     """The problems of low-rank changes: A or B of integers, and products that would overflow."""
-    for path, entry in throttle(low.items()):
-        factors = {"A": entry.A, "B": entry.B, **entry.extras}
+    for path, layer in throttle(low.items()):
+        factors = {"A": layer.A, "B": layer.B, **layer.extras}
         bad_dtypes = {
             name: tensor.dtype
             for name, tensor in factors.items()
@@ -76,9 +76,9 @@ def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
             yield sentence(problem, "floating-point numbers", "get the file again")
             continue
         # an upper bound of the norm of scale · B A
-        norm = abs(entry.scale) * entry.A.double().norm().item() * entry.B.double().norm().item()
+        norm = abs(layer.scale) * layer.A.double().norm().item() * layer.B.double().norm().item()
         if not norm <= MAX_MAGNITUDE:
-            problem = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
+            problem = f"a change of norm up to {norm:.1e} at {path!r} (scale {layer.scale:g})"
             yield sentence(
                 problem,
                 f"one of at most {MAX_MAGNITUDE:.0e}",

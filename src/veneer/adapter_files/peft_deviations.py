@@ -51,17 +51,18 @@ def deviation_reason(
         rule: a function that returns the reason for a kind of layer and a module. Other tuners than
             LoRA have another rule.
     """
-    path, name = ref
-    module, kind = names.modules[path], kind_for(names.modules[path], name)
-    if path == "":
+    module_path, parameter_name = ref
+    module = names.modules[module_path]
+    layer_kind = kind_for(module, parameter_name)
+    if module_path == "":
         return "PEFT cannot wrap the model itself"
     if is_parameter:
         is_recurrent = isinstance(module, nn.RNNBase)
         return (
             "its kernel reads a list of weights that PEFT leaves as it was" if is_recurrent else None
         )
-    reason = rule(kind.name, module)
-    if reason is None and not _is_plain_forward(kind, module, name):
+    reason = rule(layer_kind.name, module)
+    if reason is None and not _is_plain_forward(layer_kind, module, parameter_name):
         reason = (
             f"{base_class(module).__name__} has a forward of its own, which PEFT runs on the old"
             " weight"
@@ -115,14 +116,14 @@ def attention_above(names: Names, ref: ParamRef) -> str | None:
     )
 
 
-def _is_plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
-    """Whether the module computes ``kind.op``: its class has the forward of torch's layer, or a
-    forward with the same result on a sample input."""
-    module_class, weight = base_class(module), weight_of(module, name)
+def _is_plain_forward(layer_kind: Layer, module: nn.Module, parameter_name: str) -> bool:
+    """Whether the module computes ``layer_kind.op``: its class has the forward of torch's layer, or
+    a forward with the same result on a sample input."""
+    module_class, weight = base_class(module), weight_of(module, parameter_name)
     storage: Any = storage_of(weight)
     if any(
         module_class.forward is known_class.forward
-        for known_class in (*kind.types(), *storage.modules())
+        for known_class in (*layer_kind.types(), *storage.modules())
     ):
         return True
     dense, replacement = storage.dense(weight), {}
@@ -132,19 +133,19 @@ def _is_plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
         last_index = sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
         values = torch.arange(last_index + 1.0, device=dense.device).sin().to(dense.dtype)
         dense = values.as_strided(dense.shape, [*strides])
-        replacement = {name: dense}
-    is_embedding = kind.name == "embedding"
-    x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
+        replacement = {parameter_name: dense}
+    is_embedding = layer_kind.name == "embedding"
+    x = torch.arange(2 * layer_kind.dims(module, dense.shape).in_, device=dense.device)
     x = x[:2] % len(dense) if is_embedding else x.view(2, -1).to(dense.dtype).sin()
-    gathered = {
-        parameter_name: full_tensor(parameter)
-        for parameter_name, parameter in module._parameters.items()
+    gathered_parameters = {
+        name: full_tensor(parameter)
+        for name, parameter in module._parameters.items()
         if is_sharded(parameter)
     }
-    sample_module = view(module, module_class, {**gathered, **replacement})
+    sample_module = view(module, module_class, {**gathered_parameters, **replacement})
     try:
         y = module_class.forward(sample_module, x)
-        expected = kind.op(sample_module, x, dense, sample_module._parameters.get("bias"))
+        expected = layer_kind.op(sample_module, x, dense, sample_module._parameters.get("bias"))
         # PEFT, too, supports embeddings that scale their output
         expected = expected * getattr(sample_module, "embed_scale", 1) if is_embedding else expected
         return bool((y - expected).norm() <= 1e-2 * expected.norm())

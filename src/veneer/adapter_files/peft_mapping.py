@@ -62,20 +62,20 @@ class PeftEntry:
     is_complete: bool
 
 
-def peft_entries(names: Names, name: str) -> list[PeftEntry]:
-    """An entry for every change of the adapter ``name`` and every module that holds the changed
+def peft_entries(names: Names, adapter_name: str) -> list[PeftEntry]:
+    """An entry for every change of an adapter and every module that holds the changed
     weight, because PEFT adapts each module for itself."""
-    adapted: list[tuple[str, nn.Module, str, Change, bool, bool]] = []
+    adapted_weights: list[tuple[str, nn.Module, str, Change, bool, bool]] = []
     parameters = [parameter_path(*ref) for ref in all_refs(names)]
     for path, module, layer_state in layer_states(names.model):
-        layer_adapter = layer_state.get(name)
+        layer_adapter = layer_state.get(adapter_name)
         for weight in own_parameters(module) if layer_adapter is not None else ():
             if weight in layer_adapter.changes and layer_adapter.changes[weight].rank:
                 kind_name = kind_for(module, weight).name
                 is_parameter = kind_name == GENERAL_KIND.name or (
                     kind_name == "linear" and peft_behaviour.mistakes_for_experts(path, parameters)
                 )
-                adapted.append(
+                adapted_weights.append(
                     (
                         path,
                         module,
@@ -85,9 +85,9 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
                         is_parameter,
                     )
                 )
-    wrapper_counts = Counter(path for path, *_, is_parameter in adapted if is_parameter)
+    wrapper_counts = Counter(path for path, *_, is_parameter in adapted_weights if is_parameter)
     inner_wrapper_counts, entries = Counter(wrapper_counts), []
-    for path, module, weight, change, transposed, is_parameter in adapted:
+    for path, module, weight, change, transposed, is_parameter in adapted_weights:
         file_path, target = peft_paths.add_wrappers(path, wrapper_counts), path
         if is_parameter:  # PEFT nests a wrapper for each parameter of the module
             inner_wrapper_counts[path] -= 1
@@ -133,15 +133,15 @@ def _wrapper_counts(entries: list[PeftEntry]) -> dict[str, int]:
     return counts
 
 
-def file_tensors(model: nn.Module, name: str, entries: list[PeftEntry]) -> dict[str, Tensor]:
-    """The tensors of the adapter ``name`` for PEFT's file, by key."""
+def file_tensors(model: nn.Module, adapter_name: str, entries: list[PeftEntry]) -> dict[str, Tensor]:
+    """The tensors of an adapter for PEFT's file, by key."""
     tensors: dict[str, Tensor] = {}
     for entry in entries:
         change, weight = entry.change, weight_of(entry.module, entry.weight)
-        kind = GENERAL_KIND if entry.is_parameter else kind_for(entry.module, entry.weight)
+        layer_kind = GENERAL_KIND if entry.is_parameter else kind_for(entry.module, entry.weight)
         shape = change.storage.shape(weight)
         for suffix, tensor in zip(
-            kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True
+            layer_kind.file_keys, layer_kind.pack(entry.low, entry.module, shape), strict=True
         ):
             tensors[peft.tensor_key(entry.file_path, suffix)] = file_tensor(tensor)
         for parameter_name, suffix in change.variant.peft_keys.items():
@@ -149,9 +149,9 @@ def file_tensors(model: nn.Module, name: str, entries: list[PeftEntry]) -> dict[
                 change, weight, change.adapter_parameters[parameter_name]
             )
             tensors[peft.tensor_key(entry.file_path, suffix)] = file_tensor(
-                kind.pack_vector(magnitude, shape)
+                layer_kind.pack_vector(magnitude, shape)
             )
-    wrapper_counts, biases = _wrapper_counts(entries), new_biases(model, name)
+    wrapper_counts, biases = _wrapper_counts(entries), new_biases(model, adapter_name)
     for entry in entries if biases else ():
         bias = biases.get(
             entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1])
@@ -159,7 +159,7 @@ def file_tensors(model: nn.Module, name: str, entries: list[PeftEntry]) -> dict[
         tensors[peft.tensor_key(entry.file_path, peft.LORA_BIAS)] = file_tensor(
             bias / (entry.low.scale or 1)
         )
-    for path, _, layer_adapter in adapters(model, name):
+    for path, _, layer_adapter in adapters(model, adapter_name):
         # parameters that are trained in full are in the module inside of the wrappers
         wrapped_path = [peft_paths.add_wrappers(path, wrapper_counts)] if path else []
         file_path = ".".join([*wrapped_path, *["base_layer"] * wrapper_counts.get(path, 0)])
@@ -169,12 +169,12 @@ def file_tensors(model: nn.Module, name: str, entries: list[PeftEntry]) -> dict[
     return tensors
 
 
-def new_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
+def new_biases(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The biases that an adapter adds to layers without a bias, by module path. PEFT stores such a
     bias beside B (``lora_bias``)."""
     biases = (
         (path, module, layer_adapter.full._parameters.get("bias"))
-        for path, module, layer_adapter in adapters(model, name)
+        for path, module, layer_adapter in adapters(model, adapter_name)
     )
     return {
         path: bias
@@ -203,9 +203,9 @@ def file_tensor(tensor: Tensor) -> Tensor:
 
 
 def peft_config(
-    names: Names, name: str, config: LoraConfig, base_name: str | None, entries: list[PeftEntry]
+    names: Names, adapter_name: str, config: LoraConfig, base_name: str | None, entries: list[PeftEntry]
 ) -> dict[str, Any]:
-    """The fields of ``adapter_config.json`` for the adapter ``name``. ``base_name``: the name of
+    """The fields of ``adapter_config.json`` for an adapter. ``base_name``: the name of
     the base, if it is known."""
     variant = VARIANTS[config.variant]
     # the path for the rank and alpha of each entry: PEFT's targets cannot name one of several
@@ -240,10 +240,10 @@ def peft_config(
             if entries
             else peft.NO_TARGETS
         ),
-        "modules_to_save": _modules_to_save(names, name, _wrapper_counts(entries)) or None,
+        "modules_to_save": _modules_to_save(names, adapter_name, _wrapper_counts(entries)) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
         "fan_in_fan_out": "conv1d_transformers" in kind_names and has_modules_only,
-        **({"lora_bias": True} if new_biases(names.model, name) else {}),
+        **({"lora_bias": True} if new_biases(names.model, adapter_name) else {}),
         **({"alora_invocation_tokens": list(tokens)} if tokens else {}),
         **(variant.peft or {}),
     }
@@ -280,12 +280,12 @@ def config_fields(
     }
 
 
-def _modules_to_save(names: Names, name: str, wrapper_counts: Mapping[str, int]) -> list[str]:
+def _modules_to_save(names: Names, adapter_name: str, wrapper_counts: Mapping[str, int]) -> list[str]:
     """The modules for ``modules_to_save``, by the ends of their paths: modules that are trained in
     full and that PEFT can replace. PEFT loads trained parameters of other modules into the base."""
     full_parameters = {
         path: layer_adapter.full._parameters
-        for path, _, layer_adapter in adapters(names.model, name)
+        for path, _, layer_adapter in adapters(names.model, adapter_name)
     }
     parent_paths = {path.rpartition(".")[0] for path in names.modules}
     full_modules = {
@@ -338,7 +338,11 @@ _OUTPUT_ARGUMENTS = {"labels", "output_attentions", "output_hidden_states", "ret
 _INPUT_ARGUMENTS = {"input_ids", "attention_mask", "inputs_embeds"}
 _TASK_ARGUMENTS = {
     "CAUSAL_LM": _INPUT_ARGUMENTS | _OUTPUT_ARGUMENTS,
-    "SEQ_2_SEQ_LM": _INPUT_ARGUMENTS | _OUTPUT_ARGUMENTS | {f"decoder_{name}" for name in _INPUT_ARGUMENTS},
+    "SEQ_2_SEQ_LM": {
+        *_INPUT_ARGUMENTS,
+        *_OUTPUT_ARGUMENTS,
+        *(f"decoder_{argument}" for argument in _INPUT_ARGUMENTS),
+    },
 }
 
 
@@ -363,10 +367,12 @@ def _task_type(model: nn.Module) -> str | None:
         parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
     )
     # token ids must be a parameter of the forward; **kwargs do not count for them
-    token_arguments = {name for name in _TASK_ARGUMENTS[task] if name.endswith("input_ids")}
+    arguments = _TASK_ARGUMENTS[task]
+    token_arguments = {name for name in arguments if name.endswith("input_ids")}
     return (
         task
-        if token_arguments <= parameters.keys() and (takes_any_keyword or _TASK_ARGUMENTS[task] <= parameters.keys())
+        if token_arguments <= parameters.keys()
+        and (takes_any_keyword or arguments <= parameters.keys())
         else None
     )
 
@@ -406,16 +412,16 @@ def ref_at(names: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef 
     ]
     if parameters:
         return (path, parameters[-1 - depth]) if depth < len(parameters) else None
-    kind = kind_of(module)
-    return (path, kind.weight) if kind is not None and kind.weight in kind.weights(module) else None
+    layer_kind = kind_of(module)
+    return (path, layer_kind.weight) if layer_kind is not None and layer_kind.weight in layer_kind.weights(module) else None
 
 
 def means_parameter(names: Names, ref: ParamRef, config: Mapping[str, Any]) -> bool:
     """Whether a config of PEFT targets this weight as a parameter, rather than its module."""
-    path, name = ref
+    module_path, parameter_name = ref
     return bool(
         peft_paths.expected_parameters(
-            config, [parameter_path(alias, name) for alias in names.aliases[path]]
+            config, [parameter_path(alias, parameter_name) for alias in names.aliases[module_path]]
         )
     )
 

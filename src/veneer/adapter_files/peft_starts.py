@@ -10,8 +10,8 @@ rounds W₀ as it rounds W.) The last form gives a ΔW of nearly zero before tra
 difference of two large products.
 
 Rejected: to require that PEFT converts the folder. A conversion needs the initial values, which no
-such folder has. Starts that cannot be recomputed are refused (``formats/peft_fields.py``): random
-approximations (``pissa_niter_…``) and starts from data.
+such folder has. Initialisations that cannot be recomputed are refused (see
+``formats/peft_fields.py``): random approximations (``pissa_niter_…``) and uses of data.
 
 Sources: Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; ``pissa_init`` and
 ``olora_init`` of PEFT 0.21.
@@ -32,16 +32,16 @@ from veneer.layers import ParamRef
 from veneer.lowrank import LowRank
 
 
-def without_start(
+def without_initial_product(
     names: Names, ref: ParamRef, kind_name: str, config: Mapping[str, Any], layer: peft.PeftLayer
 ) -> LowRank | str:
     """The change of ``layer`` as a product for the unchanged base, of twice the rank; or a text:
     the reason why there is none. ``kind_name``: the name of the layer's kind."""
-    start = str(config["init_lora_weights"]).lower()
+    init_method = str(config["init_lora_weights"]).lower()
     weight: Any = weight_of(names.modules[ref[0]], ref[1])
     storage: Any = storage_of(weight)
-    if kind_name not in ("linear", *(("conv1d_transformers",) if start == "pissa" else ())):
-        return f"PEFT has no {start} for a {kind_name} layer"
+    if kind_name not in ("linear", *(("conv1d_transformers",) if init_method == "pissa" else ())):
+        return f"PEFT has no {init_method} for a {kind_name} layer"
     if (
         storage is None
         or storage.name != "plain"
@@ -49,15 +49,15 @@ def without_start(
         or weight.is_meta
     ):
         return (
-            f"{start} starts from the values of the weight, which is stored packed or is not here"
+            f"{init_method} starts from the values of the weight, which is stored packed or is not here"
         )
     if layer.scale <= 0 or layer.low.rank > min(weight.shape):
         return (
-            f"{start} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a weight"
+            f"{init_method} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a weight"
             f" {[*weight.shape]}"
         )
     matrix = weight.mT if kind_name != "linear" else weight  # [out, in]
-    A0, B0 = _initial_factors(start, matrix, layer.low.rank, layer.scale)
+    A0, B0 = _initial_factors(init_method, matrix, layer.low.rank, layer.scale)
     A, B = (factor[0].to(torch.float32) for factor in (layer.low.A, layer.low.B))
     if A.shape != A0.shape or B.shape != B0.shape:
         return f"A {[*A.shape]} and B {[*B.shape]} do not fit the weight {[*weight.shape]}"
@@ -65,14 +65,14 @@ def without_start(
 
 
 @torch.no_grad()
-def _initial_factors(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def _initial_factors(init_method: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """(A₀ [rank, in], B₀ [out, rank]) for a weight [out, in]. They are float32 and on the CPU, like
     the tensors of the file."""
     W = weight.detach().to("cpu", torch.float32)
-    if start == "olora":
+    if init_method == "olora":
         # the first columns of Q depend on the first columns of W alone
         Q, _ = torch.linalg.qr(W[:, :rank])
         return Q.mT @ W, Q
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[:rank] / scale).sqrt()
-    return root[:, None] * Vh[:rank], U[:, :rank] * root
+    root_S = (S[:rank] / scale).sqrt()
+    return root_S[:, None] * Vh[:rank], U[:, :rank] * root_S

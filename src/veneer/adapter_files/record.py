@@ -139,10 +139,10 @@ def compare_hashes(
 
 def require_unchanged(checks: Mapping[str, bool], path: Path) -> None:
     """Raise AdapterError if any of ``checks``, the result of ``compare_hashes``, is true."""
-    changed = [content for content, has_changed in checks.items() if has_changed]
-    if changed:
-        problem = f"{path}, of which {' and '.join(changed)} changed after it was written"
-        if changed == [PARAMETERS]:
+    changed_contents = [content for content, has_changed in checks.items() if has_changed]
+    if changed_contents:
+        problem = f"{path}, of which {' and '.join(changed_contents)} changed after it was written"
+        if changed_contents == [PARAMETERS]:
             problem = f"{path / PARAMETERS}, which changed after it was written"
         raise AdapterError(
             problem, "the files as they were saved", "get another copy of the folder"
@@ -171,10 +171,10 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
             "install a newer Veneer",
         )
         return
-    base, changes = record.get("base"), record.get("changes")
-    weights = base.get("weights") if isinstance(base, dict) else None
+    base_record, changes = record.get("base"), record.get("changes")
+    fingerprints = base_record.get("weights") if isinstance(base_record, dict) else None
     if (
-        not isinstance(weights, dict)
+        not isinstance(fingerprints, dict)
         or not isinstance(changes, dict)
         or not isinstance(record.get("config"), dict)
     ):
@@ -182,27 +182,27 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
             "no base, changes or config in it", "all three", "save it again with this Veneer"
         )
         return
-    texts = [
-        base.get("name") or "",
-        base.get("architecture") or "",
-        *weights.values(),
+    text_values = [
+        base_record.get("name") or "",
+        base_record.get("architecture") or "",
+        *fingerprints.values(),
         *record["hashes"].values(),
     ]
-    tables = [record.get(name, {}) for name in ("versions", "provenance")] + [
-        base.get("quantized", {})
+    mappings = [record.get(name, {}) for name in ("versions", "provenance")] + [
+        base_record.get("quantized", {})
     ]
-    rest, fresh = base.get("rest", {}), base.get("fresh", [])
-    if isinstance(rest, dict) and isinstance(fresh, list):
-        texts += [*rest.values(), *fresh]
+    rest_fingerprints, fresh_names = base_record.get("rest", {}), base_record.get("fresh", [])
+    if isinstance(rest_fingerprints, dict) and isinstance(fresh_names, list):
+        text_values += [*rest_fingerprints.values(), *fresh_names]
     else:
-        tables.append(None)
-    if not all(isinstance(text, str) for text in texts) or not all(
-        isinstance(table, dict) for table in tables
+        mappings.append(None)
+    if not all(isinstance(value, str) for value in text_values) or not all(
+        isinstance(mapping, dict) for mapping in mappings
     ):
         expected = "text for names and hashes; versions, provenance and quantized by name"
         yield sentence("fields of other types", expected, "get another copy")
-    if weights.keys() != changes.keys():
-        different_paths = listing(sorted(weights.keys() ^ changes.keys()), 3)
+    if fingerprints.keys() != changes.keys():
+        different_paths = listing(sorted(fingerprints.keys() ^ changes.keys()), 3)
         yield sentence(
             f"changes and fingerprints of other weights ({different_paths})", "the same", "get another copy"
         )
@@ -255,8 +255,9 @@ def _is_range_list(value: Any) -> bool:
 
 
 def _short_repr(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    """The ``repr`` of a value, truncated to 200 characters."""
+    value_repr = repr(value)
+    return value_repr if len(value_repr) <= 200 else f"{value_repr[:200]}…"
 
 
 def ranges_of(indices: Iterable[int]) -> list[list[int]]:

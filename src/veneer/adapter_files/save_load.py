@@ -107,11 +107,11 @@ def save(
         reason = peft.not_for_peft(content["peft_config"])
         # PEFT has the variant, but not for these layers
         if reason and VARIANTS[content["config"].variant].peft_keys:
-            text = (
+            warning_text = (
                 f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the"
                 " adapter"
             )
-            warn_caller(text, LoadedElsewhere, within=("veneer", "torch"))
+            warn_caller(warning_text, LoadedElsewhere, within=("veneer", "torch"))
 
     save_with(write_content, model, path, name, base_name, fingerprints, alone)
     return path
@@ -158,12 +158,12 @@ def save_with(
     )
 
 
-def _must_be_gathered(model: nn.Module, name: str) -> None:
+def _must_be_gathered(model: nn.Module, adapter_name: str) -> None:
     """Raise AdapterError if FSDP1 has flattened and sharded the weights, because their shapes are
     then lost, or if the names of its wrappers are in the paths."""
     if not has_fsdp1(module for _, module in walk(model)):
         return
-    changed_weights = [weight_of(module, weight) for _, module, weight, _ in changes(model, name)]
+    changed_weights = [weight_of(module, weight) for _, module, weight, _ in changes(model, adapter_name)]
     wraps_modules = any("_fsdp_wrapped_module" in path for path, _ in walk(model))
     if wraps_modules or any(isinstance(weight, nn.Parameter) and weight.dim() == 1 for weight in changed_weights):
         problem = "a model in torch's first FullyShardedDataParallel (FSDP1)"
@@ -181,15 +181,15 @@ def _must_be_gathered(model: nn.Module, name: str) -> None:
         raise AdapterError(problem, "whole weights, or those of FSDP2", do)
 
 
-def _describe_adapter(model: nn.Module, name: str) -> list[Any]:
+def _describe_adapter(model: nn.Module, adapter_name: str) -> list[Any]:
     """The name and config of an adapter, and the paths and shapes of its tensors."""
-    states = {path: layer_adapter.state_dict() for path, _, layer_adapter in adapters(model, name)}
+    states = {path: layer_adapter.state_dict() for path, _, layer_adapter in adapters(model, adapter_name)}
     shapes = [
         (path, key, [*value.shape])
         for path, state in states.items()
         for key, value in state.items()
     ]
-    return [name, need_adapters(model, name).configs[name].to_dict(), shapes]
+    return [adapter_name, need_adapters(model, adapter_name).configs[adapter_name].to_dict(), shapes]
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:
@@ -222,39 +222,39 @@ def labels_of(model: nn.Module) -> list[str] | None:
 
 
 def _content(
-    model: nn.Module, name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
+    model: nn.Module, adapter_name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
 ) -> dict[str, Any]:
     """The keyword arguments for ``folder.write``: the tensors, configs and fingerprints."""
-    config = need_adapters(model, name).configs[name]
+    config = need_adapters(model, adapter_name).configs[adapter_name]
     if VARIANTS[config.variant].peft is None:
         raise AdapterError(
             f"variant {config.variant!r}", "one that PEFT's format can express", "merge it instead"
         )
     names = Names(model)
-    entries = peft_entries(names, name)
+    entries = peft_entries(names, adapter_name)
     # the base of an adapter that was attached to merged weights has no name
-    if base_name is None and need_adapters(model).selections[name].on is None:
+    if base_name is None and need_adapters(model).selections[adapter_name].on is None:
         base_name = base_name_of(model)
     weights = {
         parameter_path(weight_path, weight): (weight_of(module, weight), change)
-        for weight_path, module, weight, change in changes(model, name)
+        for weight_path, module, weight, change in changes(model, adapter_name)
     }
     is_complete = {id(entry.change): entry.is_complete for entry in entries}
     return {
         "tensors": {
-            **file_tensors(model, name, entries),
-            **saved_token_rows.file_tensors(names, name),
+            **file_tensors(model, adapter_name, entries),
+            **saved_token_rows.file_tensors(names, adapter_name),
         },
         "peft_config": (
-            peft_config(names, name, config, base_name, entries)
-            | saved_token_rows.config_fields(names, name)
+            peft_config(names, adapter_name, config, base_name, entries)
+            | saved_token_rows.config_fields(names, adapter_name)
         ),
         "base": {
             "name": base_name,
             "architecture": base_class(model).__name__,
             **({} if (labels := labels_of(model)) is None else {"labels": labels}),
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
-            **_proof(names, name, weights, fingerprints),
+            **_proof(names, adapter_name, weights, fingerprints),
         },
         "changes": {
             weight_path: _describe_change(change) for weight_path, (_, change) in weights.items()
@@ -272,7 +272,7 @@ def _content(
 
 def _proof(
     names: Names,
-    name: str,
+    adapter_name: str,
     weights: Mapping[str, tuple[Any, Change]],
     fingerprints: Mapping[str, str] | None,
 ) -> dict[str, Any]:
@@ -283,20 +283,20 @@ def _proof(
     tensors_by_id = {id(tensor.weight): tensor for tensor in tensors}
     replaced_ids = {
         id({**module._parameters, **module._buffers}[key])
-        for _, module, layer_adapter in adapters(model, name)
+        for _, module, layer_adapter in adapters(model, adapter_name)
         for key in (*layer_adapter.full._parameters, *layer_adapter.full._buffers)
     }
     # the adapter holds the rows of these weights that are fresh
     token_weight_ids = {id(weight) for weight, change in weights.values() if change.tokens is not None}
-    fresh = {
+    fresh_refs = {
         weight_id: ref
         for weight_id, ref in names.fresh_parameters().items()
         if weight_id not in replaced_ids | token_weight_ids
     }
-    FreshWeights.warn(fresh.values(), "As the adapter is saved", stacklevel=5)
-    # fresh parameters of a model without a head, its pooler, do not affect the model's output
-    lost_ids = without_backup(model, name) if fingerprints is None else frozenset()
-    excluded_ids = replaced_ids.union(lost_ids, () if _has_head(model) else fresh)
+    FreshWeights.warn(fresh_refs.values(), "As the adapter is saved", stacklevel=5)
+    # in a model without a head, only the pooler is fresh, and the output does not depend on it
+    lost_ids = without_backup(model, adapter_name) if fingerprints is None else frozenset()
+    excluded_ids = replaced_ids.union(lost_ids, () if _has_head(model) else fresh_refs)
 
     lost_paths = [path for path, (weight, _) in weights.items() if id(weight) in lost_ids]
     if lost_paths:
@@ -307,42 +307,46 @@ def _proof(
         raise AdapterError(
             problem, "the base's weights, for its fingerprint", "save it before that merge"
         )
-    changed = {path: tensors_by_id[id(weight)] for path, (weight, _) in weights.items()}
-    excluded_ids = excluded_ids.union(id(tensor.weight) for tensor in changed.values())
-    unchanged = [
+    changed_weights = {path: tensors_by_id[id(weight)] for path, (weight, _) in weights.items()}
+    excluded_ids = excluded_ids.union(id(tensor.weight) for tensor in changed_weights.values())
+    unchanged_tensors = [
         tensor
         for tensor in tensors
         if id(tensor.weight) not in excluded_ids and tensor.is_readable
     ]
-    recorded_tensors = [*changed.values(), *unchanged]
-    if fingerprints is None:
-        digests = _compute_fingerprints(model, name, recorded_tensors)
-    else:
-        digests = [
-            next((fingerprints[key] for key in tensor.names if key in fingerprints), None)
-            for tensor in recorded_tensors
-        ]
-    record = base_record(changed, unchanged, digests)
+    recorded_tensors = [*changed_weights.values(), *unchanged_tensors]
+    digests = _find_fingerprints(model, adapter_name, recorded_tensors, fingerprints)
+    record = base_record(changed_weights, unchanged_tensors, digests)
     for weight_path, (weight, change) in weights.items() if fingerprints is None else ():
         # the adapter replaces these rows, so that the base's values in them do not matter
         if change.tokens is not None:
             ids = change.tokens.tolist()
             record["weights"][weight_path] = fingerprint_without_rows(
-                tensors_by_id[id(weight)], ids, bits_before_merge(model, name)
+                tensors_by_id[id(weight)], ids, bits_before_merge(model, adapter_name)
             )
     return {
         **record,
-        **({"fresh": [parameter_path(*ref) for ref in fresh.values()]} if fresh else {}),
+        **({"fresh": [parameter_path(*ref) for ref in fresh_refs.values()]} if fresh_refs else {}),
     }
 
 
-def _compute_fingerprints(
-    model: nn.Module, name: str, tensors: Sequence[ModuleWeight]
+def _find_fingerprints(
+    model: nn.Module,
+    adapter_name: str,
+    tensors: Sequence[ModuleWeight],
+    fingerprints: Mapping[str, str] | None,
 ) -> list[str | None]:
-    """The fingerprints of tensors of the base as they were before a merge. For a packed weight, it
-    is the fingerprint of the weight in the checkpoint, if this is known."""
+    """The fingerprints of tensors of the base as they were before a merge; None if one is unknown.
+
+    They are taken from ``fingerprints`` by name, or computed from the model if that is None. For a
+    packed weight, the fingerprint of the weight in the checkpoint is used, if it is known."""
+    if fingerprints is not None:
+        return [
+            next((fingerprints[name] for name in tensor.names if name in fingerprints), None)
+            for tensor in tensors
+        ]
     file_fingerprints = sources_of(model)
-    computed = fingerprints_of(tensors, bits_before_merge(model, name))
+    computed = fingerprints_of(tensors, bits_before_merge(model, adapter_name))
     return [file_fingerprints.get(fingerprint, fingerprint) for fingerprint in computed]
 
 
@@ -396,11 +400,11 @@ def _has_default_derived(change: Change) -> bool:
     parameters, dims = change.adapter_parameters, change.dims
     out = dims.out if change.rows is None else len(change.rows)
     context = InitContext(dims.groups, out, dims.in_, change.rank, change.layer.fan_in(dims))
-    for name in change.variant.derived:
-        with torch.device(parameters[name].device):
-            default = change.variant.init(context)[name]
-        if default.shape != parameters[name].shape or not torch.equal(
-            default.to(parameters[name].dtype), parameters[name]
+    for parameter_name in change.variant.derived:
+        with torch.device(parameters[parameter_name].device):
+            default = change.variant.init(context)[parameter_name]
+        if default.shape != parameters[parameter_name].shape or not torch.equal(
+            default.to(parameters[parameter_name].dtype), parameters[parameter_name]
         ):
             return False
     return True

@@ -27,16 +27,16 @@ from veneer.formats import peft, peft_tokens
 from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 
 
-def _token_changes(names: Names, name: str) -> Iterator[tuple[str, str, Change]]:
+def _token_changes(names: Names, adapter_name: str) -> Iterator[tuple[str, str, Change]]:
     """(path of the module, name of the weight, change) for each weight with trained token rows."""
-    for path, _, weight, change in changes(names.model, name):
+    for path, _, weight, change in changes(names.model, adapter_name):
         if change.tokens is not None:
             yield path, weight, change
 
 
-def file_tensors(names: Names, name: str) -> dict[str, Tensor]:
+def file_tensors(names: Names, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of the adapter's trained token rows, by their key in PEFT's file."""
-    token_changes = _token_changes(names, name)
+    token_changes = _token_changes(names, adapter_name)
     return {
         peft.tensor_key(path, peft_tokens.LORA_ROWS_SUFFIX): (
             peft_mapping.file_tensor(change.token_rows)
@@ -45,12 +45,12 @@ def file_tensors(names: Names, name: str) -> dict[str, Tensor]:
     }
 
 
-def config_fields(names: Names, name: str) -> dict[str, Any]:
+def config_fields(names: Names, adapter_name: str) -> dict[str, Any]:
     """The fields of PEFT's config for the trained tokens. If PEFT would compute another result,
     ``peft_type`` holds the reason."""
     fields: dict[str, Any] = {}
     refs_by_id = names.holders()
-    for path, weight, change in _token_changes(names, name):
+    for path, weight, change in _token_changes(names, adapter_name):
         tokens: Any = change.tokens
         fields.setdefault(peft_tokens.INDICES_FIELD, {})[path] = tokens.tolist()
         reason = deviation_reason(names, (path, weight), refs_by_id)
@@ -70,9 +70,9 @@ def deviation_reason(
     """Why PEFT computes another result than a weight with these rows, if it trains tokens of the
     module ``ref`` and of the modules ``trained_paths``; None if it computes the same result."""
     refs = names.holders_of(ref, refs_by_id)
-    for path, name in refs:
-        module = names.modules[path]
-        reason = peft_deviations.deviation_reason(names, (path, name), False)
+    for module_path, parameter_name in refs:
+        module = names.modules[module_path]
+        reason = peft_deviations.deviation_reason(names, (module_path, parameter_name), False)
         if reason is None and module._parameters.get("bias") is not None:
             reason = "PEFT leaves out the bias of a layer of which it trains tokens"
         if reason is not None:
@@ -122,14 +122,14 @@ def owner_at(
     """The first name of the weight of the module at a path in PEFT's file; None if the model has no
     such weight."""
     path = names.canonical.get(module_path)
-    kind = None if path is None else kind_of(names.modules[path])
-    if path is None or kind is None or weight_of(names.modules[path], kind.weight) is None:
+    layer_kind = None if path is None else kind_of(names.modules[path])
+    if path is None or layer_kind is None or weight_of(names.modules[path], layer_kind.weight) is None:
         return None
-    return names.holders_of((path, kind.weight), refs_by_id)[0]
+    return names.holders_of((path, layer_kind.weight), refs_by_id)[0]
 
 
 def match_tokens(
-    names: Names, saved: AdapterFiles, problems: list[str], by_peft_rules: bool
+    names: Names, adapter_files: AdapterFiles, problems: list[str], by_peft_rules: bool
 ) -> dict[ParamRef, peft_tokens.TokenRows]:
     """The trained token rows of a folder, by the weight of the model that they belong to. Rows that
     do not fit add to ``problems``.
@@ -140,7 +140,7 @@ def match_tokens(
     """
     refs_by_id = names.holders()
     matches: dict[ParamRef, peft_tokens.TokenRows] = {}
-    for module_path, entry in saved.tokens.items():
+    for module_path, entry in adapter_files.tokens.items():
         owner = owner_at(names, module_path, refs_by_id)
         if owner is None:
             problem = (
@@ -151,7 +151,7 @@ def match_tokens(
                 sentence(problem, "the same modules", "load it on the model that it was trained on")
             )
             continue
-        size_problem = _size_problem(names, saved, owner, entry)
+        size_problem = _size_problem(names, adapter_files, owner, entry)
         earlier_entry = matches.get(owner)
         if earlier_entry is not None and (
             earlier_entry.ids != entry.ids
@@ -168,7 +168,7 @@ def match_tokens(
             by_peft_rules
             and (
                 reason := deviation_reason(
-                    names, ref_of(names, module_path), refs_by_id, {*saved.tokens}
+                    names, ref_of(names, module_path), refs_by_id, {*adapter_files.tokens}
                 )
             )
             is not None
@@ -177,24 +177,24 @@ def match_tokens(
                 f"trained tokens of {module_path!r} that PEFT applies in another way: {reason}"
             )
             ref = ref_of(names, module_path)
-            leaves_name_unchanged = trains_one_name(names, ref, refs_by_id, {*saved.tokens})
+            leaves_name_unchanged = trains_one_name(names, ref, refs_by_id, {*adapter_files.tokens})
             do = "use PEFT for it"
             if leaves_name_unchanged:
                 do = "load it with veneer.load(…, untie=True)"
             problems.append(sentence(problem, "rows of a weight", do))
         matches[owner] = entry
-    problems += _missing_rows(names, saved, matches, refs_by_id)
+    problems += _missing_rows(names, adapter_files, matches, refs_by_id)
     return matches
 
 
 def ref_of(names: Names, module_path: str) -> ParamRef:
     """The weight of the module at a path in PEFT's file, under the first path of the module."""
-    kind: Any = kind_of(names.modules[names.canonical[module_path]])
-    return names.canonical[module_path], kind.weight
+    layer_kind: Any = kind_of(names.modules[names.canonical[module_path]])
+    return names.canonical[module_path], layer_kind.weight
 
 
 def _size_problem(
-    names: Names, saved: AdapterFiles, owner: ParamRef, entry: peft_tokens.TokenRows
+    names: Names, adapter_files: AdapterFiles, owner: ParamRef, entry: peft_tokens.TokenRows
 ) -> str | None:
     """Why the trained rows do not fit the weight: the weight has another width or another number of
     rows. None if they fit."""
@@ -220,7 +220,7 @@ def _size_problem(
             problem, f"{shape[1]}, as its own have", "load it on the model that it was trained on"
         )
     expected_row_count = (
-        saved.metadata.get("changes", {})
+        adapter_files.metadata.get("changes", {})
         .get(weight_path, {})
         .get("of", max(shape[0], entry.ids[-1] + 1))
     )
@@ -245,12 +245,12 @@ def _size_problem(
 
 def _missing_rows(
     names: Names,
-    saved: AdapterFiles,
+    adapter_files: AdapterFiles,
     matches: Mapping[ParamRef, Any],
     refs_by_id: Mapping[int, list[ParamRef]],
 ) -> Iterator[str]:
     """The problems of modules with trained tokens in the config, but without rows in the file."""
-    token_ids = saved.peft_config.get(peft_tokens.INDICES_FIELD) or {}
+    token_ids = adapter_files.peft_config.get(peft_tokens.INDICES_FIELD) or {}
     for path_ending in token_ids if isinstance(token_ids, Mapping) else ():
         owners = {owner_at(names, path, refs_by_id) for path in names.matching(path_ending)}
         if not owners & matches.keys():
@@ -262,27 +262,27 @@ def _missing_rows(
 
 
 def differs_from_record(
-    saved: AdapterFiles, weight_path: str, entry: peft_tokens.TokenRows | None
+    adapter_files: AdapterFiles, weight_path: str, entry: peft_tokens.TokenRows | None
 ) -> bool:
     """Whether the record lists other trained tokens of a weight than ``entry``, from the files."""
-    recorded_ranges = saved.metadata.get("changes", {}).get(weight_path, {}).get("tokens")
+    recorded_ranges = adapter_files.metadata.get("changes", {}).get(weight_path, {}).get("tokens")
     return recorded_ranges != (None if entry is None else ranges_of(entry.ids))
 
 
-def vocabulary_size(saved: AdapterFiles) -> int:
+def vocabulary_size(adapter_files: AdapterFiles) -> int:
     """The number of rows of the embeddings with trained tokens: by the record, or else the smallest
     number of rows that includes all these tokens."""
-    changes = saved.metadata.get("changes", {}).values()
+    changes = adapter_files.metadata.get("changes", {}).values()
     return max(
         [
             *(change.get("of", 0) for change in changes),
-            *(token_rows.ids[-1] + 1 for token_rows in saved.tokens.values()),
+            *(token_rows.ids[-1] + 1 for token_rows in adapter_files.tokens.values()),
             0,
         ]
     )
 
 
-def grown_size(model: nn.Module, saved: AdapterFiles) -> int | None:
+def grown_size(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
     """The number of rows to which the vocabulary of a model must grow for an adapter; None if it is
     large enough.
 
@@ -290,7 +290,7 @@ def grown_size(model: nn.Module, saved: AdapterFiles) -> int | None:
         AdapterError: the model cannot grow, or the adapter has no values for some of the new rows,
             which would then be random.
     """
-    names, size, problems = Names(model), vocabulary_size(saved), []
+    names, size, problems = Names(model), vocabulary_size(adapter_files), []
     embedding_layers: list[Any] = [
         getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")
     ]
@@ -300,7 +300,7 @@ def grown_size(model: nn.Module, saved: AdapterFiles) -> int | None:
         if layer is not None and getattr(layer, "weight", None) is not None
     }
     old_size = min((len(layer.weight) for layer in embeddings.values()), default=size)
-    if not saved.tokens or old_size >= size:
+    if not adapter_files.tokens or old_size >= size:
         return None
     if adapters_of(model) is not None:
         problems.append(
@@ -309,7 +309,7 @@ def grown_size(model: nn.Module, saved: AdapterFiles) -> int | None:
     refs_by_id = names.holders()
     trained_ids = {
         owner_at(names, module_path, refs_by_id): token_rows.ids
-        for module_path, token_rows in saved.tokens.items()
+        for module_path, token_rows in adapter_files.tokens.items()
     }
     for layer in embeddings.values():
         owner = refs_by_id[id(layer.weight)][0]
@@ -325,7 +325,7 @@ def grown_size(model: nn.Module, saved: AdapterFiles) -> int | None:
             )
             problems.append(sentence(problem, "rows that the adapter holds", do))
         path, do = owner[0], "save the base as it grew (save_pretrained), and load on that"
-        if getattr(layer, "bias", None) is not None and "bias" not in saved.full.get(path, ()):
+        if getattr(layer, "bias", None) is not None and "bias" not in adapter_files.full.get(path, ()):
             problem = (
                 f"{parameter_path(path, 'bias')!r}, of which {size - old_size} numbers would be new"
                 " and in no file"
@@ -337,7 +337,7 @@ def grown_size(model: nn.Module, saved: AdapterFiles) -> int | None:
                     do,
                 )
             )
-    raise_all(AdapterError, f"The base cannot grow for {saved.path}", problems)
+    raise_all(AdapterError, f"The base cannot grow for {adapter_files.path}", problems)
     return size
 
 

@@ -70,17 +70,17 @@ def _describe_untied(path: str | Path, untied: Untied) -> str:
     config_note = ", and config.tie_word_embeddings is False" if untied.config else ""
     return (
         f"{path} changes {listing(pairs, 3)}, one weight of this model, as PEFT does: until the"
-        f" last adapter is detached, each name has a weight of its own{config_note}. untie=True loads"
-        " it without this warning, untie=False refuses what would untie."
+        f" last adapter is detached, each name has a weight of its own{config_note}. untie=True"
+        " loads it without this warning, untie=False refuses what would untie."
     )
 
 
-def refs_to_untie(names: Names, saved: AdapterFiles) -> list[ParamRef]:
+def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights that a folder changes differently: at a low rank, if the names have
     different changes; in full, if they have different values; in token rows that PEFT gives to one
     of the names only."""
     layers_by_ref = {
-        ref_at(names, path, saved.peft_config): layer for path, layer in saved.low.items()
+        ref_at(names, path, adapter_files.peft_config): layer for path, layer in adapter_files.low.items()
     }
     low_rank_refs: list[ParamRef] = []
     tied_groups = [refs for refs in names.holders().values() if len(refs) > 1]
@@ -92,14 +92,14 @@ def refs_to_untie(names: Names, saved: AdapterFiles) -> list[ParamRef]:
         ):
             low_rank_refs += [ref for ref in refs if ref in layers_by_ref]
     full: dict[str, dict[str, torch.Tensor]] = {}
-    for path, tensors in saved.full.items():
+    for path, tensors in adapter_files.full.items():
         module_path = module_at(names, path)
         # PEFT saves the frozen weight of an adapted embedding too
         full.setdefault(module_path, {}).update(
             {name: value for name, value in tensors.items() if (module_path, name) not in layers_by_ref}
         )
     replaced_refs = [ref for ref in names.split_ties(full) if _has_base_shape(names, ref, full)]
-    replaced_refs += _token_refs(names, saved)
+    replaced_refs += _token_refs(names, adapter_files)
     # tensors that are trained in full replace a packed weight, which needs no copy
     unpacked_refs = [
         ref
@@ -113,14 +113,14 @@ def _has_base_shape(names: Names, ref: ParamRef, full: Mapping[str, Mapping[str,
     return full[ref[0]][ref[1]].shape == weight_of(names.modules[ref[0]], ref[1]).shape
 
 
-def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
+def _token_refs(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights for which the folder has different token rows."""
     refs_by_id, token_refs = names.holders(), []
-    base_record = saved.metadata.get("base", {})
+    base_record = adapter_files.metadata.get("base", {})
     recorded_names = {
         tensor_name for kind in ("weights", "rest") for tensor_name in base_record.get(kind) or ()
     }
-    for module_path in saved.tokens:
+    for module_path in adapter_files.tokens:
         owner = saved_token_rows.owner_at(names, module_path, refs_by_id)
         if owner is None:
             continue
@@ -130,10 +130,10 @@ def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
             for tied_ref in refs_by_id[id(weight_of(names.modules[owner[0]], owner[1]))]
             if tied_ref != ref
         ]
-        if saved.record is None:
-            differs = saved_token_rows.trains_one_name(names, ref, refs_by_id, {*saved.tokens})
-            tied_entries = [saved.tokens[path] for path, _ in tied_refs if path in saved.tokens]
-            entry = saved.tokens[module_path]
+        if adapter_files.record is None:
+            differs = saved_token_rows.trains_one_name(names, ref, refs_by_id, {*adapter_files.tokens})
+            tied_entries = [adapter_files.tokens[path] for path, _ in tied_refs if path in adapter_files.tokens]
+            entry = adapter_files.tokens[module_path]
             differs |= any(
                 tied_entry.ids != entry.ids or not torch.equal(tied_entry.rows, entry.rows)
                 for tied_entry in tied_entries

@@ -60,7 +60,7 @@ class TunerFolder:
     @property
     def trains_in_full(self) -> bool:
         """Whether the tuner trains modules in full, rather than a parametrised change."""
-        return not self.tuner.needs
+        return not self.tuner.required_suffixes
 
     def variant_config(self, plain_config: LoraConfig) -> LoraConfig:
         """The config of the variant, from the config of the plain changes."""
@@ -99,12 +99,12 @@ def weights_of(names: Names) -> Weights:
     that is not packed."""
 
     def find_shape(weight_path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
-        path, _, name = weight_path.rpartition(".")
-        module = names.modules.get(names.canonical.get(path, path))
+        module_path, _, parameter_name = weight_path.rpartition(".")
+        module = names.modules.get(names.canonical.get(module_path, module_path))
         weight = (
             None
-            if module is None or name not in own_parameters(module)
-            else weight_of(module, name)
+            if module is None or parameter_name not in own_parameters(module)
+            else weight_of(module, parameter_name)
         )
         storage: Any = None if weight is None else storage_of(weight)
         if storage is None:
@@ -127,11 +127,11 @@ def tuner_folder(
     parameters: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for module_path, change in changes.items():
-        low = _plain_product(tuner, module_path, change, problems)
-        if low is None:
+        product = _plain_product(tuner, module_path, change, problems)
+        if product is None:
             continue
-        products[module_path] = low
-        groups, out, in_ = *low.B.shape[:2], low.A.shape[2]
+        products[module_path] = product
+        groups, out, in_ = *product.B.shape[:2], product.A.shape[2]
         assert groups == 1
         # PEFT allows a rank above min(out, in)
         rank = min(peft_paths.rank_alpha_scale(lora_config, module_path)[0], out, in_)
@@ -144,14 +144,15 @@ def tuner_folder(
         }
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
     plain_tensors = dict(other_tensors)
-    for module_path, low in products.items():
-        A, B = peft_tuners.reshape_for_file(module_path, low.A[0], low.B[0], weights)
+    for module_path, product in products.items():
+        A, B = peft_tuners.reshape_for_file(module_path, product.A[0], product.B[0], weights)
         plain_tensors |= {
             peft.tensor_key(module_path, "lora_A.weight"): A,
             peft.tensor_key(module_path, "lora_B.weight"): B,
         }
     plain_sizes = {
-        module_path: (low.rank, low.scale * low.rank) for module_path, low in products.items()
+        module_path: (product.rank, product.scale * product.rank)
+        for module_path, product in products.items()
     }
     default_size = next(
         iter(plain_sizes.values()), (lora_config["r"], lora_config["lora_alpha"])
@@ -200,18 +201,19 @@ def _plain_product(
         )
         return None
     try:
-        low, _ = variant.resolve(parameters, change.scale, lambda: torch.empty(0))
-        dense = low.delta(torch.float64) if low.rank > min(low.B.shape[1], low.A.shape[2]) else None
+        product, _ = variant.resolve(parameters, change.scale, lambda: torch.empty(0))
+        max_rank = min(product.B.shape[1], product.A.shape[2])
+        dense = product.delta(torch.float64) if product.rank > max_rank else None
     except (RuntimeError, IndexError, ValueError) as error:
         sizes = _format_shapes(parameters)
         problem = f"{sizes} at {module_path!r} ({str(error).splitlines()[0]})"
         problems.append(sentence(problem, f"a change of {tuner.type}", "get both files again"))
         return None
     if dense is None:
-        return low
+        return product
     # ΔW and an identity have fewer values than the factors
     dense, (out, in_) = (
-        dense.to(low.A.dtype),
+        dense.to(product.A.dtype),
         dense.shape[1:],
     )
     eye = torch.eye(min(out, in_), dtype=dense.dtype)[None]

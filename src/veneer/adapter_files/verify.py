@@ -172,11 +172,11 @@ class _Verification:
             is_valid, parameters = self.check_hashes(record, config or {}, tensors)
             return (record if is_valid else None), parameters
         if not (path / RECORD).exists() and "veneer" not in header:
-            text = (
+            message = (
                 "written by another library: nothing tells whether it was altered, or for which"
                 " base"
             )
-            self.log.add("warning", "record", text)
+            self.log.add("warning", "record", message)
         return None, {}
 
     def check_hashes(
@@ -215,34 +215,35 @@ class _Verification:
         """Check that the files make up one adapter, and then check its changes."""
         tuner = tuner_of(config) if record is None else None
         weight_lookup = None if self.weights is None or tuner is None else self.shape_and_dtype
-        saved = self.log.try_step(
+        adapter_files = self.log.try_step(
             "layers", folder.assemble, self.path, config, record, tensors, parameters, weight_lookup
         )
-        if saved is None:
+        if adapter_files is None:
             return
-        if saved.tuner is not None and saved.tuner.needs_base_shapes:
-            text = (
-                f"{len(saved.tuner.paths)} changes of {saved.tuner.tuner.type}, whose shapes only"
-                " the base tells: give it to have them checked"
+        if adapter_files.tuner is not None and adapter_files.tuner.needs_base_shapes:
+            message = (
+                f"{len(adapter_files.tuner.paths)} changes of {adapter_files.tuner.tuner.type}, whose"
+                " shapes only the base tells: give it to have them checked"
             )
-            self.log.add("warning", "layers", text)
+            self.log.add("warning", "layers", message)
             return
-        products = self.log.try_step("layers", lambda: saved.products)
+        products = self.log.try_step("layers", lambda: adapter_files.products)
         if products is not None:
-            self.check_changes(saved, products)
+            self.check_changes(adapter_files, products)
 
-    def check_changes(self, saved: AdapterFiles, products: Mapping[str, LowRank]) -> None:
+    def check_changes(self, adapter_files: AdapterFiles, products: Mapping[str, LowRank]) -> None:
         """Check the targets, the norms and the fresh parameters of an adapter, and check it against
         the base. ``products``: the low-rank change of each module or parameter, by path."""
-        row_count = sum(len(token_rows.ids) for token_rows in saved.tokens.values())
-        tokens = f", {row_count} tokens" if row_count else ""
-        counts = (
-            f"{len(products)} changes, as the config says, and {len(saved.full)} in full{tokens}"
+        token_count = sum(len(token_rows.ids) for token_rows in adapter_files.tokens.values())
+        tokens_text = f", {token_count} tokens" if token_count else ""
+        message = (
+            f"{len(products)} changes, as the config says, and {len(adapter_files.full)} in full"
+            f"{tokens_text}"
         )
-        self.log.add("ok", "layers", counts)
+        self.log.add("ok", "layers", message)
         # without a model, the config of another library can only be compared with its tensors
-        if saved.record is None:
-            targets = saved.peft_config.get("target_modules") or ()
+        if adapter_files.record is None:
+            targets = adapter_files.peft_config.get("target_modules") or ()
             unused_targets = [
                 name
                 for name in (() if isinstance(targets, str) else targets)
@@ -252,8 +253,8 @@ class _Verification:
                 problem = f"targets without a tensor: {listing(unused_targets)}"
                 self.log.add("warning", "config", problem)
         norms = {path: low.norm() for path, low in products.items()}
-        self.check_norms(saved, products, norms)
-        fresh = saved.metadata.get("base", {}).get("fresh")
+        self.check_norms(adapter_files, products, norms)
+        fresh = adapter_files.metadata.get("base", {}).get("fresh")
         if fresh:
             problem = (
                 f"random as it was trained, and in no file: {listing(fresh, 4)}. Whatever reads"
@@ -263,7 +264,7 @@ class _Verification:
             self.log.add("warning", "proof", problem)
         if self.weights is not None:
             try:
-                check_against_base(self.log, saved, products, norms, self.weights)
+                check_against_base(self.log, adapter_files, products, norms, self.weights)
             except CheckpointError as error:  # a file of the base was truncated during the checks
                 self.log.add("error", "base", str(error))
 
@@ -301,12 +302,12 @@ class _Verification:
             self.log.add("warning", "numbers", problem)
 
     def check_norms(
-        self, saved: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float]
+        self, adapter_files: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float]
     ) -> None:
         """Warn of changes that are zero, and of changes of which the norm is an outlier."""
-        plain_paths = {layer.target_path for layer in saved.low.values() if not layer.extras}
+        plain_paths = {layer.target_path for layer in adapter_files.low.values() if not layer.extras}
         zero_paths = [path for path, norm in norms.items() if norm == 0 and path in plain_paths]
-        if zero_paths and len(zero_paths) == len(norms) and not saved.full:
+        if zero_paths and len(zero_paths) == len(norms) and not adapter_files.full:
             problem = "every change is zero: this adapter changes nothing (was it ever trained?)"
             self.log.add("warning", "norms", problem)
         elif zero_paths:
@@ -321,8 +322,8 @@ class _Verification:
             self.log.add("warning", "norms", problem)
         if not zero_paths and not outliers:
             largest = f"‖ΔW‖ up to {max(norms.values(), default=0.0):.3g}"
-            text = f"no change stands out among those of its shape ({largest})"
-            self.log.add("ok", "norms", text)
+            message = f"no change stands out among those of its shape ({largest})"
+            self.log.add("ok", "norms", message)
 
 
 def _file_danger(file: Path) -> str | None:

@@ -25,7 +25,7 @@ from veneer.precision import equal_values
 
 def check_against_base(
     log: FindingLog,
-    saved: AdapterFiles,
+    adapter_files: AdapterFiles,
     products: Mapping[str, LowRank],
     norms: Mapping[str, float],
     weights: BaseWeights,
@@ -37,22 +37,22 @@ def check_against_base(
         weights: the weights of the base, which are read from its files.
         norms: ‖ΔW‖ of each product, by the same path.
     """
-    base_record = saved.metadata.get("base", {})
-    base_name = base_record.get("name") or saved.peft_config.get("base_model_name_or_path")
+    base_record = adapter_files.metadata.get("base", {})
+    base_name = base_record.get("name") or adapter_files.peft_config.get("base_model_name_or_path")
     do = "take the base that it was trained on" + (f", {base_name}" if base_name else "")
-    mismatch_count, large_changes = _check_changed_weights(log, saved, products, norms, weights, do)
-    recorded = base_record.get("weights", {})
-    if recorded:
-        _check_unchanged_tensors(log, base_record, weights, len(recorded) - mismatch_count, do)
+    mismatch_count, large_changes = _check_changed_weights(log, adapter_files, products, norms, weights, do)
+    recorded_weights = base_record.get("weights", {})
+    if recorded_weights:
+        _check_unchanged_tensors(log, base_record, weights, len(recorded_weights) - mismatch_count, do)
     if large_changes:
         problem = f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large_changes)}"
         log.add("warning", "norms", problem)
-    _check_full_parameters(log, saved, weights)
+    _check_full_parameters(log, adapter_files, weights)
 
 
 def _check_changed_weights(
     log: FindingLog,
-    saved: AdapterFiles,
+    adapter_files: AdapterFiles,
     products: Mapping[str, LowRank],
     norms: Mapping[str, float],
     weights: BaseWeights,
@@ -61,41 +61,41 @@ def _check_changed_weights(
     """Check each weight that the adapter changes at a low rank. Returns the number of weights that
     are missing or have another fingerprint, and the changes that are larger than their weight.
     ``do``: the advice in errors."""
-    recorded = saved.metadata.get("base", {}).get("weights", {})
+    recorded_weights = adapter_files.metadata.get("base", {}).get("weights", {})
     # a product has the path of its parameter, or of its module
     product_paths = {
         path: next((key for key in (path, path.rpartition(".")[0]) if key in products), None)
-        for path in recorded
+        for path in recorded_weights
     }
     product_paths = product_paths or {path: path for path in products}
-    missing, misshapen, different, large_changes = [], [], [], []
+    missing_paths, misshapen_paths, different_paths, large_changes = [], [], [], []
     for path, product_path in product_paths.items():
         weight = _read_weight(weights, path)
-        if weight is None and not recorded:
+        if weight is None and not recorded_weights:
             weight = _read_weight(weights, f"{path}.weight")
         if weight is None:
-            missing.append(path)
+            missing_paths.append(path)
         elif product_path is not None and not _fits_shape(products[product_path], weight.shape):
-            low = products[product_path]
-            misshapen.append(
-                f"{path} is {tuple(weight.shape)}, and B A there {low.B.shape[-2]} ×"
-                f" {low.A.shape[-1]}"
+            product = products[product_path]
+            misshapen_paths.append(
+                f"{path} is {tuple(weight.shape)}, and B A there {product.B.shape[-2]} ×"
+                f" {product.A.shape[-1]}"
             )
         elif (
-            recorded
-            and fingerprint_without_rows(weight, saved.token_ids(path), recorded[path])
-            != recorded[path]
+            recorded_weights
+            and fingerprint_without_rows(weight, adapter_files.token_ids(path), recorded_weights[path])
+            != recorded_weights[path]
         ):
-            different.append(path)
+            different_paths.append(path)
         elif product_path is not None:
             ratio = norms[product_path] / max(weight.float().norm().item(), 1e-30)
             large_changes += [f"{path} ({ratio:.3g})"] if ratio > 1 else []
     problems = (
-        (missing, "weights that the base lacks", "those that the adapter changes"),
-        (misshapen, "other shapes", "those that the adapter fits"),
+        (missing_paths, "weights that the base lacks", "those that the adapter changes"),
+        (misshapen_paths, "other shapes", "those that the adapter fits"),
         (
-            different,
-            f"other numbers in {len(different)} of {len(product_paths)} weights",
+            different_paths,
+            f"other numbers in {len(different_paths)} of {len(product_paths)} weights",
             "its own base",
         ),
     )
@@ -104,9 +104,9 @@ def _check_changed_weights(
         for paths, problem, expected in problems
         if paths
     ]
-    proof = "have the fingerprints of the record" if recorded else "by name and shape alone"
+    proof = "have the fingerprints of the record" if recorded_weights else "by name and shape alone"
     log.add_problems("base", sentences, f"{len(product_paths)} weights {proof}")
-    return len(missing) + len(different), large_changes
+    return len(missing_paths) + len(different_paths), large_changes
 
 
 def _check_unchanged_tensors(
@@ -117,71 +117,71 @@ def _check_unchanged_tensors(
     Args:
         proven_count: how many of the changed weights have the recorded fingerprint.
     """
-    recorded, changed_count = base_record.get("rest"), len(base_record["weights"])
-    if recorded is None:
+    expected_fingerprints, changed_count = base_record.get("rest"), len(base_record["weights"])
+    if expected_fingerprints is None:
         proof = (
             f"adapted layers only: {proven_count} of {changed_count} tensors proven, and none of"
             " the others, of which the Veneer that saved it recorded nothing"
         )
         log.add("ok", "proof", proof)
         return
-    fingerprints = {name: weights.fingerprint(name, recorded[name]) for name in recorded}
-    missing = [name for name, digest in fingerprints.items() if digest is None]
-    different = [
+    fingerprints = {name: weights.fingerprint(name, expected_fingerprints[name]) for name in expected_fingerprints}
+    missing_names = [name for name, digest in fingerprints.items() if digest is None]
+    different_names = [
         name
         for name, digest in fingerprints.items()
-        if digest is not None and digest != recorded[name]
+        if digest is not None and digest != expected_fingerprints[name]
     ]
-    if different:
+    if different_names:
         problem = (
-            f"other numbers in {len(different)} of {len(recorded)} tensors "
+            f"other numbers in {len(different_names)} of {len(expected_fingerprints)} tensors "
             "that it computes with and does not change"
         )
-        text = sentence(f"{problem} ({listing(different, 4)})", "its own base", do)
-        log.add("error", "base", text)
-    if missing:
+        message = sentence(f"{problem} ({listing(different_names, 4)})", "its own base", do)
+        log.add("error", "base", message)
+    if missing_names:
         problem = (
-            f"{len(missing)} tensors that it computes with are not in this base:"
-            f" {listing(missing, 4)}"
+            f"{len(missing_names)} tensors that it computes with are not in this base:"
+            f" {listing(missing_names, 4)}"
         )
         log.add("warning", "base", problem)
-    proven_count += len(recorded) - len(missing) - len(different)
-    log.add("ok", "proof", f"{proven_count} of {len(recorded) + changed_count} tensors proven")
+    proven_count += len(expected_fingerprints) - len(missing_names) - len(different_names)
+    log.add("ok", "proof", f"{proven_count} of {len(expected_fingerprints) + changed_count} tensors proven")
 
 
-def _check_full_parameters(log: FindingLog, saved: AdapterFiles, weights: BaseWeights) -> None:
+def _check_full_parameters(log: FindingLog, adapter_files: AdapterFiles, weights: BaseWeights) -> None:
     """Compare the tensors that are trained in full with the base's tensors of these names."""
     full_tensors = {
         f"{peft_paths.strip_wrappers(path)[0]}.{name}".lstrip("."): tensor
-        for path, tensors in saved.full.items()
+        for path, tensors in adapter_files.full.items()
         for name, tensor in tensors.items()
     }
-    absent, misshapen, different = [], [], []
+    new_paths, misshapen_paths, different_paths = [], [], []
     for weight_path, tensor in full_tensors.items():
-        module_path, _, name = weight_path.rpartition(".")
+        module_path, _, parameter_name = weight_path.rpartition(".")
         weight = _read_weight(weights, weight_path)
         if weight is None:
-            absent.append(weight_path)
+            new_paths.append(weight_path)
         elif weight.shape != tensor.shape:
-            misshapen.append(
+            misshapen_paths.append(
                 f"{weight_path} {tuple(tensor.shape)}, in the base {tuple(weight.shape)}"
             )
         elif (
-            module_path in saved.products
-            and name == "weight"
+            module_path in adapter_files.products
+            and parameter_name == "weight"
             and fingerprint(weight) != fingerprint(tensor)
         ):
             # PEFT saves the frozen weight of an adapted embedding beside the embedding's change
-            different.append(weight_path)
+            different_paths.append(weight_path)
     do = "take the base that it was trained on"
-    if misshapen:
-        problem = f"trained in full with another shape: {listing(misshapen, 4)}"
+    if misshapen_paths:
+        problem = f"trained in full with another shape: {listing(misshapen_paths, 4)}"
         log.add("error", "base", sentence(problem, "the base's", do))
-    if different:
-        problem = f"another weight of {listing(different)} than the file holds of the base"
+    if different_paths:
+        problem = f"another weight of {listing(different_paths)} than the file holds of the base"
         log.add("error", "base", sentence(problem, "its own base", do))
-    if absent:
-        problem = f"trained in full, and not in the base: {listing(absent)} (a new head?)"
+    if new_paths:
+        problem = f"trained in full, and not in the base: {listing(new_paths)} (a new head?)"
         log.add("warning", "base", problem)
     _check_tied_values(log, full_tensors, weights)
 

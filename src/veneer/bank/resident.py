@@ -155,7 +155,7 @@ def load_resident(
         problem = f"{attached.merged!r} merged into the weights, while an adapter is loaded"
         raise SelectionError(problem, "an unmerged model", "call veneer.unmerge(model) first")
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
-    config, low = load_plan.saved.config, load_plan.plans.low
+    config, low = load_plan.adapter_files.config, load_plan.plans.low
     recipe = recipes.get(id(low))  # ``cache`` holds this very tuple, so its id is unique
     if recipe is not None and not load_plan.full and recipe.config == config:
         tables = recipe.table(load_plan.adapter_parameters, dtype)

@@ -24,7 +24,7 @@ from veneer.fileio import tensors as tensor_files
 from veneer.formats.peft import MAGNITUDE, PeftLayer, targets_parameter
 from veneer.registry import Registry
 
-#: the last parts of the keys of A and B: a key is a module's path, a dot and one of these
+#: the suffixes of the keys of A and B: a key is a module's path, a dot and a suffix
 LORA_SUFFIXES = ("lora_A.weight", "lora_B.weight")
 EMBEDDING_SUFFIXES = ("lora_embedding_A", "lora_embedding_B")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,8 +55,8 @@ class Options:
 
     Fields:
         dtype: the dtype of the tensors in the new file; None keeps the dtype of each tensor.
-        part: the model of a pipeline ("unet", "text_encoder", …) that an adapter belongs to, if
-            the adapter's paths do not name a model.
+        part: the pipeline component ("unet", "text_encoder", …) that an adapter belongs to, if the
+            adapter's paths do not name one.
         rank, energy, whole: how a dense ΔW becomes A and B, as in ``veneer.tools.convert.convert``:
             the rank, the retained share of ‖ΔW‖², or no factorisation at all.
     """
@@ -77,7 +77,7 @@ class Contents:
         deltas: dense ΔW by parameter name, for formats that store no A and B.
         full: the names in ``deltas`` that must not be factored into A and B.
         base_name: the base that the file names.
-        about: facts about the file, which become the provenance of the adapter.
+        metadata: facts about the file, which become the provenance of the adapter.
         left_out: one sentence for each change that was not read, with the reason.
         transposed: whether the base's weights are [in, out] (Conv1D of transformers).
     """
@@ -86,7 +86,7 @@ class Contents:
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
     full: frozenset[str] = frozenset()
     base_name: str | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     transposed: bool = False
 
@@ -97,7 +97,8 @@ class Contents:
 
 @dataclass(frozen=True)
 class LowRankChange:
-    """One low-rank change that ``Format.write`` writes. ``weight``: the name of the parameter."""
+    """One low-rank change that ``Format.write`` writes. ``weight``: the name of the changed
+    parameter."""
 
     weight: str
     layer: PeftLayer
@@ -120,14 +121,14 @@ class Adapter:
     Fields:
         changes: its low-rank changes, one for each changed weight.
         full: tensors that are trained in full, by module path and then by parameter name.
-        about: facts about the adapter: its base, variant and provenance.
+        metadata: facts about the adapter: its base, variant and provenance.
         deltas: a function that returns every ΔW by parameter name, and one sentence for each ΔW
             that cannot be computed.
     """
 
     changes: tuple[LowRankChange, ...]
     full: Mapping[str, Mapping[str, Tensor]]
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     deltas: Callable[[], tuple[Mapping[str, Tensor], list[str]]]
 
 
@@ -141,7 +142,7 @@ class Format:
         suffix: the suffix of a file name; "" if the format is a folder.
         recognises: (first bytes, tensor keys, header of a safetensors file) -> whether a file has
             this format.
-        parts: whether a tensor key can name the model of a pipeline that a layer belongs to.
+        parts: whether a tensor key can name the pipeline component that a layer belongs to.
         peft: whether programs load the format with PEFT, and so compute PEFT's result where it
             differs from a change of the weight (``peft_behaviour.deviation_reason``).
         read, write: see the top of this file; None if ``convert`` itself reads or writes.
@@ -205,8 +206,8 @@ def build_peft_layer(
     magnitude: Tensor | None = None,
     suffixes: tuple[str, str] = LORA_SUFFIXES,
 ) -> PeftLayer:
-    """A ``PeftLayer`` from A [r, in, …] and B [out, r, …] as a file has them. r is the rank; … stands
-    for the axes of a convolution kernel.
+    """A ``PeftLayer`` from A [r, in, …] and B [out, r, …] as a file has them. (r: the rank; …: the
+    axes of a convolution kernel.)
 
     Args:
         alpha: None means the rank, so that the scale alpha / r is 1. If it is negative, its sign

@@ -1,17 +1,17 @@
 """The safetensors format of diffusers: keys are dotted paths, and the header holds PEFT's config.
 
-    <part>.<path>.lora_A.weight, .lora_B.weight         A [r, in, *k], B [out, r, *1]
-    <part>.<path>.lora_magnitude_vector                 DoRA's magnitude
-    header "lora_adapter_metadata"                      {"<part>.r": …, "<part>.lora_alpha": …, …},
-                                                        the fields of PEFT's config by part
+    <component>.<path>.lora_A.weight, .lora_B.weight    A [r, in, *k], B [out, r, *1]
+    <component>.<path>.lora_magnitude_vector            DoRA's magnitude
+    header "lora_adapter_metadata"                      {"<component>.r": …, …}: PEFT's config for
+                                                        each component
 
-A part is a model of a pipeline (``parts.py``); k is the kernel of a convolution. The paths in a
-file of a single model begin with no part.
+A component is a model of a pipeline (``parts.py``); k is the kernel of a convolution. The paths in
+a file of a single model do not begin with a component.
 
 Older releases of diffusers wrote ``.lora.down.weight`` and ``.lora.up.weight``,
 ``.lora_linear_layer.down.weight``, attention processors (``.processor.to_q_lora.down.weight``),
-and alphas as tensors (``<part>.<path>.alpha``) or no alpha, which means alpha = r. Veneer reads all
-of these layouts and writes the first one.
+and alphas as tensors (``<component>.<path>.alpha``) or no alpha, which means alpha = r. Veneer
+reads all of these layouts and writes the first one.
 
 Text encoders are written with two other suffixes, because diffusers 0.42 needs them and other
 programs also read them. Magnitudes end in ``.weight``: transformers' loader expects this name, and
@@ -46,10 +46,17 @@ from veneer.formats import (
     peft_paths,
     register,
 )
-from veneer.formats._base import LORA_SUFFIXES, cast, build_peft_layer, read_tensors, scalar_value
+from veneer.formats._base import (
+    LORA_SUFFIXES,
+    build_peft_layer,
+    cast,
+    read_tensors,
+    scalar_value,
+)
 from veneer.formats.kohya import ATTENTION, LACKS, plain_lora_alpha
 
 HEADER = "lora_adapter_metadata"
+#: suffix of a key -> role of the tensor in its module
 _TENSOR_ROLES = {
     "lora_A.weight": "A", "lora.down.weight": "A", "lora_linear_layer.down.weight": "A",
     "lora_B.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
@@ -82,25 +89,26 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         else:
             tensors_by_path.setdefault(path_in_file, {})[role] = tensor
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    part_by_path = {path: parts.part_of(path) or "model" for path in tensors_by_path}
-    base_prefixes, left_out = parts.choose_parts(part_by_path.values(), base, options.part)
+    component_by_path = {path: parts.component_of(path) or "model" for path in tensors_by_path}
+    layer_components = component_by_path.values()
+    base_prefixes, left_out = parts.choose_components(layer_components, base, options.part)
     config = _header_config(path, header)
-    configs = {component: _part_config(config, component) for component in base_prefixes}
-    low: dict[str, peft.PeftLayer] = {}
+    configs = {component: _component_config(config, component) for component in base_prefixes}
+    layers: dict[str, peft.PeftLayer] = {}
     for path_in_file, module_tensors in tensors_by_path.items():
-        component = part_by_path[path_in_file]
+        component = component_by_path[path_in_file]
         if component not in base_prefixes:
             continue
         path_in_model = path_in_file if component == "model" else path_in_file.partition(".")[2]
         prefix = base_prefixes[component]
-        path_in_part = parts.path_in_base(
+        path_in_component = parts.path_in_base(
             component,
             path_in_model,
             lambda path, prefix=prefix: f"{prefix}{path}.weight" in base.shapes,
         )
-        path_in_base = path_in_file if component == "model" else f"{prefix}{path_in_part}"
+        path_in_base = path_in_file if component == "model" else f"{prefix}{path_in_component}"
         try:
-            low[path_in_base] = _read_layer(
+            layers[path_in_base] = _read_layer(
                 path_in_file,
                 path_in_model,
                 path_in_base,
@@ -112,15 +120,15 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
     return Contents(
-        low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out
+        layers, base_name=base.name, metadata={"header": header} if header else {}, left_out=left_out
     )
 
 
 def _split_key(key: str) -> tuple[str, str | None]:
     """(the path of the module, the tensor's role: "A", "B", "magnitude" or "alpha") of a key; the
     role is None if the key ends in none of the known suffixes."""
-    for processor, name in _PROCESSORS.items():
-        key = key.replace(f".{processor}.", f".{name}.lora.")
+    for processor, projection in _PROCESSORS.items():
+        key = key.replace(f".{processor}.", f".{projection}.lora.")
     for suffix, role in _TENSOR_ROLES.items():
         if key.endswith(f".{suffix}"):
             return key.removesuffix(f".{suffix}"), role
@@ -173,6 +181,7 @@ def _read_layer(
 
 
 def _header_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's config for all components, from the header of a file."""
     try:
         config = parse(header.get(HEADER, "{}"))
         if isinstance(config, dict):
@@ -183,8 +192,8 @@ def _header_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     raise AdapterError(problem, "the config of the adapter", "get the file again")
 
 
-def _part_config(config: Mapping[str, Any], component: str) -> dict[str, Any]:
-    """The checked fields of PEFT's config for one part of a pipeline; empty if there are none."""
+def _component_config(config: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """The checked fields of PEFT's config for a pipeline component; empty if there are none."""
     fields = {
         key.removeprefix(f"{component}."): value
         for key, value in config.items()
@@ -203,26 +212,26 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     locations = (
         parts.locate_modules(adapter.changes, options.part, "diffusers") if not problems else {}
     )
-    by_part: dict[str, list[LowRankChange]] = {
+    changes_by_component: dict[str, list[LowRankChange]] = {
         component: [] for component in sorted({component for component, _ in locations.values()})
     }
-    for change in adapter.changes if by_part else ():
-        by_part[locations[change.weight][0]].append(change)
+    for change in adapter.changes if changes_by_component else ():
+        changes_by_component[locations[change.weight][0]].append(change)
     dora_flags = {
         component: {change.magnitude is not None for change in changes}
-        for component, changes in by_part.items()
+        for component, changes in changes_by_component.items()
     }
     problems += [  # PEFT has one ``use_dora`` for all layers
         sentence(
             f"layers of {component} with and without DoRA", "one of both", "convert them apart"
         )
-        for component in by_part
+        for component in changes_by_component
         if len(dora_flags[component]) > 1
     ]
     raise_all(AdapterError, "diffusers' format cannot hold this adapter", problems)
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
-    for component, changes in by_part.items():
+    for component, changes in changes_by_component.items():
         prefix = "" if component == "model" else f"{component}."
         modules = [locations[change.weight][1] for change in changes]
         *suffixes, magnitude_suffix = _suffixes(component, modules)
@@ -257,7 +266,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
-    """The suffixes of A, B and the magnitude for a part of which these modules change."""
+    """The suffixes of A, B and the magnitude for a component in which these modules change."""
     if not component.startswith("text_encoder"):
         return LORA_SUFFIXES[0], LORA_SUFFIXES[1], peft.MAGNITUDE
     has_attention = any(f".{module}".endswith(ATTENTION) for module in modules)

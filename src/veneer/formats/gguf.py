@@ -130,8 +130,8 @@ class _TensorNames:
         if not model_type:
             problem = "no base, or one without config.json"
             raise AdapterError(problem, "one that names its architecture", "give the base's folder")
-        name = ARCHITECTURES[model_type].name if model_type in ARCHITECTURES else ""
-        if not name or not hasattr(library.MODEL_ARCH, name):
+        architecture_name = ARCHITECTURES[model_type].name if model_type in ARCHITECTURES else ""
+        if not architecture_name or not hasattr(library.MODEL_ARCH, architecture_name):
             problem = f"model_type {model_type!r}, whose conversion to GGUF is not known here"
             raise AdapterError(
                 problem, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model"
@@ -180,7 +180,7 @@ class _TensorNames:
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     library = _import_gguf()
     names = _TensorNames(library, base)
-    problems = [problem for change in adapter.changes for problem in _refusals(change, names)]
+    problems = [problem for change in adapter.changes for problem in _refusal_reasons(change, names)]
     if adapter.full:
         full_paths = listing([module_path or "the model" for module_path in adapter.full], 3)
         problems.append(
@@ -223,7 +223,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-def _refusals(change: LowRankChange, names: _TensorNames) -> Iterable[str]:
+def _refusal_reasons(change: LowRankChange, names: _TensorNames) -> Iterable[str]:
     """The reasons why llama.cpp cannot apply a change."""
     tensor_names, weight = names.names_of(change.weight), change.weight
     if change.magnitude is not None:
@@ -255,8 +255,8 @@ def _gguf_tensors(
     change: LowRankChange, names: _TensorNames, alpha: float
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
     """(name, lora_a, lora_b) of each tensor of a change."""
-    layer, low, tensor_names = change.layer, change.layer.low, names.names_of(change.weight)
-    A, B, factor = low.A, low.B, layer.scale * layer.rank / alpha  # A: [g, r, in], B: [g, out, r]
+    layer, product, tensor_names = change.layer, change.layer.low, names.names_of(change.weight)
+    A, B, factor = product.A, product.B, layer.scale * layer.rank / alpha  # A: [g, r, in], B: [g, out, r]
     if abs(factor - 1) >= 1e-7:  # more than the rounding error of a float32 alpha
         B = (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
     if change.kind == "embedding":
@@ -265,8 +265,8 @@ def _gguf_tensors(
         row_order = names.row_order(change.weight, B.shape[1])
         yield tensor_names[0], A[0], B[0] if row_order is None else B[0][row_order]
     else:
-        for name, B_part in zip(tensor_names, B.chunk(len(tensor_names), dim=1), strict=True):
-            yield name, A, B_part
+        for name, B_block in zip(tensor_names, B.chunk(len(tensor_names), dim=1), strict=True):
+            yield name, A, B_block
 
 
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
@@ -285,14 +285,14 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         raise AdapterError(problem, "one architecture", "give the base that it was made for")
     # the shortest decimal that float32 rounds to this alpha: 0.1, not 0.10000000149
     alpha = float(str(numpy.float32(fields.get("adapter.lora.alpha") or 0.0)))
-    low = _read_layers(path, tensors, names, alpha, base)
+    layers = _read_layers(path, tensors, names, alpha, base)
     positions = {
         weight.removesuffix(".weight"): position for position, weight in enumerate(base.shapes)
     }
-    low = dict(sorted(low.items(), key=lambda entry: positions.get(entry[1].target_path, 0)))
-    about = {"header": {key: value for key, value in fields.items() if not key.startswith("GGUF.")}}
+    layers = dict(sorted(layers.items(), key=lambda entry: positions.get(entry[1].target_path, 0)))
+    metadata = {"header": {key: value for key, value in fields.items() if not key.startswith("GGUF.")}}
     is_gpt2 = names.architecture.name == "GPT2"
-    return Contents(low, base_name=base.name, about=about, transposed=is_gpt2)
+    return Contents(layers, base_name=base.name, metadata=metadata, transposed=is_gpt2)
 
 
 def _read_file(path: Path, library: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -330,7 +330,7 @@ def _read_layers(
     base."""
     problems: list[str] = []
     weights = {name: weight for weight in base.shapes for name in names.names_of(weight)}
-    low: dict[str, PeftLayer] = {}
+    layers: dict[str, PeftLayer] = {}
     stacks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for name in sorted({key.removesuffix(".lora_a").removesuffix(".lora_b") for key in tensors}):
         A, B, weight = (
@@ -354,13 +354,13 @@ def _read_layers(
             stacks.setdefault(weight, {})[name] = A, B
         else:
             try:
-                low[weight.removesuffix(".weight")] = _read_layer(
+                layers[weight.removesuffix(".weight")] = _read_layer(
                     weight, name, A, B, alpha or None, names, base
                 )
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} does not fit this base", problems)
-    return low | _stack_experts(stacks, names, alpha, base)
+    return layers | _stack_experts(stacks, names, alpha, base)
 
 
 def _read_layer(
@@ -402,7 +402,7 @@ def _stack_experts(
     """The changes of experts in the layout of PEFT's file: A [E·r, in] and B [out, r·E]. If several
     parameters of a module change, the path of the first ends in ``base_layer``, because PEFT nests
     their wrappers."""
-    low: dict[str, PeftLayer] = {}
+    layers: dict[str, PeftLayer] = {}
     for weight in (weight for weight in base.shapes if weight in stacks):
         module_path, pairs_by_name = weight.rpartition(".")[0], stacks[weight]
         has_other_stack = any(
@@ -411,7 +411,7 @@ def _stack_experts(
             if sibling.startswith(f"{module_path}.") and sibling != weight
         )
         is_first = has_other_stack and all(
-            layer.target_path.rpartition(".")[0] != module_path for layer in low.values()
+            layer.target_path.rpartition(".")[0] != module_path for layer in layers.values()
         )
         A, B = _join_pairs(
             [pairs_by_name.get(name) for name in names.names_of(weight)],
@@ -422,8 +422,8 @@ def _stack_experts(
         rank, layer_alpha = A.shape[1], alpha or A.shape[1]
         layer = build_peft_layer(weight, A.flatten(0, 1), B.permute(1, 2, 0).flatten(1), None)
         layer = replace(layer, rank=rank, alpha=float(layer_alpha), scale=layer_alpha / rank)
-        low[f"{module_path}.base_layer" if is_first else module_path] = layer
-    return low
+        layers[f"{module_path}.base_layer" if is_first else module_path] = layer
+    return layers
 
 
 def _join_pairs(
@@ -451,17 +451,17 @@ def _join_pairs(
         return A, torch.cat([B for _, B in changed_pairs], 1)
     # the scale alpha / rank falls as the rank grows: multiply B by the quotient of the ranks
     total_rank = sum(pair_A.shape[1] for pair_A, _ in changed_pairs)
-    B_parts, column = [], 0
+    B_blocks, column = [], 0
     for pair in pairs:
         if pair is None:
-            B_parts.append(changed_pairs[0][1].new_zeros(shape[0], out, total_rank))
+            B_blocks.append(changed_pairs[0][1].new_zeros(shape[0], out, total_rank))
         else:
             rank = pair[0].shape[1]
             rescaled_B = pair[1] * (total_rank / rank if alpha else 1.0)
             padding = (column, total_rank - column - rank)
-            B_parts.append(torch.nn.functional.pad(rescaled_B, padding))
+            B_blocks.append(torch.nn.functional.pad(rescaled_B, padding))
             column += rank
-    return torch.cat([pair_A for pair_A, _ in changed_pairs], 1), torch.cat(B_parts, 1)
+    return torch.cat([pair_A for pair_A, _ in changed_pairs], 1), torch.cat(B_blocks, 1)
 
 
 def _to_torch(library: Any, tensor: Any) -> Tensor:

@@ -51,9 +51,9 @@ from veneer.formats import (
     Options,
     register,
 )
-from veneer.formats._base import cast, exact_scalar, build_peft_layer, read_tensors, scalar_value
+from veneer.formats._base import build_peft_layer, cast, exact_scalar, read_tensors, scalar_value
 from veneer.formats.parts import (
-    choose_parts,
+    choose_components,
     locate_modules,
     path_before_transformers_5,
     refusal_reasons,
@@ -65,7 +65,7 @@ from veneer.lowrank import LowRank
 DIFFUSERS_VERSION = "0.42"
 #: the projections of a text encoder's attention
 ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
-#: the parts (models of a pipeline) that the prefix of a key may mean, the more likely part first
+#: prefix of a key -> the pipeline components that it may mean, the more likely one first
 PREFIXES = {
     "lora_unet": ("unet", "transformer"),
     "lora_transformer": ("transformer",),
@@ -79,11 +79,18 @@ PREFIXES = {
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
+#: all suffixes that are read
 _READABLE = _LORA | _LOHA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
 #: the suffixes of Tucker cores
 _TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: the names of blocks in the original releases of SDXL and Flux, which sd-scripts uses
-_ORIGINAL_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
+_ORIGINAL_BLOCKS = (
+    "input_blocks",
+    "middle_block",
+    "output_blocks",
+    "double_blocks",
+    "single_blocks",
+)
 
 
 #: the modules of SD3 and Flux that ComfyUI reads under diffusers' paths
@@ -106,105 +113,109 @@ def recognises(first_bytes: bytes, keys: Iterable[str], header: Mapping[str, str
 
 
 def _prefix(name: str) -> str | None:
+    """The prefix of ``PREFIXES`` that a name begins with; None if it begins with none."""
     return next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
 
 
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     tensors, header = read_tensors(path)
-    tensors_by_name: dict[str, dict[str, Tensor]] = {}
+    tensors_by_module: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, suffix = key.partition(".")
-        tensors_by_name.setdefault(name, {})[suffix] = tensor
+        module_name, _, suffix = key.partition(".")
+        tensors_by_module.setdefault(module_name, {})[suffix] = tensor
     if not base.shapes:
         problem = f"{path}, whose names have _ for every dot"
         raise AdapterError(
             problem, "a base to tell what they mean", "give the base that it was made for"
         )
-    top_level_names = {name.partition(".")[0] for name in base.shapes}
-    part_by_prefix = {
-        prefix: next((part for part in parts if part in top_level_names), parts[0])
-        for prefix, parts in PREFIXES.items()
+    top_level_names = {weight.partition(".")[0] for weight in base.shapes}
+    component_by_prefix = {
+        prefix: next((candidate for candidate in components if candidate in top_level_names), components[0])
+        for prefix, components in PREFIXES.items()
     }
-    part_by_name = {name: part_by_prefix.get(_prefix(name) or "", "") for name in tensors_by_name}
+    component_by_module = {module_name: component_by_prefix.get(_prefix(module_name) or "", "") for module_name in tensors_by_module}
     expected = f"names that begin with {listing(PREFIXES)}"
     problems = [
-        sentence(repr(name), expected, "check the file")
-        for name, part_name in part_by_name.items()
-        if not part_name
+        sentence(repr(module_name), expected, "check the file")
+        for module_name, component in component_by_module.items()
+        if not component
     ]
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    base_prefixes, left_out = choose_parts(part_by_name.values(), base, options.part)
-    modules_by_part = {
-        part_name: _modules_by_flat_name(base, part_name, prefix)
-        for part_name, prefix in base_prefixes.items()
+    base_prefixes, left_out = choose_components(component_by_module.values(), base, options.part)
+    modules_by_component = {
+        component: _modules_by_flat_name(base, component, prefix)
+        for component, prefix in base_prefixes.items()
     }
-    low: dict[str, PeftLayer] = {}
-    for name, module_tensors in tensors_by_name.items():
-        if part_by_name[name] in base_prefixes:
+    layers: dict[str, PeftLayer] = {}
+    for module_name, module_tensors in tensors_by_module.items():
+        if component_by_module[module_name] in base_prefixes:
             try:
-                module_path = _find_module(name, modules_by_part[part_by_name[name]])
-                low[module_path] = _read_layer(
-                    name, module_path, module_tensors, base.shapes[f"{module_path}.weight"]
+                module_path = _find_module(module_name, modules_by_component[component_by_module[module_name]])
+                layers[module_path] = _read_layer(
+                    module_name, module_path, module_tensors, base.shapes[f"{module_path}.weight"]
                 )
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
     return Contents(
-        low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out
+        layers, base_name=base.name, metadata={"header": header} if header else {}, left_out=left_out
     )
 
 
-def _modules_by_flat_name(base: BaseFacts, part_name: str, prefix: str) -> dict[str, list[str]]:
-    """The modules of a part by flattened path. Several modules may have the same flattened path.
-    ``prefix``: the prefix of the part's paths in the base."""
+def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[str, list[str]]:
+    """The modules of a pipeline component by flattened path, which several modules may share.
+    ``prefix``: the prefix of the component's paths in the base."""
     modules: dict[str, list[str]] = {}
     for weight, shape in base.shapes.items():
         if weight.startswith(prefix) and weight.endswith(".weight") and len(shape) > 1:
             module = weight.removesuffix(".weight")
-            path_in_part = module.removeprefix(prefix)
-            for path in {path_in_part, path_before_transformers_5(part_name, path_in_part)}:
+            path_in_component = module.removeprefix(prefix)
+            for path in {path_in_component, path_before_transformers_5(component, path_in_component)}:
                 modules.setdefault(path.replace(".", "_"), []).append(module)
     return modules
 
 
-def _find_module(name: str, modules: Mapping[str, list[str]]) -> str:
-    flat_name = name.removeprefix(f"{_prefix(name)}_")
+def _find_module(module_name: str, modules: Mapping[str, list[str]]) -> str:
+    """The path of the only module with this flattened name, which begins with a prefix.
+    ``modules``: the paths by flattened name, without a prefix. ``AdapterError``: there is none, or
+    there are several."""
+    flat_name = module_name.removeprefix(f"{_prefix(module_name)}_")
     matches = modules.get(flat_name, [])
     if len(matches) > 1:
         raise AdapterError(
-            f"{name!r}, which may mean {listing(matches)}", "one module", "rename one of them"
+            f"{module_name!r}, which may mean {listing(matches)}", "one module", "rename one of them"
         )
     if not matches:
         do = "give the base that it was made for"
-        if any(mark in flat_name for mark in _ORIGINAL_BLOCKS):
+        if any(block in flat_name for block in _ORIGINAL_BLOCKS):
             do += ": these are block names of the model as first published, not those of diffusers"
         raise AdapterError(
-            f"{name!r}, which this base lacks{nearest(flat_name, modules)}", "one of its modules", do
+            f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}", "one of its modules", do
         )
     return matches[0]
 
 
 def _read_layer(
-    name: str, module_path: str, module_tensors: dict[str, Tensor], shape: tuple[int, ...]
+    module_name: str, module_path: str, module_tensors: Mapping[str, Tensor], shape: tuple[int, ...]
 ) -> PeftLayer:
     suffixes, magnitude = set(module_tensors), module_tensors.get("dora_scale")
     if suffixes & _TUCKER:
-        problem = f"{listing(sorted(suffixes & _TUCKER))} at {name!r}, a Tucker core"
+        problem = f"{listing(sorted(suffixes & _TUCKER))} at {module_name!r}, a Tucker core"
         raise AdapterError(
             problem, "factors whose product is short", "merge it with LyCORIS, and extract"
         )
     if suffixes - _READABLE:
-        problem = f"{listing(sorted(suffixes - _READABLE))} at {name!r}"
+        problem = f"{listing(sorted(suffixes - _READABLE))} at {module_name!r}"
         raise AdapterError(problem, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
     try:
         factors = _read_factors(module_tensors)
         if factors is None:
             raise AdapterError(
-                f"only {listing(sorted(suffixes))} at {name!r}", "all factors", "get the whole file"
+                f"only {listing(sorted(suffixes))} at {module_name!r}", "all factors", "get the whole file"
             )
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
             problem = (
-                f"dora_scale {tuple(magnitude.shape)} at {name!r}, which rescales inputs"
+                f"dora_scale {tuple(magnitude.shape)} at {module_name!r}, which rescales inputs"
             )
             do = "merge it with LyCORIS (wd_on_output was off)"
             raise AdapterError(problem, f"one number for each of {shape[0]} outputs", do)
@@ -212,7 +223,7 @@ def _read_layer(
     except AdapterError:
         raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        problem = f"factors at {name!r} that do not fit each other ({str(error).splitlines()[0]})"
+        problem = f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})"
         raise AdapterError(problem, "those of one change", "get the whole file again") from error
 
 
@@ -225,7 +236,7 @@ def _read_factors(module_tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor,
         A, B = module_tensors["lora_down.weight"], module_tensors["lora_up.weight"]
         if (
             mid := module_tensors.get("lora_mid.weight")
-        ) is not None:  # A is pointwise, [r, in, 1…]; M A has the shape [r, in, *k]
+        ) is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
             dtype = torch.promote_types(A.dtype, torch.float32)
             A = torch.einsum(
                 "mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()
@@ -258,8 +269,8 @@ def _lokr_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> 
     and (I ⊗ w2_a) (w1 ⊗ w2_b). The product of lower rank is used."""
     alternatives = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
     if not all(
-        full_key <= set(module_tensors) or pair <= set(module_tensors)
-        for full_key, pair in alternatives
+        matrix_suffix <= set(module_tensors) or pair_suffixes <= set(module_tensors)
+        for matrix_suffix, pair_suffixes in alternatives
     ):
         return None
     rank = next((module_tensors[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in module_tensors), None)
@@ -284,17 +295,17 @@ def _lokr_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> 
     )
 
 
-def _limit_rank(low: LowRank) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) of the same ΔW, with a rank of at most min(out, in). If the rank of ``low`` is
-    larger, one factor becomes ΔW itself (computed in float64) and the other an identity."""
-    out, in_ = low.B.shape[1], low.A.shape[2]
-    if low.rank > min(out, in_):
-        delta = (low.B.double() @ low.A.double()).to(
-            torch.promote_types(low.A.dtype, torch.float32)
+def _limit_rank(product: LowRank) -> tuple[Tensor, Tensor, float]:
+    """(A, B, alpha) of the same ΔW, with a rank of at most min(out, in). If the rank of ``product``
+    is larger, one factor becomes ΔW itself (computed in float64) and the other an identity."""
+    out, in_ = product.B.shape[1], product.A.shape[2]
+    if product.rank > min(out, in_):
+        delta = (product.B.double() @ product.A.double()).to(
+            torch.promote_types(product.A.dtype, torch.float32)
         )
         eye = torch.eye(min(out, in_), dtype=delta.dtype)[None]
-        low = LowRank(eye, delta, low.scale) if in_ <= out else LowRank(delta, eye, low.scale)
-    return low.A[0], low.B[0], low.scale * low.rank
+        product = LowRank(eye, delta, product.scale) if in_ <= out else LowRank(delta, eye, product.scale)
+    return product.A[0], product.B[0], product.scale * product.rank
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
@@ -308,18 +319,18 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         )
     encoder_prefix = (
         "lora_te1"
-        if any(part_name == "text_encoder_2" for part_name, _ in locations.values())
+        if any(component == "text_encoder_2" for component, _ in locations.values())
         else "lora_te"
     )
-    prefixes = {parts[0]: prefix for prefix, parts in PREFIXES.items()}
+    prefixes = {components[0]: prefix for prefix, components in PREFIXES.items()}
     prefixes |= {"text_encoder": encoder_prefix}
     old_paths = {
-        weight: (part_name, path_before_transformers_5(part_name, module))
-        for weight, (part_name, module) in locations.items()
+        weight: (component, path_before_transformers_5(component, module))
+        for weight, (component, module) in locations.items()
     }
     flat_names = {
-        weight: f"{prefixes[part_name]}_{module.replace('.', '_')}"
-        for weight, (part_name, module) in old_paths.items()
+        weight: f"{prefixes[component]}_{module.replace('.', '_')}"
+        for weight, (component, module) in old_paths.items()
     }
     name_counts = Counter(flat_names.values())
     ambiguous_names = sorted(name for name, count in name_counts.items() if count > 1)
@@ -336,7 +347,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             ones = [1] * (layer.A.dim() - 1)
             tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
-    if any(part_name == "transformer" for part_name, _ in locations.values()):
+    if any(component == "transformer" for component, _ in locations.values()):
         problem = "a kohya file of SD3 or Flux, in the names that ComfyUI reads"
         expected = "ComfyUI: sd-scripts fuses q, k and v, and reads only names of its own"
         warnings.warn(
@@ -357,15 +368,15 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 def _modules_unlike_sd3_or_flux(locations: Mapping[str, tuple[str, str]], base: BaseFacts) -> list[str]:
     """The modules of a transformer that neither SD3 nor Flux has, if the adapter changes any module
-    of the transformer. ``locations``: (part, path in the part) by the name of a changed weight."""
-    changed = {
+    of the transformer. ``locations``: (component, path in the component) by changed weight."""
+    weights_by_module = {
         module: weight
-        for weight, (part_name, module) in locations.items()
-        if part_name == "transformer"
+        for weight, (component, module) in locations.items()
+        if component == "transformer"
     }
-    if not changed:
+    if not weights_by_module:
         return []
-    prefix = next(weight.removesuffix(f"{module}.weight") for module, weight in changed.items())
+    prefix = next(weight.removesuffix(f"{module}.weight") for module, weight in weights_by_module.items())
     matrix_names = (
         name for name, shape in base.shapes.items() if name.startswith(prefix) and len(shape) > 1
     )
@@ -374,7 +385,7 @@ def _modules_unlike_sd3_or_flux(locations: Mapping[str, tuple[str, str]], base: 
         for name in matrix_names
         if name.endswith(".weight")
     }
-    return sorted(module for module in modules | changed.keys() if not _SD3_OR_FLUX_MODULE.fullmatch(module))
+    return sorted(module for module in modules | weights_by_module.keys() if not _SD3_OR_FLUX_MODULE.fullmatch(module))
 
 
 def _omissions_of_diffusers(
@@ -384,7 +395,7 @@ def _omissions_of_diffusers(
     texts. The converter uses a single alpha for the attention of a model: the alpha that most
     layers have. It finds the alpha of a text encoder by an out-projection."""
     transformer_modules = [
-        module for part_name, module in locations.values() if part_name == "transformer"
+        module for component, module in locations.values() if component == "transformer"
     ]
     if any("single_transformer_blocks." in name for name in (*base.shapes, *locations)):
         if unread_modules := [module for module in transformer_modules if not _DIFFUSERS_FLUX_MODULE.fullmatch(module)]:
@@ -401,14 +412,14 @@ def _omissions_of_diffusers(
         alphas.setdefault(locations[change.weight][0], set()).add(plain_lora_alpha(change.layer))
     projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION)
     attention_modules = {
-        (part_name, module)
-        for part_name, module in locations.values()
+        (component, module)
+        for component, module in locations.values()
         if f".{module}".endswith(projections)
     }
-    if any(len(alphas[part_name]) > 1 for part_name, _ in attention_modules if part_name != "transformer"):
+    if any(len(alphas[component]) > 1 for component, _ in attention_modules if component != "transformer"):
         yield "the alphas of attention's projections, which are not those of all layers here"
-    encoders = {part_name for part_name, _ in attention_modules if part_name.startswith("text_encoder")}
-    if encoders - {part_name for part_name, module in attention_modules if module.endswith(".out_proj")}:
+    encoders = {component for component, _ in attention_modules if component.startswith("text_encoder")}
+    if encoders - {component for component, module in attention_modules if module.endswith(".out_proj")}:
         yield "the attention of a text encoder"
 
 
@@ -421,13 +432,13 @@ def plain_lora_alpha(layer: PeftLayer) -> float:
 def _header(adapter: Adapter) -> dict[str, str]:
     """The header that kohya's tools read: the rank, the alpha and the method, and the fields of the
     kohya file that the adapter was read from, if there was one."""
-    source_header: Mapping[str, Any] = adapter.about.get("provenance", {}).get("header", {})
+    source_header: Mapping[str, Any] = adapter.metadata.get("provenance", {}).get("header", {})
     ranks = {change.layer.rank for change in adapter.changes}
     alphas = {plain_lora_alpha(change.layer) for change in adapter.changes}
     is_dora = any(change.magnitude is not None for change in adapter.changes)
     return {
         "ss_network_module": "lycoris.kohya" if is_dora else "networks.lora",
-        "ss_base_model_version": str((adapter.about.get("base") or {}).get("name") or "unknown"),
+        "ss_base_model_version": str((adapter.metadata.get("base") or {}).get("name") or "unknown"),
         **{key: value for key, value in source_header.items() if isinstance(value, str)},
         "format": "pt",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",

@@ -1,6 +1,6 @@
-"""The prefixes that name the models of an image pipeline (its "parts") in the keys of a file.
+"""The prefixes of keys that name the components of an image pipeline (its models).
 
-    part              paths; keys of diffusers     keys of kohya
+    component         paths; keys of diffusers     keys of kohya
     unet              unet.<path>                  lora_unet_<path, each dot as _>
     transformer       transformer.<path>           lora_transformer_… (and lora_unet_…)
     text_encoder      text_encoder.<path>          lora_te_…, or lora_te1_… if there are two
@@ -12,8 +12,9 @@ transformers 5, and kohya's files still contain this prefix
 (``lora_te_text_model_encoder_layers_0_…``). Veneer writes files with the prefix, because other
 programs expect it, and reads files with or without it (``path_in_base``).
 
-An adapter of Veneer belongs to one module. That is either a module with the parts as children, so
-that the adapter's paths begin with the name of a part, or one part itself, whose paths do not.
+An adapter of Veneer belongs to one module. Either the components are children of this module, and
+the adapter's paths begin with the name of a component. Or the module is itself a component, and the
+option ``part`` of a conversion names it.
 """
 
 from __future__ import annotations
@@ -24,34 +25,39 @@ from collections.abc import Callable, Iterable, Sequence
 from veneer.errors import AdapterError, listing, sentence
 from veneer.formats._base import Adapter, BaseFacts, LowRankChange
 
+#: the names of components
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model")
 
 
-def part_of(path: str) -> str:
-    """The part that a path begins with, or "" if it begins with no part."""
-    first = path.partition(".")[0]
-    return first if first in PARTS and first != "model" and first != path else ""
+def component_of(path: str) -> str:
+    """The pipeline component that a path begins with; "" if it begins with no component."""
+    first_segment = path.partition(".")[0]
+    is_component = first_segment in PARTS and first_segment not in ("model", path)
+    return first_segment if is_component else ""
 
 
-#: the first part of paths in CLIP's text encoder until transformers 5, and the path below it that
-#: tells CLIP from other encoders; files, and CLIP's encoder with a projection, have the prefix
+#: the prefix of paths in CLIP's text encoder until transformers 5, and the beginning of a path
+#: without it. Files have the prefix, and so has CLIP's encoder with a projection, in every release
 _CLIP_PREFIX, _CLIP_LAYERS = "text_model.", "encoder.layers."
 
 
-def path_before_transformers_5(part_name: str, path: str) -> str:
-    """The path that a module of a part had before transformers 5, as kohya's files have it."""
+def path_before_transformers_5(component: str, path: str) -> str:
+    """The path that a module of a pipeline component had before transformers 5. Kohya's files have
+    these paths."""
     return (
-        _CLIP_PREFIX + path if part_name.startswith("text_encoder") and path.startswith(_CLIP_LAYERS) else path
+        _CLIP_PREFIX + path
+        if component.startswith("text_encoder") and path.startswith(_CLIP_LAYERS)
+        else path
     )
 
 
-def path_in_base(part_name: str, path: str, exists: Callable[[str], bool]) -> str:
+def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> str:
     """The path in the base of the module that has ``path`` in a file: with CLIP's prefix, or
     without. ``exists``: a function that tells whether the base has a module at a path."""
     candidates = (
         path,
-        path_before_transformers_5(part_name, path),
-        path.removeprefix(_CLIP_PREFIX) if part_name.startswith("text_encoder") else path,
+        path_before_transformers_5(component, path),
+        path.removeprefix(_CLIP_PREFIX) if component.startswith("text_encoder") else path,
     )
     return next(filter(exists, candidates), path)
 
@@ -74,81 +80,84 @@ def refusal_reasons(adapter: Adapter) -> list[str]:
 
 
 def locate_modules(
-    changes: Sequence[LowRankChange], part_name: str | None, format_name: str
+    changes: Sequence[LowRankChange], component: str | None, format_name: str
 ) -> dict[str, tuple[str, str]]:
-    """(part, path in the part) of each changed module, by the name of the changed weight.
+    """(pipeline component, path in the component) of each changed module, by the changed weight.
 
     Args:
-        part_name: the part to which all changes belong; None if their paths begin with a part.
+        component: the component that all changes belong to; None if their paths begin with one.
         format_name: the file format, for the text of errors.
 
     Raises:
-        AdapterError: a path begins with no part and ``part_name`` is None, or a path begins with a
-            part and ``part_name`` is not None.
+        AdapterError: a path begins with no component and ``component`` is None, or a path begins
+            with a component and ``component`` is not None.
     """
-    part_by_weight = {change.weight: part_of(change.module) for change in changes}
-    if part_name is None and all(part_by_weight.values()):
+    component_by_weight = {change.weight: component_of(change.module) for change in changes}
+    if component is None and all(component_by_weight.values()):
         return {
-            change.weight: (part_by_weight[change.weight], change.module.partition(".")[2])
+            change.weight: (component_by_weight[change.weight], change.module.partition(".")[2])
             for change in changes
         }
-    if part_name is None:
-        unclear_weight = next(weight for weight, part in part_by_weight.items() if not part)
+    if component is None:
+        unclear_weight = next(weight for weight, name in component_by_weight.items() if not name)
         problem = f"{unclear_weight!r}, which does not say which model of a pipeline it belongs to"
         raise AdapterError(
             problem, f"a part for a {format_name} file", f"give part: one of {', '.join(PARTS)}"
         )
-    if any(part_by_weight.values()):
-        prefixed_weight = next(weight for weight, part in part_by_weight.items() if part)
+    if any(component_by_weight.values()):
+        prefixed_weight = next(weight for weight, name in component_by_weight.items() if name)
         raise AdapterError(
-            f"part {part_name!r} and a path {prefixed_weight!r} with one", "one of both", "leave part out"
+            f"part {component!r} and a path {prefixed_weight!r} with one",
+            "one of both",
+            "leave part out",
         )
-    return {change.weight: (part_name, change.module) for change in changes}
+    return {change.weight: (component, change.module) for change in changes}
 
 
-def choose_parts(
-    layer_parts: Iterable[str], base: BaseFacts, part_name: str | None
+def choose_components(
+    layer_components: Iterable[str], base: BaseFacts, component: str | None
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Choose the parts of a file to read.
+    """Choose the pipeline components of a file that are read.
 
     Args:
-        layer_parts: the part of each layer of the file.
-        part_name: the part that the user chose, if any.
+        layer_components: the component of each layer of the file.
+        component: the component that the user chose, if any.
 
     Returns:
-        (the prefix of each part's paths in the base, one sentence for each part that is not read).
+        (the prefix of the paths in the base, by component; one sentence for each component that is
+        not read).
 
     Raises:
-        AdapterError: the file has several parts and the base is one of them, or the file lacks the
-            chosen part.
+        AdapterError: the file has several components and the base is a single one, or the file
+            lacks the chosen component.
     """
-    counts = Counter(layer_parts)
+    counts = Counter(layer_components)
     layer_counts = {name: counts[name] for name in PARTS if name in counts}
-    if part_name is not None and part_name not in layer_counts:
+    if component is not None and component not in layer_counts:
         raise AdapterError(
-            f"part {part_name!r}, of which the file has nothing",
+            f"part {component!r}, of which the file has nothing",
             listing(layer_counts),
             "choose one",
         )
-    # a child "model" of a language model is no part of an image pipeline
-    base_parts = {name.partition(".")[0] for name in base.shapes} & (set(layer_counts) - {"model"})
-    if part_name is None and len(layer_counts) == 1 and not base_parts:
+    # the child "model" of a language model is no component of an image pipeline
+    base_components = {name.partition(".")[0] for name in base.shapes} & (set(layer_counts) - {"model"})
+    if component is None and len(layer_counts) == 1 and not base_components:
         return dict.fromkeys(layer_counts, ""), ()
-    if part_name is None and (base_parts or not base.shapes):
-        missing_parts = set(layer_counts) - base_parts if base.shapes else set()
-        if missing_parts:
-            problem = f"layers of {listing(sorted(missing_parts))}, which this base lacks"
+    if component is None and (base_components or not base.shapes):
+        missing_components = set(layer_counts) - base_components if base.shapes else set()
+        if missing_components:
+            problem = f"layers of {listing(sorted(missing_components))}, which this base lacks"
             raise AdapterError(
-                problem, f"those of {listing(sorted(base_parts))}", "choose a part, or give both"
+                problem, f"those of {listing(sorted(base_components))}", "choose a part, or give both"
             )
         return {name: f"{name}." for name in layer_counts}, ()
-    if part_name is None:
+    if component is None:
         counts_text = ", ".join(f"{name} ({count} layers)" for name, count in layer_counts.items())
         do = "choose one with part, or give a module that holds them as children of these names"
         raise AdapterError(f"several models in one file: {counts_text}", "those of the base", do)
     left_out = [
         f"{count} layers of {name}: another part was asked for"
         for name, count in layer_counts.items()
-        if name != part_name
+        if name != component
     ]
-    return {part_name: f"{part_name}." if part_name in base_parts else ""}, tuple(left_out)
+    return {component: f"{component}." if component in base_components else ""}, tuple(left_out)

@@ -95,8 +95,8 @@ class PeftLayer:
     @property
     def dims(self) -> tuple[int, int, int]:
         """(groups, out, in) of the change. Raises AdapterError as ``low`` does."""
-        low = self.low
-        return low.A.shape[0], low.B.shape[1], low.A.shape[2]
+        product = self.low
+        return product.A.shape[0], product.B.shape[1], product.A.shape[2]
 
     def with_magnitude(self, magnitude: Tensor | None) -> PeftLayer:
         """The layer with DoRA's magnitude, if there is one: [1, out, 1, …] for a convolution, else
@@ -129,17 +129,17 @@ class PeftLayer:
             ) from error
         return LowRank(A, B, self.scale)
 
-    def with_low(self, low: LowRank) -> PeftLayer:
-        """The layer with the product ``low`` in the same layout, and with the alpha of plain LoRA,
-        ``low.scale · rank``."""
-        groups, rank, _ = low.A.shape
-        A = low.A.reshape(groups * rank, *self.A.shape[1:])
+    def with_low(self, product: LowRank) -> PeftLayer:
+        """The layer with another product in the same layout, and with the alpha of plain LoRA,
+        ``product.scale · rank``."""
+        groups, rank, _ = product.A.shape
+        A = product.A.reshape(groups * rank, *self.A.shape[1:])
         if self.is_stacked:
-            B = low.B.permute(1, 2, 0).reshape(low.B.shape[1], rank * groups)
+            B = product.B.permute(1, 2, 0).reshape(product.B.shape[1], rank * groups)
         else:
-            B = low.B.reshape(groups * low.B.shape[1], rank, *self.B.shape[2:])
+            B = product.B.reshape(groups * product.B.shape[1], rank, *self.B.shape[2:])
         return replace(
-            self, A=A, B=B, rank=rank, alpha=low.scale * rank, scale=low.scale, extras={}
+            self, A=A, B=B, rank=rank, alpha=product.scale * rank, scale=product.scale, extras={}
         )
 
 
@@ -204,12 +204,12 @@ def split_tensors(
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
             full.setdefault(path, {})[parameter] = tensor
-    low = {
+    layers = {
         path: _build_layer(path, entry, config, by_veneer, problems)
         for path, entry in entries.items()
     }
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    return {path: layer for path, layer in low.items() if layer is not None}, full
+    return {path: layer for path, layer in layers.items() if layer is not None}, full
 
 
 def _build_layer(

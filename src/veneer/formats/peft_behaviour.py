@@ -29,11 +29,11 @@ def out_proj_problem(config: Mapping[str, Any]) -> str | None:
     return reason if is_later_release else None
 
 
-def deviation_reason(kind: str, module: Any) -> str | None:
+def deviation_reason(kind_name: str, module: Any) -> str | None:
     """Why PEFT's change of a module's output differs from a change of the module's weight; None if
-    they agree. ``kind``: the name of the module's kind (``layers/``)."""
+    they agree. ``kind_name``: the name of the module's kind (``layers/``)."""
     # PEFT's convolution with A as kernel takes over only the stride and padding of the layer
-    if kind.startswith("conv") and kind[4:] in (
+    if kind_name.startswith("conv") and kind_name[4:] in (
         "1d",
         "2d",
         "3d",
@@ -50,11 +50,11 @@ def deviation_reason(kind: str, module: Any) -> str | None:
             if module.padding_mode == "zeros"
             else f"PEFT leaves out padding_mode={module.padding_mode!r}"
         )
-    if kind == "embedding":
+    if kind_name == "embedding":
         return None if module.max_norm is None else "PEFT bounds the norm of A's rows too"
-    if kind == "attention":
+    if kind_name == "attention":
         return None if module._qkv_same_embed_dim else "PEFT knows one fused in-projection alone"
-    return None if kind in ("linear", "conv1d_transformers") else f"PEFT has no {kind} layer"
+    return None if kind_name in ("linear", "conv1d_transformers") else f"PEFT has no {kind_name} layer"
 
 
 #: the attributes of a layer that PEFT's wrapper of the layer also has

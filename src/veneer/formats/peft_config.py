@@ -29,9 +29,10 @@ _SAME_VALUE = {
     "trainable_token_indices": "trainable_tokens",
     "alora_invocation_tokens": "invocation_tokens",
 }
+#: PEFT's values of ``bias`` -> Veneer's
 BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
 #: the values of ``init_lora_weights`` that are the names of variants in Veneer
-_START_VARIANTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
+_INIT_VARIANTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
 #: the modules that PEFT trains in full for a task, without a field that names them
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -74,14 +75,15 @@ def read_fields(config: Any) -> dict[str, Any]:
             ) from error
     if dataclasses.is_dataclass(config) and hasattr(config, "peft_type"):
         return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {
-            "peft_type": getattr(config, "peft_type")  # noqa: B009 (no attribute of every dataclass)
+            "peft_type": getattr(config, "peft_type")  # noqa: B009 (not every dataclass has it)
         }
     expected = f"PEFT's LoraConfig, its fields as a mapping, or the path of an {peft.CONFIG}"
     raise ConfigError(f"a {type(config).__name__} for a config of PEFT", expected, "pass one")
 
 
 def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(fields of ``veneer.LoraConfig``, one problem for each field that it cannot express)."""
+    """(fields of ``veneer.LoraConfig``, one problem for each of PEFT's fields that these cannot
+    express)."""
     peft_type = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
     if peft_type not in (None, "LORA"):
         do = "docs/from-peft.md names what Veneer has for PEFT's other tuners"
@@ -105,6 +107,7 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _unknown_field_problems(values: Mapping[str, Any]) -> list[str]:
+    """One problem for each field that has a value and no equivalent in ``veneer.LoraConfig``."""
     do = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
     return [
         sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", do)
@@ -114,6 +117,7 @@ def _unknown_field_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
+    """The ``targets`` of Veneer's config for PEFT's modules and parameters."""
     modules, parameters = values.get("target_modules"), values.get("target_parameters") or ()
     if modules is None and not parameters:
         do = 'name the modules, or set target_modules="all-linear"'
@@ -121,9 +125,9 @@ def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
     patterns = _module_patterns(() if modules is None else modules)
     if isinstance(modules, str) and modules.lower() == "all-linear":
         patterns = "peft-all-linear"
-    if (block := _block_expression(values, problems)) is not None:
-        literals = [re.escape(name) for name in _listed(modules or ())]
-        patterns = tuple(rf"re:{name}|(?={block}).*\.{name}" for name in literals)
+    if (block_expression := _block_expression(values, problems)) is not None:
+        escaped_names = [re.escape(name) for name in _as_list(modules or ())]
+        patterns = tuple(rf"re:{name}|(?={block_expression}).*\.{name}" for name in escaped_names)
     if isinstance(patterns, str) and not parameters:
         return patterns
     return (*((patterns,) if isinstance(patterns, str) else patterns), *parameters)
@@ -137,17 +141,19 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
     the path. With ``layers_pattern``, it is the first number behind the first of these names that
     the path has. A module that the config names by its full path is adapted in any block.
     """
-    layers, names = values.get("layers_to_transform"), values.get("layers_pattern") or ()
+    layers, container_names = values.get("layers_to_transform"), values.get("layers_pattern") or ()
     indices = [layers] if isinstance(layers, int) else [*(layers or ())]
-    names = [names] if isinstance(names, str) else [*names]
+    container_names = (
+        [container_names] if isinstance(container_names, str) else [*container_names]
+    )
     do = None
     if not indices:
-        do = "leave it out, or set layers_to_transform" if names and layers is None else None
+        do = "leave it out, or set layers_to_transform" if container_names and layers is None else None
     elif isinstance(values.get("target_modules"), str):
         do = "name the modules in target_modules as a list"
     elif any(type(index) is not int or index < 0 for index in indices):
         do = "count the blocks from 0: PEFT matches none with these"
-    elif not all(re.fullmatch(r"[\w.]+", name) for name in names):
+    elif not all(re.fullmatch(r"[\w.]+", name) for name in container_names):
         do = "name the modules that hold the blocks"
     if do is not None:
         problem = " with ".join(
@@ -161,13 +167,13 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
     if not indices:
         return None
     index_pattern = rf"0*(?:{'|'.join(map(str, sorted({*indices})))})\."
-    if not names:
+    if not container_names:
         return rf"(?>.*?\.[^.]*\.(?=\d+\.)){index_pattern}"
-    containers = [rf"(?:^|.*?\.){name}\.(?=\d+\.)" for name in names]
+    container_patterns = [rf"(?:^|.*?\.){name}\.(?=\d+\.)" for name in container_names]
     return "|".join(
-        "".join(f"(?!{earlier})" for earlier in containers[:position])
-        + f"(?>{container}){index_pattern}"
-        for position, container in enumerate(containers)
+        "".join(f"(?!{earlier})" for earlier in container_patterns[:position])
+        + f"(?>{container_pattern}){index_pattern}"
+        for position, container_pattern in enumerate(container_patterns)
     )
 
 
@@ -177,11 +183,11 @@ def _module_patterns(modules: str | Iterable[str]) -> Any:
         return "all-linear" if modules.lower() == "all-linear" else f"re:{modules}"
     return tuple(
         rf"re:(.*\.)?{re.escape(name)}" if _VENEER_PATTERN.fullmatch(name) else name
-        for name in _listed(modules)
+        for name in _as_list(modules)
     )
 
 
-def _listed(names: Iterable[str]) -> list[str]:
+def _as_list(names: Iterable[str]) -> list[str]:
     return [*names] if isinstance(names, list | tuple) else sorted(names)
 
 
@@ -207,24 +213,26 @@ def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
     flags = [
         name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")
     ]  # the variant with both DoRA and rsLoRA is named "dora_rslora"
-    start = values.get("init_lora_weights", True)
-    name = start.partition("_niter")[0].lower() if isinstance(start, str) else ""
-    if start is not True and name not in _START_VARIANTS:
+    init_method = values.get("init_lora_weights", True)
+    variant = ""
+    if isinstance(init_method, str):
+        variant = init_method.partition("_niter")[0].lower()
+    if init_method is not True and variant not in _INIT_VARIANTS:
         do = 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")'
         problems.append(
-            sentence(f"init_lora_weights={start!r}", f"True, or one of {', '.join(_START_VARIANTS)}", do)
+            sentence(f"init_lora_weights={init_method!r}", f"True, or one of {', '.join(_INIT_VARIANTS)}", do)
         )
-    elif (flags and name) or (len(flags) > 1 and "qalora" in flags):
+    elif (flags and variant) or (len(flags) > 1 and "qalora" in flags):
         problem = " with ".join(
-            [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={start!r}"]
+            [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={init_method!r}"]
         )
         problems.append(sentence(problem, "a variant that has all of it", "choose one of them"))
     if "qalora" in flags and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
         problem = f"qalora_group_size={values['qalora_group_size']!r}"
         problems.append(sentence(problem, str(_GROUP_SIZE), "use that size"))
-    if name == "corda" and _corda_method(values.get("corda_config")) == "kpm":
-        name = "corda_kpm"
-    return name or "_".join(flags) or "lora"
+    if variant == "corda" and _corda_method(values.get("corda_config")) == "kpm":
+        variant = "corda_kpm"
+    return variant or "_".join(flags) or "lora"
 
 
 def _corda_method(config: Any) -> str | None:

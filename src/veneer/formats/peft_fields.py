@@ -93,10 +93,10 @@ _ADVICE = {
 }
 #: values of ``init_lora_weights`` with which PEFT takes the initial B A off the base's weight: the
 #: file then holds a change of that other weight, and PEFT recomputes the initial B A as it loads
-STARTS = ("pissa", "olora")
+BASE_CHANGING_INITS = ("pissa", "olora")
 #: values of ``init_lora_weights`` that also change the base, and that cannot be recomputed from it:
 #: (beginning of the value, reason)
-_UNREPEATABLE_STARTS = (
+_UNREPEATABLE_INITS = (
     ("pissa", "which took a random approximation off the base's weights as it started"),
     ("corda", "which took what it found in data off the base's weights as it started"),
     ("loftq", "which quantised the base's weights as it started"),
@@ -104,11 +104,13 @@ _UNREPEATABLE_STARTS = (
 )
 
 
-def starts_from_base(config: Mapping[str, Any]) -> bool:
+def changes_base_at_load(config: Mapping[str, Any]) -> bool:
     """Whether the file holds changes of a base that PEFT changes when it loads the folder
-    (``STARTS``)."""
-    start = config.get("init_lora_weights")
-    return isinstance(start, str) and (start == "pissa" or start.lower() == "olora")
+    (``BASE_CHANGING_INITS``)."""
+    init_method = config.get("init_lora_weights")
+    return isinstance(init_method, str) and (
+        init_method == "pissa" or init_method.lower() == "olora"
+    )
 
 
 def check_config(
@@ -135,7 +137,7 @@ def check_config(
         problem = f"peft_type {peft_type!r} and no record"
         problems.append(sentence(problem, "'LORA'", "get the whole folder again"))
     problems += _missing_fields(config)
-    problems += _start_problems(config, with_base)
+    problems += _init_problems(config, with_base)
     problems += _option_problems(config, with_base)
     problems += _invocation_problems(config)
     problems += _value_problems(config)
@@ -153,23 +155,23 @@ def _missing_fields(config: Mapping[str, Any]) -> Iterator[str]:
             yield sentence(f"no {name!r} in {CONFIG}", "a value", do)
 
 
-def _start_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problem of an ``init_lora_weights`` that changed the base's weights at its start, unless
-    the change can be recomputed from the base."""
-    start, expected = config.get("init_lora_weights"), "an adapter of the unchanged base"
-    if starts_from_base(config):
+def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
+    """The problem of an ``init_lora_weights`` that changed the base's weights before training,
+    unless the change can be recomputed from the base."""
+    init_method, expected = config.get("init_lora_weights"), "an adapter of the unchanged base"
+    if changes_base_at_load(config):
         if not with_base:
-            problem = f"init_lora_weights={start!r}, which changed the base's weights as it started"
+            problem = f"init_lora_weights={init_method!r}, which changed the base's weights as it started"
             do = (
                 "load it on its base with veneer.load and save it, or let PEFT convert it when it"
                 " saves"
             )
             yield sentence(problem, expected, do)
-    elif isinstance(start, str):
+    elif isinstance(init_method, str):
         do = "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
-        for name, reason in _UNREPEATABLE_STARTS:
-            if start.lower().startswith(name):
-                yield sentence(f"init_lora_weights={start!r}, {reason}", expected, do)
+        for name, reason in _UNREPEATABLE_INITS:
+            if init_method.lower().startswith(name):
+                yield sentence(f"init_lora_weights={init_method!r}, {reason}", expected, do)
 
 
 def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:

@@ -69,7 +69,7 @@ def ignored_tensors(
         for key in keys
         if paths_to_match[path] & expected
     ]
-    ignored: dict[str, list[str]] = {}
+    ignored_by_module: dict[str, list[str]] = {}
     for path, keys in keys_by_module.items():
         if paths_to_match[path] & expected or (
             config.get("ensure_weight_tying") and _are_tied(keys, matched_keys, tensors)
@@ -82,8 +82,8 @@ def ignored_tensors(
             for key in tensors
             if key.startswith(wrapped_prefix) and "." not in key.removeprefix(wrapped_prefix)
         ]
-        ignored.setdefault(peft_paths.strip_wrappers(path)[0], []).extend(keys)
-    return ignored
+        ignored_by_module.setdefault(peft_paths.strip_wrappers(path)[0], []).extend(keys)
+    return ignored_by_module
 
 
 def _are_tied(
@@ -116,11 +116,11 @@ def applied_tensors(
             ``modules_to_save`` of which the file holds low-rank changes.
     """
     suffixes = tuple(suffixes)
-    ignored = ignored_tensors(config, tensors, suffixes)
-    if not ignored:
+    ignored_by_module = ignored_tensors(config, tensors, suffixes)
+    if not ignored_by_module:
         return tensors, ()
     if (
-        saved_modules := ignored.keys()
+        saved_modules := ignored_by_module.keys()
         - ignored_tensors({**config, "modules_to_save": None}, tensors, suffixes).keys()
     ):
         problem = (
@@ -130,18 +130,18 @@ def applied_tensors(
         raise AdapterError(
             problem, "these modules in full", "correct modules_to_save, or get both files again"
         )
-    ignored_keys = {key for keys in ignored.values() for key in keys}
-    applied = {key: tensor for key, tensor in tensors.items() if key not in ignored_keys}
-    if applied.keys() <= {*PROJECTIONS}:
+    ignored_keys = {key for keys in ignored_by_module.values() for key in keys}
+    remaining_tensors = {key: tensor for key, tensor in tensors.items() if key not in ignored_keys}
+    if remaining_tensors.keys() <= {*PROJECTIONS}:
         problem = (
             f"no tensor of {len(tensors)} for what {peft.CONFIG} means: they are of"
-            f" {listing(ignored, 3)}"
+            f" {listing(ignored_by_module, 3)}"
         )
         fields = "target_modules, exclude_modules and layers_to_transform"
         raise AdapterError(
             problem, "tensors of its targets", f"correct {fields}, or get both files again"
         )
-    return applied, tuple(sorted(ignored))
+    return remaining_tensors, tuple(sorted(ignored_by_module))
 
 
 def describe_ignored(modules: Iterable[str]) -> str:
@@ -161,7 +161,7 @@ def _module_path(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -
     # without targets, PEFT trains tokens of the input embedding, which no target has to match
     if config.get("peft_type") == peft_tokens.TOKENS_TYPE:
         suffixes = (peft_tokens.TUNER_ROWS_SUFFIX,) if config.get("target_modules") else ()
-    elif tuner is not None and not tuner.needs:
+    elif tuner is not None and not tuner.required_suffixes:
         module_path, _, suffix = bare_key.rpartition(".")
         bare_key, suffixes = module_path if suffix else bare_key, tuner.suffixes
     elif tuner is not None:

@@ -76,8 +76,8 @@ class Tuner:
         type: its ``peft_type``.
         variant: the name of Veneer's variant that has the tuner's parameters.
         suffixes: the suffixes of a module's tensors.
-        needs: the suffixes that a module must have. Each entry lists alternatives; an alternative
-            is a tuple of suffixes, all of which are required.
+        required_suffixes: the suffixes that a module must have. Each entry lists alternatives; an
+            alternative is a tuple of suffixes, all of which are required.
         fields: LoRA's name of a config field -> the tuner's name of the field.
         extra_fields: the tuner's further fields, each with a test of its value. They do not affect
             the change that a file holds.
@@ -87,7 +87,7 @@ class Tuner:
     type: str
     variant: str
     suffixes: tuple[str, ...]
-    needs: tuple[tuple[tuple[str, ...], ...], ...]
+    required_suffixes: tuple[tuple[tuple[str, ...], ...], ...]
     fields: Mapping[str, str]
     extra_fields: Mapping[str, Callable[[Any], bool]]
     read: Callable[[ModuleTensors], VariantChange]
@@ -320,7 +320,7 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
         tuner_segments = [name for name in (above, last) if name.startswith(_TUNER_PREFIXES)]
         if tuner is not None:
             is_valid = (
-                "ln_tuning_layers" in (above, last) if not tuner.needs else last in tuner.suffixes
+                "ln_tuning_layers" in (above, last) if not tuner.required_suffixes else last in tuner.suffixes
             )
             is_valid = is_valid or (type_ == "VERA" and key in PROJECTIONS)
         elif type_ == _TOKENS_TYPE:
@@ -429,26 +429,26 @@ def read_changes(
 def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
     """Why a module's tensors are no change of this tuner: a wrong number of axes, or a missing
     tensor. None if they are a change."""
-    misshapen = [
+    misshapen_names = [
         name for name, tensor in module.tensors.items() if tensor.dim() not in _AXES.get(name, (2,))
     ]
-    if misshapen:
-        sizes = ", ".join(f"{name} {tuple(module.tensors[name].shape)}" for name in misshapen)
-        axes = " or ".join(map(str, _AXES.get(misshapen[0], (2,))))
+    if misshapen_names:
+        sizes = ", ".join(f"{name} {tuple(module.tensors[name].shape)}" for name in misshapen_names)
+        axes = " or ".join(map(str, _AXES.get(misshapen_names[0], (2,))))
         return sentence(
             f"{sizes} at {module.module_path!r}",
-            f"{axes} axes in {misshapen[0]}",
+            f"{axes} axes in {misshapen_names[0]}",
             "get both files again",
         )
-    missing = [
+    missing_suffixes = [
         alternatives
-        for alternatives in tuner.needs
+        for alternatives in tuner.required_suffixes
         if not any(module.tensors.keys() >= {*suffixes} for suffixes in alternatives)
     ]
-    if missing:
+    if missing_suffixes:
         missing_text = " and ".join(
             " or ".join(", ".join(suffixes) for suffixes in alternatives)
-            for alternatives in missing
+            for alternatives in missing_suffixes
         )
         return sentence(
             f"no {missing_text} at {module.module_path!r}",
@@ -463,10 +463,10 @@ def needs_base_shapes(tuner: Tuner, weights: Weights | None) -> bool:
     return tuner.type == "VERA" and weights is None
 
 
-def deviation_reason(kind: str, module: Any) -> str | None:
+def deviation_reason(kind_name: str, module: Any) -> str | None:
     """``peft_behaviour.deviation_reason`` for the tuners here: why PEFT's result differs from the
     result of a change of the weight, or why no variant can represent the change; else None."""
-    if kind in ("conv1d", "conv2d"):  # PEFT uses the layer's stride, padding, dilation, groups
+    if kind_name in ("conv1d", "conv2d"):  # PEFT uses the layer's stride, padding, dilation, groups
         if module.groups != 1:
             return (
                 f"one product for all {module.groups} groups of a convolution, where Veneer has one"
@@ -479,8 +479,8 @@ def deviation_reason(kind: str, module: Any) -> str | None:
         )
     return (
         None
-        if kind in ("linear", "conv1d_transformers")
-        else f"PEFT has no {kind} layer of this tuner"
+        if kind_name in ("linear", "conv1d_transformers")
+        else f"PEFT has no {kind_name} layer of this tuner"
     )
 
 

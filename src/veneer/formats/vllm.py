@@ -61,7 +61,7 @@ def problems(
     is_dora = config.get("use_dora") or any(
         name.rpartition(".")[2] == peft.MAGNITUDE for name in names
     )
-    ignored = _ignored_modules(config, names)
+    ignored_modules = _ignored_modules(config, names)
     conv_names = {
         name.removeprefix(peft.PREFIX) for name, shape in (shapes or {}).items() if len(shape) > 2
     }
@@ -75,8 +75,8 @@ def problems(
         (bias != "none", f"it trains biases (bias={bias!r})"),
         *((True, reason) for reason in (*_scale_problems(config, names), *_name_problems(names))),
         (
-            ignored,
-            f"its config leaves out {listing(ignored, 2)}, of which vLLM applies the tensors",
+            ignored_modules,
+            f"its config leaves out {listing(ignored_modules, 2)}, of which vLLM applies the tensors",
         ),
         (conv_names, f"it changes convolutions ({listing(sorted(conv_names), 2)})"),
     ]

@@ -150,7 +150,7 @@ def conversion(
         of_weights = not FORMATS[source_format].peft
         on_model = partial(_adapter_on_base, base_info, saved, verify_base, of_weights)
         if to == "veneer":
-            provenance = {"converted from": source_format, **contents.about}
+            provenance = {"converted from": source_format, **contents.metadata}
             changes = _write_veneer(saved, out, base_info.facts, on_model, provenance, overwrite)
         elif target.write is None:  # "peft", the only other format without a writer
             changes = _write_peft(saved, out, base_info.facts, options, overwrite)

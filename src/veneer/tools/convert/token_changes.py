@@ -188,7 +188,7 @@ def token_fingerprints(names: Names, saved: AdapterFiles) -> dict[str, str]:
             paths,
             fingerprints_of(
                 [by_name[weight_path] for weight_path in paths],
-                kind=recorded_hash_kind(base_record),
+                hash_kind=recorded_hash_kind(base_record),
             ),
             strict=True,
         )
