@@ -73,14 +73,14 @@ class WeightValues:
                     else self.storage.after_first_call(self.weight, self.stored)
                 )
                 dense = self.storage.decode(self.weight, stored)
-        full_tensor = getattr(dense, "full_tensor", None)  # only sharded weights have it
+        full_tensor = getattr(dense, "full_tensor", None)  # a sharded weight has this method
         return dense if full_tensor is None else full_tensor()
 
     def version(self) -> tuple[Any, ...] | None:
         """A value that changes with every write to the weight; None if no write can be detected."""
         sources = [self.anchor]
         if isinstance(self.anchor, nn.Module):
-            # below a module with an opaque storage, there are only its adapters' parameters
+            # the submodules of a module with an opaque storage are only its adapters
             recurse = self.storage is None or not self.storage.opaque
             sources = [*self.anchor.parameters(recurse), *self.anchor.buffers(recurse)]
         tensors = {id(tensor): tensor for tensor in (*sources, *self.stored.values())}.values()

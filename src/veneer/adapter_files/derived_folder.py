@@ -53,7 +53,7 @@ def write_derived(
     path, full = Path(path), full or {}
     if not low and not full:
         raise AdapterError("no change at all", "at least one", "check what was left out")
-    # ``read`` would refuse such a folder
+    # ``read`` would refuse a folder with changes that overflow
     raise_all(AdapterError, f"{path} was not written", list(change_problems(low)))
     tensors = _file_tensors(low, full)
     peft_config = _peft_config(sources, low, full, variant)

@@ -136,7 +136,7 @@ def _warn_unproven(
         for problem, paths in paths_by_problem.items()
         if paths
     ]
-    # earlier releases recorded the adapted layers alone
+    # the records of earlier releases cover the adapted layers alone
     if counts and "rest" in base_record:
         warning_text = (
             f"{adapter_files.path} does not prove all of this base: {'; '.join(counts)}. That is"

@@ -379,14 +379,14 @@ def _abbreviate(words: list[str], limit: int) -> str:
 
 
 def _hub_id(name: Any) -> str | None:
-    """The name if it looks like a repository on the hub, "owner/name", and is no existing path."""
+    """The name if it looks like a repository on the hub, "owner/name", and no file has this path."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         return None
     return None if name.endswith((*_DATA_FILES, ".gguf")) or Path(name).exists() else name
 
 
 def _display_name(name: Any) -> str:
-    """A hub id unchanged; of a path its last segment, since the rest describes one machine."""
+    """A hub id unchanged. Of a path, the last segment only, since the others depend on a machine."""
     return str(name) if _hub_id(name) else Path(str(name)).name or str(name)
 
 

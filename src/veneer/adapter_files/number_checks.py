@@ -15,7 +15,7 @@ from veneer.fileio.throttle import throttle
 from veneer.formats import peft
 
 #: the largest permitted value of an adapter's tensors, and the largest permitted norm of a change:
-#: larger ones would overflow in the first products
+#: larger values would overflow in the first matrix products
 MAX_MAGNITUDE = 1e9
 #: the dtypes of changes, and further dtypes that modules trained in full may have
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

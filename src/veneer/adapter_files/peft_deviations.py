@@ -100,7 +100,7 @@ def deviations(
 
 
 def is_zero(A: Tensor, B: Tensor) -> bool:
-    """Whether B A is zero. It is for a weight that PEFT wraps but does not use through the wrapper,
+    """Whether B A is zero. It is zero for a weight that PEFT wraps but reads past the wrapper,
     such as the weight of an attention's out-projection: training never changes its B from zero."""
     return not (A.any() and B.any())
 
@@ -128,7 +128,7 @@ def _is_plain_forward(layer_kind: Layer, module: nn.Module, parameter_name: str)
         return True
     dense, replacement = storage.dense(weight), {}
     if not dense.any():  # with the zeros of a meta model, every forward would give the same
-        # a view of few values that differ along every axis
+        # use values that differ along every axis; as a strided view they take little memory
         strides = range(dense.dim(), 0, -1)
         last_index = sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
         values = torch.arange(last_index + 1.0, device=dense.device).sin().to(dense.dtype)

@@ -160,7 +160,7 @@ def file_tensors(model: nn.Module, adapter_name: str, entries: list[PeftEntry]) 
             bias / (entry.low.scale or 1)
         )
     for path, _, layer_adapter in adapters(model, adapter_name):
-        # parameters that are trained in full are in the module inside of the wrappers
+        # in the file, tensors that are trained in full are below all wrappers of their module
         wrapped_path = [peft_paths.add_wrappers(path, wrapper_counts)] if path else []
         file_path = ".".join([*wrapped_path, *["base_layer"] * wrapper_counts.get(path, 0)])
         for key, tensor in layer_adapter.full.state_dict().items():

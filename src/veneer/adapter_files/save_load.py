@@ -105,7 +105,7 @@ def save(
     def write_content(content: Mapping[str, Any]) -> None:
         write(path, **content, provenance=provenance or {}, overwrite=overwrite)
         reason = peft.not_for_peft(content["peft_config"])
-        # PEFT has the variant, but not for these layers
+        # PEFT supports the variant, but not for one of these layers
         if reason and VARIANTS[content["config"].variant].peft_keys:
             warning_text = (
                 f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the"
@@ -286,7 +286,7 @@ def _proof(
         for _, module, layer_adapter in adapters(model, adapter_name)
         for key in (*layer_adapter.full._parameters, *layer_adapter.full._buffers)
     }
-    # the adapter holds the rows of these weights that are fresh
+    # weights with trained token rows: the adapter holds the rows that no checkpoint has
     token_weight_ids = {id(weight) for weight, change in weights.values() if change.tokens is not None}
     fresh_refs = {
         weight_id: ref

@@ -321,7 +321,7 @@ class _ImportWatcher(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 original_exec_module(module)
-                sys.meta_path.remove(self)  # after a failed import, a program may import again
+                sys.meta_path.remove(self)  # not earlier: a program may repeat a failed import
                 self.callback(module)
 
             spec.loader.exec_module = exec_module

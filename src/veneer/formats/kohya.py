@@ -231,7 +231,7 @@ def _read_factors(module_tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor,
     """(A, B, alpha) of one module's change; None if one of its factors is missing."""
     suffixes = set(module_tensors)
     alpha = scalar_value(module_tensors["alpha"], "alpha") if "alpha" in module_tensors else None
-    alpha = alpha or None  # sd-scripts and LyCORIS treat 0 as no alpha
+    alpha = alpha or None  # sd-scripts and LyCORIS treat alpha 0 as no alpha
     if suffixes >= _LORA:
         A, B = module_tensors["lora_down.weight"], module_tensors["lora_up.weight"]
         if (

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from veneer.errors import AdapterError, listing, sentence
 from veneer.formats._base import Adapter, BaseFacts, LowRankChange
 
-#: the names of components
+#: the names of pipeline components
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model")
 
 
@@ -139,7 +139,7 @@ def choose_components(
             listing(layer_counts),
             "choose one",
         )
-    # the child "model" of a language model is no component of an image pipeline
+    # a language model may have a child "model", which is no pipeline component
     base_components = {name.partition(".")[0] for name in base.shapes} & (set(layer_counts) - {"model"})
     if component is None and len(layer_counts) == 1 and not base_components:
         return dict.fromkeys(layer_counts, ""), ()

@@ -27,7 +27,7 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
-    # PEFT adapts nothing below modules_to_save
+    # PEFT adapts no module below a module of modules_to_save
     saved_modules = [f".{name}." for name in config.get("modules_to_save") or ()]
     paths = [path for path in paths if not any(name in f".{path}." for name in saved_modules)]
     try:
@@ -42,7 +42,7 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     layers = [layers] if isinstance(layers, int) else layers
     if not layers:
         return matching_paths
-    # PEFT adapts a module that is named by its full path whatever the index of its layer is
+    # PEFT adapts a module that is named by its full path, whatever the index of its layer
     full_paths = set() if isinstance(targets, str) else set(targets)
     return {
         path

@@ -300,8 +300,8 @@ def check_config(
     )
 
 
-#: the prefixes of the suffixes of all of PEFT's tuners. (The last segment of LoRA's keys may be
-#: "weight", so that the prefix stands in the segment before.)
+#: the beginnings of the suffixes of PEFT's tuners. (In a key of LoRA the last segment may be
+#: "weight"; then the segment before it begins like this.)
 _TUNER_PREFIXES = (
     "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l",
     "oft_R", "boft_", "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_",
@@ -351,7 +351,7 @@ def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
     alpha = lora_config.get("lora_alpha")
     if tuner.type == "ADALORA" and _is_number(alpha) and alpha <= 0:
         lora_config["lora_alpha"] = lora_config["r"]
-    if tuner.type == "VERA":  # the paper's scale is 1
+    if tuner.type == "VERA":  # VeRA has no alpha: its scale is 1
         lora_config["lora_alpha"] = config.get("r")
         bias = config.get("bias")
         lora_config["bias"] = "lora_only" if bias == "vera_only" else bias

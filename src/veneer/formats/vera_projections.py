@@ -16,8 +16,8 @@ from torch import Tensor
 
 from veneer.errors import sentence
 
-#: a function: path of a base's parameter -> (shape, dtype); the dtype is None if the parameter is
-#: stored packed. None for a parameter that the base lacks
+#: a function of the path of a base's parameter. It returns (shape, dtype), with dtype None if the
+#: parameter is stored packed, or None if the base lacks the parameter
 Weights = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
 #: module path -> (number of outputs, number of inputs, dtype) of the module's weight
 _Sizes = dict[str, tuple[int, int, "torch.dtype | None"]]
