@@ -16,7 +16,7 @@ from torch import nn
 
 import veneer
 from veneer.adapter_files import file_names
-from veneer.adapter_files.model_card import LINE, NAME, card, front_matter, renew_card
+from veneer.adapter_files.model_card import NAME, NOTES_MARKER, card, front_matter, renew_card
 from veneer.variants import VARIANTS
 
 PEFT = {
@@ -345,12 +345,12 @@ def test_a_text_that_utf8_lacks_can_be_saved(tmp_path):
 def test_notes_survive_saving_again_and_the_rest_is_made_anew(tmp_path):
     path = save(tmp_path / "a", provenance={"license": "mit"})
     text = (path / NAME).read_text()
-    assert text.endswith(f"{LINE}\n")
+    assert text.endswith(f"{NOTES_MARKER}\n")
     (path / NAME).write_text(text.replace("# LoRA", "# My LoRA") + "\nMind the *gap*.\n")
     save(path, provenance={"license": "bsd-3-clause"}, overwrite=True)
     again = (path / NAME).read_text()
-    assert again.endswith(f"{LINE}\n\nMind the *gap*.\n")
-    assert again.count(LINE) == 1
+    assert again.endswith(f"{NOTES_MARKER}\n\nMind the *gap*.\n")
+    assert again.count(NOTES_MARKER) == 1
     assert metadata(again)["license"] == "bsd-3-clause"
     assert "# My LoRA" not in again
     save(path, provenance={"license": "bsd-3-clause"}, overwrite=True)
@@ -365,17 +365,17 @@ def test_a_card_of_somebody_else_is_kept(tmp_path):
 
 
 def test_renewed():
-    assert renew_card(f"new\n{LINE}\n", None) == f"new\n{LINE}\n"
-    assert renew_card(f"new\n{LINE}\n", f"old\n{LINE}\n") == f"new\n{LINE}\n"
+    assert renew_card(f"new\n{NOTES_MARKER}\n", None) == f"new\n{NOTES_MARKER}\n"
+    assert renew_card(f"new\n{NOTES_MARKER}\n", f"old\n{NOTES_MARKER}\n") == f"new\n{NOTES_MARKER}\n"
     assert (
-        renew_card(f"new\n{LINE}\n", f"old\n{LINE}\nnotes {LINE}\n")
-        == f"new\n{LINE}\nnotes {LINE}\n"
+        renew_card(f"new\n{NOTES_MARKER}\n", f"old\n{NOTES_MARKER}\nnotes {NOTES_MARKER}\n")
+        == f"new\n{NOTES_MARKER}\nnotes {NOTES_MARKER}\n"
     )
 
 
 def test_a_description_cannot_hold_the_line():
-    text = told(description=f"a {LINE} b")
-    assert text.count(LINE) == 1
+    text = told(description=f"a {NOTES_MARKER} b")
+    assert text.count(NOTES_MARKER) == 1
 
 
 def test_the_files_that_are_copied_are_an_adapters_own(tmp_path):

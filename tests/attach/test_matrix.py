@@ -280,9 +280,9 @@ compiler_breaks_the_graph.only = (["linear"], ["lora", "dora"])
 
 
 def peft_key_is_wrong(patch):
-    original = peft.key
+    original = peft.tensor_key
     patch.setattr(
-        peft, "key", lambda path, suffix: original(path, suffix.replace("lora_A", "lora_X"))
+        peft, "tensor_key", lambda path, suffix: original(path, suffix.replace("lora_A", "lora_X"))
     )
 
 

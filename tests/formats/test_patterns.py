@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from veneer.errors import AdapterError
 from veneer.formats import peft_paths
-from veneer.formats.patterns import MAX_LENGTH, Ends, Expressions, literal, matcher_of_whole_texts
+from veneer.formats.patterns import MAX_LENGTH, Expressions, PathEndings, full_matcher, literal
 
 ATOMS = [
     "a",
@@ -64,8 +64,8 @@ def test_an_expression_says_what_re_says(source, texts):
         return
     begins, fits = Expressions([source], full_match=False), Expressions([source])
     for text in texts:
-        assert begins.matches(text) == (re.match(source, text) is not None), text
-        assert fits.matches(text) == (re.fullmatch(source, text) is not None), text
+        assert begins.match_any(text) == (re.match(source, text) is not None), text
+        assert fits.match_any(text) == (re.fullmatch(source, text) is not None), text
 
 
 PATHS = [
@@ -90,7 +90,7 @@ USED = [
 @pytest.mark.parametrize("source", USED)
 def test_expressions_that_people_use(source):
     for path in PATHS:
-        assert matcher_of_whole_texts(source)(path) == (re.fullmatch(source, path) is not None), (
+        assert full_matcher(source)(path) == (re.fullmatch(source, path) is not None), (
             path
         )
 
@@ -111,10 +111,10 @@ def test_expressions_that_people_use(source):
     )
 )
 def test_the_first_expression_counts_as_it_does_to_peft(sources):
-    found = Ends(sources)
+    found = PathEndings(sources)
     for path in PATHS:
         expected = next((s for s in sources if re.match(rf"(.*\.)?({s})$", path)), None)
-        assert found.first(path) == expected, path
+        assert found.first_match(path) == expected, path
 
 
 HOSTILE = [
@@ -132,7 +132,7 @@ def test_no_expression_takes_long(source):
     for _ in range(2):
         try:
             for n in range(300):
-                assert not expression.matches("ab" * (n % 100) + "a" * (500 - n % 100))
+                assert not expression.match_any("ab" * (n % 100) + "a" * (500 - n % 100))
         except AdapterError as error:
             assert "longer than any that people use" in str(error)  # noqa: PT017
     assert time.process_time() - start < 3
@@ -140,11 +140,11 @@ def test_no_expression_takes_long(source):
 
 def test_many_expressions_share_one_limit():
     slow = r"(?:\b|\B|a|.)*[^ab]"
-    for many in (Ends([slow] * 150), Ends(f"{slow}|{n}" for n in range(150))):
+    for many in (PathEndings([slow] * 150), PathEndings(f"{slow}|{n}" for n in range(150))):
         start = time.process_time()
         with pytest.raises(AdapterError, match="longer than any"):
             for n in range(1000):
-                many.first("a" * (400 + n % 100))
+                many.first_match("a" * (400 + n % 100))
         assert time.process_time() - start < 3
 
 
@@ -172,14 +172,14 @@ def test_whole_paths_are_looked_up():
     states."""
     paths = [f"model.layers.{n}.mlp.{name}_proj" for n in range(2000) for name in ("up", "down")]
     escaped = [re.escape(path) for path in paths]
-    found, start = Ends(escaped), time.process_time()
-    assert [found.first(path) for path in paths] == escaped
-    assert all(map(matcher_of_whole_texts("|".join(escaped)), paths))
+    found, start = PathEndings(escaped), time.process_time()
+    assert [found.first_match(path) for path in paths] == escaped
+    assert all(map(full_matcher("|".join(escaped)), paths))
     assert time.process_time() - start < 1
     dotted = paths[:300]  # as PEFT writes them: each dot is any character
-    found = Ends(dotted)
-    assert [found.first(path) for path in dotted] == dotted
-    assert found.first(dotted[3].replace(".", "x")) == dotted[3]
+    found = PathEndings(dotted)
+    assert [found.first_match(path) for path in dotted] == dotted
+    assert found.first_match(dotted[3].replace(".", "x")) == dotted[3]
     assert sum(map(len, dotted)) > MAX_LENGTH
 
 
@@ -219,7 +219,7 @@ def test_layers_as_peft_finds_them(pattern, layers):
 
 def test_what_people_write_is_far_from_the_limit():
     for source in (source for source in USED if "(?i)" not in source):
-        expression = Ends([source])._expressions
+        expression = PathEndings([source])._expressions
         for layer in range(1000):
             list(expression.matching(f"model.layers.{layer}.self_attn.q_proj"))
             list(expression.matching(f"model.layers.{layer}.post_attention_layernorm"))

@@ -233,7 +233,7 @@ def test_lokr_of_any_shape_is_its_kronecker_product(sizes, kernel, whole, alpha)
     group |= {"lokr_w2": second} if whole[1] else {"lokr_w2_a": w2[0], "lokr_w2_b": w2[1]}
     if alpha is not None:
         group["alpha"] = torch.tensor(alpha)
-    A, B, found = kohya._low(group)
+    A, B, found = kohya._read_factors(group)
     scale = 1.0 if all(whole) or alpha is None else alpha / r
     left, right = (a.double() @ b.double() for a, b in (w1, w2))
     expected = scale * torch.einsum("lm,knx->lkmnx", left, right.view(k, n, -1)).reshape(l * k, -1)

@@ -1,10 +1,9 @@
-"""Adapter folders: the form of a trained adapter on disk, and the way from a model to a folder and
-back.
+"""Adapter folders: a trained adapter on disk, saved from a model and loaded onto a model.
 
-In: a path, or a model with adapters. Out: ``AdapterFiles``, or a folder written in one step.
-``folder`` and ``record`` handle files without a model; ``match_*`` compare them with a model, and
-``peft_mapping`` maps them to PEFT's files; ``save_load`` saves and installs adapters; ``verify``
-reports everything that can be checked of a folder.
+A path becomes ``AdapterFiles``, and a model's adapter becomes a folder, written in one atomic step.
+``folder`` and ``record`` handle the files without a model; ``match_*`` compare them with a model;
+``peft_mapping`` translates paths and shapes between a model and PEFT's files; ``save_load`` saves
+and installs adapters; ``verify`` reports everything that can be checked of a folder.
 """
 
 from veneer.adapter_files.folder import AdapterFiles, read

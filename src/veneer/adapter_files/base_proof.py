@@ -1,19 +1,21 @@
 """The proof of a base: the fingerprint of every tensor that an adapted model computes with.
 
-    base.weights    of the weights that the adapter changes at a low rank, by path
-    base.rest       of every other parameter and lasting buffer, but those that the adapter
-                    replaces, by each name
-    base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by
-                    path
+The record of an adapter folder holds the proof in three fields:
+
+    base.weights    the fingerprints of the weights that the adapter changes at a low rank, by path
+    base.rest       the fingerprints of every other parameter and persistent buffer, under each of
+                    its names, except those that the adapter replaces
+    base.fresh      the paths of parameters that no checkpoint ever held (a head that was
+                    initialised when the model was loaded)
 
 The proof leaves out buffers that the model computes itself (no state dict holds them), and tensors
-that the adapter holds a copy of, such as running statistics.
+that the adapter has a copy of, such as running statistics.
 
-A fingerprint is cached as long as its weight lives. It is valid while the weight has the same
-memory, shape and dtype, torch's version counter has not moved, and a sample of its elements is
-unchanged. The cache misses writes of a few elements through ``.data``; code that does so calls
-``clear_fingerprints``. Rejected: the version counter alone, as torch does not count writes through
-``.data``, which much code uses to initialise weights or to add to them.
+A fingerprint is cached until its weight is garbage-collected. It is valid while the weight has the
+same memory, shape and dtype, torch's version counter has not moved, and a sample of the weight's
+elements is unchanged. The cache misses writes of a few elements through ``.data``; code that writes
+so calls ``clear_fingerprints``. Rejected: the version counter alone. Torch does not count writes
+through ``.data``, which much code uses to initialise weights or to add to them.
 """
 
 from __future__ import annotations
@@ -35,14 +37,20 @@ from veneer.fileio import hashing
 from veneer.fileio.hashing import XXH3, fingerprint, memory_of
 from veneer.models.base_weights import ModuleWeight
 
-#: elements of a weight that are sampled to detect a write
-SAMPLE = 1024
+#: the number of elements of a weight that are sampled to detect a write
+SAMPLE_SIZE = 1024
 
 
 @dataclass(frozen=True)
-class Content:
-    """The values of one weight: ``storage`` decodes them from ``stored``; without a storage they
-    are ``anchor`` itself. ``anchor`` lives as long as the values do and keys the cache."""
+class WeightValues:
+    """The values of one weight of a model.
+
+    Fields:
+        weight: the parameter, or the packed weight of a quantised layer.
+        storage: decodes the values from the tensors ``stored``; None if ``anchor`` is the dense
+            tensor itself.
+        anchor: an object that lives as long as the values do. The cache has it as a key.
+    """
 
     weight: Any
     storage: Storage | None
@@ -50,9 +58,11 @@ class Content:
     anchor: Any
 
     def dense(self, as_loaded: bool = False) -> Tensor:
-        """The weight in dense form after its first call, or ``as_loaded``: earlier releases of
-        Veneer took fingerprints of that form. (Some packed weights round their scales in the first
-        call.)"""
+        """The weight as a dense tensor.
+
+        Some packed weights round their scales in the first forward call. The tensor is the weight
+        after this call, or before it if ``as_loaded``: earlier releases of Veneer took the
+        fingerprints before the call."""
         with torch.no_grad():
             if self.storage is None:
                 dense = self.anchor
@@ -63,73 +73,77 @@ class Content:
                     else self.storage.after_first_call(self.weight, self.stored)
                 )
                 dense = self.storage.decode(self.weight, stored)
-        full_tensor = getattr(dense, "full_tensor", None)  # of a sharded weight
+        full_tensor = getattr(dense, "full_tensor", None)  # a sharded weight has this method
         return dense if full_tensor is None else full_tensor()
 
     def version(self) -> tuple[Any, ...] | None:
         """A value that changes with every write to the weight; None if no write can be detected."""
         sources = [self.anchor]
         if isinstance(self.anchor, nn.Module):
-            # an opaque storage has only its adapters below the module
-            deep = self.storage is None or not self.storage.opaque
-            sources = [*self.anchor.parameters(deep), *self.anchor.buffers(deep)]
+            # the submodules of a module with an opaque storage are only its adapters
+            recurse = self.storage is None or not self.storage.opaque
+            sources = [*self.anchor.parameters(recurse), *self.anchor.buffers(recurse)]
         tensors = {id(tensor): tensor for tensor in (*sources, *self.stored.values())}.values()
-        # wrapper subclasses (packed or sharded tensors) have no memory themselves
-        lie = (
-            t for t in tensors if not is_traceable_wrapper_subclass(t) and t.layout == torch.strided
+        # a wrapper subclass of Tensor (packed or sharded) has no memory of its own
+        plain_tensors = (
+            tensor
+            for tensor in tensors
+            if not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
         )
-        return tuple(map(_tensor_version, lie)) or None
+        return tuple(map(_tensor_version, plain_tensors)) or None
 
 
-def _content(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> Content:
-    """The values of a weight, or, if an adapter is merged into it, its values before the merge,
-    which ``bits`` holds by the identity of the weight. The storage must be prepared."""
-    before = bits.get(id(weight.weight))
-    if before:
-        return Content(weight.weight, weight.storage, dict(before), next(iter(before.values())))
+def _values_of(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> WeightValues:
+    """The values of a weight. If an adapter is merged into the weight, they are its values before
+    the merge, which ``bits`` holds as stored tensors by the ``id`` of the weight. The weight's
+    storage must be prepared."""
+    stored_before = bits.get(id(weight.weight))
+    if stored_before:
+        anchor = next(iter(stored_before.values()))
+        return WeightValues(weight.weight, weight.storage, dict(stored_before), anchor)
     stored = {} if weight.storage is None else weight.storage.stored_tensors(weight.weight)
-    return Content(weight.weight, weight.storage, stored, weight.weight)
+    return WeightValues(weight.weight, weight.storage, stored, weight.weight)
 
 
-#: {(kind, as_loaded): (version, fingerprint)} by the identity of the tensor
+#: the fingerprints {(hash kind, as_loaded): (version, fingerprint)}, by ``WeightValues.anchor``
 _CACHE: Any = WeakIdKeyDictionary()
-#: threads hash one after another, so that no fingerprint is computed twice
-_HASHING = threading.RLock()
+#: held while hashing, so that two threads do not compute the same fingerprint
+_HASHING_LOCK = threading.RLock()
 
 
 def fingerprints_of(
     tensors: Sequence[ModuleWeight],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
-    kind: str = XXH3,
+    hash_kind: str = XXH3,
     as_loaded: bool = False,
 ) -> list[str]:
-    """The fingerprint of each tensor, from the cache where the tensor has not changed.
+    """The fingerprint of each tensor, from the cache if the tensor has not changed.
 
     Args:
-        bits: the values of merged weights before the merge, by identity
+        bits: the stored tensors of merged weights before the merge, by the ``id`` of the weight
             (``stored_weights.bits_before_merge``).
-        kind: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
-        as_loaded: as in ``Content.dense``.
+        hash_kind: the hash, XXH3 or SHA256. A record can only be compared with fingerprints by its hash.
+        as_loaded: see ``WeightValues.dense``.
     """
-    with _HASHING, _prepare_storages(tensors):
-        contents = [_content(tensor, bits or {}) for tensor in tensors]
-        versions = [content.version() for content in contents]
+    with _HASHING_LOCK, _prepare_storages(tensors):
+        all_values = [_values_of(tensor, bits or {}) for tensor in tensors]
+        versions = [values.version() for values in all_values]
         fingerprints: list[str] = []
-        for content, version in zip(contents, versions, strict=True):
-            cached_version, value = _CACHE.get(content.anchor, {}).get(
-                (kind, as_loaded), (None, "")
+        for values, version in zip(all_values, versions, strict=True):
+            cached_version, digest = _CACHE.get(values.anchor, {}).get(
+                (hash_kind, as_loaded), (None, "")
             )
             if version is None or cached_version != version:
-                value = fingerprint(content.dense(as_loaded), kind)
-                # cache it unless another thread wrote to the weight meanwhile
-                if version is not None and content.version() == version:
-                    _CACHE.setdefault(content.anchor, {})[kind, as_loaded] = version, value
-            fingerprints.append(value)
+                digest = fingerprint(values.dense(as_loaded), hash_kind)
+                # do not cache if another thread wrote to the weight while it was hashed
+                if version is not None and values.version() == version:
+                    _CACHE.setdefault(values.anchor, {})[hash_kind, as_loaded] = version, digest
+            fingerprints.append(digest)
         return fingerprints
 
 
 def call_modified_weights(tensors: Sequence[ModuleWeight]) -> list[ModuleWeight]:
-    """The weights whose packed values the first call may change permanently."""
+    """The packed weights of which the first forward call may change the values permanently."""
     return [
         tensor
         for tensor in tensors
@@ -138,42 +152,43 @@ def call_modified_weights(tensors: Sequence[ModuleWeight]) -> list[ModuleWeight]
     ]
 
 
-def earlier_fingerprints(tensors: Sequence[ModuleWeight], kind: str = XXH3) -> dict[str, str]:
-    """The fingerprints, by name, that earlier releases of Veneer took of packed weights: of the
-    values as loaded, before the first call may change them."""
+def earlier_fingerprints(tensors: Sequence[ModuleWeight], hash_kind: str = XXH3) -> dict[str, str]:
+    """The fingerprints, by name, that earlier releases of Veneer took of packed weights: before the
+    first forward call, which may change the values."""
     packed = call_modified_weights(tensors)
-    fingerprints = zip(packed, fingerprints_of(packed, kind=kind, as_loaded=True), strict=True)
+    fingerprints = zip(packed, fingerprints_of(packed, hash_kind=hash_kind, as_loaded=True), strict=True)
     return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
 
 
 def was_modified_by_call(tensor: ModuleWeight) -> bool:
-    """Whether a call has changed the packed weight already, so that its values as loaded are
-    lost."""
-    with _HASHING, _prepare_storages([tensor]):
-        content = _content(tensor, {})
-        return torch.equal(content.dense(), content.dense(as_loaded=True))
+    """Whether a forward call has changed the packed weight already, so that the values as they were
+    loaded are lost."""
+    with _HASHING_LOCK, _prepare_storages([tensor]):
+        values = _values_of(tensor, {})
+        return torch.equal(values.dense(), values.dense(as_loaded=True))
 
 
 def fingerprint_without_rows(
     tensor: ModuleWeight,
     rows: Sequence[int],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
-    kind: str = XXH3,
+    hash_kind: str = XXH3,
 ) -> str:
     """The fingerprint of a weight without the ``rows`` (ascending) that an adapter replaces."""
-    with _HASHING, _prepare_storages([tensor]):
-        return hashing.fingerprint_without_rows(_content(tensor, bits or {}).dense(), rows, kind)
+    with _HASHING_LOCK, _prepare_storages([tensor]):
+        return hashing.fingerprint_without_rows(_values_of(tensor, bits or {}).dense(), rows, hash_kind)
 
 
 def clear_fingerprints() -> None:
-    """Empty the cache: the next save or load hashes its base anew."""
-    with _HASHING:
+    """Empty the cache, so that the next save or load hashes the base again."""
+    with _HASHING_LOCK:
         _CACHE.clear()
 
 
 @contextmanager
 def _prepare_storages(tensors: Sequence[ModuleWeight]) -> Iterator[None]:
-    """Prepare the storages for reading; afterwards release those of modules without adapters."""
+    """Prepare the storages of the tensors for reading, and release them afterwards if their modules
+    have no adapters."""
     packed = [tensor for tensor in tensors if tensor.storage is not None]
     try:
         for tensor in packed:
@@ -186,50 +201,53 @@ def _prepare_storages(tensors: Sequence[ModuleWeight]) -> Iterator[None]:
 
 
 def _tensor_version(tensor: Tensor) -> tuple[Any, ...]:
+    """A value that changes when the tensor moves or its content changes."""
     layout = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
     return *layout, 0 if tensor.is_inference() else tensor._version, _sample(tensor)
 
 
 @torch.no_grad()
 def _sample(tensor: Tensor) -> bytes:
-    """The bytes of elements sampled evenly over the memory of a tensor; of all if it is small."""
+    """The bytes of elements at even distances in the memory of a tensor, of all elements if there
+    are few."""
     tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if not tensor.numel():
         return b""
     span = 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    # odd: an even step may be a multiple of the width and sample few columns
-    step = max(1, span // SAMPLE) | 1
-    with torch._C.DisableTorchFunctionSubclass():  # read the bytes of packed parameters
-        some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
-        some = some.contiguous()
-        return bytes(memory_of(some))
+    # odd: an even step may be a multiple of the matrix width, and would then sample few columns
+    step = max(1, span // SAMPLE_SIZE) | 1
+    with torch._C.DisableTorchFunctionSubclass():  # else a packed parameter would be decoded
+        sample = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
+        sample = sample.contiguous()
+        return bytes(memory_of(sample))
 
 
 def base_record(
-    changed: Mapping[str, ModuleWeight],
-    rest: Sequence[ModuleWeight],
+    changed_weights: Mapping[str, ModuleWeight],
+    unchanged_tensors: Sequence[ModuleWeight],
     fingerprints: Sequence[str | None],
 ) -> dict[str, dict[str, str]]:
-    """The fingerprints of a record, as "weights" and "rest".
+    """The fields "weights" and "rest" of a record: fingerprints by path or name.
 
     Args:
-        changed: the weights that the adapter changes at a low rank, by path.
-        rest: the other tensors of the base that the adapter does not replace.
-        fingerprints: of ``changed`` and of ``rest``; None where it is unknown.
+        changed_weights: the weights that the adapter changes at a low rank, by path.
+        unchanged_tensors: all other tensors of the base that the adapter does not replace.
+        fingerprints: the fingerprint of each of ``changed_weights`` and then of each of
+            ``unchanged_tensors``; None if it is unknown.
     """
-    rest_fingerprints = zip(rest, fingerprints[len(changed) :], strict=True)
+    unchanged_fingerprints = zip(unchanged_tensors, fingerprints[len(changed_weights) :], strict=True)
     return {
         "weights": {
-            path: value
-            for path, value in zip(changed, fingerprints, strict=False)
-            if value is not None
+            path: digest
+            for path, digest in zip(changed_weights, fingerprints, strict=False)
+            if digest is not None
         },
         "rest": {
-            name: value
-            for tensor, value in rest_fingerprints
+            name: digest
+            for tensor, digest in unchanged_fingerprints
             for name in tensor.names
-            if value is not None
+            if digest is not None
         },
     }

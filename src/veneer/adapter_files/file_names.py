@@ -1,5 +1,5 @@
-"""Which files belong to an adapter folder, how they are copied and hashed, and the tokenizer beside
-an adapter that trains added tokens.
+"""The names of the files in an adapter folder, how the files are copied and hashed, and the
+tokenizer that a folder holds if its adapter trains added tokens.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from veneer.fileio.untrusted import location_problems, read_json
 from veneer.formats import peft, peft_tokens
 from veneer.models.load import tokenizer_at
 
-#: the files that ``read`` opens, and all files that an adapter may have; reading them runs no code
+#: the files that ``folder.read`` opens. Reading them runs no code
 CORE = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
+#: all files that an adapter may have, but for a tokenizer
 FILES = (*CORE, model_card.NAME)
-#: the files of a tokenizer beside an adapter that trains added tokens
+#: the files of a tokenizer, in the folder of an adapter that trains added tokens
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
 )  # fmt: skip
-#: the weights of a complete model in the layout of transformers or diffusers
-MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
+#: patterns of the weight files of a complete model in the layout of transformers or diffusers
+MODEL_FILE_PATTERNS = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
 
 
 def must_hold_no_model(folder: Path, base: str | None) -> None:
-    """Raise OutputExistsError if ``folder`` holds a complete model that is not the base:
-    ``from_pretrained`` would take its weights for the base of the adapter."""
-    weights = [path.name for pattern in MODEL_FILES for path in folder.glob(pattern)]
-    if not weights or not (folder / "config.json").exists():
+    """Raise OutputExistsError if ``folder`` holds a complete model other than ``base``, the path or
+    name of the adapter's base: ``from_pretrained`` would load that model as the base."""
+    weight_files = [path.name for pattern in MODEL_FILE_PATTERNS for path in folder.glob(pattern)]
+    if not weight_files or not (folder / "config.json").exists():
         return
     if base is None or Path(base).resolve() != folder.resolve():
-        problem = f"{folder}, which holds a whole model ({listing(weights, 3)})"
+        problem = f"{folder}, which holds a whole model ({listing(weight_files, 3)})"
         expected = "a folder without one: from_pretrained would take it for the adapter's base"
         raise OutputExistsError(
             problem, expected, "choose another folder, or remove the model from it"
@@ -43,29 +44,32 @@ def must_hold_no_model(folder: Path, base: str | None) -> None:
 
 
 def adapter_file_names(path: Path) -> list[str]:
-    """The names of the files in a folder that belong to the adapter, including the tokenizer if it
-    trains tokens. ``AdapterError``: one of them is a link out of the folder."""
+    """The names of the files in a folder that belong to the adapter. A tokenizer belongs to it if
+    the adapter trains tokens. ``AdapterError``: one of the files is a link that leaves the folder.
+    """
     names = (*FILES, *(TOKENIZER if trains_tokens(path) else ()))
     raise_all(AdapterError, f"{path} cannot be copied", location_problems(path, names))
     return [name for name in names if (path / name).is_file()]
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy the files of an adapter into ``folder``, with the tokenizer if it trains tokens."""
+    """Copy the files of the adapter in ``source`` into ``folder``, with its tokenizer if there is
+    one."""
     for name in adapter_file_names(source):
         shutil.copyfile(source / name, folder / name)
 
 
 def trains_tokens(path: Path) -> bool:
-    """Whether the config in an adapter folder trains token rows."""
+    """Whether the adapter in a folder trains token rows, by its config."""
     config = path / peft.CONFIG
     fields = read_json(config) if config.is_file() else {}
-    return bool(fields.get(peft_tokens.FIELD)) or fields.get("peft_type") == peft_tokens.TYPE
+    is_tokens_type = fields.get("peft_type") == peft_tokens.TOKENS_TYPE
+    return is_tokens_type or bool(fields.get(peft_tokens.INDICES_FIELD))
 
 
 def tokenizer_folder(path: Path) -> Path | None:
-    """``path`` itself if the adapter there trains tokens and has a tokenizer beside it, else
-    None."""
+    """``path`` itself if the adapter in this folder trains tokens and the folder has a tokenizer;
+    else None."""
     has_tokenizer = any(
         (path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER[:2]
     )
@@ -77,7 +81,7 @@ def tokenizer_folder(path: Path) -> Path | None:
 
 
 def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
-    """The folder whose tokenizer has the tokens of all these adapters; None if no folder has a
+    """The folder of the tokenizer that has the tokens of all these adapters; None if none has a
     tokenizer.
 
     Args:
@@ -99,7 +103,8 @@ def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
         for name, tokenizer in tokenizers.items()
     }
     largest = max(vocabularies, key=lambda name: len(vocabularies[name]))
-    by_id, problems = {id_: token for token, id_ in vocabularies[largest].items()}, []
+    tokens_by_id = {id_: token for token, id_ in vocabularies[largest].items()}
+    problems = []
     for name, vocabulary in vocabularies.items():
         differences = sorted(
             (id_, token)
@@ -107,12 +112,12 @@ def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
             if vocabularies[largest].get(token) != id_
         )
         if differences:
-            odd_tokens, token_at_id = (
+            different_tokens, token_at_id = (
                 listing((f"{token!r} at {id_}" for id_, token in differences), 3),
-                by_id.get(differences[0][0]),
+                tokens_by_id.get(differences[0][0]),
             )
             problem = (
-                f"{name!r} has {odd_tokens}, where {largest!r} has"
+                f"{name!r} has {different_tokens}, where {largest!r} has"
                 f" {'nothing' if token_at_id is None else repr(token_at_id)}"
             )
             do = "use one of them alone, or train them again with one tokenizer of all these tokens"
@@ -122,29 +127,32 @@ def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of the names and bytes of all files of an adapter. A hash that covers a tokenizer
-    starts with a mark of format 2; without a tokenizer it equals that of format 1, which left
-    tokenizers out."""
+    """SHA-256 of the names and bytes of all files of an adapter.
+
+    Earlier releases left the tokenizer out of the hash (format 1). The hash of a folder with a
+    tokenizer therefore begins with a mark of format 2; without a tokenizer, format 1 is used."""
     names = adapter_file_names(path)
-    tokenizer = [name for name in names if name not in FILES]
-    return _hash_files(path, names, b"format 2\n" if tokenizer else b"")
+    tokenizer_files = [name for name in names if name not in FILES]
+    return _hash_files(path, names, b"format 2\n" if tokenizer_files else b"")
 
 
 def has_content(path: Path, key: str) -> bool:
-    """Whether ``key`` is the hash of the adapter in a folder, by ``content_hash`` or in format 1,
-    which named the folders in libraries of earlier releases."""
+    """Whether ``key`` is the ``content_hash`` of the adapter in a folder, or its hash in format 1,
+    by which earlier releases named the folders of a library."""
     try:
         return key in (
             content_hash(path),
             _hash_files(path, [name for name in FILES if (path / name).is_file()]),
         )
-    except AdapterError:  # unreadable files count as altered
+    except AdapterError:  # files that cannot be read count as changed
         return False
 
 
-def _hash_files(path: Path, names: Sequence[str], start: bytes = b"") -> str:
-    total = hashlib.sha256(start)
+def _hash_files(path: Path, names: Sequence[str], prefix: bytes = b"") -> str:
+    """SHA-256 of ``prefix`` and then the name and the SHA-256 of each file."""
+    folder_hash = hashlib.sha256(prefix)
     for name in names:
         with (path / name).open("rb") as stream:
-            total.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+            file_hash = hashlib.file_digest(stream, "sha256").hexdigest()
+            folder_hash.update(f"{name} {file_hash}\n".encode())
+    return folder_hash.hexdigest()

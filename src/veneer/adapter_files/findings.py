@@ -15,15 +15,16 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check: its level, the name of the check, and a message."""
+    """The result of one check of an adapter folder."""
 
     level: Level
     check: str
     message: str
 
     def __str__(self) -> str:
-        """One line; further lines of the message are indented, and control characters are escaped,
-        since a tensor name could imitate another finding or control the terminal."""
+        """One line, or several if the message has several: the further lines are indented. Control
+        characters are escaped, since a tensor's name could otherwise imitate another finding or
+        control the terminal."""
         return f"{self.level:<8} {self.check:<8} {escape_controls(self.message)}".replace(
             "\n", "\n" + " " * 18
         )
@@ -31,7 +32,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings about one adapter folder. ``str(report)`` has a line for each."""
+    """All findings about one adapter folder. ``str(report)`` has a line for each finding."""
 
     path: Path
     findings: tuple[Finding, ...]
@@ -46,11 +47,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error. Warnings do not count."""
+        """Whether no finding is an error. Warnings do not count."""
         return not self.errors
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """The report as values that JSON can express."""
         return {
             "path": str(self.path),
             "ok": self.ok,
@@ -77,7 +78,7 @@ class FindingLog:
         self.findings.append(Finding(level, check, message))
 
     def add_problems(self, check: str, problems: Iterable[str], success: str) -> None:
-        """Add each problem as an error, or the message ``success`` if there is none."""
+        """Add each problem as an error; if there is no problem, add the message ``success``."""
         problems = list(problems)
         for problem in problems:
             self.add("error", check, problem)
@@ -85,8 +86,8 @@ class FindingLog:
             self.add("ok", check, success)
 
     def try_step(self, check: str, step: Callable[..., T], *args: Any) -> T | None:
-        """The result of ``step(*args)``; None if it raised an AdapterError, which becomes a
-        finding."""
+        """Call ``step(*args)`` and return its result. If it raises an AdapterError, add the error
+        as a finding of ``check`` and return None."""
         try:
             return step(*args)
         except AdapterError as error:

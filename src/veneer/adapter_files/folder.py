@@ -1,17 +1,17 @@
-"""The adapter folder, which PEFT, vLLM, SGLang and transformers load unchanged, and which proves
-its content by hashes.
+"""The adapter folder. PEFT, vLLM, SGLang and transformers load it unchanged, and hashes in it prove
+that its content is unaltered.
 
     adapter_config.json           PEFT's fields
     adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
-    veneer.json                   the same record, for people
-    README.md                     the model card, for people too
-    veneer.safetensors            the adapter parameters of variants that PEFT does not have; the
-                                  file above then holds the plain LoRA that they amount to
+    veneer.json                   the same record, for people to read
+    README.md                     the model card, for people to read
+    veneer.safetensors            the adapter parameters of a variant that PEFT lacks;
+                                  adapter_model.safetensors then holds the equivalent plain LoRA
 
 ``write`` writes all files in one atomic step. ``read`` checks the folder without a model and trusts
-nothing unchecked (``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes;
-``number_checks.py``: dtypes and magnitudes). ``veneer.load`` also compares the fingerprints with a
-model.
+no file before its checks (``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes;
+``number_checks.py``: dtypes and magnitudes). ``veneer.load`` also compares the fingerprints of the
+base with a model.
 """
 
 from __future__ import annotations
@@ -67,14 +67,18 @@ class AdapterFiles:
     """An adapter folder that was read and verified, without a model.
 
     Fields:
-        record: Veneer's record; None for a folder that another library wrote.
-        low, full: the tensors of the PEFT file, by their path in that file.
-        adapter_parameters: the tensors of ``veneer.safetensors``, by the path of the weight.
-        tuner: the source of a folder of another tuner of PEFT than LoRA; the other fields are then
-            those of the equivalent folder of Veneer.
-        tokens: the rows of embeddings that are trained in full, by the path of the module.
-        left_out: modules with tensors in the file that the config of another library leaves out
-            (``formats/peft_targets.py``).
+        config: the config in Veneer's fields.
+        peft_config: the fields of ``adapter_config.json``.
+        record: Veneer's record; None if another library wrote the folder.
+        low, full: the low-rank changes, and the tensors that are trained in full, by the path in
+            ``adapter_model.safetensors``.
+        adapter_parameters: the tensors of ``veneer.safetensors``, by the path of the weight and
+            then by name.
+        tuner: the original content of a folder of another tuner of PEFT than LoRA. All other fields
+            then describe the equivalent folder of Veneer.
+        tokens: the trained token rows of embeddings and heads, by the path of the module.
+        ignored_modules: the modules with tensors that the config of another library does not match,
+            so that PEFT ignores the tensors (``formats/peft_targets.py``).
     """
 
     path: Path
@@ -86,7 +90,7 @@ class AdapterFiles:
     adapter_parameters: Mapping[str, Mapping[str, Tensor]]
     tuner: TunerFolder | None = None
     tokens: Mapping[str, peft_tokens.TokenRows] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    ignored_modules: tuple[str, ...] = ()
 
     def refuse_trained_tokens(self, operation: str) -> None:
         """Raise AdapterError if the adapter trains tokens, which ``operation`` does not support."""
@@ -105,39 +109,39 @@ class AdapterFiles:
             )
 
     def refuse_invocation_tokens(self, operation: str) -> None:
-        """Raise AdapterError if the adapter acts on some tokens alone, which ``operation`` cannot
-        express."""
+        """Raise AdapterError if the adapter acts on the tokens from its invocation on, which
+        ``operation`` cannot express."""
         if tokens := self.config.invocation_tokens:
             problem = f"{self.path}, which acts from its invocation tokens {list(tokens)} on, for "
             do = "use it as the adapter that it is; `veneer serve` takes it"
             raise AdapterError(problem + operation, "an adapter that acts on every token", do)
 
-    def token_ids(self, weight: str) -> tuple[int, ...]:
-        """The ids of the trained tokens of the weight at a path; of a tied weight, at the path in
-        the file."""
-        entry = self.tokens.get(weight.rpartition(".")[0])
-        return () if entry is None else entry.ids
+    def token_ids(self, weight_path: str) -> tuple[int, ...]:
+        """The ids of the trained tokens of a weight; empty if it has none. A tied weight has ids
+        only under the path that the file names."""
+        token_rows = self.tokens.get(weight_path.rpartition(".")[0])
+        return () if token_rows is None else token_rows.ids
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The record, or an empty mapping."""
+        """The record, or an empty mapping if there is no record."""
         return self.record or {}
 
     @cached_property
     def layers(self) -> dict[str, LowRank]:
-        """Each change as a low-rank product, by the path of its module, or of its parameter where
-        the config targets a parameter.
+        """Each change as a low-rank product, by the path of the changed module, or of the changed
+        parameter if the config targets a parameter.
 
         Raises:
-            AdapterError: some changes are no product alone, such as those of DoRA, which also
-                rescales the weight.
+            AdapterError: a change is more than a low-rank product. DoRA, for example, also rescales
+                the weight.
         """
-        beyond_product = [entry.target_path for entry in self.low.values() if entry.extras]
-        if beyond_product:
+        non_product_paths = [layer.target_path for layer in self.low.values() if layer.extras]
+        if non_product_paths:
             problem = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
             do = "merge it to have the changed weights, or take `products` to leave the rest out"
             raise AdapterError(
-                f"{problem} (at {listing(beyond_product, 3)})",
+                f"{problem} (at {listing(non_product_paths, 3)})",
                 "changes of the form scale · B @ A",
                 do,
             )
@@ -145,31 +149,31 @@ class AdapterFiles:
 
     @cached_property
     def products(self) -> dict[str, LowRank]:
-        """The low-rank product of each change by path, as in ``layers``; DoRA's magnitude is left
-        out."""
-        return {entry.target_path: entry.low for entry in self.low.values()}
+        """The low-rank product of each change, by the same paths as in ``layers``, but without
+        DoRA's magnitudes."""
+        return {layer.target_path: layer.low for layer in self.low.values()}
 
     @property
     def parameters(self) -> int:
-        """The number of trained parameters: those of the variant if it has its own, else those of
-        the PEFT file."""
+        """The number of trained values. For weights with tensors in ``veneer.safetensors``, these
+        tensors count, not the equivalent plain LoRA."""
         variant_paths = {
             path
             for weight_path in self.adapter_parameters
             for path in (weight_path, weight_path.rpartition(".")[0])
         }
         if self.tuner is not None:
-            return self.tuner.numbers + sum(
+            return self.tuner.value_count + sum(
                 tensor.numel() for tensors in self.full.values() for tensor in tensors.values()
             )
-        by_path = (*self.adapter_parameters.values(), *self.full.values())
-        tensors = [tensor for by_name in by_path for tensor in by_name.values()]
+        tensor_groups = (*self.adapter_parameters.values(), *self.full.values())
+        tensors = [tensor for group in tensor_groups for tensor in group.values()]
         tensors += [token_rows.rows for token_rows in self.tokens.values()]
-        for entry in self.low.values():
+        for layer in self.low.values():
             tensors += (
                 ()
-                if entry.target_path in variant_paths
-                else (entry.A, entry.B, *entry.extras.values())
+                if layer.target_path in variant_paths
+                else (layer.A, layer.B, *layer.extras.values())
             )
         return sum(tensor.numel() for tensor in tensors)
 
@@ -186,21 +190,24 @@ def write(
     overwrite: bool,
     parameters: Mapping[str, Tensor],
 ) -> None:
-    """Write the files of an adapter as one folder, in one atomic step. Notes in the model card of a
-    replaced folder are kept.
+    """Write the files of an adapter as one folder, in one atomic step. If the folder replaces an
+    adapter, the notes in the old model card are kept.
 
     Args:
-        base: "name", "architecture", "weights" (the fingerprint of each changed weight by path)
-            and, where known, "rest" (the fingerprints of the other tensors by name) and "fresh"
-            (names). None if the base is unknown: the folder then has no record.
-        changes: rank, alpha and rows of each change, by the path of its weight.
-        parameters: the tensors of ``veneer.safetensors``, which is not written if there are none.
+        tensors: the tensors of ``adapter_model.safetensors``, by key.
+        base: the field "base" of the record: "name", "architecture", "weights" (the fingerprint of
+            each changed weight, by path) and, if known, "rest" (the fingerprints of the other
+            tensors, by name) and "fresh" (names). None if the base is unknown: the folder then has
+            no record.
+        changes: the rank, alpha and rows of each change, by the path of the changed weight.
+        parameters: the tensors of ``veneer.safetensors``. Without any, the file is not written.
 
     Raises:
-        OutputExistsError: the path exists and ``overwrite`` is False; it is a file, or holds
-            another whole model.
-        AdapterError: ``read`` would refuse the folder: a tensor is not finite, a change is absurdly
-            large, a file may not hold one of the names, the provenance is not JSON or too long.
+        OutputExistsError: the path exists and ``overwrite`` is False; it is a file; or it holds a
+            complete model other than the base.
+        AdapterError: ``read`` would refuse the folder, because a tensor is not finite, a change is
+            absurdly large, a file may not hold one of the names, or the provenance is not JSON or
+            too long.
     """
     raise_all(
         AdapterError,
@@ -213,10 +220,10 @@ def write(
         record = seal_record(record, tensors, peft_config, provenance, parameters)
     elif parameters:
         raise AdapterError("numbers of a variant without a base", "both", "name the base")
-    texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
+    texts_by_file = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
     if record is not None:
-        texts[RECORD] = json.dumps(record, indent=2) + "\n"
-    with _unwritten_if_refused(path):
+        texts_by_file[RECORD] = json.dumps(record, indent=2) + "\n"
+    with _report_unwritten(path):
         peft_fields.check_config(peft_config, record is not None, with_base=record is not None)
         raise_all(
             AdapterError,
@@ -224,22 +231,22 @@ def write(
             list(record_problems(record, path)) if record is not None else [],
         )
         assemble(path, peft_config, record, tensors, parameters)
-        for file, text in texts.items():
-            json_object(text, file, "give less provenance")
+        for file_name, text in texts_by_file.items():
+            json_object(text, file_name, "give less provenance")
     must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
-    texts[model_card.NAME] = _card_text(path, peft_config, record, tensors)
+    texts_by_file[model_card.NAME] = _card_text(path, peft_config, record, tensors)
     with new_folder(path, overwrite=overwrite, replaces=FILES) as folder:
-        for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8", errors="replace")
+        for file_name, text in texts_by_file.items():
+            (folder / file_name).write_text(text, encoding="utf-8", errors="replace")
         if parameters:
             save_file(dict(parameters), folder / PARAMETERS, metadata={"format": "pt"})
         header = (
             {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
         )
         save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
-        with _unwritten_if_refused(path):
-            for file in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
-                read_header(folder / file)
+        with _report_unwritten(path):
+            for file_name in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
+                read_header(folder / file_name)
 
 
 def _card_text(
@@ -248,19 +255,19 @@ def _card_text(
     record: Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
 ) -> str:
-    """The model card of an adapter, with the notes of the card that ``path`` holds already."""
+    """The model card of an adapter, with the notes of the card in the folder ``path``, if any."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    old_file = path / model_card.NAME
+    old_path = path / model_card.NAME
     old_card = (
-        old_file.read_text(encoding="utf-8", errors="replace") if old_file.is_file() else None
+        old_path.read_text(encoding="utf-8", errors="replace") if old_path.is_file() else None
     )
     return model_card.renew_card(model_card.card(peft_config, record, shapes), old_card)
 
 
 @contextmanager
-def _unwritten_if_refused(path: Path) -> Iterator[None]:
-    """Turn an AdapterError of a check into one that says that nothing was written: a folder that
-    nobody can load would be a lost training."""
+def _report_unwritten(path: Path) -> Iterator[None]:
+    """Make the AdapterError of a check say that nothing was written. (A written folder that nobody
+    can load would lose the training.)"""
     try:
         yield
     except AdapterError as error:
@@ -273,16 +280,17 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
     """Read and verify an adapter folder, without a model.
 
     Args:
-        weights: the shapes of the base's weights, which some tuners of PEFT need. Without them the
-            changes of a VeRA folder have paths but no values; reading a value raises an error.
+        weights: a function that returns the shape of a base's weight, which some tuners of PEFT
+            need. Without it, the changes of a VeRA folder cannot be read: any access to ``low``
+            raises an error.
 
     Raises:
-        AdapterError: a file is missing, cut short, altered, a pickle or a link out of the folder;
-            a value is not finite or not understood.
+        AdapterError: a file is missing, truncated, altered, a pickle or a link that leaves the
+            folder; or a value is not finite or not supported.
 
     Warns:
-        TensorsLeftOut: the file has tensors of modules that the config of another library leaves
-            out, which PEFT ignores.
+        TensorsLeftOut: the file has tensors of modules that the config of another library does not
+            match, so that PEFT ignores the tensors.
     """
     path = Path(path)
     raise_all(AdapterError, f"{path} cannot be read", folder_problems(path))
@@ -298,34 +306,36 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
         )
         parameters = read_parameters(path, record)
         require_unchanged(compare_hashes(path, record, peft_config, tensors, parameters), path)
-    lora, every_tensor = peft_tokens.as_lora(peft_config, tensors)
-    check_config(lora, record is not None, weights is not None)
-    odd = list(number_problems({**every_tensor, **parameters}, "get another copy"))
-    raise_all(AdapterError, f"{path} cannot be used", odd)
+    lora_config, all_tensors = peft_tokens.convert_to_lora(peft_config, tensors)
+    check_config(lora_config, record is not None, weights is not None)
+    problems = list(number_problems({**all_tensors, **parameters}, "get another copy"))
+    raise_all(AdapterError, f"{path} cannot be used", problems)
     if record is not None:
-        return assemble(path, lora, record, every_tensor, parameters, weights)
-    lora, tensors, left_out = convert_foreign_files(peft_config, tensors)
-    if left_out:
+        return assemble(path, lora_config, record, all_tensors, parameters, weights)
+    lora_config, tensors, ignored_modules = convert_foreign_files(peft_config, tensors)
+    if ignored_modules:
         warnings.warn(
-            f"{path} holds {peft_targets.describe(left_out)}.",
+            f"{path} holds {peft_targets.describe_ignored(ignored_modules)}.",
             peft_targets.TensorsLeftOut,
             stacklevel=2,
         )
-    return replace(assemble(path, lora, record, tensors, parameters, weights), left_out=left_out)
+    adapter_files = assemble(path, lora_config, record, tensors, parameters, weights)
+    return replace(adapter_files, ignored_modules=ignored_modules)
 
 
 def convert_foreign_files(
     peft_config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], tuple[str, ...]]:
-    """(the config as LoRA's, the tensors that PEFT applies, the modules that the config leaves out)
-    of another library's folder, whose config ``check_config`` has accepted. ``AdapterError``: the
-    tensors belong to another tuner than the config."""
+    """Convert the files of another library's folder to those of a folder with peft_type LORA:
+    (config, the tensors that PEFT applies, the modules of which PEFT ignores tensors).
+    ``check_config`` must have accepted the config. ``AdapterError``: the tensors belong to another
+    tuner than the config."""
     check_tensors(peft_config, tensors)
-    pairs = (suffix for kind in LAYERS for suffix in kind.file_keys)
-    extras = (key for variant in VARIANTS for key in variant.peft_keys.values())
-    suffixes = dict.fromkeys((*pairs, *extras, peft.LORA_BIAS))
-    tensors, left_out = peft_targets.applied_tensors(peft_config, tensors, suffixes)
-    return *peft_tokens.as_lora(peft_config, tensors), left_out
+    factor_suffixes = (suffix for kind in LAYERS for suffix in kind.file_keys)
+    extra_suffixes = (key for variant in VARIANTS for key in variant.peft_keys.values())
+    suffixes = dict.fromkeys((*factor_suffixes, *extra_suffixes, peft.LORA_BIAS))
+    tensors, ignored_modules = peft_targets.applied_tensors(peft_config, tensors, suffixes)
+    return *peft_tokens.convert_to_lora(peft_config, tensors), ignored_modules
 
 
 def assemble(
@@ -336,7 +346,7 @@ def assemble(
     parameters: Mapping[str, Tensor],
     weights: Weights | None = None,
 ) -> AdapterFiles:
-    """Combine files that were checked one by one into an adapter. ``AdapterError``: they do not fit
+    """Combine files into an adapter, after each was checked. ``AdapterError``: the files do not fit
     together."""
     tuner = tuner_of(peft_config) if record is None else None
     tuner_files = None if tuner is None else tuner_folder(tuner, peft_config, tensors, weights)
@@ -346,23 +356,27 @@ def assemble(
             tuner_files.tensors,
             tuner_files.parameters,
         )
-    extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
-    extras |= {peft.LORA_BIAS} if peft_config.get("lora_bias") is True else set()
-    tokens, tensors = peft_tokens.split(tensors, peft_config)
-    low, full = peft.split(
-        tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None
+    extra_suffixes = {key for variant in VARIANTS for key in variant.peft_keys.values()}
+    extra_suffixes |= {peft.LORA_BIAS} if peft_config.get("lora_bias") is True else set()
+    tokens, tensors = peft_tokens.split_rows(tensors, peft_config)
+    low, full = peft.split_tensors(
+        tensors,
+        peft_config,
+        {kind.file_keys for kind in LAYERS},
+        extra_suffixes,
+        by_veneer=record is not None,
     )
     raise_all(
         AdapterError, f"{path} cannot be used", [*change_problems(low), *variance_problems(full)]
     )
-    by_weight: dict[str, dict[str, Tensor]] = {}
+    parameters_by_weight: dict[str, dict[str, Tensor]] = {}
     for key, tensor in parameters.items():
-        weight, _, name = key.rpartition(".")
-        by_weight.setdefault(weight, {})[name] = tensor
+        weight_path, _, parameter_name = key.rpartition(".")
+        parameters_by_weight.setdefault(weight_path, {})[parameter_name] = tensor
     try:
         config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
-        VARIANTS[config.variant]
-        config = config if tuner_files is None else tuner_files.config_of(config)
+        VARIANTS[config.variant]  # raises ConfigError for an unknown variant
+        config = config if tuner_files is None else tuner_files.variant_config(config)
     except ConfigError as error:
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
     if tuner_files is not None and tuner_files.needs_base_shapes:
@@ -373,42 +387,46 @@ def assemble(
             record,
             Unsized(tuner_files, path),
             full,
-            by_weight,
+            parameters_by_weight,
             tuner_files,
         )
     return AdapterFiles(
-        path, config, peft_config, record, low, full, by_weight, tuner_files, tokens
+        path, config, peft_config, record, low, full, parameters_by_weight, tuner_files, tokens
     )
 
 
-def _how_to_fetch(path: str) -> str:
-    """The advice for a path that is no folder: it may be a remote address, or an adapter's id on
-    the hub."""
+def _fetch_advice(path: str) -> str:
+    """The advice for a path that is not a folder. The path may be a remote address, or the id of an
+    adapter on the Hugging Face hub."""
     if url := re.fullmatch(r"https?:/huggingface\.co/([^/]+/[^/]+).*", path):
         path = url[1]
-    if remote := re.fullmatch(r"(\w+):/(\w.*)", path):  # a Path has one of two slashes
+    if remote := re.fullmatch(r"(\w+):/(\w.*)", path):  # ``Path`` has turned "//" into "/"
         address = f"{remote[1]}://{remote[2]}"
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         address = f"hf://{path}"
     else:
         return "check the path"
-    how = f"fetch it with veneer.store.remote.pull({address!r}), which returns a folder"
+    advice = f"fetch it with veneer.store.remote.pull({address!r}), which returns a folder"
     return (
-        how if remote or url else f"check the path; if that is an id on the Hugging Face hub, {how}"
+        advice
+        if remote or url
+        else f"check the path; if that is an id on the Hugging Face hub, {advice}"
     )
 
 
 def folder_problems(path: Path) -> list[str]:
-    """The problems that keep a folder from being read: missing files, links, pickles. If a writer
-    was killed while it replaced the files, the replacement is completed first."""
+    """The problems that keep a folder from being read: missing files, links, pickles. If a process
+    was killed while it replaced the files, this function first completes the replacement."""
     if not (path / peft.CONFIG).is_file():
         recover(path.resolve())
     if not path.is_dir():
-        return [sentence(f"no folder {path}", "an adapter folder", _how_to_fetch(str(path)))]
+        return [sentence(f"no folder {path}", "an adapter folder", _fetch_advice(str(path)))]
     problems = [*pickle_problems(path), *location_problems(path, FILES)]
-    lacking = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
-    if lacking and not problems:
-        problem = f"no {' and no '.join(lacking)} in {path}"
+    missing_files = [
+        name for name in (peft.CONFIG, peft.TENSORS) if not (path / name).is_file()
+    ]
+    if missing_files and not problems:
+        problem = f"no {' and no '.join(missing_files)} in {path}"
         problems.append(
             sentence(
                 problem, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"
@@ -418,7 +436,8 @@ def folder_problems(path: Path) -> list[str]:
 
 
 def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of ``veneer.safetensors``, which must exist exactly if the record names it."""
+    """The tensors of ``veneer.safetensors``. The file must exist if the record names it, and not
+    exist otherwise."""
     if PARAMETERS not in record["hashes"]:
         if (path / PARAMETERS).exists():
             problem = f"{path / PARAMETERS}, of which the record says nothing"
@@ -440,12 +459,18 @@ def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
-    """Veneer's config for a PEFT config without a record. Unlike ``peft_config.lora_fields``, which
-    describes a new training, it keeps PEFT's names of modules and takes any start for plain LoRA:
-    the tensors alone decide what is loaded."""
+    """Veneer's config for a PEFT config without a record.
+
+    ``peft_config.lora_fields`` returns a config for a new training. This function instead describes
+    an adapter of which the tensors alone decide what is loaded: it keeps PEFT's names of modules,
+    and takes any ``init_lora_weights`` for plain LoRA."""
     flags = {name for name in ("use_rslora", "use_dora") if config.get(name)}
-    # several variants are plain LoRA to PEFT; a file without flags is plain LoRA
-    matching = (v for v in VARIANTS if {flag for flag, on in (v.peft or {}).items() if on} == flags)
+    # to PEFT, several variants are plain LoRA; a config without flags means plain LoRA itself
+    matching = (
+        variant
+        for variant in VARIANTS
+        if {flag for flag, is_on in (variant.peft or {}).items() if is_on} == flags
+    )
     variant = next(matching, None) if flags else VARIANTS["lora"]
     if variant is None:
         raise AdapterError(
@@ -463,7 +488,7 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
         targets=targets,
         train_also=config.get("modules_to_save") or (),
         variant=variant.name,
-        trainable_tokens=config.get(peft_tokens.FIELD) or (),
+        trainable_tokens=config.get(peft_tokens.INDICES_FIELD) or (),
         invocation_tokens=config.get("alora_invocation_tokens") or (),
         bias=BIASES.get(config.get("bias") or "none", "none"),
     )

@@ -1,16 +1,16 @@
-"""Match an adapter folder with a model: does it fit, was it trained on this base, and what would be
-installed?
+"""Match an adapter folder with a model: whether it fits, whether it was trained on this base, and
+what has to be installed.
 
-match(model, path, problems) -> LoadPlan        plans, adapter parameters, and parameters trained in
-                                                full
+``match(model, path, problems)`` returns a ``LoadPlan``: the plans of the changes, their adapter
+parameters, and the tensors that are trained in full. Its steps, with their files:
 
-read            the folder, without the model                           folder
-match modules   each change of the file to a weight of the model        peft_mapping
-plan            ranks and weight readers of each change
-parameters      A, B and a variant's own                                match_parameters
-plan full       the parameters that are trained in full
-complete        is there a tensor for every target?
-verify          the fingerprints of the base                            match_base
+read              read the folder, without the model                          folder
+match_modules     find the weight of the model for each change of the file    peft_mapping
+plan_low_rank     plan the rank and the weight readers of each change; read   match_parameters
+                  A, B and the variant's parameters
+plan_full         plan the parameters that are trained in full
+check_complete    check that there is a tensor for every target
+must_be_base      compare the fingerprints of the base                        match_base
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.expert_pairs import stack_experts
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
-from veneer.adapter_files.match_parameters import COPY, USE_ITS_MODEL, ParameterReader
+from veneer.adapter_files.match_parameters import COPY_ADVICE, MODEL_ADVICE, ParameterReader
 from veneer.adapter_files.peft_deviations import attention_above, deviations
 from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_at, ref_at
-from veneer.adapter_files.peft_starts import without_start
+from veneer.adapter_files.peft_starts import without_initial_product
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach import (
     ROWS,
@@ -57,29 +57,35 @@ from veneer.precision import at_least_float32
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """A folder that fits a model: its plans, its adapter parameters, and the tensors that are
-    trained in full, by module."""
+    """An adapter folder that fits a model.
 
-    saved: AdapterFiles
+    Fields:
+        adapter_files: the folder.
+        plans: what has to be installed.
+        adapter_parameters: the parameters of each low-rank change by name, by changed weight.
+        full: the tensors that are trained in full, by module path and then by name.
+    """
+
+    adapter_files: AdapterFiles
     plans: Plans
     adapter_parameters: Mapping[ParamRef, Mapping[str, Tensor]]
     full: Mapping[str, Mapping[str, Tensor]]
 
     @torch.no_grad()
     def fill(self, layer_adapters: Mapping[str, LayerAdapter]) -> None:
-        """Copy the tensors that are trained in full into installed layer adapters, by module
-        path."""
+        """Copy the tensors that are trained in full into installed layer adapters.
+        ``layer_adapters``: by module path."""
         for path, layer_adapter in layer_adapters.items():
-            targets = {**layer_adapter.full._parameters, **layer_adapter.full._buffers}
-            for key, value in self.full.get(path, {}).items():
-                targets[key].copy_(value)
+            installed_tensors = {**layer_adapter.full._parameters, **layer_adapter.full._buffers}
+            for name, tensor in self.full.get(path, {}).items():
+                installed_tensors[name].copy_(tensor)
 
 
 @dataclass
 class MatchCache:
-    """The fingerprints of a model's weights by kind, and the plans of targets. With it, further
-    adapters of the same model are verified in a fraction of the time. The model must not change in
-    between."""
+    """Results for one model that further adapters of it use: the fingerprints of its weights by
+    kind of hash, and the plans for sets of targets. Verifying these adapters takes a fraction of
+    the time. The model must not change in between."""
 
     names: Names
     fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -88,16 +94,17 @@ class MatchCache:
     def plan(
         self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
     ) -> tuple[LowRankPlan, ...]:
-        key = tuple(
+        """The plans for the targets ``specs``, from the cache if possible."""
+        cache_key = tuple(
             (ref, spec.rank, spec.alpha, repr(spec.slices), spec.module_only, spec.tokens)
             for ref, spec in specs.items()
         )
-        if key in self.plans:
-            return self.plans[key]
-        before, low = len(problems), tuple(plan_low(self.names, specs, problems))
-        if len(problems) == before:
-            self.plans[key] = low
-        return low
+        if cache_key in self.plans:
+            return self.plans[cache_key]
+        problem_count, plans = len(problems), tuple(plan_low(self.names, specs, problems))
+        if len(problems) == problem_count:
+            self.plans[cache_key] = plans
+        return plans
 
 
 def match(
@@ -109,111 +116,119 @@ def match(
     of_weights: bool = False,
     cache: MatchCache | None = None,
 ) -> LoadPlan:
-    """Verify a folder against a model, without changing the model (see ``install_from``).
+    """Verify an adapter folder against a model, without changing the model (see ``install_from``).
 
     Args:
-        problems: problems that the caller knows already; they are raised with the others.
-        of_weights: the changes are changes of weights, also where no record says it.
-        cache: earlier results for the same model; new ones are added.
+        problems: the problems that the caller found already. They are raised with all others.
+        of_weights: whether the changes are changes of weights even if no record says so, so that
+            PEFT's rules do not apply.
+        cache: earlier results for the same model; new results are added.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
-        BaseMismatchError: it was trained on a base with other weights.
+        BaseMismatchError: the adapter was trained on a base with other weights.
     """
     cache = MatchCache(Names(model)) if cache is None else cache
-    saved = stack_experts(read(path, weights_of(cache.names)), cache.names, problems)
-    folder = _Match(
-        saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights
+    adapter_files = stack_experts(read(path, weights_of(cache.names)), cache.names, problems)
+    matching = _Match(
+        adapter_files, cache.names, problems, by_peft_rules=adapter_files.record is None and not of_weights
     )
-    folder.match_modules()
-    folder.plan_low_rank(cache)
-    folder.plan_full()
-    folder.check_complete()
+    matching.match_modules()
+    matching.plan_low_rank(cache)
+    matching.plan_full()
+    matching.check_complete()
     raise_all(
         AdapterError, f"The adapter {path} does not fit this {base_class(model).__name__}", problems
     )
-    if saved.record is None:
+    if adapter_files.record is None:
         warn_foreign(path)
-        warn_module_only(path, [entry.path for entry in folder.low if entry.module_only])
+        warn_module_only(path, [plan.path for plan in matching.low_rank if plan.module_only])
     elif verify_base:
-        must_be_base(cache.names, saved, cache.fingerprints)
-    return folder.plan()
+        must_be_base(cache.names, adapter_files, cache.fingerprints)
+    return matching.load_plan()
 
 
 class _Match:
-    """The state of one match. Each step reads the attributes that the steps before it set, and adds
-    to ``problems``."""
+    """The state of one match. Each step reads the attributes that the earlier steps have set, and
+    adds to ``problems``."""
 
     def __init__(
-        self, saved: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
+        self, adapter_files: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
     ) -> None:
-        """``by_peft_rules``: another library wrote it, so that PEFT's rules give its tensors their
-        meaning."""
-        self.saved, self.names, self.problems = saved, names, problems
+        """``by_peft_rules``: whether another library wrote the folder, so that its tensors have the
+        meaning that they have in PEFT."""
+        self.adapter_files, self.names, self.problems = adapter_files, names, problems
         self.by_peft_rules = by_peft_rules
         self.layers: dict[ParamRef, peft.PeftLayer] = {}
-        #: changes of a module's output alone, as other code reads the weight directly
+        #: weights that PEFT leaves unchanged for other code that reads them, as it only changes the
+        #: output of their module
         self.module_only: set[ParamRef] = set()
-        self.low: tuple[LowRankPlan, ...] = ()
+        self.low_rank: tuple[LowRankPlan, ...] = ()
         self.adapter_parameters: dict[ParamRef, dict[str, Tensor]] = {}
         self.tokens: dict[ParamRef, peft_tokens.TokenRows] = {}
         self.full: dict[str, dict[str, Tensor]] = {}
-        #: the changes of biases (``lora_bias``), by module path
+        #: the scaled biases of ``lora_bias``, by module path
         self.biases: dict[str, Tensor] = {}
-        #: the names of the parameters in ``full``, without buffers
+        #: the names of the tensors in ``full`` that are parameters, without buffers, by module path
         self.full_names: dict[str, tuple[str, ...]] = {}
 
-    def add_problem(self, found: str, expected: str, do: str = USE_ITS_MODEL) -> None:
-        self.problems.append(sentence(found, expected, do))
+    def add_problem(self, problem: str, expected: str, do: str = MODEL_ADVICE) -> None:
+        self.problems.append(sentence(problem, expected, do))
 
     def add_missing_module(self, target_path: str, module_path: str) -> None:
-        nearby = nearest(module_path, self.names.modules)
-        problem = f"a change of {target_path!r}, which this model lacks{nearby}"
+        """Add the problem that the model has no module at ``module_path``, for a change of
+        ``target_path``."""
+        suggestion = nearest(module_path, self.names.modules)
+        problem = f"a change of {target_path!r}, which this model lacks{suggestion}"
         self.add_problem(problem, "the same modules")
 
     def match_modules(self) -> None:
-        for file_path, entry in throttle(self.saved.low.items()):
-            ref = ref_at(self.names, file_path, self.saved.peft_config)
+        """Find the weight of the model for each change and for the trained tokens of the folder."""
+        for file_path, file_layer in throttle(self.adapter_files.low.items()):
+            ref = ref_at(self.names, file_path, self.adapter_files.peft_config)
             if ref is None:
-                self.add_missing_module(entry.target_path, entry.target_path)
+                self.add_missing_module(file_layer.target_path, file_layer.target_path)
                 continue
             if ref in self.layers:
-                problem = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
+                problem = f"two changes of {parameter_path(*ref)!r} in {self.adapter_files.path}"
                 self.add_problem(problem, "one", "get the whole file again")
-            layer = self.without_bias(ref, self.with_strength(ref, file_path, entry))
+            layer = self.without_bias(ref, self.with_config_scale(ref, file_path, file_layer))
             self.layers[ref] = (
-                layer if self.saved.record is not None else self.as_change(ref, layer)
+                layer if self.adapter_files.record is not None else self.as_weight_change(ref, layer)
             )
-        # PEFT skips these silently; here a folder of another model is refused
-        for path in self.saved.left_out:
+        # PEFT skips modules that the model lacks; here the folder of another model is refused
+        for path in self.adapter_files.ignored_modules:
             if path not in self.names.modules:
                 self.add_missing_module(path, path)
-        if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
+        if self.adapter_files.tokens or self.adapter_files.peft_config.get(peft_tokens.INDICES_FIELD):
             self.tokens = saved_token_rows.match_tokens(
-                self.names, self.saved, self.problems, self.by_peft_rules
+                self.names, self.adapter_files, self.problems, self.by_peft_rules
             )
 
-    def with_strength(self, ref: ParamRef, file_path: str, entry: peft.PeftLayer) -> peft.PeftLayer:
-        """The change with the rank, alpha and scale that the config gives to this weight. A change
-        that PEFT would not apply as a change of the weight is a problem."""
-        names, config = self.names, self.saved.peft_config
-        parameter = means_parameter(names, ref, config)
-        nested = (
+    def with_config_scale(self, ref: ParamRef, file_path: str, file_layer: peft.PeftLayer) -> peft.PeftLayer:
+        """The change with the rank, alpha and scale that the config gives to this weight. It adds a
+        problem if PEFT would apply the change in another way than to the weight."""
+        names, config = self.names, self.adapter_files.peft_config
+        is_parameter = means_parameter(names, ref, config)
+        attention_path = (
             attention_above(names, ref) if peft_paths.attention_of(file_path) is not None else None
         )
         module = names.modules[ref[0]]
-        several = len(kind_for(module, ref[1]).weights(module)) > 1
-        config_path = (
-            parameter_path(*ref) if parameter or several else ref[0] if nested is None else nested
-        )
-        rank, alpha, scale = peft_paths.strength(config, config_path)
+        has_several_weights = len(kind_for(module, ref[1]).weights(module)) > 1
+        if is_parameter or has_several_weights:
+            config_path = parameter_path(*ref)
+        else:
+            config_path = ref[0] if attention_path is None else attention_path
+        rank, alpha, scale = peft_paths.rank_alpha_scale(config, config_path)
         if self.by_peft_rules:
-            past, reason = deviations(names, ref, entry, parameter, self.saved.tuner, nested)
-            if past is not None and has_forward(module):
+            reader_reason, reason = deviations(
+                names, ref, file_layer, is_parameter, self.adapter_files.tuner, attention_path
+            )
+            if reader_reason is not None and has_forward(module):
                 self.module_only.add(ref)
-            elif past is not None:
-                reason = past
-            if nested is not None:
+            elif reader_reason is not None:
+                reason = reader_reason
+            if attention_path is not None:
                 alpha, scale = (
                     peft_behaviour.OUT_PROJ_REPEATS * alpha,
                     peft_behaviour.OUT_PROJ_REPEATS * scale,
@@ -221,15 +236,16 @@ class _Match:
                 reason = peft_behaviour.out_proj_problem(config) if reason is None else reason
             if reason is not None:
                 problem = (
-                    f"a change of {entry.target_path!r} that PEFT applies in another way: {reason}"
+                    f"a change of {file_layer.target_path!r} that PEFT applies in another way:"
+                    f" {reason}"
                 )
                 self.add_problem(problem, "a change of the weight", "use PEFT for it")
-        return replace(entry, rank=rank, alpha=alpha, scale=scale)
+        return replace(file_layer, rank=rank, alpha=alpha, scale=scale)
 
     def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """The change without the bias beside its B (``lora_bias``), which ``add_biases`` adds to
-        the bias of the module."""
-        if self.saved.peft_config.get("lora_bias") is not True:
+        """The change without the bias of ``lora_bias``. ``add_biases`` adds this bias to the
+        module's bias instead."""
+        if self.adapter_files.peft_config.get("lora_bias") is not True:
             return layer
         extras = dict(layer.extras)
         bias = extras.pop(peft.LORA_BIAS, None)
@@ -259,61 +275,62 @@ class _Match:
         return replace(layer, extras=extras)
 
     def add_biases(self) -> None:
-        """Add the biases of ``lora_bias`` to the parameters that are trained in full."""
+        """Add the biases of ``lora_bias`` to the tensors that are trained in full."""
         for path, bias in self.biases.items():
-            full, module_bias = (
+            module_full, module_bias = (
                 self.full.setdefault(path, {}),
                 self.names.modules[path]._parameters["bias"],
             )
-            trained_bias = full.get("bias", module_bias)
+            trained_bias = module_full.get("bias", module_bias)
             total = (
                 bias
                 if trained_bias is None
                 else trained_bias.detach().to("cpu", torch.float64) + bias
             )
-            full["bias"] = total.to(
+            module_full["bias"] = total.to(
                 at_least_float32(total.dtype if module_bias is None else module_bias.dtype)
             )
 
-    def as_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """A change from another library's folder as a change of the unchanged base, with a rank of
-        at most min(out, in): PEFT changes some bases when it loads a folder, and takes any rank."""
-        if peft_fields.starts_from_base(self.saved.peft_config):
-            kind = kind_for(self.names.modules[ref[0]], ref[1]).name
-            low = without_start(self.names, ref, kind, self.saved.peft_config, layer)
-            if isinstance(low, str):
+    def as_weight_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
+        """The change of another library's folder as a change of the unchanged base, with a rank of
+        at most min(out, in). PEFT changes the base for some initialisations as it loads, and
+        accepts any rank."""
+        if peft_fields.changes_base_at_load(self.adapter_files.peft_config):
+            kind_name = kind_for(self.names.modules[ref[0]], ref[1]).name
+            product = without_initial_product(self.names, ref, kind_name, self.adapter_files.peft_config, layer)
+            if isinstance(product, str):
                 self.add_problem(
-                    f"{layer.target_path!r}: {low}",
+                    f"{layer.target_path!r}: {product}",
                     "a change of the base",
                     "let PEFT convert it when it saves",
                 )
                 return layer
-            layer = self.as_product(layer, low)
+            layer = self.with_product(layer, product)
         A, B = layer.A, layer.B
-        fits = not (A.numel() and B.numel()) or layer.rank <= min(
+        is_rank_small = not (A.numel() and B.numel()) or layer.rank <= min(
             A.numel() // len(A), B.numel() // B.shape[1]
         )
-        if fits or layer.low.rank != layer.rank:
+        if is_rank_small or layer.low.rank != layer.rank:
             return layer
-        return self.as_product(layer, layer.low.thin())
+        return self.with_product(layer, layer.low.thin())
 
-    def as_product(self, layer: peft.PeftLayer, low: LowRank) -> peft.PeftLayer:
-        """The change with another product, and with the alpha that gives its scale under the
-        config's rule."""
-        rooted = self.saved.peft_config.get("use_rslora")
-        alpha = low.scale * (math.sqrt(low.rank) if rooted else low.rank)
-        return replace(layer.with_low(low), alpha=alpha, extras=layer.extras)
+    def with_product(self, layer: peft.PeftLayer, product: LowRank) -> peft.PeftLayer:
+        """The change with another product, and with the alpha that gives the scale of this product
+        by the rule of the config."""
+        is_rslora = self.adapter_files.peft_config.get("use_rslora")
+        alpha = product.scale * (math.sqrt(product.rank) if is_rslora else product.rank)
+        return replace(layer.with_low(product), alpha=alpha, extras=layer.extras)
 
     def plan_low_rank(self, cache: MatchCache) -> None:
-        """Plan every change by the record, or by the file if there is no record, and read its
-        adapter parameters."""
-        saved, layers = self.saved, self.layers
-        recorded = saved.metadata.get("changes")
-        if recorded is None:
-            tuner_sizes = {} if saved.tuner is None else saved.tuner.sizes
+        """Plan every change by the record, or by the file if there is no record. Then read the
+        adapter parameters of each planned weight."""
+        adapter_files, layers = self.adapter_files, self.layers
+        recorded_changes = adapter_files.metadata.get("changes")
+        if recorded_changes is None:
+            tuner_sizes = {} if adapter_files.tuner is None else adapter_files.tuner.sizes
             sizes = {
-                ref: tuner_sizes.get(parameter_path(*ref), (entry.rank, entry.alpha))
-                for ref, entry in layers.items()
+                ref: tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha))
+                for ref, layer in layers.items()
             }
             module_only = self.module_only
             specs = {
@@ -321,134 +338,140 @@ class _Match:
                 for ref, (rank, alpha) in sizes.items()
             }
         else:
-            specs = self.specs_from_record(recorded)
-        for owner, tokens in self.tokens.items():
-            specs[owner] = replace(specs.get(owner, TargetSpec(0, 1.0)), tokens=tokens.ids)
-        self.low = cache.plan(specs, self.problems)
-        reader = ParameterReader(saved, self.names, layers, self.problems)
+            specs = self.specs_from_record(recorded_changes)
+        for ref, tokens in self.tokens.items():
+            specs[ref] = replace(specs.get(ref, TargetSpec(0, 1.0)), tokens=tokens.ids)
+        self.low_rank = cache.plan(specs, self.problems)
+        reader = ParameterReader(adapter_files, self.names, layers, self.problems)
         self.adapter_parameters = {
-            entry.ref: (reader.read(entry) if entry.rank else {}) | self.rows_of(entry)
-            for entry in throttle(self.low)
+            plan.ref: (reader.read(plan) if plan.rank else {}) | self.rows_of(plan)
+            for plan in throttle(self.low_rank)
         }
-        if recorded is not None:
-            planned = {ref for entry in self.low for ref in entry.holders} | set(specs)
-            unknown = [parameter_path(*ref) for ref in layers if ref not in planned]
-            unknown += sorted(saved.adapter_parameters.keys() - recorded.keys())
-            if unknown:
-                problem = f"changes that the record does not know: {listing(unknown)}"
-                self.add_problem(problem, "the files as they were saved", COPY)
+        if recorded_changes is not None:
+            planned_refs = {ref for plan in self.low_rank for ref in plan.holders} | set(specs)
+            unrecorded_paths = [parameter_path(*ref) for ref in layers if ref not in planned_refs]
+            unrecorded_paths += sorted(adapter_files.adapter_parameters.keys() - recorded_changes.keys())
+            if unrecorded_paths:
+                problem = f"changes that the record does not know: {listing(unrecorded_paths)}"
+                self.add_problem(problem, "the files as they were saved", COPY_ADVICE)
 
-    def rows_of(self, entry: LowRankPlan) -> dict[str, Tensor]:
-        """The trained token rows of one planned weight, under their parameter name; empty if it
-        has none."""
-        tokens = self.tokens.get(entry.ref)
-        if self.saved.record is not None and saved_token_rows.differs_from_record(
-            self.saved, entry.full_path, tokens
+    def rows_of(self, plan: LowRankPlan) -> dict[str, Tensor]:
+        """The trained token rows of one planned weight, under the name of their parameter; empty if
+        the weight has none."""
+        tokens = self.tokens.get(plan.ref)
+        if self.adapter_files.record is not None and saved_token_rows.differs_from_record(
+            self.adapter_files, plan.full_path, tokens
         ):
             self.add_problem(
-                f"other trained tokens of {entry.full_path!r} than its record says",
+                f"other trained tokens of {plan.full_path!r} than its record says",
                 "the same",
-                COPY,
+                COPY_ADVICE,
             )
         return {} if tokens is None else {ROWS: tokens.rows}
 
     def specs_from_record(self, changes: Mapping[str, Any]) -> dict[ParamRef, TargetSpec]:
-        """The target specs of the changes in a record, by weight."""
+        """The target specs for the changes in a record, by weight."""
         specs: dict[ParamRef, TargetSpec] = {}
         for weight_path, change in changes.items():
-            module_path, _, name = weight_path.rpartition(".")
+            module_path, _, parameter_name = weight_path.rpartition(".")
             path = self.names.canonical.get(module_path)
-            if path is None or name not in own_parameters(self.names.modules[path]):
+            if path is None or parameter_name not in own_parameters(self.names.modules[path]):
                 self.add_missing_module(weight_path, module_path)
             else:
                 module_only, rows = change.get("module_only", False), change.get("rows")
-                specs[path, name] = TargetSpec(
+                specs[path, parameter_name] = TargetSpec(
                     change["rank"], change["alpha"], rows, module_only=module_only
                 )
         return specs
 
     def plan_full(self) -> None:
-        """Check the tensors that are trained in full against the modules of the model."""
+        """Check the tensors that are trained in full against the modules of the model, and complete
+        the plans."""
         names = self.names
-        for file_path, tensors in self.saved.full.items():
+        for file_path, tensors in self.adapter_files.full.items():
             self.full.setdefault(module_at(names, file_path), {}).update(tensors)
-        for entry in self.low:
-            self.take_base_weight(entry)
+        for plan in self.low_rank:
+            self.remove_base_weight(plan)
         self.add_biases()
         for path, tensors in self.full.items():
             module = names.modules.get(path)
             module_tensors = {**module._parameters, **module._buffers} if module is not None else {}
-            for key, tensor in tensors.items():
-                if key == "bias" and path in self.biases and module_tensors[key] is None:
-                    continue  # of a layer without one
-                if module_tensors.get(key) is None:
-                    problem = f"a tensor for {path}.{key}, which this model lacks"
+            for name, tensor in tensors.items():
+                if name == "bias" and path in self.biases and module_tensors[name] is None:
+                    continue  # ``lora_bias`` adds a bias to a layer that has none
+                if module_tensors.get(name) is None:
+                    problem = f"a tensor for {path}.{name}, which this model lacks"
                     self.add_problem(problem, "the same modules", "use its model")
-                elif module_tensors[key].shape != tensor.shape:
-                    problem = f"{path}.{key} of shape {tuple(tensor.shape)}"
+                elif module_tensors[name].shape != tensor.shape:
+                    problem = f"{path}.{name} of shape {tuple(tensor.shape)}"
                     self.add_problem(
                         problem,
-                        f"{tuple(module_tensors[key].shape)}",
+                        f"{tuple(module_tensors[name].shape)}",
                         "use the model that it was trained on",
                     )
             if module is not None:
-                self.full_names[path] = tuple(key for key in tensors if key in module._parameters)
-        buffers = frozenset(
+                self.full_names[path] = tuple(name for name in tensors if name in module._parameters)
+        modules_with_buffers = frozenset(
             path
             for path, tensors in self.full.items()
             if path in names.modules and names.modules[path]._buffers.keys() & tensors
         )
         self.plans = complete_plans(
             names,
-            self.saved.config,
-            self.low,
+            self.adapter_files.config,
+            self.low_rank,
             self.full_names,
             self.problems,
-            full_modules=buffers,
+            full_modules=modules_with_buffers,
             split_ties=names.split_ties(self.full),
         )
 
-    def take_base_weight(self, entry: LowRankPlan) -> None:
+    def remove_base_weight(self, plan: LowRankPlan) -> None:
         """Remove the frozen weight of an adapted embedding or head from ``full``, where PEFT saves
         it (``save_embedding_layers``), and check that the model has the same weight."""
-        weight = weight_of(self.names.modules[entry.path], entry.weight)
-        for holder, name in entry.holders:
-            written = self.full.get(holder, {}).pop(name, None)
-            trained = entry.tokens or ()  # the base's values of these rows do not matter
-            dense = entry.storage.dense(weight)
-            if written is not None and fingerprint_without_rows(
-                written, trained
-            ) != fingerprint_without_rows(dense, trained):
-                problem = f"another weight of {holder!r} in {self.saved.path} than in this model"
+        weight = weight_of(self.names.modules[plan.path], plan.weight)
+        for module_path, name in plan.holders:
+            saved_weight = self.full.get(module_path, {}).pop(name, None)
+            trained_rows = plan.tokens or ()  # the adapter replaces these rows of the base
+            dense = plan.storage.dense(weight)
+            if saved_weight is not None and fingerprint_without_rows(
+                saved_weight, trained_rows
+            ) != fingerprint_without_rows(dense, trained_rows):
+                path = self.adapter_files.path
+                problem = f"another weight of {module_path!r} in {path} than in this model"
                 raise BaseMismatchError(
                     problem, "the base that it was trained on", "load that base"
                 )
 
     def check_complete(self) -> None:
         """Check that a folder without a record has a tensor for every target of its config, as its
-        file may have been cut short at a tensor."""
-        if self.saved.record is not None:
+        file may have been truncated behind a tensor."""
+        if self.adapter_files.record is not None:
             return
-        names, config = self.names, self.saved.peft_config
-        modules = {
-            path: kind.weight
+        names, config = self.names, self.adapter_files.peft_config
+        weight_names = {
+            path: layer_kind.weight
             for path, module in names.modules.items()
-            if (kind := kind_of(module)) is not None
+            if (layer_kind := kind_of(module)) is not None
         }
-        expected = {
-            (path, modules[path]) for path in peft_paths.expected_paths(config, modules) or ()
+        expected_refs = {
+            (path, weight_names[path])
+            for path in peft_paths.expected_paths(config, weight_names) or ()
         }
-        expected = {ref for ref in expected if weight_of(names.modules[ref[0]], ref[1]) is not None}
-        expected |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
-        lacking = sorted(parameter_path(*ref) for ref in expected - self.layers.keys())
-        # the tuner trains its layers in full
-        if self.saved.tuner is not None and self.saved.tuner.trains_in_full:
-            meant = peft_paths.expected_paths(self.saved.tuner.source, names.modules) or set()
-            lacking += sorted(path for path in meant if not self.full.get(names.canonical[path]))
-        if lacking:
+        expected_refs = {ref for ref in expected_refs if weight_of(names.modules[ref[0]], ref[1]) is not None}
+        expected_refs |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
+        missing_paths = sorted(parameter_path(*ref) for ref in expected_refs - self.layers.keys())
+        # a tuner that trains its layers in full has no low-rank tensors for them
+        if self.adapter_files.tuner is not None and self.adapter_files.tuner.trains_in_full:
+            source_config = self.adapter_files.tuner.source
+            full_paths = peft_paths.expected_paths(source_config, names.modules) or ()
+            missing_paths += sorted(
+                path for path in full_paths if not self.full.get(names.canonical[path])
+            )
+        if missing_paths:
             self.add_problem(
-                f"no tensors for {listing(lacking)}", "those of every target", "get the whole file"
+                f"no tensors for {listing(missing_paths)}", "those of every target", "get the whole file"
             )
 
-    def plan(self) -> LoadPlan:
-        return LoadPlan(self.saved, self.plans, self.adapter_parameters, self.full)
+    def load_plan(self) -> LoadPlan:
+        return LoadPlan(self.adapter_files, self.plans, self.adapter_parameters, self.full)

@@ -1,31 +1,31 @@
 """The model card: the README.md of an adapter folder, for people and for the Hugging Face hub.
 
     ---
-    front matter: one JSON value a line, which is YAML too, so that no YAML library is needed to
-        write it
+    front matter: lines "key: JSON value", which are YAML too, so that writing them needs no library
     ---
-    what it is, its base, data, training, metrics, licence, how to load and how to verify it
-    <!-- … -->
+    the sections: what the adapter is, its base, data, training, metrics, licence, how to load and
+    verify it
+    <!-- NOTES_MARKER -->
     notes of people
 
-The card is generated from PEFT's config and Veneer's record; facts that these lack are left out or
-"not stated". No code reads the card, so people may edit it. Saving again rewrites the text above
-the last line of the template and keeps the notes below it; a card without that line was written by
-somebody else and is kept unchanged.
+The card is generated from PEFT's config and Veneer's record. Facts that both lack are left out, or
+the card calls them "not stated". No code reads the card, so people may edit it. Saving the adapter
+again rewrites the text above NOTES_MARKER and keeps the notes below. A card without this line was
+written by somebody else and is kept unchanged.
 
 The card reads these keys of ``provenance``, all of them optional:
 
-    title, description  str           the heading; a paragraph of Markdown below it
+    title, description  str           the heading; a paragraph of Markdown below the heading
     license             str           as the hub spells it ("apache-2.0"), or any other words
     language            str | [str]   two-letter codes
-    datasets            [str]         hub ids, besides the one of ``config``
-    config              {name: value} how it was trained; ``data`` and ``eval_data`` in it name the
-                        data
+    datasets            [str]         hub ids of data sets, besides the data in ``config``
+    config              {name: value} the settings of the training; ``data`` and ``eval_data`` among
+                                      them name the data
     data                {name: hash}  hashes of the data
-    metrics             {name: value} those that begin with "eval_" go into the front matter too
-    finished            str           when
+    metrics             {name: value} metrics that begin with "eval_" are in the front matter, too
+    finished            str           the time at which the training ended
 
-``veneer train`` gives the last four. Format: https://huggingface.co/docs/hub/model-cards
+``veneer train`` gives the last four keys. Format: https://huggingface.co/docs/hub/model-cards
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ from veneer.errors import escape_controls
 from veneer.fileio.hashing import hash_json
 from veneer.formats import peft, vllm
 
+#: the file name of the card
 NAME = "README.md"
-LINE = (
+#: the last generated line of a card; people may write notes below it
+NOTES_MARKER = (
     "<!-- Saving the adapter again keeps what stands below this line, and writes anew what stands"
     " above. -->"
 )
+#: the code in an example for a base that the card does not know
 UNKNOWN = "...  # the base"
 _DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-# settings of a run that other sections of the card show, or that matter on the training machine
-# alone
+# settings of a run that other sections of the card show, or that concern only the run's machine
 _ELSEWHERE = {
     "base",
     "data",
@@ -76,19 +78,19 @@ def card(
     Args:
         peft_config: the fields of ``adapter_config.json``.
         record: Veneer's record (``AdapterFiles.record``); None for an adapter of another library.
-        shapes: the shapes of the tensors in PEFT's file, by name, from which the card tells whether
-            vLLM can load it.
+        shapes: the shapes of the tensors in PEFT's file by name, by which the card tells whether
+            vLLM can load the adapter.
     """
     return _Card(peft_config, record or {}, shapes or {}).text()
 
 
-def renew_card(new: str, old: str | None) -> str:
-    """The card ``new`` with the notes below the last line of the template in ``old``; ``old``
-    itself if it lacks that line."""
-    if old is None:
-        return new
-    _, line, notes = old.partition(LINE)
-    return new.rstrip("\n") + notes if line else old
+def renew_card(new_card: str, old_card: str | None) -> str:
+    """``new_card`` with the notes of ``old_card``, the text below NOTES_MARKER. If ``old_card`` has
+    no such line, it is returned unchanged."""
+    if old_card is None:
+        return new_card
+    _, marker, notes = old_card.partition(NOTES_MARKER)
+    return new_card.rstrip("\n") + notes if marker else old_card
 
 
 class _Card:
@@ -105,37 +107,45 @@ class _Card:
             _parse_provenance(record),
         )
         self.base = record.get("base", {})
-        named = config.get("base_model_name_or_path")
-        self.base_name = self.base.get("name") or named
+        config_base = config.get("base_model_name_or_path")
+        self.base_name = self.base.get("name") or config_base
         self.variant = record.get("config", {}).get("variant", "lora")
         self.title = self.provenance["title"] or (
-            "LoRA adapter" + (f" for {_display_name(named)}" if named else "")
+            "LoRA adapter" + (f" for {_display_name(config_base)}" if config_base else "")
         )
         self.data, self.eval_data = (
             self.provenance["config"].get("data"),
             self.provenance["config"].get("eval_data"),
         )
-        # transformers' class of a base that reads images, sounds or an encoder's sequence
-        name = str(self.base.get("architecture"))
-        self.family = (
-            name if name.isidentifier() and name.endswith("ForConditionalGeneration") else None
+        # the class in transformers of a base that reads images, sounds or the input of an encoder
+        architecture = str(self.base.get("architecture"))
+        self.multimodal_class = (
+            architecture
+            if architecture.isidentifier() and architecture.endswith("ForConditionalGeneration")
+            else None
         )
-        self.generates = config.get("task_type") == "CAUSAL_LM" and self.family is None
-        kind = str(config.get("peft_type"))
-        self.not_peft = "" if kind == "LORA" else kind.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
+        self.is_language_model = (
+            config.get("task_type") == "CAUSAL_LM" and self.multimodal_class is None
+        )
+        peft_type = str(config.get("peft_type"))
+        self.not_peft_reason = (
+            ""
+            if peft_type == "LORA"
+            else peft_type.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
+        )
 
     def text(self) -> str:
         sections = {
-            "Base": self.of_base(),
-            "Data": self.of_data(),
+            "Base": self.describe_base(),
+            "Data": self.describe_data(),
             "Training": _table("setting", self.settings()),
             "Metrics": _table("metric", self.provenance["metrics"]),
             "Licence": (
                 f"{_line(self.provenance['license'] or 'Not stated')}. The base model has a licence"
                 " of its own."
             ),
-            "Use": "\n\n".join(self.use()),
-            "Verify": self.verification(),
+            "Use": "\n\n".join(self.usage()),
+            "Verify": self.describe_verification(),
         }
         body = [
             f"# {_line(self.title)}",
@@ -146,43 +156,43 @@ class _Card:
         return (
             f"---\n{front_matter(self.metadata())}---\n\n"
             + "\n\n".join(filter(None, body))
-            + f"\n\n{LINE}\n"
+            + f"\n\n{NOTES_MARKER}\n"
         )
 
     def metadata(self) -> dict[str, Any]:
-        base = _hub_id(self.base_name)
+        base_id = _hub_id(self.base_name)
         datasets = map(_hub_id, (*self.provenance["datasets"], self.data, self.eval_data))
         metadata = {
-            "library_name": "veneer" if self.not_peft else "peft",
-            "base_model": base,
-            "base_model_relation": "adapter" if base else None,
-            "pipeline_tag": "text-generation" if self.generates else None,
+            "library_name": "veneer" if self.not_peft_reason else "peft",
+            "base_model": base_id,
+            "base_model_relation": "adapter" if base_id else None,
+            "pipeline_tag": "text-generation" if self.is_language_model else None,
             "tags": list(
                 dict.fromkeys(["lora", *(["veneer"] if self.record else []), self.variant])
             ),
             "language": self.provenance["language"],
             "datasets": list(dict.fromkeys(filter(None, datasets))),
-            **_licence(self.provenance["license"]),
+            **_licence_fields(self.provenance["license"]),
             "model-index": self.model_index(),
         }
         return {key: value for key, value in metadata.items() if value}
 
     def model_index(self) -> list[dict[str, Any]]:
         data = self.eval_data or self.data
-        measured = [
+        eval_metrics = [
             {"type": name.removeprefix("eval_"), "name": name, "value": value}
             for name, value in self.provenance["metrics"].items()
             if name.startswith("eval_") and type(value) in (int, float) and math.isfinite(value)
         ]
-        if not measured or not data or not self.generates:
+        if not eval_metrics or not data or not self.is_language_model:
             return []
         dataset = {"name": _display_name(data), "type": _hub_id(data) or "private"}
-        results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}]
+        results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": eval_metrics}]
         return [{"name": self.title, "results": results}]
 
     def summary(self) -> str:
         paths = self.record.get("changes", {})
-        kinds = Counter(".".join(path.split(".")[-2:]).removesuffix(".weight") for path in paths)
+        module_counts = Counter(".".join(path.split(".")[-2:]).removesuffix(".weight") for path in paths)
         ranks = sorted({self.config["r"], *(self.config.get("rank_pattern") or {}).values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         text = (
@@ -192,12 +202,12 @@ class _Card:
         )
         if tokens := self.config.get("alora_invocation_tokens"):
             text += f" It acts on the tokens from its invocation {_code(tokens)} on (aLoRA)."
-        if kinds:
-            listed = [f"{_code(kind)} × {count}" for kind, count in kinds.items()]
-            text += f" It changes {len(paths)} weights: {_abbreviate(listed, 24)}."
+        if module_counts:
+            counted_modules = [f"{_code(name)} × {count}" for name, count in module_counts.items()]
+            text += f" It changes {len(paths)} weights: {_abbreviate(counted_modules, 24)}."
         return text
 
-    def of_base(self) -> str:
+    def describe_base(self) -> str:
         base, text = self.base, _code(self.base_name) if self.base_name else "Not stated"
         if base.get("architecture"):
             text += f", a {_code(base['architecture'])}"
@@ -208,19 +218,21 @@ class _Card:
                 f"{_code(hash_json(base['weights'])[:32])}. Veneer refuses another base."
             )
         if base.get("rest"):
-            unchanged = "tensors that the adapter does not change: norms, embeddings, heads"
-            text += f" It also compares {len(base['rest'])} {unchanged}."
+            unchanged_text = "tensors that the adapter does not change: norms, embeddings, heads"
+            text += f" It also compares {len(base['rest'])} {unchanged_text}."
         if base.get("fresh"):
-            lost = _abbreviate([_code(name) for name in base["fresh"]], 8)
+            fresh_names = _abbreviate([_code(name) for name in base["fresh"]], 8)
             text += (
                 "\n\nParameters that were random as it was trained, and that no file holds:"
-                f" {lost}."
+                f" {fresh_names}."
             )
         return text
 
-    def of_data(self) -> str:
-        named = {"trained on": self.data, "evaluated on": self.eval_data}
-        lines = [f"- {label} {_code(_display_name(data))}" for label, data in named.items() if data]
+    def describe_data(self) -> str:
+        data_by_use = {"trained on": self.data, "evaluated on": self.eval_data}
+        lines = [
+            f"- {label} {_code(_display_name(data))}" for label, data in data_by_use.items() if data
+        ]
         lines += [f"- {_code(name)}" for name in self.provenance["datasets"]]
         lines += [
             f"- hash of {_line(name)}: {_code(value)}"
@@ -230,8 +242,8 @@ class _Card:
         return "\n".join(lines) or "Not stated."
 
     def settings(self) -> dict[str, Any]:
-        trained = self.provenance["config"] or self.record.get("config") or {}
-        nonempty = {name: value for name, value in trained.items() if value not in (None, [], "")}
+        config = self.provenance["config"] or self.record.get("config") or {}
+        nonempty = {name: value for name, value in config.items() if value not in (None, [], "")}
         settings = {name: value for name, value in nonempty.items() if name not in _ELSEWHERE}
         settings = settings or {"rank": self.config["r"], "alpha": self.config["lora_alpha"]}
         return {
@@ -239,41 +251,42 @@ class _Card:
             **({"finished": self.provenance["finished"]} if self.provenance["finished"] else {}),
         }
 
-    def use(self) -> Iterator[str]:
-        name = self.base_name if self.family or self.generates else None
-        plain = (
-            name
-            if name and not name.startswith("package:") and not name.endswith(".gguf")
+    def usage(self) -> Iterator[str]:
+        base_name = self.base_name if self.multimodal_class or self.is_language_model else None
+        transformers_name = (
+            base_name
+            if base_name
+            and not base_name.startswith("package:")
+            and not base_name.endswith(".gguf")
             else None
         )
-        loader = self.family or "AutoModelForCausalLM"
-        by_transformers = [f"from transformers import {loader}"] if plain else []
-        from_transformers = (
-            f"model = {f'{loader}.from_pretrained({_quote(plain)})' if plain else UNKNOWN}"
-        )
-        ours, by_ours = from_transformers, by_transformers
-        if name and not self.family:
-            ours, by_ours = (
-                f"model = load_base({_quote(name)}).model",
+        loader = self.multimodal_class or "AutoModelForCausalLM"
+        transformers_import = [f"from transformers import {loader}"] if transformers_name else []
+        load_call = f"{loader}.from_pretrained({_quote_string(transformers_name)})"
+        transformers_code = f"model = {load_call if transformers_name else UNKNOWN}"
+        veneer_code, veneer_import = transformers_code, transformers_import
+        if base_name and not self.multimodal_class:
+            veneer_code, veneer_import = (
+                f"model = load_base({_quote_string(base_name)}).model",
                 ["from veneer.models import load_base"],
             )
-        yield _python(["import veneer", *by_ours], ours, 'veneer.load(model, ".")  # this folder')
-        if self.not_peft:
-            yield f"PEFT and vLLM cannot load it: {_line(self.not_peft)}."
+        yield _python_block(["import veneer", *veneer_import], veneer_code, 'veneer.load(model, ".")  # this folder')
+        if self.not_peft_reason:
+            yield f"PEFT and vLLM cannot load it: {_line(self.not_peft_reason)}."
             return
-        by_peft = ["from peft import PeftModel", *by_transformers]
-        yield _python(by_peft, from_transformers, 'model = PeftModel.from_pretrained(model, ".")')
-        reasons = list(self.not_vllm())
+        peft_import = ["from peft import PeftModel", *transformers_import]
+        yield _python_block(peft_import, transformers_code, 'model = PeftModel.from_pretrained(model, ".")')
+        reasons = list(self.vllm_problems())
         if reasons:
             yield f"vLLM cannot serve it: {'; '.join(reasons)}."
             return
         rank = next(rank for rank in vllm.RANKS if rank >= vllm.largest_rank(self.config))
         options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter=."
-        yield f"```console\nvllm serve {shlex.quote(plain or 'BASE')} {options}\n```"
+        yield f"```console\nvllm serve {shlex.quote(transformers_name or 'BASE')} {options}\n```"
         yield "vLLM decides by the architecture of the base which of its layers may have adapters."
 
-    def not_vllm(self) -> Iterator[str]:
-        if not self.generates:
+    def vllm_problems(self) -> Iterator[str]:
+        if not self.is_language_model:
             yield "it serves language models"
         if self.config.get("target_parameters"):
             yield "it adapts modules, not single parameters"
@@ -281,7 +294,7 @@ class _Card:
             yield "it does not read transposed layers"
         yield from vllm.problems(self.config, self.shapes, shapes=self.shapes)
 
-    def verification(self) -> str:
+    def describe_verification(self) -> str:
         if not self.record:
             return "Another library wrote it: there is nothing to verify it by."
         text = (
@@ -295,46 +308,46 @@ class _Card:
 
 
 def front_matter(metadata: Mapping[str, Any]) -> str:
-    """Lines ``key: value`` of YAML, each value as JSON that YAML 1.1 reads alike: floats have a
-    point, and characters that YAML forbids are escaped."""
-    return "".join(f"{key}: {_flow(value)}\n" for key, value in metadata.items())
+    """Lines ``key: value`` of YAML. Each value is JSON that YAML 1.1 reads alike: a float has a
+    decimal point, and characters that YAML forbids are escaped."""
+    return "".join(f"{key}: {_yaml_value(value)}\n" for key, value in metadata.items())
 
 
-def _flow(value: Any) -> str:
+def _yaml_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return (
             "{"
-            + ", ".join(f"{_flow(str(key))}: {_flow(item)}" for key, item in value.items())
+            + ", ".join(f"{_yaml_value(str(key))}: {_yaml_value(member)}" for key, member in value.items())
             + "}"
         )
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return "[" + ", ".join(map(_yaml_value, value)) + "]"
     if isinstance(value, float):
         text = repr(value)
         return text if "." in text else text.replace("e", ".0e")
     text = json.dumps(value, ensure_ascii=False)
     return re.sub(
         "[\x7f-\xa0\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]",
-        lambda m: f"\\u{ord(m[0]):04x}",
+        lambda match: f"\\u{ord(match[0]):04x}",
         text,
     )
 
 
-def _licence(words: str) -> dict[str, str]:
-    """The hub's fields of a licence: a word of its list, or "other" with a free name."""
-    if not words:
+def _licence_fields(text: str) -> dict[str, str]:
+    """The hub's fields for a licence: one word, as the hub spells it, or "other" with a name."""
+    if not text:
         return {}
-    if re.fullmatch(r"[a-z][a-z0-9.+-]*", words.lower()):
-        return {"license": words.lower()}
+    if re.fullmatch(r"[a-z][a-z0-9.+-]*", text.lower()):
+        return {"license": text.lower()}
     return {
         "license": "other",
-        "license_name": re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-"),
+        "license_name": re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-"),
     }
 
 
 def _parse_provenance(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a provenance that a card reads. A provenance may hold anything: values of another
-    type count as missing."""
+    """The keys of a provenance that the card reads. A provenance may hold any values; values of
+    another type than the expected one count as missing."""
     provenance = record.get("provenance", {})
     fields: dict[str, Any] = {}
     for key in ("title", "description", "license", "finished"):
@@ -349,15 +362,15 @@ def _parse_provenance(record: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _table(head: str, values: Mapping[str, Any]) -> str:
+def _table(column_name: str, values: Mapping[str, Any]) -> str:
     rows = [
-        f"| {_code(name).replace('|', chr(92) + '|')} | {_cell(value)} |"
+        f"| {_code(name).replace('|', chr(92) + '|')} | {_format_cell(value)} |"
         for name, value in values.items()
     ]
-    return "\n".join([f"| {head} | value |", "|---|---|", *rows]) if rows else ""
+    return "\n".join([f"| {column_name} | value |", "|---|---|", *rows]) if rows else ""
 
 
-def _python(imports: list[str], *lines: str) -> str:
+def _python_block(imports: list[str], *lines: str) -> str:
     return "\n".join(["```python", *imports, "", *lines, "```"])
 
 
@@ -366,40 +379,40 @@ def _abbreviate(words: list[str], limit: int) -> str:
 
 
 def _hub_id(name: Any) -> str | None:
-    """The name if it looks like a hub repository: "owner/name", and no such path exists here."""
+    """The name if it looks like a repository on the hub, "owner/name", and no file has this path."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         return None
     return None if name.endswith((*_DATA_FILES, ".gguf")) or Path(name).exists() else name
 
 
 def _display_name(name: Any) -> str:
-    """A hub id unchanged; for a path its last part, since the rest describes one machine."""
+    """A hub id unchanged. Of a path, the last segment only, since the others depend on a machine."""
     return str(name) if _hub_id(name) else Path(str(name)).name or str(name)
 
 
 def _paragraphs(text: str) -> str:
-    """Markdown from users, without the line that separates the notes."""
-    return escape_controls(text.replace("\r\n", "\n").replace(LINE, "").strip())
+    """Markdown text from users, without the line NOTES_MARKER."""
+    return escape_controls(text.replace("\r\n", "\n").replace(NOTES_MARKER, "").strip())
 
 
-def _line(words: Any) -> str:
-    """Text from users on one line, with the special characters of Markdown and HTML escaped."""
-    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(escape_controls(str(words)).split()))
+def _line(value: Any) -> str:
+    """Text from users on one line. Special characters of Markdown and HTML are escaped."""
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(escape_controls(str(value)).split()))
 
 
-def _code(words: Any) -> str:
+def _code(value: Any) -> str:
     """Text from users as inline code, on one line."""
-    text = " ".join(escape_controls(str(words)).split())
+    text = " ".join(escape_controls(str(value)).split())
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def _quote(name: Any) -> str:
+def _quote_string(name: Any) -> str:
     return escape_controls(json.dumps(str(name), ensure_ascii=False))

@@ -1,5 +1,5 @@
-"""The checks of an adapter's numbers without a model: dtypes, values that are not finite, and norms
-that would overflow.
+"""Checks of the values in an adapter's tensors, without a model: unknown dtypes, values that are
+not finite, and changes so large that they would overflow.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from veneer.errors import listing, sentence
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft
 
-#: the largest value of an adapter's tensors and the largest norm of a change: larger ones would
-#: overflow in the first products
+#: the largest permitted value of an adapter's tensors, and the largest permitted norm of a change:
+#: larger values would overflow in the first matrix products
 MAX_MAGNITUDE = 1e9
-#: dtypes of changes, and further dtypes of modules that are trained in full
+#: the dtypes of changes, and further dtypes that modules trained in full may have
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
-    """Problems of single tensors: an unknown dtype, values that are not finite or absurdly
-    large."""
-    types = {
+    """The problems of single tensors: an unknown dtype, and values that are not finite or absurdly
+    large. ``do``: the advice in the error."""
+    bad_dtypes = {
         key: tensor.dtype
         for key, tensor in tensors.items()
         if tensor.dtype not in (*FLOAT_DTYPES, *INTEGER_DTYPES)
     }
-    if types:
+    if bad_dtypes:
         problem = (
-            f"numbers stored as {listing(sorted(set(map(str, types.values()))))} in"
-            f" {listing(types)}"
+            f"numbers stored as {listing(sorted(set(map(str, bad_dtypes.values()))))} in"
+            f" {listing(bad_dtypes)}"
         )
         yield sentence(problem, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
     floats = {
@@ -41,44 +41,44 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
         for key, tensor in tensors.items()
         if tensor.dtype in FLOAT_DTYPES and tensor.numel()
     }
-    # one pass: the largest magnitude is not finite if any value is not
-    largest = {
+    # one pass over the values: the largest magnitude is not finite if any value is not finite
+    largest_magnitudes = {
         key: max(map(abs, map(float, tensor.aminmax()))) for key, tensor in throttle(floats.items())
     }
-    broken = [key for key, size in largest.items() if not math.isfinite(size)]
-    if broken:
-        yield sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", do)
-    absurd = [
-        f"{key} ({size:.1e})" for key, size in largest.items() if MAX_MAGNITUDE < size < math.inf
+    nonfinite_keys = [key for key, magnitude in largest_magnitudes.items() if not math.isfinite(magnitude)]
+    if nonfinite_keys:
+        yield sentence(f"numbers that are not finite in {listing(nonfinite_keys)}", "finite ones", do)
+    oversized_keys = [
+        f"{key} ({magnitude:.1e})" for key, magnitude in largest_magnitudes.items() if MAX_MAGNITUDE < magnitude < math.inf
     ]
-    if absurd:
+    if oversized_keys:
         yield sentence(
-            f"numbers beyond {MAX_MAGNITUDE:.0e} in {listing(absurd)}",
+            f"numbers beyond {MAX_MAGNITUDE:.0e} in {listing(oversized_keys)}",
             "an adapter that did not diverge",
             do,
         )
 
 
 def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
-    """Problems of low-rank changes: factors of integers, and products that would overflow."""
-    for path, entry in throttle(low.items()):
-        factors = {"A": entry.A, "B": entry.B, **entry.extras}
-        types = {
+    """The problems of low-rank changes: A or B of integers, and products that would overflow."""
+    for path, layer in throttle(low.items()):
+        factors = {"A": layer.A, "B": layer.B, **layer.extras}
+        bad_dtypes = {
             name: tensor.dtype
             for name, tensor in factors.items()
             if tensor.dtype not in FLOAT_DTYPES
         }
-        if types:
+        if bad_dtypes:
             problem = (
-                f"{', '.join(f'{name} stored as {dtype}' for name, dtype in types.items())} at"
+                f"{', '.join(f'{name} stored as {dtype}' for name, dtype in bad_dtypes.items())} at"
                 f" {path!r}"
             )
             yield sentence(problem, "floating-point numbers", "get the file again")
             continue
-        # an upper bound of ‖scale · B A‖
-        norm = abs(entry.scale) * entry.A.double().norm().item() * entry.B.double().norm().item()
+        # an upper bound of the norm of scale · B A
+        norm = abs(layer.scale) * layer.A.double().norm().item() * layer.B.double().norm().item()
         if not norm <= MAX_MAGNITUDE:
-            problem = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
+            problem = f"a change of norm up to {norm:.1e} at {path!r} (scale {layer.scale:g})"
             yield sentence(
                 problem,
                 f"one of at most {MAX_MAGNITUDE:.0e}",
@@ -87,7 +87,8 @@ def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
 
 
 def variance_problems(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
-    """Problems of running variances: negative values, whose square root a norm layer would take."""
+    """The problems of running variances: a negative value, of which a norm layer would take the
+    square root."""
     for path, tensors in full.items():
         variance = tensors.get("running_var")
         if variance is not None and variance.dtype in FLOAT_DTYPES and bool((variance < 0).any()):

@@ -1,5 +1,5 @@
-"""Where PEFT's change of a module differs from a change of its weight: other code reads the weight
-directly, or the module's forward is not linear in it.
+"""The reasons why PEFT's change of a module's output differs from a change of the module's weight:
+other code reads the weight directly, or the module's forward is not linear in the weight.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from veneer.formats import peft, peft_behaviour, peft_tuners
 from veneer.layers import Layer, ParamRef, kind_for
 
 
-def outside_reader(names: Names, ref: ParamRef, nested: str | None = None) -> str | None:
-    """The reason, in words, why a change of a module's output is no change of its weight: another
+def outside_reader(names: Names, ref: ParamRef, attention_path: str | None = None) -> str | None:
+    """The reason why a change of a module's output is no change of the module's weight: another
     module reads the weight directly. None if no module does.
 
     Args:
-        nested: the path of the attention that PEFT adapts along with this out-projection, which
-            does not count.
+        attention_path: the path of an attention whose out-projection is the changed module. PEFT
+            adapts the two together, so that the attention does not count as a reader.
     """
     reader_paths = [
         weight_reader.path
         for weight_reader in weight_readers(names, *ref, reachable_only=True)
-        if weight_reader.path != nested
+        if weight_reader.path != attention_path
     ]
     return (
         f"{reader_paths[0] or 'the model'!r} reads the weight itself, past the module that PEFT"
@@ -41,27 +41,28 @@ def outside_reader(names: Names, ref: ParamRef, nested: str | None = None) -> st
 def deviation_reason(
     names: Names,
     ref: ParamRef,
-    parameter: bool,
+    is_parameter: bool,
     rule: Callable[[str, Any], str | None] = peft_behaviour.deviation_reason,
 ) -> str | None:
     """Why PEFT's change at a module differs from a change of its weight; None if it does not.
 
     Args:
-        parameter: PEFT changes the parameter, not the module.
-        rule: gives the reason for a kind of layer and a module; other tuners than LoRA have rules
-            of their own.
+        is_parameter: whether PEFT changes a parameter of the module, rather than its output.
+        rule: a function that returns the reason for a kind of layer and a module. Other tuners than
+            LoRA have another rule.
     """
-    path, name = ref
-    module, kind = names.modules[path], kind_for(names.modules[path], name)
-    if path == "":
+    module_path, parameter_name = ref
+    module = names.modules[module_path]
+    layer_kind = kind_for(module, parameter_name)
+    if module_path == "":
         return "PEFT cannot wrap the model itself"
-    if parameter:
-        recurrent = isinstance(module, nn.RNNBase)
+    if is_parameter:
+        is_recurrent = isinstance(module, nn.RNNBase)
         return (
-            "its kernel reads a list of weights that PEFT leaves as it was" if recurrent else None
+            "its kernel reads a list of weights that PEFT leaves as it was" if is_recurrent else None
         )
-    reason = rule(kind.name, module)
-    if reason is None and not _plain_forward(kind, module, name):
+    reason = rule(layer_kind.name, module)
+    if reason is None and not _is_plain_forward(layer_kind, module, parameter_name):
         reason = (
             f"{base_class(module).__name__} has a forward of its own, which PEFT runs on the old"
             " weight"
@@ -73,72 +74,80 @@ def deviations(
     names: Names,
     ref: ParamRef,
     layer: peft.PeftLayer,
-    parameter: bool,
+    is_parameter: bool,
     tuner: object,
-    nested: str | None = None,
+    attention_path: str | None = None,
 ) -> tuple[str | None, str | None]:
-    """Why PEFT's change differs from a change of the weight: (the reason if other modules read the
-    weight directly, the reason in the module itself), each None if there is none. A product of zero
-    has no readers. ``tuner``: the source of a folder of another tuner than LoRA, or None; the other
-    arguments are those of ``deviation_reason`` and ``outside_reader``."""
-    past = (
+    """Why PEFT's change differs from a change of the weight: (the reason because other modules read
+    the weight, the reason in the module itself). Each is None if there is none. A change that is
+    zero differs for no reader.
+
+    Args:
+        tuner: the content of a folder of another tuner than LoRA, or None.
+        is_parameter, attention_path: as in ``deviation_reason`` and ``outside_reader``.
+    """
+    reader_reason = (
         None
         if not layer.extras and is_zero(layer.A, layer.B)
-        else outside_reader(names, ref, nested)
+        else outside_reader(names, ref, attention_path)
     )
-    return past, deviation_reason(
+    return reader_reason, deviation_reason(
         names,
         ref,
-        parameter,
+        is_parameter,
         peft_behaviour.deviation_reason if tuner is None else peft_tuners.deviation_reason,
     )
 
 
 def is_zero(A: Tensor, B: Tensor) -> bool:
-    """Whether a product changes nothing. PEFT never trains a weight that is only read directly,
-    such as the out-projection of an attention, so its B stays zero."""
+    """Whether B A is zero. It is zero for a weight that PEFT wraps but reads past the wrapper,
+    such as the weight of an attention's out-projection: training never changes its B from zero."""
     return not (A.any() and B.any())
 
 
 def attention_above(names: Names, ref: ParamRef) -> str | None:
-    """The path of the attention whose out-projection's weight this is, or None."""
-    above, _, last = ref[0].rpartition(".")
+    """The path of the attention that has the weight ``ref`` in its out-projection; None if no
+    attention has."""
+    parent_path, _, last = ref[0].rpartition(".")
     return (
-        above
-        if last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention)
+        parent_path
+        if last == "out_proj" and isinstance(names.modules.get(parent_path), nn.MultiheadAttention)
         else None
     )
 
 
-def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
-    """Whether the module computes ``kind.op``: its class has torch's forward, or a forward that
-    gives the same on a sample."""
-    base, weight = base_class(module), weight_of(module, name)
+def _is_plain_forward(layer_kind: Layer, module: nn.Module, parameter_name: str) -> bool:
+    """Whether the module computes ``layer_kind.op``: its class has the forward of torch's layer, or
+    a forward with the same result on a sample input."""
+    module_class, weight = base_class(module), weight_of(module, parameter_name)
     storage: Any = storage_of(weight)
-    if any(base.forward is stock.forward for stock in (*kind.types(), *storage.modules())):
+    if any(
+        module_class.forward is known_class.forward
+        for known_class in (*layer_kind.types(), *storage.modules())
+    ):
         return True
     dense, replacement = storage.dense(weight), {}
-    if not dense.any():  # a meta model's zeros, with which every forward gives the same
-        # values that differ along every axis, in little memory
+    if not dense.any():  # with the zeros of a meta model, every forward would give the same
+        # use values that differ along every axis; as a strided view they take little memory
         strides = range(dense.dim(), 0, -1)
-        last = sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
-        numbers = torch.arange(last + 1.0, device=dense.device).sin().to(dense.dtype)
-        dense = numbers.as_strided(dense.shape, [*strides])
-        replacement = {name: dense}
-    embeds = kind.name == "embedding"
-    x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
-    x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
-    sharded = {
-        parameter_name: full_tensor(value)
-        for parameter_name, value in module._parameters.items()
-        if is_sharded(value)
+        last_index = sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
+        values = torch.arange(last_index + 1.0, device=dense.device).sin().to(dense.dtype)
+        dense = values.as_strided(dense.shape, [*strides])
+        replacement = {parameter_name: dense}
+    is_embedding = layer_kind.name == "embedding"
+    x = torch.arange(2 * layer_kind.dims(module, dense.shape).in_, device=dense.device)
+    x = x[:2] % len(dense) if is_embedding else x.view(2, -1).to(dense.dtype).sin()
+    gathered_parameters = {
+        name: full_tensor(parameter)
+        for name, parameter in module._parameters.items()
+        if is_sharded(parameter)
     }
-    module = view(module, base, {**sharded, **replacement})
+    sample_module = view(module, module_class, {**gathered_parameters, **replacement})
     try:
-        y = base.forward(module, x)
-        expected = kind.op(module, x, dense, module._parameters.get("bias"))
-        # PEFT supports embeddings that scale their output
-        expected = expected * getattr(module, "embed_scale", 1) if embeds else expected
+        y = module_class.forward(sample_module, x)
+        expected = layer_kind.op(sample_module, x, dense, sample_module._parameters.get("bias"))
+        # PEFT, too, supports embeddings that scale their output
+        expected = expected * getattr(sample_module, "embed_scale", 1) if is_embedding else expected
         return bool((y - expected).norm() <= 1e-2 * expected.norm())
-    except Exception:  # an unknown forward may raise anything
+    except Exception:  # an unknown forward may raise any error
         return False

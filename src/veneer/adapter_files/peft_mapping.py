@@ -1,11 +1,11 @@
-"""The mapping between an adapter of a model and PEFT's files: the path, shapes and config of each
-change, the changes that PEFT would apply differently, and the weight that a path of a file means.
+"""The mapping between an adapter of a model and PEFT's files: path, shapes and config of each
+change, the changes that PEFT would apply differently, and the weight that a file's path means.
 
-PEFT wraps modules, and Veneer changes weights. PEFT adds the change to the output of a module,
-which is right where the output is linear in the weight and no other code reads the weight; or it
-adds the change to one parameter during the module's forward. A change that neither of these
-expresses is still saved, in a folder that PEFT refuses with the reason: better than one that loads
-and computes something else.
+PEFT wraps modules, whereas Veneer changes weights. PEFT adds the change to the output of a module.
+This equals a change of the weight if the output is linear in the weight and no other code reads the
+weight. Or PEFT adds the change to one parameter while the module's forward runs. If neither equals
+Veneer's change, the adapter is still saved, in a folder that PEFT refuses with the reason. The
+alternative, a folder that PEFT loads and computes with another result, is worse.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ from veneer.variants import VARIANTS
 
 @dataclass(frozen=True)
 class PeftEntry:
-    """One change as the PEFT file holds it, for one of the modules that have its weight.
+    """One change as PEFT's file holds it, for one of the modules that hold the changed weight.
 
     Fields:
-        file_path: its path in the file.
-        target: its name in PEFT's config, the path of a parameter if ``parameter`` is true.
-        path, module, weight: the module and the name of its weight.
-        low: the product as this module reads it, transposed if ``transposed``.
-        exact: whether the file holds all parameters of the change, so that nothing is lost.
+        file_path: the path of the change in the file.
+        target: the path of the target in PEFT's config: a parameter's if ``is_parameter`` is true,
+            else a module's.
+        path, module, weight: the module, and the name of its weight.
+        low: A and B as this module reads them, transposed if ``transposed``.
+        is_complete: whether the file holds all parameters of the change, rather than an equivalent
+            plain LoRA.
     """
 
     file_path: str
     target: str
-    parameter: bool
+    is_parameter: bool
     path: str
     module: nn.Module
     weight: str
@@ -57,51 +59,52 @@ class PeftEntry:
     low: LowRank
     transposed: bool
     alpha: float
-    exact: bool
+    is_complete: bool
 
 
-def peft_entries(names: Names, name: str) -> list[PeftEntry]:
-    """Every change, once for each module that holds its weight: PEFT adapts modules one by one."""
-    adapted: list[tuple[str, nn.Module, str, Change, bool, bool]] = []
+def peft_entries(names: Names, adapter_name: str) -> list[PeftEntry]:
+    """An entry for every change of an adapter and every module that holds the changed
+    weight, because PEFT adapts each module for itself."""
+    adapted_weights: list[tuple[str, nn.Module, str, Change, bool, bool]] = []
     parameters = [parameter_path(*ref) for ref in all_refs(names)]
     for path, module, layer_state in layer_states(names.model):
-        layer_adapter = layer_state.get(name)
+        layer_adapter = layer_state.get(adapter_name)
         for weight in own_parameters(module) if layer_adapter is not None else ():
             if weight in layer_adapter.changes and layer_adapter.changes[weight].rank:
-                kind = kind_for(module, weight).name
-                parameter = kind == GENERAL_KIND.name or (
-                    kind == "linear" and peft_behaviour.mistakes_for_experts(path, parameters)
+                kind_name = kind_for(module, weight).name
+                is_parameter = kind_name == GENERAL_KIND.name or (
+                    kind_name == "linear" and peft_behaviour.mistakes_for_experts(path, parameters)
                 )
-                adapted.append(
+                adapted_weights.append(
                     (
                         path,
                         module,
                         weight,
                         layer_adapter.changes[weight],
                         layer_state.transposed,
-                        parameter,
+                        is_parameter,
                     )
                 )
-    wrapper_counts = Counter(path for path, *_, parameter in adapted if parameter)
-    inside, entries = Counter(wrapper_counts), []
-    for path, module, weight, change, transposed, parameter in adapted:
+    wrapper_counts = Counter(path for path, *_, is_parameter in adapted_weights if is_parameter)
+    inner_wrapper_counts, entries = Counter(wrapper_counts), []
+    for path, module, weight, change, transposed, is_parameter in adapted_weights:
         file_path, target = peft_paths.add_wrappers(path, wrapper_counts), path
-        if parameter:  # PEFT wraps the module once more for each further parameter
-            inside[path] -= 1
+        if is_parameter:  # PEFT nests a wrapper for each parameter of the module
+            inner_wrapper_counts[path] -= 1
             file_path = ".".join(
-                [*([file_path] if file_path else []), *["base_layer"] * inside[path]]
+                [*([file_path] if file_path else []), *["base_layer"] * inner_wrapper_counts[path]]
             )
             target = parameter_path(path, weight)
-        elif _several(module, weight):
+        elif _has_several_weights(module, weight):
             file_path = parameter_path(file_path, weight)
         low, _ = change.low_rank(weight_of(module, weight))
-        exact = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
-        alpha = change.alpha if exact else low.scale * low.rank
+        is_complete = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
+        alpha = change.alpha if is_complete else low.scale * low.rank
         low = low.T if transposed else low
         entry = PeftEntry(
             file_path,
             target,
-            parameter,
+            is_parameter,
             path,
             module,
             weight,
@@ -109,65 +112,69 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
             low,
             transposed,
             alpha,
-            exact,
+            is_complete,
         )
         entries.append(entry)
     return entries
 
 
-def _several(module: nn.Module, weight: str) -> bool:
-    """Whether the file holds several weights of this module, each under its own name."""
+def _has_several_weights(module: nn.Module, weight: str) -> bool:
+    """Whether PEFT's file can hold several weights of this module, each under its name."""
     return len(kind_for(module, weight).weights(module)) > 1
 
 
-def _wraps(peft_form: list[PeftEntry]) -> dict[str, int]:
+def _wrapper_counts(entries: list[PeftEntry]) -> dict[str, int]:
+    """The number of PEFT's wrappers around each adapted module, by path."""
     counts: Counter[str] = Counter()
-    for entry in peft_form:
-        counts[entry.path] = counts[entry.path] + 1 if entry.parameter else 1
-        if isinstance(entry.module, nn.MultiheadAttention):  # PEFT also wraps the out-projection
+    for entry in entries:
+        counts[entry.path] = counts[entry.path] + 1 if entry.is_parameter else 1
+        if isinstance(entry.module, nn.MultiheadAttention):  # PEFT wraps the out-projection, too
             counts[parameter_path(entry.path, "out_proj")] = 1
     return counts
 
 
-def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[str, Tensor]:
+def file_tensors(model: nn.Module, adapter_name: str, entries: list[PeftEntry]) -> dict[str, Tensor]:
+    """The tensors of an adapter for PEFT's file, by key."""
     tensors: dict[str, Tensor] = {}
-    for entry in peft_form:
+    for entry in entries:
         change, weight = entry.change, weight_of(entry.module, entry.weight)
-        kind = GENERAL_KIND if entry.parameter else kind_for(entry.module, entry.weight)
+        layer_kind = GENERAL_KIND if entry.is_parameter else kind_for(entry.module, entry.weight)
         shape = change.storage.shape(weight)
         for suffix, tensor in zip(
-            kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True
+            layer_kind.file_keys, layer_kind.pack(entry.low, entry.module, shape), strict=True
         ):
-            tensors[peft.key(entry.file_path, suffix)] = file_tensor(tensor)
-        for number, suffix in change.variant.peft_keys.items():
-            magnitude = _full_magnitude(change, weight, change.adapter_parameters[number])
-            tensors[peft.key(entry.file_path, suffix)] = file_tensor(
-                kind.pack_vector(magnitude, shape)
+            tensors[peft.tensor_key(entry.file_path, suffix)] = file_tensor(tensor)
+        for parameter_name, suffix in change.variant.peft_keys.items():
+            magnitude = _full_magnitude(
+                change, weight, change.adapter_parameters[parameter_name]
             )
-    wrapper_counts, biases = _wraps(peft_form), new_biases(model, name)
-    for entry in peft_form if biases else ():
-        value = biases.get(
+            tensors[peft.tensor_key(entry.file_path, suffix)] = file_tensor(
+                layer_kind.pack_vector(magnitude, shape)
+            )
+    wrapper_counts, biases = _wrapper_counts(entries), new_biases(model, adapter_name)
+    for entry in entries if biases else ():
+        bias = biases.get(
             entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1])
         )
-        tensors[peft.key(entry.file_path, peft.LORA_BIAS)] = file_tensor(
-            value / (entry.low.scale or 1)
+        tensors[peft.tensor_key(entry.file_path, peft.LORA_BIAS)] = file_tensor(
+            bias / (entry.low.scale or 1)
         )
-    for path, _, layer_adapter in adapters(model, name):
-        # the file has parameters that are trained in full below the wrappers
-        inside = [peft_paths.add_wrappers(path, wrapper_counts)] if path else []
-        file_path = ".".join([*inside, *["base_layer"] * wrapper_counts.get(path, 0)])
-        for key, value in layer_adapter.full.state_dict().items():
+    for path, _, layer_adapter in adapters(model, adapter_name):
+        # in the file, tensors that are trained in full are below all wrappers of their module
+        wrapped_path = [peft_paths.add_wrappers(path, wrapper_counts)] if path else []
+        file_path = ".".join([*wrapped_path, *["base_layer"] * wrapper_counts.get(path, 0)])
+        for key, tensor in layer_adapter.full.state_dict().items():
             if key != "bias" or path not in biases:
-                tensors[peft.key(file_path, key)] = file_tensor(value)
+                tensors[peft.tensor_key(file_path, key)] = file_tensor(tensor)
     return tensors
 
 
-def new_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The biases that an adapter adds to layers without a bias, by module path. PEFT stores them
-    beside B (``lora_bias``)."""
+def new_biases(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The biases that an adapter adds to layers without a bias, by module path. PEFT stores such a
+    bias beside B (``lora_bias``)."""
     biases = (
         (path, module, layer_adapter.full._parameters.get("bias"))
-        for path, module, layer_adapter in adapters(model, name)
+        for path, module, layer_adapter in adapters(model, adapter_name)
     )
     return {
         path: bias
@@ -177,8 +184,8 @@ def new_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _full_magnitude(change: Change, weight: Any, values: Tensor) -> Tensor:
-    """A magnitude for every output row; that of a row without a change is the norm of its
-    weights."""
+    """DoRA's magnitudes for every output row. For a row that does not change, the magnitude is the
+    row's norm."""
     if change.rows is None:
         return values
     dense = change.storage.dense(weight)
@@ -196,49 +203,52 @@ def file_tensor(tensor: Tensor) -> Tensor:
 
 
 def peft_config(
-    names: Names, name: str, config: LoraConfig, base_name: str | None, peft_form: list[PeftEntry]
+    names: Names, adapter_name: str, config: LoraConfig, base_name: str | None, entries: list[PeftEntry]
 ) -> dict[str, Any]:
+    """The fields of ``adapter_config.json`` for an adapter. ``base_name``: the name of
+    the base, if it is known."""
     variant = VARIANTS[config.variant]
-    # PEFT has no name for one of several weights of a module, yet each has its own rank
-    named = {
+    # the path for the rank and alpha of each entry: PEFT's targets cannot name one of several
+    # weights of a module, but each weight has a rank
+    entries_by_path = {
         (
-            peft_paths.strip_wrappers(e.file_path)[0]
-            if not e.parameter and _several(e.module, e.weight)
-            else e.target
-        ): e
-        for e in peft_form
+            peft_paths.strip_wrappers(entry.file_path)[0]
+            if not entry.is_parameter and _has_several_weights(entry.module, entry.weight)
+            else entry.target
+        ): entry
+        for entry in entries
     }
-    # in the order in which PEFT wraps them
-    parameters = list(dict.fromkeys(entry.target for entry in peft_form if entry.parameter))
-    targets = list(dict.fromkeys(entry.target for entry in peft_form if not entry.parameter))
+    # parameters are listed in the order in which PEFT wraps them
+    parameters = list(dict.fromkeys(entry.target for entry in entries if entry.is_parameter))
+    targets = list(dict.fromkeys(entry.target for entry in entries if not entry.is_parameter))
     # PEFT refuses dropout and fan_in_fan_out for changes of parameters and of attention modules
-    plain = not parameters and not any(
-        isinstance(entry.module, nn.MultiheadAttention) for entry in peft_form
+    has_modules_only = not parameters and not any(
+        isinstance(entry.module, nn.MultiheadAttention) for entry in entries
     )
-    kinds = {kind_for(entry.module, entry.weight).name for entry in peft_form}
-    task, tokens = _task(names.model), config.invocation_tokens
-    peft_type = _peft_type(names, peft_form)
-    if tokens and task != "CAUSAL_LM" and peft_type == "LORA":
+    kind_names = {kind_for(entry.module, entry.weight).name for entry in entries}
+    task_type, tokens = _task_type(names.model), config.invocation_tokens
+    peft_type = _peft_type(names, entries)
+    if tokens and task_type != "CAUSAL_LM" and peft_type == "LORA":
         peft_type = f"{peft.NOT_FOR_PEFT}: PEFT finds invocation tokens for task CAUSAL_LM alone"
     fields = {
         "peft_type": peft_type,
-        "task_type": task,
+        "task_type": task_type,
         "base_model_name_or_path": base_name,
-        "lora_dropout": config.dropout if plain else 0.0,
+        "lora_dropout": config.dropout if has_modules_only else 0.0,
         "target_modules": (
             peft_paths.targets_for(targets, filter(None, names.modules))
-            if peft_form
+            if entries
             else peft.NO_TARGETS
         ),
-        "modules_to_save": _replaceable_modules(names, name, _wraps(peft_form)) or None,
+        "modules_to_save": _modules_to_save(names, adapter_name, _wrapper_counts(entries)) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
-        "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
-        **({"lora_bias": True} if new_biases(names.model, name) else {}),
+        "fan_in_fan_out": "conv1d_transformers" in kind_names and has_modules_only,
+        **({"lora_bias": True} if new_biases(names.model, adapter_name) else {}),
         **({"alora_invocation_tokens": list(tokens)} if tokens else {}),
         **(variant.peft or {}),
     }
     alpha = variant.default_alpha if config.alpha is None else config.alpha
-    sizes = {target: (entry.low.rank, entry.alpha) for target, entry in named.items()}
+    sizes = {target: (entry.low.rank, entry.alpha) for target, entry in entries_by_path.items()}
     return config_fields(fields, sizes, (config.rank, alpha), parameters)
 
 
@@ -248,11 +258,11 @@ def config_fields(
     default: tuple[int, float],
     parameters: Sequence[str],
 ) -> dict[str, Any]:
-    """A PEFT config of these fields, with the rank and alpha of each path.
+    """A config with PEFT's ``fields``, completed by the rank and alpha of each path.
 
     Args:
         sizes: (rank, alpha) by path.
-        default: the (rank, alpha) for ``r`` and ``lora_alpha`` if some path has them.
+        default: (rank, alpha) for ``r`` and ``lora_alpha``, if a path has these.
         parameters: the paths for ``target_parameters``.
     """
     ranks = {target: rank for target, (rank, _) in sizes.items()}
@@ -270,19 +280,19 @@ def config_fields(
     }
 
 
-def _replaceable_modules(names: Names, name: str, wrapper_counts: Mapping[str, int]) -> list[str]:
-    """The modules trained in full that PEFT can replace (``modules_to_save``), by the ends of their
-    paths; PEFT loads the parameters of all others into the base."""
-    trained = {
+def _modules_to_save(names: Names, adapter_name: str, wrapper_counts: Mapping[str, int]) -> list[str]:
+    """The modules for ``modules_to_save``, by the ends of their paths: modules that are trained in
+    full and that PEFT can replace. PEFT loads trained parameters of other modules into the base."""
+    full_parameters = {
         path: layer_adapter.full._parameters
-        for path, _, layer_adapter in adapters(names.model, name)
+        for path, _, layer_adapter in adapters(names.model, adapter_name)
     }
-    above = {path.rpartition(".")[0] for path in names.modules}
+    parent_paths = {path.rpartition(".")[0] for path in names.modules}
     full_modules = {
         path
-        for path, parameters in trained.items()
+        for path, parameters in full_parameters.items()
         if parameters
-        and path not in above
+        and path not in parent_paths
         and parameters.keys() >= set(own_parameters(names.modules[path]))
         and peft_paths.add_wrappers(f"{path}.", wrapper_counts) == f"{path}."
     }
@@ -296,24 +306,26 @@ def _replaceable_modules(names: Names, name: str, wrapper_counts: Mapping[str, i
     )
 
 
-def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
-    """ "LORA", or a text that keeps PEFT from loading changes that it would not apply as Veneer
-    does."""
-    for entry in peft_form:
+def _peft_type(names: Names, entries: list[PeftEntry]) -> str:
+    """The ``peft_type``: "LORA", or a text with which PEFT does not load the adapter, because it
+    would compute another result than Veneer."""
+    for entry in entries:
         ref = entry.path, entry.weight
-        nothing = is_zero(entry.low.A, entry.low.B) and not entry.change.variant.peft_keys
-        reason = None if nothing or entry.change.module_only else outside_reader(names, ref)
-        reason = deviation_reason(names, ref, entry.parameter) if reason is None else reason
-        if attention_above(names, ref) is not None and not nothing:
+        is_zero_change = is_zero(entry.low.A, entry.low.B) and not entry.change.variant.peft_keys
+        reason = None if is_zero_change or entry.change.module_only else outside_reader(names, ref)
+        reason = deviation_reason(names, ref, entry.is_parameter) if reason is None else reason
+        if attention_above(names, ref) is not None and not is_zero_change:
             reason = (
                 f"PEFT {peft_behaviour.LATEST_CHECKED} applies the change of an attention's"
                 f" out-projection {peft_behaviour.OUT_PROJ_REPEATS} times"
             )
-        if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
+        if entry.change.variant.peft_keys and (entry.is_parameter or entry.transposed):
             reason = "PEFT rescales the outputs of modules alone"
-        for above, attribute in attributes_read_above(names, entry.path) if reason is None else ():
-            if peft_behaviour.wrapper_lacks(attribute):  # then the forward fails
-                problem = f"{above or 'the model'!r} reads its {attribute!r}, which"
+        for parent_path, attribute in (
+            attributes_read_above(names, entry.path) if reason is None else ()
+        ):
+            if peft_behaviour.wrapper_lacks(attribute):  # PEFT's forward would fail
+                problem = f"{parent_path or 'the model'!r} reads its {attribute!r}, which"
                 reason = f"{problem} the module that PEFT puts around it lacks"
                 break
         if reason is not None:
@@ -321,91 +333,101 @@ def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
     return "LORA"
 
 
-#: the arguments that the forward of PEFT's model for a task always passes to the base's forward
-_OUTPUTS = {"labels", "output_attentions", "output_hidden_states", "return_dict"}
-_INPUTS = {"input_ids", "attention_mask", "inputs_embeds"}
-_TASKS = {
-    "CAUSAL_LM": _INPUTS | _OUTPUTS,
-    "SEQ_2_SEQ_LM": _INPUTS | _OUTPUTS | {f"decoder_{name}" for name in _INPUTS},
+#: the arguments that PEFT's model for a task always passes to the base's forward
+_OUTPUT_ARGUMENTS = {"labels", "output_attentions", "output_hidden_states", "return_dict"}
+_INPUT_ARGUMENTS = {"input_ids", "attention_mask", "inputs_embeds"}
+_TASK_ARGUMENTS = {
+    "CAUSAL_LM": _INPUT_ARGUMENTS | _OUTPUT_ARGUMENTS,
+    "SEQ_2_SEQ_LM": {
+        *_INPUT_ARGUMENTS,
+        *_OUTPUT_ARGUMENTS,
+        *(f"decoder_{argument}" for argument in _INPUT_ARGUMENTS),
+    },
 }
 
 
-def _task(model: nn.Module) -> str | None:
-    """PEFT's task for a model that generates, by whether it has an encoder.
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's ``task_type`` for a model that generates text: a decoder, or an encoder and a decoder.
 
-    None where the base's forward does not take the arguments that PEFT's would pass (Whisper reads
-    sounds, not tokens): without a task, PEFT passes on the caller's arguments alone. None also for
-    classifiers and question answering, for which PEFT would choose fully trained heads itself."""
-    cls: Any = base_class(model)
-    if not (callable(generates := getattr(cls, "can_generate", None)) and generates()):
+    None if the base's forward does not take the arguments that PEFT would pass for the task.
+    Whisper, for example, reads sounds and not tokens. Without a task, PEFT passes only the caller's
+    arguments. None also for classifiers and question answering: for these tasks, PEFT would choose
+    the heads that are trained in full."""
+    model_class: Any = base_class(model)
+    can_generate = getattr(model_class, "can_generate", None)
+    if not (callable(can_generate) and can_generate()):
         return None
     task = (
         "SEQ_2_SEQ_LM"
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         else "CAUSAL_LM"
     )
-    parameters = inspect.signature(cls.forward).parameters
-    takes_any = any(
+    parameters = inspect.signature(model_class.forward).parameters
+    takes_any_keyword = any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
     )
-    # token ids must be a named parameter, **kwargs do not count
-    tokens = {name for name in _TASKS[task] if name.endswith("input_ids")}
+    # token ids must be a parameter of the forward; **kwargs do not count for them
+    arguments = _TASK_ARGUMENTS[task]
+    token_arguments = {name for name in arguments if name.endswith("input_ids")}
     return (
         task
-        if tokens <= parameters.keys() and (takes_any or _TASKS[task] <= parameters.keys())
+        if token_arguments <= parameters.keys()
+        and (takes_any_keyword or arguments <= parameters.keys())
         else None
     )
 
 
 def resolve_file_path(names: Names, file_path: str) -> tuple[str, int, str]:
-    """Resolve a path of a PEFT file into (the path of a module, the number of wrappers after it,
-    the remaining path)."""
-    segments, above, depth = file_path.split(".") if file_path else [], "", 0
+    """Resolve a path in PEFT's file: (the path of a module, the number of wrappers behind it, the
+    remaining path below it)."""
+    segments, module_path, depth = file_path.split(".") if file_path else [], "", 0
     for count, segment in enumerate(segments):
-        below = parameter_path(above, segment)
-        if below in names.canonical:
-            above, depth = below, 0
+        child_path = parameter_path(module_path, segment)
+        if child_path in names.canonical:
+            module_path, depth = child_path, 0
         elif segment == "base_layer":
             depth += 1
         else:
-            return names.canonical[above], depth, ".".join(segments[count:])
-    return names.canonical[above], depth, ""
+            return names.canonical[module_path], depth, ".".join(segments[count:])
+    return names.canonical[module_path], depth, ""
 
 
 def module_at(names: Names, file_path: str) -> str:
-    """The first name of the module that a path of a PEFT file means; the path itself if there is
-    none."""
-    path, _, rest = resolve_file_path(names, file_path)
-    return file_path if rest else path
+    """The first path in the model of the module that a path in PEFT's file means. If the model has
+    no such module, it is the path in the file."""
+    path, _, remaining_path = resolve_file_path(names, file_path)
+    return file_path if remaining_path else path
 
 
 def ref_at(names: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef | None:
-    """The weight that a path of a PEFT file means: the only weight of a module, a parameter by its
-    own path, or one of several parameters under wrappers; None if there is none."""
-    path, depth, rest = resolve_file_path(names, file_path)
+    """The weight that a path in PEFT's file means: the only weight of a module, a parameter by its
+    path, or one of several parameters of a module by the number of wrappers. None if the model has
+    no such weight."""
+    path, depth, remaining_path = resolve_file_path(names, file_path)
     module = names.modules[path]
-    if rest:
-        return (path, rest) if rest in own_parameters(module) else None
+    if remaining_path:
+        return (path, remaining_path) if remaining_path in own_parameters(module) else None
     parameters = [
         name for name in own_parameters(module) if means_parameter(names, (path, name), config)
     ]
     if parameters:
         return (path, parameters[-1 - depth]) if depth < len(parameters) else None
-    kind = kind_of(module)
-    return (path, kind.weight) if kind is not None and kind.weight in kind.weights(module) else None
+    layer_kind = kind_of(module)
+    return (path, layer_kind.weight) if layer_kind is not None and layer_kind.weight in layer_kind.weights(module) else None
 
 
 def means_parameter(names: Names, ref: ParamRef, config: Mapping[str, Any]) -> bool:
-    """Whether a PEFT config targets this weight as a parameter, not by its module."""
-    path, name = ref
+    """Whether a config of PEFT targets this weight as a parameter, rather than its module."""
+    module_path, parameter_name = ref
     return bool(
         peft_paths.expected_parameters(
-            config, [parameter_path(alias, name) for alias in names.aliases[path]]
+            config, [parameter_path(alias, parameter_name) for alias in names.aliases[module_path]]
         )
     )
 
 
 def all_refs(names: Names) -> list[ParamRef]:
+    """All parameters of a model, each once."""
     return [
         (path, name) for path, module in names.modules.items() for name in own_parameters(module)
     ]

@@ -1,19 +1,19 @@
-"""Folders of PiSSA and OLoRA that PEFT saved without conversion: A and B are relative to a base
-from which PEFT subtracted their initial values.
+"""Folders of PiSSA and OLoRA that PEFT saved without conversion. Their A and B change a base from
+which PEFT took the product of their initial values, s B₀ A₀.
 
-    loading into PEFT    W₀ = W − s B₀ A₀        A₀, B₀: from W and the rank alone
-                         y = op(x; W₀ + s B A)
-    here                 ΔW = s (B A − B₀ A₀) = s [B − B₀, B₀] @ [A ; A − A₀]        twice the rank
+    PEFT, when it loads    W₀ = W − s B₀ A₀        A₀, B₀: computed from W and the rank alone
+                           y = op(x; W₀ + s B A)   s: the scale
+    Veneer                 ΔW = s (B A − B₀ A₀) = s [B − B₀, B₀] @ [A ; A − A₀]     twice the rank
 
-With its base, such a folder is therefore a plain change of that base. (In 16 bits PEFT rounds W₀ as
-it rounds W.) In the form above, untrained values give a ΔW of nearly zero, not a difference of
-large products.
+With the base at hand, such a folder is therefore a plain change of the base W. (In 16 bits PEFT
+rounds W₀ as it rounds W.) The last form gives a ΔW of nearly zero before training, and not the
+difference of two large products.
 
-Rejected: to require PEFT's conversion, which needs the initial values, and no such folder has them.
-Starts that cannot be recomputed are refused (``formats/peft_fields.py``): random approximations
-(``pissa_niter_…``) and starts from data.
+Rejected: to require that PEFT converts the folder. A conversion needs the initial values, which no
+such folder has. Initialisations that cannot be recomputed are refused (see
+``formats/peft_fields.py``): random approximations (``pissa_niter_…``) and uses of data.
 
-Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; ``pissa_init`` and
+Sources: Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; ``pissa_init`` and
 ``olora_init`` of PEFT 0.21.
 """
 
@@ -32,16 +32,16 @@ from veneer.layers import ParamRef
 from veneer.lowrank import LowRank
 
 
-def without_start(
-    names: Names, ref: ParamRef, kind: str, config: Mapping[str, Any], layer: peft.PeftLayer
+def without_initial_product(
+    names: Names, ref: ParamRef, kind_name: str, config: Mapping[str, Any], layer: peft.PeftLayer
 ) -> LowRank | str:
-    """The layer as a change of the unchanged base, of twice its rank, or, as a text, why that is
-    impossible. ``kind``: the name of the layer's kind."""
-    start = str(config["init_lora_weights"]).lower()
+    """The change of ``layer`` as a product for the unchanged base, of twice the rank; or a text:
+    the reason why there is none. ``kind_name``: the name of the layer's kind."""
+    init_method = str(config["init_lora_weights"]).lower()
     weight: Any = weight_of(names.modules[ref[0]], ref[1])
     storage: Any = storage_of(weight)
-    if kind not in ("linear", *(("conv1d_transformers",) if start == "pissa" else ())):
-        return f"PEFT has no {start} for a {kind} layer"
+    if kind_name not in ("linear", *(("conv1d_transformers",) if init_method == "pissa" else ())):
+        return f"PEFT has no {init_method} for a {kind_name} layer"
     if (
         storage is None
         or storage.name != "plain"
@@ -49,14 +49,15 @@ def without_start(
         or weight.is_meta
     ):
         return (
-            f"{start} starts from the values of the weight, which is stored packed or is not here"
+            f"{init_method} starts from the values of the weight, which is stored packed or is not here"
         )
     if layer.scale <= 0 or layer.low.rank > min(weight.shape):
         return (
-            f"{start} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a weight"
+            f"{init_method} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a weight"
             f" {[*weight.shape]}"
         )
-    A0, B0 = _start(start, weight.mT if kind != "linear" else weight, layer.low.rank, layer.scale)
+    matrix = weight.mT if kind_name != "linear" else weight  # [out, in]
+    A0, B0 = _initial_factors(init_method, matrix, layer.low.rank, layer.scale)
     A, B = (factor[0].to(torch.float32) for factor in (layer.low.A, layer.low.B))
     if A.shape != A0.shape or B.shape != B0.shape:
         return f"A {[*A.shape]} and B {[*B.shape]} do not fit the weight {[*weight.shape]}"
@@ -64,14 +65,14 @@ def without_start(
 
 
 @torch.no_grad()
-def _start(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A₀ [rank, in] and B₀ [out, rank] for a weight [out, in], in float32 on the CPU, where a
-    file's tensors are."""
+def _initial_factors(init_method: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(A₀ [rank, in], B₀ [out, rank]) for a weight [out, in]. They are float32 and on the CPU, like
+    the tensors of the file."""
     W = weight.detach().to("cpu", torch.float32)
-    if start == "olora":
+    if init_method == "olora":
         # the first columns of Q depend on the first columns of W alone
         Q, _ = torch.linalg.qr(W[:, :rank])
         return Q.mT @ W, Q
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[:rank] / scale).sqrt()
-    return root[:, None] * Vh[:rank], U[:, :rank] * root
+    root_S = (S[:rank] / scale).sqrt()
+    return root_S[:, None] * Vh[:rank], U[:, :rank] * root_S

@@ -1,22 +1,22 @@
 """The record of an adapter folder: facts about the adapter and its base, and hashes that tell
 whether the files changed after they were written.
 
-    veneer.json, and the same in the header of adapter_model.safetensors:
-    format      of the record
+The file veneer.json and the header of adapter_model.safetensors hold the same record:
+
+    format      the version of the record's format
     base        name, architecture, the labels of a classifier; weights, rest: the fingerprints of
-                the changed and of the other tensors (``base_proof.py``; earlier releases recorded
-                no rest);
-                quantized: how the base was packed in training, and whether the fingerprints are
-                those of the unpacked weights
+                the changed and of all other tensors (``base_proof.py``; earlier releases recorded
+                no rest); fresh: parameters without a checkpoint; quantized: how the base was packed
+                in training, and whether the fingerprints are of the unpacked weights
     changes     rank, alpha and rows of each changed weight; the trained tokens, and the number of
-                rows of the weight
+                rows of their weight
     config      the LoraConfig
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record
-                itself
-    versions, provenance    the versions of the libraries; the mapping that the caller passed
+    versions    the versions of the libraries
+    provenance  the mapping that the caller of ``save`` passed
 
-Hashes detect accidents, not attacks: the author of a folder can write any hashes. So a record never
-decides about anything but the adapter itself.
+Hashes detect accidents, not attacks: the author of a folder can write any hashes. Therefore nothing
+but the use of this adapter depends on a record.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from veneer.fileio.throttle import throttle
 from veneer.fileio.untrusted import parse, read_json
 from veneer.formats import peft
 
+#: the file names of the record and of the variant's parameters
 RECORD = "veneer.json"
 PARAMETERS = "veneer.safetensors"
 FORMAT = 1
@@ -51,13 +52,13 @@ def seal_record(
     provenance: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """The record with the hashes of all files and its own hash."""
+    """The record, completed by the hashes of all files and of the record itself."""
     record = {
         "format": FORMAT,
         **record,
         "hashes": {"tensors": hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
         "versions": dict(_versions()),
-        "provenance": _plain(dict(provenance)),
+        "provenance": _to_json_value(dict(provenance)),
     }
     if parameters:
         record["hashes"][PARAMETERS] = hash_tensors(parameters)
@@ -74,8 +75,8 @@ def seal_record(
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """The versions of the libraries by name. Cached: reading them takes a quarter of the time of a
-    small save."""
+    """The versions of the libraries by name. They are cached, as reading them takes a quarter of a
+    small save's time."""
     versions = {}
     for package in ("veneer", "torch", "transformers"):
         with suppress(PackageNotFoundError):
@@ -83,16 +84,16 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _plain(value: Any) -> Any:
-    """A provenance as strict JSON: an infinite number becomes the text "inf", and a lone surrogate,
-    which a file name may hold, becomes "?"."""
+def _to_json_value(value: Any) -> Any:
+    """A value of a provenance as strict JSON: an infinite number becomes the text "inf", and a lone
+    surrogate, which a file name may hold, becomes "?"."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _plain(below) for key, below in value.items()}
-    return [_plain(below) for below in value] if isinstance(value, list | tuple) else value
+        return {key: _to_json_value(member) for key, member in value.items()}
+    return [_to_json_value(member) for member in value] if isinstance(value, list | tuple) else value
 
 
 def record_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -120,8 +121,9 @@ def compare_hashes(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
-    """Whether each file or tensor set that the record has a hash of has changed, by a description
-    of it. ``parameters``: the tensors of ``veneer.safetensors``; None if they could not be read."""
+    """Which of the contents of the folder have changed since they were hashed: {description of the
+    content: whether it has changed}. ``parameters``: the tensors of ``veneer.safetensors``; None if
+    the file could not be read."""
     hashes = record["hashes"]
     checks = {
         "the record in its header": hash_record(record) != hashes.get("record"),
@@ -136,11 +138,11 @@ def compare_hashes(
 
 
 def require_unchanged(checks: Mapping[str, bool], path: Path) -> None:
-    """Raise AdapterError if any check of ``compare_hashes`` found a change."""
-    changed = [subject for subject, is_changed in checks.items() if is_changed]
-    if changed:
-        problem = f"{path}, of which {' and '.join(changed)} changed after it was written"
-        if changed == [PARAMETERS]:
+    """Raise AdapterError if any of ``checks``, the result of ``compare_hashes``, is true."""
+    changed_contents = [content for content, has_changed in checks.items() if has_changed]
+    if changed_contents:
+        problem = f"{path}, of which {' and '.join(changed_contents)} changed after it was written"
+        if changed_contents == [PARAMETERS]:
             problem = f"{path / PARAMETERS}, which changed after it was written"
         raise AdapterError(
             problem, "the files as they were saved", "get another copy of the folder"
@@ -148,12 +150,12 @@ def require_unchanged(checks: Mapping[str, bool], path: Path) -> None:
 
 
 def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The labels of the classifier that was adapted, in the order of its outputs; None if it was no
-    classifier, or if neither the record nor the run of ``veneer train`` lists them."""
-    task = record.get("provenance", {}).get("task")
+    """The labels of the adapted classifier, in the order of its outputs. None if the base was no
+    classifier, or if neither the record nor the run of ``veneer train`` lists labels."""
+    task_settings = record.get("provenance", {}).get("task")
     for labels in (
         record.get("base", {}).get("labels"),
-        task.get("labels") if isinstance(task, dict) else None,
+        task_settings.get("labels") if isinstance(task_settings, dict) else None,
     ):
         if isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels):
             return tuple(labels)
@@ -161,18 +163,18 @@ def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """The problems of a record that can be found without a model."""
+    """The problems of a record, as far as they can be known without a model."""
     if record.get("format") != FORMAT:
         yield sentence(
-            f"format {_brief(record.get('format'))} in {path}",
+            f"format {_short_repr(record.get('format'))} in {path}",
             f"{FORMAT}",
             "install a newer Veneer",
         )
         return
-    base, changes = record.get("base"), record.get("changes")
-    weights = base.get("weights") if isinstance(base, dict) else None
+    base_record, changes = record.get("base"), record.get("changes")
+    fingerprints = base_record.get("weights") if isinstance(base_record, dict) else None
     if (
-        not isinstance(weights, dict)
+        not isinstance(fingerprints, dict)
         or not isinstance(changes, dict)
         or not isinstance(record.get("config"), dict)
     ):
@@ -180,85 +182,86 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
             "no base, changes or config in it", "all three", "save it again with this Veneer"
         )
         return
-    texts = [
-        base.get("name") or "",
-        base.get("architecture") or "",
-        *weights.values(),
+    text_values = [
+        base_record.get("name") or "",
+        base_record.get("architecture") or "",
+        *fingerprints.values(),
         *record["hashes"].values(),
     ]
-    tables = [record.get(name, {}) for name in ("versions", "provenance")] + [
-        base.get("quantized", {})
+    mappings = [record.get(name, {}) for name in ("versions", "provenance")] + [
+        base_record.get("quantized", {})
     ]
-    rest, fresh = base.get("rest", {}), base.get("fresh", [])
-    if isinstance(rest, dict) and isinstance(fresh, list):
-        texts += [*rest.values(), *fresh]
+    rest_fingerprints, fresh_names = base_record.get("rest", {}), base_record.get("fresh", [])
+    if isinstance(rest_fingerprints, dict) and isinstance(fresh_names, list):
+        text_values += [*rest_fingerprints.values(), *fresh_names]
     else:
-        tables.append(None)
-    if not all(isinstance(text, str) for text in texts) or not all(
-        isinstance(table, dict) for table in tables
+        mappings.append(None)
+    if not all(isinstance(value, str) for value in text_values) or not all(
+        isinstance(mapping, dict) for mapping in mappings
     ):
         expected = "text for names and hashes; versions, provenance and quantized by name"
         yield sentence("fields of other types", expected, "get another copy")
-    if weights.keys() != changes.keys():
-        odd = listing(sorted(weights.keys() ^ changes.keys()), 3)
+    if fingerprints.keys() != changes.keys():
+        different_paths = listing(sorted(fingerprints.keys() ^ changes.keys()), 3)
         yield sentence(
-            f"changes and fingerprints of other weights ({odd})", "the same", "get another copy"
+            f"changes and fingerprints of other weights ({different_paths})", "the same", "get another copy"
         )
     for weight_path, change in changes.items():
         yield from _change_problems(weight_path, change)
 
 
 def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
-    """The problems of one entry of "changes"."""
+    """The problems of one entry of the record's "changes"."""
     fields = change if isinstance(change, dict) else {}
     rank, alpha, tokens = fields.get("rank"), fields.get("alpha"), fields.get("tokens")
-    least = 0 if tokens else 1
+    min_rank = 0 if tokens else 1
     if (
         type(rank) is not int
-        or not least <= rank <= peft.MAX_RANK
+        or not min_rank <= rank <= peft.MAX_RANK
         or type(alpha) not in (int, float)
     ):
-        expected = f"a rank of at least {least} and a number"
+        expected = f"a rank of at least {min_rank} and a number"
         yield sentence(
-            f"rank {_brief(rank)} and alpha {_brief(alpha)} for {weight_path!r}",
+            f"rank {_short_repr(rank)} and alpha {_short_repr(alpha)} for {weight_path!r}",
             expected,
             "get another copy",
         )
     if type(fields.get("module_only", False)) is not bool:
         yield sentence(
-            f"module_only {_brief(fields['module_only'])} for {weight_path!r}",
+            f"module_only {_short_repr(fields['module_only'])} for {weight_path!r}",
             "true or false",
             "get another copy",
         )
     for field in ("rows", "tokens"):
-        if field in fields and not _ranges(fields[field]):
+        if field in fields and not _is_range_list(fields[field]):
             yield sentence(
-                f"{field} {_brief(fields[field])} for {weight_path!r}",
+                f"{field} {_short_repr(fields[field])} for {weight_path!r}",
                 "(start, stop) pairs",
                 "get another copy",
             )
     if "tokens" in fields and type(fields.get("of")) is not int:
-        problem = f"tokens of {_brief(fields.get('of'))} rows for {weight_path!r}"
+        problem = f"tokens of {_short_repr(fields.get('of'))} rows for {weight_path!r}"
         yield sentence(problem, "the number of rows of its weight", "get another copy")
 
 
-def _ranges(value: Any) -> bool:
-    """Whether ``value`` is a list of (start, stop) pairs, ascending or not."""
-    pairs = (
+def _is_range_list(value: Any) -> bool:
+    """Whether ``value`` is a list of pairs [start, stop] of numbers, in any order."""
+    has_pairs = (
         isinstance(value, list)
         and bool(value)
         and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
     )
-    return pairs and all(type(end) is int and end >= 0 for pair in value for end in pair)
+    return has_pairs and all(type(bound) is int and bound >= 0 for pair in value for bound in pair)
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+def _short_repr(value: Any) -> str:
+    """The ``repr`` of a value, truncated to 200 characters."""
+    value_repr = repr(value)
+    return value_repr if len(value_repr) <= 200 else f"{value_repr[:200]}…"
 
 
 def ranges_of(indices: Iterable[int]) -> list[list[int]]:
-    """Ascending runs of indices as (start, stop)."""
+    """The runs of consecutive numbers in ascending indices, each as [start, stop]."""
     ranges: list[list[int]] = []
     for index in indices:
         if ranges and ranges[-1][1] == index:
@@ -269,12 +272,14 @@ def ranges_of(indices: Iterable[int]) -> list[list[int]]:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
+    """SHA-256 of the keys, shapes and contents of tensors."""
+    combined_hash = hashlib.sha256()
     for key in throttle(sorted(tensors)):
-        total.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
-    return total.hexdigest()
+        combined_hash.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
+    return combined_hash.hexdigest()
 
 
 def hash_record(record: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in record["hashes"].items() if key != "record"}
-    return hash_json({**record, "hashes": rest})
+    """The hash of a record without its field for this hash."""
+    file_hashes = {key: value for key, value in record["hashes"].items() if key != "record"}
+    return hash_json({**record, "hashes": file_hashes})

@@ -1,5 +1,7 @@
-"""Save an adapter of a model to a folder, and install an adapter from a folder. ``folder.py``
-writes and reads the folder, and ``match_model.py`` verifies it against the model."""
+"""Save an adapter of a model to a folder, and install an adapter from a folder on a model.
+
+``folder.py`` writes and reads the folder; ``match_model.py`` verifies the folder against the model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.base_proof import base_record, fingerprint_without_rows, fingerprints_of
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import match
-from veneer.adapter_files.peft_mapping import file_tensor, peft_config, peft_entries, tensors_of
+from veneer.adapter_files.peft_mapping import file_tensor, file_tensors, peft_config, peft_entries
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.ties import untie_for
 from veneer.attach import (
@@ -46,8 +48,8 @@ from veneer.variants import VARIANTS, InitContext
 
 
 class LoadedElsewhere(UserWarning):
-    """An adapter folder was written that PEFT or ``from_pretrained`` cannot load, or only in part;
-    the text gives the reason and a way to load it."""
+    """PEFT or ``from_pretrained`` cannot load the adapter folder that was written, or can load only
+    parts of it. The text gives the reason and a way to load the folder."""
 
 
 @torch.no_grad()
@@ -62,60 +64,61 @@ def save(
     fingerprints: Mapping[str, str] | None = None,
     alone: bool = False,
 ) -> Path:
-    """Write the adapter ``name`` (None: the only one) as a folder, in one atomic step: after a
-    crash the path holds the old folder or the new one.
+    """Write the adapter ``name`` as a folder, in one atomic step: after a crash, ``path`` holds the
+    old folder or the new one. None stands for the name of the only adapter.
 
-    In several processes (``torch.distributed``: DDP, FSDP2) every rank that holds the model must
-    call this with the same path. Sharded weights are gathered one at a time; all ranks compare
-    their tensors, the first rank writes, and the others return once the folder exists. If the ranks
-    differ, or one fails or does not call (``distributed.PATIENCE``), every rank raises and nothing
-    is replaced.
+    In several processes (``torch.distributed``: DDP, FSDP2), every rank that holds the model must
+    call ``save`` with the same path. Sharded weights are gathered one at a time. All ranks compare
+    their tensors, the first rank writes, and the other ranks return once the folder exists. If the
+    ranks differ, or if one fails or does not call (``distributed.PATIENCE``), every rank raises and
+    no folder is replaced.
 
     Args:
-        base_name: the name of the base; None takes the name that transformers loaded it by, and no
-            name for an adapter that was attached to merged weights.
-        provenance: facts about the training, as JSON values (those of the first rank). The model
-            card (README.md) shows some of its keys, such as "license" and "metrics"; see
+        base_name: the name of the base. None means the name by which transformers loaded the base,
+            or no name for an adapter that was attached to merged weights.
+        provenance: facts about the training, as JSON values. The first rank's facts are written.
+            The model card (README.md) shows some keys, such as "license" and "metrics"; see
             ``model_card.py``.
-        overwrite: replace the adapter in an existing folder; all other files stay, and so do notes
-            at the end of its model card.
+        overwrite: whether to replace the adapter in an existing folder. All other files stay, as do
+            notes at the end of the old model card.
         fingerprints: the fingerprints of the base's tensors, by path, for a model without values
-            (``models.meta_model``); those of changed weights are required. None computes them from
-            the model.
-        alone: this rank saves by itself and waits for no other rank; under DDP, where each rank
-            has the whole model, call it behind ``if rank == 0``.
+            (``models.meta_model``). The fingerprint of each changed weight is required. None
+            computes them from the model.
+        alone: whether this rank saves by itself and waits for no other rank. Under DDP, where each
+            rank has the complete model, call it behind ``if rank == 0``.
 
     Raises:
-        OutputExistsError: the path exists and ``overwrite`` is False; it is a file, or holds
-            another whole model.
-        AdapterError: a trained value is not finite; the variant has no form in such a folder; the
-            base's weights are lost (merged with ``keep=False``); ranks differ or do not call.
-        MergeError: the adapter was attached while another was merged, which is no longer merged.
+        OutputExistsError: the path exists and ``overwrite`` is False; it is a file; or it holds a
+            complete model other than the base.
+        AdapterError: a trained value is not finite; the variant cannot be written in PEFT's format;
+            the base's weights are lost (merged with ``keep=False``); ranks differ or do not call.
+        MergeError: the adapter was attached while another adapter was merged, and the latter is no
+            longer merged.
 
     Warns:
-        FreshWeights: parameters of the model are in neither the checkpoint nor the folder.
-        LoadedElsewhere: PEFT has the variant (DoRA), but not for one of these layers, and cannot
-            read the folder.
+        FreshWeights: some parameters of the model are neither in its checkpoint nor in the folder.
+        LoadedElsewhere: PEFT cannot read the folder, because it has the variant (DoRA), but not for
+            one of the adapted layers.
     """
     path = Path(path)
 
-    def put(content: Mapping[str, Any]) -> None:
+    def write_content(content: Mapping[str, Any]) -> None:
         write(path, **content, provenance=provenance or {}, overwrite=overwrite)
         reason = peft.not_for_peft(content["peft_config"])
-        # PEFT has the variant, but not for these layers
+        # PEFT supports the variant, but not for one of these layers
         if reason and VARIANTS[content["config"].variant].peft_keys:
-            text = (
+            warning_text = (
                 f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the"
                 " adapter"
             )
-            warn_caller(text, LoadedElsewhere, within=("veneer", "torch"))
+            warn_caller(warning_text, LoadedElsewhere, within=("veneer", "torch"))
 
-    save_by(put, model, path, name, base_name, fingerprints, alone)
+    save_with(write_content, model, path, name, base_name, fingerprints, alone)
     return path
 
 
-def save_by(
-    put: Callable[[Mapping[str, Any]], None],
+def save_with(
+    write_content: Callable[[Mapping[str, Any]], None],
     model: nn.Module,
     path: Path,
     name: str | None,
@@ -123,8 +126,8 @@ def save_by(
     fingerprints: Mapping[str, str] | None = None,
     alone: bool = False,
 ) -> None:
-    """``save`` with another last step: ``put`` gets the collected content, on one of the ranks that
-    save to ``path``."""
+    """``save`` with another last step: ``write_content`` is called with the collected content (see
+    ``_content``) on one of the ranks that save to ``path``."""
     model = unwrap(model)
     if not alone:
         reshard(model)
@@ -136,35 +139,41 @@ def save_by(
         modules = [change for *_, change in changes(model, adapter_name)] + [
             layer_adapter.full for _, _, layer_adapter in adapters(model, adapter_name)
         ]
-        values = full_tensors(value for m in modules for value in (*m.parameters(), *m.buffers()))
-        with with_values(modules, values):
+        tensors = full_tensors(
+            tensor
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+        )
+        with with_values(modules, tensors):
             return _content(model, adapter_name, base_name, fingerprints)
 
     if ranks is None:
-        put(collect())
+        write_content(collect())
         return
-    # compare the outlines before anything is gathered
-    ranks.run_on_all(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")
+    # compare the shapes of the ranks' adapters before any tensor is gathered
+    ranks.run_on_all(lambda: _describe_adapter(model, only_name(model, name)), hash_json, "an adapter")
     content = ranks.run_on_all(collect, _content_hash, "an adapter, or a base,")
-    ranks.run_on_all(lambda: put(content) if ranks.writes else None, lambda _: "", "a folder")
+    ranks.run_on_all(
+        lambda: write_content(content) if ranks.writes else None, lambda _: "", "a folder"
+    )
 
 
-def _must_be_gathered(model: nn.Module, name: str) -> None:
-    """Raise AdapterError if FSDP1 has flattened and sharded the weights, so that their shapes are
-    lost, or if its wrappers are part of the paths."""
+def _must_be_gathered(model: nn.Module, adapter_name: str) -> None:
+    """Raise AdapterError if FSDP1 has flattened and sharded the weights, because their shapes are
+    then lost, or if the names of its wrappers are in the paths."""
     if not has_fsdp1(module for _, module in walk(model)):
         return
-    weights = [weight_of(module, weight) for _, module, weight, _ in changes(model, name)]
-    inside = any("_fsdp_wrapped_module" in path for path, _ in walk(model))
-    if inside or any(isinstance(weight, nn.Parameter) and weight.dim() == 1 for weight in weights):
+    changed_weights = [weight_of(module, weight) for _, module, weight, _ in changes(model, adapter_name)]
+    wraps_modules = any("_fsdp_wrapped_module" in path for path, _ in walk(model))
+    if wraps_modules or any(isinstance(weight, nn.Parameter) and weight.dim() == 1 for weight in changed_weights):
         problem = "a model in torch's first FullyShardedDataParallel (FSDP1)"
         problem += (
             ", which wraps modules of it"
-            if inside
+            if wraps_modules
             else ", whose weights it has spread over processes"
         )
         do = "shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
-        if not inside:
+        if not wraps_modules:
             do += (
                 ", or save on every rank inside of `with"
                 " FullyShardedDataParallel.summon_full_params(wrapped):`"
@@ -172,89 +181,90 @@ def _must_be_gathered(model: nn.Module, name: str) -> None:
         raise AdapterError(problem, "whole weights, or those of FSDP2", do)
 
 
-def _outline(model: nn.Module, name: str) -> list[Any]:
-    """The name, config, and the paths and shapes of the tensors of an adapter."""
-    states = {path: layer_adapter.state_dict() for path, _, layer_adapter in adapters(model, name)}
+def _describe_adapter(model: nn.Module, adapter_name: str) -> list[Any]:
+    """The name and config of an adapter, and the paths and shapes of its tensors."""
+    states = {path: layer_adapter.state_dict() for path, _, layer_adapter in adapters(model, adapter_name)}
     shapes = [
         (path, key, [*value.shape])
         for path, state in states.items()
         for key, value in state.items()
     ]
-    return [name, need_adapters(model, name).configs[name].to_dict(), shapes]
+    return [adapter_name, need_adapters(model, adapter_name).configs[adapter_name].to_dict(), shapes]
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:
     """A hash of the content of the folder, without the provenance."""
-    tensors = {
+    digests = {
         key: digest(tensor)
         for kind in ("tensors", "parameters")
         for key, tensor in content[kind].items()
     }
-    rest = {
+    metadata = {
         key: value
         for key, value in content.items()
         if key not in ("tensors", "parameters", "config")
     }
-    return hash_json([tensors, rest, content["config"].to_dict()])
+    return hash_json([digests, metadata, content["config"].to_dict()])
 
 
 def base_name_of(model: nn.Module) -> str | None:
+    """The name by which transformers loaded a model; None if it has no such name."""
     return getattr(getattr(model, "config", None), "_name_or_path", "") or None
 
 
 def labels_of(model: nn.Module) -> list[str] | None:
-    """The labels of a classifier of transformers, in the order of its outputs; None for any other
-    model (the config of every model has two default labels)."""
-    names = getattr(getattr(model, "config", None), "id2label", None)
-    if not names or not base_class(model).__name__.endswith("Classification"):
+    """The labels of a classifier of transformers, in the order of its outputs. None for any other
+    model, although the config of every model has two default labels."""
+    label_names = getattr(getattr(model, "config", None), "id2label", None)
+    if not label_names or not base_class(model).__name__.endswith("Classification"):
         return None
-    return [str(names[number]) for number in sorted(names)]
+    return [str(label_names[index]) for index in sorted(label_names)]
 
 
 def _content(
-    model: nn.Module, name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
+    model: nn.Module, adapter_name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """The arguments for ``folder.write``: the tensors, configs and fingerprints of an adapter."""
-    config = need_adapters(model, name).configs[name]
+    """The keyword arguments for ``folder.write``: the tensors, configs and fingerprints."""
+    config = need_adapters(model, adapter_name).configs[adapter_name]
     if VARIANTS[config.variant].peft is None:
         raise AdapterError(
             f"variant {config.variant!r}", "one that PEFT's format can express", "merge it instead"
         )
     names = Names(model)
-    peft_form = peft_entries(names, name)
-    # an adapter of merged weights has no base with a name
-    if base_name is None and need_adapters(model).selections[name].on is None:
+    entries = peft_entries(names, adapter_name)
+    # the base of an adapter that was attached to merged weights has no name
+    if base_name is None and need_adapters(model).selections[adapter_name].on is None:
         base_name = base_name_of(model)
     weights = {
         parameter_path(weight_path, weight): (weight_of(module, weight), change)
-        for weight_path, module, weight, change in changes(model, name)
+        for weight_path, module, weight, change in changes(model, adapter_name)
     }
-    exact = {id(entry.change): entry.exact for entry in peft_form}
+    is_complete = {id(entry.change): entry.is_complete for entry in entries}
     return {
         "tensors": {
-            **tensors_of(model, name, peft_form),
-            **saved_token_rows.tensors_of(names, name),
+            **file_tensors(model, adapter_name, entries),
+            **saved_token_rows.file_tensors(names, adapter_name),
         },
         "peft_config": (
-            peft_config(names, name, config, base_name, peft_form)
-            | saved_token_rows.config_fields(names, name)
+            peft_config(names, adapter_name, config, base_name, entries)
+            | saved_token_rows.config_fields(names, adapter_name)
         ),
         "base": {
             "name": base_name,
             "architecture": base_class(model).__name__,
             **({} if (labels := labels_of(model)) is None else {"labels": labels}),
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
-            **_proof(names, name, weights, fingerprints),
+            **_proof(names, adapter_name, weights, fingerprints),
         },
         "changes": {
             weight_path: _describe_change(change) for weight_path, (_, change) in weights.items()
         },
         "config": config,
         "parameters": {
-            f"{weight_path}.{key}": file_tensor(value)
+            f"{weight_path}.{key}": file_tensor(parameter)
             for weight_path, (_, change) in weights.items()
-            if not exact.get(id(change), True)
-            for key, value in change.adapter_parameters.items()
+            if not is_complete.get(id(change), True)
+            for key, parameter in change.adapter_parameters.items()
             if key not in change.variant.derived or not _has_default_derived(change)
         },
     }
@@ -262,71 +272,82 @@ def _content(
 
 def _proof(
     names: Names,
-    name: str,
+    adapter_name: str,
     weights: Mapping[str, tuple[Any, Change]],
     fingerprints: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """The fingerprints of the tensors that the adapted model computes with, and the parameters
-    among them that no checkpoint holds ("fresh"). ``weights``: the weights that it changes at a low
-    rank, by path, with their changes."""
+    """The fingerprints of the tensors that the adapted model computes with, and the parameters that
+    no checkpoint holds ("fresh"). ``weights``: {path: (weight, change)} of the weights that the
+    adapter changes at a low rank."""
     model, tensors = names.model, list_weights(names)
-    by_identity = {id(tensor.weight): tensor for tensor in tensors}
-    replaced = {
+    tensors_by_id = {id(tensor.weight): tensor for tensor in tensors}
+    replaced_ids = {
         id({**module._parameters, **module._buffers}[key])
-        for _, module, layer_adapter in adapters(model, name)
+        for _, module, layer_adapter in adapters(model, adapter_name)
         for key in (*layer_adapter.full._parameters, *layer_adapter.full._buffers)
     }
-    # the adapter holds the fresh rows of these
-    held = {id(weight) for weight, change in weights.values() if change.tokens is not None}
-    lost = {key: ref for key, ref in names.fresh_parameters().items() if key not in replaced | held}
-    FreshWeights.warn(lost.values(), "As the adapter is saved", stacklevel=5)
-    # the output of a model without a head does not depend on its pooler, which may be random
-    gone = without_backup(model, name) if fingerprints is None else frozenset()
-    left_out = replaced.union(gone, () if _has_head(model) else lost)
+    # weights with trained token rows: the adapter holds the rows that no checkpoint has
+    token_weight_ids = {id(weight) for weight, change in weights.values() if change.tokens is not None}
+    fresh_refs = {
+        weight_id: ref
+        for weight_id, ref in names.fresh_parameters().items()
+        if weight_id not in replaced_ids | token_weight_ids
+    }
+    FreshWeights.warn(fresh_refs.values(), "As the adapter is saved", stacklevel=5)
+    # in a model without a head, only the pooler is fresh, and the output does not depend on it
+    lost_ids = without_backup(model, adapter_name) if fingerprints is None else frozenset()
+    excluded_ids = replaced_ids.union(lost_ids, () if _has_head(model) else fresh_refs)
 
-    unknown = [weight_path for weight_path, (held, _) in weights.items() if id(held) in gone]
-    if unknown:
+    lost_paths = [path for path, (weight, _) in weights.items() if id(weight) in lost_ids]
+    if lost_paths:
         problem = (
-            f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
+            f"{listing(lost_paths)}, merged with keep=False, of which nobody knows what the base"
+            " was"
         )
         raise AdapterError(
             problem, "the base's weights, for its fingerprint", "save it before that merge"
         )
-    changed = {weight_path: by_identity[id(held)] for weight_path, (held, _) in weights.items()}
-    left_out = left_out.union(id(tensor.weight) for tensor in changed.values())
-    rest = [
-        tensor for tensor in tensors if id(tensor.weight) not in left_out and tensor.is_readable
+    changed_weights = {path: tensors_by_id[id(weight)] for path, (weight, _) in weights.items()}
+    excluded_ids = excluded_ids.union(id(tensor.weight) for tensor in changed_weights.values())
+    unchanged_tensors = [
+        tensor
+        for tensor in tensors
+        if id(tensor.weight) not in excluded_ids and tensor.is_readable
     ]
-    recorded = [*changed.values(), *rest]
-    if fingerprints is None:
-        values = _compute_fingerprints(model, name, recorded)
-    else:
-        values = [
-            next((fingerprints[key] for key in tensor.names if key in fingerprints), None)
-            for tensor in recorded
-        ]
-    record = base_record(changed, rest, values)
-    for weight_path, (held, change) in weights.items() if fingerprints is None else ():
+    recorded_tensors = [*changed_weights.values(), *unchanged_tensors]
+    digests = _find_fingerprints(model, adapter_name, recorded_tensors, fingerprints)
+    record = base_record(changed_weights, unchanged_tensors, digests)
+    for weight_path, (weight, change) in weights.items() if fingerprints is None else ():
         # the adapter replaces these rows, so that the base's values in them do not matter
         if change.tokens is not None:
             ids = change.tokens.tolist()
             record["weights"][weight_path] = fingerprint_without_rows(
-                by_identity[id(held)], ids, bits_before_merge(model, name)
+                tensors_by_id[id(weight)], ids, bits_before_merge(model, adapter_name)
             )
     return {
         **record,
-        **({"fresh": [parameter_path(*ref) for ref in lost.values()]} if lost else {}),
+        **({"fresh": [parameter_path(*ref) for ref in fresh_refs.values()]} if fresh_refs else {}),
     }
 
 
-def _compute_fingerprints(
-    model: nn.Module, name: str, tensors: Sequence[ModuleWeight]
+def _find_fingerprints(
+    model: nn.Module,
+    adapter_name: str,
+    tensors: Sequence[ModuleWeight],
+    fingerprints: Mapping[str, str] | None,
 ) -> list[str | None]:
-    """The fingerprints of tensors of the base as they were before a merge; of a packed weight, that
-    of the weight in the file if it is known."""
-    sources = sources_of(model)
-    computed = fingerprints_of(tensors, bits_before_merge(model, name))
-    return [sources.get(fingerprint, fingerprint) for fingerprint in computed]
+    """The fingerprints of tensors of the base as they were before a merge; None if one is unknown.
+
+    They are taken from ``fingerprints`` by name, or computed from the model if that is None. For a
+    packed weight, the fingerprint of the weight in the checkpoint is used, if it is known."""
+    if fingerprints is not None:
+        return [
+            next((fingerprints[name] for name in tensor.names if name in fingerprints), None)
+            for tensor in tensors
+        ]
+    file_fingerprints = sources_of(model)
+    computed = fingerprints_of(tensors, bits_before_merge(model, adapter_name))
+    return [file_fingerprints.get(fingerprint, fingerprint) for fingerprint in computed]
 
 
 def install_from(
@@ -343,11 +364,11 @@ def install_from(
     """Verify a folder against a model, then install the adapter (``veneer.load``).
 
     Args:
-        of_weights: the changes are changes of weights even without a record, as they come from a
-            format that defines them so; PEFT's deviations then do not matter.
-        untie: whether the names of a tied weight that the folder changes separately get weights of
-            their own (``ties.untie_for``).
-        grow: first grow the vocabulary of the model to that of the adapter's base.
+        of_weights: whether the changes are changes of weights even without a record, because they
+            come from a format that defines them so. PEFT's deviations then do not matter.
+        untie: whether the names of a tied weight that the folder changes differently get separate
+            weights (``ties.untie_for``).
+        grow: whether to grow the vocabulary of the model first, to that of the adapter's base.
     """
     with saved_token_rows.grow_vocabulary(model, path) if grow else nullcontext():
         untied = untie_for(model, path, untie)
@@ -374,40 +395,40 @@ def install_from(
 
 
 def _has_default_derived(change: Change) -> bool:
-    """Whether the derived parameters equal those that the sizes give, so that no file needs them.
-    They differ in a VeRA adapter from PEFT."""
-    held, dims = change.adapter_parameters, change.dims
+    """Whether the derived parameters equal the values that follow from the sizes of the change, so
+    that no file needs them. They differ in a VeRA adapter from PEFT."""
+    parameters, dims = change.adapter_parameters, change.dims
     out = dims.out if change.rows is None else len(change.rows)
-    start = InitContext(dims.groups, out, dims.in_, change.rank, change.layer.fan_in(dims))
-    for name in change.variant.derived:
-        with torch.device(held[name].device):
-            begun = change.variant.init(start)[name]
-        if begun.shape != held[name].shape or not torch.equal(
-            begun.to(held[name].dtype), held[name]
+    context = InitContext(dims.groups, out, dims.in_, change.rank, change.layer.fan_in(dims))
+    for parameter_name in change.variant.derived:
+        with torch.device(parameters[parameter_name].device):
+            default = change.variant.init(context)[parameter_name]
+        if default.shape != parameters[parameter_name].shape or not torch.equal(
+            default.to(parameters[parameter_name].dtype), parameters[parameter_name]
         ):
             return False
     return True
 
 
 def _describe_change(change: Change) -> dict[str, Any]:
-    """The record's entry of one change."""
-    described: dict[str, Any] = {
+    """The entry of one change in the record's "changes"."""
+    fields: dict[str, Any] = {
         "kind": change.layer.name,
         "rank": change.rank,
         "alpha": change.alpha,
     }
-    described |= {"module_only": True} if change.module_only else {}
+    fields |= {"module_only": True} if change.module_only else {}
     if change.rows is not None:
-        described["rows"] = ranges_of(change.rows.tolist())
+        fields["rows"] = ranges_of(change.rows.tolist())
     if change.tokens is not None:
-        # the rows of the stored weight
-        rows = change.dims.in_ if change.layer.out_axis else change.dims.out
-        described |= {"tokens": ranges_of(change.tokens.tolist()), "of": rows}
-    return described
+        # the number of rows of the weight as it is stored
+        row_count = change.dims.in_ if change.layer.out_axis else change.dims.out
+        fields |= {"tokens": ranges_of(change.tokens.tolist()), "of": row_count}
+    return fields
 
 
 def _has_head(model: nn.Module) -> bool:
-    """Whether a transformers model has a head on top of a base model, rather than being that base
+    """Whether a model of transformers has a head on top of a base model, rather than being a base
     model itself."""
     prefix = getattr(model, "base_model_prefix", "")
     return bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)

@@ -1,11 +1,12 @@
-"""``save_pretrained`` of a model with adapters, and ``refill``, which copies a saved adapter back
-into the parameters that train.
+"""``save_pretrained`` of a model with adapters, and ``refill``, which copies a saved adapter into
+the parameters of an attached adapter.
 
-    model.save_pretrained(d), trainer.save_model(d), model.push_to_hub(…)
-        an adapter          d is an adapter folder, as ``veneer.save`` writes it and PEFT would
-        a merged adapter    d holds the plain model, its changed weights under their own names
+``model.save_pretrained(d)``, ``trainer.save_model(d)`` and ``model.push_to_hub(…)`` write:
 
-Without it, transformers would write everything in ``state_dict()``. ``trainers.py`` installs it.
+    for an adapter           an adapter folder ``d``, as ``veneer.save`` writes it
+    for a merged adapter     the plain model, in which the changed weights have their usual names
+
+Transformers' method would write every tensor of ``state_dict()``. ``trainers.py`` replaces it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from veneer import context
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import LoadPlan, match
-from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, labels_of, save_by
+from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, labels_of, save_with
 from veneer.attach import (
     STATE,
     Change,
@@ -48,32 +49,34 @@ from veneer.formats import peft
 from veneer.layers import ParamRef, parameter_path
 from veneer.models.safetensors_dir import must_hold_no_adapter
 
+#: the name of the replaced method
 SAVE = "save_pretrained"
 
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Replacement of ``module.save_pretrained(…)``, with the same arguments, while the model has
-    adapters.
+    """The replacement for ``module.save_pretrained`` while the model has adapters. It takes the
+    same arguments.
 
     Raises:
-        SelectionError: there are several adapters and none is selected, or rows of several are;
-            ``module`` is only a part of the model that they were attached to.
-        AdapterError: an option or a state dict that an adapter folder cannot follow, or any error
-            of ``veneer.save``.
-        OutputExistsError: the folder holds files that ``from_pretrained`` would load too.
+        SelectionError: there are several adapters and none is selected, or rows of the batch select
+            several; or ``module`` is only a submodule of the adapted model.
+        AdapterError: an adapter folder cannot follow an option or the state dict; or any error of
+            ``veneer.save``.
+        OutputExistsError: the folder holds files that ``from_pretrained`` would load, too.
     """
     options = _arguments(module, args, kwargs)
     attached = next((layer_state.attached for _, _, layer_state in layer_states(module)), None)
     if (
         attached is None
         or not attached.configs
-        or (attached.merged is not None and not _runs_on_top(attached))
+        or (attached.merged is not None and not _uses_adapter_on_merge(attached))
     ):
-        _save_plain(module, options)
+        _save_model(module, options)
     elif adapters_of(module) is not attached:
-        owners = ", ".join(attached.configs)
+        adapter_names = ", ".join(attached.configs)
         problem = (
-            f"{SAVE} of a {base_class(module).__name__} within the model that {owners} belongs to"
+            f"{SAVE} of a {base_class(module).__name__} within the model that {adapter_names}"
+            " belongs to"
         )
         do = f"call {SAVE} (or veneer.save) of the model that the adapter was attached to"
         raise SelectionError(problem, "one folder for all of an adapter", do)
@@ -82,53 +85,61 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the module's own method, by name. In every library the first
-    argument is the folder."""
+    """The arguments of a call of the replaced method, by name. In every library the first argument
+    is the folder."""
     method = getattr(without_adapters(module), SAVE)
     bound = inspect.signature(method).bind(*args, **kwargs).arguments
-    rest = next(
-        (p.name for p in inspect.signature(method).parameters.values() if p.kind is p.VAR_KEYWORD),
+    keywords_name = next(
+        (
+            parameter.name
+            for parameter in inspect.signature(method).parameters.values()
+            if parameter.kind is parameter.VAR_KEYWORD
+        ),
         "",
     )
-    return {**{name: value for name, value in bound.items() if name != rest}, **bound.get(rest, {})}
+    named_arguments = {name: value for name, value in bound.items() if name != keywords_name}
+    return {**named_arguments, **bound.get(keywords_name, {})}
 
 
-def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
-    """Save the module without its adapters."""
+def _save_model(module: nn.Module, options: dict[str, Any]) -> None:
+    """Save the module without its adapters, as transformers does."""
     folder, plain_module = Path(next(iter(options.values()))), without_adapters(module)
     must_hold_no_adapter(folder)
     if options.get("state_dict") is not None:
-        ours = module.state_dict().keys() - plain_module.state_dict().keys()
+        adapter_keys = module.state_dict().keys() - plain_module.state_dict().keys()
         options["state_dict"] = {
-            key: value for key, value in _state(options).items() if key not in ours
+            key: value for key, value in _passed_state(options).items() if key not in adapter_keys
         }
     getattr(plain_module, SAVE)(**options)
 
 
 def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
-    """Save the selected adapter, or the only one, into a folder that may hold other files."""
+    """Save the selected adapter, or the only adapter, into a folder that may hold other files."""
     folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE)
-    odd = [option for option in ("variant", "distributed_checkpoint") if options.get(option)]
-    odd += [
+    unsupported_options = [
+        option for option in ("variant", "distributed_checkpoint") if options.get(option)
+    ]
+    unsupported_options += [
         option
         for option in ("save_peft_format", "safe_serialization")
         if options.get(option) is False
     ]
-    if odd:
+    if unsupported_options:
+        values = [f"{option}={options[option]!r}" for option in unsupported_options]
         problem = (
-            f"{', '.join(f'{option_name}={options[option_name]!r}' for option_name in odd)} for a"
+            f"{', '.join(values)} for a"
             " model with an unmerged adapter"
         )
         do = "leave it out, or merge the adapter to save the whole model"
         raise AdapterError(problem, "what an adapter folder can follow", do)
-    state = _state(options)
+    state = _passed_state(options)
     if not options.get("is_main_process", True):
         if not state and is_spread(model.modules()):
-            # every process has a shard of the tensors that the main process writes
+            # the main process needs the shards of all processes to write the tensors
             write_adapter(model, name, folder, alone=False)
         return
     if state:
-        _with_state(model, name, state, lambda: write_adapter(model, name, folder, alone=True))
+        _save_from_state(model, name, state, lambda: write_adapter(model, name, folder, alone=True))
     else:
         write_adapter(model, name, folder, alone=not is_spread(model.modules()))
     _warn_limits(model, folder)
@@ -138,37 +149,39 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
         model.push_to_hub(options.get("repo_id") or folder.name, **push_options)  # pyright: ignore[reportCallIssue]
 
 
-def _runs_on_top(attached: ModelAdapters) -> bool:
-    """Whether a forward would use an adapter that was attached on top of the merged weights."""
-    chosen = context.current.selection.get(attached.uid, attached.default)
-    return chosen.name in attached.configs and chosen.on == attached.merged
+def _uses_adapter_on_merge(attached: ModelAdapters) -> bool:
+    """Whether a forward would use an adapter that was attached to the model while another adapter
+    was merged."""
+    selection = context.current.selection.get(attached.uid, attached.default)
+    return selection.name in attached.configs and selection.on == attached.merged
 
 
 def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
-    """Write the files of an adapter into a folder that may hold other files. ``alone``: this
-    process saves by itself, as trainers let one process save."""
+    """Write the files of an adapter into a folder that may hold other files. ``alone``: whether
+    this process saves by itself, because a trainer lets only one process save."""
 
-    def put(content: Mapping[str, Any]) -> None:
+    def write_content(content: Mapping[str, Any]) -> None:
         write(folder, **content, provenance={}, overwrite=True)
 
-    save_by(put, model, folder, name, alone=alone)
+    save_with(write_content, model, folder, name, alone=alone)
 
 
 def _warn_limits(model: nn.Module, folder: Path) -> None:
-    """Warn, in the process that wrote the folder, of everything that ``from_pretrained`` cannot
-    load from it."""
+    """Warn of everything in the folder that ``from_pretrained`` cannot load. Only the process that
+    wrote the folder warns."""
     if not (folder / peft.CONFIG).exists():
         return
-    written = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
-    kind = str(written["peft_type"])
-    labels = _labels_to_pass(model)
-    texts = (
+    peft_config = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
+    peft_type = str(peft_config["peft_type"])
+    label_count = _label_count_to_pass(model)
+    warning_texts = (
         (
-            kind.startswith(peft.NOT_FOR_PEFT),
-            f"from_pretrained and PEFT will refuse this adapter ({kind}): load it with veneer.load",
+            peft_type.startswith(peft.NOT_FOR_PEFT),
+            f"from_pretrained and PEFT will refuse this adapter ({peft_type}): load it with"
+            " veneer.load",
         ),
         (
-            written.get("use_dora"),
+            peft_config.get("use_dora"),
             (
                 "transformers' from_pretrained leaves out the magnitudes of this DoRA adapter"
                 " (PEFT's own as well; it logs them as UNEXPECTED): load it with veneer.load or"
@@ -185,10 +198,10 @@ def _warn_limits(model: nn.Module, folder: Path) -> None:
             ),
         ),
         (
-            labels is not None,
+            label_count is not None,
             (
                 "from_pretrained makes a head of 2 labels on a base without one: pass"
-                f" num_labels={labels} to it, or load the base so and then the adapter with"
+                f" num_labels={label_count} to it, or load the base so and then the adapter with"
                 " veneer.load"
             ),
         ),
@@ -201,13 +214,13 @@ def _warn_limits(model: nn.Module, folder: Path) -> None:
             ),
         ),
     )
-    for text in (text for applies, text in texts if applies):
+    for text in (text for applies, text in warning_texts if applies):
         warnings.warn(text, LoadedElsewhere, stacklevel=5)
 
 
-def _labels_to_pass(model: nn.Module) -> int | None:
-    """The ``num_labels`` that ``from_pretrained`` needs, as the base's files and configuration have
-    no such head; None if it needs none."""
+def _label_count_to_pass(model: nn.Module) -> int | None:
+    """The ``num_labels`` that a caller must pass to ``from_pretrained``, because the base's files
+    have no head of this size; None if no such argument is needed."""
     labels = labels_of(model)
     return (
         None
@@ -216,28 +229,31 @@ def _labels_to_pass(model: nn.Module) -> int | None:
     )
 
 
-def _state(options: Mapping[str, Any]) -> dict[str, Any]:
+def _passed_state(options: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict that the caller passed, without the prefixes of wrappers in its names."""
     state = options.get("state_dict") or {}
     return {re.sub(r"^(_orig_mod\.)?(module\.)?", "", key): value for key, value in state.items()}
 
 
-def _with_state(
+def _save_from_state(
     model: nn.Module, name: str, state: Mapping[str, Any], write: Callable[[], None]
 ) -> None:
-    """Call ``write`` while the model holds the tensors of a state dict: its own tensors, or the
-    gathered ones of a sharded model. ``AdapterError``: the state dict lacks tensors of the adapter,
-    or has names that the model lacks."""
+    """Call ``write`` while the model has the tensors of a state dict: the model's own tensors, or
+    the gathered tensors of a sharded model.
+
+    Raises:
+        AdapterError: the state dict lacks tensors of the adapter, or has keys that the model lacks.
+    """
     model_state = model.state_dict(keep_vars=True)
     model_tensors = {key: value for key, value in model_state.items() if isinstance(value, Tensor)}
     marker = f".{STATE}.{name}."
-    lacking = [key for key in model_tensors if marker in f".{key}" and key not in state]
-    strange = [key for key in state if key not in model_state]
-    if lacking or strange:
+    missing_keys = [key for key in model_tensors if marker in f".{key}" and key not in state]
+    unknown_keys = [key for key in state if key not in model_state]
+    if missing_keys or unknown_keys:
         problem = (
-            f"a state_dict without {listing(lacking, 3)}"
-            if lacking
-            else f"a state_dict with {listing(strange, 3)}"
+            f"a state_dict without {listing(missing_keys, 3)}"
+            if missing_keys
+            else f"a state_dict with {listing(unknown_keys, 3)}"
         )
         do = "leave state_dict out, or pass model.state_dict()"
         raise AdapterError(
@@ -249,7 +265,7 @@ def _with_state(
     ):
         write()
         return
-    # a tied parameter has several names; the first one in the state dict counts
+    # a tied parameter has several keys; its first key in the state dict counts
     replacements: dict[int, Tensor] = {}
     for key in (key for key in model_tensors if key in state):
         is_parameter = isinstance(model_tensors[key], nn.Parameter)
@@ -262,14 +278,17 @@ def _with_state(
 
 
 def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
-    alike = type(candidate) is type(current.detach()) or candidate is current
-    return alike and candidate.shape == current.shape and candidate.data_ptr() == current.data_ptr()
+    has_same_type = type(candidate) is type(current.detach()) or candidate is current
+    if not has_same_type or candidate.shape != current.shape:
+        return False
+    return candidate.data_ptr() == current.data_ptr()
 
 
 @torch.no_grad()
 def refill(model: nn.Module, folder: str | Path) -> None:
-    """Copy the parameters of an adapter folder into those of the selected adapter (or the only
-    one), in place, as an optimiser may hold them. Nothing is copied if an error is raised.
+    """Copy the parameters of an adapter folder into the parameters of the selected adapter, or of
+    the only adapter. The copy is in place, as an optimiser may hold the parameters. If an error is
+    raised, no parameter has changed.
 
     Raises:
         AdapterError: the folder is damaged or does not fit the model, or its adapter changes other
@@ -286,7 +305,7 @@ def refill(model: nn.Module, folder: str | Path) -> None:
     raise_all(
         AdapterError,
         f"{folder} does not fit the adapter {name!r}",
-        list(_unlike(attached_changes, layer_adapters, load_plan)),
+        list(_differences(attached_changes, layer_adapters, load_plan)),
     )
     for ref, change in attached_changes.items():
         for key, value in load_plan.adapter_parameters[ref].items():
@@ -294,13 +313,13 @@ def refill(model: nn.Module, folder: str | Path) -> None:
     load_plan.fill(layer_adapters)
 
 
-def _unlike(
+def _differences(
     attached_changes: Mapping[ParamRef, Change],
     layer_adapters: Mapping[str, LayerAdapter],
     load_plan: LoadPlan,
 ) -> Iterator[str]:
-    """The differences between the adapter of a folder and the attached one."""
-    folder_plans = {entry.ref: entry for entry in load_plan.plans.low}
+    """The differences between the adapter in a folder and the attached adapter."""
+    folder_plans = {plan.ref: plan for plan in load_plan.plans.low}
     do = "attach with the config of the run that wrote it"
     for problem, refs in (
         ("no change of", attached_changes.keys() - folder_plans.keys()),
@@ -314,22 +333,26 @@ def _unlike(
                 do,
             )
     for ref in attached_changes.keys() & folder_plans.keys():
-        change, entry = attached_changes[ref], folder_plans[ref]
+        change, plan = attached_changes[ref], folder_plans[ref]
         rows, tokens = (
             None if indices is None else tuple(indices.tolist())
             for indices in (change.rows, change.tokens)
         )
-        attached = change.variant.name, change.rank, change.alpha, rows, tokens
-        stored = load_plan.plans.config.variant, entry.rank, entry.alpha, entry.rows, entry.tokens
-        if attached != stored:
-            problem = "variant {!r}, rank {}, alpha {}, rows {}, tokens {}".format(*stored)
-            expected = "variant {!r}, rank {}, alpha {}, rows {}, tokens {}".format(*attached)
+        attached_settings = change.variant.name, change.rank, change.alpha, rows, tokens
+        variant_name = load_plan.plans.config.variant
+        folder_settings = variant_name, plan.rank, plan.alpha, plan.rows, plan.tokens
+        if attached_settings != folder_settings:
+            template = "variant {!r}, rank {}, alpha {}, rows {}, tokens {}"
+            problem = template.format(*folder_settings)
+            expected = template.format(*attached_settings)
             yield sentence(f"{problem} at {parameter_path(*ref)!r}", expected, do)
     for path in sorted(layer_adapters.keys() | load_plan.full.keys()):
-        attached = set(layer_adapters[path].full.state_dict()) if path in layer_adapters else set()
-        if attached != (stored := set(load_plan.full.get(path, ()))):
+        attached_keys = set()
+        if path in layer_adapters:
+            attached_keys = set(layer_adapters[path].full.state_dict())
+        if attached_keys != (folder_keys := set(load_plan.full.get(path, ()))):
             yield sentence(
-                f"{listing(sorted(stored))} of {path!r} trained in full",
-                listing(sorted(attached)),
+                f"{listing(sorted(folder_keys))} of {path!r} trained in full",
+                listing(sorted(attached_keys)),
                 do,
             )

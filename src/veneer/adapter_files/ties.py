@@ -1,8 +1,9 @@
-"""Tied weights whose names a folder changes differently: these names need separate weights
-(``attach/planning/weight_tying.py``).
+"""Untie the weights of which an adapter folder changes the names differently.
 
-PEFT adapts modules one by one. Its adapter may change one name of a tied weight at a low rank, in
-full or in some rows, and leave the other name unchanged. That is no change of one shared weight.
+A tied weight is one parameter with several names in the model. PEFT adapts modules one by one. Its
+adapter may change one name of a tied weight at a low rank, in full or in some rows, and leave the
+other name unchanged. No change of the shared parameter has this effect, so each such name needs a
+weight of its own (``attach/planning/weight_tying.py``).
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from veneer.layers import ParamRef, parameter_path
 
 
 class TieBroken(UserWarning):
-    """A folder of PEFT changes a tied weight under some of its names only: until the last adapter
-    is detached, each of these names has a weight of its own."""
+    """A folder of PEFT changes a tied weight under some of its names only. Until the last adapter
+    is detached, each of these names has a separate weight."""
 
 
 def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Untied | None:
-    """Untie the names that the folder ``path`` changes differently; None if there are none.
+    """Untie the names of tied weights that the folder ``path`` changes differently. None if the
+    folder changes no names differently.
 
     Args:
-        required: None unties with a warning, True without, False does not untie.
+        required: True unties the names; None does so with a warning; False does nothing.
 
     Raises:
         AdapterError: such a weight is stored packed, or an adapter is merged into it.
@@ -44,7 +46,7 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
     names = Names(model)
     if not any(len(refs) > 1 for refs in names.holders().values()):
         return None
-    refs = refs_apart(names, read(path, weights_of(names)))
+    refs = refs_to_untie(names, read(path, weights_of(names)))
     if not refs:
         return None
     attached = adapters_of(model)
@@ -65,83 +67,85 @@ def _describe_untied(path: str | Path, untied: Untied) -> str:
         f"{parameter_path(*ref)!r} apart from {parameter_path(*keeps)!r}"
         for ref, keeps in untied.names
     ]
-    config = ", and config.tie_word_embeddings is False" if untied.config else ""
+    config_note = ", and config.tie_word_embeddings is False" if untied.config else ""
     return (
         f"{path} changes {listing(pairs, 3)}, one weight of this model, as PEFT does: until the"
-        f" last adapter is detached, each name has a weight of its own{config}. untie=True loads it"
-        " without this warning, untie=False refuses what would untie."
+        f" last adapter is detached, each name has a weight of its own{config_note}. untie=True"
+        " loads it without this warning, untie=False refuses what would untie."
     )
 
 
-def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
+def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights that a folder changes differently: at a low rank, if the names have
     different changes; in full, if they have different values; in token rows that PEFT gives to one
     of the names only."""
-    low = {ref_at(names, path, saved.peft_config): layer for path, layer in saved.low.items()}
-    refs_low: list[ParamRef] = []
-    tied = [refs for refs in names.holders().values() if len(refs) > 1]
-    for refs in tied:
-        layers = [low[ref] for ref in refs if ref in low]
+    layers_by_ref = {
+        ref_at(names, path, adapter_files.peft_config): layer for path, layer in adapter_files.low.items()
+    }
+    low_rank_refs: list[ParamRef] = []
+    tied_groups = [refs for refs in names.holders().values() if len(refs) > 1]
+    for refs in tied_groups:
+        layers = [layers_by_ref[ref] for ref in refs if ref in layers_by_ref]
         if layers and (
             len(layers) < len(refs)
-            or not all(_alike(layers[0], tied_layer) for tied_layer in layers)
+            or not all(_is_same_change(layers[0], tied_layer) for tied_layer in layers)
         ):
-            refs_low += [ref for ref in refs if ref in low]
+            low_rank_refs += [ref for ref in refs if ref in layers_by_ref]
     full: dict[str, dict[str, torch.Tensor]] = {}
-    for path, tensors in saved.full.items():
+    for path, tensors in adapter_files.full.items():
         module_path = module_at(names, path)
         # PEFT saves the frozen weight of an adapted embedding too
         full.setdefault(module_path, {}).update(
-            {name: value for name, value in tensors.items() if (module_path, name) not in low}
+            {name: value for name, value in tensors.items() if (module_path, name) not in layers_by_ref}
         )
-    more = [ref for ref in names.split_ties(full) if _fits(names, ref, full)]
-    more += _token_refs(names, saved)
-    # full values replace a packed weight and need no copy of it
-    plain = [
+    replaced_refs = [ref for ref in names.split_ties(full) if _has_base_shape(names, ref, full)]
+    replaced_refs += _token_refs(names, adapter_files)
+    # tensors that are trained in full replace a packed weight, which needs no copy
+    unpacked_refs = [
         ref
-        for ref in dict.fromkeys(more)
+        for ref in dict.fromkeys(replaced_refs)
         if type(weight_of(names.modules[ref[0]], ref[1])) is nn.Parameter
     ]
-    return list(dict.fromkeys([*refs_low, *plain]))
+    return list(dict.fromkeys([*low_rank_refs, *unpacked_refs]))
 
 
-def _fits(names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
+def _has_base_shape(names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
     return full[ref[0]][ref[1]].shape == weight_of(names.modules[ref[0]], ref[1]).shape
 
 
-def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
-    """The names of tied weights for which the folder trains different token rows."""
-    by_identity, token_refs = names.holders(), []
-    recorded = saved.metadata.get("base", {})
+def _token_refs(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
+    """The names of tied weights for which the folder has different token rows."""
+    refs_by_id, token_refs = names.holders(), []
+    base_record = adapter_files.metadata.get("base", {})
     recorded_names = {
-        tensor_name for kind in ("weights", "rest") for tensor_name in recorded.get(kind) or ()
+        tensor_name for kind in ("weights", "rest") for tensor_name in base_record.get(kind) or ()
     }
-    for module_path in saved.tokens:
-        owner = saved_token_rows.owner_at(names, module_path, by_identity)
+    for module_path in adapter_files.tokens:
+        owner = saved_token_rows.owner_at(names, module_path, refs_by_id)
         if owner is None:
             continue
         ref = saved_token_rows.ref_of(names, module_path)
         tied_refs = [
             tied_ref
-            for tied_ref in by_identity[id(weight_of(names.modules[owner[0]], owner[1]))]
+            for tied_ref in refs_by_id[id(weight_of(names.modules[owner[0]], owner[1]))]
             if tied_ref != ref
         ]
-        if saved.record is None:
-            apart = saved_token_rows.trains_one_name(names, ref, by_identity, {*saved.tokens})
-            entries = [saved.tokens[path] for path, _ in tied_refs if path in saved.tokens]
-            entry = saved.tokens[module_path]
-            apart |= any(
+        if adapter_files.record is None:
+            differs = saved_token_rows.trains_one_name(names, ref, refs_by_id, {*adapter_files.tokens})
+            tied_entries = [adapter_files.tokens[path] for path, _ in tied_refs if path in adapter_files.tokens]
+            entry = adapter_files.tokens[module_path]
+            differs |= any(
                 tied_entry.ids != entry.ids or not torch.equal(tied_entry.rows, entry.rows)
-                for tied_entry in entries
+                for tied_entry in tied_entries
             )
-        else:  # the record lists the other name as a separate weight
-            apart = any(parameter_path(*tied_ref) in recorded_names for tied_ref in tied_refs)
-        token_refs += [ref] if apart else []
+        else:  # the base had separate weights in training if the record lists the other name
+            differs = any(parameter_path(*tied_ref) in recorded_names for tied_ref in tied_refs)
+        token_refs += [ref] if differs else []
     return token_refs
 
 
-def _alike(layer: peft.PeftLayer, second: peft.PeftLayer) -> bool:
+def _is_same_change(layer: peft.PeftLayer, tied_layer: peft.PeftLayer) -> bool:
     """Whether two layers hold the same change of a matrix, one of them possibly transposed."""
-    if layer.suffixes == second.suffixes:
-        return torch.equal(layer.A, second.A) and torch.equal(layer.B, second.B)
-    return torch.equal(layer.A, second.B.mT) and torch.equal(layer.B, second.A.mT)
+    if layer.suffixes == tied_layer.suffixes:
+        return torch.equal(layer.A, tied_layer.A) and torch.equal(layer.B, tied_layer.B)
+    return torch.equal(layer.A, tied_layer.B.mT) and torch.equal(layer.B, tied_layer.A.mT)

@@ -1,19 +1,19 @@
 """Patches for the trainers of transformers and TRL, which otherwise support adapters in a
-``PeftModel`` only. ``cover`` applies them when an adapter is attached.
+``PeftModel`` only. ``cover`` applies the patches when an adapter is attached.
 
     Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
-        copies the parameters in the checkpoint into those that train; a model without an adapter
-        gets the adapter of the checkpoint
+        copies the parameters of the checkpoint into the parameters that train; a model without an
+        adapter gets the checkpoint's adapter
     Trainer(quantised model with an adapter)
         accepts the model
     DPOTrainer(…), KTOTrainer, GRPOTrainer, RLOOTrainer
-        use the policy's own base weights as reference model (``attach/reference.py``)
+        use the policy without its adapter as reference model (``attach/reference.py``)
     TRL's disable_dropout=True
         also disables the dropout of adapters
 
-Each patch replaces one function of a library, once the library is imported (``when_imported``), and
-calls the original for models without adapters of Veneer. Settings with which a trainer would
-silently ignore an adapter are refused.
+Each patch replaces a function of a library once the library is imported (``when_imported``). The
+replacement calls the original for models without adapters of Veneer. It refuses settings with which
+a trainer would silently ignore an adapter.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ from veneer.attach import (
 from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
+#: the module of transformers that has ``Trainer``
 TRAINER = "transformers.trainer"
-#: modules of TRL whose trainer disables dropout, or loads a second copy of the base as the policy's
-#: reference
+#: the modules of TRL with a trainer that disables dropout, or that loads a second copy of the base
+#: as reference model of the policy
 TRL = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward"))
 
 
 def cover(model: nn.Module) -> None:
-    """Patch ``save_pretrained`` of a model with adapters and of its modules, and the trainers that
-    are or will be imported."""
+    """Patch ``save_pretrained`` of a model with adapters and of its modules, and the trainers, even
+    those that are imported later."""
     for _, module in walk(model):
         if callable(getattr(module, SAVE, None)):
             override_method(module, SAVE, save_pretrained)
@@ -68,13 +69,14 @@ def cover(model: nn.Module) -> None:
 
 
 def patch_trainers() -> None:
-    """Patch the trainers of transformers and TRL, now or when they are imported."""
+    """Patch the trainers of transformers and TRL, now or after their import."""
     when_imported(TRAINER, patch_trainer)
     for name in TRL:
         when_imported(name, patch_trl)
 
 
 def _has_adapter(model: Any) -> bool:
+    """Whether ``model`` is a module with an attached adapter of Veneer."""
     attached = adapters_of(model) if isinstance(model, nn.Module) else None
     return attached is not None and bool(attached.configs)
 
@@ -85,12 +87,12 @@ def _has_adapter(model: Any) -> bool:
 def patch_trainer(module: Any) -> None:
     """Patch the ``Trainer`` in ``transformers.trainer``."""
     trainer = module.Trainer
-    if hasattr(trainer, "_asks_veneer"):
+    if hasattr(trainer, "_is_veneer_patched"):
         return
-    trainer._asks_veneer = True
+    trainer._is_veneer_patched = True
 
-    def before(name: str, replacement: Callable[..., bool]) -> None:
-        """Call ``replacement`` in place of a method, and the original if it returns False."""
+    def replace_method(name: str, replacement: Callable[..., bool]) -> None:
+        """Replace a method: call ``replacement``, and then the original if that returns False."""
         original = getattr(trainer, name)
 
         @functools.wraps(original)
@@ -99,29 +101,30 @@ def patch_trainer(module: Any) -> None:
 
         setattr(trainer, name, method)
 
-    before(
-        "_load_best_model", lambda self: _load(self, self.model, self.state.best_model_checkpoint)
+    replace_method(
+        "_load_best_model",
+        lambda self: _load_checkpoint(self, self.model, self.state.best_model_checkpoint),
     )
-    before(
+    replace_method(
         "_load_from_checkpoint",
-        lambda self, resume_from_checkpoint, model=None: _load(
+        lambda self, resume_from_checkpoint, model=None: _load_checkpoint(
             self, self.model if model is None else model, resume_from_checkpoint
         ),
     )
-    before("train", lambda self, *args, **kwargs: _must_be_used(self))
-    before("evaluate", lambda self, *args, **kwargs: _must_be_used(self))
-    before("_push_from_checkpoint", _copy_all)
-    before("create_model_card", lambda self, *args, **kwargs: _has_card(self))
+    replace_method("train", lambda self, *args, **kwargs: _refuse_unused_adapter(self))
+    replace_method("evaluate", lambda self, *args, **kwargs: _refuse_unused_adapter(self))
+    replace_method("_push_from_checkpoint", _copy_adapter_files)
+    replace_method("create_model_card", lambda self, *args, **kwargs: _has_veneer_card(self))
 
-    validate = module.validate_quantization_for_training
+    validate_quantization = module.validate_quantization_for_training
     module.validate_quantization_for_training = lambda model: (
-        None if _has_adapter(model) else validate(model)
+        None if _has_adapter(model) else validate_quantization(model)
     )
 
 
-def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
-    """Load a checkpoint that ``save_pretrained`` wrote. False if the trainer must load it."""
-    # FSDP and DeepSpeed keep the whole state of the model in files of their own
+def _load_checkpoint(trainer: Any, model: nn.Module, folder: str) -> bool:
+    """Load a checkpoint that ``save_pretrained`` wrote. False: the trainer must load it."""
+    # FSDP and DeepSpeed store the state of the complete model in other files
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return False
     if _has_adapter(model):
@@ -134,7 +137,7 @@ def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
         return False
     install_from(model, folder, "default", trainable=True, verify_base=True)
     try:
-        _must_be_used(trainer)  # ``train`` checked this before the model had an adapter
+        _refuse_unused_adapter(trainer)  # at ``train``, the model had no adapter yet
     except VeneerError:
         detach(model)
         raise
@@ -143,37 +146,37 @@ def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
     return True
 
 
-def _copy_all(trainer: Any, checkpoint_folder: str) -> bool:
+def _copy_adapter_files(trainer: Any, checkpoint_folder: str) -> bool:
     """Copy all files of an adapter from the checkpoint into the folder that a push during training
-    uploads. Transformers would copy PEFT's files alone, and only if PEFT is installed; the others
-    belong to them, as the record has their hashes."""
+    uploads. Always False, so that transformers also copies. It copies PEFT's two files alone, and
+    only if PEFT is installed; the record has hashes of the adapter's other files, too."""
     if _has_adapter(trainer.model) and trainer.is_world_process_zero():
         copy_files(Path(checkpoint_folder), Path(trainer.args.output_dir))
     return False
 
 
-def _has_card(trainer: Any) -> bool:
-    """Whether the output folder has Veneer's model card. ``Trainer`` would take it for PEFT's,
-    replace it and call a method of ``PeftModel``. (TRL's trainers write a card of their own.)"""
-    card = Path(trainer.args.output_dir) / model_card.NAME
+def _has_veneer_card(trainer: Any) -> bool:
+    """Whether the output folder has Veneer's model card. ``Trainer`` would take the card for
+    PEFT's, replace it and call a method of ``PeftModel``. (TRL's trainers write other cards.)"""
+    card_path = Path(trainer.args.output_dir) / model_card.NAME
     return (
         _has_adapter(trainer.model)
-        and card.is_file()
-        and model_card.LINE in card.read_text(encoding="utf-8")
+        and card_path.is_file()
+        and model_card.NOTES_MARKER in card_path.read_text(encoding="utf-8")
     )
 
 
-def _must_be_used(trainer: Any) -> bool:
-    """Refuse settings with which a trainer would silently ignore an adapter. Always False.
+def _refuse_unused_adapter(trainer: Any) -> bool:
+    """Raise an error if settings would make a trainer silently ignore an adapter; else False.
 
     Raises:
-        TargetError: TRL's forward multiplies by the weight of the output layer and skips an adapter
-            of that layer (TRL refuses such a ``PeftModel`` too).
-        ConfigError: a reference model that should be updated and has no weights of its own; vLLM,
-            to which TRL would send the weights of the base.
+        TargetError: the adapter changes the output layer, but TRL's forward multiplies directly by
+            the weight of this layer. (TRL refuses such a ``PeftModel``, too.)
+        ConfigError: a reference model is to be updated, but has no weights of its own; or vLLM is
+            to generate, to which TRL would send the weights of the base.
     """
-    model, reference = trainer.model, getattr(trainer, "ref_model", None)
-    if isinstance(reference, Reference) and getattr(trainer.args, "sync_ref_model", False):
+    model, reference_model = trainer.model, getattr(trainer, "ref_model", None)
+    if isinstance(reference_model, Reference) and getattr(trainer.args, "sync_ref_model", False):
         problem = "sync_ref_model=True with a reference model that is the policy's own base"
         raise ConfigError(
             problem,
@@ -193,8 +196,8 @@ def _must_be_used(trainer: Any) -> bool:
         )
     forward: Any = model.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__func__.__code__.co_name == "_fused_forward":
-        head = model.get_output_embeddings()
-        layer_state = None if head is None else state_of(head)
+        output_layer = model.get_output_embeddings()
+        layer_state = None if output_layer is None else state_of(output_layer)
         layer_adapter = None if layer_state is None else layer_state.get(selected_name(model))
         if layer_adapter is not None and (layer_adapter.changes or layer_adapter.full._parameters):
             problem = (
@@ -212,50 +215,52 @@ def _must_be_used(trainer: Any) -> bool:
 
 # ---- TRL -----------------------------------------------------------------------------------------
 
-#: the trainer whose ``__init__`` is running
-_MAKING: ContextVar[Any] = ContextVar("veneer_trainer", default=None)
+#: the trainer of which ``__init__`` is running
+_TRAINER_IN_INIT: ContextVar[Any] = ContextVar("veneer_trainer", default=None)
 
 
 def patch_trl(module: Any) -> None:
     """Patch a module of TRL: the reference model of a policy with an adapter is the policy's base,
     and ``disable_dropout`` covers adapters."""
-    if hasattr(module, "_asks_veneer"):
+    if hasattr(module, "_is_veneer_patched"):
         return
-    module._asks_veneer = True
-    load, original = (
+    module._is_veneer_patched = True
+    load_model, original_disable = (
         module.create_model_from_path,
         getattr(module, "disable_dropout_in_model", None),
     )
 
-    @functools.wraps(load)
+    @functools.wraps(load_model)
     def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
-        # None while the policy itself is loaded
-        policy = getattr(_MAKING.get(), "model", None)
+        # the trainer has no model yet while it loads the policy itself
+        policy = getattr(_TRAINER_IN_INIT.get(), "model", None)
         return (
             reference_of(policy)
             if policy is not None and _has_adapter(policy)
-            else load(*args, **kwargs)
+            else load_model(*args, **kwargs)
         )
 
     def disable_dropout_in_model(model: nn.Module) -> None:
-        """TRL disables ``nn.Dropout`` modules, which PEFT's adapters have and Veneer's do not."""
-        assert original is not None
-        original(model)
+        """TRL disables only ``nn.Dropout`` modules, which Veneer's adapters do not have."""
+        assert original_disable is not None
+        original_disable(model)
         _zero_dropout(model)
 
     module.create_model_from_path = create_model_from_path
-    if original is not None:
-        module.disable_dropout_in_model = functools.wraps(original)(disable_dropout_in_model)
-    for name, value in vars(module).items():
+    if original_disable is not None:
+        with_metadata = functools.wraps(original_disable)
+        module.disable_dropout_in_model = with_metadata(disable_dropout_in_model)
+    for name, member in vars(module).items():
         if (
-            isinstance(value, type)
-            and value.__module__ == module.__name__
+            isinstance(member, type)
+            and member.__module__ == module.__name__
             and name.endswith("Trainer")
         ):
-            value.__init__ = _track_construction(value.__init__)
+            member.__init__ = _track_construction(member.__init__)
 
 
 def _zero_dropout(model: nn.Module) -> None:
+    """Set the dropout of all adapters of a model to zero."""
     for module in model.modules():
         if isinstance(module, Change):
             module.dropout = 0.0
@@ -268,39 +273,42 @@ def disable_dropout(model: nn.Module, settings: Any) -> None:
 
 
 def _track_construction(init: Callable[..., None]) -> Callable[..., None]:
-    """``init`` with ``_MAKING`` set to the object under construction."""
+    """``init`` with ``_TRAINER_IN_INIT`` set to the object that it constructs."""
 
     @functools.wraps(init)
     def tracked_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        token = _MAKING.set(self)
+        token = _TRAINER_IN_INIT.set(self)
         try:
             init(self, *args, **kwargs)
         finally:
-            _MAKING.reset(token)
+            _TRAINER_IN_INIT.reset(token)
 
     return tracked_init
 
 
-# ---- when others are imported --------------------------------------------------------------------
+# ---- patches after an import ---------------------------------------------------------------------
 
 
-def when_imported(name: str, call: Callable[[Any], None]) -> None:
-    """Call ``call`` with a module: now if it is imported, else after its import."""
-    if name in sys.modules:
-        call(sys.modules[name])
-    elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch(name, call))
+def when_imported(module_name: str, callback: Callable[[Any], None]) -> None:
+    """Call ``callback`` with a module: now if the module is imported, else after its import."""
+    if module_name in sys.modules:
+        callback(sys.modules[module_name])
+    elif not any(
+        isinstance(finder, _ImportWatcher) and finder.module_name == module_name
+        for finder in sys.meta_path
+    ):
+        sys.meta_path.insert(0, _ImportWatcher(module_name, callback))
 
 
-class _Watch(MetaPathFinder):
-    """A finder that delegates to the other finders and calls ``call`` after the import of one
-    module, once."""
+class _ImportWatcher(MetaPathFinder):
+    """A finder of one module that delegates to the other finders, and calls ``callback`` once the
+    module is imported."""
 
-    def __init__(self, name: str, call: Callable[[Any], None]) -> None:
-        self.name, self.call = name, call
+    def __init__(self, module_name: str, callback: Callable[[Any], None]) -> None:
+        self.module_name, self.callback = module_name, callback
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != self.name:
+        if fullname != self.module_name:
             return None
         specs = (
             finder.find_spec(fullname, path, target)
@@ -309,12 +317,12 @@ class _Watch(MetaPathFinder):
         )
         spec: Any = next((spec for spec in specs if spec is not None), None)
         if spec is not None:
-            run = spec.loader.exec_module
+            original_exec_module = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
-                run(module)
-                sys.meta_path.remove(self)  # only now: an import that failed may be tried again
-                self.call(module)
+                original_exec_module(module)
+                sys.meta_path.remove(self)  # not earlier: a program may repeat a failed import
+                self.callback(module)
 
             spec.loader.exec_module = exec_module
         return spec

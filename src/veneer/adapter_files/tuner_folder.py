@@ -1,12 +1,11 @@
-"""Conversion of a folder of PEFT's other tuners (``formats/peft_tuners.py``) into the folder that
-Veneer would write.
+"""Convert an adapter folder of another tuner of PEFT than LoRA (``formats/peft_tuners.py``) into
+the folder that Veneer would write. It holds two descriptions of the adapter:
 
-    plain      LoRA's config and tensors, with the plain change that each of the tuner's changes
-               amounts to
-    variant    the variant's parameters, and their rank and alpha, by the path of the weight
+    plain      LoRA's config and tensors, with the low-rank product to which each change is equal
+    variant    the parameters of Veneer's variant, with their rank and alpha, by path of the weight
 
-So tools for low-rank changes (``convert``, ``compose``, ``compare``) read these folders too, and
-``veneer.load`` installs the variant, whose training can go on.
+Tools for low-rank changes (``convert``, ``compose``, ``compare``) read the plain description.
+``veneer.load`` installs the variant, whose training can continue.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from veneer.formats.peft_tuners import Tuner, VariantChange, Weights
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
-#: the largest number of values in the factors of a plain change: a file of a few megabytes could
-#: otherwise require terabytes
-LARGEST = 2**31
+#: the largest permitted number of values in A and B of a plain change: a file of a few megabytes
+#: could otherwise require terabytes
+MAX_VALUES = 2**31
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,14 @@ class TunerFolder:
     """The content of a folder of another tuner.
 
     Fields:
-        source: the tuner's own config.
-        config, tensors: LoRA's, of the plain changes.
-        parameters: those of the variant, by the path of a weight and their name.
-        sizes: the rank and alpha of the variant, by the path of a weight.
-        needs_base_shapes: only the base tells the shapes of the changes, so that ``tensors`` has
-            none of them.
-        paths: the modules that change.
-        numbers: how many numbers the tuner trained.
+        source: the config in the tuner's fields.
+        config, tensors: the config in LoRA's fields and LoRA's tensors, for the plain changes.
+        parameters: the variant's parameters, by the path of a weight and the parameter's name.
+        sizes: (rank, alpha) of the variant, by the path of a weight.
+        needs_base_shapes: whether only the base tells the shapes of the changes. ``tensors`` then
+            has no changes.
+        paths: the paths of the changed modules.
+        value_count: the number of values that the tuner trained.
     """
 
     tuner: Tuner
@@ -56,22 +55,22 @@ class TunerFolder:
     sizes: Mapping[str, tuple[int, float]]
     needs_base_shapes: bool
     paths: tuple[str, ...]
-    numbers: int
+    value_count: int
 
     @property
     def trains_in_full(self) -> bool:
-        """Whether the tuner trains its modules in full."""
-        return not self.tuner.needs
+        """Whether the tuner trains modules in full, rather than a parametrised change."""
+        return not self.tuner.required_suffixes
 
-    def config_of(self, plain: LoraConfig) -> LoraConfig:
-        """The config of the variant, from that of the plain changes."""
-        lora = peft_tuners.as_lora(self.tuner, self.source)
-        alpha = 1.0 if self.tuner.type == "VERA" else lora["lora_alpha"]
-        return replace(plain, variant=self.tuner.variant, rank=lora["r"], alpha=alpha)
+    def variant_config(self, plain_config: LoraConfig) -> LoraConfig:
+        """The config of the variant, from the config of the plain changes."""
+        lora_config = peft_tuners.lora_config_of(self.tuner, self.source)
+        alpha = 1.0 if self.tuner.type == "VERA" else lora_config["lora_alpha"]
+        return replace(plain_config, variant=self.tuner.variant, rank=lora_config["r"], alpha=alpha)
 
 
 class Unsized(Mapping[str, Any]):
-    """Stands for changes of unknown shapes: any access raises an AdapterError with the reason."""
+    """A mapping in place of changes with unknown shapes. Any access raises an AdapterError."""
 
     def __init__(self, folder: TunerFolder, path: Any) -> None:
         self.folder, self.path = folder, path
@@ -96,21 +95,22 @@ class Unsized(Mapping[str, Any]):
 
 
 def weights_of(names: Names) -> Weights:
-    """The shapes of a model's weights by their path, and the dtypes of plain ones."""
+    """A function that returns the shape of a model's weight by its path, and the dtype of a weight
+    that is not packed."""
 
     def find_shape(weight_path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
-        path, _, name = weight_path.rpartition(".")
-        module = names.modules.get(names.canonical.get(path, path))
+        module_path, _, parameter_name = weight_path.rpartition(".")
+        module = names.modules.get(names.canonical.get(module_path, module_path))
         weight = (
             None
-            if module is None or name not in own_parameters(module)
-            else weight_of(module, name)
+            if module is None or parameter_name not in own_parameters(module)
+            else weight_of(module, parameter_name)
         )
         storage: Any = None if weight is None else storage_of(weight)
         if storage is None:
             return None
-        plain = storage.name == "plain" and weight.dtype.is_floating_point
-        return tuple(storage.shape(weight)), weight.dtype if plain else None
+        is_plain = storage.name == "plain" and weight.dtype.is_floating_point
+        return tuple(storage.shape(weight)), weight.dtype if is_plain else None
 
     return find_shape
 
@@ -122,36 +122,43 @@ def tuner_folder(
     """Convert a tuner's files. ``AdapterError``: the tensors are no changes of this tuner, or do
     not fit the base."""
     needs_base_shapes = peft_tuners.needs_base_shapes(tuner, weights)
-    changes, rest = peft_tuners.changes(tuner, config, tensors, weights)
-    lora, plain, problems = peft_tuners.as_lora(tuner, config), {}, []
+    changes, other_tensors = peft_tuners.read_changes(tuner, config, tensors, weights)
+    lora_config, products, problems = peft_tuners.lora_config_of(tuner, config), {}, []
     parameters: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for module_path, change in changes.items():
-        low = _plain(tuner, module_path, change, problems)
-        if low is None:
+        product = _plain_product(tuner, module_path, change, problems)
+        if product is None:
             continue
-        plain[module_path] = low
-        groups, out, in_ = *low.B.shape[:2], low.A.shape[2]
+        products[module_path] = product
+        groups, out, in_ = *product.B.shape[:2], product.A.shape[2]
         assert groups == 1
         # PEFT allows a rank above min(out, in)
-        rank = min(peft_paths.strength(lora, module_path)[0], out, in_)
+        rank = min(peft_paths.rank_alpha_scale(lora_config, module_path)[0], out, in_)
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
         sizes[f"{module_path}.weight"] = rank, _alpha(tuner, change.scale, rank)
         parameters |= {
-            f"{module_path}.weight.{name}": value for name, value in change.parameters.items()
+            f"{module_path}.weight.{name}": parameter
+            for name, parameter in change.parameters.items()
         }
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    plain_tensors = dict(rest)
-    for module_path, low in plain.items():
-        A, B = peft_tuners.plain_shapes(module_path, low.A[0], low.B[0], weights)
+    plain_tensors = dict(other_tensors)
+    for module_path, product in products.items():
+        A, B = peft_tuners.reshape_for_file(module_path, product.A[0], product.B[0], weights)
         plain_tensors |= {
-            peft.key(module_path, "lora_A.weight"): A,
-            peft.key(module_path, "lora_B.weight"): B,
+            peft.tensor_key(module_path, "lora_A.weight"): A,
+            peft.tensor_key(module_path, "lora_B.weight"): B,
         }
-    scales = {module_path: (low.rank, low.scale * low.rank) for module_path, low in plain.items()}
-    usual = next(iter(scales.values()), (lora["r"], lora["lora_alpha"]))
-    source, config = config, config_fields({**lora, "use_rslora": False}, scales, usual, ())
+    plain_sizes = {
+        module_path: (product.rank, product.scale * product.rank)
+        for module_path, product in products.items()
+    }
+    default_size = next(
+        iter(plain_sizes.values()), (lora_config["r"], lora_config["lora_alpha"])
+    )
+    plain_config = {**lora_config, "use_rslora": False}
+    plain_config = config_fields(plain_config, plain_sizes, default_size, ())
     tuner_tensors = {
         key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in tuner.suffixes
     }
@@ -159,34 +166,34 @@ def tuner_folder(
         peft_paths.strip_wrappers(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0]
         for key in tuner_tensors
     }
-    numbers = sum(tensor.numel() for tensor in tuner_tensors.values())
+    value_count = sum(tensor.numel() for tensor in tuner_tensors.values())
     return TunerFolder(
         tuner,
-        source,
         config,
+        plain_config,
         plain_tensors,
         parameters,
         sizes,
         needs_base_shapes,
         tuple(sorted(paths)),
-        numbers,
+        value_count,
     )
 
 
 def _alpha(tuner: Tuner, scale: float, rank: int) -> float:
-    """The alpha with which the variant has this scale at this rank."""
+    """The alpha for which the variant has this scale at this rank."""
     return scale / VARIANTS[tuner.variant].scale(1.0, rank)
 
 
-def _plain(
+def _plain_product(
     tuner: Tuner, module_path: str, change: VariantChange, problems: list[str]
 ) -> LowRank | None:
-    """The plain change that a variant's change amounts to, of a rank of at most min(out, in); None,
-    with a problem added, if it has none."""
+    """The low-rank product to which a variant's change is equal, of a rank of at most min(out, in).
+    None, with a problem added, if there is none."""
     parameters, variant = change.parameters, VARIANTS[tuner.variant]
-    if _count(tuner, parameters) > LARGEST:
-        sizes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in parameters.items())
-        expected = f"factors of at most {LARGEST:,} numbers"
+    if _count_values(tuner, parameters) > MAX_VALUES:
+        sizes = _format_shapes(parameters)
+        expected = f"factors of at most {MAX_VALUES:,} numbers"
         problems.append(
             sentence(
                 f"{sizes} at {module_path!r}", expected, "get another copy; its tensors are damaged"
@@ -194,31 +201,38 @@ def _plain(
         )
         return None
     try:
-        low, _ = variant.resolve(parameters, change.scale, lambda: torch.empty(0))
-        dense = low.delta(torch.float64) if low.rank > min(low.B.shape[1], low.A.shape[2]) else None
+        product, _ = variant.resolve(parameters, change.scale, lambda: torch.empty(0))
+        max_rank = min(product.B.shape[1], product.A.shape[2])
+        dense = product.delta(torch.float64) if product.rank > max_rank else None
     except (RuntimeError, IndexError, ValueError) as error:
-        sizes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in parameters.items())
+        sizes = _format_shapes(parameters)
         problem = f"{sizes} at {module_path!r} ({str(error).splitlines()[0]})"
         problems.append(sentence(problem, f"a change of {tuner.type}", "get both files again"))
         return None
     if dense is None:
-        return low
+        return product
     # ΔW and an identity have fewer values than the factors
     dense, (out, in_) = (
-        dense.to(low.A.dtype),
+        dense.to(product.A.dtype),
         dense.shape[1:],
     )
     eye = torch.eye(min(out, in_), dtype=dense.dtype)[None]
     return LowRank(eye, dense, 1.0) if in_ <= out else LowRank(dense, eye, 1.0)
 
 
-def _count(tuner: Tuner, parameters: Mapping[str, Tensor]) -> int:
-    """The number of values in the factors of the plain change, from the shapes."""
-    shapes = {name: value.shape for name, value in parameters.items()}
+def _format_shapes(parameters: Mapping[str, Tensor]) -> str:
+    return ", ".join(
+        f"{name} {tuple(parameter.shape[1:])}" for name, parameter in parameters.items()
+    )
+
+
+def _count_values(tuner: Tuner, parameters: Mapping[str, Tensor]) -> int:
+    """The number of values in A and B of the plain change, computed from shapes alone."""
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     if tuner.type == "LOHA":
         rank = shapes["A1"][1] * shapes["A2"][1]
         return rank * (shapes["A1"][2] + shapes["B1"][1])
     if tuner.type == "LOKR":
         (_, l, m), (_, k, q), n = shapes["C"], shapes["B2"], shapes["A2"][2]  # noqa: E741
         return min(l, m) * q * (l * k + m * n)
-    return sum(value.numel() for value in parameters.values())
+    return sum(parameter.numel() for parameter in parameters.values())

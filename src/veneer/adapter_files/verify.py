@@ -1,20 +1,20 @@
-"""Every check of an adapter folder: is it undamaged, and was it trained on this base?
+"""All checks of an adapter folder: is it undamaged, and was it trained on this base?
 
-``read`` and ``load`` stop at the first problem. ``verify`` runs the same checks one by one and
-reports all of them, also those that passed, each as a ``Finding``.
+``read`` and ``load`` raise at the first problem. ``verify`` runs the same checks one by one and
+reports the result of each, also of those that passed, as a ``Finding``.
 
-    error      read or load refuses the folder, or it does not fit the base
-    warning    it loads, and somebody should look at it
+    error      ``read`` or ``load`` refuses the folder, or the adapter does not fit the base
+    warning    the folder loads, but somebody should look at it
     ok         the check passed
 
-The norm of each change is compared with those of the adapter's other layers of the same shape:
-d = |log ‖ΔW‖ − median| against the median of all d (MAD). Means and standard deviations would be
-moved by the outlier itself (Leys et al. 2013, "Detecting outliers"). A layer is an outlier where
-d > 6 · 1.4826 · MAD and its norm also differs from the median by a factor of ten.
+Norms: ‖ΔW‖ of each change is compared with the adapter's other changes of the same shape. Let d be
+the distance of log ‖ΔW‖ from its median. A change is an outlier if d > 6 · 1.4826 · (median of all
+d) and its norm differs from the median by a factor of ten. An outlier would move a mean and a
+standard deviation, but hardly moves a median (Leys et al. 2013, "Detecting outliers").
 
-The base's weights are read from the files one at a time (``verify_base.py``). The model on the meta
-device that their config describes (``models.meta_model``) tells which tensors of the files make up
-which weight; without such a config the names alone decide.
+The weights of the base are read from its files one at a time (``verify_base.py``). A model on the
+meta device, made from the base's config (``models.meta_model``), tells which tensors of the files
+make up which weight. If there is no such config, names alone decide.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from veneer.errors import CheckpointError, listing, sentence
 from veneer.fileio.tensors import read_tensors
 from veneer.fileio.untrusted import MAX_JSON, describe_format, location_problems, read_json
 from veneer.formats import peft, peft_paths, peft_tokens
-from veneer.formats.peft_targets import describe
+from veneer.formats.peft_targets import describe_ignored
 from veneer.formats.peft_tuners import check_config, tuner_of
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import BaseWeights, open_base_weights
 
 __all__ = ["Finding", "Report", "verify"]
 
-#: suffixes of files that a computer or an interpreter runs
+#: the suffixes of files that a computer or an interpreter executes
 _CODE_SUFFIXES = frozenset(
     [
         ".py",
@@ -70,29 +70,29 @@ _CODE_SUFFIXES = frozenset(
         ".jar",
     ]
 )
-#: an outlier needs at least this many layers of its shape, differs from their median by this
-#: multiple of the MAD, and by this factor
+#: an outlier has at least MIN_LAYERS changes of its shape, and differs from their median by more
+#: than MAX_DEVIATION times the median of d and by more than the factor MIN_FACTOR
 MIN_LAYERS, MAX_DEVIATION, MIN_FACTOR = 6, 6 * 1.4826, 10
 
 
 def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Report:
     """Check an adapter folder, and whether it was trained on ``base``.
 
-    Without a base no model is needed. With one, each weight that the adapter changes is compared
-    with its recorded fingerprint, one weight in memory at a time; where another library wrote the
-    adapter, names and shapes are compared instead.
+    Without a base, ``verify`` needs no model. With a base, each weight that the adapter changes is
+    compared with its recorded fingerprint, with one weight in memory at a time. If another library
+    wrote the adapter, names and shapes are compared instead.
 
     Args:
         base: a folder with safetensors, or a model. If transformers knows the folder's config,
-            weights are found as transformers loads them, also fused, stacked and tied ones. Else
-            they are found by name, which may differ by a prefix; a tied embedding may have either
-            of its names.
+            weights are read as transformers loads them, even if they are fused, stacked or tied.
+            Else they are found by their names, which may differ by a prefix; a tied embedding may
+            have either of its names.
 
     Returns:
-        A report. Problems of the adapter are findings in it and are never raised.
+        A report. Problems of the adapter are findings in the report, and never raised.
 
     Raises:
-        CheckpointError: ``base`` is a path without such files, or they are damaged.
+        CheckpointError: ``base`` is a path without such files, or its files are damaged.
     """
     verification = _Verification(Path(path), None if base is None else open_base_weights(base))
     verification.run()
@@ -100,14 +100,14 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Repo
 
 
 class _Verification:
-    """One run of all checks of the folder ``path``, with the base's weights if they are there."""
+    """One run of all checks of the folder ``path``, with the base's weights if there is a base."""
 
     def __init__(self, path: Path, weights: BaseWeights | None) -> None:
         self.path, self.weights = path, weights
         self.log = FindingLog()
 
     def run(self) -> None:
-        """Run every check whose inputs the checks before it could read."""
+        """Run every check of which the earlier checks could read the inputs."""
         path, log = self.path, self.log
         log.add_problems(
             "files",
@@ -122,20 +122,20 @@ class _Verification:
             for name in file_names.CORE
             if (path / name).is_file() and not location_problems(path, [name])
         }
-        config, content = None, None
+        config, file_content = None, None
         if peft.CONFIG in readable:
             config = log.try_step("config", read_json, path / peft.CONFIG)
         if peft.TENSORS in readable:
-            content = log.try_step("tensors", read_tensors, path / peft.TENSORS)
-        if content is None:
+            file_content = log.try_step("tensors", read_tensors, path / peft.TENSORS)
+        if file_content is None:
             return
-        tensors, header = content
+        tensors, header = file_content
         log.add("ok", "tensors", f"{len(tensors)} tensors, each where the header says")
         has_record = "veneer" in header
         record, parameters = self.check_record(config, tensors, header, readable)
-        foreign_files = config, tensors
+        original_files = config, tensors
         if config is not None:
-            config, tensors = peft_tokens.as_lora(config, tensors)
+            config, tensors = peft_tokens.convert_to_lora(config, tensors)
         if (fields := config) is not None:
             config = log.try_step(
                 "config", lambda: check_config(fields, has_record, with_base=True) or fields
@@ -144,12 +144,12 @@ class _Verification:
         if config is None or parameters is None or (record is None and has_record):
             return
         if record is None:
-            converted = log.try_step("layers", folder.convert_foreign_files, *foreign_files)
+            converted = log.try_step("layers", folder.convert_original_files, *foreign_files)
             if converted is None:
                 return
-            config, tensors, left_out = converted
-            if left_out:
-                log.add("warning", "config", describe(left_out))
+            config, tensors, ignored_modules = converted
+            if ignored_modules:
+                log.add("warning", "config", describe_ignored(ignored_modules))
         self.check_layers(config, record, tensors, parameters)
 
     def check_record(
@@ -159,35 +159,35 @@ class _Verification:
         header: Mapping[str, str],
         readable: set[str],
     ) -> tuple[dict[str, Any] | None, dict[str, Tensor] | None]:
-        """(the record if it is sound, the tensors of ``veneer.safetensors``; None if these could
-        not be read)."""
+        """(the record, the tensors of ``veneer.safetensors``). The record is None if it cannot be
+        used; the tensors are None if the file could not be read."""
         path = self.path
         record = self.log.try_step("record", record_in_header, path, header)
         if any(
             os.path.lexists(path / name) and name not in readable for name in (RECORD, PARAMETERS)
         ):
-            # reported by the check of the files: links out of the folder are never opened
+            # the check of the files has reported these: links out of the folder are never opened
             return None, None
         if record is not None:
-            sound, parameters = self.check_hashes(record, config or {}, tensors)
-            return (record if sound else None), parameters
+            is_valid, parameters = self.check_hashes(record, config or {}, tensors)
+            return (record if is_valid else None), parameters
         if not (path / RECORD).exists() and "veneer" not in header:
-            text = (
+            message = (
                 "written by another library: nothing tells whether it was altered, or for which"
                 " base"
             )
-            self.log.add("warning", "record", text)
+            self.log.add("warning", "record", message)
         return None, {}
 
     def check_hashes(
         self, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[bool, dict[str, Tensor] | None]:
-        """(whether the record can be used, the tensors of ``veneer.safetensors``)."""
+        """(whether the record is valid, the tensors of ``veneer.safetensors`` or None)."""
         problems = list(record_problems(record, self.path))
         parameters = None
         if not problems:
             parameters = self.log.try_step("record", folder.read_parameters, self.path, record)
-        changes = (
+        checks = (
             self.log.try_step(
                 "record", compare_hashes, self.path, record, config, tensors, parameters
             )
@@ -195,15 +195,15 @@ class _Verification:
         )
         expected, do = "the files as they were saved", "get another copy"
         problems += [
-            sentence(f"{subject} changed after it was written", expected, do)
-            for subject, changed in changes.items()
-            if changed
+            sentence(f"{content} changed after it was written", expected, do)
+            for content, has_changed in checks.items()
+            if has_changed
         ]
         for problem in problems:
             self.log.add("error", "record", problem)
-        if changes and not problems:
-            self.log.add("ok", "record", f"the hashes are right: {', '.join(changes)}")
-        return bool(changes) and not problems, parameters
+        if checks and not problems:
+            self.log.add("ok", "record", f"the hashes are right: {', '.join(checks)}")
+        return bool(checks) and not problems, parameters
 
     def check_layers(
         self,
@@ -212,35 +212,38 @@ class _Verification:
         tensors: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
     ) -> None:
-        """Check that the files make up one adapter, and then the changes in it."""
+        """Check that the files make up one adapter, and then check its changes."""
         tuner = tuner_of(config) if record is None else None
-        shapes = None if self.weights is None or tuner is None else self.shape_and_dtype
-        saved = self.log.try_step(
-            "layers", folder.assemble, self.path, config, record, tensors, parameters, shapes
+        weight_lookup = None if self.weights is None or tuner is None else self.shape_and_dtype
+        adapter_files = self.log.try_step(
+            "layers", folder.assemble, self.path, config, record, tensors, parameters, weight_lookup
         )
-        if saved is None:
+        if adapter_files is None:
             return
-        if saved.tuner is not None and saved.tuner.needs_base_shapes:
-            text = (
-                f"{len(saved.tuner.paths)} changes of {saved.tuner.tuner.type}, whose shapes only"
-                " the base tells: give it to have them checked"
+        if adapter_files.tuner is not None and adapter_files.tuner.needs_base_shapes:
+            message = (
+                f"{len(adapter_files.tuner.paths)} changes of {adapter_files.tuner.tuner.type}, whose"
+                " shapes only the base tells: give it to have them checked"
             )
-            self.log.add("warning", "layers", text)
+            self.log.add("warning", "layers", message)
             return
-        products = self.log.try_step("layers", lambda: saved.products)
+        products = self.log.try_step("layers", lambda: adapter_files.products)
         if products is not None:
-            self.check_changes(saved, products)
+            self.check_changes(adapter_files, products)
 
-    def check_changes(self, saved: AdapterFiles, products: Mapping[str, LowRank]) -> None:
-        row_count = sum(len(token_rows.ids) for token_rows in saved.tokens.values())
-        tokens = f", {row_count} tokens" if row_count else ""
-        counts = (
-            f"{len(products)} changes, as the config says, and {len(saved.full)} in full{tokens}"
+    def check_changes(self, adapter_files: AdapterFiles, products: Mapping[str, LowRank]) -> None:
+        """Check the targets, the norms and the fresh parameters of an adapter, and check it against
+        the base. ``products``: the low-rank change of each module or parameter, by path."""
+        token_count = sum(len(token_rows.ids) for token_rows in adapter_files.tokens.values())
+        tokens_text = f", {token_count} tokens" if token_count else ""
+        message = (
+            f"{len(products)} changes, as the config says, and {len(adapter_files.full)} in full"
+            f"{tokens_text}"
         )
-        self.log.add("ok", "layers", counts)
-        # without a model, a foreign config can only be compared with the tensors
-        if saved.record is None:
-            targets = saved.peft_config.get("target_modules") or ()
+        self.log.add("ok", "layers", message)
+        # without a model, the config of another library can only be compared with its tensors
+        if adapter_files.record is None:
+            targets = adapter_files.peft_config.get("target_modules") or ()
             unused_targets = [
                 name
                 for name in (() if isinstance(targets, str) else targets)
@@ -250,8 +253,8 @@ class _Verification:
                 problem = f"targets without a tensor: {listing(unused_targets)}"
                 self.log.add("warning", "config", problem)
         norms = {path: low.norm() for path, low in products.items()}
-        self.check_norms(saved, products, norms)
-        fresh = saved.metadata.get("base", {}).get("fresh")
+        self.check_norms(adapter_files, products, norms)
+        fresh = adapter_files.metadata.get("base", {}).get("fresh")
         if fresh:
             problem = (
                 f"random as it was trained, and in no file: {listing(fresh, 4)}. Whatever reads"
@@ -261,17 +264,17 @@ class _Verification:
             self.log.add("warning", "proof", problem)
         if self.weights is not None:
             try:
-                check_against_base(self.log, saved, products, norms, self.weights)
-            except CheckpointError as error:  # a file that became shorter meanwhile
+                check_against_base(self.log, adapter_files, products, norms, self.weights)
+            except CheckpointError as error:  # a file of the base was truncated during the checks
                 self.log.add("error", "base", str(error))
 
     def shape_and_dtype(self, path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
-        """The shape and dtype of the base's weight at ``path``; None if it has none."""
+        """The shape and dtype of the base's weight at ``path``; None if there is no such weight."""
         weight = None if self.weights is None else self.weights.get(path)
         return None if weight is None else (weight.shape, weight.dtype)
 
     def check_extra_files(self) -> None:
-        """Warn of files that an adapter does not need and that could do harm."""
+        """Warn of files that an adapter does not need and that might do harm."""
         for file in sorted(self.path.iterdir()):
             if file.name in file_names.FILES or (file.is_dir() and not file.is_symlink()):
                 continue
@@ -283,31 +286,32 @@ class _Verification:
                 self.log.add("warning", "files", problem)
 
     def check_numbers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check that every value is finite, and warn of unusual dtypes."""
         problems = number_checks.number_problems(tensors, "get another copy")
         self.log.add_problems("numbers", problems, "every number is finite")
         dtypes = {tensor.dtype for tensor in tensors.values()}
-        names = sorted(
+        dtype_names = sorted(
             str(dtype).removeprefix("torch.")
             for dtype in dtypes
             if dtype in number_checks.FLOAT_DTYPES
         )
-        if len(names) > 1:
-            self.log.add("warning", "numbers", f"stored in several types: {', '.join(names)}")
-        elif names == ["float64"]:
+        if len(dtype_names) > 1:
+            self.log.add("warning", "numbers", f"stored in several types: {', '.join(dtype_names)}")
+        elif dtype_names == ["float64"]:
             problem = "stored as float64, of which nothing that loads it keeps more than float32"
             self.log.add("warning", "numbers", problem)
 
     def check_norms(
-        self, saved: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float]
+        self, adapter_files: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float]
     ) -> None:
-        """Warn of changes that are zero, and of those whose norm is an outlier."""
-        plain = {layer.target_path for layer in saved.low.values() if not layer.extras}
-        zero = [path for path, norm in norms.items() if norm == 0 and path in plain]
-        if zero and len(zero) == len(norms) and not saved.full:
+        """Warn of changes that are zero, and of changes of which the norm is an outlier."""
+        plain_paths = {layer.target_path for layer in adapter_files.low.values() if not layer.extras}
+        zero_paths = [path for path, norm in norms.items() if norm == 0 and path in plain_paths]
+        if zero_paths and len(zero_paths) == len(norms) and not adapter_files.full:
             problem = "every change is zero: this adapter changes nothing (was it ever trained?)"
             self.log.add("warning", "norms", problem)
-        elif zero:
-            problem = f"changes of zero, as before training, at {listing(zero)}"
+        elif zero_paths:
+            problem = f"changes of zero, as before training, at {listing(zero_paths)}"
             self.log.add("warning", "norms", problem)
         outliers = list(_outliers(products, norms))
         for path, norm, median in outliers:
@@ -316,18 +320,18 @@ class _Verification:
                 " its shape"
             )
             self.log.add("warning", "norms", problem)
-        if not zero and not outliers:
+        if not zero_paths and not outliers:
             largest = f"‖ΔW‖ up to {max(norms.values(), default=0.0):.3g}"
-            text = f"no change stands out among those of its shape ({largest})"
-            self.log.add("ok", "norms", text)
+            message = f"no change stands out among those of its shape ({largest})"
+            self.log.add("ok", "norms", message)
 
 
 def _file_danger(file: Path) -> str | None:
-    """Why a file beside an adapter could do harm, or None."""
+    """The reason why a file beside an adapter might do harm; None if there is no reason."""
     with file.open("rb") as stream:
-        head = stream.read(16)
-    file_type = describe_format(head)
-    is_program = file.suffix.lower() in _CODE_SUFFIXES or head.startswith(
+        first_bytes = stream.read(16)
+    file_type = describe_format(first_bytes)
+    is_program = file.suffix.lower() in _CODE_SUFFIXES or first_bytes.startswith(
         (b"#!", b"\x7fELF", b"MZ")
     )
     if file_type and "pickle" in file_type:
@@ -343,36 +347,38 @@ def _file_danger(file: Path) -> str | None:
 
 
 def _auto_map_classes(file: Path) -> list[str]:
-    """The classes in Python files beside a model that a config of transformers names
-    (``auto_map``); empty for any other file."""
+    """The names of Python classes that a config of transformers names in ``auto_map``, the code of
+    which would be loaded from files beside the model. Empty for any other file."""
     if not file.name.endswith("config.json"):
         return []
     with file.open("rb") as stream:
         raw = stream.read(MAX_JSON)
     if b'"auto_map"' not in raw:
         return []
-    try:  # not ``read_json``: a tokenizer's longest row is a number of 31 digits
+    try:  # not ``read_json``: the model_max_length of a tokenizer may have 31 digits
         classes = json.loads(raw)["auto_map"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return ["auto_map"]
     names = classes.values() if isinstance(classes, dict) else [classes]
-    flat = (name for value in names for name in (value if isinstance(value, list) else [value]))
-    return sorted({str(name)[:100] for name in flat if name is not None})
+    flat_names = (
+        name for entry in names for name in (entry if isinstance(entry, list) else [entry])
+    )
+    return sorted({str(name)[:100] for name in flat_names if name is not None})
 
 
 def _outliers(
     products: Mapping[str, LowRank], norms: Mapping[str, float]
 ) -> Iterator[tuple[str, float, float]]:
-    """(path, ‖ΔW‖, median norm of the changes of its shape) of each outlier."""
+    """(path, ‖ΔW‖, median ‖ΔW‖ of the changes of this shape) of each outlier."""
     log_norms: dict[tuple[int, ...], dict[str, float]] = {}
     for path, low in products.items():
         if norms[path] > 0:
             log_norms.setdefault(change_dims(low), {})[path] = math.log(norms[path])
-    for same_shape in log_norms.values():
-        if len(same_shape) < MIN_LAYERS:
+    for shape_norms in log_norms.values():
+        if len(shape_norms) < MIN_LAYERS:
             continue
-        median = statistics.median(same_shape.values())
-        deviation = statistics.median(abs(log - median) for log in same_shape.values())
-        for path, log in same_shape.items():
-            if abs(log - median) > max(MAX_DEVIATION * deviation, math.log(MIN_FACTOR)):
+        median = statistics.median(shape_norms.values())
+        median_deviation = statistics.median(abs(log_norm - median) for log_norm in shape_norms.values())
+        for path, log_norm in shape_norms.items():
+            if abs(log_norm - median) > max(MAX_DEVIATION * median_deviation, math.log(MIN_FACTOR)):
                 yield path, norms[path], math.exp(median)

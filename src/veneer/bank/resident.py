@@ -166,7 +166,7 @@ def load_resident(
         problem = f"{attached.merged!r} merged into the weights, while an adapter is loaded"
         raise SelectionError(problem, "an unmerged model", "call veneer.unmerge(model) first")
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
-    config, low = load_plan.saved.config, load_plan.plans.low
+    config, low = load_plan.adapter_files.config, load_plan.plans.low
     # ``cache`` holds the tuple ``low`` itself, so its id is unique
     resolve_plan = resolve_plans.get(id(low))
     if resolve_plan is not None and not load_plan.full and resolve_plan.config == config:

@@ -1,14 +1,14 @@
-"""File formats of other libraries: how each names and lays out the factors of an adapter.
+"""File formats of other libraries: the keys and shapes under which each stores A and B.
 
-    _base       the interface of a format: recognise, read and write a file, or say why that is
-                impossible
-    peft        the layout of the adapter folder itself, as PEFT 0.21 reads it; patterns: its
-                regular expressions
+    _base                   the interface of a format: recognise, read and write a file
+    peft, peft_*            PEFT's layout, which Veneer's adapter folder shares (as of PEFT 0.21)
+    patterns                the regular expressions in PEFT's config
     kohya, diffusers, gguf, vllm, dense     one file for each format; a new file registers itself
-    parts, gguf_claims      names of the models of a pipeline; sizes that a GGUF file claims
+    parts                   the prefixes that name the models of an image pipeline
+    gguf_claims             the sizes that a GGUF file claims, checked before it is read
 
-In: tensors by key, and the fields beside them. Out: changes by module path, and back. A format
-works with keys and shapes; its caller maps paths to modules of a model.
+A reader turns the tensors of a file into changes by module path; a writer does the reverse. A
+format knows keys and shapes only; its caller maps the paths to the modules of a model.
 """
 
 from veneer.formats._base import (
@@ -25,13 +25,13 @@ from veneer.formats._base import (
 from veneer.formats.peft import PeftLayer
 from veneer.registry import import_all
 
-# first the two forms of an adapter folder, which ``adapter_files`` reads and writes
+# Veneer's and PEFT's adapter folders are registered first; ``adapter_files`` reads and writes them
 register(Format("veneer", "an adapter folder that proves what it is", "nothing that Veneer reads"))
-_NOT_PEFT = (
+_PEFT_LACKS = (
     "what PEFT would compute otherwise (the folder then says so); the parameters of variants that"
     " PEFT lacks"
 )
-register(Format("peft", "an adapter folder of PEFT", _NOT_PEFT, peft=True))
+register(Format("peft", "an adapter folder of PEFT", _PEFT_LACKS, peft=True))
 import_all(__name__, list(__path__))
 
 __all__ = [

@@ -1,11 +1,11 @@
-"""The interface of a format: how one kind of file stores a low-rank adapter.
+"""The interface of a format: how one type of file stores a low-rank adapter.
 
-    read(path, base, options)                  -> Contents    the file in PEFT's terms
-    write(adapter, path, base, options)        -> [notes]     one file from an adapter
+    read(path, base, options)                  -> Contents    the changes in the file
+    write(adapter, path, base, options)        -> [notes]     writes the file; notes for the user
 
-PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes that nearly every format
-uses. To add a format, add a file here that calls ``register(Format(...))``. Rejected: a pair of
-functions for each pair of formats, which would be thirty conversions for six formats.
+All formats meet in PEFT's layout: ``PeftLayer`` holds A and B in the shapes that nearly every
+format uses. To add a format, add a file to this folder that calls ``register(Format(...))``.
+Rejected: one converter for each pair of formats, which would be thirty converters for six formats.
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, listing
 from veneer.fileio import tensors as tensor_files
-from veneer.formats.peft import MAGNITUDE, PeftLayer, of_parameter
+from veneer.formats.peft import MAGNITUDE, PeftLayer, targets_parameter
 from veneer.registry import Registry
 
-#: the suffixes of A and B below a module
-PAIR = ("lora_A.weight", "lora_B.weight")
-EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: the suffixes of the keys of A and B: a key is a module's path, a dot and a suffix
+LORA_SUFFIXES = ("lora_A.weight", "lora_B.weight")
+EMBEDDING_SUFFIXES = ("lora_embedding_A", "lora_embedding_B")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MisreadElsewhere(UserWarning):
-    """A file is valid, but a common reader of its format takes it for another adapter."""
+    """A written file is valid, but a common reader of its format applies another change."""
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The facts about a base that a format may use: the shape of each parameter by name,
-    ``config.json``, and the name of the base."""
+    """The facts about a base that a format may use.
+
+    Fields:
+        shapes: the shape of each parameter, by name.
+        config: the content of ``config.json``.
+        name: the name or path of the base.
+    """
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -49,10 +54,11 @@ class Options:
     """The options of a conversion that a user may set.
 
     Fields:
-        dtype: dtype of the tensors in the new file; None keeps each tensor's dtype.
-        part: the model of a pipeline ("unet", "text_encoder", …) to which an adapter belongs whose
-            paths do not name one.
-        rank, energy, whole: for dense changes, as in ``convert``.
+        dtype: the dtype of the tensors in the new file; None keeps the dtype of each tensor.
+        part: the pipeline component ("unet", "text_encoder", …) that an adapter belongs to, if the
+            adapter's paths do not name one.
+        rank, energy, whole: how a dense ΔW becomes A and B, as in ``veneer.tools.convert.convert``:
+            the rank, the retained share of ‖ΔW‖², or no factorisation at all.
     """
 
     dtype: torch.dtype | None = None
@@ -64,20 +70,23 @@ class Options:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a file.
+    """The adapter that ``Format.read`` found in a file.
 
     Fields:
-        deltas: dense ΔW by the name of the parameter, for formats without factors.
-        full: names in ``deltas`` that stay dense.
-        about: facts to store as provenance.
-        left_out: reasons for changes that were not read.
+        low: low-rank changes, by their path in an adapter folder.
+        deltas: dense ΔW by parameter name, for formats that store no A and B.
+        full: the names in ``deltas`` that must not be factored into A and B.
+        base_name: the base that the file names.
+        metadata: facts about the file, which become the provenance of the adapter.
+        left_out: one sentence for each change that was not read, with the reason.
+        transposed: whether the base's weights are [in, out] (Conv1D of transformers).
     """
 
     low: Mapping[str, PeftLayer] = field(default_factory=dict)
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
     full: frozenset[str] = frozenset()
     base_name: str | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     transposed: bool = False
 
@@ -88,11 +97,13 @@ class Contents:
 
 @dataclass(frozen=True)
 class LowRankChange:
-    """One low-rank change to be written."""
+    """One low-rank change that ``Format.write`` writes. ``weight``: the name of the changed
+    parameter."""
 
     weight: str
     layer: PeftLayer
-    kind: str  # linear, conv, grouped conv, embedding, attention, stack, parameter or Conv1D
+    #: linear, conv, grouped conv, embedding, attention, stack (of matrices), parameter or Conv1D
+    kind: str
 
     @property
     def module(self) -> str:
@@ -105,36 +116,36 @@ class LowRankChange:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter to be written.
+    """The adapter that ``Format.write`` writes.
 
     Fields:
-        changes: its low-rank changes, one for each name of a weight.
-        full: parameters that are trained in full, by path and name.
-        about: its record without hashes, or other facts about it.
-        deltas: a function that computes ΔW by the name of its parameter, and the reasons for those
+        changes: its low-rank changes, one for each changed weight.
+        full: tensors that are trained in full, by module path and then by parameter name.
+        metadata: facts about the adapter: its base, variant and provenance.
+        deltas: a function that returns every ΔW by parameter name, and one sentence for each ΔW
             that cannot be computed.
     """
 
     changes: tuple[LowRankChange, ...]
     full: Mapping[str, Mapping[str, Tensor]]
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     deltas: Callable[[], tuple[Mapping[str, Tensor], list[str]]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
+    """A file format.
 
     Fields:
         name, title: the name that users type, and a short description.
-        lacks: what the format cannot express.
-        suffix: the ending of its file; "" for a folder.
-        recognises: (first bytes, keys of the tensors, header if it is safetensors) -> whether a
-            file has this format.
-        parts: whether its names can say to which model of a pipeline a layer belongs.
-        peft: whether its loaders compute with PEFT, with the deviations in
-            ``peft_behaviour.deviation_reason``; other formats hold changes of weights.
-        read, write: see the top of this file; None if ``convert`` itself does it.
+        lacks: the adapters or facts that the format cannot store, as text.
+        suffix: the suffix of a file name; "" if the format is a folder.
+        recognises: (first bytes, tensor keys, header of a safetensors file) -> whether a file has
+            this format.
+        parts: whether a tensor key can name the pipeline component that a layer belongs to.
+        peft: whether programs load the format with PEFT, and so compute PEFT's result where it
+            differs from a change of the weight (``peft_behaviour.deviation_reason``).
+        read, write: see the top of this file; None if ``convert`` itself reads or writes.
     """
 
     name: str
@@ -161,25 +172,31 @@ def register(format_: Format) -> Format:
 def kind_of_change(
     path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None
 ) -> str:
-    """The kind of a change in a PEFT file, as far as it follows from the file and the weight's
-    shape."""
+    """The ``LowRankChange.kind`` of a change in an adapter folder.
+
+    Args:
+        path: the path of the change in the folder.
+        weight: the name of the changed parameter.
+        transposed: whether the base's weights are [in, out].
+        shape: the shape of the parameter; None if no base is known.
+    """
     groups, out, in_ = layer.dims
     if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
         return "attention"
-    if layer.suffixes == EMBEDDING:
+    if layer.suffixes == EMBEDDING_SUFFIXES:
         return "embedding"
     if layer.A.dim() > 2:
         return "conv" if groups == 1 else "grouped conv"
     if layer.is_stacked or groups > 1:
         return "stack"
-    if of_parameter(path, layer) or not weight.endswith(".weight"):
+    if targets_parameter(path, layer) or not weight.endswith(".weight"):
         return "parameter"
     if shape is not None and sorted(shape) != sorted((out, in_)):
         return f"weight of shape {tuple(shape)}"
     return "Conv1D" if transposed or shape not in (None, (out, in_)) else "linear"
 
 
-def layer_of(
+def build_peft_layer(
     path: str,
     A: Tensor,
     B: Tensor,
@@ -187,16 +204,18 @@ def layer_of(
     *,
     shape: tuple[int, ...] | None = None,
     magnitude: Tensor | None = None,
-    suffixes: tuple[str, str] = PAIR,
+    suffixes: tuple[str, str] = LORA_SUFFIXES,
 ) -> PeftLayer:
-    """A change of a module from A [r, in, …] and B [out, r, …] in the shapes of a file.
+    """A ``PeftLayer`` from A [r, in, …] and B [out, r, …] as a file has them. (r: the rank; …: the
+    axes of a convolution kernel.)
 
     Args:
-        alpha: None means the rank, so that the scale is 1. If it is negative, B changes its sign.
-        shape: of the weight, if known: A and B are reshaped for a layer with this weight.
+        alpha: None means the rank, so that the scale alpha / r is 1. If it is negative, its sign
+            moves to B.
+        shape: the shape of the weight, to which A and B are reshaped; None if it is not known.
 
     Raises:
-        AdapterError: the shapes do not fit each other or the weight.
+        AdapterError: the shapes of A and B do not fit each other or the weight.
     """
     rank = A.shape[0] if A.dim() > 1 else 0
     problem = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {path!r}"
@@ -204,7 +223,7 @@ def layer_of(
         raise AdapterError(
             problem, "A [rank, in, …] of at least rank 1", "get the whole file again"
         )
-    if shape is not None and suffixes == PAIR:
+    if shape is not None and suffixes == LORA_SUFFIXES:
         if A.numel() != rank * math.prod(shape[1:]) or B.numel() != shape[0] * rank:
             raise AdapterError(
                 problem, f"those of a weight {shape}", "give the base that it was made for"
@@ -220,8 +239,8 @@ def layer_of(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of a tensor for a file: on the CPU, contiguous, in ``dtype``. AdapterError: ``dtype``
-    cannot hold its values."""
+    """A copy of a tensor for a file: on the CPU, contiguous, in ``dtype``. ``AdapterError``: a
+    finite value becomes infinite in ``dtype``."""
     converted = (
         tensor.detach()
         .to("cpu", dtype if tensor.is_floating_point() else None)
@@ -236,12 +255,14 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def exact_scalar(value: float) -> Tensor:
     """A float32 scalar, or a float64 one if float32 would round the value."""
-    short = torch.tensor(value, dtype=torch.float32)
-    return short if short.item() == value else torch.tensor(value, dtype=torch.float64)
+    float32_scalar = torch.tensor(value, dtype=torch.float32)
+    if float32_scalar.item() == value:
+        return float32_scalar
+    return torch.tensor(value, dtype=torch.float64)
 
 
-def scalar(tensor: Tensor, key: str) -> float:
-    """The value of a tensor with one real number; AdapterError for any other tensor."""
+def scalar_value(tensor: Tensor, key: str) -> float:
+    """The value of a tensor with a single real number. ``AdapterError`` for any other tensor."""
     if tensor.numel() != 1 or tensor.is_complex():
         problem = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
         raise AdapterError(problem, "one number", "get the file again")
@@ -249,21 +270,22 @@ def scalar(tensor: Tensor, key: str) -> float:
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise AdapterError if a file holds NaN or infinity, or tensors of 8 bits or less."""
+    """Raise AdapterError for a NaN or an infinity, or for a floating dtype of 8 bits or less."""
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-    if small := [key for key, tensor in floating.items() if tensor.dtype not in FLOATS]:
-        problem = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
+    if narrow_keys := [key for key, tensor in floating.items() if tensor.dtype not in FLOAT_DTYPES]:
+        dtype = tensors[narrow_keys[0]].dtype
+        problem = f"numbers stored as {dtype} in {listing(narrow_keys, 3)} of {path}"
         raise AdapterError(
             problem, "float64, float32, bfloat16 or float16", "convert them to bfloat16"
         )
-    if broken := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
-        problem = f"numbers that are not finite in {listing(broken, 3)} of {path}"
+    if nonfinite_keys := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
+        problem = f"numbers that are not finite in {listing(nonfinite_keys, 3)} of {path}"
         raise AdapterError(problem, "finite ones", "get another copy")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file; AdapterError if it is truncated or not
-    finite."""
+    """The tensors and the header of a safetensors file. ``AdapterError``: the file is truncated, or
+    a value is not finite."""
     tensors, header = tensor_files.read_tensors(path)
     require_finite(tensors, path)
     return tensors, header

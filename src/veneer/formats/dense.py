@@ -1,14 +1,14 @@
-"""Dense changes: one safetensors file with ΔW by the name of each parameter.
+"""Dense changes: one safetensors file with ΔW under the name of each parameter.
 
-    <parameter>                 ΔW in the parameter's own shape: base[name] += file[name] is the
-                                adapted model
+    <parameter>                 ΔW in the parameter's shape: the adapted model has
+                                base[name] + file[name] for each parameter
     header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full":
-                                […], "variant": …}
+                                [names], "variant": …}
 
-Every tool can add such changes, and no other format holds any variant on any layer: DoRA's change
-is W' - W. The file is as large as the weights. ``full`` names the parameters that the adapter
-trained in full; when the file is read, these are not factored. Rejected: the changed weights
-themselves, because W' would be rounded and a change is exact.
+Every tool can add such changes to weights. No other format can hold every variant on every layer:
+DoRA's change is stored as W' - W, too. The file is as large as the weights. "full" names the
+parameters that the adapter trained in full; a reader does not factor their changes into A and B.
+Rejected: to store the changed weights W', because rounding W' loses a small change.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from veneer.fileio.untrusted import parse
 from veneer.formats import Adapter, BaseFacts, Contents, Format, Options, register
 from veneer.formats._base import cast, read_tensors
 
+#: the key of the header with Veneer's fields, and the version of these fields
 HEADER = "veneer_dense"
 FORMAT = 1
 
 
-def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
+def recognises(first_bytes: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
     return HEADER in header
 
 
@@ -37,48 +38,53 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     tensors, header = read_tensors(path)
     try:
         fields = parse(header[HEADER])
-        full, base_record = fields.get("full", []), fields.get("base") or {}
+        full_names, base_record = fields.get("full", []), fields.get("base") or {}
         version = fields["format"]
-        if not _well_formed(full, base_record, version):
+        if not _has_valid_types(full_names, base_record, version):
             raise TypeError("fields of other types")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"a damaged header {HEADER} in {path} ({error!r})"
         raise AdapterError(problem, "what the file is", "get the file again") from error
     if version != FORMAT:
         raise AdapterError(f"format {version} in {path}", f"{FORMAT}", "install a newer Veneer")
-    about = {"header": {HEADER: header[HEADER]}, "base": base_record}
+    metadata = {"header": {HEADER: header[HEADER]}, "base": base_record}
     return Contents(
-        deltas=tensors, full=frozenset(full), base_name=base_record.get("name"), about=about
+        deltas=tensors,
+        full=frozenset(full_names),
+        base_name=base_record.get("name"),
+        metadata=metadata,
     )
 
 
-def _well_formed(full: Any, base: Any, version: Any) -> bool:
-    """Whether the fields of the header have their types: names in a list, and a base as in Veneer's
-    record."""
-    names = isinstance(full, list) and all(isinstance(name, str) for name in full)
-    if not names or type(version) is not int or not isinstance(base, dict):
+def _has_valid_types(full_names: Any, base_record: Any, version: Any) -> bool:
+    """Whether the fields of the header have the right types: a list of names, and the types that a
+    base has in Veneer's record."""
+    is_name_list = isinstance(full_names, list) and all(
+        isinstance(name, str) for name in full_names
+    )
+    if not is_name_list or type(version) is not int or not isinstance(base_record, dict):
         return False
-    tables = [base.get("weights") or {}, base.get("rest") or {}]
-    hashes = all(
-        isinstance(table, dict) and all(isinstance(h, str) for h in table.values())
-        for table in tables
+    hash_tables = [base_record.get("weights") or {}, base_record.get("rest") or {}]
+    are_hashes_valid = all(
+        isinstance(table, dict) and all(isinstance(hash_text, str) for hash_text in table.values())
+        for table in hash_tables
     )
-    return hashes and isinstance(base.get("name"), str | None)
+    return are_hashes_valid and isinstance(base_record.get("name"), str | None)
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     deltas, problems = adapter.deltas()
     raise_all(AdapterError, "The dense changes of this adapter cannot be told", problems)
-    full = [
+    full_names = [
         f"{module_path}.{name}".lstrip(".")
         for module_path, tensors in adapter.full.items()
         for name in tensors
     ]
     fields = {
         "format": FORMAT,
-        "base": adapter.about.get("base"),
-        "full": [name for name in full if name in deltas],
-        "variant": adapter.about.get("variant"),
+        "base": adapter.metadata.get("base"),
+        "full": [name for name in full_names if name in deltas],
+        "variant": adapter.metadata.get("variant"),
     }
     tensors = {name: cast(delta, options.dtype) for name, delta in deltas.items()}
     save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(fields)})

@@ -1,21 +1,24 @@
-"""diffusers' own safetensors: paths with dots, and the config in the header.
+"""The safetensors format of diffusers: keys are dotted paths, and the header holds PEFT's config.
 
-    <part>.<path>.lora_A.weight, .lora_B.weight         A [r, in, *k], B [out, r, *1]
-    <part>.<path>.lora_magnitude_vector                 DoRA's magnitude
-    header "lora_adapter_metadata"                      {"<part>.r": …, "<part>.lora_alpha": …, …},
-                                                        PEFT's fields
+    <component>.<path>.lora_A.weight, .lora_B.weight    A [r, in, *k], B [out, r, *1]
+    <component>.<path>.lora_magnitude_vector            DoRA's magnitude
+    header "lora_adapter_metadata"                      {"<component>.r": …, …}: PEFT's config for
+                                                        each component
 
-Older releases wrote ``.lora.down.weight`` and ``.lora.up.weight``,
+A component is a model of a pipeline (``parts.py``); k is the kernel of a convolution. The paths in
+a file of a single model do not begin with a component.
+
+Older releases of diffusers wrote ``.lora.down.weight`` and ``.lora.up.weight``,
 ``.lora_linear_layer.down.weight``, attention processors (``.processor.to_q_lora.down.weight``),
-and alphas as tensors (``<part>.<path>.alpha``) or none, which means alpha = r. All of these are
-read; the first layout is written. The paths in a file of a single model have no part.
+and alphas as tensors (``<component>.<path>.alpha``) or no alpha, which means alpha = r. Veneer
+reads all of these layouts and writes the first one.
 
-Two keys of text encoders differ, because diffusers 0.42 needs them and others also read them:
-magnitudes end in ``.weight``, since transformers' loader expects that name and otherwise
-initialises them; and if no attention projection is among the changes, factors are named
-``lora_linear_layer``, by which diffusers recognises the format.
+Text encoders are written with two other suffixes, because diffusers 0.42 needs them and other
+programs also read them. Magnitudes end in ``.weight``: transformers' loader expects this name, and
+would initialise the magnitudes otherwise. If no attention projection is among the changes, A and B
+are named ``lora_linear_layer``, by which diffusers recognises the format.
 
-rsLoRA is written as plain LoRA with alpha' = scale · r, because many loaders do not know its flag.
+rsLoRA is written as plain LoRA with alpha = scale · r, because many loaders do not know its flag.
 """
 
 from __future__ import annotations
@@ -43,91 +46,112 @@ from veneer.formats import (
     peft_paths,
     register,
 )
-from veneer.formats._base import PAIR, cast, layer_of, read_tensors, scalar
-from veneer.formats.kohya import ATTENTION, LACKS, alpha_of
+from veneer.formats._base import (
+    LORA_SUFFIXES,
+    build_peft_layer,
+    cast,
+    read_tensors,
+    scalar_value,
+)
+from veneer.formats.kohya import ATTENTION, LACKS, plain_lora_alpha
 
 HEADER = "lora_adapter_metadata"
-_SIDES = {
+#: suffix of a key -> role of the tensor in its module
+_TENSOR_ROLES = {
     "lora_A.weight": "A", "lora.down.weight": "A", "lora_linear_layer.down.weight": "A",
     "lora_B.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
     peft.MAGNITUDE: "magnitude", f"{peft.MAGNITUDE}.weight": "magnitude", "alpha": "alpha",
 }  # fmt: skip
-#: A and B of a text encoder without changes of ``ATTENTION``
-NAMED = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
+#: the suffixes of A and B for a text encoder of which no ``ATTENTION`` projection changes
+_ENCODER_SUFFIXES = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
+#: modules of attention processors -> the projections that they change
 _PROCESSORS = {f"processor.{name}_lora": name for name in ("to_q", "to_k", "to_v")} | {
     "processor.to_out_lora": "to_out.0"
 }
 
 
-def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
-    ends = (*(suffix for suffix, side in _SIDES.items() if side in ("A", "B")), "_lora.down.weight")
-    return any(key.endswith(ends) and not key.startswith(peft.PREFIX) for key in keys)
+def recognises(first_bytes: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
+    factor_suffixes = [suffix for suffix, role in _TENSOR_ROLES.items() if role in ("A", "B")]
+    endings = (*factor_suffixes, "_lora.down.weight")
+    return any(key.endswith(endings) and not key.startswith(peft.PREFIX) for key in keys)
 
 
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     tensors, header = read_tensors(path)
-    groups: dict[str, dict[str, Tensor]] = {}
+    tensors_by_path: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
-        path_in_file, side = _split(key)
-        if side is None:
+        path_in_file, role = _split_key(key)
+        if role is None:
             problems.append(
                 sentence(f"tensor {key!r}", "a LoRA's factors", "use the library that made it")
             )
         else:
-            groups.setdefault(path_in_file, {})[side] = tensor
+            tensors_by_path.setdefault(path_in_file, {})[role] = tensor
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    part_by_path = {path_in_file: parts.part_of(path_in_file) or "model" for path_in_file in groups}
-    before, left_out = parts.choose_parts(part_by_path.values(), base, options.part)
-    config = _header_of(path, header)
-    configs = {component: _config_of(config, component) for component in before}
-    low: dict[str, peft.PeftLayer] = {}
-    for path_in_file, group in groups.items():
-        component = part_by_path[path_in_file]
-        if component not in before:
+    component_by_path = {path: parts.component_of(path) or "model" for path in tensors_by_path}
+    layer_components = component_by_path.values()
+    base_prefixes, left_out = parts.choose_components(layer_components, base, options.part)
+    config = _header_config(path, header)
+    configs = {component: _component_config(config, component) for component in base_prefixes}
+    layers: dict[str, peft.PeftLayer] = {}
+    for path_in_file, module_tensors in tensors_by_path.items():
+        component = component_by_path[path_in_file]
+        if component not in base_prefixes:
             continue
         path_in_model = path_in_file if component == "model" else path_in_file.partition(".")[2]
-        start = before[component]
-        path_in_part = parts.path_in_base(
+        prefix = base_prefixes[component]
+        path_in_component = parts.path_in_base(
             component,
             path_in_model,
-            lambda path, start=start: f"{start}{path}.weight" in base.shapes,
+            lambda path, prefix=prefix: f"{prefix}{path}.weight" in base.shapes,
         )
-        path_in_base = path_in_file if component == "model" else f"{start}{path_in_part}"
+        path_in_base = path_in_file if component == "model" else f"{prefix}{path_in_component}"
         try:
-            low[path_in_base] = _layer(
-                path_in_file, path_in_model, path_in_base, group, configs[component], base
+            layers[path_in_base] = _read_layer(
+                path_in_file,
+                path_in_model,
+                path_in_base,
+                module_tensors,
+                configs[component],
+                base,
             )
         except AdapterError as error:
             problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
     return Contents(
-        low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out
+        layers, base_name=base.name, metadata={"header": header} if header else {}, left_out=left_out
     )
 
 
-def _split(key: str) -> tuple[str, str | None]:
-    """(path of the module, kind of the tensor) of a key; the kind is None for keys of other
-    tensors."""
-    for processor, name in _PROCESSORS.items():
-        key = key.replace(f".{processor}.", f".{name}.lora.")
-    for suffix, side in _SIDES.items():
+def _split_key(key: str) -> tuple[str, str | None]:
+    """(the path of the module, the tensor's role: "A", "B", "magnitude" or "alpha") of a key; the
+    role is None if the key ends in none of the known suffixes."""
+    for processor, projection in _PROCESSORS.items():
+        key = key.replace(f".{processor}.", f".{projection}.lora.")
+    for suffix, role in _TENSOR_ROLES.items():
         if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), side
+            return key.removesuffix(f".{suffix}"), role
     return key, None
 
 
-def _layer(
+def _read_layer(
     path_in_file: str,
     path_in_model: str,
     path_in_base: str,
-    group: Mapping[str, Tensor],
+    module_tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     base: BaseFacts,
 ) -> peft.PeftLayer:
-    """The change of one module. Its paths: in the file, in its part of the pipeline, and in the
-    base."""
-    if not {"A", "B"} <= set(group):
+    """The change of one module.
+
+    Args:
+        path_in_file, path_in_model, path_in_base: the module's path in the file, in its model of
+            the pipeline, and in the base.
+        module_tensors: the module's tensors by role ("A", "B", "magnitude", "alpha").
+        config: PEFT's fields for this model of the pipeline; empty if the header has none.
+    """
+    if not {"A", "B"} <= set(module_tensors):
         raise AdapterError(
             f"half a pair at {path_in_file!r}", "both factors", "get the whole file again"
         )
@@ -138,16 +162,26 @@ def _layer(
             "one of its modules",
             "give the base that it was made for",
         )
-    alpha = scalar(group["alpha"], f"{path_in_file}.alpha") if "alpha" in group else None
+    alpha = (
+        scalar_value(module_tensors["alpha"], f"{path_in_file}.alpha")
+        if "alpha" in module_tensors
+        else None
+    )
     if alpha is None and config:
-        rank, _, scale = peft_paths.strength(config, path_in_model)
+        rank, _, scale = peft_paths.rank_alpha_scale(config, path_in_model)
         alpha = scale * rank
-    return layer_of(
-        path_in_base, group["A"], group["B"], alpha, shape=shape, magnitude=group.get("magnitude")
+    return build_peft_layer(
+        path_in_base,
+        module_tensors["A"],
+        module_tensors["B"],
+        alpha,
+        shape=shape,
+        magnitude=module_tensors.get("magnitude"),
     )
 
 
-def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+def _header_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's config for all components, from the header of a file."""
     try:
         config = parse(header.get(HEADER, "{}"))
         if isinstance(config, dict):
@@ -158,8 +192,8 @@ def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     raise AdapterError(problem, "the config of the adapter", "get the file again")
 
 
-def _config_of(config: Mapping[str, Any], component: str) -> dict[str, Any]:
-    """PEFT's fields for one part of a pipeline, checked; empty if the header has none."""
+def _component_config(config: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """The checked fields of PEFT's config for a pipeline component; empty if there are none."""
     fields = {
         key.removeprefix(f"{component}."): value
         for key, value in config.items()
@@ -174,40 +208,43 @@ def _config_of(config: Mapping[str, Any], component: str) -> dict[str, Any]:
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
-    problems = parts.refusals(adapter)
+    problems = parts.refusal_reasons(adapter)
     locations = (
         parts.locate_modules(adapter.changes, options.part, "diffusers") if not problems else {}
     )
-    by_part: dict[str, list[LowRankChange]] = {
+    changes_by_component: dict[str, list[LowRankChange]] = {
         component: [] for component in sorted({component for component, _ in locations.values()})
     }
-    for change in adapter.changes if by_part else ():
-        by_part[locations[change.weight][0]].append(change)
-    dora = {
+    for change in adapter.changes if changes_by_component else ():
+        changes_by_component[locations[change.weight][0]].append(change)
+    dora_flags = {
         component: {change.magnitude is not None for change in changes}
-        for component, changes in by_part.items()
+        for component, changes in changes_by_component.items()
     }
-    problems += [  # PEFT has one flag for all layers
+    problems += [  # PEFT has one ``use_dora`` for all layers
         sentence(
             f"layers of {component} with and without DoRA", "one of both", "convert them apart"
         )
-        for component in by_part
-        if len(dora[component]) > 1
+        for component in changes_by_component
+        if len(dora_flags[component]) > 1
     ]
     raise_all(AdapterError, "diffusers' format cannot hold this adapter", problems)
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
-    for component, changes in by_part.items():
-        start = "" if component == "model" else f"{component}."
-        *pair, magnitude = _suffixes(component, [locations[change.weight][1] for change in changes])
+    for component, changes in changes_by_component.items():
+        prefix = "" if component == "model" else f"{component}."
+        modules = [locations[change.weight][1] for change in changes]
+        *suffixes, magnitude_suffix = _suffixes(component, modules)
         for change in changes:
-            module_path = f"{start}{locations[change.weight][1]}"
-            for suffix, tensor in zip(pair, (change.layer.A, change.layer.B), strict=True):
+            module_path = f"{prefix}{locations[change.weight][1]}"
+            for suffix, tensor in zip(suffixes, (change.layer.A, change.layer.B), strict=True):
                 tensors[f"{module_path}.{suffix}"] = cast(tensor, options.dtype)
             if change.magnitude is not None:
-                tensors[f"{module_path}.{magnitude}"] = cast(change.magnitude, options.dtype)
+                tensors[f"{module_path}.{magnitude_suffix}"] = cast(
+                    change.magnitude, options.dtype
+                )
         ranks = {locations[change.weight][1]: change.layer.rank for change in changes}
-        alphas = {locations[change.weight][1]: alpha_of(change.layer) for change in changes}
+        alphas = {locations[change.weight][1]: plain_lora_alpha(change.layer) for change in changes}
         rank = max(ranks.values(), key=list(ranks.values()).count)
         alpha = max(alphas.values(), key=list(alphas.values()).count)
         fields = {
@@ -216,10 +253,10 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             "rank_pattern": peft_paths.patterns_for(ranks, rank),
             "alpha_pattern": peft_paths.patterns_for(alphas, alpha),
             "target_modules": sorted(ranks),
-            "use_dora": True in dora[component],
+            "use_dora": True in dora_flags[component],
             "lora_bias": False,
         }
-        config |= {f"{start}{key}": value for key, value in fields.items()}
+        config |= {f"{prefix}{key}": value for key, value in fields.items()}
     save_file(
         tensors,
         path,
@@ -229,10 +266,11 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
-    """The suffixes of the keys of A, B and the magnitude, for a part with these modules."""
+    """The suffixes of A, B and the magnitude for a component in which these modules change."""
     if not component.startswith("text_encoder"):
-        return PAIR[0], PAIR[1], peft.MAGNITUDE
-    down, up = PAIR if any(f".{module}".endswith(ATTENTION) for module in modules) else NAMED
+        return LORA_SUFFIXES[0], LORA_SUFFIXES[1], peft.MAGNITUDE
+    has_attention = any(f".{module}".endswith(ATTENTION) for module in modules)
+    down, up = LORA_SUFFIXES if has_attention else _ENCODER_SUFFIXES
     return down, up, f"{peft.MAGNITUDE}.weight"
 
 

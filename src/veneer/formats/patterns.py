@@ -1,13 +1,13 @@
 """The regular expressions of a PEFT config, evaluated as ``re`` does but with a time limit.
 
-Configs are untrusted, and a backtracking matcher takes 2ⁿ steps for ``(a|a)*b`` on n letters,
-during which ``re`` cannot be interrupted. The package ``regex`` supports a time limit. It accepts
-more than ``re``, so ``re`` compiles each expression first, and the few constructs that the two
-interpret differently are refused.
+Configs are untrusted. A backtracking matcher takes 2ⁿ steps for ``(a|a)*b`` on n letters, and
+``re`` cannot be interrupted. The package ``regex`` supports a time limit. It accepts more syntax
+than ``re``: therefore ``re`` compiles each expression first, and an expression with a construct
+that ``re`` and ``regex`` interpret differently is refused.
 
-Rejected: a matcher in linear time (RE2), because it lacks look-around, which adapters use in their
-targets; and ``re`` in another process that can be killed, because that costs each load tens of
-milliseconds.
+Rejected: a matcher in linear time (RE2), because it lacks look-around, which the targets of real
+adapters use; and ``re`` in another process that can be killed, because starting a process costs
+tens of milliseconds at each load.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 
 from veneer.errors import AdapterError
 
-#: the most characters of all expressions of a field, and of the expression in which counted
-#: repetitions are written out
+#: the largest number of characters of all expressions of a field, and of one expression when each
+#: counted repetition ``{n}`` is written out n times
 MAX_LENGTH, MAX_COPIES = 4096, 100_000
-#: the most characters of an expression that is compiled, which takes ``re`` a tenth of a second
-MAX_READ = 65_536
-#: seconds for all expressions of a field, and additional seconds for each path
+#: the largest number of characters of an expression that ``re`` compiles, in a tenth of a second
+MAX_SOURCE = 65_536
+#: seconds for matching all expressions of a field, and further seconds for each path matched
 SECONDS, PER_PATH = 0.5, 1e-4
 
+#: a counted repetition, such as {3} or {2,5}
 _REPEAT = re.compile(r"\{(\d*)(?:,\d*)?\}")
 
 
@@ -37,61 +38,72 @@ class TooSlowError(AdapterError):
 
 
 class Expressions:
-    """Several expressions that share one time limit. ``ValueError``: an expression is invalid, is
-    interpreted differently by ``regex`` and ``re``, or is too large. ``matching`` raises
-    ``TooSlowError`` when the time is up."""
+    """Several expressions that share one time limit. ``matching`` raises ``TooSlowError`` when the
+    time is up.
+
+    Args:
+        sources: the text of each expression.
+        template: a text in which "{}" stands for the expression.
+        full_match: whether an expression must match a whole text, not its beginning.
+
+    Raises:
+        ValueError: an expression is invalid or too large, or ``re`` and ``regex`` interpret it
+            differently.
+    """
 
     def __init__(
-        self, sources: Iterable[str], written: str = "{}", *, full_match: bool = True
+        self, sources: Iterable[str], template: str = "{}", *, full_match: bool = True
     ) -> None:
         sources = tuple(sources)
         length = sum(map(len, sources))
         if length > MAX_LENGTH:
             raise ValueError(f"expressions of {length:,} characters, of {MAX_LENGTH:,} at most")
-        self._matchers = [_compile(written.replace("{}", source), full_match) for source in sources]
+        self._matchers = [
+            _compile(template.replace("{}", source), full_match) for source in sources
+        ]
         self._seconds_left = SECONDS
 
     def matching(self, text: str) -> Iterator[int]:
-        """The indices of the expressions that match a text, in their order."""
+        """The indices of the expressions that match a text, in ascending order."""
         return (
-            number
-            for number, matcher in enumerate(self._matchers)
+            index
+            for index, matcher in enumerate(self._matchers)
             if self._matches_in_time(matcher, text)
         )
 
-    def matches(self, text: str) -> bool:
+    def match_any(self, text: str) -> bool:
         return next(self.matching(text), None) is not None
 
     def _matches_in_time(self, matcher: Callable[..., Any], text: str) -> bool:
-        start = time.thread_time()
+        start_seconds = time.thread_time()
         try:
             match = matcher(text, timeout=self._seconds_left)
         except TimeoutError:
             match, self._seconds_left = None, 0.0
         self._seconds_left = min(
-            SECONDS, self._seconds_left + PER_PATH + start - time.thread_time()
+            SECONDS, self._seconds_left + PER_PATH + start_seconds - time.thread_time()
         )
-        if self._seconds_left <= PER_PATH:  # too little time for one more path
+        if self._seconds_left <= PER_PATH:  # too little time to match another path
             self._seconds_left = PER_PATH
-            wrong = "an expression that takes longer than any that people use"
+            problem = "an expression that takes longer than any that people use"
             raise TooSlowError(
-                wrong, "a plain regular expression", "name the modules by the ends of their paths"
+                problem, "a plain regular expression", "name the modules by the ends of their paths"
             )
         return match is not None
 
 
 def _compile(source: str, full_match: bool) -> Callable[..., Any]:
-    """``fullmatch`` or ``match`` of an expression, with ``regex``."""
+    """The method ``fullmatch`` or ``match`` of an expression that ``regex`` compiled."""
     import regex
 
-    flags = readable(source)
-    plain = re.sub(r"\\.", "", source, flags=re.DOTALL)
-    counts = [int(count or 0) for count in _REPEAT.findall(plain)]
+    flags = compile_flags(source)
+    unescaped = re.sub(r"\\.", "", source, flags=re.DOTALL)
+    counts = [int(count or 0) for count in _REPEAT.findall(unescaped)]
     if len(source) * prod(max(count, 1) for count in counts) > MAX_COPIES:
         raise ValueError("an expression that repeats too often")
-    if "{" in _REPEAT.sub("", plain):
+    if "{" in _REPEAT.sub("", unescaped):
         raise ValueError("an expression with a brace that is not escaped and no repetition")
-    if "[:" in plain or flags & re.VERBOSE or re.search(r"\(\?[a-z]*x", plain):
+    if "[:" in unescaped or flags & re.VERBOSE or re.search(r"\(\?[a-z]*x", unescaped):
         raise ValueError("an expression with a character class by name, or with the flag x")
     try:
         compiled = regex.compile(source)
@@ -100,10 +112,10 @@ def _compile(source: str, full_match: bool) -> Callable[..., Any]:
     return compiled.fullmatch if full_match else compiled.match
 
 
-def readable(source: str) -> int:
-    """The flags of an expression, if ``re`` can read it; else ``ValueError``."""
-    if len(source) > MAX_READ:
-        raise ValueError(f"an expression of {len(source):,} characters, of {MAX_READ:,} at most")
+def compile_flags(source: str) -> int:
+    """The flags with which ``re`` compiles an expression. ``ValueError``: ``re`` refuses it."""
+    if len(source) > MAX_SOURCE:
+        raise ValueError(f"an expression of {len(source):,} characters, of {MAX_SOURCE:,} at most")
     try:
         return re.compile(source).flags
     except (
@@ -111,62 +123,68 @@ def readable(source: str) -> int:
         RecursionError,
         OverflowError,
         FutureWarning,
-    ) as error:  # a warning, if warnings are errors
+    ) as error:  # ``re`` raises the warning if warnings are errors
         raise ValueError(f"no regular expression ({error})") from error
 
 
 @lru_cache(maxsize=256)
-def matcher_of_whole_texts(source: str) -> Callable[[str], bool]:
-    """A cached test for full matches of an expression. A plain list of alternatives, which Veneer
-    writes if the ends of paths do not suffice, becomes a set. Raises ValueError as ``Expressions``
-    does."""
+def full_matcher(source: str) -> Callable[[str], bool]:
+    """A cached function that tells whether an expression matches a whole text.
+
+    If the expression is a plain list of alternatives, the function looks the text up in a set.
+    (Veneer writes such a list as ``target_modules`` if no list of path ends would do.) Raises
+    ValueError as ``Expressions`` does."""
     words = {literal(alternative) for alternative in source.split("|")}
-    return Expressions((source,)).matches if None in words else words.__contains__
+    return Expressions((source,)).match_any if None in words else words.__contains__
 
 
 @lru_cache(maxsize=256)
-def containers(sources: tuple[str, ...]) -> Expressions:
-    """The expressions of ``layers_pattern``, each matched at the end of a path."""
+def layer_containers(sources: tuple[str, ...]) -> Expressions:
+    """The expressions of PEFT's ``layers_pattern`` (the modules that contain the numbered layers),
+    each matched at the end of a path."""
     return Expressions(sources, r"(.*\.)?{}")
 
 
-class Ends:
+class PathEndings:
     r"""Find the first of several expressions that matches the end of a path, as PEFT looks up a
-    rank: ``(.*\.)?(expression)$``. Most are full paths. If their dots are escaped, as Veneer writes
-    them, they are looked up in a dict; if not, as PEFT writes them, they contain nothing over which
-    ``re`` could backtrack."""
+    rank or alpha: ``(.*\.)?(expression)$``.
+
+    Most of these expressions are full paths. Veneer escapes their dots, so that a dict finds them.
+    PEFT writes the dots unescaped; such an expression has nothing over which ``re`` could
+    backtrack, and needs no time limit."""
 
     def __init__(self, sources: Iterable[str]) -> None:
         self.sources = tuple(sources)
-        self._words: dict[str, int] = {}
-        self._plain: list[tuple[int, Callable[[str], Any]]] = []
-        self._complex: list[int] = []
-        for number, source in enumerate(self.sources):
-            word = literal(source)
-            if word is not None:
-                self._words.setdefault(word, number)
+        self._indices_by_path: dict[str, int] = {}
+        self._plain_matchers: list[tuple[int, Callable[[str], Any]]] = []
+        self._complex_indices: list[int] = []
+        for index, source in enumerate(self.sources):
+            path = literal(source)
+            if path is not None:
+                self._indices_by_path.setdefault(path, index)
             elif _PLAIN.fullmatch(source):
-                self._plain.append((number, re.compile(rf"(.*\.)?({source})$").match))
+                self._plain_matchers.append((index, re.compile(rf"(.*\.)?({source})$").match))
             else:
-                self._complex.append(number)
+                self._complex_indices.append(index)
         self._expressions = Expressions(
-            (self.sources[n] for n in self._complex), r"(.*\.)?({})$", full_match=False
+            (self.sources[index] for index in self._complex_indices), r"(.*\.)?({})$", full_match=False
         )
 
-    def first(self, path: str) -> str | None:
+    def first_match(self, path: str) -> str | None:
+        """The first expression that matches the end of ``path``; None if none does."""
         segments = path.split(".")
-        below = (".".join(segments[start:]) for start in range(len(segments)))
-        indices = [self._words[end] for end in below if end in self._words]
-        indices += next(([number] for number, matches in self._plain if matches(path)), [])
-        indices += next(([self._complex[index]] for index in self._expressions.matching(path)), [])
+        endings = (".".join(segments[start:]) for start in range(len(segments)))
+        indices = [self._indices_by_path[ending] for ending in endings if ending in self._indices_by_path]
+        indices += next(([index] for index, match in self._plain_matchers if match(path)), [])
+        indices += next(([self._complex_indices[index]] for index in self._expressions.matching(path)), [])
         return self.sources[min(indices)] if indices else None
 
 
-#: expressions without alternatives and repetitions
+#: an expression without alternatives and repetitions
 _PLAIN = re.compile(r"\^?(?:[\w\-/. ]|\\[.\-/ ])+")
 
 
-ends = lru_cache(maxsize=16)(Ends)
+path_endings = lru_cache(maxsize=16)(PathEndings)
 
 
 def literal(source: str) -> str | None:

@@ -1,28 +1,28 @@
 """PEFT's layout: the fields of ``adapter_config.json`` and the keys of
 ``adapter_model.safetensors``.
 
-    base_model.model.<path>.lora_A.weight                 A of a low-rank change (suffixes by the
-                                                          kind of the layer)
+    base_model.model.<path>.lora_A.weight                 A of a low-rank change (each kind of layer
+                                                          has its suffixes for A and B)
     base_model.model.<path>.lora_B.weight                 B
     base_model.model.<path>.<parameter>                   a parameter that was trained in full
     base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a
                                                           low-rank change
-    base_model.model.<path>.lora_magnitude_vector         a further parameter of a variant
-    base_model.model.<path>.lora_B.bias                   the bias of lora_bias, which is scaled
-                                                          like B
-    base_model.model.<attention>.base_layer.out_proj.…    the out-projection below an adapted
-                                                          attention
-    base_model.model.<experts>.base_layer.lora_A.weight   the last but one of several adapted
-                                                          parameters of one module
+    base_model.model.<path>.lora_magnitude_vector         another parameter of a variant (DoRA)
+    base_model.model.<path>.lora_B.bias                   the bias of ``lora_bias``, which is scaled
+                                                          as B is
+    base_model.model.<attention>.base_layer.out_proj.…    the out-projection of an adapted attention
+    base_model.model.<experts>.base_layer.lora_A.weight   of several adapted parameters of a module,
+                                                          the second to last
     base_model.model.<block>.base_layer.<child>.…         a child of a module with an adapted
                                                           parameter
 
-Read from PEFT 0.21's source and checked against it in the tests. ``peft_paths.py`` has the rules
-for paths and patterns, ``peft_fields.py`` the checks of the config, ``peft_behaviour.py`` the
-layers for which PEFT's result differs.
+``base_layer`` is the module that PEFT's wrapper contains. The layout is that of PEFT 0.21's source;
+the tests compare it with PEFT. ``peft_paths.py`` has the rules for paths and patterns,
+``peft_fields.py`` the checks of the config, and ``peft_behaviour.py`` the layers for which PEFT's
+result differs from a change of the weight.
 
-If PEFT would load a folder and compute another result, ``peft_type`` holds the reason: PEFT fails
-on an unknown type, and its error shows the text.
+If PEFT would load a folder and compute another result, Veneer writes the reason into ``peft_type``:
+PEFT fails on an unknown type, and its error shows the text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.fileio.throttle import throttle
-from veneer.formats.peft_paths import attention_of, parameter_at, strength, strip_wrappers
+from veneer.formats.peft_paths import (
+    attention_of,
+    parameter_at,
+    rank_alpha_scale,
+    strip_wrappers,
+)
 from veneer.lowrank import LowRank
 
 CONFIG = "adapter_config.json"
@@ -44,8 +49,9 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 #: the suffix of DoRA's magnitude
 MAGNITUDE = "lora_magnitude_vector"
-#: the suffix of ``lora_bias``'s bias b beside B: y = op(x; W) + bias + scale · (op(x; B A) + b)
+#: the suffix of the bias b of ``lora_bias``: y = op(x; W) + bias + scale · (op(x; B A) + b)
 LORA_BIAS = "lora_B.bias"
+#: the beginning of a ``peft_type`` that keeps PEFT from loading a folder
 NOT_FOR_PEFT = "not for PEFT"
 #: ``target_modules`` of a config without low-rank changes, which PEFT would otherwise refuse
 NO_TARGETS = "dummy-target-modules"
@@ -56,9 +62,15 @@ MAX_RANK = 2**20
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """One low-rank change in the layout of the file. ``target_path``: the path of its module, or of
-    the parameter if the config targets one, without PEFT's wrappers. ``extras``: further tensors of
-    a variant, by suffix."""
+    """One low-rank change with A and B in the shapes that the file has.
+
+    Fields:
+        target_path: the path of the changed module, or of the parameter if the config targets a
+            parameter, without the segments ``base_layer`` of PEFT's wrappers.
+        suffixes: the suffixes of the keys of A and B.
+        rank, alpha, scale: of the change, by the config; scale multiplies B A.
+        extras: the further tensors of a variant, by suffix.
+    """
 
     target_path: str
     A: Tensor
@@ -71,19 +83,20 @@ class PeftLayer:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the groups of B are along its last axis, [out, r·g], as PEFT stacks experts; else
-        along its first axis."""
-        return self.B.shape[1] != self._rank
+        """Whether B is [out, r·g], as PEFT stores g experts, rather than [g·out, r]. (g: the groups
+        of a convolution or the experts of a stack; r: the rank.)"""
+        return self.B.shape[1] != self._factor_rank
 
     @property
-    def _rank(self) -> int:
+    def _factor_rank(self) -> int:
+        """The rank of A and B. It is A's first size if the config's rank does not divide that."""
         return self.rank if self.A.shape[0] % self.rank == 0 else self.A.shape[0]
 
     @property
     def dims(self) -> tuple[int, int, int]:
         """(groups, out, in) of the change. Raises AdapterError as ``low`` does."""
-        low = self.low
-        return low.A.shape[0], low.B.shape[1], low.A.shape[2]
+        product = self.low
+        return product.A.shape[0], product.B.shape[1], product.A.shape[2]
 
     def with_magnitude(self, magnitude: Tensor | None) -> PeftLayer:
         """The layer with DoRA's magnitude, if there is one: [1, out, 1, …] for a convolution, else
@@ -97,9 +110,9 @@ class PeftLayer:
 
     @property
     def low(self) -> LowRank:
-        """The change as a low-rank product, with one group except for grouped convolutions and
-        stacks. ``AdapterError``: A and B are no product of this rank."""
-        rank = self._rank
+        """The change as a low-rank product. It has one group, except for grouped convolutions and
+        stacks of experts. ``AdapterError``: the shapes of A and B do not fit this rank."""
+        rank = self._factor_rank
         groups = self.A.shape[0] // rank
         try:
             A = self.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
@@ -116,96 +129,101 @@ class PeftLayer:
             ) from error
         return LowRank(A, B, self.scale)
 
-    def with_low(self, low: LowRank) -> PeftLayer:
-        """The layer with another product in the same layout, and with plain LoRA's alpha:
-        ``low.scale · rank``."""
-        groups, rank, _ = low.A.shape
-        A = low.A.reshape(groups * rank, *self.A.shape[1:])
+    def with_low(self, product: LowRank) -> PeftLayer:
+        """The layer with another product in the same layout, and with the alpha of plain LoRA,
+        ``product.scale · rank``."""
+        groups, rank, _ = product.A.shape
+        A = product.A.reshape(groups * rank, *self.A.shape[1:])
         if self.is_stacked:
-            B = low.B.permute(1, 2, 0).reshape(low.B.shape[1], rank * groups)
+            B = product.B.permute(1, 2, 0).reshape(product.B.shape[1], rank * groups)
         else:
-            B = low.B.reshape(groups * low.B.shape[1], rank, *self.B.shape[2:])
+            B = product.B.reshape(groups * product.B.shape[1], rank, *self.B.shape[2:])
         return replace(
-            self, A=A, B=B, rank=rank, alpha=low.scale * rank, scale=low.scale, extras={}
+            self, A=A, B=B, rank=rank, alpha=product.scale * rank, scale=product.scale, extras={}
         )
 
 
 def not_for_peft(config: Mapping[str, Any]) -> str | None:
-    """The reason in ``peft_type`` why PEFT would compute another result with this adapter; None if
-    there is none."""
+    """The reason that ``peft_type`` holds why PEFT would compute another result with the adapter;
+    None if PEFT may load the adapter."""
     type_ = str(config.get("peft_type"))
     return type_.removeprefix(NOT_FOR_PEFT).strip(": ") if type_.startswith(NOT_FOR_PEFT) else None
 
 
-def key(path: str, suffix: str) -> str:
+def tensor_key(path: str, suffix: str) -> str:
+    """The key of a tensor in PEFT's file."""
     return f"{PREFIX}{path}.{suffix}" if path else f"{PREFIX}{suffix}"
 
 
-def split(
+def split_tensors(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     suffixes: Iterable[tuple[str, str]],
     extras: Iterable[str] = (),
     by_veneer: bool = False,
 ) -> tuple[dict[str, PeftLayer], dict[str, dict[str, Tensor]]]:
-    """The file's tensors as (low-rank changes by path, fully trained parameters by path and name).
+    """Split the tensors of a file into (low-rank changes by path in the file, parameters that are
+    trained in full by path in the file and then by name).
 
     Args:
-        suffixes: the (A, B) suffixes of the kinds of layers.
+        suffixes: (suffix of A, suffix of B) for each kind of layer.
         extras: the suffixes of further parameters of variants.
-        by_veneer: Veneer wrote the config, with full paths.
+        by_veneer: whether Veneer wrote the config, which then has full paths.
 
     Raises:
-        AdapterError: an unknown key, an A without a B, a rank that the config contradicts.
+        AdapterError: a key is unknown, an A has no B, or a rank differs from the config's.
     """
-    parts_by_suffix: dict[str, Any] = {
-        suffix: (pair, "AB"[side]) for pair in suffixes for side, suffix in enumerate(pair)
+    roles: dict[str, Any] = {
+        suffix: (pair, "AB"[index]) for pair in suffixes for index, suffix in enumerate(pair)
     }
-    parts_by_suffix |= {suffix: (None, suffix) for suffix in extras}
-    pairs: dict[str, dict[str, Any]] = {}
+    roles |= {suffix: (None, suffix) for suffix in extras}
+    entries: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    for name, tensor in throttle(tensors.items()):
-        bare = name.removeprefix(PREFIX)
-        suffix = next(
-            (suffix for suffix in parts_by_suffix if bare == suffix or bare.endswith(f".{suffix}")),
-            None,
+    for tensor_key, tensor in throttle(tensors.items()):
+        bare_key = tensor_key.removeprefix(PREFIX)
+        suffix = next((end for end in roles if f".{bare_key}".endswith(f".{end}")), None)
+        is_unknown = suffix is None and any(
+            segment.startswith("lora_") for segment in bare_key.split(".")[-2:]
         )
-        unknown = suffix is None and any(
-            segment.startswith("lora_") for segment in bare.split(".")[-2:]
-        )
-        if not name.startswith(PREFIX) or unknown:
+        if not tensor_key.startswith(PREFIX) or is_unknown:
             keys = f"keys {PREFIX}<path>.lora_A.weight and the like"
-            problems.append(sentence(f"tensor {name!r}", keys, "convert it first"))
+            problems.append(sentence(f"tensor {tensor_key!r}", keys, "convert it first"))
         elif suffix is not None:
-            pair, side = parts_by_suffix[suffix]
-            entry = pairs.setdefault(bare[: -len(suffix)].rstrip("."), {"suffixes": None})
-            entry[side] = tensor
+            pair, role = roles[suffix]
+            path = bare_key[: -len(suffix)].rstrip(".")
+            entry = entries.setdefault(path, {"suffixes": None})
+            entry[role] = tensor
             entry["suffixes"] = pair or entry["suffixes"]
         else:
-            path, _, parameter = bare.rpartition(".")
-            # PEFT's bias="all" also saves the base's values
+            path, _, parameter = bare_key.rpartition(".")
+            # with bias="all", PEFT also saves the base's values of modules that it replaces
             if ".original_module" in path:
                 continue
             # with modules_to_save, PEFT saves trained biases a second time under the adapter's name
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
             full.setdefault(path, {})[parameter] = tensor
-    low = {path: _layer(path, entry, config, by_veneer, problems) for path, entry in pairs.items()}
+    layers = {
+        path: _build_layer(path, entry, config, by_veneer, problems)
+        for path, entry in entries.items()
+    }
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    return {path: layer for path, layer in low.items() if layer is not None}, full
+    return {path: layer for path, layer in layers.items() if layer is not None}, full
 
 
-def _layer(
+def _build_layer(
     path: str,
     entry: Mapping[str, Any],
     config: Mapping[str, Any],
     by_veneer: bool,
     problems: list[str],
 ) -> PeftLayer | None:
-    """The change at one path of the file; None, with a problem added, if its tensors are no pair.
-    ``entry``: its ``suffixes``, and its tensors by "A", "B" or a variant's suffix."""
-    A, B, named = entry.get("A"), entry.get("B"), parameter_at(config, path, by_veneer)
+    """The change at one path of the file; None, with a problem added, if A or B is missing or no
+    matrix. ``entry``: the ``suffixes`` of A and B, and tensors by "A", "B" or a variant's suffix.
+    """
+    A, B = entry.get("A"), entry.get("B")
+    parameter_path = parameter_at(config, path, by_veneer)
     if A is None or B is None:
         problems.append(
             sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again")
@@ -215,31 +233,32 @@ def _layer(
         problem = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {path!r}"
         problems.append(sentence(problem, "matrices", "get the whole file again"))
         return None
-    more = {
+    extras = {
         suffix: tensor for suffix, tensor in entry.items() if suffix not in ("A", "B", "suffixes")
     }
-    rank, alpha, scale = strength(config, *named, strip_wrappers(attention_of(path) or path)[0])
-    target_path = named[0] if named else strip_wrappers(path)[0]
-    # the number of matrices in a parameter is known only from a model
-    if not named and B.shape[1] % rank:
+    module_path = strip_wrappers(attention_of(path) or path)[0]
+    rank, alpha, scale = rank_alpha_scale(config, *parameter_path, module_path)
+    target_path = parameter_path[0] if parameter_path else strip_wrappers(path)[0]
+    # only a model tells how many matrices a parameter holds, and so which rank its B has
+    if not parameter_path and B.shape[1] % rank:
         problem = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
         do = (
             "get both files again (what PEFT writes for a grouped convolution is no change of its"
             " weight)"
         )
         problems.append(sentence(problem, f"{rank}, as {CONFIG} says", do))
-    return PeftLayer(target_path, A, B, entry["suffixes"], rank, alpha, scale, more)
+    return PeftLayer(target_path, A, B, entry["suffixes"], rank, alpha, scale, extras)
 
 
-def of_parameter(path: str, layer: PeftLayer) -> bool:
-    """Whether the config targets the entry at ``path`` as a parameter rather than as a module."""
+def targets_parameter(path: str, layer: PeftLayer) -> bool:
+    """Whether the config targets a parameter with the entry at ``path``, rather than a module."""
     return layer.target_path != strip_wrappers(path)[0]
 
 
 def pattern_of(path: str, layer: PeftLayer) -> str:
-    """The path of the entry at ``path`` in ``rank_pattern`` and ``alpha_pattern``."""
+    """The path that the entry at ``path`` has in ``rank_pattern`` and ``alpha_pattern``."""
     return (
         layer.target_path
-        if of_parameter(path, layer)
+        if targets_parameter(path, layer)
         else strip_wrappers(attention_of(path) or path)[0]
     )

@@ -1,12 +1,12 @@
-"""Translate PEFT's ``LoraConfig`` into the fields of Veneer's.
+"""Translate PEFT's ``LoraConfig`` into the fields of Veneer's ``LoraConfig``.
 
-    read_fields(config)      the fields of a config object, of a mapping or of an
-                             ``adapter_config.json``
-    lora_fields(fields)      the fields of ``veneer.LoraConfig`` that mean the same, and every
-                             problem
+    read_fields(config)      reads the fields of PEFT's config: an object, a mapping, or the path of
+                             an ``adapter_config.json``
+    lora_fields(fields)      returns the fields of ``veneer.LoraConfig`` with the same meaning, and
+                             every problem
 
-A field without an equivalent is a problem if its value changes the result. Fields that describe the
-file or the machine are ignored (except ``task_type``, which adds a head).
+A field of PEFT that Veneer lacks is a problem if its value changes the result. Fields that describe
+the file or the machine are ignored. ``task_type`` is read, because PEFT adds a head for some tasks.
 """
 
 from __future__ import annotations
@@ -29,34 +29,35 @@ _SAME_VALUE = {
     "trainable_token_indices": "trainable_tokens",
     "alora_invocation_tokens": "invocation_tokens",
 }
+#: PEFT's values of ``bias`` -> Veneer's
 BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
-#: starts that are variants of the same name in Veneer
-_STARTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
-#: the heads of tasks, which PEFT trains in full without being configured to
+#: the values of ``init_lora_weights`` that are the names of variants in Veneer
+_INIT_VARIANTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
+#: the modules that PEFT trains in full for a task, without a field that names them
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-#: fields with an equivalent, which ``lora_fields`` reads
+#: the fields that ``lora_fields`` translates
 _TRANSLATED = {
     *_SAME_VALUE, "alpha_pattern", "bias", "corda_config", "exclude_modules", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "qalora_group_size",
     "rank_pattern", "target_modules", "target_parameters", "task_type", "use_dora", "use_qalora",
     "use_rslora",
 }  # fmt: skip
-#: fields that do not change the result, or that are arguments of ``veneer.attach``
+#: the fields that do not change the result, or that ``veneer.attach`` takes as arguments
 _IRRELEVANT = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "revision", "runtime_config",
 }  # fmt: skip
-#: group size of QA-LoRA: PEFT's default, and the size of Veneer's variant
+#: the number of inputs that QA-LoRA pools: PEFT's default, and the only value of Veneer's variant
 _GROUP_SIZE = 16
-#: rank and alpha of a ``peft.LoraConfig()``
+#: the rank and alpha of a ``peft.LoraConfig()``
 _DEFAULTS = {"r": 8, "lora_alpha": 8}
-#: names of modules that Veneer would interpret as another pattern
-_SPECIAL = re.compile(r"(peft-)?all-linear|attention|mlp|all|.*[*?\[\]].*|re:.*")
+#: the names of modules that a config of Veneer would interpret as a pattern of its own
+_VENEER_PATTERN = re.compile(r"(peft-)?all-linear|attention|mlp|all|.*[*?\[\]].*|re:.*")
 
 
 def read_fields(config: Any) -> dict[str, Any]:
@@ -74,36 +75,39 @@ def read_fields(config: Any) -> dict[str, Any]:
             ) from error
     if dataclasses.is_dataclass(config) and hasattr(config, "peft_type"):
         return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {
-            "peft_type": getattr(config, "peft_type")  # noqa: B009 (no attribute of every dataclass)
+            "peft_type": getattr(config, "peft_type")  # noqa: B009 (not every dataclass has it)
         }
     expected = f"PEFT's LoraConfig, its fields as a mapping, or the path of an {peft.CONFIG}"
     raise ConfigError(f"a {type(config).__name__} for a config of PEFT", expected, "pass one")
 
 
 def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(fields of ``veneer.LoraConfig``, the problems of what these cannot express)."""
+    """(fields of ``veneer.LoraConfig``, one problem for each of PEFT's fields that these cannot
+    express)."""
     peft_type = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
     if peft_type not in (None, "LORA"):
         do = "docs/from-peft.md names what Veneer has for PEFT's other tuners"
         return {}, [sentence(f"peft_type={peft_type!r}", "'LORA'", do)]
     values = {**_DEFAULTS, **{name: value for name, value in fields.items() if value is not None}}
     task_type = getattr(values.get("task_type"), "value", values.get("task_type"))
-    problems = _problems_of_fields(values)
-    ours: dict[str, Any] = {
+    problems = _unknown_field_problems(values)
+    veneer_fields: dict[str, Any] = {
         name: values[peft_name] for peft_name, name in _SAME_VALUE.items() if peft_name in values
     }
-    ours["targets"] = _targets(values, problems)
-    ours["exclude"] = _patterns(values.get("exclude_modules") or ())
-    ours["train_also"] = _modules_to_save(values.get("modules_to_save") or (), task_type)
+    veneer_fields["targets"] = _target_patterns(values, problems)
+    veneer_fields["exclude"] = _module_patterns(values.get("exclude_modules") or ())
+    saved_modules = values.get("modules_to_save") or ()
+    veneer_fields["train_also"] = _full_module_patterns(saved_modules, task_type)
     for peft_name, name in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
         patterns = values.get(peft_name) or {}
-        ours[name] = {_layer_pattern(key): value for key, value in patterns.items()}
-    ours["bias"] = BIASES.get(values.get("bias", "none"), values.get("bias"))
-    ours["variant"] = _variant(values, problems)
-    return ours, problems
+        veneer_fields[name] = {_layer_pattern(key): value for key, value in patterns.items()}
+    veneer_fields["bias"] = BIASES.get(values.get("bias", "none"), values.get("bias"))
+    veneer_fields["variant"] = _variant_name(values, problems)
+    return veneer_fields, problems
 
 
-def _problems_of_fields(values: Mapping[str, Any]) -> list[str]:
+def _unknown_field_problems(values: Mapping[str, Any]) -> list[str]:
+    """One problem for each field that has a value and no equivalent in ``veneer.LoraConfig``."""
     do = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
     return [
         sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", do)
@@ -112,41 +116,44 @@ def _problems_of_fields(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _targets(values: Mapping[str, Any], problems: list[str]) -> Any:
+def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
+    """The ``targets`` of Veneer's config for PEFT's modules and parameters."""
     modules, parameters = values.get("target_modules"), values.get("target_parameters") or ()
     if modules is None and not parameters:
         do = 'name the modules, or set target_modules="all-linear"'
         problems.append(sentence("no target_modules", "the layers to adapt", do))
-    patterns = _patterns(() if modules is None else modules)
+    patterns = _module_patterns(() if modules is None else modules)
     if isinstance(modules, str) and modules.lower() == "all-linear":
         patterns = "peft-all-linear"
-    if (block := _block_expression(values, problems)) is not None:
-        literals = [re.escape(name) for name in _ordered(modules or ())]
-        patterns = tuple(rf"re:{name}|(?={block}).*\.{name}" for name in literals)
+    if (block_expression := _block_expression(values, problems)) is not None:
+        escaped_names = [re.escape(name) for name in _as_list(modules or ())]
+        patterns = tuple(rf"re:{name}|(?={block_expression}).*\.{name}" for name in escaped_names)
     if isinstance(patterns, str) and not parameters:
         return patterns
     return (*((patterns,) if isinstance(patterns, str) else patterns), *parameters)
 
 
 def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | None:
-    """An expression for the beginning of a path that lies in one of the blocks
-    ``layers_to_transform``; None if all blocks are meant.
+    """An expression that matches the beginning of a module's path if the module lies in one of the
+    blocks ``layers_to_transform``; None if the config does not restrict the blocks.
 
-    As in PEFT, the index of a block is the first number in a path, behind two names at least, or
-    the first one behind a name of ``layers_pattern``: the first of these names that a path has
-    decides. A module that is named by its full path is adapted in any block.
+    As in PEFT, the index of a block is the first number that stands behind at least two names in
+    the path. With ``layers_pattern``, it is the first number behind the first of these names that
+    the path has. A module that the config names by its full path is adapted in any block.
     """
-    layers, names = values.get("layers_to_transform"), values.get("layers_pattern") or ()
+    layers, container_names = values.get("layers_to_transform"), values.get("layers_pattern") or ()
     indices = [layers] if isinstance(layers, int) else [*(layers or ())]
-    names = [names] if isinstance(names, str) else [*names]
+    container_names = (
+        [container_names] if isinstance(container_names, str) else [*container_names]
+    )
     do = None
     if not indices:
-        do = "leave it out, or set layers_to_transform" if names and layers is None else None
+        do = "leave it out, or set layers_to_transform" if container_names and layers is None else None
     elif isinstance(values.get("target_modules"), str):
         do = "name the modules in target_modules as a list"
     elif any(type(index) is not int or index < 0 for index in indices):
         do = "count the blocks from 0: PEFT matches none with these"
-    elif not all(re.fullmatch(r"[\w.]+", name) for name in names):
+    elif not all(re.fullmatch(r"[\w.]+", name) for name in container_names):
         do = "name the modules that hold the blocks"
     if do is not None:
         problem = " with ".join(
@@ -159,69 +166,73 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
         return None
     if not indices:
         return None
-    index = rf"0*(?:{'|'.join(map(str, sorted({*indices})))})\."
-    if not names:
-        return rf"(?>.*?\.[^.]*\.(?=\d+\.)){index}"
-    holders = [rf"(?:^|.*?\.){name}\.(?=\d+\.)" for name in names]
+    index_pattern = rf"0*(?:{'|'.join(map(str, sorted({*indices})))})\."
+    if not container_names:
+        return rf"(?>.*?\.[^.]*\.(?=\d+\.)){index_pattern}"
+    container_patterns = [rf"(?:^|.*?\.){name}\.(?=\d+\.)" for name in container_names]
     return "|".join(
-        "".join(f"(?!{above})" for above in holders[:number]) + f"(?>{holder}){index}"
-        for number, holder in enumerate(holders)
+        "".join(f"(?!{earlier})" for earlier in container_patterns[:position])
+        + f"(?>{container_pattern}){index_pattern}"
+        for position, container_pattern in enumerate(container_patterns)
     )
 
 
-def _patterns(modules: str | Iterable[str]) -> Any:
-    """Veneer's patterns for names of modules, or for PEFT's regular expression over full paths."""
+def _module_patterns(modules: str | Iterable[str]) -> Any:
+    """Veneer's patterns for PEFT's list of module names, or for its expression of full paths."""
     if isinstance(modules, str):
         return "all-linear" if modules.lower() == "all-linear" else f"re:{modules}"
     return tuple(
-        rf"re:(.*\.)?{re.escape(name)}" if _SPECIAL.fullmatch(name) else name
-        for name in _ordered(modules)
+        rf"re:(.*\.)?{re.escape(name)}" if _VENEER_PATTERN.fullmatch(name) else name
+        for name in _as_list(modules)
     )
 
 
-def _ordered(names: Iterable[str]) -> list[str]:
+def _as_list(names: Iterable[str]) -> list[str]:
     return [*names] if isinstance(names, list | tuple) else sorted(names)
 
 
 def _layer_pattern(key: str) -> str:
-    """Veneer's pattern for a key of ``rank_pattern``, which PEFT interprets as a regular expression
-    that may begin at any dot."""
+    """Veneer's pattern for a key of ``rank_pattern``. To PEFT the key is a regular expression
+    that matches the end of a path and may begin at any dot."""
     return key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?({key})"
 
 
-def _modules_to_save(names: Iterable[str], task_type: str | None) -> tuple[str, ...]:
-    """Patterns of the modules that are trained in full. PEFT trains each module whose path ends
-    with a name, even within a word, and adds every name that a task's head may have. A pattern of
-    Veneer must match something, so these names become one expression."""
+def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[str, ...]:
+    """Patterns of the modules that are trained in full. PEFT trains each module of which the path
+    ends with a name, even within a word, and adds every name that the head of a task may have.
+    Each pattern of Veneer must match a module, so the names of heads become one expression."""
     heads = _HEADS.get(task_type or "", ())
     endings = [re.escape(name) for name in names if name not in heads]
     endings += [f"({'|'.join(heads)})"] if heads else []
     return tuple(f"re:.*{ending}" for ending in endings)
 
 
-def _variant(values: Mapping[str, Any], problems: list[str]) -> str:
-    """The variant of a start and of flags; a problem if no variant combines them."""
+def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
+    """The name of the variant that has this ``init_lora_weights`` and these flags. If no variant
+    combines them, a problem is added."""
     flags = [
         name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")
-    ]  # DoRA is named first if both are on
-    start = values.get("init_lora_weights", True)
-    name = start.partition("_niter")[0].lower() if isinstance(start, str) else ""
-    if start is not True and name not in _STARTS:
+    ]  # the variant with both DoRA and rsLoRA is named "dora_rslora"
+    init_method = values.get("init_lora_weights", True)
+    variant = ""
+    if isinstance(init_method, str):
+        variant = init_method.partition("_niter")[0].lower()
+    if init_method is not True and variant not in _INIT_VARIANTS:
         do = 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")'
         problems.append(
-            sentence(f"init_lora_weights={start!r}", f"True, or one of {', '.join(_STARTS)}", do)
+            sentence(f"init_lora_weights={init_method!r}", f"True, or one of {', '.join(_INIT_VARIANTS)}", do)
         )
-    elif (flags and name) or (len(flags) > 1 and "qalora" in flags):
+    elif (flags and variant) or (len(flags) > 1 and "qalora" in flags):
         problem = " with ".join(
-            [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={start!r}"]
+            [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={init_method!r}"]
         )
         problems.append(sentence(problem, "a variant that has all of it", "choose one of them"))
     if "qalora" in flags and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
         problem = f"qalora_group_size={values['qalora_group_size']!r}"
         problems.append(sentence(problem, str(_GROUP_SIZE), "use that size"))
-    if name == "corda" and _corda_method(values.get("corda_config")) == "kpm":
-        name = "corda_kpm"
-    return name or "_".join(flags) or "lora"
+    if variant == "corda" and _corda_method(values.get("corda_config")) == "kpm":
+        variant = "corda_kpm"
+    return variant or "_".join(flags) or "lora"
 
 
 def _corda_method(config: Any) -> str | None:

@@ -1,5 +1,5 @@
-"""Checks of the fields of ``adapter_config.json``: their types and ranges, and fields that would
-change the result in a way that Veneer does not support."""
+"""Checks of the fields of ``adapter_config.json``: their types and ranges, and the fields that
+change PEFT's result in a way that Veneer does not support."""
 
 from __future__ import annotations
 
@@ -12,86 +12,91 @@ from veneer.formats.peft import CONFIG, MAX_RANK, not_for_peft
 from veneer.formats.peft_paths import layers_patterns
 
 
-def _is(*types: type) -> Callable[[Any], bool]:
+def _has_type(*types: type) -> Callable[[Any], bool]:
     return lambda value: type(value) in types
 
 
-def _every(container: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether all values of a list, or of a dict, pass a test."""
+def _all_values(container: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A test whether a value is a list, or a dict, of which every value passes ``test``."""
     return lambda value: (
         isinstance(value, container)
         and all(map(test, value.values() if container is dict else value))
     )
 
 
-def _rank(value: Any) -> bool:
+def _is_rank(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MAX_RANK
 
 
-def _token_ids(value: Any) -> bool:
+def _has_token_ids(value: Any) -> bool:
     lists = value.values() if isinstance(value, dict) else [value]
     return all(
         isinstance(ids, list) and all(type(id_) is int and id_ >= 0 for id_ in ids) for ids in lists
     )
 
 
-_number, _texts = _is(int, float), _every(list, _is(str))
-_SIZE = f"a whole number from 1 to {MAX_RANK:,}"
-# The fields that Veneer supports or that do not change the result, and their valid values besides
-# null: (test, description, fields).
+_is_number = _has_type(int, float)
+_is_text_list, _is_int_list = _all_values(list, _has_type(str)), _all_values(list, _has_type(int))
+_RANK_RANGE = f"a whole number from 1 to {MAX_RANK:,}"
+# The fields that Veneer supports or that do not change the result, with their valid values. Null is
+# valid, too. Each entry: (test of a value, description of the valid values, field names).
 _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
-        _is(str),
+        _has_type(str),
         "text",
         "base_model_name_or_path megatron_core peft_type peft_version revision task_type",
     ),
-    (_is(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode lora_bias"),
-    (_is(bool), "true or false", "use_dora use_qalora use_rslora"),
+    (_has_type(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode lora_bias"),
+    (_has_type(bool), "true or false", "use_dora use_qalora use_rslora"),
     (
-        _is(dict),
+        _has_type(dict),
         "an object",
         "auto_mapping corda_config eva_config loftq_config lora_ga_config megatron_config",
     ),
-    (_is(dict), "an object", "runtime_config"),
-    (_is(bool, str), "true, false or a name", "init_lora_weights"),
-    (_is(int), "a whole number", "qalora_group_size"),
-    (_number, "a number", "lora_alpha"),
-    (lambda value: _number(value) and 0 <= value <= 1, "a number from 0 to 1", "lora_dropout"),
-    (_rank, _SIZE, "r"),
-    (_every(dict, _rank), f"{_SIZE} for each pattern", "rank_pattern"),
-    (_every(dict, _number), "a number for each pattern", "alpha_pattern"),
-    (_texts, "a list of texts", "modules_to_save target_parameters"),
+    (_has_type(dict), "an object", "runtime_config"),
+    (_has_type(bool, str), "true, false or a name", "init_lora_weights"),
+    (_has_type(int), "a whole number", "qalora_group_size"),
+    (_is_number, "a number", "lora_alpha"),
+    (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1", "lora_dropout"),
+    (_is_rank, _RANK_RANGE, "r"),
+    (_all_values(dict, _is_rank), f"{_RANK_RANGE} for each pattern", "rank_pattern"),
+    (_all_values(dict, _is_number), "a number for each pattern", "alpha_pattern"),
+    (_is_text_list, "a list of texts", "modules_to_save target_parameters"),
     (
-        lambda value: isinstance(value, str) or _texts(value),
+        lambda value: isinstance(value, str) or _is_text_list(value),
         "text, or a list of texts",
         "exclude_modules layers_pattern target_modules",
     ),
-    (_token_ids, "a list of token ids, or one for each path", "trainable_token_indices"),
+    (_has_token_ids, "a list of token ids, or one for each path", "trainable_token_indices"),
     (
-        lambda value: isinstance(value, list) and _token_ids(value),
+        lambda value: isinstance(value, list) and _has_token_ids(value),
         "a list of token ids",
         "alora_invocation_tokens",
     ),
     (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'", "bias"),
     (
-        lambda value: _every(list, _is(int))(value if isinstance(value, list) else [value]),
+        lambda value: _is_int_list(value if isinstance(value, list) else [value]),
         "a whole number, or a list of these",
         "layers_to_transform",
     ),
 )
-_FIELD_TESTS = {field: (test, words) for test, words, fields in _FIELDS for field in fields.split()}
-#: the advice for a refused field, if it is not "use PEFT"
+#: field name -> (test of a value, description of the valid values)
+_FIELD_TESTS = {
+    field: (test, description) for test, description, fields in _FIELDS for field in fields.split()
+}
+#: the advice in the error for a refused field, where it is not "use PEFT for it"
 _ADVICE = {
     "layer_replication": (
         'take it out, and load on a base that has these layers (docs/from-peft.md, "Repeated'
         ' layers")'
     ),
 }
-#: starts that move part of the base's weight into the adapter, so that the file holds a change of
-#: the base without that part; PEFT recomputes them when it loads the folder
-STARTS = ("pissa", "olora")
-# starts that cannot be recomputed: (prefix of the name, reason)
-_LOST_STARTS = (
+#: values of ``init_lora_weights`` with which PEFT takes the initial B A off the base's weight: the
+#: file then holds a change of that other weight, and PEFT recomputes the initial B A as it loads
+BASE_CHANGING_INITS = ("pissa", "olora")
+#: values of ``init_lora_weights`` that also change the base, and that cannot be recomputed from it:
+#: (beginning of the value, reason)
+_UNREPEATABLE_INITS = (
     ("pissa", "which took a random approximation off the base's weights as it started"),
     ("corda", "which took what it found in data off the base's weights as it started"),
     ("loftq", "which quantised the base's weights as it started"),
@@ -99,25 +104,27 @@ _LOST_STARTS = (
 )
 
 
-def starts_from_base(config: Mapping[str, Any]) -> bool:
-    """Whether the file holds changes of a base that PEFT itself changes when it loads the folder
-    (``STARTS``)."""
-    start = config.get("init_lora_weights")
-    return isinstance(start, str) and (start == "pissa" or start.lower() == "olora")
+def changes_base_at_load(config: Mapping[str, Any]) -> bool:
+    """Whether the file holds changes of a base that PEFT changes when it loads the folder
+    (``BASE_CHANGING_INITS``)."""
+    init_method = config.get("init_lora_weights")
+    return isinstance(init_method, str) and (
+        init_method == "pissa" or init_method.lower() == "olora"
+    )
 
 
 def check_config(
     config: Mapping[str, Any], by_veneer: bool = False, with_base: bool = False
 ) -> None:
-    """Raise AdapterError for fields that would change the result in a way that Veneer does not
-    support.
+    """Raise AdapterError for a config that changes PEFT's result in a way that Veneer does not
+    support, or that is invalid.
 
     Args:
-        by_veneer: Veneer wrote the config.
-        with_base: the base's weights are available.
+        by_veneer: whether Veneer wrote the config.
+        with_base: whether the base's weights are available.
     """
     peft_type = config.get("peft_type")
-    # the fields of another tuner have other meanings
+    # the fields of another ``peft_type`` have other meanings
     if peft_type != "LORA" and not_for_peft(config) is None:
         problem = f"peft_type {peft_type!r} in {CONFIG}"
         do = (
@@ -130,7 +137,7 @@ def check_config(
         problem = f"peft_type {peft_type!r} and no record"
         problems.append(sentence(problem, "'LORA'", "get the whole folder again"))
     problems += _missing_fields(config)
-    problems += _start_problems(config, with_base)
+    problems += _init_problems(config, with_base)
     problems += _option_problems(config, with_base)
     problems += _invocation_problems(config)
     problems += _value_problems(config)
@@ -139,7 +146,7 @@ def check_config(
 
 
 def _missing_fields(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of required fields without a value."""
+    """One problem for each required field without a value."""
     for name in ("r", "lora_alpha", "target_modules"):
         if name == "target_modules" and config.get("target_parameters"):
             continue
@@ -148,42 +155,42 @@ def _missing_fields(config: Mapping[str, Any]) -> Iterator[str]:
             yield sentence(f"no {name!r} in {CONFIG}", "a value", do)
 
 
-def _start_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problem of a start that changed the base's weights, unless it can be recomputed from the
-    base."""
-    start, expected = config.get("init_lora_weights"), "an adapter of the unchanged base"
-    if starts_from_base(config):
+def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
+    """The problem of an ``init_lora_weights`` that changed the base's weights before training,
+    unless the change can be recomputed from the base."""
+    init_method, expected = config.get("init_lora_weights"), "an adapter of the unchanged base"
+    if changes_base_at_load(config):
         if not with_base:
-            problem = f"init_lora_weights={start!r}, which changed the base's weights as it started"
+            problem = f"init_lora_weights={init_method!r}, which changed the base's weights as it started"
             do = (
                 "load it on its base with veneer.load and save it, or let PEFT convert it when it"
                 " saves"
             )
             yield sentence(problem, expected, do)
-    elif isinstance(start, str):
+    elif isinstance(init_method, str):
         do = "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
-        for name, reason in _LOST_STARTS:
-            if start.lower().startswith(name):
-                yield sentence(f"init_lora_weights={start!r}, {reason}", expected, do)
+        for name, reason in _UNREPEATABLE_INITS:
+            if init_method.lower().startswith(name):
+                yield sentence(f"init_lora_weights={init_method!r}, {reason}", expected, do)
 
 
 def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problems of options that are changes of weights only if the base is available."""
+    """The problems of options that become changes of weights only with the base's help."""
     if config.get("lora_bias") is True and not with_base:
         do = "load it on its base, and merge or save it there"
         yield sentence("lora_bias=true, biases beside B", "changes of weights alone", do)
-    # with a group size of 1, A has all inputs, but PEFT scales them in a GPTQ layer
-    single_inputs = config.get("qalora_group_size") == 1
-    if config.get("use_qalora") is True and (single_inputs or not with_base):
+    # with a group size of 1, A has every input, but PEFT scales the inputs of a GPTQ layer
+    is_unpooled = config.get("qalora_group_size") == 1
+    if config.get("use_qalora") is True and (is_unpooled or not with_base):
         do = "load it on its base, and save it there"
-        if single_inputs:
+        if is_unpooled:
             do = "set it to false, unless that base is GPTQ's"
         problem = "use_qalora=true, which pools inputs of GPTQ layers"
         yield sentence(problem, "A of all inputs", do)
 
 
 def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of options that would change tokens before an adapter's invocation."""
+    """The problems of options that would change the tokens before an adapter's invocation, too."""
     if not config.get("alora_invocation_tokens"):
         return
     names = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
@@ -195,41 +202,41 @@ def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of unknown fields with a value, and of values of another type or range."""
+    """The problems of unknown fields that have a value, and of invalid values of known fields."""
     for name, value in config.items():
         test, expected = _FIELD_TESTS.get(
             name, (lambda value: not value, "a field that Veneer can honour")
         )
         if value is None or test(value):
             continue
-        text = repr(value)
-        text = text if len(text) <= 200 else text[:200] + "…"
+        value_text = repr(value)
+        value_text = value_text if len(value_text) <= 200 else value_text[:200] + "…"
         do = _ADVICE.get(name, "use PEFT for it")
         if name in _FIELD_TESTS:
             do = "correct it, or get the file again"
-        yield sentence(f"{name[:80]}={text} in {CONFIG}", expected, do)
+        yield sentence(f"{name[:80]}={value_text} in {CONFIG}", expected, do)
 
 
 def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of the regular expressions of a config whose fields have valid types.
-    Expressions of targets are only compiled with ``re``, because the tensors also name the
-    targets."""
-    tests: list[tuple[str, Callable[[Any], Any], Any]] = [
-        (field, patterns.ends, tuple(config.get(field) or ()))
+    """The problems of the regular expressions in a config of which all fields have valid types.
+    Expressions in ``target_modules`` are compiled with ``re`` only: if they exceed the limits of
+    ``patterns``, the keys of the tensors tell the targets."""
+    compilers: list[tuple[str, Callable[[Any], Any], Any]] = [
+        (field, patterns.path_endings, tuple(config.get(field) or ()))
         for field in ("rank_pattern", "alpha_pattern")
     ]
-    alone = ("target_modules", "exclude_modules")
-    tests += [
-        (field, patterns.readable, config[field])
-        for field in alone
+    target_fields = ("target_modules", "exclude_modules")
+    compilers += [
+        (field, patterns.compile_flags, config[field])
+        for field in target_fields
         if isinstance(config.get(field), str)
     ]
-    for field, compiled, source in (
-        *tests,
-        ("layers_pattern", patterns.containers, layers_patterns(config)),
+    for field, compile_source, source in (
+        *compilers,
+        ("layers_pattern", patterns.layer_containers, layers_patterns(config)),
     ):
         try:
-            compiled(source)
+            compile_source(source)
         except ValueError as error:
             do = "name the modules by the ends of their paths"
             yield sentence(f"{field} in {CONFIG}: {error}", "a plain regular expression", do)

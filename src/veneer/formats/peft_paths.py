@@ -1,7 +1,7 @@
-"""The paths of PEFT's files and the patterns of its config: which modules ``target_modules``
-matches, which rank and alpha a path has, and how PEFT nests the modules that it wraps.
+"""The paths in PEFT's files and the patterns in its config: which modules ``target_modules``
+matches, which rank and alpha belong to a path, and how PEFT nests the modules that it wraps.
 
-Every rule is read from PEFT 0.21's source and checked against it in the tests.
+The rules are those of PEFT 0.21's source; the tests compare them with PEFT.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from veneer.formats import patterns
 
 
 def layers_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
-    listed = config.get("layers_pattern") or [r"[^.]+"]
-    return (listed,) if isinstance(listed, str) else tuple(listed)
+    """The expressions of ``layers_pattern``, or PEFT's default, which matches any segment."""
+    sources = config.get("layers_pattern") or [r"[^.]+"]
+    return (sources,) if isinstance(sources, str) else tuple(sources)
 
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
-    """The paths among ``paths`` that the config's targets match by PEFT's rules; None if that
-    cannot be decided: for "all-linear", and for expressions beyond the limits of ``patterns``."""
+    """The module paths among ``paths`` that the config's targets match by PEFT's rules. None if the
+    match cannot be evaluated: for "all-linear", and for expressions beyond the limits of
+    ``patterns``."""
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
-    # PEFT adapts nothing below modules_to_save
+    # PEFT adapts no module below a module of modules_to_save
     saved_modules = [f".{name}." for name in config.get("modules_to_save") or ()]
     paths = [path for path in paths if not any(name in f".{path}." for name in saved_modules)]
     try:
-        chosen = {
+        matching_paths = {
             path
             for path in paths
             if _matches_names(targets, path) and not (exclude and _matches_names(exclude, path))
@@ -39,56 +41,67 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     if not layers:
-        return chosen
-    # PEFT adapts a full path in the list whatever its layer index is
+        return matching_paths
+    # PEFT adapts a module that is named by its full path, whatever the index of its layer
     full_paths = set() if isinstance(targets, str) else set(targets)
-    return {path for path in chosen if path in full_paths or _layer_of(path, config) in layers}
+    return {
+        path
+        for path in matching_paths
+        if path in full_paths or _layer_index(path, config) in layers
+    }
 
 
-def _layer_of(path: str, config: Mapping[str, Any]) -> int | None:
+def _layer_index(path: str, config: Mapping[str, Any]) -> int | None:
     """The layer index in a path: the first number that follows a match of the first matching
     ``layers_pattern`` and is not the last segment. Without a pattern PEFT ignores a number right
     after the first segment."""
-    above, segments = patterns.containers(layers_patterns(config)), path.split(".")
-    least = 1 if config.get("layers_pattern") else 2
-    indices = [
-        (int(segment), ".".join(segments[:n]))
-        for n, segment in enumerate(segments[:-1])
-        if n >= least and segment.isdecimal()
+    containers, segments = patterns.layer_containers(layers_patterns(config)), path.split(".")
+    first_position = 1 if config.get("layers_pattern") else 2
+    layer_indices = [
+        (int(segment), ".".join(segments[:position]))
+        for position, segment in enumerate(segments[:-1])
+        if position >= first_position and segment.isdecimal()
     ]
-    hits = (
-        (pattern, number)
-        for number, (_, front) in enumerate(indices)
-        for pattern in above.matching(front)
+    matches = (
+        (pattern_index, number)
+        for number, (_, container_path) in enumerate(layer_indices)
+        for pattern_index in containers.matching(container_path)
     )
-    first = min(hits, default=None)
-    return indices[first[1]][0] if first is not None else None
+    first_match = min(matches, default=None)
+    return layer_indices[first_match[1]][0] if first_match is not None else None
 
 
 def _matches_names(names: str | Iterable[str], path: str) -> bool:
+    """Whether a path matches an expression, or ends with one of several names."""
     if isinstance(names, str):
-        return patterns.matcher_of_whole_texts(names)(path)
+        return patterns.full_matcher(names)(path)
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def strength(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]:
-    """(rank, alpha, scale) of a change with these paths, for the first path that a pattern matches.
-    PEFT uses the first key of ``rank_pattern`` and ``alpha_pattern`` that matches the end of the
-    path as a regular expression."""
+def rank_alpha_scale(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]:
+    """(rank, alpha, scale) of a change. If it has several paths, the first path that a pattern
+    matches counts.
 
-    def value(patterned: str, default: str) -> Any:
-        values = config.get(patterned) or {}
-        looked_up = (patterns.ends(tuple(values)).first(path) for path in (paths if values else ()))
+    PEFT uses the first key of ``rank_pattern`` and ``alpha_pattern`` that matches the end of a path
+    as a regular expression."""
+
+    def look_up(pattern_field: str, default_field: str) -> Any:
+        values = config.get(pattern_field) or {}
+        matches = (
+            patterns.path_endings(tuple(values)).first_match(path)
+            for path in (paths if values else ())
+        )
         return next(
-            (values[pattern] for pattern in looked_up if pattern is not None), config[default]
+            (values[pattern] for pattern in matches if pattern is not None), config[default_field]
         )
 
-    rank, alpha = int(value("rank_pattern", "r")), value("alpha_pattern", "lora_alpha")
+    rank, alpha = int(look_up("rank_pattern", "r")), look_up("alpha_pattern", "lora_alpha")
     return rank, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def strip_wrappers(path: str) -> tuple[str, int]:
-    """(the path without PEFT's wrappers, the number of wrappers at its end)."""
+    """(the path without the segments ``base_layer`` of PEFT's wrappers, the number of wrappers at
+    the end of the path)."""
     segments = path.split(".")
     depth = next(
         (count for count, segment in enumerate(reversed(segments)) if segment != "base_layer"),
@@ -98,39 +111,41 @@ def strip_wrappers(path: str) -> tuple[str, int]:
 
 
 def add_wrappers(path: str, wrapper_counts: Mapping[str, int]) -> str:
-    """The path with PEFT's wrappers. ``wrapper_counts``: how many wrappers each module above it
-    has."""
+    """The path with a segment ``base_layer`` behind each module that PEFT wraps.
+    ``wrapper_counts``: the number of wrappers of each module, by path."""
     segments = path.split(".") if path else []
-    inside: list[str] = []
+    wrapped_segments: list[str] = []
     for count, segment in enumerate(segments):
         wrappers = wrapper_counts.get(".".join(segments[:count]), 0) if count else 0
-        inside += [*["base_layer"] * wrappers, segment]
-    return ".".join(inside)
+        wrapped_segments += [*["base_layer"] * wrappers, segment]
+    return ".".join(wrapped_segments)
 
 
 def attention_of(path: str) -> str | None:
-    """The path of the attention if ``path`` is that of its out-projection in a file, else None.
-    Both have the same rank and alpha."""
+    """The path of an attention module if ``path`` is the path of its out-projection in a file; None
+    otherwise. The attention and its out-projection have the same rank and alpha."""
     segments = path.split(".")
     return ".".join(segments[:-2]) if segments[-2:] == ["base_layer", "out_proj"] else None
 
 
 def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[str]:
-    """The path of the parameter that the entry at ``path`` changes, in a list, as far as the config
-    determines it: the last of ``target_parameters`` in that module, or an earlier one for each
-    wrapper. Empty if the entry changes a module."""
-    bare, depth = strip_wrappers(path)
-    ends = [target.rpartition(".") for target in config.get("target_parameters") or ()]
-    parameters = [parameter for above, _, parameter in ends if above == bare]
+    """[the path of the parameter that the entry at ``path`` in a file changes], or [] if the entry
+    changes a module's weight. If ``target_parameters`` has several parameters of the module, the
+    entry under the outermost wrapper changes the last one, and each further wrapper in the path
+    leads to the parameter before."""
+    bare_path, depth = strip_wrappers(path)
+    split_targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
+    parameters = [parameter for module, _, parameter in split_targets if module == bare_path]
     if (
         not by_veneer
         and not parameters
-        and not expected_paths({**config, "exclude_modules": None}, [bare])
+        and not expected_paths({**config, "exclude_modules": None}, [bare_path])
     ):
         parameters = [
-            parameter for above, _, parameter in ends if not above or _matches_names([above], bare)
+            parameter for module, _, parameter in split_targets
+            if not module or _matches_names([module], bare_path)
         ]
-    return [f"{bare}.{parameters[-1 - depth]}".lstrip(".")] if depth < len(parameters) else []
+    return [f"{bare_path}.{parameters[-1 - depth]}".lstrip(".")] if depth < len(parameters) else []
 
 
 def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
@@ -138,37 +153,39 @@ def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[
     return {path for path in paths if _matches_names(config.get("target_parameters") or (), path)}
 
 
-def targets_for(chosen: list[str], among: Iterable[str]) -> list[str] | str:
-    """The ``target_modules`` with which PEFT adapts exactly the ``chosen`` paths ``among`` all
-    candidates: last segments if they suffice, else full paths, else (if one path is the end of
-    another) a regular expression."""
-    among, wanted = list(among), set(chosen)
-    if not wanted:
+def targets_for(target_paths: list[str], all_paths: Iterable[str]) -> list[str] | str:
+    """The ``target_modules`` with which PEFT adapts exactly ``target_paths`` out of
+    ``all_paths``: the last segments of the paths if they suffice, else the full paths. If one path
+    is the end of another, a regular expression."""
+    all_paths, expected = list(all_paths), set(target_paths)
+    if not expected:
         return []
-    for paths in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
-        if expected_paths({"target_modules": paths}, among) == wanted:
+    for paths in (sorted({path.rpartition(".")[2] for path in expected}), sorted(expected)):
+        if expected_paths({"target_modules": paths}, all_paths) == expected:
             return paths
-    return "|".join(map(re.escape, sorted(wanted)))
+    return "|".join(map(re.escape, sorted(expected)))
 
 
 def common_size(
     ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float
 ) -> tuple[int, float]:
     """The rank and alpha for ``r`` and ``lora_alpha``: ``rank`` and ``alpha`` if a layer has both,
-    else the pair that most layers have. If all layers have the same scale, it is then that of r and
-    lora_alpha, for readers that ignore patterns (as vLLM did)."""
+    else the pair that most layers have. So if all layers have one scale, ``r`` and ``lora_alpha``
+    give this scale too, for readers that ignore the patterns (as vLLM did)."""
     pairs = [(ranks[path], alphas[path]) for path in ranks]
     return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
 
 
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """A rank or alpha pattern with the full path of every layer that differs from the default, so
-    that no key matches another layer with the same ending."""
+    """A ``rank_pattern`` or ``alpha_pattern``: an expression for the full path of every layer of
+    which the value differs from the default. No key matches another layer whose path has the same
+    ending but another value."""
 
     def pattern(path: str) -> str:
-        alike = any(
-            longer.endswith(f".{path}") and values[longer] != values[path] for longer in values
+        is_ambiguous = any(
+            longer_path.endswith(f".{path}") and values[longer_path] != values[path]
+            for longer_path in values
         )
-        return f"^{re.escape(path)}" if alike else re.escape(path)
+        return f"^{re.escape(path)}" if is_ambiguous else re.escape(path)
 
     return {pattern(path): value for path, value in values.items() if value != default}

@@ -1,10 +1,10 @@
-"""The tensors of a folder that PEFT applies.
+"""Which tensors of an adapter folder PEFT applies.
 
-PEFT wraps the modules that the config matches, and ignores the tensors of all others. A folder
-whose ``target_modules``, ``exclude_modules`` or ``layers_to_transform`` was narrowed by hand is
-therefore a smaller adapter. Rejected: to refuse it, because PEFT loads it, and a config is easier
-to edit than a file of tensors; to apply every tensor, because PEFT does not. A warning names the
-ignored tensors.
+PEFT wraps the modules that the config matches, and ignores the tensors of all other modules. A
+folder of which a user narrowed ``target_modules``, ``exclude_modules`` or ``layers_to_transform``
+by hand is therefore a smaller adapter. Veneer does as PEFT does, with a warning that names the
+ignored tensors. Rejected: to refuse the folder, because PEFT loads it, and because a config is
+easier to edit than a file of tensors; to apply every tensor, because PEFT does not.
 """
 
 from __future__ import annotations
@@ -19,79 +19,89 @@ from veneer.errors import AdapterError, listing
 from veneer.formats import peft, peft_paths, peft_tokens
 from veneer.formats.peft_tuners import PROJECTIONS, tuner_of
 
-#: the fields that narrow LoRA's targets, and those that other types of tuners lack, so that PEFT
-#: ignores them
-_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-_LACKED = {"VERA": _FIELDS[:1], "LN_TUNING": _FIELDS[1:3], peft_tokens.TYPE: _FIELDS}
+#: the fields of LoRA's config that narrow its targets, and for each other ``peft_type`` the fields
+#: that its config does not have, so that PEFT ignores them
+_NARROWING_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+_MISSING_FIELDS = {
+    "VERA": _NARROWING_FIELDS[:1],
+    "LN_TUNING": _NARROWING_FIELDS[1:3],
+    peft_tokens.TOKENS_TYPE: _NARROWING_FIELDS,
+}
 
 
 class TensorsLeftOut(UserWarning):
-    """A folder holds tensors of modules that its config does not match; the adapter does not
-    include them."""
+    """A folder holds tensors of modules that its config does not match. Veneer leaves them out, as
+    PEFT does."""
 
 
-def left_out(
+def ignored_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor | None], suffixes: Iterable[str]
 ) -> dict[str, list[str]]:
-    """The keys of tensors that PEFT ignores, by the path of their module. An expression that is not
-    evaluated matches everything.
+    """The keys of the tensors that PEFT ignores, by the path of their module. If the targets are an
+    expression beyond the limits of ``patterns``, no tensor counts as ignored.
 
     Args:
-        tensors: by key; None for a tensor of which only the key is known.
-        suffixes: of LoRA's tensors; other tuners have their own.
+        tensors: the tensors by key; None instead of a tensor if only its key is known.
+        suffixes: the suffixes of LoRA's tensors. They do not matter for folders of other tuners.
     """
-    by_module: dict[str, list[str]] = {}
+    keys_by_module: dict[str, list[str]] = {}
     for key in tensors:
-        path = _module_of(key, config, suffixes)
-        if path is not None and not _means_parameter(config, path):
-            by_module.setdefault(path, []).append(key)
-    config = {**config, **dict.fromkeys(_LACKED.get(str(config.get("peft_type")), ()))}
+        path = _module_path(key, config, suffixes)
+        if path is not None and not _may_target_parameter(config, path):
+            keys_by_module.setdefault(path, []).append(key)
+    config = {**config, **dict.fromkeys(_MISSING_FIELDS.get(str(config.get("peft_type")), ()))}
     if config.get("target_modules") == "all-linear":
         config["target_modules"] = ".*"
-    # PEFT adapts the out-projection of an attention together with it, whatever its name
-    names = {
+    # PEFT adapts an attention's out-projection with the attention, even if no target names it
+    paths_to_match = {
         path: {
             peft_paths.strip_wrappers(name)[0]
             for name in (path, peft_paths.attention_of(path) or path)
         }
-        for path in by_module
+        for path in keys_by_module
     }
-    expected = peft_paths.expected_paths(config, set().union(*names.values()))
+    expected = peft_paths.expected_paths(config, set().union(*paths_to_match.values()))
     if expected is None:
         return {}
-    inside = [key for path, keys in by_module.items() for key in keys if names[path] & expected]
-    outside: dict[str, list[str]] = {}
-    for path, keys in by_module.items():
-        if names[path] & expected or (
-            config.get("ensure_weight_tying") and _are_tied(keys, inside, tensors)
+    matched_keys = [
+        key
+        for path, keys in keys_by_module.items()
+        for key in keys
+        if paths_to_match[path] & expected
+    ]
+    ignored_by_module: dict[str, list[str]] = {}
+    for path, keys in keys_by_module.items():
+        if paths_to_match[path] & expected or (
+            config.get("ensure_weight_tying") and _are_tied(keys, matched_keys, tensors)
         ):
             continue
-        below = (  # a trained bias of the layer, or an embedding's frozen weight
-            f"{peft.PREFIX}{path}.base_layer."
-        )
+        # the keys of the layer's trained bias, or of an embedding's frozen weight
+        wrapped_prefix = f"{peft.PREFIX}{path}.base_layer."
         keys += [
-            key for key in tensors if key.startswith(below) and "." not in key.removeprefix(below)
+            key
+            for key in tensors
+            if key.startswith(wrapped_prefix) and "." not in key.removeprefix(wrapped_prefix)
         ]
-        outside.setdefault(peft_paths.strip_wrappers(path)[0], []).extend(keys)
-    return outside
+        ignored_by_module.setdefault(peft_paths.strip_wrappers(path)[0], []).extend(keys)
+    return ignored_by_module
 
 
 def _are_tied(
     keys: Iterable[str], adapted_keys: Iterable[str], tensors: Mapping[str, Tensor | None]
 ) -> bool:
-    """Whether the factors at ``keys`` equal those of another module, as they are or transposed:
-    PEFT also adapts a module whose weight is tied to a target's. True if the factors are not
-    known."""
+    """Whether each of the tensors ``keys`` equals one of the tensors ``adapted_keys``, or its
+    transpose: PEFT also adapts a module of which the weight is tied to a target's weight. Tensors
+    of which only the keys are known count as equal."""
 
-    def alike(factor: Tensor | None, adapted: Tensor | None) -> bool:
+    def are_equal(factor: Tensor | None, adapted: Tensor | None) -> bool:
         if factor is None or adapted is None:
             return True
-        turned = adapted.mT if adapted.dim() == 2 else adapted
-        return any(torch.equal(factor, value) for value in (adapted, turned))
+        transposed = adapted.mT if adapted.dim() == 2 else adapted
+        return any(torch.equal(factor, candidate) for candidate in (adapted, transposed))
 
     factors = (tensors[key] for key in keys if not key.endswith(peft.MAGNITUDE))
     return all(
-        any(alike(factor, tensors[adapted_key]) for adapted_key in adapted_keys)
+        any(are_equal(factor, tensors[adapted_key]) for adapted_key in adapted_keys)
         for factor in factors
     )
 
@@ -99,66 +109,72 @@ def _are_tied(
 def applied_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], suffixes: Iterable[str]
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """(the tensors that PEFT applies, the modules that the config does not match).
-    ``AdapterError``: it matches no module, or requires modules in full that the file does not
-    hold."""
+    """(the tensors that PEFT applies, the modules with tensors that the config does not match).
+
+    Raises:
+        AdapterError: the config matches no module with tensors, or names modules in
+            ``modules_to_save`` of which the file holds low-rank changes.
+    """
     suffixes = tuple(suffixes)
-    modules = left_out(config, tensors, suffixes)
-    if not modules:
+    ignored_by_module = ignored_tensors(config, tensors, suffixes)
+    if not ignored_by_module:
         return tensors, ()
     if (
-        full := modules.keys()
-        - left_out({**config, "modules_to_save": None}, tensors, suffixes).keys()
+        saved_modules := ignored_by_module.keys()
+        - ignored_tensors({**config, "modules_to_save": None}, tensors, suffixes).keys()
     ):
         problem = (
-            f"low-rank changes of {listing(sorted(full), 3)}, which modules_to_save in"
+            f"low-rank changes of {listing(sorted(saved_modules), 3)}, which modules_to_save in"
             f" {peft.CONFIG} names"
         )
         raise AdapterError(
             problem, "these modules in full", "correct modules_to_save, or get both files again"
         )
-    outside = {key for keys in modules.values() for key in keys}
-    rest = {key: tensor for key, tensor in tensors.items() if key not in outside}
-    if rest.keys() <= {*PROJECTIONS}:
+    ignored_keys = {key for keys in ignored_by_module.values() for key in keys}
+    remaining_tensors = {key: tensor for key, tensor in tensors.items() if key not in ignored_keys}
+    if remaining_tensors.keys() <= {*PROJECTIONS}:
         problem = (
             f"no tensor of {len(tensors)} for what {peft.CONFIG} means: they are of"
-            f" {listing(modules, 3)}"
+            f" {listing(ignored_by_module, 3)}"
         )
         fields = "target_modules, exclude_modules and layers_to_transform"
         raise AdapterError(
             problem, "tensors of its targets", f"correct {fields}, or get both files again"
         )
-    return rest, tuple(sorted(modules))
+    return remaining_tensors, tuple(sorted(ignored_by_module))
 
 
-def describe(modules: Iterable[str]) -> str:
+def describe_ignored(modules: Iterable[str]) -> str:
     """A sentence that names the ignored modules."""
     modules = list(modules)
-    count = (
+    subject = (
         f"tensors of {len(modules)} modules that {peft.CONFIG} leaves out ({listing(modules, 3)})"
     )
-    return f"{count}: they are no part of the adapter, as in PEFT"
+    return f"{subject}: they are no part of the adapter, as in PEFT"
 
 
-def _module_of(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -> str | None:
-    """The path in the file of the module that a tensor adapts, or None for any other tensor."""
-    bare, tuner = key.removeprefix(peft.PREFIX), tuner_of(config)
-    if bare == key:
+def _module_path(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -> str | None:
+    """The path in the file of the module that a tensor changes; None for any other tensor."""
+    bare_key, tuner = key.removeprefix(peft.PREFIX), tuner_of(config)
+    if bare_key == key:
         return None
-    # without targets, PEFT takes the input embedding
-    if config.get("peft_type") == peft_tokens.TYPE:
-        suffixes = (peft_tokens.ALONE,) if config.get("target_modules") else ()
-    elif tuner is not None and not tuner.needs:
-        above, _, suffix = bare.rpartition(".")
-        bare, suffixes = above if suffix else bare, tuner.suffixes
+    # without targets, PEFT trains tokens of the input embedding, which no target has to match
+    if config.get("peft_type") == peft_tokens.TOKENS_TYPE:
+        suffixes = (peft_tokens.TUNER_ROWS_SUFFIX,) if config.get("target_modules") else ()
+    elif tuner is not None and not tuner.required_suffixes:
+        module_path, _, suffix = bare_key.rpartition(".")
+        bare_key, suffixes = module_path if suffix else bare_key, tuner.suffixes
     elif tuner is not None:
         suffixes = tuner.suffixes
-    end = next((suffix for suffix in suffixes if bare.endswith(f".{suffix}")), None)
-    return None if end is None else bare.removesuffix(f".{end}")
+    ending = next((suffix for suffix in suffixes if bare_key.endswith(f".{suffix}")), None)
+    return None if ending is None else bare_key.removesuffix(f".{ending}")
 
 
-def _means_parameter(config: Mapping[str, Any], path: str) -> bool:
-    """Whether ``target_parameters`` may match a parameter of the module at a path of the file."""
-    bare = peft_paths.strip_wrappers(path)[0]
-    above = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
-    return any(not end or bare == end or bare.endswith(f".{end}") for end in above)
+def _may_target_parameter(config: Mapping[str, Any], path: str) -> bool:
+    """Whether ``target_parameters`` may name a parameter of the module at a path of the file."""
+    module_path = peft_paths.strip_wrappers(path)[0]
+    target_modules = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
+    return any(
+        not target or module_path == target or module_path.endswith(f".{target}")
+        for target in target_modules
+    )

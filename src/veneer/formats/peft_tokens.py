@@ -1,14 +1,15 @@
 """PEFT's layout of trained tokens: rows of an embedding or a head that replace the base's rows.
 
-    base_model.model.<path>.token_adapter.trainable_tokens_delta    the rows [n, d] themselves, not
-                                                                    a difference
-    trainable_token_indices                                         their ids: a list, or {the end
-                                                                    of a path: a list}
+    base_model.model.<path>.token_adapter.trainable_tokens_delta    the new rows [n, d] of n tokens
+                                                                    (d: the embedding's width), not
+                                                                    differences from the base's rows
+    "trainable_token_indices" in the config                         the ids of these tokens: a list,
+                                                                    or {the end of a path: a list}
 
 A weight that is tied to the input embedding uses the same rows, and the file does not repeat them.
-A folder of peft_type TRAINABLE_TOKENS (``token_indices``, key ``<path>.trainable_tokens_delta``)
-means the same without a low-rank change. Read from PEFT 0.21's source, which refuses a low-rank
-change of the same module.
+A folder with peft_type TRAINABLE_TOKENS (field ``token_indices``, keys
+``<path>.trainable_tokens_delta``) means the same without a low-rank change. The layout is that of
+PEFT 0.21's source. PEFT refuses a low-rank change of a module of which it trains tokens.
 """
 
 from __future__ import annotations
@@ -22,58 +23,70 @@ from torch import Tensor
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.formats import peft, peft_paths
 
-SUFFIX, ALONE = "token_adapter.trainable_tokens_delta", "trainable_tokens_delta"
-FIELD, TYPE = "trainable_token_indices", "TRAINABLE_TOKENS"
+#: the suffix of the rows in a folder with peft_type LORA, and in one with TRAINABLE_TOKENS
+LORA_ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"
+TUNER_ROWS_SUFFIX = "trainable_tokens_delta"
+#: the config's field with the token ids, and the ``peft_type`` of a folder of tokens alone
+INDICES_FIELD, TOKENS_TYPE = "trainable_token_indices", "TRAINABLE_TOKENS"
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows [n, d] of the tokens ``ids``, ascending, in the module at ``module_path``."""
+    """The trained rows [n, d] of n tokens in the module at ``module_path``, by ascending id."""
 
     module_path: str
     ids: tuple[int, ...]
     rows: Tensor
 
 
-def as_lora(
+def convert_to_lora(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """Convert a folder of PEFT's TRAINABLE_TOKENS to an equivalent LORA; return any other
-    unchanged."""
-    if config.get("peft_type") != TYPE:
+    """Convert the config and tensors of a folder with peft_type TRAINABLE_TOKENS to those of the
+    equivalent folder with peft_type LORA. Any other folder is returned unchanged."""
+    if config.get("peft_type") != TOKENS_TYPE:
         return config, tensors
-    ends = [key.removesuffix(f".{ALONE}") for key in tensors if key.endswith(f".{ALONE}")]
-    ids_by_path = {end.removeprefix(peft.PREFIX): config.get("token_indices") for end in ends}
-    dropped = ("peft_type", "token_indices", "target_modules", "init_weights", "exclude_modules")
-    rest = {name: value for name, value in config.items() if name not in dropped}
-    lora = {
-        **rest,
+    ending = f".{TUNER_ROWS_SUFFIX}"
+    module_keys = [key.removesuffix(ending) for key in tensors if key.endswith(ending)]
+    ids_by_path = {
+        module_key.removeprefix(peft.PREFIX): config.get("token_indices")
+        for module_key in module_keys
+    }
+    dropped_fields = ("peft_type", "token_indices", "target_modules", "init_weights", "exclude_modules")
+    common_fields = {name: value for name, value in config.items() if name not in dropped_fields}
+    lora_config = {
+        **common_fields,
         "peft_type": "LORA",
         "r": 1,
         "lora_alpha": 1,
         "target_modules": peft.NO_TARGETS,
-        FIELD: ids_by_path,
+        INDICES_FIELD: ids_by_path,
     }
-    renamed = {f"{end}.{ALONE}": f"{end}.{SUFFIX}" for end in ends}
-    return lora, {renamed.get(key, key): value for key, value in tensors.items()}
+    new_keys = {
+        f"{module_key}.{TUNER_ROWS_SUFFIX}": f"{module_key}.{LORA_ROWS_SUFFIX}" for module_key in module_keys
+    }
+    return lora_config, {new_keys.get(key, key): tensor for key, tensor in tensors.items()}
 
 
-def split(
+def split_rows(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
-    """(the trained rows by the path of their module, the other tensors). ``AdapterError``: rows
-    without ids, or another number of rows than of ids."""
-    rest = {key: value for key, value in tensors.items() if not key.endswith(f".{SUFFIX}")}
-    # for a vocabulary that grew, PEFT also writes the frozen embedding below the wrapper
-    rest = {key.replace(".token_adapter.base_layer.", "."): value for key, value in rest.items()}
+    """(the trained rows by the path of their module, all other tensors by key). ``AdapterError``:
+    the file has rows for which the config has no ids, or another number of ids."""
+    other_tensors = {
+        key: tensor for key, tensor in tensors.items() if not key.endswith(f".{LORA_ROWS_SUFFIX}")
+    }
+    # if the vocabulary has grown, PEFT also writes the frozen embedding, below its wrapper
+    other_tensors = {
+        key.replace(".token_adapter.base_layer.", "."): tensor
+        for key, tensor in other_tensors.items()
+    }
     token_rows: dict[str, TokenRows] = {}
     problems: list[str] = []
-    for key in sorted(key for key in tensors if key.endswith(f".{SUFFIX}")):
-        rows, module_path = (
-            tensors[key],
-            peft_paths.strip_wrappers(key.removeprefix(peft.PREFIX).removesuffix(f".{SUFFIX}"))[0],
-        )
-        ids = indices(config, module_path)
+    for key in sorted(key for key in tensors if key.endswith(f".{LORA_ROWS_SUFFIX}")):
+        rows, module_key = tensors[key], key.removesuffix(f".{LORA_ROWS_SUFFIX}")
+        module_path = peft_paths.strip_wrappers(module_key.removeprefix(peft.PREFIX))[0]
+        ids = token_ids(config, module_path)
         if rows.dim() != 2 or len(ids) != len(rows) or len(set(ids)) != len(ids) or not ids:
             problem = (
                 f"rows {tuple(rows.shape)} of tokens at {module_path!r}, and {len(ids)} ids in"
@@ -88,19 +101,19 @@ def split(
             module_path, tuple(ids[position] for position in order), rows[order]
         )
     raise_all(AdapterError, "The trained tokens cannot be used", problems)
-    return token_rows, rest
+    return token_rows, other_tensors
 
 
-def indices(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
-    """The ids in a config for the module at a path, in the order of its rows."""
-    field = config.get(FIELD) or ()
+def token_ids(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
+    """The token ids in a config for the module at a path, in the order of the file's rows."""
+    field = config.get(INDICES_FIELD) or ()
     if not isinstance(field, Mapping):
         return list(field)
     return next(
         (
             ids
-            for end, ids in field.items()
-            if module_path == end or module_path.endswith(f".{end}")
+            for path_ending, ids in field.items()
+            if module_path == path_ending or module_path.endswith(f".{path_ending}")
         ),
         [],
     )

@@ -1,24 +1,26 @@
-"""The files of PEFT's tuners besides LoRA whose changes are changes of weights, in the terms of
-Veneer's variants.
+"""The files of other tuners of PEFT than LoRA, as parameters of Veneer's variants. They are the
+tuners that change weights.
 
     ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]
                ΔW = alpha / (init_r + 1e-5) · B diag(E) A
-    LOHA       <path>.hada_w1_a, w1_b, w2_a, w2_b, t1, t2
+    LOHA       <path>.hada_w1_a (B1), hada_w1_b (A1), hada_w2_a (B2), hada_w2_b (A2), hada_t1, …_t2
                ΔW = alpha / r · (B1 A1) ⊙ (B2 A2)
-    LOKR       <path>.lokr_w1 or w1_a, w1_b; lokr_w2 or w2_a, w2_b, t2
+    LOKR       <path>.lokr_w1 (C), or lokr_w1_a lokr_w1_b = C; lokr_w2, or lokr_w2_a (B2), lokr_w2_b
+               (A2) and lokr_t2
                ΔW = alpha / r · C ⊗ (B2 A2)
     VERA       <path>.vera_lambda_b [out]  vera_lambda_d [r]
                ΔW = diag(b) B[:out] diag(d) A[:, :in]
-               base_model.vera_A [r, largest in] base_model.vera_B [largest out, r], if
-               save_projection
+               base_model.vera_A [r, largest in], base_model.vera_B [largest out, r], if the config
+               has save_projection
     LN_TUNING  <path>.ln_tuning_layers.<parameter>    the layer, trained in full
 
-Read from PEFT 0.21's source and checked against it in the tests. The core of a Tucker decomposition
-(``t``, for a convolution with use_effective_conv2d) is multiplied into the factor of the inputs. A
-w2 that is stored as one matrix becomes the product of itself and an identity. Neither changes ΔW.
+The formulas are those of PEFT 0.21's source; the tests compare the results with PEFT. The core of a
+Tucker decomposition (``t1``, ``t2``, of a convolution with use_effective_conv2d) is multiplied into
+A. A w2 that is stored as one matrix becomes the product of itself and an identity. Neither step
+changes ΔW.
 
-The tensors of a file do not always determine the shape of a weight: VeRA's leave open how many
-inputs a layer has, and a convolution's may be flat. ``Weights`` gives the shapes of a base.
+The tensors of a file do not always determine the shape of a weight: VeRA's do not show the number
+of a layer's inputs, and a convolution's may be flattened. ``Weights`` gives the shapes of a base.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft, peft_fields, peft_paths
 from veneer.formats.vera_projections import PROJECTIONS, Weights, layer_projections
 
-#: PEFT divides AdaLoRA's alpha by the rank plus this
+#: PEFT divides AdaLoRA's alpha by the rank plus EPSILON
 EPSILON = 1e-5
 
 
 class VariantChange(NamedTuple):
-    """One change in its variant's terms: the parameters, with a leading axis for one group, and the
-    scale of the variant's product."""
+    """One change as the parameters of a variant, each with a first axis of size 1 (for one group),
+    and the scale of the variant's product."""
 
     parameters: Mapping[str, Tensor]
     scale: float
@@ -49,14 +51,20 @@ class VariantChange(NamedTuple):
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """The tensors of one module by suffix, and its rank and scale in the config. ``pattern``:
-    AdaLoRA's mask over ranks. ``projections``: VeRA's A and B in the sizes of the layer."""
+    """The tensors of one module in a tuner's file.
+
+    Fields:
+        tensors: by suffix.
+        rank, scale: of the module, by the config.
+        mask: for AdaLoRA, which ranks are in use.
+        projections: for VeRA, A and B in the sizes of the layer.
+    """
 
     module_path: str
     tensors: Mapping[str, Tensor]
     rank: int
     scale: float
-    pattern: tuple[bool, ...] | None = None
+    mask: tuple[bool, ...] | None = None
     projections: tuple[Tensor, Tensor] | None = None
 
 
@@ -65,56 +73,56 @@ class Tuner:
     """One of PEFT's tuners.
 
     Fields:
-        type: ``peft_type``.
-        variant: Veneer's variant whose parameters its tensors are.
-        suffixes: of a module's tensors.
-        needs: required suffixes. Each entry lists alternatives, and each alternative the suffixes
-            that belong together.
-        fields: the tuner's names for fields of LoRA's config, by LoRA's names.
-        extra_fields: further fields, which do not affect the change that a file holds, each with a
-            test of its value.
-        read: computes the change of one module.
+        type: its ``peft_type``.
+        variant: the name of Veneer's variant that has the tuner's parameters.
+        suffixes: the suffixes of a module's tensors.
+        required_suffixes: the suffixes that a module must have. Each entry lists alternatives; an
+            alternative is a tuple of suffixes, all of which are required.
+        fields: LoRA's name of a config field -> the tuner's name of the field.
+        extra_fields: the tuner's further fields, each with a test of its value. They do not affect
+            the change that a file holds.
+        read: a function that computes the change of one module.
     """
 
     type: str
     variant: str
     suffixes: tuple[str, ...]
-    needs: tuple[tuple[tuple[str, ...], ...], ...]
+    required_suffixes: tuple[tuple[tuple[str, ...], ...], ...]
     fields: Mapping[str, str]
     extra_fields: Mapping[str, Callable[[Any], bool]]
     read: Callable[[ModuleTensors], VariantChange]
 
 
-def _integer(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return type(value) is int
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def _flag(value: Any) -> bool:
+def _is_flag(value: Any) -> bool:
     return type(value) is bool
 
 
-def _any(value: Any) -> bool:
+def _is_anything(value: Any) -> bool:
     return True
 
 
-def _masks(value: Any) -> bool:
-    lists = isinstance(value, dict) and all(isinstance(mask, list) for mask in value.values())
-    return lists and all(_flag(kept_rank) for mask in value.values() for kept_rank in mask)
+def _are_masks(value: Any) -> bool:
+    has_lists = isinstance(value, dict) and all(isinstance(mask, list) for mask in value.values())
+    return has_lists and all(_is_flag(flag) for mask in value.values() for flag in mask)
 
 
-def _adalora(module: ModuleTensors) -> VariantChange:
+def _read_adalora(module: ModuleTensors) -> VariantChange:
     A, B, E = (module.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
     rank, mask = len(A), torch.ones(len(A))
-    # the file still contains the masked triplets
-    if module.pattern is not None and len(module.pattern) == rank:
-        mask = torch.tensor(module.pattern, dtype=torch.float32)
-    elif rank != (module.rank if module.pattern is None else sum(module.pattern)):
+    # the file still has the columns of B, rows of A and values of E that are masked
+    if module.mask is not None and len(module.mask) == rank:
+        mask = torch.tensor(module.mask, dtype=torch.float32)
+    elif rank != (module.rank if module.mask is None else sum(module.mask)):
         raise ValueError(f"rank {rank}, which its config does not give it")
-    if not rank:  # every triplet was pruned: use one that is zero
+    if not rank:  # AdaLoRA pruned every rank: use one rank with zeros
         A, B, E, mask = (
             A.new_zeros(1, A.shape[1]),
             B.new_zeros(len(B), 1),
@@ -126,25 +134,26 @@ def _adalora(module: ModuleTensors) -> VariantChange:
     )
 
 
-def _loha(module: ModuleTensors) -> VariantChange:
+def _read_loha(module: ModuleTensors) -> VariantChange:
     factors = {}
-    for side in "12":
-        B, A = (module.tensors[f"hada_w{side}_{name}"] for name in "ab")
-        core = module.tensors.get(f"hada_t{side}")
+    for factor_index in "12":
+        B, A = (module.tensors[f"hada_w{factor_index}_{name}"] for name in "ab")
+        core = module.tensors.get(f"hada_t{factor_index}")
         if core is not None:
             B, A = B.mT, torch.einsum("ijkl,jn->inkl", core, A).flatten(1)
         if A.shape[0] != module.rank or B.shape[1] != module.rank:
             raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {module.rank} in its config")
-        factors |= {f"A{side}": A[None], f"B{side}": B[None]}
+        factors |= {f"A{factor_index}": A[None], f"B{factor_index}": B[None]}
     return VariantChange(factors, module.scale)
 
 
-def _lokr(module: ModuleTensors) -> VariantChange:
+def _read_lokr(module: ModuleTensors) -> VariantChange:
     tensors = module.tensors
     C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
-        # Conv1d: PEFT aligns C with the last two axes, which is no Kronecker product of matrices
+        # in a Conv1d, PEFT multiplies C into the last two of three axes: no Kronecker product of
+        # matrices, so the result becomes a single matrix
         if w2.dim() == 3:
             out, in_ = C.shape[0] * w2.shape[0], C.shape[1] * w2.shape[1] * w2.shape[2]
             C, w2 = C.new_ones(1, 1), torch.kron(C, w2).reshape(out, in_)
@@ -160,7 +169,7 @@ def _lokr(module: ModuleTensors) -> VariantChange:
     return VariantChange({"C": C[None], "A2": A[None], "B2": B[None]}, module.scale)
 
 
-def _vera(module: ModuleTensors) -> VariantChange:
+def _read_vera(module: ModuleTensors) -> VariantChange:
     assert module.projections is not None
     b, d = module.tensors["vera_lambda_b"], module.tensors["vera_lambda_d"]
     A, B = module.projections
@@ -169,19 +178,22 @@ def _vera(module: ModuleTensors) -> VariantChange:
     return VariantChange({"A": A[None], "B": B[None], "d": d[None], "b": b[None]}, 1.0)
 
 
-#: permitted numbers of axes by suffix, where tensors have more or fewer than 2
+#: the permitted numbers of axes of a tensor, by suffix; tensors with other suffixes have 2 axes
 _AXES = {
     **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2"), (4,)), "lokr_w2": (2, 3, 4),
     **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), (1,)),
 }  # fmt: skip
-_LYCORIS = {
-    "rank_dropout": _number,
-    "module_dropout": _number,
-    "init_weights": _any,
-    "use_effective_conv2d": _flag,
+#: the tests of further fields that LoHa and LoKr share
+_LYCORIS_FIELDS = {
+    "rank_dropout": _is_number,
+    "module_dropout": _is_number,
+    "init_weights": _is_anything,
+    "use_effective_conv2d": _is_flag,
 }
-_BUDGET = dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _integer)
-_BUDGET |= dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _number)
+#: the tests of AdaLoRA's further fields, which schedule its budget of ranks
+_INTEGER_FIELDS = ("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r")
+_BUDGET_FIELDS = dict.fromkeys(_INTEGER_FIELDS, _is_integer)
+_BUDGET_FIELDS |= dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _is_number)
 TUNERS = {
     tuner.type: tuner
     for tuner in (
@@ -191,8 +203,8 @@ TUNERS = {
             ("lora_A", "lora_B", "lora_E"),
             ((("lora_A", "lora_B", "lora_E"),),),
             {"r": "init_r"},
-            {**_BUDGET, "rank_pattern": _masks},
-            _adalora,
+            {**_BUDGET_FIELDS, "rank_pattern": _are_masks},
+            _read_adalora,
         ),
         Tuner(
             "LOHA",
@@ -200,8 +212,8 @@ TUNERS = {
             tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
             ((("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),),
             {"lora_alpha": "alpha"},
-            _LYCORIS,
-            _loha,
+            _LYCORIS_FIELDS,
+            _read_loha,
         ),
         Tuner(
             "LOKR",
@@ -213,12 +225,12 @@ TUNERS = {
             ),
             {"lora_alpha": "alpha"},
             {
-                **_LYCORIS,
-                "decompose_both": _flag,
-                "decompose_factor": _integer,
-                "rank_dropout_scale": _flag,
+                **_LYCORIS_FIELDS,
+                "decompose_both": _is_flag,
+                "decompose_factor": _is_integer,
+                "rank_dropout_scale": _is_flag,
             },
-            _lokr,
+            _read_lokr,
         ),
         Tuner(
             "VERA",
@@ -227,12 +239,12 @@ TUNERS = {
             ((("vera_lambda_b", "vera_lambda_d"),),),
             {"lora_dropout": "vera_dropout"},
             {
-                "projection_prng_key": _integer,
-                "save_projection": _flag,
-                "d_initial": _number,
-                "init_weights": _any,
+                "projection_prng_key": _is_integer,
+                "save_projection": _is_flag,
+                "d_initial": _is_number,
+                "init_weights": _is_anything,
             },
-            _vera,
+            _read_vera,
         ),
         Tuner(
             "LN_TUNING",
@@ -245,10 +257,10 @@ TUNERS = {
         ),
     )
 }
-#: fields of LoRA's config that these tuners do not have
-_NOT_THEIRS = ("target_parameters", "use_dora")
-#: fields of LoRA's config that AdaLoRA's config inherits and ignores
-_UNUSED = ("r", "use_rslora", "alpha_pattern", "init_lora_weights", "rank_pattern")
+#: the fields of LoRA's config that no tuner here has
+_LORA_ONLY_FIELDS = ("target_parameters", "use_dora")
+#: the fields that AdaLoRA's config inherits from LoRA's and ignores
+_ADALORA_IGNORED_FIELDS = ("r", "use_rslora", "alpha_pattern", "init_lora_weights", "rank_pattern")
 
 
 def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
@@ -259,7 +271,7 @@ def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
 def check_config(
     config: Mapping[str, Any], by_veneer: bool = False, with_base: bool = False
 ) -> None:
-    """``peft_fields.check_config`` for these tuners' configs too."""
+    """``peft_fields.check_config``, extended to the configs of ``TUNERS``."""
     tuner = None if by_veneer else tuner_of(config)
     problems = []
     for name, test in tuner.extra_fields.items() if tuner is not None else ():
@@ -273,7 +285,7 @@ def check_config(
                     "get the file again",
                 )
             )
-    for name in _NOT_THEIRS if tuner is not None else ():
+    for name in _LORA_ONLY_FIELDS if tuner is not None else ():
         if config.get(name):
             problems.append(
                 sentence(
@@ -284,123 +296,119 @@ def check_config(
             )
     raise_all(AdapterError, f"This {peft.CONFIG} cannot be used", problems)
     peft_fields.check_config(
-        config if tuner is None else as_lora(tuner, config), by_veneer, with_base
+        config if tuner is None else lora_config_of(tuner, config), by_veneer, with_base
     )
 
 
-#: prefixes of the tensor names of PEFT's tuners; only LoRA's names may end in ".weight"
-_MARKS = (
-    "lora_",
-    "hada_",
-    "lokr_",
-    "vera_",
-    "ln_tuning_layers",
-    "trainable_tokens_delta",
-    "ia3_l",
-    "oft_R",
-    "boft_",
-    "hra_u",
-    "randlora_",
-    "vblora_",
-    "fourierft_",
-    "shira_",
-    "waveft_",
-    "c3a_kernel",
-    "delora_",
-    "gralora_",
-    "hira_",
-)
-_TOKENS = "TRAINABLE_TOKENS"
+#: the beginnings of the suffixes of PEFT's tuners. (In a key of LoRA the last segment may be
+#: "weight"; then the segment before it begins like this.)
+_TUNER_PREFIXES = (
+    "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l",
+    "oft_R", "boft_", "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_",
+    "c3a_kernel", "delora_", "gralora_", "hira_",
+)  # fmt: skip
+_TOKENS_TYPE = "TRAINABLE_TOKENS"
 
 
 def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise AdapterError for tensors of another tuner than the config's. ``peft.split`` checks
-    LoRA's tensors further."""
+    """Raise AdapterError if a key belongs to another tuner than the config's.
+    ``peft.split_tensors`` has further checks of LoRA's tensors."""
     type_, tuner = config.get("peft_type"), tuner_of(config)
-    strange = []
+    foreign_keys = []
     for key in keys:
         *_, above, last = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
-        marked = [segment for segment in (above, last) if segment.startswith(_MARKS)]
+        tuner_segments = [name for name in (above, last) if name.startswith(_TUNER_PREFIXES)]
         if tuner is not None:
             is_valid = (
-                "ln_tuning_layers" in (above, last) if not tuner.needs else last in tuner.suffixes
+                "ln_tuning_layers" in (above, last) if not tuner.required_suffixes else last in tuner.suffixes
             )
             is_valid = is_valid or (type_ == "VERA" and key in PROJECTIONS)
-        elif type_ == _TOKENS:
+        elif type_ == _TOKENS_TYPE:
             is_valid = last == "trainable_tokens_delta"
         else:
-            is_valid = all(mark.startswith("lora_") for mark in marked) or above == "token_adapter"
-        if marked and not is_valid:
-            strange.append(key)
-    if strange:
+            is_lora = all(segment.startswith("lora_") for segment in tuner_segments)
+            is_valid = is_lora or above == "token_adapter"
+        if tuner_segments and not is_valid:
+            foreign_keys.append(key)
+    if foreign_keys:
         problem = (
             f"tensors of another tuner than {type_}, as {peft.CONFIG} says:"
-            f" {listing(sorted(strange), 2)}"
+            f" {listing(sorted(foreign_keys), 2)}"
         )
         raise AdapterError(problem, f"those of {type_}", "get both files again, of one adapter")
 
 
-def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A tuner's config in LoRA's fields: its targets, and the rank and alpha that determine the
-    scale of a change. Unknown fields are kept."""
+def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tuner's config with the names of LoRA's fields: the targets, and the rank and alpha that
+    determine the scale of a change. Unknown fields are kept."""
     tuner_fields = {
         *tuner.extra_fields,
         *tuner.fields.values(),
-        *(_UNUSED if tuner.type == "ADALORA" else ()),
+        *(_ADALORA_IGNORED_FIELDS if tuner.type == "ADALORA" else ()),
     }
-    lora = {name: value for name, value in config.items() if name not in tuner_fields}
-    lora |= {name: config.get(tuner_name) for name, tuner_name in tuner.fields.items()}
-    if tuner.type == "ADALORA" and _number(lora.get("lora_alpha")) and lora["lora_alpha"] <= 0:
-        lora["lora_alpha"] = lora["r"]
-    if tuner.type == "VERA":  # the paper's scale is 1
-        lora["lora_alpha"] = config.get("r")
-        lora["bias"] = "lora_only" if config.get("bias") == "vera_only" else config.get("bias")
+    lora_config = {name: value for name, value in config.items() if name not in tuner_fields}
+    lora_config |= {name: config.get(tuner_name) for name, tuner_name in tuner.fields.items()}
+    alpha = lora_config.get("lora_alpha")
+    if tuner.type == "ADALORA" and _is_number(alpha) and alpha <= 0:
+        lora_config["lora_alpha"] = lora_config["r"]
+    if tuner.type == "VERA":  # VeRA has no alpha: its scale is 1
+        lora_config["lora_alpha"] = config.get("r")
+        bias = config.get("bias")
+        lora_config["bias"] = "lora_only" if bias == "vera_only" else bias
     if tuner.type == "LN_TUNING":
         targets = config.get("target_modules")
         target_names = targets if isinstance(targets, list) else []
         extra_modules = config.get("modules_to_save")
         extra_names = extra_modules if isinstance(extra_modules, list) else []
         saved_modules = [*target_names, *extra_names]
-        lora |= {
+        lora_config |= {
             "r": 1,
             "lora_alpha": 1,
             "target_modules": peft.NO_TARGETS,
             "modules_to_save": saved_modules,
         }
-    return {**lora, "peft_type": "LORA"}
+    return {**lora_config, "peft_type": "LORA"}
 
 
-def changes(
+def read_changes(
     tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
 ) -> tuple[dict[str, VariantChange], dict[str, Tensor]]:
-    """The changes of a file by the path of their module, and its other tensors under the keys that
-    LoRA's file gives them. ``AdapterError``: tensors that are no change of this tuner. Needs
-    ``weights`` for VeRA (see ``needs_base_shapes``)."""
-    by_module: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
+    """(the changes of a file by module path, its other tensors with the keys of LoRA's file).
+
+    Args:
+        weights: the shapes of the base's weights, which VeRA needs (``needs_base_shapes``).
+
+    Raises:
+        AdapterError: tensors are no change of this tuner.
+    """
+    tensors_by_module: dict[str, dict[str, Tensor]] = {}
+    other_tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
-        bare = key.removeprefix(peft.PREFIX)
-        path, _, suffix = bare.rpartition(".")
-        if tuner.type == "LN_TUNING" and (above := path.removesuffix(".ln_tuning_layers")) != path:
-            rest[peft.key(above, suffix)] = tensor
-        elif bare != key and suffix in tuner.suffixes:
-            by_module.setdefault(peft_paths.strip_wrappers(path)[0], {})[suffix] = tensor
+        bare_key = key.removeprefix(peft.PREFIX)
+        path, _, suffix = bare_key.rpartition(".")
+        if tuner.type == "LN_TUNING" and (
+            module_path := path.removesuffix(".ln_tuning_layers")
+        ) != path:
+            other_tensors[peft.tensor_key(module_path, suffix)] = tensor
+        elif bare_key != key and suffix in tuner.suffixes:
+            tensors_by_module.setdefault(peft_paths.strip_wrappers(path)[0], {})[suffix] = tensor
         elif key not in PROJECTIONS or tuner.type != "VERA":
-            rest[key] = tensor
+            other_tensors[key] = tensor
     is_vera = tuner.type == "VERA"
     projections = (
-        layer_projections(config, tensors, by_module, weights, problems) if is_vera else {}
+        layer_projections(config, tensors, tensors_by_module, weights, problems) if is_vera else {}
     )
-    lora, patterns, layer_changes = as_lora(tuner, config), config.get("rank_pattern") or {}, {}
-    for module_path, module_tensors in by_module.items():
-        rank, alpha, scale = peft_paths.strength(lora, module_path)
-        pattern = None
+    lora_config, layer_changes = lora_config_of(tuner, config), {}
+    masks = config.get("rank_pattern") or {}
+    for module_path, module_tensors in tensors_by_module.items():
+        rank, alpha, scale = peft_paths.rank_alpha_scale(lora_config, module_path)
+        mask = None
         if tuner.type == "ADALORA":
-            scale, pattern = alpha / (rank + EPSILON), patterns.get(f"{module_path}.lora_E")
-        pattern = None if pattern is None else tuple(pattern)
+            scale, mask = alpha / (rank + EPSILON), masks.get(f"{module_path}.lora_E")
+        mask = None if mask is None else tuple(mask)
         pair = projections.get(module_path)
-        module = ModuleTensors(module_path, module_tensors, rank, scale, pattern, pair)
+        module = ModuleTensors(module_path, module_tensors, rank, scale, mask, pair)
         if problem := _module_problem(tuner, module):
             problems.append(problem)
         elif not is_vera or pair is not None:
@@ -415,33 +423,35 @@ def changes(
                     sentence(problem, f"a change of {tuner.type}", "get both files again")
                 )
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    return layer_changes, rest
+    return layer_changes, other_tensors
 
 
 def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
-    """Why a module's tensors are no change of this tuner: other axes, or a missing tensor."""
-    unusual = [
+    """Why a module's tensors are no change of this tuner: a wrong number of axes, or a missing
+    tensor. None if they are a change."""
+    misshapen_names = [
         name for name, tensor in module.tensors.items() if tensor.dim() not in _AXES.get(name, (2,))
     ]
-    if unusual:
-        sizes = ", ".join(f"{name} {tuple(module.tensors[name].shape)}" for name in unusual)
-        axes = " or ".join(map(str, _AXES.get(unusual[0], (2,))))
+    if misshapen_names:
+        sizes = ", ".join(f"{name} {tuple(module.tensors[name].shape)}" for name in misshapen_names)
+        axes = " or ".join(map(str, _AXES.get(misshapen_names[0], (2,))))
         return sentence(
             f"{sizes} at {module.module_path!r}",
-            f"{axes} axes in {unusual[0]}",
+            f"{axes} axes in {misshapen_names[0]}",
             "get both files again",
         )
-    missing = [
-        choice
-        for choice in tuner.needs
-        if not any(module.tensors.keys() >= {*names} for names in choice)
+    missing_suffixes = [
+        alternatives
+        for alternatives in tuner.required_suffixes
+        if not any(module.tensors.keys() >= {*suffixes} for suffixes in alternatives)
     ]
-    if missing:
-        alternatives = " and ".join(
-            " or ".join(", ".join(names) for names in choice) for choice in missing
+    if missing_suffixes:
+        missing_text = " and ".join(
+            " or ".join(", ".join(suffixes) for suffixes in alternatives)
+            for alternatives in missing_suffixes
         )
         return sentence(
-            f"no {alternatives} at {module.module_path!r}",
+            f"no {missing_text} at {module.module_path!r}",
             "a whole change",
             "get the whole file again",
         )
@@ -449,14 +459,14 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
 
 
 def needs_base_shapes(tuner: Tuner, weights: Weights | None) -> bool:
-    """Whether the shapes of the changes are known from a base only."""
+    """Whether the changes have no known shapes: VeRA's follow from a base, and there is no base."""
     return tuner.type == "VERA" and weights is None
 
 
-def deviation_reason(kind: str, module: Any) -> str | None:
-    """As ``peft_behaviour.deviation_reason``, for these tuners: why PEFT's result differs from that
-    of a change of the weight, or why no variant can represent the change; None if neither."""
-    if kind in ("conv1d", "conv2d"):  # with the layer's stride, padding, dilation and groups
+def deviation_reason(kind_name: str, module: Any) -> str | None:
+    """``peft_behaviour.deviation_reason`` for the tuners here: why PEFT's result differs from the
+    result of a change of the weight, or why no variant can represent the change; else None."""
+    if kind_name in ("conv1d", "conv2d"):  # PEFT uses the layer's stride, padding, dilation, groups
         if module.groups != 1:
             return (
                 f"one product for all {module.groups} groups of a convolution, where Veneer has one"
@@ -469,18 +479,18 @@ def deviation_reason(kind: str, module: Any) -> str | None:
         )
     return (
         None
-        if kind in ("linear", "conv1d_transformers")
-        else f"PEFT has no {kind} layer of this tuner"
+        if kind_name in ("linear", "conv1d_transformers")
+        else f"PEFT has no {kind_name} layer of this tuner"
     )
 
 
-def plain_shapes(
+def reshape_for_file(
     module_path: str, A: Tensor, B: Tensor, weights: Weights | None
 ) -> Iterator[Tensor]:
-    """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file, for the layer in the
-    base if one is known."""
+    """A [r, in] and B [out, r] of a plain low-rank change, reshaped as LoRA's file has them. If the
+    base is known and the layer is a convolution, they get the axes of its kernel."""
     shape_and_dtype = None if weights is None else weights(f"{module_path}.weight")
     shape = () if shape_and_dtype is None else shape_and_dtype[0]
-    conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]
-    yield A.reshape(-1, *shape[1:]) if conv else A
-    yield B.reshape(*B.shape, *[1] * (len(shape) - 2)) if conv else B
+    is_conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]
+    yield A.reshape(-1, *shape[1:]) if is_conv else A
+    yield B.reshape(*B.shape, *[1] * (len(shape) - 2)) if is_conv else B

@@ -65,7 +65,7 @@ def align(
     parameter_paths = {
         model_path
         for model_path, entries in changes.items()
-        if any(peft.of_parameter(*entry) for entry in entries.values())
+        if any(peft.targets_parameter(*entry) for entry in entries.values())
     }
     problems += _mismatch_problems(saved_adapters, changes, parameter_paths)
     weight_paths, aliases = _find_weights_and_aliases(saved_adapters, problems)
@@ -93,7 +93,7 @@ def _mismatch_problems(
         for adapter_index, (path, layer) in entries.items():
             shape_key = (
                 layer.suffixes,
-                peft.of_parameter(path, layer),
+                peft.targets_parameter(path, layer),
                 layer.dims,
                 layer.A.shape[1:],
             )

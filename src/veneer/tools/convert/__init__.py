@@ -155,7 +155,7 @@ def conversion(
         weights_only = not FORMATS[source_format].peft
         adapted_base = partial(_adapted_base, base_info, saved_adapter, verify_base, weights_only)
         if to == "veneer":
-            provenance = {"converted from": source_format, **contents.about}
+            provenance = {"converted from": source_format, **contents.metadata}
             changes = _write_veneer(
                 saved_adapter, out, base_info.facts, adapted_base, provenance, overwrite
             )

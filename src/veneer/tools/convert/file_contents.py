@@ -88,7 +88,7 @@ def _weight_name(
     weight for query, key and value."""
     target_path = layer.target_path
     if (
-        peft.of_parameter(path, layer)
+        peft.targets_parameter(path, layer)
         or target_path in recorded_weights
         or target_path in facts.shapes
     ):

@@ -99,7 +99,7 @@ def _write_from_deltas(
         raise AdapterError(problem, "the base that it was made for", "give the base")
     model = base_info.load_model()
     if verify_base:
-        _verify_fingerprints(model, contents.about.get("base") or {}, source)
+        _verify_fingerprints(model, contents.metadata.get("base") or {}, source)
     full_names = frozenset(contents.deltas) if options.whole else contents.full
     errors = deltas.install_deltas(
         model, contents.deltas, full_names, rank=options.rank, energy=options.energy
@@ -116,7 +116,7 @@ def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Pa
     ``record``, which the dense file ``source`` copied from its adapter's record."""
     tensors = [tensor for tensor in list_weights(Names(model)) if tensor.is_readable]
     fingerprints = zip(
-        tensors, fingerprints_of(tensors, kind=recorded_hash_kind(record)), strict=True
+        tensors, fingerprints_of(tensors, hash_kind=recorded_hash_kind(record)), strict=True
     )
     fingerprint_by_name = {
         name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names

@@ -32,7 +32,13 @@ from veneer.attach import Names, changes
 from veneer.bases import storage_of, weight_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind
-from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, layer_of
+from veneer.formats._base import (
+    EMBEDDING_SUFFIXES,
+    LORA_SUFFIXES,
+    BaseFacts,
+    LowRankChange,
+    build_peft_layer,
+)
 from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.models.base_weights import list_weights
 
@@ -119,12 +125,12 @@ def _token_changes(
             is_embedding = kind_for(names.modules[holder_path], holder_weight).out_axis
             # for a tied weight, a layer that uses it transposed needs the transposed product
             layer_A, layer_B = (A, B) if is_embedding == change.layer.out_axis else (B.mT, A.mT)
-            layer = layer_of(
+            layer = build_peft_layer(
                 holder_path,
                 layer_A.contiguous(),
                 layer_B.contiguous(),
                 None,
-                suffixes=EMBEDDING if is_embedding else PAIR,
+                suffixes=EMBEDDING_SUFFIXES if is_embedding else LORA_SUFFIXES,
             )
             yield LowRankChange(
                 parameter_path(holder_path, holder_weight),
@@ -195,7 +201,7 @@ def token_fingerprints(names: Names, saved_adapter: AdapterFiles) -> dict[str, s
             paths,
             fingerprints_of(
                 [weight_by_name[weight_path] for weight_path in paths],
-                kind=recorded_hash_kind(base_record),
+                hash_kind=recorded_hash_kind(base_record),
             ),
             strict=True,
         )
