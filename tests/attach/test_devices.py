@@ -16,7 +16,7 @@ from veneer.errors import MergeError
 from veneer.kernels import rounding
 from veneer.kernels.rounding import fold
 from veneer.lowrank import LowRank
-from veneer.precision import double, has_float64, place
+from veneer.precision import compute_device, double, has_float64
 
 META = torch.device("meta")
 
@@ -65,8 +65,8 @@ def test_float64_is_asked_of_the_device(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     assert not has_float64(torch.device("mps"))
-    assert place(torch.device("mps")) == torch.device("cpu")
-    assert place(torch.device("mps"), torch.float32) == torch.device("mps")
+    assert compute_device(torch.device("mps")) == torch.device("cpu")
+    assert compute_device(torch.device("mps"), torch.float32) == torch.device("mps")
     assert asked == ["mps", "mps"]
 
 

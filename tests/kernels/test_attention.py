@@ -405,7 +405,7 @@ def test_packed_rows_are_taken_apart_where_fewer_scores_remain():
 )
 def test_only_where_it_pays(dtype, length, keys, causal, kept, chosen, monkeypatch):
     """On a processor with matrix units, where a backward of long rows in 16 bits does not."""
-    monkeypatch.setattr(cpu_attention, "has_tiles", lambda: True)
+    monkeypatch.setattr(cpu_attention, "has_amx", lambda: True)
     query, key = torch.empty(1, 2, length, 4, dtype=dtype), torch.empty(1, 1, keys, 4, dtype=dtype)
     query = query.requires_grad_(kept) if kept else query
     assert cpu_attention.is_faster(query, key, causal) is chosen
@@ -413,7 +413,7 @@ def test_only_where_it_pays(dtype, length, keys, causal, kept, chosen, monkeypat
     longer = causal and dtype is torch.bfloat16 and length == keys == cpu_attention.LONGEST + 1
     with torch.no_grad():
         assert cpu_attention.is_faster(query, key, causal) is (chosen or longer)
-    monkeypatch.setattr(cpu_attention, "has_tiles", lambda: False)
+    monkeypatch.setattr(cpu_attention, "has_amx", lambda: False)
     assert cpu_attention.is_faster(query, key, causal) is (chosen or longer)
     monkeypatch.setattr(torch, "get_num_threads", lambda: cpu_attention.THREADS + 1)
     assert cpu_attention.is_faster(query, key, causal) is (

@@ -53,7 +53,7 @@ def loaded(monkeypatch):
 
     monkeypatch.setattr(rounding, "rounding_loop", record)
     monkeypatch.setattr(rounding, "WORTH", 0)
-    monkeypatch.setattr(saved_inputs, "MANY", 0)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     return names
 
 

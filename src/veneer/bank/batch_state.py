@@ -127,7 +127,7 @@ class Layer:
             x, parameters = call.args[0], call.module._parameters
             weight: Any = parameters[self.name]
             if (
-                (fused.applies(x, weight) or device.applies_alike(x, weight))
+                (fused.applies(x, weight) or device.applies_without_cast(x, weight))
                 and x.ndim > 1
                 and x.shape[0] == assignment.count
                 and not (x.requires_grad and torch.is_grad_enabled())
@@ -138,9 +138,9 @@ class Layer:
                 flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
                 tokens = len(flat) // assignment.count
                 if assignment.multiplies_by_row(self, tokens):
-                    delta = batched.by_rows(flat, *assignment.row_factors(self))
+                    delta = batched.multiply_rows(flat, *assignment.row_factors(self))
                 elif tokens > FEW_TOKENS or (self.on_device and assignment.run_count <= FEW_RUNS):
-                    delta = batched.by_runs(flat, self.out, assignment.runs(self), tokens)
+                    delta = batched.multiply_runs(flat, self.out, assignment.runs(self), tokens)
                 else:
                     delta = self.multiply_groups(flat, tokens, assignment)
                 if self.key in assignment.with_gain_or_bias:
@@ -417,7 +417,7 @@ def _grouping(
                 ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens)[:, None]
             )
         gathers.append((index, absent))
-    return Grouping(0, count, order, weights, tuple(gathers))
+    return Grouping(count, order, weights, tuple(gathers))
 
 
 class BatchState:

@@ -43,7 +43,7 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.switch import on
 from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
-from veneer.precision import has_float64, place
+from veneer.precision import compute_device, has_float64
 
 __all__ = ["Folded", "fold", "fold_onto"]
 
@@ -157,7 +157,7 @@ def fold(
     if out is None:
         out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     if not has_float64(weight.device):
-        wide_device = place(weight.device)
+        wide_device = compute_device(weight.device)
         low, gain = low.on(wide_device), None if gain is None else gain.to(wide_device)
         options: Any = {
             "rounding": rounding,

@@ -91,8 +91,8 @@ class Conv(_Convolution):
         )
         contiguous = (
             x.dim() == self.spatial + 2
-            and fused_conv.lies(x) is not None
-            and fused_conv.lies(weight) is not None
+            and fused_conv.is_channels_last(x) is not None
+            and fused_conv.is_channels_last(weight) is not None
         )
         if not (plain and contiguous) or isinstance(module.padding, str):
             return None
