@@ -152,9 +152,11 @@ def test_a_tile_on_a_device_is_a_share_of_the_weight(monkeypatch, size):
     weight = torch.randn(1, size, size).bfloat16()
     low = LowRank(torch.randn(1, 4, size) * 0.02, torch.randn(1, size, 4) * 0.02, 1.0)
     expected = fold(weight, low, rounding="nearest")
-    monkeypatch.setattr(
-        rounding, "_tile", lambda like: max(-(-like.numel() // rounding.SHARE), rounding.SMALLEST)
-    )
+
+    def tile(like):
+        return max(-(-like.numel() // rounding.TILES_PER_WEIGHT), rounding.SMALLEST_TILE)
+
+    monkeypatch.setattr(rounding, "_tile", tile)
     monkeypatch.setattr(rounding, "_bound", lambda *_: None)  # as on any other device
     found = fold(weight, low, rounding="nearest")
     assert torch.equal(found.weight, expected.weight)
@@ -162,7 +164,7 @@ def test_a_tile_on_a_device_is_a_share_of_the_weight(monkeypatch, size):
     like = torch.empty(1, size, size, device=META)
     monkeypatch.undo()
     assert rounding._tile(like) == max(size * size // 8, 1 << 10)
-    assert rounding._tile(weight) == rounding.TILE
+    assert rounding._tile(weight) == rounding.TILE_SIZE
 
 
 class Spread(nn.Module):

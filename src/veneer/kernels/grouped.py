@@ -27,7 +27,7 @@ from torch import Tensor
 
 from veneer.kernels import has_amx, reference
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
-from veneer.kernels.switch import on
+from veneer.kernels.switch import is_on
 
 _C: Any = torch._C
 
@@ -219,7 +219,7 @@ def _source_rows(x: Tensor, source: Tensor | None, always: bool) -> Tensor | Non
     graph is such an indexing. Else None, and also if ``source`` has no fewer rows than x, unless
     ``always``."""
     node: Any = x.grad_fn
-    if node is None or source is None or source.grad_fn is None or not on("saved_inputs"):
+    if node is None or source is None or source.grad_fn is None or not is_on("saved_inputs"):
         return None
     if node.name() != "IndexBackward0" or node.next_functions[0][0] is not source.grad_fn:
         return None

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels.switch import on
+from veneer.kernels.switch import is_on
 
 _C: Any = torch._C
 
@@ -74,7 +74,7 @@ def input_to_save(x: Tensor, is_slice: bool = False) -> SavedInput:
     if (
         node is None
         or not (is_slice or x.numel() > SMALL_INPUT_SIZE)
-        or not on("saved_inputs")
+        or not is_on("saved_inputs")
         or node.name() != "MulBackward0"
     ):
         return SavedInput(x)

@@ -25,7 +25,7 @@ from veneer.attach import Change, LayerMerge, fold_change
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_of, fingerprint_without_rows, kind_of
 from veneer.kernels.reference import round_once
-from veneer.kernels.rounding import HALF, Folded, Sums, is_inaccurate, known_rounding
+from veneer.kernels.rounding import HALF_DTYPES, Folded, Sums, check_rounding, is_inaccurate
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
 from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
@@ -183,7 +183,7 @@ def plan_job(
     map tensors by the fingerprints in the adapters' records, if these are checked."""
     if not adapters:
         raise MergeError("no adapter", "one or several", "name them")
-    known_rounding(rounding)
+    check_rounding(rounding)
     if dtype is not None and dtype not in FLOATS:
         raise MergeError(
             f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's"
@@ -250,7 +250,7 @@ def merge_tensor(
 def _rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, compiled: bool) -> str:
     """The rounding of a slice: that of the whole parameter, for which "auto" decides once."""
     tensors = job.merge_plan.split_tensors.get(edit.path)
-    if tensors is None or job.rounding != "auto" or dtype not in HALF:
+    if tensors is None or job.rounding != "auto" or dtype not in HALF_DTYPES:
         return job.rounding
     if edit.path not in job.decided:
         sums = Sums(0.0, 0.0, 0.0, 0.0)
