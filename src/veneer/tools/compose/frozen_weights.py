@@ -26,7 +26,7 @@ from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import fingerprint
 from veneer.layers import LAYERS, kind_for, parameter_path
 from veneer.layers._base import GENERAL
-from veneer.layers.parameter import swapped_stack, without_unit_axes
+from veneer.layers.parameter import is_transposed_stack, without_unit_axes
 from veneer.models.base_weights import BaseWeights, open_base_weights
 from veneer.tools.compose.align import AlignedWeight, ParameterOrder
 
@@ -128,7 +128,7 @@ class FrozenWeights:
             module = self.names.modules[self.names.canonical[above]]
             kind = kind_for(module, name)
             peft_form = LAYERS[GENERAL] if aligned.parameter else kind
-            swapped = peft_form.name == GENERAL and swapped_stack(module, dense.shape)
+            swapped = peft_form.name == GENERAL and is_transposed_stack(module, dense.shape)
             swapped = swapped != (peft_form.out_axis != kind.out_axis)
             weight = kind.unfold(dense, kind.dims(module, dense.shape))
         else:
