@@ -449,7 +449,9 @@ def test_work_is_spread_and_settings_stay():
             time.sleep(0.002)
             return item * item, torch.is_grad_enabled()
 
-        assert map_on_threads(range(40), list, work, 3) == [(item * item, False) for item in range(40)]
+        assert map_on_threads(range(40), list, work, 3) == [
+            (item * item, False) for item in range(40)
+        ]
         assert len(seen) == 3
         assert {count for _, count in seen} == {1}
         assert torch.get_num_threads() == 3

@@ -250,9 +250,7 @@ def _buffers(heads: Tensor, count: int) -> list[tuple[Tensor, ...]]:
         row_count = group * (end - start)
         rows = rows_memory[: n * row_count * d].view(n, row_count, d)
         grouped_rows = rows.view(*batch_and_heads, group, end - start, d)
-        scores = [
-            memory[: n * row_count * end].view(n, row_count, end) for memory in scores_memory
-        ]
+        scores = [memory[: n * row_count * end].view(n, row_count, end) for memory in scores_memory]
         diagonal = scores[0].view(n, group, end - start, end)[..., start:]
         buffers.append((grouped_rows, rows, diagonal, *scores))
     return buffers

@@ -151,9 +151,7 @@ def linears(
     tensors = [weight if isinstance(weight, Tensor) else None for weight in weights]
     settings = Settings(tuple(scales), product_dtype(x), dropout, seed, readers)
     with (
-        torch.autocast(x.device.type, enabled=False)
-        if _is_autocast_on(x.device.type)
-        else _NOTHING
+        torch.autocast(x.device.type, enabled=False) if _is_autocast_on(x.device.type) else _NOTHING
     ):
         if torch.is_grad_enabled():
             return _apply(settings, x, *tensors, *biases, *A, *B, *gains)
@@ -232,7 +230,7 @@ def _has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
 def add_change(
     h: Tensor, up: Tensor, scale: float, tokens: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """ x Wᵀ + scale · h upᵀ + bias, [T, out], rounded once if the device supports that."""
+    """x Wᵀ + scale · h upᵀ + bias, [T, out], rounded once if the device supports that."""
     up, weight = up.mT, weight.mT
     if bias is None:
         return product(h, up, scale).addmm_(tokens, weight)

@@ -190,9 +190,7 @@ def _transpose_into(matrix: Tensor, target: Tensor | None = None) -> Tensor:
 _FindCells = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
-def _cell_finder(
-    dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]
-) -> _FindCells:
+def _cell_finder(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) -> _FindCells:
     """The function that finds the neighbours of values, on a grid or in a 16-bit dtype."""
     if grid is None:
         return lambda _, values, buffer, mid, half: neighbours(values, dtype, buffer, mid, half)

@@ -160,12 +160,10 @@ def _by_expert(
 def _add_product(
     change: Tensor, x: Tensor, weight: Tensor, row_segments: Segments | None
 ) -> Tensor:
-    """change + x W_eᵀ, in place; zero for rows without a expert."""
+    """change + x W_eᵀ, in place; zero for rows without an expert."""
     if row_segments is None and x.shape[0] > 1:
         return change.addmm_(x, weight.mT)
-    uses_vector_kernel = (
-        change.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_amx()
-    )
+    uses_vector_kernel = change.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_amx()
     if row_segments is None and not uses_vector_kernel:
         return change.addmm_(x, weight.mT)
     for rows, change_rows, (matrix,) in _by_expert(row_segments, (x, change), (weight,)):
@@ -202,7 +200,7 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # disabling autocast takes as long as a thin product, so test first
+        # disabling autocast takes as long as a product with A or B, so test first
         if not _C._is_any_autocast_enabled():
             return _backward(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):

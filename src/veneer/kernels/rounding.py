@@ -317,6 +317,7 @@ def _free(device: torch.device) -> int:
 def _slices(shape: torch.Size, size: int, widest: int | None = None) -> Iterator[Piece]:
     """Yield slices of [g, out, in] with about ``size`` elements: several groups if these are small,
     else rows of one group, in blocks of at most ``widest`` columns if that is not None."""
+    groups, rows, columns = shape
     column_count = max(1, min(columns, widest or columns, size if widest else columns))
     row_count = max(1, min(rows, size // column_count))
     group_count = max(1, size // (row_count * column_count))

@@ -82,7 +82,8 @@ def input_to_save(x: Tensor, is_slice: bool = False) -> SavedInput:
         # under checkpointing, reading the saved tensors of a node would recompute them
         return SavedInput(x)
     try:
-        factors = _two_factors(node, x) if is_slice and x.numel() <= SMALL_INPUT_SIZE else _factors(node, x)
+        is_small = x.numel() <= SMALL_INPUT_SIZE
+        factors = _two_factors(node, x) if is_slice and is_small else _factors(node, x)
     except RuntimeError:  # a backward has freed the tensors, or they were modified in place
         return SavedInput(x)
     return SavedInput(x) if factors is None else factors
@@ -178,9 +179,7 @@ def _gate_factors(node: Any, first_factor: Tensor, second_factor: Tensor) -> Sav
             and first_factor.shape == second_factor.shape
         ):
             gate = Gate(ACTIVATIONS[activation_node.name()](activation_node))
-            gate.hide(
-                node._raw_saved_other if side else node._raw_saved_self, activation_node
-            )
+            gate.hide(node._raw_saved_other if side else node._raw_saved_self, activation_node)
             node.metadata[Gate] = side, gate
             return SavedInput(activation_node._saved_self, other_factor, None, gate)
     return SavedInput(first_factor, second_factor)

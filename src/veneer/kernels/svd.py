@@ -135,7 +135,7 @@ def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> 
         further_gain = gain * gain / (previous_gain - gain) if gain < previous_gain else lost
         is_close = previous_gain > 0 and further_gain <= (LARGEST_RATIO**2 - 1) * lost
         if lost <= 1e-14 * total or is_close:
-            rerotation basis @ turn[:, -rank:].flip(1)
+            return basis @ rotation[:, -rank:].flip(1)
         basis = torch.linalg.qr(image)[0]
     return None
 

@@ -41,9 +41,7 @@ def init(context: InitContext) -> dict[str, Tensor]:
     return {"A": A, "B": B, "d": d, "b": torch.zeros(context.groups, context.out)}
 
 
-def _hash_uniform(
-    shape: tuple[int, ...], fan_in: int, stream: int, device: torch.device
-) -> Tensor:
+def _hash_uniform(shape: tuple[int, ...], fan_in: int, stream: int, device: torch.device) -> Tensor:
     """Numbers that look uniform in ±√(6 / fan_in) and are the same on every device: the top 24 bits
     of a hash of the position and the ``stream`` (0 or 1). The hash is Wellons' 32-bit mixer, with
     constants below 2³¹, so that no product overflows an int64."""
