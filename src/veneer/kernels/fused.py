@@ -439,8 +439,10 @@ def linear_without_graph(
     """``linear`` without a graph. The results are bitwise those of ``linear``, except for a few
     tokens in 16 bits with float32 A and B: there B A x is computed in float32, which is faster."""
     dtype, width = x.dtype, x.shape[-1]
-    is_short = x.numel() <= MOST_FLOAT32_TOKENS * width
-    if dtype.itemsize >= 4 or A.dtype is not torch.float32 or not is_short:
+    uses_float32 = (
+        dtype.itemsize < 4 and A.dtype is torch.float32 and x.numel() <= MOST_FLOAT32_TOKENS * width
+    )
+    if not uses_float32:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     tokens = x if x.ndim == 2 else x.reshape(-1, width)
     down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
