@@ -204,12 +204,12 @@ def precondition(
         for A, B in factor_pairs:
             dtype = torch.promote_types(A.dtype, torch.float32)
             wide_B, wide_A = B.to(dtype), A.to(dtype)
-            eye = damping * torch.eye(A.shape[-2], dtype=dtype, device=A.device)
+            delta_I = damping * torch.eye(A.shape[-2], dtype=dtype, device=A.device)
             if A.grad is not None:
-                A.grad.copy_(torch.linalg.solve(wide_B.mT @ wide_B + eye, A.grad.to(dtype)))
+                A.grad.copy_(torch.linalg.solve(wide_B.mT @ wide_B + delta_I, A.grad.to(dtype)))
             if B.grad is not None:
                 B.grad.copy_(
-                    torch.linalg.solve(wide_A @ wide_A.mT + eye, B.grad.to(dtype), left=False)
+                    torch.linalg.solve(wide_A @ wide_A.mT + delta_I, B.grad.to(dtype), left=False)
                 )
 
     return optimizer.register_step_pre_hook(precondition_gradients)
@@ -348,11 +348,11 @@ class RankBudget:
             sensitivity = self._sensitivity[key]
             uncertainty = self._uncertainty[key]
             gradient = cast(Tensor, parameter.grad)
-            current = (parameter * gradient).abs().to(sensitivity)
+            new_sensitivity = (parameter * gradient).abs().to(sensitivity)
             # ignore infinite gradients, for which a gradient scaler would skip the step
-            current = torch.where(current.isfinite(), current, sensitivity)
-            sensitivity.lerp_(current, 1 - self.beta1)
-            uncertainty.lerp_((current - sensitivity).abs(), 1 - self.beta2)
+            new_sensitivity = torch.where(new_sensitivity.isfinite(), new_sensitivity, sensitivity)
+            sensitivity.lerp_(new_sensitivity, 1 - self.beta1)
+            uncertainty.lerp_((new_sensitivity - sensitivity).abs(), 1 - self.beta2)
         is_final = step_number >= self.total_steps - self.final
         if is_final or (step_number > self.warmup and step_number % self.every == 0):
             self._update_masks(budget)

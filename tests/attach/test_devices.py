@@ -156,15 +156,15 @@ def test_a_tile_on_a_device_is_a_share_of_the_weight(monkeypatch, size):
     def tile(like):
         return max(-(-like.numel() // rounding.TILES_PER_WEIGHT), rounding.SMALLEST_TILE)
 
-    monkeypatch.setattr(rounding, "_tile", tile)
+    monkeypatch.setattr(rounding, "_tile_size", tile)
     monkeypatch.setattr(rounding, "_bound", lambda *_: None)  # as on any other device
     found = fold(weight, low, rounding="nearest")
     assert torch.equal(found.weight, expected.weight)
     assert found.retention == pytest.approx(expected.retention, abs=1e-5)
     like = torch.empty(1, size, size, device=META)
     monkeypatch.undo()
-    assert rounding._tile(like) == max(size * size // 8, 1 << 10)
-    assert rounding._tile(weight) == rounding.TILE_SIZE
+    assert rounding._tile_size(like) == max(size * size // 8, 1 << 10)
+    assert rounding._tile_size(weight) == rounding.TILE_SIZE
 
 
 class Spread(nn.Module):

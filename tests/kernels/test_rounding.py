@@ -15,7 +15,7 @@ from tests.support.rounding import HALF, exact, make_change, same_bits, ties
 
 from veneer.errors import ConfigError
 from veneer.kernels import rounding
-from veneer.kernels.error_feedback import basis, neighbours
+from veneer.kernels.error_feedback import basis, find_neighbours
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import fold
 from veneer.kernels.threads import map_on_threads
@@ -243,7 +243,7 @@ def test_what_an_adapter_reads_survives(ratio, dtype, bound, shape):
 
 def cells(values, dtype):
     step, mid, half = (torch.empty_like(values) for _ in range(3))
-    neighbours(values.clone(), dtype, step, mid, half)
+    find_neighbours(values.clone(), dtype, step, mid, half)
     return values + mid - half.abs(), values + mid + half.abs()
 
 

@@ -6,8 +6,8 @@
   of W's size, whatever the number of tokens. W + ΔW is computed in at least float32, because a
   16-bit sum would lose a small ΔW.
 
-Costs are counted in multiply-adds. Reading or writing a number costs as much as ``MOVED``
-multiply-adds for an activation and ``FETCHED`` for a weight: a product with A or B does little
+Costs are counted in multiply-adds. Reading or writing a number costs as much as ``ACTIVATION_COST``
+multiply-adds for an activation and ``WEIGHT_COST`` for a weight: a product with A or B does little
 arithmetic on each number that it reads, so its cost is mostly reading. A weight costs more, because
 it is not in the cache, unlike the output of the previous layer.
 """
@@ -25,13 +25,13 @@ MATERIALISED = "materialised"
 
 #: the cost in multiply-adds of reading or writing one float32 number: of an activation, and of a
 #: weight; fitted on a CPU core
-MOVED, FETCHED = 12.0, 50.0
+ACTIVATION_COST, WEIGHT_COST = 12.0, 50.0
 
 
 @dataclass(frozen=True)
 class Costs:
     """The cost that an adapter adds to one linear layer, in multiply-adds. Memory traffic counts as
-    multiply-adds too, see ``MOVED``.
+    multiply-adds too, see ``ACTIVATION_COST``.
 
     ``factored`` and ``materialised`` are the additional costs of the two paths. ``layer`` is the
     cost of the layer without an adapter, for comparison.
@@ -55,20 +55,22 @@ class Costs:
 def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool) -> Costs:
     """The costs of one call from [tokens, in] to [tokens, out], with backward if ``training``."""
 
-    def thin(width: int, passes: int = 1) -> float:
+    def thin_cost(width: int, passes: int = 1) -> float:
         """The cost of a product of A or B with a tensor [tokens, width], which is read or written
         ``passes`` times."""
-        return tokens * width * (rank + passes * MOVED)
+        return tokens * width * (rank + passes * ACTIVATION_COST)
 
     layer = tokens * in_ * out * (2 if training else 1)
-    forming = in_ * out * (rank + 2 * FETCHED)  # read W, write W + ΔW
+    forming_cost = in_ * out * (rank + 2 * WEIGHT_COST)  # read W, write W + ΔW
     # B h is written, and read when x Wᵀ is added to it
-    factored, materialised = thin(in_) + thin(out, 2), forming
+    factored, materialised = thin_cost(in_) + thin_cost(out, 2), forming_cost
     if training:
-        factor_gradients = 2 * thin(out) + thin(in_)  # Bᵀ dyᵀ and the gradients of B and A
-        factored += factor_gradients + thin(in_, 2)  # added to the gradient of x
+        factor_gradients = 2 * thin_cost(out) + thin_cost(
+            in_
+        )  # Bᵀ dyᵀ and the gradients of B and A
+        factored += factor_gradients + thin_cost(in_, 2)  # added to the gradient of x
         # forward did not compute h = A x, so backward computes it for the gradient of B
-        materialised += factor_gradients + thin(in_) + forming
+        materialised += factor_gradients + thin_cost(in_) + forming_cost
     return Costs(tokens, layer, factored, materialised if dtype.itemsize >= 4 else math.inf)
 
 

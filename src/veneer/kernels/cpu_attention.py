@@ -29,27 +29,27 @@ _C: Any = torch._C
 _softmax_backward: Any = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
 
 #: the most torch threads with which ``causal`` is faster in float32 than torch's kernel
-THREADS = 3
+CAUSAL_MAX_THREADS = 3
 #: the most keys for which ``products`` is faster in 16 bits
-LONGEST = 288
+PRODUCTS_MAX_KEYS = 288
 #: the fewest keys for which ``causal`` is faster, and the most, by the bytes of a number
-SHORTEST, LONGEST_PIECES = 128, {2: 4096, 4: 2048}
+CAUSAL_MIN_KEYS, CAUSAL_MAX_KEYS = 128, {2: 4096, 4: 2048}
 #: query tokens that ``causal`` computes at a time: in float32 if a key-value head has several query
 #: heads, and otherwise
-PIECES = (32, 64)
+CAUSAL_ROWS = (32, 64)
 #: scores that ``causal`` computes at a time for each torch thread
-SCORES = 1 << 19
+SCORES_PER_THREAD = 1 << 19
 #: the fewest keys for which torch's 16-bit softmax is vectorised, and so faster than in float32
-VECTOR = 32
+VECTOR_MIN_KEYS = 32
 #: query tokens that ``products`` computes at a time under a causal mask
-PIECE = 128
+PRODUCTS_ROWS = 128
 
 
 def is_faster(query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether ``causal`` or ``products`` is faster than torch's kernel. ``causal``: the mask is
     causal, and there is no other mask."""
     length, number_bytes = key.shape[2], query.element_size()
-    if query.device.type != "cpu" or number_bytes not in LONGEST_PIECES:
+    if query.device.type != "cpu" or number_bytes not in CAUSAL_MAX_KEYS:
         return False
     if not 1 < query.shape[2] == length:
         return False
@@ -59,14 +59,14 @@ def is_faster(query: Tensor, key: Tensor, causal: bool) -> bool:
         is_supported = causal and can_customise and query.dtype is torch.float32
         return (
             is_supported
-            and SHORTEST <= length <= LONGEST_PIECES[number_bytes]
-            and torch.get_num_threads() <= THREADS
+            and CAUSAL_MIN_KEYS <= length <= CAUSAL_MAX_KEYS[number_bytes]
+            and torch.get_num_threads() <= CAUSAL_MAX_THREADS
         )
     needs_backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     return length <= (
-        LONGEST_PIECES[number_bytes]
+        CAUSAL_MAX_KEYS[number_bytes]
         if causal and not (needs_backward and (not can_customise or has_amx()))
-        else LONGEST
+        else PRODUCTS_MAX_KEYS
     )
 
 
@@ -87,11 +87,11 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
         scale: 1 / √d if None.
 
     Returns:
-        [b, h, s, e], differentiable. Scores are saved for backward if s is below ``SHORTEST``, and
-        for a gradient of a gradient.
+        [b, h, s, e], differentiable. Scores are saved for backward if s is below
+        ``CAUSAL_MIN_KEYS``, and for a gradient of a gradient.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.shape[2] < SHORTEST or not _can_customise(query, key, value):
+    if query.shape[2] < CAUSAL_MIN_KEYS or not _can_customise(query, key, value):
         return products(query, key, value, None, scale, causal=True)
     return _Causal.apply(query, key, value, scale).transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -178,7 +178,7 @@ def _gradients(
 
 def _rows_at_once(heads: Tensor) -> int:
     """How many query tokens to compute at a time, for heads [b, kv, g, s, d]."""
-    return PIECES[heads.shape[2] == 1 or heads.element_size() == 2]
+    return CAUSAL_ROWS[heads.shape[2] == 1 or heads.element_size() == 2]
 
 
 def _chunks(
@@ -188,7 +188,9 @@ def _chunks(
     iterator ``_passes`` over their tokens. Each pass has ``buffer_count`` buffers."""
     heads, key, value = _by_head(query, key), key.contiguous(), value.contiguous()
     b, kv, group, s, _ = heads.shape
-    heads_a_chunk = max(SCORES * torch.get_num_threads() // (group * _rows_at_once(heads) * s), 1)
+    heads_a_chunk = max(
+        SCORES_PER_THREAD * torch.get_num_threads() // (group * _rows_at_once(heads) * s), 1
+    )
     batch_size, head_count = (
         (heads_a_chunk // kv, kv) if heads_a_chunk >= kv else (1, heads_a_chunk)
     )
@@ -300,23 +302,26 @@ def products(
                 else group_bias[0]
             )
             scores = torch.baddbmm(group_bias, rows, keys)
-        return _output(scores, values, dropout).view(b, h, s, -1)
+        return _weight_values(scores, values, dropout).view(b, h, s, -1)
     mask_bias = torch.full(
-        (PIECE, PIECE), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device
+        (PRODUCTS_ROWS, PRODUCTS_ROWS),
+        torch.finfo(query.dtype).min,
+        dtype=query.dtype,
+        device=query.device,
     ).triu_(1)
     outputs = []
-    for start in range(0, s, PIECE):
-        end = min(start + PIECE, s)
+    for start in range(0, s, PRODUCTS_ROWS):
+        end = min(start + PRODUCTS_ROWS, s)
         scores = grouped[:, :, start:end].flatten(1, 2) @ keys[..., :end]
         scores[..., start:] += mask_bias[: end - start, : end - start].repeat(group, 1)
-        output = _output(scores, values[:, :end], dropout)
+        output = _weight_values(scores, values[:, :end], dropout)
         outputs.append(output.view(b, heads, group, end - start, -1))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)).reshape(b, h, s, -1)
 
 
-def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
+def _weight_values(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
     """The values, weighted by the softmax of their scores."""
-    if scores.element_size() == 2 and scores.shape[-1] < VECTOR:
+    if scores.element_size() == 2 and scores.shape[-1] < VECTOR_MIN_KEYS:
         probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
     else:
         probabilities = torch.softmax(scores, dim=-1)

@@ -69,11 +69,11 @@ _INCLUDES_META: ContextVar[bool] = ContextVar("includes_meta", default=False)
 def count_on_meta() -> Iterator[None]:
     """In this block, compute tensors on the meta device by this module, as on a GPU. Operations and
     saved tensors of a step can thus be counted without a GPU."""
-    token = _INCLUDES_META.set(True)
+    reset_token = _INCLUDES_META.set(True)
     try:
         yield
     finally:
-        _INCLUDES_META.reset(token)
+        _INCLUDES_META.reset(reset_token)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -151,14 +151,16 @@ def linears(
     tensors = [weight if isinstance(weight, Tensor) else None for weight in weights]
     settings = Settings(tuple(scales), product_dtype(x), dropout, seed, readers)
     with (
-        torch.autocast(x.device.type, enabled=False) if _is_autocast_on(x.device.type) else _NOTHING
+        torch.autocast(x.device.type, enabled=False)
+        if _is_autocast_on(x.device.type)
+        else _NO_CONTEXT
     ):
         if torch.is_grad_enabled():
             return _apply(settings, x, *tensors, *biases, *A, *B, *gains)
         return _forward(None, settings, x, *tensors, *biases, *A, *B, *gains)
 
 
-_NOTHING = nullcontext()  # stateless, so all calls can share it
+_NO_CONTEXT = nullcontext()  # stateless, so all calls can share it
 
 
 def same_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
@@ -180,7 +182,7 @@ def same_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Ten
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     if len(tensors) == 1 or not tensors[0].is_cuda:
         return [tensor.to(dtype) for tensor in tensors]
-    if _copies_lists():
+    if _has_list_copy():
         copies = [torch.empty_like(tensor, dtype=dtype, requires_grad=False) for tensor in tensors]
         vars(torch)["_foreach_copy_"](copies, tensors)
         return copies
@@ -198,7 +200,7 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
 
 
 @functools.cache
-def _copies_lists() -> bool:
+def _has_list_copy() -> bool:
     """Whether this torch has a kernel that casts a list of tensors."""
     return _C._dispatch_has_kernel_for_dispatch_key("aten::_foreach_copy_", "CUDA")
 
@@ -238,11 +240,11 @@ def add_change(
         return torch.addmm(bias, h, up, alpha=scale).addmm_(tokens, weight)
     if not _has_wide_products(h.device, h.dtype):
         return product(h, up, scale).addmm_(tokens, weight).add_(bias)  # rounded twice
-    wide = h.new_empty(h.shape[0], up.shape[1], dtype=torch.float32)
-    options: Any = {"out_dtype": torch.float32, "out": wide}
-    torch.addmm(wide, h, up, beta=0, alpha=scale, **options)
-    torch.addmm(wide, tokens, weight, **options)
-    return torch.add(wide, bias, out=h.new_empty(wide.shape))
+    float32_sum = h.new_empty(h.shape[0], up.shape[1], dtype=torch.float32)
+    options: Any = {"out_dtype": torch.float32, "out": float32_sum}
+    torch.addmm(float32_sum, h, up, beta=0, alpha=scale, **options)
+    torch.addmm(float32_sum, tokens, weight, **options)
+    return torch.add(float32_sum, bias, out=h.new_empty(float32_sum.shape))
 
 
 def add_frozen_product(change: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -250,9 +252,9 @@ def add_frozen_product(change: Tensor, tokens: Tensor, weight: Tensor, bias: Ten
     already."""
     if not _has_wide_products(change.device, change.dtype):
         return change.addmm_(tokens, weight.mT).add_(bias)
-    wide, options = change.float(), cast(Any, {"out_dtype": torch.float32})
-    torch.addmm(wide, tokens, weight.mT, out=wide, **options)
-    return torch.add(wide, bias, out=change)
+    float32_sum, options = change.float(), cast(Any, {"out_dtype": torch.float32})
+    torch.addmm(float32_sum, tokens, weight.mT, out=float32_sum, **options)
+    return torch.add(float32_sum, bias, out=change)
 
 
 def _as_matrix(factor: Tensor) -> Tensor:
@@ -327,7 +329,7 @@ class _LinearsOnDevice(torch.autograd.Function):
         with (
             torch.autocast(ctx.device_type, enabled=False)
             if _is_autocast_on(ctx.device_type)
-            else _NOTHING
+            else _NO_CONTEXT
         ):
             return _gradients(ctx, *gradients)
 
@@ -338,10 +340,10 @@ _apply = cast(Any, super(torch.autograd.Function, _LinearsOnDevice)).apply
 
 
 def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
-    first, second, third, h, joined_A, *rest = ctx.saved_tensors
+    first, second, third, h, joined_A, *saved_lists = ctx.saved_tensors
     settings, count = ctx.settings, len(ctx.settings.scales)
-    ups, casts, unscaled_outputs = _split_equally(rest[: 3 * count], 3)
-    tensors = rest[3 * count :]
+    ups, casts, unscaled_outputs = _split_equally(saved_lists[: 3 * count], 3)
+    tensors = saved_lists[3 * count :]
     x = restore_input(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
     needs_x, needs = ctx.needs_input_grad[1], _split_equally(ctx.needs_input_grad[2:])
     if torch.is_grad_enabled():

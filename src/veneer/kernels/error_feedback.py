@@ -64,12 +64,12 @@ FORMATS = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
 EXPONENT_BITS = 0x7FF0000000000000
 
 
-def basis(A: Float[Tensor, "g r in_"], cutoff: float = 1e-10) -> Float[Tensor, "g k in_"]:
+def basis(A: Float[Tensor, "g r in_"], relative_cutoff: float = 1e-10) -> Float[Tensor, "g k in_"]:
     """Orthonormal rows, in float64, with the span of A's rows. If the rank of A is below r, the
     last rows are zero."""
     Q, upper = torch.linalg.qr(A.mT)  # [g, in, k], [g, k, r]
     vectors, singular_values, _ = torch.linalg.svd(upper, full_matrices=False)
-    is_spanned = singular_values > cutoff * singular_values[:, :1]
+    is_spanned = singular_values > relative_cutoff * singular_values[:, :1]
     return (Q @ (vectors * is_spanned[:, None])).mT
 
 
@@ -128,7 +128,7 @@ def faithful(
         F, A, B = protect[groups], low.A[groups], (low.B[groups] * low.scale).mT
         order = F.square().sum(1).argsort(dim=1, descending=True, stable=True)  # [g, in]
         F, A = (tensor.gather(2, order[:, None].expand_as(tensor)) for tensor in (F, A))
-        columns_first = _transpose_into(weight[piece]).to(wide_dtype)  # [g, in, rows]
+        weight_columns = _transpose_into(weight[piece]).to(wide_dtype)  # [g, in, rows]
         ordered_gain = gain
         # a gain for each row as [g, 1, out], for each column as [g, in, 1] in the columns' order
         if gain is not None:
@@ -139,9 +139,9 @@ def faithful(
             )
         find_cells = _cell_finder(out.dtype, grid, piece)
         change_times_error = _Rows(
-            columns_first, order, F, A, B[:, :, rows], ordered_gain, find_cells, chunk, block
+            weight_columns, order, F, A, B[:, :, rows], ordered_gain, find_cells, chunk, block
         ).run()
-        _transpose_into(columns_first.to(out.dtype), out[piece])
+        _transpose_into(weight_columns.to(out.dtype), out[piece])
         return change_times_error
 
     threads = threads_for(weight, MAX_THREADS)
@@ -163,9 +163,9 @@ def _row_pieces(
         group_count = max(1, min(ROWS // row_count, ROW_BYTES // (row_count * row_bytes)))
         chunk, block = CHUNK, BLOCK
     else:
-        share = max(row_bytes / (5 * CHUNK * 8), 0.25)
-        row_count, group_count = -(-rows // max(1, round(1 / share))), groups
-        chunk, block = CHUNK * max(1, min(DEVICE_CHUNK // CHUNK, int(share))), DEVICE_BLOCK
+        buffer_ratio = max(row_bytes / (5 * CHUNK * 8), 0.25)
+        row_count, group_count = -(-rows // max(1, round(1 / buffer_ratio))), groups
+        chunk, block = CHUNK * max(1, min(DEVICE_CHUNK // CHUNK, int(buffer_ratio))), DEVICE_BLOCK
     pieces = [
         (slice(group, group + group_count), slice(row, row + row_count))
         for group in range(0, groups, group_count)
@@ -186,21 +186,23 @@ def _transpose_into(matrix: Tensor, target: Tensor | None = None) -> Tensor:
 
 
 #: (flat column indices, values [g, count, rows], buffer, mid, half): for each value, fill ``mid``
-#: and ``half`` as ``neighbours`` does. The buffer may be overwritten
+#: and ``half`` as ``find_neighbours`` does. The buffer may be overwritten
 _FindCells = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _cell_finder(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) -> _FindCells:
     """The function that finds the neighbours of values, on a grid or in a 16-bit dtype."""
     if grid is None:
-        return lambda _, values, buffer, mid, half: neighbours(values, dtype, buffer, mid, half)
+        return lambda _, values, buffer, mid, half: find_neighbours(
+            values, dtype, buffer, mid, half
+        )
     # [g · in, rows], as ``_Rows.weight``
     columns_grid = grid.map_tensors(lambda tensor: _transpose_into(tensor[piece]).flatten(0, 1))
 
     def find_cells(columns: Tensor, values: Tensor, _: Tensor, mid: Tensor, half: Tensor) -> None:
         columns_grid.map_tensors(
             lambda tensor: tensor.index_select(0, columns).view(values.shape)
-        ).cells(values, mid, half)
+        ).find_neighbours(values, mid, half)
 
     return find_cells
 
@@ -222,7 +224,7 @@ class _Rows:
 
     def __init__(
         self,
-        columns_first: Tensor,
+        weight_columns: Tensor,
         order: Tensor,
         F: Tensor,
         A: Tensor,
@@ -234,9 +236,9 @@ class _Rows:
     ) -> None:
         self.F, self.A, self.B, self.gain, self.find_cells = F, A, B, gain, find_cells
         self.chunk, self.block = chunk, block
-        self.groups, self.columns, self.rows = columns_first.shape
+        self.groups, self.columns, self.rows = weight_columns.shape
         # the columns of one group come after the columns of the previous group
-        self.weight = columns_first.view(-1, self.rows)
+        self.weight = weight_columns.view(-1, self.rows)
         self.order = order + self.columns * torch.arange(self.groups, device=order.device)[:, None]
         self.penalty = RELATIVE_LAMBDA * F.square().sum() / (self.groups * self.columns)  # λ
         self.residual = F.new_zeros(self.groups, F.shape[1], self.rows)
@@ -320,7 +322,9 @@ class _Rows:
                 self.change_error.addcmul_(self.changes[0][column], self.mids[column] - half)
 
 
-def neighbours(values: Tensor, dtype: torch.dtype, step: Tensor, mid: Tensor, half: Tensor) -> None:
+def find_neighbours(
+    values: Tensor, dtype: torch.dtype, step: Tensor, mid: Tensor, half: Tensor
+) -> None:
     """Find the two neighbours in a 16-bit ``dtype`` of each of the float64 ``values``.
 
     Writes half of their (signed) distance to ``half``, and their mean minus the value to ``mid``;

@@ -119,30 +119,30 @@ def dropped_entries(x: Tensor, p: float, seed: int) -> Tensor | None:
     return dropout.draw_entries(x.numel(), p, seed, x.device) if p else None
 
 
-def thin_product(narrow: Tensor, x: Tensor, dropped: Tensor | None = None) -> Tensor:
-    """narrow @ drop(x)ᵀ, [R, T], with narrow [R, k] and x [T, k]. drop sets the entries of x with
-    the flat indices ``dropped`` to zero. In 16 bits, where x @ narrowᵀ is faster, the result is a
-    transposed view of that product."""
+def thin_product(thin_factor: Tensor, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+    """thin_factor @ drop(x)ᵀ, [R, T], with thin_factor [R, k] and x [T, k]. drop sets the entries
+    of x with the flat indices ``dropped`` to zero. In 16 bits, where x @ thin_factorᵀ is faster,
+    the result is a transposed view of that product."""
     if dropped is not None:
         x = dropout.zero_entries(x, dropped)
     if x.dtype.itemsize < 4:
-        return torch.mm(x, narrow.t()).t()
+        return torch.mm(x, thin_factor.t()).t()
     chunk_size = _chunk_rows(x)
     if x.shape[0] <= chunk_size or not x.is_cpu:
-        return narrow @ x.mT
-    h = x.new_empty(narrow.shape[0], x.shape[0])
+        return thin_factor @ x.mT
+    h = x.new_empty(thin_factor.shape[0], x.shape[0])
     chunks = zip(x.unsafe_split(chunk_size), h.unsafe_split(chunk_size, 1), strict=True)
     for x_chunk, h_chunk in chunks:
-        torch.mm(narrow, x_chunk.mT, out=h_chunk)
+        torch.mm(thin_factor, x_chunk.mT, out=h_chunk)
     return h
 
 
-def thin_product_pair(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(u = narrow @ dyᵀ [r, T], h @ dy [r, out]) with narrow [r, out], dy [T, out] and h [r, T]. In
-    float32, both are computed for a chunk of tokens while the chunk is in the CPU's cache."""
+def thin_product_pair(thin_factor: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(u = thin_factor @ dyᵀ [r, T], h @ dy [r, out]) with thin_factor [r, out], dy [T, out] and
+    h [r, T]. In float32, both are computed for a chunk of tokens while it is in the CPU's cache."""
     chunk_size = _chunk_rows(dy)
     if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk_size or not dy.is_cpu:
-        return thin_product(narrow, dy), torch.mm(h, dy)
+        return thin_product(thin_factor, dy), torch.mm(h, dy)
     u, gradient = torch.empty_like(h), None
     chunks = zip(
         dy.unsafe_split(chunk_size),
@@ -151,7 +151,7 @@ def thin_product_pair(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Te
         strict=True,
     )
     for dy_chunk, u_chunk, h_chunk in chunks:
-        torch.mm(narrow, dy_chunk.mT, out=u_chunk)
+        torch.mm(thin_factor, dy_chunk.mT, out=u_chunk)
         if gradient is None:
             gradient = torch.mm(h_chunk, dy_chunk)
         else:
@@ -297,8 +297,8 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def backward(ctx, *dys):
-        first, second, third, h, joined_A, *more = ctx.saved_tensors
-        ups, tensors = more[: len(dys)], more[len(dys) :]
+        first, second, third, h, joined_A, *saved_lists = ctx.saved_tensors
+        ups, tensors = saved_lists[: len(dys)], saved_lists[len(dys) :]
         x = restore_input(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
         settings = ctx.settings
         if torch.is_grad_enabled():
@@ -343,7 +343,7 @@ def _output_gradients(
     dys: Sequence[Tensor | None], ups: Sequence[Tensor], h: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(dy B)ᵀ of all layers [R, T], and for each layer h dy [r, out] if its B needs a gradient."""
-    us, gradients = [], []
+    u_of_layers, gradients = [], []
     for dy, up, layer_h, need in zip(dys, ups, h, needs, strict=True):
         if dy is None:
             u, gradient = torch.zeros_like(layer_h), None
@@ -351,9 +351,9 @@ def _output_gradients(
             u, gradient = thin_product_pair(up.t(), dy, layer_h)
         else:
             u, gradient = thin_product(up.t(), dy), None
-        us.append(u)
+        u_of_layers.append(u)
         gradients.append(gradient)
-    return _join_layers(us), gradients
+    return _join_layers(u_of_layers), gradients
 
 
 # ---- one layer without dropout
@@ -461,7 +461,7 @@ def linear_without_graph(
 def _split_tensors(tensors: Sequence) -> tuple[Any, ...]:
     """Split a sequence into (weights, biases, A, B)."""
     count = len(tensors) // 4
-    return tuple(tensors[quarter * count : (quarter + 1) * count] for quarter in range(4))
+    return tuple(tensors[index * count : (index + 1) * count] for index in range(4))
 
 
 def _differentiable_gradients(

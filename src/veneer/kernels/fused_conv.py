@@ -30,9 +30,9 @@ from veneer.kernels import cost_model, device, dropout, fused, reference
 
 #: the most numbers in x for which two convolutions and a sum are as fast, because they take less
 #: time in Python; measured on a CPU core
-SMALL = 1 << 17
+SMALL_INPUT_SIZE = 1 << 17
 #: the channels-last memory format by the number of axes
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Geometry(NamedTuple):
@@ -74,7 +74,11 @@ def is_channels_last(x: Tensor) -> bool | None:
     channels-last."""
     if x.is_contiguous():
         return False
-    return True if x.ndim in LAST and x.is_contiguous(memory_format=LAST[x.ndim]) else None
+    return (
+        True
+        if x.ndim in CHANNELS_LAST and x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim])
+        else None
+    )
 
 
 def conv(
@@ -101,12 +105,12 @@ def conv(
     channels_last = bool(is_channels_last(x) or is_channels_last(weight))
     x = _to_format(x, channels_last)
     if weight[0, 0].numel() == 1 and not any(geometry.padding) and max(geometry.stride) > 1:
-        strided = [slice(None, None, step) for step in geometry.stride]
+        strided_slices = [slice(None, None, step) for step in geometry.stride]
         # index in memory order, so that the gradient has the memory format of x
         if channels_last:
-            x = x.movedim(1, -1)[(slice(None), *strided)].movedim(-1, 1)
+            x = x.movedim(1, -1)[(slice(None), *strided_slices)].movedim(-1, 1)
         else:
-            x = x[(..., *strided)]
+            x = x[(..., *strided_slices)]
         x = _to_format(x, channels_last)
         geometry = geometry._replace(stride=(1,) * len(geometry.stride))
     positions = geometry.positions(x.shape[2:], weight.shape[2:])
@@ -139,8 +143,8 @@ class _Conv(torch.autograd.Function):
             h, changed_weight = None, _form_weight(weight, down, up, settings.scale)
             y = _convolve(settings, x, changed_weight, bias)
         else:
-            read = _drop(settings, x, _draw_dropped(settings, x))
-            h = _bottleneck(settings, read, down, weight)
+            dropped_x = _drop(settings, x, _draw_dropped(settings, x))
+            h = _bottleneck(settings, dropped_x, down, weight)
             y = _convolve(settings, x, weight, bias)
             if settings.channels_last:
                 _as_rows(y).addmm_(_as_rows(h), up.mT, alpha=settings.scale)
@@ -185,7 +189,7 @@ class _Conv(torch.autograd.Function):
 
 def _to_format(x: Tensor, channels_last: bool) -> Tensor:
     """x in channels-last or contiguous memory format."""
-    return x.contiguous(memory_format=LAST[x.ndim]) if channels_last else x.contiguous()
+    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if channels_last else x.contiguous()
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -248,10 +252,10 @@ def _up_gradients(
     """The gradients of h [n, r, *positions], and of B [out, r] unless h is None, from the gradient
     of y."""
     if settings.channels_last:
-        rows, narrow = _as_rows(dy), (up * settings.scale).mT
+        rows, thin_factor = _as_rows(dy), (up * settings.scale).mT
         if h is None:
-            return _as_images(fused.thin_product(narrow, rows).mT.contiguous(), dy), None
-        dh, dB = fused.thin_product_pair(narrow, rows, _as_rows(h).mT)
+            return _as_images(fused.thin_product(thin_factor, rows).mT.contiguous(), dy), None
+        dh, dB = fused.thin_product_pair(thin_factor, rows, _as_rows(h).mT)
         return _as_images(dh.mT.contiguous(), dy), dB.mT * settings.scale
     flat = dy.flatten(2)  # [n, out, p]
     dh = torch.bmm((up * settings.scale).mT.expand(len(dy), -1, -1), flat).view(
@@ -264,15 +268,17 @@ def _bottleneck_gradients(settings: Settings, x, down, weight, dh, need_x: bool,
     """The gradients of x through h, and of A [r, in · |k|], from the gradient of h."""
     dx = dA = None
     dropped = _draw_dropped(settings, x)
-    read = _drop(settings, x, dropped) if need_A else x
+    dropped_x = _drop(settings, x, dropped) if need_A else x
     if _is_product(settings.geometry, weight):
         if need_x:
             dx = torch.bmm(down.mT.expand(len(x), -1, -1), dh.flatten(2)).view_as(x)
         if need_A:
-            dA = torch.bmm(dh.flatten(2), read.flatten(2).mT).sum(0)
+            dA = torch.bmm(dh.flatten(2), dropped_x.flatten(2).mT).sum(0)
     else:
-        narrow = down.view(-1, *weight.shape[1:])
-        dx, dA, _ = _convolution_backward(settings, dh, read, narrow, (need_x, need_A, False))
+        thin_factor = down.view(-1, *weight.shape[1:])
+        dx, dA, _ = _convolution_backward(
+            settings, dh, dropped_x, thin_factor, (need_x, need_A, False)
+        )
         dA = None if dA is None else dA.reshape(down.shape)
     if dx is not None:
         dx = _drop(settings, _to_format(dx, settings.channels_last), dropped)

@@ -32,7 +32,7 @@ class Grid:
             self.levels, reshape(self.scale), None if self.zero is None else reshape(self.zero)
         )
 
-    def cells(self, values: Tensor, mid: Tensor, half: Tensor) -> None:
+    def find_neighbours(self, values: Tensor, mid: Tensor, half: Tensor) -> None:
         """Find the two neighbours on the grid of each element of ``values``, a float64 tensor of
         the weight's shape. Writes half of their (signed) distance to ``half`` and their mean minus
         the value to ``mid``. Both are 0 for a value on the grid. Beyond the largest or smallest

@@ -32,7 +32,7 @@ from veneer.kernels.switch import is_on
 _C: Any = torch._C
 
 #: alignment in bytes that torch's grouped products require of rows on a GPU
-ALIGNED = 16
+ALIGNMENT_BYTES = 16
 
 
 class Segments(NamedTuple):
@@ -113,10 +113,10 @@ def linear_on_device(
 
 
 def _aligned(factor: Tensor, axis: int) -> Tensor:
-    """A factor whose rank, which is this axis, is padded with zeros to ``ALIGNED`` bytes."""
-    step = ALIGNED // factor.element_size()
-    missing = -factor.shape[axis] % step
-    return F.pad(factor, (0, missing) if axis == 2 else (0, 0, 0, missing)) if missing else factor
+    """A factor whose rank, on this axis, is padded with zeros to a multiple of the alignment."""
+    multiple = ALIGNMENT_BYTES // factor.element_size()
+    padding = -factor.shape[axis] % multiple
+    return F.pad(factor, (0, padding) if axis == 2 else (0, 0, 0, padding)) if padding else factor
 
 
 def definition(
@@ -212,10 +212,10 @@ class _Grouped(torch.autograd.Function):
 _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 
 
-def _source_rows(x: Tensor, source: Tensor | None, always: bool) -> Tensor | None:
+def _source_rows(x: Tensor, source: Tensor | None, any_size: bool) -> Tensor | None:
     """The indices of the rows of ``source`` that x consists of, if the node of x in the autograd
     graph is such an indexing. Else None, and also if ``source`` has no fewer rows than x, unless
-    ``always``."""
+    ``any_size``."""
     node: Any = x.grad_fn
     if node is None or source is None or source.grad_fn is None or not is_on("saved_inputs"):
         return None
@@ -229,7 +229,7 @@ def _source_rows(x: Tensor, source: Tensor | None, always: bool) -> Tensor | Non
         len(indices) == 1
         and indices[0] is not None
         and indices[0].dim() == 1
-        and (always or len(source) < len(x))
+        and (any_size or len(source) < len(x))
     )
     return (
         indices[0]

@@ -121,7 +121,7 @@ def _or(context: Any, first: Any, second: Any):
 
 
 @intrinsic
-def _upper(context: Any, bits: Any):
+def _upper_half(context: Any, bits: Any):
     """The upper half of 32 bits."""
 
     def code(_, builder: Any, __, args: Any):
@@ -141,14 +141,14 @@ def _upper_as_float(context: Any, bits: Any):
 
 
 @numba.njit(fastmath={"contract"})
-def _sum_products(into, B, A, row, first, count):
-    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] over all k but the last
-    ``PRODUCTS_TOGETHER``. Without such k, ``into`` keeps its initial value, which is zero."""
+def _sum_products(target, B, A, row, first, count):
+    """``target[:count]`` = Σₖ B[row, k] · A[k, first : first + count] over all k but the last
+    ``PRODUCTS_TOGETHER``. Without such k, ``target`` keeps its initial value, which is zero."""
     if B.shape[1] == PRODUCTS_TOGETHER:
         return
     last = first + count
     for j in range(count):
-        into[j] = np.float32(0)
+        target[j] = np.float32(0)
     for k in range(0, B.shape[1] - PRODUCTS_TOGETHER, PRODUCTS_TOGETHER):
         b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
         b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
@@ -165,8 +165,8 @@ def _sum_products(into, B, A, row, first, count):
             A[k + 7, first:last],
         )
         for j in range(count):
-            into[j] = (
-                into[j]
+            target[j] = (
+                target[j]
                 + b0 * a0[j]
                 + b1 * a1[j]
                 + b2 * a2[j]
@@ -220,7 +220,7 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
         upper, lower = _to_bfloat16_bits(v + error), _to_bfloat16_bits(v - error)
         difference = _xor(upper, lower)
         all_differences = _or(all_differences, difference)
-        new[j], marks[j] = _upper(upper), _upper(difference)
+        new[j], marks[j] = _upper_half(upper), _upper_half(difference)
         step = _upper_as_float(upper) - W
         realised = _reorderable_sum(realised, delta * step)
         moved = _reorderable_sum(moved, step * step)
@@ -232,7 +232,7 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
     if realised != realised or moved != moved:
         marks[: len(old)] = NAN_BITS
         return True
-    return _upper(all_differences) != 0
+    return _upper_half(all_differences) != 0
 
 
 @numba.njit
@@ -248,7 +248,7 @@ def _nearest(value):
         if abs(np.float64(nearest)) > abs(value):
             bits = np.uint32(bits - np.uint32(1))
         bits = np.uint32(bits | np.uint32(1))
-    return _upper(_to_bfloat16_bits(_as_float(bits)))
+    return _upper_half(_to_bfloat16_bits(_as_float(bits)))
 
 
 @numba.njit
@@ -278,9 +278,9 @@ def _exact(old, B, A, scale, row, first, j, new, sums):
     for k in range(B.shape[1]):
         change += B[row, k] * A[first + j, k]
     change *= scale
-    before = _to_float32(new[j])
+    previous = _to_float32(new[j])
     new[j] = _nearest(np.float64(_to_float32(old[j])) + change)
-    sums[0] += change * (np.float64(_to_float32(new[j])) - np.float64(before))
+    sums[0] += change * (np.float64(_to_float32(new[j])) - np.float64(previous))
 
 
 @_compile

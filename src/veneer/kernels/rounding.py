@@ -277,7 +277,7 @@ def _nearest(
         sums = _in_float32(old, factors, bound, new, loop)
     has_finite_sums = all(map(math.isfinite, (sums.realised, sums.moved, sums.base)))
     # finite sums show that all elements are finite
-    tiles = () if has_finite_sums else _slices(new.shape, _tile(new), WIDEST_TILE)
+    tiles = () if has_finite_sums else _slices(new.shape, _tile_size(new), WIDEST_TILE)
     is_finite = all(bool(new[tile].isfinite().all()) for tile in tiles)
     if bound is not None and not (has_finite_sums and sums.base > 1e-20 * old.numel()):
         sums = _in_float64(old, factors, wide_gain, None)  # squares are out of float32's range
@@ -293,7 +293,7 @@ def rounding_loop(old: Tensor, new: Tensor) -> Any:
     return module if module.supports(old, new) else None
 
 
-def _tile(weight: Tensor) -> int:
+def _tile_size(weight: Tensor) -> int:
     """The most elements of a tile.
 
     On a CPU, a tile fits into the cache. On a GPU, each operation costs a launch, so a tile is a
@@ -303,12 +303,12 @@ def _tile(weight: Tensor) -> int:
         return TILE_SIZE
     tile = max(-(-weight.numel() // TILES_PER_WEIGHT), SMALLEST_TILE)
     if weight.is_cuda:
-        tile_in_memory = _free(weight.device) // (FREE_SHARE * TEMPORARY_BYTES)
+        tile_in_memory = _free_bytes(weight.device) // (FREE_SHARE * TEMPORARY_BYTES)
         tile = min(tile, max(tile_in_memory, SMALLEST_TILE))
     return tile
 
 
-def _free(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> int:
     """The free bytes of a CUDA device, including bytes that torch has reserved and does not use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
@@ -366,7 +366,7 @@ def _in_float64(
             [change.dot(change), change.dot(moved), moved.dot(moved), base.dot(base)]
         )
 
-    tiles = list(_slices(old.shape, _tile(old), WIDEST_TILE))
+    tiles = list(_slices(old.shape, _tile_size(old), WIDEST_TILE))
     sums = map_on_threads(tiles, lambda: None, sum_tile, threads_for(old, MAX_THREADS))
     no_tiles = torch.zeros(4, dtype=torch.float64, device=old.device)
     return Sums(*torch.stack([*sums, no_tiles]).sum(0).tolist())
@@ -389,12 +389,12 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
         return None
     # [g, out, r], [g, r, 1]
     B, largest_A = (low.B * low.scale).abs(), low.A.abs().amax(2, keepdim=True)
-    reach = B @ largest_A  # [g, out, 1]
-    if not max(float(tensor.max()) for tensor in (B, largest_A, reach)) < 2.0**120:
+    largest_change = B @ largest_A  # [g, out, 1]
+    if not max(float(tensor.max()) for tensor in (B, largest_A, largest_change)) < 2.0**120:
         return None
     underflow = low.rank + B.sum(2, keepdim=True) + largest_A.sum(1, keepdim=True)
-    rounding_error = (low.rank + 6) * UNIT_ROUNDOFF * reach + SMALLEST_NORMAL * underflow
-    return torch.where(reach > 0, 1.01 * rounding_error, reach).float()
+    rounding_error = (low.rank + 6) * UNIT_ROUNDOFF * largest_change + SMALLEST_NORMAL * underflow
+    return torch.where(largest_change > 0, 1.01 * rounding_error, largest_change).float()
 
 
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any) -> Sums:
@@ -446,13 +446,13 @@ class _Tile:
         padded_count = -(-count // SUM_LENGTH) * SUM_LENGTH
         # dtype and device are named, because the caller may have changed torch's defaults
         wide = torch.zeros(4, padded_count, dtype=torch.float32, device="cpu")
-        half = torch.zeros(padded_count, dtype=dtype, device="cpu")
+        rounded_end = torch.zeros(padded_count, dtype=dtype, device="cpu")
         marks = torch.zeros(padded_count, dtype=torch.int16, device="cpu")
-        self.lines, self.words = wide[0].view(-1, SUM_LENGTH), marks.view(torch.int64)
+        self.base_lines, self.words = wide[0].view(-1, SUM_LENGTH), marks.view(torch.int64)
         _, self.flat_change, _, self.flat_end = wide[:, :count].unbind()
         self.base, self.change, self.value, self.end = wide[:, :count].view(4, *shape).unbind()
-        self.half, self.marks = half[:count].view(shape), marks[:count].view(shape)
-        self.bits = self.half.view(torch.int16)
+        self.rounded_end, self.marks = rounded_end[:count].view(shape), marks[:count].view(shape)
+        self.rounded_end_bits = self.rounded_end.view(torch.int16)
 
     def fold(
         self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor
@@ -465,14 +465,14 @@ class _Tile:
         torch.copysign(bound, self.value, out=self.end)
         # the end of the interval that is farther from zero
         self.end.add_(self.value, alpha=1 + 4 * UNIT_ROUNDOFF)
-        self.half.copy_(self.end)
+        self.rounded_end.copy_(self.end)
         # the other end is 2 v - end
         new.copy_(torch.lerp(self.end, self.value, 2.0, out=self.end))
-        torch.bitwise_xor(self.bits, new.view(torch.int16), out=self.marks)
+        torch.bitwise_xor(self.rounded_end_bits, new.view(torch.int16), out=self.marks)
         self.end.copy_(new)
         self.end.sub_(self.base)
         change, moved = self.flat_change, self.flat_end
-        base = torch.linalg.vector_norm(self.lines, dim=1)
+        base = torch.linalg.vector_norm(self.base_lines, dim=1)
         # doubtful elements are rare, so the 16-bit marks of four elements are tested as one word
         words = self.words.nonzero().squeeze(1)
         word, offset = self.words[words].view(torch.int16).view(-1, 4).nonzero().unbind(1)

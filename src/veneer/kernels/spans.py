@@ -307,8 +307,8 @@ class _OneByOne:
 
 def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     count, spans, needs = len(dys), ctx.spans, ctx.needs_input_grad[1 : 3 + len(dys)]
-    first, second, third, downs, *rest = ctx.saved_tensors
-    ups, weights, h = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    first, second, third, downs, *saved_lists = ctx.saved_tensors
+    ups, weights, h = saved_lists[:count], saved_lists[count : 2 * count], saved_lists[2 * count :]
     x = restore_input(SavedInput(first, second, third, ctx.gate), needs[0])
     no_gradients = (None,) * (2 * count)
     if torch.is_grad_enabled():

@@ -123,18 +123,18 @@ def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> 
     start = torch.randn(short, directions, dtype=torch.float64, generator=generator).to(
         matrix.device
     )
-    basis, lost, gain = torch.linalg.qr(start)[0], total, 0.0
+    basis, loss, gain = torch.linalg.qr(start)[0], total, 0.0
     for _ in range(PASSES):
         image = torch.zeros_like(basis)  # H applied to the basis
         for rows in _row_blocks(matrix):
             image.addmm_(rows.mT, rows @ basis)
         values, rotation = torch.linalg.eigh(basis.mT @ image)
-        previous_loss, lost = lost, max(total - values[-rank:].sum().item(), 0.0)
-        previous_gain, gain = gain, max(previous_loss - lost, 0.0)
+        previous_loss, loss = loss, max(total - values[-rank:].sum().item(), 0.0)
+        previous_gain, gain = gain, max(previous_loss - loss, 0.0)
         # the gain of all further passes, as the limit of a geometric series
-        further_gain = gain * gain / (previous_gain - gain) if gain < previous_gain else lost
-        is_close = previous_gain > 0 and further_gain <= (LARGEST_RATIO**2 - 1) * lost
-        if lost <= 1e-14 * total or is_close:
+        further_gain = gain * gain / (previous_gain - gain) if gain < previous_gain else loss
+        is_close = previous_gain > 0 and further_gain <= (LARGEST_RATIO**2 - 1) * loss
+        if loss <= 1e-14 * total or is_close:
             return basis @ rotation[:, -rank:].flip(1)
         basis = torch.linalg.qr(image)[0]
     return None

@@ -89,7 +89,7 @@ class Conv(_Convolution):
         has_plain_options = module.groups == 1 and module.padding_mode == "zeros"
         is_supported = (
             has_plain_options
-            and x.numel() > fused_conv.SMALL
+            and x.numel() > fused_conv.SMALL_INPUT_SIZE
             and x.dim() == self.spatial + 2
             and fused_conv.is_channels_last(x) is not None
             and fused_conv.is_channels_last(weight) is not None

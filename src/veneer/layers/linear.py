@@ -21,7 +21,7 @@ from veneer.layers._base import Layer, register
 from veneer.lowrank import LowRank
 
 #: linear layers of other libraries that are no subclasses of ``nn.Linear``
-OTHERS = (
+OTHER_LIBRARIES = (
     ("hqq.core.quantize", "HQQLinear"),
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
     ("torch_geometric.nn.dense.linear", "Linear"),
@@ -64,7 +64,7 @@ class Linear(_Product):
     name = "linear"
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        classes = (getattr(sys.modules.get(module), name, None) for module, name in OTHERS)
+        classes = (getattr(sys.modules.get(module), name, None) for module, name in OTHER_LIBRARIES)
         return (nn.Linear, *(cls for cls in classes if cls is not None))
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

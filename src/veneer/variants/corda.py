@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import minor, principal, split, with_start
+from veneer.variants._parts import minor_triplets, principal_triplets, split, with_frozen_start
 from veneer.variants.pissa import PISSA
 
 #: (matrix [g, out, in], rank) -> U [g, out, rank], S [g, rank], Vᵀ [g, rank, in]
@@ -34,11 +34,11 @@ DAMPING = 0.01
 LARGEST_ERROR = 0.05
 
 
-def init(context: InitContext, triplets: Triplets = principal) -> dict[str, Tensor]:
+def init(context: InitContext, triplets: Triplets = principal_triplets) -> dict[str, Tensor]:
     """A₀ and B₀ from ``triplets`` of W C, which are the r largest or the r smallest."""
     C, inverse = damped_moment(context.inputs())
     U, S, Vh = triplets(context.base().to(C) @ C, context.rank)
-    return with_start(*split(U, S, Vh @ inverse))
+    return with_frozen_start(*split(U, S, Vh @ inverse))
 
 
 def damped_moment(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +62,6 @@ register(
     PISSA,
     name="corda_kpm",
     paper=PAPER,
-    init=partial(init, triplets=minor),
+    init=partial(init, triplets=minor_triplets),
     needs=frozenset({"inputs"}),
 )

@@ -27,7 +27,7 @@ from veneer.variants.lora import LORA
 _C: Any = torch._C
 
 #: how many bytes of W + ΔW are computed at a time on a CPU
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
@@ -52,13 +52,13 @@ def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
 
 def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
     """m / ‖W + ΔW‖, [g · out]."""
-    if _launches(norms):
+    if _is_launched(norms):
         return cast(Tensor, _Gain.apply(magnitude, norms))
     gain = magnitude / norms.masked_fill(norms == 0, 1)
     return torch.where(norms == 0, torch.ones_like(gain), gain)
 
 
-def _launches(tensor: Tensor) -> bool:
+def _is_launched(tensor: Tensor) -> bool:
     """Whether each operation on this tensor is a launch on a device in this call."""
     if tensor.is_cpu or torch.compiler.is_compiling():
         return False
@@ -99,7 +99,11 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(weight.dtype, low.A.dtype), torch.float32)
     low, device = low.to(dtype), weight.device.type
     in_one_block = device != "cpu" or torch.compiler.is_compiling()
-    rows = weight.shape[1] if in_one_block else max(1, CHUNK // (weight.shape[2] * dtype.itemsize))
+    rows = (
+        weight.shape[1]
+        if in_one_block
+        else max(1, CHUNK_BYTES // (weight.shape[2] * dtype.itemsize))
+    )
     row_blocks = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
     no_autocast = (
         torch.autocast(device, enabled=False)
@@ -107,7 +111,7 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
         else nullcontext()
     )
     with no_autocast:
-        if _launches(weight) and len(weight) == 1:  # ``baddbmm`` would copy once more
+        if _is_launched(weight) and len(weight) == 1:  # ``baddbmm`` would copy once more
             changed_weight = (
                 weight[0].to(dtype, copy=True).addmm_(low.B[0], low.A[0], alpha=low.scale)
             )

@@ -12,15 +12,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import own_float32, principal
+from veneer.variants._parts import copy_float32, principal_triplets
 from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
     """A [g, r, in] with orthonormal rows, and B [g, out, r] of zeros. B has a gradient in the first
     step, A from the second step on."""
-    _, _, Vh = principal(context.inputs(), context.rank)
-    A = own_float32(Vh)
+    _, _, Vh = principal_triplets(context.inputs(), context.rank)
+    A = copy_float32(Vh)
     return {"A": A, "B": A.new_zeros(context.groups, context.out, context.rank)}
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
-from veneer.variants._parts import balanced_factors, with_start
+from veneer.variants._parts import balanced_factors, with_frozen_start
 from veneer.variants.pissa import PISSA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
     base = context.base()
-    return with_start(*balanced_factors(context.original().to(base) - base, context.rank))
+    return with_frozen_start(*balanced_factors(context.original().to(base) - base, context.rank))
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:

@@ -23,7 +23,7 @@ from veneer.variants._base import Base, InitContext, Parameters, Resolved, regis
 from veneer.variants.lora import LORA
 
 
-def factors(length: int) -> tuple[int, int]:
+def closest_factors(length: int) -> tuple[int, int]:
     """The (a, b) with a · b = ``length`` and a ≤ b that are closest to each other. For a prime,
     this is (1, length)."""
     small = next(a for a in range(math.isqrt(length), 0, -1) if length % a == 0)
@@ -32,7 +32,7 @@ def factors(length: int) -> tuple[int, int]:
 
 def init(context: InitContext) -> dict[str, Tensor]:
     """C, A2 and B2. B2 has a gradient in the first step, C and A2 from the second step on."""
-    (l, k), (m, n) = factors(context.out), factors(context.in_)  # noqa: E741
+    (l, k), (m, n) = closest_factors(context.out), closest_factors(context.in_)  # noqa: E741
     q = min(context.rank, k, n)
     return {
         "C": torch.empty(context.groups, l, m).uniform_(-1 / math.sqrt(m), 1 / math.sqrt(m)),

@@ -15,7 +15,7 @@ import math
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import principal, with_start
+from veneer.variants._parts import principal_triplets, with_frozen_start
 from veneer.variants.pissa import PISSA
 
 #: γ of the paper's "stable scale": the smaller it is, the larger are A₀ and B₀
@@ -23,9 +23,11 @@ GAMMA = 16
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    U, _, Vh = principal(context.gradient(), 2 * context.rank)
-    size = context.out**0.25 / math.sqrt(GAMMA)
-    return with_start(size * Vh[:, : context.rank], size * U[..., -context.rank :])
+    U, _, Vh = principal_triplets(context.gradient(), 2 * context.rank)
+    start_scale = context.out**0.25 / math.sqrt(GAMMA)
+    return with_frozen_start(
+        start_scale * Vh[:, : context.rank], start_scale * U[..., -context.rank :]
+    )
 
 
 register(

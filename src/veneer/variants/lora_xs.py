@@ -12,15 +12,15 @@ from torch import Tensor
 
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
-from veneer.variants._parts import own_float32, principal
+from veneer.variants._parts import copy_float32, principal_triplets
 from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
     """Frozen A [g, r, in] and B [g, out, r] and R [g, r, r], which has a gradient from the first
     step."""
-    U, S, Vh = principal(context.base(), context.rank)
-    A, B = own_float32(Vh), own_float32(U * S[..., None, :])
+    U, S, Vh = principal_triplets(context.base(), context.rank)
+    A, B = copy_float32(Vh), copy_float32(U * S[..., None, :])
     return {"A": A, "B": B, "R": A.new_zeros(context.groups, context.rank, context.rank)}
 
 

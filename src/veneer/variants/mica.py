@@ -11,14 +11,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import minor, own_float32
+from veneer.variants._parts import copy_float32, minor_triplets
 from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
     """A [g, r, in] zero, frozen B [g, out, r] with orthonormal columns."""
-    U, _, _ = minor(context.base(), context.rank)
-    B = own_float32(U)
+    U, _, _ = minor_triplets(context.base(), context.rank)
+    B = copy_float32(U)
     return {"A": B.new_zeros(context.groups, context.rank, context.in_), "B": B}
 
 

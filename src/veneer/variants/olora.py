@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import with_start
+from veneer.variants._parts import with_frozen_start
 from veneer.variants.pissa import PISSA
 
 
@@ -17,7 +17,7 @@ def init(context: InitContext) -> dict[str, Tensor]:
     W = context.base()
     # the first columns of Q depend on the first columns of W alone
     Q, _ = torch.linalg.qr(W[..., : context.rank])
-    return with_start(Q.mT @ W, Q)
+    return with_frozen_start(Q.mT @ W, Q)
 
 
 register(PISSA, name="olora", paper="Büyükakyüz 2024, arXiv:2406.01775", init=init)

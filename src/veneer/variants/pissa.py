@@ -17,12 +17,12 @@ from torch import Tensor
 
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
-from veneer.variants._parts import balanced_factors, with_start
+from veneer.variants._parts import balanced_factors, with_frozen_start
 from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    return with_start(*balanced_factors(context.base(), context.rank))
+    return with_frozen_start(*balanced_factors(context.base(), context.rank))
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
