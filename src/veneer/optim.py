@@ -1,8 +1,8 @@
-"""Methods to train an adapter's parameters, for any optimiser of torch: LoRA+, LoRA-FA, Riemannian
+"""Ways to train an adapter's parameters with any torch optimiser: LoRA+, LoRA-FA, Riemannian
 gradients, and AdaLoRA's rank budget.
 
-Each function takes a ``Handle``; or (name, parameter) pairs whose names end in the parameter's name
-(``"layers.0.q_proj.weight.A"``), or modules that hold the parameters.
+Each function accepts a ``Handle``, an iterable of (name, parameter) pairs with names such as
+``"layers.0.q_proj.weight.A"``, or modules that hold the parameters.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from veneer.errors import ConfigError, listing, raise_all, sentence
 
 __all__ = ["RankBudget", "freeze_a", "lora_plus", "precondition", "regulariser"]
 
-Named = Iterable[tuple[str, nn.Parameter]]
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-#: the parameters of a triplet; parameters other than A that a variant may train
-_TRIPLET, _OTHER_FACTORS = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
-#: A, or its several factors such as A1 and A2
-_IN_FACTOR = re.compile(r"A\d*")
-#: rows of an embedding that are trained in full; not a factor
+#: names of the parameters of an AdaLoRA triplet; names that a variant may train besides A
+_TRIPLET_NAMES, _NAMES_BESIDE_A = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
+#: the name of A, or of one of several, such as A1 and A2
+_A_NAME = re.compile(r"A\d*")
+#: the name of embedding rows that are trained in full, and so are no low-rank factor
 _TOKEN_ROWS = "token_rows"
 
 
 def lora_plus(
-    named_parameters: Named | Any,
+    named_parameters: NamedParameters | Any,
     lr: float,
     ratio: float = 16,
     weight_decay: float = 0.0,
     embedding_lr: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Parameter groups in which every parameter but A has ``ratio`` times the learning rate of A:
-    LoRA+, Hayou et al. 2024, arXiv:2402.12354. The paper's ratio of 16 suits LoRA's start and an
-    ``lr`` of about half the usual one.
+    """Parameter groups in which A has the learning rate ``lr`` and every other parameter ``ratio``
+    times as much: LoRA+, Hayou et al. 2024, arXiv:2402.12354. The paper's ratio of 16 suits LoRA's
+    initialisation, with an ``lr`` of about half the usual one.
 
         optimiser = torch.optim.AdamW(lora_plus(handle, lr=1e-4))
 
@@ -45,19 +45,19 @@ def lora_plus(
         named_parameters: a handle, a module, or (name, parameter) pairs. Frozen parameters are left
             out.
         lr: learning rate of A (and of A1, A2 of a variant with several).
-        ratio: learning rate of the other parameters over that of A.
+        ratio: learning rate of the other parameters, divided by ``lr``.
         weight_decay: weight decay of every group.
         embedding_lr: learning rate of adapters of embeddings, which the authors' code also trains
-            in a separate group. Only a handle identifies them; from pairs, no such group is made.
+            in a separate group. Only a handle identifies them; pairs get no such group.
 
     Raises:
         ConfigError: no trainable parameter, or a learning rate or ratio that is not above 0.
     """
     trainable = [pair for pair in _named_parameters(named_parameters) if pair[1].requires_grad]
-    values = {"lr": lr, "ratio": ratio, "embedding_lr": embedding_lr}
+    arguments = {"lr": lr, "ratio": ratio, "embedding_lr": embedding_lr}
     problems = [
         sentence(f"{name}={value!r}", "a number above 0", "use e.g. lr=1e-4, ratio=16")
-        for name, value in values.items()
+        for name, value in arguments.items()
         if not value > 0
     ]
     if not trainable:
@@ -77,7 +77,7 @@ def lora_plus(
     for name, parameter in trainable:
         parameter_name = name.rpartition(".")[2]
         is_token_rows = parameter_name == _TOKEN_ROWS
-        group_lr = lr if is_token_rows or _IN_FACTOR.fullmatch(parameter_name) else lr * ratio
+        group_lr = lr if is_token_rows or _A_NAME.fullmatch(parameter_name) else lr * ratio
         if id(parameter) in embedding_ids and not is_token_rows:
             group_lr = embedding_lr
         groups[group_lr].append(parameter)
@@ -88,30 +88,29 @@ def lora_plus(
     ]
 
 
-def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
+def freeze_a(named_parameters: NamedParameters | Any) -> list[nn.Parameter]:
     """Freeze every A at its random start and train the rest: LoRA-FA, Zhang et al. 2023,
     arXiv:2308.03303.
 
         optimiser = torch.optim.AdamW(freeze_a(handle), lr=1e-3)
 
-    Of the product B A x, only the gradient of A needs x. With A frozen, the factored path saves A x
-    instead, rank values a token in place of ``in``; the gradients of trained parameters stay exact.
-    Undo it with ``A.requires_grad_()``.
+    In the product B A x, only the gradient of A needs x. With A frozen, the factored path saves A x
+    for backward instead of x: ``rank`` numbers per token instead of ``in``. The gradients of the
+    trained parameters stay exact. Undo it with ``A.requires_grad_()``.
 
     Args:
         named_parameters: a handle, a module, or (name, parameter) pairs.
 
     Returns:
-        the parameters that are still trained: every B, and parameters beside A and B.
+        the parameters that remain trainable: every B, and parameters other than A and B.
 
     Raises:
         ConfigError: a layer that cannot be trained with A frozen; the error lists all problems, and
-            nothing is frozen. Such layers do not train both A and B, train other factors between or
-            beside them, or have an A that is not a random start of full rank, so that B could not
-            reach some of its directions.
+            nothing is frozen. Such layers do not train both A and B, train more factors than these,
+            or have an A that is not random and of full rank, so that B A misses some directions.
     """
-    named = list(_named_parameters(named_parameters))
-    low_rank_parameters = _low_rank_parameters(named)
+    pairs = list(_named_parameters(named_parameters))
+    low_rank_parameters = _low_rank_parameters(pairs)
     shifted_paths = {
         path for path, module in _adapter_modules(named_parameters) if hasattr(module, "A0")
     }
@@ -132,23 +131,23 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
     for parameters in low_rank_parameters.values():
         parameters["A"].requires_grad_(False)
         parameters["A"].grad = None
-    return [parameter for _, parameter in named if parameter.requires_grad]
+    return [parameter for _, parameter in pairs if parameter.requires_grad]
 
 
 def precondition(
-    optimizer: torch.optim.Optimizer, named_parameters: Named | Any, damping: float = 1e-2
+    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters | Any, damping: float = 1e-2
 ) -> Any:
-    """Let each step of ``optimizer`` use Riemannian gradients: that of A becomes (BᵀB + δI)⁻¹ dA,
-    that of B becomes dB (AAᵀ + δI)⁻¹, with the damping δ. A and B then need the same learning rate
-    for every rank. Zhang and Pilanci 2024, arXiv:2402.02347.
+    """Let each step of ``optimizer`` use Riemannian gradients: the gradient dA of A becomes (BᵀB +
+    δI)⁻¹ dA, and dB becomes dB (AAᵀ + δI)⁻¹, with the damping δ. A and B then need the same
+    learning rate for every rank. Zhang and Pilanci 2024, arXiv:2402.02347.
 
         optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-3)
         veneer.optim.precondition(optimizer, handle)
 
-    The function registers a hook on the optimiser, so it also works in ``optimizers=(optimizer,
-    None)`` of a trainer; clipping happens before the hook. The r × r matrices are computed in
-    float32, or in float64 for float64 parameters. Parameters beside A and B (a gain, a head, rows
-    of tokens) keep their gradients.
+    The function registers a hook that runs before each step of the optimiser, so it also works in
+    ``optimizers=(optimizer, None)`` of a trainer; clipping happens before the hook. The r × r
+    matrices are computed in float32, or in float64 for float64 parameters. Other parameters (a
+    gain, a head, rows of an embedding) keep their gradients.
 
     Args:
         named_parameters: a handle, a module, or (name, parameter) pairs.
@@ -160,7 +159,7 @@ def precondition(
     Raises:
         ConfigError: a damping that is not above 0, no A and B, a variant with other factors, a
             frozen A or B, or parameters that ``optimizer`` does not train; nothing is changed then.
-            In a step: a closure, which would compute the gradients again after the hook.
+            Each step raises it for a closure, which would recompute the gradients after the hook.
     """
     low_rank_parameters = _low_rank_parameters(named_parameters)
     problems = [
@@ -171,8 +170,8 @@ def precondition(
         )
         for path, parameters in low_rank_parameters.items()
         if not {"A", "B"}
-        <= set(names := [name for name, value in parameters.items() if value.requires_grad])
-        or len(set(parameters) & (_OTHER_FACTORS | {"A"})) > 2
+        <= set(names := [name for name, parameter in parameters.items() if parameter.requires_grad])
+        or len(set(parameters) & (_NAMES_BESIDE_A | {"A"})) > 2
     ]
     if not low_rank_parameters:
         problems.append(
@@ -183,43 +182,42 @@ def precondition(
     optimizer_ids = {
         id(parameter) for group in optimizer.param_groups for parameter in group["params"]
     }
-    pairs = [
+    factor_pairs = [
         (parameters["A"], parameters["B"])
         for parameters in low_rank_parameters.values()
         if {"A", "B"} <= parameters.keys()
     ]
-    if any(id(parameter) not in optimizer_ids for pair in pairs for parameter in pair):
-        do = "pass it handle.parameters(), and call precondition before anything wraps it"
+    if any(id(parameter) not in optimizer_ids for pair in factor_pairs for parameter in pair):
+        advice = "pass it handle.parameters(), and call precondition before anything wraps it"
         problems.append(
-            sentence("an optimiser without some A or B", "one that trains all of them", do)
+            sentence("an optimiser without some A or B", "one that trains all of them", advice)
         )
     raise_all(ConfigError, "The gradients cannot be preconditioned", problems)
 
     @torch.no_grad()
-    def hook(_: Any, args: Any, kwargs: Any) -> None:
+    def precondition_gradients(_: Any, args: Any, kwargs: Any) -> None:
         if any(value is not None for value in args[1:]) or kwargs.get("closure") is not None:
             problem = "a closure, which computes the gradients anew"
             raise ConfigError(
                 f"A preconditioned step. {sentence(problem, 'none', 'call backward before step()')}"
             )
-        for A, B in pairs:
+        for A, B in factor_pairs:
             dtype = torch.promote_types(A.dtype, torch.float32)
             wide_B, wide_A = B.to(dtype), A.to(dtype)
-            eye = damping * torch.eye(A.shape[-2], dtype=dtype, device=A.device)
+            delta_I = damping * torch.eye(A.shape[-2], dtype=dtype, device=A.device)
             if A.grad is not None:
-                A.grad.copy_(torch.linalg.solve(wide_B.mT @ wide_B + eye, A.grad.to(dtype)))
+                A.grad.copy_(torch.linalg.solve(wide_B.mT @ wide_B + delta_I, A.grad.to(dtype)))
             if B.grad is not None:
                 B.grad.copy_(
-                    torch.linalg.solve(wide_A @ wide_A.mT + eye, B.grad.to(dtype), left=False)
+                    torch.linalg.solve(wide_A @ wide_A.mT + delta_I, B.grad.to(dtype), left=False)
                 )
 
-    return optimizer.register_step_pre_hook(hook)
+    return optimizer.register_step_pre_hook(precondition_gradients)
 
 
 def _freeze_problem(parameters: dict[str, nn.Parameter], has_shifted_start: bool) -> str | None:
-    trained_names = [
-        name for name, value in parameters.items() if value.requires_grad or name == "A"
-    ]
+    """Why A of these parameters of a layer cannot be frozen; None if it can."""
+    trained_names = [name for name in parameters if name == "A" or parameters[name].requires_grad]
     if not {"A", "B"} <= set(trained_names) or "E" in parameters:
         return f"trained numbers {listing(trained_names)}"
     if has_shifted_start:
@@ -237,17 +235,17 @@ class RankBudget:
         loss = task_loss + 0.1 * regulariser(handle)
         loss.backward(); optimiser.step(); budget.step(number); optimiser.zero_grad()
 
-    A triplet is a column of B, a row of A and the E between them. Its importance is s(E) + mean
-    s(B) + mean s(A), with s = Ī · Ū for every number w: Ī is the moving average of the sensitivity
-    |w · ∂loss/∂w|, Ū that of |I − Ī|. The total budget of all layers is constant for ``warmup``
-    steps, then decreases with the cube of the remaining share, and is constant for the last
-    ``final`` steps, in which the choice no longer changes. The most important triplets have mask =
-    1; the others get mask = 0 and E = 0. The gradient of E ignores the mask, so a triplet may be
-    chosen again.
+    A triplet is a column of B, a row of A and the element of E between them. Its importance is s(E)
+    + mean s(B) + mean s(A), with s = Ī · Ū for every element w: Ī is the moving average of the
+    sensitivity I = |w · ∂loss/∂w|, and Ū the moving average of |I − Ī|. The budget, a number of
+    triplets in all layers, is constant for ``warmup`` steps, then falls to the final budget with
+    the cube of the remaining share of the steps, and is constant for the last ``final`` steps. The
+    most important triplets have mask = 1; all others get mask = 0 and E = 0. The gradient of E
+    ignores the mask, so a triplet may be chosen again, but not in the last ``final`` steps.
 
     Args:
-        source: a handle, a module that contains the layers, or the layers: modules with parameters
-            A [g, r, in], B [g, out, r] and E [g, r] and a buffer mask [g, r].
+        source: a handle, a module that contains the layers, or the layers. A layer of g groups has
+            parameters A [g, r, in], B [g, out, r] and E [g, r], and a buffer mask [g, r].
         final_rank: number of triplets that a layer (and group) keeps in the end, on average.
         total_steps: optimiser steps of the run.
         warmup: steps before the budget decreases.
@@ -256,7 +254,7 @@ class RankBudget:
         beta1, beta2: smoothing of sensitivity and uncertainty, in (0, 1).
 
     Raises:
-        ConfigError: a layer of another variant, no layer, or numbers that contradict each other.
+        ConfigError: a layer of another variant, no layer, or arguments that contradict each other.
     """
 
     def __init__(
@@ -327,8 +325,8 @@ class RankBudget:
     @torch.no_grad()
     def step(self, step_number: int) -> int:
         """Update the importance of the triplets from the gradients of this step, and choose again
-        if the schedule says so. Call it once a step, after ``backward`` (preferably after the
-        optimiser's step too) and before ``zero_grad``.
+        if the schedule says so. Call it in every step after ``backward``, and before ``zero_grad``;
+        preferably after the optimiser's step.
 
         Args:
             step_number: steps since the start of the run, from 1.
@@ -342,19 +340,19 @@ class RankBudget:
         budget = self.budget(step_number)
         if self.settled:
             return budget
-        missing = [key for key, parameter in self._parameters() if parameter.grad is None]
-        if missing:
-            do = "call step after backward and before zero_grad"
-            raise ConfigError(f"no gradient at {listing(missing)}", "one", do)
+        without_gradient = [key for key, parameter in self._parameters() if parameter.grad is None]
+        if without_gradient:
+            advice = "call step after backward and before zero_grad"
+            raise ConfigError(f"no gradient at {listing(without_gradient)}", "one", advice)
         for key, parameter in self._parameters():
             sensitivity = self._sensitivity[key]
             uncertainty = self._uncertainty[key]
             gradient = cast(Tensor, parameter.grad)
-            current = (parameter * gradient).abs().to(sensitivity)
-            # ignore gradients that a gradient scaler would skip
-            current = torch.where(current.isfinite(), current, sensitivity)
-            sensitivity.lerp_(current, 1 - self.beta1)
-            uncertainty.lerp_((current - sensitivity).abs(), 1 - self.beta2)
+            new_sensitivity = (parameter * gradient).abs().to(sensitivity)
+            # ignore infinite gradients, for which a gradient scaler would skip the step
+            new_sensitivity = torch.where(new_sensitivity.isfinite(), new_sensitivity, sensitivity)
+            sensitivity.lerp_(new_sensitivity, 1 - self.beta1)
+            uncertainty.lerp_((new_sensitivity - sensitivity).abs(), 1 - self.beta2)
         is_final = step_number >= self.total_steps - self.final
         if is_final or (step_number > self.warmup and step_number % self.every == 0):
             self._update_masks(budget)
@@ -362,8 +360,8 @@ class RankBudget:
         return budget
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint: the averages, and whether the choice is final. Masks are in
-        the model's state."""
+        """The averages, and whether the masks are final, for a checkpoint. The masks themselves are
+        in the model's state."""
         averages = {
             name: {key: value.clone() for key, value in averages_of_parameters.items()}
             for name, averages_of_parameters in self._averages()
@@ -385,34 +383,35 @@ class RankBudget:
                     for key in loaded_shapes.keys() | shapes.keys()
                     if loaded_shapes.get(key) != shapes.get(key)
                 )
-                do = "make the RankBudget of the adapter that this state is of"
-                raise ConfigError(
-                    f"a state that differs at {listing(different_keys)}",
-                    "the same layers and sizes",
-                    do,
-                )
+                problem = f"a state that differs at {listing(different_keys)}"
+                advice = "make the RankBudget of the adapter that this state is of"
+                raise ConfigError(problem, "the same layers and sizes", advice)
         for name, averages in self._averages():
-            for key, value in averages.items():
-                value.copy_(state[name][key])
+            for key, average in averages.items():
+                average.copy_(state[name][key])
         self.settled = bool(state["settled"])
 
     def _averages(self) -> list[tuple[str, dict[str, Tensor]]]:
+        """(key of the state, {path of a parameter: its moving average})."""
         return [("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)]
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(path, parameter) of each A, B and E."""
         for path, layer in self.layers.items():
-            yield from ((f"{path}.{name}".lstrip("."), getattr(layer, name)) for name in _TRIPLET)
+            for name in _TRIPLET_NAMES:
+                yield f"{path}.{name}".lstrip("."), getattr(layer, name)
 
     def _update_masks(self, budget: int) -> None:
+        """Set mask = 1 for the ``budget`` most important triplets of all layers, else 0."""
         scores = []
         for path in self.layers:
-            keys = [f"{path}.{name}".lstrip(".") for name in _TRIPLET]
+            keys = [f"{path}.{name}".lstrip(".") for name in _TRIPLET_NAMES]
             A, B, E = (self._sensitivity[key] * self._uncertainty[key] for key in keys)
             scores.append((E + A.mean(dim=2) + B.mean(dim=1)).flatten())  # [g · r]
         device = scores[0].device
         all_scores = torch.cat([score.to(device) for score in scores])
-        order = torch.argsort(all_scores, descending=True, stable=True)
-        masks = torch.zeros_like(all_scores).index_fill_(0, order[:budget], 1)
+        most_important_first = torch.argsort(all_scores, descending=True, stable=True)
+        masks = torch.zeros_like(all_scores).index_fill_(0, most_important_first[:budget], 1)
         for layer, mask in zip(
             self.layers.values(), masks.split([len(score) for score in scores]), strict=True
         ):
@@ -421,10 +420,10 @@ class RankBudget:
 
 
 def regulariser(source: Any) -> Tensor:
-    """The distance of the B and A of an ``adalora`` adapter from orthogonality: the mean of ‖BᵀB −
-    I‖² and ‖AAᵀ − I‖² (squared Frobenius norms, [r, r]) over all layers and groups. Add this scalar
-    to the loss with a weight of about 0.1. The paper's R is the sum; with the mean, a weight has
-    the same effect in models of every depth.
+    """How far A and B of an ``adalora`` adapter are from orthogonal: the mean of ‖BᵀB − I‖² and
+    ‖AAᵀ − I‖² (squared Frobenius norms, [r, r]) over all layers and groups. Add this scalar to the
+    loss with a weight of about 0.1. The paper takes the sum; with the mean, a weight has the same
+    effect in models of every depth.
 
     Raises:
         ConfigError: a layer of another variant, or no layer.
@@ -434,35 +433,36 @@ def regulariser(source: Any) -> Tensor:
         for _, layer in _triplets(source)
         for gram in (layer.A @ layer.A.mT, layer.B.mT @ layer.B)
     ]
-    deviations = [
+    distances = [
         (gram - torch.eye(gram.shape[-1]).to(gram)).square().sum(dim=(-2, -1)) for gram in grams
     ]
-    return torch.cat([deviation.to(deviations[0].device) for deviation in deviations]).mean()
+    return torch.cat([distance.to(distances[0].device) for distance in distances]).mean()
 
 
 def _named_parameters(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) pairs of a handle, a module, or an iterable of such pairs."""
     named_parameters = getattr(source, "named_parameters", None)
     yield from named_parameters() if named_parameters else source
 
 
 def _low_rank_parameters(source: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """The trained parameters of each low-rank change, by its path and by their names."""
-    layers: dict[str, dict[str, nn.Parameter]] = {}
+    """The parameters of each low-rank change, by its path and by their names."""
+    parameters_by_path: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in _named_parameters(source):
         path, _, parameter_name = name.rpartition(".")
-        layers.setdefault(path, {})[parameter_name] = parameter
+        parameters_by_path.setdefault(path, {})[parameter_name] = parameter
     return {
         path: parameters
-        for path, parameters in layers.items()
-        if parameters.keys() & _OTHER_FACTORS or any(map(_IN_FACTOR.fullmatch, parameters))
+        for path, parameters in parameters_by_path.items()
+        if parameters.keys() & _NAMES_BESIDE_A or any(map(_A_NAME.fullmatch, parameters))
     }
 
 
 def _adapter_modules(source: Any) -> Iterator[tuple[str, Any]]:
-    """(path, module) of each module in ``source`` that may hold adapter parameters, once."""
+    """(path, module), once for each module in ``source`` that may hold adapter parameters."""
     if isinstance(source, nn.Module):
         pairs: Any = source.named_modules()
-    elif isinstance(getattr(source, "changes", None), Mapping):  # a handle's
+    elif isinstance(getattr(source, "changes", None), Mapping):  # a handle
         pairs = source.changes.items()
     else:
         pairs = [
@@ -483,18 +483,18 @@ def _changes(source: Any) -> Mapping[str, Any]:
 
 
 def _triplets(source: Any) -> Iterator[tuple[str, Any]]:
-    """(path, module) of every layer with A, B, E and mask. Raises for other low-rank layers."""
-    triplets, other_paths = [], []
+    """(path, module) of every layer with A, B, E and mask. Refuses other low-rank layers."""
+    triplet_layers, wrong_paths = [], []
     for path, layer in _adapter_modules(source):
-        if all(hasattr(layer, name) for name in (*_TRIPLET, "mask")):
-            triplets.append((path, layer))
+        if all(hasattr(layer, name) for name in (*_TRIPLET_NAMES, "mask")):
+            triplet_layers.append((path, layer))
         elif any(hasattr(layer, name) for name in ("A", "B", "A2", "B2")):
-            other_paths.append(path or "the top")
-    if other_paths or not triplets:
+            wrong_paths.append(path or "the top")
+    if wrong_paths or not triplet_layers:
         reason = "no layer with A, B, E and mask"
-        if other_paths:
-            reason = f"numbers of another variant at {listing(other_paths)}"
-        do = 'attach with LoraConfig(variant="adalora")'
-        problem = sentence(reason, "an adapter of variant 'adalora'", do)
+        if wrong_paths:
+            reason = f"parameters of another variant at {listing(wrong_paths)}"
+        advice = 'attach with LoraConfig(variant="adalora")'
+        problem = sentence(reason, "an adapter of variant 'adalora'", advice)
         raise ConfigError(f"Ranks can only be allocated to adalora. {problem}")
-    yield from triplets
+    yield from triplet_layers

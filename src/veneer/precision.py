@@ -1,5 +1,5 @@
-"""The dtypes of exact arithmetic, and the device on which float64 runs: the tensors' own device, or
-the processor if that device has no float64 (MPS)."""
+"""The dtype and the device of exact arithmetic: float64 on the device of the tensors, or on the CPU
+if that device has no float64 (MPS)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _CPU = torch.device("cpu")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: the dtype in which sums of narrower numbers are formed."""
+    """The dtype in which to sum over numbers of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether tensors of this device may be float64. A tensor is made to find out, as there are
-    more kinds of devices than this file knows."""
+    """Whether ``device`` supports float64. This creates a tensor to find out, because torch also
+    runs on devices that Veneer does not know."""
     if device.type in ("cpu", "meta"):
         return True
     try:
@@ -26,23 +26,24 @@ def has_float64(device: torch.device) -> bool:
     return True
 
 
-def place(device: torch.device, dtype: torch.dtype = torch.float64) -> torch.device:
-    """The device for arithmetic in ``dtype`` on tensors of ``device``."""
+def compute_device(device: torch.device, dtype: torch.dtype = torch.float64) -> torch.device:
+    """The device on which to compute in ``dtype`` with tensors of ``device``: ``device`` itself, or
+    the CPU for a dtype that it does not support."""
     return _CPU if dtype is torch.float64 and not has_float64(device) else device
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``, where its device has that, else on the processor. Differentiable."""
-    device = place(tensor.device, dtype)
-    return (tensor if device == tensor.device else tensor.to(device)).to(dtype)
+    """``tensor`` in ``dtype``, moved to the CPU if its device has no such dtype. Differentiable."""
+    target_device = compute_device(tensor.device, dtype)
+    return (tensor if target_device == tensor.device else tensor.to(target_device)).to(dtype)
 
 
 def double(tensor: Tensor) -> Tensor:
-    """``tensor`` in float64. See ``cast``."""
+    """``tensor`` in float64. Like ``cast``, it may move the tensor to the CPU."""
     return cast(tensor, torch.float64)
 
 
 def equal_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; their dtypes may differ."""
-    common = torch.promote_types(a.dtype, b.dtype)
-    return a is b or torch.equal(a.to(common), b.to(common))
+    """Whether two tensors of equal shape hold equal numbers. Their dtypes may differ."""
+    common_dtype = torch.promote_types(a.dtype, b.dtype)
+    return a is b or torch.equal(a.to(common_dtype), b.to(common_dtype))

@@ -1,7 +1,8 @@
-"""The registry of named values that layers, variants, bases and formats use.
+"""A registry of named entries, for the packages ``layers``, ``variants``, ``bases``, ``formats``
+and ``train.tasks``.
 
-A package with a registry imports all of its submodules, and each submodule registers its value when
-it is imported. So a new layer, variant or storage is one new file; no other line changes.
+Such a package imports all of its submodules, and each submodule registers its entries when it is
+imported. A new layer kind, variant or storage is therefore one new file; no list has to be changed.
 """
 
 from __future__ import annotations
@@ -17,57 +18,59 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Named values of one kind, in the order in which they were registered."""
+    """Named entries of type ``T``, in the order in which they were registered."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._values: dict[str, T] = {}
+    def __init__(self, entry_label: str) -> None:
+        self.entry_label = entry_label  # what error messages call an entry, such as "variant"
+        self._entries: dict[str, T] = {}
 
-    def add(self, name: str, value: T) -> T:
-        """Register ``value`` and return it.
+    def add(self, name: str, entry: T) -> T:
+        """Register ``entry`` under ``name`` and return it.
 
         Raises:
-            ConfigError: the name is taken. So no file silently replaces the value of another.
+            ConfigError: another entry has this name already.
         """
-        if name in self._values:
+        if name in self._entries:
             raise ConfigError(
-                f"a second {self.kind} named {name!r}", "a new name", "choose another name"
+                f"a second {self.entry_label} named {name!r}", "a new name", "choose another name"
             )
-        self._values[name] = value
-        return value
+        self._entries[name] = entry
+        return entry
 
     def remove(self, name: str) -> None:
-        del self._values[name]
+        del self._entries[name]
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._values:
-            problem = f"{self.kind} {name!r}{nearest(name, self._values)}"
+        if name not in self._entries:
             raise ConfigError(
-                problem, f"one of {', '.join(self._values)}", f"choose a {self.kind} that exists"
+                f"{self.entry_label} {name!r}{nearest(name, self._entries)}",
+                f"one of {', '.join(self._entries)}",
+                f"choose a {self.entry_label} that exists",
             )
-        return self._values[name]
+        return self._entries[name]
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self._values.values())
+        return iter(self._entries.values())
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._values)
+        return tuple(self._entries)
 
 
-def lazy_submodules(package: str, names: Iterable[str]) -> Callable[[str], Any]:
-    """A ``__getattr__`` for a package. It imports each of these submodules when the submodule is
-    first used as an attribute."""
-    submodules = frozenset(names)
+def lazy_submodules(package: str, submodule_names: Iterable[str]) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for ``package``, which imports a submodule when it is first used as
+    an attribute of the package."""
+    lazy_names = frozenset(submodule_names)
 
     def import_submodule(name: str) -> Any:
-        if name not in submodules:
+        if name not in lazy_names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return importlib.import_module(f"{package}.{name}")
 
     return import_submodule
 
 
-def import_all(package: str, path: list[str]) -> None:
-    """Import all submodules of a package, in alphabetical order."""
-    for module in sorted(info.name for info in pkgutil.iter_modules(path)):
-        importlib.import_module(f"{package}.{module}")
+def import_all(package: str, search_path: list[str]) -> None:
+    """Import all submodules of ``package`` in alphabetical order. ``search_path`` is the package's
+    ``__path__``."""
+    for submodule_name in sorted(module.name for module in pkgutil.iter_modules(search_path)):
+        importlib.import_module(f"{package}.{submodule_name}")

@@ -16,7 +16,7 @@ from veneer.errors import MergeError
 from veneer.kernels import rounding
 from veneer.kernels.rounding import fold
 from veneer.lowrank import LowRank
-from veneer.precision import double, has_float64, place
+from veneer.precision import compute_device, double, has_float64
 
 META = torch.device("meta")
 
@@ -65,8 +65,8 @@ def test_float64_is_asked_of_the_device(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     assert not has_float64(torch.device("mps"))
-    assert place(torch.device("mps")) == torch.device("cpu")
-    assert place(torch.device("mps"), torch.float32) == torch.device("mps")
+    assert compute_device(torch.device("mps")) == torch.device("cpu")
+    assert compute_device(torch.device("mps"), torch.float32) == torch.device("mps")
     assert asked == ["mps", "mps"]
 
 
@@ -152,17 +152,19 @@ def test_a_tile_on_a_device_is_a_share_of_the_weight(monkeypatch, size):
     weight = torch.randn(1, size, size).bfloat16()
     low = LowRank(torch.randn(1, 4, size) * 0.02, torch.randn(1, size, 4) * 0.02, 1.0)
     expected = fold(weight, low, rounding="nearest")
-    monkeypatch.setattr(
-        rounding, "_tile", lambda like: max(-(-like.numel() // rounding.SHARE), rounding.SMALLEST)
-    )
+
+    def tile(like):
+        return max(-(-like.numel() // rounding.TILES_PER_WEIGHT), rounding.SMALLEST_TILE)
+
+    monkeypatch.setattr(rounding, "_tile_size", tile)
     monkeypatch.setattr(rounding, "_bound", lambda *_: None)  # as on any other device
     found = fold(weight, low, rounding="nearest")
     assert torch.equal(found.weight, expected.weight)
     assert found.retention == pytest.approx(expected.retention, abs=1e-5)
     like = torch.empty(1, size, size, device=META)
     monkeypatch.undo()
-    assert rounding._tile(like) == max(size * size // 8, 1 << 10)
-    assert rounding._tile(weight) == rounding.TILE
+    assert rounding._tile_size(like) == max(size * size // 8, 1 << 10)
+    assert rounding._tile_size(weight) == rounding.TILE_SIZE
 
 
 class Spread(nn.Module):

@@ -19,7 +19,7 @@ import veneer
 from veneer.attach.layer.lookup import need_adapters
 from veneer.bases import storage_of
 from veneer.errors import ConfigError, MergeError, NotQuantized, SelectionError
-from veneer.kernels.error_feedback import neighbours
+from veneer.kernels.error_feedback import find_neighbours
 from veneer.kernels.reference import round_once
 from veneer.layers import LAYERS
 from veneer.variants import VARIANTS
@@ -460,7 +460,7 @@ def test_faithful_merging_of_every_kind(kind, variant, dtype):
 def cells(values, dtype):
     """Half of the width, and the middle, of the cell of the grid in which each value lies."""
     step, mid, half = (torch.empty_like(values) for _ in range(3))
-    neighbours(values.contiguous().clone(), dtype, step, mid, half)
+    find_neighbours(values.contiguous().clone(), dtype, step, mid, half)
     return half.abs(), values + mid
 
 

@@ -82,7 +82,7 @@ def test_what_is_stored_lies_on_the_grid_and_comes_back_from_it(storage):
         dense, grid = storage.dense(module.weight), storage.grid(module.weight, stored)
         values = dense.double()
         mid, half = torch.empty_like(values), torch.empty_like(values)
-        grid.cells(values, mid, half)
+        grid.find_neighbours(values, mid, half)
         assert not mid.any(), module
         assert not half.any(), module
         assert bits_of(storage.onto(module.weight, stored, values)) == bits_of(stored), module
@@ -211,11 +211,11 @@ def test_beyond_the_grid_the_last_number_is_all_there_is():
     grid = Grid(torch.tensor([-1.0, 0.0, 0.5]), torch.tensor([[2.0, -2.0, 0.0]]))
     value = torch.tensor([[3.0, 3.0, 3.0]], dtype=torch.float64)
     mid, half = torch.empty_like(value), torch.empty_like(value)
-    grid.cells(value, mid, half)
+    grid.find_neighbours(value, mid, half)
     assert mid.tolist() == [[-2.0, -1.0, -3.0]]
     assert half.tolist() == [[0.0, 0.0, 0.0]]
     inside = torch.tensor([[0.25, -0.25, 0.0]], dtype=torch.float64)
-    grid.cells(inside, mid, half)
+    grid.find_neighbours(inside, mid, half)
     assert mid.tolist() == [[0.25, -0.25, 0.0]]
     assert half.abs().tolist() == [[0.5, 0.5, 0.0]]
 

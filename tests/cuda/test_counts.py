@@ -258,9 +258,9 @@ def test_a_merge_takes_as_many_launches_whatever_the_size():
 
 
 def test_a_wait_is_seen(monkeypatch):
-    mask = dropout.mask
+    mask = dropout.keep_mask
     monkeypatch.setattr(
-        device, "mask", lambda *given: mask(*given) if mask(*given).sum().item() >= 0 else None
+        device, "keep_mask", lambda *given: mask(*given) if mask(*given).sum().item() >= 0 else None
     )
     assert layer(dropout=0.1)[1] != []
 
@@ -272,8 +272,8 @@ def test_a_launch_more_is_seen(monkeypatch):
 
 
 def test_another_device_is_seen(monkeypatch):
-    mask = dropout.mask
-    monkeypatch.setattr(device, "mask", lambda shape, p, seed, _: mask(shape, p, seed, G1))
+    mask = dropout.keep_mask
+    monkeypatch.setattr(device, "keep_mask", lambda shape, p, seed, _: mask(shape, p, seed, G1))
     with pytest.raises(RuntimeError, match="at least two devices"):
         layer(dropout=0.1)
 

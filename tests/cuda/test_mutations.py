@@ -148,10 +148,10 @@ def test_a_check_of_models_finds_a_wrong_number(name, monkeypatch):
 
 
 def another_mask_in_backward(patch):
-    original = dropout.mask
+    original = dropout.keep_mask
     patch.setattr(
         device,
-        "mask",
+        "keep_mask",
         lambda shape, p, seed, place: original(shape, p, torch.randint(99, ()).item(), place),
     )
 

@@ -48,7 +48,7 @@ def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale, pi
     wide = [one.repeat_interleave(group, dim=1) for one in (key, value)]
     wanted = F.scaled_dot_product_attention(query, *wide, attn_mask=plain, scale=scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_attention, "PIECE", piece)
+        patch.setattr(cpu_attention, "PRODUCTS_ROWS", piece)
         found = cpu_attention.products(query, key, value, bias, scale, causal=alone)
     assert error(found, wanted) < 1e-12
     weight = torch.randn(found.shape, dtype=torch.float64)
@@ -86,10 +86,10 @@ def test_a_few_rows_and_heads_at_a_time(b, heads, group, s, d, e, scale, size, s
     hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "SHORTEST": 1,
-            "PIECES": (size, size),
-            "SCORES": scores,
-            "PIECE": 2,
+            "CAUSAL_MIN_KEYS": 1,
+            "CAUSAL_ROWS": (size, size),
+            "SCORES_PER_THREAD": scores,
+            "PRODUCTS_ROWS": 2,
         }.items():
             patch.setattr(cpu_attention, name, value)
         found = cpu_attention.causal(*inputs, scale)
@@ -115,7 +115,7 @@ def near(one, other):
     return error(one, other) < 1e-10 or (one - other).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize("length", [cpu_attention.VECTOR - 12, 200])
+@pytest.mark.parametrize("length", [cpu_attention.VECTOR_MIN_KEYS - 12, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_the_dtypes_that_models_have(dtype, length):
     """Errors against float64, next to those of torch's fused kernel."""
@@ -283,7 +283,7 @@ def test_a_model_whose_rows_are_long_enough(monkeypatch):
     """Grouped heads, in two layers, with the gradient of what is embedded."""
     torch.manual_seed(0)
     model = MODELS["llama"]().eval()
-    embedded, calls = torch.randn(2, cpu_attention.SHORTEST, 16), []
+    embedded, calls = torch.randn(2, cpu_attention.CAUSAL_MIN_KEYS, 16), []
     causal = cpu_attention.causal
     monkeypatch.setattr(cpu_attention, "causal", lambda *args: calls.append(args) or causal(*args))
 
@@ -369,53 +369,90 @@ def test_packed_rows_are_taken_apart_where_fewer_scores_remain():
     ("dtype", "length", "keys", "causal", "kept", "chosen"),
     [
         (torch.bfloat16, 64, 64, False, True, True),
-        (torch.bfloat16, cpu_attention.LONGEST + 1, cpu_attention.LONGEST + 1, True, True, False),
-        (torch.bfloat16, cpu_attention.LONGEST + 1, cpu_attention.LONGEST + 1, False, False, False),
         (
             torch.bfloat16,
-            cpu_attention.LONGEST_PIECES[2],
-            cpu_attention.LONGEST_PIECES[2],
+            cpu_attention.PRODUCTS_MAX_KEYS + 1,
+            cpu_attention.PRODUCTS_MAX_KEYS + 1,
+            True,
+            True,
+            False,
+        ),
+        (
+            torch.bfloat16,
+            cpu_attention.PRODUCTS_MAX_KEYS + 1,
+            cpu_attention.PRODUCTS_MAX_KEYS + 1,
+            False,
+            False,
+            False,
+        ),
+        (
+            torch.bfloat16,
+            cpu_attention.CAUSAL_MAX_KEYS[2],
+            cpu_attention.CAUSAL_MAX_KEYS[2],
             True,
             False,
             True,
         ),
         (
             torch.bfloat16,
-            cpu_attention.LONGEST_PIECES[2] + 1,
-            cpu_attention.LONGEST_PIECES[2] + 1,
+            cpu_attention.CAUSAL_MAX_KEYS[2] + 1,
+            cpu_attention.CAUSAL_MAX_KEYS[2] + 1,
             True,
             False,
             False,
         ),
         (torch.bfloat16, 1, 64, True, False, False),
         (torch.bfloat16, 32, 64, True, False, False),
-        (torch.float32, cpu_attention.SHORTEST, cpu_attention.SHORTEST, True, True, True),
-        (torch.float32, cpu_attention.SHORTEST - 1, cpu_attention.SHORTEST - 1, True, True, False),
         (
             torch.float32,
-            cpu_attention.LONGEST_PIECES[4] + 1,
-            cpu_attention.LONGEST_PIECES[4] + 1,
+            cpu_attention.CAUSAL_MIN_KEYS,
+            cpu_attention.CAUSAL_MIN_KEYS,
+            True,
+            True,
+            True,
+        ),
+        (
+            torch.float32,
+            cpu_attention.CAUSAL_MIN_KEYS - 1,
+            cpu_attention.CAUSAL_MIN_KEYS - 1,
             True,
             True,
             False,
         ),
-        (torch.float32, cpu_attention.SHORTEST, cpu_attention.SHORTEST, False, False, False),
+        (
+            torch.float32,
+            cpu_attention.CAUSAL_MAX_KEYS[4] + 1,
+            cpu_attention.CAUSAL_MAX_KEYS[4] + 1,
+            True,
+            True,
+            False,
+        ),
+        (
+            torch.float32,
+            cpu_attention.CAUSAL_MIN_KEYS,
+            cpu_attention.CAUSAL_MIN_KEYS,
+            False,
+            False,
+            False,
+        ),
         (torch.int32, 200, 200, True, False, False),
     ],
 )
 def test_only_where_it_pays(dtype, length, keys, causal, kept, chosen, monkeypatch):
     """On a processor with matrix units, where a backward of long rows in 16 bits does not."""
-    monkeypatch.setattr(cpu_attention, "has_tiles", lambda: True)
+    monkeypatch.setattr(cpu_attention, "has_amx", lambda: True)
     query, key = torch.empty(1, 2, length, 4, dtype=dtype), torch.empty(1, 1, keys, 4, dtype=dtype)
     query = query.requires_grad_(kept) if kept else query
     assert cpu_attention.is_faster(query, key, causal) is chosen
     assert not cpu_attention.is_faster(query.to("meta"), key.to("meta"), causal)
-    longer = causal and dtype is torch.bfloat16 and length == keys == cpu_attention.LONGEST + 1
+    longer = (
+        causal and dtype is torch.bfloat16 and length == keys == cpu_attention.PRODUCTS_MAX_KEYS + 1
+    )
     with torch.no_grad():
         assert cpu_attention.is_faster(query, key, causal) is (chosen or longer)
-    monkeypatch.setattr(cpu_attention, "has_tiles", lambda: False)
+    monkeypatch.setattr(cpu_attention, "has_amx", lambda: False)
     assert cpu_attention.is_faster(query, key, causal) is (chosen or longer)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cpu_attention.THREADS + 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cpu_attention.CAUSAL_MAX_THREADS + 1)
     assert cpu_attention.is_faster(query, key, causal) is (
         (chosen or longer) and dtype is torch.bfloat16
     )

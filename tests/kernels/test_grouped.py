@@ -120,7 +120,7 @@ def test_gradients_of_gradients_of_one_matrix():
 
 
 def test_rows_in_any_order_are_put_by_their_matrix():
-    order, where = grouped.by_id([2, 0, 2, 1], 4)
+    order, where = grouped.sort_by_expert([2, 0, 2, 1], 4)
     assert order == [1, 3, 0, 2]
     assert list(where.bounds) == [(0, 0, 1), (1, 1, 2), (2, 2, 4)]
 

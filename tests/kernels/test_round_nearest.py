@@ -25,17 +25,17 @@ pytestmark = needs_loop("round_nearest")
 def path(name):
     """Every weight takes this path, "loop" or "torch"; yields how many numbers were in doubt in
     each slab of the loop."""
-    slabs, before, compiled = [], rounding.WORTH, round_nearest._slab
+    slabs, before, compiled = [], rounding.NUMBA_MINIMUM, round_nearest._slab
 
     def counted(*arguments):
         slabs.append(compiled(*arguments))
         return slabs[-1]
 
-    rounding.WORTH, round_nearest._slab = (0 if name == "loop" else 1 << 62), counted
+    rounding.NUMBA_MINIMUM, round_nearest._slab = (0 if name == "loop" else 1 << 62), counted
     try:
         yield slabs
     finally:
-        rounding.WORTH, round_nearest._slab = before, compiled
+        rounding.NUMBA_MINIMUM, round_nearest._slab = before, compiled
 
 
 def both(weight, low, dtype=torch.bfloat16, **options):
@@ -152,7 +152,7 @@ def test_a_nan_with_every_bit_set_stays_one():
 @pytest.mark.parametrize("threads", [1, 3])
 def test_several_slabs_and_threads(threads, monkeypatch):
     weight, low = make_change((2, 900, 700), 0.3, rank=9)
-    monkeypatch.setattr(rounding, "SLAB", 1 << 16)
+    monkeypatch.setattr(rounding, "SLAB_SIZE", 1 << 16)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

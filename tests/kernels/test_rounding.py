@@ -15,10 +15,10 @@ from tests.support.rounding import HALF, exact, make_change, same_bits, ties
 
 from veneer.errors import ConfigError
 from veneer.kernels import rounding
-from veneer.kernels.error_feedback import basis, neighbours
+from veneer.kernels.error_feedback import basis, find_neighbours
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import fold
-from veneer.kernels.threads import spread
+from veneer.kernels.threads import map_on_threads
 from veneer.lowrank import LowRank
 
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -169,15 +169,15 @@ MEMORY = """
 import resource, torch
 from veneer.kernels import rounding
 from veneer.kernels.rounding import fold
-from veneer.kernels.threads import spread
+from veneer.kernels.threads import map_on_threads
 from veneer.lowrank import LowRank
 weight = (torch.randn(1, {out}, {in_}) * 0.02).{dtype}()
 low = LowRank(torch.randn(1, 8, {in_}) * 1e-4, torch.randn(1, {out}, 8), 1.0)
 made = torch.zeros_like(weight)
-worth, rounding.WORTH = rounding.WORTH, 0  # numba's own memory is another matter
+worth, rounding.NUMBA_MINIMUM = rounding.NUMBA_MINIMUM, 0  # numba's own memory is another matter
 for part in (fold(weight[:, :64, :64], low.__class__(low.A[:, :, :64], low.B[:, :64], 1.0), rounding="{rounding}"),):
     pass
-rounding.WORTH = worth
+rounding.NUMBA_MINIMUM = worth
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert fold(weight, low, rounding="{rounding}", out=made).rounding == "{rounding}"
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -243,7 +243,7 @@ def test_what_an_adapter_reads_survives(ratio, dtype, bound, shape):
 
 def cells(values, dtype):
     step, mid, half = (torch.empty_like(values) for _ in range(3))
-    neighbours(values.clone(), dtype, step, mid, half)
+    find_neighbours(values.clone(), dtype, step, mid, half)
     return values + mid - half.abs(), values + mid + half.abs()
 
 
@@ -449,7 +449,9 @@ def test_work_is_spread_and_settings_stay():
             time.sleep(0.002)
             return item * item, torch.is_grad_enabled()
 
-        assert spread(range(40), list, work, 3) == [(item * item, False) for item in range(40)]
+        assert map_on_threads(range(40), list, work, 3) == [
+            (item * item, False) for item in range(40)
+        ]
         assert len(seen) == 3
         assert {count for _, count in seen} == {1}
         assert torch.get_num_threads() == 3
@@ -475,7 +477,7 @@ def test_the_first_failure_is_raised(threads):
 
     before = threading.active_count()
     with pytest.raises(MemoryError, match="no room"):
-        spread(range(1000), list, work, threads)
+        map_on_threads(range(1000), list, work, threads)
     assert len(done) < 100
     assert threading.active_count() == before
 
@@ -496,7 +498,7 @@ def test_a_thread_that_cannot_start_leaves_none_behind(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", few)
             with pytest.raises(RuntimeError, match="can't start"):
-                spread(range(9), lambda: None, lambda item, _: item, 4)
+                map_on_threads(range(9), lambda: None, lambda item, _: item, 4)
         for _ in range(100):
             if threading.active_count() == alive:
                 break
@@ -507,6 +509,6 @@ def test_a_thread_that_cannot_start_leaves_none_behind(monkeypatch):
         later.start()
         later.join()
         assert seen == [4]
-        assert spread(range(9), lambda: None, lambda item, _: item, 4) == list(range(9))
+        assert map_on_threads(range(9), lambda: None, lambda item, _: item, 4) == list(range(9))
     finally:
         torch.set_num_threads(before)

@@ -118,10 +118,10 @@ def test_an_input_is_made_again_to_the_same_bits(name, dropout, monkeypatch):
     model, handle = adapted(MODELS[name](), dropout=dropout)
     read, x = [], torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     model.down.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    monkeypatch.setattr(saved_inputs, "MANY", NEVER)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", NEVER)
     expected, before = values(model, x), held(model(x * 1))
     assert read[-1].data_ptr() in before
-    monkeypatch.setattr(saved_inputs, "MANY", 0)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     found, now = values(model, x), held(model(x * 1))
     assert all(map(torch.equal, expected, found))
     assert read[-1].data_ptr() not in now
@@ -141,7 +141,7 @@ def test_an_input_is_made_again_to_the_same_bits(name, dropout, monkeypatch):
 @needs_edits
 @pytest.mark.parametrize("also", [False, True])
 def test_a_graph_that_is_kept_gives_the_same_twice_and_in_parts(also, monkeypatch):
-    monkeypatch.setattr(saved_inputs, "MANY", 0)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     model, handle = adapted(Gated(also=also))
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     y, own = model(x * 1).square().sum(), [x, *handle.parameters()]
@@ -166,7 +166,7 @@ def test_a_graph_that_is_kept_gives_the_same_twice_and_in_parts(also, monkeypatc
 
 def test_a_product_whose_factors_are_freed_or_written_to_is_kept(monkeypatch):
     """What the layer computes needs the product alone."""
-    monkeypatch.setattr(saved_inputs, "MANY", 0)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     layer, handle = adapted(nn.Linear(6, 4))
     for freed in (True, False):
         one = torch.randn(5, 6, dtype=torch.float64, requires_grad=True) * 1
@@ -181,7 +181,7 @@ def test_a_product_whose_factors_are_freed_or_written_to_is_kept(monkeypatch):
 
 
 def test_what_is_written_to_afterwards_is_refused_by_autograd(monkeypatch):
-    monkeypatch.setattr(saved_inputs, "MANY", 0)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     model, _ = adapted(Gated())
     gates = []
     model.gate.register_forward_hook(lambda *call: gates.append(call[2]))
@@ -192,7 +192,7 @@ def test_what_is_written_to_afterwards_is_refused_by_autograd(monkeypatch):
 
 
 def test_a_product_is_kept_under_checkpointing(monkeypatch):
-    monkeypatch.setattr(saved_inputs, "MANY", 0)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     model, _ = adapted(Gated())
     x, runs = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), []
     plain = torch.autograd.grad(model(x).square().sum(), x)
@@ -216,7 +216,7 @@ def test_a_product_is_kept_under_checkpointing(monkeypatch):
     ],
 )
 def test_what_else_is_read(make, whole, monkeypatch):
-    monkeypatch.setattr(saved_inputs, "MANY", 0)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     layer, handle = adapted(nn.Linear(6, 4))
     x, row = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 6), (6,))

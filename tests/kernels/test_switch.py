@@ -52,13 +52,13 @@ def loaded(monkeypatch):
         return module
 
     monkeypatch.setattr(rounding, "rounding_loop", record)
-    monkeypatch.setattr(rounding, "WORTH", 0)
-    monkeypatch.setattr(saved_inputs, "MANY", 0)
+    monkeypatch.setattr(rounding, "NUMBA_MINIMUM", 0)
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     return names
 
 
 def run(work: Callable[[], list[Tensor]], monkeypatch, *names: str) -> list[Tensor]:
-    monkeypatch.setattr(switch, "ON", frozenset(names))
+    monkeypatch.setattr(switch, "ENABLED", frozenset(names))
     torch.manual_seed(0)
     return work()
 
@@ -82,9 +82,9 @@ def test_what_autograd_saved_is_left_alone_if_that_is_off(loaded, monkeypatch):
         assert node is not None
         return kept.first is product and saved_inputs.Gate not in node.metadata
 
-    monkeypatch.setattr(switch, "ON", frozenset({"saved_inputs"}))
+    monkeypatch.setattr(switch, "ENABLED", frozenset({"saved_inputs"}))
     assert not saved()
-    monkeypatch.setattr(switch, "ON", frozenset())
+    monkeypatch.setattr(switch, "ENABLED", frozenset())
     assert saved()
     found, plain = run(step, monkeypatch, "saved_inputs"), run(step, monkeypatch)
     assert all(map(torch.equal, found, plain))
@@ -118,7 +118,7 @@ x, W = torch.randn(200, 256).requires_grad_(), torch.randn(16, 256)
 A, B = torch.randn(4, 256, requires_grad=True), torch.randn(16, 4, requires_grad=True)
 fused.linear(1.0, x, W, None, A, B).sum().backward()
 print("numba" in sys.modules)
-rounding.WORTH = 0
+rounding.NUMBA_MINIMUM = 0
 rounding.fold(torch.randn(1, 30, 40).bfloat16(), LowRank(torch.randn(1, 2, 40), torch.randn(1, 30, 2), 0.1))
 print("numba" in sys.modules)
 """

@@ -25,13 +25,15 @@ CASES = {
     "3d": (lambda: nn.Conv3d(4, 6, (1, 2, 2)), (2, 4, 2, 4, 5)),
 }
 CASES |= {
-    f"{name}, last": case for name, case in CASES.items() if len(case[1]) in fused_conv.LAST
+    f"{name}, last": case
+    for name, case in CASES.items()
+    if len(case[1]) in fused_conv.CHANNELS_LAST
 }  # channels, in memory
 
 
 @pytest.fixture(autouse=True)
 def _any_size(monkeypatch):
-    monkeypatch.setattr(fused_conv, "SMALL", 0)
+    monkeypatch.setattr(fused_conv, "SMALL_INPUT_SIZE", 0)
 
 
 @pytest.fixture(params=[True, False], ids=["formed", "factored"])
@@ -63,7 +65,7 @@ def adapted(name, dtype=torch.float64, **fields):
     torch.manual_seed(0)
     model, memory = (
         nn.Sequential(make()).to(dtype),
-        fused_conv.LAST[len(shape)] if "last" in name else None,
+        fused_conv.CHANNELS_LAST[len(shape)] if "last" in name else None,
     )
     model = model if memory is None else model.to(memory_format=memory)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"], **fields))
@@ -121,7 +123,7 @@ def test_in_the_dtype_of_the_layer(name, dtype, calls):
 )
 def test_dropout_drops_the_same_entries_in_backward(name, monkeypatch):
     model, handle, x = adapted(name, dropout=0.4)
-    monkeypatch.setattr(dropout, "seed", lambda: 7)
+    monkeypatch.setattr(dropout, "new_seed", lambda: 7)
     found = values(model, handle, x)
     layer, change = model[0], handle.layers["0"].changes["weight"]
     A, B = change._parameters["A"][0], change._parameters["B"][0]
@@ -188,10 +190,10 @@ def test_a_pointwise_layer_with_strides_saves_what_it_reads():
 
 def test_a_small_call_goes_the_general_way(calls, monkeypatch):
     model, _, x = adapted("3x3")
-    monkeypatch.setattr(fused_conv, "SMALL", x.numel())
+    monkeypatch.setattr(fused_conv, "SMALL_INPUT_SIZE", x.numel())
     model(x)
     assert calls == []
-    monkeypatch.setattr(fused_conv, "SMALL", x.numel() - 1)
+    monkeypatch.setattr(fused_conv, "SMALL_INPUT_SIZE", x.numel() - 1)
     model(x)
     assert len(calls) == 1
 

@@ -34,7 +34,7 @@ from veneer.errors import (
     TargetError,
 )
 from veneer.fileio.locks import hold_lock
-from veneer.kernels.switch import on
+from veneer.kernels.switch import is_on
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.merge_checkpoint import merge_checkpoint, prove
 from veneer.variants import VARIANTS
@@ -473,7 +473,7 @@ def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, t
     used, peak = done.stdout.split()
     assert compiled or sum(map(checkpoint.bytes, checkpoint.file_of)) > 12 * largest
     assert int(peak) * 1024 < 2 * largest + 300 * 2**20
-    assert used == str(compiled and on("round_nearest"))
+    assert used == str(compiled and is_on("round_nearest"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert Path(tmp_path / "out" / "config.json").is_file()
 

@@ -20,7 +20,7 @@ from veneer.lowrank import LowRank
 from veneer.variants import CALIBRATION, VARIANTS, InitContext
 from veneer.variants import _parts as parts
 from veneer.variants import dora as dora_file
-from veneer.variants.lokr import factors
+from veneer.variants.lokr import closest_factors
 
 OWN = [variant for variant in VARIANTS if not variant.name.startswith("toy")]
 every = pytest.mark.parametrize("variant", OWN, ids=lambda variant: variant.name)
@@ -276,7 +276,7 @@ def test_dora_norms_do_not_cancel():
     A, B = -W[:, :1].clone(), torch.tensor([[[1 - 1e-9], [0.5], [0.0]]], dtype=torch.float64)
     norms = dora_file.row_norms(W, LowRank(A, B, 1.0))
     assert norms[0].item() == pytest.approx(1e-9 * W[0, 0].norm().item(), rel=1e-6)
-    wide = torch.randn(2, 5, dora_file.CHUNK // 2 + 1)
+    wide = torch.randn(2, 5, dora_file.CHUNK_BYTES // 2 + 1)
     zero = LowRank(torch.zeros(2, 1, wide.shape[2]), torch.zeros(2, 5, 1), 1.0)
     torch.testing.assert_close(dora_file.row_norms(wide, zero), wide.norm(dim=2).flatten())
 
@@ -543,7 +543,7 @@ def test_loftq_starts_at_the_best_approximation_of_what_was_lost(scale):
 
 def test_a_large_matrix_gets_nearly_its_principal_part():
     decaying = torch.randn(1100, 1100) * torch.linspace(1, 0.2, 1100)
-    U, S, Vh = parts.principal(decaying[None], 8)
+    U, S, Vh = parts.principal_triplets(decaying[None], 8)
     exact = torch.linalg.svdvals(decaying)[:8]
     torch.testing.assert_close(S[0], exact, rtol=1e-2, atol=0)
     torch.testing.assert_close(U[0].T @ U[0], torch.eye(8), rtol=0, atol=1e-4)
@@ -608,7 +608,7 @@ def test_adalora_prunes_without_stopping_the_gradient_of_e():
 
 @pytest.mark.parametrize("length", [1, 2, 7, 12, 36, 127, 128, 250, 512, 768, 1024, 4096, 11008])
 def test_lokr_factors_as_lycoris_does(length):
-    a, b = factors(length)
+    a, b = closest_factors(length)
     assert a * b == length
     assert a <= b
     lycoris = pytest.importorskip("lycoris.functional.general")

@@ -42,7 +42,7 @@ from veneer.config import LoraConfig, trained_dtype
 from veneer.distributed import base_class, full_tensor
 from veneer.errors import SelectionError, TargetError, raise_all
 from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
-from veneer.layers._base import factors
+from veneer.layers._base import can_factor
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext
 
@@ -262,7 +262,7 @@ def _adapt_modules(
             kind = kind_of(module)
             storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
             storage_modules = storage.modules() if storage is not None else ()
-            factored = kind is not None and factors(kind, module, type(module), storage_modules)
+            factored = kind is not None and can_factor(kind, module, type(module), storage_modules)
             product = factored and kind.product and storage is not None and storage.name == "plain"
             layer_state = LayerState(attached, kind, factored, fast_path_switches(module), product)
             attached.paths[layer_state.key] = path

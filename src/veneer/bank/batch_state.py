@@ -132,7 +132,7 @@ class Layer:
             x, parameters = call.args[0], call.module._parameters
             weight: Any = parameters[self.name]
             if (
-                (fused.applies(x, weight) or device.applies_alike(x, weight))
+                (fused.applies(x, weight) or device.applies_without_cast(x, weight))
                 and x.ndim > 1
                 and x.shape[0] == assignment.row_count
                 and not (x.requires_grad and torch.is_grad_enabled())
@@ -143,11 +143,11 @@ class Layer:
                 flat = x.view(-1, self.in_dim) if x.is_contiguous() else x.reshape(-1, self.in_dim)
                 tokens = len(flat) // assignment.row_count
                 if assignment.multiplies_by_row(self, tokens):
-                    delta = batched.by_rows(flat, *assignment.row_factors(self))
+                    delta = batched.multiply_rows(flat, *assignment.row_factors(self))
                 elif tokens > MAX_GROUPED_TOKENS or (
                     self.on_gpu and assignment.run_count <= MAX_SINGLE_RUNS
                 ):
-                    delta = batched.by_runs(flat, self.out_dim, assignment.runs(self), tokens)
+                    delta = batched.multiply_runs(flat, self.out_dim, assignment.runs(self), tokens)
                 else:
                     delta = self.multiply_groups(flat, tokens, assignment)
                 if self.key in assignment.gain_or_bias_keys:
@@ -440,7 +440,7 @@ def _grouping(
                 ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens)[:, None]
             )
         gathers.append((index, is_absent))
-    return Grouping(0, lane_count, order, weights, tuple(gathers))
+    return Grouping(lane_count, order, weights, tuple(gathers))
 
 
 class BatchState:

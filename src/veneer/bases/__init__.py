@@ -1,9 +1,9 @@
-"""Storages: how a frozen weight is stored, one file for each kind, registered in ``BASES``."""
+"""How a frozen weight is stored: one file for each storage, registered in ``BASES``."""
 
 from veneer.bases._base import BASES, GridStorage, Storage, register, storage_of
 from veneer.bases.opaque import (
-    hidden,
     is_opaque,
+    is_storage_detail,
     own_parameters,
     unreadable,
     weight_of,
@@ -17,8 +17,8 @@ __all__ = [
     "BASES",
     "GridStorage",
     "Storage",
-    "hidden",
     "is_opaque",
+    "is_storage_detail",
     "own_parameters",
     "register",
     "storage_of",

@@ -1,10 +1,10 @@
-"""The interface of a storage: read a frozen weight as dense numbers, and write a merged one back.
+"""The interface of a storage: read a frozen weight as a dense tensor, and write a merged one back.
 
-A weight is the object that a module has under the weight's name: a ``Parameter`` (plain or packed),
-the ``ParametrizationList`` that computes it, or the module itself if nothing else can read it
-(``opaque.py``). ``stored_tensors`` returns the tensors that hold the weight, ``decode`` the dense
-weight that they represent; a merge writes other tensors of the same names, and an unmerge writes
-the original ones.
+The methods take a weight as the object that a module has under the weight's name: a ``Parameter``
+(plain or packed), the ``ParametrizationList`` that computes it, or the module itself if nothing
+else can read it (``opaque.py``). ``stored_tensors`` returns the tensors that hold the weight, and
+``decode`` the dense weight that they represent. A merge writes new tensors under the same names; an
+unmerge writes the original tensors again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Storage(ABC):
     """One way to store a weight. Subclasses are final and have no state."""
 
     name: str
-    #: only the module's own forward can read the weight, so the weight is represented by the module
-    #: itself
+    #: whether only the module's own forward can read the weight; the module itself then represents
+    #: the weight
     opaque: bool = False
-    #: reading the weight is a computation that may change state, so the module's own forward must
-    #: not run it
+    #: whether reading the weight is a computation that may change state; the module's own forward
+    #: must then not run it
     computed: bool = False
-    #: the name under which ``encode`` returns the dense values if it only rounds them to the dtype
-    #: of the dense weight; None if it changes them further
+    #: the key under which ``encode`` returns the dense values, if it does no more than round them
+    #: to the dtype of the dense weight; else None
     dense_name: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -39,12 +39,12 @@ class Storage(ABC):
 
     @abstractmethod
     def holds(self, weight: object) -> bool:
-        """Whether ``weight`` is stored this way."""
+        """Whether ``weight`` is stored in this storage."""
 
     @abstractmethod
     def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
-        """The tensors that ``write`` replaces, by names without dots that are this storage's; not
-        copied."""
+        """The tensors that ``write`` replaces, not copied. Their names belong to this storage and
+        contain no dots."""
 
     @abstractmethod
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -52,28 +52,27 @@ class Storage(ABC):
 
     @abstractmethod
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        """Dense float64 ``values`` in the form of this storage, rounded once; nothing is
-        written."""
+        """Dense float64 ``values`` as stored tensors, rounded once. Writes nothing."""
 
     @abstractmethod
     def examples(self) -> Iterator[nn.Module]:
-        """Small linear layers (16-divisible sizes where packing needs it) whose ``weight`` is
-        stored this way."""
+        """Small linear layers whose ``weight`` is in this storage. Their sizes are multiples of 16
+        if packing needs this."""
 
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
-        """Write stored tensors into ``weight`` in place, so that it keeps its identity and ties.
-        Writing the earlier result of ``stored_tensors`` restores every bit."""
+        """Write stored tensors into ``weight`` in place, so that it stays the same object and its
+        ties remain. Writing a copy of an earlier ``stored_tensors`` restores every bit."""
         tensors = self.stored_tensors(weight)
         with torch.no_grad():
             for name, values in stored.items():
                 tensors[name].copy_(values)
 
     def dense(self, weight: Any) -> Tensor:
-        """The weight as a dense floating-point tensor, exactly."""
+        """The weight as a dense floating-point tensor."""
         return self.decode(weight, self.stored_tensors(weight))
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
-        """The dense weight in about ``count`` pieces of rows if it can be read in pieces, else as
+        """The dense weight in about ``count`` blocks of rows if the storage can read them, else in
         one."""
         yield self.dense(weight)
 
@@ -86,7 +85,7 @@ class Storage(ABC):
         return weight.shape
 
     def label(self, weight: Any) -> str:
-        """The usual name of this storage, for messages."""
+        """The usual name of this storage in error messages and reports."""
         return self.name
 
     def device(self, weight: Any) -> torch.device:
@@ -94,49 +93,49 @@ class Storage(ABC):
         return getattr(weight, "device", None) or self.dense(weight).device
 
     def prepare(self, module: Any) -> None:  # noqa: B027 (most storages have nothing to do)
-        """Bring a module's weight into the form that the other methods read, without changing its
-        values. Called when an adapter is attached and after every ``write``; calling it again does
+        """Convert a module's weight to the layout that the other methods read, without changing its
+        values. Called when an adapter is attached and after every ``write``; a second call does
         nothing."""
 
     def after_first_call(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The stored tensors in the state in which the library leaves them after a call, if a call
+        """The stored tensors as the library leaves them after a call of the module, if the call
         changes them permanently. Fingerprints are computed from this result, which is the same
         before and after the call."""
         return stored
 
     def release(self, module: Any) -> None:  # noqa: B027
-        """Undo ``prepare``, when the module is detached."""
+        """Undo ``prepare``. Called when the adapter is detached."""
 
     def misread(self, weight: Any) -> bool:
-        """Whether the library itself decodes other numbers than those that were stored, in
-        ``decode`` and in its own forward."""
+        """Whether the library decodes other numbers than it has stored, both in ``decode`` and in
+        its own forward."""
         return False
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        """Module classes whose own forward equals their stock layer's on ``dense(weight)``, so that
-        the factored form is right: y = forward(x) + op(x; ΔW)."""
+        """Module classes whose own forward equals the forward of the layer kind's class on
+        ``dense(weight)``. Their factored path is correct: y = forward(x) + op(x; ΔW)."""
         return ()
 
 
 class GridStorage(Storage):
-    """A storage whose numbers are levels times a scale; faithful rounding chooses among them."""
+    """A storage whose elements are levels times a scale. Faithful rounding chooses among these."""
 
     @abstractmethod
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
-        """The numbers, in the dense weight's shape, that can be stored with the scales of
-        ``stored_tensors``."""
+        """The numbers that each element of the dense weight can be, with the scales in
+        ``stored``."""
 
     @abstractmethod
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-        """Dense ``values``, each rounded to the nearest number of ``grid`` under ``stored``."""
+        """Dense ``values`` as stored tensors, each rounded to the nearest number of ``grid``."""
 
 
 BASES: Registry[Storage] = Registry("storage")
 
 
 def storage_named(name: str):
-    """The registered storage of this name. Pickles contain this call, so that a copy is the same
-    instance."""
+    """The registered storage of this name. A pickled storage holds this call, so that unpickling
+    gives the registered instance."""
     return BASES[name]
 
 

@@ -1,20 +1,19 @@
 """Weights that bitsandbytes stores in 8 or 4 bits: ``Int8Params`` (LLM.int8()) and ``Params4bit``
 (QLoRA's nf4 and fp4).
 
-**8 bits.** One scale per row, the row's largest magnitude:
+**8 bits.** Each row has one scale, the largest magnitude in the row:
 
     W[o, i] = values[o, i] · scale[o] / 127      values: int8 [out, in]    scale: float32 [out]
 
 The first call of a ``Linear8bitLt`` moves the scale from the parameter (``weight.SCB``) to the
-module (``module.state.SCB``), where it cannot be found from the weight; ``prepare`` keeps it at
-both.
+module (``module.state.SCB``), so that the parameter alone no longer holds the weight. ``prepare``
+keeps the scale in both.
 
-**4 bits.** The weight is flattened by rows and divided into blocks (of 64). A block has one scale,
-its
-largest magnitude, and its elements are indices of 16 levels. A byte holds two of them, the earlier
-one in the upper half:
+**4 bits.** The weight is flattened by rows and divided into blocks of 64 elements. A block has one
+scale, its largest magnitude, and its elements are indices into a table of 16 levels. A byte holds
+two of these indices, the first in its upper half:
 
-    W[64 b + j] = level[number[b, j]] · absmax[b]
+    W[64 b + j] = level[index[b, j]] · absmax[b]
     packed: bytes [out · in / 2]    absmax: float32 [blocks]
 
 With ``compress_statistics`` the scales are themselves stored in 8 bits, in blocks of 256, around
@@ -22,19 +21,19 @@ their mean:
 
     absmax[256 c + k] = nested_code[byte[c, k]] · nested_absmax[c] + offset
 
-``quant_storage`` is only the dtype with which the bytes are labelled; ``stored_tensors`` always
-returns bytes.
+``quant_storage`` is only the dtype as which the bytes are viewed; ``stored_tensors`` always returns
+bytes.
 
 On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place.
-This permanently rounds the scales to bfloat16, drops the nested ones, and passes no gradient to x
-any more (bitsandbytes 0.50). ``prepare`` undoes the layout and prevents the module from repacking.
-The fingerprint of a weight uses the rounded scales (``after_first_call``), which are the same for a
-new base and for one that has run.
+This permanently rounds the scales to bfloat16 and drops the nested scales, and later calls pass no
+gradient to x (bitsandbytes 0.50). ``prepare`` undoes the repacking and prevents the module from
+repeating it. The fingerprint of a weight uses the rounded scales (``after_first_call``), so that it
+is the same for a new base and for a base that has run.
 
 **Merging** gives each row or block its old scale or its new largest magnitude, whichever comes
-closer
-to W + ΔW: with the old scale, unchanged numbers stay the same. With these scales, each number is
-rounded to nearest, or to one of its two neighbours (``kernels/error_feedback.py``).
+closer to W + ΔW. With the old scale, the integers of elements that do not change stay the same.
+With these scales, each element is rounded to nearest, or to one of its two neighbours
+(``kernels/error_feedback.py``).
 
 Dettmers et al. 2022, "LLM.int8()"; Dettmers et al. 2023, "QLoRA".
 """
@@ -55,6 +54,7 @@ from veneer.bases._base import GridStorage, register
 from veneer.errors import TargetError
 from veneer.kernels.grid import Grid
 
+#: how many scales of blocks share one nested scale
 NESTED_BLOCK = 256
 
 
@@ -70,9 +70,9 @@ class Bitsandbytes8bit(GridStorage):
     name = "bitsandbytes_8bit"
 
     def holds(self, weight: object) -> bool:
-        # Test attributes, because pickling makes it a plain Parameter that keeps them. Not held: a
-        # weight that is not yet quantised, or one with has_fp16_weights=True, whose quantised form
-        # the module caches.
+        # Attributes are tested, because unpickling gives a plain Parameter with the same
+        # attributes. Not in this storage: a weight that is not yet quantised, and a weight with
+        # has_fp16_weights=True, for which the module caches a quantised copy.
         return (
             isinstance(weight, nn.Parameter)
             and weight.dtype == torch.int8
@@ -80,8 +80,8 @@ class Bitsandbytes8bit(GridStorage):
         )
 
     def prepare(self, module: Any) -> None:
-        """Move the scale to the module as the first call would, and keep it at the weight too,
-        until the next ``write``."""
+        """Move the scale to the module as the first call would, and keep it in the weight too. The
+        next ``write`` undoes this."""
         weight, state = module.weight, getattr(module, "state", None)
         if state is not None and weight.CB is not None:
             module.init_8bit_state()
@@ -103,29 +103,28 @@ class Bitsandbytes8bit(GridStorage):
         return stored["values"].float() * (stored["scale"] * (1 / 127))[:, None]
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        def miss(scale: Tensor) -> Tensor:
-            return (
-                (self.decode(weight, self.onto(weight, {"scale": scale}, values)) - values)
-                .square()
-                .sum(1)
-            )
+        def squared_error(scale: Tensor) -> Tensor:
+            encoded = self.onto(weight, {"scale": scale}, values)
+            return (self.decode(weight, encoded) - values).square().sum(1)
 
         old, new = self.stored_tensors(weight)["scale"], values.abs().amax(1).float()
-        return self.onto(weight, {"scale": torch.where(miss(old) <= miss(new), old, new)}, values)
+        scale = torch.where(squared_error(old) <= squared_error(new), old, new)
+        return self.onto(weight, {"scale": scale}, values)
 
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
         scale = (stored["scale"] * (1 / 127))[:, None].expand_as(weight)
         return Grid(torch.arange(-127.0, 128, device=scale.device), scale)
 
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-        numbers = values * _inverse(stored["scale"])[:, None] * 127
-        return {"values": numbers.round().clamp(-127, 127).to(torch.int8), "scale": stored["scale"]}
+        integers = values * _inverse(stored["scale"])[:, None] * 127
+        qdata = integers.round().clamp(-127, 127).to(torch.int8)
+        return {"values": qdata, "scale": stored["scale"]}
 
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             weight.data.copy_(stored["values"])
-        # As before the first call: the module takes both from the weight, replacing any that it
-        # holds.
+        # Now the weight is as before the first call: the module takes both tensors from it, and
+        # replaces any that it holds.
         weight.CB, weight.SCB = weight.data, stored["scale"].detach().clone()
 
     def examples(self) -> Iterator[nn.Module]:
@@ -155,8 +154,8 @@ class Bitsandbytes4bit(GridStorage):
         return isinstance(weight, nn.Parameter) and getattr(weight, "quant_state", None) is not None
 
     def prepare(self, module: Any) -> None:
-        """Keep the weight in the layout that all devices share, and prevent its module from
-        repacking it (see above)."""
+        """Convert the weight to the layout that all devices share, and prevent its module from
+        repacking it (see the module's docstring)."""
         weight = module.weight
         if _is_repacked(weight.quant_state):
             self.write(weight, self.stored_tensors(weight))
@@ -200,59 +199,64 @@ class Bitsandbytes4bit(GridStorage):
         if weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
             return False
         stored = self.stored_tensors(weight)
-        numbers = torch.stack([stored["packed"] >> 4, stored["packed"] & 15], 1).flatten()[
+        indices = torch.stack([stored["packed"] >> 4, stored["packed"] & 15], 1).flatten()[
             : state.shape.numel()
         ]
-        meant = state.code[numbers.int()].view(state.shape) * self.grid(weight, stored).scale
-        return not torch.allclose(self.decode(weight, stored), meant, rtol=1e-5)
+        expected = state.code[indices.int()].view(state.shape) * self.grid(weight, stored).scale
+        return not torch.allclose(self.decode(weight, stored), expected, rtol=1e-5)
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
         state, stored = weight.quant_state, self.stored_tensors(weight)
         rows, columns = state.shape if len(state.shape) == 2 else (1, 0)
-        step = -(-rows // count)
-        # a piece must consist of complete blocks
-        while step < rows and step * columns % state.blocksize:
-            step += 1
-        if not columns or step >= rows:
+        block_rows = -(-rows // count)
+        # the rows must consist of complete quantisation blocks
+        while block_rows < rows and block_rows * columns % state.blocksize:
+            block_rows += 1
+        if not columns or block_rows >= rows:
             yield self.dense(weight)
             return
         packed, scales = stored["packed"].view(-1, 1), _scales(stored)
-        for first in range(0, rows, step):
-            size = min(step, rows - first)
-            start, end = first * columns, (first + size) * columns
+        for first in range(0, rows, block_rows):
+            row_count = min(block_rows, rows - first)
+            start, end = first * columns, (first + row_count) * columns
             blocks = slice(start // state.blocksize, -(-end // state.blocksize))
             yield torch.ops.bitsandbytes.dequantize_4bit(
                 packed[start // 2 : -(-end // 2)],
                 scales[blocks],
                 state.blocksize,
                 state.quant_type,
-                (size, columns),
+                (row_count, columns),
                 torch.float32,
             )
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        state, new = weight.quant_state, self.stored_tensors(weight)
-        old_scales, width = _scales(new), state.blocksize
-        blocks = _blocks(values, width)  # [blocks, 64]
-        same = (blocks == _blocks(self.decode(weight, new), width)).all(1)  # [blocks]
+        state, encoded = weight.quant_state, self.stored_tensors(weight)
+        old_scales, block_size = _scales(encoded), state.blocksize
+        blocks = _blocks(values, block_size)  # [blocks, 64]
+        old_blocks = _blocks(self.decode(weight, encoded), block_size)
+        is_same = (blocks == old_blocks).all(1)  # [blocks]
 
-        def numbers(scales: Tensor) -> Tensor:
-            return _nearest(blocks * _inverse(scales)[:, None], state.code)
+        def level_indices(scales: Tensor) -> Tensor:
+            return _nearest_level(blocks * _inverse(scales)[:, None], state.code)
 
-        def miss(scales: Tensor) -> Tensor:
-            return (state.code[numbers(scales).int()] * scales[:, None] - blocks).square().sum(1)
+        def squared_error(scales: Tensor) -> Tensor:
+            levels = state.code[level_indices(scales).int()]
+            return (levels * scales[:, None] - blocks).square().sum(1)
 
         largest = blocks.abs().amax(1).float()
-        scales = torch.where(same | (miss(old_scales) <= miss(largest)), old_scales, largest)
-        if "nested_code" in new:
-            new |= _nested(scales, scales == old_scales, new)
-            scales = _scales(new)
+        keeps_old = is_same | (squared_error(old_scales) <= squared_error(largest))
+        scales = torch.where(keeps_old, old_scales, largest)
+        if "nested_code" in encoded:
+            encoded |= _nest(scales, scales == old_scales, encoded)
+            scales = _scales(encoded)
         else:
-            new["absmax"] = scales
-        packed, old = _packed(numbers(scales)), _blocks(new["packed"], width // 2)
-        packed = torch.where((same & (scales == old_scales))[:, None], old, packed)
-        new["packed"] = packed.flatten()[: new["packed"].numel()]
-        return {name: new[name] for name in self.stored_tensors(weight)}
+            encoded["absmax"] = scales
+        packed = _pack(level_indices(scales))
+        old_packed = _blocks(encoded["packed"], block_size // 2)
+        keeps_bytes = is_same & (scales == old_scales)
+        packed = torch.where(keeps_bytes[:, None], old_packed, packed)
+        encoded["packed"] = packed.flatten()[: encoded["packed"].numel()]
+        return {name: encoded[name] for name in self.stored_tensors(weight)}
 
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
         state = weight.quant_state
@@ -261,13 +265,14 @@ class Bitsandbytes4bit(GridStorage):
 
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
         state, old = weight.quant_state, stored["packed"]
-        numbers = _nearest(
+        indices = _nearest_level(
             _blocks(values, state.blocksize) * _inverse(_scales(stored))[:, None], state.code
         )
-        old_numbers = torch.stack([old >> 4, old & 15], 1).view(-1)
-        numbers = numbers.view(-1)[: len(old_numbers)]  # a level that occurs twice keeps its index
-        alike = state.code[numbers.int()] == state.code[old_numbers.int()]
-        packed = _packed(torch.where(alike, old_numbers, numbers).view(-1, 2)).flatten()
+        old_indices = torch.stack([old >> 4, old & 15], 1).view(-1)
+        indices = indices.view(-1)[: len(old_indices)]
+        # a level that occurs twice in the table keeps its index
+        is_same_level = state.code[indices.int()] == state.code[old_indices.int()]
+        packed = _pack(torch.where(is_same_level, old_indices, indices).view(-1, 2)).flatten()
         return {**stored, "packed": packed}
 
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
@@ -291,12 +296,13 @@ class Bitsandbytes4bit(GridStorage):
             return
         from bitsandbytes.nn.modules import Linear4bit
 
-        for kind in ("nf4", "fp4"):
+        for quant_type in ("nf4", "fp4"):
             for nested in (False, True):
-                yield Linear4bit(64, 32, compress_statistics=nested, quant_type=kind).to("cpu")
-        for label in (torch.bfloat16, torch.float32):
+                linear = Linear4bit(64, 32, compress_statistics=nested, quant_type=quant_type)
+                yield linear.to("cpu")
+        for quant_storage in (torch.bfloat16, torch.float32):
             yield (
-                Linear4bit(64, 32, quant_type="nf4", quant_storage=label)
+                Linear4bit(64, 32, quant_type="nf4", quant_storage=quant_storage)
                 .to(torch.bfloat16)
                 .to("cpu")
             )
@@ -319,30 +325,32 @@ def _is_repacked(state: Any) -> bool:
 
 
 def _undo_repacking(weight: Any) -> Tensor:
-    """The packed numbers of a repacked weight in the layout that all devices share. Only the order
-    changes."""
+    """The packed bytes of a repacked weight, in the layout that all devices share. They differ from
+    the repacked bytes only in their order."""
     state = copy.copy(weight.quant_state)
-    state.original_nested = False  # the scales are read beside this, as they are
+    state.original_nested = False  # for the inverse; the scales themselves are read from the weight
     inverse = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
     return inverse(weight.data, state)[0]
 
 
 def _bytes(data: Tensor) -> Tensor:
+    """The flat bytes of a tensor."""
     return data.detach().view(torch.uint8).view(-1)
 
 
 def _blocks(values: Tensor, width: int) -> Tensor:
-    """The flattened values in rows of ``width``, the last one filled with zeros."""
+    """The flattened values in rows of ``width``, the last row filled with zeros."""
     flat = values.reshape(-1)
     return F.pad(flat, (0, -flat.numel() % width)).view(-1, width)
 
 
-def _packed(numbers: Tensor) -> Tensor:
-    """Two numbers in a byte, [n, width] to [n, width / 2]."""
-    return numbers[:, ::2] << 4 | numbers[:, 1::2]
+def _pack(indices: Tensor) -> Tensor:
+    """Pack two indices into a byte, [n, width] to [n, width / 2]."""
+    return indices[:, ::2] << 4 | indices[:, 1::2]
 
 
 def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale in float64, and 0 for a scale of 0."""
     return torch.where(scale == 0, 0.0, 1 / scale.double())
 
 
@@ -360,22 +368,22 @@ def _scales(stored: Mapping[str, Tensor]) -> Tensor:
     return torch.ops.bitsandbytes.dequantize_blockwise(*arguments) + stored["offset"]
 
 
-def _nested(scales: Tensor, same: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New scales in 8 bits around the old offset; blocks of 256 that are the same keep their
-    bits."""
+def _nest(scales: Tensor, is_same: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Store scales in 8 bits, around the offset of ``old``. If all scales of a nested block are the
+    same as before (``is_same``), it keeps its bytes and its nested scale."""
     centred = scales.double() - old["offset"].double()
     blocks = _blocks(centred, NESTED_BLOCK)  # [c, 256]
-    unchanged = (_blocks((~same).byte(), NESTED_BLOCK) == 0).all(1)  # [c]
-    absmax = torch.where(unchanged, old["nested_absmax"], blocks.abs().amax(1).float())
-    numbers = _nearest(blocks * _inverse(absmax)[:, None], old["nested_code"])
-    numbers = torch.where(unchanged[:, None], _blocks(old["absmax"], NESTED_BLOCK), numbers)
-    return {"absmax": numbers.flatten()[: scales.numel()], "nested_absmax": absmax}
+    is_unchanged = (_blocks((~is_same).byte(), NESTED_BLOCK) == 0).all(1)  # [c]
+    absmax = torch.where(is_unchanged, old["nested_absmax"], blocks.abs().amax(1).float())
+    indices = _nearest_level(blocks * _inverse(absmax)[:, None], old["nested_code"])
+    indices = torch.where(is_unchanged[:, None], _blocks(old["absmax"], NESTED_BLOCK), indices)
+    return {"absmax": indices.flatten()[: scales.numel()], "nested_absmax": absmax}
 
 
-def _nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """The number of the level nearest to each value, as uint8; the first number of a level that
-    occurs twice."""
+def _nearest_level(values: Tensor, levels: Tensor) -> Tensor:
+    """For each value, the index of the nearest level, as uint8. Of a level that occurs twice, the
+    first index."""
     ordered, order = levels.double().sort(stable=True)
-    first = torch.searchsorted(ordered, ordered)
-    between = (ordered[1:] + ordered[:-1]) / 2
-    return order[first].to(torch.uint8)[torch.bucketize(values, between)]
+    first_occurrence = torch.searchsorted(ordered, ordered)
+    midpoints = (ordered[1:] + ordered[:-1]) / 2
+    return order[first_occurrence].to(torch.uint8)[torch.bucketize(values, midpoints)]

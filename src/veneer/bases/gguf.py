@@ -1,20 +1,19 @@
 """GGUF blocks that stay packed in memory: ``GGUFParameter`` of diffusers, in its ``GGUFLinear``.
 
-A row of the weight is divided into blocks of ``block`` elements, and each block is stored in
-``size`` bytes: its scales, then its numbers. For Q8_0, for example, block = 32 and size = 34:
+A row of the weight is divided into blocks of ``block`` elements. Each block is stored in ``size``
+bytes: its scales, then the integers of its elements. Q8_0, for example, has block = 32, size = 34:
 
     byte      0  1 | 2 … 33              W[o, 32 b + j] = d[o, b] · q[o, b, j]
     meaning   d    | q₀ … q₃₁            d: float16, q: int8
 
-The parameter holds the bytes, [out, in / block · size]; ``quant_type`` is their GGUF type. The two
-libraries that know the types convert in both directions: ``gguf.quants`` (numpy), and diffusers'
-torch port of it, which is preferred if it has the type, because it also runs on a GPU. Reading is
-exact in float32.
+The parameter holds the bytes [out, in / block · size], and ``quant_type`` is their GGUF type. Two
+libraries convert these types in both directions: ``gguf.quants`` (numpy), and diffusers' port of it
+to torch, which is preferred if it has the type, because it also runs on a GPU. Reading is exact in
+float32.
 
-**Merging** quantises W + ΔW with the same type; a block keeps its old bytes if these come closer.
-The
-k-quants and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``, so a merge refuses
-them.
+**Merging** quantises W + ΔW with the same type. A block keeps its old bytes if they are closer to
+W + ΔW. The k-quants and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``, so a merge
+refuses them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from veneer.errors import MergeError
 
 
 def _diffusers() -> Any:
-    """The module of diffusers that has the classes, if it has been imported."""
+    """The module of diffusers with the GGUF classes, if it has been imported."""
     return sys.modules.get("diffusers.quantizers.gguf.utils")
 
 
@@ -73,19 +72,20 @@ class Gguf(Storage):
                 quantised = gguf.quants.quantize(values.float().cpu().numpy(), kind)
         except NotImplementedError as error:
             problem = f"a weight of GGUF type {kind.name}, which gguf can read but not write"
-            do = (
+            advice = (
                 "keep the adapter unmerged, or merge it into the model from which the file was "
                 "quantised"
             )
-            raise MergeError(problem, "a type that it writes, such as Q8_0 or Q4_0", do) from error
+            expected = "a type that it writes, such as Q8_0 or Q4_0"
+            raise MergeError(problem, expected, advice) from error
         new = {"blocks": torch.from_numpy(quantised).to(old["blocks"].device)}
         old_error, new_error = (
-            (self.decode(weight, each) - values).square().view(-1, block).sum(1)
-            for each in (old, new)
+            (self.decode(weight, stored) - values).square().view(-1, block).sum(1)
+            for stored in (old, new)
         )
         blocks = torch.where(
             (old_error <= new_error)[:, None],
-            *(each["blocks"].reshape(-1, size) for each in (old, new)),
+            *(stored["blocks"].reshape(-1, size) for stored in (old, new)),
         )
         return {"blocks": blocks.view(old["blocks"].shape)}
 

@@ -1,6 +1,6 @@
-"""Linear layers that other libraries store quantised, each with its own forward: GPTQ and AWQ by
-gptqmodel, HQQ, FP8 and compressed-tensors as transformers loads them. Veneer does not read their
-bytes and only calls forward:
+"""Quantised linear layers of other libraries, each with its own forward: GPTQ and AWQ by gptqmodel,
+HQQ, FP8 and compressed-tensors as transformers loads them. Veneer does not read their bytes and
+only calls forward:
 
     y = forward(x) + op(x; ΔW)          forward: the module's own
     ∂L/∂x = ∂L/∂y W                     if forward has no gradient; W is read in blocks of columns
@@ -11,13 +11,13 @@ identity:
 
     W[:, i] = forward(eᵢ)               in the dtype of the module; exact if only W is quantised
 
-A forward that also rounds x has no gradient; it gets the gradient of W at the unrounded x (a
-straight-through estimator, as in FP8 training). Nothing can be written, so a merge is refused.
-Rejected: a storage for each library, because the parts that they have in common are those used
-here, and their layouts change with their kernels (gptqmodel alone has 40, some of which repack the
-weight in the first call).
+A forward that also rounds x has no gradient. Its gradient is taken to be that of x Wᵀ at the
+unrounded x (a straight-through estimator, as in FP8 training). Nothing can be written, so a merge
+is refused. Rejected: a storage for each library. The libraries share only what is used here, and
+the layouts of their weights change with their kernels (gptqmodel alone has 40 kernels, some of
+which repack the weight in the first call).
 
-compressed-tensors has no class of its own: it wraps forward on the instance of an ``nn.Linear``,
+compressed-tensors has no class of its own. It wraps forward on the instance of an ``nn.Linear``,
 and one call of the model makes the weight dense. The module represents its weight before and after
 that call, with the same values.
 """
@@ -39,7 +39,8 @@ from veneer.bases._base import BASES, Storage, register
 from veneer.distributed import base_class
 from veneer.errors import MergeError, TargetError, sentence
 
-#: (module, class) of each: its name, and how to load its base in a floating-point dtype
+#: (module, class) of a linear layer: the name of its format, and how to load its base in a
+#: floating-point dtype
 LIBRARIES = {
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): (
         "GPTQ or AWQ",
@@ -59,18 +60,19 @@ LIBRARIES = {
         "CompressedTensorsConfig(dequantize=True)",
     ),
 }
-#: libraries whose forward is always a kernel without a derivative
+#: the linear layers whose forward is always a kernel without a derivative
 WITHOUT_GRADIENT = {
     ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
     ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"),
 }
-#: the same for a linear layer that compressed-tensors quantised
+#: name and loading advice, as in ``LIBRARIES``, for linear layers that compressed-tensors has
+#: quantised
 COMPRESSED = (
     "compressed-tensors",
     "CompressedTensorsConfig(dequantize=True), which takes no more than its first call",
 )
-#: the same for modules whose weights only their own forward can read, and whose forward is more
-#: than one product
+#: name and loading advice, as in ``LIBRARIES``, for stacks of experts: only their own forward can
+#: read their weights, and it computes more than one product
 EXPERTS = {
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): (
         "MXFP4",
@@ -85,7 +87,7 @@ EXPERTS = {
         "the checkpoint that was quantised",
     ),
 }
-#: those whose kernels have no derivative
+#: the stacks of experts whose kernels have no derivative
 EXPERTS_WITHOUT_GRADIENT = (
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"),
     ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"),
@@ -95,20 +97,22 @@ COLUMNS = 1 << 10
 
 
 def _class(path: tuple[str, str]) -> Any:
-    """A class of a module that has been imported; without an import, there can be no instance."""
+    """The class (module, name) if its module has been imported, else None. Without an import, there
+    can be no instance."""
     return getattr(sys.modules.get(path[0]), path[1], None)
 
 
-def _below(cls: Any) -> Iterator[Any]:
+def _subclasses(cls: Any) -> Iterator[Any]:
+    """``cls`` and its subclasses, without the classes of adapted modules."""
     yield cls
-    for below in cls.__subclasses__():
-        if "veneer_base" not in below.__dict__:
-            yield from _below(below)
+    for subclass in cls.__subclasses__():
+        if "veneer_base" not in subclass.__dict__:
+            yield from _subclasses(subclass)
 
 
-def _kind(module: nn.Module) -> tuple[str, str] | None:
-    """The name of the format and the advice, if a module is one of ``LIBRARIES`` or of
-    compressed-tensors."""
+def _format_of(module: nn.Module) -> tuple[str, str] | None:
+    """The name of the format and the loading advice, if a module is of a class of ``LIBRARIES`` or
+    quantised by compressed-tensors; else None."""
     if is_compressed(module):
         return COMPRESSED
     return next(
@@ -122,26 +126,26 @@ def _kind(module: nn.Module) -> tuple[str, str] | None:
 
 
 def is_compressed(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight compressed-tensors packed, or made dense in
-    the first call of the model. False for one that it quantises in each call, because the gradient
-    of its call is not that of its weight."""
+    """Whether a module is a linear layer whose weight compressed-tensors has packed, or has made
+    dense in the first call of the model. False for a layer that it quantises in each call, because
+    the gradient of that call is not the gradient of its weight."""
     attributes = module.__dict__
     if (scheme := attributes.get("quantization_scheme")) is None or not isinstance(
         module, nn.Linear
     ):
         return False
-    # accelerate's hooks replace the library's wrapper, unless an adapter has replaced it before
-    hooked = "_hf_hook" in attributes and not hasattr(type(module), "veneer_base")
-    stored_by_library = getattr(scheme, "weights", None) is not None and not hooked
-    return stored_by_library and attributes.get("quantization_status") in (
+    # a hook of accelerate replaces the library's wrapper, unless an adapter replaced it before
+    is_hooked = "_hf_hook" in attributes and not hasattr(type(module), "veneer_base")
+    is_stored_by_library = getattr(scheme, "weights", None) is not None and not is_hooked
+    return is_stored_by_library and attributes.get("quantization_status") in (
         "compressed",
         "decompressed",
     )
 
 
-def hidden(module: nn.Module, name: str) -> bool:
-    """Whether a parameter belongs to the storage of compressed-tensors, so that configs must not
-    name it."""
+def is_storage_detail(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is one that compressed-tensors uses to store the weight, so that configs
+    must not name it."""
     return (
         name.startswith("weight")
         and "quantization_scheme" in module.__dict__
@@ -150,8 +154,8 @@ def hidden(module: nn.Module, name: str) -> bool:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Whether only the forward of a linear layer is known, so that the module represents its
-    weight."""
+    """Whether a module is a linear layer of which only the forward can be used, so that the module
+    itself represents its weight."""
     if (cls := _class(("transformers.integrations.finegrained_fp8", "FP8Linear"))) and isinstance(
         module, cls
     ):
@@ -161,11 +165,11 @@ def is_opaque(module: nn.Module) -> bool:
             and weight.element_size() == 1
             and base_class(module).forward is cls.forward
         )
-    return _kind(module) is not None
+    return _format_of(module) is not None
 
 
 def without_gradient(module: nn.Module) -> bool:
-    """Whether forward passes no gradient to its input, as far as its class or scheme shows."""
+    """Whether forward passes no gradient to its input, as far as the class or the scheme tells."""
     classes = (*WITHOUT_GRADIENT, *EXPERTS_WITHOUT_GRADIENT)
     if any((cls := _class(path)) and isinstance(module, cls) for path in classes):
         return True
@@ -174,12 +178,13 @@ def without_gradient(module: nn.Module) -> bool:
         return any(
             getattr(scheme, f"{side}_activations", None) is not None for side in ("input", "output")
         )
-    # for gptqmodel's kernels
+    # ``SUPPORTS_TRAINING`` is an attribute of gptqmodel's layers
     return is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False
 
 
 def unreadable(module: nn.Module) -> tuple[str, str] | None:
-    """(description, advice) for a module with quantised weights that cannot carry an adapter."""
+    """(description, advice) if a module has quantised weights and cannot carry an adapter, for an
+    error message; else None."""
     description = next(
         (
             description
@@ -194,9 +199,11 @@ def unreadable(module: nn.Module) -> tuple[str, str] | None:
         and not is_compressed(module)
     ):
         description = COMPRESSED
-    if description is None and (kind := _kind(module)) is not None and not is_opaque(module):
+    format_and_advice = _format_of(module) if description is None else None
+    if format_and_advice is not None and not is_opaque(module):
         weight: Any = module._parameters.get("weight")
-        description = kind if weight is not None and weight.element_size() == 1 else None
+        if weight is not None and weight.element_size() == 1:
+            description = format_and_advice
     return (
         None
         if description is None
@@ -208,26 +215,26 @@ def unreadable(module: nn.Module) -> tuple[str, str] | None:
 
 
 class _Product(torch.autograd.Function):
-    """y = forward(x) of a module, with the gradient of x Wᵀ: ∂L/∂x = ∂L/∂y W, a few columns at a
-    time."""
+    """y = forward(x) of a module, with the gradient of x Wᵀ: ∂L/∂x = ∂L/∂y W, computed for a few
+    columns of W at a time."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], weight: nn.Module
+        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], module: nn.Module
     ) -> Tensor:
-        ctx.weight, ctx.dtype = weight, x.dtype
+        ctx.module, ctx.dtype = module, x.dtype
         return forward(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        gradients_of_x = [gradient @ columns.to(gradient.dtype) for columns in _columns(ctx.weight)]
-        return torch.cat(gradients_of_x, -1).to(ctx.dtype), None, None
+        blocks = [gradient @ columns.to(gradient.dtype) for columns in _columns(ctx.module)]
+        return torch.cat(blocks, -1).to(ctx.dtype), None, None
 
 
 def _columns(module: Any) -> Iterator[Tensor]:
-    """W in blocks of at most COLUMNS columns, [out, ≤ COLUMNS] each."""
+    """W in blocks of at most ``COLUMNS`` columns, [out, ≤ COLUMNS] each."""
     if is_compressed(module):
         yield from _decompress(module).split(COLUMNS, 1)
         return
@@ -238,13 +245,13 @@ def _columns(module: Any) -> Iterator[Tensor]:
             rows = torch.zeros(min(COLUMNS, in_ - first) + 1, in_, dtype=dtype, device=device)
             rows[:-1, first:].fill_diagonal_(1)
             y = forward(rows)
-            zero = y[-1]  # not a result of zero inputs: a kernel may have packed the bias too
-            yield (y[:-1] - zero).mT
+            y_of_zeros = y[-1]  # the bias, if a kernel has packed it too
+            yield (y[:-1] - y_of_zeros).mT
 
 
 def _decompress(module: Any) -> Tensor:
-    """The weight of a layer of compressed-tensors, by the library; the module itself stays
-    packed."""
+    """The dense weight of a linear layer of compressed-tensors, by that library. The module itself
+    stays packed."""
     if module.quantization_status == "compressed":
         module = _without_bias(module)
         import_module("compressed_tensors.compressors.base").decompress_module(module)
@@ -270,14 +277,17 @@ class Opaque(Storage):
         raise MergeError(self.refusal(weight))
 
     def refusal(self, weight: Any) -> str:
-        """Why nothing can be merged into this weight."""
-        name, do = _kind(weight) or ("quantised", "the checkpoint that was quantised")
-        do = (
-            f"load the base in a floating-point dtype ({do}), load the adapter on it and merge "
+        """The error message that says why nothing can be merged into this weight."""
+        unknown_format = ("quantised", "the checkpoint that was quantised")
+        format_name, advice = _format_of(weight) or unknown_format
+        advice = (
+            f"load the base in a floating-point dtype ({advice}), load the adapter on it and merge "
             "there, or keep the adapter unmerged"
         )
         return sentence(
-            f"a weight stored as {name}, which only its own library writes", "numbers to write", do
+            f"a weight stored as {format_name}, which only its own library writes",
+            "numbers to write",
+            advice,
         )
 
     def examples(self) -> Iterator[nn.Module]:
@@ -289,7 +299,7 @@ class Opaque(Storage):
             yield hqq.HQQLinear(nn.Linear(64, 32), config, compute_dtype=dtype, device="cpu")
 
     def label(self, weight: Any) -> str:
-        return (_kind(weight) or (self.name, ""))[0]
+        return (_format_of(weight) or (self.name, ""))[0]
 
     def dtype(self, weight: Any) -> torch.dtype:
         """The dtype in which the module computes."""
@@ -306,7 +316,7 @@ class Opaque(Storage):
         )
 
     def device(self, weight: Any) -> torch.device:
-        # exclude adapters below the module
+        # not recursive, so that adapters that are submodules are left out
         tensors = (*weight.buffers(False), *weight.parameters(False))
         return next(tensor.device for tensor in tensors)
 
@@ -314,13 +324,14 @@ class Opaque(Storage):
         return torch.Size((weight.out_features, weight.in_features))
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        return tuple(below for path in LIBRARIES if (cls := _class(path)) for below in _below(cls))
+        classes = (cls for path in LIBRARIES if (cls := _class(path)))
+        return tuple(subclass for cls in classes for subclass in _subclasses(cls))
 
     def call(
         self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """y = forward(x, …) of the module, with a gradient for x whatever forward does: a forward
-        that cuts the graph would silently leave all trained layers below with a wrong gradient.
+        """y = forward(x, …) of the module, with a gradient for x even if forward has none. A
+        forward that cuts the graph would silently give all trained layers below a wrong gradient.
 
         Raises:
             TargetError: x requires a gradient, and the module is no linear layer, so its gradient
@@ -330,17 +341,19 @@ class Opaque(Storage):
         if x is None or not (torch.is_grad_enabled() and x.requires_grad):
             return forward(*args, **kwargs)
         if not is_opaque(module):
-            name, do = next(
+            format_name, advice = next(
                 description
                 for path, description in EXPERTS.items()
                 if (cls := _class(path)) and isinstance(module, cls)
             )
             problem = (
-                f"{base_class(module).__name__}, whose {name} kernels pass no gradient on to the "
-                "layers below, which train"
+                f"{base_class(module).__name__}, whose {format_name} kernels pass no gradient on "
+                "to the layers below, which train"
             )
-            do = f"load the base with {do} and train on it, or call it under torch.no_grad()"
-            raise TargetError(problem, "layers that do, above one that trains", do)
+            advice = (
+                f"load the base with {advice} and train on it, or call it under torch.no_grad()"
+            )
+            raise TargetError(problem, "layers that do, above one that trains", advice)
         if without_gradient(module):
             return _Product.apply(x, forward, module)  # pyright: ignore[reportReturnType]
         y = forward(*args, **kwargs)
@@ -348,8 +361,8 @@ class Opaque(Storage):
 
 
 def _without_bias(module: nn.Module) -> nn.Module:
-    """A second object of a module's class with the same tensors and without its bias, under
-    whatever name it is stored."""
+    """A view of a module: an object of its class with the same tensors, but without the bias,
+    wherever it is stored."""
     view = object.__new__(base_class(module))
     view.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers"):
@@ -359,9 +372,9 @@ def _without_bias(module: nn.Module) -> nn.Module:
         }
     if "bias" in view.__dict__:
         view.__dict__["bias"] = None
-    # adapters below the module must keep their mode
+    # leave out adapters that are submodules, and keep their mode unchanged
     view.__dict__.update(training=False, _modules={})
-    # accelerate's wrapper would call the forward of ``module`` itself, with its adapter
+    # the wrapper of accelerate would call the forward of ``module`` itself, with its adapter
     if "_hf_hook" in view.__dict__:
         view.__dict__.pop("forward", None)
     return view
@@ -381,16 +394,19 @@ def weight_of(module: nn.Module, name: str) -> Any:
 
 
 def _is_opaque_like(module: nn.Module, weight: Any) -> bool:
-    """A cheap test that every opaque layer passes: it has no parameter of more than one byte per
-    element, or compressed-tensors has quantised it."""
+    """A cheap test that all opaque layers pass, and few others: the module has no such parameter,
+    the parameter has one byte per element, or compressed-tensors has quantised the module."""
     return weight is None or weight.dtype.itemsize == 1 or "quantization_scheme" in module.__dict__
 
 
 def own_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters, parametrised ones included, and "weight" for a module
-    whose storage is opaque."""
-    lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
+    """The names of a module's parameters, without submodules: plain and parametrised ones, and
+    "weight" for a module whose storage is opaque."""
+    parametrised = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
     plain = [
-        name for name, p in module._parameters.items() if p is not None and not hidden(module, name)
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not is_storage_detail(module, name)
     ]
-    return [*plain, *lists, *(["weight"] if "weight" not in plain and is_opaque(module) else ())]
+    opaque = ["weight"] if "weight" not in plain and is_opaque(module) else []
+    return [*plain, *parametrised, *opaque]

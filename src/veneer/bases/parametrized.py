@@ -1,20 +1,19 @@
 """A weight that ``torch.nn.utils.parametrize`` computes at every access: weight norm, spectral
 norm, orthogonal, …
 
-    module.weight = pₙ(… p₁(p₀(original)))
-    the ``ParametrizationList`` is ``module.parametrizations.weight``
+    module.weight = pₙ(… p₁(p₀(original)))        p₀ … pₙ: the parametrizations
+    ``module.parametrizations.weight`` is their ``ParametrizationList``
 
 **Reading.** Computing the weight may change state: in training mode, spectral norm updates its
-vectors
-u and v. The frozen weight is the value that the list computes in evaluation mode from its current
-state, on a view of the list (the same parameters, copied buffers), because switching ``training``
-in place would affect other threads.
+vectors u and v. The frozen weight is therefore what the list computes in evaluation mode from its
+current state. This runs on a view of the list (the same parameters, copied buffers), because
+switching ``training`` in place would affect other threads.
 
-**Merging.** Most parametrizations have no exact inverse. A merge therefore keeps the originals and
-changes the class of the list to one that returns the buffer ``merged``, bit for bit, so that u and
-v stay constant; the buffer is an additional key of the state dict. Unmerging restores the class.
-Torch itself refuses to pickle parametrized modules (it copies them);
-``parametrize.remove_parametrizations`` on a merged one leaves the merged weight. Rejected:
+**Merging.** Most parametrizations have no exact inverse. A merge therefore keeps the original
+tensors, and changes the class of the list to ``Merged``, which returns the buffer ``merged`` bit
+for bit, so that u and v stay constant. The state dict then has this buffer as an additional key.
+Unmerging restores the class. Torch itself refuses to pickle parametrized modules (copying works);
+``parametrize.remove_parametrizations`` on a merged module leaves the merged weight. Rejected:
 appending a last parametrization that ignores its input, because all others would still run and
 change their state.
 """
@@ -35,8 +34,8 @@ from veneer.kernels.reference import round_once
 
 
 class Merged(ParametrizationList):
-    """A list that returns the buffer ``merged``. Never constructed: ``write`` changes a list's
-    class to this."""
+    """A list that returns the buffer ``merged``. Never constructed: ``write`` changes the class of
+    a ``ParametrizationList`` to this class."""
 
     merged: Tensor
 
@@ -49,7 +48,7 @@ class Merged(ParametrizationList):
 
 
 class Symmetric(nn.Module):
-    """The example of torch's tutorial: a symmetric matrix from its upper triangle."""
+    """A symmetric matrix from its upper triangle, as in torch's tutorial. For the examples."""
 
     def forward(self, original: Tensor) -> Tensor:
         return original.triu() + original.triu(1).mT
@@ -100,9 +99,9 @@ class Parametrized(Storage):
 
 
 def _view(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A second object of class ``cls`` with the same parameters, copies of the buffers and views of
-    the children, in evaluation mode. Assignments and in-place changes of its buffers do not affect
-    ``module``."""
+    """A view of ``module`` in evaluation mode: an object of class ``cls`` with the same parameters,
+    copies of the buffers, and views of the children. Assigning its buffers or changing them in
+    place does not affect ``module``."""
     view = object.__new__(cls)
     view.__dict__.update(module.__dict__, training=False)
     view.__dict__["_parameters"] = dict(module._parameters)

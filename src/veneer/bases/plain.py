@@ -21,19 +21,20 @@ class Plain(Storage):
     dense_name = "values"
 
     def holds(self, weight: object) -> bool:
-        # Tensor subclasses of torch (DTensor of FSDP2, fake tensors) hold their values; those of
-        # other libraries may be packed although their dtype is a floating-point one, so another
-        # storage must hold them.
+        # Tensor subclasses of torch (DTensor of FSDP2, fake tensors) hold their values. Subclasses
+        # of other libraries may be packed although their dtype is a floating-point dtype, so
+        # another storage must hold them.
         if not isinstance(weight, nn.Parameter) or weight.dtype not in DTYPES:
             return False
-        ours = type(weight).__module__.partition(".")[0] == "torch"
-        return ours and not any(storage.holds(weight) for storage in BASES if storage is not self)
+        if type(weight).__module__.partition(".")[0] != "torch":
+            return False
+        return not any(storage.holds(weight) for storage in BASES if storage is not self)
 
     def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         return {"values": weight}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        # all of a DTensor: outside of a forward, in which FSDP2 has gathered it
+        # outside of a forward, FSDP2 has not gathered a DTensor, so gather it here
         values = stored["values"]
         return values if type(values) is nn.Parameter else full_tensor(values)
 

@@ -1,28 +1,29 @@
-"""Linear layers on a batch whose rows use different adapters: x ΔWᵀ for each row, [N, out].
+"""Linear layers on a batch whose rows use different adapters: x ΔWᵀ, where ΔW depends on the row.
 
-**Few tokens** (decoding): rows are grouped by their adapter, each group padded to the largest, and
-all
-groups are computed by two batched products:
+Sizes: N rows with t tokens each, S groups of n tokens, rank r.
+
+**Few tokens on a CPU** (decoding): rows are grouped by their adapter, each group is padded to the
+size of the largest, and two batched products compute all groups:
 
     h = A xᵀ            A: [S, r, in]   x, grouped: [S, n, in]   h: [S, r, n]
     Δ = hᵀ B            B: [S, r, out]                           Δ: [S, n, out]
 
-On a CPU, adapter parameters are float32 whatever the base's dtype is, because batched products of
-thin matrices take several times as long in 16 bits. A row that blends k adapters is in k groups.
+On a CPU, A and B are float32 whatever the dtype of the base is, because batched products of thin
+matrices take several times as long in 16 bits. A row that blends k adapters is in k groups.
 
 **Many tokens** (prompts): each run of neighbouring rows with the same adapters is multiplied with
-their factors.
+the factors of these adapters, one run after the other.
 
-**On a device**, a launch is expensive and copying thin factors is cheap. Each row is multiplied
-with
-its own factors, which one launch stacks for the call and which are freed afterwards:
+**On a GPU** or similar device, a launch is expensive and copying A and B is cheap. One launch
+stacks the factors of each row's adapter, and each row is multiplied with its own copy. The copies
+are freed after the call:
 
     Δ = (x Aᵀ) B        x: [N, t, in]   A: [N, r, in]   B: [N, r, out]
 
-Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one core, for
-which groups take 15 µs and the layer itself 246 µs in float32: all adapters side by side with a
-mask over the ranks (48 µs), one product per adapter (3 to 5 µs each), gathering each row's factors
-(copies every adapter once per row; Chen et al. 2023, "Punica", arXiv:2310.18547, gathers in a
+Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one CPU core.
+The groups take 15 µs there, and the layer itself 246 µs in float32. All adapters joined along the
+rank, with a mask: 48 µs. One product per adapter: 3 to 5 µs each. Gathering the factors of each
+row: copies every adapter once per row (Chen et al. 2023, "Punica", arXiv:2310.18547, gathers in a
 custom kernel).
 """
 
@@ -40,51 +41,53 @@ from veneer.kernels import device, fused
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """How the rows of a call are arranged in groups, and how results are arranged back.
+    """How the rows of a call are arranged in groups by adapter, and how results are arranged back.
+    Each row has one token here. A group is padded to n positions.
 
     Fields:
-        first, groups: the range of lanes that are used.
-        order: [S · n], the row of each place; None if the rows are in order already.
-        weights: [S, 1, n], the weight of each place, 0 for padding; None if all are 1.
-        result_rows: for each row, the place of its result, [N] (None: in order), and a mask of rows
-            without a result, [N, 1] of bool (None: no such row). If there are several entries, a
-            row's result is their sum.
+        group_count: S, the number of groups.
+        order: [S · n], for each position of each group, the row that it holds; None if the rows are
+            in this order already.
+        weights: [S, 1, n], the blend weight of each position, 0 for padding; None if all are 1.
+        result_rows: pairs of two tensors; the result of a row is the sum over the pairs. The first
+            tensor, [N], is the position (in all groups) that holds the result of each row; None if
+            results are in the order of the rows already. The second, [N, 1] of bool, marks rows
+            without a result in this pair; None if there are none.
     """
 
-    first: int
-    groups: int
+    group_count: int
     order: Tensor | None
     weights: Tensor | None
     result_rows: tuple[tuple[Tensor | None, Tensor | None], ...]
 
 
 def gather_rows(x: Tensor, grouping: Grouping) -> Tensor:
-    """Arrange x [N, in] in groups, [S, n, in]."""
+    """Arrange the rows of x [N, in] in groups, [S, n, in]."""
     x = x if grouping.order is None else x.index_select(0, grouping.order)
-    return x.view(grouping.groups, -1, x.shape[1])
+    return x.view(grouping.group_count, -1, x.shape[1])
 
 
 def project_down(x: Tensor, A: Tensor, grouping: Grouping) -> Tensor:
-    """h [S, r, n] for x in groups [S, n, in]."""
+    """h = A xᵀ, [S, r, n], for x in groups [S, n, in], times the blend weights."""
     h = torch.bmm(A, x.mT)
     return h if grouping.weights is None else h.mul_(grouping.weights)
 
 
 def project_up(h: Tensor, B: Tensor, grouping: Grouping, total: Tensor | None = None) -> Tensor:
-    """hᵀ B of each row, [N, out]; added to ``total``, the result of another grouping, if given."""
-    changes = torch.bmm(h.mT, B).view(-1, B.shape[2])
-    for index, without_result in grouping.result_rows:
-        change = changes if index is None else changes.index_select(0, index)
-        if without_result is not None:  # multiplying by 0 would keep a NaN of another row
-            change = change.masked_fill(without_result, 0.0)
-        total = change if total is None else total.add_(change)
+    """hᵀ B in the order of the rows, [N, out], added in place to ``total`` if that is not None."""
+    group_results = torch.bmm(h.mT, B).view(-1, B.shape[2])
+    for index, has_no_result in grouping.result_rows:
+        rows = group_results if index is None else group_results.index_select(0, index)
+        if has_no_result is not None:  # multiplying by 0 would keep a NaN of another row
+            rows = rows.masked_fill(has_no_result, 0.0)
+        total = rows if total is None else total.add_(rows)
     assert total is not None
     return total
 
 
-def by_rows(x: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
-    """Δ [N · t, out] for x [N · t, in]; the ranks of a row are multiplied by its weights [N, 1,
-    r]."""
+def multiply_rows(x: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
+    """Δ [N · t, out] for x [N · t, in], with A [N, r, in] and B [N, r, out] of each row.
+    ``weights`` [N, 1, r] multiply h = x Aᵀ, if not None."""
     h = torch.bmm(x.view(len(A), -1, x.shape[1]), A.mT)
     h = h if weights is None else h.mul_(weights)
     return torch.bmm(h, B).view(len(x), -1)
@@ -99,32 +102,34 @@ def linear(
     scale: float | Tensor,
     zeros: Tensor,
 ) -> Tensor:
-    """x Wᵀ + scale · (x A_nᵀ) B_nᵀ + bias [N, *, out], with factors of its own for each row n;
-    differentiable in all but W.
+    """x Wᵀ + scale · (x A_nᵀ) B_nᵀ + bias, [N, *, out], where row n of x has its own factors A_n
+    and B_n. Differentiable in everything but W. For devices other than the CPU.
 
     Args:
-        x: [N, *, in], on a device.
-        A, B: [r_n, in] and [out, r_n] of each row, of one dtype. Rows may share a tensor.
-        scale: of all rows, or [N, 1, 1].
-        zeros: a tensor of zeros of the dtype of A and B, as large as the largest of these.
+        x: [N, *, in].
+        weight: W, [out, in].
+        A, B: for each row, a tensor [r_n, in] and a tensor [out, r_n], all of one dtype. Rows may
+            share a tensor.
+        scale: a number for all rows, or a tensor [N, 1, 1].
+        zeros: a flat tensor of zeros, of the dtype of A and B, with as many elements as the largest
+            padding may have: the largest rank times in, or times out.
     """
-    recorded, rows, most = (
-        torch.is_grad_enabled(),
-        x.reshape(len(A), -1, x.shape[-1]),
-        max(map(len, A)),
-    )
-    joined = []
+    is_recorded = torch.is_grad_enabled()
+    rows = x.reshape(len(A), -1, x.shape[-1])
+    largest_rank = max(map(len, A))
+    stacks = []
     for factors in (A, [factor.mT for factor in B]):
         width = factors[0].shape[1]
-        padding = zeros[: most * width].view(most, width)
-        pieces = [
-            piece for factor in factors for piece in (factor, padding[len(factor) :]) if len(piece)
+        padding = zeros[: largest_rank * width].view(largest_rank, width)
+        # each factor, followed by zeros up to the largest rank
+        padded_factors = [
+            block for factor in factors for block in (factor, padding[len(factor) :]) if len(block)
         ]
-        joined.append(torch.cat(pieces).view(len(factors), most, width))
+        stacks.append(torch.cat(padded_factors).view(len(factors), largest_rank, width))
     downs, ups = (
-        [factor.to(x.dtype) for factor in joined]
-        if recorded
-        else cast(Any, device.same_dtype(joined, x.dtype))
+        [factor.to(x.dtype) for factor in stacks]
+        if is_recorded
+        else cast(Any, device.same_dtype(stacks, x.dtype))
     )
     h = torch.bmm(rows, downs.mT)
     h, alpha = (h * scale, 1) if isinstance(scale, Tensor) else (h, scale)
@@ -132,34 +137,35 @@ def linear(
         -1, weight.shape[0]
     )
     tokens = rows.reshape(-1, x.shape[-1])
-    if not recorded:
+    if not is_recorded:
         y = fused.add_product(delta, tokens, weight, bias)
     elif bias is None:
-        # in place, autograd would copy the tensor of which this is a view
+        # out of place: in place, autograd would copy ``delta``, which is a view
         y = torch.addmm(delta, tokens, weight.mT)
     else:
         y = torch.addmm(delta + bias, tokens, weight.mT)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-#: a run of rows with the same adapters: (first row, row after the last, ((A [r, in], B [r, out],
-#: weight), …))
+#: a run of neighbouring rows with the same adapters: (first row, row after the last, and for each
+#: adapter (A [r, in], B [r, out], blend weight))
 Run = tuple[int, int, Sequence[tuple[Tensor, Tensor, float]]]
 
 
-def by_runs(x: Tensor, out: int, runs: Sequence[Run], tokens: int) -> Tensor:
-    """Δ [N, out] of rows of ``tokens`` each."""
-    change = x.new_empty(x.shape[0], out)
-    for first, after, uses in runs:
-        x_rows, y_rows = x[first * tokens : after * tokens], change[first * tokens : after * tokens]
-        if not uses:
-            y_rows.zero_()
-        for number, (A, B, weight) in enumerate(uses):
-            h = fused.thin(A, x_rows)  # [r, T]
+def multiply_runs(x: Tensor, out: int, runs: Sequence[Run], tokens: int) -> Tensor:
+    """Δ [N · t, out] for x [N · t, in], run by run. ``tokens`` is t, the tokens of a row."""
+    delta = x.new_empty(x.shape[0], out)
+    for first, after, factors in runs:
+        tokens_of_run = slice(first * tokens, after * tokens)
+        x_rows, delta_rows = x[tokens_of_run], delta[tokens_of_run]
+        if not factors:
+            delta_rows.zero_()
+        for index, (A, B, weight) in enumerate(factors):
+            h = fused.thin_product(A, x_rows)  # [r, tokens of the run]
             if weight != 1:
                 h *= weight
-            if number:
-                y_rows.addmm_(h.mT, B)
+            if index:
+                delta_rows.addmm_(h.mT, B)
             else:
-                torch.mm(h.mT, B, out=y_rows)
-    return change
+                torch.mm(h.mT, B, out=delta_rows)
+    return delta

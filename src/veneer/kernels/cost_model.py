@@ -1,15 +1,15 @@
-"""Predict which way to compute an adapted layer is cheapest.
+"""Predict which path of an adapted linear layer is cheapest for a number of tokens.
 
-- factored: ``op(x; W) + op(x; ΔW)``: T · r · (in + out) more multiplications for T tokens.
-- materialised: ``op(x; W + ΔW)``: out · in · r more multiplications and one more matrix of W's size
-  to
-  write, whatever the number of tokens. W + ΔW is formed in at least float32, because a 16-bit sum
-  would lose a small ΔW.
+- factored: ``op(x; W) + op(x; ΔW)`` takes T · r · (in + out) more multiplications than the layer
+  alone, for T tokens and rank r.
+- materialised: ``op(x; W + ΔW)`` takes out · in · r more multiplications and writes one more matrix
+  of W's size, whatever the number of tokens. W + ΔW is computed in at least float32, because a
+  16-bit sum would lose a small ΔW.
 
-The cost model counts multiply-adds and moved numbers. A moved number of an activation costs
-``MOVED`` multiply-adds, one of a weight ``FETCHED``: a thin product does little arithmetic on each
-number that it reads, so reading dominates its cost, and a weight is not in the cache, unlike the
-output of the previous layer.
+Costs are counted in multiply-adds. Reading or writing a number costs as much as ``ACTIVATION_COST``
+multiply-adds for an activation and ``WEIGHT_COST`` for a weight: a product with A or B does little
+arithmetic on each number that it reads, so its cost is mostly reading. A weight costs more, because
+it is not in the cache, unlike the output of the previous layer.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import torch
 FACTORED = "factored"
 MATERIALISED = "materialised"
 
-#: the cost of moving one float32 number of an activation, or of a weight, in multiply-adds; fitted
-#: on a CPU core
-MOVED, FETCHED = 12.0, 50.0
+#: the cost in multiply-adds of reading or writing one float32 number: of an activation, and of a
+#: weight; fitted on a CPU core
+ACTIVATION_COST, WEIGHT_COST = 12.0, 50.0
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost that an adapter adds to one linear layer, in multiply-adds (including moved numbers,
-    see ``MOVED``).
+    """The cost that an adapter adds to one linear layer, in multiply-adds. Memory traffic counts as
+    multiply-adds too, see ``ACTIVATION_COST``.
 
-    ``factored`` and ``materialised`` are the costs of the two paths; ``layer`` is the layer's own
-    cost, for comparison.
+    ``factored`` and ``materialised`` are the additional costs of the two paths. ``layer`` is the
+    cost of the layer without an adapter, for comparison.
     """
 
     tokens: int
@@ -53,32 +53,35 @@ class Costs:
 
 
 def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool) -> Costs:
-    """The costs of one call [tokens, in] -> [tokens, out], with its backward if ``training``."""
+    """The costs of one call from [tokens, in] to [tokens, out], with backward if ``training``."""
 
-    def thin(width: int, moved: int = 1) -> float:
-        """The cost of a product with A or B, whose other side is [tokens, width]."""
-        return tokens * width * (rank + moved * MOVED)
+    def thin_cost(width: int, passes: int = 1) -> float:
+        """The cost of a product of A or B with a tensor [tokens, width], which is read or written
+        ``passes`` times."""
+        return tokens * width * (rank + passes * ACTIVATION_COST)
 
     layer = tokens * in_ * out * (2 if training else 1)
-    form = in_ * out * (rank + 2 * FETCHED)  # read W, write W + ΔW
+    forming_cost = in_ * out * (rank + 2 * WEIGHT_COST)  # read W, write W + ΔW
     # B h is written, and read when x Wᵀ is added to it
-    factored, materialised = thin(in_) + thin(out, 2), form
+    factored, materialised = thin_cost(in_) + thin_cost(out, 2), forming_cost
     if training:
-        both = 2 * thin(out) + thin(in_)  # Bᵀ dyᵀ and the gradients of B and A
-        factored += both + thin(in_, 2)  # added to the gradient of x
-        # h is computed again, because forward did not compute it
-        materialised += both + thin(in_) + form
+        factor_gradients = 2 * thin_cost(out) + thin_cost(
+            in_
+        )  # Bᵀ dyᵀ and the gradients of B and A
+        factored += factor_gradients + thin_cost(in_, 2)  # added to the gradient of x
+        # forward did not compute h = A x, so backward computes it for the gradient of B
+        materialised += factor_gradients + thin_cost(in_) + forming_cost
     return Costs(tokens, layer, factored, materialised if dtype.itemsize >= 4 else math.inf)
 
 
 @functools.cache
 def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
-    """The number of tokens above which a training step is cheaper with W + ΔW formed; infinity if
-    it never is, or if forming would lose precision. Training and inference use the same number, so
-    that both round equally."""
+    """The number of tokens above which a training step is cheaper with W + ΔW computed. Infinity if
+    it never is, or if W + ΔW would lose precision. Inference uses this number too, so that training
+    and inference round equally."""
     if dtype.itemsize < 4:
         return math.inf
-    none, per_token = (costs(out, in_, rank, tokens, dtype, True) for tokens in (0, 1))
-    # both costs are linear in the tokens
-    slope = per_token.factored - (per_token.materialised - none.materialised)
-    return none.materialised / slope
+    zero_tokens, one_token = (costs(out, in_, rank, tokens, dtype, True) for tokens in (0, 1))
+    # both costs are linear in the number of tokens
+    slope = one_token.factored - (one_token.materialised - zero_tokens.materialised)
+    return zero_tokens.materialised / slope

@@ -1,10 +1,10 @@
-"""Random numbers for samples that do not depend on the batch: sample i of a seed has its own
-generator.
+"""Random numbers for sampled answers that do not depend on the batch: each sample of a request
+has a random generator, seeded by the seed of the request and the index of the sample.
 
-    seed, i → sample_seed → the sample's generator → exponential numbers E_v → argmax of p_v / E_v
+    seed, index → sample_seed → generator → exponential numbers E_v → argmax over v of p_v / E_v
 
-Seeds are hashed. With seed + i, sample 1 of seed 5 would equal sample 0 of seed 6, and the samples
-of neighbouring seeds would not be independent.
+v is a token and p_v its probability. Seed and index are hashed together: with seed + index, sample
+1 of seed 5 would equal sample 0 of seed 6, and samples of neighbouring seeds would be dependent.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of a sample's generator: the first 63 bits of the SHA-256 of the text
-    "seed:index"."""
+    """The seed of a sample's generator: the first 63 bits of the SHA-256 of "seed:index"."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1
 
 
@@ -26,10 +25,10 @@ def generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generat
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def perturb(scores: Tensor, rows: Sequence[torch.Generator]) -> Tensor:
-    """Perturb log-probabilities [rows, vocabulary] so that their argmax is a sample. Each row uses
-    its own generator."""
-    clocks = torch.empty_like(scores, dtype=torch.float32)
-    for clock, generator in zip(clocks, rows, strict=True):
-        clock.exponential_(generator=generator)
-    return scores.float() - clocks.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+def perturb(scores: Tensor, row_generators: Sequence[torch.Generator]) -> Tensor:
+    """Add random noise to log-probabilities [rows, vocabulary], so that the argmax of a row is a
+    sample from its distribution. Each row uses its own generator."""
+    exponentials = torch.empty_like(scores, dtype=torch.float32)
+    for row, generator in zip(exponentials, row_generators, strict=True):
+        row.exponential_(generator=generator)
+    return scores.float() - exponentials.clamp_min_(torch.finfo(torch.float32).tiny).log_()

@@ -1,23 +1,24 @@
-"""Linear layers that read one input, with their low-rank changes, as one differentiable function.
+"""Linear layers that read the same input x, with low-rank changes, as one differentiable function.
 
     y_i = x W_iᵀ + bias_i + s_i · (drop(x) A_iᵀ) B_iᵀ
     x: [*, in]   W_i: [out_i, in]   A_i: [r_i, in]   B_i: [out_i, r_i]
 
-Differences from ``reference.matmul_update`` for each layer in autograd:
+Differences from applying ``reference.matmul_update`` to each layer:
 
-- h = A xᵀ for all layers is one product [R, T] (R = Σ r_i, T tokens) that reads x once. Thin
-  products have the orientation (rank, tokens) in float32, which BLAS computes up to several times
-  faster than (tokens, rank).
-- The change is computed first, and x Wᵀ is added to it inside its own product (``addmm_``), also in
-  the gradient of x. This costs no pass over memory, and 16-bit outputs are rounded once, including
-  the change. Adding the change to a rounded output would lose changes below half a step of its grid
-  (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of them).
-- Saved are x, once for all layers, or the tensors from which it can be recomputed if autograd saves
-  these anyway (``saved_inputs.py``); h if it is small; and the casts of A and B for backward.
-- The gradients of all A are one product and one cast; each A gets a view.
-- Dropout is saved as a seed: backward draws the same entries again (see ``dropout.py``).
+- h = A xᵀ of all layers is one product [R, T] (R = Σ r_i ranks, T tokens) that reads x once. In
+  float32, a thin product is computed as [ranks, tokens], up to several times faster in BLAS than
+  as [tokens, ranks].
+- The change is computed first, and the product x Wᵀ adds its result to the change in place
+  (``addmm_``); the gradient of x is computed in the same order. This needs no further pass over
+  memory, and 16-bit outputs are rounded once, including the change. Adding the change to a rounded
+  output would lose changes below half a step of its grid (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of them).
+- Backward needs x, h and the casts of A and B. x is saved once for all layers; if autograd saves
+  tensors from which x can be recomputed, they are saved instead (``saved_inputs.py``). h is saved
+  only if it is small.
+- The gradients of all A are one product and one cast; the gradient of each A is a view of it.
+- Dropout saves only a seed, from which backward draws the same entries again (``dropout.py``).
 
-The backward of the backward (``create_graph=True``) uses the reference.
+A gradient of a gradient (``create_graph=True``) is computed by the reference.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import device, dropout, has_tiles, reference
+from veneer.kernels import device, dropout, has_amx, reference
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
 _C: Any = torch._C
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel supports a call: an eager one on plain dense tensors of one dtype on a
-    CPU, with a frozen weight. ``device.py`` handles other devices, and the reference everything
-    else (torch.compile, torch.func, autocast, tensor subclasses, …)."""
+    """Whether this module supports a call: an eager call, with plain dense tensors of one dtype on
+    a CPU, and a frozen weight. ``device.py`` supports other devices, and the reference supports
+    everything else (torch.compile, torch.func, autocast, tensor subclasses, …)."""
     return (
         type(x) is Tensor
         and type(weight) is nn.Parameter
@@ -51,7 +52,7 @@ def applies(x: Tensor, weight: Tensor) -> bool:
         and x.layout is torch.strided
         and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
         and x.ndim > 0
-        # a tensor under torch.jit.trace; testing the type needs no call
+        # under torch.jit.trace a size is a tensor; testing its type needs no call
         and type(x.shape[0]) is int
         and not _C._is_any_autocast_enabled()
         and _C._functorch.peek_interpreter_stack() is None
@@ -59,11 +60,11 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-#: the most tokens for which float32 is the faster dtype of a thin product
-FEW = 32
-#: bytes that a float32 thin product reads at a time on a CPU, so that they stay in the cache for
-#: the next product
-CACHE = 3 << 18
+#: the most tokens for which products with A and B are faster in float32 than in 16 bits
+MOST_FLOAT32_TOKENS = 32
+#: bytes of x that a float32 product with A or B reads at a time on a CPU, so that they stay in the
+#: cache for the next product
+CACHE_BYTES = 3 << 18
 
 
 class Settings(NamedTuple):
@@ -71,10 +72,10 @@ class Settings(NamedTuple):
 
     Fields:
         scales: s_i.
-        dropout: probability of dropping an entry of x on the low-rank path; one draw, by ``seed``,
-            for all layers.
-        form: multiply x by W_i + s_i B_i A_i, formed in forward and again in backward, instead of
-            adding the product of the thin factors. Neither with dropout nor in 16 bits, where the
+        dropout: probability of dropping an entry of x on the low-rank path. ``seed`` determines the
+            dropped entries, which are the same for all layers.
+        form: multiply x by the sum W_i + s_i B_i A_i, computed in forward and again in backward,
+            instead of adding a low-rank product. Not with dropout, and not in 16 bits, where the
             sum would lose a small change.
     """
 
@@ -92,14 +93,15 @@ def linears(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """y_i for each layer, in the dtype of x; differentiable in x, the biases, A and B.
+    """y_i of each layer, in the dtype of x; differentiable in x, the biases, A and B.
 
     Args:
         x: [*, in], floating point.
-        weights: [out_i, in] of the dtype of x; they get no gradient.
-        biases: [out_i] or None, of the dtype of x.
-        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of size 1, of any
-            floating-point dtype: computed in that of x, with gradients in their own.
+        weights: of each layer, [out_i, in] of the dtype of x; they get no gradient.
+        biases: of each layer, [out_i] of the dtype of x, or None.
+        A, B: of each layer, [r_i, in] and [out_i, r_i] of any floating-point dtype. All of them may
+            have a first axis of size 1. They are cast to the dtype of x, and get gradients in their
+            own dtype.
 
     Raises:
         ValueError: ``form`` with dropout or in 16 bits.
@@ -109,64 +111,69 @@ def linears(
     return _apply(settings, x, *weights, *biases, *A, *B)
 
 
-# ---- thin products
+# ---- products with A or B, which are thin: one side is the rank
 
 
 def dropped_entries(x: Tensor, p: float, seed: int) -> Tensor | None:
-    """Indices of the entries of x that dropout of probability p drops; None for p = 0."""
+    """Flat indices of the entries of x that dropout with probability p drops; None for p = 0."""
     return dropout.draw_entries(x.numel(), p, seed, x.device) if p else None
 
 
-def thin(narrow: Tensor, x: Tensor, entries: Tensor | None = None) -> Tensor:
-    """narrow xᵀ [R, T], with narrow [R, k] and x [T, k] with zeros in its ``entries``. In float32,
-    BLAS may take five times as long for x narrowᵀ; in 16 bits this orientation is slower, so the
-    result is a transposed view there."""
-    if entries is not None:
-        x = dropout.zero_entries(x, entries)
+def thin_product(thin_factor: Tensor, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+    """thin_factor @ drop(x)ᵀ, [R, T], with thin_factor [R, k] and x [T, k]. drop sets the entries
+    of x with the flat indices ``dropped`` to zero. In 16 bits, where x @ thin_factorᵀ is faster,
+    the result is a transposed view of that product."""
+    if dropped is not None:
+        x = dropout.zero_entries(x, dropped)
     if x.dtype.itemsize < 4:
-        return torch.mm(x, narrow.t()).t()
-    chunk = _chunk_rows(x)
-    if x.shape[0] <= chunk or not x.is_cpu:
-        return narrow @ x.mT
-    rows = x.new_empty(narrow.shape[0], x.shape[0])
-    for x_chunk, h_chunk in zip(x.unsafe_split(chunk), rows.unsafe_split(chunk, 1), strict=True):
-        torch.mm(narrow, x_chunk.mT, out=h_chunk)
-    return rows
+        return torch.mm(x, thin_factor.t()).t()
+    chunk_size = _chunk_rows(x)
+    if x.shape[0] <= chunk_size or not x.is_cpu:
+        return thin_factor @ x.mT
+    h = x.new_empty(thin_factor.shape[0], x.shape[0])
+    chunks = zip(x.unsafe_split(chunk_size), h.unsafe_split(chunk_size, 1), strict=True)
+    for x_chunk, h_chunk in chunks:
+        torch.mm(thin_factor, x_chunk.mT, out=h_chunk)
+    return h
 
 
-def thin_pair(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]. In float32,
-    both are computed for a chunk of tokens while it is in the processor's cache."""
-    chunk = _chunk_rows(dy)
-    if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
-        return thin(narrow, dy), torch.mm(h, dy)
-    rows, gradient = torch.empty_like(h), None
+def thin_product_pair(thin_factor: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(u = thin_factor @ dyᵀ [r, T], h @ dy [r, out]) with thin_factor [r, out], dy [T, out] and
+    h [r, T]. In float32, both are computed for a chunk of tokens while it is in the CPU's cache."""
+    chunk_size = _chunk_rows(dy)
+    if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk_size or not dy.is_cpu:
+        return thin_product(thin_factor, dy), torch.mm(h, dy)
+    u, gradient = torch.empty_like(h), None
     chunks = zip(
-        dy.unsafe_split(chunk), rows.unsafe_split(chunk, 1), h.unsafe_split(chunk, 1), strict=True
+        dy.unsafe_split(chunk_size),
+        u.unsafe_split(chunk_size, 1),
+        h.unsafe_split(chunk_size, 1),
+        strict=True,
     )
     for dy_chunk, u_chunk, h_chunk in chunks:
-        torch.mm(narrow, dy_chunk.mT, out=u_chunk)
+        torch.mm(thin_factor, dy_chunk.mT, out=u_chunk)
         if gradient is None:
             gradient = torch.mm(h_chunk, dy_chunk)
         else:
             gradient.addmm_(h_chunk, dy_chunk)
-    return rows, cast(Tensor, gradient)
+    return u, cast(Tensor, gradient)
 
 
 def thin_gradients(
-    U: Tensor, joined: Tensor, x: Tensor, entries: Tensor | None, need_x: bool, need_A: bool
+    U: Tensor, joined_A: Tensor, x: Tensor, dropped: Tensor | None, need_x: bool, need_A: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both results
-    with zeros in ``entries``; None for a result that is not needed."""
-    dx = torch.mm(U.t(), joined) if need_x else None
-    if entries is not None:
-        x = dropout.zero_entries(x, entries) if need_A else x
-        dx = None if dx is None else dx.view(-1).index_fill_(0, entries, 0).view(x.shape)
+    """The gradients (Uᵀ joined_A of x [T, in], U drop(x) of A [R, in]) with U [R, T], joined_A
+    [R, in] and x [T, in]. Entries of x with the flat indices ``dropped`` are zero, in x and in its
+    gradient. None for a gradient that is not needed."""
+    dx = torch.mm(U.t(), joined_A) if need_x else None
+    if dropped is not None:
+        x = dropout.zero_entries(x, dropped) if need_A else x
+        dx = None if dx is None else dx.view(-1).index_fill_(0, dropped, 0).view(x.shape)
     return dx, torch.mm(U, x) if need_A else None
 
 
 def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """change + x Wᵀ + bias, in place; rounded once if torch has a product that adds both."""
+    """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it."""
     if bias is None:
         return change.addmm_(x, weight.mT)
     if change.dtype.itemsize >= 4:
@@ -179,20 +186,20 @@ def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) 
     return change.addmm_(x, weight.mT).add_(bias)  # rounded twice
 
 
-def as_factor(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The gradient [m, n] of a factor in the factor's dtype and shape."""
+def match_factor(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient [m, n] of a factor, in the dtype and shape of the factor."""
     if gradient.dtype != factor.dtype:
         gradient = gradient.to(factor.dtype, memory_format=torch.contiguous_format)
     return gradient if factor.ndim == 2 else gradient[None]
 
 
 def _chunk_rows(x: Tensor) -> int:
-    """The number of rows of x that stay in a processor's cache."""
-    return 1 << max(CACHE // (x.shape[1] * 4), 1).bit_length() - 1
+    """The number of rows of x that fit into ``CACHE_BYTES`` in float32, as a power of 2."""
+    return 1 << max(CACHE_BYTES // (x.shape[1] * 4), 1).bit_length() - 1
 
 
-def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """[1, m, n] or [m, n] as [m, n] in a dtype."""
+def _as_matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor [m, n] or [1, m, n] as [m, n], in ``dtype``."""
     factor = factor if factor.ndim == 2 else factor[0]
     return factor if factor.dtype == dtype else factor.to(dtype)
 
@@ -200,18 +207,18 @@ def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _join_factors(
     A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """The factors A joined along the rank, [R, in], and each B [out, r], in a dtype."""
-    joined = _matrix(A[0] if len(A) == 1 else torch.cat(tuple(A), -2), dtype)
-    return joined, [_matrix(up, dtype) for up in B]
+    """All A, joined along the rank [R, in], and each B [out, r], in ``dtype``."""
+    joined_A = _as_matrix(A[0] if len(A) == 1 else torch.cat(tuple(A), -2), dtype)
+    return joined_A, [_as_matrix(up, dtype) for up in B]
 
 
 def _split_layers(rows: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Split rows [R, *] by layer, [r_i, *]."""
+    """Split a tensor [R, *] along the ranks of all layers, into [r_i, *] for each layer."""
     return (rows,) if len(ups) == 1 else rows.split_with_sizes([up.shape[-1] for up in ups])
 
 
 def _join_layers(rows: Sequence[Tensor]) -> Tensor:
-    """Join [r_i, T] of all layers along the rank, in the layout of ``thin``."""
+    """Join tensors [r_i, T] of all layers along the rank, in the layout of ``thin_product``."""
     if len(rows) == 1:
         return rows[0]
     if rows[0].is_contiguous():
@@ -220,7 +227,7 @@ def _join_layers(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _scale_layers(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
-    """Multiply each layer's rows [r_i, T] of [R, T] by its scale, in place."""
+    """Multiply the rows [r_i, T] of each layer in [R, T] by the layer's scale, in place."""
     scales = settings.scales
     if scales.count(scales[0]) == len(scales):
         rows *= scales[0] / (1 - settings.dropout)
@@ -232,26 +239,26 @@ def _scale_layers(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Te
 
 def _form_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """W + s B A [out, in], in the dtype and layout of W."""
-    up, down = _matrix(up, weight.dtype), _matrix(down, weight.dtype)
+    up, down = _as_matrix(up, weight.dtype), _as_matrix(down, weight.dtype)
     if weight.is_contiguous():
         return torch.addmm(weight, up, down, alpha=scale)
     return torch.addmm(weight.mT, down.mT, up.mT, alpha=scale).mT
 
 
 def _without_autocast(gradients: Any) -> Any:
-    """Decorate a backward to run without autocast, as forward did."""
+    """Decorator for a backward: run it without autocast, as forward ran."""
 
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         if not _C._is_any_autocast_enabled():
             return gradients(ctx, *dys)
-        kind = next(dy.device.type for dy in dys if dy is not None)
-        with torch.autocast(kind, enabled=False):
+        device_type = next(dy.device.type for dy in dys if dy is not None)
+        with torch.autocast(device_type, enabled=False):
             return gradients(ctx, *dys)
 
     return backward
 
 
-# ---- several layers that read one input
+# ---- several layers that read the same input
 
 
 class _Linears(torch.autograd.Function):
@@ -267,9 +274,9 @@ class _Linears(torch.autograd.Function):
                 for W, bias, down, up, scale in factors
             ]
         else:
-            joined, ups = _join_factors(A, B, x.dtype)
-            entries = dropped_entries(tokens, settings.dropout, settings.seed)
-            h = _scale_layers(thin(joined, tokens, entries), ups, settings)  # [R, T]
+            joined_A, ups = _join_factors(A, B, x.dtype)
+            dropped = dropped_entries(tokens, settings.dropout, settings.seed)
+            h = _scale_layers(thin_product(joined_A, tokens, dropped), ups, settings)  # [R, T]
             factors = zip(_split_layers(h, ups), ups, weights, biases, strict=True)
             ys = [
                 add_product(torch.mm(layer_h.t(), up.t()), tokens, W, bias)
@@ -278,20 +285,20 @@ class _Linears(torch.autograd.Function):
             # h is small compared with x unless ranks are large; then recomputing it is cheaper
             h = h if h.shape[0] * 8 <= x.shape[-1] else None
             if A[0].dtype != x.dtype:
-                casts = joined, *ups
+                casts = joined_A, *ups
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape = settings, x.shape
         *saved, ctx.gate = input_to_save(x)
         ctx.save_for_backward(*saved, h, *casts, *tensors)
-        # `.data` is no view for autograd: views that a custom function creates may not be modified
-        # in place, as ``nn.ReLU(inplace=True)`` does
+        # `.data` is no view for autograd. Views that a custom function returns may not be modified
+        # in place, as by ``nn.ReLU(inplace=True)``
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     @staticmethod
     @_without_autocast
     def backward(ctx, *dys):
-        first, second, third, h, joined, *rest = ctx.saved_tensors
-        ups, tensors = rest[: len(dys)], rest[len(dys) :]
+        first, second, third, h, joined_A, *saved_lists = ctx.saved_tensors
+        ups, tensors = saved_lists[: len(dys)], saved_lists[len(dys) :]
         x = restore_input(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
         settings = ctx.settings
         if torch.is_grad_enabled():
@@ -301,19 +308,19 @@ class _Linears(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [T, out]
         weights, _, A, B = _split_tensors(tensors)
-        if joined is None:
-            joined, ups = _join_factors(A, B, x.dtype)
+        if joined_A is None:
+            joined_A, ups = _join_factors(A, B, x.dtype)
         _, need_bias, need_A, need_B = _split_tensors(ctx.needs_input_grad[2:])
         need_x = ctx.needs_input_grad[1]
-        entries = dropped_entries(tokens, settings.dropout, settings.seed)
+        dropped = dropped_entries(tokens, settings.dropout, settings.seed)
         if h is None:
-            h = _scale_layers(thin(joined, tokens, entries), ups, settings)  # [R, T]
+            h = _scale_layers(thin_product(joined_A, tokens, dropped), ups, settings)  # [R, T]
         U, dB = _output_gradients(dys, ups, _split_layers(h, ups), need_B)
-        U = _scale_layers(U, ups, settings)  # s (dy B)ᵀ, [R, T]
+        U = _scale_layers(U, ups, settings)  # s · (dy B)ᵀ of each layer, [R, T]
         dx, joined_dA = thin_gradients(
-            U, joined, tokens, entries, need_x and not settings.form, True in need_A
+            U, joined_A, tokens, dropped, need_x and not settings.form, True in need_A
         )
-        if need_x:  # add dy W of all layers to the thin products' gradient, or compute dy (W + ΔW)
+        if need_x:  # add dy W of all layers to the low-rank gradient, or compute dy (W + ΔW)
             for dy, W, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
                 if dy is not None:
                     W = _form_weight(W, down, up, scale) if settings.form else W
@@ -326,26 +333,27 @@ class _Linears(torch.autograd.Function):
             if len({down.dtype for down in A}) == 1:  # one cast for all layers
                 joined_dA = joined_dA.to(A[0].dtype)
             triples = zip(dys, _split_layers(joined_dA, ups), A, strict=True)
-            dA = [None if dy is None else as_factor(rows, down) for dy, rows, down in triples]
-        dB = [None if d is None else as_factor(d.t(), up) for d, up in zip(dB, B, strict=True)]
+            dA = [None if dy is None else match_factor(rows, down) for dy, rows, down in triples]
+        pairs = zip(dB, B, strict=True)
+        dB = [None if rows is None else match_factor(rows.t(), up) for rows, up in pairs]
         return None, dx, *[None] * len(A), *db, *dA, *dB
 
 
 def _output_gradients(
     dys: Sequence[Tensor | None], ups: Sequence[Tensor], h: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """((dy B)ᵀ [R, T] of all layers, h dy [r, out] of each layer that needs it)."""
-    rows, gradients = [], []
+    """(dy B)ᵀ of all layers [R, T], and for each layer h dy [r, out] if its B needs a gradient."""
+    u_of_layers, gradients = [], []
     for dy, up, layer_h, need in zip(dys, ups, h, needs, strict=True):
         if dy is None:
             u, gradient = torch.zeros_like(layer_h), None
         elif need:
-            u, gradient = thin_pair(up.t(), dy, layer_h)
+            u, gradient = thin_product_pair(up.t(), dy, layer_h)
         else:
-            u, gradient = thin(up.t(), dy), None
-        rows.append(u)
+            u, gradient = thin_product(up.t(), dy), None
+        u_of_layers.append(u)
         gradients.append(gradient)
-    return _join_layers(rows), gradients
+    return _join_layers(u_of_layers), gradients
 
 
 # ---- one layer without dropout
@@ -353,34 +361,35 @@ def _output_gradients(
 
 class _Linear(torch.autograd.Function):
     """``_Linears`` for one layer without dropout, with as few Python calls as possible. If ctx is
-    None, nothing is saved. h and u are [T, r] in 16 bits, [r, T] in float32."""
+    None, nothing is saved for backward. h = x Aᵀ and u = dy B are [T, r] in 16 bits; in float32,
+    they are transposed, [r, T]."""
 
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):
         tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         dtype = x.dtype
         down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
-        differs = A.dtype != dtype or B.dtype != dtype
-        if differs:
+        needs_cast = A.dtype != dtype or B.dtype != dtype
+        if needs_cast:
             down, up = down.to(dtype), up.to(dtype)
         if dtype.itemsize < 4:
             h = torch.mm(tokens, down.mT)  # [T, r]
             h *= scale
             change = torch.mm(h, up.mT)
         else:
-            few = tokens.shape[0] <= FEW
-            h = torch.mm(down, tokens.mT) if few else thin(down, tokens)  # [r, T]
+            is_short = tokens.shape[0] <= MOST_FLOAT32_TOKENS
+            h = torch.mm(down, tokens.mT) if is_short else thin_product(down, tokens)  # [r, T]
             h *= scale
             change = torch.mm(h.mT, up.mT)
         y = add_product(change, tokens, weight, bias)  # [T, out]
         if ctx is not None:
             ctx.scale, ctx.shape = scale, x.shape
             h = h if down.shape[0] * 8 <= x.shape[-1] else None
-            # inline ctx.save_for_backward, to save a call
+            # this is ``ctx.save_for_backward``, without a Python call
             saved, ctx.gate = (x, None, None), None
             if x.grad_fn is not None:
                 *saved, ctx.gate = input_to_save(x)
-            casts = (down, up) if differs else (None, None)
+            casts = (down, up) if needs_cast else (None, None)
             ctx.to_save = (*saved, h, *casts, weight, bias, A, B)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
@@ -396,7 +405,7 @@ class _Linear(torch.autograd.Function):
         tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         dy = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
         if down is None:
-            down, up = _matrix(A, x.dtype), _matrix(B, x.dtype)
+            down, up = _as_matrix(A, x.dtype), _as_matrix(B, x.dtype)
         if x.dtype.itemsize < 4:
             h = torch.mm(tokens, down.t()).mul_(ctx.scale) if h is None else h  # [T, r]
             dB = torch.mm(h.t(), dy) if need_B else None  # [r, out]
@@ -404,17 +413,20 @@ class _Linear(torch.autograd.Function):
             dA = torch.mm(u.t(), tokens) if need_A else None
             dx = torch.mm(u, down) if need_x else None
         else:
-            h = thin(down, tokens).mul_(ctx.scale) if h is None else h  # [r, T]
-            u, dB = thin_pair(up.t(), dy, h) if need_B else (thin(up.t(), dy), None)
+            h = thin_product(down, tokens).mul_(ctx.scale) if h is None else h  # [r, T]
+            if need_B:
+                u, dB = thin_product_pair(up.t(), dy, h)
+            else:
+                u, dB = thin_product(up.t(), dy), None
             dx, dA = thin_gradients(u.mul_(ctx.scale), down, tokens, None, need_x, need_A)
         dx = None if dx is None else dx.addmm_(dy, weight).view(ctx.shape)
         db = dy.sum(0) if need_bias else None
-        dA = None if dA is None else as_factor(dA, A)
-        return None, dx, None, db, dA, None if dB is None else as_factor(dB.t(), B)
+        dA = None if dA is None else match_factor(dA, A)
+        return None, dx, None, db, dA, None if dB is None else match_factor(dB.t(), B)
 
 
-# ``Function.apply`` makes a dozen Python calls for ``torch.func``, whose transforms never reach
-# this function (see ``applies``).
+# This skips ``Function.apply``, which makes a dozen Python calls for the transforms of
+# ``torch.func``: calls under a transform never reach this function (see ``applies``).
 _apply = cast(Any, super(torch.autograd.Function, _Linears)).apply
 #: (scale, x, weight, bias, A, B) -> y: ``linears`` for one layer without dropout, with as few
 #: Python calls as possible
@@ -424,16 +436,19 @@ linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 def linear_without_graph(
     scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> Tensor:
-    """``linear`` without a graph, with the same bits except in 16 bits: few tokens with float32
-    factors compute B A x in float32, which is cheaper for such small products."""
+    """``linear`` without a graph. The results are bitwise those of ``linear``, except for a few
+    tokens in 16 bits with float32 A and B: there B A x is computed in float32, which is faster."""
     dtype, width = x.dtype, x.shape[-1]
-    if dtype.itemsize >= 4 or A.dtype is not torch.float32 or x.numel() > FEW * width:
+    uses_float32 = (
+        dtype.itemsize < 4 and A.dtype is torch.float32 and x.numel() <= MOST_FLOAT32_TOKENS * width
+    )
+    if not uses_float32:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     tokens = x if x.ndim == 2 else x.reshape(-1, width)
     down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
     change = (((tokens.float() @ down.mT) * scale) @ up.mT).to(dtype)
-    one_row = bias is None and tokens.shape[0] == 1 and dtype is torch.bfloat16
-    if one_row and x.is_cpu and weight.stride(1) == 1 and has_tiles():
+    is_one_row = bias is None and tokens.shape[0] == 1 and dtype is torch.bfloat16
+    if is_one_row and x.is_cpu and weight.stride(1) == 1 and has_amx():
         change[0].addmv_(weight, tokens[0])
     else:
         change = add_product(change, tokens, weight, bias)
@@ -446,7 +461,7 @@ def linear_without_graph(
 def _split_tensors(tensors: Sequence) -> tuple[Any, ...]:
     """Split a sequence into (weights, biases, A, B)."""
     count = len(tensors) // 4
-    return tuple(tensors[quarter * count : (quarter + 1) * count] for quarter in range(4))
+    return tuple(tensors[index * count : (index + 1) * count] for index in range(4))
 
 
 def _differentiable_gradients(
@@ -464,7 +479,7 @@ def _differentiable_gradients(
 def _definition(scales: Sequence[float], x: Tensor, *tensors) -> list[Tensor]:
     return [
         reference.matmul_update(
-            x, _matrix(down, x.dtype), _matrix(up, x.dtype), scale, F.linear(x, weight, bias)
+            x, _as_matrix(down, x.dtype), _as_matrix(up, x.dtype), scale, F.linear(x, weight, bias)
         )
         for weight, bias, down, up, scale in zip(*_split_tensors(tensors), scales, strict=True)
     ]

@@ -2,20 +2,20 @@
 
     y = conv(x; W) + bias + s · B conv(drop(x); A)
     x: [n, in, *size]   W: [out, in, *k]   A: [r, in · |k|]   B: [out, r]   y: [n, out, *positions]
+    *k: the kernel size   |k|: the number of kernel positions
 
 Differences from two convolutions and a sum in autograd:
 
-- With many positions, W + s B A is formed in float32, in forward and in backward. No bottleneck of
-  the
-  size of the output is needed then, and the gradients of A and B need thin products only.
-- With few positions, or in 16 bits, the bottleneck's output is added in place by a batched product.
-- A kernel of one position is a matrix product. With strides, it copies the positions of x that it
-  reads once, and saves those instead of x.
-- If channels are last in memory (``torch.channels_last``), positions are rows of a matrix: a kernel
-  of one position is then computed as a linear layer (``fused``), and so are the products with B.
-- Saved are x and, unless W + s B A was formed, h = conv(x; A); dropout is saved as a seed.
+- With many positions, W + s B A is computed in float32, in forward and again in backward. Then
+  h = conv(x; A), which has as many positions as y, need not be computed or saved.
+- With few positions, or in 16 bits, a batched product adds s · B h to y in place.
+- A convolution with a kernel of size 1 is a matrix product. With strides, the positions of x that
+  it reads are copied once, and saved instead of x.
+- If channels are last in memory (``torch.channels_last``), positions are rows of a matrix. A kernel
+  of size 1 is then computed as a linear layer (``fused.py``), and products with B likewise.
+- Saved for backward are x, h unless W + s B A was computed, and for dropout only a seed.
 
-The backward of the backward is plain differentiable code.
+A gradient of a gradient is computed by differentiable operations.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from torch import Tensor
 
 from veneer.kernels import cost_model, device, dropout, fused, reference
 
-#: the most numbers in x for which two convolutions and a sum, with less Python, are as fast;
-#: measured on a CPU core
-SMALL = 1 << 17
+#: the most numbers in x for which two convolutions and a sum are as fast, because they take less
+#: time in Python; measured on a CPU core
+SMALL_INPUT_SIZE = 1 << 17
 #: the channels-last memory format by the number of axes
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Geometry(NamedTuple):
-    """The options of a convolution with one group and zero padding, one number for each spatial
+    """The options of a convolution with one group and zero padding: one number for each spatial
     axis."""
 
     stride: tuple[int, ...]
@@ -44,7 +44,7 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
 
     def positions(self, size: torch.Size, kernel: torch.Size) -> tuple[int, ...]:
-        """The size of the output for an input of this one."""
+        """The size of the output for an input of ``size`` and a kernel of size ``kernel``."""
         axes = zip(size, kernel, *self, strict=True)
         return tuple(
             (n + 2 * pad - dilation * (k - 1) - 1) // stride + 1
@@ -53,23 +53,32 @@ class Geometry(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The options of a call. ``scale``: s / (1 - ``drops``); ``form``: as in ``fused.Settings``;
-    ``last``: whether channels are last in memory."""
+    """The options of a call.
+
+    Fields:
+        scale: s / (1 - ``drop_probability``).
+        form: whether to compute W + s B A.
+        channels_last: whether channels are last in memory, in x, y and W.
+    """
 
     geometry: Geometry
     scale: float
-    drops: float
+    drop_probability: float
     seed: int
     form: bool
-    last: bool
+    channels_last: bool
 
 
-def lies(x: Tensor) -> bool | None:
-    """Whether channels are last in memory in x [n, in, *size]; None if x is neither contiguous nor
+def is_channels_last(x: Tensor) -> bool | None:
+    """Whether channels are last in memory in x [n, in, *size]. None if x is neither contiguous nor
     channels-last."""
     if x.is_contiguous():
         return False
-    return True if x.ndim in LAST and x.is_contiguous(memory_format=LAST[x.ndim]) else None
+    return (
+        True
+        if x.ndim in CHANNELS_LAST and x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim])
+        else None
+    )
 
 
 def conv(
@@ -80,42 +89,49 @@ def conv(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    drops: float = 0.0,
+    drop_probability: float = 0.0,
 ) -> Tensor:
     """y [n, out, *positions], in the dtype of x; differentiable in x, bias, A and B.
 
     Args:
         x: [n, in, *size], contiguous or channels-last.
-        weight: [out, in, *k] of the dtype of x, contiguous or channels-last; it gets no gradient.
-            If x or weight is channels-last, so is y.
+        weight: W, [out, in, *k] of the dtype of x, contiguous or channels-last; it gets no
+            gradient. y is channels-last if x or W is.
         bias: [out] or None, of the dtype of x.
-        A, B: [r, in · |k|] and [out, r], of any floating-point dtype: computed in that of x, with
-            gradients in their own.
-        drops: probability of dropping an entry of x on the low-rank path.
+        A, B: [r, in · |k|] and [out, r], of any floating-point dtype. They are cast to the dtype of
+            x, and get gradients in their own dtype.
+        drop_probability: probability of dropping an entry of x on the low-rank path.
     """
-    last = bool(lies(x) or lies(weight))
-    x = _laid(x, last)
+    channels_last = bool(is_channels_last(x) or is_channels_last(weight))
+    x = _to_format(x, channels_last)
     if weight[0, 0].numel() == 1 and not any(geometry.padding) and max(geometry.stride) > 1:
-        read = [slice(None, None, step) for step in geometry.stride]
-        # index in memory order, so that the gradient has the layout of x
-        x = x.movedim(1, -1)[(slice(None), *read)].movedim(-1, 1) if last else x[(..., *read)]
-        x = _laid(x, last)
+        strided_slices = [slice(None, None, step) for step in geometry.stride]
+        # index in memory order, so that the gradient has the memory format of x
+        if channels_last:
+            x = x.movedim(1, -1)[(slice(None), *strided_slices)].movedim(-1, 1)
+        else:
+            x = x[(..., *strided_slices)]
+        x = _to_format(x, channels_last)
         geometry = geometry._replace(stride=(1,) * len(geometry.stride))
     positions = geometry.positions(x.shape[2:], weight.shape[2:])
-    tokens, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
-    product = last and _is_product(geometry, weight)
-    form = not drops and tokens > cost_model.forms_above(weight.shape[0], in_, B.shape[1], x.dtype)
-    seed = dropout.seed() if drops else 0
-    if product and not x.is_cpu:
-        tokens_ = x.movedim(1, -1)
+    position_count, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
+    is_linear = channels_last and _is_product(geometry, weight)
+    form = not drop_probability and position_count > cost_model.forms_above(
+        weight.shape[0], in_, B.shape[1], x.dtype
+    )
+    seed = dropout.new_seed() if drop_probability else 0
+    if is_linear and not x.is_cpu:
+        rows = x.movedim(1, -1)
+        weights = [weight.flatten(1)]
         return device.linears(
-            [scale], tokens_, [weight.flatten(1)], [bias], [A], [B], None, drops, seed
+            [scale], rows, weights, [bias], [A], [B], None, drop_probability, seed
         )[0].movedim(-1, 1)
-    if product:
-        settings = fused.Settings((scale,), drops, seed, form)
+    if is_linear:
+        settings = fused.Settings((scale,), drop_probability, seed, form)
         y = fused.linears(settings, x.movedim(1, -1), [weight.flatten(1)], [bias], [A], [B])[0]
         return y.movedim(-1, 1)
-    settings = Settings(geometry, scale / (1 - drops), drops, seed, form, last)
+    scale = scale / (1 - drop_probability)
+    settings = Settings(geometry, scale, drop_probability, seed, form, channels_last)
     return _Conv.apply(settings, x, weight, bias, A, B)  # pyright: ignore[reportReturnType]
 
 
@@ -124,12 +140,14 @@ class _Conv(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, x, weight, bias, A, B) -> Tensor:
         down, up = A.to(x.dtype), B.to(x.dtype)
         if settings.form:
-            h, y = None, _plain(settings, x, _form_weight(weight, down, up, settings.scale), bias)
+            h, changed_weight = None, _form_weight(weight, down, up, settings.scale)
+            y = _convolve(settings, x, changed_weight, bias)
         else:
-            read = _without(settings, x, _draw_entries(settings, x))
-            h, y = _thin(settings, read, down, weight), _plain(settings, x, weight, bias)
-            if settings.last:
-                _rows(y).addmm_(_rows(h), up.mT, alpha=settings.scale)
+            dropped_x = _drop(settings, x, _draw_dropped(settings, x))
+            h = _bottleneck(settings, dropped_x, down, weight)
+            y = _convolve(settings, x, weight, bias)
+            if settings.channels_last:
+                _as_rows(y).addmm_(_as_rows(h), up.mT, alpha=settings.scale)
             else:
                 y.flatten(2).baddbmm_(up.expand(len(x), -1, -1), h.flatten(2), alpha=settings.scale)
         ctx.settings = settings
@@ -141,71 +159,65 @@ class _Conv(torch.autograd.Function):
         settings, (x, weight, bias, A, B, h) = ctx.settings, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            plain = functools.partial(_definition, settings)
+            definition = functools.partial(_definition, settings)
             return None, *reference.gradients_of(
-                plain, (x, weight, bias, A, B), needs, [dy], settings.drops
+                definition, (x, weight, bias, A, B), needs, [dy], settings.drop_probability
             )
         need_x, _, need_bias, need_A, need_B = needs
         with torch.autocast(x.device.type, enabled=False):
-            dy, down, up = _laid(dy, settings.last), A.to(x.dtype), B.to(x.dtype)
+            dy, down, up = _to_format(dy, settings.channels_last), A.to(x.dtype), B.to(x.dtype)
             if need_B and h is None:
-                h = _thin(settings, x, down, weight)
+                h = _bottleneck(settings, x, down, weight)
             dx = dA = None
-            dh, dB = _through_up(settings, dy, up, h if need_B else None)
+            dh, dB = _up_gradients(settings, dy, up, h if need_B else None)
             dB = None if dB is None else dB.to(B.dtype)
             if need_A or need_x:
-                dx, dA = _through_thin(
+                dx, dA = _bottleneck_gradients(
                     settings, x, down, weight, dh, need_x and not settings.form, need_A
                 )
                 dA = None if dA is None else dA.to(A.dtype)
             if need_x:
-                merged_weight = (
-                    _form_weight(weight, down, up, settings.scale) if settings.form else weight
-                )
-                low_rank_dx, dx = (
-                    dx,
-                    _laid(
-                        _backward(settings, dy, x, merged_weight, (True, False, False))[0],
-                        settings.last,
-                    ),
-                )
+                if settings.form:
+                    weight = _form_weight(weight, down, up, settings.scale)
+                low_rank_dx = dx
+                dx, *_ = _convolution_backward(settings, dy, x, weight, (True, False, False))
+                dx = _to_format(dx, settings.channels_last)
                 dx = dx if low_rank_dx is None else dx.add_(low_rank_dx)
             db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
         return None, dx, None, db, dA, dB
 
 
-def _laid(x: Tensor, last: bool) -> Tensor:
+def _to_format(x: Tensor, channels_last: bool) -> Tensor:
     """x in channels-last or contiguous memory format."""
-    return x.contiguous(memory_format=LAST[x.ndim]) if last else x.contiguous()
+    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if channels_last else x.contiguous()
 
 
-def _rows(x: Tensor) -> Tensor:
-    """View x [n, c, *positions], whose channels are last, as a matrix [T, c]."""
+def _as_rows(x: Tensor) -> Tensor:
+    """View x [n, c, *positions], whose channels are last in memory, as a matrix of one row for each
+    position, [n · positions, c]."""
     return x.movedim(1, -1).view(-1, x.shape[1])
 
 
-def _images(rows: Tensor, example: Tensor) -> Tensor:
-    """View a matrix [T, c] as [n, c, *positions], with the positions of another tensor [n, *,
+def _as_images(rows: Tensor, like: Tensor) -> Tensor:
+    """View a matrix [n · positions, c] as [n, c, *positions], the sizes of ``like`` [n, ·,
     *positions]."""
-    return rows.view(len(example), *example.shape[2:], rows.shape[1]).movedim(-1, 1)
+    return rows.view(len(like), *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
-def _draw_entries(settings: Settings, x: Tensor) -> Tensor | None:
-    """Entries of x, in memory order, that dropout removes from the low-rank path."""
-    return (
-        dropout.entries(x.numel(), settings.drops, settings.seed, x.device)
-        if settings.drops
-        else None
-    )
+def _draw_dropped(settings: Settings, x: Tensor) -> Tensor | None:
+    """The entries of x, in memory order, that dropout sets to zero on the low-rank path; None
+    without dropout."""
+    p = settings.drop_probability
+    return dropout.draw_dropped(x.numel(), p, settings.seed, x.device) if p else None
 
 
-def _without(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:
-    """x with zeros in these entries."""
+def _drop(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:
+    """x with zeros at the dropped entries."""
     if dropped is None:
         return x
     return (
         dropout.zero_entries(x.movedim(1, -1), dropped).movedim(-1, 1)
-        if settings.last
+        if settings.channels_last
         else dropout.zero_entries(x, dropped)
     )
 
@@ -216,35 +228,35 @@ def _form_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tens
 
 
 def _is_product(geometry: Geometry, weight: Tensor) -> bool:
-    """Whether each position of the output is the product of the weight and the same position of
+    """Whether each position of the output is the product of the weight with the same position of
     x."""
     return weight[0, 0].numel() == 1 and max(geometry.stride) == 1 and not any(geometry.padding)
 
 
-def _plain(settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     geometry = settings.geometry
     y = torch.convolution(x, weight, bias, *geometry, False, [0] * len(geometry.stride), 1)
-    return _laid(y, settings.last)
+    return _to_format(y, settings.channels_last)
 
 
-def _thin(settings: Settings, x: Tensor, down: Tensor, weight: Tensor) -> Tensor:
-    """conv(x; A): [n, r, *positions]."""
+def _bottleneck(settings: Settings, x: Tensor, down: Tensor, weight: Tensor) -> Tensor:
+    """h = conv(x; A): [n, r, *positions]."""
     if _is_product(settings.geometry, weight):
         return torch.bmm(down.expand(len(x), -1, -1), x.flatten(2)).view(len(x), -1, *x.shape[2:])
-    return _plain(settings, x, down.view(-1, *weight.shape[1:]), None)
+    return _convolve(settings, x, down.view(-1, *weight.shape[1:]), None)
 
 
-def _through_up(
+def _up_gradients(
     settings: Settings, dy: Tensor, up: Tensor, h: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(gradient of h [n, r, *positions], gradient of B [out, r] if h is given), from the gradient
+    """The gradients of h [n, r, *positions], and of B [out, r] unless h is None, from the gradient
     of y."""
-    if settings.last:
-        rows, narrow = _rows(dy), (up * settings.scale).mT
+    if settings.channels_last:
+        rows, thin_factor = _as_rows(dy), (up * settings.scale).mT
         if h is None:
-            return _images(fused.thin(narrow, rows).mT.contiguous(), dy), None
-        dh, dB = fused.thin_pair(narrow, rows, _rows(h).mT)
-        return _images(dh.mT.contiguous(), dy), dB.mT * settings.scale
+            return _as_images(fused.thin_product(thin_factor, rows).mT.contiguous(), dy), None
+        dh, dB = fused.thin_product_pair(thin_factor, rows, _as_rows(h).mT)
+        return _as_images(dh.mT.contiguous(), dy), dB.mT * settings.scale
     flat = dy.flatten(2)  # [n, out, p]
     dh = torch.bmm((up * settings.scale).mT.expand(len(dy), -1, -1), flat).view(
         len(dy), -1, *dy.shape[2:]
@@ -252,35 +264,41 @@ def _through_up(
     return dh, None if h is None else torch.bmm(flat, h.flatten(2).mT).sum(0) * settings.scale
 
 
-def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A: bool):
-    """(gradient of x through h, gradient of A [r, in · |k|]), from the gradient of h."""
+def _bottleneck_gradients(settings: Settings, x, down, weight, dh, need_x: bool, need_A: bool):
+    """The gradients of x through h, and of A [r, in · |k|], from the gradient of h."""
     dx = dA = None
-    dropped = _draw_entries(settings, x)
-    read = _without(settings, x, dropped) if need_A else x
+    dropped = _draw_dropped(settings, x)
+    dropped_x = _drop(settings, x, dropped) if need_A else x
     if _is_product(settings.geometry, weight):
         if need_x:
             dx = torch.bmm(down.mT.expand(len(x), -1, -1), dh.flatten(2)).view_as(x)
         if need_A:
-            dA = torch.bmm(dh.flatten(2), read.flatten(2).mT).sum(0)
+            dA = torch.bmm(dh.flatten(2), dropped_x.flatten(2).mT).sum(0)
     else:
-        narrow = down.view(-1, *weight.shape[1:])
-        dx, dA, _ = _backward(settings, dh, read, narrow, (need_x, need_A, False))
+        thin_factor = down.view(-1, *weight.shape[1:])
+        dx, dA, _ = _convolution_backward(
+            settings, dh, dropped_x, thin_factor, (need_x, need_A, False)
+        )
         dA = None if dA is None else dA.reshape(down.shape)
     if dx is not None:
-        dx = _without(settings, _laid(dx, settings.last), dropped)
+        dx = _drop(settings, _to_format(dx, settings.channels_last), dropped)
     return dx, dA
 
 
-def _backward(
-    settings: Settings, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]
+def _convolution_backward(
+    settings: Settings, dy: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> Any:
-    """The gradients of x, the weight and a bias, as far as ``of`` requests them."""
-    none, geometry = [0] * len(settings.geometry.stride), settings.geometry
-    return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, none, 1, of)
+    """The gradients of x, the weight and the bias, each if ``needs`` says so."""
+    geometry = settings.geometry
+    zeros = [0] * len(geometry.stride)
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, *geometry, False, zeros, 1, needs
+    )
 
 
 def _definition(settings: Settings, x, weight, bias, A, B) -> list[Tensor]:
-    h = _plain(settings, x, A.to(x.dtype).view(-1, *weight.shape[1:]), None)
+    """y by differentiable operations, without dropout."""
+    h = _convolve(settings, x, A.to(x.dtype).view(-1, *weight.shape[1:]), None)
     change = torch.matmul(B.to(x.dtype) * settings.scale, h.flatten(2))
-    y = _plain(settings, x, weight, bias)
+    y = _convolve(settings, x, weight, bias)
     return [y + change.view_as(y)]

@@ -1,10 +1,9 @@
-"""The grid of a quantised weight: the values that integers, or codes of a table, times a scale can
-represent.
+"""The grid of a quantised weight: the numbers that it can represent, each a level times a scale.
 
-    W[o, i] ∈ { (level - zero[o, i]) · scale[o, i] }
-    level: one of n ≤ 256, shared by all values
+    W[o, i] ∈ { (level - zero[o, i]) · scale[o, i] : level among the n ≤ 256 levels }
 
-A stored scale belongs to a row or a block of values; here it is expanded to the weight's shape.
+The levels are integers or the numbers of a table, and the same for all elements. A quantised weight
+stores one scale for each row or block of elements; here, it is expanded to the weight's shape.
 """
 
 from __future__ import annotations
@@ -19,34 +18,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """``levels`` [n] ascend; ``scale`` (and ``zero`` if given) has the weight's shape. All are
-    float32, and so is their product, as when such a weight is read."""
+    """``levels`` [n] are in ascending order; ``scale``, and ``zero`` if it is not None, have the
+    weight's shape. All are float32. Levels are multiplied by scales in float32, as when the weight
+    is dequantised."""
 
     levels: Float[Tensor, " n"]
     scale: Tensor
     zero: Tensor | None = None
 
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Grid:
-        """The same grid for a reshaped weight; ``change`` reshapes its tensors."""
+    def map_tensors(self, reshape: Callable[[Tensor], Tensor]) -> Grid:
+        """The grid of a reshaped weight: ``reshape`` is applied to ``scale`` and ``zero``."""
         return Grid(
-            self.levels, change(self.scale), None if self.zero is None else change(self.zero)
+            self.levels, reshape(self.scale), None if self.zero is None else reshape(self.zero)
         )
 
-    def cells(self, value: Tensor, mid: Tensor, half: Tensor) -> None:
-        """Find the cell of the grid that contains each float64 ``value`` of a tensor of the
-        weight's shape. ``half`` gets half the cell's width (with either sign), ``mid`` its middle
-        minus the value; both are 0 for a value on the grid. Beyond the largest or smallest value of
-        the grid, the cell is that value alone."""
+    def find_neighbours(self, values: Tensor, mid: Tensor, half: Tensor) -> None:
+        """Find the two neighbours on the grid of each element of ``values``, a float64 tensor of
+        the weight's shape. Writes half of their (signed) distance to ``half`` and their mean minus
+        the value to ``mid``. Both are 0 for a value on the grid. Beyond the largest or smallest
+        number of the grid, that number is both neighbours."""
         levels, scale = self.levels.double(), self.scale
-        scaled = torch.where(scale == 0, 0.0, value / scale)
+        scaled = torch.where(scale == 0, 0.0, values / scale)
         scaled = scaled if self.zero is None else scaled + self.zero
-        nearest = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
-        nearest_number = self._numbers(nearest)
-        neighbour = nearest + ((value - nearest_number).sign() * scale.sign()).long()
-        next_number = self._numbers(neighbour.clamp_(0, len(levels) - 1))
-        torch.add(nearest_number, next_number, out=mid).mul_(0.5).sub_(value)
-        torch.sub(nearest_number, next_number, out=half).mul_(0.5)
+        nearest_index = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+        nearest = self._dequantise(nearest_index)
+        second_index = nearest_index + ((values - nearest).sign() * scale.sign()).long()
+        second = self._dequantise(second_index.clamp_(0, len(levels) - 1))
+        torch.add(nearest, second, out=mid).mul_(0.5).sub_(values)
+        torch.sub(nearest, second, out=half).mul_(0.5)
 
-    def _numbers(self, index: Tensor) -> Tensor:
-        level = self.levels[index]
+    def _dequantise(self, level_index: Tensor) -> Tensor:
+        level = self.levels[level_index]
         return ((level if self.zero is None else level - self.zero) * self.scale).double()

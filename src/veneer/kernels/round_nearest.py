@@ -1,20 +1,21 @@
 """Round W + ΔW to nearest in one loop, compiled by numba, that reads and writes memory once.
 
     Δ = Σₖ (scale · B)[row, k] · A[k, column]
-    v = W + Δ        W' = bf16(either end of the interval around v)
+    v = W + Δ        W' = the bfloat16 nearest to either end of the interval around v
 
-The arithmetic and its proof are those of ``kernels.rounding``. Doubtful values of a block (those
-whose interval contains a rounding boundary) are computed in float64 directly after the block.
+``kernels.rounding`` describes the arithmetic and proves it. If the two ends round to different
+numbers, the element is doubtful. The doubtful elements of a block are computed in float64 directly
+after the block.
 
-The compiler may contract a product and a sum into one operation: this rounds once, and the bound
-allows for two roundings. It must not reorder sums, because it would cancel v against the ends of
-its interval. Only the sums of the report may be reordered (``_plus``), so that they are vectorised.
-Integers are 32-bit words in LLVM's terms, because numba widens each integer sum to 64 bits, which
-halves the width of the vectors.
+The compiler may contract a product and a sum into one operation. This rounds once, and the bound of
+the error allows for two roundings. The compiler must not reorder the sums of v and of the ends of
+its interval, because it would cancel v. Only the sums for the report may be reordered, so that they
+are vectorised (``_reorderable_sum``). Integers are 32-bit words in LLVM's terms, because numba
+widens each integer sum to 64 bits, which halves the width of the vectors.
 
-Rows are processed in memory order, in blocks of ``WIDE`` columns; A stays in the second-level
-cache. Rejected: C, which must be built for every system; torch.compile, which needs a C++ compiler
-at run time.
+Rows are processed in memory order, in blocks of ``BLOCK_COLUMNS`` columns; A stays in the
+second-level cache. Rejected: C, which must be built for every system; torch.compile, which needs a
+C++ compiler at run time.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -32,17 +33,18 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 #: the bits of a bfloat16 NaN
-NAN = np.uint16(0x7FC0)
-WORD = ir.IntType(32)
-#: columns of a block: beginning and ending a block costs as much as a hundred numbers
-WIDE = 4096
-#: how many words of marks are tested together, and the marks in them
-LOOK = 4
-LINE = 4 * LOOK
+NAN_BITS = np.uint16(0x7FC0)
+INT32 = ir.IntType(32)
+#: columns of a block. The work at its beginning and end takes as long as a hundred elements
+BLOCK_COLUMNS = 4096
+#: a mark has 16 bits, so a 64-bit word holds four. This many words are tested together
+WORDS_TOGETHER = 4
+#: the marks in these words
+MARKS_TOGETHER = 4 * WORDS_TOGETHER
 #: how many products are added at once; ranks are padded with zeros to a multiple of it
-PRODUCTS = 8
-#: 4 · 2⁻²⁴, as in ``rounding``
-FARTHER = np.float32(2.0**-22)
+PRODUCTS_TOGETHER = 8
+#: 4 · 2⁻²⁴: an end of the interval is |v| (1 ± this) ± the bound, as in ``rounding``
+RELATIVE_ERROR = np.float32(2.0**-22)
 
 
 def _compile(loop: Any) -> Any:
@@ -50,16 +52,15 @@ def _compile(loop: Any) -> Any:
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(loop)
-    except RuntimeError:  # numba has no folder for its cache
+    except RuntimeError:  # numba found no folder that it may use as its cache
         return numba.njit(**options)(loop)
 
 
-def _raise_half(builder: Any, value: Any) -> Any:
-    """The bits of a float32 plus the rounding increment, so that their upper half is the nearest
-    bfloat16, ties to even."""
-    bits = builder.bitcast(value, WORD)
-    odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
-    return builder.add(builder.add(bits, WORD(0x7FFF)), odd)
+def _build_rounding(builder: Any, value: Any) -> Any:
+    """LLVM code that computes ``_to_bfloat16_bits`` of a float32: adds half a step of bfloat16."""
+    bits = builder.bitcast(value, INT32)
+    odd = builder.and_(builder.lshr(bits, INT32(16)), INT32(1))
+    return builder.add(builder.add(bits, INT32(0x7FFF)), odd)
 
 
 @intrinsic
@@ -73,11 +74,11 @@ def _as_float(context: Any, bits: Any):
 @intrinsic
 def _as_bits(context: Any, value: Any):
     """Reinterpret a float32 as 32 bits."""
-    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], WORD)
+    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], INT32)
 
 
 @intrinsic
-def _plus(context: Any, first: Any, second: Any):
+def _reorderable_sum(context: Any, first: Any, second: Any):
     """A float32 sum that the compiler may reorder."""
 
     def code(_, builder: Any, __, args: Any):
@@ -87,27 +88,28 @@ def _plus(context: Any, first: Any, second: Any):
 
 
 @intrinsic
-def _wide(context: Any, stored: Any):
+def _to_float32(context: Any, stored: Any):
     """A stored number (float32, or the bits of a bfloat16) as float32."""
 
     def code(_, builder: Any, __, args: Any):
         if stored == types.float32:
             return args[0]
-        bits = builder.shl(builder.zext(args[0], WORD), WORD(16))
+        bits = builder.shl(builder.zext(args[0], INT32), INT32(16))
         return builder.bitcast(bits, ir.FloatType())
 
     return types.float32(stored), code
 
 
 @intrinsic
-def _raise_float(context: Any, value: Any):
-    """The bits of a float32 plus the rounding increment, so that their upper half is the nearest
-    bfloat16, ties to even."""
-    return types.uint32(types.float32), lambda _, builder, __, args: _raise_half(builder, args[0])
+def _to_bfloat16_bits(context: Any, value: Any):
+    """32 bits of which the upper half is the bfloat16 nearest to a float32, ties to even. The lower
+    half is meaningless."""
+    signature = types.uint32(types.float32)
+    return signature, lambda _, builder, __, args: _build_rounding(builder, args[0])
 
 
 @intrinsic
-def _differs(context: Any, first: Any, second: Any):
+def _xor(context: Any, first: Any, second: Any):
     """Bitwise exclusive or."""
     return types.uint32(types.uint32, types.uint32), lambda _, builder, __, args: builder.xor(*args)
 
@@ -119,11 +121,11 @@ def _or(context: Any, first: Any, second: Any):
 
 
 @intrinsic
-def _upper(context: Any, bits: Any):
+def _upper_half(context: Any, bits: Any):
     """The upper half of 32 bits."""
 
     def code(_, builder: Any, __, args: Any):
-        return builder.trunc(builder.lshr(args[0], WORD(16)), ir.IntType(16))
+        return builder.trunc(builder.lshr(args[0], INT32(16)), ir.IntType(16))
 
     return types.uint16(types.uint32), code
 
@@ -133,21 +135,21 @@ def _upper_as_float(context: Any, bits: Any):
     """The float32 whose upper 16 bits are those of ``bits``, with zeros below."""
 
     def code(_, builder: Any, __, args: Any):
-        return builder.bitcast(builder.and_(args[0], WORD(0xFFFF0000)), ir.FloatType())
+        return builder.bitcast(builder.and_(args[0], INT32(0xFFFF0000)), ir.FloatType())
 
     return types.float32(types.uint32), code
 
 
 @numba.njit(fastmath={"contract"})
-def _change(into, B, A, row, first, count):
-    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] over all k but the last
-    ``PRODUCTS``. If there are no others, ``into`` stays zero, its initial value."""
-    if B.shape[1] == PRODUCTS:
+def _sum_products(target, B, A, row, first, count):
+    """``target[:count]`` = Σₖ B[row, k] · A[k, first : first + count] over all k but the last
+    ``PRODUCTS_TOGETHER``. Without such k, ``target`` keeps its initial value, which is zero."""
+    if B.shape[1] == PRODUCTS_TOGETHER:
         return
     last = first + count
     for j in range(count):
-        into[j] = np.float32(0)
-    for k in range(0, B.shape[1] - PRODUCTS, PRODUCTS):
+        target[j] = np.float32(0)
+    for k in range(0, B.shape[1] - PRODUCTS_TOGETHER, PRODUCTS_TOGETHER):
         b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
         b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
         a0, a1, a2, a3 = (
@@ -163,8 +165,8 @@ def _change(into, B, A, row, first, count):
             A[k + 7, first:last],
         )
         for j in range(count):
-            into[j] = (
-                into[j]
+            target[j] = (
+                target[j]
                 + b0 * a0[j]
                 + b1 * a1[j]
                 + b2 * a2[j]
@@ -178,10 +180,12 @@ def _change(into, B, A, row, first, count):
 
 @numba.njit(fastmath={"contract"})
 def _round(old, change, B, A, row, first, bound, new, marks, sums):
-    """Fill ``new``, and ``marks`` with a non-zero value where it is doubtful; return whether any
-    is. ``change`` holds all products but the last; ``sums`` gets ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and
-    ⟨W, W⟩."""
-    k, last = B.shape[1] - PRODUCTS, first + len(old)
+    """Fill ``new`` with the rounded elements of a block of a row. Doubtful elements get a non-zero
+    value in ``marks``. Returns whether any element is doubtful.
+
+    ``change`` holds the sum of all products but the last ``PRODUCTS_TOGETHER``. The function adds
+    ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩ to ``sums``."""
+    k, last = B.shape[1] - PRODUCTS_TOGETHER, first + len(old)
     b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
     b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
     a0, a1, a2, a3 = (
@@ -196,10 +200,10 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
         A[k + 6, first:last],
         A[k + 7, first:last],
     )
-    doubt = np.uint32(0)
-    retained = step_energy = weight_energy = np.float32(0)
+    all_differences = np.uint32(0)
+    realised = moved = base = np.float32(0)
     for j in range(len(old)):
-        W = _wide(old[j])
+        W = _to_float32(old[j])
         delta = (  # begin with zero, not with the first product, which may be -0
             change[j]
             + b0 * a0[j]
@@ -212,54 +216,52 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
             + b7 * a7[j]
         )
         v = W + delta
-        error = np.float32(abs(v) * FARTHER + bound)
-        upper, lower = _raise_float(v + error), _raise_float(v - error)
-        differs = _differs(upper, lower)
-        doubt = _or(doubt, differs)
-        new[j], marks[j] = _upper(upper), _upper(differs)
+        error = np.float32(abs(v) * RELATIVE_ERROR + bound)
+        upper, lower = _to_bfloat16_bits(v + error), _to_bfloat16_bits(v - error)
+        difference = _xor(upper, lower)
+        all_differences = _or(all_differences, difference)
+        new[j], marks[j] = _upper_half(upper), _upper_half(difference)
         step = _upper_as_float(upper) - W
-        retained, step_energy, weight_energy = (
-            _plus(retained, delta * step),
-            _plus(step_energy, step * step),
-            _plus(weight_energy, W * W),
-        )
-    sums[0] += retained
-    sums[1] += step_energy
-    sums[2] += weight_energy
-    # a NaN, for which the marks are meaningless
-    if retained != retained or step_energy != step_energy:
-        marks[: len(old)] = NAN
+        realised = _reorderable_sum(realised, delta * step)
+        moved = _reorderable_sum(moved, step * step)
+        base = _reorderable_sum(base, W * W)
+    sums[0] += realised
+    sums[1] += moved
+    sums[2] += base
+    # with a NaN among the elements, the marks are meaningless
+    if realised != realised or moved != moved:
+        marks[: len(old)] = NAN_BITS
         return True
-    return _upper(doubt) != 0
+    return _upper_half(all_differences) != 0
 
 
 @numba.njit
 def _nearest(value):
-    """The bits of the bfloat16 nearest to a float64, ties to even, through a float32 that is
-    rounded to odd, so that rounding twice equals rounding once (Boldo & Melquiond 2008, "Emulation
+    """The bits of the bfloat16 nearest to a float64, ties to even. A float32 that is rounded to odd
+    comes between, so that rounding twice equals rounding once (Boldo & Melquiond 2008, "Emulation
     of FMA and correctly rounded sums")."""
     if value != value:
-        return NAN
+        return NAN_BITS
     nearest = np.float32(value)
     bits = _as_bits(nearest)
     if np.float64(nearest) != value:
         if abs(np.float64(nearest)) > abs(value):
             bits = np.uint32(bits - np.uint32(1))
         bits = np.uint32(bits | np.uint32(1))
-    return _upper(_raise_float(_as_float(bits)))
+    return _upper_half(_to_bfloat16_bits(_as_float(bits)))
 
 
 @numba.njit
 def _recompute_marked(old, words, B, A, scale, row, first, new, sums):
-    """Compute the marked values in float64; return their number. Marks are rare, so four of them
-    are tested as one of the ``words``, and ``LOOK`` words together."""
+    """Compute the marked elements of a block in float64. Returns their number. Marks are rare, so
+    the four marks of a word are tested together, and ``WORDS_TOGETHER`` words together."""
     count = 0
-    for begin in range(0, len(words), LOOK):
+    for first_word in range(0, len(words), WORDS_TOGETHER):
         marked_words = np.uint64(0)
-        for word in range(begin, begin + LOOK):
+        for word in range(first_word, first_word + WORDS_TOGETHER):
             marked_words |= words[word]
         if marked_words:
-            for word in range(begin, begin + LOOK):
+            for word in range(first_word, first_word + WORDS_TOGETHER):
                 marked, j = words[word], 4 * word
                 while marked:
                     if marked & np.uint64(0xFFFF):
@@ -271,30 +273,33 @@ def _recompute_marked(old, words, B, A, scale, row, first, new, sums):
 
 @numba.njit
 def _exact(old, B, A, scale, row, first, j, new, sums):
+    """Compute element j of a block in float64, and correct ⟨ΔW, W' - W⟩ in ``sums``."""
     change = 0.0
     for k in range(B.shape[1]):
         change += B[row, k] * A[first + j, k]
     change *= scale
-    before, new[j] = _wide(new[j]), _nearest(np.float64(_wide(old[j])) + change)
-    sums[0] += change * (np.float64(_wide(new[j])) - np.float64(before))
+    previous = _to_float32(new[j])
+    new[j] = _nearest(np.float64(_to_float32(old[j])) + change)
+    sums[0] += change * (np.float64(_to_float32(new[j])) - np.float64(previous))
 
 
 @_compile
 def _slab(
     old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums
 ):
-    """Round some rows of some groups. ``old`` and ``new`` are memory from the first number to the
-    last, with the strides of groups and rows; the wide factors are float64, B without its scale.
-    Returns the number of doubtful values."""
+    """Round some rows of some groups. ``old`` and ``new`` are flat memory, from the first element
+    to the last; ``old_group``, ``old_row``, ``new_group`` and ``new_row`` are the strides of groups
+    and rows. B is multiplied by ``scale``. ``wide_B`` and ``wide_A`` are the factors in float64,
+    without the scale. Returns the number of doubtful elements."""
     groups, rows, _ = B.shape
     columns = A.shape[2]
-    change, marks = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
+    change, marks = np.zeros(BLOCK_COLUMNS, np.float32), np.zeros(BLOCK_COLUMNS, np.uint16)
     words, doubtful = marks.view(np.uint64), 0
     for group in range(groups):
         for row in range(rows):
-            for first in range(0, columns, WIDE):
-                count = min(WIDE, columns - first)
-                _change(change, B[group], A[group], row, first, count)
+            for first in range(0, columns, BLOCK_COLUMNS):
+                count = min(BLOCK_COLUMNS, columns - first)
+                _sum_products(change, B[group], A[group], row, first, count)
                 start = group * old_group + row * old_row + first
                 new_start = group * new_group + row * new_row + first
                 old_block, new_block, error = (
@@ -305,12 +310,12 @@ def _slab(
                 if _round(
                     old_block, change, B[group], A[group], row, first, error, new_block, marks, sums
                 ):
-                    lines = -(-count // LINE)
-                    marks[count : LINE * lines] = 0
-                    marked = words[: LOOK * lines]
+                    line_count = -(-count // MARKS_TOGETHER)
+                    marks[count : MARKS_TOGETHER * line_count] = 0
+                    block_words = words[: WORDS_TOGETHER * line_count]
                     doubtful += _recompute_marked(
                         old_block,
-                        marked,
+                        block_words,
                         wide_B[group],
                         wide_A[group],
                         scale,
@@ -323,15 +328,15 @@ def _slab(
 
 
 def supports(old: Tensor, new: Tensor) -> bool:
-    """Whether the loop supports weights of these dtypes and memory layouts."""
-    dense = all(weight.stride(2) == 1 or weight.shape[2] == 1 for weight in (old, new))
-    return dense and new.dtype == torch.bfloat16 and old.dtype in (torch.bfloat16, torch.float32)
+    """Whether the loop supports the dtypes and memory layouts of these weights [g, out, in]."""
+    is_dense = all(weight.stride(2) == 1 or weight.shape[2] == 1 for weight in (old, new))
+    return is_dense and new.dtype == torch.bfloat16 and old.dtype in (torch.bfloat16, torch.float32)
 
 
 def pad_rank(factor: Tensor, axis: int) -> Tensor:
-    """A or B in float32, with the rank padded for the loop."""
+    """A or B, with the rank (on this axis) padded to a multiple of ``PRODUCTS_TOGETHER``."""
     shape = list(factor.shape)
-    shape[axis] = -shape[axis] % PRODUCTS
+    shape[axis] = -shape[axis] % PRODUCTS_TOGETHER
     return torch.cat([factor, factor.new_zeros(shape)], axis).contiguous()
 
 
@@ -345,12 +350,13 @@ def round_slab(
     scale: float,
     new: Tensor,
 ) -> Tensor:
-    """Round a slab into ``new``; return the sums [3] in float64.
+    """Round ``old`` + ΔW into ``new``. Returns the sums [3] of ``_round``, in float64.
 
     Args:
-        B, A: float32 and ``padded``; B multiplied by its scale.
-        wide_B, wide_A: the original factors in float64, A transposed to [g, in, r] because a
-            doubtful value reads a column.
+        B, A: float32, padded by ``pad_rank``; B is multiplied by ``scale``.
+        bound: the bound of the error of each row, float32 [g, rows, 1].
+        wide_B, wide_A: the factors in float64, without the scale. A is transposed to [g, in, r],
+            because a doubtful element reads a column of A.
     """
     sums, factors = (
         np.zeros(3),
@@ -361,8 +367,8 @@ def round_slab(
 
 
 def _memory(matrix: Tensor) -> tuple[Any, int, int]:
-    """The memory of [g, rows, columns] from the first number to the last, and the strides of groups
-    and rows."""
+    """The memory of a tensor [g, rows, columns] from the first element to the last, and the strides
+    of groups and rows."""
     (groups, rows, columns), (group, row, _) = matrix.shape, matrix.stride()
     flat = matrix.as_strided(((groups - 1) * group + (rows - 1) * row + columns,), (1,))
     return (flat if matrix.dtype == torch.float32 else flat.view(torch.uint16)).numpy(), group, row

@@ -1,17 +1,17 @@
-"""Save an input for backward: as it is, or as the tensors from which it can be recomputed, if
-autograd saves these anyway.
+"""Save the input x of a layer for backward: x itself, or tensors from which it can be recomputed,
+if autograd saves these anyway.
 
-    x = a · b          the input of a gated MLP's last layer; the product's node saves a and b
-                       saved: a, b
-    x = act(g) · b     the product's node would save act(g) too, and the activation's node saves g
-                       saved: g, b
-    x = (h · r) · w    the output of a norm; the node of h · r saves h and r, and w is frozen
-                       saved: h, r, w
+    x = a · b          the input of a gated MLP's last layer: the node of the product saves a and b
+                       saved here: a, b
+    x = act(g) · b     the node of the product would save act(g) too; the activation's node saves g
+                       saved here: g, b
+    x = (h · r) · w    the output of a norm: the node of h · r saves h and r, and w is frozen
+                       saved here: h, r, w
 
-In each case, backward recomputes x with the same bits, by one or two passes over memory. In the
-second case, act(g) is also removed from the product's node, which gets the recomputed one. The
-cases are recognised in the autograd graph, independently of the model's module names. Small inputs
-are saved as they are.
+Backward recomputes x bit by bit, in one or two passes over memory. In the second case, act(g) is
+also removed from the product's node, which later gets the recomputed act(g). The cases are
+recognised by the nodes of the autograd graph, not by the names of the model's modules. A small x is
+saved itself.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels.switch import on
+from veneer.kernels.switch import is_on
 
 _C: Any = torch._C
 
-#: the fewest numbers in x for which the graph is examined
-MANY = 1 << 16
-#: activations by the names of autograd nodes that save their input
+#: the most numbers in x for which x itself is saved
+SMALL_INPUT_SIZE = 1 << 16
+#: activations whose autograd node saves their input, by the name of that node
 ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "SiluBackward0": lambda node: F.silu,
     "GeluBackward0": lambda node: lambda g: F.gelu(g, approximate=node._saved_approximate),
@@ -37,16 +37,17 @@ ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 class Gate:
-    """An activation that is recomputed in backward. ``output`` is kept for the node that needs it
-    next; if a backward ends before that, until the next backward or the end of the graph."""
+    """An activation that backward recomputes. ``output`` keeps its result until the product's node
+    needs it. If a backward does not reach that node, it is kept until the next backward, or until
+    the graph is freed."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         self.activation = activation
         self.output: Tensor | None = None
 
     def hide(self, saved: Any, node: Any) -> None:
-        """Remove act(g) from the saved tensors of the product's node; ``node`` is the
-        activation's."""
+        """Remove act(g) from the saved tensors of the product's node, and recompute it when that
+        node needs it. ``node`` is the node of the activation."""
 
         def recompute(_: None) -> Tensor:
             output, self.output = self.output, None
@@ -56,8 +57,8 @@ class Gate:
 
 
 class SavedInput(NamedTuple):
-    """x, or its factors in order. If ``gate`` is set, it computes the first factor from
-    ``first``."""
+    """x, or the factors of x in order. If ``gate`` is set, the first factor is the output of the
+    activation ``gate`` for the input ``first``."""
 
     first: Tensor
     second: Tensor | None = None
@@ -65,31 +66,32 @@ class SavedInput(NamedTuple):
     gate: Gate | None = None
 
 
-def input_to_save(x: Tensor, piece: bool = False) -> SavedInput:
-    """What to save for an input of a function with a graph. ``piece``: x is one of many small
-    inputs, which together are worth saving as factors; a gate is not used for them, because it
-    takes longer than the product."""
+def input_to_save(x: Tensor, is_slice: bool = False) -> SavedInput:
+    """The tensors to save for an input x that has an autograd graph. ``is_slice``: x is one of many
+    small inputs, for which two factors are worth saving together. No gate is used for them, because
+    it would take longer than their products."""
     node: Any = x.grad_fn
     if (
         node is None
-        or not (piece or x.numel() > MANY)
-        or not on("saved_inputs")
+        or not (is_slice or x.numel() > SMALL_INPUT_SIZE)
+        or not is_on("saved_inputs")
         or node.name() != "MulBackward0"
     ):
         return SavedInput(x)
     if _C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        # checkpointing would recompute the tensors that autograd saved in order to read them
+        # under checkpointing, reading the saved tensors of a node would recompute them
         return SavedInput(x)
     try:
-        factors = _plain_factors(node, x) if piece and x.numel() <= MANY else _factors(node, x)
+        is_small = x.numel() <= SMALL_INPUT_SIZE
+        factors = _two_factors(node, x) if is_slice and is_small else _factors(node, x)
     except RuntimeError:  # a backward has freed the tensors, or they were modified in place
         return SavedInput(x)
     return SavedInput(x) if factors is None else factors
 
 
 def restore_input(saved: SavedInput, needs_gradient: bool) -> Tensor:
-    """x from what was saved. ``needs_gradient``: whether backward goes on to the product that made
-    x; its node then reuses act(g) from the gate."""
+    """x, recomputed if necessary. ``needs_gradient``: whether backward continues to the product
+    that computed x; the node of that product then gets act(g) from the gate."""
     first, second, third, gate = saved
     if second is None:
         return first
@@ -103,7 +105,8 @@ def restore_input(saved: SavedInput, needs_gradient: bool) -> Tensor:
     return product
 
 
-def _plain_factors(node: Any, x: Tensor) -> SavedInput | None:
+def _two_factors(node: Any, x: Tensor) -> SavedInput | None:
+    """The two factors of the product x, if its node has saved them and none is broadcast."""
     first_factor, second_factor = _saved_factor(node, 0), _saved_factor(node, 1)
     if (
         first_factor is None
@@ -119,40 +122,44 @@ def _plain_factors(node: Any, x: Tensor) -> SavedInput | None:
 
 
 def _factors(node: Any, x: Tensor) -> SavedInput | None:
-    if Gate in node.metadata:  # another function reads the same x
-        side, gate = node.metadata[Gate]
+    """The saved factors of the product x, in one of the three cases; else None."""
+    if Gate in node.metadata:  # another function, which read the same x before, made a gate
+        gate_side, gate = node.metadata[Gate]
         return SavedInput(
-            node.next_functions[side][0]._saved_self, _saved_factor(node, 1 - side), None, gate
+            node.next_functions[gate_side][0]._saved_self,
+            _saved_factor(node, 1 - gate_side),
+            None,
+            gate,
         )
     first_factor, second_factor = _saved_factor(node, 0), _saved_factor(node, 1)
     if first_factor is not None and second_factor is not None:
         return (
             _gate_factors(node, first_factor, second_factor)
-            if _makes(x, first_factor, second_factor)
+            if _is_product(x, first_factor, second_factor)
             else None
         )
-    # the node's input needs no gradient, so the node saved no other factor
+    # w needs no gradient, so the node has saved only w, not the other factor
     weight = second_factor if first_factor is None else first_factor
-    inner: Any = node.next_functions[0 if first_factor is None else 1][0]
-    if weight is None or inner is None or inner.name() != "MulBackward0":
+    inner_node: Any = node.next_functions[0 if first_factor is None else 1][0]
+    if weight is None or inner_node is None or inner_node.name() != "MulBackward0":
         return None
-    first_factor, second_factor = _saved_factor(inner, 0), _saved_factor(inner, 1)
+    first_factor, second_factor = _saved_factor(inner_node, 0), _saved_factor(inner_node, 1)
     if (
         first_factor is None
         or second_factor is None
-        or not _makes(x, first_factor, second_factor)
-        or not _makes(x, x, weight)
+        or not _is_product(x, first_factor, second_factor)
+        or not _is_product(x, x, weight)
     ):
         return None
     return SavedInput(first_factor, second_factor, weight)
 
 
 def _saved_factor(node: Any, side: int) -> Tensor | None:
-    """The factor that the node of a product has saved."""
+    """The first (``side`` 0) or second (1) factor that the node of a product has saved, or None."""
     return node._saved_other if side else node._saved_self
 
 
-def _makes(x: Tensor, first_factor: Tensor, second_factor: Tensor) -> bool:
+def _is_product(x: Tensor, first_factor: Tensor, second_factor: Tensor) -> bool:
     """Whether the product of these factors has the shape and dtype of x."""
     try:
         shape = torch.broadcast_shapes(first_factor.shape, second_factor.shape)
@@ -162,17 +169,17 @@ def _makes(x: Tensor, first_factor: Tensor, second_factor: Tensor) -> bool:
 
 
 def _gate_factors(node: Any, first_factor: Tensor, second_factor: Tensor) -> SavedInput:
-    """The factors of a product, in which the output of an activation is replaced by the
-    activation's input."""
-    for side, value in enumerate((second_factor, first_factor)):
-        above: Any = node.next_functions[side][0]
+    """The factors of a product to save. If one factor is the output of an activation, this is the
+    input of the activation instead, and a gate."""
+    for side, other_factor in enumerate((second_factor, first_factor)):
+        activation_node: Any = node.next_functions[side][0]
         if (
-            above is not None
-            and above.name() in ACTIVATIONS
+            activation_node is not None
+            and activation_node.name() in ACTIVATIONS
             and first_factor.shape == second_factor.shape
         ):
-            first, gate = above._saved_self, Gate(ACTIVATIONS[above.name()](above))
-            gate.hide(node._raw_saved_other if side else node._raw_saved_self, above)
+            gate = Gate(ACTIVATIONS[activation_node.name()](activation_node))
+            gate.hide(node._raw_saved_other if side else node._raw_saved_self, activation_node)
             node.metadata[Gate] = side, gate
-            return SavedInput(first, value, None, gate)
+            return SavedInput(activation_node._saved_self, other_factor, None, gate)
     return SavedInput(first_factor, second_factor)

@@ -1,17 +1,18 @@
-"""A linear layer on a batch in which each span of rows has its own low-rank factors, as one
-differentiable function.
+"""A linear layer on a batch in which different tokens use different adapters: each span of
+neighbouring tokens has its own low-rank factors. One differentiable function.
 
     y = x Wᵀ + bias,  and on the tokens of span i:  + s_i · (drop(x) A_iᵀ) B_iᵀ
     x: [*, in]   W: [out, in]   A_i: [r_i, in]   B_i: [out, r_i]
 
-W is frozen, so x Wᵀ is one product for all rows, in forward and backward. The low-rank products run
-on each span's own tokens, so that nothing of one span (such as a NaN) reaches the output or
-gradient of another. Spans of equal length without dropout are batched products, with smaller ranks
-padded by zeros, for all layers that read the same x where possible; other spans are computed one
-after another with the products of ``fused.py``. The change is computed first and x Wᵀ is added to
-it, as there. Saved are x, and h where it is small.
+W is frozen, so x Wᵀ is one product for all tokens, in forward and in backward. The low-rank
+products use only the tokens of one span, so that nothing of it (such as a NaN) reaches the output
+or gradient of another span. If all spans are equally long and have no dropout, batched products
+compute them together, also for several layers that read the same x; smaller ranks are padded by
+zeros. Otherwise, the products of ``fused.py`` compute one span after another. As in ``fused.py``,
+the change is computed first, and x Wᵀ is added to it. Saved for backward are x, and h = drop(x) Aᵀ
+if it is small.
 
-All factors of a layer are passed as one tensor, joined by autograd's ``cat``. Passing the 16
+All factors of a layer are passed as one tensor, which autograd's ``cat`` joins. Passing the 16
 factors of eight adapters separately, in forward and backward, took longer than the products of 16
 tokens.
 """
@@ -34,8 +35,8 @@ _C: Any = torch._C
 
 
 class Span(NamedTuple):
-    """Tokens ``first`` to ``after``; the rank and scale of their change, and the probability and
-    seed of dropout."""
+    """Tokens from ``first`` up to, but without, ``after``; the rank and scale of their change; and
+    the probability and seed of dropout."""
 
     first: int
     after: int
@@ -46,14 +47,16 @@ class Span(NamedTuple):
 
     @property
     def strength(self) -> float:
+        """The scale, divided by the probability of keeping an entry of x."""
         return self.scale / (1 - self.dropout)
 
-    def of(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Tensor:
+        """A view of the span's rows of x [T, ·]."""
         return x[self.first : self.after]
 
     def drop_entries(self, x: Tensor) -> Tensor | None:
-        """Indices of the dropped entries of the span's tokens [t, in], drawn as in a call on these
-        tokens alone."""
+        """Flat indices of the dropped entries of the span's tokens [t, in]; None without dropout.
+        They are the same as in a call on these tokens alone."""
         return fused.dropped_entries(x, self.dropout, self.seed)
 
 
@@ -70,8 +73,8 @@ def linear(
 
     Args:
         spans: in order, without overlap; tokens outside of all spans use the base.
-        A, B: [1, r_i, in] and [1, out, r_i] of each span, of any floating-point dtype: computed in
-            that of x.
+        A, B: of each span, [1, r_i, in] and [1, out, r_i] of any floating-point dtype. They are
+            cast to the dtype of x.
     """
     if not spans:
         return F.linear(x, weight, bias)
@@ -89,8 +92,8 @@ def linears(
     A: Sequence[Sequence[Tensor]],
     B: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, ...]:
-    """``linear`` for several layers that read one x. For each layer, the factors of all spans,
-    which must be adjacent and of equal length (``can_batch``)."""
+    """``linear`` for several layers that read the same x. A and B hold the factors of all spans for
+    each layer. The spans must be adjacent and equally long (``can_batch``)."""
     largest_rank = max(span.rank for span in spans)
     if any(span.rank != largest_rank for span in spans):
         A = [
@@ -101,16 +104,17 @@ def linears(
             [F.pad(factor, (0, largest_rank - factor.shape[2])) for factor in layer_factors]
             for layer_factors in B
         ]
-    # one autograd node, one cast and one gradient for the factors of all layers; each gets a view
-    # of [spans · layers, r, in]
-    downs = torch.cat(tuple(itertools.chain(*zip(*A, strict=True)))).to(x.dtype)
+    # joined, the A of all layers need one autograd node, one cast and one gradient; the gradient of
+    # each A is a view
+    down_list = itertools.chain(*zip(*A, strict=True))
+    downs = torch.cat(tuple(down_list)).to(x.dtype)  # [spans · layers, r, in]
     ups = [torch.cat(tuple(layer_factors)).to(x.dtype) for layer_factors in B]  # [spans, out, r]
     return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
 
 
 def can_batch(spans: Sequence[Span]) -> bool:
-    """Whether spans can be computed as one batch: adjacent, of equal length, and of similar
-    ranks."""
+    """Whether spans can be computed as one batch: if they are adjacent and equally long, without
+    dropout, and the ranks are similar."""
     start, length = spans[0].first, spans[0].after - spans[0].first
     ranks = [span.rank for span in spans]
     return (
@@ -126,9 +130,9 @@ def can_batch(spans: Sequence[Span]) -> bool:
 
 
 class _Linears(Function):
-    """``tensors``: for each layer, the factor B, the weight and the bias. Factors are [spans ·
-    layers, r, in] and [spans, out, r] for spans that ``can_batch``, or [R, in] and [R, out], joined
-    along the ranks, for one layer."""
+    """``tensors``: B of each layer, then W of each layer, then the bias of each layer. For spans
+    that ``can_batch``, ``downs`` is [spans · layers, r, in] and each B [spans, out, r]. Else there
+    is one layer, with ``downs`` [R, in] and B [R, out], joined along the ranks of all spans."""
 
     @staticmethod
     def forward(
@@ -142,16 +146,16 @@ class _Linears(Function):
             for change in changes:
                 change[: spans[0].first] = 0
                 change[spans[-1].after :] = 0
-        products: Any = _Batched if downs.ndim == 3 else _Each
+        products: Any = _Batched if downs.ndim == 3 else _OneByOne
         h = products.forward(spans, tokens, downs, ups, changes)
         ys = [
-            fused.add_product(change, tokens, *frozen)
-            for change, *frozen in zip(changes, weights, biases, strict=True)
+            fused.add_product(change, tokens, *weight_and_bias)
+            for change, *weight_and_bias in zip(changes, weights, biases, strict=True)
         ]
         ctx.spans, ctx.shape, ctx.products = spans, x.shape, products
-        *made_of, ctx.gate = input_to_save(x)
+        *saved, ctx.gate = input_to_save(x)
         h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
-        ctx.save_for_backward(*made_of, downs, *ups, *weights, *h)
+        ctx.save_for_backward(*saved, downs, *ups, *weights, *h)
         # `.data` is no view for autograd
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
@@ -163,14 +167,14 @@ class _Linears(Function):
             return _gradients(ctx, dys)
 
 
-# as in ``fused.py``: skips the calls of ``Function.apply`` for ``torch.func``, whose transforms
-# never reach this function
+# as in ``fused.py``: skips ``Function.apply``, whose Python calls serve the transforms of
+# ``torch.func``; calls under a transform never reach this function
 _apply = cast(Any, super(Function, _Linears)).apply
 
 
 class _Gradients(NamedTuple):
-    """The results of ``backward``: the low-rank term [T, in] of dx, and the gradients of the
-    factors in their layout."""
+    """The results of ``backward``: the gradient [T, in] of x through the low-rank products, and the
+    gradients of A and B, in the shapes of ``downs`` and ``ups``."""
 
     x: Tensor | None
     downs: Tensor | None
@@ -178,18 +182,18 @@ class _Gradients(NamedTuple):
 
 
 class _Batched:
-    """All spans in one batched product each. Products with the tokens as the last axis are faster,
-    in float32 and in 16 bits."""
+    """All spans together, by batched products: N spans of t tokens. Products with the tokens as the
+    last axis are faster, in float32 and in 16 bits."""
 
     @staticmethod
     def forward(
         spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, changes: Any
     ) -> list[Tensor | None]:
-        x, count = _Batched.of(spans, tokens), len(spans)
+        x, count = _Batched.by_span(spans, tokens), len(spans)
         h = torch.bmm(downs.view(count, -1, x.shape[2]), x.mT)  # [N, layers · r, t]
         h *= _Batched.scales(spans, x)
         for layer_h, up, change in zip(h.split(downs.shape[1], 1), ups, changes, strict=True):
-            torch.bmm(layer_h.mT, up.mT, out=_Batched.of(spans, change))
+            torch.bmm(layer_h.mT, up.mT, out=_Batched.by_span(spans, change))
         return [h]
 
     @staticmethod
@@ -203,12 +207,12 @@ class _Batched:
         needs: Any,
     ) -> _Gradients:
         need_x, need_downs, *need_ups = needs
-        x, count, rank = _Batched.of(spans, tokens), len(spans), downs.shape[1]
+        x, count, rank = _Batched.by_span(spans, tokens), len(spans), downs.shape[1]
         A, scales = downs.view(count, -1, x.shape[2]), _Batched.scales(spans, x)
-        dys = [_Batched.of(spans, dy) for dy in dys]
-        rows = [torch.bmm(up.mT, dy.mT) for up, dy in zip(ups, dys, strict=True)]
-        up_gradients = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        up_gradients *= scales  # s (dy B)ᵀ, [N, layers · r, t]
+        dys = [_Batched.by_span(spans, dy) for dy in dys]
+        us = [torch.bmm(up.mT, dy.mT) for up, dy in zip(ups, dys, strict=True)]
+        u = us[0] if len(us) == 1 else torch.cat(us, 1)
+        u *= scales  # s · (dy B)ᵀ, [N, layers · r, t]
         dB: list[Tensor | None] = [None] * len(ups)
         if any(need_ups):
             all_h = torch.bmm(A, x.mT) * scales if h[0] is None else h[0]
@@ -216,7 +220,7 @@ class _Batched:
                 zip(all_h.split(rank, 1), dys, need_ups, strict=True)
             ):
                 dB[i] = torch.bmm(layer_h, dy).mT.contiguous() if need else None
-        dA = torch.bmm(up_gradients, x).view(downs.shape) if need_downs else None
+        dA = torch.bmm(u, x).view(downs.shape) if need_downs else None
         dx = None
         if need_x:
             dx = (
@@ -224,16 +228,17 @@ class _Batched:
                 if x.numel() < tokens.numel()
                 else tokens.new_empty(tokens.shape)
             )
-            torch.bmm(up_gradients.mT, A, out=_Batched.of(spans, dx))
+            torch.bmm(u.mT, A, out=_Batched.by_span(spans, dx))
         return _Gradients(dx, dA, dB)
 
     @staticmethod
-    def of(spans: Sequence[Span], x: Tensor) -> Tensor:
-        """View x [T, n] as [N, t, n]; writing to the result writes to x."""
+    def by_span(spans: Sequence[Span], x: Tensor) -> Tensor:
+        """View the rows [T, n] of all spans as [N, t, n]. Writing to the view writes to x."""
         return x[spans[0].first : spans[-1].after].view(len(spans), -1, x.shape[1])
 
     @staticmethod
     def scales(spans: Sequence[Span], x: Tensor) -> Any:
+        """The scales of the spans: one number if they are equal, else a tensor [N, 1, 1]."""
         scales = [span.scale for span in spans]
         return (
             scales[0]
@@ -242,7 +247,7 @@ class _Batched:
         )
 
 
-class _Each:
+class _OneByOne:
     """One span after another."""
 
     @staticmethod
@@ -250,11 +255,11 @@ class _Each:
         spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, changes: Any
     ) -> list[Tensor | None]:
         h: list[Tensor | None] = []
-        for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups[0])):
-            tokens_of_span = span.of(tokens)
-            span_h = fused.thin(down, tokens_of_span, span.drop_entries(tokens_of_span))  # [r, t]
+        for i, (span, down, up) in enumerate(_OneByOne.with_factors(spans, downs, ups[0])):
+            span_tokens = span.select(tokens)
+            span_h = fused.thin_product(down, span_tokens, span.drop_entries(span_tokens))  # [r, t]
             span_h *= span.strength
-            torch.mm(span_h.mT, up, out=span.of(changes[0]))
+            torch.mm(span_h.mT, up, out=span.select(changes[0]))
             h.append(span_h)
             if i + 1 < len(spans):
                 changes[0][span.after : spans[i + 1].first] = 0
@@ -274,46 +279,47 @@ class _Each:
         dx = torch.zeros_like(tokens) if need_x else None
         dA: list[Any] = []
         dB: list[Any] = []
-        for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups[0])):
-            span_tokens, span_dy = span.of(tokens), span.of(dys[0])
+        for i, (span, down, up) in enumerate(_OneByOne.with_factors(spans, downs, ups[0])):
+            span_tokens, span_dy = span.select(tokens), span.select(dys[0])
             dropped, span_h = span.drop_entries(span_tokens), h[i]
             if span_h is None:
-                span_h = fused.thin(down, span_tokens, dropped) * span.strength
-            u, gradient = (
-                fused.thin_pair(up, span_dy, span_h) if need_B else (fused.thin(up, span_dy), None)
-            )
+                span_h = fused.thin_product(down, span_tokens, dropped) * span.strength
+            if need_B:
+                u, gradient = fused.thin_product_pair(up, span_dy, span_h)
+            else:
+                u, gradient = fused.thin_product(up, span_dy), None
             dB.append(gradient)
-            u *= span.strength  # s (dy B)ᵀ, [r, t]
+            u *= span.strength  # s · (dy B)ᵀ, [r, t]
             span_dx, gradient = fused.thin_gradients(u, down, span_tokens, dropped, need_x, need_A)
             dA.append(gradient)
             if dx is not None:
-                span.of(dx).copy_(span_dx)
+                span.select(dx).copy_(span_dx)
         return _Gradients(
             dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None]
         )
 
     @staticmethod
-    def of(spans: Sequence[Span], downs: Tensor, ups: Tensor) -> Any:
-        """Each span with its factors."""
+    def with_factors(spans: Sequence[Span], downs: Tensor, ups: Tensor) -> Any:
+        """(span, A [r, in], Bᵀ [r, out]) of each span."""
         ranks = [span.rank for span in spans]
         return zip(spans, downs.split(ranks), ups.split(ranks), strict=True)
 
 
 def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     count, spans, needs = len(dys), ctx.spans, ctx.needs_input_grad[1 : 3 + len(dys)]
-    first, second, third, downs, *rest = ctx.saved_tensors
-    ups, weights, h = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    first, second, third, downs, *saved_lists = ctx.saved_tensors
+    ups, weights, h = saved_lists[:count], saved_lists[count : 2 * count], saved_lists[2 * count :]
     x = restore_input(SavedInput(first, second, third, ctx.gate), needs[0])
     no_gradients = (None,) * (2 * count)
     if torch.is_grad_enabled():
 
-        def plain(x: Tensor, downs: Tensor, *ups: Tensor) -> list[Tensor]:
+        def definition(x: Tensor, downs: Tensor, *ups: Tensor) -> list[Tensor]:
             return _definition(spans, x, downs, ups, weights)
 
-        drops = max(span.dropout for span in spans)
+        dropout = max(span.dropout for span in spans)
         return (
             None,
-            *reference.gradients_of(plain, (x, downs, *ups), needs, dys, drops),
+            *reference.gradients_of(definition, (x, downs, *ups), needs, dys, dropout),
             *no_gradients,
         )
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
@@ -332,8 +338,8 @@ def _definition(
     ups: Sequence[Tensor],
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The layers by differentiable operations, without dropout and without biases, whose gradients
-    are not needed."""
+    """The outputs of the layers by differentiable operations, without dropout. Biases are left out,
+    because only gradients of other tensors are computed from these outputs."""
     tokens, layers = x.reshape(-1, x.shape[-1]), len(weights)
     outputs = []
     for layer, (weight, up) in enumerate(zip(weights, ups, strict=True)):
@@ -341,13 +347,14 @@ def _definition(
         if downs.ndim == 3:
             factors: Any = zip(spans, downs[layer::layers], up, strict=True)
         else:
-            factors = ((span, down, up.mT) for span, down, up in _Each.of(spans, downs, up))
-        pieces = []
+            triples = _OneByOne.with_factors(spans, downs, up)
+            factors = ((span, down, up.mT) for span, down, up in triples)
+        blocks = []
         for span, down, span_up in factors:
-            changed = reference.matmul_update(
-                span.of(tokens), down, span_up, span.scale, span.of(y)
+            changed_rows = reference.matmul_update(
+                span.select(tokens), down, span_up, span.scale, span.select(y)
             )
-            pieces += [y[end : span.first], changed]
+            blocks += [y[end : span.first], changed_rows]
             end = span.after
-        outputs.append(torch.cat([*pieces, y[end:]]).view(*x.shape[:-1], -1))
+        outputs.append(torch.cat([*blocks, y[end:]]).view(*x.shape[:-1], -1))
     return outputs

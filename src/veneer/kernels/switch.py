@@ -1,15 +1,16 @@
-"""``VENEER_COMPILED``: turn off optimisations that replace plain torch code on a CPU.
+"""``VENEER_COMPILED``: an environment variable that turns off optimisations on a CPU. Torch's own
+operations are used in their place.
 
-    VENEER_COMPILED=0                plain torch throughout
+    VENEER_COMPILED=0                no optimisation
     VENEER_COMPILED=saved_inputs     this optimisation only
     VENEER_COMPILED=1                all optimisations, the default
 
 round_nearest    A compiled loop rounds W + ΔW to bfloat16, with the same bits as torch's
                  operations, in a quarter of their time. It needs numba (the extra ``fast``), which
-                 takes half a second and 100 MiB to load: the first large merged weight loads it.
-saved_inputs     Not compiled: it edits the tensors that autograd's nodes save. A third of the
-                 memory that a step over a frozen Llama keeps is then recomputed in backward, with
-                 the same bits.
+                 takes half a second and 100 MiB to load. Merging the first large weight loads it.
+saved_inputs     Not compiled. It edits the tensors that autograd's nodes save: a third of the
+                 memory that a training step over a frozen Llama saves is then recomputed in
+                 backward, with the same bits.
 
 The variable is read once, when veneer is imported.
 """
@@ -24,38 +25,38 @@ from importlib.util import find_spec
 from veneer.errors import ConfigError, sentence
 
 VARIABLE = "VENEER_COMPILED"
-#: the names that need numba, and all of them
+#: the names of the optimisations that need numba; the names of all optimisations
 LOOPS = ("round_nearest",)
 NAMES = (*LOOPS, "saved_inputs")
-#: names of earlier releases, which have no effect any more
+#: names of optimisations of earlier releases, which no longer exist
 REMOVED = ("thin_matmul", "single_adapter_bf16", "mixed_rows", "bf16_dot", "expert_rows")
 
 
-def enabled_names(text: str) -> frozenset[str]:
-    """The names that a value of the variable turns on: "1" all of them, "0" none, else the listed
-    ones, separated by commas. A name of an earlier release causes a ``DeprecationWarning``.
+def enabled_names(setting: str) -> frozenset[str]:
+    """The optimisations that a value of the variable turns on: "1" all of them, "0" none, else the
+    optimisations that it names, separated by commas. A name of an earlier release causes a
+    ``DeprecationWarning``.
 
     Raises:
         ConfigError: an unknown name.
     """
-    if text in ("", "1"):
+    if setting in ("", "1"):
         return frozenset(NAMES)
-    if text == "0":
+    if setting == "0":
         return frozenset()
-    listed = {name.strip() for name in text.split(",")}
-    if unknown := sorted(listed - {*NAMES, *REMOVED}):
+    listed_names = {name.strip() for name in setting.split(",")}
+    if unknown := sorted(listed_names - {*NAMES, *REMOVED}):
+        problem = f"{VARIABLE}={setting} (unknown: {', '.join(unknown)})"
         expected = f"0, 1, or some of {', '.join(NAMES)}, with commas"
-        raise ConfigError(
-            sentence(f"{VARIABLE}={text} (unknown: {', '.join(unknown)})", expected, "correct it")
-        )
-    if removed := sorted(listed & {*REMOVED}):
-        message = f"{VARIABLE}={text}: {', '.join(removed)} no longer exist(s); leave it out"
+        raise ConfigError(sentence(problem, expected, "correct it"))
+    if removed := sorted(listed_names & {*REMOVED}):
+        message = f"{VARIABLE}={setting}: {', '.join(removed)} no longer exist(s); leave it out"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
-    return frozenset(listed & {*NAMES})
+    return frozenset(listed_names & {*NAMES})
 
 
 #: the optimisations that are on in this process
-ON = enabled_names(os.environ.get(VARIABLE, "1"))
+ENABLED = enabled_names(os.environ.get(VARIABLE, "1"))
 
 
 @functools.cache
@@ -64,6 +65,6 @@ def has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def on(name: str) -> bool:
-    """Whether one of ``NAMES`` is turned on and can run here."""
-    return name in ON and (name not in LOOPS or has_numba())
+def is_on(name: str) -> bool:
+    """Whether the optimisation ``name``, one of ``NAMES``, is turned on and can run here."""
+    return name in ENABLED and (name not in LOOPS or has_numba())

@@ -1,9 +1,10 @@
-"""Run independent work on as many threads as torch may use, with one torch thread each.
+"""Run independent tasks on as many threads as torch may use, with one torch thread each.
 
-torch splits each operation over its threads and waits for all of them. A chain of short operations
-on data that fits into one core's cache is faster with one thread per chunk of data. So each worker
-sets torch to a single thread. New threads inherit the last such setting made by any thread, so the
-caller restores its own setting as soon as all workers have made theirs.
+By default, torch splits each operation over its threads and waits for all of them. A chain of short
+operations on data that fits into one core's cache is faster if each chunk of data has one thread.
+So each worker thread sets torch's number of threads to 1. A new thread inherits the setting that
+any thread has made last, so the caller restores its own setting as soon as all workers have made
+theirs.
 """
 
 from __future__ import annotations
@@ -17,67 +18,67 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Item = TypeVar("Item")
+Task = TypeVar("Task")
 State = TypeVar("State")
 Result = TypeVar("Result")
 
 
-def threads_for(tensor: Tensor, most: int) -> int:
-    """The number of threads for work on ``tensor``: on a CPU torch's count, at most ``most`` (each
-    needs memory, and they share its bandwidth); on another device 0, which means the calling
-    thread, because one stream suffices."""
-    return min(torch.get_num_threads(), most) if tensor.device.type == "cpu" else 0
+def threads_for(tensor: Tensor, limit: int) -> int:
+    """The number of threads for work on ``tensor``. On a CPU this is torch's number, at most
+    ``limit``, because each thread needs memory and they share its bandwidth. On other devices it is
+    0, which means the calling thread, because one stream suffices."""
+    return min(torch.get_num_threads(), limit) if tensor.device.type == "cpu" else 0
 
 
-def spread(
-    items: Sequence[Item],
-    state: Callable[[], State],
-    work: Callable[[Item, State], Result],
+def map_on_threads(
+    tasks: Sequence[Task],
+    new_state: Callable[[], State],
+    work: Callable[[Task, State], Result],
     threads: int,
 ) -> list[Result]:
-    """``[work(item, …) for item in items]``, in this order, on ``threads`` threads, without
-    autograd. The calling thread does the work itself if torch has a single thread or ``threads`` is
-    0.
+    """``[work(task, state) for task in tasks]``, in this order, on ``threads`` threads, without
+    autograd. The calling thread does the work if torch has a single thread or ``threads`` is 0.
 
-    ``state`` creates the object that one thread keeps for all its items. The first exception ends
+    ``new_state`` creates the state that one thread uses for all its tasks. The first exception ends
     all threads and is raised.
     """
-    threads = min(threads, len(items))
+    threads = min(threads, len(tasks))
     if threads == 0 or torch.get_num_threads() == 1:
         with torch.no_grad():
-            thread_state = state()
-            return [work(item, thread_state) for item in items]
+            thread_state = new_state()
+            return [work(task, thread_state) for task in tasks]
     results: dict[int, Result] = {}
-    order, ready, stop = itertools.count(), threading.Barrier(threads + 1), threading.Event()
-    inference, before = torch.is_inference_mode_enabled(), torch.get_num_threads()
+    task_indices, stop = itertools.count(), threading.Event()
+    all_ready = threading.Barrier(threads + 1)
+    is_inference, thread_setting = torch.is_inference_mode_enabled(), torch.get_num_threads()
 
-    def run() -> None:
-        # the first call in a thread inherits the last setting, so it must precede ours
+    def run_worker() -> None:
+        # the first call of torch in a thread inherits the last setting, so set it only afterwards
         torch.get_num_threads()
         torch.set_num_threads(1)
-        ready.wait()
-        with torch.inference_mode(inference), torch.no_grad():
-            thread_state = state()
-            for index in order:  # `next` of a counter is atomic for all threads
-                if index >= len(items) or stop.is_set():
+        all_ready.wait()
+        with torch.inference_mode(is_inference), torch.no_grad():
+            thread_state = new_state()
+            for index in task_indices:  # threads share it; `next` of a counter is atomic
+                if index >= len(tasks) or stop.is_set():
                     return
-                results[index] = work(items[index], thread_state)
+                results[index] = work(tasks[index], thread_state)
 
     with ThreadPoolExecutor(threads) as pool:
         try:
-            workers = [pool.submit(run) for _ in range(threads)]
-            ready.wait()
+            workers = [pool.submit(run_worker) for _ in range(threads)]
+            all_ready.wait()
         except BaseException:
-            # the system has no more threads, or an interrupt: release the threads that wait
-            ready.abort()
+            # no more threads in the system, or an interrupt: release the workers that wait
+            all_ready.abort()
             pool.shutdown()  # before torch's setting is restored, because the last setting counts
             raise
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(thread_setting)
         try:
             for worker in as_completed(workers):
                 worker.result()
         except BaseException:
             stop.set()
             raise
-    return [results[index] for index in range(len(items))]
+    return [results[index] for index in range(len(tasks))]

@@ -1,4 +1,4 @@
-"""How a layer uses its weight: one file a kind of layer, found through the registry ``LAYERS``."""
+"""How a layer uses its weight: one file for similar kinds, all registered in ``LAYERS``."""
 
 from veneer.layers._base import (
     LAYERS,
@@ -14,7 +14,7 @@ from veneer.registry import import_all
 
 import_all(__name__, list(__path__))
 
-#: the kind of everything that has parameters of its own and no kind of its own
+#: the kind of all modules that have parameters, but no kind of their own
 GENERAL_KIND: Layer = LAYERS["parameter"]
 
 __all__ = [

@@ -1,12 +1,12 @@
-"""The contract of a kind of layer: the only place that knows how a weight is used.
+"""The interface of a layer kind, which alone knows how a class of layers uses its weights.
 
     y = op(x; W) + bias        update(x) = op(x; ΔW)
     ΔW: [g, out, in], folded into the shape of the weight
 
-A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how it lies
-in the weight (``fold`` and ``unfold``). That is enough: the module's own forward then runs on W +
-ΔW. A kind whose output is linear in its one weight also offers ``op`` and ``update``, and gets the
-factored path. How to add one: CONTRIBUTING.md.
+A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how ΔW is
+arranged in the weight (``fold`` and ``unfold``). This is enough: the module's own forward then runs
+on W + ΔW. A kind whose output is linear in its one weight also defines ``op`` and ``update``, and
+gets the factored path. How to add a kind: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -37,24 +37,23 @@ class Dims(NamedTuple):
 
 
 class Layer(ABC):
-    """One kind of layer, without state. Subclasses are abstract or final; the registry holds one
-    instance of each."""
+    """One kind of layer, without state. Subclasses are abstract or final. The registry holds one
+    instance of each final subclass."""
 
     name: str
     #: the weight's name in a module with one weight
     weight: str = "weight"
-    #: the axis of the weight that counts outputs
+    #: the axis of the weight that runs over outputs
     out_axis: int = 0
-    #: keys of A and B in a PEFT file, after the module's path; None where PEFT has no such layer
+    #: keys of A and B in a PEFT file, after the module's path
     file_keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
-    #: False where inputs are indices: dropout then drops whole tokens of the update
+    #: False if inputs are indices: dropout then drops the update of whole tokens
     drops_input: bool = True
-    #: whether the words "all-linear", "attention" and "mlp" mean this kind
+    #: whether the targets "all-linear", "attention" and "mlp" include this kind
     linear: bool = False
-    #: whether forward is y = x Wᵀ + bias and nothing else (W lies transposed if out_axis is 1)
+    #: whether forward is y = x Wᵀ + bias and nothing else (with Wᵀ stored if ``out_axis`` is 1)
     product: bool = False
-    #: whether each position of the one input is computed alone, so that the axes before the last
-    #: may be any
+    #: whether there is one input, and its last axis alone is computed with: any axes may precede it
     by_position: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,29 +61,30 @@ class Layer(ABC):
 
     @abstractmethod
     def types(self) -> tuple[type[nn.Module], ...]:
-        """The module classes of this kind. Their subclasses are of this kind too."""
+        """The module classes of this kind. Subclasses of these are of this kind too."""
 
     @abstractmethod
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
-        """Small modules of this kind with an input each (a tensor, or a tuple of arguments), one
+        """Small modules of this kind, each with an input (a tensor, or a tuple of arguments): one
         for every option that changes the arithmetic."""
 
     def weights(self, module: Any) -> tuple[str, ...]:
-        """The names of the weights that a low-rank change fits."""
+        """The names of the weights that can have a low-rank change."""
         return (self.weight,)
 
     def vectors(self, module: Any) -> tuple[str, ...]:
-        """The names of the vectors that are changed along with the weights, at their full shape."""
+        """The names of the vectors that are trained along with the weights, at their full shape."""
         return ()
 
     def below(self, module: Any) -> tuple[str, ...]:
-        """The names of children that belong to this layer: a target that matches the layer
-        includes them."""
+        """The names of submodules that belong to this layer: targets that match the layer include
+        them."""
         return ()
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
-        """The size of a change of a weight of this shape (the dense weight's, however it is
-        stored): by default that of a matrix [out, in], or [in, out] if ``out_axis`` is 1."""
+        """The size of a change of a weight with this ``shape`` (the shape of the dense weight, in
+        whatever way it is stored). By default the weight is a matrix [out, in], or [in, out] if
+        ``out_axis`` is 1."""
         return Dims(1, *(shape[::-1] if self.out_axis else shape))
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
@@ -96,27 +96,27 @@ class Layer(ABC):
         return weight.mT[None] if self.out_axis else weight.reshape(dims)
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
-        """One value an output, [g · out], shaped to broadcast over the weight."""
+        """One value for each output, [g · out], shaped to broadcast over the weight."""
         axes = [1] * len(shape)
         axes[self.out_axis] = -1
         return values.reshape(axes)
 
     def fan_in(self, dims: Dims) -> int:
-        """How many inputs meet in one row of A, for its Kaiming initialisation."""
+        """The number of inputs of a row of A, for A's Kaiming initialisation."""
         return dims.in_
 
     def frozen_input(self, module: Any) -> int | None:
-        """The input (a column of ΔW) that never changes, such as a padding token; None if there is
-        none."""
+        """The index of the input (a column of ΔW) that never changes, such as a padding token; None
+        if there is none."""
         return None
 
     def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
-        """The weight after the rewrite that forward applies when it reads it (such as a weight
-        standardisation); a merge writes this."""
+        """The weight after the rewrite that forward applies when it reads the weight (such as a
+        weight standardisation). A merge writes the rewritten weight."""
         return weight
 
     def refuses(self, module: Any) -> str | None:
-        """Why this module cannot carry an adapter, or None."""
+        """The reason why this module cannot carry an adapter; None if it can."""
         return None
 
     def _undefined(self, method: str) -> NotImplementedError:
@@ -128,12 +128,12 @@ class Layer(ABC):
     # The factored path: a kind that is linear in its one weight overrides `op` and `update`.
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The class's own forward, on ``weight`` and ``bias`` in place of the module's."""
+        """The forward of the class, with ``weight`` and ``bias`` in place of the module's."""
         raise self._undefined("op")
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        """``y + op(x; ΔW)`` through the bottleneck (``op(x; ΔW)`` alone if y is None), in the dtype
-        of x."""
+        """``y + op(x; ΔW)`` through the bottleneck, in the dtype of x; ``op(x; ΔW)`` alone if y is
+        None."""
         raise self._undefined("update")
 
     def fused(
@@ -145,76 +145,77 @@ class Layer(ABC):
         low: LowRank,
         drops: float,
     ) -> Tensor | None:
-        """``update(drop(x), low, op(x, weight, bias))``, with ``drops`` the probability, as one
-        function of ``kernels``, or None where there is none for this call. Only where
-        ``fused.applies`` does."""
+        """``update(drop(x), low, op(x, weight, bias))`` as one function of ``kernels``, or None if
+        there is no such function for this call. ``drops`` is the probability of dropout. Called
+        only if ``fused.applies``."""
         return None
 
     def factors(self, module: Any) -> bool:
-        """Whether ``update`` equals ``op(x; ΔW)`` for this module, gradients included, whatever its
-        options are."""
+        """Whether ``update`` equals ``op(x; ΔW)`` with the options of this module, gradients
+        included."""
         return True
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
-        """A vector over outputs, [g · out], shaped to broadcast over y."""
+        """One value for each output, [g · out], shaped to broadcast over y."""
         return values
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        """The rows that ΔW of this weight (of a child's by its path below) multiplies in a call
-        with these arguments, [g, tokens, in]."""
+        """The rows that are multiplied with ΔW in a call with these arguments, [g, tokens, in].
+        ``weight`` names a weight of the module, or of a submodule by its path."""
         raise self._undefined("inputs")
 
     # The materialised path runs the module's own forward on a view of it.
 
     def bind(self, view: Any, values: Any) -> None:  # noqa: B027 (most kinds have nothing to do)
-        """Put changed weights, ``values.get(name)``, where a view's forward looks for them, if that
-        is not under their names."""
+        """Store the changed weights, ``values.get(name)``, where the forward of the ``view`` looks
+        for them, if that is not under their names."""
 
     # Rows of a batch that use different adapters.
 
     def take(
         self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
     ) -> tuple[tuple, dict]:
-        """The arguments of a call that holds only these rows of a batch of ``count``.
+        """The arguments of a call, of which only ``rows`` of a batch of ``count`` rows remain.
 
         Raises:
-            LookupError: nothing in the arguments has ``count`` rows.
+            LookupError: no argument has ``count`` rows.
         """
-        matched = False
+        has_rows = False
 
-        def pick(value: Any) -> Any:
-            nonlocal matched
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != count:
-                return value
-            matched = True
-            return value.index_select(0, rows.to(value.device))
+        def select_rows(argument: Any) -> Any:
+            nonlocal has_rows
+            is_tensor = isinstance(argument, Tensor)
+            if not is_tensor or argument.dim() == 0 or argument.shape[0] != count:
+                return argument
+            has_rows = True
+            return argument.index_select(0, rows.to(argument.device))
 
-        selected = pytree.tree_map(pick, (args, kwargs))
-        if not matched:
+        selected = pytree.tree_map(select_rows, (args, kwargs))
+        if not has_rows:
             raise LookupError
         return selected
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
-        """The outputs of such calls, one after the other, as that of the whole batch in its
-        order."""
-        return joined(outputs, order, lambda _: 0)
+        """The ``outputs`` of several calls, joined to the output of the whole batch. ``order``: for
+        each row of the batch, its row in the joined outputs."""
+        return join_outputs(outputs, order, lambda _: 0)
 
     # The layout of a PEFT file.
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a PEFT file; groups, of which PEFT has none here, one below the
-        other."""
+        """A and B in the shapes of a PEFT file. PEFT has no groups here, so they follow one another
+        along the first axis."""
         return low.A.flatten(0, 1), low.B.flatten(0, 1)
 
     def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """One value an output, [g · out], in the shape of a PEFT file."""
+        """One value for each output, [g · out], in the shape of a PEFT file."""
         return values
 
     def unpack(
         self, A: Tensor, B: Tensor, module: Any, shape: torch.Size
     ) -> tuple[Tensor, Tensor] | None:
-        """A [g, r, in] and B [g, out, r] from the shapes of a PEFT file; None if those do not fit
-        this layer."""
+        """A [g, r, in] and B [g, out, r] from the shapes of a PEFT file; None if the shapes do not
+        fit this layer."""
         groups, out, in_ = self.dims(module, shape)
         rank = B.shape[1] if B.dim() == 2 else 0
         fits = A.shape == (groups * rank, in_) and B.shape == (groups * out, rank)
@@ -223,9 +224,9 @@ class Layer(ABC):
         )
 
 
-def joined(outputs: list[Any], order: Tensor, axis_of: Any) -> Any:
-    """Concatenate nested outputs tensor by tensor, each along ``axis_of(its position)``, and
-    reorder that axis."""
+def join_outputs(outputs: list[Any], order: Tensor, axis_of: Any) -> Any:
+    """Concatenate nested outputs of several calls, tensor by tensor, each along the axis
+    ``axis_of(position of the tensor)``, and reorder that axis."""
     spec, leaves = pytree.tree_structure(outputs[0]), []
     for position, tensors in enumerate(zip(*map(pytree.tree_leaves, outputs), strict=True)):
         if not isinstance(tensors[0], Tensor) or tensors[0].dim() == 0:
@@ -240,19 +241,18 @@ LAYERS: Registry[Layer] = Registry("layer kind")
 
 
 def layer_named(name: str):
-    """The registered layer of this name; a pickle holds this call, so that a copy is the one
-    instance."""
+    """The registered layer kind of this name. A pickled kind holds this call, so that unpickling
+    gives the registered instance."""
     return LAYERS[name]
 
 
 def register(kind: type[Layer]) -> type[Layer]:
-    """Class decorator: put one instance into the registry. The kinds that are registered last are
-    asked first."""
+    """Class decorator: register one instance. Kinds that are registered later take precedence."""
     LAYERS.add(kind.name, kind())
     return kind
 
 
-#: the kind of everything that has parameters of its own and no kind of its own
+#: the name of the kind of all modules that have parameters, but no kind of their own
 GENERAL = "parameter"
 
 
@@ -266,8 +266,8 @@ def parameter_path(path: str, name: str) -> str:
 
 
 def kind_of(module: Any) -> Layer | None:
-    """The kind of a module with something to change; a user's own kind comes before ours, as it was
-    registered later. None for a module without parameters of its own."""
+    """The kind of a module; None if the module has no parameters of its own. A user's kind takes
+    precedence over Veneer's, because it is registered later."""
     kind = next(
         (kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())),
         LAYERS[GENERAL],
@@ -276,17 +276,17 @@ def kind_of(module: Any) -> Layer | None:
 
 
 def kind_for(module: nn.Module, name: str) -> Any:
-    """The layer kind that describes one parameter: its module's, or the general kind for a
-    parameter that the module's kind does not list."""
+    """The layer kind for one parameter of a module: the module's kind, or the general kind if the
+    module's kind does not list the parameter."""
     kind = kind_of(module)
     return kind if kind is not None and name in kind.weights(module) else LAYERS[GENERAL]
 
 
-def factors(
+def can_factor(
     kind: Layer, module: Any, base: type[nn.Module], trusted: tuple[type[nn.Module], ...] = ()
 ) -> bool:
-    """Whether the factored form is right for ``module``: its class runs the forward that
-    ``kind.op`` mirrors (or one of ``trusted``), not one of its own."""
+    """Whether the factored path is correct for ``module``: its class ``base`` has the forward that
+    ``kind.op`` computes, or the forward of a class in ``trusted``, and no other."""
     if type(kind).update is Layer.update or not kind.factors(module):
         return False
     return any(base.forward is stock.forward for stock in (*kind.types(), *trusted))

@@ -1,9 +1,9 @@
-"""``nn.MultiheadAttention``: the in-projection, fused [3E, E] or separate for queries, keys and
-values.
+"""``nn.MultiheadAttention``: its in-projection, which is one weight [3E, E], or a weight each for
+queries, keys and values.
 
-The out-projection is a linear layer below it, a target of its own, whose weight this module reads
-directly (``attach/source/weight_readers.py``). ``in_proj_weight[:E]`` makes the queries:
-``LoraConfig(slices=…)`` changes those rows.
+The out-projection is a linear layer among its submodules, and a target of its own. The module reads
+its weight directly (``attach/source/weight_readers.py``). The rows ``in_proj_weight[:E]`` compute
+the queries; ``LoraConfig(slices=…)`` can change these rows alone.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn, randn
 
-from veneer.layers._base import Layer, joined, register
+from veneer.layers._base import Layer, join_outputs, register
 
+#: the weights if queries, keys and values have separate weights
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-#: the arguments of its forward, in their order
+#: the names of forward's arguments, in order
 _ARGUMENTS = tuple(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
 
 
@@ -45,8 +46,8 @@ class Attention(Layer):
         return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in tensors], dim=1)
 
     def _heads(self, module: Any, args: tuple) -> Tensor:
-        """The input of the out-projection: the forward of a view of the module with the identity
-        in its place."""
+        """The input of the out-projection: the output of a view of the module, in which the
+        out-projection is the identity."""
         size, query = module.embed_dim, args[0]
         identity: Any = nn.utils.skip_init(
             nn.Linear, size, size, device=query.device, dtype=query.dtype
@@ -60,7 +61,8 @@ class Attention(Layer):
     def take(
         self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
     ) -> tuple[tuple, dict]:
-        names, more = _ARGUMENTS, args[len(_ARGUMENTS) :]  # of a subclass
+        names = _ARGUMENTS
+        subclass_args = args[len(names) :]  # further arguments, which a subclass may have
         arguments = dict(zip(names, args, strict=False)) | kwargs
         axis = 0 if module.batch_first else 1
         for name in names[:3]:
@@ -75,12 +77,12 @@ class Attention(Layer):
             arguments["attn_mask"] = mask.index_select(
                 0, (rows[:, None] * module.num_heads + heads).reshape(-1)
             )
-        return (*(arguments[name] for name in names[: len(args)]), *more), {
+        return (*(arguments[name] for name in names[: len(args)]), *subclass_args), {
             name: arguments[name] for name in kwargs
         }
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
-        return joined(
+        return join_outputs(
             outputs, order, lambda position: 1 if position == 0 and not module.batch_first else 0
         )
 

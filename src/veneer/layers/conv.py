@@ -3,13 +3,13 @@
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in/g · |k|]   B: [g, out/g, r]
 
-A convolution is linear in its weight, so its bottleneck is the same convolution with A as the
-weight (g · r outputs in g groups, and the module's other options), followed by a 1 × 1 convolution
-with B. A change of a grouped weight is grouped itself; PEFT's is not (its A spans all groups),
-which is why that can't be merged.
+A convolution is linear in its weight. Its bottleneck is therefore the same convolution with A as
+the weight (g · r outputs in g groups, and the module's other options), followed by a 1 × 1
+convolution with B. The change of a grouped weight has g groups too. PEFT's change has not (its A
+spans all groups), so it cannot be merged.
 
-In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g = 1. It has none of
-transposed ones.
+In a PEFT file, A is [g·r, in/g, *k] and B is [out, r, 1, …]. This is PEFT's own layout if g = 1;
+PEFT has no layout for transposed convolutions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transp
 
 
 class _Convolution(Layer):
-    """The common part of all convolutions; ``spatial`` is the number of spatial axes."""
+    """The code that all convolutions share. ``spatial`` is the number of spatial axes."""
 
     def __init__(self, name: str, spatial: int, cls: type[nn.Module]) -> None:
         self.name, self.spatial, self._cls = name, spatial, cls
@@ -40,7 +40,7 @@ class _Convolution(Layer):
 
     @abstractmethod
     def bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
-        """The layer with A [g, r, in/g · |k|] as its weight: [N, g · r, *spatial]."""
+        """The layer's output with A [g, r, in/g · |k|] as its weight: [N, g · r, *spatial]."""
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         B = (low.B * low.scale).reshape(-1, low.rank, *[1] * self.spatial)  # [out, r, 1, …]
@@ -50,8 +50,8 @@ class _Convolution(Layer):
         return change if y is None else y + change
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        # The rows of ΔW's input are the patches that meet at each output: a bottleneck that is the
-        # identity.
+        # The rows that multiply ΔW are the patches of x that meet at each output position. A
+        # bottleneck whose A is the identity returns them.
         x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
         patches = self.bottleneck(
             module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_)
@@ -63,7 +63,7 @@ class _Convolution(Layer):
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)
 
-    def example(self, size: int, *args: int, **options: Any) -> tuple[nn.Module, Tensor]:
+    def _example(self, size: int, *args: int, **options: Any) -> tuple[nn.Module, Tensor]:
         return self._cls(*args, **options), randn(2, args[0], *[size] * self.spatial)
 
 
@@ -86,15 +86,15 @@ class Conv(_Convolution):
         low: LowRank,
         drops: float,
     ) -> Tensor | None:
-        plain = (
-            x.numel() > fused_conv.SMALL and module.groups == 1 and module.padding_mode == "zeros"
+        has_plain_options = module.groups == 1 and module.padding_mode == "zeros"
+        is_supported = (
+            has_plain_options
+            and x.numel() > fused_conv.SMALL_INPUT_SIZE
+            and x.dim() == self.spatial + 2
+            and fused_conv.is_channels_last(x) is not None
+            and fused_conv.is_channels_last(weight) is not None
         )
-        contiguous = (
-            x.dim() == self.spatial + 2
-            and fused_conv.lies(x) is not None
-            and fused_conv.lies(weight) is not None
-        )
-        if not (plain and contiguous) or isinstance(module.padding, str):
+        if not is_supported or isinstance(module.padding, str):
             return None
         geometry = fused_conv.Geometry(module.stride, module.padding, module.dilation)
         return fused_conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)
@@ -113,15 +113,15 @@ class Conv(_Convolution):
         return super().unpack(A.flatten(1), B.flatten(1), module, shape)
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        yield self.example(6, 4, 6, 3)
-        yield self.example(7, 4, 6, 3, stride=2, padding=1, bias=False)
-        yield self.example(7, 4, 6, 3, padding=2, dilation=2)
-        yield self.example(7, 4, 6, 3, padding="same", dilation=2)
-        yield self.example(7, 4, 6, 3, padding=1, padding_mode="circular")
-        yield self.example(7, 4, 6, 3, padding="same", padding_mode="reflect", dilation=2)
-        yield self.example(6, 4, 6, 3, padding=1, groups=2)
-        yield self.example(6, 4, 8, 3, padding=1, groups=4)  # depthwise, two outputs a channel
-        yield self.example(6, 4, 6, 1)
+        yield self._example(6, 4, 6, 3)
+        yield self._example(7, 4, 6, 3, stride=2, padding=1, bias=False)
+        yield self._example(7, 4, 6, 3, padding=2, dilation=2)
+        yield self._example(7, 4, 6, 3, padding="same", dilation=2)
+        yield self._example(7, 4, 6, 3, padding=1, padding_mode="circular")
+        yield self._example(7, 4, 6, 3, padding="same", padding_mode="reflect", dilation=2)
+        yield self._example(6, 4, 6, 3, padding=1, groups=2)
+        yield self._example(6, 4, 8, 3, padding=1, groups=4)  # depthwise, two outputs per channel
+        yield self._example(6, 4, 6, 1)
         if self.spatial == 3:
             yield nn.Conv3d(4, 6, (1, 1, 3)), randn(2, 4, 4, 4, 4)
 
@@ -162,18 +162,17 @@ class ConvTranspose(_Convolution):
         return self.op(module, x, self.fold(A, torch.Size((in_, A.shape[1], *kernel))), None)
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
-        yield self.example(4, 4, 6, 3)
-        yield self.example(4, 4, 6, 3, stride=2, padding=1, output_padding=1)
-        yield self.example(4, 4, 6, 3, dilation=2, padding=1, bias=False)
-        yield self.example(4, 4, 6, 2, groups=2, stride=2)
-        yield self.example(4, 4, 4, 3, groups=4)
+        yield self._example(4, 4, 6, 3)
+        yield self._example(4, 4, 6, 3, stride=2, padding=1, output_padding=1)
+        yield self._example(4, 4, 6, 3, dilation=2, padding=1, bias=False)
+        yield self._example(4, 4, 6, 2, groups=2, stride=2)
+        yield self._example(4, 4, 4, 3, groups=4)
 
 
-for number, plain in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
-    LAYERS.add(f"conv{number}d", Conv(f"conv{number}d", number, plain))
-for number, transposed in enumerate(
+for spatial, conv_class in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
+    LAYERS.add(f"conv{spatial}d", Conv(f"conv{spatial}d", spatial, conv_class))
+for spatial, transposed_class in enumerate(
     (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1
 ):
-    LAYERS.add(
-        f"conv_transpose{number}d", ConvTranspose(f"conv_transpose{number}d", number, transposed)
-    )
+    kind_name = f"conv_transpose{spatial}d"
+    LAYERS.add(kind_name, ConvTranspose(kind_name, spatial, transposed_class))

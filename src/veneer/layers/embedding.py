@@ -1,13 +1,13 @@
-"""``nn.Embedding``, y = W[ids], weight [V, d], and ``nn.EmbeddingBag``, sums, means or maxima of
-such rows. As a linear map an embedding takes one-hot rows: in = V, out = d, ΔW[id] = (B @ A)[:,
-id].
+"""``nn.Embedding``, y = W[ids] with a weight [V, d], and ``nn.EmbeddingBag``, which computes sums,
+means or maxima of such rows. V is the size of the vocabulary.
 
-So the bottleneck is a lookup in A and a product with B. What follows from the one-hot reading:
+An embedding is a linear map of one-hot inputs, with in = V and out = d: ΔW[id] = (B @ A)[:, id].
+Its bottleneck is therefore a lookup in A, followed by a product with B. It also follows that
 
-- dropout drops whole tokens of the update;
-- one input is active at a time, so A's Kaiming fan-in is 1, not V (with V the update would start √V
-  times too small);
-- the row of ``padding_idx`` never changes: ΔW's column for it is zero.
+- dropout drops the update of whole tokens;
+- A's Kaiming fan-in is 1, not V, because one input is active at a time (with V the update would
+  start √V times too small);
+- ΔW's column for ``padding_idx`` is zero, because that row of the weight never changes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class _Lookup(Layer):
     drops_input = False
 
     def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
-        """Rows scaled down to ``max_norm``, as forward does in place to each row that it reads."""
+        """The weight with all rows scaled down to ``max_norm``, as forward scales in place each row
+        that it reads."""
         if module.max_norm is None:
             return weight
         norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1, keepdim=True)
@@ -44,7 +45,7 @@ class _Lookup(Layer):
         return module.padding_idx
 
     def bind(self, view: Any, values: Any) -> None:
-        view.sparse = False  # a sparse gradient cannot flow on into A and B
+        view.sparse = False  # a sparse gradient cannot be a gradient of A and B
 
 
 @register
@@ -65,8 +66,8 @@ class Embedding(_Lookup):
         return change if y is None else y + change
 
     def factors(self, module: Any) -> bool:
-        # A gradient that is divided by how often a row occurs is none of B alone; a row of bounded
-        # norm is not linear.
+        # With scale_grad_by_freq, forward divides the gradient of a row by how often it occurs; B's
+        # gradient cannot be divided so. With max_norm, y is not linear in the weight.
         return not module.scale_grad_by_freq and module.max_norm is None
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
@@ -89,8 +90,8 @@ class EmbeddingBag(_Lookup):
         return (nn.EmbeddingBag,)
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        # The forward on the identity: each bag as the sum or mean of its one-hot rows; of a
-        # maximum, the rows alone.
+        # The forward on the identity matrix gives each bag as the sum or mean of its one-hot rows.
+        # Maxima are not linear, so for these the one-hot rows themselves are returned.
         ids, (offsets, weights) = args[0], (*args[1:], None, None)[:2]
         identity = torch.eye(
             module.num_embeddings, dtype=module.weight.dtype, device=module.weight.device
@@ -121,9 +122,11 @@ class EmbeddingBag(_Lookup):
             if module.include_last_offset
             else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
         )
-        spans = [torch.arange(int(offsets[row]), int(ends[row]), device=ids.device) for row in rows]
-        lengths = torch.tensor([0, *map(len, spans)], device=ids.device).cumsum(0)
-        positions = torch.cat(spans)
+        bag_positions = [
+            torch.arange(int(offsets[row]), int(ends[row]), device=ids.device) for row in rows
+        ]
+        lengths = torch.tensor([0, *map(len, bag_positions)], device=ids.device).cumsum(0)
+        positions = torch.cat(bag_positions)
         starts = lengths if module.include_last_offset else lengths[:-1]
         return (
             ids[positions],

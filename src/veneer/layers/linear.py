@@ -1,9 +1,9 @@
-"""``nn.Linear``: y = x Wᵀ + bias, weight [out, in]; and ``transformers.pytorch_utils.Conv1D``
-(GPT-2), the same with a weight that lies transposed, [in, out]; and other libraries' linear layers:
-quantised ones, PyTorch Geometric's.
+"""Linear layers: ``nn.Linear``, y = x Wᵀ + bias with a weight [out, in];
+``transformers.pytorch_utils.Conv1D`` (GPT-2), the same with Wᵀ stored, [in, out]; and linear layers
+of other libraries, such as quantised layers and PyTorch Geometric's.
 
-Others' classes are looked up where they have been imported already: a model that holds one has
-imported its library, and ``import veneer`` must not.
+The classes of other libraries are looked up only if they have been imported. A model that contains
+such a layer has imported its library, and ``import veneer`` must not import it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from veneer.kernels import reference
 from veneer.layers._base import Layer, register
 from veneer.lowrank import LowRank
 
-#: linear layers of other libraries that are no ``nn.Linear``
-OTHERS = (
+#: linear layers of other libraries that are no subclasses of ``nn.Linear``
+OTHER_LIBRARIES = (
     ("hqq.core.quantize", "HQQLinear"),
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
     ("torch_geometric.nn.dense.linear", "Linear"),
@@ -64,7 +64,7 @@ class Linear(_Product):
     name = "linear"
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        classes = (getattr(sys.modules.get(module), name, None) for module, name in OTHERS)
+        classes = (getattr(sys.modules.get(module), name, None) for module, name in OTHER_LIBRARIES)
         return (nn.Linear, *(cls for cls in classes if cls is not None))
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

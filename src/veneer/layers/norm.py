@@ -1,8 +1,8 @@
-"""Norms: layer, group, batch, instance and RMS norms of torch. Their weight is a vector.
+"""The layer, group, batch, instance and RMS norms of torch. Their weight is a vector.
 
-The smallest change of a vector is a vector, so it is trained at its full shape; a rank has no
-meaning here. Running statistics become copies that belong to the adapter. Norms that other
-libraries write are of the general kind, which does the same.
+The smallest change of a vector is a vector, so the weight is trained at its full shape, and a rank
+has no meaning. The adapter gets its own copies of running statistics. Norms of other libraries are
+of the general kind (``parameter.py``), which does the same.
 """
 
 from __future__ import annotations

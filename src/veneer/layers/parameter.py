@@ -1,11 +1,11 @@
-"""Any module with parameters of its own: stacked experts, learned positions, a layer that nobody
-has described.
+"""The general kind: any module with parameters that has no kind of its own, such as stacked
+experts, learned positions, or a layer of a user's model.
 
-    [out, in]        one change of that size; leading axes of size 1 do not count
-    [E, out, in]     a stack of E matrices, each with a change of its own: g = E
+    [out, in]        one change of this size; leading axes of size 1 are ignored
+    [E, out, in]     a stack of E matrices, each with its own change: g = E
 
-The module's own forward runs on W + ΔW, so nothing needs to be known of it. Vectors (norms, scales)
-are trained at their full shape. Its biases are left to ``LoraConfig(bias=…)``.
+The module's own forward runs on W + ΔW, so nothing needs to be known of the module. Vectors (norms,
+scales) are trained at their full shape. ``LoraConfig(bias=…)`` decides about biases.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from veneer.lowrank import LowRank
 
 
 class Experts(nn.Module):
-    """A stack of linear layers as mixture-of-experts models hold them; x: [E, tokens, in]. For the
-    examples."""
+    """A stack of linear layers, as in mixture-of-experts models, for the examples. x is [E, tokens,
+    in]."""
 
     def __init__(self, experts: int, out: int, in_: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Experts(nn.Module):
 
 
 class Positions(nn.Module):
-    """Learned positions, [1, length, width], and a scale. For the examples."""
+    """Learned positions [1, length, width] and a scale, for the examples."""
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ class Parameters(Layer):
     name = GENERAL
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        return ()  # asked last, whatever the module is: see kind_of
+        return ()  # ``kind_of`` uses this kind if no other kind matches
 
     def weights(self, module: Any) -> tuple[str, ...]:
-        return tuple(name for name, axes in _matrix_axes(module).items() if axes > 1)
+        return tuple(name for name, axes in _axis_counts(module).items() if axes > 1)
 
     def vectors(self, module: Any) -> tuple[str, ...]:
-        return tuple(name for name, axes in _matrix_axes(module).items() if axes <= 1)
+        return tuple(name for name, axes in _axis_counts(module).items() if axes <= 1)
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
         sizes = without_unit_axes(shape)
@@ -74,45 +74,46 @@ class Parameters(Layer):
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
         sizes = without_unit_axes(shape)
-        lead = sizes[:2] if len(sizes) == 3 else sizes[:1]
-        return values.reshape(*lead, *[1] * (len(sizes) - len(lead)))
+        output_sizes = sizes[:2] if len(sizes) == 3 else sizes[:1]
+        return values.reshape(*output_sizes, *[1] * (len(sizes) - len(output_sizes)))
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        # PEFT: A [E·r, in], B [out, r·E] with the expert counting fastest; in and out swap for
-        # modules that say so.
-        low = low.T if swapped_stack(module, shape) else low
+        # PEFT's A is [E·r, in] and its B [out, r·E], in which the expert varies fastest. For
+        # modules whose stack is transposed, in and out are swapped.
+        low = low.T if is_transposed_stack(module, shape) else low
         return low.A.flatten(0, 1), low.B.permute(1, 2, 0).flatten(1)
 
     def unpack(
         self, A: Tensor, B: Tensor, module: Any, shape: torch.Size
     ) -> tuple[Tensor, Tensor] | None:
         groups, out, in_ = self.dims(module, shape)
-        swapped = swapped_stack(module, shape)
-        out, in_ = (in_, out) if swapped else (out, in_)
+        is_transposed = is_transposed_stack(module, shape)
+        out, in_ = (in_, out) if is_transposed else (out, in_)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] % groups:
             return None
         if (B.shape[0], A.shape[1]) != (out, in_):
             return None
         A, B = A.reshape(groups, -1, in_), B.reshape(out, -1, groups).permute(2, 0, 1)
-        return (B.mT, A.mT) if swapped else (A, B)
+        return (B.mT, A.mT) if is_transposed else (A, B)
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         yield Experts(3, 5, 4), randn(3, 2, 4)
         yield Positions(6, 4), randn(2, 6, 4)
 
 
-def swapped_stack(module: Any, shape: torch.Size) -> bool:
-    """Whether a stack lies as [E, in, out], as experts of transformers say by this attribute."""
+def is_transposed_stack(module: Any, shape: torch.Size) -> bool:
+    """Whether a weight is a stack [E, in, out]. Experts of transformers say so by an attribute."""
     return len(without_unit_axes(shape)) == 3 and bool(getattr(module, "is_transposed", False))
 
 
-def _matrix_axes(module: Any) -> dict[str, int]:
-    """How many axes count in each of a module's own parameters, by name, biases left out."""
+def _axis_counts(module: Any) -> dict[str, int]:
+    """For each of a module's own parameters but the biases, by name: the number of its axes,
+    without leading axes of size 1."""
     return {
-        name: len(without_unit_axes(p.shape))
-        for name, p in module._parameters.items()
-        if p is not None
+        name: len(without_unit_axes(parameter.shape))
+        for name, parameter in module._parameters.items()
+        if parameter is not None
         and "bias" not in name
-        and p.is_floating_point()
-        and not nn.parameter.is_lazy(p)
+        and parameter.is_floating_point()
+        and not nn.parameter.is_lazy(parameter)
     }

@@ -1,10 +1,10 @@
-"""``nn.LSTM``, ``GRU``, ``RNN`` and their cells: every weight of every layer and direction.
+"""``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells: all weights of all layers and directions.
 
     weight_ih_l0 [gates · hidden, in]       weight_hh_l0 [gates · hidden, hidden]
     weight_hr_l0 [projection, hidden]       …
 
-Each has a change of its own. A recurrence is not linear in its weights, so the module's own forward
-runs on W + ΔW.
+Each weight has its own change. A recurrence is not linear in its weights, so the module's own
+forward runs on W + ΔW.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn, randn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from veneer.layers._base import Layer, joined, register
+from veneer.layers._base import Layer, join_outputs, register
 
 
 @register
@@ -34,9 +34,10 @@ class Recurrent(Layer):
         )
 
     def bind(self, view: Any, values: Any) -> None:
-        # A recurrent module hands its kernel a list of its parameters, made when it was built. With
-        # references that fit, forward does not make another, which would then be taken for
-        # something that it wrote to the module.
+        # A recurrent module gives its kernel a list of its parameters, which it made when it was
+        # constructed, and keeps references to the parameters in it. If the references match the
+        # list, forward does not make a new list. A new list would look like state that forward
+        # writes to the module.
         weights = [
             values.get(name, view._parameters.get(name)) for name in view._flat_weights_names
         ]
@@ -80,8 +81,8 @@ class Recurrent(Layer):
                 padded_batch.index_select(1, order.to(padded_batch.device)),
                 torch.cat(lengths)[order],
             )
-            return y, joined(list(states), order, lambda _: 1)
-        return joined(
+            return y, join_outputs(list(states), order, lambda _: 1)
+        return join_outputs(
             outputs, order, lambda position: 0 if position == 0 and module.batch_first else 1
         )
 
@@ -99,8 +100,8 @@ class Recurrent(Layer):
 
 
 def _packed(padded: Tensor, lengths: Tensor) -> PackedSequence:
-    """Sequences [time, batch, width] packed as torch would: in their order if that is by length,
-    else with the indices that sort them."""
+    """Sequences [time, batch, width], packed as torch packs them. If they are not sorted by length,
+    the result contains the indices that sort them."""
     return pack_padded_sequence(
         padded, lengths, enforce_sorted=bool((lengths[1:] <= lengths[:-1]).all())
     )

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from veneer.attach import Change, LayerAdapter, state_of, with_values
 from veneer.distributed import is_sharded
 from veneer.errors import ConfigError, listing
-from veneer.kernels.dropout import seed as new_seed
+from veneer.kernels.dropout import new_seed
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS

@@ -1,4 +1,4 @@
-"""How adapter parameters become ΔW: one file a variant, found through the registry ``VARIANTS``."""
+"""How adapter parameters become ΔW: one file for each variant, all registered in ``VARIANTS``."""
 
 from veneer.registry import import_all
 from veneer.variants._base import (
@@ -15,7 +15,7 @@ import_all(__name__, list(__path__))
 
 
 def names() -> tuple[str, ...]:
-    """The variants that exist."""
+    """The names of all registered variants."""
     return VARIANTS.names()
 
 

@@ -1,12 +1,12 @@
-"""The contract of a variant: which parameters an adapter has, how they start, and how they become
-(LowRank, gain).
+"""The interface of a variant: which parameters an adapter has, their initial values, and how they
+become a low-rank change and a gain.
 
-    init(start) -> {"A": [g, r, in], "B": [g, out, r], …}
-    resolve(parameters, scale, base) -> (LowRank, gain [g · out], or None for 1)
+    init(context) -> {"A": [g, r, in], "B": [g, out, r], …}
+    resolve(parameters, scale, base) -> (LowRank, gain [g · out], or None for a gain of 1)
     y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias
 
-A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense
-[g, out, in], and only if it asks. The base is never written. How to add one: CONTRIBUTING.md.
+A variant is an immutable object that knows neither layers nor storages. It can read the frozen
+weight as a dense [g, out, in], but it never writes the weight. How to add one: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
 
-#: returns the frozen weight as a dense [g, out, in]: of at least float32 for ``init``, in its own
-#: dtype for ``resolve``
+#: returns a dense [g, out, in], such as the frozen weight: for ``init`` in at least float32, for
+#: ``resolve`` in the weight's own dtype
 Base = Callable[[], Tensor]
 
-#: the parameters of an adapter by name, and what they resolve to: ΔW, and the gain [g · out] or
-#: None for 1
+#: the parameters of an adapter by name
 Parameters = Mapping[str, Tensor]
+#: ΔW, and the gain [g · out] or None for a gain of 1
 Resolved = tuple[LowRank, Tensor | None]
 
-#: what ``Variant.needs`` may name
+#: the data that ``Variant.needs`` may name; fields of ``InitContext``
 CALIBRATION = ("inputs", "gradient", "original")
 
 
@@ -41,15 +41,17 @@ def _missing() -> Tensor:
 
 @dataclass(frozen=True)
 class InitContext:
-    """The values that a variant may use to initialise its parameters.
+    """The values from which a variant may initialise its parameters.
 
     Fields:
         groups, out, in_, rank: the sizes of ΔW and of the bottleneck.
-        fan_in: how many inputs meet in one row of A.
-        base: the frozen weight, [g, out, in].
-        inputs: Σ xᵀx over the inputs x of the layer in the batches, [g, in, in], float64.
-        gradient: the gradient of the loss by the weight over the batches, [g, out, in], float64.
-        original: the weight before it was quantised, [g, out, in], float32.
+        fan_in: the number of inputs of a row of A.
+        base: returns the frozen weight, [g, out, in].
+        inputs: returns Σ xᵀx over the layer's inputs x in the calibration batches, [g, in, in],
+            float64.
+        gradient: returns the gradient of the loss over the calibration batches with respect to the
+            weight, [g, out, in], float64.
+        original: returns the weight before it was quantised, [g, out, in], float32.
     """
 
     groups: int
@@ -68,21 +70,23 @@ class Variant:
     """One way to train a low-rank change.
 
     Fields:
-        name, paper: the name in ``LoraConfig(variant=…)``, and where it comes from.
-        default_alpha: of ``LoraConfig(alpha=None)``.
-        scale: (alpha, rank) -> the factor of B @ A.
-        init: (start) -> the parameters, float32, on the current default device.
-        resolve: (parameters, scale, base) -> (LowRank, gain [g · out] or None), differentiable in
-            the parameters. The LowRank may have another rank than the config's.
-        frozen: names of parameters that are not trained: they are buffers.
-        derived: names of frozen parameters that the sizes alone determine: no file holds them.
-        needs: what of ``CALIBRATION`` init asks for; ``attach`` then wants ``batches=`` or
+        name: the name in ``LoraConfig(variant=…)``.
+        paper: the publication, or another source.
+        default_alpha: alpha if ``LoraConfig(alpha=None)``.
+        scale: a function (alpha, rank) -> the factor of B @ A.
+        init: a function (context) -> the initial parameters, float32, on torch's default device.
+        resolve: a function (parameters, scale, base) -> (LowRank, gain [g · out] or None),
+            differentiable in the parameters. The rank of the LowRank may differ from the config's.
+        frozen: names of the parameters that are not trained; they become buffers.
+        derived: names of frozen parameters that are determined by the sizes alone, so that adapter
+            files do not contain them.
+        needs: the data of ``CALIBRATION`` that init uses; ``attach`` then requires ``batches=`` or
             ``original=``.
-        exact_start: the attached model equals its base before the first step.
-        peft: fields of ``adapter_config.json`` that say this variant; None if it has no form that
-            PEFT could read.
-        peft_keys: parameters besides A and B that PEFT knows: our name -> PEFT's key after the
-            module's path.
+        exact_start: whether the attached model equals its base before the first training step.
+        peft: the fields of ``adapter_config.json`` that mean this variant; None if PEFT cannot read
+            it in any form.
+        peft_keys: for parameters besides A and B that PEFT knows: name -> key in PEFT's file, after
+            the module's path.
     """
 
     name: str
@@ -106,20 +110,19 @@ VARIANTS: Registry[Variant] = Registry("variant")
 
 
 def variant_named(name: str):
-    """The registered variant of this name; a pickle holds this call, so that a copy is the one
-    instance."""
+    """The registered variant of this name. A pickled variant holds this call, so that unpickling
+    gives the registered instance."""
     return VARIANTS[name]
 
 
-def register(variant: Variant, **other: Any) -> Variant:
-    """Put a variant into the registry: this one, or one that is like it but for ``other``
-    fields."""
-    variant = replace(variant, **other) if other else variant
+def register(variant: Variant, **changes: Any) -> Variant:
+    """Register ``variant``, or a copy of it in which ``changes`` replace some fields."""
+    variant = replace(variant, **changes) if changes else variant
     return VARIANTS.add(variant.name, variant)
 
 
-def kaiming_uniform(start: InitContext) -> Tensor:
-    """A [g, r, in] from U(±1/√fan_in): Kaiming with a = √5, as ``nn.Linear`` starts (He et al.
-    2015, arXiv:1502.01852)."""
-    bound = 1 / math.sqrt(start.fan_in)
-    return torch.empty(start.groups, start.rank, start.in_).uniform_(-bound, bound)
+def kaiming_uniform(context: InitContext) -> Tensor:
+    """A [g, r, in], uniform in ±1/√fan_in: Kaiming initialisation with a = √5, as in ``nn.Linear``
+    (He et al. 2015, arXiv:1502.01852)."""
+    bound = 1 / math.sqrt(context.fan_in)
+    return torch.empty(context.groups, context.rank, context.in_).uniform_(-bound, bound)

@@ -1,15 +1,17 @@
-"""CorDA: ΔW = alpha / rank · (B A − B₀ A₀), from W as the layer's inputs see it: with C = Σ xᵀx of
-the inputs,
+"""CorDA: ΔW = alpha / rank · (B A − B₀ A₀). The start A₀, B₀ consists of r singular values of W,
+weighted by the layer's inputs x. With C = Σ xᵀx:
 
-    W C = U S Vᵀ        A₀ = √S Vᵀ C⁻¹        B₀ = U √S        of r singular values
+    W C = U S Vᵀ        A₀ = √S Vᵀ C⁻¹        B₀ = U √S        r singular values of W C
 
-``corda`` takes the largest, the directions that the data use, to learn their task (the paper's
-instruction-previewed mode); ``corda_kpm`` the smallest, for data whose knowledge is to be kept,
-here untouched (knowledge-preserved mode). Yang et al. 2024, arXiv:2406.05223; PEFT's
-``init_lora_weights="corda"``. alpha defaults to 16: scale 1 at the default rank.
+``corda`` takes the r largest, which are the directions that the data use, in order to learn their
+task (the paper's instruction-previewed mode). ``corda_kpm`` takes the r smallest, so that training
+leaves the knowledge in the data untouched (the paper's knowledge-preserved mode). Yang et al. 2024,
+arXiv:2406.05223; PEFT's ``init_lora_weights="corda"``. alpha defaults to 16, which is scale 1 at
+the default rank.
 
-C is taken with mean diagonal 1, which moves size between A₀ and B₀ and nothing else, and damped by
-0.01 as in the paper's code; the damping is doubled until C C⁻¹ is the identity.
+C is normalised to a mean diagonal of 1, which changes only how the size of A₀ and B₀ is divided
+between them. It is damped: 0.01 times the identity is added as in the paper's code, and this amount
+is doubled until C C⁻¹ is the identity up to rounding.
 """
 
 from __future__ import annotations
@@ -21,26 +23,26 @@ import torch
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import minor, principal, split, with_start
+from veneer.variants._parts import minor_triplets, principal_triplets, split, with_frozen_start
 from veneer.variants.pissa import PISSA
 
 #: (matrix [g, out, in], rank) -> U [g, out, rank], S [g, rank], Vᵀ [g, rank, in]
 Triplets = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-#: what is added to the mean diagonal of C at first
+#: the first damping, relative to the mean diagonal of C
 DAMPING = 0.01
-#: how far ‖C C⁻¹ − I‖ may be from 0
-WITHIN = 0.05
+#: the largest accepted ‖C C⁻¹ − I‖
+LARGEST_ERROR = 0.05
 
 
-def init(start: InitContext, triplets: Triplets = principal) -> dict[str, Tensor]:
-    """From ``triplets`` of W C: the r largest, or the r smallest."""
-    C, inverse = damped_moment(start.inputs())
-    U, S, Vh = triplets(start.base().to(C) @ C, start.rank)
-    return with_start(*split(U, S, Vh @ inverse))
+def init(context: InitContext, triplets: Triplets = principal_triplets) -> dict[str, Tensor]:
+    """A₀ and B₀ from ``triplets`` of W C, which are the r largest or the r smallest."""
+    C, inverse = damped_moment(context.inputs())
+    U, S, Vh = triplets(context.base().to(C) @ C, context.rank)
+    return with_frozen_start(*split(U, S, Vh @ inverse))
 
 
 def damped_moment(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """C and C⁻¹ [g, in, in] of a moment Σ xᵀx [g, in, in]. Inputs that are all zero have C = I."""
+    """The damped C and its inverse, [g, in, in], for ``moment`` = Σ xᵀx. If all x are 0, C is I."""
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     C = moment / torch.where(mean == 0, torch.ones_like(mean), mean)
@@ -48,7 +50,8 @@ def damped_moment(moment: Tensor) -> tuple[Tensor, Tensor]:
     while True:
         damped = C + damping * eye
         inverse = torch.linalg.inv(damped)
-        if damped.is_meta or bool(((damped @ inverse - eye).flatten(1).norm(dim=1) < WITHIN).all()):
+        errors = (damped @ inverse - eye).flatten(1).norm(dim=1)
+        if damped.is_meta or bool((errors < LARGEST_ERROR).all()):
             return damped, inverse
         damping *= 2
 
@@ -59,6 +62,6 @@ register(
     PISSA,
     name="corda_kpm",
     paper=PAPER,
-    init=partial(init, triplets=minor),
+    init=partial(init, triplets=minor_triplets),
     needs=frozenset({"inputs"}),
 )

@@ -1,15 +1,14 @@
-"""DoRA: W' = m ⊙ (W + ΔW) / ‖W + ΔW‖ per output row, ΔW = alpha / rank · B @ A. Liu et al. 2024,
-arXiv:2402.09353.
+"""DoRA: W' = m ⊙ (W + ΔW) / ‖W + ΔW‖ for each output row, with ΔW = alpha / rank · B @ A. Liu et
+al. 2024, arXiv:2402.09353.
 
-So gain = m / ‖W + ΔW‖, with a trained magnitude m [g · out] that starts at ‖W‖: every gain starts
-at 1. As in section
-4.3 of the paper no gradient flows through the norm.
+The gain is m / ‖W + ΔW‖, with a trained magnitude m [g · out] that starts at ‖W‖, so that every
+gain starts at 1. As in section 4.3 of the paper, no gradient flows through the norm.
 
-The norm is taken of the sum itself, in float32 or more whatever autocast says, and on a CPU a few
-rows at a time, which stay in the cache. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖², which is as fast but
-cancels where ΔW undoes a row: a norm of ‖W‖ / 100 would lose four digits.
+The norm is computed from the sum W + ΔW, in float32 or more also under autocast. On a CPU, a few
+rows are computed at a time, which stay in the cache. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖², which is as
+fast, but cancels if ΔW cancels a row of W: a norm of ‖W‖ / 100 would lose four digits.
 
-A row whose norm is zero has gain 1: there y is 0 for every gain, and 1 lets B learn.
+A row whose norm is zero has gain 1: its y is 0 for every gain, and a gain of 1 lets B learn.
 """
 
 from __future__ import annotations
@@ -27,49 +26,48 @@ from veneer.variants.lora import LORA
 
 _C: Any = torch._C
 
-#: how many bytes of W + ΔW are formed at a time on a CPU
-CHUNK = 1 << 20
+#: how many bytes of W + ΔW are computed at a time on a CPU
+CHUNK_BYTES = 1 << 20
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    """A and B as LoRA's, ``magnitude`` [g · out] the row norms of W, in the dtype of W as read (at
-    least float32)."""
-    parameters = LORA.init(start)
+def init(context: InitContext) -> dict[str, Tensor]:
+    """A and B as in LoRA, and ``magnitude`` [g · out], the row norms of W, in at least float32."""
+    parameters = LORA.init(context)
     return {
         **parameters,
-        "magnitude": row_norms(start.base(), LowRank(parameters["A"], parameters["B"], 1.0)),
+        "magnitude": row_norms(context.base(), LowRank(parameters["A"], parameters["B"], 1.0)),
     }
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     low = LowRank(parameters["A"], parameters["B"], scale)
-    # of a packed weight, which is never dense as a whole
-    pieces: Any = getattr(base, "pieces", None)
-    if pieces is None or low.B.is_cpu or torch.compiler.is_compiling():
+    # a packed weight can be read in blocks of rows, so that it is never dense as a whole
+    read_pieces: Any = getattr(base, "pieces", None)
+    if read_pieces is None or low.B.is_cpu or torch.compiler.is_compiling():
         norms = row_norms(base(), low)
     else:
-        norms = _norms_of_pieces(pieces(), low)
+        norms = _norms_of_pieces(read_pieces(), low)
     return low, gain_of(parameters["magnitude"], norms)
 
 
 def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
     """m / ‖W + ΔW‖, [g · out]."""
-    if _launches(norms):
+    if _is_launched(norms):
         return cast(Tensor, _Gain.apply(magnitude, norms))
     gain = magnitude / norms.masked_fill(norms == 0, 1)
     return torch.where(norms == 0, torch.ones_like(gain), gain)
 
 
-def _launches(tensor: Tensor) -> bool:
-    """Whether each operation on a tensor is a launch on a device, now."""
+def _is_launched(tensor: Tensor) -> bool:
+    """Whether each operation on this tensor is a launch on a device in this call."""
     if tensor.is_cpu or torch.compiler.is_compiling():
         return False
     return _C._functorch.peek_interpreter_stack() is None
 
 
 class _Gain(torch.autograd.Function):
-    """The same gain where each operation is a launch: what a norm of zero has made is put right
-    afterwards."""
+    """``gain_of`` with as few launches as possible: the results of dividing by a norm of zero are
+    replaced afterwards."""
 
     @staticmethod
     def forward(ctx: Any, magnitude: Tensor, norms: Tensor) -> Tensor:
@@ -84,32 +82,36 @@ class _Gain(torch.autograd.Function):
 
 @torch.no_grad()
 def _norms_of_pieces(pieces: Iterator[Tensor], low: LowRank) -> Tensor:
-    """``row_norms`` of a weight that is given a few rows [1, n, in] at a time."""
+    """``row_norms`` of a weight, of which each piece has a few rows [1, n, in]."""
     norms, first = [], 0
     for piece in pieces:
         rows = slice(first, first + piece.shape[1])
         norms.append(row_norms(piece, LowRank(low.A, low.B[:, rows], low.scale)))
         first = rows.stop
-        del piece  # before the next one is made
+        del piece  # before the next piece is read
     return torch.cat(norms)
 
 
 @torch.no_grad()
 def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     """‖W + ΔW‖ of every output row of ``weight`` [g, out, in]: [g · out], in the wider dtype of W
-    and ΔW, and at least float32. A part of W at a time is in that dtype."""
+    and ΔW, and at least float32. Only a block of rows at a time is cast to that dtype."""
     dtype = torch.promote_types(torch.promote_types(weight.dtype, low.A.dtype), torch.float32)
     low, device = low.to(dtype), weight.device.type
-    in_one_piece = device != "cpu" or torch.compiler.is_compiling()
-    rows = weight.shape[1] if in_one_piece else max(1, CHUNK // (weight.shape[2] * dtype.itemsize))
+    in_one_block = device != "cpu" or torch.compiler.is_compiling()
+    rows = (
+        weight.shape[1]
+        if in_one_block
+        else max(1, CHUNK_BYTES // (weight.shape[2] * dtype.itemsize))
+    )
     row_blocks = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
-    plain = (
+    no_autocast = (
         torch.autocast(device, enabled=False)
         if torch.amp.is_autocast_available(device)
         else nullcontext()
     )
-    with plain:
-        if _launches(weight) and len(weight) == 1:  # baddbmm copies once more
+    with no_autocast:
+        if _is_launched(weight) and len(weight) == 1:  # ``baddbmm`` would copy once more
             changed_weight = (
                 weight[0].to(dtype, copy=True).addmm_(low.B[0], low.A[0], alpha=low.scale)
             )

@@ -1,6 +1,6 @@
-"""DoRA with the scale of rsLoRA: W' = m ⊙ (W + ΔW) / ‖W + ΔW‖ per output row, ΔW = alpha / √rank ·
-B @ A. PEFT's ``use_dora`` and ``use_rslora`` together. Liu et al. 2024, arXiv:2402.09353;
-Kalajdzievski 2023, arXiv:2312.03732.
+"""DoRA with the scale of rsLoRA: W' = m ⊙ (W + ΔW) / ‖W + ΔW‖ for each output row, with ΔW =
+alpha / √rank · B @ A. In PEFT: ``use_dora`` and ``use_rslora`` together. Liu et al. 2024,
+arXiv:2402.09353; Kalajdzievski 2023, arXiv:2312.03732.
 """
 
 from __future__ import annotations

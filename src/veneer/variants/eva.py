@@ -2,8 +2,9 @@
 inputs vary most: the right singular vectors of the inputs, which are the eigenvectors of Σ xᵀx.
 Paischer et al. 2024, arXiv:2410.07170.
 
-B starts at zero. A row of A has norm 1, of Kaiming's 1 / √3. The paper may also move ranks between
-layers; here every layer has the rank that the config gives it. PEFT centres the inputs first.
+B starts at zero. A row of A has norm 1 (with Kaiming's initialisation, about 1 / √3). The paper may
+also move ranks between layers; here every layer has the rank that the config gives it. PEFT centres
+the inputs first.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import own_float32, principal
+from veneer.variants._parts import copy_float32, principal_triplets
 from veneer.variants.lora import LORA
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    """A [g, r, in] with orthonormal rows, B [g, out, r] zero. B has a gradient at the first step, A
-    from the second."""
-    _, _, Vh = principal(start.inputs(), start.rank)
-    A = own_float32(Vh)
-    return {"A": A, "B": A.new_zeros(start.groups, start.out, start.rank)}
+def init(context: InitContext) -> dict[str, Tensor]:
+    """A [g, r, in] with orthonormal rows, and B [g, out, r] of zeros. B has a gradient in the first
+    step, A from the second step on."""
+    _, _, Vh = principal_triplets(context.inputs(), context.rank)
+    A = copy_float32(Vh)
+    return {"A": A, "B": A.new_zeros(context.groups, context.out, context.rank)}
 
 
 register(

@@ -1,12 +1,13 @@
-"""LoftQ: ΔW starts as the best rank-r approximation of what quantising took from the weight, so
-that base and adapter together start near the original. Li et al. 2023, arXiv:2310.08659.
+"""LoftQ: ΔW starts as the best rank-r approximation of the weight's quantisation error, so that
+base and adapter together start near the original weight. Li et al. 2023, arXiv:2310.08659.
 
-    ΔW = B₀ A₀ + alpha / rank · (B A − B₀ A₀)        A₀ = √S Vᵀ, B₀ = U √S of original − base
+    ΔW = B₀ A₀ + alpha / rank · (B A − B₀ A₀)
+    A₀ = √S Vᵀ and B₀ = U √S, from the r largest singular values of original − base
 
-This is one step of the paper's alternation, with the quantised base as it is. The start is B₀ A₀ at
-every scale; the scale multiplies the step that training takes. The paper has none: alpha defaults
-to 16, which gives scale 1 at the default rank of 16, and ΔW = B A of rank r. At other scales the
-``LowRank`` has rank 2r.
+This is one step of the paper's alternation, in which the base is quantised only once. At every
+scale the start is B₀ A₀, and the scale multiplies only what training changes. The paper has no
+scale: alpha defaults to 16, which is scale 1 at the default rank of 16, and then ΔW = B A has rank
+r. At other scales, the ``LowRank`` has rank 2r.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
-from veneer.variants._parts import balanced_factors, with_start
+from veneer.variants._parts import balanced_factors, with_frozen_start
 from veneer.variants.pissa import PISSA
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    base = start.base()
-    return with_start(*balanced_factors(start.original().to(base) - base, start.rank))
+def init(context: InitContext) -> dict[str, Tensor]:
+    base = context.base()
+    return with_frozen_start(*balanced_factors(context.original().to(base) - base, context.rank))
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:

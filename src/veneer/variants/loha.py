@@ -3,9 +3,9 @@ Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; Yeh et al. 2023 (LyCORIS), ar
 
     ΔW[i, j] = scale · Σₖₗ B1[i, k] B2[i, l] · A1[k, j] A2[l, j]
 
-is one ``LowRank`` of rank r², whose factors are the Khatri–Rao products of the four. They start as
-in LyCORIS: B1 normal with deviation 0.1, A1 and A2 with deviation 1, B2 zero; alpha defaults to 1,
-as there.
+is one ``LowRank`` of rank r², whose factors are the Khatri–Rao products of the four matrices. They
+start as in LyCORIS: B1 is normal with standard deviation 0.1, A1 and A2 with standard deviation 1,
+and B2 is zero. alpha defaults to 1, also as in LyCORIS.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from veneer.variants._base import Base, InitContext, Parameters, Resolved, regis
 from veneer.variants.lora import LORA
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    """A1, A2 [g, r, in] and B1, B2 [g, out, r]. B2 has a gradient at the first step, the others
-    from the second."""
-    groups, out, in_, rank = start.groups, start.out, start.in_, start.rank
+def init(context: InitContext) -> dict[str, Tensor]:
+    """A1, A2 [g, r, in] and B1, B2 [g, out, r]. B2 has a gradient in the first step, the others
+    from the second step on."""
+    groups, out, in_, rank = context.groups, context.out, context.in_, context.rank
     return {
         "A1": torch.empty(groups, rank, in_).normal_(std=1),
         "B1": torch.empty(groups, out, rank).normal_(std=0.1),

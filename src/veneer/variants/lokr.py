@@ -2,13 +2,13 @@
 one. Edalati et al. 2022 (KronA), arXiv:2212.10650; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
 
     out = l · k, in = m · n     C: [g, l, m]   B2: [g, k, q]   A2: [g, q, n]
-    l ≤ k and m ≤ n, as near to each other as can be
+    l ≤ k and m ≤ n: the two factors of out, and of in, that are closest to each other
 
 With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2): one ``LowRank`` of rank
-min(l, m) · q. q is the rank, or min(k, n) if that is less: more could express nothing else (LyCORIS
-then trains one full matrix instead). C and A2 start Kaiming-uniform, so that their product has the
-size of LoRA's A, and B2 zero, as LoRA's B does (LyCORIS zeroes the other). A convolution's kernel
-positions count as inputs.
+min(l, m) · q. q is the rank, but at most min(k, n), because a larger q could express no more
+(LyCORIS then trains one full matrix instead). C and A2 start Kaiming-uniform, so that their product
+is as large as LoRA's A. B2 starts at zero, as LoRA's B does (LyCORIS sets the other factor to
+zero). The kernel positions of a convolution count as inputs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from veneer.variants._base import Base, InitContext, Parameters, Resolved, regis
 from veneer.variants.lora import LORA
 
 
-def factors(length: int) -> tuple[int, int]:
-    """(a, b) with a · b = ``length`` and a ≤ b as near to each other as can be: (1, length) for a
-    prime."""
+def closest_factors(length: int) -> tuple[int, int]:
+    """The (a, b) with a · b = ``length`` and a ≤ b that are closest to each other. For a prime,
+    this is (1, length)."""
     small = next(a for a in range(math.isqrt(length), 0, -1) if length % a == 0)
     return small, length // small
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    """C, A2 and B2. B2 has a gradient at the first step, C and A2 from the second."""
-    (l, k), (m, n) = factors(start.out), factors(start.in_)  # noqa: E741
-    q = min(start.rank, k, n)
+def init(context: InitContext) -> dict[str, Tensor]:
+    """C, A2 and B2. B2 has a gradient in the first step, C and A2 from the second step on."""
+    (l, k), (m, n) = closest_factors(context.out), closest_factors(context.in_)  # noqa: E741
+    q = min(context.rank, k, n)
     return {
-        "C": torch.empty(start.groups, l, m).uniform_(-1 / math.sqrt(m), 1 / math.sqrt(m)),
-        "A2": torch.empty(start.groups, q, n).uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n)),
-        "B2": torch.zeros(start.groups, k, q),
+        "C": torch.empty(context.groups, l, m).uniform_(-1 / math.sqrt(m), 1 / math.sqrt(m)),
+        "A2": torch.empty(context.groups, q, n).uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n)),
+        "B2": torch.zeros(context.groups, k, q),
     }
 
 
@@ -50,7 +50,7 @@ def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
 
 
 def _kron(x: Tensor, y: Tensor) -> Tensor:
-    """x [g, a, b] ⊗ y [g, c, d] = [g, a · c, b · d]; x may be one for all groups."""
+    """x [g, a, b] ⊗ y [g, c, d] = [g, a · c, b · d]. x may have one group for all groups of y."""
     return (x[:, :, None, :, None] * y[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
 
 

@@ -19,9 +19,10 @@ from veneer.variants._base import (
 __all__ = ["LORA"]
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    """A Kaiming, B zero: the attached model equals its base until the first step."""
-    return {"A": kaiming_uniform(start), "B": torch.zeros(start.groups, start.out, start.rank)}
+def init(context: InitContext) -> dict[str, Tensor]:
+    """Kaiming-uniform A, and B of zeros: the attached model equals its base before training."""
+    B = torch.zeros(context.groups, context.out, context.rank)
+    return {"A": kaiming_uniform(context), "B": B}
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:

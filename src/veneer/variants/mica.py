@@ -1,9 +1,9 @@
-"""MiCA: ΔW = alpha / rank · B @ A with frozen B, the left singular vectors of the r smallest
-singular values of W; only A is trained. Rüdiger and Raschka 2026, arXiv:2604.01694; PEFT's
+"""MiCA: ΔW = alpha / rank · B @ A. B is frozen and consists of the left singular vectors of the r
+smallest singular values of W; only A is trained. Rüdiger and Raschka 2026, arXiv:2604.01694; PEFT's
 ``init_lora_weights="mica"``.
 
-A starts at zero, so that the attached model equals its base; its gradient Bᵀ G is not zero there.
-The start costs a full SVD of each weight.
+A starts at zero, so that the attached model equals its base. The gradient of A, Bᵀ G with the
+gradient G of W, is not zero there. The initialisation takes a full SVD of each weight.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import minor, own_float32
+from veneer.variants._parts import copy_float32, minor_triplets
 from veneer.variants.lora import LORA
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
+def init(context: InitContext) -> dict[str, Tensor]:
     """A [g, r, in] zero, frozen B [g, out, r] with orthonormal columns."""
-    U, _, _ = minor(start.base(), start.rank)
-    B = own_float32(U)
-    return {"A": B.new_zeros(start.groups, start.rank, start.in_), "B": B}
+    U, _, _ = minor_triplets(context.base(), context.rank)
+    B = copy_float32(U)
+    return {"A": B.new_zeros(context.groups, context.rank, context.in_), "B": B}
 
 
 register(

@@ -1,6 +1,6 @@
-"""OLoRA: ΔW = alpha / rank · (B A − B₀ A₀), from W = Q R: B₀ the first r columns of Q, which are
-orthonormal, A₀ the first r rows of R. Büyükakyüz 2024, arXiv:2406.01775. alpha defaults to 16: the
-paper's scale, 1, at the default rank.
+"""OLoRA: ΔW = alpha / rank · (B A − B₀ A₀). The start comes from the decomposition W = Q R: B₀ is
+the first r columns of Q, which are orthonormal, and A₀ the first r rows of R. Büyükakyüz 2024,
+arXiv:2406.01775. alpha defaults to 16, which is the paper's scale of 1 at the default rank.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import with_start
+from veneer.variants._parts import with_frozen_start
 from veneer.variants.pissa import PISSA
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    W = start.base()
+def init(context: InitContext) -> dict[str, Tensor]:
+    W = context.base()
     # the first columns of Q depend on the first columns of W alone
-    Q, _ = torch.linalg.qr(W[..., : start.rank])
-    return with_start(Q.mT @ W, Q)
+    Q, _ = torch.linalg.qr(W[..., : context.rank])
+    return with_frozen_start(Q.mT @ W, Q)
 
 
 register(PISSA, name="olora", paper="Büyükakyüz 2024, arXiv:2406.01775", init=init)

@@ -1,12 +1,13 @@
-"""PiSSA: ΔW = alpha / rank · (B A − B₀ A₀), from the principal part of W: A₀ = √S Vᵀ, B₀ = U √S of
-its r largest singular values. Meng et al. 2024, arXiv:2404.02948. alpha defaults to 16: the paper's
-scale, 1, at the default rank.
+"""PiSSA: ΔW = alpha / rank · (B A − B₀ A₀). The start A₀ = √S Vᵀ, B₀ = U √S consists of the r
+largest singular values of W. Meng et al. 2024, arXiv:2404.02948. alpha defaults to 16, which is the
+paper's scale of 1 at the default rank.
 
     ΔW = scale · [B − B₀, B₀] @ [A ; A − A₀]        rank 2r, A₀ and B₀ frozen
 
-The start stays beside the base weight and is subtracted. [B, −B₀] @ [A ; A₀] would be a difference
-of two large products, whose rounding error in 16 bits is as large as a small ΔW; written as above
-ΔW is exactly zero at the start.
+The paper subtracts B₀ A₀ from the base weight; here the base is not written, so A₀ and B₀ are kept
+and subtracted in ΔW. [B, −B₀] @ [A ; A₀] would be a difference of two large products, whose
+rounding error in 16 bits is as large as a small ΔW. In the form above, ΔW is exactly zero at the
+start.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
-from veneer.variants._parts import balanced_factors, with_start
+from veneer.variants._parts import balanced_factors, with_frozen_start
 from veneer.variants.lora import LORA
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    return with_start(*balanced_factors(start.base(), start.rank))
+def init(context: InitContext) -> dict[str, Tensor]:
+    return with_frozen_start(*balanced_factors(context.base(), context.rank))
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:

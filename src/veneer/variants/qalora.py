@@ -1,10 +1,11 @@
-"""QA-LoRA: ΔW = alpha / rank · B A P with A [r, in / L], and P [in / L, in], which pools L inputs
-that follow one another into one: their mean, times in / L. Xu et al. 2023, arXiv:2309.14717; PEFT's
+"""QA-LoRA: ΔW = alpha / rank · B A P with A [r, in / L]. P [in / L, in] pools each group of L
+neighbouring inputs into their mean, times in / L. Xu et al. 2023, arXiv:2309.14717; PEFT's
 ``use_qalora``.
 
-So ΔW is the same number for all L inputs of a group, and A has fewer. In the paper a group is one
-of the quantised weight, whose zero point takes the change in; Veneer merges as it merges every
-change. L is 16, as PEFT's default is, or the largest divisor of the inputs below.
+ΔW thus has equal columns for all L inputs of a group, and A has only in / L columns. In the paper,
+a group is a quantisation group of the weight, so that the group's zero point can absorb the change;
+Veneer merges ΔW as it merges every change. L is 16, which is also PEFT's default, or the largest
+smaller number that divides the number of inputs.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, kaiming_uniform, register
 from veneer.variants.lora import LORA
 
-#: how many inputs are pooled
+#: L, the number of inputs that are pooled
 GROUP = 16
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    """A1 [g, r, in / L], the equation's A, Kaiming, B [g, out, r] zero, and frozen pool [g, L]:
-    what each input of a group counts for, 1. B has a gradient at the first step, A1 from the
-    second."""
-    size = next(size for size in range(min(GROUP, start.in_), 0, -1) if start.in_ % size == 0)
-    pooled = start.in_ // size
-    A = kaiming_uniform(replace(start, in_=pooled, fan_in=pooled))
+def init(context: InitContext) -> dict[str, Tensor]:
+    """A1 [g, r, in / L], which is A above, Kaiming-uniform; B [g, out, r] of zeros; and a frozen
+    pool [g, L] of ones, the weight of each input of a group. B has a gradient in the first step, A1
+    from the second step on."""
+    size = next(size for size in range(min(GROUP, context.in_), 0, -1) if context.in_ % size == 0)
+    pooled = context.in_ // size
+    A = kaiming_uniform(replace(context, in_=pooled, fan_in=pooled))
     return {
         "A1": A,
-        "B": A.new_zeros(start.groups, start.out, start.rank),
-        "pool": A.new_ones(start.groups, size),
+        "B": A.new_zeros(context.groups, context.out, context.rank),
+        "pool": A.new_ones(context.groups, size),
     }
 
 

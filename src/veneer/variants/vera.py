@@ -1,12 +1,12 @@
-"""VeRA: ΔW = alpha · diag(b) B diag(d) A. A and B are random, frozen and shared by all layers of
-equal sizes; only the vectors d and b are trained. Kopiczko et al. 2023, arXiv:2310.11454.
+"""VeRA: ΔW = alpha · diag(b) B diag(d) A. A and B are random and frozen, and layers of equal sizes
+share them. Only the vectors d and b are trained. Kopiczko et al. 2023, arXiv:2310.11454.
 
-b starts at zero and d at 0.1. The paper has no scale: alpha is the factor itself, and defaults to
-1. A [g, r, in] and B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Their
-elements are hashes of their positions: no file holds them, so they must be the same on every
-device, machine and release, which no seeded generator promises. While any layer holds a pair,
-``init`` gives that very pair. (The paper and PEFT slice one pair of the largest sizes for all
-layers, which then depends on which layers are attached.)
+b starts at zero and d at 0.1. The paper has no scale: alpha itself is the factor and defaults to 1.
+A [g, r, in] and B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Adapter
+files do not contain them, so they must be the same on every device, machine and release, which no
+seeded generator guarantees. Each element is therefore a hash of its position. ``init`` returns the
+same pair of tensors as before while any layer uses it. (The paper and PEFT slice one pair of the
+largest sizes for all layers, so the pair depends on which layers have an adapter.)
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
 from veneer.variants.lora import LORA
 
+#: the initial elements of d
 D_START = 0.1
 
-#: the pairs in use: (name, sizes, device) -> tensor, dropped with the last layer that holds it
+#: the A and B in use: (name, sizes, device) -> tensor. The last layer that uses a tensor frees it
 _SHARED: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 
 
-def init(start: InitContext) -> dict[str, Tensor]:
-    """Shared A and B, d [g, r] and b [g, out]. b has a gradient at the first step, d from the
-    second."""
-    d = torch.full((start.groups, start.rank), D_START)
-    sizes = (start.groups, start.out, start.in_, start.rank, start.fan_in, d.device)
+def init(context: InitContext) -> dict[str, Tensor]:
+    """Shared A and B, d [g, r] and b [g, out]. b has a gradient in the first step, d from the
+    second step on."""
+    d = torch.full((context.groups, context.rank), D_START)
+    sizes = (context.groups, context.out, context.in_, context.rank, context.fan_in, d.device)
     A, B = _SHARED.get(("A", *sizes)), _SHARED.get(("B", *sizes))
     if A is None or B is None:
-        A = _spread((start.groups, start.rank, start.in_), start.fan_in, 0, d.device)
-        B = _spread((start.groups, start.out, start.rank), start.rank, 1, d.device)
+        A = _hash_uniform((context.groups, context.rank, context.in_), context.fan_in, 0, d.device)
+        B = _hash_uniform((context.groups, context.out, context.rank), context.rank, 1, d.device)
         _SHARED[("A", *sizes)], _SHARED[("B", *sizes)] = A, B
-    return {"A": A, "B": B, "d": d, "b": torch.zeros(start.groups, start.out)}
+    return {"A": A, "B": B, "d": d, "b": torch.zeros(context.groups, context.out)}
 
 
-def _spread(shape: tuple[int, ...], fan_in: int, stream: int, device: torch.device) -> Tensor:
-    """Numbers that look uniform in ±√(6 / fan_in), the same everywhere: the top 24 bits of a hash
-    of the position. The hash is Wellons' 32-bit mixer, with constants below 2³¹ so that no product
-    leaves an int64."""
+def _hash_uniform(shape: tuple[int, ...], fan_in: int, stream: int, device: torch.device) -> Tensor:
+    """Numbers that look uniform in ±√(6 / fan_in) and are the same on every device: the top 24 bits
+    of a hash of the position and the ``stream`` (0 or 1). The hash is Wellons' 32-bit mixer, with
+    constants below 2³¹, so that no product overflows an int64."""
     x = torch.arange(math.prod(shape), dtype=torch.int64, device=device) * 2 + stream
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF

@@ -41,7 +41,7 @@ from veneer.distributed import base_class, is_spread, reshard, spread_problem, w
 from veneer.errors import CheckError, listing, raise_all, sentence
 from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of, parameter_path
-from veneer.precision import double, place
+from veneer.precision import compute_device, double
 
 #: The largest relative error of a change's gradient against that of the definition, by the size of
 #: the weight's elements in bytes. A layer whose ΔW is not read has an error of about 1; kinks of
@@ -305,7 +305,9 @@ def _gradient_problems(
 def _to_float64(tensor: Tensor) -> Tensor:
     """A tensor of the model or of its arguments for a run in float64: floating-point tensors are
     cast, the others only moved to the device of that run."""
-    return double(tensor) if tensor.is_floating_point() else tensor.to(place(tensor.device))
+    if tensor.is_floating_point():
+        return double(tensor)
+    return tensor.to(compute_device(tensor.device))
 
 
 def _checked_changes(model: nn.Module, name: str) -> list[_CheckedChange]:

@@ -197,7 +197,7 @@ class Change(nn.Module):
     def _dense(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
         """W as [g, out, in] in its dtype, on a device that supports arithmetic in ``dtype``."""
         dense = self.storage.dense(weight)
-        dense = dense if dtype is None else dense.to(precision.place(dense.device, dtype))
+        dense = dense if dtype is None else dense.to(precision.compute_device(dense.device, dtype))
         dense = self.layer.unfold(dense, self.dims)
         return dense if self.rows is None else dense[:, self._on(dense.device, "rows")]
 

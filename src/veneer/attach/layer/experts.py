@@ -27,7 +27,7 @@ from veneer.attach.layer.change import Change
 from veneer.attach.layer.dtypes import is_float, no_autocast
 from veneer.attach.layer.state import LayerState
 from veneer.attach.layer.unformed import OPERATIONS, Stack, Unformed, stand_in
-from veneer.kernels import eager, fused, grouped, reference
+from veneer.kernels import fused, grouped, is_eager, reference
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 
@@ -52,7 +52,7 @@ def stand_ins(
         inputs: the arguments of the call.
         formable: whether an operation may still form W + ΔW in the dtype of the weight.
     """
-    if not eager() or _C._get_tracing_state() is not None:
+    if not is_eager() or _C._get_tracing_state() is not None:
         return None
     if layer_state in _FORMING or context.current.path == "materialised":
         return None
@@ -392,7 +392,7 @@ def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None
     entry = stack.call.get(id(ids))
     if entry is None:
         count = len(stack.W)
-        order, segments = grouped.by_id(
+        order, segments = grouped.sort_by_expert(
             [number + count if number < 0 else number for number in ids.tolist()], count
         )
         row_order = torch.tensor(order) if order != list(range(len(order))) else None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels import cost_model, device, fused
-from veneer.kernels.dropout import seed as new_seed
+from veneer.kernels.dropout import new_seed
 from veneer.layers import Layer
 
 
@@ -174,7 +174,7 @@ class SharedInputLayers:
         if ready is not None:
             y, read = ready
             if read == layer_adapter.direct.reads(module) and (
-                x.is_cpu or y.dtype == device.dtype_of(x)
+                x.is_cpu or y.dtype == device.product_dtype(x)
             ):
                 return y
         fused_change = layer_adapter.direct

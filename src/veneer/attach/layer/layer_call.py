@@ -28,7 +28,7 @@ from veneer.attach.layer.views import view
 from veneer.bases import weight_of
 from veneer.kernels import device, fused
 from veneer.kernels.dropout import dropout as drop
-from veneer.kernels.dropout import seed as new_seed
+from veneer.kernels.dropout import new_seed
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
@@ -136,7 +136,7 @@ def run_factored(
         )
         matrix = weight.mT if reader.out_axis == 1 else weight
         return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
-    if reader.product and device.plain(x):
+    if reader.product and device.is_plain(x):
         y = _run_on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
         if y is not None:
             return y
@@ -146,7 +146,7 @@ def run_factored(
         and not layer_state.transposed
         and not change.storage.opaque
     )
-    if stock and (fused.applies(x, weight) or device.applies_alike(x, weight)):
+    if stock and (fused.applies(x, weight) or device.applies_without_cast(x, weight)):
         y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
         if y is not None:
             return y

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from veneer.attach.layer.adapted_module import walk
-from veneer.bases import hidden, own_parameters, weight_of
+from veneer.bases import is_storage_detail, own_parameters, weight_of
 from veneer.config import path_test
 from veneer.distributed import is_sharded
 from veneer.errors import listing, nearest
@@ -50,7 +50,7 @@ class Names:
             plain = {
                 name: p
                 for name, p in module._parameters.items()
-                if p is not None and not hidden(module, name)
+                if p is not None and not is_storage_detail(module, name)
             }
             yield from (((path, name), parameter) for name, parameter in plain.items())
 

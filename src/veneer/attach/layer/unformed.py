@@ -262,7 +262,7 @@ class _UnformedNode(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-# Skips the Python calls of ``apply`` for ``torch.func``: its transforms never get here (``eager``).
+# Skips the Python calls of ``apply`` for ``torch.func``, whose transforms never get here.
 _apply = cast(Any, super(torch.autograd.Function, _UnformedNode)).apply
 
 

@@ -39,7 +39,7 @@ from veneer.attach.merging.stored_weights import (
 from veneer.attach.merging.unmerge import require_unsharded
 from veneer.attach.planning.weight_tying import broken_tie_problems, split_tie_problems
 from veneer.errors import MergeError, listing, raise_all, sentence
-from veneer.kernels.rounding import known_rounding
+from veneer.kernels.rounding import check_rounding
 
 
 @one_thread_at_a_time
@@ -103,7 +103,7 @@ def merge(
     if name in attached.chain or not attached.can_merge(name):
         require_attached_base(attached, name, "a merge of")
     require_unsharded(model, "a merge")
-    known_rounding(rounding)
+    check_rounding(rounding)
     if opaque := [weight for weight in stored_weights(model, name) if weight.storage.opaque]:
         storage: Any = opaque[0].storage
         paths = listing(weight.full_path for weight in opaque)

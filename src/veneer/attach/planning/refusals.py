@@ -25,7 +25,7 @@ from veneer.bases import storage_of, unreadable, weight_of
 from veneer.distributed import base_class, spread_problem, within_run_on_all
 from veneer.errors import listing, sentence
 from veneer.layers import ParamRef, kind_for, parameter_path
-from veneer.layers._base import factors
+from veneer.layers._base import can_factor
 
 
 def refusals_of(
@@ -242,7 +242,7 @@ def invocation_problems(
     for entry in low:
         for path, weight in entry.holders:
             module, kind = names.modules[path], kind_for(names.modules[path], weight)
-            factored = kind.product and factors(
+            factored = kind.product and can_factor(
                 kind, module, base_class(module), entry.storage.modules()
             )
             if not factored or entry.weight_readers or entry.tokens is not None:

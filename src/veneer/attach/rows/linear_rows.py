@@ -21,7 +21,7 @@ from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.layer_call import with_update
 from veneer.attach.layer.state import STATE
 from veneer.kernels import batched, device, fused
-from veneer.kernels.dropout import seed as new_seed
+from veneer.kernels.dropout import new_seed
 from veneer.kernels.spans import Span, can_batch, linear, linears
 
 #: outputs of layers that were computed before their own calls
@@ -307,7 +307,7 @@ class LinearRows:
         ):
             return None
         weight = module._parameters[direct.weight]
-        if not device.applies_alike(x, weight):
+        if not device.applies_without_cast(x, weight):
             return None
         bias = None if direct.bias is None else module._parameters[direct.bias]
         if bias is not None and torch.is_grad_enabled() and x.itemsize < 4:

@@ -25,7 +25,7 @@ from veneer.attach import Change, LayerMerge, fold_change
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_of, fingerprint_without_rows, kind_of
 from veneer.kernels.reference import round_once
-from veneer.kernels.rounding import HALF, Folded, Sums, is_inaccurate, known_rounding
+from veneer.kernels.rounding import HALF_DTYPES, Folded, Sums, check_rounding, is_inaccurate
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
 from veneer.models.safetensors_dir import NAMES, Checkpoint, names_by_offset, open_checkpoint
@@ -184,7 +184,7 @@ def plan_job(
     tensors may be identified by the fingerprints in the adapters' records, if ``verify_base``."""
     if not adapters:
         raise MergeError("no adapter", "one or several", "name them")
-    known_rounding(rounding)
+    check_rounding(rounding)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise MergeError(
             f"dtype={dtype}",
@@ -256,7 +256,7 @@ def _choose_rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, use_nu
     """The rounding of a slice. All slices of a parameter are rounded alike: for "auto", the first
     slice that needs it decides, from all of them."""
     tensors = job.merge_plan.split_tensors.get(edit.path)
-    if tensors is None or job.rounding != "auto" or dtype not in HALF:
+    if tensors is None or job.rounding != "auto" or dtype not in HALF_DTYPES:
         return job.rounding
     if edit.path not in job.chosen_roundings:
         rounding_sums = Sums(0.0, 0.0, 0.0, 0.0)
