@@ -151,7 +151,7 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
             if kind_of(module) and targets(name, module)
         ]
         if not paths:
-            do = f"choose among {names.leaves()}"
+            do = f"choose among {names.last_names()}"
             problems.append(sentence("targets callable chose no module", "at least one", do))
         return [ref for path in paths for ref in names.refs(path)]
     chosen: set[ParamRef] = set()
@@ -165,7 +165,7 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
             problem = (
                 f"targets pattern {pattern!r} matches {types}, without parameters of their own"
             )
-            do = f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"
+            do = f"name layers such as {names.last_names()}, or use {pattern + '.*'!r}"
             reasons = [reason for path in matches if (reason := unreadable(names.modules[path]))]
             if reasons:
                 reason, fix = reasons[0]
@@ -176,11 +176,11 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
                 f"targets {pattern!r} means {_MEANING[pattern]}, of which this model has none, but"
                 f" {_count_types(names)}"
             )
-            do = f'use targets="all", or name layers such as {names.leaves()}'
+            do = f'use targets="all", or name layers such as {names.last_names()}'
             problems.append(sentence(problem, "at least one such layer", do))
         elif not refs:
             problem = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
-            expected = f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}"
+            expected = f"a word ({', '.join(WORDS)}) or names such as {names.last_names()}"
             problems.append(sentence(problem, expected, "correct it"))
         chosen.update(refs)
     order = {path: number for number, path in enumerate(names.modules)}
