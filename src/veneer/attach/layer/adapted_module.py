@@ -264,7 +264,7 @@ def restore_module(module: nn.Module) -> None:
 
 
 def _replace_adapted_base(cls: Any, base_cls: Any) -> Any:
-    """A copy of ``cls`` that inherits from ``base_cls`` in place of the adapted class. torch creates
+    """A copy of ``cls`` that inherits from ``base_cls`` in place of the adapted class. torch makes
     such a ``cls`` when a parametrisation is registered on an adapted module."""
     if not issubclass(cls, Adapted):
         return cls

@@ -117,7 +117,9 @@ def _operation(*functions: Any) -> Callable[[Any], Any]:
     Functions that are None are skipped."""
 
     def register(implementation: Any) -> Any:
-        OPERATIONS.update((function, implementation) for function in functions if function is not None)
+        OPERATIONS.update(
+            (function, implementation) for function in functions if function is not None
+        )
         return implementation
 
     return register

@@ -41,18 +41,18 @@ class FusedChange:
     forms_above: float
 
     @property
-    def drops(self) -> float:
+    def active_dropout(self) -> float:
         """The dropout probability: 0 outside of training mode."""
         return self.change.dropout if self.change.training else 0.0
 
-    def fits(self, module: nn.Module, x: Tensor) -> bool:
+    def can_compute_early(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the layer's output for x may be computed before the layer is called: the kernel
         supports x, and no hook of the layer replaces its input."""
         weight: Any = module._parameters[self.weight]
         hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         return not hooks and (fused.applies(x, weight) or device.applies(x, weight))
 
-    def frozen(self, module: nn.Module) -> tuple[Any, Any]:
+    def base_parameters(self, module: nn.Module) -> tuple[Any, Any]:
         """(the layer's weight [out, in], its bias or None)."""
         parameters = module._parameters
         weight: Any = parameters[self.weight]
@@ -69,7 +69,7 @@ class FusedChange:
             factors["A"],
             factors["B"],
         )
-        return self.drops, self.change.scale, *identities(tensors)
+        return self.active_dropout, self.change.scale, *identities(tensors)
 
 
 def identities(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:
@@ -120,7 +120,7 @@ def outputs(
     weights, biases, A, B = [], [], [], []
     on_cpu = x.is_cpu
     for module, fused_change in members:
-        weight, bias = fused_change.frozen(module)
+        weight, bias = fused_change.base_parameters(module)
         weights.append(weight)
         biases.append(bias)
         factors = (
@@ -128,7 +128,7 @@ def outputs(
         )
         A.append(factors["A"])
         B.append(factors["B"])
-    dropout = members[0][1].drops
+    dropout = members[0][1].active_dropout
     if not dropout:
         seed = 0
     elif seed is None:
@@ -168,8 +168,9 @@ class SharedInputLayers:
     def applies(fused_change: FusedChange, x: Tensor) -> bool:
         """Whether the outputs for x can be computed together in the present gradient mode."""
         if torch.is_grad_enabled():
-            return x.grad_fn is not None or (x.requires_grad and fused_change.drops > 0)
-        return fused_change.drops > 0 and not x.is_inference()  # inference tensors have no version
+            return x.grad_fn is not None or (x.requires_grad and fused_change.active_dropout > 0)
+        # inference tensors have no version
+        return fused_change.active_dropout > 0 and not x.is_inference()
 
     def output(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> Tensor:
         """The output of ``module`` with its layer adapter for x [*, in]. ``applies`` must be
@@ -182,13 +183,13 @@ class SharedInputLayers:
             ):
                 return y
         fused_change = layer_adapter.fused_change
-        if layer_adapter is not self.members[0][1] or not fused_change.fits(module, x):
+        if layer_adapter is not self.members[0][1] or not fused_change.can_compute_early(module, x):
             return outputs([(module, fused_change)], x)[0]
         later_members = [
             (later_module, later_adapter)
             for later_module, later_adapter in self.members[1:]
-            if later_adapter.fused_change.fits(later_module, x)
-            and later_adapter.fused_change.drops == fused_change.drops
+            if later_adapter.fused_change.can_compute_early(later_module, x)
+            and later_adapter.fused_change.active_dropout == fused_change.active_dropout
         ]
         later_changes = [
             (later_module, later_adapter.fused_change)
@@ -217,12 +218,12 @@ class SharedInputLayers:
         seed = seeds.pop(id(layer_adapter), None)
         if seed is None:
             fused_change, seed = layer_adapter.fused_change, new_seed()
-            if layer_adapter is self.members[0][1] and fused_change.fits(module, x):
+            if layer_adapter is self.members[0][1] and fused_change.can_compute_early(module, x):
                 seeds |= {
                     id(later_adapter): seed
                     for later_module, later_adapter in self.members[1:]
-                    if later_adapter.fused_change.fits(later_module, x)
-                    and later_adapter.fused_change.drops == fused_change.drops
+                    if later_adapter.fused_change.can_compute_early(later_module, x)
+                    and later_adapter.fused_change.active_dropout == fused_change.active_dropout
                 }
         _PENDING_SEEDS.seeds = (x, x._version, seeds) if seeds else (None, 0, {})
         return seed

@@ -266,7 +266,7 @@ class LayerAdapter(nn.Module):
         shared_layers = self.shared_input_layers if may_share else None
         if shared_layers is not None and shared_layers.applies(fused_change, x):
             return shared_layers.output(module, self, x)
-        if may_share and fused_change.drops and seed is None:
+        if may_share and fused_change.active_dropout and seed is None:
             seed = seed_of(module, self, x)
         return outputs([(module, fused_change)], x, seed)[0]
 

@@ -18,7 +18,12 @@ from veneer import context
 from veneer.attach.layer.adapted_module import layer_states
 from veneer.attach.layer.change import Change, frozen_weight
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.state import ADAPTERS, COPIES_WITHOUT_ROOT, ModelAdapters, one_thread_at_a_time
+from veneer.attach.layer.state import (
+    ADAPTERS,
+    COPIES_WITHOUT_ROOT,
+    ModelAdapters,
+    one_thread_at_a_time,
+)
 from veneer.errors import SelectionError, TargetError, listing, nearest, sentence
 
 

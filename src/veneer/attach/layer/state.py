@@ -133,8 +133,8 @@ def detached_error(name: str | None) -> SelectionError:
     )
 
 
-#: joins adapter names in ``ModelAdapters.merged`` if an adapter was merged over another one that was
-#: not merged when it was attached. No adapter name contains it.
+#: joins adapter names in ``ModelAdapters.merged`` if an adapter was merged over another one that
+#: was not merged when it was attached. No adapter name contains it.
 MERGED_OVER = " + "
 
 
@@ -259,8 +259,8 @@ class ModelAdapters:
         return copied
 
 
-#: copies of ``ModelAdapters`` without a known root: their layers were copied out of a model, and may
-#: now belong to another model or to the same one
+#: copies of ``ModelAdapters`` without a known root. Their layers were copied out of a model, and
+#: may now belong to another model or to the same one.
 COPIES_WITHOUT_ROOT: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
 
 

@@ -235,9 +235,10 @@ def view(
     children: Mapping[str, nn.Module] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A view of ``module`` with the class ``base_cls``, in which parameters and buffers (``values``),
-    ``children`` and ``attributes`` are replaced, each by name. The module is not changed, so several
-    threads may do this at once. (``torch.func.functional_call`` swaps parameters in place.)"""
+    """A view of ``module`` with the class ``base_cls``. ``values`` (parameters and buffers),
+    ``children`` and ``attributes`` replace those of the module, by name. The module is not changed,
+    so several threads may do this at once; ``torch.func.functional_call`` would swap parameters in
+    place."""
     if values and is_parametrized(module):
         # The parametrised class computes weights in properties. The view has the original class,
         # and holds the computed weights.
@@ -265,7 +266,9 @@ def view(
         module_view.__dict__.update(attributes)
     for table_name in ("_parameters", "_buffers"):
         tensors = module.__dict__[table_name]
-        module_view.__dict__[table_name] = {name: values.get(name, tensors[name]) for name in tensors}
+        module_view.__dict__[table_name] = {
+            name: values.get(name, tensor) for name, tensor in tensors.items()
+        }
     added_tensors: Any = {
         name: values[name]
         for name in values.keys() - module_view._parameters.keys() - module_view._buffers.keys()

@@ -1,9 +1,9 @@
 """The reasons why a weight cannot be changed, as texts of errors. Nothing here changes the model.
 
-refusals_of     reasons against a low-rank change, for every module that holds or reads the weight
-check_full      reasons against training parameters in full
+refusals_of             reasons against a low-rank change, for every module that holds the weight
+check_full              reasons against training parameters in full
 invocation_problems     reasons against an adapter that acts from its invocation tokens on
-name_problems   reasons against any adapter of a given name
+name_problems           reasons against any adapter of the name
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from veneer.layers._base import factors
 
 
 def refusals_of(
-    names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
+    names: Names, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]
 ) -> Iterator[str]:
-    """The reasons why a weight cannot be changed, one for each module that holds it."""
+    """The reasons why a weight cannot be changed, one for each module that holds the weight."""
     yield from filter(
-        None, (_refusal(names, holder, ref) for holder in names.holders_of(ref, by_identity))
+        None, (_refusal(names, holder, ref) for holder in names.holders_of(ref, refs_by_id))
     )
 
 
 def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
-    """Why the module ``holder`` cannot run on a changed weight of ``target``, which it holds; or
-    None."""
+    """The reason why the module ``holder`` cannot run on a changed weight; else None. ``target`` is
+    the name of the weight in the config, which the module ``holder`` shares."""
     (path, name), module = holder, names.modules[holder[0]]
     kind, weight = kind_for(module, name), weight_of(module, name)
     shared = (
@@ -98,8 +98,8 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
 
 
 def unreadable_problem(path: str, module: nn.Module) -> str | None:
-    """Why a module with quantised weights cannot carry an adapter. None if it can, or if its
-    weights are not quantised."""
+    """The reason why an adapter cannot change a module with quantised weights. None if it can, or
+    if the weights are not quantised."""
     reason_and_fix = unreadable(module)
     if reason_and_fix is None:
         return None
@@ -109,16 +109,17 @@ def unreadable_problem(path: str, module: nn.Module) -> str | None:
 
 
 def _misread_base_problem(model: nn.Module) -> str | None:
-    """Why the base's own outputs are wrong for its weights, whatever is adapted; or None."""
-    packed = [(path, weight_of(module, "weight")) for path, module in walk(model)]
-    packed = [
+    """An error text if the base computes outputs that do not match its weights, with or without an
+    adapter; else None."""
+    packed_weights = [(path, weight_of(module, "weight")) for path, module in walk(model)]
+    packed_weights = [
         (path, weight, storage_of(weight))
-        for path, weight in packed
+        for path, weight in packed_weights
         if hasattr(weight, "quant_state")
     ]
     misread = [
         f"{path!r} {tuple(storage.shape(weight))}"
-        for path, weight, storage in packed
+        for path, weight, storage in packed_weights
         if storage.misread(weight)
     ]
     if not misread:
@@ -135,8 +136,8 @@ def _misread_base_problem(model: nn.Module) -> str | None:
 
 
 def _readers_refuse(names: Names, path: str, name: str) -> str | None:
-    """Why a module above that reads a parameter, directly or on a fast path, would not see a change
-    of it; or None."""
+    """The reason why a module above, which reads a parameter directly or on a fast path, would not
+    use a change of it; else None."""
     for weight_reader in weight_readers(names, path, name):
         if reason := unadaptable(names, weight_reader.path, weight_reader.method):
             reader = repr(weight_reader.path) if weight_reader.path else "the model"
@@ -149,30 +150,32 @@ def _readers_refuse(names: Names, path: str, name: str) -> str | None:
 
 
 def unadaptable(names: Names, path: str, method: str = "forward") -> str | None:
-    """Why an adapter at ``path`` would have no effect in a method, or cannot be installed there,
-    whatever the module's weights are; or None."""
+    """The reason why an adapter at ``path`` would have no effect in a method, or cannot be
+    installed there, for any weights of the module; else None."""
     return unreachable(names, path, method) or _name_conflict(names.modules[path])
 
 
 def _name_conflict(module: nn.Module) -> str | None:
+    """An error text if a module has a child with the name of the layer state; else None."""
     child = dict(module._modules.items()).get(STATE)  # a ScriptModule's children are no dict
-    free = child is None or isinstance(child, LayerState)
+    is_free = child is None or isinstance(child, LayerState)
     return (
         None
-        if free
+        if is_free
         else f"it has a child of its own called {STATE!r}, where its adapters would stand"
     )
 
 
 def frozen_on_purpose(names: Names) -> set[int]:
-    """The identities of the base's parameters that are frozen while other base parameters train."""
+    """The ``id`` of each base parameter that is frozen while other base parameters train. If no
+    parameter trains, the result is empty."""
     attached = adapters_of(names.model)
-    before = {} if attached is None else attached.required_grad
+    requires_grad_before = {} if attached is None else attached.original_requires_grad
     trains: dict[int, bool] = {}
     for key, refs in names.holders().items():
         (path, name), *_ = refs  # for a tied parameter the first of its names
-        required = names.modules[path]._parameters[name].requires_grad
-        trains[key] = before.get(parameter_path(path, name), required)
+        requires_grad_now = names.modules[path]._parameters[name].requires_grad
+        trains[key] = requires_grad_before.get(parameter_path(path, name), requires_grad_now)
     return (
         {key for key, required in trains.items() if not required} if any(trains.values()) else set()
     )
@@ -184,8 +187,8 @@ def check_full(
     problems: list[str],
     frozen: Set[int] = frozenset(),
 ) -> None:
-    """Add the reasons why parameters cannot be trained in full to ``problems``: forward does not
-    reach them, say, or the user froze them (``frozen``: their identities)."""
+    """Add the reasons why parameters cannot be trained in full to ``problems``, such as that
+    forward does not reach them, or that the user froze them (``frozen``: their ``id``)."""
     for path, parameters in full.items():
         module = names.modules[path]
         reason = unadaptable(names, path) if parameters else None
@@ -195,7 +198,7 @@ def check_full(
         for name in parameters:
             parameter, full_path = module._parameters.get(name), parameter_path(path, name)
             if parameter is None and name in module._parameters:
-                continue  # a bias for a layer without one
+                continue  # a bias that the adapter adds to a layer without one
             if not reason and (reader_reason := _readers_refuse(names, path, name)):
                 problem = f"{full_path!r} trained in full: {reader_reason}"
                 problems.append(sentence(problem, "a module that takes effect", "leave it out"))
@@ -229,8 +232,8 @@ def check_full(
 def invocation_problems(
     names: Names, low: Iterable[Any], full: Mapping[str, Iterable[str]]
 ) -> Iterator[str]:
-    """Why an adapter with these changes (``LowRankPlan``) cannot act from its invocation tokens
-    on."""
+    """The reasons why an adapter with the low-rank changes ``low`` (``LowRankPlan``) and the
+    parameters ``full`` cannot act from its invocation tokens on."""
     cls = base_class(names.model)
     readers = [path for path, module in names.modules.items() if takes_input_ids(module)]
     config = getattr(names.model, "config", None)
@@ -256,7 +259,7 @@ def invocation_problems(
 
 
 def name_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """Why no adapter called ``name`` can be added to the model now."""
+    """The reasons why no adapter called ``name`` can be added to the model now."""
     attached = adapters_of(model)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         yield sentence(
@@ -281,8 +284,8 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         yield problem
     if problem := foreign_layers_problem(model):
         yield problem
-    # The adapter's parameters would not be sharded, their gradients not averaged, and their values
-    # not the same on every rank.
+    # In a sharded model, the adapter's parameters would not be sharded, their gradients would not
+    # be averaged, and their values would differ between the ranks.
     do = "attach or load the adapter first, then shard the model (fully_shard)"
     if not within_run_on_all() and (
         problem := spread_problem((module for _, module in walk(model)), "an adapter", do)
