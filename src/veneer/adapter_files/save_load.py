@@ -223,7 +223,7 @@ def _content(
     names = Names(model)
     peft_form = peft_entries(names, name)
     # an adapter of merged weights has no base with a name
-    if base_name is None and need_adapters(model).selections[name].on is None:
+    if base_name is None and need_adapters(model).selections[name].merged_at_attach is None:
         base_name = base_name_of(model)
     weights = {
         parameter_path(weight_path, weight): (weight_of(module, weight), change)

@@ -141,7 +141,7 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
 def _runs_on_top(attached: ModelAdapters) -> bool:
     """Whether a forward would use an adapter that was attached on top of the merged weights."""
     chosen = context.current.selection.get(attached.uid, attached.default)
-    return chosen.name in attached.configs and chosen.on == attached.merged
+    return chosen.name in attached.configs and chosen.merged_at_attach == attached.merged
 
 
 def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:

@@ -1,9 +1,9 @@
 """Collect the data from which some variants initialise their parameters. The data come from the
 base model without adapters, in evaluation mode:
 
-inputs     Σ xᵀx over the batches, [g, in, in]          EVA
-gradient   ∂ loss / ∂W over the batches, [g, out, in]   LoRA-GA
-original   W before it was quantised, [g, out, in]      LoftQ
+inputs     Σ xᵀx over the inputs x in all batches, [g, in, in]     EVA
+gradient   Σ ∂ loss / ∂W over the batches, [g, out, in]            LoRA-GA
+original   W before it was quantised, [g, out, in]                 LoftQ
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from veneer.variants import VARIANTS
 #: the largest input width of a layer whose second moment [in, in] is collected, to bound its memory
 MAX_INPUTS = 32_768
 
+#: (model, batch) -> the loss of the model for the batch
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -42,12 +43,12 @@ def collect_calibration_data(
     loss: Loss | None,
     original: nn.Module | Mapping[str, Tensor] | None,
 ) -> Calibration | None:
-    """A function that returns the data of one planned weight, or None if the variant of ``plans``
-    needs no data.
+    """A function that returns the data of one planned weight (``Calibration``). None if the variant
+    of ``plans`` needs no data.
 
     Raises:
-        ConfigError: data that the variant needs are missing or cannot be computed for some of these
-            layers, or an argument was passed that the variant would ignore.
+        ConfigError: data that the variant needs are missing, or cannot be computed for some of the
+            planned layers; or an argument was passed that the variant would ignore.
     """
     variant = VARIANTS[plans.config.variant]
     modules = Names(model).modules
@@ -70,11 +71,18 @@ def collect_calibration_data(
 
 
 def _problems(
-    plans: Plans, modules: Mapping[str, nn.Module], batches: bool, loss: bool, original: bool
+    plans: Plans,
+    modules: Mapping[str, nn.Module],
+    has_batches: bool,
+    has_loss: bool,
+    has_original: bool,
 ) -> Iterator[str]:
+    """The reasons why the data cannot be collected: arguments that are missing, or that the variant
+    ignores, and weights for which there is no such data."""
     variant = VARIANTS[plans.config.variant]
     sources = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
-    for (name, provides), passed in zip(sources.items(), (batches, original, loss), strict=True):
+    is_passed = (has_batches, has_original, has_loss)
+    for (name, provides), passed in zip(sources.items(), is_passed, strict=True):
         if passed and not variant.needs & provides:
             yield sentence(
                 f"{name}=",
@@ -113,13 +121,14 @@ def _problems(
 
 
 def _has_low_rank(entry: LowRankPlan) -> bool:
-    """Whether the variant initialises a low-rank change; False if only token rows are trained."""
+    """Whether an entry of the plan has a low-rank change, which the variant initialises. False if
+    only token rows are trained."""
     return entry.rank > 0
 
 
 @contextmanager
 def _use_base(model: nn.Module) -> Iterator[None]:
-    """A block in which the model runs without adapters, in evaluation mode."""
+    """A context manager in which the model runs without adapters, in evaluation mode."""
     attached, modes = adapters_of(model), {module: module.training for module in model.modules()}
     try:
         with context.override({attached.uid: BASE} if attached else {}):
@@ -137,6 +146,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The ``loss`` of the model's output."""
     loss = getattr(_call(model, batch), "loss", None)
     if loss is None:
         problem = "a model whose output has no .loss for these batches"
@@ -149,22 +159,24 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 def _input_moments(
     model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any]
 ):
+    """Σ xᵀx over the batches, [g, in, in], by the planned weight."""
     moments: dict[ParamRef, Tensor] = {}
 
-    def watch(entry: LowRankPlan, kind: Layer, weight: str) -> Callable:
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def make_hook(entry: LowRankPlan, kind: Layer, weight: str) -> Callable:
+        def add_moment(module: nn.Module, args: tuple, kwargs: dict) -> None:
             arguments = inspect.signature(module.forward).bind(*args, **kwargs)
             arguments.apply_defaults()
             rows = double(kind.inputs(module, weight, arguments.args))  # [g, tokens, in]
             moment = rows.mT @ rows
             moments[entry.ref] = moments[entry.ref] + moment if entry.ref in moments else moment
 
-        return before
+        return add_moment
 
     with ExitStack() as stack:
         for entry in filter(_has_low_rank, plans.low):
-            reader, kind, weight = _weight_reader(entry, modules)
-            handle = reader.register_forward_pre_hook(watch(entry, kind, weight), with_kwargs=True)
+            module, kind, weight = _computing_layer(entry, modules)
+            hook = make_hook(entry, kind, weight)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         with _use_base(model), torch.no_grad():
             for batch in batches:
@@ -173,16 +185,17 @@ def _input_moments(
     return moments
 
 
-def _weight_reader(
+def _computing_layer(
     entry: LowRankPlan, modules: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, Layer, str]:
-    """(module, kind, weight's name below that module) of the layer that computes with a weight:
-    the weight's module, or the parent module if the parent's kind includes it."""
-    above, _, child = entry.path.rpartition(".")
-    weight_reader = modules[above]
-    kind = kind_of(weight_reader) if entry.path else None
-    if kind is not None and child in kind.below(weight_reader):
-        return weight_reader, kind, parameter_path(child, entry.weight)
+    """(module, kind, path of the weight below this module) of the layer that computes with a
+    planned weight. This is the module that holds the weight, or its parent, if the parent's kind
+    computes with the weights of this child."""
+    parent_path, _, child_name = entry.path.rpartition(".")
+    parent = modules[parent_path]
+    kind = kind_of(parent) if entry.path else None
+    if kind is not None and child_name in kind.below(parent):
+        return parent, kind, parameter_path(child_name, entry.weight)
     return modules[entry.path], entry.layer, entry.weight
 
 
@@ -193,13 +206,14 @@ def _loss_gradients(
     batches: Iterable[Any],
     loss: Loss,
 ):
+    """Σ ∂ loss / ∂W over the batches, [g, out, in], by the planned weight."""
     weights = {
         entry.ref: weight_of(modules[entry.path], entry.weight)
         for entry in filter(_has_low_rank, plans.low)
     }
-    if not weights:  # only vectors, which no variant initialises
+    if not weights:  # no weight has a change that a variant initialises
         return {}
-    required = {ref: weight.requires_grad for ref, weight in weights.items()}
+    requires_grad_before = {ref: weight.requires_grad for ref, weight in weights.items()}
     sums: dict[ParamRef, Tensor] = {}
     try:
         for weight in weights.values():
@@ -215,7 +229,7 @@ def _loss_gradients(
                         sums[ref] = sums[ref] + dense if ref in sums else dense
     finally:
         for ref, weight in weights.items():
-            weight.requires_grad_(required[ref])
+            weight.requires_grad_(requires_grad_before[ref])
     _require_all(plans, sums, "gradient")
     return {
         entry.ref: _planned_rows(entry, sums[entry.ref])
@@ -226,6 +240,7 @@ def _loss_gradients(
 def _original_weights(
     plans: Plans, original: nn.Module | Mapping[str, Tensor]
 ) -> dict[ParamRef, Tensor]:
+    """The weights from before the base was quantised, [g, out, in], by the planned weight."""
     state = original.state_dict() if isinstance(original, nn.Module) else original
     problems, weights = [], {}
     for entry in filter(_has_low_rank, plans.low):
@@ -250,13 +265,15 @@ def _original_weights(
 
 
 def _planned_rows(entry: LowRankPlan, dense: Tensor) -> Tensor:
-    """A tensor of the weight's shape as [g, out, in], with only the rows that the plan changes."""
+    """A tensor of the weight's shape, reshaped to [g, out, in], with only the output rows that the
+    plan changes."""
     values = entry.layer.unfold(dense, entry.dims)
     return values if entry.rows is None else values[:, list(entry.rows)]
 
 
 def _require_all(plans: Plans, data: Mapping[ParamRef, Tensor], kind: str) -> None:
-    """Raise a ConfigError if the batches gave no data of this kind for some planned weights."""
+    """Raise a ConfigError if the batches gave no data of this ``kind``, "inputs" or "gradient", for
+    some planned weights."""
     missing = [
         entry.full_path for entry in filter(_has_low_rank, plans.low) if entry.ref not in data
     ]

@@ -73,7 +73,7 @@ class ResolvedLowRank:
     dims: Dims
 
     read_below = {}
-    entries = {}
+    read_below_by_method = {}
     storage = BASES["plain"]
     # for calls without batched products (under autocast, with gradients): runs the layer on W + ΔW
     run = run_on_view
@@ -193,7 +193,7 @@ def resident_of(
     resolved_low, general = _split_adapters(Names(model), layer_adapters, dtype)
     table = {
         key: entry.layer_adapter if isinstance(entry, InvokedAdapter) else entry
-        for key, entry in attached.selections[name].table.items()
+        for key, entry in attached.selections[name].usable_layer_adapters.items()
     }
     if general or any(id(layer_adapter) not in resolved_low for layer_adapter in table.values()):
         return None
@@ -292,7 +292,7 @@ def _split_adapters(
     below = {
         id(nested)
         for layer_adapter in layer_adapters.values()
-        for table in (layer_adapter.read_below, *layer_adapter.entries.values())
+        for table in (layer_adapter.read_below, *layer_adapter.read_below_by_method.values())
         for nested in table.values()
     }
     for path, layer_adapter in layer_adapters.items():
@@ -334,11 +334,13 @@ def _resolve_adapter(
     """[A, B, gain, bias] of a layer adapter that is one product and perhaps a bias; None for any
     other."""
     layer_state = state_of(module)
-    plain = layer_state is not None and layer_state.product and len(layer_adapter.changes) == 1
+    plain = (
+        layer_state is not None and layer_state.is_plain_product and len(layer_adapter.changes) == 1
+    )
     if (
         not plain
         or layer_adapter.read_below
-        or layer_adapter.entries
+        or layer_adapter.read_below_by_method
         or layer_adapter.full._buffers
         or layer_adapter.full._parameters.keys() - {"bias"}
     ):

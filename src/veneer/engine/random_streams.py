@@ -171,7 +171,7 @@ class DropoutByAdapter(TorchFunctionMode):
                 for piece, split in zip(pieces, by_row, strict=True)
             ]
             keywords = dict(zip(kwargs, arguments[len(args) :], strict=True))
-            with selection.stream:  # pyright: ignore[reportOptionalContextManager]
+            with selection.random_stream:  # pyright: ignore[reportOptionalContextManager]
                 outputs.append(func(*arguments[: len(args)], **keywords))
         return torch.cat(outputs)
 

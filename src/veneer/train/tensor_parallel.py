@@ -176,7 +176,7 @@ def _layer_adapters(module: nn.Module) -> Iterator[LayerAdapter]:
 def _misfits(path: str, layer: CutLayer) -> Iterator[str]:
     """Problems with adapters that a cut layer does not support."""
     for adapter in _layer_adapters(layer.module):
-        if adapter.read_below or adapter.entries:
+        if adapter.read_below or adapter.read_below_by_method:
             yield f"{path}, of which other methods than forward read adapted weights"
         for name, change in adapter.changes.items():
             names = {*change._parameters, *change._buffers} - {*SIDES}

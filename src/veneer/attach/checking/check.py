@@ -103,7 +103,6 @@ def check(
     model: nn.Module, example: Any, name: str | Mapping[str, float] | None = None
 ) -> CheckReport:
     """Run ``example`` through ``model`` and prove that the output depends on each of the adapter's
-    """Run ``example`` through ``model`` and prove that the output depends on each of the adapter's
     changes.
 
     The model's modes, gradients, parameters and random state are restored afterwards. The model

@@ -145,8 +145,8 @@ class ParametersComputedOnce:
 def compute_weight(change: Change, weight: Any) -> Tensor:
     """``change.changed_weight`` in the dtype of the weight. It is computed in at least float32, in
     the memory of ΔW."""
-    low, gain = change.resolve(weight)
-    changed_weight = _add_delta(change, weight, low)
+    low_rank, gain = change.resolve(weight)
+    changed_weight = _add_delta(change, weight, low_rank)
     if gain is not None:
         spread_gain = change.layer.spread(
             gain.to(changed_weight.dtype), change.dims, changed_weight.shape
@@ -156,10 +156,10 @@ def compute_weight(change: Change, weight: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _add_delta(change: Change, weight: Any, low: LowRank) -> Tensor:
+def _add_delta(change: Change, weight: Any, low_rank: LowRank) -> Tensor:
     """W + ΔW in at least float32."""
     dense = change.storage.dense(weight)
-    return change.layer.fold(low.delta(at_least_float32(dense.dtype)), dense.shape).add_(dense)
+    return change.layer.fold(low_rank.delta(at_least_float32(dense.dtype)), dense.shape).add_(dense)
 
 
 class _ChangedWeight(torch.autograd.Function):
@@ -180,8 +180,8 @@ class _ChangedWeight(torch.autograd.Function):
         change, weight, shape = ctx.change, ctx.weight, gradient.shape
         wide_dtype = at_least_float32(gradient.dtype)
         with torch.enable_grad():
-            low, gain = change.resolve(weight)
-            delta = change.layer.fold(low.delta(wide_dtype), shape)
+            low_rank, gain = change.resolve(weight)
+            delta = change.layer.fold(low_rank.delta(wide_dtype), shape)
             if gain is None:
                 spread_gain = None
             else:
@@ -191,14 +191,14 @@ class _ChangedWeight(torch.autograd.Function):
                 for factor in (delta, spread_gain)
                 if factor is not None and factor.requires_grad
             ]
-            low, trains_delta = (
-                LowRank(low.A.detach(), low.B.detach(), low.scale),
+            low_rank, trains_delta = (
+                LowRank(low_rank.A.detach(), low_rank.B.detach(), low_rank.scale),
                 delta.requires_grad,
             )
             del delta  # so that the gradient can reuse its memory
         wide_gradient, edge_gradients = gradient.to(wide_dtype), []
         if spread_gain is not None and spread_gain.requires_grad:
-            changed = _add_delta(change, weight, low)
+            changed = _add_delta(change, weight, low_rank)
             edge_gradients.append(changed.mul_(wide_gradient).sum_to_size(spread_gain.shape))
             del changed
         if trains_delta:

@@ -5,6 +5,7 @@
 
 The layer stays the same object with the same parameters. ``adapted_class`` creates one subclass for
 each class of layer and each set of methods, besides ``forward``, that read a changed weight.
+"""
 
 from __future__ import annotations
 

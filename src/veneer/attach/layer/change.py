@@ -166,22 +166,27 @@ class Change(nn.Module):
     ) -> tuple[LowRank, Tensor | None]:
         """``resolve`` without the trained token rows."""
         parameters = self.adapter_parameters
+        if dtype is not None:
             parameters = {
                 name: precision.cast(tensor, dtype) for name, tensor in parameters.items()
             }
         if self.frozen_input is not None and "A" in parameters:
             # Zero the column before the variant runs, because its gain may depend on ΔW.
             parameters["A"] = zero_column(parameters["A"], self.frozen_input)
-        low, gain = self.variant.resolve(parameters, self.scale, self._weight_reader(weight, dtype))
+        low_rank, gain = self.variant.resolve(
+            parameters, self.scale, self._weight_reader(weight, dtype)
+        )
         if self.rows is not None:
-            row_indices = self._indices_on(low.B.device, "rows")
-            low = low.expand_rows(row_indices, self.dims.out)
+            row_indices = self._indices_on(low_rank.B.device, "rows")
+            low_rank = low_rank.expand_rows(row_indices, self.dims.out)
             gain = (
                 None
                 if gain is None
                 else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, row_indices, gain)
             )
-        return low if self.frozen_input is None else low.zero_input(self.frozen_input), gain
+        if self.frozen_input is not None:
+            low_rank = low_rank.zero_input(self.frozen_input)
+        return low_rank, gain
 
     def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
         """``resolve`` in float64, for a merge. In float64, a matrix has the same gain whether it is
@@ -226,17 +231,17 @@ class Change(nn.Module):
     def changed_weight(
         self,
         weight: Any,
-        low: LowRank | None,
+        low_rank: LowRank | None,
         gain: Tensor | None,
         dtype: torch.dtype,
         with_dropout: bool = False,
     ) -> Tensor:
-        """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low``,
+        """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low_rank``,
         ``gain ⊙ W``. This is the definition of an adapter. In training mode ``with_dropout`` drops
         whole input columns of ΔW, so that every row of the input has the same dropout mask."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
-        if low is not None:
-            delta = low.delta(dtype)
+        if low_rank is not None:
+            delta = low_rank.delta(dtype)
             if with_dropout and self.training and self.dropout:
                 delta = delta * F.dropout(
                     delta.new_ones(delta.shape[0], 1, delta.shape[2]), self.dropout

@@ -66,9 +66,9 @@ def unformed_weights_of(
     source = next((leaf for leaf in leaves if is_float(leaf)), None)
     return {
         name: make_unformed(
-            Stack(weight, low.A, low.B, low.scale, can_form, call_state, source)
+            Stack(weight, low_rank.A, low_rank.B, low_rank.scale, can_form, call_state, source)
         )
-        for name, (weight, low) in changes.items()
+        for name, (weight, low_rank) in changes.items()
     }
 
 
@@ -99,13 +99,15 @@ def is_stack(change: Change, weight: Any) -> bool:
     )
 
 
-def drop_inputs(change: Change, low: LowRank) -> LowRank:
-    """``low``, a change of a stack, with dropout of whole input columns in training mode, as
+def drop_inputs(change: Change, low_rank: LowRank) -> LowRank:
+    """``low_rank``, a change of a stack, with dropout of whole input columns in training mode, as
     ``Change.changed_weight`` applies it."""
     if not (change.training and change.dropout):
-        return low
-    mask = F.dropout(low.A.new_ones(low.A.shape[0], 1, low.A.shape[2]), change.dropout)
-    return LowRank(low.A * mask, low.B, low.scale)
+        return low_rank
+    mask = F.dropout(
+        low_rank.A.new_ones(low_rank.A.shape[0], 1, low_rank.A.shape[2]), change.dropout
+    )
+    return LowRank(low_rank.A * mask, low_rank.B, low_rank.scale)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -147,9 +149,7 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
 def _select_matrix(weight: Unformed, index: int) -> Unformed:
     matrix_count = weight.stack.W.shape[0]
     if not -matrix_count <= index < matrix_count:
-        raise IndexError(
-            f"index {index} is out of bounds for dimension 0 with size {matrix_count}"
-        )
+        raise IndexError(f"index {index} is out of bounds for dimension 0 with size {matrix_count}")
     return weight.take_matrices(index % matrix_count)
 
 
@@ -370,8 +370,10 @@ def _matrix_product(
             return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
         return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
     y = F.linear(x, W, bias)
-    low = LowRank(A, B, scale) if _has_autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
-    return reference.matmul_update(x, low.A, low.B, scale, y)
+    low_rank = (
+        LowRank(A, B, scale) if _has_autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
+    )
+    return reference.matmul_update(x, low_rank.A, low_rank.B, scale, y)
 
 
 def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:

@@ -124,11 +124,11 @@ class InvokedAdapter:
         kind: Any = call.layer_state.layer
         change = self.layer_adapter.changes[kind.weight]
         call.refuse_other_dtype(change)
-        low, _ = change.resolve(frozen_weight(change, call.module, kind.weight))
+        low_rank, _ = change.resolve(frozen_weight(change, call.module, kind.weight))
         y = call.base_output(change, with_bias=True)
         x = call.x.reshape(-1, call.x.shape[-1])[indices]
         x = drop(x, change.dropout) if change.dropout and change.training else x
-        update = kind.update(call.module, x, low.to(x.dtype), None)
+        update = kind.update(call.module, x, low_rank.to(x.dtype), None)
         return y.reshape(-1, y.shape[-1]).index_add(0, indices, update.to(y.dtype)).view(y.shape)
 
     def _unknown_tokens_error(self, module: nn.Module) -> SelectionError:

@@ -188,9 +188,7 @@ class LayerAdapter(nn.Module):
                     factors: Any = change._parameters
                     bias = None if fused_change.bias is None else parameters[fused_change.bias]
                     weight = weight.mT if fused_change.flipped else weight
-                    linear = (
-                        fused.linear if torch.is_grad_enabled() else fused.linear_without_graph
-                    )
+                    linear = fused.linear if torch.is_grad_enabled() else fused.linear_without_graph
                     return linear(change.scale, x, weight, bias, factors["A"], factors["B"])
                 if device.applies(x, weight):
                     return self._run_with_shared_input(module, fused_change, x, may_share, seed)
@@ -216,7 +214,7 @@ class LayerAdapter(nn.Module):
         if is_jagged(call.x) and kind.by_position:
             return run_on_values(self._run_unfused, call)
         change = self.changes[kind.weight]
-        low, gain = change.resolve(frozen_weight(change, module, kind.weight))
+        low_rank, gain = change.resolve(frozen_weight(change, module, kind.weight))
         dropout = change.dropout if change.training else 0.0
         linear_call = LinearCall(call, full, bool(self.read_below_by_method))
         linear_call.refuse_other_dtype(change)
@@ -226,8 +224,8 @@ class LayerAdapter(nn.Module):
             gain is not None and layer_state.transposed
         ):
             weight, bias = linear_call.weight, linear_call.bias(change)
-            return run_materialised(change, kind, module, call.x, weight, bias, low, gain)
-        return run_factored(linear_call, change, low, gain, dropout)
+            return run_materialised(change, kind, module, call.x, weight, bias, low_rank, gain)
+        return run_factored(linear_call, change, low_rank, gain, dropout)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
         """(W, ΔW) of every changed weight, by name. None unless each weight is a plain stack of
@@ -244,13 +242,13 @@ class LayerAdapter(nn.Module):
         for name, change in self.changes.items():
             if _trains_both_factors(change) and change.rows is change.tokens is None:
                 parameters: Any = change._parameters  # in every layer of a decoding step
-                low, gain = LowRank(parameters["A"], parameters["B"], change.scale), None
+                low_rank, gain = LowRank(parameters["A"], parameters["B"], change.scale), None
             else:
-                low, gain = change.resolve(weights[name])
+                low_rank, gain = change.resolve(weights[name])
             if gain is not None:
                 self.has_gain = True
                 return None
-            stacks[name] = weights[name], drop_inputs(change, low)
+            stacks[name] = weights[name], drop_inputs(change, low_rank)
         return stacks
 
     def _run_with_shared_input(
@@ -277,9 +275,9 @@ class LayerAdapter(nn.Module):
         for name, change in self.changes.items():
             weight = frozen_weight(change, module, name)
             dtype = change.storage.dtype(weight)
-            low, gain = change.resolve(weight)
+            low_rank, gain = change.resolve(weight)
             changed_weight = change.changed_weight(
-                weight, low, gain, at_least_float32(dtype), with_dropout=True
+                weight, low_rank, gain, at_least_float32(dtype), with_dropout=True
             )
             changed_weights[name] = changed_weight if wide else changed_weight.to(dtype)
         return changed_weights

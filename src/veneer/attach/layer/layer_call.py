@@ -118,7 +118,7 @@ def _run_base(call: Call, module: Any) -> Any:
 def run_factored(
     call: LinearCall,
     change: Change,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
     dropout: float,
     may_form: bool = False,
@@ -129,14 +129,14 @@ def run_factored(
     kind: Any = layer_state.layer
     bias = call.bias(change)
     if gain is None and layer_state.is_plain_product and fused.applies(x, weight):
-        low = low.T if layer_state.transposed else low
+        low_rank = low_rank.T if layer_state.transposed else low_rank
         settings = fused.Settings(
-            (low.scale,), dropout, new_seed() if dropout else 0, may_form and not dropout
+            (low_rank.scale,), dropout, new_seed() if dropout else 0, may_form and not dropout
         )
         matrix = weight.mT if kind.out_axis == 1 else weight
-        return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
+        return fused.linears(settings, x, (matrix,), (bias,), (low_rank.A[0],), (low_rank.B[0],))[0]
     if kind.product and device.plain(x):
-        y = _run_on_device(change, kind, layer_state, x, weight, bias, low, gain, dropout)
+        y = _run_on_device(change, kind, layer_state, x, weight, bias, low_rank, gain, dropout)
         if y is not None:
             return y
     has_fused_path = (
@@ -146,12 +146,12 @@ def run_factored(
         and not change.storage.opaque
     )
     if has_fused_path and (fused.applies(x, weight) or device.applies_alike(x, weight)):
-        y = None if context.current.path else kind.fused(module, x, weight, bias, low, dropout)
+        y = None if context.current.path else kind.fused(module, x, weight, bias, low_rank, dropout)
         if y is not None:
             return y
     y = call.base_output(change, with_bias=gain is None)
     return add_update(
-        kind, module, x, y, low.T if layer_state.transposed else low, gain, bias, dropout
+        kind, module, x, y, low_rank.T if layer_state.transposed else low_rank, gain, bias, dropout
     )
 
 
@@ -162,7 +162,7 @@ def _run_on_device(
     x: Tensor,
     weight: Any,
     bias: Any,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
     dropout: float,
 ) -> Tensor | None:
@@ -183,10 +183,18 @@ def _run_on_device(
         ):
             return None
         matrix = partial(_read_dense, change, weight, kind.out_axis == 1)
-    low = low.T if layer_state.transposed else low
+    low_rank = low_rank.T if layer_state.transposed else low_rank
     seed = new_seed() if dropout else 0
     return device.linears(
-        (low.scale,), x, (matrix,), (bias,), (low.A,), (low.B,), (gain,), dropout, seed
+        (low_rank.scale,),
+        x,
+        (matrix,),
+        (bias,),
+        (low_rank.A,),
+        (low_rank.B,),
+        (gain,),
+        dropout,
+        seed,
     )[0]
 
 
@@ -209,18 +217,18 @@ def add_update(
     module: nn.Module,
     x: Tensor,
     y: Tensor,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
     bias: Any,
     dropout: float,
 ) -> Tensor:
     """The output in factored form, given y = op(x; W). If there is a gain, y must not contain the
     bias: ``bias`` is added after the gain."""
-    low = low.to(x.dtype if x.is_floating_point() else y.dtype)
+    low_rank = low_rank.to(x.dtype if x.is_floating_point() else y.dtype)
     if dropout and not kind.drops_input:
-        y = y + kind.update(module, x, low, None) * _token_mask(x, dropout, y.dtype)
+        y = y + kind.update(module, x, low_rank, None) * _token_mask(x, dropout, y.dtype)
     else:
-        y = kind.update(module, drop(x, dropout) if dropout else x, low, y)
+        y = kind.update(module, drop(x, dropout) if dropout else x, low_rank, y)
     if gain is not None:
         y = y * kind.per_output(module, gain, y).to(y.dtype)
         y = y if bias is None else y + kind.per_output(module, bias, y).to(y.dtype)
@@ -234,7 +242,7 @@ def run_materialised(
     x: Tensor,
     weight: Any,
     bias: Any,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
 ) -> Tensor:
     """y = op(x; gain ⊙ (W + ΔW)) + bias, with dropout on the inputs of ΔW."""
@@ -250,7 +258,7 @@ def run_materialised(
     dropout = change.dropout if change.training else 0
     with no_autocast(x) if runs_wide else nullcontext():
         wide_x = widen(x, dtype) if runs_wide else x
-        changed_weight = change.changed_weight(weight, low, gain, dtype)
+        changed_weight = change.changed_weight(weight, low_rank, gain, dtype)
         if not dropout:
             y = kind.op(module, wide_x, changed_weight, bias)
         else:

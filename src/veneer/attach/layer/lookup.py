@@ -79,11 +79,11 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
             problem, f"one of {', '.join(attached.configs)}", "use a name that is attached"
         )
     return attached
-    """An error text if layers of this model have adapters that were attached through another model
-    object; else None."""
+
 
 def foreign_layers_problem(model: nn.Module) -> str | None:
-    """The problem of layers in this model that have adapters of another model, or None."""
+    """An error text if layers of this model have adapters that were attached through another model
+    object; else None."""
 
     def foreign_paths() -> list[str]:
         attached = adapters_of(model)
@@ -175,6 +175,12 @@ def _require_layers_present(attached: ModelAdapters, name: str, present_keys: se
     ]
     if missing_keys:
         paths = [repr(attached.layer_paths.get(key, f"layer {key}")) for key in missing_keys]
+        problem = (
+            f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it"
+            " was attached"
+        )
+        do = "put the layers back, or detach, change the model, and attach or load again"
+        raise SelectionError(problem, "every layer that the adapter changes", do)
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:

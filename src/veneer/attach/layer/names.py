@@ -61,9 +61,7 @@ class Names:
             refs_by_id.setdefault(id(parameter), []).append(ref)
         return refs_by_id
 
-    def holders_of(
-        self, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]
-    ) -> list[ParamRef]:
+    def holders_of(self, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]) -> list[ParamRef]:
         """(path, name) of every module that holds the parameter ``ref``, in the model's order.
         ``refs_by_id`` is the result of ``holders``."""
         return refs_by_id.get(id(weight_of(self.modules[ref[0]], ref[1])), [ref])

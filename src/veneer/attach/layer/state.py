@@ -92,8 +92,7 @@ class OutsideGenerator(ActiveAdapter):
 
     def selection_error(self) -> SelectionError:
         problem = (
-            "a call outside of a generator that is suspended inside of"
-            f" `with {self.block_source}:`"
+            f"a call outside of a generator that is suspended inside of `with {self.block_source}:`"
         )
         expected = "a call inside of that block, or one that selects for itself"
         do = (

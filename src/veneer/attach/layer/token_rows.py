@@ -33,7 +33,7 @@ def initial_rows(dense: Tensor, ids: Tensor) -> Tensor:
 
 
 def with_rows(
-    low: LowRank | None,
+    low_rank: LowRank | None,
     gain: Tensor | None,
     token_rows: Tensor,
     ids: Tensor,
@@ -41,7 +41,7 @@ def with_rows(
     layer: Layer,
 ) -> tuple[LowRank, Tensor | None]:
     """(ΔW, gain) of a weight ``dense`` [V, d] whose rows ``ids`` become ``token_rows`` [n, d]. All
-    other rows are changed by ``low`` and ``gain``. ``layer`` is the kind of the layer."""
+    other rows are changed by ``low_rank`` and ``gain``. ``layer`` is the kind of the layer."""
     dtype = at_least_float32(token_rows.dtype)
     rows, vocabulary_size = token_rows.to(dtype), len(dense)
     if gain is not None and layer.out_axis == 1:
@@ -51,13 +51,17 @@ def with_rows(
     difference = rows - dense.index_select(0, ids).to(dtype)
     one_hot = difference.new_zeros(len(ids), vocabulary_size).scatter_(1, ids[:, None], 1)
     A, B = (one_hot, difference.mT) if layer.out_axis == 1 else (difference, one_hot.mT)
-    if low is None:
+    if low_rank is None:
         return LowRank(A[None], B[None], 1.0), gain
     if layer.out_axis == 1:
-        low = LowRank(low.A.index_fill(2, ids, 0), low.B, low.scale)
+        low_rank = LowRank(low_rank.A.index_fill(2, ids, 0), low_rank.B, low_rank.scale)
     else:
-        low = LowRank(low.A, low.B.index_fill(1, ids, 0), low.scale)
+        low_rank = LowRank(low_rank.A, low_rank.B.index_fill(1, ids, 0), low_rank.scale)
     return (
-        LowRank(torch.cat([low.A, A[None]], 1), torch.cat([low.B * low.scale, B[None]], 2), 1.0),
+        LowRank(
+            torch.cat([low_rank.A, A[None]], 1),
+            torch.cat([low_rank.B * low_rank.scale, B[None]], 2),
+            1.0,
+        ),
         gain,
     )

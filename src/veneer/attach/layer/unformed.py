@@ -118,8 +118,10 @@ class Stack:
             raise CannotFormError
         W, A, B = self.factors(index, False)
         wide_dtype = at_least_float32(W.dtype)
-        low = LowRank(A, B, self.scale) if W.dim() == 3 else LowRank(A[None], B[None], self.scale)
-        dense = (W.to(wide_dtype) + low.delta(wide_dtype).view(W.shape)).to(W.dtype)
+        low_rank = (
+            LowRank(A, B, self.scale) if W.dim() == 3 else LowRank(A[None], B[None], self.scale)
+        )
+        dense = (W.to(wide_dtype) + low_rank.delta(wide_dtype).view(W.shape)).to(W.dtype)
         return dense.mT if flipped else dense
 
 

@@ -88,7 +88,7 @@ def _fold_low_rank(
     """
     change, storage, path = weight.keeper, weight.storage, weight.full_path
     storage.prepare(weight.module)
-    low, gain = weight.change()
+    low_rank, gain = weight.change()
     dense, dense_name = storage.dense(weight.target).detach(), storage.dense_name
     is_unsharded = type(dense) in (Tensor, nn.Parameter)
     # whether the representable values are known, so that this code chooses the rounding
@@ -101,7 +101,7 @@ def _fold_low_rank(
         if moment is not None:
             problem = f"{path}: inputs= of a weight that is rounded as it is stored or read"
             problems.append(sentence(problem, "none: it has no faithful rounding", "leave it out"))
-        exact = change.changed_weight(weight.target, low, gain, torch.float64)
+        exact = change.changed_weight(weight.target, low_rank, gain, torch.float64)
         return _encode(weight, change.layer.apply_forward_rewrite(weight.module, exact), problems)
     matrix = change.layer.unfold(dense, change.dims)
     moment_shape = len(matrix), *[matrix.shape[2]] * 2
@@ -115,8 +115,8 @@ def _fold_low_rank(
         problems.append(sentence(problem, expected, "give that of the inputs of this weight"))
         return None
     if dense_name is None:
-        return _fold_onto_grid(weight, matrix, low, gain, rounding, moment, problems)
-    folded = fold_change(change, matrix, low, gain, rounding=rounding, inputs=moment)
+        return _fold_onto_grid(weight, matrix, low_rank, gain, rounding, moment, problems)
+    folded = fold_change(change, matrix, low_rank, gain, rounding=rounding, inputs=moment)
     if not folded.finite:
         problems.append(_not_finite_problem(weight, dense.dtype))
         return None
@@ -127,10 +127,10 @@ def _fold_low_rank(
 
 
 def fold_change(
-    change: Change, weight: Tensor, low: LowRank, gain: Tensor | None, **options: Any
+    change: Change, weight: Tensor, low_rank: LowRank, gain: Tensor | None, **options: Any
 ) -> Folded:
     """``fold`` of a weight [g, out, in] of the layer of ``change``, or of a slice of it."""
-    return fold(weight, low, gain, side=_rounding_side(change), **options)
+    return fold(weight, low_rank, gain, side=_rounding_side(change), **options)
 
 
 def _rounding_side(change: Change) -> str:
@@ -142,7 +142,7 @@ def _rounding_side(change: Change) -> str:
 def _fold_onto_grid(
     weight: StoredWeight,
     matrix: Tensor,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
     rounding: str,
     moment: Tensor | None,
@@ -151,7 +151,9 @@ def _fold_onto_grid(
     """The new content of a quantised weight. It is first rounded to the nearest values of its grid.
     Unless ``rounding`` is "nearest", this is then improved as ``rounding`` says."""
     change, storage, target = weight.keeper, cast(GridStorage, weight.storage), weight.target
-    content = _encode(weight, change.changed_weight(target, low, gain, torch.float64), problems)
+    content = _encode(
+        weight, change.changed_weight(target, low_rank, gain, torch.float64), problems
+    )
     if content is None or rounding == "nearest":
         return content
     # a change has a report
@@ -165,7 +167,7 @@ def _fold_onto_grid(
 
     nearest = unfold(storage.decode(target, stored))
     options: Any = {"rounding": rounding, "side": _rounding_side(change), "inputs": moment}
-    folded = fold_onto(grid, matrix, low, gain, nearest, **options)
+    folded = fold_onto(grid, matrix, low_rank, gain, nearest, **options)
     if folded.rounding == "nearest":
         return content
     stored = storage.onto(

@@ -111,8 +111,7 @@ def merge(
         storage: Any = opaque_weights[0].storage
         paths = listing(weight.full_path for weight in opaque_weights)
         raise MergeError(
-            f"Nothing was merged of {name!r} ({paths})."
-            f" {storage.refusal(opaque_weights[0].target)}"
+            f"Nothing was merged of {name!r} ({paths}). {storage.refusal(opaque_weights[0].target)}"
         )
     return _merge_all(model, attached, name, keep, rounding, dict(inputs or {}))
 

@@ -108,18 +108,18 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     names, targets, head = planner.names, *planner.targets()
     specs = planner.specs(targets)
     vectors = [ref for ref in (*head, *targets) if ref not in specs]
-    low = plan_low(names, planner.with_tokens(specs), problems)
-    full = planner.full(vectors, [entry.path for entry in low])
+    low_rank_plans = plan_low(names, planner.with_tokens(specs), problems)
+    full = planner.full(vectors, [entry.path for entry in low_rank_plans])
     plans = complete_plans(
         names,
         config,
-        low,
+        low_rank_plans,
         full,
         problems,
         full_modules=frozenset(planner.train_also_paths),
         frozen=planner.frozen,
     )
-    for path, name in {ref for entry in low for ref in entry.holders}:
+    for path, name in {ref for entry in low_rank_plans for ref in entry.holders}:
         if name in full.get(path, ()):
             problem = (
                 f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
@@ -129,15 +129,15 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             )
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        chosen = tuple(dict.fromkeys(path for path, _ in targets))
-        plans = replace(plans, config=replace(config, targets=chosen))
+        target_paths = tuple(dict.fromkeys(path for path, _ in targets))
+        plans = replace(plans, config=replace(config, targets=target_paths))
     return plans
 
 
 def complete_plans(
     names: Names,
     config: LoraConfig,
-    low: Sequence[LowRankPlan],
+    low_rank_plans: Sequence[LowRankPlan],
     full: Mapping[str, tuple[str, ...]],
     problems: list[str],
     *,
@@ -145,7 +145,7 @@ def complete_plans(
     split_ties: frozenset[ParamRef] = frozenset(),
     frozen: Set[int] = frozenset(),
 ) -> Plans:
-    """The plans of an adapter with the changes ``low`` (results of ``plan_low``). Reasons against
+    """The plans of an adapter with ``low_rank_plans`` (results of ``plan_low``). Reasons against
     them are added to ``problems``.
 
     Args:
@@ -153,11 +153,11 @@ def complete_plans(
         frozen: parameters that the user froze, by ``id``.
     """
     refusals.check_full(names, full, problems, frozen)
-    problems += overlaps(names, _changed_refs(low, full))
+    problems += overlaps(names, _changed_refs(low_rank_plans, full))
     if config.invocation_tokens:
-        problems += refusals.invocation_problems(names, low, full)
+        problems += refusals.invocation_problems(names, low_rank_plans, full)
     readers = () if problems else _full_readers(names, full)
-    return Plans(config, tuple(low), full, full_modules, readers, split_ties)
+    return Plans(config, tuple(low_rank_plans), full, full_modules, readers, split_ties)
 
 
 def _not_a_config(config: Any) -> ConfigError:

@@ -230,10 +230,10 @@ def check_full(
 
 
 def invocation_problems(
-    names: Names, low: Iterable[Any], full: Mapping[str, Iterable[str]]
+    names: Names, low_rank_plans: Iterable[Any], full: Mapping[str, Iterable[str]]
 ) -> Iterator[str]:
-    """The reasons why an adapter with the low-rank changes ``low`` (``LowRankPlan``) and the
-    parameters ``full`` cannot act from its invocation tokens on."""
+    """The reasons why an adapter with the low-rank changes ``low_rank_plans`` (``LowRankPlan``)
+    and the parameters ``full`` cannot act from its invocation tokens on."""
     cls = base_class(names.model)
     readers = [path for path, module in names.modules.items() if takes_input_ids(module)]
     config = getattr(names.model, "config", None)
@@ -242,7 +242,7 @@ def invocation_problems(
         problem += "which has an encoder" if readers else "whose forward takes no input_ids"
         expected = "a model in whose input_ids they are found"
         yield sentence(problem, expected, "leave invocation_tokens out")
-    for entry in low:
+    for entry in low_rank_plans:
         for path, weight in entry.holders:
             module, kind = names.modules[path], kind_for(names.modules[path], weight)
             factored = kind.product and factors(

@@ -244,28 +244,30 @@ class Blend:
             if layer_adapter.changes
         ]
         changes, weights = zip(*weighted_changes, strict=True)
-        lows, gains = zip(*(change.resolve(base_weight) for change in changes), strict=True)
+        low_ranks, gains = zip(*(change.resolve(base_weight) for change in changes), strict=True)
         dropouts = [change.dropout if change.training else 0.0 for change in changes]
         has_gain, first_change = any(gain is not None for gain in gains), changes[0]
         if not has_gain and not any(dropouts):
-            low, may_form = LowRank.sum(lows, weights), False
+            low_rank, may_form = LowRank.sum(low_ranks, weights), False
             if (
                 context.current.path is None
                 and layer_state.is_plain_product
                 and fused.applies(x, base_weight)
             ):
                 _, out, in_ = first_change.dims
-                forms_above = cost_model.forms_above(out, in_, low.rank, base_weight.dtype)
+                forms_above = cost_model.forms_above(out, in_, low_rank.rank, base_weight.dtype)
                 may_form = x.numel() // x.shape[-1] > forms_above
-            return run_factored(call, first_change, low, None, 0.0, may_form)
+            return run_factored(call, first_change, low_rank, None, 0.0, may_form)
         y = base_y = call.base_output(first_change, with_bias=not has_gain)
-        for low, gain, weight, dropout in zip(lows, gains, weights, dropouts, strict=True):
-            low = low.T if layer_state.transposed else low
+        for low_rank, gain, weight, dropout in zip(
+            low_ranks, gains, weights, dropouts, strict=True
+        ):
+            low_rank = low_rank.T if layer_state.transposed else low_rank
             if gain is None:
-                scaled = LowRank(low.A, low.B, low.scale * weight)
+                scaled = LowRank(low_rank.A, low_rank.B, low_rank.scale * weight)
                 y = add_update(kind, call.module, x, y, scaled, None, None, dropout)
             else:
-                adapter_y = add_update(kind, call.module, x, base_y, low, gain, None, dropout)
+                adapter_y = add_update(kind, call.module, x, base_y, low_rank, gain, None, dropout)
                 y = y + (adapter_y - base_y) * weight
         bias = call.bias(first_change) if has_gain else None
         return y if bias is None else y + kind.per_output(call.module, bias, y).to(y.dtype)
@@ -281,12 +283,14 @@ class Blend:
                 or layer_adapter.replacements(module).keys() & self.changes.keys()
             ):
                 return None
-            for name, (stack, low) in layer_stacks.items():
-                weighted_stacks.setdefault(name, []).append((stack, low, weight))
+            for name, (stack, low_rank) in layer_stacks.items():
+                weighted_stacks.setdefault(name, []).append((stack, low_rank, weight))
         blended_stacks = {}
         for name, terms in weighted_stacks.items():
-            A = torch.cat([low.A for _, low, _ in terms], 1)
-            B = torch.cat([low.B * (low.scale * weight) for _, low, weight in terms], 2)
+            A = torch.cat([low_rank.A for _, low_rank, _ in terms], 1)
+            B = torch.cat(
+                [low_rank.B * (low_rank.scale * weight) for _, low_rank, weight in terms], 2
+            )
             blended_stacks[name] = terms[0][0], LowRank(A, B, 1.0)
         return blended_stacks
 

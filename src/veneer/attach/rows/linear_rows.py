@@ -155,26 +155,26 @@ class LinearRows:
             for layer_adapter in self.layer_adapters
         ):
             return None
-        lows = {
+        low_ranks = {
             i: layer_adapter.changes[kind.weight].resolve(weight)
             for i, layer_adapter in enumerate(self.layer_adapters)
             if layer_adapter is not None
             and layer_adapter.changes
             and layer_adapter.fused_change is None
         }
-        if layer_state.transposed and any(gain is not None for _, gain in lows.values()):
+        if layer_state.transposed and any(gain is not None for _, gain in low_ranks.values()):
             return None  # a gain scales rows of ΔW, which this layer reads as inputs
-        spans, A, B, gain_terms = self._spans_and_factors(layer_state, x, seeds, lows)
+        spans, A, B, gain_terms = self._spans_and_factors(layer_state, x, seeds, low_ranks)
         matrix = weight.mT if kind.out_axis == 1 else weight
         y = linear(x, matrix, None if gain_terms else bias, spans, A, B)
         return self._apply_gains(module, kind, x, y, bias, gain_terms) if gain_terms else y
 
     def _spans_and_factors(
-        self, layer_state: Any, x: Any, seeds: Sequence[int | None], lows: dict[int, Any]
+        self, layer_state: Any, x: Any, seeds: Sequence[int | None], low_ranks: dict[int, Any]
     ) -> tuple[list[Span], list[Tensor], list[Tensor], dict[int, Any]]:
         """(spans, A, B) of the changes without a gain, and {selection: (ΔW, gain, dropout)} of the
-        changes with a gain, which ``_apply_gains`` adds. ``lows`` is {selection: (ΔW, gain)} of the
-        changes without a ``FusedChange``; a selection is an index in ``layer_adapters``."""
+        changes with a gain, which ``_apply_gains`` adds. ``low_ranks``: {selection: (ΔW, gain)} of
+        the changes without a ``FusedChange``. A selection is an index in ``layer_adapters``."""
         kind: Any = layer_state.layer
         row_ranges: Any = self.row_adapters.row_ranges
         tokens_per_row = x.shape[1:-1].numel()
@@ -193,19 +193,19 @@ class LinearRows:
                 dropout = fused_change.active_dropout
                 spans.append(Span(start, stop, change.rank, change.scale, dropout, seed or 0))
                 continue
-            low, gain = lows[i]
+            low_rank, gain = low_ranks[i]
             change = layer_adapter.changes[kind.weight]
             dropout = change.dropout if change.training else 0.0
             if gain is not None:
-                gain_terms[i] = low, gain, dropout
+                gain_terms[i] = low_rank, gain, dropout
                 continue
             if dropout:
                 with self.row_adapters.selections[i].random_stream or nullcontext():
                     seed = new_seed()
-            low = low.T if layer_state.transposed else low
-            spans.append(Span(start, stop, low.rank, low.scale, dropout, seed or 0))
-            A.append(low.A)
-            B.append(low.B)
+            low_rank = low_rank.T if layer_state.transposed else low_rank
+            spans.append(Span(start, stop, low_rank.rank, low_rank.scale, dropout, seed or 0))
+            A.append(low_rank.A)
+            B.append(low_rank.B)
         return spans, A, B, gain_terms
 
     def _plain_output(self, module: Any, x: Any) -> Tensor | None:
@@ -299,10 +299,10 @@ class LinearRows:
         row_pieces = zip(x.split(row_counts), y.split(row_counts), strict=True)
         for i, (rows_x, rows_y) in enumerate(row_pieces):
             if i in gain_terms:
-                low, gain, dropout = gain_terms[i]
+                low_rank, gain, dropout = gain_terms[i]
                 with self.row_adapters.selections[i].random_stream or nullcontext():
                     outputs.append(
-                        add_update(kind, module, rows_x, rows_y, low, gain, bias, dropout)
+                        add_update(kind, module, rows_x, rows_y, low_rank, gain, bias, dropout)
                     )
             else:
                 outputs.append(rows_y if bias is None else rows_y + bias)

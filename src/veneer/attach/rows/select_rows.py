@@ -68,9 +68,7 @@ class RowAdapters(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         # raises an error if an adapter has been detached
-        layer_adapters = [
-            selected.usable_layer_adapters.get(key) for selected in self.selections
-        ]
+        layer_adapters = [selected.usable_layer_adapters.get(key) for selected in self.selections]
         layer_rows = self._layer_rows.get(key)
         if layer_rows is None or layer_rows.layer_adapters != layer_adapters:
             if all(layer_adapter is None for layer_adapter in layer_adapters) and self.any_adapter:

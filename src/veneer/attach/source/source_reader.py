@@ -202,9 +202,7 @@ class Reader(ast.NodeVisitor):
         getter = class_attribute(self.cls, name) if () in holder_paths else None
         is_property = isinstance(getter, property)
         property_paths = self.follow(python_function(getter), [{()}]) if is_property else set()
-        member_paths = {
-            (*path, name) for path in holder_paths if path or name in self.member_names
-        }
+        member_paths = {(*path, name) for path in holder_paths if path or name in self.member_names}
         return member_paths | property_paths
 
     def call_paths(self, node: ast.Call) -> set[ModulePath]:
@@ -238,9 +236,7 @@ class Reader(ast.NodeVisitor):
             return set()
         return self.follow(function, arguments, keyword_arguments)
 
-    def resolve_function(
-        self, node: ast.expr
-    ) -> tuple[FunctionType | None, list[set[ModulePath]]]:
+    def resolve_function(self, node: ast.expr) -> tuple[FunctionType | None, list[set[ModulePath]]]:
         """(the function that an expression names, the paths of the arguments that are already bound
         to the function)."""
         if () in self.paths_of(node) and self.follow_forward:
@@ -321,7 +317,8 @@ class Reader(ast.NodeVisitor):
                 self.bind_loop(element, values_of_element)
         elif call and isinstance(call.func, ast.Attribute) and call.func.attr in _PAIR_METHODS:
             self.bind(
-                elements[-1] if elements else target, _append_name(self.paths_of(call.func.value), "*")
+                elements[-1] if elements else target,
+                _append_name(self.paths_of(call.func.value), "*"),
             )
         elif isinstance(values, ast.Tuple | ast.List):
             for value in values.elts:
