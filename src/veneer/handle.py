@@ -104,9 +104,9 @@ def attach(
     # A head that grew counts as fresh. The adapter holds its new rows, and the fingerprint shows if
     # the other rows differ.
     held_ids |= {
-        id(weight_of(names.modules[entry.path], entry.weight))
-        for entry in plans.low
-        if entry.tokens
+        id(weight_of(names.modules[weight_plan.path], weight_plan.weight))
+        for weight_plan in plans.low
+        if weight_plan.tokens
     }
     unheld_refs = [ref for key, ref in names.fresh_parameters().items() if key not in held_ids]
     FreshWeights.warn(unheld_refs, "As the adapter is attached", stacklevel=3)
@@ -228,13 +228,13 @@ class Handle:
     def __repr__(self) -> str:
         """One line: the adapter, the class of its model, its variant and rank, and whether it is
         the model's default or merged; or "detached"."""
-        attached = adapters_of(self.model)
-        config = None if attached is None else attached.configs.get(self.name)
-        if attached is None or config is None:
+        model_adapters = adapters_of(self.model)
+        config = None if model_adapters is None else model_adapters.configs.get(self.name)
+        if model_adapters is None or config is None:
             state = "detached"
         else:
-            default = ", default" if attached.default_name == self.name else ""
-            merged = ", merged" if self.name in attached.merge_order else ""
+            default = ", default" if model_adapters.default_name == self.name else ""
+            merged = ", merged" if self.name in model_adapters.merge_order else ""
             state = f"{config.variant}, rank {config.rank}{default}{merged}"
         return f"<Handle {self.name!r} of {base_class(self.model).__name__}: {state}>"
 

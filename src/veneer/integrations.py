@@ -55,8 +55,8 @@ LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _has_adapter(model: nn.Module) -> bool:
-    attached = adapters_of(model)
-    return attached is not None and bool(attached.configs)
+    model_adapters = adapters_of(model)
+    return model_adapters is not None and bool(model_adapters.configs)
 
 
 def callback(config: LoraConfig | None = None) -> Any:

@@ -63,7 +63,9 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         OutputExistsError: the folder holds files that ``from_pretrained`` would load too.
     """
     options = _arguments(module, args, kwargs)
-    attached = next((layer_state.attached for _, _, layer_state in layer_states(module)), None)
+    attached = next(
+        (layer_state.model_adapters for _, _, layer_state in layer_states(module)), None
+    )
     if (
         attached is None
         or not attached.configs

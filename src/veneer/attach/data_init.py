@@ -65,8 +65,8 @@ def collect_calibration_data(
         data["original"] = _original_weights(plans, original)
     if not data:
         return None
-    return lambda entry: {
-        name: lambda tensors=tensors: tensors[entry.ref] for name, tensors in data.items()
+    return lambda weight_plan: {
+        name: lambda tensors=tensors: tensors[weight_plan.ref] for name, tensors in data.items()
     }
 
 
@@ -93,26 +93,26 @@ def _problems(
             yield sentence(
                 f"no {name}=", f"{name}, from which the variant starts", f"pass {name}= to attach"
             )
-    for entry in filter(_has_low_rank, plans.low):
-        path = entry.full_path
-        if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
-            problem = f"{path}, of kind {entry.layer.name!r}, whose inputs cannot be read"
+    for weight_plan in filter(_has_low_rank, plans.low):
+        path = weight_plan.full_path
+        if "inputs" in variant.needs and type(weight_plan.layer).inputs is Layer.inputs:
+            problem = f"{path}, of kind {weight_plan.layer.name!r}, whose inputs cannot be read"
             expected = ", ".join(
                 kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs
             )
             yield sentence(problem, f"one of {expected}", "exclude it, or use another variant")
-        elif "inputs" in variant.needs and entry.dims.in_ > MAX_INPUTS:
-            problem = f"{path} with {entry.dims.in_} inputs"
+        elif "inputs" in variant.needs and weight_plan.dims.in_ > MAX_INPUTS:
+            problem = f"{path} with {weight_plan.dims.in_} inputs"
             yield sentence(
                 problem,
                 f"at most {MAX_INPUTS}, whose second moment fits into memory",
                 "exclude it",
             )
-        weight = weight_of(modules[entry.path], entry.weight)
+        weight = weight_of(modules[weight_plan.path], weight_plan.weight)
         if "gradient" in variant.needs and not (
-            isinstance(weight, nn.Parameter) and entry.storage.name == "plain"
+            isinstance(weight, nn.Parameter) and weight_plan.storage.name == "plain"
         ):
-            problem = f"{path}, stored as {entry.storage.name}, which has no gradient"
+            problem = f"{path}, stored as {weight_plan.storage.name}, which has no gradient"
             yield sentence(
                 problem,
                 "a plain parameter",
@@ -120,18 +120,21 @@ def _problems(
             )
 
 
-def _has_low_rank(entry: LowRankPlan) -> bool:
+def _has_low_rank(weight_plan: LowRankPlan) -> bool:
     """Whether an entry of the plan has a low-rank change, which the variant initialises. False if
     only token rows are trained."""
-    return entry.rank > 0
+    return weight_plan.rank > 0
 
 
 @contextmanager
 def _use_base(model: nn.Module) -> Iterator[None]:
     """A context manager in which the model runs without adapters, in evaluation mode."""
-    attached, modes = adapters_of(model), {module: module.training for module in model.modules()}
+    model_adapters, modes = (
+        adapters_of(model),
+        {module: module.training for module in model.modules()},
+    )
     try:
-        with context.override({attached.uid: BASE} if attached else {}):
+        with context.override({model_adapters.uid: BASE} if model_adapters else {}):
             model.eval()
             yield
     finally:
@@ -162,20 +165,22 @@ def _input_moments(
     """Σ xᵀx over the batches, [g, in, in], by the planned weight."""
     moments: dict[ParamRef, Tensor] = {}
 
-    def make_hook(entry: LowRankPlan, kind: Layer, weight: str) -> Callable:
+    def make_hook(weight_plan: LowRankPlan, kind: Layer, weight: str) -> Callable:
         def add_moment(module: nn.Module, args: tuple, kwargs: dict) -> None:
             arguments = inspect.signature(module.forward).bind(*args, **kwargs)
             arguments.apply_defaults()
             rows = double(kind.inputs(module, weight, arguments.args))  # [g, tokens, in]
             moment = rows.mT @ rows
-            moments[entry.ref] = moments[entry.ref] + moment if entry.ref in moments else moment
+            moments[weight_plan.ref] = (
+                moments[weight_plan.ref] + moment if weight_plan.ref in moments else moment
+            )
 
         return add_moment
 
     with ExitStack() as stack:
-        for entry in filter(_has_low_rank, plans.low):
-            module, kind, weight = _computing_layer(entry, modules)
-            hook = make_hook(entry, kind, weight)
+        for weight_plan in filter(_has_low_rank, plans.low):
+            module, kind, weight = _computing_layer(weight_plan, modules)
+            hook = make_hook(weight_plan, kind, weight)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         with _use_base(model), torch.no_grad():
@@ -186,17 +191,17 @@ def _input_moments(
 
 
 def _computing_layer(
-    entry: LowRankPlan, modules: Mapping[str, nn.Module]
+    weight_plan: LowRankPlan, modules: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, Layer, str]:
     """(module, kind, path of the weight below this module) of the layer that computes with a
     planned weight. This is the module that holds the weight, or its parent, if the parent's kind
     computes with the weights of this child."""
-    parent_path, _, child_name = entry.path.rpartition(".")
+    parent_path, _, child_name = weight_plan.path.rpartition(".")
     parent = modules[parent_path]
-    kind = kind_of(parent) if entry.path else None
+    kind = kind_of(parent) if weight_plan.path else None
     if kind is not None and child_name in kind.below(parent):
-        return parent, kind, parameter_path(child_name, entry.weight)
-    return modules[entry.path], entry.layer, entry.weight
+        return parent, kind, parameter_path(child_name, weight_plan.weight)
+    return modules[weight_plan.path], weight_plan.layer, weight_plan.weight
 
 
 def _loss_gradients(
@@ -208,8 +213,8 @@ def _loss_gradients(
 ):
     """Σ ∂ loss / ∂W over the batches, [g, out, in], by the planned weight."""
     weights = {
-        entry.ref: weight_of(modules[entry.path], entry.weight)
-        for entry in filter(_has_low_rank, plans.low)
+        weight_plan.ref: weight_of(modules[weight_plan.path], weight_plan.weight)
+        for weight_plan in filter(_has_low_rank, plans.low)
     }
     if not weights:  # no weight has a change that a variant initialises
         return {}
@@ -232,8 +237,8 @@ def _loss_gradients(
             weight.requires_grad_(requires_grad_before[ref])
     _require_all(plans, sums, "gradient")
     return {
-        entry.ref: _planned_rows(entry, sums[entry.ref])
-        for entry in filter(_has_low_rank, plans.low)
+        weight_plan.ref: _planned_rows(weight_plan, sums[weight_plan.ref])
+        for weight_plan in filter(_has_low_rank, plans.low)
     }
 
 
@@ -243,8 +248,8 @@ def _original_weights(
     """The weights from before the base was quantised, [g, out, in], by the planned weight."""
     state = original.state_dict() if isinstance(original, nn.Module) else original
     problems, weights = [], {}
-    for entry in filter(_has_low_rank, plans.low):
-        path = entry.full_path
+    for weight_plan in filter(_has_low_rank, plans.low):
+        path = weight_plan.full_path
         weight = state.get(path)
         if weight is None:
             problems.append(
@@ -254,28 +259,32 @@ def _original_weights(
                     "pass the unquantised model",
                 )
             )
-        elif not weight.is_floating_point() or weight.numel() != torch.Size(entry.dims).numel():
+        elif (
+            not weight.is_floating_point() or weight.numel() != torch.Size(weight_plan.dims).numel()
+        ):
             problem = f"{path!r} of {weight.dtype} and shape {tuple(weight.shape)} in original"
-            expected = f"the weight of {tuple(entry.dims)}"
+            expected = f"the weight of {tuple(weight_plan.dims)}"
             problems.append(sentence(problem, expected, "pass the model before it was quantised"))
         else:
-            weights[entry.ref] = _planned_rows(entry, weight.detach().float())
+            weights[weight_plan.ref] = _planned_rows(weight_plan, weight.detach().float())
     raise_all(ConfigError, "The original weights cannot be used", problems)
     return weights
 
 
-def _planned_rows(entry: LowRankPlan, dense: Tensor) -> Tensor:
+def _planned_rows(weight_plan: LowRankPlan, dense: Tensor) -> Tensor:
     """A tensor of the weight's shape, reshaped to [g, out, in], with only the output rows that the
     plan changes."""
-    values = entry.layer.unfold(dense, entry.dims)
-    return values if entry.rows is None else values[:, list(entry.rows)]
+    values = weight_plan.layer.unfold(dense, weight_plan.dims)
+    return values if weight_plan.rows is None else values[:, list(weight_plan.rows)]
 
 
 def _require_all(plans: Plans, data: Mapping[ParamRef, Tensor], kind: str) -> None:
     """Raise a ConfigError if the batches gave no data of this ``kind``, "inputs" or "gradient", for
     some planned weights."""
     missing = [
-        entry.full_path for entry in filter(_has_low_rank, plans.low) if entry.ref not in data
+        weight_plan.full_path
+        for weight_plan in filter(_has_low_rank, plans.low)
+        if weight_plan.ref not in data
     ]
     do = "exclude it"
     problems = [

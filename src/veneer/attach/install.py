@@ -70,7 +70,7 @@ def install_adapter(
     changed.
 
     Args:
-        parameters: the adapter parameters of each weight; None initialises new ones.
+        parameters: the adapter parameters of each weight. If it is None, they are initialised.
         calibration: reads the data, besides the weight itself, from which a variant is initialised.
 
     Raises:
@@ -83,26 +83,26 @@ def install_adapter(
     layer_adapters = build_layer_adapters(
         names, plans, trainable=trainable, parameters=parameters, calibration=calibration
     )
-    attached = _ensure_adapters(model)
+    model_adapters = _ensure_adapters(model)
     invocation_tokens = tuple(plans.config.invocation_tokens)
-    adapters_by_key: Any = _adapt_modules(attached, names, plans, layer_adapters)
+    adapters_by_key: Any = _adapt_modules(model_adapters, names, plans, layer_adapters)
     if invocation_tokens:
         adapters_by_key = with_invocation(adapters_by_key, name)
     active = ActiveAdapter(
         name,
         adapters_by_key,
-        merged_at_attach=attached.merged,
+        merged_at_attach=model_adapters.merged,
         invocation_tokens=invocation_tokens,
     )
     for path, layer_adapter in layer_adapters.items():
         layer_state: Any = state_of(names.modules[path])
         set_child(layer_state, name, layer_adapter)
-    attached.set_adapters(
-        {**attached.configs, name: plans.config},
-        {**attached.selections, name: active},
+    model_adapters.set_adapters(
+        {**model_adapters.configs, name: plans.config},
+        {**model_adapters.selections, name: active},
     )
     if invocation_tokens:
-        find_invocations(model, attached)
+        find_invocations(model, model_adapters)
     watch_first_step(
         model,
         name,
@@ -129,30 +129,30 @@ def build_layer_adapters(
         TargetError: the variant cannot be initialised from some weights.
     """
     modules, parameters = names.modules, parameters or {}
-    for entry in plans.low:
-        entry.storage.prepare(modules[entry.path])
+    for weight_plan in plans.low:
+        weight_plan.storage.prepare(modules[weight_plan.path])
     problems: list[str] = []
     layer_adapters: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
-    for entry in plans.low:
+    for weight_plan in plans.low:
         try:
             change = make_change(
-                entry, modules, plans.config, parameters.get(entry.ref, {}), calibration
+                weight_plan, modules, plans.config, parameters.get(weight_plan.ref, {}), calibration
             )
         except _InitializationError as error:
             problems.append(str(error))
             continue
-        layer_adapters[entry.path].low._modules[entry.weight] = change
-        for path, weight in entry.holders:
+        layer_adapters[weight_plan.path].low._modules[weight_plan.weight] = change
+        for path, weight in weight_plan.holders:
             layer_adapters[path].changes[weight] = change
-    for entry in plans.low if problems else ():
-        if state_of(modules[entry.path]) is None:
-            entry.storage.release(modules[entry.path])
+    for weight_plan in plans.low if problems else ():
+        if state_of(modules[weight_plan.path]) is None:
+            weight_plan.storage.release(modules[weight_plan.path])
     raise_all(TargetError, "Nothing was attached", problems)
     _copy_full(layer_adapters, modules, plans)
     # A module that directly reads the weight of a module below it gets a reference to the layer
     # adapter of that module. Each module with a fused fast path above an adapted module gets a
     # layer adapter too.
-    readers = [reader for entry in plans.low for reader in entry.weight_readers]
+    readers = [reader for weight_plan in plans.low for reader in weight_plan.weight_readers]
     for reader in (*readers, *plans.full_readers):
         read_path = names.canonical[".".join((reader.path, *reader.below)).strip(".")]
         read_adapter = layer_adapters[read_path]
@@ -179,7 +179,7 @@ def _copy_full(
 ) -> None:
     """Add copies of the parameters that are trained in full to the layer adapters. Tied parameters
     share one copy, unless they are in ``plans.split_ties``. Running statistics are copied too,
-    because training would change those of the frozen base."""
+    because training would change the statistics of the frozen base."""
     modules_with_statistics = {
         path: ()
         for path, module in modules.items()
@@ -188,7 +188,7 @@ def _copy_full(
     }
     copies: dict[Any, nn.Parameter] = {}
     for path, parameters in {**modules_with_statistics, **plans.full}.items():
-        full, module = layer_adapters[path].full, modules[path]
+        full_module, module = layer_adapters[path].full, modules[path]
         # in the module's order, because an optimiser's state depends on the order of parameters
         for name, parameter in module._parameters.items():
             if name not in parameters:
@@ -202,11 +202,11 @@ def _copy_full(
                         trained_dtype(plans.config, source.dtype), copy=True
                     )
                 )
-            full.register_parameter(name, copies[key])
+            full_module.register_parameter(name, copies[key])
         copies_buffers = path in plans.full_modules or path in modules_with_statistics
         for name, buffer in module._buffers.items() if copies_buffers else ():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                full.register_buffer(name, buffer.detach().clone())
+                full_module.register_buffer(name, buffer.detach().clone())
 
 
 def _zero_bias(module: nn.Module) -> Tensor:
@@ -227,26 +227,26 @@ def open_bank(model: nn.Module) -> ModelAdapters:
     """
     if problem := foreign_layers_problem(model):
         raise SelectionError(problem)
-    attached = _ensure_adapters(model)
-    attached.bank_count += 1
-    return attached
+    model_adapters = _ensure_adapters(model)
+    model_adapters.bank_count += 1
+    return model_adapters
 
 
 def _ensure_adapters(model: nn.Module) -> ModelAdapters:
     """The ``ModelAdapters`` of a model. If the model has none, they are created and the base is
     frozen."""
-    attached = adapters_of(model)
-    if attached is None:
-        attached = ModelAdapters()
-        attached.original_requires_grad = {
+    model_adapters = adapters_of(model)
+    if model_adapters is None:
+        model_adapters = ModelAdapters()
+        model_adapters.original_requires_grad = {
             path: p.requires_grad for path, p in model.named_parameters()
         }
-        model.__dict__[ADAPTERS] = attached
-        attached.claim(model)
+        model.__dict__[ADAPTERS] = model_adapters
+        model_adapters.claim(model)
         for parameter in model.parameters():
             # not ``requires_grad_``, which fails on a parameter that has no shape yet
             parameter.requires_grad = False
-    return attached
+    return model_adapters
 
 
 def adapt_modules(
@@ -259,23 +259,26 @@ def adapt_modules(
 
 
 def _adapt_modules(
-    attached: ModelAdapters, names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
+    model_adapters: ModelAdapters,
+    names: Names,
+    plans: Plans,
+    layer_adapters: Mapping[str, LayerAdapter],
 ) -> dict[Any, LayerAdapter]:
     """``adapt_modules``, given the ``ModelAdapters`` of the model and with the lock held."""
     modules = names.modules
     transposed_paths = {
         path
-        for entry in plans.low
-        for path, _ in entry.holders
-        if kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
+        for weight_plan in plans.low
+        for path, _ in weight_plan.holders
+        if kind_for(modules[path], weight_plan.weight).out_axis != weight_plan.layer.out_axis
     }
     adapters_by_key: dict[Any, LayerAdapter] = {}
     for path, layer_adapter in layer_adapters.items():
         module = modules[path]
         layer_state = state_of(module)
         if layer_state is None:
-            layer_state = _create_layer_state(attached, module)
-            attached.layer_paths[layer_state.key] = path
+            layer_state = _create_layer_state(model_adapters, module)
+            model_adapters.layer_paths[layer_state.key] = path
             adapt_module(module, layer_state)
             layer_state.bound_methods = tuple(bound_methods(module))
         layer_state.transposed = layer_state.transposed or path in transposed_paths
@@ -286,7 +289,7 @@ def _adapt_modules(
     return adapters_by_key
 
 
-def _create_layer_state(attached: ModelAdapters, module: nn.Module) -> LayerState:
+def _create_layer_state(model_adapters: ModelAdapters, module: nn.Module) -> LayerState:
     """The ``LayerState`` of a module that is not adapted yet. The module is not changed."""
     kind = kind_of(module)
     storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
@@ -295,7 +298,7 @@ def _create_layer_state(attached: ModelAdapters, module: nn.Module) -> LayerStat
     has_plain_weight = storage is not None and storage.name == "plain"
     is_plain_product = supports_factored and kind.product and has_plain_weight
     layer_state = LayerState(
-        attached, kind, supports_factored, fast_path_switches(module), is_plain_product
+        model_adapters, kind, supports_factored, fast_path_switches(module), is_plain_product
     )
     layer_state.is_stock_class = kind is not None and base_class(module) in kind.types()
     layer_state.train(module.training)
@@ -336,7 +339,7 @@ class _InitializationError(TargetError):
 
 
 def _read_initial_data(
-    entry: LowRankPlan, variant: str, kind: str, read: Callable[[], Tensor]
+    weight_plan: LowRankPlan, variant: str, kind: str, read: Callable[[], Tensor]
 ) -> Tensor:
     """Read a weight or its calibration data for the initialisation of a variant. ``kind`` is "base"
     for the weight, else the name of the data.
@@ -347,7 +350,7 @@ def _read_initial_data(
     values = read()
     if values.is_meta or values.isfinite().all():
         return values
-    problem = f"the {'weight' if kind == 'base' else f'{kind} of'} {entry.full_path!r}"
+    problem = f"the {'weight' if kind == 'base' else f'{kind} of'} {weight_plan.full_path!r}"
     do = (
         "repair the base or the data, exclude the layer, or use a variant that starts from neither,"
         " such as lora"
@@ -360,7 +363,7 @@ def _read_initial_data(
 
 
 def make_change(
-    entry: LowRankPlan,
+    weight_plan: LowRankPlan,
     modules: Mapping[str, nn.Module],
     config: LoraConfig,
     parameters: Mapping[str, Tensor],
@@ -369,45 +372,47 @@ def make_change(
     """The change of one weight, with its parameters on the device of the weight.
 
     Args:
-        parameters: the adapter parameters by name. If it is empty, new ones are initialised.
+        parameters: the adapter parameters by name. If it is empty, they are initialised.
     """
-    module = modules[entry.path]
-    weight = weight_of(module, entry.weight)
+    module = modules[weight_plan.path]
+    weight = weight_of(module, weight_plan.weight)
     change_parameters: dict[str, Tensor] = {}
-    if entry.rank:
+    if weight_plan.rank:
         loaded = {name: value for name, value in parameters.items() if name != ROWS}
-        change_parameters = _variant_parameters(entry, weight, config, loaded, calibration)
-    tokens = None if entry.tokens is None else torch.tensor(entry.tokens, device="cpu")
+        change_parameters = _variant_parameters(weight_plan, weight, config, loaded, calibration)
+    tokens = None if weight_plan.tokens is None else torch.tensor(weight_plan.tokens, device="cpu")
     if tokens is not None:
         token_rows = (
             parameters[ROWS]
             if ROWS in parameters
-            else initial_rows(entry.storage.dense(weight), tokens)
+            else initial_rows(weight_plan.storage.dense(weight), tokens)
         )
-        dtype = trained_dtype(config, entry.storage.dtype(weight))
-        change_parameters[ROWS] = token_rows.to(entry.storage.device(weight), dtype, copy=True)
+        dtype = trained_dtype(config, weight_plan.storage.dtype(weight))
+        change_parameters[ROWS] = token_rows.to(
+            weight_plan.storage.device(weight), dtype, copy=True
+        )
     return Change(
         change_parameters,
-        layer=entry.layer,
+        layer=weight_plan.layer,
         variant=VARIANTS[config.variant],
-        storage=entry.storage,
-        dims=entry.dims,
-        rank=entry.rank,
-        alpha=entry.alpha,
+        storage=weight_plan.storage,
+        dims=weight_plan.dims,
+        rank=weight_plan.rank,
+        alpha=weight_plan.alpha,
         dropout=0.0 if tokens is not None else config.dropout,
-        rows=_row_indices(entry),
+        rows=_row_indices(weight_plan),
         tokens=tokens,
-        frozen_input=entry.layer.frozen_input(module),
-        module_only=entry.module_only,
+        frozen_input=weight_plan.layer.frozen_input(module),
+        module_only=weight_plan.module_only,
     )
 
 
-def _row_indices(entry: LowRankPlan) -> Tensor | None:
-    return None if entry.rows is None else torch.tensor(entry.rows, device="cpu")
+def _row_indices(weight_plan: LowRankPlan) -> Tensor | None:
+    return None if weight_plan.rows is None else torch.tensor(weight_plan.rows, device="cpu")
 
 
 def _variant_parameters(
-    entry: LowRankPlan,
+    weight_plan: LowRankPlan,
     weight: Any,
     config: LoraConfig,
     loaded: Mapping[str, Tensor],
@@ -416,23 +421,28 @@ def _variant_parameters(
     """The variant's parameters of one weight, trained and frozen: the ``loaded`` ones, or newly
     initialised ones. Parameters that the variant derives from other values are initialised in any
     case, unless they were loaded."""
-    layer, variant, rows = entry.layer, VARIANTS[config.variant], _row_indices(entry)
+    layer, variant, rows = weight_plan.layer, VARIANTS[config.variant], _row_indices(weight_plan)
 
     def read_base() -> Tensor:
-        dense = entry.storage.dense(weight)
-        dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), entry.dims)
+        dense = weight_plan.storage.dense(weight)
+        dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), weight_plan.dims)
         return dense if rows is None else dense[:, rows.to(dense.device)]
 
-    dims = entry.start_dims
-    calibration_data = calibration(entry) if calibration is not None and not loaded else {}
+    dims = weight_plan.start_dims
+    calibration_data = calibration(weight_plan) if calibration is not None and not loaded else {}
     data_readers: Any = {
-        name: partial(_read_initial_data, entry, variant.name, name, read)
+        name: partial(_read_initial_data, weight_plan, variant.name, name, read)
         for name, read in {"base": read_base, **calibration_data}.items()
     }
     init_context = InitContext(
-        dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **data_readers
+        dims.groups,
+        dims.out,
+        dims.in_,
+        weight_plan.rank,
+        layer.fan_in(weight_plan.dims),
+        **data_readers,
     )
-    device = entry.storage.device(weight)
+    device = weight_plan.storage.device(weight)
     parameters = {name: value.to(device) for name, value in loaded.items()}
     if not loaded or variant.derived:
         try:
@@ -443,11 +453,12 @@ def _variant_parameters(
         # The numbers are finite, but too large for a decomposition.
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             problem = (
-                f"{entry.full_path!r}, from which variant {variant.name!r} cannot start ({error})"
+                f"{weight_plan.full_path!r}, from which variant {variant.name!r} cannot start"
+                f" ({error})"
             )
             do = "exclude the layer, or use a variant that does not start from it, such as lora"
             raise _InitializationError(problem, "numbers that have a decomposition", do) from error
-    dtype = trained_dtype(config, entry.storage.dtype(weight))
+    dtype = trained_dtype(config, weight_plan.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
         parameters[name] = parameters[name].to(
             dtype, copy=bool(loaded), memory_format=torch.contiguous_format

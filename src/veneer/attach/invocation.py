@@ -140,16 +140,16 @@ def takes_input_ids(module: nn.Module) -> bool:
     return "input_ids" in _parameters(base_class(module))
 
 
-def find_invocations(model: nn.Module, attached: ModelAdapters) -> None:
+def find_invocations(model: nn.Module, model_adapters: ModelAdapters) -> None:
     """Let calls of the model find the invocation tokens of its adapters. If no adapter has such
     tokens, remove the hooks."""
-    has_invocations = any(config.invocation_tokens for config in attached.configs.values())
+    has_invocations = any(config.invocation_tokens for config in model_adapters.configs.values())
     for module in {id(module): module for _, module in walk(model)}.values():
         _remove_hooks(module)
         if has_invocations and takes_input_ids(module):
-            module.register_forward_pre_hook(partial(_begin_call, attached), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_begin_call, model_adapters), with_kwargs=True)
             module.register_forward_hook(
-                partial(_end_call, attached), with_kwargs=True, always_call=True
+                partial(_end_call, model_adapters), with_kwargs=True, always_call=True
             )
             if callable(getattr(type(module), "generate", None)):
                 override_method(module, "generate", _generate)
@@ -176,39 +176,41 @@ def _remove_hooks(module: nn.Module) -> None:
 # ---- a call --------------------------------------------------------------------------------------
 
 
-def _begin_call(attached: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any) -> None:
+def _begin_call(model_adapters: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any) -> None:
     """Pre-forward hook: search the ids of the call, unless the call of a module above has done
     it."""
     invoked_calls = context.current.invoked_calls
-    if attached.uid not in invoked_calls:
-        adapter_rows = _invoked_adapter_rows(attached)
+    if model_adapters.uid not in invoked_calls:
+        adapter_rows = _invoked_adapter_rows(model_adapters)
         if adapter_rows:
-            invoked_call = _search_call(attached, module, adapter_rows, args, kwargs)
-            invoked_calls = {**invoked_calls, attached.uid: invoked_call}
+            invoked_call = _search_call(model_adapters, module, adapter_rows, args, kwargs)
+            invoked_calls = {**invoked_calls, model_adapters.uid: invoked_call}
             if torch.is_grad_enabled():
                 _checkpoint_in_calls(module)
     context.enter(module, {}, invoked_calls=invoked_calls)
 
 
 def _end_call(
-    attached: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any, output: Any
+    model_adapters: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any, output: Any
 ) -> None:
     """Forward hook, which also runs after an error: store what the call has found with its
     cache."""
-    invoked_call = context.current.invoked_calls.get(attached.uid)
+    invoked_call = context.current.invoked_calls.get(model_adapters.uid)
     if not context.leave(module) or invoked_call is None or not invoked_call.cached:
         return
     kv_cache = _cache_in(_arguments(module, args, kwargs)) or _cache_of(output)
     if kv_cache is not None:
         earlier_starts = getattr(kv_cache, _STARTS, {})
-        new_starts = {(attached.uid, name): cached for name, cached in invoked_call.cached.items()}
+        new_starts = {
+            (model_adapters.uid, name): cached for name, cached in invoked_call.cached.items()
+        }
         setattr(kv_cache, _STARTS, {**earlier_starts, **new_starts})
 
 
-def _invoked_adapter_rows(attached: ModelAdapters) -> list[AdapterRows]:
+def _invoked_adapter_rows(model_adapters: ModelAdapters) -> list[AdapterRows]:
     """The adapters with invocation tokens that a call uses, with the rows that use them."""
-    active = context.current.selection.get(attached.uid, attached.default)
-    if active.layer_adapters is None or attached.merged != active.merged_at_attach:
+    active = context.current.selection.get(model_adapters.uid, model_adapters.default)
+    if active.layer_adapters is None or model_adapters.merged != active.merged_at_attach:
         return []  # the layers raise an error in this call
     if isinstance(active.layer_adapters, RowAdapters):
         row_adapters = active.layer_adapters
@@ -222,7 +224,7 @@ def _invoked_adapter_rows(attached: ModelAdapters) -> list[AdapterRows]:
 
 
 def _search_call(
-    attached: ModelAdapters,
+    model_adapters: ModelAdapters,
     module: nn.Module,
     adapter_rows: Sequence[AdapterRows],
     args: tuple,
@@ -234,13 +236,13 @@ def _search_call(
     row_count, width = ids.shape
     _refuse_packed(module, adapter_rows, arguments, width)
     _refuse_other_rows(adapter_rows, row_count)
-    kv_cache, prompt = _cache_in(arguments), context.current.prompt_starts.get(attached.uid)
+    kv_cache, prompt = _cache_in(arguments), context.current.prompt_starts.get(model_adapters.uid)
     past_length = _length_of(kv_cache)
     head_columns = _head_columns(arguments.get("logits_to_keep"), width)
     invoked_call = InvokedCall()
     for active, indices in adapter_rows:
         name, tokens = str(active.name), active.invocation_tokens
-        cached = _cached_starts(kv_cache, attached, name)
+        cached = _cached_starts(kv_cache, model_adapters, name)
         cached = None if cached is None else cached.resized(past_length, row_count, len(tokens))
         if prompt is not None and name in prompt.starts:
             starts = prompt.of_rows(name, row_count)
@@ -379,9 +381,9 @@ def _cache_of(output: Any) -> Any:
     )
 
 
-def _cached_starts(kv_cache: Any, attached: ModelAdapters, name: str) -> CachedStarts | None:
+def _cached_starts(kv_cache: Any, model_adapters: ModelAdapters, name: str) -> CachedStarts | None:
     """What a cache holds about the invocation of an adapter, or None."""
-    return getattr(kv_cache, _STARTS, {}).get((attached.uid, name))
+    return getattr(kv_cache, _STARTS, {}).get((model_adapters.uid, name))
 
 
 def _length_of(kv_cache: Any) -> int:
@@ -408,9 +410,9 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         type(model).generate,  # pyright: ignore[reportAttributeAccessIssue]
         model,
     )
-    attached = next(_adapters_of_hooks(model), None)
-    adapter_rows = [] if attached is None else _invoked_adapter_rows(attached)
-    if attached is None or not adapter_rows:
+    model_adapters = next(_adapters_of_hooks(model), None)
+    adapter_rows = [] if model_adapters is None else _invoked_adapter_rows(model_adapters)
+    if model_adapters is None or not adapter_rows:
         return method(*args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs")
     ids = kwargs.get("input_ids") if ids is None else ids
@@ -426,10 +428,10 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     starts = {}
     for active, _ in adapter_rows:
         name, tokens = str(active.name), active.invocation_tokens
-        cached = _cached_starts(kv_cache, attached, name) if past_length else None
+        cached = _cached_starts(kv_cache, model_adapters, name) if past_length else None
         cached = None if cached is None else cached.resized(past_length, len(ids), len(tokens))
         starts[name] = find_starts(ids, tokens, past_length, cached)
-    prompt_starts = {**context.current.prompt_starts, attached.uid: PromptStarts(starts)}
+    prompt_starts = {**context.current.prompt_starts, model_adapters.uid: PromptStarts(starts)}
     with context.override(prompt_starts=prompt_starts):
         return method(*args, **kwargs)
 

@@ -37,7 +37,7 @@ class Reference(nn.Module):
 
     Pass it to a trainer as its reference model. It is called like the model and has the model's
     attributes. Modules and methods among these attributes compute under the same selection. The
-    ``state_dict()`` holds the model's own tensors (for None, those of the base), so that a hash
+    ``state_dict()`` holds the model's own tensors (for the base alone, the base's), so that a hash
     identifies the model. ``parameters()`` is empty, because there is nothing to move, shard, count
     or train.
 
@@ -82,9 +82,9 @@ class Reference(nn.Module):
         return self
 
     def _require_unmerged(self) -> None:
-        attached = need_adapters(self._root, self._adapter, walk=False)
-        if attached.merged is not None:
-            problem = f"{attached.merged!r} merged into the weights of a reference model"
+        model_adapters = need_adapters(self._root, self._adapter, walk=False)
+        if model_adapters.merged is not None:
+            problem = f"{model_adapters.merged!r} merged into the weights of a reference model"
             raise MergeError(problem, "an unmerged model", "call veneer.unmerge first")
 
     @contextmanager

@@ -69,8 +69,8 @@ class use:
             do = f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None"
             raise SelectionError(f"path={path!r}", "a way to compute an adapted layer", do)
         self._context_fields: dict[str, Any] = {} if path is None else {"path": path}
-        attached = need_adapters(model, walk=False)
-        self._uid = attached.uid
+        model_adapters = need_adapters(model, walk=False)
+        self._uid = model_adapters.uid
         self._name = name
         if name is None or isinstance(name, str | Mapping):
             self._selected = active_adapter(model, name)
@@ -81,7 +81,7 @@ class use:
             row_adapters = [
                 active_by_name.setdefault(active.name, active) for active in row_adapters
             ]
-            self._selected = by_rows(unwrap(model), attached, row_adapters)
+            self._selected = by_rows(unwrap(model), model_adapters, row_adapters)
         else:
             expected = "a name, None, a blend {name: weight}, or a list of these, one for each row"
             raise SelectionError(f"{name!r} to use", expected, "choose one of these")
@@ -136,9 +136,9 @@ def set_default(model: nn.Module, name: str | None) -> None:
     Raises:
         SelectionError: there is no such adapter.
     """
-    attached = need_adapters(model, name)
-    attached.default_name = name
-    attached.set_merge_order(attached.merge_order)
+    model_adapters = need_adapters(model, name)
+    model_adapters.default_name = name
+    model_adapters.set_merge_order(model_adapters.merge_order)
 
 
 def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:

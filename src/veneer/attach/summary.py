@@ -101,8 +101,8 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
     total = sum(
         _element_count(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
     )
-    attached = need_adapters(model, name)
-    left_out = layers_left_out(Names(model), attached.configs[name])
+    model_adapters = need_adapters(model, name)
+    left_out = layers_left_out(Names(model), model_adapters.configs[name])
     return Summary(
         name,
         rows,
@@ -110,7 +110,7 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
         total,
         sum(row.bytes for row in rows),
         left_out,
-        attached.default_name == name,
+        model_adapters.default_name == name,
     )
 
 

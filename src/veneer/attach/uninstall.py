@@ -40,40 +40,42 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
             merged, and this one is no longer merged. The model is not changed.
     """
     model = unwrap(model)
-    attached = need_adapters(model, name)
-    names = list(attached.configs) if name is None else [name]
-    _require_detachable(attached, names, keep_merged)
-    if any(map(names.__contains__, attached.last_merged_first())):
-        attached.untied = ()  # weights that were untied for the merge stay untied
+    model_adapters = need_adapters(model, name)
+    names = list(model_adapters.configs) if name is None else [name]
+    _require_detachable(model_adapters, names, keep_merged)
+    if any(map(names.__contains__, model_adapters.last_merged_first())):
+        model_adapters.untied = ()  # weights that were untied for the merge stay untied
     answered_peft_names = stop_answering_peft_names(model)
     for adapter in names:
         # a call that still selects the adapter raises an error
-        attached.selections[adapter].layer_adapters = None
+        model_adapters.selections[adapter].layer_adapters = None
     for _, _, layer_state in layer_states(model):
         for adapter in names:
             set_child(layer_state, adapter, None)
-    remaining_names = [key for key in attached.configs if key not in names]
-    had_invocations = any(config.invocation_tokens for config in attached.configs.values())
-    for active in attached.selections.values():
+    remaining_names = [key for key in model_adapters.configs if key not in names]
+    had_invocations = any(config.invocation_tokens for config in model_adapters.configs.values())
+    for active in model_adapters.selections.values():
         if active.merged_at_attach in names:  # the merged weights are now the base weights
             active.merged_at_attach = None
-    attached.merge_order = tuple(merged for merged in attached.merge_order if merged not in names)
-    attached.set_adapters(
-        {key: attached.configs[key] for key in remaining_names},
-        {key: attached.selections[key] for key in remaining_names},
+    model_adapters.merge_order = tuple(
+        merged for merged in model_adapters.merge_order if merged not in names
+    )
+    model_adapters.set_adapters(
+        {key: model_adapters.configs[key] for key in remaining_names},
+        {key: model_adapters.selections[key] for key in remaining_names},
     )
     if had_invocations:
-        find_invocations(model, attached)
+        find_invocations(model, model_adapters)
     for _, module in walk(model) if not remaining_names else ():
         remove_overrides(module)
-    _release_layers(model, attached)
+    _release_layers(model, model_adapters)
     if answered_peft_names and remaining_names:
         answer_peft_names(model)
 
 
-def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
+def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_merged: bool) -> None:
     """Raise a MergeError if some of these adapters cannot be detached now."""
-    merged_names = attached.last_merged_first()
+    merged_names = model_adapters.last_merged_first()
     for index, name in enumerate(merged_names):
         if name not in names:
             continue
@@ -93,7 +95,7 @@ def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: 
                 " veneer.unmerge(model)"
             )
             raise MergeError(problem, "the adapter that was merged first", do)
-    for adapter, active in attached.selections.items():
+    for adapter, active in model_adapters.selections.items():
         base_name = active.merged_at_attach
         if base_name in names and base_name not in merged_names and adapter not in names:
             problem = (
@@ -105,17 +107,17 @@ def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: 
 
 
 @one_thread_at_a_time
-def close_bank(model: nn.Module, attached: ModelAdapters) -> None:
+def close_bank(model: nn.Module, model_adapters: ModelAdapters) -> None:
     """End the use of adapted layers by a bank, which ``install.open_bank`` began."""
-    attached.bank_count -= 1
-    if adapters_of(model) is attached:
-        _release_layers(model, attached)
+    model_adapters.bank_count -= 1
+    if adapters_of(model) is model_adapters:
+        _release_layers(model, model_adapters)
 
 
-def _release_layers(model: nn.Module, attached: ModelAdapters) -> None:
+def _release_layers(model: nn.Module, model_adapters: ModelAdapters) -> None:
     """Restore the class and storage of modules that have no adapter, and the ``requires_grad`` of a
     model without adapters. While a bank uses the model, nothing is restored."""
-    if attached.bank_count:
+    if model_adapters.bank_count:
         return
     for _, module, layer_state in list(layer_states(model)):
         if not layer_state._modules:
@@ -124,10 +126,10 @@ def _release_layers(model: nn.Module, attached: ModelAdapters) -> None:
                 storage = storage_of(weight_of(module, name))
                 if storage is not None:
                     storage.release(module)
-    if not attached.configs:
-        for untied in reversed(attached.untied):
+    if not model_adapters.configs:
+        for untied in reversed(model_adapters.untied):
             tie_again(model, untied)
         for path, parameter in model.named_parameters():
-            original_flags = attached.original_requires_grad
+            original_flags = model_adapters.original_requires_grad
             parameter.requires_grad = original_flags.get(path, parameter.requires_grad)
         del model.__dict__[ADAPTERS]

@@ -121,11 +121,12 @@ def check(
             of them with the reason.
     """
     model = unwrap(model)
-    attached = need_adapters(model)
+    model_adapters = need_adapters(model)
     active = active_adapter(model, name if isinstance(name, Mapping) else only_name(model, name))
-    if attached.merged != active.merged_at_attach:
+    if model_adapters.merged != active.merged_at_attach:
         problem = (
-            f"{attached.merged!r} merged into the weights, on which {active.name!r} does not run"
+            f"{model_adapters.merged!r} merged into the weights, on which {active.name!r} does not"
+            " run"
         )
         raise CheckError(
             problem, "the weights that it was attached to", "call veneer.unmerge(model) first"
@@ -445,8 +446,8 @@ def _use_definition(
             if key not in modules or id(layer_adapter) in packed_ids:
                 continue
             module = modules[key]
-            full = layer_adapter.replacements(module)
-            for name, value in full.items():
+            replacements = layer_adapter.replacements(module)
+            for name, value in replacements.items():
                 table = module._parameters if name in module._parameters else module._buffers
                 replace(table, name, value)
             readers: dict[str, Any] = {
@@ -459,12 +460,14 @@ def _use_definition(
                     weight: partial(_blend_weight, layer_adapter, module_view, weight)
                     for weight in readers
                 }
-            if weights_are_spread:  # FSDP2 stores gathered weights in place of ``full``
-                readers |= {name: lambda _, value=value: value for name, value in full.items()}
+            if weights_are_spread:  # FSDP2 stores gathered weights in place of ``replacements``
+                readers |= {
+                    name: lambda _, value=value: value for name, value in replacements.items()
+                }
             parameters = ComputedParameters(module._parameters, readers, weights_are_spread)
             replace(module.__dict__, "_parameters", parameters)
             kind = kind_of(module)
-            if kind is not None and (full or readers):
+            if kind is not None and (replacements or readers):
                 attributes_before = dict(module.__dict__)
                 kind.bind(module, parameters.computed_once())
                 undo.extend(

@@ -72,12 +72,12 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
             layer_state = modules[STATE]
         except KeyError:  # another thread has detached since this method was looked up
             return base_cls.forward(self, *args, **kwargs)
-        attached, selection = layer_state.attached, calling_context.selection
-        uid = attached.uid
-        active = selection[uid] if uid in selection else attached.default  # noqa: SIM401
+        model_adapters, selection = layer_state.model_adapters, calling_context.selection
+        uid = model_adapters.uid
+        active = selection[uid] if uid in selection else model_adapters.default  # noqa: SIM401
         layer_adapters = active.layer_adapters
-        if layer_adapters is None or attached.merged != active.merged_at_attach:
-            if layer_adapters is None or active.name != attached.merged:
+        if layer_adapters is None or model_adapters.merged != active.merged_at_attach:
+            if layer_adapters is None or active.name != model_adapters.merged:
                 raise layer_state.selection_error(active)
             return base_forward(self, base_cls, *args, **kwargs)
         # The adapter does not change this layer. No `try`: torch.compile would guard it wrongly.
@@ -110,10 +110,10 @@ def _adapt_method(base_cls: type[nn.Module], name: str) -> Any:
         layer_state, calling_context = state_of(self), context.current
         if layer_state is None:
             return method(self, *args, **kwargs)
-        attached = layer_state.attached
-        active = calling_context.selection.get(attached.uid, attached.default)
-        if active.layer_adapters is None or attached.merged != active.merged_at_attach:
-            if active.layer_adapters is None or active.name != attached.merged:
+        model_adapters = layer_state.model_adapters
+        active = calling_context.selection.get(model_adapters.uid, model_adapters.default)
+        if active.layer_adapters is None or model_adapters.merged != active.merged_at_attach:
+            if active.layer_adapters is None or active.name != model_adapters.merged:
                 raise layer_state.selection_error(active)
             return method(self, *args, **kwargs)
         if (layer_state.key, name) not in active.layer_adapters:

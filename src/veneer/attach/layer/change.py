@@ -35,7 +35,9 @@ def changed_storage_error(module: nn.Module, name: str) -> SelectionError:
     """The error of a call, a merge or a save for a parameter that was pruned, parametrised or
     removed after the adapter was attached."""
     layer_state = state_of(module)
-    path = None if layer_state is None else layer_state.attached.layer_paths.get(layer_state.key)
+    path = (
+        None if layer_state is None else layer_state.model_adapters.layer_paths.get(layer_state.key)
+    )
     weight_path = name if path in (None, "") else f"{path}.{name}"
     problem = (
         f"{weight_path!r} ({base_class(module).__name__}), pruned or parametrised (or no longer"

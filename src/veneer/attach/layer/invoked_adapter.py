@@ -107,7 +107,7 @@ class InvokedAdapter:
             SelectionError: the layer runs outside of a call of its model, so that it does not know
                 the tokens.
         """
-        invoked_call = call.context.invoked_calls.get(call.layer_state.attached.uid)
+        invoked_call = call.context.invoked_calls.get(call.layer_state.model_adapters.uid)
         tokens = None if invoked_call is None else invoked_call.tokens.get(self.name)
         if tokens is None:
             raise self._unknown_tokens_error(call.module)

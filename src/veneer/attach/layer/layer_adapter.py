@@ -141,19 +141,20 @@ class LayerAdapter(nn.Module):
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of ``full`` that replace parameters and buffers of the module, by name. A
         parameter is cast to the dtype of the one that it replaces."""
-        full = self.full
-        if not full._parameters and not full._buffers:
+        full_parameters, full_buffers = self.full._parameters, self.full._buffers
+        if not full_parameters and not full_buffers:
             return {}
         module_tensors: dict[str, Any] = {**module._buffers, **module._parameters}
-        for name in full._parameters.keys() - module_tensors.keys():
+        for name in full_parameters.keys() - module_tensors.keys():
             raise changed_storage_error(module, name)
         # a bias for a layer without a bias: its dtype is that of the layer's weight
-        if "bias" in full._parameters and module_tensors["bias"] is None:
+        if "bias" in full_parameters and module_tensors["bias"] is None:
             module_tensors["bias"] = module_tensors["weight"]
-        trained: dict[str, Any] = {
-            name: value.to(module_tensors[name].dtype) for name, value in full._parameters.items()
+        cast_parameters: dict[str, Any] = {
+            name: parameter.to(module_tensors[name].dtype)
+            for name, parameter in full_parameters.items()
         }
-        return {**trained, **cast(dict[str, Tensor], full._buffers)}
+        return {**cast_parameters, **cast(dict[str, Tensor], full_buffers)}
 
     def run(self, call: Call) -> Any:
         """The output of a call with the changes of this adapter."""
@@ -203,7 +204,7 @@ class LayerAdapter(nn.Module):
         """The output of a forward that is not one fused product. It is computed in factors, with
         the changed weight, or on a view."""
         module, layer_state = call.module, call.layer_state
-        full = self.replacements(module)
+        replacements = self.replacements(module)
         input_count = len(call.args) + len(call.kwargs)
         if (
             not (layer_state.supports_factored and self.changes and input_count == 1)
@@ -216,7 +217,7 @@ class LayerAdapter(nn.Module):
         change = self.changes[kind.weight]
         low_rank, gain = change.resolve(frozen_weight(change, module, kind.weight))
         dropout = change.dropout if change.training else 0.0
-        linear_call = LinearCall(call, full, bool(self.read_below_by_method))
+        linear_call = LinearCall(call, replacements, bool(self.read_below_by_method))
         linear_call.refuse_other_dtype(change)
         # A gain scales the rows of ΔW. A layer that holds the weight transposed reads these rows as
         # inputs, so that it must form W + ΔW.

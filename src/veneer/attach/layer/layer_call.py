@@ -54,12 +54,12 @@ class LinearCall(NamedTuple):
     """One call of a layer that has one input and is linear in its one weight.
 
     Fields:
-        full: the tensors that replace the module's parameters and buffers in full, by name.
+        replacements: the tensors that replace the module's parameters and buffers in full, by name.
         adapts_methods: whether other methods of the module than forward are adapted too.
     """
 
     call: Call
-    full: Mapping[str, Tensor]
+    replacements: Mapping[str, Tensor]
     adapts_methods: bool
 
     @property
@@ -83,7 +83,7 @@ class LinearCall(NamedTuple):
         is_parameter = "bias" in parameters and not change.storage.opaque
         # a bias that is pruned or parametrised is computed when its attribute is read
         bias = parameters["bias"] if is_parameter else getattr(self.module, "bias", None)
-        return self.full.get("bias", bias)
+        return self.replacements.get("bias", bias)
 
     def refuse_other_dtype(self, change: Change) -> None:
         """Run the layer without its adapter if its input has another dtype than its weight, so that
@@ -101,7 +101,7 @@ class LinearCall(NamedTuple):
     def base_output(self, change: Change, with_bias: bool) -> Tensor:
         """op(x; W), with the bias if ``with_bias``."""
         module, kind, x = self.module, cast(Layer, self.layer_state.layer), self.x
-        if with_bias and not self.full and not change.storage.computed:
+        if with_bias and not self.replacements and not change.storage.computed:
             # If other methods are adapted too, run on a view, whose methods are the base class's.
             base_module = view(module, self.call.base_cls, {}) if self.adapts_methods else module
             return _run_base(self.call, base_module)

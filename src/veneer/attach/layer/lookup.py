@@ -63,22 +63,22 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
         SelectionError: the model has no adapter, or none of this name, or a layer has adapters of
             another model.
     """
-    attached = adapters_of(model)
-    if attached is None:
+    model_adapters = adapters_of(model)
+    if model_adapters is None:
         raise SelectionError(
             f"no adapter on this {type(model).__name__}",
             "an attached adapter",
             "call veneer.attach or load first",
         )
-    attached.claim(unwrap(model))
+    model_adapters.claim(unwrap(model))
     if (walk or COPIES_WITHOUT_ROOT) and (problem := foreign_layers_problem(model)):
         raise SelectionError(problem)
-    if name is not None and not (isinstance(name, str) and name in attached.configs):
-        problem = f"no adapter named {name!r}{nearest(str(name), attached.configs)}"
+    if name is not None and not (isinstance(name, str) and name in model_adapters.configs):
+        problem = f"no adapter named {name!r}{nearest(str(name), model_adapters.configs)}"
         raise SelectionError(
-            problem, f"one of {', '.join(attached.configs)}", "use a name that is attached"
+            problem, f"one of {', '.join(model_adapters.configs)}", "use a name that is attached"
         )
-    return attached
+    return model_adapters
 
 
 def foreign_layers_problem(model: nn.Module) -> str | None:
@@ -86,11 +86,11 @@ def foreign_layers_problem(model: nn.Module) -> str | None:
     object; else None."""
 
     def foreign_paths() -> list[str]:
-        attached = adapters_of(model)
+        model_adapters = adapters_of(model)
         return [
             path
             for path, _, layer_state in layer_states(unwrap(model))
-            if layer_state.attached is not attached
+            if layer_state.model_adapters is not model_adapters
         ]
 
     # checked again under the lock, because another thread may be attaching
@@ -110,12 +110,13 @@ def only_name(model: nn.Module, name: str | None) -> str:
     Raises:
         SelectionError: ``name`` is None, and the model has several adapters and no default.
     """
-    attached = need_adapters(model, name)
-    name = attached.default_name if name is None else name
-    if name is None and len(attached.configs) > 1:
-        problem = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
+    model_adapters = need_adapters(model, name)
+    name = model_adapters.default_name if name is None else name
+    if name is None and len(model_adapters.configs) > 1:
+        names = ", ".join(model_adapters.configs)
+        problem = f"{len(model_adapters.configs)} adapters ({names}) and no name"
         raise SelectionError(problem, "a name", "pass the name of one adapter")
-    return name if name is not None else next(iter(attached.configs))
+    return name if name is not None else next(iter(model_adapters.configs))
 
 
 def selected_name(model: nn.Module, method: str = "this") -> str:
@@ -128,8 +129,8 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
         SelectionError: the model has several adapters and none is selected; or the base, or an
             adapter for each row, is selected.
     """
-    attached = need_adapters(model)
-    active = context.current.selection.get(attached.uid)
+    model_adapters = need_adapters(model)
+    active = context.current.selection.get(model_adapters.uid)
     if active is None:
         return only_name(model, None)
     if active.name is None:
@@ -148,9 +149,11 @@ def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Laye
         SelectionError: a layer or weight that the adapter changes has been replaced or removed.
     """
     layers = list(layer_states(model))
-    attached = adapters_of(model)
-    if attached is not None and name in attached.selections:
-        _require_layers_present(attached, name, {layer_state.key for _, _, layer_state in layers})
+    model_adapters = adapters_of(model)
+    if model_adapters is not None and name in model_adapters.selections:
+        _require_layers_present(
+            model_adapters, name, {layer_state.key for _, _, layer_state in layers}
+        )
     for path, module, layer_state in layers:
         layer_adapter = layer_state.get(name)
         if layer_adapter is not None and _holds_parameters(layer_adapter):
@@ -164,17 +167,19 @@ def _holds_parameters(layer_adapter: LayerAdapter) -> bool:
     return bool(layer_adapter.low._modules or layer_adapter.full.state_dict())
 
 
-def _require_layers_present(attached: ModelAdapters, name: str, present_keys: set[int]) -> None:
+def _require_layers_present(
+    model_adapters: ModelAdapters, name: str, present_keys: set[int]
+) -> None:
     """Raise a SelectionError if a layer that the adapter changes is no longer in the model.
     ``present_keys`` are the keys of the layer states in the model."""
-    layer_adapters = attached.selections[name].layer_adapters or {}
+    layer_adapters = model_adapters.selections[name].layer_adapters or {}
     missing_keys = [
         key
         for key, layer_adapter in layer_adapters.items()
         if isinstance(key, int) and key not in present_keys and _holds_parameters(layer_adapter)
     ]
     if missing_keys:
-        paths = [repr(attached.layer_paths.get(key, f"layer {key}")) for key in missing_keys]
+        paths = [repr(model_adapters.layer_paths.get(key, f"layer {key}")) for key in missing_keys]
         problem = (
             f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it"
             " was attached"

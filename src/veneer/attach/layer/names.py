@@ -40,7 +40,7 @@ class Names:
     @cached_property
     def on_meta_device(self) -> bool:
         """Whether all parameters are on the meta device, to be loaded later. False for a model with
-        accelerate's hooks, whose parameters on the meta device are offloaded ones."""
+        accelerate's hooks: its parameters on the meta device are offloaded."""
         is_hooked = any("_hf_hook" in module.__dict__ for module in self.modules.values())
         return not is_hooked and all(parameter.is_meta for _, parameter in self.parameters())
 

@@ -289,15 +289,15 @@ class LayerState(nn.Module):
 
     def __init__(
         self,
-        attached: ModelAdapters,
+        model_adapters: ModelAdapters,
         layer: Layer | None,
         supports_factored: bool,
         view_attributes: Mapping[str, Any],
         is_plain_product: bool,
     ) -> None:
         super().__init__()
-        attached.last_layer_key += 1
-        self.attached, self.key = attached, attached.last_layer_key
+        model_adapters.last_layer_key += 1
+        self.model_adapters, self.key = model_adapters, model_adapters.last_layer_key
         self.layer, self.supports_factored = layer, supports_factored
         self.is_plain_product, self.is_stock_class = is_plain_product, False
         self.transposed = False
@@ -309,14 +309,12 @@ class LayerState(nn.Module):
     def selection_error(self, active: ActiveAdapter) -> SelectionError:
         """The error of a call whose selection cannot run: it selects no adapter where there are
         several, a detached adapter, or another adapter than the merged one."""
-        merged = self.attached.merged
+        merged = self.model_adapters.merged
         if active.layer_adapters is None and active.name is not None:
             return active.selection_error()
         if active.layer_adapters is None:
-            problem = (
-                f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and"
-                " none selected"
-            )
+            configs = self.model_adapters.configs
+            problem = f"{len(configs)} adapters ({', '.join(configs)}) and none selected"
             do = (
                 "call the model inside `with veneer.use(model, name):`, or"
                 " veneer.set_default(model, name) once"
@@ -333,7 +331,7 @@ class LayerState(nn.Module):
             )
         problem = f"a call that selects {active.name!r} while {merged!r} is merged into the weights"
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
-        if self.attached.has_unrelated_merges:
+        if self.model_adapters.has_unrelated_merges:
             expected = "a call without a selection, which has all that is merged"
         return SelectionError(problem, expected, "call veneer.unmerge(model) first")
 

@@ -43,7 +43,7 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     module, base_cls, layer_state, args, kwargs, _, method, *_ = call
     if any(change.storage.opaque for change in layer_adapter.changes.values()):
         return _run_opaque(layer_adapter, module, layer_state, args, kwargs)
-    function, read_below, full = (
+    function, read_below, replacements = (
         method_of(base_cls, method),
         layer_adapter.below(method),
         layer_adapter.replacements(module),
@@ -66,11 +66,17 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     if unformed_weights is not None:
         try:
             return _run_unformed(
-                function, module, base_cls, {**full, **unformed_weights}, layer_state, args, kwargs
+                function,
+                module,
+                base_cls,
+                {**replacements, **unformed_weights},
+                layer_state,
+                args,
+                kwargs,
             )
         except CannotFormError:
             always_form_weights(layer_state)
-    values = {**full, **layer_adapter.changed_weights(module, runs_wide)}
+    values = {**replacements, **layer_adapter.changed_weights(module, runs_wide)}
     if runs_wide:
         tensors = {**module._buffers, **module._parameters, **values}
         values = {
@@ -112,9 +118,9 @@ def _run_opaque(
 ) -> Tensor:
     """Run the op of a linear layer with an opaque storage on W + ΔW, in at least float32. The
     forward of such a layer reads no tensor that a view could replace."""
-    (x,), full = (*args, *kwargs.values()), layer_adapter.replacements(module)
+    (x,), replacements = (*args, *kwargs.values()), layer_adapter.replacements(module)
     ((name, dense),) = layer_adapter.changed_weights(module, wide=True).items()
-    bias = full.get("bias", getattr(module, "bias", None))
+    bias = replacements.get("bias", getattr(module, "bias", None))
     with no_autocast(x):
         bias = None if bias is None else widen(bias, dense.dtype)
         y = layer_state.layer.op(module, widen(x, dense.dtype), dense, bias)

@@ -96,13 +96,13 @@ def merge(
     """
     model = unwrap(model)
     name = only_name(model, name)
-    attached = need_adapters(model, name)
-    if tokens := attached.configs[name].invocation_tokens:
+    model_adapters = need_adapters(model, name)
+    if tokens := model_adapters.configs[name].invocation_tokens:
         problem = f"a merge of {name!r}, which acts from its invocation tokens {list(tokens)} on"
         do = "use it as an adapter; `veneer serve` takes it as it is"
         raise MergeError(problem, "an adapter that acts on every token", do)
-    if name in attached.merge_order or not attached.can_merge(name):
-        require_attached_base(attached, name, "a merge of")
+    if name in model_adapters.merge_order or not model_adapters.can_merge(name):
+        require_attached_base(model_adapters, name, "a merge of")
     require_unsharded(model, "a merge")
     known_rounding(rounding)
     if opaque_weights := [
@@ -113,12 +113,12 @@ def merge(
         raise MergeError(
             f"Nothing was merged of {name!r} ({paths}). {storage.refusal(opaque_weights[0].target)}"
         )
-    return _merge_all(model, attached, name, keep, rounding, dict(inputs or {}))
+    return _merge_all(model, model_adapters, name, keep, rounding, dict(inputs or {}))
 
 
 def _merge_all(
     model: nn.Module,
-    attached: ModelAdapters,
+    model_adapters: ModelAdapters,
     name: str,
     keep: bool,
     rounding: str,
@@ -126,7 +126,7 @@ def _merge_all(
 ) -> MergeReport:
     """Overwrite all weights, or leave all of them unchanged. ``moments`` are the ``inputs`` of
     ``merge``."""
-    is_over_others = attached.selections[name].merged_at_attach != attached.merged
+    is_over_others = model_adapters.selections[name].merged_at_attach != model_adapters.merged
     origins = bits_before_merge(model, name) if is_over_others else {}
     weights = [
         replace(weight, origin=origins.get(id(weight.target)))
@@ -137,21 +137,21 @@ def _merge_all(
         *split_tie_problems(model, name),
         *output_change_problems(model, name),
     ]
-    problems += _missing_origin_problems(model, attached, name, weights)
-    order_before = attached.merge_order
+    problems += _missing_origin_problems(model, model_adapters, name, weights)
+    order_before = model_adapters.merge_order
     try:
         drop_backups(weights)  # left over if an unmerge was interrupted at its end
-        attached.is_merging = True
-        attached.set_merge_order((*order_before, name))
+        model_adapters.is_merging = True
+        model_adapters.set_merge_order((*order_before, name))
         reports = _write_all(weights, rounding, moments, keep, problems)
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
-        attached.is_merging = False
+        model_adapters.is_merging = False
     except BaseException:
-        if attached.merge_order != order_before:
+        if model_adapters.merge_order != order_before:
             restore(filter(has_backup, weights))
-            attached.set_merge_order(order_before)
+            model_adapters.set_merge_order(order_before)
         drop_backups(weights)
-        attached.is_merging = False
+        model_adapters.is_merging = False
         raise
     if not keep:
         drop_backups(weights)
@@ -213,11 +213,11 @@ def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def _missing_origin_problems(
-    model: nn.Module, attached: ModelAdapters, name: str, weights: Iterable[StoredWeight]
+    model: nn.Module, model_adapters: ModelAdapters, name: str, weights: Iterable[StoredWeight]
 ) -> Iterator[str]:
     """A problem for each weight that cannot be merged over other adapters. Either the bits that
     this adapter was attached to were not kept, or two adapters replace the same statistics."""
-    if attached.selections[name].merged_at_attach == attached.merged:
+    if model_adapters.selections[name].merged_at_attach == model_adapters.merged:
         return
     ids_without_backup = without_backup(model, name)
     for weight in weights:

@@ -82,8 +82,11 @@ def stored_weights(model: nn.Module, name: str) -> Iterator[StoredWeight]:
         yield StoredWeight(path, module, weight, change, weight_of(module, weight), change.storage)
     visited: set[int] = set()  # tied parameters have one copy, which is written once
     for path, module, layer_adapter in adapters(model, name):
-        full, base_tensors = layer_adapter.full, {**module._buffers, **module._parameters}
-        for tensor_name, values in (*full._parameters.items(), *full._buffers.items()):
+        full_module, base_tensors = layer_adapter.full, {**module._buffers, **module._parameters}
+        for tensor_name, values in (
+            *full_module._parameters.items(),
+            *full_module._buffers.items(),
+        ):
             target = None if values is None else base_tensors[tensor_name]
             if target is not None and id(values) not in visited:
                 visited.add(id(values))
@@ -92,15 +95,15 @@ def stored_weights(model: nn.Module, name: str) -> Iterator[StoredWeight]:
                 )
 
 
-def require_attached_base(attached: ModelAdapters, name: str, action: str) -> None:
+def require_attached_base(model_adapters: ModelAdapters, name: str, action: str) -> None:
     """Raise a MergeError unless the weights are those that the adapter ``name`` was attached to.
 
     ``action`` is the beginning of the error text, such as "a merge of".
     """
-    base_name, merged = attached.selections[name].merged_at_attach, attached.merged
+    base_name, merged = model_adapters.selections[name].merged_at_attach, model_adapters.merged
     if base_name == merged:
         return
-    if name in attached.merge_order:
+    if name in model_adapters.merge_order:
         raise MergeError(
             f"{action} {name!r}, merged already",
             "an unmerged adapter",
@@ -143,11 +146,11 @@ def without_backup(model: nn.Module, name: str) -> frozenset[int]:
 def _merged_since(model: nn.Module, name: str) -> dict[int, StoredWeight]:
     """The weights into which another adapter was merged after ``name`` was attached, by their
     ``id``. Each is described by the first such merge, whose backup is the oldest."""
-    attached = need_adapters(model, name)
-    merged_names = attached.last_merged_first()
-    base_name = attached.selections[name].merged_at_attach
+    model_adapters = need_adapters(model, name)
+    merged_names = model_adapters.last_merged_first()
+    base_name = model_adapters.selections[name].merged_at_attach
     if base_name is not None and base_name not in merged_names:
-        require_attached_base(attached, name, "the base of")
+        require_attached_base(model_adapters, name, "the base of")
     later_names = (
         merged_names if base_name is None else merged_names[: merged_names.index(base_name)]
     )

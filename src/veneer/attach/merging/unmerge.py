@@ -39,28 +39,30 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
             lose the edit. No weight was changed.
     """
     model = unwrap(model)
-    attached = need_adapters(model)
-    if attached.merged is None:
+    model_adapters = need_adapters(model)
+    if model_adapters.merged is None:
         raise MergeError(
             "a model in which nothing is merged", "a merged adapter", "call veneer.merge first"
         )
-    last_name = attached.merge_order[-1]
+    last_name = model_adapters.merge_order[-1]
     if name is not None and name != last_name:
-        relation = "which lies on top of it" if name in attached.merge_order else "and not that"
+        relation = (
+            "which lies on top of it" if name in model_adapters.merge_order else "and not that"
+        )
         problem = f"unmerge of {name!r} while {last_name!r} is merged, {relation}"
         raise MergeError(problem, "the last one merged", f"unmerge {last_name!r} first")
     require_unsharded(model, "an unmerge")
     weights = list(stored_weights(model, last_name))
     backed_up_weights = list(filter(has_backup, weights))
     # after an interrupted merge, weights without a backup still have their old bits
-    if len(backed_up_weights) < len(weights) and not attached.is_merging:
+    if len(backed_up_weights) < len(weights) and not model_adapters.is_merging:
         problem = f"{last_name!r}, merged with keep=False"
         raise MergeError(problem, "the weights from before the merge", "load the base again")
     restore(_require_unedited(backed_up_weights))
     # from here on the backups are no longer needed, even if this call is interrupted
-    attached.set_merge_order(attached.merge_order[:-1])
+    model_adapters.set_merge_order(model_adapters.merge_order[:-1])
     drop_backups(weights)
-    attached.is_merging = False
+    model_adapters.is_merging = False
 
 
 def _require_unedited(weights: Iterable[StoredWeight]) -> list[StoredWeight]:

@@ -109,18 +109,18 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     specs = planner.specs(targets)
     vectors = [ref for ref in (*head, *targets) if ref not in specs]
     low_rank_plans = plan_low(names, planner.with_tokens(specs), problems)
-    full = planner.full(vectors, [entry.path for entry in low_rank_plans])
+    full_params = planner.full(vectors, [weight_plan.path for weight_plan in low_rank_plans])
     plans = complete_plans(
         names,
         config,
         low_rank_plans,
-        full,
+        full_params,
         problems,
         full_modules=frozenset(planner.train_also_paths),
         frozen=planner.frozen,
     )
-    for path, name in {ref for entry in low_rank_plans for ref in entry.holders}:
-        if name in full.get(path, ()):
+    for path, name in {ref for weight_plan in low_rank_plans for ref in weight_plan.holders}:
+        if name in full_params.get(path, ()):
             problem = (
                 f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
             )
@@ -138,7 +138,7 @@ def complete_plans(
     names: Names,
     config: LoraConfig,
     low_rank_plans: Sequence[LowRankPlan],
-    full: Mapping[str, tuple[str, ...]],
+    full_params: Mapping[str, tuple[str, ...]],
     problems: list[str],
     *,
     full_modules: frozenset[str] = frozenset(),
@@ -149,15 +149,16 @@ def complete_plans(
     them are added to ``problems``.
 
     Args:
-        full, full_modules, split_ties: as in ``Plans``.
+        full_params: as ``Plans.full``.
+        full_modules, split_ties: as in ``Plans``.
         frozen: parameters that the user froze, by ``id``.
     """
-    refusals.check_full(names, full, problems, frozen)
-    problems += overlaps(names, _changed_refs(low_rank_plans, full))
+    refusals.check_full(names, full_params, problems, frozen)
+    problems += overlaps(names, _changed_refs(low_rank_plans, full_params))
     if config.invocation_tokens:
-        problems += refusals.invocation_problems(names, low_rank_plans, full)
-    readers = () if problems else _full_readers(names, full)
-    return Plans(config, tuple(low_rank_plans), full, full_modules, readers, split_ties)
+        problems += refusals.invocation_problems(names, low_rank_plans, full_params)
+    readers = () if problems else _full_readers(names, full_params)
+    return Plans(config, tuple(low_rank_plans), full_params, full_modules, readers, split_ties)
 
 
 def _not_a_config(config: Any) -> ConfigError:
@@ -234,7 +235,7 @@ class _Planner:
         return [ref for ref in head if ref not in left_out]
 
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
-        """The targets that an adapter can change. A warning names the other ones, because "all"
+        """The targets that an adapter can change. A warning names the other targets, as "all"
         means every layer that an adapter can change."""
         refs_by_id = self.names.holders()
         modules_without_kind = {
@@ -313,7 +314,7 @@ class _Planner:
         targets ``vectors``, which have no two axes, biases (of the modules ``low_rank_paths`` or
         of all modules), and all parameters that are tied to these."""
         names, bias = self.names, self.config.bias
-        full = {
+        full_params = {
             path: [n for n, p in names.modules[path]._parameters.items() if p is not None]
             for path in self.train_also_paths
         }
@@ -332,25 +333,25 @@ class _Planner:
             problem = f"bias={bias!r} and no bias there"
             self.problems.append(sentence(problem, "at least one bias to train", 'use bias="none"'))
         for path, name in (*vectors, *biases):
-            full.setdefault(path, []).append(name)
-        return with_ties(names, full)
+            full_params.setdefault(path, []).append(name)
+        return with_ties(names, full_params)
 
 
 def _changed_refs(
-    low_rank_plans: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]
+    low_rank_plans: Sequence[LowRankPlan], full_params: Mapping[str, Sequence[str]]
 ) -> list[ParamRef]:
     """(path, name) of every parameter that an adapter changes or replaces. A tied parameter is
     listed under each of its names."""
-    full_refs = [(path, name) for path, parameters in full.items() for name in parameters]
-    return [*(ref for entry in low_rank_plans for ref in entry.holders), *full_refs]
+    full_refs = [(path, name) for path, parameters in full_params.items() for name in parameters]
+    return [*(ref for weight_plan in low_rank_plans for ref in weight_plan.holders), *full_refs]
 
 
-def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """``full``, {path: parameter names}, with every other module that holds the same parameters:
-    tied parameters are trained as one."""
+def with_ties(names: Names, full_params: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """``full_params``, {path: parameter names}, with every other module that holds the same
+    parameters: tied parameters are trained as one."""
     refs_by_id = names.holders()
-    tied = {path: dict.fromkeys(parameters) for path, parameters in full.items()}
-    for path, name in _changed_refs((), full):
+    tied = {path: dict.fromkeys(parameters) for path, parameters in full_params.items()}
+    for path, name in _changed_refs((), full_params):
         for holder_path, holder_name in refs_by_id.get(
             id(names.modules[path]._parameters.get(name)), ()
         ):
@@ -358,9 +359,12 @@ def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tupl
     return {path: tuple(parameters) for path, parameters in tied.items()}
 
 
-def _full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
-    """The methods that read parameters of ``full`` directly, past the modules that hold them."""
-    refs = _changed_refs((), full)
+def _full_readers(
+    names: Names, full_params: Mapping[str, Sequence[str]]
+) -> tuple[WeightReader, ...]:
+    """The methods that read parameters of ``full_params`` directly, without a call of the modules
+    that hold them."""
+    refs = _changed_refs((), full_params)
     return tuple(
         dict.fromkeys(
             weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)
@@ -409,13 +413,13 @@ def plan_low(
     for ref, spec in specs.items():
         refusals_of_ref = list(refusals.refusals_of(names, ref, refs_by_id))
         problems += refusals_of_ref
-        entry = (
+        weight_plan = (
             None
             if refusals_of_ref
             else _low_rank_plan(names, names.holders_of(ref, refs_by_id), spec, problems)
         )
-        if entry is not None:
-            plans.setdefault(entry.ref, entry)
+        if weight_plan is not None:
+            plans.setdefault(weight_plan.ref, weight_plan)
     return list(plans.values())
 
 

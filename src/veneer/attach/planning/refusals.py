@@ -169,8 +169,8 @@ def _name_conflict(module: nn.Module) -> str | None:
 def frozen_on_purpose(names: Names) -> set[int]:
     """The ``id`` of each base parameter that is frozen while other base parameters train. If no
     parameter trains, the result is empty."""
-    attached = adapters_of(names.model)
-    requires_grad_before = {} if attached is None else attached.original_requires_grad
+    model_adapters = adapters_of(names.model)
+    requires_grad_before = {} if model_adapters is None else model_adapters.original_requires_grad
     trains: dict[int, bool] = {}
     for key, refs in names.holders().items():
         (path, name), *_ = refs  # for a tied parameter the first of its names
@@ -183,13 +183,13 @@ def frozen_on_purpose(names: Names) -> set[int]:
 
 def check_full(
     names: Names,
-    full: Mapping[str, tuple[str, ...]],
+    full_params: Mapping[str, tuple[str, ...]],
     problems: list[str],
     frozen: Set[int] = frozenset(),
 ) -> None:
     """Add the reasons why parameters cannot be trained in full to ``problems``, such as that
     forward does not reach them, or that the user froze them (``frozen``: their ``id``)."""
-    for path, parameters in full.items():
+    for path, parameters in full_params.items():
         module = names.modules[path]
         reason = unadaptable(names, path) if parameters else None
         if reason:
@@ -230,10 +230,10 @@ def check_full(
 
 
 def invocation_problems(
-    names: Names, low_rank_plans: Iterable[Any], full: Mapping[str, Iterable[str]]
+    names: Names, low_rank_plans: Iterable[Any], full_params: Mapping[str, Iterable[str]]
 ) -> Iterator[str]:
     """The reasons why an adapter with the low-rank changes ``low_rank_plans`` (``LowRankPlan``)
-    and the parameters ``full`` cannot act from its invocation tokens on."""
+    and the parameters ``full_params`` cannot act from its invocation tokens on."""
     cls = base_class(names.model)
     readers = [path for path, module in names.modules.items() if takes_input_ids(module)]
     config = getattr(names.model, "config", None)
@@ -242,17 +242,17 @@ def invocation_problems(
         problem += "which has an encoder" if readers else "whose forward takes no input_ids"
         expected = "a model in whose input_ids they are found"
         yield sentence(problem, expected, "leave invocation_tokens out")
-    for entry in low_rank_plans:
-        for path, weight in entry.holders:
+    for weight_plan in low_rank_plans:
+        for path, weight in weight_plan.holders:
             module, kind = names.modules[path], kind_for(names.modules[path], weight)
             factored = kind.product and factors(
-                kind, module, base_class(module), entry.storage.modules()
+                kind, module, base_class(module), weight_plan.storage.modules()
             )
-            if not factored or entry.weight_readers or entry.tokens is not None:
+            if not factored or weight_plan.weight_readers or weight_plan.tokens is not None:
                 problem = f"{path!r}, a {base_class(module).__name__}, with invocation_tokens"
                 expected = "linear layers, of whose tokens some change"
                 yield sentence(problem, expected, "exclude it")
-    for path in (path for path, parameters in full.items() if [*parameters]):
+    for path in (path for path, parameters in full_params.items() if [*parameters]):
         problem = f"{path!r} trained in full, with invocation_tokens"
         expected = "changes that act from the invocation on: low-rank ones alone"
         yield sentence(problem, expected, "leave it out")
@@ -260,18 +260,18 @@ def invocation_problems(
 
 def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     """The reasons why no adapter called ``name`` can be added to the model now."""
-    attached = adapters_of(model)
+    model_adapters = adapters_of(model)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         yield sentence(
             f"adapter name {name!r}", "letters, digits, '_' and '-'", "choose such a name"
         )
-    if attached and name in attached.configs:
+    if model_adapters and name in model_adapters.configs:
         problem = f"adapter name {name!r}, which is taken"
         yield sentence(problem, "a new name", "choose another, or detach that one first")
     if problem := peft_problem(model):
         yield problem
-    if attached and attached.has_unrelated_merges:
-        problem = f"{attached.merged!r} merged into the weights, one over the other"
+    if model_adapters and model_adapters.has_unrelated_merges:
+        problem = f"{model_adapters.merged!r} merged into the weights, one over the other"
         do = (
             "call veneer.unmerge(model), or keep these weights with detach(model, keep_merged=True)"
         )

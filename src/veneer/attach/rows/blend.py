@@ -302,12 +302,12 @@ class Blend:
             dense = change.storage.dense(frozen_weight(change, module, name))
             base_weights[name], dtypes[name] = dense.to(at_least_float32(dense.dtype)), dense.dtype
         for layer_adapter, weight in self.components:
-            full = {
+            replacements = {
                 name: tensor
                 for name, tensor in layer_adapter.replacements(module).items()
                 if name in base_weights
             }
-            tensors = {**full, **layer_adapter.changed_weights(module, wide=True)}
+            tensors = {**replacements, **layer_adapter.changed_weights(module, wide=True)}
             weighted_tensors.append((tensors, weight))
         blended = self._blend_tensors(weighted_tensors, base_weights)
         if wide:

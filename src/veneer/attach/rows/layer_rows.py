@@ -135,7 +135,7 @@ class LayerRows:
         tokens_per_row: int,
     ) -> Any:
         """The arguments of a call for the rows ``indices`` only. If the inputs hold tokens instead
-        of rows, ``indices`` are those of tokens; else ``tokens_per_row`` is 1."""
+        of rows, ``indices`` are indices of tokens; else ``tokens_per_row`` is 1."""
         row_count = self.row_adapters.count
         try:
             return kind.take(module, args, kwargs, indices, row_count * tokens_per_row)

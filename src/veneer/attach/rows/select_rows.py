@@ -40,7 +40,7 @@ class RowAdapters(Mapping[Any, Any]):
             number of rows.
         order: the permutation that brings the concatenated outputs of the selections back into the
             order of the batch, int64 [count].
-        row_ranges: for each selection the index of its first row, and that of its last row plus 1.
+        row_ranges: for each selection the index of its first row and the index after its last row.
             None unless the rows of each selection are neighbours, in the order of the selections.
         selection_of_row: for each row the index of its selection.
     """
@@ -166,7 +166,7 @@ def _contiguous_ranges(row_indices: Sequence[Tensor]) -> list[tuple[int, int]] |
 
 
 def by_rows(
-    model: nn.Module, attached: ModelAdapters, selections: Sequence[ActiveAdapter]
+    model: nn.Module, model_adapters: ModelAdapters, selections: Sequence[ActiveAdapter]
 ) -> ActiveAdapter:
     """A selection that uses ``selections[i]`` for row i. Rows that use the same adapter must have
     the same ``ActiveAdapter`` object."""
@@ -182,10 +182,10 @@ def by_rows(
         for selected in distinct_selections
     ]
     row_adapters = RowAdapters(
-        attached.uid, distinct_selections, row_indices, len(selections), time_first(model)
+        model_adapters.uid, distinct_selections, row_indices, len(selections), time_first(model)
     )
     first_name = distinct_selections[0].name
-    is_merged_adapter = len(distinct_selections) == 1 and first_name == attached.merged
+    is_merged_adapter = len(distinct_selections) == 1 and first_name == model_adapters.merged
     return ActiveAdapter(
         first_name if is_merged_adapter else None,
         row_adapters,

@@ -8,7 +8,7 @@
 An attached model has no methods of ``PeftModel``. The methods that transformers and diffusers mix
 into every model would look for adapters of PEFT. transformers and TRL test for PEFT by
 ``hasattr(model, "get_base_model")`` and the like, which must be False. So the model's class is
-replaced by a subclass that refuses these names. Its forward is that of the original class.
+replaced by a subclass that refuses these names. It inherits the forward of the original class.
 
 Rejected: attributes of the model that raise an error when they are called, because ``hasattr``
 would then be True. Also emulating PEFT, because PEFT's methods change what later calls compute.
