@@ -144,39 +144,43 @@ def _apply_blocks(context: Context) -> Context:
     frames = _running_generator_frames()
     if not frames and not context.blocks:
         return context
-    running = [block for frame in frames for block in _OPEN_BLOCKS.get(frame, ())]
+    running_blocks = [block for frame in frames for block in _OPEN_BLOCKS.get(frame, ())]
     caller = threading.get_ident(), _running_task()
-    key = context, running, caller, _ENDED_COUNT[0]
-    if running and running[-1].cached_context[0] == key:  # every layer of a step reads the context
-        return running[-1].cached_context[1]
-    not_running = [
+    key = context, running_blocks, caller, _ENDED_COUNT[0]
+    # cached, because every layer of a step reads the context
+    if running_blocks and running_blocks[-1].cached_context[0] == key:
+        return running_blocks[-1].cached_context[1]
+    off_stack_blocks = [
         block
         for block in context.blocks
-        if block not in running and block not in context.applied_blocks
+        if block not in running_blocks and block not in context.applied_blocks
     ]
-    positions = [block.caller_position(caller) for block in not_running]
+    positions = [block.caller_position(caller) for block in off_stack_blocks]
     selection, context_fields = dict(context.selection), {}
-    for block, position in zip(not_running, positions, strict=True):
+    for block, position in zip(off_stack_blocks, positions, strict=True):
         if position == "outside":
             selection.update(block.suspended_selection)
-    inside = [
+    enclosing_blocks = [
         block
-        for block, position in zip(not_running, positions, strict=True)
+        for block, position in zip(off_stack_blocks, positions, strict=True)
         if position == "inside"
     ]
-    for block in (*inside, *(block for block in running if block not in context.applied_blocks)):
+    for block in (
+        *enclosing_blocks,
+        *(block for block in running_blocks if block not in context.applied_blocks),
+    ):
         selection.update(block.selection)
         context_fields.update(block.context_fields)
     resolved_context = replace(
         context,
         selection=selection,
         blocks=(),
-        applied_blocks=context.applied_blocks.union(inside, running),
+        applied_blocks=context.applied_blocks.union(enclosing_blocks, running_blocks),
         **context_fields,
     )
     # not cached if other threads or tasks have blocks, whose generators may resume at any time
-    if running and all(block.caller == caller for block in not_running):
-        running[-1].cached_context = key, resolved_context
+    if running_blocks and all(block.caller == caller for block in off_stack_blocks):
+        running_blocks[-1].cached_context = key, resolved_context
     return resolved_context
 
 
@@ -224,9 +228,9 @@ def _is_context_method(frame: FrameType) -> bool:
 
 def _is_awaiting(frame: FrameType) -> bool:
     """Whether a suspended asynchronous generator waits at an ``await`` rather than a ``yield``."""
-    resume = frame.f_lasti + 2  # the argument of the instruction RESUME distinguishes the two
+    resume_index = frame.f_lasti + 2  # the argument of the instruction RESUME distinguishes the two
     code = frame.f_code.co_code
-    return code[resume] == dis.opmap["RESUME"] and code[resume + 1] & 3 == 3
+    return code[resume_index] == dis.opmap["RESUME"] and code[resume_index + 1] & 3 == 3
 
 
 def _running_task() -> Any:
@@ -321,7 +325,9 @@ def _remove_block(context: Context, block: Block) -> Context:
     outer = None if context.outer is None else _remove_block(context.outer, block)
     if outer is context.outer and block not in context.blocks:
         return context
-    remaining_blocks = tuple(listed for listed in context.blocks if listed is not block)
+    remaining_blocks = tuple(
+        other_block for other_block in context.blocks if other_block is not block
+    )
     changed = replace(context, outer=outer, blocks=remaining_blocks)
     return _EMPTY_CONTEXT if changed.outer is None and changed == _EMPTY_CONTEXT else changed
 

@@ -96,20 +96,22 @@ def attach(
     install_adapter(model, name, plans, calibration=calibration)
     _patch_model(model)
     names = Names(model)
-    held_ids = {
+    adapter_parameter_ids = {
         id(names.modules[path]._parameters[parameter_name])
         for path, parameter_names in plans.full.items()
         for parameter_name in parameter_names
     }
     # A head that grew counts as fresh. The adapter holds its new rows, and the fingerprint shows if
     # the other rows differ.
-    held_ids |= {
+    adapter_parameter_ids |= {
         id(weight_of(names.modules[weight_plan.path], weight_plan.weight))
         for weight_plan in plans.low
         if weight_plan.tokens
     }
-    unheld_refs = [ref for key, ref in names.fresh_parameters().items() if key not in held_ids]
-    FreshWeights.warn(unheld_refs, "As the adapter is attached", stacklevel=3)
+    untrained_refs = [
+        ref for key, ref in names.fresh_parameters().items() if key not in adapter_parameter_ids
+    ]
+    FreshWeights.warn(untrained_refs, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 
 

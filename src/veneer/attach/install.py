@@ -164,8 +164,8 @@ def build_layer_adapters(
                 read_adapter
             )
     for path in list(layer_adapters):
-        for above in modules_with_fast_path(names, path):
-            layer_adapters[above]  # the defaultdict creates an entry
+        for path_above in modules_with_fast_path(names, path):
+            layer_adapters[path_above]  # the defaultdict creates an entry
     for path, module in modules.items():
         if without_gradient(module):
             layer_adapters[path]  # creates an entry, so that gradients reach adapted modules below
@@ -378,8 +378,10 @@ def make_change(
     weight = weight_of(module, weight_plan.weight)
     change_parameters: dict[str, Tensor] = {}
     if weight_plan.rank:
-        loaded = {name: value for name, value in parameters.items() if name != ROWS}
-        change_parameters = _variant_parameters(weight_plan, weight, config, loaded, calibration)
+        loaded_parameters = {name: value for name, value in parameters.items() if name != ROWS}
+        change_parameters = _variant_parameters(
+            weight_plan, weight, config, loaded_parameters, calibration
+        )
     tokens = None if weight_plan.tokens is None else torch.tensor(weight_plan.tokens, device="cpu")
     if tokens is not None:
         token_rows = (
@@ -415,10 +417,10 @@ def _variant_parameters(
     weight_plan: LowRankPlan,
     weight: Any,
     config: LoraConfig,
-    loaded: Mapping[str, Tensor],
+    loaded_parameters: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> dict[str, Tensor]:
-    """The variant's parameters of one weight, trained and frozen: the ``loaded`` ones, or newly
+    """The variant's parameters of one weight, trained and frozen: ``loaded_parameters``, or newly
     initialised ones. Parameters that the variant derives from other values are initialised in any
     case, unless they were loaded."""
     layer, variant, rows = weight_plan.layer, VARIANTS[config.variant], _row_indices(weight_plan)
@@ -429,7 +431,9 @@ def _variant_parameters(
         return dense if rows is None else dense[:, rows.to(dense.device)]
 
     dims = weight_plan.start_dims
-    calibration_data = calibration(weight_plan) if calibration is not None and not loaded else {}
+    calibration_data = (
+        calibration(weight_plan) if calibration is not None and not loaded_parameters else {}
+    )
     data_readers: Any = {
         name: partial(_read_initial_data, weight_plan, variant.name, name, read)
         for name, read in {"base": read_base, **calibration_data}.items()
@@ -443,13 +447,15 @@ def _variant_parameters(
         **data_readers,
     )
     device = weight_plan.storage.device(weight)
-    parameters = {name: value.to(device) for name, value in loaded.items()}
-    if not loaded or variant.derived:
+    parameters = {name: value.to(device) for name, value in loaded_parameters.items()}
+    if not loaded_parameters or variant.derived:
         try:
             with torch.no_grad(), torch.device(device):
                 # The variant computes on the device of its data: not every device has float64.
-                initial = variant.init(init_context)
-            parameters = {name: value.to(device) for name, value in initial.items()} | parameters
+                initial_parameters = variant.init(init_context)
+            parameters = {
+                name: value.to(device) for name, value in initial_parameters.items()
+            } | parameters
         # The numbers are finite, but too large for a decomposition.
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             problem = (
@@ -461,6 +467,6 @@ def _variant_parameters(
     dtype = trained_dtype(config, weight_plan.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
         parameters[name] = parameters[name].to(
-            dtype, copy=bool(loaded), memory_format=torch.contiguous_format
+            dtype, copy=bool(loaded_parameters), memory_format=torch.contiguous_format
         )
     return parameters

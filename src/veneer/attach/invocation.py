@@ -202,7 +202,8 @@ def _end_call(
     if kv_cache is not None:
         earlier_starts = getattr(kv_cache, _STARTS, {})
         new_starts = {
-            (model_adapters.uid, name): cached for name, cached in invoked_call.cached.items()
+            (model_adapters.uid, name): cached_starts
+            for name, cached_starts in invoked_call.cached.items()
         }
         setattr(kv_cache, _STARTS, {**earlier_starts, **new_starts})
 
@@ -216,9 +217,9 @@ def _invoked_adapter_rows(model_adapters: ModelAdapters) -> list[AdapterRows]:
         row_adapters = active.layer_adapters
         pairs = zip(row_adapters.selections, row_adapters.row_indices, strict=True)
         return [
-            (selected, indices.tolist())
-            for selected, indices in pairs
-            if selected.invocation_tokens
+            (row_selection, indices.tolist())
+            for row_selection, indices in pairs
+            if row_selection.invocation_tokens
         ]
     return [(active, None)] if active.invocation_tokens else []
 
@@ -242,18 +243,24 @@ def _search_call(
     invoked_call = InvokedCall()
     for active, indices in adapter_rows:
         name, tokens = str(active.name), active.invocation_tokens
-        cached = _cached_starts(kv_cache, model_adapters, name)
-        cached = None if cached is None else cached.resized(past_length, row_count, len(tokens))
+        cached_starts = _cached_starts(kv_cache, model_adapters, name)
+        cached_starts = (
+            None
+            if cached_starts is None
+            else cached_starts.resized(past_length, row_count, len(tokens))
+        )
         if prompt is not None and name in prompt.starts:
             starts = prompt.of_rows(name, row_count)
         else:
-            starts = find_starts(ids, tokens, past_length, cached)
+            starts = find_starts(ids, tokens, past_length, cached_starts)
         call_starts = [
             _column_in_call(starts[row], past_length, width)
             for row in (range(row_count) if indices is None else indices)
         ]
         invoked_call.tokens[name] = InvokedTokens(call_starts, width, head_columns)
-        tail = ids if cached is None else torch.cat((cached.tail.to(ids.device), ids), 1)
+        tail = (
+            ids if cached_starts is None else torch.cat((cached_starts.tail.to(ids.device), ids), 1)
+        )
         tail = tail[:, max(0, tail.shape[1] - len(tokens) + 1) :]
         invoked_call.cached[name] = CachedStarts(starts, past_length + width, tail)
     return invoked_call
@@ -263,20 +270,22 @@ def find_starts(
     ids: Tensor,
     tokens: Sequence[int],
     past_length: int = 0,
-    cached: CachedStarts | None = None,
+    cached_starts: CachedStarts | None = None,
 ) -> list[int | None]:
     """For each row of ids [rows, columns], the column in the full sequence at which the last
     occurrence of ``tokens`` begins. None for a row without an occurrence.
 
     Args:
         past_length: the number of columns of the full sequence before ``ids``.
-        cached: the result of the search in these columns.
+        cached_starts: the result of the search in these columns.
     """
     row_count = len(ids)
-    earlier_starts: Sequence[int | None] = [None] * row_count if cached is None else cached.starts
-    if cached is not None:
-        past_length -= cached.tail.shape[1]
-        ids = torch.cat((cached.tail.to(ids.device), ids), 1)
+    earlier_starts: Sequence[int | None] = (
+        [None] * row_count if cached_starts is None else cached_starts.starts
+    )
+    if cached_starts is not None:
+        past_length -= cached_starts.tail.shape[1]
+        ids = torch.cat((cached_starts.tail.to(ids.device), ids), 1)
     token_count = len(tokens)
     if ids.shape[1] < token_count:
         return list(earlier_starts)
@@ -395,7 +404,7 @@ def _length_of(kv_cache: Any) -> int:
         is_linear = getattr(kv_cache, "is_linear", ())
         if isinstance(is_linear, Sequence) and is_linear and all(is_linear):
             cached_starts = getattr(kv_cache, _STARTS, {}).values()
-            return max((cached.length for cached in cached_starts), default=0)
+            return max((starts.length for starts in cached_starts), default=0)
     return length
 
 
@@ -428,9 +437,13 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     starts = {}
     for active, _ in adapter_rows:
         name, tokens = str(active.name), active.invocation_tokens
-        cached = _cached_starts(kv_cache, model_adapters, name) if past_length else None
-        cached = None if cached is None else cached.resized(past_length, len(ids), len(tokens))
-        starts[name] = find_starts(ids, tokens, past_length, cached)
+        cached_starts = _cached_starts(kv_cache, model_adapters, name) if past_length else None
+        cached_starts = (
+            None
+            if cached_starts is None
+            else cached_starts.resized(past_length, len(ids), len(tokens))
+        )
+        starts[name] = find_starts(ids, tokens, past_length, cached_starts)
     prompt_starts = {**context.current.prompt_starts, model_adapters.uid: PromptStarts(starts)}
     with context.override(prompt_starts=prompt_starts):
         return method(*args, **kwargs)

@@ -195,29 +195,31 @@ def _prove_changes(
             problems.append(change.problem("receives a gradient that is not finite"))
     if without_gradient:
         problems += _missing_gradient_problems(call, active, without_gradient, trained)
-    packed = _packed_layers(model, names[0])
+    packed_adapters = _packed_layers(model, names[0])
     if len(names) > 1 and any(_packed_layers(model, adapter_name) != {} for adapter_name in names):
-        packed = None
+        packed_adapters = None
     # With invocation tokens, no weight defines the adapter: its change differs between tokens.
-    if problems or packed is None or active.invocation_tokens:
+    if problems or packed_adapters is None or active.invocation_tokens:
         return problems, 0
     packed_changes = {
-        id(change) for layer_adapter in packed.values() for change in layer_adapter.changes.values()
+        id(change)
+        for layer_adapter in packed_adapters.values()
+        for change in layer_adapter.changes.values()
     }
     compared = [change for change in checked if not change.ids & packed_changes]
-    problems = _gradient_problems(call, active, compared, trained, packed)
+    problems = _gradient_problems(call, active, compared, trained, packed_adapters)
     tensors = (*model.parameters(), *model.buffers())
     is_narrow = all(
         type(tensor) in (Tensor, nn.Parameter) and tensor.element_size() < 8
         for tensor in tensors
         if tensor.is_floating_point()
     )
-    if problems and is_narrow and not packed:
+    if problems and is_narrow and not packed_adapters:
         try:
             with dead_weights.replace_data(tensors, _to_float64):
                 args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (call.args, call.keywords))
                 call = partial(model, *args, **kwargs)
-                problems = _gradient_problems(call, active, compared, trained, packed)
+                problems = _gradient_problems(call, active, compared, trained, packed_adapters)
         except RuntimeError as error:
             # the forward casts to a fixed dtype, or memory is short: the first result stands
             problems[0] = (
@@ -269,7 +271,7 @@ def _gradient_problems(
     active: ActiveAdapter,
     checked: list[_CheckedChange],
     trained: list[nn.Parameter],
-    packed,
+    packed_adapters,
 ) -> list[str]:
     """A problem for each change whose gradient differs from that of the definition, computed in the
     present dtype of the model."""
@@ -280,7 +282,7 @@ def _gradient_problems(
         _perturb(trained)
         with _use_selection(model, active):
             adapter_gradients = _gradients(call, trained)
-        with _use_definition(model, active, packed):
+        with _use_definition(model, active, packed_adapters):
             defined_gradients = _gradients(call, trained)
 
     def full_gradient(gradients: Mapping, change: _CheckedChange) -> Tensor:
@@ -410,33 +412,32 @@ def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | Non
     """The layer adapters of weights that cannot be replaced by W + ΔW, by the key of their layer's
     state. None if such a weight is in a module that also has a plain weight, or if another module
     reads it."""
-    packed: dict[int, LayerAdapter] = {}
+    packed_adapters: dict[int, LayerAdapter] = {}
     read_below: set[int] = set()
     for _, module, layer_adapter in adapters(model, name):
         are_plain = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
         layer_state: Any = module._modules[STATE]
         read_below.update(id(below) for below in layer_adapter.read_below.values())
         if are_plain == {False}:
-            packed[layer_state.key] = layer_adapter
+            packed_adapters[layer_state.key] = layer_adapter
         elif len(are_plain) == 2:
             return None
-    return None if read_below & set(map(id, packed.values())) else packed
+    return None if read_below & set(map(id, packed_adapters.values())) else packed_adapters
 
 
 @contextmanager
 def _use_definition(
-    model: nn.Module, active: ActiveAdapter, packed: Mapping[int, LayerAdapter]
+    model: nn.Module, active: ActiveAdapter, packed_adapters: Mapping[int, LayerAdapter]
 ) -> Iterator[None]:
-    """A context manager in which the model without adapters reads W + ΔW, differentiable, in place
-    of every W. Each weight is computed when it is read. The layers of ``packed`` keep their
-    adapters."""
+    """A context manager in which the model reads W + ΔW, differentiable, in place of every W. Each
+    weight is computed when it is read. Only the layers of ``packed_adapters`` use adapters."""
     undo: list[tuple[dict, Any, Any]] = []
 
     def replace(table: dict, key: Any, value: Any) -> None:
         undo.append((table, key, table[key]))
         table[key] = value
 
-    packed_ids = set(map(id, packed.values()))
+    packed_ids = set(map(id, packed_adapters.values()))
     recomputed, weights_are_spread = Recomputed(), is_spread(model.modules())
     reshard(model)
     try:
@@ -475,7 +476,7 @@ def _use_definition(
                     for name in attributes_before
                     if module.__dict__[name] is not attributes_before[name]
                 )
-        selection = ActiveAdapter(active.name, packed, active.merged_at_attach)
+        selection = ActiveAdapter(active.name, packed_adapters, active.merged_at_attach)
         with _use_selection(model, selection), recomputed.recipe_hooks():
             yield
     finally:

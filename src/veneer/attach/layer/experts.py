@@ -63,10 +63,10 @@ def unformed_weights_of(
     if not changes:
         return None
     call_state: dict[int, Any] = {}
-    source = next((leaf for leaf in leaves if is_float(leaf)), None)
+    call_input = next((leaf for leaf in leaves if is_float(leaf)), None)
     return {
         name: make_unformed(
-            Stack(weight, low_rank.A, low_rank.B, low_rank.scale, can_form, call_state, source)
+            Stack(weight, low_rank.A, low_rank.B, low_rank.scale, can_form, call_state, call_input)
         )
         for name, (weight, low_rank) in changes.items()
     }
@@ -367,7 +367,7 @@ def _matrix_product(
         )
         # a call has many such products with few rows each
         if recorded and x.ndim == 2 and bias is None and x.is_cpu:
-            return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
+            return grouped.linear(x, W, A, B, scale, None, weight.stack.call_input)
         return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
     y = F.linear(x, W, bias)
     low_rank = (
@@ -442,4 +442,4 @@ def _grouped_product(
         if entry is None:
             segments = grouped.segments(row_ends.tolist(), len(x))
             entry = stack.call_state[id(row_ends)] = row_ends, segments
-        return grouped.linear(x, W, A, B, stack.scale, entry[1], stack.source)
+        return grouped.linear(x, W, A, B, stack.scale, entry[1], stack.call_input)

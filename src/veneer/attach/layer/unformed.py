@@ -59,7 +59,7 @@ class Stack:
         W, A, B: [E, m, n], [E, r, n] and [E, m, r].
         can_form: whether W + ΔW may be formed in the dtype of W.
         call_state: a cache that the stacks of one call share: how its rows are grouped by expert.
-        source: the input of the call. The inputs of the products may consist of rows of it.
+        call_input: the input of the call. The inputs of the products may consist of rows of it.
         unbound: (W, A, B) of each matrix. Empty until a matrix is selected while gradients are
             recorded.
     """
@@ -70,7 +70,7 @@ class Stack:
     scale: float
     can_form: bool
     call_state: dict[int, Any]
-    source: Tensor | None = None
+    call_input: Tensor | None = None
     unbound: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
 
     def factors(self, index: Index, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +109,7 @@ class Stack:
         return self._with(self.W.narrow(axis, first, size), A, B)
 
     def _with(self, W: Tensor, A: Tensor, B: Tensor) -> Stack:
-        return Stack(W, A, B, self.scale, self.can_form, self.call_state, self.source)
+        return Stack(W, A, B, self.scale, self.can_form, self.call_state, self.call_input)
 
     def form(self, index: Index, flipped: bool) -> Tensor:
         """W + ΔW of the matrices ``index``, differentiable in A and B; transposed if

@@ -149,13 +149,13 @@ def _children_read_below(
 ) -> dict[str, nn.Module]:
     """Views of the children on the paths to modules whose weights are read directly, by the names
     of the children."""
-    below: dict[str, dict[ModulePath, Any]] = {}
+    adapters_by_child: dict[str, dict[ModulePath, Any]] = {}
     for path, layer_adapter in layer_adapters.items():
         if path:
-            below.setdefault(path[0], {})[path[1:]] = layer_adapter
+            adapters_by_child.setdefault(path[0], {})[path[1:]] = layer_adapter
     return {
         name: _view_read_below(cast(nn.Module, module._modules[name]), child_adapters, views)
-        for name, child_adapters in below.items()
+        for name, child_adapters in adapters_by_child.items()
     }
 
 

@@ -25,29 +25,31 @@ Content = tuple[dict[str, Tensor], LayerMerge | None]
 
 
 def merged_content(
-    weight: StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]
+    weight: StoredWeight, rounding: str, second_moment: Tensor | None, problems: list[str]
 ) -> Content | None:
     """The new content of a weight. None if it cannot be merged; then the reason is added to
     ``problems``.
 
-    ``moment`` is Σ xᵀx over the inputs x of the weight, [g, in, in], if the caller of ``merge``
-    passed it.
+    ``second_moment`` is Σ xᵀx over the inputs x of the weight, [g, in, in], if the caller of
+    ``merge`` passed it.
     """
     target, storage, values = weight.target, weight.storage, weight.values
     if problem := _write_problem(weight):
         problems.append(problem)
         return None
     if values is None:
-        return _fold_low_rank(weight, rounding, moment, problems)
+        return _fold_low_rank(weight, rounding, second_moment, problems)
     # running statistics and other buffers are copied without rounding
     if isinstance(target, Tensor) and not isinstance(target, nn.Parameter):
         return {"values": values.detach().clone()}, None
-    exact = double(values)
+    exact_weight = double(values)
     if weight.origin is not None:  # add the change of the full values to the present weight
-        exact = (
-            exact - double(storage.decode(target, weight.origin)) + double(storage.dense(target))
+        exact_weight = (
+            exact_weight
+            - double(storage.decode(target, weight.origin))
+            + double(storage.dense(target))
         )
-    return _encode(weight, exact, problems)
+    return _encode(weight, exact_weight, problems)
 
 
 def _write_problem(weight: StoredWeight) -> str | None:
@@ -79,7 +81,7 @@ def _write_problem(weight: StoredWeight) -> str | None:
 
 
 def _fold_low_rank(
-    weight: StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]
+    weight: StoredWeight, rounding: str, second_moment: Tensor | None, problems: list[str]
 ) -> Content | None:
     """The new content of a weight with a low-rank change; None if it cannot be merged.
 
@@ -98,25 +100,29 @@ def _fold_low_rank(
         or not is_unsharded
         or change.layer.apply_forward_rewrite(weight.module, dense) is not dense
     ):
-        if moment is not None:
+        if second_moment is not None:
             problem = f"{path}: inputs= of a weight that is rounded as it is stored or read"
             problems.append(sentence(problem, "none: it has no faithful rounding", "leave it out"))
-        exact = change.changed_weight(weight.target, low_rank, gain, torch.float64)
-        return _encode(weight, change.layer.apply_forward_rewrite(weight.module, exact), problems)
+        exact_weight = change.changed_weight(weight.target, low_rank, gain, torch.float64)
+        return _encode(
+            weight, change.layer.apply_forward_rewrite(weight.module, exact_weight), problems
+        )
     matrix = change.layer.unfold(dense, change.dims)
     moment_shape = len(matrix), *[matrix.shape[2]] * 2
-    if moment is not None and (moment.shape != moment_shape or not moment.isfinite().all()):
+    if second_moment is not None and (
+        second_moment.shape != moment_shape or not second_moment.isfinite().all()
+    ):
         defect = (
             "with numbers that are not finite"
-            if moment.shape == moment_shape
-            else f"of shape {tuple(moment.shape)}"
+            if second_moment.shape == moment_shape
+            else f"of shape {tuple(second_moment.shape)}"
         )
         problem, expected = f"{path}: inputs= {defect}", f"Σ xᵀx of shape {moment_shape}, finite"
         problems.append(sentence(problem, expected, "give that of the inputs of this weight"))
         return None
     if dense_name is None:
-        return _fold_onto_grid(weight, matrix, low_rank, gain, rounding, moment, problems)
-    folded = fold_change(change, matrix, low_rank, gain, rounding=rounding, inputs=moment)
+        return _fold_onto_grid(weight, matrix, low_rank, gain, rounding, second_moment, problems)
+    folded = fold_change(change, matrix, low_rank, gain, rounding=rounding, inputs=second_moment)
     if not folded.finite:
         problems.append(_not_finite_problem(weight, dense.dtype))
         return None
@@ -145,7 +151,7 @@ def _fold_onto_grid(
     low_rank: LowRank,
     gain: Tensor | None,
     rounding: str,
-    moment: Tensor | None,
+    second_moment: Tensor | None,
     problems: list[str],
 ) -> Content | None:
     """The new content of a quantised weight. It is first rounded to the nearest values of its grid.
@@ -157,40 +163,44 @@ def _fold_onto_grid(
     if content is None or rounding == "nearest":
         return content
     # a change has a report
-    stored, report = cast(tuple[dict[str, Tensor], LayerMerge], content)
+    stored_tensors, report = cast(tuple[dict[str, Tensor], LayerMerge], content)
 
     def unfold(values: Tensor) -> Tensor:
         return change.layer.unfold(values, change.dims)
 
     def grid() -> Grid:
-        return storage.grid(target, stored).map_tensors(unfold)
+        return storage.grid(target, stored_tensors).map_tensors(unfold)
 
-    nearest = unfold(storage.decode(target, stored))
-    options: Any = {"rounding": rounding, "side": _rounding_side(change), "inputs": moment}
-    folded = fold_onto(grid, matrix, low_rank, gain, nearest, **options)
+    nearest_weight = unfold(storage.decode(target, stored_tensors))
+    options: Any = {"rounding": rounding, "side": _rounding_side(change), "inputs": second_moment}
+    folded = fold_onto(grid, matrix, low_rank, gain, nearest_weight, **options)
     if folded.rounding == "nearest":
         return content
-    stored = storage.onto(
-        target, stored, double(change.layer.fold(folded.weight, storage.shape(target)))
+    stored_tensors = storage.onto(
+        target, stored_tensors, double(change.layer.fold(folded.weight, storage.shape(target)))
     )
-    return stored, replace(report, retention=folded.retention, rounding=folded.rounding)
+    return stored_tensors, replace(report, retention=folded.retention, rounding=folded.rounding)
 
 
 def _encode(weight: StoredWeight, values: Tensor, problems: list[str]) -> Content | None:
     """The new content of a weight whose storage rounds ``values`` by its own rule."""
     storage = weight.storage
     try:
-        stored = storage.encode(weight.target, values)
+        stored_tensors = storage.encode(weight.target, values)
     except MergeError as error:
         problems.append(f"{weight.full_path}: {error}")
         return None
-    rounded = storage.decode(weight.target, stored)
-    if not rounded.isfinite().all():
-        problems.append(_not_finite_problem(weight, rounded.dtype))
+    rounded_weight = storage.decode(weight.target, stored_tensors)
+    if not rounded_weight.isfinite().all():
+        problems.append(_not_finite_problem(weight, rounded_weight.dtype))
         return None
     rounding = "storage" if storage.dense_name is None else "nearest"
-    return stored, measure_change(
-        weight.full_path, double(storage.dense(weight.target)), values, double(rounded), rounding
+    return stored_tensors, measure_change(
+        weight.full_path,
+        double(storage.dense(weight.target)),
+        values,
+        double(rounded_weight),
+        rounding,
     )
 
 
@@ -200,12 +210,12 @@ def _not_finite_problem(weight: StoredWeight, dtype: torch.dtype) -> str:
 
 
 def measure_change(
-    path: str, old: Tensor, exact: Tensor, rounded: Tensor, rounding: str
+    path: str, old_weight: Tensor, exact_weight: Tensor, rounded_weight: Tensor, rounding: str
 ) -> LayerMerge:
-    """The report of a weight ``old`` that became ``rounded`` instead of ``exact``. All three are
-    float64."""
-    change, realised_change = exact - old, rounded - old
-    change_norm, old_norm = change.norm().item(), old.norm().item()
+    """The report of a weight ``old_weight`` that became ``rounded_weight`` instead of
+    ``exact_weight``. All three are float64."""
+    change, realised_change = exact_weight - old_weight, rounded_weight - old_weight
+    change_norm, old_norm = change.norm().item(), old_weight.norm().item()
     retention = (
         ((change * realised_change).sum() / (change * change).sum()).item() if change_norm else 1.0
     )

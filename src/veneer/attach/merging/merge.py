@@ -122,10 +122,10 @@ def _merge_all(
     name: str,
     keep: bool,
     rounding: str,
-    moments: dict[str, Tensor],
+    second_moments: dict[str, Tensor],
 ) -> MergeReport:
-    """Overwrite all weights, or leave all of them unchanged. ``moments`` are the ``inputs`` of
-    ``merge``."""
+    """Overwrite all weights, or leave all of them unchanged. ``second_moments`` are the ``inputs``
+    of ``merge``."""
     is_over_others = model_adapters.selections[name].merged_at_attach != model_adapters.merged
     origins = bits_before_merge(model, name) if is_over_others else {}
     weights = [
@@ -143,7 +143,7 @@ def _merge_all(
         drop_backups(weights)  # left over if an unmerge was interrupted at its end
         model_adapters.is_merging = True
         model_adapters.set_merge_order((*order_before, name))
-        reports = _write_all(weights, rounding, moments, keep, problems)
+        reports = _write_all(weights, rounding, second_moments, keep, problems)
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
         model_adapters.is_merging = False
     except BaseException:
@@ -161,28 +161,32 @@ def _merge_all(
 def _write_all(
     weights: Iterable[StoredWeight],
     rounding: str,
-    moments: dict[str, Tensor],
+    second_moments: dict[str, Tensor],
     keep: bool,
     problems: list[str],
 ) -> list[LayerMerge]:
     """Back up and overwrite each weight while there are no problems. After the first problem,
-    compute the remaining weights only to collect further problems. ``moments`` are the ``inputs``
-    of ``merge``."""
+    compute the remaining weights only to collect further problems. ``second_moments`` are the
+    ``inputs`` of ``merge``."""
     reports: list[LayerMerge] = []
     for weight in weights:
-        moment = moments.pop(weight.full_path, None) if weight.values is None else None
+        second_moment = (
+            second_moments.pop(weight.full_path, None) if weight.values is None else None
+        )
         with torch.no_grad():
-            content = merged_content(weight, rounding, moment, problems)
+            content = merged_content(weight, rounding, second_moment, problems)
             if content is None:
                 continue
-            stored, report = content
+            stored_tensors, report = content
             if not problems:
-                back_up(weight, stored, digests=keep)
-                weight.write(stored)
+                back_up(weight, stored_tensors, digests=keep)
+                weight.write(stored_tensors)
             reports += [report] if report else []
-            del content, stored  # free the memory before the next weight
+            del content, stored_tensors  # free the memory before the next weight
     expected = "paths of weights that the adapter changes at a low rank"
-    problems += [sentence(f"inputs of {path!r}", expected, "leave it out") for path in moments]
+    problems += [
+        sentence(f"inputs of {path!r}", expected, "leave it out") for path in second_moments
+    ]
     return reports
 
 

@@ -229,10 +229,10 @@ class _Planner:
         if "all-linear" not in self.words:
             return []
         fresh_parameters = self.names.fresh_parameters()
-        left_out = targeting.excluded_refs(self.names, self.config, [])
+        excluded = targeting.excluded_refs(self.names, self.config, [])
         trainable_refs = [ref for key, ref in fresh_parameters.items() if key not in self.frozen]
         head = targeting.fresh_head(self.names, trainable_refs)
-        return [ref for ref in head if ref not in left_out]
+        return [ref for ref in head if ref not in excluded]
 
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
         """The targets that an adapter can change. A warning names the other targets, as "all"
@@ -318,11 +318,11 @@ class _Planner:
             path: [n for n, p in names.modules[path]._parameters.items() if p is not None]
             for path in self.train_also_paths
         }
-        left_out = {
+        excluded = {
             *((path, "bias") for path in self.train_also_paths),
             *targeting.excluded_refs(names, self.config, []),
         }
-        bias_paths = [path for path in names.modules if (path, "bias") not in left_out]
+        bias_paths = [path for path in names.modules if (path, "bias") not in excluded]
         candidates = {"none": (), "targets": low_rank_paths, "all": bias_paths}[bias]
         biases = [
             (path, "bias")

@@ -143,9 +143,9 @@ def _readers_refuse(names: Names, path: str, name: str) -> str | None:
             reader = repr(weight_reader.path) if weight_reader.path else "the model"
             in_method = "" if weight_reader.method == "forward" else f" in {weight_reader.method!r}"
             return f"{reader}{in_method} reads it, and {reason}"
-    for above in modules_with_fast_path(names, path):
-        if reason := _name_conflict(names.modules[above]):
-            return f"{above!r} reads it, and {reason}"
+    for path_above in modules_with_fast_path(names, path):
+        if reason := _name_conflict(names.modules[path_above]):
+            return f"{path_above!r} reads it, and {reason}"
     return None
 
 

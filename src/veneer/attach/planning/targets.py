@@ -41,8 +41,8 @@ def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[
     """(the parameters that a config targets, in the model's order; problems)."""
     problems: list[str] = []
     selected_refs = _match_targets(names, config.targets, problems)
-    left_out = excluded_refs(names, config, problems)
-    selected_refs = [ref for ref in selected_refs if ref not in left_out]
+    excluded = excluded_refs(names, config, problems)
+    selected_refs = [ref for ref in selected_refs if ref not in excluded]
     if config.layers is not None:
         block_count = (
             max(
@@ -69,7 +69,7 @@ def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[
 def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
     """The parameters that ``exclude`` matches: by their own paths, or all parameters of modules
     that a pattern matches and of the modules below these."""
-    left_out: set[ParamRef] = set()
+    excluded: set[ParamRef] = set()
     for pattern in config.exclude:
         parameters = (
             []
@@ -77,12 +77,14 @@ def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[
             else names.parameters_matching(pattern)
         )
         if parameters:
-            left_out.update(parameters)
+            excluded.update(parameters)
             continue
         for path in _modules(names, pattern, "exclude", problems):
-            for below in names.children(path):
-                left_out.update((below, name) for name in own_parameters(names.modules[below]))
-    return left_out
+            for path_below in names.children(path):
+                excluded.update(
+                    (path_below, name) for name in own_parameters(names.modules[path_below])
+                )
+    return excluded
 
 
 def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: Any) -> Any:
@@ -124,16 +126,16 @@ def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str
     module_paths: dict[str, None] = {}
     for pattern in patterns:
         matches = _modules(names, pattern, field, problems)
-        below = [
+        paths_below = [
             path
-            for above in matches
-            for path in names.children(above)
+            for path_above in matches
+            for path in names.children(path_above)
             if names.modules[path]._parameters
         ]
-        if matches and not below:
+        if matches and not paths_below:
             problem = f"{field} pattern {pattern!r} matches modules without parameters"
             problems.append(sentence(problem, "something to train", "remove it"))
-        module_paths.update(dict.fromkeys(below))
+        module_paths.update(dict.fromkeys(paths_below))
     return list(module_paths)
 
 

@@ -76,13 +76,13 @@ class LayerRows:
         row_indices, order = row_adapters.indices_for(
             args[0] if args and isinstance(args[0], Tensor) else (args, kwargs)
         )
-        for selected, indices, layer_adapter, seed in zip(
+        for selection, indices, layer_adapter, seed in zip(
             row_adapters.selections, row_indices, self.layer_adapters, seeds, strict=True
         ):
             row_args, row_kwargs = self._take(
                 kind, module, args, kwargs, token_indices(indices, tokens_per_row), tokens_per_row
             )
-            with row_adapters.only(selected, is_leaf):
+            with row_adapters.only(selection, is_leaf):
                 if layer_adapter is None:
                     outputs.append(method_of(base_cls, method)(module, *row_args, **row_kwargs))
                 else:
@@ -101,7 +101,7 @@ class LayerRows:
         """The output if all rows use the same selection: the output of a plain call, after a check
         of the number of rows."""
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
-        (layer_adapter,), (selected,) = self.layer_adapters, self.row_adapters.selections
+        (layer_adapter,), (selection,) = self.layer_adapters, self.row_adapters.selections
         row_count = self.row_adapters.count
         kind = _kind_for(layer_state, method)
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -118,7 +118,7 @@ class LayerRows:
             ) or 1
             first_row = token_indices(self.row_adapters.row_indices[0][:1], tokens_per_row)
             self._take(kind, module, args, kwargs, first_row, tokens_per_row)
-        with self.row_adapters.only(selected, _is_leaf(module, layer_state)):
+        with self.row_adapters.only(selection, _is_leaf(module, layer_state)):
             if layer_adapter is not None:
                 return layer_adapter.run(call)
             if method == "forward":

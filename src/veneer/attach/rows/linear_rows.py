@@ -44,14 +44,18 @@ class LinearRows:
 
     def __init__(self, row_adapters: Any, layer_adapters: Sequence[Any]) -> None:
         self.row_adapters, self.layer_adapters = row_adapters, layer_adapters
-        active = [layer_adapter for layer_adapter in layer_adapters if layer_adapter is not None]
-        are_plain = bool(active and row_adapters.row_ranges) and all(
+        changing_adapters = [
+            layer_adapter for layer_adapter in layer_adapters if layer_adapter is not None
+        ]
+        are_plain = bool(changing_adapters and row_adapters.row_ranges) and all(
             isinstance(layer_adapter, LayerAdapter) and layer_adapter.fused_change is not None
-            for layer_adapter in active
+            for layer_adapter in changing_adapters
         )
-        self.fused_change: Any = active[0].fused_change if are_plain else None
+        self.fused_change: Any = changing_adapters[0].fused_change if are_plain else None
         self.changes: list[Any] = (
-            [layer_adapter.fused_change.change for layer_adapter in active] if are_plain else []
+            [layer_adapter.fused_change.change for layer_adapter in changing_adapters]
+            if are_plain
+            else []
         )
         self.row_ranges: list[tuple[int, int]] = [
             row_range
@@ -65,17 +69,17 @@ class LinearRows:
 
     def _find_siblings(self) -> list[tuple[nn.Module, LinearRows]]:
         """The (module, fast paths) pairs of ``siblings``."""
-        active = [
+        changing_adapters = [
             layer_adapter for layer_adapter in self.layer_adapters if layer_adapter is not None
         ]
         groups = [
             layer_adapter.shared_input_layers.members
-            for layer_adapter in active
+            for layer_adapter in changing_adapters
             if layer_adapter.shared_input_layers is not None
         ]
-        if len(groups) < len(active) or any(
+        if len(groups) < len(changing_adapters) or any(
             members[0][1] is not layer_adapter
-            for members, layer_adapter in zip(groups, active, strict=True)
+            for members, layer_adapter in zip(groups, changing_adapters, strict=True)
         ):
             return []
         group_modules = [[module for module, _ in members] for members in groups]
@@ -109,7 +113,7 @@ class LinearRows:
         """For each selection the dropout seed of its ``FusedChange``, drawn as if its rows were
         computed alone. None for a selection that needs no seed."""
         seeds: list[int | None] = []
-        for selected, layer_adapter in zip(
+        for selection, layer_adapter in zip(
             self.row_adapters.selections, self.layer_adapters, strict=True
         ):
             is_layer_adapter = isinstance(layer_adapter, LayerAdapter)
@@ -122,7 +126,7 @@ class LinearRows:
             ):
                 seeds.append(None)  # only the fused paths take a seed
                 continue
-            with selected.random_stream or nullcontext():
+            with selection.random_stream or nullcontext():
                 seeds.append(seed_of(module, layer_adapter, x))
         return seeds
 

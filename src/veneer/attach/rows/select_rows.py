@@ -55,7 +55,7 @@ class RowAdapters(Mapping[Any, Any]):
     ) -> None:
         self.uid, self.count, self.time_first = uid, count, time_first
         self.selections, self.row_indices = selections, row_indices
-        self.any_adapter = any(selected is not BASE for selected in selections)
+        self.any_adapter = any(selection is not BASE for selection in selections)
         self.order = torch.cat(list(row_indices)).argsort()
         self.row_ranges = _contiguous_ranges(row_indices)
         self._indices_on_device: dict[torch.device, tuple[Sequence[Tensor], Tensor]] = {}
@@ -68,7 +68,7 @@ class RowAdapters(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         # raises an error if an adapter has been detached
-        layer_adapters = [selected.usable_layer_adapters.get(key) for selected in self.selections]
+        layer_adapters = [selection.usable_layer_adapters.get(key) for selection in self.selections]
         layer_rows = self._layer_rows.get(key)
         if layer_rows is None or layer_rows.layer_adapters != layer_adapters:
             if all(layer_adapter is None for layer_adapter in layer_adapters) and self.any_adapter:
@@ -78,7 +78,7 @@ class RowAdapters(Mapping[Any, Any]):
 
     def __contains__(self, key: Any) -> bool:
         return not self.any_adapter or any(
-            key in selected.usable_layer_adapters for selected in self.selections
+            key in selection.usable_layer_adapters for selection in self.selections
         )
 
     def are_rows_of(self, x: Any) -> bool:
@@ -129,26 +129,26 @@ class RowAdapters(Mapping[Any, Any]):
         return self._constants[key]
 
     @contextmanager
-    def only(self, selected: ActiveAdapter, is_leaf: bool = False) -> Iterator[None]:
+    def only(self, selection: ActiveAdapter, is_leaf: bool = False) -> Iterator[None]:
         """A context manager that selects one of the selections alone, with the random stream of its
         adapter.
 
         ``is_leaf``: no code that runs inside of it looks up the selection, so that the context is
         not changed.
         """
-        if selected.random_stream is None and is_leaf:
+        if selection.random_stream is None and is_leaf:
             yield
             return
         with (
-            context.override({self.uid: selected}),
-            selected.random_stream or nullcontext(),
+            context.override({self.uid: selection}),
+            selection.random_stream or nullcontext(),
         ):
             yield
 
     def __iter__(self):
         return iter(
             dict.fromkeys(
-                key for selected in self.selections for key in selected.layer_adapters or ()
+                key for selection in self.selections for key in selection.layer_adapters or ()
             )
         )
 

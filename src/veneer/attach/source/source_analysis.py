@@ -255,8 +255,8 @@ def _path_below_self(node: ast.AST) -> ModulePath | None:
     """("a", "b") for `self.a.b`; None for any other expression."""
     if isinstance(node, ast.Name):
         return () if node.id == "self" else None
-    above = _path_below_self(node.value) if isinstance(node, ast.Attribute) else None
-    return None if above is None else (*above, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
+    holder_path = _path_below_self(node.value) if isinstance(node, ast.Attribute) else None
+    return None if holder_path is None else (*holder_path, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 #: code that compares the name of a model's attention implementation with "sdpa", as transformers

@@ -35,7 +35,7 @@ SWITCHES: dict[type[nn.Module], dict[str, Any]] = {
     nn.TransformerEncoder: {"use_nested_tensor": False},
 }
 #: containers that run or return all of their children, among which a ``LayerState`` would be
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class WeightReader(NamedTuple):
@@ -56,9 +56,9 @@ def modules_with_fast_path(names: Names, path: str) -> Iterator[str]:
     """The paths of the module at ``path`` and of the modules above it, if they have a fused fast
     path to turn off."""
     yield from (
-        above
-        for above, _ in _modules_above(names, path)
-        if fast_path_switches(names.modules[above])
+        path_above
+        for path_above, _ in _modules_above(names, path)
+        if fast_path_switches(names.modules[path_above])
     )
 
 
@@ -72,16 +72,16 @@ def weight_readers(
     attributes of their modules rule out.
     """
     if not has_forward(names.modules[path]):
-        for above, below in _modules_above(names, path):
-            if below and has_forward(names.modules[above]):
-                yield WeightReader(above, below)
+        for path_above, path_below in _modules_above(names, path):
+            if path_below and has_forward(names.modules[path_above]):
+                yield WeightReader(path_above, path_below)
                 break
-    for above, below in _modules_above(names, path):
-        module, weight_path = names.modules[above], (*below, weight)
+    for path_above, path_below in _modules_above(names, path):
+        module, weight_path = names.modules[path_above], (*path_below, weight)
         cls = base_class(module)
         forward_methods = (
             ("forward", *bound_methods(module).values())
-            if below and not fast_path_switches(module)
+            if path_below and not fast_path_switches(module)
             else ()
         )
         readers = [method for method in forward_methods if _reads(module, method, weight_path)]
@@ -89,13 +89,13 @@ def weight_readers(
             _reads(module, method, weight_path, _constants(module)) for method in readers
         )
         if readers and is_reachable:
-            yield WeightReader(above, below)
+            yield WeightReader(path_above, path_below)
         for method in _public_methods(cls):
             words = mentions(cls, method)
             first_name = weight_path[0]
             is_named = weight in words and (first_name in words or first_name.isdigit())
             if is_named and _reads(module, method, weight_path):
-                yield WeightReader(above, below, method)
+                yield WeightReader(path_above, path_below, method)
 
 
 _Constants = frozenset[tuple[str, Any]]
@@ -127,35 +127,36 @@ def _analyse(module: nn.Module, method: str, constants: _Constants = frozenset()
 
 
 def _reads(
-    module: nn.Module, method: str, below: ModulePath, constants: _Constants = frozenset()
+    module: nn.Module, method: str, path_below: ModulePath, constants: _Constants = frozenset()
 ) -> bool:
-    """Whether a method reads the parameter at the path ``below``. A method other than forward does
-    not count if it also writes this parameter, or one with the same name: it means the base's
+    """Whether a method reads the parameter at ``path_below``. A method other than forward does not
+    count if it also writes this parameter, or one with the same name: it means the base's
     values."""
     accesses = _analyse(module, method, constants)
     is_written = method != "forward" and any(
-        _begins_with(path, below[: len(path)]) or below[-1] in path for path in accesses.written
+        _begins_with(path, path_below[: len(path)]) or path_below[-1] in path
+        for path in accesses.written
     )
-    return not is_written and any(_begins_with(path, below) for path in accesses.read)
+    return not is_written and any(_begins_with(path, path_below) for path in accesses.read)
 
 
 def attributes_read_above(names: Names, path: str) -> Iterator[tuple[str, str]]:
     """(path of a module above, name of an attribute) for each attribute of the module at ``path``,
     such as its stride, that the forward of a module above reads."""
-    for above, below in _modules_above(names, path):
-        module = names.modules[above]
-        if below and has_forward(module):
+    for path_above, path_below in _modules_above(names, path):
+        module = names.modules[path_above]
+        if path_below and has_forward(module):
             longer_paths = [
                 read_path
                 for read_path in _analyse(module, "forward").read
-                if len(read_path) > len(below)
+                if len(read_path) > len(path_below)
             ]
             attributes = {
-                read_path[len(below)]
+                read_path[len(path_below)]
                 for read_path in longer_paths
-                if _begins_with(read_path, below)
+                if _begins_with(read_path, path_below)
             }
-            yield from ((above, name) for name in sorted(attributes) if name != "*")
+            yield from ((path_above, name) for name in sorted(attributes) if name != "*")
 
 
 #: types of class attributes whose use may read a weight
@@ -208,7 +209,7 @@ def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
     module = names.modules[path]
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript, whose forward cannot be changed"
-    if kind := next((cls.__name__ for cls in _LISTS if isinstance(module, cls)), None):
+    if kind := next((cls.__name__ for cls in _CONTAINERS if isinstance(module, cls)), None):
         return (
             f"it is a {kind}, whose items are its children: its adapters would be one of the items"
         )
@@ -218,8 +219,8 @@ def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
         has_wrapped_forward(module) or instance_forward(module) is not None
     )
     if method in module.__dict__ and not is_wrapped:
-        by = " (by accelerate's hooks?)" if method == "forward" else ""
-        return f"its {method} was replaced on the instance{by}, which would pass the adapter by"
+        cause = " (by accelerate's hooks?)" if method == "forward" else ""
+        return f"its {method} was replaced on the instance{cause}, which would pass the adapter by"
     return None
 
 
@@ -236,8 +237,9 @@ def _modules_above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
                 yield entry
 
 
-def _begins_with(read_path: ModulePath, below: ModulePath) -> bool:
-    """Whether a path that was read begins with ``below``. "*" in ``read_path`` matches any name."""
-    return len(read_path) >= len(below) and all(
-        name in ("*", actual_name) for name, actual_name in zip(read_path, below, strict=False)
+def _begins_with(read_path: ModulePath, path_below: ModulePath) -> bool:
+    """Whether a path that was read begins with ``path_below``. "*" in ``read_path`` matches any
+    name."""
+    return len(read_path) >= len(path_below) and all(
+        name in ("*", actual_name) for name, actual_name in zip(read_path, path_below, strict=False)
     )
