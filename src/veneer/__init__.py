@@ -1,5 +1,4 @@
-"""Veneer: one frozen base, many thin low-rank adapters. Train them, prove them, merge them, serve
-them.
+"""Veneer: one frozen base, many thin low-rank adapters. Train, verify, merge and serve them.
 
 Examples:
     >>> import torch, veneer
@@ -39,9 +38,8 @@ if TYPE_CHECKING:
     from veneer.tools.extract import ExtractReport, extract
     from veneer.train.many import Runs, train_many
 
-#: public name -> the module that holds it, imported when the name is first used: `import veneer`
-#: alone adds nothing to
-#: `import torch`, and no program imports what it does not use
+#: public name -> the module that defines it, which is imported when the name is first used. So
+#: `import veneer` takes no longer than `import torch`, and a program imports only what it uses
 _LAZY = {
     "Bank": "veneer.bank",
     "ComposeReport": "veneer.tools.compose",
@@ -81,7 +79,7 @@ _LAZY_MODULES = (
     "kernels", "layers", "lowrank", "models", "optim", "serve", "store", "tools", "train",
     "variants",
 )  # fmt: skip
-#: names of PEFT's package -> what does the same here
+#: names of PEFT's package -> what replaces them in Veneer
 _PEFT_NAMES = {
     "get_peft_model": "veneer.attach(model, veneer.LoraConfig(…))",
     "inject_adapter_in_model": "veneer.attach(model, veneer.LoraConfig(…))",
@@ -97,8 +95,8 @@ _PEFT_NAMES = {
     "set_peft_model_state_dict": "veneer.load(model, folder)",
     "merge_and_unload": "handle.merge(), then handle.detach(keep_merged=True)",
 }
-# the folder, before anybody asks for the function: whenever it were imported later, it would take
-# the function's name
+# Import the folder ``attach`` before the function ``attach`` is used. If the folder were imported
+# later, its module would replace the function as the attribute of this name.
 importlib.import_module("veneer.attach")
 globals().pop("attach")
 

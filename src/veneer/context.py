@@ -3,13 +3,13 @@
 The context is an immutable value in a ``ContextVar``, so it belongs to the running thread or
 asyncio task. It is read as ``context.current``, an attribute of this module (PEP 562) rather than a
 function: ``torch.compile`` cannot trace ``ContextVar.get``, but it guards module attributes and
-reads this one again before each run.
+reads them again before each run.
 
-A context variable does not follow a generator: a value that is set in a generator stays set for its
-caller while the generator is suspended. So a block that is opened in a generator (``Block``) is
-stored under the frame of that generator instead. It applies to all code that runs above that frame
-on the stack, whichever thread or task advances the generator. While no such block is open, the cost
-for a call is one test of an empty dict.
+A context variable is not bound to a generator: a value that is set in a generator stays set for the
+generator's caller while the generator is suspended. So if a ``with`` block is opened in a
+generator (``Block``), it is stored under the frame of that generator instead. The block applies to
+all code that runs above that frame on the stack, whichever thread or task advances the generator.
+While no such block is open, the cost for a call is one test of an empty dict.
 """
 
 from __future__ import annotations
@@ -38,57 +38,62 @@ class Context:
             missing here uses its default.
         path: "factored" or "materialised" forces this arithmetic; None leaves the choice to each
             layer.
-        reached: collects the ids of layer adapters and changes that take part, for ``check``.
+        reached_ids: a set to which each call adds the ``id`` of the layer adapters and changes that
+            it uses, for ``check``. None collects nothing.
         outer: the context that is restored when the block ends.
-        source: the object that opened the block.
-        blocks: blocks of generators that were opened in this thread or task, or in the one whose
-            context was copied for this one.
-        included: the blocks that are already part of ``selection``.
-        invoked: the ``InvokedCall`` of each model whose forward runs now, by the model's ``uid``,
-            for adapters with invocation tokens (``attach/invocation.py``).
-        prompts: the ``PromptStarts`` of each model whose ``generate`` runs now, by its ``uid``.
+        opener: the object that opened the block.
+        blocks: blocks of generators that were opened in this thread or task, or in the thread or
+            task whose context was copied for this one.
+        applied_blocks: the blocks that ``selection`` already contains.
+        invoked_calls: the ``InvokedCall`` of each model whose forward runs now, by the model's
+            ``uid``, for adapters with invocation tokens (``attach/invocation.py``).
+        prompt_starts: the ``PromptStarts`` of each model whose ``generate`` runs now, by the
+            model's ``uid``.
     """
 
     selection: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
-    reached: set[Any] | None = None
+    reached_ids: set[Any] | None = None
     outer: Context | None = field(default=None, repr=False, compare=False)
-    source: Any = field(default=None, repr=False, compare=False)
+    opener: Any = field(default=None, repr=False, compare=False)
     blocks: tuple[Block, ...] = ()
-    included: frozenset[Block] = frozenset()
-    invoked: Mapping[str, Any] = field(default_factory=dict)
-    prompts: Mapping[str, Any] = field(default_factory=dict)
+    applied_blocks: frozenset[Block] = frozenset()
+    invoked_calls: Mapping[str, Any] = field(default_factory=dict)
+    prompt_starts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Block:
-    """A block that was opened in a generator.
+    """A ``with`` block, such as that of ``veneer.use``, that was opened in a generator.
 
     Fields:
         frame: the frame of the generator; None once the block has ended.
-        source: the object that opened the block.
-        selection, changes: the selection and the other fields of the context inside of the block.
-        outside: replaces ``selection`` in calls for which it is not known whether they should be
-            inside of the block.
+        opener: the object that opened the block.
+        selection, context_fields: the selection and the other fields of the context inside of the
+            block.
+        suspended_selection: replaces ``selection`` in calls for which it is unknown whether they
+            should be inside of the block, because the generator is suspended.
         caller: the thread and task that opened the block.
-        resolved: a cache of the last context that ended with this block, with its key.
+        cached_context: (key, context): the last context that ``_apply_blocks`` computed with this
+            block as the innermost one, and what it was computed from.
     """
 
     def __init__(
         self,
         frame: FrameType,
-        source: Any,
+        opener: Any,
         selection: Mapping[str, Any],
-        outside: Mapping[str, Any],
-        changes: Any,
+        suspended_selection: Mapping[str, Any],
+        context_fields: Any,
     ) -> None:
         self.frame: FrameType | None = frame
-        self.source, self.selection = source, selection
-        self.outside, self.changes = outside, changes
+        self.opener, self.selection = opener, selection
+        self.suspended_selection, self.context_fields = suspended_selection, context_fields
         self.caller = threading.get_ident(), _running_task()
-        self.resolved: tuple[Any, Any] = (None, None)
+        self.cached_context: tuple[Any, Any] = (None, None)
 
-    def state(self, caller: tuple[int, Any]) -> str:
-        """The state of a block for a caller on whose stack the generator does not run.
+    def caller_position(self, caller: tuple[int, Any]) -> str:
+        """The position of a caller relative to the block, if the block's generator does not run on
+        the caller's stack.
 
         "inside": the caller is a task or thread that the generator started in its present step.
         "ended": the block has ended. "outside": neither, or it cannot be determined.
@@ -101,15 +106,16 @@ class Block:
         return "inside"
 
 
-_EMPTY = Context()
-_CONTEXT: ContextVar[Context] = ContextVar("veneer", default=_EMPTY)
+_EMPTY_CONTEXT = Context()
+_CONTEXT: ContextVar[Context] = ContextVar("veneer", default=_EMPTY_CONTEXT)
 #: the open blocks of each generator, by its frame
 _OPEN_BLOCKS: dict[FrameType, list[Block]] = {}
-#: the number of blocks that have ended, in a list so that it can be changed
+#: the number of blocks that have ended, in a list so that functions can change it
 _ENDED_COUNT = [0]
 
-_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-#: modules that run a generator up to its ``yield`` so that its blocks apply to their caller
+_GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+#: modules that run a generator up to its ``yield`` so that its blocks apply to the code that called
+#: the function of the module
 _FIXTURE_MODULES = ("_pytest.fixtures", "pytest_asyncio.plugin")
 
 if TYPE_CHECKING:
@@ -119,82 +125,98 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Context:
     if name != "current":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = _CONTEXT.get()
+    context = _CONTEXT.get()
     if (
-        value is _EMPTY
+        context is _EMPTY_CONTEXT
         and torch._C._current_graph_task_id() != -1
         and torch._C._is_key_in_tls("context")
     ):
         # On a GPU, backward runs in threads of torch, which have no context of Veneer, and
         # activation checkpointing runs layers again in them. torch gives these threads a copy of
         # the context in which ``backward`` was called.
-        value = torch._C._get_obj_in_tls("context").get(_CONTEXT, _EMPTY)
-    return _with_blocks(value) if _OPEN_BLOCKS or value.blocks else value
+        context = torch._C._get_obj_in_tls("context").get(_CONTEXT, _EMPTY_CONTEXT)
+    return _apply_blocks(context) if _OPEN_BLOCKS or context.blocks else context
 
 
-def _with_blocks(value: Context) -> Context:
-    """The context ``value`` with the blocks of the generators on the caller's stack applied, the
-    innermost block last."""
-    frames = _frames_below()
-    if not frames and not value.blocks:
-        return value
-    running = [block for frame in frames for block in _OPEN_BLOCKS.get(frame, ())]
+def _apply_blocks(context: Context) -> Context:
+    """``context`` with the blocks of the generators on the caller's stack applied, the innermost
+    block last."""
+    frames = _running_generator_frames()
+    if not frames and not context.blocks:
+        return context
+    running_blocks = [block for frame in frames for block in _OPEN_BLOCKS.get(frame, ())]
     caller = threading.get_ident(), _running_task()
-    key = value, running, caller, _ENDED_COUNT[0]
-    if running and running[-1].resolved[0] == key:  # cached: every layer of a step asks for it
-        return running[-1].resolved[1]
-    not_running = [
-        block for block in value.blocks if block not in running and block not in value.included
+    key = context, running_blocks, caller, _ENDED_COUNT[0]
+    # cached, because every layer of a step reads the context
+    if running_blocks and running_blocks[-1].cached_context[0] == key:
+        return running_blocks[-1].cached_context[1]
+    off_stack_blocks = [
+        block
+        for block in context.blocks
+        if block not in running_blocks and block not in context.applied_blocks
     ]
-    states = [block.state(caller) for block in not_running]
-    selection, changes = dict(value.selection), {}
-    for block, state in zip(not_running, states, strict=True):
-        if state == "outside":
-            selection.update(block.outside)
-    inside = [block for block, state in zip(not_running, states, strict=True) if state == "inside"]
-    for block in (*inside, *(block for block in running if block not in value.included)):
+    positions = [block.caller_position(caller) for block in off_stack_blocks]
+    selection, context_fields = dict(context.selection), {}
+    for block, position in zip(off_stack_blocks, positions, strict=True):
+        if position == "outside":
+            selection.update(block.suspended_selection)
+    enclosing_blocks = [
+        block
+        for block, position in zip(off_stack_blocks, positions, strict=True)
+        if position == "inside"
+    ]
+    for block in (
+        *enclosing_blocks,
+        *(block for block in running_blocks if block not in context.applied_blocks),
+    ):
         selection.update(block.selection)
-        changes.update(block.changes)
-    included = value.included.union(inside, running)
-    resolved = replace(value, selection=selection, blocks=(), included=included, **changes)
+        context_fields.update(block.context_fields)
+    resolved_context = replace(
+        context,
+        selection=selection,
+        blocks=(),
+        applied_blocks=context.applied_blocks.union(enclosing_blocks, running_blocks),
+        **context_fields,
+    )
     # not cached if other threads or tasks have blocks, whose generators may resume at any time
-    if running and all(block.caller == caller for block in not_running):
-        running[-1].resolved = key, resolved
-    return resolved
+    if running_blocks and all(block.caller == caller for block in off_stack_blocks):
+        running_blocks[-1].cached_context = key, resolved_context
+    return resolved_context
 
 
-def _frames_below() -> list[FrameType]:
+def _running_generator_frames() -> list[FrameType]:
     """The frames of generators with open blocks on this thread's stack, the outermost first."""
     # a frame without ``f_back`` is suspended
-    running = [frame for frame in tuple(_OPEN_BLOCKS) if frame.f_back is not None]
-    frames: list[FrameType] = []
-    frame = sys._getframe(1) if running else None
+    running_frames = [frame for frame in tuple(_OPEN_BLOCKS) if frame.f_back is not None]
+    frames_on_stack: list[FrameType] = []
+    frame = sys._getframe(1) if running_frames else None
     while frame is not None:
-        if frame in running:  # a short list
-            frames.append(frame)
-            if len(frames) == len(running):
+        if frame in running_frames:  # a short list
+            frames_on_stack.append(frame)
+            if len(frames_on_stack) == len(running_frames):
                 break
         frame = frame.f_back
-    return frames[::-1]
+    return frames_on_stack[::-1]
 
 
 def _generator_frame() -> FrameType | None:
-    """The frame of the generator that enters or leaves a block, or None if no generator does. A
-    generator that implements a context manager (``contextlib``) acts for the code that enters that
-    context manager."""
+    """The frame of the generator that enters or leaves a block, or None if the code that does so is
+    in no generator. If a generator implements a context manager (``contextlib``), the block belongs
+    to the code that enters that context manager."""
     frame = sys._getframe(2)
     while frame is not None:
         if _is_context_method(frame):
             frame = frame.f_back
             continue
-        if not frame.f_code.co_flags & _GENERATOR:
+        if not frame.f_code.co_flags & _GENERATOR_FLAGS:
             return None
-        driver = frame.f_back
-        if driver is None or not (
-            _is_context_method(driver) or driver.f_globals.get("__name__") in _FIXTURE_MODULES
+        resuming_frame = frame.f_back
+        if resuming_frame is None or not (
+            _is_context_method(resuming_frame)
+            or resuming_frame.f_globals.get("__name__") in _FIXTURE_MODULES
         ):
             return frame
-        frame = driver
+        frame = resuming_frame
     return None
 
 
@@ -206,9 +228,9 @@ def _is_context_method(frame: FrameType) -> bool:
 
 def _is_awaiting(frame: FrameType) -> bool:
     """Whether a suspended asynchronous generator waits at an ``await`` rather than a ``yield``."""
-    resume = frame.f_lasti + 2  # the operand of RESUME distinguishes the two
+    resume_index = frame.f_lasti + 2  # the argument of the instruction RESUME distinguishes the two
     code = frame.f_code.co_code
-    return code[resume] == dis.opmap["RESUME"] and code[resume + 1] & 3 == 3
+    return code[resume_index] == dis.opmap["RESUME"] and code[resume_index + 1] & 3 == 3
 
 
 def _running_task() -> Any:
@@ -222,64 +244,66 @@ def _running_task() -> Any:
 
 
 def enter(
-    source: Any,
+    opener: Any,
     selection: Mapping[str, Any],
     *,
     outside: Callable[[], Any] | None = None,
-    **changes: Any,
+    **context_fields: Any,
 ) -> None:
     """Add a selection to the present one and replace other fields of the context, until ``leave``
-    is called with the same ``source``.
+    is called with the same ``opener``.
 
     Args:
-        source: identifies the block.
+        opener: the object that opens the block, which identifies it.
         selection: ``ActiveAdapter`` by the ``uid`` of its model.
-        outside: creates ``Block.outside``. Passed for blocks of the user, which may be opened in a
-            generator; None for blocks that no generator can suspend.
-        changes: other fields of the context.
+        outside: a function that creates ``Block.suspended_selection``. It is passed for blocks of
+            the user, which may be opened in a generator. None for blocks that no generator can
+            suspend.
+        context_fields: the values of other fields of the context.
     """
-    value = _CONTEXT.get()
+    stored_context = _CONTEXT.get()
     frame = None if outside is None else _generator_frame()
     if outside is not None and frame is not None:
-        block = Block(frame, source, selection, dict.fromkeys(selection, outside()), changes)
+        suspended_selection = dict.fromkeys(selection, outside())
+        block = Block(frame, opener, selection, suspended_selection, context_fields)
         _OPEN_BLOCKS.setdefault(frame, []).append(block)
-        _CONTEXT.set(replace(value, blocks=(*_open_blocks(value.blocks), block)))
+        _CONTEXT.set(replace(stored_context, blocks=(*_open_blocks(stored_context.blocks), block)))
         return
-    present = sys.modules[__name__].current
+    present_context = sys.modules[__name__].current
     _CONTEXT.set(
         replace(
-            present,
-            selection={**present.selection, **selection},
-            **changes,
-            outer=value,
-            source=source,
+            present_context,
+            selection={**present_context.selection, **selection},
+            **context_fields,
+            outer=stored_context,
+            opener=opener,
             blocks=(),
         )
     )
 
 
-def leave(source: Any) -> bool:
-    """Restore the context from before ``enter`` of this source. Returns False and changes nothing
-    if the block of this source is not the one that was opened last in this thread or task."""
-    value = _CONTEXT.get()
+def leave(opener: Any) -> bool:
+    """Restore the context from before ``enter`` with this ``opener``. If its block is not the one
+    that was opened last in this thread or task, nothing changes and the result is False."""
+    stored_context = _CONTEXT.get()
     blocks = [
         block
         for blocks in tuple(_OPEN_BLOCKS.values())
         for block in blocks
-        if block.source is source
+        if block.opener is opener
     ]
     if blocks:
         frame = _generator_frame()
-        in_frame = [block for block in blocks if block.frame is frame]
-        if in_frame or value.source is not source:
-            block = (in_frame or blocks)[-1]
+        blocks_in_frame = [block for block in blocks if block.frame is frame]
+        if blocks_in_frame or stored_context.opener is not opener:
+            block = (blocks_in_frame or blocks)[-1]
             _close_block(block)
-            _CONTEXT.set(_remove_block(value, block))
+            _CONTEXT.set(_remove_block(stored_context, block))
             return True
-    if value.source is not source or value.outer is None:
+    if stored_context.opener is not opener or stored_context.outer is None:
         return False
-    outer, remaining = value.outer, _open_blocks(value.blocks)
-    _CONTEXT.set(replace(outer, blocks=(*outer.blocks, *remaining)) if remaining else outer)
+    outer, open_blocks = stored_context.outer, _open_blocks(stored_context.blocks)
+    _CONTEXT.set(replace(outer, blocks=(*outer.blocks, *open_blocks)) if open_blocks else outer)
     return True
 
 
@@ -292,19 +316,20 @@ def _close_block(block: Block) -> None:
     _OPEN_BLOCKS[frame].remove(block)
     if not _OPEN_BLOCKS[frame]:
         del _OPEN_BLOCKS[frame]
-    block.frame, block.resolved = None, (None, None)
+    block.frame, block.cached_context = None, (None, None)
     _ENDED_COUNT[0] += 1
 
 
-def _remove_block(value: Context, block: Block) -> Context:
-    """The context ``value`` with a generator's block removed from it and from its outer
-    contexts."""
-    outer = None if value.outer is None else _remove_block(value.outer, block)
-    if outer is value.outer and block not in value.blocks:
-        return value
-    remaining = tuple(listed for listed in value.blocks if listed is not block)
-    changed = replace(value, outer=outer, blocks=remaining)
-    return _EMPTY if changed.outer is None and changed == _EMPTY else changed
+def _remove_block(context: Context, block: Block) -> Context:
+    """``context`` without a generator's block, which is removed from its outer contexts too."""
+    outer = None if context.outer is None else _remove_block(context.outer, block)
+    if outer is context.outer and block not in context.blocks:
+        return context
+    remaining_blocks = tuple(
+        other_block for other_block in context.blocks if other_block is not block
+    )
+    changed = replace(context, outer=outer, blocks=remaining_blocks)
+    return _EMPTY_CONTEXT if changed.outer is None and changed == _EMPTY_CONTEXT else changed
 
 
 @contextmanager
@@ -312,12 +337,13 @@ def override(
     selection: Mapping[str, Any] | None = None,
     *,
     outside: Callable[[], Any] | None = None,
-    **changes: Any,
+    **context_fields: Any,
 ) -> Iterator[None]:
-    """A block with this selection and other fields of the context (``enter``, ``leave``)."""
-    source = object()
-    enter(source, selection or {}, outside=outside, **changes)
+    """A context manager that changes the selection and other fields of the context. The arguments
+    are those of ``enter``."""
+    opener = object()
+    enter(opener, selection or {}, outside=outside, **context_fields)
     try:
         yield
     finally:
-        leave(source)
+        leave(opener)

@@ -1,5 +1,5 @@
-"""``attach`` and ``load``, and the handle that they return: a model, the name of an adapter on it,
-and the functions of the package with both filled in."""
+"""``attach`` and ``load``, and the ``Handle`` that they return: a model and the name of an adapter
+on it. Its methods are the functions of the package for this model and this adapter."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ from veneer.distributed import base_class
 from veneer.errors import AdapterError, FreshWeights, MethodError, RemoteError
 from veneer.layers import parameter_path
 
-#: an adapter's id on the Hugging Face hub, and the beginning of its page's address
+#: a pattern of an id on the Hugging Face hub, and the beginning of the address of a page there
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_PAGE = "https://huggingface.co/"
 
 
-def _cover(model: nn.Module) -> None:
-    # files take as long to import as the rest: not before use
+def _patch_model(model: nn.Module) -> None:
+    """Patch the methods of a model with adapters that other libraries call."""
+    # imported late, because ``adapter_files`` takes as long to import as the rest of the package
     from veneer.adapter_files.trainers import cover
 
     cover(model)
@@ -61,30 +62,30 @@ def attach(
     loss: Loss | None = None,
     original: nn.Module | Mapping[str, Tensor] | None = None,
 ) -> Handle:
-    """Attach a new adapter to ``model``, in place, and freeze the base. Plain calls of the model
-    use it while it is the only one.
+    """Attach a new adapter to ``model``, in place, and freeze the base. Calls of the model use the
+    adapter while it is the only one.
 
     Args:
-        model: any module with layers of a kind that Veneer knows.
-        config: what to attach; None takes ``LoraConfig()``.
-        name: letters, digits, "_" and "-".
-        batches: what a data-driven variant (``eva``, ``lora_ga``) looks at: tensors, tuples of
-            positional or mappings of keyword arguments of the model.
-        loss: (model, batch) -> scalar, for ``lora_ga``; None takes the ``loss`` of the model's own
-            output.
+        model: any module with layers of a kind that Veneer supports.
+        config: what to attach; None stands for ``LoraConfig()``.
+        name: the adapter's name: letters, digits, "_" and "-".
+        batches: the data that some variants (``eva``, ``lora_ga``) start from. Each batch is a
+            tensor, a tuple of positional arguments or a mapping of keyword arguments of the model.
+        loss: a function (model, batch) -> scalar, for ``lora_ga``. None stands for the ``loss`` of
+            the model's output.
         original: the model (or its state dict) from before the base was quantised, for ``loftq``.
 
     Returns:
-        a handle to the adapter. Every function of the package also works without it, given the
-        model.
+        a handle to the adapter. Every function of the package can also be called without it, with
+        the model.
 
     Raises:
-        TargetError: with every problem at once. The model is as it was.
-        ConfigError: the variant needs data that was not given, or the other way round. The model is
-            as it was.
+        TargetError: lists every problem at once. The model is not changed.
+        ConfigError: data that the variant needs was not passed, or data was passed that the variant
+            does not use. The model is not changed.
 
     Warns:
-        FreshWeights: parameters that the checkpoint did not hold (a new head) are not trained in
+        FreshWeights: parameters that were not in the checkpoint (a new head) are not trained in
             full, so that the adapter will not hold them either. "all-linear" trains a new head.
     """
     model = unwrap(model)
@@ -93,22 +94,24 @@ def attach(
         model, plans, batches=batches, loss=loss, original=original
     )
     install_adapter(model, name, plans, calibration=calibration)
-    _cover(model)
+    _patch_model(model)
     names = Names(model)
-    in_full = {
+    adapter_parameter_ids = {
         id(names.modules[path]._parameters[parameter_name])
-        for path, full in plans.full.items()
-        for parameter_name in full
+        for path, parameter_names in plans.full.items()
+        for parameter_name in parameter_names
     }
-    # a head that grew counts as fresh: the adapter holds its new rows, and the fingerprint tells of
-    # the others
-    in_full |= {
-        id(weight_of(names.modules[entry.path], entry.weight))
-        for entry in plans.low
-        if entry.tokens
+    # A head that grew counts as fresh. The adapter holds its new rows, and the fingerprint shows if
+    # the other rows differ.
+    adapter_parameter_ids |= {
+        id(weight_of(names.modules[weight_plan.path], weight_plan.weight))
+        for weight_plan in plans.low
+        if weight_plan.tokens
     }
-    lost = [ref for key, ref in names.fresh_parameters().items() if key not in in_full]
-    FreshWeights.warn(lost, "As the adapter is attached", stacklevel=3)
+    untrained_refs = [
+        ref for key, ref in names.fresh_parameters().items() if key not in adapter_parameter_ids
+    ]
+    FreshWeights.warn(untrained_refs, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 
 
@@ -117,38 +120,43 @@ def load(
     verify_base: bool = True, untie: bool | None = None, grow: bool = False,
     revision: str | None = None, cache_dir: str | Path | None = None,
 ) -> Handle:  # fmt: skip
-    """Attach the adapter at ``path`` to ``model``: a folder, a remote place (``hf://owner/name``,
-    ``s3://…``) or, where there is no such folder, an id on the Hugging Face hub (``owner/name``).
+    """Attach the adapter at ``path`` to ``model``. The path is a folder, a remote address
+    (``hf://owner/name``, ``s3://…``) or, if there is no such folder, an id on the Hugging Face hub
+    (``owner/name``).
 
-    Everything is verified before the model is touched: the files, every key and shape, and each
-    parameter and lasting buffer of the base that the adapter does not replace, against the
-    adapter's fingerprints. An adapter that another library wrote has none: it loads with an
-    ``UnverifiedAdapter`` warning, as does one that proves less than all of this model.
+    Everything is verified before the model is changed: the files, every key and shape, and the base
+    against the adapter's fingerprints. Each parameter and persistent buffer that the adapter does
+    not replace must match its fingerprint. An adapter that another library wrote has no
+    fingerprints, so it loads with an ``UnverifiedAdapter`` warning. So does an adapter whose
+    fingerprints do not cover all of this model.
 
     Args:
-        name: the adapter's name on this model; None takes "default".
-        trainable: train it further.
+        name: the adapter's name on this model; None stands for "default".
+        trainable: whether the adapter's parameters require gradients, to train it further.
         verify_base: False accepts other base weights of the same shapes.
-        untie: where the folder changes a tied weight under one of its names alone (PEFT adapts
-            modules one by one), that name needs a weight of its own, until the last adapter is
-            detached. None gives it one and warns; True does not warn; False unties nothing: a
-            low-rank change of one name is an error then, and values trained in full stand in for
-            the weight and cannot be merged.
-        revision: a branch, a tag or a commit of the hub's repository; elsewhere the hash that a
-            push returned. None takes the newest.
-        cache_dir: where what is fetched is kept; None takes ``veneer/adapters`` in
-            ``$XDG_CACHE_HOME`` or ``~/.cache``.
-        grow: let the vocabulary of ``model`` grow first, where the adapter trains tokens that were
-            added to its base (``resize_token_embeddings``). If loading fails, it is as it was.
+        untie: what to do if the folder changes a tied weight under only one of its names. (PEFT
+            adapts modules one by one.) That name then needs a new parameter, until the last adapter
+            is detached. None creates the parameter and warns; True creates it without a warning.
+            False unties nothing: then a low-rank change of one name is an error, and values that
+            are trained in full replace the weight at that name and cannot be merged.
+        revision: a branch, a tag or a commit of the hub's repository; for other remote addresses
+            the hash that a push returned. None takes the newest.
+        cache_dir: the folder in which downloaded files are kept. None stands for
+            ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        grow: whether to grow the vocabulary of ``model`` first (``resize_token_embeddings``), if
+            the adapter trains tokens that were added to its base. If loading fails, the growth is
+            undone.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
-        BaseMismatchError: a tensor of the base is another than that it was trained on.
-        RemoteError: the remote place cannot be read; a revision or a cache of a folder.
+        BaseMismatchError: a tensor of the base differs from the one that the adapter was trained
+            on.
+        RemoteError: the remote address cannot be read; or ``revision`` or ``cache_dir`` was passed
+            for a local folder.
 
     Warns:
-        UnverifiedAdapter: see above.
-        TieBroken: names of a tied weight have weights of their own now.
+        UnverifiedAdapter: the fingerprints do not prove all of the base.
+        TieBroken: names of a tied weight have separate parameters now.
         TensorsLeftOut: the folder's config leaves out modules of which it holds tensors.
     """
     model, name = unwrap(model), name if name is not None else "default"
@@ -158,19 +166,20 @@ def load(
     install_from(
         model, folder, name, trainable=trainable, verify_base=verify_base, untie=untie, grow=grow
     )
-    _cover(model)
+    _patch_model(model)
     return Handle(model, name)
 
 
 def _local_folder(path: str | Path, revision: str | None, cache: Path | None) -> str | Path:
-    """The folder of an adapter: ``path`` itself, or where the adapter of a remote place is now."""
+    """The local folder of an adapter: ``path`` itself, or the folder to which the adapter at a
+    remote address is downloaded."""
     if not isinstance(path, str) or path.startswith(_HUB_PAGE) or Path(path).exists():
-        remote = None
+        remote_address = None
     elif "://" in path:
-        remote = path
+        remote_address = path
     else:
-        remote = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
-    if remote is None:
+        remote_address = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
+    if remote_address is None:
         if revision is not None or cache is not None:
             problem = f"a revision or a cache_dir for the path {path}"
             raise RemoteError(problem, "a remote place, such as hf://owner/name", "leave them out")
@@ -178,11 +187,11 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     from veneer.store.remote import pull
 
     try:
-        return pull(remote, revision=revision, cache=cache)
+        return pull(remote_address, revision=revision, cache=cache)
     except RemoteError as error:
-        if remote == path:
+        if remote_address == path:
             raise
-        problem = f"no folder {path}, and no adapter {remote} ({error.problem})"
+        problem = f"no folder {path}, and no adapter {remote_address} ({error.problem})"
         do = "check the path or the id; for a private repository log in with `hf auth login`"
         expected = "an adapter folder, or an adapter's id on the Hugging Face hub"
         raise AdapterError(problem, expected, do) from error
@@ -198,7 +207,8 @@ class Handle:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """The error for what a handle does not have: PEFT's methods, and those of the model."""
+            """Raise an error that names the replacement of PEFT's methods, or the model's attribute
+            of this name."""
             do = METHODS.get(name)
             if name == "save_pretrained":
                 do = (
@@ -219,14 +229,14 @@ class Handle:
 
     def __repr__(self) -> str:
         """One line: the adapter, the class of its model, its variant and rank, and whether it is
-        the model's default. It may have been detached."""
-        attached = adapters_of(self.model)
-        config = None if attached is None else attached.configs.get(self.name)
-        if attached is None or config is None:
+        the model's default or merged; or "detached"."""
+        model_adapters = adapters_of(self.model)
+        config = None if model_adapters is None else model_adapters.configs.get(self.name)
+        if model_adapters is None or config is None:
             state = "detached"
         else:
-            default = ", default" if attached.default_name == self.name else ""
-            merged = ", merged" if self.name in attached.chain else ""
+            default = ", default" if model_adapters.default_name == self.name else ""
+            merged = ", merged" if self.name in model_adapters.merge_order else ""
             state = f"{config.variant}, rank {config.rank}{default}{merged}"
         return f"<Handle {self.name!r} of {base_class(self.model).__name__}: {state}>"
 
@@ -236,9 +246,9 @@ class Handle:
 
     @property
     def layers(self) -> dict[str, LayerAdapter]:
-        """The adapter's parts, by the path of the module that they change."""
+        """The ``LayerAdapter`` of each layer that the adapter changes, by the path of the layer."""
         need_adapters(self.model, self.name)
-        return {path: layer for path, _, layer in adapters(self.model, self.name)}
+        return {path: layer_adapter for path, _, layer_adapter in adapters(self.model, self.name)}
 
     @property
     def changes(self) -> dict[str, Change]:
@@ -250,17 +260,17 @@ class Handle:
         }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(path of the weight and name of the number, or path of what is trained in full;
-        parameter)."""
+        """Yield (path, parameter). The path is that of the changed weight and the name of the
+        adapter parameter, or the path of a parameter that is trained in full."""
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter
-        yielded: set[int] = set()  # tied parameters have one copy
-        for path, layer in self.layers.items():
-            for name, parameter in layer.full.named_parameters():
-                if id(parameter) in yielded:
+        yielded_ids: set[int] = set()  # tied parameters have one copy
+        for path, layer_adapter in self.layers.items():
+            for name, parameter in layer_adapter.full.named_parameters():
+                if id(parameter) in yielded_ids:
                     continue
-                yielded.add(id(parameter))
+                yielded_ids.add(id(parameter))
                 yield parameter_path(path, name), parameter
 
     def parameters(self) -> list[nn.Parameter]:
@@ -270,9 +280,9 @@ class Handle:
         return summarise(self.model, self.name)
 
     def plan(self, tokens: int, *, training: bool = True) -> CallPlan:
-        """How the plain linear layers compute a call of this many tokens (batch × length), and what
-        the cost model says of it: print it. ``with veneer.use(model, name, path=…)`` overrides the
-        choice."""
+        """How the plain linear layers compute a call of this many tokens (batch × length), and the
+        costs by the cost model. Print it to read it. ``with veneer.use(model, name, path=…)``
+        overrides the choice."""
         return CallPlan.of(self.model, self.name, tokens, training)
 
     def use(self):
@@ -299,8 +309,8 @@ class Handle:
         overwrite: bool = False,
         alone: bool = False,
     ) -> Path:
-        """Write the adapter as a folder. In several processes every rank must call this: see
-        ``veneer.save``."""
+        """Write the adapter to a folder. If the model is spread over several processes, every rank
+        must call this: see ``veneer.save``."""
         from veneer.adapter_files.save_load import save
 
         return save(

@@ -1,8 +1,9 @@
 """Veneer in the training loops of other libraries.
 
-A trainer that saves a model by the model's own ``save_pretrained`` does not need this module.
 After ``veneer.attach``, transformers' ``Trainer`` and all of TRL's trainers save only the adapter,
-resume from it, and use the policy's own base as the reference. This module serves the others.
+resume from it, and use the policy's own base as the reference model. So does every trainer that
+saves a model by the model's ``save_pretrained``. Such trainers do not need this module; it serves
+the other ones.
 
     callback(config)              attach within a transformers or TRL trainer
     lightning_callback(config)    Lightning's checkpoints hold the adapter and the random state
@@ -46,24 +47,26 @@ __all__ = [
     "unpack",
 ]
 
-#: the key of a Lightning checkpoint, and the name of a folder in an accelerate one
+#: the key of Veneer's entry in a Lightning checkpoint, and the name of the first adapter folder in
+#: an accelerate checkpoint
 KEY = "veneer"
+#: the names under which Lightning can be imported
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _has_adapter(model: nn.Module) -> bool:
-    attached = adapters_of(model)
-    return attached is not None and bool(attached.configs)
+    model_adapters = adapters_of(model)
+    return model_adapters is not None and bool(model_adapters.configs)
 
 
 def callback(config: LoraConfig | None = None) -> Any:
     """A ``TrainerCallback`` that attaches a new adapter to the model of a transformers or TRL
-    trainer. It also serves if the trainer loads the model itself (``SFTTrainer("base",
+    trainer. The trainer may also load the model itself (``SFTTrainer("base",
     callbacks=[callback(config)])``). The same script starts and resumes a run.
 
     Args:
-        config: the config to attach, unless the model has an adapter. None attaches nothing: the
-            adapter comes from the checkpoint of ``train(resume_from_checkpoint=…)``.
+        config: the config to attach, unless the model has an adapter. None attaches nothing: then
+            the adapter comes from the checkpoint of ``train(resume_from_checkpoint=…)``.
 
     Raises:
         ConfigError: training begins and the model has no adapter, so that all weights would train.
@@ -97,55 +100,56 @@ def callback(config: LoraConfig | None = None) -> Any:
 def lightning_callback(config: LoraConfig | None = None, *, module: str = "model") -> Any:
     """A Lightning ``Callback`` for a ``LightningModule`` whose submodule ``module`` has an adapter.
 
-    Checkpoints hold the files of the adapter folder in place of that submodule's tensors. They also
-    hold torch's random state, which Lightning leaves out, so that a run resumed at the end of an
-    epoch continues with the same numbers. ``fit(ckpt_path=…)``, ``test(ckpt_path="best")`` and the
-    like restore both. The base is verified against the adapter's fingerprints, and a model without
-    an adapter gets that of the checkpoint. The rest of the LightningModule is saved and loaded as
-    usual, as are older checkpoints. Each submodule with an adapter needs its own callback.
+    Checkpoints hold the files of the adapter folder in place of the submodule's tensors. They also
+    hold torch's random states, which Lightning leaves out, so that a run resumed at the end of an
+    epoch continues with the same random numbers. ``fit(ckpt_path=…)``, ``test(ckpt_path="best")``
+    and similar calls restore both. They verify the base against the adapter's fingerprints. If the
+    model has no adapter, the adapter of the checkpoint is attached. Everything else in the
+    LightningModule is saved and loaded as usual, and so are older checkpoints. Each submodule with
+    an adapter needs its own callback.
 
     Args:
-        config: attached when the trainer sets up, unless the submodule has an adapter; None
-            attaches nothing.
+        config: the config to attach when the trainer sets up, unless the submodule has an adapter.
+            None attaches nothing.
         module: path of the model within the LightningModule; "" is the LightningModule itself.
 
     Raises:
-        ConfigError: Lightning is not installed. While it runs: there is no such submodule; another
-            callback serves it; it has no adapter when training begins; its weights are sharded over
-            processes (FSDP), whose checkpoints Lightning writes in another way; or a checkpoint
-            holds the adapter of a submodule without a callback.
+        ConfigError: Lightning is not installed. During a run: there is no such submodule; another
+            callback serves the same submodule; the submodule has no adapter when training begins;
+            its weights are sharded over processes (FSDP), for which Lightning writes other
+            checkpoints; or a checkpoint holds the adapter of a submodule without a callback.
     """
     bases = tuple(lightning.Callback for lightning in _lightning_modules())
 
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
         model = _submodule(pl_module, module)
         other_paths = (
-            callback.veneer_part
+            callback.veneer_path
             for callback in trainer.callbacks
-            if callback is not self and hasattr(callback, "veneer_part")
+            if callback is not self and hasattr(callback, "veneer_path")
         )
-        if (
-            duplicate := next(
-                (path for path in other_paths if _submodule(pl_module, path) is model), None
-            )
-        ) is not None:
+        duplicate_path = next(
+            (path for path in other_paths if _submodule(pl_module, path) is model), None
+        )
+        if duplicate_path is not None:
             problem = (
-                f"two lightning_callbacks for one model (module={duplicate!r}, module={module!r})"
+                f"two lightning_callbacks for one model (module={duplicate_path!r},"
+                f" module={module!r})"
             )
             raise ConfigError(
                 problem,
                 "one for each part with an adapter",
                 "leave one of them out, or say module=…",
             )
-        # discard the random state that an earlier `test` or `predict` has loaded
-        pl_module.__dict__.pop("_veneer_random", None)
+        # discard the random states that an earlier `test` or `predict` has loaded
+        pl_module.__dict__.pop("_veneer_random_states", None)
         if config is not None and not _has_adapter(model):
             attach(model, config)
-        if "_veneer_parts" not in pl_module.__dict__:
-            pl_module.__dict__["_veneer_parts"] = []
+        if "_veneer_paths" not in pl_module.__dict__:
+            pl_module.__dict__["_veneer_paths"] = []
             _replace_checkpoint_hooks(pl_module)
-        if module not in pl_module.__dict__["_veneer_parts"]:
-            pl_module.__dict__["_veneer_parts"].append(module)
+        if module not in pl_module.__dict__["_veneer_paths"]:
+            pl_module.__dict__["_veneer_paths"].append(module)
 
     def on_fit_start(self: Any, trainer: Any, pl_module: Any) -> None:
         if not _has_adapter(_submodule(pl_module, module)):
@@ -153,16 +157,16 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
             raise ConfigError(
                 "a model without an adapter as training begins", "one with an adapter", do
             )
-        if (states := pl_module.__dict__.pop("_veneer_random", None)) is not None:
+        if (states := pl_module.__dict__.pop("_veneer_random_states", None)) is not None:
             _set_random_states(states)  # before the data loader of the next epoch draws its seed
 
-    attributes = {"veneer_part": module, "setup": setup, "on_fit_start": on_fit_start}
+    attributes = {"veneer_path": module, "setup": setup, "on_fit_start": on_fit_start}
     return type("AdapterCallback", bases, attributes)()
 
 
 def _lightning_modules() -> list[Any]:
-    """The modules of Lightning that are imported, under each of its names; if none is, the first
-    one that is installed."""
+    """The modules of Lightning that are imported, under each of its package names. If none is
+    imported, the first one that is installed is imported."""
     if imported := [sys.modules[name] for name in LIGHTNING if name in sys.modules]:
         return imported
     installed = [name for name in LIGHTNING if importlib.util.find_spec(name.partition(".")[0])]
@@ -172,6 +176,7 @@ def _lightning_modules() -> list[Any]:
 
 
 def _submodule(pl_module: Any, path: str) -> nn.Module:
+    """The model at a path in a LightningModule. Raises a ConfigError if there is none."""
     try:
         return unwrap(pl_module.get_submodule(path))
     except AttributeError:
@@ -183,26 +188,26 @@ def _submodule(pl_module: Any, path: str) -> nn.Module:
 
 
 def _replace_checkpoint_hooks(pl_module: Any) -> None:
-    """Replace a LightningModule's checkpoint hooks by ones that save and load the adapters of its
-    ``_veneer_parts``. Lightning calls the module's hooks for every checkpoint, but a callback's
-    hooks not with ``save_weights_only``."""
-    save, load = pl_module.on_save_checkpoint, pl_module.on_load_checkpoint
+    """Replace the checkpoint hooks of a LightningModule by hooks that also save and load the
+    adapters of the submodules in ``_veneer_paths``. They are hooks of the module, because with
+    ``save_weights_only`` Lightning calls no hook of a callback."""
+    original_save, original_load = pl_module.on_save_checkpoint, pl_module.on_load_checkpoint
 
     def adapted_models() -> dict[str, nn.Module]:
-        return {path: _submodule(pl_module, path) for path in pl_module.__dict__["_veneer_parts"]}
+        return {path: _submodule(pl_module, path) for path in pl_module.__dict__["_veneer_paths"]}
 
     def shared_entries(models: Iterable[nn.Module]) -> dict[str, Tensor]:
-        """The entries of the module's state that share memory with these models, under any name."""
+        """The entries of the module's state dict that share memory with these models, under any
+        name."""
         addresses = {
             _address(value)
             for model in models
             for value in model.state_dict().values()
             if _is_tensor(value)
         }
-        state = pl_module.state_dict()
         return {
             key: value
-            for key, value in state.items()
+            for key, value in pl_module.state_dict().items()
             if _is_tensor(value) and _address(value) in addresses
         }
 
@@ -216,30 +221,30 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
         if models:
             for key in shared_entries(models.values()):
                 checkpoint["state_dict"].pop(key, None)
-            adapters = {path: _read_files(model) for path, model in models.items()}
-            checkpoint[KEY] = {"adapters": adapters, "random": _random_states()}
-        save(checkpoint)
+            files_by_path = {path: _read_files(model) for path, model in models.items()}
+            checkpoint[KEY] = {"adapters": files_by_path, "random": _random_states()}
+        original_save(checkpoint)
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         if KEY in checkpoint:
-            models, adapters = adapted_models(), checkpoint[KEY]["adapters"]
-            if unmatched_paths := adapters.keys() - models.keys():
+            models, files_by_path = adapted_models(), checkpoint[KEY]["adapters"]
+            if unmatched_paths := files_by_path.keys() - models.keys():
                 problem = (
                     f"a checkpoint with adapters of {_quote_names(unmatched_paths)}, and callbacks"
                     f" for {_quote_names(models)} alone"
                 )
                 do = "give the trainer a lightning_callback(module=…) for each"
                 raise ConfigError(problem, "a callback for each adapter", do)
-            for path, files in adapters.items():
+            for path, files in files_by_path.items():
                 with tempfile.TemporaryDirectory() as folder:
                     _write_files(files, Path(folder))
                     _restore_adapter(models[path], Path(folder))
             checkpoint["state_dict"] = {
-                **shared_entries(models[path] for path in adapters),
+                **shared_entries(models[path] for path in files_by_path),
                 **checkpoint["state_dict"],
             }
-            pl_module.__dict__["_veneer_random"] = checkpoint[KEY]["random"]
-        load(checkpoint)
+            pl_module.__dict__["_veneer_random_states"] = checkpoint[KEY]["random"]
+        original_load(checkpoint)
 
     pl_module.__dict__.update(
         on_save_checkpoint=on_save_checkpoint, on_load_checkpoint=on_load_checkpoint
@@ -254,14 +259,16 @@ def _is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor)
 
 
-def _address(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()
+def _address(tensor: Tensor) -> int:
+    """The address of the memory that a tensor, or the tensor of which it is a view, uses."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _read_files(model: nn.Module) -> dict[str, Tensor]:
-    """The files of the adapter folder as tensors of bytes."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "adapter"
+    """The content of each file of the model's adapter folder, as a tensor of bytes, by file
+    name."""
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        folder = Path(temporary_folder) / "adapter"
         write_adapter(model, selected_name(model), folder, alone=True)
         return {
             path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
@@ -270,12 +277,15 @@ def _read_files(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_files(files: Mapping[str, Tensor], folder: Path) -> None:
-    for name in FILES:  # ignore other names, which an untrusted checkpoint may contain
+    """Undo ``_read_files``. Only files of an adapter folder are written, because an untrusted
+    checkpoint may contain other names."""
+    for name in FILES:
         if name in files:
             (folder / name).write_bytes(files[name].cpu().numpy().tobytes())
 
 
 def _restore_adapter(model: nn.Module, folder: Path) -> None:
+    """Load an adapter folder into the adapter of a model, or attach it if the model has none."""
     if _has_adapter(model):
         refill(model, folder)
     else:
@@ -284,38 +294,39 @@ def _restore_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _random_states() -> dict[str, Any]:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": devices}
+    """The states of torch's random number generators on the CPU and on each GPU."""
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda_states}
 
 
 def _set_random_states(states: Mapping[str, Any]) -> None:
+    """Undo ``_random_states``. GPU states are ignored if the number of GPUs differs."""
     torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
 def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = None) -> Path:
     """Write the adapter folder from a Lightning checkpoint of ``lightning_callback``.
 
     Args:
-        module: path of the submodule whose adapter is written, if the checkpoint has several.
+        checkpoint: the path of the checkpoint file.
+        folder: the path of the new adapter folder.
+        module: path of the submodule whose adapter is written, if the checkpoint has several
+            adapters.
 
     Returns:
-        the folder, which ``veneer.load``, PEFT and ``from_pretrained`` read.
+        the folder, which ``veneer.load``, PEFT and ``from_pretrained`` can read.
 
     Raises:
-        AdapterError: the file has no adapter, none of this submodule, or several and no ``module``
-            is given, or it is incomplete.
+        AdapterError: the checkpoint has no adapter, or none of this submodule, or several although
+            ``module`` is None; or the file is incomplete.
         OutputExistsError: the folder exists and is not empty.
     """
     expected = "a Lightning checkpoint with one"
     do = "pass one that lightning_callback had a part in"
     try:
         checkpoint_content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-    ) as error:  # the file is no checkpoint, or would run code when read
+    # the file is no checkpoint, or would run code when it is read
+    except (pickle.UnpicklingError, RuntimeError) as error:
         raise AdapterError(
             f"{checkpoint}, of which no adapter can be read ({error})", expected, do
         ) from error
@@ -340,36 +351,38 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
 
 
 def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
-    """Let ``accelerator.save_state`` write, for each prepared model with an adapter, an adapter
-    folder (``veneer``, ``veneer_1``, …) instead of its weights, and ``load_state`` read it into the
-    attached adapter. Accelerate still saves optimisers, schedulers and random states. Under FSDP
-    and DeepSpeed, which keep weights in files of their own, nothing changes. Older checkpoints are
-    read as before.
+    """Let ``accelerator.save_state`` and ``load_state`` save and load adapters instead of weights.
+
+    For each prepared model with an adapter, ``save_state`` writes an adapter folder (``veneer``,
+    ``veneer_1``, …), and ``load_state`` reads it into the attached adapter. Accelerate still saves
+    optimisers, schedulers and random states. Under FSDP and DeepSpeed, which write weights to other
+    files, nothing changes. Older checkpoints can still be loaded.
 
     Returns:
         a function that removes the hooks.
     """
 
-    def names(models: list[Any]) -> list[tuple[int, str]]:
-        """(index, name of the folder) of each model with an adapter."""
-        indices = [index for index, model in enumerate(models) if _has_adapter(model)]
+    def adapter_folders(models: list[Any]) -> list[tuple[int, str]]:
+        """(index of the model, name of its folder) for each model with an adapter."""
+        model_indices = [index for index, model in enumerate(models) if _has_adapter(model)]
         return [
-            (index, f"{KEY}_{number}" if number else KEY) for number, index in enumerate(indices)
+            (index, f"{KEY}_{count}" if count else KEY) for count, index in enumerate(model_indices)
         ]
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
         if len(weights) != len(models):
             return
-        for index, name in reversed(names(models)):
+        for index, folder_name in reversed(adapter_folders(models)):
             model = unwrap(models[index])
             del weights[index]
             if accelerator.is_main_process:
-                write_adapter(model, selected_name(model), Path(folder) / name, alone=True)
+                adapter_folder = Path(folder) / folder_name
+                write_adapter(model, selected_name(model), adapter_folder, alone=True)
 
     def load(models: list[Any], folder: str) -> None:
-        for index, name in reversed(names(models)):
-            if (Path(folder) / name).is_dir():
-                refill(models[index], Path(folder) / name)
+        for index, folder_name in reversed(adapter_folders(models)):
+            if (Path(folder) / folder_name).is_dir():
+                refill(models[index], Path(folder) / folder_name)
                 del models[index]
 
     hooks = (

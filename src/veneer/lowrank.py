@@ -2,9 +2,9 @@
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in]   B: [g, out, r]   ΔW: [g, out, in]
 
-``g`` is the number of groups of a grouped convolution, or of matrices in a stack, and 1 for most
-layers. ``scale`` is stored separately. If it were multiplied into B, a file would hold other
-numbers than those that were trained.
+``g`` is the number of groups of a grouped convolution, or of matrices in a stack; it is 1 for most
+layers. ``r`` is the rank. ``scale`` is stored separately. If it were multiplied into B, a file
+would hold other numbers than those that were trained.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
@@ -26,29 +26,30 @@ __all__ = ["LowRank", "Svd"]
 
 
 class Svd(NamedTuple):
-    """A singular value decomposition ΔW[g] = U[g] · diag(S[g]) · V[g], with descending singular
-    values: U [g, out, k], S [g, k], V [g, k, in]."""
+    """A singular value decomposition ΔW[g] = U[g] · diag(S[g]) · V[g]. S holds the k singular
+    values in descending order: U [g, out, k], S [g, k], V [g, k, in]."""
 
     U: Float[Tensor, "g out k"]
     S: Float[Tensor, "g k"]
     V: Float[Tensor, "g k in_"]
 
     def rank_for(self, energy: float) -> int:
-        """The smallest rank, at least 1, that retains this share of ‖ΔW‖², summed over groups."""
+        """The smallest rank, at least 1, that retains the share ``energy`` of ‖ΔW‖², summed over
+        groups."""
         retained_energy = self.S.square().sum(0).cumsum(0)  # at rank 1, 2, …
         return int((retained_energy < energy * retained_energy[-1]).sum()) + 1
 
     def cut(self, rank: int) -> tuple[LowRank, float]:
         """(the best approximation of this rank, its error ‖ΔW − approximation‖). Each factor is
         multiplied by the square roots of the singular values, so that both have similar norms."""
-        root = self.S[:, :rank].sqrt()
-        low = LowRank(root[..., None] * self.V[:, :rank], self.U[:, :, :rank] * root[:, None], 1.0)
-        return low, float(self.S[:, rank:].norm())
+        roots = self.S[:, :rank].sqrt()
+        A, B = roots[..., None] * self.V[:, :rank], self.U[:, :, :rank] * roots[:, None]
+        return LowRank(A, B, 1.0), float(self.S[:, rank:].norm())
 
 
 def zero_column(A: Float[Tensor, "g r in_"], column: int) -> Float[Tensor, "g r in_"]:
-    """A copy of A with zeros in one column. It uses no index tensor, which would force a device to
-    synchronise."""
+    """A copy of A with zeros in one column. It creates no index tensor, because copying one to a
+    device would synchronise with the device."""
     return A.select_scatter(A.new_zeros(A.shape[:2]), 2, column)
 
 
@@ -71,13 +72,13 @@ class LowRank:
         return LowRank(self.B.mT, self.A.mT, self.scale)
 
     def expand_rows(self, rows: Tensor, out: int) -> LowRank:
-        """The change of a weight with ``out`` rows that equals this change in ``rows`` (indices)
-        and is zero in the other rows."""
+        """The change of a weight with ``out`` rows that equals this change in the rows with the
+        indices ``rows``, and is zero in all other rows."""
         B = self.B.new_zeros(self.B.shape[0], out, self.rank).index_copy(1, rows, self.B)
         return LowRank(self.A, B, self.scale)
 
     def zero_input(self, input_index: int) -> LowRank:
-        """The same change with zeros in the column of one input."""
+        """The same change, except that ΔW is zero in the column of one input."""
         return LowRank(zero_column(self.A, input_index), self.B, self.scale)
 
     def to(self, dtype: torch.dtype) -> LowRank:
@@ -89,10 +90,10 @@ class LowRank:
         return LowRank(self.A.to(device), self.B.to(device), self.scale)
 
     def delta(self, dtype: torch.dtype | None = None) -> Float[Tensor, "g out in_"]:
-        """ΔW [g, out, in], computed in ``dtype`` (default: that of the factors)."""
-        low = self if dtype is None else self.to(dtype)
-        # in place: the product is as large as the weight
-        return torch.bmm(low.B, low.A).mul_(low.scale)
+        """ΔW [g, out, in], computed in ``dtype``, or in the dtype of the factors if it is None."""
+        low_rank = self if dtype is None else self.to(dtype)
+        # The product is scaled in place, because it is as large as the weight.
+        return torch.bmm(low_rank.B, low_rank.A).mul_(low_rank.scale)
 
     def norm(self) -> float:
         """Frobenius norm of ΔW in float64, without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, with two r × r
@@ -101,20 +102,25 @@ class LowRank:
 
     @staticmethod
     def sum(changes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        """Σ wᵢ ΔWᵢ as concatenated factors; the rank is the sum of the ranks.
+        """Σ wᵢ ΔWᵢ as concatenated factors. The rank is the sum of the ranks.
 
-        The factors are in at least float32, because the weights are multiplied into B. If all
-        wᵢ · scaleᵢ are equal except for their signs, nothing is rounded.
+        The factors are in at least float32, because the weights wᵢ are multiplied into B. Nothing
+        is rounded if all wᵢ · scaleᵢ are equal except for their signs.
         """
-        factors = [weight * low.scale for weight, low in zip(weights, changes, strict=True)]
-        scale = max(map(abs, factors)) or 1.0
-        dtypes = (factor.dtype for low in changes for factor in (low.A, low.B))
-        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        A = torch.cat([low.A.to(dtype) for low in changes], 1)
-        scaled = [
-            low.B.to(dtype) * (factor / scale) for low, factor in zip(changes, factors, strict=True)
+        factors = [
+            weight * low_rank.scale for weight, low_rank in zip(weights, changes, strict=True)
         ]
-        return LowRank(A, torch.cat(scaled, 2), scale)
+        scale = max(map(abs, factors)) or 1.0
+        factor_dtypes = (
+            factor.dtype for low_rank in changes for factor in (low_rank.A, low_rank.B)
+        )
+        dtype = functools.reduce(torch.promote_types, factor_dtypes, torch.float32)
+        A = torch.cat([low_rank.A.to(dtype) for low_rank in changes], 1)
+        scaled_B = [
+            low_rank.B.to(dtype) * (factor / scale)
+            for low_rank, factor in zip(changes, factors, strict=True)
+        ]
+        return LowRank(A, torch.cat(scaled_B, 2), scale)
 
     def scale_rows(self, gain: Float[Tensor, "g out"]) -> LowRank:
         """gain ⊙ ΔW: each output row is multiplied by its gain."""
@@ -128,8 +134,8 @@ class LowRank:
 
     def core(self) -> Float[Tensor, "g k l"]:
         """A small matrix with the singular values of ΔW, in float64: R_B R_Aᵀ, where B = Q_B R_B
-        and Aᵀ = Q_A R_A. Its norm is ‖ΔW‖ in full precision even where the product BA nearly
-        cancels; there ``norm`` has only half the digits."""
+        and Aᵀ = Q_A R_A. Its norm is ‖ΔW‖ in full precision even if the product B A nearly cancels.
+        Then ``norm`` is right in only half of the digits."""
         R_B, R_A = (
             torch.linalg.qr(double(factor.detach()), mode="r")[1] for factor in (self.B, self.A.mT)
         )
@@ -140,9 +146,9 @@ class LowRank:
 
             B = Q_B R_B   Aᵀ = Q_A R_A   R_B R_Aᵀ = u S vᵀ (r × r)   U = Q_B u   V = vᵀ Q_Aᵀ
 
-        Rows of B and columns of A that are zero, such as that of a padding token, are exactly zero
-        in U and V too. Rejected: eigenvectors of BᵀB and AAᵀ, which cost half the time and lose
-        half the digits.
+        Rows of B and columns of A that are zero, such as the column of a padding token, are exactly
+        zero in U and V too. Rejected: eigenvectors of BᵀB and AAᵀ, which cost half the time and
+        lose half the digits.
         """
         A, B = double(self.A.detach()), double(self.B.detach())
         (QB, RB), (QA, RA) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
@@ -152,8 +158,8 @@ class LowRank:
 
     def thin(self) -> LowRank:
         """The same change, except for rounding in float64, with a rank of at most min(out, in). It
-        takes a QR of the factor with the shorter side. Unlike ``compact``, it keeps the scale, and
-        an A that is not zero beside a B of zeros, with which training starts."""
+        takes a QR of the factor with the shorter side. Unlike ``compact``, it keeps the scale. It
+        also keeps A if B is zero, as at the start of training."""
         out, in_ = self.B.shape[1], self.A.shape[2]
         if self.rank <= min(out, in_):
             return self
@@ -164,10 +170,11 @@ class LowRank:
 
     @property
     def largest_rank(self) -> int:
-        """An upper bound of the rank of ΔW, at least 1: the number of nonzero rows of B or of
+        """An upper bound of the rank of ΔW, at least 1. It is the number of nonzero rows of B or of
         nonzero columns of A, whichever is smaller."""
-        rows, columns = (self.B != 0).any(2).sum(1), (self.A != 0).any(1).sum(1)
-        return max(1, int(torch.minimum(rows, columns).max()))
+        row_counts = (self.B != 0).any(2).sum(1)
+        column_counts = (self.A != 0).any(1).sum(1)
+        return max(1, int(torch.minimum(row_counts, column_counts).max()))
 
     def compact(self) -> LowRank:
         """The same change, except for rounding in float64, with a rank of at most

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 import veneer
-from veneer.attach.layer.state import STRAY
+from veneer.attach.layer.state import COPIES_WITHOUT_ROOT
 from veneer.errors import MergeError, VeneerError
 from veneer.layers import LAYERS
 from veneer.variants import VARIANTS
@@ -253,19 +253,19 @@ def test_whole_copies_and_layers_copied_out_are_free():
     """A copy of the model is known to be one as it is made, so that `use` goes on without a walk; a
     layer alone may be used anywhere but in a model with adapters of its own."""
     gc.collect()  # the models of other tests
-    before = len(STRAY)
+    before = len(COPIES_WITHOUT_ROOT)
     model, _ = two_layers()
     x = torch.randn(3, 4)
     other, wrapped = copy.deepcopy(model), copy.deepcopy(nn.ModuleList([model]))[0]
-    assert len(STRAY) == before
+    assert len(COPIES_WITHOUT_ROOT) == before
     layer = copy.deepcopy(model[1])
-    assert len(STRAY) == before + 1
+    assert len(COPIES_WITHOUT_ROOT) == before + 1
     for whole in (model, other, wrapped):
         assert not torch.equal(selected(whole, None, x), selected(whole, "default", x))
     assert torch.equal(layer(x), model[1](x))
     again = pickle.loads(pickle.dumps(model))
-    assert len(STRAY) == before + 2
+    assert len(COPIES_WITHOUT_ROOT) == before + 2
     veneer.merge(again)
     del layer
     gc.collect()
-    assert len(STRAY) == before
+    assert len(COPIES_WITHOUT_ROOT) == before

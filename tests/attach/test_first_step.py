@@ -17,9 +17,9 @@ from veneer.attach import first_step
 
 @pytest.fixture(autouse=True)
 def only_the_adapters_of_this_test():
-    first_step._NEW.clear()
+    first_step._NEW_ADAPTERS.clear()
     yield
-    first_step._NEW.clear()
+    first_step._NEW_ADAPTERS.clear()
 
 
 def mlp():

@@ -46,9 +46,9 @@ def adapted(module, dtype=torch.float64, **fields):
 def together(handle):
     """The groups that are computed together, as paths."""
     found = {
-        id(part.together): part.together
+        id(part.shared_input_layers): part.shared_input_layers
         for part in handle.layers.values()
-        if part.together is not None
+        if part.shared_input_layers is not None
     }
     paths = {id(part): path for path, part in handle.layers.items()}
     return sorted(tuple(paths[id(part)] for _, part in group.members) for group in found.values())
@@ -359,8 +359,10 @@ def test_copies_have_groups_of_their_own():
     assert same(values(twin, x), reference(twin, x))
     assert same(values(module, x), reference(module, x))
     theirs = veneer.Handle(twin, "default").layers
-    assert {id(m) for _, m in theirs["q"].together.members} == {id(theirs[name]) for name in "qkv"}
-    assert handle.layers["q"].together is not theirs["q"].together
+    assert {id(m) for _, m in theirs["q"].shared_input_layers.members} == {
+        id(theirs[name]) for name in "qkv"
+    }
+    assert handle.layers["q"].shared_input_layers is not theirs["q"].shared_input_layers
 
 
 def test_an_output_may_be_written_to():
@@ -516,7 +518,7 @@ def test_the_plan_can_be_printed_and_overridden():
 @pytest.mark.parametrize("tokens", [3, 4000])
 def test_both_sides_of_the_plan_give_one_answer(tokens):
     layer, handle = adapted(nn.Linear(16, 16))
-    assert 3 < handle.layers[""].direct.forms_above < 4000
+    assert 3 < handle.layers[""].fused_change.forms_above < 4000
     x = torch.randn(tokens, 16, dtype=torch.float64)
     assert same(values(layer, x), reference(layer, x))
     before = bits(layer)

@@ -119,7 +119,7 @@ def test_what_the_model_computes_now_stays_whatever_it_learns(model, variant, tr
 
 def test_a_plain_start_takes_no_memory_at_all(model):
     veneer.attach(model, veneer.LoraConfig(rank=2))
-    assert reference_of(model)._values == {}
+    assert reference_of(model)._frozen_copies == {}
 
 
 def test_nor_does_one_that_trains_layers_of_16_bits_in_full_and_rows_of_tokens():
@@ -129,10 +129,10 @@ def test_nor_does_one_that_trains_layers_of_16_bits_in_full_and_rows_of_tokens()
         model, veneer.LoraConfig(rank=2, targets="2", train_also="1", trainable_tokens=tokens)
     )
     assert handle.changes["2.weight"].token_rows.dtype is torch.float32
-    assert reference_of(model)._values == {}
+    assert reference_of(model)._frozen_copies == {}
     with torch.no_grad():
         handle.changes["2.weight"].token_rows[1] += 1
-    assert reference_of(model)._values != {}
+    assert reference_of(model)._frozen_copies != {}
 
 
 def test_it_follows_whatever_stands_in_the_place_of_its_forward(model):

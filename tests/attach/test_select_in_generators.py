@@ -44,7 +44,7 @@ def nothing_stays_open():
     yield
     gc.collect()
     assert not context._OPEN_BLOCKS
-    assert context.current is context._EMPTY
+    assert context.current is context._EMPTY_CONTEXT
 
 
 def a_block_a_step(model, choice, steps=3):

@@ -233,7 +233,7 @@ def _content(
     names = Names(model)
     entries = peft_entries(names, adapter_name)
     # the base of an adapter that was attached to merged weights has no name
-    if base_name is None and need_adapters(model).selections[adapter_name].on is None:
+    if base_name is None and need_adapters(model).selections[adapter_name].merged_at_attach is None:
         base_name = base_name_of(model)
     weights = {
         parameter_path(weight_path, weight): (weight_of(module, weight), change)

@@ -65,7 +65,9 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         OutputExistsError: the folder holds files that ``from_pretrained`` would load, too.
     """
     options = _arguments(module, args, kwargs)
-    attached = next((layer_state.attached for _, _, layer_state in layer_states(module)), None)
+    attached = next(
+        (layer_state.model_adapters for _, _, layer_state in layer_states(module)), None
+    )
     if (
         attached is None
         or not attached.configs
@@ -153,7 +155,7 @@ def _uses_adapter_on_merge(attached: ModelAdapters) -> bool:
     """Whether a forward would use an adapter that was attached to the model while another adapter
     was merged."""
     selection = context.current.selection.get(attached.uid, attached.default)
-    return selection.name in attached.configs and selection.on == attached.merged
+    return selection.name in attached.configs and selection.merged_at_attach == attached.merged
 
 
 def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:

@@ -67,7 +67,7 @@ def _describe_untied(path: str | Path, untied: Untied) -> str:
         f"{parameter_path(*ref)!r} apart from {parameter_path(*keeps)!r}"
         for ref, keeps in untied.names
     ]
-    config_note = ", and config.tie_word_embeddings is False" if untied.config else ""
+    config_note = ", and config.tie_word_embeddings is False" if untied.changed_config else ""
     return (
         f"{path} changes {listing(pairs, 3)}, one weight of this model, as PEFT does: until the"
         f" last adapter is detached, each name has a weight of its own{config_note}. untie=True"

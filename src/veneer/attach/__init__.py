@@ -1,13 +1,13 @@
 """From (model, config) to adapted layers and back, in place, on any ``nn.Module``: plan, install,
-select; then check, merge or detach. docs/overview.md draws the rooms.
+select; then check, merge or detach. docs/overview.md draws the folders.
 
-In: a module and a ``LoraConfig``. Out: the same module, whose layers run on W + ΔW of the selected
-adapter, and from ``detach`` the bit-identical one. Nothing here reads or writes files, nor knows a
-format, a trainer or transformers.
+Input: a module and a ``LoraConfig``. Output: the same module, whose layers run on W + ΔW of the
+selected adapter. ``detach`` restores the module bit for bit. Nothing here reads or writes files, or
+depends on a file format, a trainer or transformers.
 
-Other folders import from here alone. ``_LAZY`` lists what they need, a line each: first what most
-of them use, then what loading, converting, training and serving adapters take. The file of a name
-is imported when the name is first used.
+Other folders import only from this module. ``_LAZY`` lists the names that they may import: first
+names that most of them need, then names for loading, converting, training and serving adapters. The
+file that defines a name is imported when the name is first used.
 """
 
 from __future__ import annotations
@@ -101,101 +101,101 @@ if TYPE_CHECKING:
 
 #: name -> the file that defines it, below veneer.attach
 _LAZY = {
-    # an adapter on a model, from its config to its end
-    "plan": "planning.plan",  # what a config means for a model: its Plans, or every problem
-    "Loss": "data_init",  # (model, batch) -> loss, from which LoRA-GA starts
-    "collect_calibration_data": "data_init",  # data from which EVA, LoRA-GA or LoftQ start
+    # attach an adapter to a model, use it, and detach it
+    "plan": "planning.plan",  # the Plans of a config for a model, or an error with every problem
+    "Loss": "data_init",  # a function (model, batch) -> loss, for LoRA-GA
+    "collect_calibration_data": "data_init",  # data that EVA, LoRA-GA and LoftQ need to start
     "install_adapter": "install",  # put a planned adapter into a model
-    "use": "select",  # a block in which calls use an adapter, a blend, or one for each row
-    "set_default": "select",  # choose the adapter of calls that select none
-    "check": "checking.check",  # prove that the output depends on every change
-    "summarise": "summary",  # what an adapter trains, by kind of layer
+    "use": "select",  # a context manager: calls use an adapter, a blend, or one for each row
+    "set_default": "select",  # set the adapter of calls that select none
+    "check": "checking.check",  # prove that the output depends on every change of an adapter
+    "summarise": "summary",  # the number of parameters that an adapter trains, by kind of layer
     "merge": "merging.merge",  # write W + ΔW into the weights
     "unmerge": "merging.unmerge",  # restore the bits from before the merge
-    "detach": "uninstall",  # remove an adapter, and leave the model as it was
-    "Reference": "reference",  # the model under a fixed selection, as the reference of a loss
+    "detach": "uninstall",  # remove an adapter, and restore the model
+    "Reference": "reference",  # the model under a fixed selection, as the reference model of a loss
     "reference_of": "reference",  # the Reference that computes what the model computes now
     # their reports and warnings
-    "CallPlan": "summary",  # how linear layers compute a call of some tokens
-    "LayerMerge": "merging.merge_report",  # what a merge did to one weight
-    "MergeReport": "merging.merge_report",  # what a merge did to all weights
-    "Summary": "summary",  # what summarise returns
+    "CallPlan": "summary",  # how linear layers compute a call of a number of tokens
+    "LayerMerge": "merging.merge_report",  # the effect of a merge on one weight
+    "MergeReport": "merging.merge_report",  # the effect of a merge on all weights
+    "Summary": "summary",  # the result of summarise
     # the adapters of a model
-    "ModelAdapters": "layer.state",  # names, configs and merges of a model's adapters
+    "ModelAdapters": "layer.state",  # the names, configs and merges of a model's adapters
     "adapters": "layer.lookup",  # each layer that an adapter changes, with its LayerAdapter
     "adapters_of": "layer.lookup",  # the ModelAdapters of a model, or None
-    "changes": "layer.lookup",  # each weight that an adapter changes at a low rank, with its Change
+    "changes": "layer.lookup",  # each weight with a low-rank change of an adapter, with its Change
     "need_adapters": "layer.lookup",  # the ModelAdapters of a model, or an error
     "only_name": "layer.lookup",  # the name of the default adapter, or of the only one
     "selected_name": "layer.lookup",  # the name of the adapter that a call would use now
-    "unwrap": "layer.lookup",  # the model inside of DDP and torch.compile
+    "unwrap": "layer.lookup",  # the model inside of the wrappers of DDP and torch.compile
     # an adapted layer
-    "Change": "layer.change",  # the change of one weight: its parameters, and ΔW from these
+    "Change": "layer.change",  # the change of one weight: its parameters, and how ΔW is computed
     "Call": "layer.call",  # one call of an adapted module
-    "find_starts": "invocation",  # where the last occurrence of invocation tokens begins
-    "InvokedAdapter": "layer.invoked_adapter",  # a LayerAdapter that acts from an invocation on
-    "LayerAdapter": "layer.layer_adapter",  # what one adapter changes at one layer
+    "find_starts": "invocation",  # where the last invocation begins in each row of ids
+    "InvokedAdapter": "layer.invoked_adapter",  # a LayerAdapter for the tokens of an invocation
+    "LayerAdapter": "layer.layer_adapter",  # the changes of one adapter at one layer
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights
-    "ROWS": "layer.token_rows",  # the name of the trained token rows among a Change's parameters
-    "STATE": "layer.state",  # the name of the child that holds a layer's LayerState
+    "ROWS": "layer.token_rows",  # the name of the trained token rows in a Change
+    "STATE": "layer.state",  # the name of the child of a layer that holds its LayerState
     "layer_states": "layer.adapted_module",  # each adapted module with its LayerState
     "run_on_view": "layer.views",  # run a module's own forward on changed weights
     "state_of": "layer.adapted_module",  # the LayerState of a module, or None
     "view": "layer.views",  # a second object of a module with other weights
     "walk": "layer.adapted_module",  # each module of a model under each of its names
-    "with_values": "layer.adapted_module",  # a block in which modules hold other tensors
+    "with_values": "layer.adapted_module",  # a context manager in which modules hold other tensors
     # modules and parameters by name
-    "ModulePath": "layer.state",  # the names of children that lead to a module below
+    "ModulePath": "layer.state",  # the names of children on the path to a module below
     "Names": "layer.names",  # the modules and parameters of a model, by path
     # the selection of a call
-    "ActiveAdapter": "layer.state",  # what one call uses: layer adapters by the key of their layer
-    "BASE": "layer.state",  # the selection of the base alone
-    "OutsideGenerator": "layer.state",  # the selection between two steps of a generator
-    "RowAdapters": "rows.select_rows",  # the adapters of the rows of one batch
-    "blend_adapters": "rows.blend",  # the selection of a weighted blend
-    "common_base_adapter": "rows.blend",  # the base of adapters that one call uses together
-    "require_finite_weights": "rows.blend",  # an error for a weight of a blend that is not finite
+    "ActiveAdapter": "layer.state",  # the selection of one call: layer adapters, by layer
+    "BASE": "layer.state",  # the ActiveAdapter that selects the base alone
+    "OutsideGenerator": "layer.state",  # the selection of a call between two steps of a generator
+    "RowAdapters": "rows.select_rows",  # the adapters of the rows of one batch, as one selection
+    "blend_adapters": "rows.blend",  # the ActiveAdapter of a weighted blend
+    "common_base_adapter": "rows.blend",  # the adapter that was merged when several were attached
+    "require_finite_weights": "rows.blend",  # an error for a blend's weight that is not finite
     "time_first": "rows.select_rows",  # whether inputs of a module hold the rows along axis 1
     # which weights a config means
     "excluded_refs": "planning.targets",  # the parameters that a config excludes
-    "fresh_head": "planning.targets",  # the parameters of a head that no checkpoint holds
+    "fresh_head": "planning.targets",  # the parameters of a head that were not in the checkpoint
     "target_refs": "planning.targets",  # the parameters that a config targets
-    # a plan, and what stands against it
-    "LowRankPlan": "planning.plan",  # the plan of one weight
-    "Plans": "planning.plan",  # the plan of one adapter
-    "TargetSpec": "planning.plan",  # the rank, alpha and rows that one weight is to have
-    "is_matrix": "planning.plan",  # whether a low-rank change fits a parameter
-    "name_problems": "planning.refusals",  # why an adapter of a name cannot be added
-    "complete_plans": "planning.plan",  # the plans of given changes and full parameters
-    "plan_low": "planning.plan",  # the plans of weights with a TargetSpec
-    "with_ties": "planning.plan",  # parameters with every name of a tied one
+    # plans, and the reasons against them
+    "LowRankPlan": "planning.plan",  # the plan of the low-rank change of one weight
+    "Plans": "planning.plan",  # the plan of everything that one adapter changes
+    "TargetSpec": "planning.plan",  # the rank, alpha and output rows to give one weight
+    "is_matrix": "planning.plan",  # whether a parameter can take a low-rank change
+    "name_problems": "planning.refusals",  # the reasons why no adapter of a name can be added
+    "complete_plans": "planning.plan",  # the Plans of given changes and full parameters
+    "plan_low": "planning.plan",  # the LowRankPlans of weights with a TargetSpec
+    "with_ties": "planning.plan",  # parameters, with every other name of those that are tied
     # weights that are tied
-    "UNTIE": "planning.weight_tying",  # how to untie a weight, for messages
-    "Untied": "planning.weight_tying",  # names that have weights of their own now
-    "split_tie_problems": "planning.weight_tying",  # ties that a merge cannot express
-    "tie_again": "planning.weight_tying",  # undo untie
-    "untie": "planning.weight_tying",  # give names of a tied weight parameters of their own
-    # layers that a bank fills itself
-    "open_bank": "install",  # the ModelAdapters of a model for a bank
-    "close_bank": "uninstall",  # let a bank's layers go
+    "UNTIE": "planning.weight_tying",  # how to untie a weight, as a text for messages
+    "Untied": "planning.weight_tying",  # the names of tied weights that untie gave new parameters
+    "split_tie_problems": "planning.weight_tying",  # problems of ties that a merge cannot write
+    "tie_again": "planning.weight_tying",  # tie the weights again that untie has untied
+    "untie": "planning.weight_tying",  # give names of a tied weight new parameters
+    # layers whose adapters a bank holds
+    "open_bank": "install",  # the ModelAdapters of a model for a bank, which keeps layers adapted
+    "close_bank": "uninstall",  # end the use of a model's adapted layers by a bank
     "adapt_modules": "install",  # give modules their adapted class
-    "build_layer_adapters": "install",  # the LayerAdapters of a plan, not yet installed
+    "build_layer_adapters": "install",  # the LayerAdapters of a plan, without installing them
     # weights before and after a merge
-    "bits_before_merge": "merging.stored_weights",  # the bits that weights had as an adapter came
-    "fold_change": "merging.fold_weights",  # W + ΔW of one weight, rounded
-    "output_change_problems": "merging.merge",  # changes that no weight can express
-    "require_attached_base": "merging.stored_weights",  # an error unless the base is the adapter's
-    "without_backup": "merging.stored_weights",  # weights whose bits before a merge are lost
-    # what the source of a model says
+    "bits_before_merge": "merging.stored_weights",  # the old bits of weights that were merged since
+    "fold_change": "merging.fold_weights",  # round(gain ⊙ (W + ΔW)) of one weight
+    "output_change_problems": "merging.merge",  # problems of changes that no weight can express
+    "require_attached_base": "merging.stored_weights",  # an error if the base of an adapter changed
+    "without_backup": "merging.stored_weights",  # merged weights without a copy of their old bits
+    # analysis of the source code of a model
     "attributes_read_above": "source.weight_readers",  # attributes of a module that others read
-    "compares_attention": "source.source_analysis",  # whether code asks for attention by name
-    "has_forward": "source.weight_readers",  # whether a module has a forward of its own
-    "submodule_calls": "source.source_analysis",  # the modules that a forward calls
-    "weight_readers": "source.weight_readers",  # the methods that read a weight past its module
+    "compares_attention": "source.source_analysis",  # whether code compares an attention name
+    "has_forward": "source.weight_readers",  # whether a module's class defines a forward
+    "submodule_calls": "source.source_analysis",  # the modules below that a forward calls
+    "weight_readers": "source.weight_readers",  # methods that read a weight directly
     # methods of a model that are overridden
-    "answer_peft_names": "source.from_peft",  # let PEFT's methods raise and name ours
-    "METHODS": "source.from_peft",  # PEFT's methods, and what does the same here
-    "is_overridden": "source.method_overrides",  # whether a method of a model is overridden
+    "answer_peft_names": "source.from_peft",  # let PEFT's methods raise errors and name Veneer's
+    "METHODS": "source.from_peft",  # PEFT's method names, and what replaces them in Veneer
+    "is_overridden": "source.method_overrides",  # whether a method of a model object is overridden
     "override_method": "source.method_overrides",  # replace a method of one model object
     "without_adapters": "source.method_overrides",  # a view of a model without its adapters
 }

@@ -1,9 +1,9 @@
 """Collect the data from which some variants initialise their parameters. The data come from the
 base model without adapters, in evaluation mode:
 
-inputs     Σ xᵀx over the batches, [g, in, in]          EVA
-gradient   ∂ loss / ∂W over the batches, [g, out, in]   LoRA-GA
-original   W before it was quantised, [g, out, in]      LoftQ
+inputs     Σ xᵀx over the inputs x in all batches, [g, in, in]     EVA
+gradient   Σ ∂ loss / ∂W over the batches, [g, out, in]            LoRA-GA
+original   W before it was quantised, [g, out, in]                 LoftQ
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from veneer.variants import VARIANTS
 #: the largest input width of a layer whose second moment [in, in] is collected, to bound its memory
 MAX_INPUTS = 32_768
 
+#: (model, batch) -> the loss of the model for the batch
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -42,12 +43,12 @@ def collect_calibration_data(
     loss: Loss | None,
     original: nn.Module | Mapping[str, Tensor] | None,
 ) -> Calibration | None:
-    """A function that returns the data of one planned weight, or None if the variant of ``plans``
-    needs no data.
+    """A function that returns the data of one planned weight (``Calibration``). None if the variant
+    of ``plans`` needs no data.
 
     Raises:
-        ConfigError: data that the variant needs are missing or cannot be computed for some of these
-            layers, or an argument was passed that the variant would ignore.
+        ConfigError: data that the variant needs are missing, or cannot be computed for some of the
+            planned layers; or an argument was passed that the variant would ignore.
     """
     variant = VARIANTS[plans.config.variant]
     modules = Names(model).modules
@@ -64,17 +65,24 @@ def collect_calibration_data(
         data["original"] = _original_weights(plans, original)
     if not data:
         return None
-    return lambda entry: {
-        name: lambda tensors=tensors: tensors[entry.ref] for name, tensors in data.items()
+    return lambda weight_plan: {
+        name: lambda tensors=tensors: tensors[weight_plan.ref] for name, tensors in data.items()
     }
 
 
 def _problems(
-    plans: Plans, modules: Mapping[str, nn.Module], batches: bool, loss: bool, original: bool
+    plans: Plans,
+    modules: Mapping[str, nn.Module],
+    has_batches: bool,
+    has_loss: bool,
+    has_original: bool,
 ) -> Iterator[str]:
+    """The reasons why the data cannot be collected: arguments that are missing, or that the variant
+    ignores, and weights for which there is no such data."""
     variant = VARIANTS[plans.config.variant]
     sources = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
-    for (name, provides), passed in zip(sources.items(), (batches, original, loss), strict=True):
+    is_passed = (has_batches, has_original, has_loss)
+    for (name, provides), passed in zip(sources.items(), is_passed, strict=True):
         if passed and not variant.needs & provides:
             yield sentence(
                 f"{name}=",
@@ -85,26 +93,26 @@ def _problems(
             yield sentence(
                 f"no {name}=", f"{name}, from which the variant starts", f"pass {name}= to attach"
             )
-    for entry in filter(_has_low_rank, plans.low):
-        path = entry.full_path
-        if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
-            problem = f"{path}, of kind {entry.layer.name!r}, whose inputs cannot be read"
+    for weight_plan in filter(_has_low_rank, plans.low):
+        path = weight_plan.full_path
+        if "inputs" in variant.needs and type(weight_plan.layer).inputs is Layer.inputs:
+            problem = f"{path}, of kind {weight_plan.layer.name!r}, whose inputs cannot be read"
             expected = ", ".join(
                 kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs
             )
             yield sentence(problem, f"one of {expected}", "exclude it, or use another variant")
-        elif "inputs" in variant.needs and entry.dims.in_ > MAX_INPUTS:
-            problem = f"{path} with {entry.dims.in_} inputs"
+        elif "inputs" in variant.needs and weight_plan.dims.in_ > MAX_INPUTS:
+            problem = f"{path} with {weight_plan.dims.in_} inputs"
             yield sentence(
                 problem,
                 f"at most {MAX_INPUTS}, whose second moment fits into memory",
                 "exclude it",
             )
-        weight = weight_of(modules[entry.path], entry.weight)
+        weight = weight_of(modules[weight_plan.path], weight_plan.weight)
         if "gradient" in variant.needs and not (
-            isinstance(weight, nn.Parameter) and entry.storage.name == "plain"
+            isinstance(weight, nn.Parameter) and weight_plan.storage.name == "plain"
         ):
-            problem = f"{path}, stored as {entry.storage.name}, which has no gradient"
+            problem = f"{path}, stored as {weight_plan.storage.name}, which has no gradient"
             yield sentence(
                 problem,
                 "a plain parameter",
@@ -112,17 +120,21 @@ def _problems(
             )
 
 
-def _has_low_rank(entry: LowRankPlan) -> bool:
-    """Whether the variant initialises a low-rank change; False if only token rows are trained."""
-    return entry.rank > 0
+def _has_low_rank(weight_plan: LowRankPlan) -> bool:
+    """Whether an entry of the plan has a low-rank change, which the variant initialises. False if
+    only token rows are trained."""
+    return weight_plan.rank > 0
 
 
 @contextmanager
 def _use_base(model: nn.Module) -> Iterator[None]:
-    """A block in which the model runs without adapters, in evaluation mode."""
-    attached, modes = adapters_of(model), {module: module.training for module in model.modules()}
+    """A context manager in which the model runs without adapters, in evaluation mode."""
+    model_adapters, modes = (
+        adapters_of(model),
+        {module: module.training for module in model.modules()},
+    )
     try:
-        with context.override({attached.uid: BASE} if attached else {}):
+        with context.override({model_adapters.uid: BASE} if model_adapters else {}):
             model.eval()
             yield
     finally:
@@ -137,6 +149,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The ``loss`` of the model's output."""
     loss = getattr(_call(model, batch), "loss", None)
     if loss is None:
         problem = "a model whose output has no .loss for these batches"
@@ -149,22 +162,26 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 def _input_moments(
     model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any]
 ):
+    """Σ xᵀx over the batches, [g, in, in], by the planned weight."""
     moments: dict[ParamRef, Tensor] = {}
 
-    def watch(entry: LowRankPlan, kind: Layer, weight: str) -> Callable:
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def make_hook(weight_plan: LowRankPlan, kind: Layer, weight: str) -> Callable:
+        def add_moment(module: nn.Module, args: tuple, kwargs: dict) -> None:
             arguments = inspect.signature(module.forward).bind(*args, **kwargs)
             arguments.apply_defaults()
             rows = double(kind.inputs(module, weight, arguments.args))  # [g, tokens, in]
             moment = rows.mT @ rows
-            moments[entry.ref] = moments[entry.ref] + moment if entry.ref in moments else moment
+            moments[weight_plan.ref] = (
+                moments[weight_plan.ref] + moment if weight_plan.ref in moments else moment
+            )
 
-        return before
+        return add_moment
 
     with ExitStack() as stack:
-        for entry in filter(_has_low_rank, plans.low):
-            reader, kind, weight = _weight_reader(entry, modules)
-            handle = reader.register_forward_pre_hook(watch(entry, kind, weight), with_kwargs=True)
+        for weight_plan in filter(_has_low_rank, plans.low):
+            module, kind, weight = _computing_layer(weight_plan, modules)
+            hook = make_hook(weight_plan, kind, weight)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         with _use_base(model), torch.no_grad():
             for batch in batches:
@@ -173,17 +190,18 @@ def _input_moments(
     return moments
 
 
-def _weight_reader(
-    entry: LowRankPlan, modules: Mapping[str, nn.Module]
+def _computing_layer(
+    weight_plan: LowRankPlan, modules: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, Layer, str]:
-    """(module, kind, weight's name below that module) of the layer that computes with a weight:
-    the weight's module, or the parent module if the parent's kind includes it."""
-    above, _, child = entry.path.rpartition(".")
-    weight_reader = modules[above]
-    kind = kind_of(weight_reader) if entry.path else None
-    if kind is not None and child in kind.below(weight_reader):
-        return weight_reader, kind, parameter_path(child, entry.weight)
-    return modules[entry.path], entry.layer, entry.weight
+    """(module, kind, path of the weight below this module) of the layer that computes with a
+    planned weight. This is the module that holds the weight, or its parent, if the parent's kind
+    computes with the weights of this child."""
+    parent_path, _, child_name = weight_plan.path.rpartition(".")
+    parent = modules[parent_path]
+    kind = kind_of(parent) if weight_plan.path else None
+    if kind is not None and child_name in kind.below(parent):
+        return parent, kind, parameter_path(child_name, weight_plan.weight)
+    return modules[weight_plan.path], weight_plan.layer, weight_plan.weight
 
 
 def _loss_gradients(
@@ -193,13 +211,14 @@ def _loss_gradients(
     batches: Iterable[Any],
     loss: Loss,
 ):
+    """Σ ∂ loss / ∂W over the batches, [g, out, in], by the planned weight."""
     weights = {
-        entry.ref: weight_of(modules[entry.path], entry.weight)
-        for entry in filter(_has_low_rank, plans.low)
+        weight_plan.ref: weight_of(modules[weight_plan.path], weight_plan.weight)
+        for weight_plan in filter(_has_low_rank, plans.low)
     }
-    if not weights:  # only vectors, which no variant initialises
+    if not weights:  # no weight has a change that a variant initialises
         return {}
-    required = {ref: weight.requires_grad for ref, weight in weights.items()}
+    requires_grad_before = {ref: weight.requires_grad for ref, weight in weights.items()}
     sums: dict[ParamRef, Tensor] = {}
     try:
         for weight in weights.values():
@@ -215,21 +234,22 @@ def _loss_gradients(
                         sums[ref] = sums[ref] + dense if ref in sums else dense
     finally:
         for ref, weight in weights.items():
-            weight.requires_grad_(required[ref])
+            weight.requires_grad_(requires_grad_before[ref])
     _require_all(plans, sums, "gradient")
     return {
-        entry.ref: _planned_rows(entry, sums[entry.ref])
-        for entry in filter(_has_low_rank, plans.low)
+        weight_plan.ref: _planned_rows(weight_plan, sums[weight_plan.ref])
+        for weight_plan in filter(_has_low_rank, plans.low)
     }
 
 
 def _original_weights(
     plans: Plans, original: nn.Module | Mapping[str, Tensor]
 ) -> dict[ParamRef, Tensor]:
+    """The weights from before the base was quantised, [g, out, in], by the planned weight."""
     state = original.state_dict() if isinstance(original, nn.Module) else original
     problems, weights = [], {}
-    for entry in filter(_has_low_rank, plans.low):
-        path = entry.full_path
+    for weight_plan in filter(_has_low_rank, plans.low):
+        path = weight_plan.full_path
         weight = state.get(path)
         if weight is None:
             problems.append(
@@ -239,26 +259,32 @@ def _original_weights(
                     "pass the unquantised model",
                 )
             )
-        elif not weight.is_floating_point() or weight.numel() != torch.Size(entry.dims).numel():
+        elif (
+            not weight.is_floating_point() or weight.numel() != torch.Size(weight_plan.dims).numel()
+        ):
             problem = f"{path!r} of {weight.dtype} and shape {tuple(weight.shape)} in original"
-            expected = f"the weight of {tuple(entry.dims)}"
+            expected = f"the weight of {tuple(weight_plan.dims)}"
             problems.append(sentence(problem, expected, "pass the model before it was quantised"))
         else:
-            weights[entry.ref] = _planned_rows(entry, weight.detach().float())
+            weights[weight_plan.ref] = _planned_rows(weight_plan, weight.detach().float())
     raise_all(ConfigError, "The original weights cannot be used", problems)
     return weights
 
 
-def _planned_rows(entry: LowRankPlan, dense: Tensor) -> Tensor:
-    """A tensor of the weight's shape as [g, out, in], with only the rows that the plan changes."""
-    values = entry.layer.unfold(dense, entry.dims)
-    return values if entry.rows is None else values[:, list(entry.rows)]
+def _planned_rows(weight_plan: LowRankPlan, dense: Tensor) -> Tensor:
+    """A tensor of the weight's shape, reshaped to [g, out, in], with only the output rows that the
+    plan changes."""
+    values = weight_plan.layer.unfold(dense, weight_plan.dims)
+    return values if weight_plan.rows is None else values[:, list(weight_plan.rows)]
 
 
 def _require_all(plans: Plans, data: Mapping[ParamRef, Tensor], kind: str) -> None:
-    """Raise a ConfigError if the batches gave no data of this kind for some planned weights."""
+    """Raise a ConfigError if the batches gave no data of this ``kind``, "inputs" or "gradient", for
+    some planned weights."""
     missing = [
-        entry.full_path for entry in filter(_has_low_rank, plans.low) if entry.ref not in data
+        weight_plan.full_path
+        for weight_plan in filter(_has_low_rank, plans.low)
+        if weight_plan.ref not in data
     ]
     do = "exclude it"
     problems = [

@@ -1,10 +1,10 @@
 """Warn if the first step of an optimiser after ``attach`` does not train the adapter.
 
-An optimiser that was created before ``attach`` holds only the frozen base, and its steps change
-nothing. The same holds for an optimiser with the parameters of an adapter that was loaded without
-``trainable=True``, if other parameters give the loss a gradient. A hook on all optimisers checks
-each new adapter until a step has shown whether the adapter trains. The hook is removed once no
-adapter is left to check.
+An optimiser that was created before ``attach`` holds only the frozen base, so that its steps change
+nothing. Another mistake is an optimiser of an adapter that was loaded without ``trainable=True``:
+it changes nothing either if the loss gets its gradient from other parameters. A hook on all
+optimisers checks each new adapter until a step has shown whether it trains. The hook is removed
+once there is no adapter left to check.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from veneer.errors import NotTrained, sentence, warn_caller
 
 @dataclass(frozen=True, eq=False)
 class _NewAdapter:
+    """An adapter whose first step is awaited, held by weak references."""
+
     name: str
     model: weakref.ref[nn.Module]
     parameters: tuple[weakref.ref[nn.Parameter], ...]
@@ -35,7 +37,8 @@ class _NewAdapter:
         return [parameter for parameter in parameters if parameter is not None]
 
 
-_NEW: list[_NewAdapter] = []
+#: the adapters that no step has trained yet, and the handle of the hook on all optimisers, if any
+_NEW_ADAPTERS: list[_NewAdapter] = []
 _HOOKS: list[Any] = []
 
 
@@ -43,35 +46,45 @@ def watch_first_step(model: nn.Module, name: str, parameters: Iterable[nn.Parame
     """Warn (``NotTrained``) in the first step of an optimiser that should train this new adapter
     but does not."""
     references = tuple(map(weakref.ref, parameters))
-    _NEW[:] = [adapter for adapter in _NEW if adapter.live_parameters()]
+    _NEW_ADAPTERS[:] = [adapter for adapter in _NEW_ADAPTERS if adapter.live_parameters()]
     if references:
-        _NEW.append(_NewAdapter(name, weakref.ref(model), references))
-    if _NEW and not _HOOKS:
+        _NEW_ADAPTERS.append(_NewAdapter(name, weakref.ref(model), references))
+    if _NEW_ADAPTERS and not _HOOKS:
         _HOOKS.append(register_optimizer_step_pre_hook(_check_step))
 
 
 def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Hook before each step of an optimiser: warn if a new adapter should train but does not."""
     if torch.compiler.is_compiling():
         return
     optimizer_parameters = _optimizer_parameters(optimizer)
     problems = []
-    for adapter in tuple(_NEW):
+    for adapter in tuple(_NEW_ADAPTERS):
         parameters = adapter.live_parameters()
-        ours = [parameter for parameter in parameters if id(parameter) in optimizer_parameters]
-        idle = not ours and all(parameter.grad is None for parameter in parameters)
-        if parameters and (idle or not (ours or _holds_base(adapter, optimizer_parameters))):
-            continue  # the step of an optimiser for something else
-        _NEW.remove(adapter)
-        if ours and not any(parameter.requires_grad for parameter in ours):
+        stepped_parameters = [
+            parameter for parameter in parameters if id(parameter) in optimizer_parameters
+        ]
+        has_no_gradients = not stepped_parameters and all(
+            parameter.grad is None for parameter in parameters
+        )
+        if parameters and (
+            has_no_gradients
+            or not (stepped_parameters or _holds_base(adapter, optimizer_parameters))
+        ):
+            continue  # the optimiser trains something else
+        _NEW_ADAPTERS.remove(adapter)
+        if stepped_parameters and not any(
+            parameter.requires_grad for parameter in stepped_parameters
+        ):
             problems += _frozen_adapter_problems(adapter, optimizer_parameters)
-        elif parameters and not ours and not _in_any_optimizer(parameters):
+        elif parameters and not stepped_parameters and not _in_any_optimizer(parameters):
             problem = (
                 f"a step of {type(optimizer).__name__}, which holds no parameter of adapter"
                 f" {adapter.name!r}, whose parameters have gradients"
             )
             do = "make the optimizer after attach, of handle.parameters()"
             problems.append(sentence(problem, "an optimizer that trains the adapter", do))
-    if not _NEW:
+    if not _NEW_ADAPTERS:
         while _HOOKS:
             _HOOKS.pop().remove()
     for problem in problems:
@@ -79,6 +92,7 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _optimizer_parameters(optimizer: Any) -> dict[int, Any]:
+    """The parameters of an optimiser, by their ``id``."""
     groups = getattr(optimizer, "param_groups", None) or ()
     return {id(parameter): parameter for group in groups for parameter in group["params"]}
 
@@ -86,8 +100,9 @@ def _optimizer_parameters(optimizer: Any) -> dict[int, Any]:
 def _frozen_adapter_problems(
     adapter: _NewAdapter, optimizer_parameters: dict[int, Any]
 ) -> list[str]:
-    """The problem of an optimiser that holds a frozen adapter; none if it holds base parameters of
-    the same model too and some parameter trains: then the adapter may be frozen on purpose."""
+    """The problem of an optimiser that holds a frozen adapter, if there is one. The adapter may be
+    frozen on purpose if the optimiser also holds base parameters of the same model and has a
+    parameter that trains. Then there is no problem."""
     if any(parameter.requires_grad for parameter in optimizer_parameters.values()) and _holds_base(
         adapter, optimizer_parameters
     ):
@@ -98,22 +113,24 @@ def _frozen_adapter_problems(
 
 
 def _holds_base(adapter: _NewAdapter, optimizer_parameters: dict[int, Any]) -> bool:
-    """Whether an optimiser holds base parameters of the adapter's model. The optimiser of another
+    """Whether an optimiser holds base parameters of the adapter's model. An optimiser of another
     adapter holds none."""
     model = adapter.model()
     if model is None:
         return False
-    of_adapters = {
+    adapter_parameter_ids = {
         id(parameter) for *_, state in layer_states(model) for parameter in state.parameters()
     }
     return any(
-        key in optimizer_parameters and key not in of_adapters
+        key in optimizer_parameters and key not in adapter_parameter_ids
         for key in map(id, model.parameters())
     )
 
 
 def _in_any_optimizer(parameters: list[nn.Parameter]) -> bool:
     """Whether any optimiser in this process holds one of these parameters."""
-    wanted = set(map(id, parameters))
+    parameter_ids = set(map(id, parameters))
     optimizers = (value for value in gc.get_objects() if issubclass(type(value), Optimizer))
-    return any(not wanted.isdisjoint(_optimizer_parameters(optimizer)) for optimizer in optimizers)
+    return any(
+        not parameter_ids.isdisjoint(_optimizer_parameters(optimizer)) for optimizer in optimizers
+    )

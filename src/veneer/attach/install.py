@@ -1,8 +1,8 @@
 """Install planned adapters in a model. ``uninstall.py`` detaches them.
 
 install_adapter         creates all adapter parameters, then adds them to the layers of a model
-build_layer_adapters    its first step; a bank stores the layer adapters itself
-adapt_modules           its second step: gives modules their adapted class
+build_layer_adapters    the first step: creates the parameters. A bank stores them itself
+adapt_modules           the second step: gives modules their adapted class
 open_bank               keeps layers adapted for a bank, without an adapter of the model
 """
 
@@ -32,11 +32,15 @@ from veneer.attach.layer.state import (
     ModelAdapters,
     one_thread_at_a_time,
 )
-from veneer.attach.layer.token_rows import ROWS, start
+from veneer.attach.layer.token_rows import ROWS, initial_rows
 from veneer.attach.planning.plan import LowRankPlan, Plans
 from veneer.attach.planning.refusals import name_problems
 from veneer.attach.source.source_analysis import same_input
-from veneer.attach.source.weight_readers import bound, fast_path_switches, modules_with_fast_path
+from veneer.attach.source.weight_readers import (
+    bound_methods,
+    fast_path_switches,
+    modules_with_fast_path,
+)
 from veneer.bases import BASES, storage_of, weight_of, without_gradient
 from veneer.config import LoraConfig, trained_dtype
 from veneer.distributed import base_class, full_tensor
@@ -46,12 +50,13 @@ from veneer.layers._base import can_factor
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext
 
-#: for one planned weight, functions that read the data from which its variant starts, by name
+#: a function that returns, for one planned weight, functions that read the calibration data from
+#: which the weight's variant is initialised, by the name of the data
 Calibration = Callable[[LowRankPlan], Mapping[str, Callable[[], Tensor]]]
 
 
 @one_thread_at_a_time
-@torch.inference_mode(False)  # the parameters can be trained later, wherever this is called
+@torch.inference_mode(False)  # so that the parameters can be trained later in any case
 def install_adapter(
     model: nn.Module,
     name: str,
@@ -65,11 +70,11 @@ def install_adapter(
     changed.
 
     Args:
-        parameters: the adapter parameters of each weight; None initialises new ones.
-        calibration: the data, besides the weight itself, from which a variant may start.
+        parameters: the adapter parameters of each weight. If it is None, they are initialised.
+        calibration: reads the data, besides the weight itself, from which a variant is initialised.
 
     Raises:
-        TargetError: the name is taken, or the variant cannot start from some weights.
+        TargetError: the name is taken, or the variant cannot be initialised from some weights.
     """
     # checked again, as another thread may have attached an adapter of this name
     problems = list(name_problems(model, name))
@@ -78,19 +83,26 @@ def install_adapter(
     layer_adapters = build_layer_adapters(
         names, plans, trainable=trainable, parameters=parameters, calibration=calibration
     )
-    attached, tokens = _ensure_adapters(model), tuple(plans.config.invocation_tokens)
-    selected: Any = _adapt_modules(attached, names, plans, layer_adapters)
-    selected = with_invocation(selected, name) if tokens else selected
-    active = ActiveAdapter(name, selected, on=attached.merged, invocation_tokens=tokens)
+    model_adapters = _ensure_adapters(model)
+    invocation_tokens = tuple(plans.config.invocation_tokens)
+    adapters_by_key: Any = _adapt_modules(model_adapters, names, plans, layer_adapters)
+    if invocation_tokens:
+        adapters_by_key = with_invocation(adapters_by_key, name)
+    active = ActiveAdapter(
+        name,
+        adapters_by_key,
+        merged_at_attach=model_adapters.merged,
+        invocation_tokens=invocation_tokens,
+    )
     for path, layer_adapter in layer_adapters.items():
         layer_state: Any = state_of(names.modules[path])
         set_child(layer_state, name, layer_adapter)
-    attached.set_adapters(
-        {**attached.configs, name: plans.config},
-        {**attached.selections, name: active},
+    model_adapters.set_adapters(
+        {**model_adapters.configs, name: plans.config},
+        {**model_adapters.selections, name: active},
     )
-    if tokens:
-        find_invocations(model, attached)
+    if invocation_tokens:
+        find_invocations(model, model_adapters)
     watch_first_step(
         model,
         name,
@@ -114,45 +126,49 @@ def build_layer_adapters(
     changed.
 
     Raises:
-        TargetError: the variant cannot start from some weights.
+        TargetError: the variant cannot be initialised from some weights.
     """
     modules, parameters = names.modules, parameters or {}
-    for entry in plans.low:
-        entry.storage.prepare(modules[entry.path])
+    for weight_plan in plans.low:
+        weight_plan.storage.prepare(modules[weight_plan.path])
     problems: list[str] = []
     layer_adapters: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
-    for entry in plans.low:
+    for weight_plan in plans.low:
         try:
             change = make_change(
-                entry, modules, plans.config, parameters.get(entry.ref, {}), calibration
+                weight_plan, modules, plans.config, parameters.get(weight_plan.ref, {}), calibration
             )
         except _InitializationError as error:
             problems.append(str(error))
             continue
-        layer_adapters[entry.path].low._modules[entry.weight] = change
-        for path, weight in entry.holders:
+        layer_adapters[weight_plan.path].low._modules[weight_plan.weight] = change
+        for path, weight in weight_plan.holders:
             layer_adapters[path].changes[weight] = change
-    for entry in plans.low if problems else ():
-        if state_of(modules[entry.path]) is None:
-            entry.storage.release(modules[entry.path])
+    for weight_plan in plans.low if problems else ():
+        if state_of(modules[weight_plan.path]) is None:
+            weight_plan.storage.release(modules[weight_plan.path])
     raise_all(TargetError, "Nothing was attached", problems)
     _copy_full(layer_adapters, modules, plans)
-    # Modules that read the weight of a module below directly get a reference to its layer adapter.
-    # Each module with a fused fast path above an adapted module gets a layer adapter too.
-    readers = [reader for entry in plans.low for reader in entry.weight_readers]
+    # A module that directly reads the weight of a module below it gets a reference to the layer
+    # adapter of that module. Each module with a fused fast path above an adapted module gets a
+    # layer adapter too.
+    readers = [reader for weight_plan in plans.low for reader in weight_plan.weight_readers]
     for reader in (*readers, *plans.full_readers):
-        below = layer_adapters[names.canonical[".".join((reader.path, *reader.below)).strip(".")]]
+        read_path = names.canonical[".".join((reader.path, *reader.below)).strip(".")]
+        read_adapter = layer_adapters[read_path]
         layer_adapter = layer_adapters[reader.path]
         if reader.method == "forward":
-            layer_adapter.read_below[reader.below] = below
+            layer_adapter.read_below[reader.below] = read_adapter
         else:
-            layer_adapter.entries.setdefault(reader.method, {})[reader.below] = below
+            layer_adapter.read_below_by_method.setdefault(reader.method, {})[reader.below] = (
+                read_adapter
+            )
     for path in list(layer_adapters):
-        for above in modules_with_fast_path(names, path):
-            layer_adapters[above]  # the defaultdict creates it
+        for path_above in modules_with_fast_path(names, path):
+            layer_adapters[path_above]  # the defaultdict creates an entry
     for path, module in modules.items():
         if without_gradient(module):
-            layer_adapters[path]  # so that gradients reach adapted modules below
+            layer_adapters[path]  # creates an entry, so that gradients reach adapted modules below
     for path, layer_adapter in layer_adapters.items():
         layer_adapter.requires_grad_(trainable).train(modules[path].training)
     return {path: layer_adapters[path] for path in modules if path in layer_adapters}
@@ -162,21 +178,17 @@ def _copy_full(
     layer_adapters: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans
 ) -> None:
     """Add copies of the parameters that are trained in full to the layer adapters. Tied parameters
-    share one copy unless the plan lists them in ``apart``. Running statistics, which training would
-    change, are copied too, so that those of the frozen base stay as they are."""
-    plain = {
-        path: module
+    share one copy, unless they are in ``plans.split_ties``. Running statistics are copied too,
+    because training would change the statistics of the frozen base."""
+    modules_with_statistics = {
+        path: ()
         for path, module in modules.items()
         if not isinstance(module, torch.jit.ScriptModule)
-    }
-    moving = {
-        path: ()
-        for path, module in plain.items()
-        if module._buffers.get("running_mean") is not None
+        and module._buffers.get("running_mean") is not None
     }
     copies: dict[Any, nn.Parameter] = {}
-    for path, parameters in {**moving, **plans.full}.items():
-        full, module = layer_adapters[path].full, modules[path]
+    for path, parameters in {**modules_with_statistics, **plans.full}.items():
+        full_module, module = layer_adapters[path].full, modules[path]
         # in the module's order, because an optimiser's state depends on the order of parameters
         for name, parameter in module._parameters.items():
             if name not in parameters:
@@ -190,12 +202,11 @@ def _copy_full(
                         trained_dtype(plans.config, source.dtype), copy=True
                     )
                 )
-            full.register_parameter(name, copies[key])
-        for name, buffer in (
-            module._buffers.items() if path in plans.full_modules or path in moving else ()
-        ):
+            full_module.register_parameter(name, copies[key])
+        copies_buffers = path in plans.full_modules or path in modules_with_statistics
+        for name, buffer in module._buffers.items() if copies_buffers else ():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                full.register_buffer(name, buffer.detach().clone())
+                full_module.register_buffer(name, buffer.detach().clone())
 
 
 def _zero_bias(module: nn.Module) -> Tensor:
@@ -208,111 +219,130 @@ def _zero_bias(module: nn.Module) -> Tensor:
 
 @one_thread_at_a_time
 def open_bank(model: nn.Module) -> ModelAdapters:
-    """The ``ModelAdapters`` of a model for a bank, which may have adapted layers until
-    ``close_bank``.
+    """The ``ModelAdapters`` of a model for a bank. Until ``close_bank``, the model may have adapted
+    layers without an adapter.
 
     Raises:
         SelectionError: layers have adapters of another model.
     """
     if problem := foreign_layers_problem(model):
         raise SelectionError(problem)
-    attached = _ensure_adapters(model)
-    attached.banks += 1
-    return attached
+    model_adapters = _ensure_adapters(model)
+    model_adapters.bank_count += 1
+    return model_adapters
 
 
 def _ensure_adapters(model: nn.Module) -> ModelAdapters:
-    """The ``ModelAdapters`` of a model. If it has none, create it and freeze the base."""
-    attached = adapters_of(model)
-    if attached is None:
-        attached = ModelAdapters()
-        attached.required_grad = {path: p.requires_grad for path, p in model.named_parameters()}
-        model.__dict__[ADAPTERS] = attached
-        attached.claim(model)
+    """The ``ModelAdapters`` of a model. If the model has none, they are created and the base is
+    frozen."""
+    model_adapters = adapters_of(model)
+    if model_adapters is None:
+        model_adapters = ModelAdapters()
+        model_adapters.original_requires_grad = {
+            path: p.requires_grad for path, p in model.named_parameters()
+        }
+        model.__dict__[ADAPTERS] = model_adapters
+        model_adapters.claim(model)
         for parameter in model.parameters():
             # not ``requires_grad_``, which fails on a parameter that has no shape yet
             parameter.requires_grad = False
-    return attached
+    return model_adapters
 
 
 def adapt_modules(
     names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
-    """Give the modules their adapted class; return the layer adapters by the keys of an
-    ``ActiveAdapter``. They are not added to the layer states."""
+    """Give the modules their adapted class. Returns the layer adapters by the keys of
+    ``ActiveAdapter.layer_adapters``. They are not added to the layer states."""
     with CHANGING:
         return _adapt_modules(_ensure_adapters(names.model), names, plans, layer_adapters)
 
 
 def _adapt_modules(
-    attached: ModelAdapters, names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
+    model_adapters: ModelAdapters,
+    names: Names,
+    plans: Plans,
+    layer_adapters: Mapping[str, LayerAdapter],
 ) -> dict[Any, LayerAdapter]:
+    """``adapt_modules``, given the ``ModelAdapters`` of the model and with the lock held."""
     modules = names.modules
-    transposed = {
+    transposed_paths = {
         path
-        for entry in plans.low
-        for path, _ in entry.holders
-        if kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
+        for weight_plan in plans.low
+        for path, _ in weight_plan.holders
+        if kind_for(modules[path], weight_plan.weight).out_axis != weight_plan.layer.out_axis
     }
-    selected: dict[Any, LayerAdapter] = {}
+    adapters_by_key: dict[Any, LayerAdapter] = {}
     for path, layer_adapter in layer_adapters.items():
         module = modules[path]
         layer_state = state_of(module)
         if layer_state is None:
-            kind = kind_of(module)
-            storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
-            storage_modules = storage.modules() if storage is not None else ()
-            factored = kind is not None and can_factor(kind, module, type(module), storage_modules)
-            product = factored and kind.product and storage is not None and storage.name == "plain"
-            layer_state = LayerState(attached, kind, factored, fast_path_switches(module), product)
-            attached.paths[layer_state.key] = path
-            layer_state.stock = kind is not None and base_class(module) in kind.types()
-            layer_state.train(module.training)
-            is_opaque = storage is not None and storage.opaque
-            layer_state.opaque = BASES["opaque"] if is_opaque or without_gradient(module) else None
+            layer_state = _create_layer_state(model_adapters, module)
+            model_adapters.layer_paths[layer_state.key] = path
             adapt_module(module, layer_state)
-            layer_state.bound = tuple(bound(module))
-        layer_state.transposed = layer_state.transposed or path in transposed
+            layer_state.bound_methods = tuple(bound_methods(module))
+        layer_state.transposed = layer_state.transposed or path in transposed_paths
         layer_adapter.finalize(module, layer_state)
-        adapt_methods(module, layer_adapter.entries)
-        selected.update(dict.fromkeys(layer_adapter.keys(layer_state), layer_adapter))
+        adapt_methods(module, layer_adapter.read_below_by_method)
+        adapters_by_key.update(dict.fromkeys(layer_adapter.keys(layer_state), layer_adapter))
     group_shared_inputs(names, layer_adapters)
-    return selected
+    return adapters_by_key
+
+
+def _create_layer_state(model_adapters: ModelAdapters, module: nn.Module) -> LayerState:
+    """The ``LayerState`` of a module that is not adapted yet. The module is not changed."""
+    kind = kind_of(module)
+    storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
+    storage_modules = storage.modules() if storage is not None else ()
+    supports_factored = kind is not None and can_factor(kind, module, type(module), storage_modules)
+    has_plain_weight = storage is not None and storage.name == "plain"
+    is_plain_product = supports_factored and kind.product and has_plain_weight
+    layer_state = LayerState(
+        model_adapters, kind, supports_factored, fast_path_switches(module), is_plain_product
+    )
+    layer_state.is_stock_class = kind is not None and base_class(module) in kind.types()
+    layer_state.train(module.training)
+    is_opaque = storage is not None and storage.opaque
+    if is_opaque or without_gradient(module):
+        layer_state.opaque_storage = BASES["opaque"]
+    return layer_state
 
 
 def group_shared_inputs(names: Names, layer_adapters: Mapping[str, LayerAdapter]) -> None:
-    """Group the layers that read the same input, so that one call computes all of them."""
+    """Group the layers that read the same input, so that the call of the first one computes all of
+    them."""
     for path, module in names.modules.items():
         for children in same_input(base_class(module)):
-            by_size: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
+            groups: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
             for child_path in dict.fromkeys(
                 names.canonical.get(parameter_path(path, child), "") for child in children
             ):
                 layer_adapter = layer_adapters.get(child_path) if child_path != path else None
                 if (
                     layer_adapter is not None
-                    and layer_adapter.direct is not None
-                    and layer_adapter.together is None
+                    and layer_adapter.fused_change is not None
+                    and layer_adapter.shared_input_layers is None
                 ):
-                    change = layer_adapter.direct.change
-                    by_size[change.dims.in_, change.dropout].append(
+                    change = layer_adapter.fused_change.change
+                    groups[change.dims.in_, change.dropout].append(
                         (names.modules[child_path], layer_adapter)
                     )
-            for members in by_size.values():
-                together = SharedInputLayers(members) if len(members) > 1 else None
+            for members in groups.values():
+                shared_layers = SharedInputLayers(members) if len(members) > 1 else None
                 for _, layer_adapter in members:
-                    layer_adapter.together = together
+                    layer_adapter.shared_input_layers = shared_layers
 
 
 class _InitializationError(TargetError):
-    """A variant cannot be initialised from a weight or its data: they are not finite, or a
-    decomposition of them fails."""
+    """A variant cannot be initialised from a weight or its data: they are not finite, or have no
+    decomposition."""
 
 
 def _read_initial_data(
-    entry: LowRankPlan, variant: str, kind: str, read: Callable[[], Tensor]
+    weight_plan: LowRankPlan, variant: str, kind: str, read: Callable[[], Tensor]
 ) -> Tensor:
-    """Read a weight or its data for the initialisation of a variant.
+    """Read a weight or its calibration data for the initialisation of a variant. ``kind`` is "base"
+    for the weight, else the name of the data.
 
     Raises:
         _InitializationError: some values are not finite.
@@ -320,7 +350,7 @@ def _read_initial_data(
     values = read()
     if values.is_meta or values.isfinite().all():
         return values
-    problem = f"the {'weight' if kind == 'base' else f'{kind} of'} {entry.full_path!r}"
+    problem = f"the {'weight' if kind == 'base' else f'{kind} of'} {weight_plan.full_path!r}"
     do = (
         "repair the base or the data, exclude the layer, or use a variant that starts from neither,"
         " such as lora"
@@ -333,7 +363,7 @@ def _read_initial_data(
 
 
 def make_change(
-    entry: LowRankPlan,
+    weight_plan: LowRankPlan,
     modules: Mapping[str, nn.Module],
     config: LoraConfig,
     parameters: Mapping[str, Tensor],
@@ -342,85 +372,101 @@ def make_change(
     """The change of one weight, with its parameters on the device of the weight.
 
     Args:
-        parameters: the adapter parameters by name; empty initialises new ones.
+        parameters: the adapter parameters by name. If it is empty, they are initialised.
     """
-    module = modules[entry.path]
-    weight = weight_of(module, entry.weight)
+    module = modules[weight_plan.path]
+    weight = weight_of(module, weight_plan.weight)
     change_parameters: dict[str, Tensor] = {}
-    if entry.rank:
-        loaded = {name: value for name, value in parameters.items() if name != ROWS}
-        change_parameters = _variant_parameters(entry, weight, config, loaded, calibration)
-    tokens = None if entry.tokens is None else torch.tensor(entry.tokens, device="cpu")
-    if tokens is not None:
-        rows = (
-            parameters[ROWS] if ROWS in parameters else start(entry.storage.dense(weight), tokens)
+    if weight_plan.rank:
+        loaded_parameters = {name: value for name, value in parameters.items() if name != ROWS}
+        change_parameters = _variant_parameters(
+            weight_plan, weight, config, loaded_parameters, calibration
         )
-        dtype = trained_dtype(config, entry.storage.dtype(weight))
-        change_parameters[ROWS] = rows.to(entry.storage.device(weight), dtype, copy=True)
+    tokens = None if weight_plan.tokens is None else torch.tensor(weight_plan.tokens, device="cpu")
+    if tokens is not None:
+        token_rows = (
+            parameters[ROWS]
+            if ROWS in parameters
+            else initial_rows(weight_plan.storage.dense(weight), tokens)
+        )
+        dtype = trained_dtype(config, weight_plan.storage.dtype(weight))
+        change_parameters[ROWS] = token_rows.to(
+            weight_plan.storage.device(weight), dtype, copy=True
+        )
     return Change(
         change_parameters,
-        layer=entry.layer,
+        layer=weight_plan.layer,
         variant=VARIANTS[config.variant],
-        storage=entry.storage,
-        dims=entry.dims,
-        rank=entry.rank,
-        alpha=entry.alpha,
+        storage=weight_plan.storage,
+        dims=weight_plan.dims,
+        rank=weight_plan.rank,
+        alpha=weight_plan.alpha,
         dropout=0.0 if tokens is not None else config.dropout,
-        rows=_row_indices(entry),
+        rows=_row_indices(weight_plan),
         tokens=tokens,
-        frozen_input=entry.layer.frozen_input(module),
-        module_only=entry.module_only,
+        frozen_input=weight_plan.layer.frozen_input(module),
+        module_only=weight_plan.module_only,
     )
 
 
-def _row_indices(entry: LowRankPlan) -> Tensor | None:
-    return None if entry.rows is None else torch.tensor(entry.rows, device="cpu")
+def _row_indices(weight_plan: LowRankPlan) -> Tensor | None:
+    return None if weight_plan.rows is None else torch.tensor(weight_plan.rows, device="cpu")
 
 
 def _variant_parameters(
-    entry: LowRankPlan,
+    weight_plan: LowRankPlan,
     weight: Any,
     config: LoraConfig,
-    loaded: Mapping[str, Tensor],
+    loaded_parameters: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> dict[str, Tensor]:
-    """The variant's parameters of one weight, trained and frozen: the loaded ones, or newly
-    initialised ones. Parameters that the variant derives are initialised in any case, unless they
-    were loaded."""
-    layer, variant, rows = entry.layer, VARIANTS[config.variant], _row_indices(entry)
+    """The variant's parameters of one weight, trained and frozen: ``loaded_parameters``, or newly
+    initialised ones. Parameters that the variant derives from other values are initialised in any
+    case, unless they were loaded."""
+    layer, variant, rows = weight_plan.layer, VARIANTS[config.variant], _row_indices(weight_plan)
 
-    def base() -> Tensor:
-        dense = entry.storage.dense(weight)
-        dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), entry.dims)
+    def read_base() -> Tensor:
+        dense = weight_plan.storage.dense(weight)
+        dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), weight_plan.dims)
         return dense if rows is None else dense[:, rows.to(dense.device)]
 
-    dims = entry.start_dims
-    data = calibration(entry) if calibration is not None and not loaded else {}
-    readers: Any = {
-        name: partial(_read_initial_data, entry, variant.name, name, read)
-        for name, read in {"base": base, **data}.items()
+    dims = weight_plan.start_dims
+    calibration_data = (
+        calibration(weight_plan) if calibration is not None and not loaded_parameters else {}
+    )
+    data_readers: Any = {
+        name: partial(_read_initial_data, weight_plan, variant.name, name, read)
+        for name, read in {"base": read_base, **calibration_data}.items()
     }
     init_context = InitContext(
-        dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **readers
+        dims.groups,
+        dims.out,
+        dims.in_,
+        weight_plan.rank,
+        layer.fan_in(weight_plan.dims),
+        **data_readers,
     )
-    device = entry.storage.device(weight)
-    parameters = {name: value.to(device) for name, value in loaded.items()}
-    if not loaded or variant.derived:
+    device = weight_plan.storage.device(weight)
+    parameters = {name: value.to(device) for name, value in loaded_parameters.items()}
+    if not loaded_parameters or variant.derived:
         try:
             with torch.no_grad(), torch.device(device):
-                # on the device of its data: float64 data are not on every device
-                initial = variant.init(init_context)
-            parameters = {name: value.to(device) for name, value in initial.items()} | parameters
-        # finite numbers that are too large for a decomposition
+                # The variant computes on the device of its data: not every device has float64.
+                initial_parameters = variant.init(init_context)
+            parameters = {
+                name: value.to(device) for name, value in initial_parameters.items()
+            } | parameters
+        # The numbers are finite, but too large for a decomposition.
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             problem = (
-                f"{entry.full_path!r}, from which variant {variant.name!r} cannot start ({error})"
+                f"{weight_plan.full_path!r}, from which variant {variant.name!r} cannot start"
+                f" ({error})"
             )
             do = "exclude the layer, or use a variant that does not start from it, such as lora"
             raise _InitializationError(problem, "numbers that have a decomposition", do) from error
-    dtype = trained_dtype(config, entry.storage.dtype(weight))
+    dtype = trained_dtype(config, weight_plan.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
         parameters[name] = parameters[name].to(
-            dtype, copy=bool(loaded), memory_format=torch.contiguous_format
+            dtype, copy=bool(loaded_parameters), memory_format=torch.contiguous_format
         )
     return parameters

@@ -3,23 +3,23 @@
 
     invocation_tokens     1 2
     input_ids             5 9 1 2 7 1 2 4 6        the last occurrence counts
-                          base      │ adapter      with the invocation's own tokens
-    a later call          8                        the same cache: the adapter goes on acting
+                          base      │ adapter      from the first invocation token on
+    a later call          8                        with the same cache: the adapter still acts
 
-A hook of every module of the model whose forward takes ``input_ids`` searches them, row by row, and
-stores the result in the context of the call, where the layers find it (``InvokedAdapter``). The
-modules below that call each other with the same ids use the outer one's result.
+Each module whose forward takes ``input_ids`` has a hook that searches them, row by row. The hook
+stores the result in the context of the call, where the layers find it (``InvokedAdapter``). If such
+a module calls another one with the same ids, the inner module uses the result of the outer one.
 
-What a cache holds already was searched by the call that filled it; its result stays with the cache,
-as columns of the full sequence. Within ``generate`` the prompt alone decides, as in PEFT: a token
-that is generated invokes nothing. So ``generate`` is overridden, and searches before it runs.
+The columns that a cache holds were searched by the call that filled the cache. The cache stores the
+result, as columns of the full sequence. Within ``generate`` only the prompt is searched, as in
+PEFT: a generated token invokes nothing. So ``generate`` is overridden, and searches before it runs.
 
-Activation checkpointing runs layers again in backward, after the call has ended. The function of
-transformers that checkpoints a layer is wrapped, so that it runs the layer with the result of the
-call that it belongs to.
+Activation checkpointing runs layers again in backward, after the call has ended. The function with
+which transformers checkpoints a layer is wrapped, so that the layer runs again with the result of
+its first call.
 
-Rejected: to pass the starts as an argument, as PEFT does (``alora_offsets``): a call that does not
-pass it is silently the base's.
+Rejected: passing the starts as an argument, as PEFT does (``alora_offsets``). A call that does not
+pass it would silently compute the base's output.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from veneer.attach.source.method_overrides import original, override_method
 from veneer.distributed import base_class
 from veneer.errors import SelectionError
 
-#: the arguments in which models of transformers take a cache, and the outputs that return it
-_CACHES = ("cache", "past_key_values", "cache_params")
-#: arguments that come with several sequences in one row
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-#: the attribute of a cache with the ``CachedStarts`` of the adapters that filled it
+#: the names under which models of transformers take a cache, and return it
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+#: arguments that a call has if a row holds several sequences
+_PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+#: the attribute of a cache that holds the ``CachedStarts`` of the adapters that filled it
 _STARTS = "_veneer_starts"
-#: the attribute of a layer of transformers with the function that checkpoints it
+#: the attribute of a layer of transformers that holds the function that checkpoints it
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
@@ -59,66 +59,80 @@ class CachedStarts:
     Fields:
         starts: for each row of the batch the column from which the adapter acts, or None.
         length: the number of columns that were searched.
-        tail: the last of these tokens [rows, n], with which a later call may complete an
-            invocation.
+        tail: the last of these tokens [rows, n]. Tokens of a later call may follow them and
+            complete an invocation.
     """
 
     starts: Sequence[int | None]
     length: int
     tail: Tensor
 
-    def after(self, length: int, rows: int, size: int) -> CachedStarts:
-        """The same for a cache that now holds ``length`` columns of ``rows`` rows. It may have been
-        cut since, or its rows repeated. ``size``: the number of invocation tokens."""
+    def resized(self, length: int, row_count: int, token_count: int) -> CachedStarts:
+        """The invocation in a cache that now holds ``length`` columns of ``row_count`` rows,
+        because it was cut or its rows were repeated. ``token_count`` is the number of invocation
+        tokens."""
         starts = [
-            None if start is None or start + size > length else start
-            for start in _repeat(self.starts, rows, "a cache")
+            None if start is None or start + token_count > length else start
+            for start in _repeat(self.starts, row_count, "a cache")
         ]
-        tail = self.tail.repeat_interleave(rows // len(self.starts), 0)
+        tail = self.tail.repeat_interleave(row_count // len(self.starts), 0)
         return CachedStarts(starts, length, tail if length == self.length else tail[:, :0])
 
 
 @dataclass(frozen=True)
 class PromptStarts:
-    """The columns from which adapters act in the rows of ``generate``'s prompt, or None, by the
-    adapter's name."""
+    """The invocations in the prompt of ``generate``.
+
+    Fields:
+        starts: for each row of the prompt the column from which an adapter acts, or None; by the
+            adapter's name.
+    """
 
     starts: Mapping[str, Sequence[int | None]]
 
-    def of_rows(self, name: str, rows: int) -> list[int | None]:
-        """The starts in a call of so many rows: several for each row of the prompt, where these are
-        beams or samples."""
-        return _repeat(self.starts[name], rows, "a prompt")
+    def of_rows(self, name: str, row_count: int) -> list[int | None]:
+        """The starts of an adapter in a call of ``row_count`` rows. If these are beams or samples,
+        each row of the prompt has several of them."""
+        return _repeat(self.starts[name], row_count, "a prompt")
 
 
-def _repeat(starts: Sequence[int | None], rows: int, source: str) -> list[int | None]:
-    """The starts of the rows of a call, of which each row of ``source`` has become several."""
-    times, rest = divmod(rows, len(starts))
-    if rest or not times:
-        problem = f"a call of {rows} rows behind {source} of {len(starts)}"
+def _repeat(starts: Sequence[int | None], row_count: int, source: str) -> list[int | None]:
+    """``starts``, repeated for a call of ``row_count`` rows. Each row of ``source``, from which the
+    starts come, has become several rows of the call."""
+    repeats, remainder = divmod(row_count, len(starts))
+    if remainder or not repeats:
+        problem = f"a call of {row_count} rows behind {source} of {len(starts)}"
         do = "repeat its rows, or start anew"
         raise SelectionError(problem, "the rows in which invocation tokens were searched", do)
-    return [start for start in starts for _ in range(times)]
+    return [start for start in starts for _ in range(repeats)]
 
 
 @dataclass
 class InvokedCall:
-    """The invocations in one call of a model: the tokens on which each adapter acts, and the starts
-    that its cache is to remember, by the adapter's name."""
+    """The invocations in one call of a model.
+
+    Fields:
+        tokens: the tokens on which each adapter acts, by the adapter's name.
+        cached: what the cache of the call will hold about each adapter, by the adapter's name.
+    """
 
     tokens: dict[str, InvokedTokens] = field(default_factory=dict)
     cached: dict[str, CachedStarts] = field(default_factory=dict)
 
 
+#: an adapter and the indices of the rows of the batch that use it; None if all rows use it
+AdapterRows = tuple[ActiveAdapter, Sequence[int] | None]
+
+
 # ---- on and off ----------------------------------------------------------------------------------
 
 
-def with_invocation(selected: dict[Any, Any], name: str) -> dict[Any, Any]:
-    """The table of an ``ActiveAdapter`` with invocation tokens. A layer adapter without a change (a
-    switch of a fast path) acts on every token."""
+def with_invocation(adapters_by_key: dict[Any, Any], name: str) -> dict[Any, Any]:
+    """``ActiveAdapter.layer_adapters`` of an adapter with invocation tokens. A layer adapter
+    without a change, which only turns a fast path off, acts on every token."""
     return {
         key: InvokedAdapter(layer_adapter, name) if layer_adapter.changes else layer_adapter
-        for key, layer_adapter in selected.items()
+        for key, layer_adapter in adapters_by_key.items()
     }
 
 
@@ -126,32 +140,34 @@ def takes_input_ids(module: nn.Module) -> bool:
     return "input_ids" in _parameters(base_class(module))
 
 
-def find_invocations(model: nn.Module, attached: ModelAdapters) -> None:
-    """Let calls of the model find the invocation tokens of its adapters, if some have any, else
-    leave its modules as they were."""
-    wanted = any(config.invocation_tokens for config in attached.configs.values())
+def find_invocations(model: nn.Module, model_adapters: ModelAdapters) -> None:
+    """Let calls of the model find the invocation tokens of its adapters. If no adapter has such
+    tokens, remove the hooks."""
+    has_invocations = any(config.invocation_tokens for config in model_adapters.configs.values())
     for module in {id(module): module for _, module in walk(model)}.values():
         _remove_hooks(module)
-        if wanted and takes_input_ids(module):
-            module.register_forward_pre_hook(partial(_begin_call, attached), with_kwargs=True)
+        if has_invocations and takes_input_ids(module):
+            module.register_forward_pre_hook(partial(_begin_call, model_adapters), with_kwargs=True)
             module.register_forward_hook(
-                partial(_end_call, attached), with_kwargs=True, always_call=True
+                partial(_end_call, model_adapters), with_kwargs=True, always_call=True
             )
             if callable(getattr(type(module), "generate", None)):
                 override_method(module, "generate", _generate)
 
 
 def _remove_hooks(module: nn.Module) -> None:
+    """Undo the changes of ``find_invocations`` to a module, except for the override of
+    ``generate``."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for number, hook in list(hooks.items()):
+        for hook_id, hook in list(hooks.items()):
             if isinstance(hook, partial) and hook.func in (_begin_call, _end_call):
-                del hooks[number]
+                del hooks[hook_id]
                 for flags in (
                     module._forward_pre_hooks_with_kwargs,
                     module._forward_hooks_with_kwargs,
                     module._forward_hooks_always_called,
                 ):
-                    flags.pop(number, None)
+                    flags.pop(hook_id, None)
     checkpoint = module.__dict__.get(_CHECKPOINT)
     if isinstance(checkpoint, _CheckpointInCall):
         setattr(module, _CHECKPOINT, checkpoint.function)
@@ -160,121 +176,140 @@ def _remove_hooks(module: nn.Module) -> None:
 # ---- a call --------------------------------------------------------------------------------------
 
 
-def _begin_call(attached: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any) -> None:
-    """Pre-forward hook: search the ids of the call, unless a module above has done it."""
-    present = context.current
-    invoked = present.invoked
-    if attached.uid not in invoked:
-        users = _users(attached)
-        if users:
-            invoked = {**invoked, attached.uid: _search_call(attached, module, users, args, kwargs)}
+def _begin_call(model_adapters: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any) -> None:
+    """Pre-forward hook: search the ids of the call, unless the call of a module above has done
+    it."""
+    invoked_calls = context.current.invoked_calls
+    if model_adapters.uid not in invoked_calls:
+        adapter_rows = _invoked_adapter_rows(model_adapters)
+        if adapter_rows:
+            invoked_call = _search_call(model_adapters, module, adapter_rows, args, kwargs)
+            invoked_calls = {**invoked_calls, model_adapters.uid: invoked_call}
             if torch.is_grad_enabled():
                 _checkpoint_in_calls(module)
-    context.enter(module, {}, invoked=invoked)
+    context.enter(module, {}, invoked_calls=invoked_calls)
 
 
 def _end_call(
-    attached: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any, output: Any
+    model_adapters: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any, output: Any
 ) -> None:
-    """Forward hook, also after an error: the cache of the call remembers what was found."""
-    invoked_call = context.current.invoked.get(attached.uid)
+    """Forward hook, which also runs after an error: store what the call has found with its
+    cache."""
+    invoked_call = context.current.invoked_calls.get(model_adapters.uid)
     if not context.leave(module) or invoked_call is None or not invoked_call.cached:
         return
-    filled = _cache_in(_arguments(module, args, kwargs)) or _cache_of(output)
-    if filled is not None:
-        earlier = getattr(filled, _STARTS, {})
-        latest = {(attached.uid, name): starts for name, starts in invoked_call.cached.items()}
-        setattr(filled, _STARTS, {**earlier, **latest})
+    kv_cache = _cache_in(_arguments(module, args, kwargs)) or _cache_of(output)
+    if kv_cache is not None:
+        earlier_starts = getattr(kv_cache, _STARTS, {})
+        new_starts = {
+            (model_adapters.uid, name): cached_starts
+            for name, cached_starts in invoked_call.cached.items()
+        }
+        setattr(kv_cache, _STARTS, {**earlier_starts, **new_starts})
 
 
-def _users(attached: ModelAdapters) -> list[tuple[ActiveAdapter, Sequence[int] | None]]:
-    """The adapters with invocation tokens that a call uses, each with the indices of its rows; None
-    for all rows."""
-    chosen = context.current.selection.get(attached.uid, attached.default)
-    if chosen.layer_adapters is None or attached.merged != chosen.on:
-        return []  # a call that the layers refuse
-    if isinstance(chosen.layer_adapters, RowAdapters):
-        rows = chosen.layer_adapters
-        pairs = zip(rows.selections, rows.row_indices, strict=True)
+def _invoked_adapter_rows(model_adapters: ModelAdapters) -> list[AdapterRows]:
+    """The adapters with invocation tokens that a call uses, with the rows that use them."""
+    active = context.current.selection.get(model_adapters.uid, model_adapters.default)
+    if active.layer_adapters is None or model_adapters.merged != active.merged_at_attach:
+        return []  # the layers raise an error in this call
+    if isinstance(active.layer_adapters, RowAdapters):
+        row_adapters = active.layer_adapters
+        pairs = zip(row_adapters.selections, row_adapters.row_indices, strict=True)
         return [
-            (selected, indices.tolist())
-            for selected, indices in pairs
-            if selected.invocation_tokens
+            (row_selection, indices.tolist())
+            for row_selection, indices in pairs
+            if row_selection.invocation_tokens
         ]
-    return [(chosen, None)] if chosen.invocation_tokens else []
+    return [(active, None)] if active.invocation_tokens else []
 
 
 def _search_call(
-    attached: ModelAdapters,
+    model_adapters: ModelAdapters,
     module: nn.Module,
-    users: Sequence[tuple[ActiveAdapter, Sequence[int] | None]],
+    adapter_rows: Sequence[AdapterRows],
     args: tuple,
     kwargs: Any,
 ) -> InvokedCall:
+    """Search the invocation tokens of the adapters in the ``input_ids`` of a call."""
     arguments = _arguments(module, args, kwargs)
-    ids = _require_ids(module, users, arguments.get("input_ids"))
-    rows, width = ids.shape
-    _refuse_packed(module, users, arguments, width)
-    _refuse_other_rows(users, rows)
-    filled, prompt = _cache_in(arguments), context.current.prompts.get(attached.uid)
-    past, head_columns = _length_of(filled), _head_columns(arguments.get("logits_to_keep"), width)
+    ids = _require_ids(module, adapter_rows, arguments.get("input_ids"))
+    row_count, width = ids.shape
+    _refuse_packed(module, adapter_rows, arguments, width)
+    _refuse_other_rows(adapter_rows, row_count)
+    kv_cache, prompt = _cache_in(arguments), context.current.prompt_starts.get(model_adapters.uid)
+    past_length = _length_of(kv_cache)
+    head_columns = _head_columns(arguments.get("logits_to_keep"), width)
     invoked_call = InvokedCall()
-    for selected, indices in users:
-        name, tokens = str(selected.name), selected.invocation_tokens
-        before = getattr(filled, _STARTS, {}).get((attached.uid, name))
-        before = None if before is None else before.after(past, rows, len(tokens))
+    for active, indices in adapter_rows:
+        name, tokens = str(active.name), active.invocation_tokens
+        cached_starts = _cached_starts(kv_cache, model_adapters, name)
+        cached_starts = (
+            None
+            if cached_starts is None
+            else cached_starts.resized(past_length, row_count, len(tokens))
+        )
         if prompt is not None and name in prompt.starts:
-            starts = prompt.of_rows(name, rows)
+            starts = prompt.of_rows(name, row_count)
         else:
-            starts = find_starts(ids, tokens, past, before)
-        wanted = range(rows) if indices is None else indices
-        invoked_call.tokens[name] = InvokedTokens(
-            [_column(starts[row], past, width) for row in wanted], width, head_columns
+            starts = find_starts(ids, tokens, past_length, cached_starts)
+        call_starts = [
+            _column_in_call(starts[row], past_length, width)
+            for row in (range(row_count) if indices is None else indices)
+        ]
+        invoked_call.tokens[name] = InvokedTokens(call_starts, width, head_columns)
+        tail = (
+            ids if cached_starts is None else torch.cat((cached_starts.tail.to(ids.device), ids), 1)
         )
-        tail = ids if before is None else torch.cat((before.tail.to(ids.device), ids), 1)
-        invoked_call.cached[name] = CachedStarts(
-            starts, past + width, tail[:, max(0, tail.shape[1] - len(tokens) + 1) :]
-        )
+        tail = tail[:, max(0, tail.shape[1] - len(tokens) + 1) :]
+        invoked_call.cached[name] = CachedStarts(starts, past_length + width, tail)
     return invoked_call
 
 
 def find_starts(
-    ids: Tensor, tokens: Sequence[int], past: int = 0, before: CachedStarts | None = None
+    ids: Tensor,
+    tokens: Sequence[int],
+    past_length: int = 0,
+    cached_starts: CachedStarts | None = None,
 ) -> list[int | None]:
-    """For each row of ids [rows, columns] the column in the full sequence at which the last
-    occurrence of ``tokens`` begins; None for a row without one.
+    """For each row of ids [rows, columns], the column in the full sequence at which the last
+    occurrence of ``tokens`` begins. None for a row without an occurrence.
 
     Args:
-        past: the number of columns before these.
-        before: what is known of these.
+        past_length: the number of columns of the full sequence before ``ids``.
+        cached_starts: the result of the search in these columns.
     """
-    rows = len(ids)
-    earlier: Sequence[int | None] = [None] * rows if before is None else before.starts
-    if before is not None:
-        past -= before.tail.shape[1]
-        ids = torch.cat((before.tail.to(ids.device), ids), 1)
-    size = len(tokens)
-    if ids.shape[1] < size:
-        return list(earlier)
-    wanted = torch.tensor(tokens, device=ids.device)
-    matches = (ids.unfold(1, size, 1) == wanted).all(-1)  # [rows, columns − size + 1]
-    numbers = torch.arange(1, matches.shape[1] + 1, device=ids.device)
-    last = (matches * numbers).amax(1).tolist()  # 0 for none
+    row_count = len(ids)
+    earlier_starts: Sequence[int | None] = (
+        [None] * row_count if cached_starts is None else cached_starts.starts
+    )
+    if cached_starts is not None:
+        past_length -= cached_starts.tail.shape[1]
+        ids = torch.cat((cached_starts.tail.to(ids.device), ids), 1)
+    token_count = len(tokens)
+    if ids.shape[1] < token_count:
+        return list(earlier_starts)
+    pattern = torch.tensor(tokens, device=ids.device)
+    matches = (ids.unfold(1, token_count, 1) == pattern).all(-1)  # [rows, columns − tokens + 1]
+    positions = torch.arange(1, matches.shape[1] + 1, device=ids.device)  # from 1: 0 is no match
+    last_positions = (matches * positions).amax(1).tolist()
     return [
-        past + number - 1 if number else start for number, start in zip(last, earlier, strict=True)
+        past_length + position - 1 if position else start
+        for position, start in zip(last_positions, earlier_starts, strict=True)
     ]
 
 
-def _column(start: int | None, past: int, width: int) -> int:
-    """The column of a call, which begins behind ``past`` columns, from which an adapter acts."""
-    return width if start is None else min(max(start - past, 0), width)
+def _column_in_call(start: int | None, past_length: int, width: int) -> int:
+    """The column of a call from which an adapter acts, given the column ``start`` of the full
+    sequence. The call has ``width`` columns, after ``past_length`` earlier ones."""
+    return width if start is None else min(max(start - past_length, 0), width)
 
 
-def _require_ids(module: nn.Module, users: Sequence[tuple[ActiveAdapter, Any]], ids: Any) -> Tensor:
-    """The ids of a call [rows, columns]; an error where it has none."""
+def _require_ids(module: nn.Module, adapter_rows: Sequence[AdapterRows], ids: Any) -> Tensor:
+    """The ``input_ids`` of a call, [rows, columns]. Raises a SelectionError if it has none."""
     if isinstance(ids, Tensor) and ids.dim() == 2:
         return ids
-    names = ", ".join(repr(selected.name) for selected, _ in users)
+    names = ", ".join(repr(active.name) for active, _ in adapter_rows)
     shape = f"input_ids {list(ids.shape)}" if isinstance(ids, Tensor) else "no input_ids"
     problem = f"a call of {base_class(module).__name__} with {shape}, of adapter {names}"
     expected = "input_ids [rows, tokens], in which its invocation tokens are found"
@@ -283,32 +318,43 @@ def _require_ids(module: nn.Module, users: Sequence[tuple[ActiveAdapter, Any]], 
 
 
 def _refuse_packed(
-    module: nn.Module, users: Sequence[Any], arguments: Mapping[str, Any], width: int
+    module: nn.Module,
+    adapter_rows: Sequence[AdapterRows],
+    arguments: Mapping[str, Any],
+    width: int,
 ) -> None:
-    """An error for rows that hold several sequences, of which each may have an invocation."""
+    """Raise a SelectionError if a row holds several sequences, each of which may have an
+    invocation."""
     positions = arguments.get("position_ids")
-    restarts = (
+    positions_restart = (
         arguments.get("attention_mask") is None
         and isinstance(positions, Tensor)
         and positions.dim() == 2
         and positions.shape[1] == width > 1
         and bool((positions.diff(dim=1) < 0).any())
     )
-    if restarts or any(arguments.get(name) is not None for name in _PACKED):
+    if positions_restart or any(arguments.get(name) is not None for name in _PACKING_NAMES):
         problem = f"a call of {base_class(module).__name__} with several sequences in one row"
-        expected = f"one sequence a row, for the invocation tokens of {users[0][0].name!r}"
+        name = adapter_rows[0][0].name
+        expected = f"one sequence a row, for the invocation tokens of {name!r}"
         raise SelectionError(problem, expected, "do not pack the rows")
 
 
-def _refuse_other_rows(users: Sequence[tuple[Any, Sequence[int] | None]], rows: int) -> None:
-    most = max((max(indices) + 1 for _, indices in users if indices is not None), default=0)
-    if most > rows:
-        problem = f"input_ids of {rows} rows in a block of `veneer.use` for at least {most}"
+def _refuse_other_rows(adapter_rows: Sequence[AdapterRows], row_count: int) -> None:
+    """Raise a SelectionError if a selection for each row has more rows than the ids of a call."""
+    selected_count = max(
+        (max(indices) + 1 for _, indices in adapter_rows if indices is not None), default=0
+    )
+    if selected_count > row_count:
+        problem = (
+            f"input_ids of {row_count} rows in a block of `veneer.use` for at least"
+            f" {selected_count}"
+        )
         raise SelectionError(problem, "one name or None for each row", "select for these rows")
 
 
 def _head_columns(logits_to_keep: Any, width: int) -> slice | Tensor | None:
-    """The columns that the output head gets."""
+    """The columns of a call that the output head gets; None if it gets all of them."""
     if isinstance(logits_to_keep, Tensor) and logits_to_keep.dim() == 1:
         return logits_to_keep
     is_count = isinstance(logits_to_keep, int) and 0 < logits_to_keep < width
@@ -324,32 +370,41 @@ def _parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; the first parameter of a forward is ``self``."""
+    """The arguments of a call by name. The first parameter of a forward is ``self``."""
     names = [*_parameters(base_class(module))][1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _cache_in(arguments: Mapping[str, Any]) -> Any:
-    caches = (arguments.get(name) for name in _CACHES)
-    return next((value for value in caches if hasattr(value, "get_seq_length")), None)
+    """The cache among the arguments of a call, or None."""
+    values = (arguments.get(name) for name in _CACHE_NAMES)
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
 def _cache_of(output: Any) -> Any:
     """The cache that a call returns, or None."""
-    values = output if isinstance(output, tuple) else ()
-    named = (getattr(output, name, None) for name in _CACHES)
-    return next((value for value in (*named, *values) if hasattr(value, "get_seq_length")), None)
+    elements = output if isinstance(output, tuple) else ()
+    attributes = (getattr(output, name, None) for name in _CACHE_NAMES)
+    return next(
+        (value for value in (*attributes, *elements) if hasattr(value, "get_seq_length")), None
+    )
 
 
-def _length_of(filled: Any) -> int:
-    """The number of columns that a cache holds. One of recurrent layers alone cannot tell, and
-    remembers how many were searched."""
-    length = 0 if filled is None else int(filled.get_seq_length())
+def _cached_starts(kv_cache: Any, model_adapters: ModelAdapters, name: str) -> CachedStarts | None:
+    """What a cache holds about the invocation of an adapter, or None."""
+    return getattr(kv_cache, _STARTS, {}).get((model_adapters.uid, name))
+
+
+def _length_of(kv_cache: Any) -> int:
+    """The number of columns that a cache holds; 0 if there is no cache. A cache that has only
+    recurrent layers does not know its length. Then it is the number of columns that were
+    searched."""
+    length = 0 if kv_cache is None else int(kv_cache.get_seq_length())
     if not length:
-        is_linear = getattr(filled, "is_linear", ())
+        is_linear = getattr(kv_cache, "is_linear", ())
         if isinstance(is_linear, Sequence) and is_linear and all(is_linear):
-            cached = getattr(filled, _STARTS, {}).values()
-            return max((starts.length for starts in cached), default=0)
+            cached_starts = getattr(kv_cache, _STARTS, {}).values()
+            return max((starts.length for starts in cached_starts), default=0)
     return length
 
 
@@ -357,15 +412,16 @@ def _length_of(filled: Any) -> int:
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``model.generate(…)`` with the same arguments, in which the prompt's invocations hold."""
+    """``model.generate(…)`` with the same arguments. The invocations in the prompt decide on which
+    tokens the adapters act, also for the generated tokens."""
     override: Any = model.__dict__.get("generate")
     method: Callable[..., Any] = original(override, model) or partial(
         type(model).generate,  # pyright: ignore[reportAttributeAccessIssue]
         model,
     )
-    attached = next(_attached_by_hooks(model), None)
-    users = [] if attached is None else _users(attached)
-    if attached is None or not users:
+    model_adapters = next(_adapters_of_hooks(model), None)
+    adapter_rows = [] if model_adapters is None else _invoked_adapter_rows(model_adapters)
+    if model_adapters is None or not adapter_rows:
         return method(*args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs")
     ids = kwargs.get("input_ids") if ids is None else ids
@@ -373,22 +429,28 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         ids = None
     if isinstance(ids, Tensor) and ids.dim() == 1:
         ids = ids[None]
-    ids = _require_ids(model, users, ids)
-    filled, mask = _cache_in(kwargs), kwargs.get("attention_mask")
-    # beside a cache, ids are the full sequence, or the new tokens alone with a longer mask
-    past = max(0, mask.shape[1] - ids.shape[1]) if filled is not None and mask is not None else 0
+    ids = _require_ids(model, adapter_rows, ids)
+    kv_cache, mask = _cache_in(kwargs), kwargs.get("attention_mask")
+    # If there is a cache, ids are the full sequence, or only the new tokens with a longer mask.
+    is_continued = kv_cache is not None and mask is not None
+    past_length = max(0, mask.shape[1] - ids.shape[1]) if is_continued else 0
     starts = {}
-    for selected, _ in users:
-        name, tokens = str(selected.name), selected.invocation_tokens
-        before = getattr(filled, _STARTS, {}).get((attached.uid, name)) if past else None
-        before = None if before is None else before.after(past, len(ids), len(tokens))
-        starts[name] = find_starts(ids, tokens, past, before)
-    prompts = {**context.current.prompts, attached.uid: PromptStarts(starts)}
-    with context.override(prompts=prompts):
+    for active, _ in adapter_rows:
+        name, tokens = str(active.name), active.invocation_tokens
+        cached_starts = _cached_starts(kv_cache, model_adapters, name) if past_length else None
+        cached_starts = (
+            None
+            if cached_starts is None
+            else cached_starts.resized(past_length, len(ids), len(tokens))
+        )
+        starts[name] = find_starts(ids, tokens, past_length, cached_starts)
+    prompt_starts = {**context.current.prompt_starts, model_adapters.uid: PromptStarts(starts)}
+    with context.override(prompt_starts=prompt_starts):
         return method(*args, **kwargs)
 
 
-def _attached_by_hooks(module: nn.Module) -> Iterator[ModelAdapters]:
+def _adapters_of_hooks(module: nn.Module) -> Iterator[ModelAdapters]:
+    """The ``ModelAdapters`` of each hook ``_begin_call`` of a module."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, partial) and hook.func is _begin_call:
             yield hook.args[0]
@@ -398,27 +460,33 @@ def _attached_by_hooks(module: nn.Module) -> Iterator[ModelAdapters]:
 
 
 class _CheckpointInCall:
-    """transformers' function that checkpoints a layer, which runs the layer in backward with what
-    its call had found."""
+    """A wrapper of the function with which transformers checkpoints a layer. In backward, the layer
+    runs again with the invocations that its call had found."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        invoked_calls = context.current.invoked_calls
         return self.function(
-            partial(_run_in_call, context.current.invoked, forward), *args, **kwargs
+            partial(_run_with_invoked_calls, invoked_calls, forward), *args, **kwargs
         )
 
 
-def _run_in_call(
-    invoked: Mapping[str, InvokedCall], forward: Callable[..., Any], *args: Any, **kwargs: Any
+def _run_with_invoked_calls(
+    invoked_calls: Mapping[str, InvokedCall],
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    with context.override(invoked=invoked):
+    """Run a forward in a context with these ``InvokedCall``s."""
+    with context.override(invoked_calls=invoked_calls):
         return forward(*args, **kwargs)
 
 
 def _checkpoint_in_calls(module: nn.Module) -> None:
-    """Wrap the function that checkpoints a layer, where the model has enabled checkpointing."""
+    """Wrap the function that checkpoints a layer in each layer for which the model has enabled
+    checkpointing."""
     for layer in module.modules():
         function = layer.__dict__.get(_CHECKPOINT)
         if function is not None and not isinstance(function, _CheckpointInCall):

@@ -2,11 +2,11 @@
 
     reference = Reference(model)              computes the base alone
     reference = Reference(model, "before")    computes another adapter, from an earlier run
-    reference = reference_of(model)           computes what the model computes now, for good
+    reference = reference_of(model)           always computes what the model computes now
 
 These losses compare the policy with a fixed model. A policy of a frozen base and an adapter
 contains that model already, so a second copy of the weights would waste memory. ``Reference`` is a
-module without parameters, children or state of its own. Its calls run the policy's modules inside
+module without parameters and children. Its calls run the policy's modules inside
 ``veneer.use(model, name)``, in evaluation mode. Rejected: a second tree of modules over the same
 parameters. Methods that libraries set on a module (accelerate's hooks of a ``device_map``, FSDP's)
 are bound to the first tree, and would silently compute the policy.
@@ -32,13 +32,14 @@ from veneer.errors import MergeError
 
 
 class Reference(nn.Module):
-    """``model`` with the adapter ``name``, or without any adapter (None), also while its adapters
-    are trained.
+    """``model`` with the adapter ``name``, or, if it is None, without any adapter. The adapters of
+    the model may be trained meanwhile.
 
     Pass it to a trainer as its reference model. It is called like the model and has the model's
-    attributes; modules and methods among these run under the same selection. Its ``state_dict()``
-    holds the model's own tensors (for None, those of the base), so that a hash identifies the
-    model. ``parameters()`` is empty, as there is nothing to move, shard, count or train.
+    attributes. Modules and methods among these attributes compute under the same selection. The
+    ``state_dict()`` holds the model's own tensors (for the base alone, the base's), so that a hash
+    identifies the model. ``parameters()`` is empty, because there is nothing to move, shard, count
+    or train.
 
     During a call the modules of the model are in evaluation mode, so there is no dropout and no
     random number is drawn. No other thread may train the model during a call.
@@ -46,7 +47,7 @@ class Reference(nn.Module):
     Raises:
         SelectionError: the model has no adapter, or none of this name.
         MergeError: an adapter is merged into the weights, so they are not the base's. Calls raise
-            it too.
+            this error too.
     """
 
     def __init__(self, model: nn.Module, name: str | None = None) -> None:
@@ -54,36 +55,53 @@ class Reference(nn.Module):
         self._set(unwrap(model), name, {}, unwrap(model))
 
     def _set(
-        self, root: nn.Module, name: str | None, values: Mapping[int, Tensor], submodule: nn.Module
+        self,
+        root: nn.Module,
+        name: str | None,
+        frozen_copies: Mapping[int, Tensor],
+        submodule: nn.Module,
     ) -> Reference:
+        """Set the attributes of the reference.
+
+        Args:
+            root: the model.
+            name: the adapter, or None for the base alone.
+            frozen_copies: the tensors that replace the adapter's, by the ``id`` of the adapter's
+                tensor.
+            submodule: the module of the model that calls run.
+        """
         # not by nn.Module.__setattr__: a registered child would be trained, moved and saved
         self.__dict__.update(
-            _root=root, _adapter=name, _values=values, _submodule=submodule, training=False
+            _root=root,
+            _adapter=name,
+            _frozen_copies=frozen_copies,
+            _submodule=submodule,
+            training=False,
         )
-        self._check()
+        self._require_unmerged()
         return self
 
-    def _check(self) -> None:
-        attached = need_adapters(self._root, self._adapter, walk=False)
-        if attached.merged is not None:
-            problem = f"{attached.merged!r} merged into the weights of a reference model"
+    def _require_unmerged(self) -> None:
+        model_adapters = need_adapters(self._root, self._adapter, walk=False)
+        if model_adapters.merged is not None:
+            problem = f"{model_adapters.merged!r} merged into the weights of a reference model"
             raise MergeError(problem, "an unmerged model", "call veneer.unmerge first")
 
     @contextmanager
     def selected(self) -> Iterator[None]:
-        """A block in which the model computes as this reference."""
-        self._check()
-        training = [module for module in self._root.modules() if module.training]
+        """A context manager in which the model computes as this reference."""
+        self._require_unmerged()
+        modules_in_training = [module for module in self._root.modules() if module.training]
         try:
-            for module in training:
+            for module in modules_in_training:
                 module.training = False
             with (
                 use(self._root, self._adapter),
-                with_values(_holders(self._root, self._adapter), self._values),
+                with_values(_holders(self._root, self._adapter), self._frozen_copies),
             ):
                 yield
         finally:
-            for module in training:
+            for module in modules_in_training:
                 module.training = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,27 +113,29 @@ class Reference(nn.Module):
         return self._submodule(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Reference:
-        """It stays in evaluation mode."""
+        """Do nothing: a reference stays in evaluation mode."""
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The tensors of the model, which share its memory; for None without the adapters'."""
+        """The tensors of the model, which share its memory. For the base alone, the tensors of
+        adapters are left out."""
         if self._adapter is None:
             return without_adapters(self._submodule).state_dict(*args, **kwargs)
         with self.selected():
             return self._submodule.state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_root", "_adapter", "_values", "_submodule"):
+        if name in ("_root", "_adapter", "_frozen_copies", "_submodule"):
             raise AttributeError(name)  # while this object is being copied
         return self._under_selection(getattr(self._submodule, name))
 
     def _under_selection(self, value: Any) -> Any:
-        """An attribute of the model, or the result of a method, under this selection."""
+        """Wrap an attribute of the model, or the result of a method, so that it computes under this
+        selection."""
         if isinstance(value, nn.Module):
             reference = object.__new__(Reference)
             nn.Module.__init__(reference)
-            return reference._set(self._root, self._adapter, self._values, value)
+            return reference._set(self._root, self._adapter, self._frozen_copies, value)
         if not isinstance(value, MethodType):
             return value
 
@@ -131,7 +151,7 @@ def reference_of(model: nn.Module) -> Reference:
     """A reference that always computes what ``model`` computes now.
 
     It is the base alone if the adapter changes nothing yet, as before the first training step. Else
-    it has a copy of the adapter's parameters (a few MB); the base is shared.
+    the reference has a copy of the adapter's parameters (a few MB) and shares the base.
 
     Raises:
         SelectionError: there is no adapter, or there are several and none is selected.
@@ -142,18 +162,17 @@ def reference_of(model: nn.Module) -> Reference:
     if _changes_nothing(model, name):
         return Reference(model)
     adapter_tensors = [
-        value
+        tensor
         for holder in _holders(model, name)
-        for value in (*_tensors(holder._parameters), *_tensors(holder._buffers))
+        for tensor in (*_tensors(holder._parameters), *_tensors(holder._buffers))
     ]
-    values: dict[int, Tensor] = {}
-    for value in adapter_tensors:
-        copied = value.detach().clone()
-        frozen = (
-            nn.Parameter(copied, requires_grad=False) if isinstance(value, nn.Parameter) else copied
-        )
-        values.setdefault(id(value), frozen)
-    return Reference(model, name)._set(model, name, values, model)
+    frozen_copies: dict[int, Tensor] = {}
+    for tensor in adapter_tensors:
+        copied = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        frozen_copy = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+        frozen_copies.setdefault(id(tensor), frozen_copy)
+    return Reference(model, name)._set(model, name, frozen_copies, model)
 
 
 def _tensors(table: Mapping[str, Tensor | None]) -> list[Tensor]:
@@ -172,17 +191,23 @@ def _holders(model: nn.Module, name: str | None) -> list[nn.Module]:
 
 
 def _changes_nothing(model: nn.Module, name: str) -> bool:
-    """Whether every low-rank change is 0, and every parameter that is trained in full, and every
-    buffer of the adapter (running statistics), equals the base's."""
+    """Whether the model with the adapter equals the base: every low-rank change is 0, and every
+    parameter that is trained in full, and every buffer of the adapter (running statistics), equals
+    the base's."""
     for _, module, layer_adapter in adapters(model, name):
-        base = {**module._parameters, **module._buffers}
-        for key, value in layer_adapter.full.state_dict().items():
-            old = base[key]  # None: a bias for a layer without one
-            if bool(value.any()) if old is None else not torch.equal(value.to(old.dtype), old):
+        base_tensors = {**module._parameters, **module._buffers}
+        for key, tensor in layer_adapter.full.state_dict().items():
+            base_tensor = base_tensors[key]  # None: a bias for a layer without a bias
+            differs = (
+                bool(tensor.any())
+                if base_tensor is None
+                else not torch.equal(tensor.to(base_tensor.dtype), base_tensor)
+            )
+            if differs:
                 return False
     for _, module, weight, change in changes(model, name):
-        low, gain = change.resolve(weight_of(module, weight))
-        # some column of B and the row of A that belongs to it are both not 0
-        if gain is not None or bool((low.B.any(1) & low.A.any(2)).any()):
+        low_rank, gain = change.resolve(weight_of(module, weight))
+        # B A is 0 unless, for some rank index, the column of B and the row of A are both not 0
+        if gain is not None or bool((low_rank.B.any(1) & low_rank.A.any(2)).any()):
             return False
     return True

@@ -1,9 +1,9 @@
 """Select the adapter of a call: ``with veneer.use(model, "a"): model(x)``, or the model's default
 adapter, which ``veneer.set_default(model, "a")`` sets.
 
-A selection holds in its ``with`` block in the same thread or asyncio task, and for a block in a
-generator during the generator's steps (see ``veneer.context``). Activation checkpointing runs
-layers again during backward, so the backward pass belongs inside the block too.
+A selection applies inside of its ``with`` block, in the same thread or asyncio task. In a generator
+it applies during the steps of the generator (see ``veneer.context``). Activation checkpointing runs
+layers again during backward, so the backward pass belongs inside of the block too.
 """
 
 from __future__ import annotations
@@ -25,31 +25,34 @@ from veneer.attach.rows.select_rows import by_rows
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 
-#: the choice for a call or a row: an adapter, None for the base alone, or a blend {name: weight}
+#: the choice for a call or a row of the batch: an adapter, None for the base alone, or a blend
+#: {name: weight}
 Choice = str | Mapping[str, float] | None
+#: the type of a function that ``use`` decorates
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class use:
-    """A context manager that selects the adapter ``name`` of ``model``, or the base alone with
-    None.
+    """A context manager that selects the adapter ``name`` of ``model``, or the base alone if
+    ``name`` is None.
 
     A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight and for each
     parameter that is trained in full. The adapters may differ in layers, variants and ranks. The
     blended weights are formed in every call, and gradients reach each of the adapters. A weight of
     0 leaves an adapter out.
 
-    A sequence of such choices selects one for each row of the batch: ``with veneer.use(model, ["a",
-    None, {"a": 0.7, "b": 0.3}]):``. Every layer then runs once for each distinct choice.
+    A sequence of such choices selects one of them for each row of the batch: ``with
+    veneer.use(model, ["a", None, {"a": 0.7, "b": 0.3}]):``. Every layer then runs once for each
+    distinct choice.
 
-    A block in a generator holds while the generator runs. Between two of its steps, a call without
-    a selection of its own is an error, as the caller may or may not expect the block to hold. As a
-    decorator, ``@veneer.use(model, "a")`` selects in each call of a function; for a generator,
-    asynchronous or not, it selects during the steps only.
+    A ``with`` block in a generator applies while the generator runs. Between two steps of the
+    generator, a call that makes no selection is an error, because the caller may or may not expect
+    the block to apply. As a decorator, ``@veneer.use(model, "a")`` selects in each call of a
+    function. For a generator, asynchronous or not, it selects during the steps only.
 
     Args:
         path: "factored" or "materialised" overrides the choice of ``Handle.plan`` for layers that
-            support both; None follows the plan.
+            support both paths; None follows the plan.
 
     Raises:
         SelectionError: there is no such adapter or path, a blend is empty, or a weight is not a
@@ -65,26 +68,29 @@ class use:
         if path not in (None, cost_model.FACTORED, cost_model.MATERIALISED):
             do = f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None"
             raise SelectionError(f"path={path!r}", "a way to compute an adapted layer", do)
-        self._path: dict[str, Any] = {} if path is None else {"path": path}
-        attached = need_adapters(model, walk=False)
-        self._uid = attached.uid
+        self._context_fields: dict[str, Any] = {} if path is None else {"path": path}
+        model_adapters = need_adapters(model, walk=False)
+        self._uid = model_adapters.uid
         self._name = name
         if name is None or isinstance(name, str | Mapping):
             self._selected = active_adapter(model, name)
         elif isinstance(name, Iterable) and not isinstance(name, Set):
-            # by name: that of a blend contains its exact weights
-            distinct: dict[str | None, ActiveAdapter] = {}
-            rows = [active_adapter(model, choice) for choice in name]
-            rows = [distinct.setdefault(active.name, active) for active in rows]
-            self._selected = by_rows(unwrap(model), attached, rows)
+            # Choices with the same name are the same: the name of a blend has its exact weights.
+            active_by_name: dict[str | None, ActiveAdapter] = {}
+            row_adapters = [active_adapter(model, choice) for choice in name]
+            row_adapters = [
+                active_by_name.setdefault(active.name, active) for active in row_adapters
+            ]
+            self._selected = by_rows(unwrap(model), model_adapters, row_adapters)
         else:
             expected = "a name, None, a blend {name: weight}, or a list of these, one for each row"
             raise SelectionError(f"{name!r} to use", expected, "choose one of these")
-        self._entered = False
+        self._was_entered = False
 
     def __enter__(self) -> None:
-        self._entered = True
-        context.enter(self, {self._uid: self._selected}, outside=self._outside, **self._path)
+        self._was_entered = True
+        selection = {self._uid: self._selected}
+        context.enter(self, selection, outside=self._outside, **self._context_fields)
 
     def __exit__(self, *_: object) -> None:
         if not context.leave(self):
@@ -96,19 +102,20 @@ class use:
             raise SelectionError(problem, "the block that was entered last here", do)
 
     def _outside(self) -> OutsideGenerator:
+        """The selection of calls between two steps of a generator that has entered this block."""
         return OutsideGenerator(f"veneer.use(…, {self._name!r})")
 
     def __call__(self, function: Function) -> Function:
-        """A function that calls ``function`` with this selection; for a generator function, during
-        the generator's steps."""
-        self._entered = True
+        """Wrap ``function`` so that its calls run with this selection. A generator function runs
+        with it during the steps of the generator."""
+        self._was_entered = True
         return stepwise(
-            lambda: context.override({self._uid: self._selected}, **self._path), function
+            lambda: context.override({self._uid: self._selected}, **self._context_fields), function
         )
 
     def __del__(self) -> None:
-        # `veneer.use(…)` without `with` looks like a switch that stays on, and would do nothing.
-        if not getattr(self, "_entered", True):
+        # `veneer.use(…)` without `with` looks like a switch that stays on, but does nothing.
+        if not getattr(self, "_was_entered", True):
             warnings.warn(
                 f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did"
                 " nothing",
@@ -118,24 +125,24 @@ class use:
 
 @one_thread_at_a_time
 def set_default(model: nn.Module, name: str | None) -> None:
-    """Set the adapter that calls of ``model`` without a selection use. None removes the default:
-    such calls then use the only adapter, and are an error if there are several.
+    """Set the adapter that calls of ``model`` without a selection use. None removes the default.
+    Then such calls use the only adapter, and raise an error if there are several.
 
     The default is a property of the model. It holds in every thread, and in copies and pickles.
-    Detaching the adapter clears it (an adapter that is attached under the same name later is not
-    the default). Functions that take an adapter's name use the default if none is given. Every
-    ``use`` overrides it; ``veneer.use(model, None)`` selects the base alone.
+    Detaching the adapter clears the default; an adapter that is attached under the same name later
+    is not the default. Functions that take an adapter's name use the default if no name is passed.
+    Every ``use`` overrides the default; ``veneer.use(model, None)`` selects the base alone.
 
     Raises:
         SelectionError: there is no such adapter.
     """
-    attached = need_adapters(model, name)
-    attached.default_name = name
-    attached.set_chain(attached.chain)
+    model_adapters = need_adapters(model, name)
+    model_adapters.default_name = name
+    model_adapters.set_merge_order(model_adapters.merge_order)
 
 
 def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:
-    """The ``ActiveAdapter`` of a choice. Raises a SelectionError if the choice is not possible."""
+    """The ``ActiveAdapter`` of a choice. Raises a SelectionError if the model cannot select it."""
     if choice is None:
         return BASE
     if not isinstance(choice, Mapping):
@@ -150,62 +157,62 @@ def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:
             "names alone: what is missing to 1 is the base's anyway",
         )
         raise SelectionError(problem, expected, "leave it out")
-    uses = [(active_adapter(model, name), weight) for name, weight in choice.items()]
-    uses = [(active, weight) for active, weight in uses if weight]
-    return blend_adapters(uses) if uses else BASE
+    weighted_adapters = [(active_adapter(model, name), weight) for name, weight in choice.items()]
+    weighted_adapters = [(active, weight) for active, weight in weighted_adapters if weight]
+    return blend_adapters(weighted_adapters) if weighted_adapters else BASE
 
 
-def stepwise(block: Callable[[], AbstractContextManager[Any]], function: Any) -> Any:
-    """A function that runs each call of ``function`` in a new ``block``. For a generator function,
-    asynchronous or not, each step of the generator runs in a new block, and none is open while the
-    generator is suspended."""
+def stepwise(make_context: Callable[[], AbstractContextManager[Any]], function: Any) -> Any:
+    """Wrap a function so that each call runs in a new context manager, created by ``make_context``.
+    In a generator function, asynchronous or not, each step of the generator runs in a new context
+    manager, and none is entered while the generator is suspended."""
 
     @functools.wraps(function)
     def generate(*args: Any, **kwargs: Any) -> Any:
         generator = function(*args, **kwargs)
-        step, value = generator.send, None
+        step, step_argument = generator.send, None
         while True:
             try:
-                with block():
-                    output = step(value)
+                with make_context():
+                    output = step(step_argument)
             except StopIteration as stop:
                 return stop.value
             try:
-                step, value = generator.send, (yield output)
+                step, step_argument = generator.send, (yield output)
             except GeneratorExit:
-                with block():
+                with make_context():
                     generator.close()
                 raise
             except BaseException as error:  # raised in the generator by the next step
-                step, value = generator.throw, error
+                step, step_argument = generator.throw, error
 
     @functools.wraps(function)
     async def generate_async(*args: Any, **kwargs: Any) -> Any:
         generator = function(*args, **kwargs)
-        step, value = generator.asend, None
+        step, step_argument = generator.asend, None
         while True:
             try:
-                with block():
-                    output = await step(value)
+                with make_context():
+                    output = await step(step_argument)
             except StopAsyncIteration:
                 return
             try:
-                step, value = generator.asend, (yield output)
+                step, step_argument = generator.asend, (yield output)
             except GeneratorExit:
-                with block():
+                with make_context():
                     await generator.aclose()
                 raise
             except BaseException as error:  # raised in the generator by the next step
-                step, value = generator.athrow, error
+                step, step_argument = generator.athrow, error
 
     @functools.wraps(function)
     async def run_async(*args: Any, **kwargs: Any) -> Any:
-        with block():
+        with make_context():
             return await function(*args, **kwargs)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with block():
+        with make_context():
             return function(*args, **kwargs)
 
     if inspect.isgeneratorfunction(function):

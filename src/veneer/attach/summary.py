@@ -1,5 +1,5 @@
-"""The size of an adapter: its trained parameters per kind of layer, in bytes and in percent of the
-base; and the cost of a call of its linear layers."""
+"""The size of an adapter: the number of its trained parameters per kind of layer, their bytes, and
+their percentage of the base. Also the cost of a call of its linear layers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from veneer.kernels import cost_model
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kind of layer: the number of layers, of trained parameters, and of bytes."""
+class SummaryRow:
+    """The size of an adapter for one kind of layer: the number of layers, of trained parameters,
+    and of bytes of these."""
 
     kind: str
     layers: int
@@ -31,15 +32,16 @@ class Summary:
     """The size of an adapter.
 
     Fields:
+        rows: the size of the adapter for each kind of layer.
         trainable: the number of trained parameters.
         total: the number of parameters of the base.
-        bytes: the size of the trained parameters.
+        bytes: the size of the trained parameters, in bytes.
         left_out: the layers with matrices that targets="all-linear" leaves out, by type; or "".
         is_default: whether it is the model's default adapter (``veneer.set_default``).
     """
 
     adapter: str
-    rows: tuple[Row, ...]
+    rows: tuple[SummaryRow, ...]
     trainable: int
     total: int
     bytes: int
@@ -70,37 +72,37 @@ class Summary:
 
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
-    """The summary of one adapter (None: the default, or the only one). The base's total counts tied
-    weights once and leaves adapters out."""
+    """The summary of one adapter. None stands for the default adapter, or the only one. The base's
+    total counts tied weights once and leaves adapters out."""
     model = unwrap(model)
     name = only_name(model, name)
-    counts: dict[str, list[int]] = {}
-    counted: set[int] = set()  # tied parameters have one copy
+    counts_by_kind: dict[str, list[int]] = {}  # [layers, parameters, bytes]
+    counted_ids: set[int] = set()  # tied parameters have one copy, which is counted once
 
     def count(kind: str, parameters: Iterable[nn.Parameter]) -> None:
-        uncounted = [p for p in parameters if id(p) not in counted]
-        counted.update(map(id, uncounted))
+        uncounted = [p for p in parameters if id(p) not in counted_ids]
+        counted_ids.update(map(id, uncounted))
         if uncounted:
-            entry = counts.setdefault(kind, [0, 0, 0])
-            entry[0] += 1
-            entry[1] += sum(p.numel() for p in uncounted)
-            entry[2] += sum(p.numel() * p.element_size() for p in uncounted)
+            counts = counts_by_kind.setdefault(kind, [0, 0, 0])
+            counts[0] += 1
+            counts[1] += sum(p.numel() for p in uncounted)
+            counts[2] += sum(p.numel() * p.element_size() for p in uncounted)
 
     for _, module, weight, change in changes(model, name):
-        stored = (
+        storage_label = (
             ""
             if change.storage.name == "plain"
             else f" ({change.storage.label(weight_of(module, weight))})"
         )
-        count(f"{change.layer.name}{stored}, {change.variant.name}", change.parameters())
-    for _, _, layer in adapters(model, name):
-        count("trained in full", layer.full.parameters())
-    rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())
+        count(f"{change.layer.name}{storage_label}, {change.variant.name}", change.parameters())
+    for _, _, layer_adapter in adapters(model, name):
+        count("trained in full", layer_adapter.full.parameters())
+    rows = tuple(SummaryRow(kind, *counts) for kind, counts in counts_by_kind.items())
     total = sum(
         _element_count(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
     )
-    attached = need_adapters(model, name)
-    left_out = layers_left_out(Names(model), attached.configs[name])
+    model_adapters = need_adapters(model, name)
+    left_out = layers_left_out(Names(model), model_adapters.configs[name])
     return Summary(
         name,
         rows,
@@ -108,12 +110,12 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
         total,
         sum(row.bytes for row in rows),
         left_out,
-        attached.default_name == name,
+        model_adapters.default_name == name,
     )
 
 
 def _element_count(weight: nn.Parameter) -> int:
-    """The number of elements of a weight; a packed one stores several in one element."""
+    """The number of elements of a weight. A packed weight stores several in one stored element."""
     storage = storage_of(weight)
     return weight.numel() if storage is None else storage.shape(weight).numel()
 
@@ -123,8 +125,12 @@ class CallPlan:
     """How the linear layers compute a call of a number of tokens.
 
     Fields:
-        rows: ((out, in, rank), the paths of the layers of that size, the costs of both paths).
-        together: groups of layers that read the same input and are computed together.
+        tokens: the number of tokens, batch size × length.
+        training: whether the call is a training step, with a backward pass.
+        rows: for each size of layers ((out, in, rank), the paths of the layers of that size, the
+            costs of both paths).
+        together: the paths of each group of layers that read the same input and are computed
+            together.
     """
 
     tokens: int
@@ -133,8 +139,8 @@ class CallPlan:
     together: tuple[tuple[str, ...], ...]
 
     def __str__(self) -> str:
-        call = "a training step" if self.training else "inference"
-        lines = [f"{call} of {self.tokens} tokens, by the cost model"]
+        call_kind = "a training step" if self.training else "inference"
+        lines = [f"{call_kind} of {self.tokens} tokens, by the cost model"]
         for (out, in_, rank), paths, costs in self.rows:
             lines.append(f"  {out} x {in_} at rank {rank}, {len(paths)} layers: {costs}")
         return "\n".join(
@@ -146,18 +152,22 @@ class CallPlan:
 
     @staticmethod
     def of(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
-        """The plan of a call of the adapter ``name`` (None: the default, or the only one)."""
+        """The plan of a call of the adapter ``name``. None stands for the default adapter, or the
+        only one."""
         model = unwrap(model)
-        rows: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
-        groups: dict[int, list[str]] = {}
-        for path, module, layer in adapters(model, only_name(model, name)):
-            if layer.direct is None:
+        costs_and_paths: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
+        group_paths: dict[int, list[str]] = {}
+        for path, module, layer_adapter in adapters(model, only_name(model, name)):
+            fused_change = layer_adapter.fused_change
+            if fused_change is None:
                 continue
-            change, weight = layer.direct.change, module._parameters[layer.direct.weight]
+            change, weight = fused_change.change, module._parameters[fused_change.weight]
             size = (change.dims.out, change.dims.in_, change.rank)
             costs = cost_model.costs(*size, tokens, weight.dtype, training)
-            rows.setdefault(size, (costs, []))[1].append(path)
-            if layer.together is not None:
-                groups.setdefault(id(layer.together), []).append(path)
-        by_size = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
-        return CallPlan(tokens, training, by_size, tuple(map(tuple, groups.values())))
+            costs_and_paths.setdefault(size, (costs, []))[1].append(path)
+            if layer_adapter.shared_input_layers is not None:
+                group_paths.setdefault(id(layer_adapter.shared_input_layers), []).append(path)
+        rows = tuple(
+            (size, tuple(paths), costs) for size, (costs, paths) in costs_and_paths.items()
+        )
+        return CallPlan(tokens, training, rows, tuple(map(tuple, group_paths.values())))

@@ -13,7 +13,7 @@ from veneer.attach.layer.adapted_module import (
     layer_states,
     restore_module,
     set_child,
-    uncover,
+    stop_answering_peft_names,
     walk,
 )
 from veneer.attach.layer.lookup import adapters_of, need_adapters, unwrap
@@ -36,80 +36,88 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     Raises:
         SelectionError: there is no such adapter.
         MergeError: the adapter is merged and ``keep_merged`` is False; or it is merged on top of
-            another adapter that stays; or an adapter that stays was attached while it was merged,
-            and it is no longer merged. The model is not changed.
+            another adapter that stays; or an adapter that stays was attached while this one was
+            merged, and this one is no longer merged. The model is not changed.
     """
     model = unwrap(model)
-    attached = need_adapters(model, name)
-    names = list(attached.configs) if name is None else [name]
-    _require_detachable(attached, names, keep_merged)
-    if any(map(names.__contains__, attached.merges())):
-        attached.untied = ()  # weights that were untied for the merge stay untied
-    answered = uncover(model)
+    model_adapters = need_adapters(model, name)
+    names = list(model_adapters.configs) if name is None else [name]
+    _require_detachable(model_adapters, names, keep_merged)
+    if any(map(names.__contains__, model_adapters.last_merged_first())):
+        model_adapters.untied = ()  # weights that were untied for the merge stay untied
+    answered_peft_names = stop_answering_peft_names(model)
     for adapter in names:
-        # calls that still select it raise
-        attached.selections[adapter].layer_adapters = None
+        # a call that still selects the adapter raises an error
+        model_adapters.selections[adapter].layer_adapters = None
     for _, _, layer_state in layer_states(model):
         for adapter in names:
             set_child(layer_state, adapter, None)
-    remaining = [key for key in attached.configs if key not in names]
-    had_invocations = any(config.invocation_tokens for config in attached.configs.values())
-    for selected in attached.selections.values():
-        if selected.on in names:  # the merged weights are the base weights from now on
-            selected.on = None
-    attached.chain = tuple(merged for merged in attached.chain if merged not in names)
-    attached.set_adapters(
-        {key: attached.configs[key] for key in remaining},
-        {key: attached.selections[key] for key in remaining},
+    remaining_names = [key for key in model_adapters.configs if key not in names]
+    had_invocations = any(config.invocation_tokens for config in model_adapters.configs.values())
+    for active in model_adapters.selections.values():
+        if active.merged_at_attach in names:  # the merged weights are now the base weights
+            active.merged_at_attach = None
+    model_adapters.merge_order = tuple(
+        merged for merged in model_adapters.merge_order if merged not in names
+    )
+    model_adapters.set_adapters(
+        {key: model_adapters.configs[key] for key in remaining_names},
+        {key: model_adapters.selections[key] for key in remaining_names},
     )
     if had_invocations:
-        find_invocations(model, attached)
-    for _, module in walk(model) if not remaining else ():
+        find_invocations(model, model_adapters)
+    for _, module in walk(model) if not remaining_names else ():
         remove_overrides(module)
-    _release_layers(model, attached)
-    if answered and remaining:
+    _release_layers(model, model_adapters)
+    if answered_peft_names and remaining_names:
         answer_peft_names(model)
 
 
-def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
+def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_merged: bool) -> None:
     """Raise a MergeError if some of these adapters cannot be detached now."""
-    merged = attached.merges()
-    for number, name in enumerate(merged):
+    merged_names = model_adapters.last_merged_first()
+    for index, name in enumerate(merged_names):
         if name not in names:
             continue
-        below = next((lower for lower in merged[number + 1 :] if lower not in names), None)
+        remaining_below = next(
+            (lower for lower in merged_names[index + 1 :] if lower not in names), None
+        )
         if not keep_merged:
             do = (
                 "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the"
                 " merged weights"
             )
             raise MergeError(f"{name!r} is merged into the weights", "an unmerged model", do)
-        if below is not None:
-            problem = f"{name!r} merged on top of {below!r}, which stays"
-            do = f"detach {below!r} with keep_merged=True first, or call veneer.unmerge(model)"
+        if remaining_below is not None:
+            problem = f"{name!r} merged on top of {remaining_below!r}, which stays"
+            do = (
+                f"detach {remaining_below!r} with keep_merged=True first, or call"
+                " veneer.unmerge(model)"
+            )
             raise MergeError(problem, "the adapter that was merged first", do)
-    for adapter, selected in attached.selections.items():
-        if selected.on in names and selected.on not in merged and adapter not in names:
+    for adapter, active in model_adapters.selections.items():
+        base_name = active.merged_at_attach
+        if base_name in names and base_name not in merged_names and adapter not in names:
             problem = (
-                f"{adapter!r}, attached while {selected.on!r} was merged, which is to be detached"
+                f"{adapter!r}, attached while {base_name!r} was merged, which is to be detached"
             )
             raise MergeError(
-                problem, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first"
+                problem, f"{base_name!r} merged, or {adapter!r} detached", "detach that one first"
             )
 
 
 @one_thread_at_a_time
-def close_bank(model: nn.Module, attached: ModelAdapters) -> None:
-    """End the use of adapted layers by a bank (``install.open_bank``)."""
-    attached.banks -= 1
-    if adapters_of(model) is attached:
-        _release_layers(model, attached)
+def close_bank(model: nn.Module, model_adapters: ModelAdapters) -> None:
+    """End the use of adapted layers by a bank, which ``install.open_bank`` began."""
+    model_adapters.bank_count -= 1
+    if adapters_of(model) is model_adapters:
+        _release_layers(model, model_adapters)
 
 
-def _release_layers(model: nn.Module, attached: ModelAdapters) -> None:
-    """Restore the class and storage of modules without an adapter, and the ``requires_grad`` of a
-    model without adapters. Do nothing while a bank uses the model."""
-    if attached.banks:
+def _release_layers(model: nn.Module, model_adapters: ModelAdapters) -> None:
+    """Restore the class and storage of modules that have no adapter, and the ``requires_grad`` of a
+    model without adapters. While a bank uses the model, nothing is restored."""
+    if model_adapters.bank_count:
         return
     for _, module, layer_state in list(layer_states(model)):
         if not layer_state._modules:
@@ -118,9 +126,10 @@ def _release_layers(model: nn.Module, attached: ModelAdapters) -> None:
                 storage = storage_of(weight_of(module, name))
                 if storage is not None:
                     storage.release(module)
-    if not attached.configs:
-        for untied in reversed(attached.untied):
+    if not model_adapters.configs:
+        for untied in reversed(model_adapters.untied):
             tie_again(model, untied)
         for path, parameter in model.named_parameters():
-            parameter.requires_grad = attached.required_grad.get(path, parameter.requires_grad)
+            original_flags = model_adapters.original_requires_grad
+            parameter.requires_grad = original_flags.get(path, parameter.requires_grad)
         del model.__dict__[ADAPTERS]

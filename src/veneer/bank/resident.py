@@ -77,7 +77,7 @@ class ResolvedLowRank:
     dims: Dims
 
     read_below = {}
-    entries = {}
+    read_below_by_method = {}
     storage = BASES["plain"]
     # calls without batched products (under autocast, or with gradients) run the layer on W + ΔW
     run = run_on_view
@@ -207,7 +207,7 @@ def resident_of(
     resolved_low, unresolved = _split_adapters(Names(model), layer_adapters, dtype)
     table = {
         key: entry.layer_adapter if isinstance(entry, InvokedAdapter) else entry
-        for key, entry in attached.selections[name].table.items()
+        for key, entry in attached.selections[name].usable_layer_adapters.items()
     }
     if unresolved or any(id(layer_adapter) not in resolved_low for layer_adapter in table.values()):
         return None
@@ -319,7 +319,7 @@ def _split_adapters(
     nested_ids = {
         id(nested)
         for layer_adapter in layer_adapters.values()
-        for table in (layer_adapter.read_below, *layer_adapter.entries.values())
+        for table in (layer_adapter.read_below, *layer_adapter.read_below_by_method.values())
         for nested in table.values()
     }
     for path, layer_adapter in layer_adapters.items():
@@ -363,11 +363,13 @@ def _resolve_adapter(
     """[A, B, gain, bias] of a layer adapter that adds one matrix product and perhaps a bias; None
     for any other layer adapter."""
     layer_state = state_of(module)
-    is_product = layer_state is not None and layer_state.product and len(layer_adapter.changes) == 1
+    is_product = (
+        layer_state is not None and layer_state.is_plain_product and len(layer_adapter.changes) == 1
+    )
     if (
         not is_product
         or layer_adapter.read_below
-        or layer_adapter.entries
+        or layer_adapter.read_below_by_method
         or layer_adapter.full._buffers
         or layer_adapter.full._parameters.keys() - {"bias"}
     ):

@@ -177,7 +177,7 @@ class DropoutByAdapter(TorchFunctionMode):
                 for value, has_rows in zip(split_values, has_all_rows, strict=True)
             ]
             keywords = dict(zip(kwargs, arguments[len(args) :], strict=True))
-            with selection.stream:  # pyright: ignore[reportOptionalContextManager]
+            with selection.random_stream:  # pyright: ignore[reportOptionalContextManager]
                 outputs.append(func(*arguments[: len(args)], **keywords))
         return torch.cat(outputs)
 

@@ -265,7 +265,7 @@ class StepEngine:
         attached = need_adapters(self.model, walk=False)
         selections = [attached.selections[name] for name in group]
         selections_with_streams = [
-            dataclasses.replace(selection, stream=self.adapters[name].stream)
+            dataclasses.replace(selection, random_stream=self.adapters[name].stream)
             for name, selection in zip(group, selections, strict=True)
         ]
         if len(group) == 1:

@@ -4,13 +4,14 @@ There are three checks. Each problem names the layer that fails:
 
     reached     one pass in eval mode without gradients, which takes fast paths, runs every adapted
                 layer
-    gradient    one pass in the model's own mode gives every change a finite gradient that is not
-                zero, either at the start or after all trained parameters have been perturbed
-    equal       the gradients equal those of the plain model in which every reader of W reads W + ΔW
+    gradient    one pass in the model's present mode gives every change a finite gradient that is
+                not zero, either before training or after all trained parameters were perturbed
+    equal       the gradients equal those of a model without adapters in which all code that reads
+                W reads W + ΔW
 
-Rounding errors in a gradient can be large, such as that of a key projection below a saturated
-softmax in float32. So a gradient that differs is compared again in float64 if the model can run in
-float64.
+Rounding errors in a gradient can be large, such as in that of a key projection below a saturated
+softmax in float32. So if a gradient differs and the model can run in float64, it is compared again
+in float64.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of, parameter_path
 from veneer.precision import compute_device, double
 
-#: The largest relative error of a change's gradient against that of the definition, by the size of
-#: the weight's elements in bytes. A layer whose ΔW is not read has an error of about 1; kinks of
-#: ReLUs and rounding stay below these limits.
+#: The largest relative error of a change's gradient against the gradient of the definition, by the
+#: size of the weight's elements in bytes. If a layer's ΔW is not read, the error is about 1. Kinks
+#: of ReLUs and rounding errors stay below these limits.
 TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
 #: Gradients smaller than this share of the largest one are rounding errors of zero, such as the
 #: gradient of a key projection's bias.
 NOISE = 1e-4
+#: the expected state and the advice in most problems of ``_CheckedChange.problem``
 DEPENDS, REACH = (
     "a layer that the output depends on",
     "exclude it, or give an example that reaches it",
@@ -63,8 +65,8 @@ class CheckReport:
     Fields:
         adapter: the name of the adapter, or of the blend.
         weights: paths of the weights whose changes reach the output.
-        compared: the number of changes whose gradients were also compared with the definition;
-            changes of packed weights are not, nor those of an adapter with invocation tokens.
+        compared: the number of changes whose gradients were also compared with the definition.
+            Changes of packed weights are not compared, nor is an adapter with invocation tokens.
     """
 
     adapter: str
@@ -83,8 +85,8 @@ class _CheckedChange:
 
     Fields:
         path: the path of the weight or parameter.
-        ids: the identities by which ``Context.reached`` records that it took part in a call.
-        parameters: its adapter parameters.
+        ids: if one of these is in ``Context.reached_ids``, the change took part in a call.
+        parameters: the adapter parameters of the change.
     """
 
     path: str
@@ -107,22 +109,24 @@ def check(
     must not run in another thread meanwhile.
 
     Args:
-        example: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
-        name: the adapter; None for the only one. Or a blend {name: weight}, as ``use`` takes it.
-            Then the changes of all its adapters are checked in the blend, also those of adapters
-            that do not train. The comparison of a blend with its definition takes as much memory as
-            the weights that change.
+        example: the inputs of a call: a tensor, a tuple of positional arguments or a mapping of
+            keyword arguments.
+        name: the adapter; None stands for the only one. Or a blend {name: weight}, as ``use`` takes
+            it. Then the changes of all its adapters are checked in the blend, also of adapters that
+            do not train. Comparing a blend with its definition takes as much memory as the weights
+            that change.
 
     Raises:
         CheckError: some changes do not reach the output, or reach it wrongly. The error lists each
-            with the reason.
+            of them with the reason.
     """
     model = unwrap(model)
-    attached = need_adapters(model)
-    chosen = active_adapter(model, name if isinstance(name, Mapping) else only_name(model, name))
-    if attached.merged != chosen.on:
+    model_adapters = need_adapters(model)
+    active = active_adapter(model, name if isinstance(name, Mapping) else only_name(model, name))
+    if model_adapters.merged != active.merged_at_attach:
         problem = (
-            f"{attached.merged!r} merged into the weights, on which {chosen.name!r} does not run"
+            f"{model_adapters.merged!r} merged into the weights, on which {active.name!r} does not"
+            " run"
         )
         raise CheckError(
             problem, "the weights that it was attached to", "call veneer.unmerge(model) first"
@@ -138,7 +142,7 @@ def check(
     names = (
         [key for key, weight in name.items() if weight]
         if isinstance(name, Mapping)
-        else [str(chosen.name)]
+        else [str(active.name)]
     )
     if not names:
         raise CheckError(
@@ -150,13 +154,14 @@ def check(
     trained = list(dict.fromkeys(p for change in checked for p in change.parameters))
     devices = list({p.device for p in trained if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        problems, compared = _prove_changes(call, chosen, names, checked, trained)
-    raise_all(CheckError, f"The output does not see all of adapter {chosen.name!r}", problems)
-    return CheckReport(str(chosen.name), tuple(change.path for change in checked), compared)
+        problems, compared = _prove_changes(call, active, names, checked, trained)
+    raise_all(CheckError, f"The output does not see all of adapter {active.name!r}", problems)
+    return CheckReport(str(active.name), tuple(change.path for change in checked), compared)
 
 
 @contextmanager
 def _use_selection(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]:
+    """A context manager in which calls of the model use this selection."""
     uid = need_adapters(model).uid
     with context.override({uid: selection}):
         yield
@@ -164,53 +169,57 @@ def _use_selection(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]
 
 def _prove_changes(
     call: partial,
-    chosen: ActiveAdapter,
+    active: ActiveAdapter,
     names: list[str],
     checked: list[_CheckedChange],
     trained: list[nn.Parameter],
 ) -> tuple[list[str], int]:
-    """(problems, the number of changes that were compared with the definition)."""
+    """(problems, the number of changes that were compared with the definition). ``names`` are the
+    adapters that ``active`` selects, ``checked`` their changes, ``trained`` the parameters of
+    these."""
     model: Any = call.func
-    reached: set[int] = set()
-    with _preserve_state(model, trained), _use_selection(model, chosen):
-        first = _gradients(call, trained)
-        with context.override(reached=reached), torch.no_grad():
+    reached_ids: set[int] = set()
+    with _preserve_state(model, trained), _use_selection(model, active):
+        gradient_of = _gradients(call, trained)
+        with context.override(reached_ids=reached_ids), torch.no_grad():
             model.eval()
             call()
     problems, without_gradient = [], []
     for change in checked:
-        gradients = [first[p] for p in change.parameters if first[p] is not None]
-        if not change.ids & reached:
+        gradients = [gradient_of[p] for p in change.parameters if gradient_of[p] is not None]
+        if not change.ids & reached_ids:
             problems.append(change.problem("is not reached in eval mode"))
         elif not _any_nonzero(gradients):
             without_gradient.append(change)
         elif not all(gradient.isfinite().all() for gradient in gradients):
             problems.append(change.problem("receives a gradient that is not finite"))
     if without_gradient:
-        problems += _missing_gradient_problems(call, chosen, without_gradient, trained)
-    packed = _packed_layers(model, names[0])
+        problems += _missing_gradient_problems(call, active, without_gradient, trained)
+    packed_adapters = _packed_layers(model, names[0])
     if len(names) > 1 and any(_packed_layers(model, adapter_name) != {} for adapter_name in names):
-        packed = None
-    # the definition of an adapter with invocation tokens is no weight: it differs between tokens
-    if problems or packed is None or chosen.invocation_tokens:
+        packed_adapters = None
+    # With invocation tokens, no weight defines the adapter: its change differs between tokens.
+    if problems or packed_adapters is None or active.invocation_tokens:
         return problems, 0
     packed_changes = {
-        id(change) for layer_adapter in packed.values() for change in layer_adapter.changes.values()
+        id(change)
+        for layer_adapter in packed_adapters.values()
+        for change in layer_adapter.changes.values()
     }
     compared = [change for change in checked if not change.ids & packed_changes]
-    problems = _gradient_problems(call, chosen, compared, trained, packed)
+    problems = _gradient_problems(call, active, compared, trained, packed_adapters)
     tensors = (*model.parameters(), *model.buffers())
-    narrow = all(
+    is_narrow = all(
         type(tensor) in (Tensor, nn.Parameter) and tensor.element_size() < 8
         for tensor in tensors
         if tensor.is_floating_point()
     )
-    if problems and narrow and not packed:
+    if problems and is_narrow and not packed_adapters:
         try:
             with dead_weights.replace_data(tensors, _to_float64):
                 args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (call.args, call.keywords))
                 call = partial(model, *args, **kwargs)
-                problems = _gradient_problems(call, chosen, compared, trained, packed)
+                problems = _gradient_problems(call, active, compared, trained, packed_adapters)
         except RuntimeError as error:
             # the forward casts to a fixed dtype, or memory is short: the first result stands
             problems[0] = (
@@ -225,24 +234,24 @@ def _any_nonzero(gradients: Iterable[Tensor | None]) -> bool:
 
 
 def _missing_gradient_problems(
-    call: partial, chosen: ActiveAdapter, checked: list[_CheckedChange], trained: list[nn.Parameter]
+    call: partial, active: ActiveAdapter, checked: list[_CheckedChange], trained: list[nn.Parameter]
 ) -> Iterator[str]:
-    """Problems of changes that had no gradient at the start: each gets one unless a gradient
-    appears after the parameters have been perturbed."""
+    """Problems of changes that had no gradient before training. A change has a problem unless a
+    gradient appears after the parameters have been perturbed."""
 
     def have_gradients() -> list[bool]:
         gradients = _gradients(call, trained)
         return [_any_nonzero(gradients[p] for p in change.parameters) for change in checked]
 
     model: Any = call.func
-    with _preserve_state(model, trained), _use_selection(model, chosen):
+    with _preserve_state(model, trained), _use_selection(model, active):
         _perturb(trained)
-        later = have_gradients()
-        zeros = {} if all(later) else dead_weights.zero_parameters(model, trained)
-        blocking = (
+        are_nonzero = have_gradients()
+        zeros = {} if all(are_nonzero) else dead_weights.zero_parameters(model, trained)
+        blocking_names = (
             dead_weights.blocking_weights(zeros, have_gradients) if zeros else [() for _ in checked]
         )
-    for change, has_gradient, names in zip(checked, later, blocking, strict=True):
+    for change, has_gradient, names in zip(checked, are_nonzero, blocking_names, strict=True):
         if names and not has_gradient:
             problem = (
                 "receives no gradient: every path from it to the output goes through weights that"
@@ -259,22 +268,22 @@ def _missing_gradient_problems(
 
 def _gradient_problems(
     call: partial,
-    chosen: ActiveAdapter,
+    active: ActiveAdapter,
     checked: list[_CheckedChange],
     trained: list[nn.Parameter],
-    packed,
+    packed_adapters,
 ) -> list[str]:
-    """Problems of changes whose gradient differs from that of the definition, computed in the
+    """A problem for each change whose gradient differs from that of the definition, computed in the
     present dtype of the model."""
     model: Any = call.func
     # cuDNN's RNNs have no backward in eval mode
     with _preserve_state(model, trained), torch.backends.cudnn.flags(enabled=False):
         model.eval()
         _perturb(trained)
-        with _use_selection(model, chosen):
-            adapted = _gradients(call, trained)
-        with _use_definition(model, chosen, packed):
-            defined = _gradients(call, trained)
+        with _use_selection(model, active):
+            adapter_gradients = _gradients(call, trained)
+        with _use_definition(model, active, packed_adapters):
+            defined_gradients = _gradients(call, trained)
 
     def full_gradient(gradients: Mapping, change: _CheckedChange) -> Tensor:
         flat_gradients = (
@@ -284,11 +293,12 @@ def _gradient_problems(
         return torch.cat([double(gradient).cpu() for gradient in flat_gradients])
 
     problems = []
-    largest = max((full_gradient(defined, change).norm().item() for change in checked), default=0.0)
+    norms = [full_gradient(defined_gradients, change).norm().item() for change in checked]
+    largest_norm = max(norms, default=0.0)
     for change in checked:
-        expected = full_gradient(defined, change)
-        error = (full_gradient(adapted, change) - expected).norm().item() / max(
-            expected.norm().item(), NOISE * largest, 1e-30
+        expected = full_gradient(defined_gradients, change)
+        error = (full_gradient(adapter_gradients, change) - expected).norm().item() / max(
+            expected.norm().item(), NOISE * largest_norm, 1e-30
         )
         size = min((p.element_size() for p in change.module.parameters(recurse=False)), default=4)
         if not error < TOLERANCE.get(size, 0.5):
@@ -303,16 +313,14 @@ def _gradient_problems(
 
 
 def _to_float64(tensor: Tensor) -> Tensor:
-    """A tensor of the model or of its arguments for a run in float64: floating-point tensors are
-    cast, the others only moved to the device of that run."""
-    if tensor.is_floating_point():
-        return double(tensor)
-    return tensor.to(compute_device(tensor.device))
+    """Prepare a tensor of the model, or of its arguments, for a run in float64. Floating-point
+    tensors are cast. Other tensors are only moved to the device of that run."""
+    return double(tensor) if tensor.is_floating_point() else tensor.to(compute_device(tensor.device))
 
 
 def _checked_changes(model: nn.Module, name: str) -> list[_CheckedChange]:
-    """The changes of an adapter, each once; a parameter that layers share counts for all of
-    them."""
+    """The changes of an adapter, each listed once. A parameter that layers share is reached if one
+    of these layers is reached."""
     checked = [
         _CheckedChange(
             parameter_path(path, weight),
@@ -343,18 +351,20 @@ def _checked_changes(model: nn.Module, name: str) -> list[_CheckedChange]:
 
 @contextmanager
 def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """A block after which the modules' modes, the trained parameters with their ``requires_grad``,
-    and the buffers that a pass in training mode changes are restored."""
+    """A context manager that restores the modules' modes, the trained parameters and their
+    ``requires_grad``, and the buffers that a pass in training mode changes."""
     modes = {module: module.training for module in model.modules()}
-    required = [p.requires_grad for p in trained]
+    requires_grad_flags = [p.requires_grad for p in trained]
     values = [p.detach().clone() for p in trained]
-    # No pass changes the frozen buffers of an adapter or quantised weights that are buffers. They
+    # No pass changes the frozen buffers of an adapter, or quantised weights that are buffers. They
     # may be as large as the model, so they are not copied.
-    large = (
+    fixed_modules = (
         module for module in model.modules() if isinstance(module, Change) or is_opaque(module)
     )
-    fixed = {id(buffer) for module in large for buffer in module.buffers()}
-    buffers = [(buffer, cpu_copy(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
+    fixed_ids = {id(buffer) for module in fixed_modules for buffer in module.buffers()}
+    buffers = [
+        (buffer, cpu_copy(buffer)) for buffer in model.buffers() if id(buffer) not in fixed_ids
+    ]
     try:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -364,7 +374,7 @@ def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[N
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
-            for parameter, value, flag in zip(trained, values, required, strict=True):
+            for parameter, value, flag in zip(trained, values, requires_grad_flags, strict=True):
                 parameter.requires_grad_(flag)
                 parameter.copy_(value)
             for buffer, value in buffers:
@@ -372,7 +382,7 @@ def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[N
 
 
 def _perturb(trained: list[nn.Parameter]) -> None:
-    """Add noise to the trained parameters. At their start, ΔW is zero, and a reader that ignores
+    """Add noise to the trained parameters. Before training ΔW is zero, so that code that ignores
     the adapter would compute the same output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -383,6 +393,7 @@ def _perturb(trained: list[nn.Parameter]) -> None:
 
 
 def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
+    """The gradients of a random projection of the model's outputs for the trained parameters."""
     torch.manual_seed(0)
     with torch.enable_grad():
         # A random projection, because a plain sum is constant after a softmax or a layer norm and
@@ -399,45 +410,45 @@ def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter,
 
 def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
     """The layer adapters of weights that cannot be replaced by W + ΔW, by the key of their layer's
-    state. None if one of these weights is in a module with a plain weight, or another module reads
-    it."""
-    packed: dict[int, LayerAdapter] = {}
+    state. None if such a weight is in a module that also has a plain weight, or if another module
+    reads it."""
+    packed_adapters: dict[int, LayerAdapter] = {}
     read_below: set[int] = set()
     for _, module, layer_adapter in adapters(model, name):
         are_plain = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
         layer_state: Any = module._modules[STATE]
         read_below.update(id(below) for below in layer_adapter.read_below.values())
         if are_plain == {False}:
-            packed[layer_state.key] = layer_adapter
+            packed_adapters[layer_state.key] = layer_adapter
         elif len(are_plain) == 2:
             return None
-    return None if read_below & set(map(id, packed.values())) else packed
+    return None if read_below & set(map(id, packed_adapters.values())) else packed_adapters
 
 
 @contextmanager
 def _use_definition(
-    model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, LayerAdapter]
+    model: nn.Module, active: ActiveAdapter, packed_adapters: Mapping[int, LayerAdapter]
 ) -> Iterator[None]:
-    """A block in which the plain model reads W + ΔW, differentiable, in place of every W. The
-    weights are computed one at a time, when they are read."""
+    """A context manager in which the model reads W + ΔW, differentiable, in place of every W. Each
+    weight is computed when it is read. Only the layers of ``packed_adapters`` use adapters."""
     undo: list[tuple[dict, Any, Any]] = []
 
     def replace(table: dict, key: Any, value: Any) -> None:
         undo.append((table, key, table[key]))
         table[key] = value
 
-    packed_ids = set(map(id, packed.values()))
-    recomputed, spread = Recomputed(), is_spread(model.modules())
+    packed_ids = set(map(id, packed_adapters.values()))
+    recomputed, weights_are_spread = Recomputed(), is_spread(model.modules())
     reshard(model)
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
-        for key, layer_adapter in chosen.table.items():
-            # the key of a method needs nothing: its layer has an entry too
+        for key, layer_adapter in active.usable_layer_adapters.items():
+            # A key (key of a layer, method) needs nothing: the layer's own key has an entry too.
             if key not in modules or id(layer_adapter) in packed_ids:
                 continue
             module = modules[key]
-            full = layer_adapter.replacements(module)
-            for name, value in full.items():
+            replacements = layer_adapter.replacements(module)
+            for name, value in replacements.items():
                 table = module._parameters if name in module._parameters else module._buffers
                 replace(table, name, value)
             readers: dict[str, Any] = {
@@ -445,26 +456,28 @@ def _use_definition(
                 for weight, change in layer_adapter.changes.items()
             }
             if isinstance(layer_adapter, Blend):
-                plain = view(module, base_class(module), {})
+                module_view = view(module, base_class(module), {})
                 readers = {
-                    weight: partial(_blend_weight, layer_adapter, plain, weight)
+                    weight: partial(_blend_weight, layer_adapter, module_view, weight)
                     for weight in readers
                 }
-            if spread:  # FSDP2 stores gathered weights where those of the adapter would be
-                readers |= {name: lambda _, value=value: value for name, value in full.items()}
-            reads = ComputedParameters(module._parameters, readers, spread)
-            replace(module.__dict__, "_parameters", reads)
+            if weights_are_spread:  # FSDP2 stores gathered weights in place of ``replacements``
+                readers |= {
+                    name: lambda _, value=value: value for name, value in replacements.items()
+                }
+            parameters = ComputedParameters(module._parameters, readers, weights_are_spread)
+            replace(module.__dict__, "_parameters", parameters)
             kind = kind_of(module)
-            if kind is not None and (full or readers):
-                before = dict(module.__dict__)
-                kind.bind(module, reads.computed_once())
+            if kind is not None and (replacements or readers):
+                attributes_before = dict(module.__dict__)
+                kind.bind(module, parameters.computed_once())
                 undo.extend(
-                    (module.__dict__, name, before[name])
-                    for name in before
-                    if module.__dict__[name] is not before[name]
+                    (module.__dict__, name, attributes_before[name])
+                    for name in attributes_before
+                    if module.__dict__[name] is not attributes_before[name]
                 )
-        selection = ActiveAdapter(chosen.name, packed, chosen.on)
-        with _use_selection(model, selection), recomputed.saving():
+        selection = ActiveAdapter(active.name, packed_adapters, active.merged_at_attach)
+        with _use_selection(model, selection), recomputed.recipe_hooks():
             yield
     finally:
         reshard(model)
@@ -472,12 +485,13 @@ def _use_definition(
             table[key] = value
 
 
-def _blend_weight(blend: Blend, module: nn.Module, weight: str, _: Any) -> Tensor:
-    return blend.changed_weights(module, wide=False)[weight]
+def _blend_weight(blend: Blend, module: nn.Module, weight_name: str, _: Any) -> Tensor:
+    """A changed weight of a blend; a reader of ``ComputedParameters``."""
+    return blend.changed_weights(module, wide=False)[weight_name]
 
 
 def _differentiable_tensors(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor that requires a gradient in an output of nested containers."""
+    """Every floating-point tensor that requires a gradient in nested containers of outputs."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.requires_grad:
             yield output

@@ -1,9 +1,9 @@
 """Find the zero weights that block the gradient between an adapter and the output.
 
 A gate that starts at zero (LayerScale, ReZero, zero convolutions, adaLN-Zero) multiplies the
-gradient of every layer before it by zero. So the output seems not to depend on the adapter,
-although it will once the gate has trained. Source analysis cannot show this. So the zeros are
-replaced by random numbers: if the gradient appears, they blocked it.
+gradient of every layer before it by zero. The output then seems not to depend on the adapter,
+although it will once the gate has trained. Source analysis cannot show this. Instead, the zeros are
+replaced by random numbers: if the gradient appears, the zeros blocked it.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: the largest number of zero weights to test one by one; if there are more, all are reported
+#: the largest number of zero weights that are tested one by one; if there are more, all are
+#: reported
 MAX_TESTED = 64
-#: standard deviation of the random numbers that replace zeros
+#: the standard deviation of the random numbers that replace zeros
 FILL_STD = 0.02
 
-#: computes, for each checked change, whether its gradient is nonzero
+#: a function that computes, for each checked change, whether its gradient is nonzero
 HaveGradients = Callable[[], Sequence[bool]]
 
 
 def zero_parameters(model: nn.Module, exclude: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The parameters whose elements are all zero, by path, each once."""
-    skipped = set(map(id, exclude))
-    plain = {
+    """The parameters whose elements are all zero, by path. A tied parameter is listed once."""
+    excluded_ids = set(map(id, exclude))
+    candidates = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in skipped
+        if id(parameter) not in excluded_ids
         and type(parameter) is nn.Parameter
         and parameter.is_floating_point()
     }
     return {
         name: parameter
-        for name, parameter in plain.items()
+        for name, parameter in candidates.items()
         if parameter.numel() and not parameter.is_meta and not bool(parameter.any())
     }
 
@@ -44,35 +45,35 @@ def zero_parameters(model: nn.Module, exclude: Sequence[nn.Parameter]) -> dict[s
 def blocking_weights(
     zeros: dict[str, nn.Parameter], have_gradients: HaveGradients
 ) -> list[tuple[str, ...]]:
-    """For each checked change, the names of the zero weights that block its gradient; empty if
-    zeros are not the reason."""
+    """For each checked change, the names of the zero weights that block its gradient. Empty if the
+    zeros are not the reason why it has no gradient."""
     with _fill_zeros(zeros.values()):
-        without_zeros = list(have_gradients())
-    if not any(without_zeros):
-        return [() for _ in without_zeros]
+        have_gradients_filled = list(have_gradients())
+    if not any(have_gradients_filled):
+        return [() for _ in have_gradients_filled]
     # A parameter that is only added, such as a bias that starts at zero, blocks nothing: the
     # gradient appears whether it is zero or not.
-    blocking: list[list[str]] = [[] for _ in without_zeros]
+    blocking_names: list[list[str]] = [[] for _ in have_gradients_filled]
     for name in zeros if len(zeros) <= MAX_TESTED else ():
         with _fill_zeros(parameter for key, parameter in zeros.items() if key != name):
-            for names, with_this_zero, without in zip(
-                blocking, have_gradients(), without_zeros, strict=True
+            for names, has_gradient, has_gradient_filled in zip(
+                blocking_names, have_gradients(), have_gradients_filled, strict=True
             ):
-                if without and not with_this_zero:
+                if has_gradient_filled and not has_gradient:
                     names.append(name)
-    # If two parallel paths to the output each have a zero, no single one blocks the gradient. Then
-    # all are reported.
+    # If each of two parallel paths to the output has a zero, no single zero blocks the gradient.
+    # Then all zeros are reported.
     all_names = tuple(
         name for name, parameter in zeros.items() if parameter.ndim > 1 or not name.endswith("bias")
     ) or tuple(zeros)
     return [
-        (tuple(names) or all_names) if without else ()
-        for names, without in zip(blocking, without_zeros, strict=True)
+        (tuple(names) or all_names) if has_gradient_filled else ()
+        for names, has_gradient_filled in zip(blocking_names, have_gradients_filled, strict=True)
     ]
 
 
 def _fill_zeros(parameters: Iterable[nn.Parameter]) -> Any:
-    """A block in which small random numbers replace the zeros."""
+    """A context manager in which small random numbers replace the zeros of parameters."""
     generator = torch.Generator().manual_seed(0)
     return replace_data(
         parameters,
@@ -83,13 +84,15 @@ def _fill_zeros(parameters: Iterable[nn.Parameter]) -> Any:
 
 
 @contextmanager
-def replace_data(tensors: Iterable[Tensor], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A block in which each tensor's ``data`` is ``make(data)``. Afterwards each tensor has its
-    former memory."""
+def replace_data(
+    tensors: Iterable[Tensor], make_data: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """A context manager in which each tensor's ``data`` is ``make_data(data)``. Afterwards each
+    tensor has its original memory."""
     originals = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in originals:
-            tensor.data = make(data)
+            tensor.data = make_data(data)
         yield
     finally:
         for tensor, data in originals:

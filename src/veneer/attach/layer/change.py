@@ -1,7 +1,9 @@
-"""The change of one weight: the adapter parameters, and how ΔW is computed from them.
+"""The change of one weight: its adapter parameters, and how ΔW is computed from them.
 
 resolve(W)          ->  LowRank (A [g, r, in], B [g, out, r], scale), gain [g · out] or None
 changed_weight(W)   ->  gain ⊙ (W + ΔW), in the shape of W        ΔW = scale · B A
+
+g is the number of groups of a convolution or of matrices in a stack, r the rank.
 """
 
 from __future__ import annotations
@@ -24,19 +26,22 @@ from veneer.layers import Dims, Layer
 from veneer.lowrank import LowRank, zero_column
 from veneer.variants import Variant
 
-#: the number of pieces in which a packed weight is made dense, so that no full dense copy exists
-PIECES = 8
+#: the number of blocks of rows in which a packed weight is decoded, so that there is never a full
+#: dense copy of it
+PIECE_COUNT = 8
 
 
 def changed_storage_error(module: nn.Module, name: str) -> SelectionError:
     """The error of a call, a merge or a save for a parameter that was pruned, parametrised or
     removed after the adapter was attached."""
     layer_state = state_of(module)
-    path = None if layer_state is None else layer_state.attached.paths.get(layer_state.key)
-    ref = name if path in (None, "") else f"{path}.{name}"
+    path = (
+        None if layer_state is None else layer_state.model_adapters.layer_paths.get(layer_state.key)
+    )
+    weight_path = name if path in (None, "") else f"{path}.{name}"
     problem = (
-        f"{ref!r} ({base_class(module).__name__}), pruned or parametrised (or no longer so) after"
-        " attach"
+        f"{weight_path!r} ({base_class(module).__name__}), pruned or parametrised (or no longer"
+        " so) after attach"
     )
     do = (
         "undo it (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or detach the"
@@ -52,15 +57,15 @@ def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
         SelectionError: the weight is no longer stored as it was when the change was created.
     """
     weight = weight_of(module, name)
-    computed = isinstance(weight, ParametrizationList)
-    if weight is None or computed != (change.storage.name == "parametrized"):
+    is_computed = isinstance(weight, ParametrizationList)
+    if weight is None or is_computed != (change.storage.name == "parametrized"):
         raise changed_storage_error(module, name)
     return weight
 
 
 def _refuse_gradient(gradient: Tensor) -> None:
-    """Backward hook of offloaded parameters. It raises, because the gradient would belong to copies
-    on the device that are freed after the call."""
+    """Backward hook of offloaded parameters. It raises an error, because the gradient would belong
+    to copies on the device, which are freed after the call."""
     problem = "a gradient of adapter parameters that accelerate has offloaded"
     raise TargetError(
         sentence(
@@ -73,15 +78,16 @@ class Change(nn.Module):
     """One adapter's change of one weight.
 
     Fields:
-        rows: indices of the outputs that change; None for all outputs.
-        frozen_input: index of the one input whose column of ΔW stays zero, or None.
+        rows: indices of the output rows that change; None if all of them change.
+        frozen_input: index of the one input whose column of ΔW stays zero, such as a padding token;
+            None if there is no such input.
         module_only: the change affects only the outputs of the modules that hold the weight, as in
             PEFT. Other code that reads the weight gets the base weight.
-        tokens: the rows of an embedding or head that are trained in full. With rank 0, nothing else
-            changes.
+        tokens: ids of the tokens whose rows of an embedding or head are trained in full; None
+            trains no such rows. If the rank is 0, nothing else changes.
     """
 
-    #: the trained rows [n, d] of ``tokens``, if any
+    #: the trained rows of ``tokens``, [number of tokens, width]
     token_rows: Any
     layer: Any
     variant: Any
@@ -109,12 +115,12 @@ class Change(nn.Module):
         self.rank, self.alpha, self.dropout, self.frozen_input = rank, alpha, dropout, frozen_input
         self.scale = variant.scale(alpha, rank) if rank else 1.0
         self.rows, self.tokens, self.module_only = rows, tokens, module_only
-        self._moved: dict[str, Tensor] = {}
-        for name, value in parameters.items():
+        self._device_copies: dict[str, Tensor] = {}
+        for name, tensor in parameters.items():
             if name in variant.frozen:
-                self.register_buffer(name, value)
+                self.register_buffer(name, tensor)
             else:
-                self.register_parameter(name, nn.Parameter(value))
+                self.register_parameter(name, nn.Parameter(tensor))
 
     def extra_repr(self) -> str:
         return f"{self.variant.name}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
@@ -123,36 +129,39 @@ class Change(nn.Module):
     def adapter_parameters(self) -> dict[str, Any]:
         """The variant's parameters, trained and frozen, by name. Parameters that accelerate has
         offloaded are copied to the device of the module."""
-        values = self._values()
-        values.pop(ROWS, None)
-        return values
+        parameters = self._all_parameters()
+        parameters.pop(ROWS, None)
+        return parameters
 
-    def _values(self) -> dict[str, Any]:
+    def _all_parameters(self) -> dict[str, Any]:
+        """``adapter_parameters`` together with the trained token rows."""
         hook = self.__dict__.get("_hf_hook")
         if hook is None or not any(
-            value.is_meta for value in {**self._parameters, **self._buffers}.values()
+            tensor.is_meta for tensor in {**self._parameters, **self._buffers}.values()
         ):
             return {**self._parameters, **self._buffers}
         hook.pre_forward(self)
-        values = {**self._parameters, **self._buffers}
+        parameters = {**self._parameters, **self._buffers}
         hook.post_forward(self, None)
-        for value in values.values():
-            if value.requires_grad:
-                value.register_hook(_refuse_gradient)
-        return values
+        for tensor in parameters.values():
+            if tensor.requires_grad:
+                tensor.register_hook(_refuse_gradient)
+        return parameters
 
     def resolve(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
-        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in
-        ``dtype`` if given."""
+        """The change of ``weight``, differentiable: (LowRank, gain). The gain has one factor for
+        each output row, [g · out], or is None. ``dtype`` is the dtype of both; None keeps that of
+        the parameters."""
         # Do not branch on the rank here: torch.compile would compile a graph for each rank.
         if self.tokens is None:
             return self.low_rank(weight, dtype)
-        low_rank = self.low_rank(weight, dtype) if self.rank else (None, None)
-        rows, dense = self._values()[ROWS], self.storage.dense(weight)
-        rows = rows if dtype is None else precision.cast(rows, dtype)
-        return with_rows(*low_rank, rows, self._on(rows.device, "tokens"), dense, self.layer)
+        low_and_gain = self.low_rank(weight, dtype) if self.rank else (None, None)
+        token_rows, dense = self._all_parameters()[ROWS], self.storage.dense(weight)
+        token_rows = token_rows if dtype is None else precision.cast(token_rows, dtype)
+        token_ids = self._indices_on(token_rows.device, "tokens")
+        return with_rows(*low_and_gain, token_rows, token_ids, dense, self.layer)
 
     def low_rank(
         self, weight: Any, dtype: torch.dtype | None = None
@@ -160,75 +169,82 @@ class Change(nn.Module):
         """``resolve`` without the trained token rows."""
         parameters = self.adapter_parameters
         if dtype is not None:
-            parameters = {name: precision.cast(value, dtype) for name, value in parameters.items()}
+            parameters = {
+                name: precision.cast(tensor, dtype) for name, tensor in parameters.items()
+            }
         if self.frozen_input is not None and "A" in parameters:
-            # before the variant runs, as its gain may depend on ΔW
+            # Zero the column before the variant runs, because its gain may depend on ΔW.
             parameters["A"] = zero_column(parameters["A"], self.frozen_input)
-        low, gain = self.variant.resolve(parameters, self.scale, self._base(weight, dtype))
+        low_rank, gain = self.variant.resolve(
+            parameters, self.scale, self._weight_reader(weight, dtype)
+        )
         if self.rows is not None:
-            rows = self._on(low.B.device, "rows")
-            low = low.expand_rows(rows, self.dims.out)
+            row_indices = self._indices_on(low_rank.B.device, "rows")
+            low_rank = low_rank.expand_rows(row_indices, self.dims.out)
             gain = (
                 None
                 if gain is None
-                else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
+                else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, row_indices, gain)
             )
-        return low if self.frozen_input is None else low.zero_input(self.frozen_input), gain
+        if self.frozen_input is not None:
+            low_rank = low_rank.zero_input(self.frozen_input)
+        return low_rank, gain
 
     def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` in float64, for a merge. In float64, the gain of a matrix does not depend on
-        whether it is computed alone or in a stack of matrices."""
+        """``resolve`` in float64, for a merge. In float64, a matrix has the same gain whether it is
+        computed alone or in a stack of matrices."""
         return self.resolve(weight, torch.float64)
 
-    def _base(self, weight: Any, dtype: torch.dtype | None) -> Any:
-        """A function with which the variant reads W. For a packed weight it has the attribute
-        ``pieces``, which yields W in pieces of its rows."""
+    def _weight_reader(self, weight: Any, dtype: torch.dtype | None) -> Any:
+        """A function that returns W, for the variant. For a packed weight it has the attribute
+        ``pieces``, a function that yields W in blocks of rows."""
 
-        def base() -> Tensor:
-            return self._dense(weight, dtype)
+        def read_weight() -> Tensor:
+            return self._unfolded_weight(weight, dtype)
 
-        by_rows = self.layer.product and not self.layer.out_axis and self.rows is None
-        if by_rows and dtype is None and self.storage.dense_name is None:
-            vars(base)["pieces"] = lambda: (
-                piece[None] for piece in self.storage.pieces(weight, PIECES)
+        has_row_blocks = self.layer.product and not self.layer.out_axis and self.rows is None
+        if has_row_blocks and dtype is None and self.storage.dense_name is None:
+            vars(read_weight)["pieces"] = lambda: (
+                piece[None] for piece in self.storage.pieces(weight, PIECE_COUNT)
             )
-        return base
+        return read_weight
 
-    def _dense(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
-        """W as [g, out, in] in its dtype, on a device that supports arithmetic in ``dtype``."""
+    def _unfolded_weight(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """The rows of W that change, [g, out, in], in the dtype of W. If ``dtype`` is not None, the
+        tensor is on a device that supports arithmetic in it."""
         dense = self.storage.dense(weight)
         dense = dense if dtype is None else dense.to(precision.compute_device(dense.device, dtype))
         dense = self.layer.unfold(dense, self.dims)
-        return dense if self.rows is None else dense[:, self._on(dense.device, "rows")]
+        return dense if self.rows is None else dense[:, self._indices_on(dense.device, "rows")]
 
-    def _on(self, device: torch.device, name: str) -> Tensor:
-        """``rows`` or ``tokens`` on a device; the copy is cached."""
-        indices: Any = getattr(self, name)
+    def _indices_on(self, device: torch.device, attribute: str) -> Tensor:
+        """The indices in ``rows`` or ``tokens``, on a device. Copies are cached."""
+        indices: Any = getattr(self, attribute)
         if device == indices.device:
             return indices
-        moved = self._moved.get(name)
-        if moved is None or moved.device != device:
-            self._moved[name] = moved = indices.to(device, non_blocking=True)
-        return moved
+        copied = self._device_copies.get(attribute)
+        if copied is None or copied.device != device:
+            self._device_copies[attribute] = copied = indices.to(device, non_blocking=True)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_moved": {}}
+        return {**self.__dict__, "_device_copies": {}}
 
     def changed_weight(
         self,
         weight: Any,
-        low: LowRank | None,
+        low_rank: LowRank | None,
         gain: Tensor | None,
         dtype: torch.dtype,
-        drop: bool = False,
+        with_dropout: bool = False,
     ) -> Tensor:
-        """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low``,
-        ``gain ⊙ W``. This is the definition of an adapter. ``drop`` applies dropout to whole input
-        columns of ΔW, which is the same dropout mask for every row of the input."""
+        """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low_rank``,
+        ``gain ⊙ W``. This is the definition of an adapter. In training mode ``with_dropout`` drops
+        whole input columns of ΔW, so that every row of the input has the same dropout mask."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
-        if low is not None:
-            delta = low.delta(dtype)
-            if drop and self.training and self.dropout:
+        if low_rank is not None:
+            delta = low_rank.delta(dtype)
+            if with_dropout and self.training and self.dropout:
                 delta = delta * F.dropout(
                     delta.new_ones(delta.shape[0], 1, delta.shape[2]), self.dropout
                 )

@@ -1,8 +1,8 @@
-"""Dtypes around an adapted layer.
+"""Convert the dtypes of the inputs and the output of an adapted layer.
 
 A 16-bit layer computes W + ΔW in float32, because a 16-bit sum would lose a ΔW that is small
-against W. Its output has the dtype of the plain layer's output. Integers (token ids, masks) pass
-through unchanged.
+against W. The output is then cast to the dtype that it would have without an adapter. Integers
+(token ids, masks) pass through unchanged.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def no_autocast(tensor: Tensor) -> Any:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def output_dtype(x: Tensor, weight: torch.dtype) -> torch.dtype:
-    """The dtype of the plain layer's output for the input ``x``."""
+def output_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the output that the layer without an adapter computes for the input ``x``."""
     if not x.is_floating_point():
-        return weight
+        return weight_dtype
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

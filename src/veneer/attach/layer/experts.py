@@ -1,13 +1,13 @@
 """Products of inputs with a stack of matrices W + ΔW, such as the weights of experts, without
-forming W + ΔW. The stack is an ``Unformed`` tensor (``unformed.py``); the functions here are its
+forming W + ΔW. The stack is an ``Unformed`` tensor (``unformed.py``). This file implements its
 operations:
 
     F.linear(x, W[i])   x @ W[i]               one matrix: the fused kernel of linear layers
     bmm(x, W)   baddbmm(b, x, W.mT)   x @ W    all matrices: the low-rank product, then x W added
-    bmm(x, W[ids])   bmm(W[ids], x)            one matrix a row; on a CPU, W[ids] is not gathered
+    bmm(x, W[ids])   bmm(W[ids], x)            one matrix per row; on a CPU, W[ids] is not gathered
     grouped_mm(x, W.mT, offs=…)                rows sorted by their matrix (``kernels/grouped.py``)
 
-``stand_ins`` decides for which calls of which modules these tensors are used.
+``unformed_weights_of`` decides for which calls of which modules these tensors are used.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from veneer import context
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.dtypes import is_float, no_autocast
 from veneer.attach.layer.state import LayerState
-from veneer.attach.layer.unformed import OPERATIONS, Stack, Unformed, stand_in
-from veneer.kernels import fused, grouped, is_eager, reference
+from veneer.attach.layer.unformed import OPERATIONS, Stack, Unformed, make_unformed
+from veneer.kernels import is_eager, fused, grouped, reference
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 
 _C: Any = torch._C
 
-#: layers whose forward uses an operation that ``Unformed`` does not support, so that W + ΔW is
-#: formed
-_FORMING: weakref.WeakSet[LayerState] = weakref.WeakSet()
+#: layers whose forward uses an operation that ``Unformed`` does not support. Their W + ΔW is formed
+#: in every call.
+_LAYERS_THAT_FORM: weakref.WeakSet[LayerState] = weakref.WeakSet()
 
 
 # ----------------------------------------------------------------------------------------------
 # calls with unformed weights
 
 
-def stand_ins(
-    layer_adapter: Any, module: nn.Module, layer_state: LayerState, inputs: Any, formable: bool
+def unformed_weights_of(
+    layer_adapter: Any, module: nn.Module, layer_state: LayerState, inputs: Any, can_form: bool
 ) -> dict[str, Tensor] | None:
-    """``Unformed`` tensors for the changed weights of a module in this call, by name, or None if
-    the weights must be formed.
+    """``Unformed`` tensors for the changed weights of a module in this call, by name. None if the
+    weights must be formed.
 
     Args:
-        inputs: the arguments of the call.
-        formable: whether an operation may still form W + ΔW in the dtype of the weight.
+        inputs: the arguments of the call, (args, kwargs).
+        can_form: whether an operation may still form W + ΔW, in the dtype of the weight.
     """
     if not is_eager() or _C._get_tracing_state() is not None:
         return None
-    if layer_state in _FORMING or context.current.path == "materialised":
+    if layer_state in _LAYERS_THAT_FORM or context.current.path == "materialised":
         return None
     leaves = _tensor_arguments(*inputs)
     if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):
@@ -62,11 +62,13 @@ def stand_ins(
     changes = layer_adapter.stacks(module)
     if not changes:
         return None
-    call: dict[int, Any] = {}
-    source = next((leaf for leaf in leaves if is_float(leaf)), None)
+    call_state: dict[int, Any] = {}
+    call_input = next((leaf for leaf in leaves if is_float(leaf)), None)
     return {
-        name: stand_in(Stack(weight, low.A, low.B, low.scale, formable, call, source))
-        for name, (weight, low) in changes.items()
+        name: make_unformed(
+            Stack(weight, low_rank.A, low_rank.B, low_rank.scale, can_form, call_state, call_input)
+        )
+        for name, (weight, low_rank) in changes.items()
     }
 
 
@@ -79,13 +81,13 @@ def _tensor_arguments(args: tuple, kwargs: dict) -> list[Tensor]:
 
 
 def always_form_weights(layer_state: LayerState) -> None:
-    """Form W + ΔW in all later calls of this layer, because its forward uses an operation that
+    """Form W + ΔW in all later calls of this layer. Its forward uses an operation that
     ``Unformed`` does not support."""
-    _FORMING.add(layer_state)
+    _LAYERS_THAT_FORM.add(layer_state)
 
 
 def is_stack(change: Change, weight: Any) -> bool:
-    """Whether a change is of a plain frozen stack of matrices."""
+    """Whether a change is of a frozen stack of matrices that is stored as a plain parameter."""
     return (
         type(weight) is nn.Parameter
         and weight.dim() == 3
@@ -97,12 +99,15 @@ def is_stack(change: Change, weight: Any) -> bool:
     )
 
 
-def drop_inputs(change: Change, low: LowRank) -> LowRank:
-    """The change with dropout of whole inputs, as ``Change.changed_weight`` applies it."""
+def drop_inputs(change: Change, low_rank: LowRank) -> LowRank:
+    """``low_rank``, a change of a stack, with dropout of whole input columns in training mode, as
+    ``Change.changed_weight`` applies it."""
     if not (change.training and change.dropout):
-        return low
-    mask = F.dropout(low.A.new_ones(low.A.shape[0], 1, low.A.shape[2]), change.dropout)
-    return LowRank(low.A * mask, low.B, low.scale)
+        return low_rank
+    mask = F.dropout(
+        low_rank.A.new_ones(low_rank.A.shape[0], 1, low_rank.A.shape[2]), change.dropout
+    )
+    return LowRank(low_rank.A * mask, low_rank.B, low_rank.scale)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -110,9 +115,14 @@ def drop_inputs(change: Change, low: LowRank) -> LowRank:
 
 
 def _operation(*functions: Any) -> Callable[[Any], Any]:
-    def register(run: Any) -> Any:
-        OPERATIONS.update((function, run) for function in functions if function is not None)
-        return run
+    """A decorator that registers the implementation of these torch functions in ``OPERATIONS``.
+    Functions that are None are skipped."""
+
+    def register(implementation: Any) -> Any:
+        OPERATIONS.update(
+            (function, implementation) for function in functions if function is not None
+        )
+        return implementation
 
     return register
 
@@ -124,7 +134,7 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
     if type(index) is int:
         return _select_matrix(weight, index)
     if isinstance(index, slice):
-        return stand_in(weight.stack.slice_matrices(index), None, weight.flipped)
+        return make_unformed(weight.stack.slice_matrices(index), None, weight.flipped)
     if (
         not isinstance(index, Tensor)
         or isinstance(index, Unformed)
@@ -136,11 +146,11 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
     return weight.take_matrices(index) if index.dim() else _select_matrix(weight, int(index))
 
 
-def _select_matrix(weight: Unformed, number: int) -> Unformed:
-    count = weight.stack.W.shape[0]
-    if not -count <= number < count:
-        raise IndexError(f"index {number} is out of bounds for dimension 0 with size {count}")
-    return weight.take_matrices(number % count)
+def _select_matrix(weight: Unformed, index: int) -> Unformed:
+    matrix_count = weight.stack.W.shape[0]
+    if not -matrix_count <= index < matrix_count:
+        raise IndexError(f"index {index} is out of bounds for dimension 0 with size {matrix_count}")
+    return weight.take_matrices(index % matrix_count)
 
 
 @_operation(torch.index_select, Tensor.index_select)
@@ -158,7 +168,7 @@ def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
 def _unbind(func: Any, weight: Unformed, dim: int = 0) -> Any:
     if weight.index is not None or dim not in (0, -3):
         return NotImplemented
-    matrices = tuple(weight.take_matrices(number) for number in range(len(weight.stack.W)))
+    matrices = tuple(weight.take_matrices(index) for index in range(len(weight.stack.W)))
     return iter(matrices) if func is Tensor.__iter__ else matrices
 
 
@@ -175,10 +185,10 @@ def _transpose(_: Any, weight: Unformed, dim0: int, dim1: int) -> Any:
 @_operation(torch.permute, Tensor.permute)
 def _permute(_: Any, weight: Unformed, *dims: Any) -> Any:
     dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
-    order, usual = [dim % weight.ndim for dim in dims], list(range(weight.ndim))
+    axis_order, matrix_axes = [dim % weight.ndim for dim in dims], list(range(weight.ndim))
     return (
         weight.transpose_matrices()
-        if order == [*usual[:-2], usual[-1], usual[-2]]
+        if axis_order == [*matrix_axes[:-2], matrix_axes[-1], matrix_axes[-2]]
         else NotImplemented
     )
 
@@ -199,22 +209,22 @@ def _contiguous(_: Any, weight: Unformed, **options: Any) -> Any:
 
 
 @_operation(Tensor.to)
-def _to(_: Any, weight: Any, *arguments: Any, **keywords: Any) -> Any:
-    if not isinstance(weight, Unformed) or keywords.keys() - {"dtype", "device", "non_blocking"}:
+def _to(_: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(weight, Unformed) or kwargs.keys() - {"dtype", "device", "non_blocking"}:
         return NotImplemented
-    conversions = [*arguments, keywords.get("dtype"), keywords.get("device")]
-    conversions = [value for value in conversions if value is not None]
-    if any(isinstance(value, Tensor | int) for value in conversions):
+    targets = [*args, kwargs.get("dtype"), kwargs.get("device")]
+    targets = [target for target in targets if target is not None]
+    if any(isinstance(target, Tensor | int) for target in targets):
         return NotImplemented
-    unchanged = all(
+    is_unchanged = all(
         (
-            value == weight.dtype
-            if isinstance(value, torch.dtype)
-            else torch.device(value) == weight.device
+            target == weight.dtype
+            if isinstance(target, torch.dtype)
+            else torch.device(target) == weight.device
         )
-        for value in conversions
+        for target in targets
     )
-    return weight if unchanged else NotImplemented
+    return weight if is_unchanged else NotImplemented
 
 
 @_operation(Tensor.data_ptr)
@@ -240,16 +250,15 @@ def _split_matrices(weight: Unformed, sizes: Any, dim: int) -> Any:
         return NotImplemented
     length = weight.shape[dim]
     if isinstance(sizes, int):
-        sizes = [min(sizes, length - first) for first in range(0, length, sizes)]
+        sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
     axis = dim - weight.ndim + 3  # the axis of the stack [E, out, in]
     axis = 3 - axis if weight.flipped else axis
-    pieces, first = [], 0
+    slices, start = [], 0
     for size in sizes:
-        pieces.append(
-            stand_in(weight.stack.narrow_matrices(axis, first, size), weight.index, weight.flipped)
-        )
-        first += size
-    return tuple(pieces)
+        narrowed = weight.stack.narrow_matrices(axis, start, size)
+        slices.append(make_unformed(narrowed, weight.index, weight.flipped))
+        start += size
+    return tuple(slices)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -296,11 +305,12 @@ def _matmul(func: Any, input: Any, other: Any) -> Any:
 
 
 def _rows_per_matrix(x: Tensor, weight: Unformed) -> Tensor | None:
-    """x as [E, t, in]: for each matrix the rows that it multiplies."""
-    count = weight.shape[0]
-    if x.ndim < 2 or x.ndim > 3 or (x.ndim == 3 and x.shape[0] not in (1, count)):
+    """The rows of x that each of the E matrices multiplies, [E, t, in]. None if x has another
+    shape."""
+    matrix_count = weight.shape[0]
+    if x.ndim < 2 or x.ndim > 3 or (x.ndim == 3 and x.shape[0] not in (1, matrix_count)):
         return None
-    return x.expand(count, *x.shape[-2:])
+    return x.expand(matrix_count, *x.shape[-2:])
 
 
 @_operation(torch.baddbmm, Tensor.baddbmm)
@@ -336,8 +346,9 @@ def _transformers_grouped_mm(func: Any, input: Any, weight: Any, offs: Any) -> A
     return _grouped_product(input, weight, offs, func)
 
 
-def _is_unformed(value: Any, axes: int = 0) -> bool:
-    return isinstance(value, Unformed) and (not axes or value.ndim == axes)
+def _is_unformed(value: Any, ndim: int = 0) -> bool:
+    """Whether a value is an ``Unformed``, with ``ndim`` axes unless ``ndim`` is 0."""
+    return isinstance(value, Unformed) and (not ndim or value.ndim == ndim)
 
 
 def _has_autocast(x: Tensor) -> bool:
@@ -347,7 +358,7 @@ def _has_autocast(x: Tensor) -> bool:
 def _matrix_product(
     x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None = None
 ) -> Tensor:
-    """x Mᵀ + bias of a matrix M [out, in], or x M + bias if ``transposed``."""
+    """x Mᵀ + bias of one matrix M [out, in]; or, if ``transposed``, x M + bias of M [in, out]."""
     W, A, B = weight.factors(transposed)
     scale = weight.stack.scale
     if x.dtype == W.dtype and x.ndim > 1 and not _has_autocast(x):
@@ -356,16 +367,18 @@ def _matrix_product(
         )
         # a call has many such products with few rows each
         if recorded and x.ndim == 2 and bias is None and x.is_cpu:
-            return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
+            return grouped.linear(x, W, A, B, scale, None, weight.stack.call_input)
         return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
     y = F.linear(x, W, bias)
-    low = LowRank(A, B, scale) if _has_autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
-    return reference.matmul_update(x, low.A, low.B, scale, y)
+    low_rank = (
+        LowRank(A, B, scale) if _has_autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
+    )
+    return reference.matmul_update(x, low_rank.A, low_rank.B, scale, y)
 
 
 def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
-    """[S, t, out]: x [S, t, in] times the transposed matrices [S, out, in], or times matrices
-    [S, in, out] if ``transposed``."""
+    """The batched product [S, t, out] of x [S, t, in] and the transposes of matrices [S, out, in];
+    or, if ``transposed``, of x and matrices [S, in, out]."""
     stack = weight.stack
     if isinstance(weight.index, Tensor) and _can_group_rows(x, weight):
         order, inverse, segments = _group_rows(stack, weight.index)
@@ -382,46 +395,51 @@ def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
 
 
 def _can_group_rows(x: Tensor, weight: Unformed) -> bool:
-    """Whether the rows of x, each with its matrix, can be grouped by matrix."""
+    """Whether the rows of x, each of which has its own matrix, can be grouped by matrix."""
     return x.is_cpu and x.shape[1] == 1 and x.dtype == weight.dtype and not _has_autocast(x)
 
 
 def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None, grouped.Segments]:
-    """(order of the rows by matrix, the inverse order, the segments), computed once for all stacks
-    of a call. An order is None if the rows are already sorted."""
-    entry = stack.call.get(id(ids))
+    """(order of the rows by matrix, the inverse order, the segments) for the matrix index of each
+    row, ``ids``. It is computed once for all stacks of a call. The orders are None if the rows are
+    already sorted."""
+    entry = stack.call_state.get(id(ids))
     if entry is None:
-        count = len(stack.W)
+        matrix_count = len(stack.W)
         order, segments = grouped.sort_by_expert(
-            [number + count if number < 0 else number for number in ids.tolist()], count
+            [index + matrix_count if index < 0 else index for index in ids.tolist()], matrix_count
         )
         row_order = torch.tensor(order) if order != list(range(len(order))) else None
-        entry = stack.call[id(ids)] = (
+        entry = stack.call_state[id(ids)] = (
             ids,
             (row_order, None if row_order is None else row_order.argsort(), segments),
         )
     return entry[1]
 
 
-def _grouped_product(x: Any, weight: Any, ends: Any, product: Callable[..., Tensor]) -> Any:
-    """Rows x [S, in], sorted by matrix, times the matrices [E, in, out]. ``ends`` [E] are the
-    indices at which the rows of each matrix end."""
+def _grouped_product(
+    x: Any, weight: Any, row_ends: Any, base_product: Callable[..., Tensor]
+) -> Any:
+    """The rows x [S, in], sorted by matrix, times the matrices [E, in, out]. ``row_ends`` [E] are
+    the indices in x at which the rows of each matrix end. ``base_product`` computes the product
+    with W."""
     if (
         not _is_unformed(weight, 3)
         or weight.index is not None
         or type(x) is not Tensor
-        or ends is None
+        or row_ends is None
         or x.ndim != 2
     ):
         return NotImplemented
-    if x.dtype != weight.dtype or ends.shape != (weight.shape[0],):
+    if x.dtype != weight.dtype or row_ends.shape != (weight.shape[0],):
         return NotImplemented
     stack = weight.stack
     W, A, B = weight.factors(True)
     with no_autocast(x) if _has_autocast(x) else nullcontext():  # as in the product of the base
         if not x.is_cpu:
-            return grouped.linear_on_device(x, W, A, B, stack.scale, ends, product)
-        entry = stack.call.get(id(ends))
+            return grouped.linear_on_device(x, W, A, B, stack.scale, row_ends, base_product)
+        entry = stack.call_state.get(id(row_ends))
         if entry is None:
-            entry = stack.call[id(ends)] = ends, grouped.segments(ends.tolist(), len(x))
-        return grouped.linear(x, W, A, B, stack.scale, entry[1], stack.source)
+            segments = grouped.segments(row_ends.tolist(), len(x))
+            entry = stack.call_state[id(row_ends)] = row_ends, segments
+        return grouped.linear(x, W, A, B, stack.scale, entry[1], stack.call_input)

@@ -3,7 +3,7 @@ input:
 
     self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three outputs
 
-Only plain changes ΔW = s · B A of all outputs of a plain weight are supported here.
+Only plain changes ΔW = scale · B A of all outputs of a plain weight are supported here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ class FusedChange:
     """One plain low-rank change of a layer that is a matrix product.
 
     Fields:
-        change: the ``Change``; its A and B are read at each call, because they may be replaced.
-        weight, bias: the names of the layer's parameters; None for a layer that cannot have a bias.
+        change: the ``Change``. Its A and B are read at each call, because they may be replaced.
+        weight, bias: the names of the layer's parameters. ``bias`` is None for a layer that cannot
+            have a bias.
         flipped: whether the weight is stored transposed, as [in, out].
-        forms_above: the number of tokens above which W + ΔW is formed (``plan.forms_above``).
+        forms_above: the number of tokens above which W + ΔW is formed
+            (``cost_model.forms_above``).
     """
 
     change: Any
@@ -39,26 +41,26 @@ class FusedChange:
     forms_above: float
 
     @property
-    def drops(self) -> float:
-        """The dropout probability in the present mode."""
+    def active_dropout(self) -> float:
+        """The dropout probability: 0 outside of training mode."""
         return self.change.dropout if self.change.training else 0.0
 
-    def fits(self, module: nn.Module, x: Tensor) -> bool:
+    def can_compute_early(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the layer's output for x may be computed before the layer is called: the kernel
         supports x, and no hook of the layer replaces its input."""
         weight: Any = module._parameters[self.weight]
         hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         return not hooks and (fused.applies(x, weight) or device.applies(x, weight))
 
-    def frozen(self, module: nn.Module) -> tuple[Any, Any]:
-        """The layer's weight [out, in] and its bias, if it has one."""
+    def base_parameters(self, module: nn.Module) -> tuple[Any, Any]:
+        """(the layer's weight [out, in], its bias or None)."""
         parameters = module._parameters
         weight: Any = parameters[self.weight]
         bias = None if self.bias is None else parameters[self.bias]
         return weight.mT if self.flipped else weight, bias
 
-    def reads(self, module: nn.Module) -> tuple[Any, ...]:
-        """A key of all that the layer's output depends on besides x; equal keys mean equal
+    def read_key(self, module: nn.Module) -> tuple[Any, ...]:
+        """A key of everything besides x that the layer's output depends on. Equal keys mean equal
         outputs."""
         factors, parameters = self.change._parameters, module._parameters
         tensors = (
@@ -67,19 +69,19 @@ class FusedChange:
             factors["A"],
             factors["B"],
         )
-        return self.drops, self.change.scale, *identities(tensors)
+        return self.active_dropout, self.change.scale, *identities(tensors)
 
 
 def identities(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:
-    """The ``id`` and version of each tensor: they differ once a tensor is replaced or written."""
+    """The ``id`` and version of each tensor. They change when a tensor is replaced or written."""
     return ((id(tensor), tensor._version) for tensor in tensors if tensor is not None)
 
 
 class PendingOutputs(threading.local):
     """Outputs that the call of one layer has computed for other layers that read the same x.
 
-    Each thread holds the outputs of one x at a time. So outputs that an exception has left behind
-    are dropped with the next x.
+    Each thread holds the outputs for one x at a time. So if an exception leaves outputs behind,
+    they are dropped with the next x.
     """
 
     def __init__(self) -> None:
@@ -90,8 +92,8 @@ class PendingOutputs(threading.local):
         self._pending = x, x._version, outputs
 
     def take(self, x: Tensor, key: Any) -> Any:
-        """Remove and return the output for ``key`` of this x. None if there is none, or if x has
-        been written since."""
+        """Remove and return the output for this x and ``key``. None if there is none, or if x has
+        been written since the output was computed."""
         pending_x, version, outputs = self._pending
         if pending_x is not x or version != x._version or key not in outputs:
             return None
@@ -102,23 +104,23 @@ class PendingOutputs(threading.local):
 
 
 def make_fused_change(change: Any, module: nn.Module, layer: Layer) -> FusedChange:
-    """The ``FusedChange`` of a plain change of ``module``."""
+    """The ``FusedChange`` of a plain change of ``module``, whose kind is ``layer``."""
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
-    forms = cost_model.forms_above(out, in_, change.rank, weight.dtype)
-    return FusedChange(change, layer.weight, bias, layer.out_axis == 1, forms)
+    forms_above = cost_model.forms_above(out, in_, change.rank, weight.dtype)
+    return FusedChange(change, layer.weight, bias, layer.out_axis == 1, forms_above)
 
 
 def outputs(
     members: Sequence[tuple[nn.Module, FusedChange]], x: Tensor, seed: int | None = None
 ) -> tuple[Tensor, ...]:
-    """The outputs of layers that read the same x [*, in], all with the same dropout mask. ``seed``
-    is the seed of that mask; None draws a new one."""
+    """The outputs of layers that read the same x [*, in], all with the dropout mask of ``seed``; if
+    it is None, a seed is drawn. ``members`` are (module, fused change) pairs."""
     weights, biases, A, B = [], [], [], []
     on_cpu = x.is_cpu
     for module, fused_change in members:
-        weight, bias = fused_change.frozen(module)
+        weight, bias = fused_change.base_parameters(module)
         weights.append(weight)
         biases.append(bias)
         factors = (
@@ -126,7 +128,7 @@ def outputs(
         )
         A.append(factors["A"])
         B.append(factors["B"])
-    dropout = members[0][1].drops
+    dropout = members[0][1].active_dropout
     if not dropout:
         seed = 0
     elif seed is None:
@@ -135,27 +137,28 @@ def outputs(
     if not on_cpu:
         return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
     tokens = x.numel() // x.shape[-1]
-    form = (
+    may_form = (
         not dropout
         and x.dtype.itemsize >= 4
         and all(tokens > fused_change.forms_above for _, fused_change in members)
     )
-    return fused.linears(fused.Settings(scales, dropout, seed, form), x, weights, biases, A, B)
+    settings = fused.Settings(scales, dropout, seed, may_form)
+    return fused.linears(settings, x, weights, biases, A, B)
 
 
 class SharedInputLayers:
-    """Layers of one module that read the same input. The first layer called computes the outputs of
-    all; the other calls take theirs.
+    """Layers of one module that read the same input. The call of the first layer computes the
+    outputs of all of them; the calls of the other layers return these outputs.
 
-    All outputs come from one autograd node. So x must have a graph itself: then ``backward``
-    through one output frees the graph below x, and a later ``backward`` through another output
-    would fail in any case. With dropout, the outputs are also shared without a graph. All layers
-    use one dropout mask, and checkpointing, which runs the layers without a graph first, must draw
-    the same masks in both runs.
+    All outputs come from one autograd node. So outputs are shared only if x has a graph: then
+    ``backward`` through one output frees the graph below x, and a later ``backward`` through
+    another output would fail in any case. With dropout, the outputs are shared without a graph too:
+    all layers use one dropout mask, and checkpointing, which runs the layers without a graph first,
+    must draw the same masks in both runs.
 
     ``members`` are (module, layer adapter) pairs in the order of their calls. An output is valid
-    only while all tensors that it was computed from are unchanged; their identities and versions
-    are compared when it is taken.
+    only while all tensors that it was computed from are unchanged. Their identities and versions
+    are compared when the output is taken.
     """
 
     def __init__(self, members: list[tuple[nn.Module, Any]]) -> None:
@@ -163,36 +166,41 @@ class SharedInputLayers:
 
     @staticmethod
     def applies(fused_change: FusedChange, x: Tensor) -> bool:
+        """Whether the outputs for x can be computed together in the present gradient mode."""
         if torch.is_grad_enabled():
-            return x.grad_fn is not None or (x.requires_grad and fused_change.drops > 0)
-        return fused_change.drops > 0 and not x.is_inference()  # inference tensors have no version
+            return x.grad_fn is not None or (x.requires_grad and fused_change.active_dropout > 0)
+        # inference tensors have no version
+        return fused_change.active_dropout > 0 and not x.is_inference()
 
     def output(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> Tensor:
-        """The output of ``module`` with its layer adapter for x [*, in], where ``applies``
-        holds."""
-        ready = _PENDING.take(x, id(layer_adapter))
-        if ready is not None:
-            y, read = ready
-            if read == layer_adapter.direct.reads(module) and (
+        """The output of ``module`` with its layer adapter for x [*, in]. ``applies`` must be
+        True."""
+        pending_output = _PENDING_OUTPUTS.take(x, id(layer_adapter))
+        if pending_output is not None:
+            y, read_key = pending_output
+            if read_key == layer_adapter.fused_change.read_key(module) and (
                 x.is_cpu or y.dtype == device.product_dtype(x)
             ):
                 return y
-        fused_change = layer_adapter.direct
-        if layer_adapter is not self.members[0][1] or not fused_change.fits(module, x):
+        fused_change = layer_adapter.fused_change
+        if layer_adapter is not self.members[0][1] or not fused_change.can_compute_early(module, x):
             return outputs([(module, fused_change)], x)[0]
         later_members = [
             (later_module, later_adapter)
             for later_module, later_adapter in self.members[1:]
-            if later_adapter.direct.fits(later_module, x)
-            and later_adapter.direct.drops == fused_change.drops
+            if later_adapter.fused_change.can_compute_early(later_module, x)
+            and later_adapter.fused_change.active_dropout == fused_change.active_dropout
         ]
-        later_changes = [(later_module, later.direct) for later_module, later in later_members]
+        later_changes = [
+            (later_module, later_adapter.fused_change)
+            for later_module, later_adapter in later_members
+        ]
         y, *later_outputs = outputs([(module, fused_change), *later_changes], x)
         if later_outputs:
-            _PENDING.put(
+            _PENDING_OUTPUTS.put(
                 x,
                 {
-                    id(later_adapter): (later_y, later_adapter.direct.reads(later_module))
+                    id(later_adapter): (later_y, later_adapter.fused_change.read_key(later_module))
                     for (later_module, later_adapter), later_y in zip(
                         later_members, later_outputs, strict=True
                     )
@@ -201,33 +209,34 @@ class SharedInputLayers:
         return y
 
     def seed(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
-        """The dropout seed of ``module`` for x, where its output is computed separately. As in
-        ``output``, all members that read this x get the same seed. Seeds of several adapters can be
-        pending at once, because x may have rows of each."""
-        shared_input, version, seeds = getattr(_THREAD, "seeds", (None, 0, {}))
+        """The dropout seed of ``module`` for x, if its output is computed separately. As in
+        ``output``, all members that read this x get the same seed. Seeds of several adapters may be
+        pending at once, because each adapter may have rows of x."""
+        shared_input, version, seeds = getattr(_PENDING_SEEDS, "seeds", (None, 0, {}))
         if shared_input is not x or version != x._version:
             seeds = {}
         seed = seeds.pop(id(layer_adapter), None)
         if seed is None:
-            fused_change, seed = layer_adapter.direct, new_seed()
-            if layer_adapter is self.members[0][1] and fused_change.fits(module, x):
+            fused_change, seed = layer_adapter.fused_change, new_seed()
+            if layer_adapter is self.members[0][1] and fused_change.can_compute_early(module, x):
                 seeds |= {
                     id(later_adapter): seed
                     for later_module, later_adapter in self.members[1:]
-                    if later_adapter.direct.fits(later_module, x)
-                    and later_adapter.direct.drops == fused_change.drops
+                    if later_adapter.fused_change.can_compute_early(later_module, x)
+                    and later_adapter.fused_change.active_dropout == fused_change.active_dropout
                 }
-        _THREAD.seeds = (x, x._version, seeds) if seeds else (None, 0, {})
+        _PENDING_SEEDS.seeds = (x, x._version, seeds) if seeds else (None, 0, {})
         return seed
 
 
 def seed_of(module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
     """The dropout seed for x of a layer adapter that has a ``FusedChange``."""
+    shared_layers = layer_adapter.shared_input_layers
     return (
         new_seed()
-        if layer_adapter.together is None or x.is_inference()
-        else layer_adapter.together.seed(module, layer_adapter, x)
+        if shared_layers is None or x.is_inference()
+        else shared_layers.seed(module, layer_adapter, x)
     )
 
 
-_PENDING, _THREAD = PendingOutputs(), threading.local()
+_PENDING_OUTPUTS, _PENDING_SEEDS = PendingOutputs(), threading.local()

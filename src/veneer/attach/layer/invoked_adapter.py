@@ -1,11 +1,11 @@
-"""A linear layer of an adapter with invocation tokens, which acts on some tokens of a call.
+"""A linear layer of an adapter with invocation tokens (aLoRA), which acts on some tokens of a call.
 
-    y = op(x; W) + bias              of every token
-    y = y + op(drop(x); ΔW)          of the tokens from the invocation on
+    y = op(x; W) + bias              for every token
+    y = y + op(drop(x); ΔW)          for the tokens from the invocation on
 
-So the keys and values of the tokens before the invocation are bit for bit the base's. Which tokens
-of a call these are is found once a call, by the model (``attach/invocation.py``); a layer that runs
-outside of such a call raises, as it cannot know.
+So the keys and values of the tokens before the invocation are bit for bit those of the base. Hooks
+of the model find these tokens once per call (``attach/invocation.py``). A layer that runs outside
+of such a call raises an error, because it does not know the tokens.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ from veneer.kernels.dropout import dropout as drop
 
 
 class InvokedTokens:
-    """The tokens of one call on which an adapter acts, in the rows that use it.
+    """The tokens of one call on which an adapter acts.
 
     Fields:
-        starts: for each of these rows the column of the call from which the adapter acts; the
-            number of columns for a row on which it does not act.
-        width: the number of columns.
-        head_columns: the columns that the output head gets, if it does not get all.
+        starts: for each row of the batch that uses the adapter, the column of ``input_ids`` from
+            which it acts. In a row without an invocation, this is ``width``.
+        width: the number of columns of ``input_ids``.
+        head_columns: the columns that the output head gets; None if it gets all of them.
     """
 
     def __init__(
         self, starts: Sequence[int], width: int, head_columns: slice | Tensor | None = None
     ) -> None:
         self.starts, self.width, self.head_columns = starts, width, head_columns
-        self._indices: dict[Any, Tensor | None] = {}
+        self._indices_by_shape: dict[Any, Tensor | None] = {}
 
     def indices_in(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The indices of these tokens among all of x [*, in], int64; None if they are all.
+        """The indices of these tokens among all vectors of x [*, in], int64. None if they are all
+        of its tokens.
 
         Raises:
-            SelectionError: the axes of x do not show which of its vectors is which token.
+            SelectionError: the shape of x does not show which vector belongs to which token.
         """
         key = x.shape[:-1], x.device
-        if key not in self._indices:
+        if key not in self._indices_by_shape:
             mask = self._mask_of(x.shape[:-1])
             if mask is None:
                 rows = f"{len(self.starts)} rows of {self.width} tokens"
@@ -59,11 +60,12 @@ class InvokedTokens:
                 )
                 raise SelectionError(problem, expected, "exclude that layer")
             indices = None if bool(mask.all()) else mask.flatten().nonzero()[:, 0]
-            self._indices[key] = None if indices is None else indices.to(x.device)
-        return self._indices[key]
+            self._indices_by_shape[key] = None if indices is None else indices.to(x.device)
+        return self._indices_by_shape[key]
 
     def _mask_of(self, shape: torch.Size) -> Tensor | None:
-        """A mask of this shape, which is [rows, columns, …] or all tokens along one axis."""
+        """A boolean mask of this shape, which is [rows, columns, …] or [rows · columns]. It is True
+        at the tokens that the adapter changes. None if the shape is another one."""
         columns = torch.arange(self.width, device="cpu")
         mask = columns >= torch.tensor(self.starts, device="cpu")[:, None]
         if len(shape) == 1 and shape.numel() == mask.numel():
@@ -77,8 +79,8 @@ class InvokedTokens:
 
 
 class InvokedAdapter:
-    """Has the interface of a ``LayerAdapter`` of one linear layer, and runs it on the tokens from
-    the invocation of the adapter ``name`` on."""
+    """The ``LayerAdapter`` of one linear layer, run on the tokens from the invocation of the
+    adapter ``name`` on. It has the interface of a ``LayerAdapter``."""
 
     def __init__(self, layer_adapter: LayerAdapter, name: str) -> None:
         self.layer_adapter, self.name = layer_adapter, name
@@ -99,12 +101,13 @@ class InvokedAdapter:
         return self.layer_adapter.reached_ids(method)
 
     def run(self, call: Call) -> Any:
-        """As ``LayerAdapter.run``.
+        """The output of a call, with the change added at the tokens from the invocation on.
 
         Raises:
-            SelectionError: no call of the model has found the tokens.
+            SelectionError: the layer runs outside of a call of its model, so that it does not know
+                the tokens.
         """
-        invoked_call = call.context.invoked.get(call.layer_state.attached.uid)
+        invoked_call = call.context.invoked_calls.get(call.layer_state.model_adapters.uid)
         tokens = None if invoked_call is None else invoked_call.tokens.get(self.name)
         if tokens is None:
             raise self._unknown_tokens_error(call.module)
@@ -112,20 +115,20 @@ class InvokedAdapter:
         if indices is None:
             return self.layer_adapter.run(call)
         if not len(indices) and not torch.is_grad_enabled():
-            return base_forward(call.module, call.base, *call.args, **call.kwargs)
-        # with no token too: backward then gives the parameters a gradient of zero
+            return base_forward(call.module, call.base_cls, *call.args, **call.kwargs)
+        # Also if there is no such token, so that backward gives the parameters a gradient of zero.
         return self._run_at(indices, LinearCall(call, {}, False))
 
     def _run_at(self, indices: Tensor, call: LinearCall) -> Tensor:
-        """The base's output, with the change added at these tokens."""
-        reader: Any = call.layer_state.layer
-        change = self.layer_adapter.changes[reader.weight]
+        """The base's output, with the change added at the tokens ``indices``."""
+        kind: Any = call.layer_state.layer
+        change = self.layer_adapter.changes[kind.weight]
         call.refuse_other_dtype(change)
-        low, _ = change.resolve(frozen_weight(change, call.module, reader.weight))
-        y = call.frozen(change, biased=True)
+        low_rank, _ = change.resolve(frozen_weight(change, call.module, kind.weight))
+        y = call.base_output(change, with_bias=True)
         x = call.x.reshape(-1, call.x.shape[-1])[indices]
         x = drop(x, change.dropout) if change.dropout and change.training else x
-        update = reader.update(call.module, x, low.to(x.dtype), None)
+        update = kind.update(call.module, x, low_rank.to(x.dtype), None)
         return y.reshape(-1, y.shape[-1]).index_add(0, indices, update.to(y.dtype)).view(y.shape)
 
     def _unknown_tokens_error(self, module: nn.Module) -> SelectionError:

@@ -4,7 +4,7 @@ run_factored        y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias
 run_materialised    y = op(x; gain ⊙ (W + ΔW)) + bias                  the definition
 
 The factored form needs no memory for W + ΔW. The materialised form is used if the caller requests
-it, and for a layer that holds the weight transposed if the change has a gain.
+it, or if the change has a gain and the layer holds the weight transposed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veneer import context
 from veneer.attach.layer.adapted_module import base_forward
 from veneer.attach.layer.call import Call
-from veneer.attach.layer.change import PIECES, Change, frozen_weight
+from veneer.attach.layer.change import PIECE_COUNT, Change, frozen_weight
 from veneer.attach.layer.dtypes import no_autocast, output_dtype, widen
 from veneer.attach.layer.state import LayerState
 from veneer.attach.layer.views import view
@@ -39,7 +39,7 @@ def is_jagged(x: Any) -> bool:
     return type(x) is not Tensor and isinstance(x, Tensor) and x.layout is torch.jagged
 
 
-def on_values(run: Callable[[Call], Any], call: Call) -> Any:
+def run_on_values(run: Callable[[Call], Any], call: Call) -> Any:
     """The output of a layer for a jagged nested tensor, if the layer computes each position
     independently. ``run`` gets the positions of all rows as one plain tensor. The output has the
     same offsets object as the input, by which torch recognises that their shapes are equal."""
@@ -54,13 +54,13 @@ class LinearCall(NamedTuple):
     """One call of a layer that has one input and is linear in its one weight.
 
     Fields:
-        full: the replacements of the module's parameters and buffers.
-        entries: whether other methods of the module read adapted weights too.
+        replacements: the tensors that replace the module's parameters and buffers in full, by name.
+        adapts_methods: whether other methods of the module than forward are adapted too.
     """
 
     call: Call
-    full: Mapping[str, Tensor]
-    entries: bool
+    replacements: Mapping[str, Tensor]
+    adapts_methods: bool
 
     @property
     def module(self) -> Any:
@@ -81,9 +81,9 @@ class LinearCall(NamedTuple):
     def bias(self, change: Change) -> Any:
         parameters = self.module._parameters
         is_parameter = "bias" in parameters and not change.storage.opaque
-        # the attribute of a pruned or parametrised bias is computed
+        # a bias that is pruned or parametrised is computed when its attribute is read
         bias = parameters["bias"] if is_parameter else getattr(self.module, "bias", None)
-        return self.full.get("bias", bias)
+        return self.replacements.get("bias", bias)
 
     def refuse_other_dtype(self, change: Change) -> None:
         """Run the layer without its adapter if its input has another dtype than its weight, so that
@@ -98,82 +98,81 @@ class LinearCall(NamedTuple):
             with torch.no_grad():
                 _run_base(self.call, self.module)
 
-    def frozen(self, change: Change, biased: bool) -> Tensor:
-        """op(x; W), with the bias if ``biased``."""
-        module, reader, x = self.module, cast(Layer, self.layer_state.layer), self.x
-        if biased and not self.full and not change.storage.computed:
-            # a view, if other methods are adapted too: the view has those of the base class
-            return _run_base(
-                self.call, view(module, self.call.base, {}) if self.entries else module
-            )
+    def base_output(self, change: Change, with_bias: bool) -> Tensor:
+        """op(x; W), with the bias if ``with_bias``."""
+        module, kind, x = self.module, cast(Layer, self.layer_state.layer), self.x
+        if with_bias and not self.replacements and not change.storage.computed:
+            # If other methods are adapted too, run on a view, whose methods are the base class's.
+            base_module = view(module, self.call.base_cls, {}) if self.adapts_methods else module
+            return _run_base(self.call, base_module)
         dense = change.storage.dense(self.weight)
         dense = dense.to(x.dtype) if x.is_floating_point() else dense
-        return reader.op(module, x, dense, self.bias(change) if biased else None)
+        return kind.op(module, x, dense, self.bias(change) if with_bias else None)
 
 
 def _run_base(call: Call, module: Any) -> Any:
-    """The output of a call without adapters, computed by ``module``."""
-    return base_forward(module, call.base, *call.args, **call.kwargs)
+    """The output that ``module`` computes for a call without adapters."""
+    return base_forward(module, call.base_cls, *call.args, **call.kwargs)
 
 
 def run_factored(
     call: LinearCall,
     change: Change,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
     dropout: float,
-    form: bool = False,
+    may_form: bool = False,
 ) -> Any:
-    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. ``form`` allows the fused kernel to form W + ΔW,
-    if there is no dropout."""
+    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. If ``may_form`` and there is no dropout, the
+    fused kernel may form W + ΔW."""
     module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
-    reader: Any = layer_state.layer
+    kind: Any = layer_state.layer
     bias = call.bias(change)
-    if gain is None and layer_state.product and fused.applies(x, weight):
-        low = low.T if layer_state.transposed else low
+    if gain is None and layer_state.is_plain_product and fused.applies(x, weight):
+        low_rank = low_rank.T if layer_state.transposed else low_rank
         settings = fused.Settings(
-            (low.scale,), dropout, new_seed() if dropout else 0, form and not dropout
+            (low_rank.scale,), dropout, new_seed() if dropout else 0, may_form and not dropout
         )
-        matrix = weight.mT if reader.out_axis == 1 else weight
-        return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
-    if reader.product and device.is_plain(x):
-        y = _run_on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
+        matrix = weight.mT if kind.out_axis == 1 else weight
+        return fused.linears(settings, x, (matrix,), (bias,), (low_rank.A[0],), (low_rank.B[0],))[0]
+    if kind.product and device.is_plain(x):
+        y = _run_on_device(change, kind, layer_state, x, weight, bias, low_rank, gain, dropout)
         if y is not None:
             return y
-    stock = (
-        layer_state.stock
+    has_fused_path = (
+        layer_state.is_stock_class
         and gain is None
         and not layer_state.transposed
         and not change.storage.opaque
     )
-    if stock and (fused.applies(x, weight) or device.applies_without_cast(x, weight)):
-        y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
+    if has_fused_path and (fused.applies(x, weight) or device.applies_without_cast(x, weight)):
+        y = None if context.current.path else kind.fused(module, x, weight, bias, low_rank, dropout)
         if y is not None:
             return y
-    y = call.frozen(change, biased=gain is None)
-    return with_update(
-        reader, module, x, y, low.T if layer_state.transposed else low, gain, bias, dropout
+    y = call.base_output(change, with_bias=gain is None)
+    return add_update(
+        kind, module, x, y, low_rank.T if layer_state.transposed else low_rank, gain, bias, dropout
     )
 
 
 def _run_on_device(
     change: Change,
-    reader: Any,
+    kind: Any,
     layer_state: LayerState,
     x: Tensor,
     weight: Any,
     bias: Any,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
     dropout: float,
 ) -> Tensor | None:
     """The output of a matrix product on a device, or None if the device kernel does not support the
-    call. It reads a packed weight only if there is a gain: then no dense copy is saved for
-    backward. Without a gain, the product of the weight's own library saves none either."""
-    if layer_state.product:
+    call. A packed weight is read only if there is a gain, so that backward saves no dense copy of
+    it. Without a gain, the product of the library that packed the weight saves no copy either."""
+    if layer_state.is_plain_product:
         if not device.applies(x, weight):
             return None
-        read: Any = weight.mT if reader.out_axis == 1 else weight
+        matrix: Any = weight.mT if kind.out_axis == 1 else weight
     else:
         storage = change.storage
         if (
@@ -183,57 +182,67 @@ def _run_on_device(
             or storage.device(weight) != x.device
         ):
             return None
-        read = partial(_read_dense, change, weight, reader.out_axis == 1)
-    low = low.T if layer_state.transposed else low
-    drops = dropout, new_seed() if dropout else 0
-    return device.linears((low.scale,), x, (read,), (bias,), (low.A,), (low.B,), (gain,), *drops)[0]
+        matrix = partial(_read_dense, change, weight, kind.out_axis == 1)
+    low_rank = low_rank.T if layer_state.transposed else low_rank
+    seed = new_seed() if dropout else 0
+    return device.linears(
+        (low_rank.scale,),
+        x,
+        (matrix,),
+        (bias,),
+        (low_rank.A,),
+        (low_rank.B,),
+        (gain,),
+        dropout,
+        seed,
+    )[0]
 
 
 def _read_dense(change: Change, weight: Any, flipped: bool, dtype: torch.dtype) -> Tensor:
-    """The dense weight [out, in] in a dtype. It is read in pieces, because the storage may compute
-    them in a wider dtype."""
-    dense, first = None, 0
-    for piece in change.storage.pieces(weight, PIECES):
-        if len(piece) == (change.dims.in_ if flipped else change.dims.out):
-            return piece.to(dtype).mT if flipped else piece.to(dtype)
+    """The dense weight [out, in] in a dtype. ``flipped``: the weight is stored as [in, out]. It is
+    read in blocks of rows, because the storage may compute them in a wider dtype."""
+    dense, first_row = None, 0
+    for row_block in change.storage.pieces(weight, PIECE_COUNT):
+        if len(row_block) == (change.dims.in_ if flipped else change.dims.out):
+            return row_block.to(dtype).mT if flipped else row_block.to(dtype)
         if dense is None:
-            dense = piece.new_empty(change.dims.out, change.dims.in_, dtype=dtype)
-        dense[first : first + len(piece)].copy_(piece)
-        first += len(piece)
+            dense = row_block.new_empty(change.dims.out, change.dims.in_, dtype=dtype)
+        dense[first_row : first_row + len(row_block)].copy_(row_block)
+        first_row += len(row_block)
     return cast(Tensor, dense)
 
 
-def with_update(
-    reader: Any,
+def add_update(
+    kind: Any,
     module: nn.Module,
     x: Tensor,
     y: Tensor,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
     bias: Any,
     dropout: float,
 ) -> Tensor:
-    """The factored form, given y = op(x; W). With a gain, y has no bias, and ``bias`` is added
-    here."""
-    low = low.to(x.dtype if x.is_floating_point() else y.dtype)
-    if dropout and not reader.drops_input:
-        y = y + reader.update(module, x, low, None) * _token_mask(x, dropout, y.dtype)
+    """The output in factored form, given y = op(x; W). If there is a gain, y must not contain the
+    bias: ``bias`` is added after the gain."""
+    low_rank = low_rank.to(x.dtype if x.is_floating_point() else y.dtype)
+    if dropout and not kind.drops_input:
+        y = y + kind.update(module, x, low_rank, None) * _token_mask(x, dropout, y.dtype)
     else:
-        y = reader.update(module, drop(x, dropout) if dropout else x, low, y)
+        y = kind.update(module, drop(x, dropout) if dropout else x, low_rank, y)
     if gain is not None:
-        y = y * reader.per_output(module, gain, y).to(y.dtype)
-        y = y if bias is None else y + reader.per_output(module, bias, y).to(y.dtype)
+        y = y * kind.per_output(module, gain, y).to(y.dtype)
+        y = y if bias is None else y + kind.per_output(module, bias, y).to(y.dtype)
     return y
 
 
 def run_materialised(
     change: Change,
-    reader: Any,
+    kind: Any,
     module: nn.Module,
     x: Tensor,
     weight: Any,
     bias: Any,
-    low: LowRank,
+    low_rank: LowRank,
     gain: Tensor | None,
 ) -> Tensor:
     """y = op(x; gain ⊙ (W + ΔW)) + bias, with dropout on the inputs of ΔW."""
@@ -241,28 +250,29 @@ def run_materialised(
     dtype = at_least_float32(weight_dtype)
     # A 16-bit layer runs in float32, because a 16-bit W + ΔW would lose a small ΔW. A packed layer
     # with a 16-bit x runs in float32 too.
-    narrow_x = (
+    has_narrow_input = (
         x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
     )
-    wide = dtype != weight_dtype or narrow_x
-    bias = widen(bias, dtype) if wide and bias is not None else bias
+    runs_wide = dtype != weight_dtype or has_narrow_input
+    bias = widen(bias, dtype) if runs_wide and bias is not None else bias
     dropout = change.dropout if change.training else 0
-    with no_autocast(x) if wide else nullcontext():
-        input_ = widen(x, dtype) if wide else x
-        changed_weight = change.changed_weight(weight, low, gain, dtype)
+    with no_autocast(x) if runs_wide else nullcontext():
+        wide_x = widen(x, dtype) if runs_wide else x
+        changed_weight = change.changed_weight(weight, low_rank, gain, dtype)
         if not dropout:
-            y = reader.op(module, input_, changed_weight, bias)
+            y = kind.op(module, wide_x, changed_weight, bias)
         else:
             scaled_base = change.changed_weight(weight, None, gain, dtype)
-            dropped = drop(input_, dropout) if reader.drops_input else input_
-            update = reader.op(module, dropped, changed_weight, bias) - reader.op(
-                module, dropped, scaled_base, bias
+            dropped_x = drop(wide_x, dropout) if kind.drops_input else wide_x
+            update = kind.op(module, dropped_x, changed_weight, bias) - kind.op(
+                module, dropped_x, scaled_base, bias
             )
-            mask = 1 if reader.drops_input else _token_mask(input_, dropout, update.dtype)
-            y = reader.op(module, input_, scaled_base, bias) + update * mask
-    return y.to(output_dtype(x, weight_dtype)) if wide else y
+            mask = 1 if kind.drops_input else _token_mask(wide_x, dropout, update.dtype)
+            y = kind.op(module, wide_x, scaled_base, bias) + update * mask
+    return y.to(output_dtype(x, weight_dtype)) if runs_wide else y
 
 
-def _token_mask(ids: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """A dropout mask [*ids.shape, 1]: dropout of whole tokens, for layers whose input are ids."""
-    return F.dropout(torch.ones(*ids.shape, 1, dtype=dtype, device=ids.device), p)
+def _token_mask(ids: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
+    """A dropout mask [*ids.shape, 1] that drops all features of a token, for layers whose input is
+    token ids."""
+    return F.dropout(torch.ones(*ids.shape, 1, dtype=dtype, device=ids.device), dropout)

@@ -1,11 +1,11 @@
 """Look up the adapters of a model, and the layers and weights that an adapter changes.
 
-adapters_of(model)      the ``ModelAdapters`` of a model, or None; also through DDP and
+adapters_of(model)      the ``ModelAdapters`` of a model or None. The model may be wrapped by DDP or
                         ``torch.compile``
-need_adapters(model)    the same, or an error that says what to do
+need_adapters(model)    the ``ModelAdapters`` of a model; an error if it has none
 adapters(model, name)   (path, module, LayerAdapter) of each layer that the adapter changes
-changes(model, name)    (path, module, weight, Change) of each weight with a low-rank change; a tied
-                        weight once
+changes(model, name)    (path, module, weight name, Change) of each weight with a low-rank change; a
+                        tied weight is listed once
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from veneer import context
 from veneer.attach.layer.adapted_module import layer_states
 from veneer.attach.layer.change import Change, frozen_weight
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.state import ADAPTERS, STRAY, ModelAdapters, one_thread_at_a_time
+from veneer.attach.layer.state import (
+    ADAPTERS,
+    COPIES_WITHOUT_ROOT,
+    ModelAdapters,
+    one_thread_at_a_time,
+)
 from veneer.errors import SelectionError, TargetError, listing, nearest, sentence
 
 
@@ -51,40 +56,41 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
 
     Args:
         name: an adapter that must exist.
-        walk: check all layers for adapters of another model. Without it, they are checked only if
-            some adapted layer in this process has been copied.
+        walk: whether to check all layers for adapters of another model object. If False, they are
+            checked only if an adapted layer has been copied in this process.
 
     Raises:
         SelectionError: the model has no adapter, or none of this name, or a layer has adapters of
             another model.
     """
-    attached = adapters_of(model)
-    if attached is None:
+    model_adapters = adapters_of(model)
+    if model_adapters is None:
         raise SelectionError(
             f"no adapter on this {type(model).__name__}",
             "an attached adapter",
             "call veneer.attach or load first",
         )
-    attached.claim(unwrap(model))
-    if (walk or STRAY) and (problem := foreign_layers_problem(model)):
+    model_adapters.claim(unwrap(model))
+    if (walk or COPIES_WITHOUT_ROOT) and (problem := foreign_layers_problem(model)):
         raise SelectionError(problem)
-    if name is not None and not (isinstance(name, str) and name in attached.configs):
-        problem = f"no adapter named {name!r}{nearest(str(name), attached.configs)}"
+    if name is not None and not (isinstance(name, str) and name in model_adapters.configs):
+        problem = f"no adapter named {name!r}{nearest(str(name), model_adapters.configs)}"
         raise SelectionError(
-            problem, f"one of {', '.join(attached.configs)}", "use a name that is attached"
+            problem, f"one of {', '.join(model_adapters.configs)}", "use a name that is attached"
         )
-    return attached
+    return model_adapters
 
 
 def foreign_layers_problem(model: nn.Module) -> str | None:
-    """The problem of layers in this model that have adapters of another model, or None."""
+    """An error text if layers of this model have adapters that were attached through another model
+    object; else None."""
 
     def foreign_paths() -> list[str]:
-        attached = adapters_of(model)
+        model_adapters = adapters_of(model)
         return [
             path
             for path, _, layer_state in layer_states(unwrap(model))
-            if layer_state.attached is not attached
+            if layer_state.model_adapters is not model_adapters
         ]
 
     # checked again under the lock, because another thread may be attaching
@@ -104,34 +110,35 @@ def only_name(model: nn.Module, name: str | None) -> str:
     Raises:
         SelectionError: ``name`` is None, and the model has several adapters and no default.
     """
-    attached = need_adapters(model, name)
-    name = attached.default_name if name is None else name
-    if name is None and len(attached.configs) > 1:
-        problem = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
+    model_adapters = need_adapters(model, name)
+    name = model_adapters.default_name if name is None else name
+    if name is None and len(model_adapters.configs) > 1:
+        names = ", ".join(model_adapters.configs)
+        problem = f"{len(model_adapters.configs)} adapters ({names}) and no name"
         raise SelectionError(problem, "a name", "pass the name of one adapter")
-    return name if name is not None else next(iter(attached.configs))
+    return name if name is not None else next(iter(model_adapters.configs))
 
 
 def selected_name(model: nn.Module, method: str = "this") -> str:
     """The name of the adapter that a call of the model would use in the current context.
 
     Args:
-        method: the calling method, for the error.
+        method: the name of the calling method, for the text of the error.
 
     Raises:
-        SelectionError: the model has several adapters and none is selected, or the base is
-            selected, or an adapter for each row.
+        SelectionError: the model has several adapters and none is selected; or the base, or an
+            adapter for each row, is selected.
     """
-    attached = need_adapters(model)
-    chosen = context.current.selection.get(attached.uid)
-    if chosen is None:
+    model_adapters = need_adapters(model)
+    active = context.current.selection.get(model_adapters.uid)
+    if active is None:
         return only_name(model, None)
-    if chosen.name is None:
+    if active.name is None:
         problem = "a selection of the base, or of an adapter for each row"
         raise SelectionError(
             problem, "one adapter", f"call {method} inside `with veneer.use(model, name):`"
         )
-    return only_name(model, chosen.name)
+    return only_name(model, active.name)
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
@@ -142,9 +149,11 @@ def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Laye
         SelectionError: a layer or weight that the adapter changes has been replaced or removed.
     """
     layers = list(layer_states(model))
-    attached = adapters_of(model)
-    if attached is not None and name in attached.selections:
-        _require_layers_present(attached, name, {layer_state.key for _, _, layer_state in layers})
+    model_adapters = adapters_of(model)
+    if model_adapters is not None and name in model_adapters.selections:
+        _require_layers_present(
+            model_adapters, name, {layer_state.key for _, _, layer_state in layers}
+        )
     for path, module, layer_state in layers:
         layer_adapter = layer_state.get(name)
         if layer_adapter is not None and _holds_parameters(layer_adapter):
@@ -158,17 +167,19 @@ def _holds_parameters(layer_adapter: LayerAdapter) -> bool:
     return bool(layer_adapter.low._modules or layer_adapter.full.state_dict())
 
 
-def _require_layers_present(attached: ModelAdapters, name: str, keys: set[int]) -> None:
+def _require_layers_present(
+    model_adapters: ModelAdapters, name: str, present_keys: set[int]
+) -> None:
     """Raise a SelectionError if a layer that the adapter changes is no longer in the model.
-    ``keys`` are those of the layer states in the model."""
-    layer_adapters = attached.selections[name].layer_adapters or {}
-    lost = [
+    ``present_keys`` are the keys of the layer states in the model."""
+    layer_adapters = model_adapters.selections[name].layer_adapters or {}
+    missing_keys = [
         key
         for key, layer_adapter in layer_adapters.items()
-        if isinstance(key, int) and key not in keys and _holds_parameters(layer_adapter)
+        if isinstance(key, int) and key not in present_keys and _holds_parameters(layer_adapter)
     ]
-    if lost:
-        paths = [repr(attached.paths.get(key, f"layer {key}")) for key in lost]
+    if missing_keys:
+        paths = [repr(model_adapters.layer_paths.get(key, f"layer {key}")) for key in missing_keys]
         problem = (
             f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it"
             " was attached"
@@ -178,8 +189,8 @@ def _require_layers_present(attached: ModelAdapters, name: str, keys: set[int]) 
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:
-    """Yield (path, module, weight, change) for each weight that the adapter changes at a low rank,
-    once, in the model's order."""
+    """Yield (path, module, weight name, change) for each weight that the adapter changes at a low
+    rank, in the model's order. A tied weight is yielded once."""
     for path, module, layer_adapter in adapters(model, name):
         for weight, change in layer_adapter.low._modules.items():
             yield path, module, weight, change  # pyright: ignore[reportReturnType]

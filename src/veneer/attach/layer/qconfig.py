@@ -1,10 +1,10 @@
 """A warning that torch's quantisation skips adapted layers.
 
 ``torch.ao.quantization`` replaces layers by their exact class. An adapted layer has another class,
-so it silently stays in floating point, merged or not. That package sets the attribute ``qconfig``
-on every layer before it looks at the layer, so a descriptor of that name can warn. Rejected: to
-pretend to have the exact class. The int8 layer that torch would make from it would lose its
-adapters.
+so it silently stays in floating point, merged or not. torch sets the attribute ``qconfig`` of every
+layer before it looks at the layer's class, so a descriptor of that name can warn. Rejected:
+pretending to have the exact class. The int8 layer that torch would create from the adapted layer
+would lose its adapters.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Qconfig:
             raise AttributeError("qconfig") from None
 
     def __set__(self, module: Any, value: Any) -> None:
-        # torch sets None for a class that it does not know. Stored, it would remain on the layer
-        # after detach.
+        # torch sets the attribute to None on a class that it does not know. If None were stored, it
+        # would remain on the layer after detach.
         if value is None:
             module.__dict__.pop("qconfig", None)
         else:
@@ -42,7 +42,7 @@ class Qconfig:
             " plain model"
         )
         text = sentence(problem, "plain layers to quantise", do)
-        # torch's own wrapper
+        # typing_extensions: torch decorates its quantisation functions with ``deprecated`` from it
         warn_caller(text, NotQuantized, within=("veneer", "torch", "typing_extensions"))
 
     def __delete__(self, module: Any) -> None:

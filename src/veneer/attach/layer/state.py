@@ -1,13 +1,14 @@
 """The state of an adapted model.
 
-    ModelAdapters   one per model, its attribute ``_veneer``: names and configs of the adapters, and
-                    which of them is merged
+    ModelAdapters   one per model, its attribute ``_veneer``: the names and configs of its adapters,
+                    and which of them are merged
     LayerState      one per adapted layer, its child ``veneer``: the adapters of the layer, and how
                     the layer uses its weights
-    ActiveAdapter   the selection of one call: what the adapter does at each layer, by its key
+    ActiveAdapter   the selection of one call: what the adapter does at each layer, by the layer's
+                    key
 
-A call looks up its ``ActiveAdapter`` in the current context (``context.py``) by the model's
-``uid``. Without an entry it uses the model's default.
+A call looks up its ``ActiveAdapter`` in the current context (``context.py``), by the model's
+``uid``. If the context has no entry for the model, the call uses the model's default.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from veneer.config import LoraConfig
 from veneer.errors import SelectionError
 from veneer.layers import Layer
 
+#: the name of the child of an adapted layer that holds its ``LayerState``
 STATE = "veneer"
+#: the attribute of a model that holds its ``ModelAdapters``
 ADAPTERS = "_veneer"
 
-#: the names of the children that lead from a module to one below it
+#: the names of the children that lead from a module to a module below it
 ModulePath = tuple[str, ...]
 
 P = ParamSpec("P")
@@ -44,49 +47,53 @@ class ActiveAdapter:
     """The selection of one call.
 
     Fields:
-        name: the adapter; None for the base alone.
-        layer_adapters: what the adapter does at each layer, by the key of the layer's state or by
-            (key, method). None if several adapters are possible and none was selected, or if the
-            adapter has been detached: then a call is an error.
-        on: the adapter that was merged into the weights when this one was attached, which is
-            therefore a change of those weights.
-        stream: a block in which random numbers come from this adapter's own stream
-            (``veneer/engine``), where its rows share a batch with others; None for torch's.
-        invocation_tokens: those of the adapter's config; empty for an adapter that acts on every
-            token.
+        name: the name of the adapter; None for the base alone.
+        layer_adapters: the adapter's changes at each layer, by the layer's key or by (key, method).
+            None if the call is an error: the model has several adapters and none was selected, or
+            the adapter has been detached.
+        merged_at_attach: the value of ``ModelAdapters.merged`` when this adapter was attached. The
+            adapter is a change of the weights of that time. None stands for the base's weights.
+        random_stream: a context manager in which random numbers come from this adapter's own
+            generators (``veneer/engine``), so that sharing a batch does not change them. None uses
+            torch's default generators.
+        invocation_tokens: the invocation tokens of the adapter's config. Empty for an adapter that
+            acts on every token.
     """
 
     name: str | None
     layer_adapters: Mapping[Any, Any] | None
-    on: str | None = None
-    stream: AbstractContextManager[Any] | None = None
+    merged_at_attach: str | None = None
+    random_stream: AbstractContextManager[Any] | None = None
     invocation_tokens: tuple[int, ...] = ()
 
     @property
-    def table(self) -> Mapping[Any, Any]:
-        """``layer_adapters``; a SelectionError if there are none."""
+    def usable_layer_adapters(self) -> Mapping[Any, Any]:
+        """``layer_adapters``. Raises a SelectionError if they are None."""
         if self.layer_adapters is None:
-            raise self.refusal()
+            raise self.selection_error()
         return self.layer_adapters
 
-    def refusal(self) -> SelectionError:
-        """The error of a call with this selection, which has no ``layer_adapters``."""
+    def selection_error(self) -> SelectionError:
+        """The error of a call with this selection, whose ``layer_adapters`` are None."""
         return detached_error(self.name)
 
 
 class OutsideGenerator(ActiveAdapter):
-    """The selection of a call between two steps of a generator that is suspended inside a block.
+    """The selection of a call that is made while a generator is suspended inside of a ``with
+    veneer.use(…)`` block.
 
     The caller may or may not expect the block to hold for that call, so the call is an error.
-    ``block`` is the source text of the block, for the error.
+    ``block_source`` is the source text of the block's context manager, for the error.
     """
 
-    def __init__(self, block: str) -> None:
-        super().__init__(f"the selection of a suspended generator, {block}", None)
-        self.block = block
+    def __init__(self, block_source: str) -> None:
+        super().__init__(f"the selection of a suspended generator, {block_source}", None)
+        self.block_source = block_source
 
-    def refusal(self) -> SelectionError:
-        problem = f"a call outside of a generator that is suspended inside of `with {self.block}:`"
+    def selection_error(self) -> SelectionError:
+        problem = (
+            f"a call outside of a generator that is suspended inside of `with {self.block_source}:`"
+        )
         expected = "a call inside of that block, or one that selects for itself"
         do = (
             "decorate the generator function instead (`@veneer.use(model, name)`: it then selects"
@@ -98,9 +105,11 @@ class OutsideGenerator(ActiveAdapter):
 
 
 BASE = ActiveAdapter(None, {})
-AMBIGUOUS = ActiveAdapter(None, None)
+#: the selection of a call of a model that has several adapters and no default: the call is an error
+NONE_SELECTED = ActiveAdapter(None, None)
 
-#: Held by threads that attach, detach or merge. Threads that call the model never wait for it.
+#: A lock that is held while adapters are attached, detached or merged. Threads that call the model
+#: never wait for it.
 CHANGING = threading.RLock()
 
 
@@ -123,9 +132,9 @@ def detached_error(name: str | None) -> SelectionError:
     )
 
 
-#: joins the names of adapters in ``ModelAdapters.merged`` if one was merged over another that it
-#: was not attached to. No adapter name contains it, so no adapter can be attached to such weights.
-OVER = " + "
+#: joins adapter names in ``ModelAdapters.merged`` if an adapter was merged over another one that
+#: was not merged when it was attached. No adapter name contains it.
+MERGED_OVER = " + "
 
 
 class ModelAdapters:
@@ -134,23 +143,31 @@ class ModelAdapters:
     Attributes:
         uid: identifies the model in ``context.Context.selection``. A copy of a model is another
             model and gets another ``uid``.
-        chain: the merged adapters, in the order of the merges.
-        merged: the name of the weights as they are; None for the base's. It is the name of the
-            last merged adapter if that was attached to the weights below it, else all names of the
-            chain joined by ``OVER``.
-        merging: a merge has begun and not ended. Only weights with a backup may have been written.
-        root: the model. Unknown for a copy until the copied model is used.
+        configs, selections: the config and the ``ActiveAdapter`` of each adapter, by name.
+        default: the ``ActiveAdapter`` of calls that select none.
+        default_name: the adapter that ``veneer.set_default`` set as the default; None if none was
+            set.
+        merge_order: the names of the merged adapters, in the order of the merges.
+        merged: a label for the present weights. None stands for the base's weights. It is the name
+            of the last merged adapter if that was attached to the weights before its merge, else
+            all names in ``merge_order``, joined by ``MERGED_OVER``.
+        is_merging: whether a merge has begun and not ended. Then only weights with a backup may
+            have been overwritten.
+        root: a weak reference to the model. None for a copy until the copied model is used.
         untied: the weights to tie again when the last adapter is detached
             (``weight_tying.Untied``).
-        required_grad: ``requires_grad`` of the base's parameters, by path, before the first attach.
+        original_requires_grad: ``requires_grad`` of the base's parameters before the first attach,
+            by path.
+        last_layer_key: the largest ``LayerState.key`` so far.
+        layer_paths: the path of each layer when it was first adapted, by the layer's key.
+        bank_count: the number of banks on this model. They need adapted layers even if the model
+            has no adapter.
     """
 
-    #: the adapter of calls that select none (``veneer.set_default``); None: the only one, if there
-    #: is one
     default_name: str | None = None
     root: weakref.ref[nn.Module] | None = None
-    merging = False
-    chain: tuple[str, ...] = ()
+    is_merging = False
+    merge_order: tuple[str, ...] = ()
     untied: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
@@ -159,26 +176,26 @@ class ModelAdapters:
         self.selections: dict[str, ActiveAdapter] = {}
         self.default = BASE
         self.merged: str | None = None
-        self.required_grad: dict[str, bool] = {}
-        self.keys = 0
-        self.paths: dict[int, str] = {}  # layer key -> path of the layer when it was first adapted
-        self.banks = 0  # banks of this model, which need adapted layers even without an adapter
+        self.original_requires_grad: dict[str, bool] = {}
+        self.last_layer_key = 0
+        self.layer_paths: dict[int, str] = {}
+        self.bank_count = 0
 
     def set_adapters(
         self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]
     ) -> None:
-        """Replace the adapters and update the default selection: the default that was set, if it is
-        still there, else the only adapter."""
+        """Replace the adapters and update the default selection. The default is the adapter that
+        was set as the default, if it is still attached, else the only adapter."""
         self.configs, self.selections = configs, selections
         if self.default_name not in configs:
             self.default_name = None
-        self.set_chain(self.chain)
+        self.set_merge_order(self.merge_order)
 
-    def set_chain(self, chain: tuple[str, ...]) -> None:
+    def set_merge_order(self, names: tuple[str, ...]) -> None:
         """Set the merged adapters, in the order of the merges, and update the default selection."""
-        self.chain, self.merged = chain, (None, *self._labels(chain))[-1]
+        self.merge_order, self.merged = names, (None, *self._labels(names))[-1]
         selections = self.selections
-        if self.has_unrelated_merges:  # nothing else runs on these weights
+        if self.has_unrelated_merges:  # no single adapter can run on these weights
             self.default = ActiveAdapter(self.merged, {})
             return
         if self.default_name is not None:
@@ -186,36 +203,39 @@ class ModelAdapters:
         elif len(selections) == 1:
             self.default = next(iter(selections.values()))
         else:
-            self.default = AMBIGUOUS if selections else BASE
+            self.default = NONE_SELECTED if selections else BASE
 
-    def _labels(self, chain: tuple[str, ...]) -> list[str]:
-        """The value of ``merged`` after each of these merges."""
+    def _labels(self, names: tuple[str, ...]) -> list[str]:
+        """The value of ``merged`` after each of the merges of these adapters."""
         labels: list[str] = []
-        for name in chain:
-            below = labels[-1] if labels else None
-            attached_here = below is None or self.selections[name].on == below
-            labels.append(name if attached_here else f"{below}{OVER}{name}")
+        for name in names:
+            label_before = labels[-1] if labels else None
+            attached_here = (
+                label_before is None or self.selections[name].merged_at_attach == label_before
+            )
+            labels.append(name if attached_here else f"{label_before}{MERGED_OVER}{name}")
         return labels
 
     @property
     def has_unrelated_merges(self) -> bool:
-        """Whether an adapter is merged over others that it was not attached to."""
-        return self.merged is not None and OVER in self.merged
+        """Whether an adapter is merged over other adapters that were not merged when it was
+        attached."""
+        return self.merged is not None and MERGED_OVER in self.merged
 
     def can_merge(self, name: str) -> bool:
-        """Whether an adapter was attached to the base, or to the weights after one of the
+        """Whether an adapter was attached to the base, or to the weights after one of the present
         merges."""
-        return self.selections[name].on in (None, *self._labels(self.chain))
+        return self.selections[name].merged_at_attach in (None, *self._labels(self.merge_order))
 
-    def merges(self) -> list[str]:
-        """The merged adapters, the last merge first."""
-        return [*reversed(self.chain)]
+    def last_merged_first(self) -> list[str]:
+        """The names of the merged adapters, the last merged one first."""
+        return [*reversed(self.merge_order)]
 
     def claim(self, root: nn.Module) -> None:
-        """Note that these are the adapters of the model ``root``."""
+        """Record that these are the adapters of the model ``root``."""
         if self.root is None:
             self.root = weakref.ref(root)
-            STRAY.discard(self)
+            COPIES_WITHOUT_ROOT.discard(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -225,22 +245,22 @@ class ModelAdapters:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, uid=uuid.uuid4().hex, banks=0)
+        self.__dict__.update(state, uid=uuid.uuid4().hex, bank_count=0)
         self.set_adapters(self.configs, self.selections)
-        STRAY.add(self)
+        COPIES_WITHOUT_ROOT.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapters:
         copied = memo[id(self)] = object.__new__(ModelAdapters)
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        # the root is in the memo if the full model is being copied
+        # the memo holds the copied root if the full model is being copied
         if self.root is not None and (root := memo.get(id(self.root()))) is not None:
             copied.claim(root)
         return copied
 
 
-#: copies without a known root: layers that were copied out of a model, and that may now be part of
-#: another model, or of the same one
-STRAY: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
+#: copies of ``ModelAdapters`` without a known root. Their layers were copied out of a model, and
+#: may now belong to another model or to the same one.
+COPIES_WITHOUT_ROOT: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
 
 
 class LayerState(nn.Module):
@@ -248,70 +268,74 @@ class LayerState(nn.Module):
 
     Attributes:
         key: identifies the layer in ``ActiveAdapter.layer_adapters``.
-        layer: its kind; None for a module without parameters that only reads those of others.
-        factors: whether the factored form is right for it.
-        product: whether it is a matrix product with a plain weight, which the fused kernel
-            computes.
-        stock: whether its class is one that the kind names. Determined once, when the layer is
-            adapted: a compiled call that asked again would be recompiled after each import.
-        transposed: whether it holds the adapted weight transposed (a linear head tied to an
-            embedding).
-        attributes: attributes that a view of the module gets in place of the module's own, such as
+        layer: the kind of the layer (``veneer.layers``). None for a module that has no parameters
+            and only reads the weights of other modules.
+        supports_factored: whether the factored form computes this layer's output.
+        is_plain_product: whether the layer is a matrix product with a plain weight, which the fused
+            kernel computes.
+        is_stock_class: whether the layer's class is one that its kind lists. Determined once, when
+            the layer is adapted: torch.compile would recompile a call that determines it again
+            after each import.
+        transposed: whether the layer holds the adapted weight transposed, such as a linear head
+            that is tied to an embedding.
+        view_attributes: attributes that a view of the module gets in place of the module's, such as
             a switch that turns a fused fast path off.
-        bound: the names of attributes that hold methods bound to the module.
-        own_forward: a forward that was set on the module instance, which runs in place of the
-            class's forward.
-        opaque: the storage of a module that is its own weight; its forward passes gradients on.
+        bound_methods: the names of attributes of the module that hold its bound methods.
+        instance_forward: a forward that was set on the module instance, which runs in place of the
+            class's forward. None if there is none.
+        opaque_storage: the storage of a module that is its own weight, whose forward passes
+            gradients on. None for every other module.
     """
 
     def __init__(
         self,
-        attached: ModelAdapters,
+        model_adapters: ModelAdapters,
         layer: Layer | None,
-        factors: bool,
-        attributes: Mapping[str, Any],
-        product: bool,
+        supports_factored: bool,
+        view_attributes: Mapping[str, Any],
+        is_plain_product: bool,
     ) -> None:
         super().__init__()
-        attached.keys += 1
-        self.attached, self.key = attached, attached.keys
-        self.layer, self.factors, self.product, self.transposed = layer, factors, product, False
-        self.stock = False
-        self.attributes = dict(attributes)
-        self.bound: tuple[str, ...] = ()
-        self.own_forward: FunctionType | None = None
-        self.opaque: Any = None
+        model_adapters.last_layer_key += 1
+        self.model_adapters, self.key = model_adapters, model_adapters.last_layer_key
+        self.layer, self.supports_factored = layer, supports_factored
+        self.is_plain_product, self.is_stock_class = is_plain_product, False
+        self.transposed = False
+        self.view_attributes = dict(view_attributes)
+        self.bound_methods: tuple[str, ...] = ()
+        self.instance_forward: FunctionType | None = None
+        self.opaque_storage: Any = None
 
-    def refusal(self, chosen: ActiveAdapter) -> SelectionError:
-        """The error of a call that selects nothing usable, or another adapter than the merged
-        one."""
-        merged = self.attached.merged
-        if chosen.layer_adapters is None and chosen.name is not None:
-            return chosen.refusal()
-        if chosen.layer_adapters is None:
-            problem = (
-                f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and"
-                " none selected"
-            )
+    def selection_error(self, active: ActiveAdapter) -> SelectionError:
+        """The error of a call whose selection cannot run: it selects no adapter where there are
+        several, a detached adapter, or another adapter than the merged one."""
+        merged = self.model_adapters.merged
+        if active.layer_adapters is None and active.name is not None:
+            return active.selection_error()
+        if active.layer_adapters is None:
+            configs = self.model_adapters.configs
+            problem = f"{len(configs)} adapters ({', '.join(configs)}) and none selected"
             do = (
                 "call the model inside `with veneer.use(model, name):`, or"
                 " veneer.set_default(model, name) once"
             )
             return SelectionError(problem, "one selected adapter, or None for the base", do)
         if merged is None:
+            base_name = active.merged_at_attach
             problem = (
-                f"a call that selects {chosen.name!r}, attached while {chosen.on!r} was merged, "
+                f"a call that selects {active.name!r}, attached while {base_name!r} was merged, "
                 "which it no longer is"
             )
             return SelectionError(
-                problem, "the weights that it was attached to", f"merge {chosen.on!r} again"
+                problem, "the weights that it was attached to", f"merge {base_name!r} again"
             )
-        problem = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
+        problem = f"a call that selects {active.name!r} while {merged!r} is merged into the weights"
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
-        if self.attached.has_unrelated_merges:
+        if self.model_adapters.has_unrelated_merges:
             expected = "a call without a selection, which has all that is merged"
         return SelectionError(problem, expected, "call veneer.unmerge(model) first")
 
     def get(self, name: str) -> Any:
-        """The ``LayerAdapter`` of the adapter ``name`` here; None if it changes nothing here."""
+        """The ``LayerAdapter`` of the adapter ``name`` at this layer; None if it changes nothing
+        here."""
         return self._modules.get(name)

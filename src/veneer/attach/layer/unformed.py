@@ -1,27 +1,27 @@
-"""W + ΔW of a stack of matrices as a tensor whose values are not computed. The view of a module of
-experts computes with it.
+"""W + ΔW of a stack of matrices as a tensor whose values are not computed. A module of experts runs
+on a view that holds such a tensor in place of its weight.
 
-    W [E, m, n]     ΔW[e] = scale · B[e] A[e]
+    W [E, m, n]     ΔW[e] = scale · B[e] A[e]           E matrices, such as the experts of a layer
     W[i], W[ids], W.mT, W.chunk(2, 1)                   slices, whose values are not computed either
     x @ (W + ΔW)[i] = x W[i] + scale · (x B[i]) A[i]    linear, bmm, grouped_mm, …
 
-A call of a mixture of experts uses a few matrices of each stack, or all of them with a few rows
-each. Forming W + ΔW for all of them costs more than the call. ``Unformed`` has the class, shape,
-dtype, device and gradient of a tensor, but no memory. The products with which a forward reads
-stacks (``experts.py``) are computed as the base's product with W plus the low-rank update of the
-rows.
-**Every other operation gets W + ΔW, formed.** So every forward is right, and one with unexpected
-operations is as slow as it would be without ``Unformed``:
+A call of a mixture of experts uses a few matrices of each stack, or multiplies each matrix with a
+few rows. Forming W + ΔW of all matrices costs more than the call. An ``Unformed`` has the class,
+shape, dtype, device and gradient of a tensor, but no memory. Products of it (``experts.py``) are
+computed as the base's product with W plus the low-rank update.
+**For every other operation, W + ΔW is formed.** So every forward computes the right output. A
+forward with an unexpected operation is only as slow as it would be without ``Unformed``:
 
-- The same holds below Python (``__torch_dispatch__``) and in autograd functions: an ``Unformed`` is
-  the output of a node whose backward passes the gradient of W + ΔW on to A and B.
-- In 16 bits W + ΔW is not formed, as a small ΔW would be lost. The operation raises
-  ``CannotStandError``, and the call runs again on a view that is widened to float32. A write in
-  place raises it too.
+- Operations that are called below Python (``__torch_dispatch__``) and in autograd functions form
+  W + ΔW too. An ``Unformed`` is the output of an autograd node whose backward passes the gradient
+  of W + ΔW on to A and B.
+- In 16 bits W + ΔW is not formed, because a small ΔW would be lost. The operation raises
+  ``CannotFormError``, and the call runs again on a view whose weights are widened to float32. An
+  operation that writes in place raises the error too.
 
-Rejected: an ``Unformed`` with W's memory. Code that takes its address would silently compute with
-W. Without memory that is an error, except on a CPU, where code asks for the address to check its
-alignment.
+Rejected: an ``Unformed`` with W's memory. Code that takes the address of the tensor would silently
+compute with W. Without memory such code fails. An exception is a CPU, where code asks for the
+address to check its alignment.
 """
 
 from __future__ import annotations
@@ -38,49 +38,52 @@ from torch.utils import _pytree as pytree
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 
-#: a selection of a stack's matrices: None for all, the index of one, or the indices of several [S]
+#: the selected matrices of a stack: all (None), one (its index), or several (their indices [S])
 Index = int | Tensor | None
 
 #: a function of torch, or the qualified name of an operator -> its implementation for an
-#: ``Unformed``, which takes the function and its arguments, and may return ``NotImplemented``
+#: ``Unformed``. The implementation is called with the function and its arguments. It returns
+#: ``NotImplemented`` for arguments that it does not support.
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 
 
-class CannotStandError(Exception):
-    """An operation needs W + ΔW, which may not be formed here."""
+class CannotFormError(Exception):
+    """An operation needs W + ΔW in a call in which it must not be formed."""
 
 
 @dataclass(eq=False)
 class Stack:
-    """A frozen stack and its change.
+    """A frozen stack of E matrices and its low-rank change.
 
     Fields:
         W, A, B: [E, m, n], [E, r, n] and [E, m, r].
-        formable: whether W + ΔW may be formed in the dtype of W.
-        call: state that the stacks of one call share: the positions of each expert's rows.
-        source: the input of the call; the inputs of the stacks may consist of its rows.
-        pieces: (W, A, B) of each matrix; empty until one is selected while gradients are recorded.
+        can_form: whether W + ΔW may be formed in the dtype of W.
+        call_state: a cache that the stacks of one call share: how its rows are grouped by expert.
+        call_input: the input of the call. The inputs of the products may consist of rows of it.
+        unbound: (W, A, B) of each matrix. Empty until a matrix is selected while gradients are
+            recorded.
     """
 
     W: Tensor
     A: Tensor
     B: Tensor
     scale: float
-    formable: bool
-    call: dict[int, Any]
-    source: Tensor | None = None
-    pieces: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
+    can_form: bool
+    call_state: dict[int, Any]
+    call_input: Tensor | None = None
+    unbound: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
 
     def factors(self, index: Index, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(W, A, B) of these matrices; transposed, W.mT with Bᵀ for A and Aᵀ for B, if
-        ``flipped``."""
+        """(W, A, B) of the matrices ``index``. If ``flipped``, (Wᵀ, Bᵀ, Aᵀ), which are the factors
+        of the transposed matrices."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
-            # The gradient of ``unbind`` is one tensor; that of each subscript would be as large.
-            if self.trains:
-                if not self.pieces:
-                    self.pieces = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]
-                W, A, B = self.pieces[index]
+            # ``unbind`` has one gradient tensor for all matrices. A subscript would have a gradient
+            # of the stack's size for each matrix.
+            if self.needs_gradient:
+                if not self.unbound:
+                    self.unbound = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]
+                W, A, B = self.unbound[index]
             else:
                 W, A, B = W[index], A[index], B[index]
         elif index is not None:
@@ -88,8 +91,8 @@ class Stack:
         return (W.mT, B.mT, A.mT) if flipped else (W, A, B)
 
     @property
-    def trains(self) -> bool:
-        """Whether results that are computed now have a gradient for A or B."""
+    def needs_gradient(self) -> bool:
+        """Whether autograd records operations now, and A or B requires a gradient."""
         return torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad)
 
     def slice_matrices(self, bounds: slice) -> Stack:
@@ -106,26 +109,34 @@ class Stack:
         return self._with(self.W.narrow(axis, first, size), A, B)
 
     def _with(self, W: Tensor, A: Tensor, B: Tensor) -> Stack:
-        return Stack(W, A, B, self.scale, self.formable, self.call, self.source)
+        return Stack(W, A, B, self.scale, self.can_form, self.call_state, self.call_input)
 
     def form(self, index: Index, flipped: bool) -> Tensor:
-        """W + ΔW of these matrices, differentiable in A and B."""
-        if not self.formable:
-            raise CannotStandError
+        """W + ΔW of the matrices ``index``, differentiable in A and B; transposed if
+        ``flipped``."""
+        if not self.can_form:
+            raise CannotFormError
         W, A, B = self.factors(index, False)
-        wide = at_least_float32(W.dtype)
-        low = LowRank(A, B, self.scale) if W.dim() == 3 else LowRank(A[None], B[None], self.scale)
-        dense = (W.to(wide) + low.delta(wide).view(W.shape)).to(W.dtype)
+        wide_dtype = at_least_float32(W.dtype)
+        low_rank = (
+            LowRank(A, B, self.scale) if W.dim() == 3 else LowRank(A[None], B[None], self.scale)
+        )
+        dense = (W.to(wide_dtype) + low_rank.delta(wide_dtype).view(W.shape)).to(W.dtype)
         return dense.mT if flipped else dense
 
 
 class Unformed(Tensor):
-    """W + ΔW of a ``Stack``, or of some of its matrices. Created by ``stand_in``."""
+    """W + ΔW of a ``Stack``, or of some of its matrices. Created by ``make_unformed``.
+
+    Fields:
+        index: the selected matrices of ``stack``.
+        flipped: whether the matrices are transposed.
+    """
 
     stack: Stack
     index: Index
     flipped: bool
-    # as attributes of ``Tensor``, each would pass through ``__torch_function__``
+    # Redefined here: the attributes of ``Tensor`` would pass through ``__torch_function__``.
     shape: Any
     dtype: Any
     device: Any
@@ -136,14 +147,15 @@ class Unformed(Tensor):
         return self.stack.form(self.index, self.flipped)
 
     def factors(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(W, A, B) of its matrices, or of their transposes."""
+        """(W, A, B) of this tensor's matrices, or of their transposes."""
         return self.stack.factors(self.index, self.flipped != transposed)
 
     def take_matrices(self, index: Index) -> Unformed:
-        return stand_in(self.stack, index, self.flipped)
+        """The ``Unformed`` of one or some of the stack's matrices."""
+        return make_unformed(self.stack, index, self.flipped)
 
     def transpose_matrices(self) -> Unformed:
-        return stand_in(self.stack, self.index, not self.flipped)
+        return make_unformed(self.stack, self.index, not self.flipped)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -157,7 +169,7 @@ class Unformed(Tensor):
         if result is not NotImplemented:
             return result
         if _writes(func, kwargs):
-            raise CannotStandError
+            raise CannotFormError
         return func(*_form_all(args), **_form_all(kwargs))
 
     @classmethod
@@ -175,20 +187,21 @@ def _form_all(tree: Any) -> Any:
 def _writes(func: Any, kwargs: Any) -> bool:
     """Whether a function writes into one of its arguments, judged by its name."""
     name = getattr(func, "__name__", "")
-    private = name.startswith("__")
-    return (name.endswith("_") and not private) or name in WRITING or kwargs.get("out") is not None
+    is_special = name.startswith("__")
+    ends_in_place = name.endswith("_") and not is_special
+    return ends_in_place or name in WRITING or kwargs.get("out") is not None
 
 
-_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-#: methods that write into a tensor, besides those with a trailing underscore
-WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _IN_PLACE)}
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+#: methods that write into a tensor although their names do not end with one underscore
+WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 
 
-def stand_in(stack: Stack, index: Index = None, flipped: bool = False) -> Unformed:
-    """A tensor that stands for W + ΔW of the selected matrices, transposed if ``flipped``."""
+def make_unformed(stack: Stack, index: Index = None, flipped: bool = False) -> Unformed:
+    """An ``Unformed`` of the selected matrices, transposed if ``flipped``."""
     return (
         _apply(stack, index, flipped, stack.A, stack.B)
-        if stack.trains
+        if stack.needs_gradient
         else _create(stack, index, flipped)
     )
 
@@ -226,8 +239,8 @@ for _name in ("shape", "dtype", "device", "ndim"):
 
 
 class _UnformedNode(torch.autograd.Function):
-    """The autograd node that outputs an ``Unformed``. The products of ``OPERATIONS`` have nodes of
-    their own."""
+    """The autograd node that outputs an ``Unformed``. Each product in ``OPERATIONS`` creates
+    another node for its output."""
 
     @staticmethod
     def forward(
@@ -262,7 +275,8 @@ class _UnformedNode(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-# Skips the Python calls of ``apply`` for ``torch.func``, whose transforms never get here.
+# Skips the Python code of ``apply`` that serves ``torch.func``, whose transforms never get here
+# (``kernels.is_eager``).
 _apply = cast(Any, super(torch.autograd.Function, _UnformedNode)).apply
 
 
@@ -270,7 +284,7 @@ def _getters(*names: str) -> set[Any]:
     return {getattr(Tensor, name).__get__ for name in names}
 
 
-#: functions and attributes that an ``Unformed`` answers without forming W + ΔW
+#: functions and attributes that an ``Unformed`` supports without forming W + ΔW
 METADATA: frozenset[Any] = frozenset(
     {
         *_getters(

@@ -3,8 +3,8 @@
     y = forward(view of the module with gain ⊙ (W + ΔW) in place of W)
 
 A view is another object of the module's class that shares everything with the module except the
-changed weights. This is the general path, which is right for every module. Changes that forward
-makes to attributes of the view (a cache, a counter) are written back to the module afterwards.
+changed weights. This path is right for every module. If forward changes attributes of the view (a
+cache, a counter), they are written back to the module afterwards.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch.utils import _pytree as pytree
 from veneer.attach.layer.adapted_module import (
     ACCELERATE_FORWARD,
     COMPRESSED_FORWARD,
+    has_wrapped_forward,
     method_of,
     state_of,
-    wrapped_forward,
 )
 from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
 from veneer.attach.layer.dtypes import cast_floats, is_float, no_autocast, output_dtype, widen
-from veneer.attach.layer.experts import always_form_weights, stand_ins
+from veneer.attach.layer.experts import always_form_weights, unformed_weights_of
 from veneer.attach.layer.state import STATE, LayerState, ModulePath, detached_error
-from veneer.attach.layer.unformed import CannotStandError
+from veneer.attach.layer.unformed import CannotFormError
 from veneer.bases import BASES
 from veneer.distributed import base_class
 from veneer.precision import at_least_float32
@@ -40,11 +40,11 @@ from veneer.precision import at_least_float32
 def run_on_view(layer_adapter: Any, call: Call) -> Any:
     """Run the module's own forward (or another method) on a view with the changed weights of
     ``layer_adapter``."""
-    module, base, layer_state, args, kwargs, _, method, *_ = call
+    module, base_cls, layer_state, args, kwargs, _, method, *_ = call
     if any(change.storage.opaque for change in layer_adapter.changes.values()):
         return _run_opaque(layer_adapter, module, layer_state, args, kwargs)
-    function, read_below, full = (
-        method_of(base, method),
+    function, read_below, replacements = (
+        method_of(base_cls, method),
         layer_adapter.below(method),
         layer_adapter.replacements(module),
     )
@@ -52,40 +52,47 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
         change.storage.dtype(frozen_weight(change, module, name))
         for name, change in layer_adapter.changes.items()
     }
-    narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
+    narrow_dtype = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
     if read_below or any(child is not layer_state for child in module._modules.values()):
-        narrow = None  # what runs below is not widened
-    wide = narrow is not None
+        narrow_dtype = None  # the modules below run in their own dtype
+    runs_wide = narrow_dtype is not None
     unformed_weights = (
         None
         if read_below
-        else stand_ins(layer_adapter, module, layer_state, (args, kwargs), formable=not wide)
+        else unformed_weights_of(
+            layer_adapter, module, layer_state, (args, kwargs), can_form=not runs_wide
+        )
     )
     if unformed_weights is not None:
         try:
             return _run_unformed(
-                function, module, base, {**full, **unformed_weights}, layer_state, args, kwargs
+                function,
+                module,
+                base_cls,
+                {**replacements, **unformed_weights},
+                layer_state,
+                args,
+                kwargs,
             )
-        except CannotStandError:
+        except CannotFormError:
             always_form_weights(layer_state)
-    values = {**full, **layer_adapter.changed_weights(module, wide)}
-    if wide:
+    values = {**replacements, **layer_adapter.changed_weights(module, runs_wide)}
+    if runs_wide:
         tensors = {**module._buffers, **module._parameters, **values}
         values = {
-            name: widen(value, torch.float32)
-            for name, value in tensors.items()
-            if value is not None
+            name: widen(tensor, torch.float32)
+            for name, tensor in tensors.items()
+            if tensor is not None
         }
     views: list[_View] = []
-    view_of_module = _create_view(
-        module, base, values, _children_read_below(module, read_below, views), layer_state, views
-    )
-    if narrow is None:
+    child_views = _children_read_below(module, read_below, views)
+    view_of_module = _create_view(module, base_cls, values, child_views, layer_state, views)
+    if narrow_dtype is None:
         y = function(view_of_module, *args, **kwargs)
     else:
-        y = _run_widened(partial(function, view_of_module), args, kwargs, values, narrow)
-    for created in views:
-        _write_back(*created)
+        y = _run_widened(partial(function, view_of_module), args, kwargs, values, narrow_dtype)
+    for view_entry in views:
+        _write_back(*view_entry)
     return y
 
 
@@ -94,26 +101,26 @@ def _run_widened(
     args: tuple,
     kwargs: Mapping[str, Any],
     values: Mapping[str, Tensor],
-    narrow: torch.dtype,
+    weight_dtype: torch.dtype,
 ) -> Any:
-    """The output of a method in float32, in the dtype that it has for weights of dtype
-    ``narrow``."""
+    """The output of a method that computes in float32. It is cast to the dtype that it would have
+    for weights of ``weight_dtype``."""
     floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_float(leaf)]
-    first = floats[0].data if floats else None  # of a tensor, or of a packed sequence
-    output = narrow if first is None else output_dtype(first, narrow)
+    first_tensor = floats[0].data if floats else None  # ``data`` also of a packed sequence
+    y_dtype = weight_dtype if first_tensor is None else output_dtype(first_tensor, weight_dtype)
     with no_autocast(next(iter(values.values()))):
         args, kwargs = cast_floats((args, kwargs), torch.float32)
-        return cast_floats(function(*args, **kwargs), output)
+        return cast_floats(function(*args, **kwargs), y_dtype)
 
 
 def _run_opaque(
     layer_adapter: Any, module: Any, layer_state: Any, args: tuple, kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """Run the op of a linear layer with an opaque storage on W + ΔW, in at least float32. Its own
-    forward reads no tensor that a view could replace."""
-    (x,), full = (*args, *kwargs.values()), layer_adapter.replacements(module)
+    """Run the op of a linear layer with an opaque storage on W + ΔW, in at least float32. The
+    forward of such a layer reads no tensor that a view could replace."""
+    (x,), replacements = (*args, *kwargs.values()), layer_adapter.replacements(module)
     ((name, dense),) = layer_adapter.changed_weights(module, wide=True).items()
-    bias = full.get("bias", getattr(module, "bias", None))
+    bias = replacements.get("bias", getattr(module, "bias", None))
     with no_autocast(x):
         bias = None if bias is None else widen(bias, dense.dtype)
         y = layer_state.layer.op(module, widen(x, dense.dtype), dense, bias)
@@ -123,7 +130,7 @@ def _run_opaque(
 def _run_unformed(
     function: Any,
     module: nn.Module,
-    base: type[nn.Module],
+    base_cls: type[nn.Module],
     values,
     layer_state: LayerState,
     args: tuple,
@@ -131,7 +138,7 @@ def _run_unformed(
 ) -> Any:
     """``run_on_view`` with weights that are not formed (``Unformed``)."""
     views: list[_View] = []
-    view_of_module = _create_view(module, base, values, {}, layer_state, views)
+    view_of_module = _create_view(module, base_cls, values, {}, layer_state, views)
     y = function(view_of_module, *args, **kwargs)
     _write_back(*views[0])
     return y
@@ -140,34 +147,36 @@ def _run_unformed(
 def _children_read_below(
     module: nn.Module, layer_adapters: Mapping[ModulePath, Any], views: list[_View]
 ) -> dict[str, nn.Module]:
-    """Views of the children below which weights are read directly, by the names of the children."""
-    below: dict[str, dict[ModulePath, Any]] = {}
+    """Views of the children on the paths to modules whose weights are read directly, by the names
+    of the children."""
+    adapters_by_child: dict[str, dict[ModulePath, Any]] = {}
     for path, layer_adapter in layer_adapters.items():
         if path:
-            below.setdefault(path[0], {})[path[1:]] = layer_adapter
+            adapters_by_child.setdefault(path[0], {})[path[1:]] = layer_adapter
     return {
         name: _view_read_below(cast(nn.Module, module._modules[name]), child_adapters, views)
-        for name, child_adapters in below.items()
+        for name, child_adapters in adapters_by_child.items()
     }
 
 
 def _view_read_below(
     module: nn.Module, layer_adapters: Mapping[ModulePath, Any], views: list[_View]
 ) -> nn.Module:
-    """A view of a module below, whose own weights or those below it are read directly.
+    """A view of a module below the called one, whose weights, or those of modules below it, are
+    read directly.
 
-    ``layer_adapters``: the adapters' changes at this module (path ()) and below it.
+    ``layer_adapters``: the layer adapters of this module, by the path (), and of modules below it.
     """
     layer_adapter, layer_state = layer_adapters.get(()), state_of(module)
     if layer_adapter is None:
         children = _children_read_below(module, layer_adapters, views)
         return _create_view(module, type(module), {}, children, None, views)
     if layer_state is None and STATE in module._modules:
-        return module  # it is a view already, created for a module above
+        return module  # already a view, created for a module above
     if layer_state is None:
         raise detached_error("the selected one")
-    # the methods of the module run on the view too
-    for read_below in (layer_adapter.read_below, *layer_adapter.entries.values()):
+    # The methods of the module run on the view too, so the weights that they read are replaced.
+    for read_below in (layer_adapter.read_below, *layer_adapter.read_below_by_method.values()):
         layer_adapters = {**read_below, **layer_adapters}
     values = {
         **layer_adapter.replacements(module),
@@ -183,83 +192,94 @@ _View = tuple[nn.Module, nn.Module, Mapping[str, Any], Mapping[str, Tensor]]
 
 
 def _write_back(
-    module: nn.Module, view: nn.Module, before: Mapping[str, Any], values: Mapping[str, Tensor]
+    module: nn.Module,
+    view: nn.Module,
+    attributes_before: Mapping[str, Any],
+    values: Mapping[str, Tensor],
 ) -> None:
     """Copy the changes that forward made to a view back to the module: attributes (a cache, a
-    counter) and buffers."""
+    counter) and buffers. ``values`` are the tensors that the view had in place of the module's."""
     module_attributes, view_attributes = module.__dict__, view.__dict__
     module_attributes.update(
         {
             name: value
             for name, value in view_attributes.items()
-            if name not in before or before[name] is not value
+            if name not in attributes_before or attributes_before[name] is not value
         }
     )
-    for name in before.keys() - view_attributes.keys():
+    for name in attributes_before.keys() - view_attributes.keys():
         module_attributes.pop(name, None)
-    for name, value in view._buffers.items():
-        if name not in values and module._buffers.get(name) is not value:
-            module._buffers[name] = value
+    for name, buffer in view._buffers.items():
+        if name not in values and module._buffers.get(name) is not buffer:
+            module._buffers[name] = buffer
 
 
 def _create_view(
-    module: nn.Module, base, values, children, layer_state: LayerState | None, views: list[_View]
+    module: nn.Module,
+    base_cls,
+    values,
+    children,
+    layer_state: LayerState | None,
+    views: list[_View],
 ) -> nn.Module:
-    """``view``, with what the state of the layer asks for. Adds the view to ``views``."""
-    created = view(
-        module, base, values, children, None if layer_state is None else layer_state.attributes
-    )
-    for name in () if layer_state is None else layer_state.bound:
-        created.__dict__[name] = MethodType(created.__dict__[name].__func__, created)
+    """``view``, with the attributes and methods that the layer state lists. Adds an entry for the
+    view to ``views``."""
+    attributes = None if layer_state is None else layer_state.view_attributes
+    module_view = view(module, base_cls, values, children, attributes)
+    for name in () if layer_state is None else layer_state.bound_methods:
+        module_view.__dict__[name] = MethodType(module_view.__dict__[name].__func__, module_view)
     if layer_state is not None and layer_state.layer is not None:
-        layer_state.layer.bind(created, values)
-    views.append((module, created, dict(created.__dict__), values))
-    return created
+        layer_state.layer.bind(module_view, values)
+    views.append((module, module_view, dict(module_view.__dict__), values))
+    return module_view
 
 
 def view(
     module: nn.Module,
-    base: type[nn.Module],
+    base_cls: type[nn.Module],
     values: Mapping[str, Tensor],
     children: Mapping[str, nn.Module] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A view of ``module`` with the class ``base`` and with some parameters, buffers, children and
-    attributes replaced. The module is not changed, so any number of threads may do this at once
-    (``torch.func.functional_call`` swaps parameters in place)."""
+    """A view of ``module`` with the class ``base_cls``. ``values`` (parameters and buffers),
+    ``children`` and ``attributes`` replace those of the module, by name. The module is not changed,
+    so several threads may do this at once; ``torch.func.functional_call`` would swap parameters in
+    place."""
     if values and is_parametrized(module):
         # The parametrised class computes weights in properties. The view has the original class,
         # and holds the computed weights.
-        lists = cast(nn.ModuleDict, module._modules["parametrizations"])
+        parametrizations = cast(nn.ModuleDict, module._modules["parametrizations"])
         values = {
             **{
                 name: BASES["parametrized"].dense(parametrized)
-                for name, parametrized in lists.items()
+                for name, parametrized in parametrizations.items()
             },
             **values,
         }
-        base = base.__bases__[0]
-    created = object.__new__(base)
-    created.__dict__.update(module.__dict__)
-    if ACCELERATE_FORWARD in created.__dict__ and wrapped_forward(module):  # bind it to the view
-        created.__dict__[ACCELERATE_FORWARD] = MethodType(base.forward, created)
-        created.__dict__["forward"] = partial(created.__dict__["forward"].func, created)
+        base_cls = base_cls.__bases__[0]
+    module_view = object.__new__(base_cls)
+    module_view.__dict__.update(module.__dict__)
+    if ACCELERATE_FORWARD in module_view.__dict__ and has_wrapped_forward(module):
+        # bind the forward to the view
+        module_view.__dict__[ACCELERATE_FORWARD] = MethodType(base_cls.forward, module_view)
+        module_view.__dict__["forward"] = partial(module_view.__dict__["forward"].func, module_view)
     # Skip the wrapper that moves inputs to the module's device: it has run already.
-    if COMPRESSED_FORWARD in created.__dict__:
-        created.__dict__["forward"] = MethodType(
-            base.forward if base is not type(module) else created.__dict__[COMPRESSED_FORWARD],
-            created,
-        )
+    if COMPRESSED_FORWARD in module_view.__dict__:
+        is_adapted = base_cls is not type(module)
+        forward = base_cls.forward if is_adapted else module_view.__dict__[COMPRESSED_FORWARD]
+        module_view.__dict__["forward"] = MethodType(forward, module_view)
     if attributes:
-        created.__dict__.update(attributes)
-    for kind in ("_parameters", "_buffers"):
-        tensors = module.__dict__[kind]
-        created.__dict__[kind] = {name: values.get(name, tensors[name]) for name in tensors}
-    extra: Any = {
+        module_view.__dict__.update(attributes)
+    for table_name in ("_parameters", "_buffers"):
+        tensors = module.__dict__[table_name]
+        module_view.__dict__[table_name] = {
+            name: values.get(name, tensor) for name, tensor in tensors.items()
+        }
+    added_tensors: Any = {
         name: values[name]
-        for name in values.keys() - created._parameters.keys() - created._buffers.keys()
+        for name in values.keys() - module_view._parameters.keys() - module_view._buffers.keys()
     }
-    created._parameters.update(extra)
+    module_view._parameters.update(added_tensors)
     if children:
-        created.__dict__["_modules"] = {**module._modules, **children}
-    return created
+        module_view.__dict__["_modules"] = {**module._modules, **children}
+    return module_view

@@ -2,14 +2,15 @@
 
     W' = round(gain ⊙ (W + ΔW))      to the weight's dtype, once
 
-Rounding to nearest would lose most of a small change of 16-bit or quantised weights. There a weight
+Rounding to nearest would lose most of a small change of 16-bit or quantised weights. Such a weight
 is rounded so that the change survives in the directions that the adapter reads
-(``kernels/error_feedback.py``). Storages without a known grid of numbers round by their own rule.
+(``kernels/error_feedback.py``). A storage whose representable values are unknown rounds by its own
+rule.
 
 Weights are merged one at a time: compute the new content, check it, copy the old bits, overwrite.
 The model counts as merged until the last weight is restored, so ``unmerge`` can finish an
 interrupted merge or unmerge. Rejected: computing all weights twice, once to check and once to
-write. That takes twice as long, and could not undo a failure of the second pass.
+write. That takes twice as long, and a failure of the second pass could not be undone.
 """
 
 from __future__ import annotations
@@ -54,76 +55,79 @@ def merge(
     """Write ``W + ΔW``, rounded once, into the weights of ``model``, in place. Parameters keep
     their identity and their ties.
 
-    While an adapter is merged, the model runs at the base's speed and gives the adapter's outputs;
-    a call that selects anything else raises. An adapter that is attached or loaded while another
-    one is merged belongs to the merged weights: it trains, runs and is merged on top of them, and
-    is refused on other weights. An adapter that was attached before is merged as PEFT merges
-    several adapters: its change is added to the weights as they are, and calls without a selection
-    then use all merged adapters. No thread may call the model while ``merge`` or ``unmerge`` runs.
-    ``detach(keep_merged=True)`` leaves a plain model, for libraries that look at a layer's exact
-    class.
+    While an adapter is merged, the model runs at the base's speed and computes the adapter's
+    outputs. A call that selects anything else raises an error. An adapter that is attached or
+    loaded while another one is merged belongs to the merged weights: it trains, runs and is merged
+    on top of them, and calls with it raise an error on other weights. An adapter that was attached
+    before the other one was merged is added to the present weights, as PEFT merges several
+    adapters. Calls without a selection then use all merged adapters. No thread may call the model
+    while ``merge`` or ``unmerge`` runs. ``detach(keep_merged=True)`` leaves a plain model, for
+    libraries that look at a layer's exact class.
 
     Args:
-        name: the adapter; None takes the only one.
+        name: the adapter; None stands for the only one.
         keep: keep a copy of the old weights, which ``unmerge`` needs. It takes as much CPU memory
-            as the weights that change. With False the copies are dropped once all weights are
+            as the weights that change. If False, the copies are dropped once all weights are
             written.
-        rounding: the rounding of 16-bit weights and of those that bitsandbytes or torchao stores.
-            "nearest" rounds each number to the nearest one. "faithful" rounds each number to one
-            of its two neighbours so that the errors cancel in the directions that the adapter
-            reads; it takes several times as long, a few seconds for 100 million 16-bit weights.
+        rounding: how to round 16-bit weights and weights that bitsandbytes or torchao stores.
+            "nearest" rounds each element to the nearest value. "faithful" rounds each element to
+            one of its two neighbours, so that the errors cancel in the directions that the adapter
+            reads. It takes several times as long: a few seconds for 100 million 16-bit weights.
             "auto" uses "faithful" for each weight where "nearest" would realise less than 99 % of
             the change (or more than 101 %). Weights of more than 16 bits, weights that are trained
-            in full and embeddings of bounded norm are always rounded to nearest, GGUF weights by
-            their storage's own rule.
-        inputs: Σ xᵀx of the inputs of a weight ([g, in, in], in any scale), by the weight's path.
-            Faithful rounding then also keeps the outputs right in the directions in which the
-            inputs vary most.
+            in full and embeddings of bounded norm are always rounded to nearest. GGUF weights are
+            rounded by the rule of their storage.
+        inputs: Σ xᵀx over the inputs x of a weight, [g, in, in], up to a common factor, by the path
+            of the weight. Faithful rounding then also keeps the outputs right in the directions in
+            which the inputs vary most.
 
     Returns:
-        for each parameter the size of the change, the share of it that the weight's dtype could
-        hold, and the rounding.
+        for each parameter the size of the change, the share of the change that survived rounding to
+        the weight's dtype, and the kind of rounding.
 
     Raises:
-        ConfigError: an unknown rounding.
-        MergeError: the adapter has invocation tokens; only a weight's own library can write it
-            (GPTQ, AWQ, HQQ, FP8); a merged weight would not be finite; the weights that the adapter
-            was attached to are gone, or were not kept; the adapter has different values for the
-            names of a tied weight; or the weights are spread over processes. Every weight keeps the
-            bits that it had before.
+        ConfigError: ``rounding`` is unknown.
+        MergeError: the adapter has invocation tokens; a weight can be written only by the library
+            that stores it (GPTQ, AWQ, HQQ, FP8); a merged weight would not be finite; the weights
+            that the adapter was attached to are gone, or were not kept; the adapter has different
+            values for the names of a tied weight; or the weights are spread over processes. Every
+            weight keeps the bits that it had before.
         SelectionError: there is no such adapter.
     """
     model = unwrap(model)
     name = only_name(model, name)
-    attached = need_adapters(model, name)
-    if tokens := attached.configs[name].invocation_tokens:
+    model_adapters = need_adapters(model, name)
+    if tokens := model_adapters.configs[name].invocation_tokens:
         problem = f"a merge of {name!r}, which acts from its invocation tokens {list(tokens)} on"
         do = "use it as an adapter; `veneer serve` takes it as it is"
         raise MergeError(problem, "an adapter that acts on every token", do)
-    if name in attached.chain or not attached.can_merge(name):
-        require_attached_base(attached, name, "a merge of")
+    if name in model_adapters.merge_order or not model_adapters.can_merge(name):
+        require_attached_base(model_adapters, name, "a merge of")
     require_unsharded(model, "a merge")
     check_rounding(rounding)
-    if opaque := [weight for weight in stored_weights(model, name) if weight.storage.opaque]:
-        storage: Any = opaque[0].storage
-        paths = listing(weight.full_path for weight in opaque)
+    if opaque_weights := [
+        weight for weight in stored_weights(model, name) if weight.storage.opaque
+    ]:
+        storage: Any = opaque_weights[0].storage
+        paths = listing(weight.full_path for weight in opaque_weights)
         raise MergeError(
-            f"Nothing was merged of {name!r} ({paths}). {storage.refusal(opaque[0].target)}"
+            f"Nothing was merged of {name!r} ({paths}). {storage.refusal(opaque_weights[0].target)}"
         )
-    return _merge_all(model, attached, name, keep, rounding, dict(inputs or {}))
+    return _merge_all(model, model_adapters, name, keep, rounding, dict(inputs or {}))
 
 
 def _merge_all(
     model: nn.Module,
-    attached: ModelAdapters,
+    model_adapters: ModelAdapters,
     name: str,
     keep: bool,
     rounding: str,
-    moments: dict[str, Tensor],
+    second_moments: dict[str, Tensor],
 ) -> MergeReport:
-    """Overwrite all weights, or leave all of them as they are."""
-    over_others = attached.selections[name].on != attached.merged
-    origins = bits_before_merge(model, name) if over_others else {}
+    """Overwrite all weights, or leave all of them unchanged. ``second_moments`` are the ``inputs``
+    of ``merge``."""
+    is_over_others = model_adapters.selections[name].merged_at_attach != model_adapters.merged
+    origins = bits_before_merge(model, name) if is_over_others else {}
     weights = [
         replace(weight, origin=origins.get(id(weight.target)))
         for weight in stored_weights(model, name)
@@ -133,21 +137,21 @@ def _merge_all(
         *split_tie_problems(model, name),
         *output_change_problems(model, name),
     ]
-    problems += _missing_origin_problems(model, attached, name, weights)
-    before = attached.chain
+    problems += _missing_origin_problems(model, model_adapters, name, weights)
+    order_before = model_adapters.merge_order
     try:
-        drop_backups(weights)  # left over from an unmerge that was interrupted at its last line
-        attached.merging = True
-        attached.set_chain((*before, name))
-        reports = _write_all(weights, rounding, moments, keep, problems)
+        drop_backups(weights)  # left over if an unmerge was interrupted at its end
+        model_adapters.is_merging = True
+        model_adapters.set_merge_order((*order_before, name))
+        reports = _write_all(weights, rounding, second_moments, keep, problems)
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
-        attached.merging = False
+        model_adapters.is_merging = False
     except BaseException:
-        if attached.chain != before:
+        if model_adapters.merge_order != order_before:
             restore(filter(has_backup, weights))
-            attached.set_chain(before)
+            model_adapters.set_merge_order(order_before)
         drop_backups(weights)
-        attached.merging = False
+        model_adapters.is_merging = False
         raise
     if not keep:
         drop_backups(weights)
@@ -157,33 +161,39 @@ def _merge_all(
 def _write_all(
     weights: Iterable[StoredWeight],
     rounding: str,
-    moments: dict[str, Tensor],
+    second_moments: dict[str, Tensor],
     keep: bool,
     problems: list[str],
 ) -> list[LayerMerge]:
     """Back up and overwrite each weight while there are no problems. After the first problem,
-    continue only to collect further problems."""
+    compute the remaining weights only to collect further problems. ``second_moments`` are the
+    ``inputs`` of ``merge``."""
     reports: list[LayerMerge] = []
     for weight in weights:
-        moment = moments.pop(weight.full_path, None) if weight.values is None else None
+        second_moment = (
+            second_moments.pop(weight.full_path, None) if weight.values is None else None
+        )
         with torch.no_grad():
-            content = merged_content(weight, rounding, moment, problems)
+            content = merged_content(weight, rounding, second_moment, problems)
             if content is None:
                 continue
-            stored, report = content
+            stored_tensors, report = content
             if not problems:
-                back_up(weight, stored, digests=keep)
-                weight.write(stored)
+                back_up(weight, stored_tensors, digests=keep)
+                weight.write(stored_tensors)
             reports += [report] if report else []
-            del content, stored  # free the memory before the next weight
+            del content, stored_tensors  # free the memory before the next weight
     expected = "paths of weights that the adapter changes at a low rank"
-    problems += [sentence(f"inputs of {path!r}", expected, "leave it out") for path in moments]
+    problems += [
+        sentence(f"inputs of {path!r}", expected, "leave it out") for path in second_moments
+    ]
     return reports
 
 
 def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """Changes of an adapter that no change of a weight can express: a module's output alone, where
-    other modules read its weight directly, or a bias that the layer does not have."""
+    """A problem for each change of an adapter that no change of a weight can express: a change of a
+    module's output alone, although other modules read its weight directly, or a bias for a layer
+    that has none."""
     for path, _, weight, change in changes(model, name):
         if change.module_only:
             problem = (
@@ -207,16 +217,18 @@ def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def _missing_origin_problems(
-    model: nn.Module, attached: ModelAdapters, name: str, weights: Iterable[StoredWeight]
+    model: nn.Module, model_adapters: ModelAdapters, name: str, weights: Iterable[StoredWeight]
 ) -> Iterator[str]:
-    """Weights that cannot be merged over other adapters: the bits that this adapter was attached to
-    were not kept, or two adapters replace the same statistics."""
-    if attached.selections[name].on == attached.merged:
+    """A problem for each weight that cannot be merged over other adapters. Either the bits that
+    this adapter was attached to were not kept, or two adapters replace the same statistics."""
+    if model_adapters.selections[name].merged_at_attach == model_adapters.merged:
         return
-    lost = without_backup(model, name)
+    ids_without_backup = without_backup(model, name)
     for weight in weights:
         needs_origin = weight.values is not None or weight.keeper.tokens is not None
-        if id(weight.target) in lost and (needs_origin or weight.keeper.variant.peft_keys):
+        if id(weight.target) in ids_without_backup and (
+            needs_origin or weight.keeper.variant.peft_keys
+        ):
             problem = f"{weight.full_path!r}, into which another was merged with keep=False"
             expected = f"the weight that {name!r} was attached to"
             yield sentence(problem, expected, "load the base again, and merge with keep=True")

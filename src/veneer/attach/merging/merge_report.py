@@ -11,10 +11,12 @@ class LayerMerge:
     """The effect of a merge on one parameter.
 
     Fields:
+        path: the path of the parameter.
         change: ‖ΔW‖ / ‖W‖.
-        retention: the share of ΔW that the rounded weight realises.
-        rounding: "nearest", "faithful", or "storage" (the storage's own rule).
-        nearest: the share of ΔW that rounding to nearest (or the storage's own rule) realises.
+        retention: the share of ΔW that survives in the rounded weight; 1 is ideal.
+        rounding: "nearest", "faithful", or "storage" (by the rule of the weight's storage).
+        nearest: the retention of rounding to nearest, or of the storage's rule if ``rounding`` is
+            "storage".
     """
 
     path: str
@@ -33,38 +35,47 @@ class MergeReport:
 
     @property
     def retention(self) -> float:
-        """The smallest share of a change that survived rounding; 1.0 if nothing changed."""
+        """The smallest ``retention`` of a parameter; 1.0 if nothing changed."""
         return min((layer.retention for layer in self.layers), default=1.0)
 
     @property
     def summary(self) -> str:
         """One sentence: how many parameters changed, and the share of the change that survived
         rounding."""
-        worst = min(self.layers, key=lambda layer: layer.retention, default=None)
-        if worst is None:
+        worst_layer = min(self.layers, key=lambda layer: layer.retention, default=None)
+        if worst_layer is None:
             return f"merged {self.adapter!r}: nothing to change"
         median = sorted(layer.retention for layer in self.layers)[len(self.layers) // 2]
-        counts = Counter(layer.rounding for layer in self.layers)
-        nearest = sorted(layer.nearest for layer in self.layers if layer.rounding == "faithful")
-        compared = f" (to nearest: {nearest[len(nearest) // 2]:.2%})" if nearest else ""
-        words = {
-            "faithful": f"rounded faithfully{compared}",
+        rounding_counts = Counter(layer.rounding for layer in self.layers)
+        nearest_retentions = sorted(
+            layer.nearest for layer in self.layers if layer.rounding == "faithful"
+        )
+        comparison = (
+            f" (to nearest: {nearest_retentions[len(nearest_retentions) // 2]:.2%})"
+            if nearest_retentions
+            else ""
+        )
+        descriptions = {
+            "faithful": f"rounded faithfully{comparison}",
             "storage": "rounded as their storage does",
         }
         special_roundings = "".join(
-            f"; {counts[name]} {text}" for name, text in words.items() if counts[name]
+            f"; {rounding_counts[name]} {description}"
+            for name, description in descriptions.items()
+            if rounding_counts[name]
         )
         return (
             f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the"
-            f" change kept after rounding (median), {worst.retention:.2%} at worst ({worst.path},"
-            f" where it is {worst.change:.1e} of the weight){special_roundings}"
+            f" change kept after rounding (median), {worst_layer.retention:.2%} at worst"
+            f" ({worst_layer.path}, where it is {worst_layer.change:.1e} of the"
+            f" weight){special_roundings}"
         )
 
     def __str__(self) -> str:
         if not self.layers:
             return self.summary
-        plain = "handle.detach(keep_merged=True) leaves a plain one with these weights"
+        detach_hint = "handle.detach(keep_merged=True) leaves a plain one with these weights"
         return (
-            f"{self.summary}\nthe model is still attached; {plain}, which other libraries can save"
-            " and quantise"
+            f"{self.summary}\nthe model is still attached; {detach_hint}, which other libraries can"
+            " save and quantise"
         )

@@ -1,12 +1,12 @@
 """The weights that a merge overwrites, and the copies of their old bits.
 
     stored_weights(model, name)     every weight, parameter or buffer that an adapter changes
-    back_up(weight, new)            copy its bits before the merge writes
+    back_up(weight, new)            copy the bits of a weight before the merge writes it
     restore(weights)                write the copies back
     bits_before_merge(model, name)  the bits that the weights had when an adapter was attached
 
-The copies live on the part of the adapter that changes the weight (``StoredWeight.keeper``), so a
-merge that is interrupted can still be undone by ``unmerge``.
+The module of the adapter that changes a weight keeps the copy (``StoredWeight.keeper``), so an
+interrupted merge can still be undone by ``unmerge``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class StoredWeight:
     """One weight, parameter or buffer that an adapter changes.
 
     Fields:
-        keeper: the module that changes it and holds its old bits while it is merged: a ``Change``
-            for a low-rank change, else the adapter's part at this layer.
+        path, name: the path of the module that holds the weight, and the name of the weight.
+        keeper: the module that changes the weight and keeps its old bits while it is merged. It is
+            a ``Change`` for a low-rank change, else the ``LayerAdapter``.
         target: the tensor, or the packed weight, that a merge overwrites.
         values: the tensor that replaces the weight in full; None for a low-rank change.
-        origin: the stored tensors of the weight as it was when the adapter was attached, where
-            other adapters have been merged into it since; else None.
+        origin: the stored tensors of the weight at the time when the adapter was attached. None
+            unless other adapters have been merged into the weight since.
     """
 
     path: str
@@ -54,7 +55,8 @@ class StoredWeight:
         return parameter_path(self.path, self.name)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The tensors that the storage keeps for this weight, by its names for them."""
+        """The tensors in which the storage keeps this weight, by the names that the storage gives
+        them."""
         self.storage.prepare(self.module)
         return self.storage.stored_tensors(self.target)
 
@@ -63,7 +65,7 @@ class StoredWeight:
         self.storage.prepare(self.module)
 
     def change(self) -> tuple[LowRank, Tensor | None]:
-        """ΔW and the gain, computed from the weight that the adapter was attached to."""
+        """(ΔW, gain), computed from the weight that the adapter was attached to."""
         if self.origin is None:
             return self.keeper.resolve_float64(self.target)
         merged = {key: tensor.clone() for key, tensor in self.stored_tensors().items()}
@@ -78,35 +80,43 @@ def stored_weights(model: nn.Module, name: str) -> Iterator[StoredWeight]:
     """Every weight that the adapter ``name`` changes. Tied parameters are listed once."""
     for path, module, weight, change in changes(model, name):
         yield StoredWeight(path, module, weight, change, weight_of(module, weight), change.storage)
-    visited: set[int] = set()  # tied parameters have one copy, and are written once
+    visited: set[int] = set()  # tied parameters have one copy, which is written once
     for path, module, layer_adapter in adapters(model, name):
-        full, base = layer_adapter.full, {**module._buffers, **module._parameters}
-        for weight, values in (*full._parameters.items(), *full._buffers.items()):
-            if values is not None and base[weight] is not None and id(values) not in visited:
+        full_module, base_tensors = layer_adapter.full, {**module._buffers, **module._parameters}
+        for tensor_name, values in (
+            *full_module._parameters.items(),
+            *full_module._buffers.items(),
+        ):
+            target = None if values is None else base_tensors[tensor_name]
+            if target is not None and id(values) not in visited:
                 visited.add(id(values))
                 yield StoredWeight(
-                    path, module, weight, layer_adapter, base[weight], BASES["plain"], values
+                    path, module, tensor_name, layer_adapter, target, BASES["plain"], values
                 )
 
 
-def require_attached_base(attached: ModelAdapters, name: str, action: str) -> None:
+def require_attached_base(model_adapters: ModelAdapters, name: str, action: str) -> None:
     """Raise a MergeError unless the weights are those that the adapter ``name`` was attached to.
 
-    ``action`` opens the text of the error: "a merge of", for instance.
+    ``action`` is the beginning of the error text, such as "a merge of".
     """
-    on, merged = attached.selections[name].on, attached.merged
-    if on == merged:
+    base_name, merged = model_adapters.selections[name].merged_at_attach, model_adapters.merged
+    if base_name == merged:
         return
-    if name in attached.chain:
+    if name in model_adapters.merge_order:
         raise MergeError(
             f"{action} {name!r}, merged already",
             "an unmerged adapter",
             "call veneer.unmerge(model) first",
         )
     if merged is None:
-        problem = f"{action} {name!r}, attached while {on!r} was merged, which it no longer is"
-        raise MergeError(problem, "the weights that it was attached to", f"merge {on!r} again")
-    merged_then = "nothing" if on is None else repr(on)
+        problem = (
+            f"{action} {name!r}, attached while {base_name!r} was merged, which it no longer is"
+        )
+        raise MergeError(
+            problem, "the weights that it was attached to", f"merge {base_name!r} again"
+        )
+    merged_then = "nothing" if base_name is None else repr(base_name)
     problem = (
         f"{action} {name!r}, attached while {merged_then} was merged, and {merged!r}, merged"
         " already"
@@ -116,8 +126,8 @@ def require_attached_base(attached: ModelAdapters, name: str, action: str) -> No
 
 
 def bits_before_merge(model: nn.Module, name: str) -> dict[int, dict[str, Tensor]]:
-    """The stored tensors that weights had when the adapter ``name`` was attached, by the identity
-    of the weight. Only weights into which other adapters have been merged since are listed."""
+    """The stored tensors that weights had when the adapter ``name`` was attached, by the ``id`` of
+    the weight. Only weights into which other adapters have been merged since are listed."""
     return {
         key: backup_of(weight)
         for key, weight in _merged_since(model, name).items()
@@ -126,39 +136,42 @@ def bits_before_merge(model: nn.Module, name: str) -> dict[int, dict[str, Tensor
 
 
 def without_backup(model: nn.Module, name: str) -> frozenset[int]:
-    """The identities of the weights that were merged since the adapter was attached without a copy
-    of their old bits (``keep=False``)."""
+    """The ``id`` of each weight that was merged, since the adapter was attached, without a copy of
+    its old bits (``keep=False``)."""
     return frozenset(
         key for key, weight in _merged_since(model, name).items() if not has_backup(weight)
     )
 
 
 def _merged_since(model: nn.Module, name: str) -> dict[int, StoredWeight]:
-    """The weights into which an adapter was merged after ``name`` was attached, by their identity.
-    Each comes from the first such merge, whose backup is the oldest."""
-    attached = need_adapters(model, name)
-    merges, on = attached.merges(), attached.selections[name].on
-    if on is not None and on not in merges:
-        require_attached_base(attached, name, "the base of")
-    later_merges = merges if on is None else merges[: merges.index(on)]
+    """The weights into which another adapter was merged after ``name`` was attached, by their
+    ``id``. Each is described by the first such merge, whose backup is the oldest."""
+    model_adapters = need_adapters(model, name)
+    merged_names = model_adapters.last_merged_first()
+    base_name = model_adapters.selections[name].merged_at_attach
+    if base_name is not None and base_name not in merged_names:
+        require_attached_base(model_adapters, name, "the base of")
+    later_names = (
+        merged_names if base_name is None else merged_names[: merged_names.index(base_name)]
+    )
     return {
         id(weight.target): weight
-        for merged in later_merges
-        for weight in stored_weights(model, merged)
+        for merged_name in later_names
+        for weight in stored_weights(model, merged_name)
     }
 
 
 def back_up(weight: StoredWeight, new: Mapping[str, Tensor], digests: bool = True) -> None:
     """Copy a weight's old bits, all in one step.
 
-    ``digests``: also hash the new stored tensors ``new``, with which ``unmerge`` detects later
-    edits. Copies that only undo a failed merge need no hashes.
+    ``digests``: whether to hash the new stored tensors ``new`` too. ``unmerge`` detects later edits
+    by these hashes; copies that only undo a failed merge need none.
     """
-    keeper = weight.keeper.__dict__
+    keeper_attributes = weight.keeper.__dict__
     bits = {key: cpu_copy(tensor) for key, tensor in weight.stored_tensors().items()}
     if digests:
-        keeper.setdefault("digests", {})[weight.name] = digest_tensors(new)
-    keeper.setdefault("backup", {})[weight.name] = bits
+        keeper_attributes.setdefault("digests", {})[weight.name] = digest_tensors(new)
+    keeper_attributes.setdefault("backup", {})[weight.name] = bits
 
 
 def digest_tensors(stored: Mapping[str, Tensor]) -> dict[str, str]:
@@ -170,7 +183,8 @@ def has_backup(weight: StoredWeight) -> bool:
 
 
 def backup_of(weight: StoredWeight) -> dict[str, Tensor]:
-    """The bits from before the merge: in CPU memory, but for a packed weight on its own device."""
+    """The bits from before the merge. They are in CPU memory, or, for a packed weight, on the
+    device of the weight."""
     bits = weight.keeper.__dict__["backup"][weight.name]
     stored = weight.stored_tensors() if weight.storage.dense_name is None else {}
     device = next((tensor.device for tensor in stored.values()), None)
@@ -178,8 +192,8 @@ def backup_of(weight: StoredWeight) -> dict[str, Tensor]:
 
 
 def restore(weights: Iterable[StoredWeight]) -> None:
-    """Write the old bits back into all of these weights. If one fails, continue with the others,
-    then raise the first error."""
+    """Write the old bits of these weights back. If this fails for one weight, continue with the
+    others, then raise the first error."""
     failures: list[BaseException] = []
     for weight in weights:
         try:
@@ -191,7 +205,8 @@ def restore(weights: Iterable[StoredWeight]) -> None:
 
 
 def drop_backups(weights: Sequence[StoredWeight]) -> None:
-    """Forget the old bits of these weights, even if an interrupt arrives in the middle."""
+    """Delete the old bits of these weights. An interrupt in the middle does not leave some of them
+    behind."""
     try:
         _drop_backups_once(weights)
     finally:

@@ -1,4 +1,4 @@
-"""Take a merged adapter out of the weights of a live model again, to the very bits."""
+"""Restore the weights of a live model, bit for bit, to their values before a merge."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from veneer.errors import MergeError, listing
 def unmerge(model: nn.Module, name: str | None = None) -> None:
     """Restore the bits that the weights had before the last ``merge``.
 
-    An interrupted call (Ctrl-C, memory) is finished by the next one. Adapters that were attached
-    while this one was merged stay, and calls with them are refused until it is merged again.
+    If a call is interrupted (Ctrl-C, out of memory), the next call finishes the work. Adapters that
+    were attached while this adapter was merged stay attached. Calls with them raise an error until
+    it is merged again.
 
     Args:
-        name: the adapter; None takes the last one merged.
+        name: the merged adapter; None stands for the last one that was merged.
 
     Raises:
         MergeError: nothing is merged; another adapter was merged on top of this one; the old
@@ -38,51 +39,54 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
             lose the edit. No weight was changed.
     """
     model = unwrap(model)
-    attached = need_adapters(model)
-    if attached.merged is None:
+    model_adapters = need_adapters(model)
+    if model_adapters.merged is None:
         raise MergeError(
             "a model in which nothing is merged", "a merged adapter", "call veneer.merge first"
         )
-    last = attached.chain[-1]
-    if name is not None and name != last:
-        relation = "which lies on top of it" if name in attached.chain else "and not that"
-        problem = f"unmerge of {name!r} while {last!r} is merged, {relation}"
-        raise MergeError(problem, "the last one merged", f"unmerge {last!r} first")
+    last_name = model_adapters.merge_order[-1]
+    if name is not None and name != last_name:
+        relation = (
+            "which lies on top of it" if name in model_adapters.merge_order else "and not that"
+        )
+        problem = f"unmerge of {name!r} while {last_name!r} is merged, {relation}"
+        raise MergeError(problem, "the last one merged", f"unmerge {last_name!r} first")
     require_unsharded(model, "an unmerge")
-    weights = list(stored_weights(model, last))
-    backed_up = list(filter(has_backup, weights))
-    # after a merge that was cut off, weights without a backup are as they were
-    if len(backed_up) < len(weights) and not attached.merging:
-        problem = f"{last!r}, merged with keep=False"
+    weights = list(stored_weights(model, last_name))
+    backed_up_weights = list(filter(has_backup, weights))
+    # after an interrupted merge, weights without a backup still have their old bits
+    if len(backed_up_weights) < len(weights) and not model_adapters.is_merging:
+        problem = f"{last_name!r}, merged with keep=False"
         raise MergeError(problem, "the weights from before the merge", "load the base again")
-    restore(_require_unedited(backed_up))
-    attached.set_chain(attached.chain[:-1])  # the backups have no meaning from here on
+    restore(_require_unedited(backed_up_weights))
+    # from here on the backups are no longer needed, even if this call is interrupted
+    model_adapters.set_merge_order(model_adapters.merge_order[:-1])
     drop_backups(weights)
-    attached.merging = False
+    model_adapters.is_merging = False
 
 
 def _require_unedited(weights: Iterable[StoredWeight]) -> list[StoredWeight]:
-    """The weights to restore; a MergeError if one of them was edited since the merge."""
-    merged, edited = [], []
+    """The weights to restore. Raises a MergeError if one of them was edited since the merge."""
+    merged_weights, edited_weights = [], []
     for weight in weights:
         digests = digest_tensors(weight.stored_tensors())
         merged_digests = weight.keeper.__dict__.get("digests", {}).get(weight.name)
         if merged_digests is None or digests == merged_digests:
-            merged.append(weight)
+            merged_weights.append(weight)
         elif digests != (old_digests := digest_tensors(backup_of(weight))):
             # an interrupted unmerge may have restored some of the stored tensors
-            half_restored = all(
+            is_half_restored = all(
                 digests[key] in (old_digests.get(key), merged_digests.get(key)) for key in digests
             )
-            (merged if half_restored else edited).append(weight)
-    if edited:
+            (merged_weights if is_half_restored else edited_weights).append(weight)
+    if edited_weights:
         problem = (
             "weights edited since the merge (also by .to(dtype)):"
-            f" {listing(weight.full_path for weight in edited)}"
+            f" {listing(weight.full_path for weight in edited_weights)}"
         )
         do = "undo the edit, or detach(model, keep_merged=True) to keep it"
         raise MergeError(problem, "the merged weights", do)
-    return merged
+    return merged_weights
 
 
 def require_unsharded(model: nn.Module, action: str) -> None:

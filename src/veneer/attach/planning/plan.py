@@ -33,14 +33,14 @@ class LowRankPlan:
     """The low-rank change of one weight.
 
     Fields:
-        path, weight: the module that owns the weight, and the name of the parameter.
-        holders: every module that holds the parameter, the owner first.
-        weight_readers: the methods of other modules that read it directly.
-        rows: the outputs to change; None for all of them.
-        tokens: the rows of an embedding or head that are trained in full, beside a change of this
-            rank, or alone (rank 0).
-        module_only: other modules read the weight unchanged, as in PEFT, so there are no
-            ``weight_readers``.
+        path, weight: the path of the module that owns the weight, and the name of the parameter.
+        holders: (path, name) for every module that holds the parameter, the owner first.
+        weight_readers: the methods of other modules that read the weight directly.
+        rows: the indices of the output rows to change; None for all of them.
+        tokens: the ids of the tokens whose rows of an embedding or head are trained in full. None
+            trains no such rows. If ``rank`` is 0, nothing else changes.
+        module_only: whether other modules read the unchanged weight, as in PEFT. Then
+            ``weight_readers`` is empty.
     """
 
     path: str
@@ -66,7 +66,8 @@ class LowRankPlan:
 
     @property
     def start_dims(self) -> Dims:
-        """The dimensions of the trained factors: those of the weight, or of the chosen rows."""
+        """The dimensions of the change that is trained: those of the weight, or those of its
+        changed ``rows``."""
         return self.dims if self.rows is None else self.dims._replace(out=len(self.rows))
 
 
@@ -75,11 +76,13 @@ class Plans:
     """Everything that one adapter changes.
 
     Fields:
-        low: the low-rank changes.
-        full: the parameters that are trained in full: {path of the module: names}.
-        full_modules: the modules of ``train_also``, whose buffers the adapter keeps too.
-        full_readers: the methods that read parameters of ``full`` directly, past their modules.
-        split_ties: tied parameters for which this adapter has a value of their own.
+        low: the plans of the low-rank changes.
+        full: the names of the parameters that are trained in full, by the path of their module.
+        full_modules: the paths of the modules that ``train_also`` matches. The adapter keeps their
+            buffers too.
+        full_readers: the methods that read parameters of ``full`` directly, without a call of the
+            module that holds them.
+        split_ties: tied parameters for whose names the adapter has different values.
     """
 
     config: LoraConfig
@@ -96,26 +99,28 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     every problem."""
     if not isinstance(config, LoraConfig):
         raise _not_a_config(config)
-    problems, unusable = list(refusals.name_problems(model, name)), bad_regex(config)
-    raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
+    problems, regex_problems = list(refusals.name_problems(model, name)), bad_regex(config)
+    raise_all(
+        TargetError, "Nothing was attached", [*problems, *regex_problems] if regex_problems else []
+    )
 
     planner = _Planner(model, config, problems)
     names, targets, head = planner.names, *planner.targets()
     specs = planner.specs(targets)
     vectors = [ref for ref in (*head, *targets) if ref not in specs]
-    low = plan_low(names, planner.with_tokens(specs), problems)
-    full = planner.full(vectors, [entry.path for entry in low])
+    low_rank_plans = plan_low(names, planner.with_tokens(specs), problems)
+    full_params = planner.full(vectors, [weight_plan.path for weight_plan in low_rank_plans])
     plans = complete_plans(
         names,
         config,
-        low,
-        full,
+        low_rank_plans,
+        full_params,
         problems,
-        full_modules=frozenset(planner.also),
+        full_modules=frozenset(planner.train_also_paths),
         frozen=planner.frozen,
     )
-    for path, name in {ref for entry in low for ref in entry.holders}:
-        if name in full.get(path, ()):
+    for path, name in {ref for weight_plan in low_rank_plans for ref in weight_plan.holders}:
+        if name in full_params.get(path, ()):
             problem = (
                 f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
             )
@@ -124,37 +129,40 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             )
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        chosen = tuple(dict.fromkeys(path for path, _ in targets))
-        plans = replace(plans, config=replace(config, targets=chosen))
+        target_paths = tuple(dict.fromkeys(path for path, _ in targets))
+        plans = replace(plans, config=replace(config, targets=target_paths))
     return plans
 
 
 def complete_plans(
     names: Names,
     config: LoraConfig,
-    low: Sequence[LowRankPlan],
-    full: Mapping[str, tuple[str, ...]],
+    low_rank_plans: Sequence[LowRankPlan],
+    full_params: Mapping[str, tuple[str, ...]],
     problems: list[str],
     *,
     full_modules: frozenset[str] = frozenset(),
     split_ties: frozenset[ParamRef] = frozenset(),
     frozen: Set[int] = frozenset(),
 ) -> Plans:
-    """The plans of an adapter with the changes ``low`` (``plan_low``). Adds to ``problems``.
+    """The plans of an adapter with ``low_rank_plans`` (results of ``plan_low``). Reasons against
+    them are added to ``problems``.
 
     Args:
-        full, full_modules, split_ties: as in ``Plans``.
+        full_params: as ``Plans.full``.
+        full_modules, split_ties: as in ``Plans``.
         frozen: parameters that the user froze, by ``id``.
     """
-    refusals.check_full(names, full, problems, frozen)
-    problems += overlaps(names, _changed_refs(low, full))
+    refusals.check_full(names, full_params, problems, frozen)
+    problems += overlaps(names, _changed_refs(low_rank_plans, full_params))
     if config.invocation_tokens:
-        problems += refusals.invocation_problems(names, low, full)
-    readers = () if problems else _full_readers(names, full)
-    return Plans(config, tuple(low), full, full_modules, readers, split_ties)
+        problems += refusals.invocation_problems(names, low_rank_plans, full_params)
+    readers = () if problems else _full_readers(names, full_params)
+    return Plans(config, tuple(low_rank_plans), full_params, full_modules, readers, split_ties)
 
 
 def _not_a_config(config: Any) -> ConfigError:
+    """The error of ``plan`` for a ``config`` that is not a ``LoraConfig``."""
     if not hasattr(config, "peft_type"):
         do = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
         return ConfigError(f"config={config!r}", "a veneer.LoraConfig", do)
@@ -167,29 +175,42 @@ def _not_a_config(config: Any) -> ConfigError:
 
 
 class _Planner:
-    """The steps of ``plan``; each adds its problems to ``problems``."""
+    """The steps of ``plan``. Each step adds the problems that it finds to ``problems``.
+
+    Fields:
+        frozen: parameters that the user froze, by ``id``.
+        words: the patterns of ``config.targets``, some of which may be words such as "all-linear".
+        train_also_paths: the paths of the modules that ``config.train_also`` matches.
+    """
 
     def __init__(self, model: nn.Module, config: LoraConfig, problems: list[str]) -> None:
         self.names, self.config, self.problems = Names(model), config, problems
         self.frozen = refusals.frozen_on_purpose(self.names)
         self.words = [] if callable(config.targets) else pattern_list(config.targets)
-        self.also: list[str] = []
+        self.train_also_paths: list[str] = []
 
     def targets(self) -> tuple[list[ParamRef], list[ParamRef]]:
         """(the targets of the config, the parameters of an untrained head, which are trained in
         full)."""
         names, config = self.names, self.config
-        targets, more = targeting.target_refs(names, config)
-        self.problems += more
-        self.also = targeting.expand(names, config.train_also, "train_also", self.problems)
-        explicit = callable(config.targets) or any(word not in WORDS for word in self.words)
-        for path in (
-            dict.fromkeys(path for path, _ in targets if path in self.also) if explicit else ()
-        ):
+        targets, target_problems = targeting.target_refs(names, config)
+        self.problems += target_problems
+        self.train_also_paths = targeting.expand(
+            names, config.train_also, "train_also", self.problems
+        )
+        has_explicit_targets = callable(config.targets) or any(
+            word not in WORDS for word in self.words
+        )
+        paths_in_both = dict.fromkeys(
+            path for path, _ in targets if path in self.train_also_paths and has_explicit_targets
+        )
+        for path in paths_in_both:
             problem = f"{path!r} in targets and in train_also"
             self.problems.append(sentence(problem, "one of them", "leave it out of the other"))
-        head = [] if explicit else self.untrained_head()
-        targets = [ref for ref in targets if ref[0] not in self.also and ref not in head]
+        head = [] if has_explicit_targets else self.untrained_head()
+        targets = [
+            ref for ref in targets if ref[0] not in self.train_also_paths and ref not in head
+        ]
         targets = self.attachable(targets) if "all" in self.words else targets
         for field_name, patterns in (
             ("ranks", config.ranks),
@@ -202,30 +223,31 @@ class _Planner:
         return targets, head
 
     def untrained_head(self) -> list[ParamRef]:
-        """With "all-linear", the parameters of a task head that no checkpoint held. They are
-        trained in full: a ΔW of random values would be useless to anyone who loads the adapter."""
+        """With targets="all-linear", the parameters of a task head that were not in the checkpoint.
+        They are trained in full: ΔW of a random W would be useless to anyone who loads the
+        adapter."""
         if "all-linear" not in self.words:
             return []
-        fresh = self.names.fresh_parameters()
-        left_out = targeting.excluded_refs(self.names, self.config, [])
-        trainable = [ref for key, ref in fresh.items() if key not in self.frozen]
-        head = targeting.fresh_head(self.names, trainable)
-        return [ref for ref in head if ref not in left_out]
+        fresh_parameters = self.names.fresh_parameters()
+        excluded = targeting.excluded_refs(self.names, self.config, [])
+        trainable_refs = [ref for key, ref in fresh_parameters.items() if key not in self.frozen]
+        head = targeting.fresh_head(self.names, trainable_refs)
+        return [ref for ref in head if ref not in excluded]
 
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
-        """The targets that can carry an adapter. A warning names the others, as "all" means every
-        layer that can."""
-        by_identity = self.names.holders()
-        without = {
+        """The targets that an adapter can change. A warning names the other targets, as "all"
+        means every layer that an adapter can change."""
+        refs_by_id = self.names.holders()
+        modules_without_kind = {
             path: module for path, module in self.names.modules.items() if kind_of(module) is None
         }
         refused = {
             (path, ""): problem
-            for path, module in without.items()
+            for path, module in modules_without_kind.items()
             if (problem := refusals.unreadable_problem(path, module))
         }
         for ref in targets:
-            reasons = list(refusals.refusals_of(self.names, ref, by_identity))
+            reasons = list(refusals.refusals_of(self.names, ref, refs_by_id))
             if not reasons and not is_matrix(self.names, ref):
                 refusals.check_full(self.names, {ref[0]: (ref[1],)}, reasons, self.frozen)
             if reasons:
@@ -249,8 +271,8 @@ class _Planner:
                 int(targeting.value_for(names, ref, config.ranks, config.rank)),
                 targeting.value_for(names, ref, config.alphas, alpha),
                 targeting.value_for(names, ref, config.slices, None),
-                # "all" takes as much as each layer allows; a rank that the config sets for a layer
-                # by name must fit
+                # "all" lowers the rank to what each layer allows. A rank that the config sets for a
+                # layer by name must fit.
                 clamp="all" in self.words
                 and targeting.value_for(names, ref, config.ranks, None) is None,
             )
@@ -259,20 +281,20 @@ class _Planner:
         }
 
     def with_tokens(self, specs: Mapping[ParamRef, TargetSpec]) -> dict[ParamRef, TargetSpec]:
-        """``specs`` with the trained tokens: of a target, or (rank 0) of a weight that is no
-        target."""
-        tokens, by_identity = (
+        """``specs`` with the trained tokens. A weight that is no target gets a spec of rank 0 for
+        its tokens."""
+        ids_by_owner, refs_by_id = (
             token_targets.token_ids_by_weight(
                 self.names, self.config.trainable_tokens, self.problems
             ),
             None,
         )
-        with_tokens = dict(specs)
-        for ref, spec in specs.items() if tokens else ():
-            by_identity = by_identity or self.names.holders()
-            owner = self.names.holders_of(ref, by_identity)[0]
-            with_tokens[ref] = replace(spec, tokens=tokens.pop(owner, None))
-            if with_tokens[ref].tokens and self.config.dropout:
+        specs_with_tokens = dict(specs)
+        for ref, spec in specs.items() if ids_by_owner else ():
+            refs_by_id = refs_by_id or self.names.holders()
+            owner = self.names.holders_of(ref, refs_by_id)[0]
+            specs_with_tokens[ref] = replace(spec, tokens=ids_by_owner.pop(owner, None))
+            if specs_with_tokens[ref].tokens and self.config.dropout:
                 problem = (
                     f"dropout={self.config.dropout} with trainable_tokens and a low-rank change of"
                     f" {owner[0]!r}"
@@ -281,25 +303,27 @@ class _Planner:
                 self.problems.append(
                     sentence(problem, "one of them: trained rows are never dropped", do)
                 )
-        return with_tokens | {
-            owner: TargetSpec(0, 1.0, tokens=ids) for owner, ids in tokens.items()
+        return specs_with_tokens | {
+            owner: TargetSpec(0, 1.0, tokens=ids) for owner, ids in ids_by_owner.items()
         }
 
-    def full(self, vectors: Sequence[ParamRef], low: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """The parameters that are trained in full, {path: names}: those of ``train_also``, targets
-        without two axes (``vectors``), biases (of the modules ``low`` or of all modules), and all
-        that are tied to them."""
+    def full(
+        self, vectors: Sequence[ParamRef], low_rank_paths: Sequence[str]
+    ) -> dict[str, tuple[str, ...]]:
+        """The parameters that are trained in full, {path: names}: those of ``train_also``, the
+        targets ``vectors``, which have no two axes, biases (of the modules ``low_rank_paths`` or
+        of all modules), and all parameters that are tied to these."""
         names, bias = self.names, self.config.bias
-        full = {
+        full_params = {
             path: [n for n, p in names.modules[path]._parameters.items() if p is not None]
-            for path in self.also
+            for path in self.train_also_paths
         }
-        left_out = {
-            *((path, "bias") for path in self.also),
+        excluded = {
+            *((path, "bias") for path in self.train_also_paths),
             *targeting.excluded_refs(names, self.config, []),
         }
-        bias_paths = [path for path in names.modules if (path, "bias") not in left_out]
-        candidates = {"none": (), "targets": low, "all": bias_paths}[bias]
+        bias_paths = [path for path in names.modules if (path, "bias") not in excluded]
+        candidates = {"none": (), "targets": low_rank_paths, "all": bias_paths}[bias]
         biases = [
             (path, "bias")
             for path in candidates
@@ -309,33 +333,38 @@ class _Planner:
             problem = f"bias={bias!r} and no bias there"
             self.problems.append(sentence(problem, "at least one bias to train", 'use bias="none"'))
         for path, name in (*vectors, *biases):
-            full.setdefault(path, []).append(name)
-        return with_ties(names, full)
+            full_params.setdefault(path, []).append(name)
+        return with_ties(names, full_params)
 
 
-def _changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
-    """(path, name) of every parameter that an adapter changes or replaces; a tied parameter under
-    each of its names."""
-    in_full = [(path, name) for path, parameters in full.items() for name in parameters]
-    return [*(ref for entry in low for ref in entry.holders), *in_full]
+def _changed_refs(
+    low_rank_plans: Sequence[LowRankPlan], full_params: Mapping[str, Sequence[str]]
+) -> list[ParamRef]:
+    """(path, name) of every parameter that an adapter changes or replaces. A tied parameter is
+    listed under each of its names."""
+    full_refs = [(path, name) for path, parameters in full_params.items() for name in parameters]
+    return [*(ref for weight_plan in low_rank_plans for ref in weight_plan.holders), *full_refs]
 
 
-def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """``full`` with every other module that holds the same parameters: tied parameters are trained
-    as one."""
-    by_identity = names.holders()
-    tied = {path: dict.fromkeys(parameters) for path, parameters in full.items()}
-    for path, name in _changed_refs((), full):
-        for holder, holder_name in by_identity.get(
+def with_ties(names: Names, full_params: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """``full_params``, {path: parameter names}, with every other module that holds the same
+    parameters: tied parameters are trained as one."""
+    refs_by_id = names.holders()
+    tied = {path: dict.fromkeys(parameters) for path, parameters in full_params.items()}
+    for path, name in _changed_refs((), full_params):
+        for holder_path, holder_name in refs_by_id.get(
             id(names.modules[path]._parameters.get(name)), ()
         ):
-            tied.setdefault(holder, {})[holder_name] = None
+            tied.setdefault(holder_path, {})[holder_name] = None
     return {path: tuple(parameters) for path, parameters in tied.items()}
 
 
-def _full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
-    """The methods that read parameters of ``full`` directly, past the modules that hold them."""
-    refs = _changed_refs((), full)
+def _full_readers(
+    names: Names, full_params: Mapping[str, Sequence[str]]
+) -> tuple[WeightReader, ...]:
+    """The methods that read parameters of ``full_params`` directly, without a call of the modules
+    that hold them."""
+    refs = _changed_refs((), full_params)
     return tuple(
         dict.fromkeys(
             weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)
@@ -344,8 +373,8 @@ def _full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[Weig
 
 
 def is_matrix(names: Names, ref: ParamRef) -> bool:
-    """Whether a parameter can take a low-rank change: its module's kind says so, or it has two axes
-    of more than one entry."""
+    """Whether a parameter can take a low-rank change. The kind of its module decides. If it does
+    not mention the parameter, it must have two axes of more than one entry."""
     path, name = ref
     module = names.modules[path]
     kind = kind_of(module)
@@ -359,9 +388,10 @@ class TargetSpec:
     """The settings of the config for one weight.
 
     Fields:
-        rank: 0 trains only ``tokens``.
-        slices: (start, stop) ranges of its outputs, or a bool for each of its equal slices.
-        clamp: lower the rank to what the shape allows, instead of an error.
+        rank: the rank of the change; 0 trains only the rows of ``tokens``.
+        slices: the output rows to change, as (start, stop) ranges, or as a bool for each of several
+            slices of equal size. None changes all rows.
+        clamp: whether to lower a rank that the shape does not allow, instead of raising an error.
         tokens, module_only: as in ``LowRankPlan``.
     """
 
@@ -376,26 +406,28 @@ class TargetSpec:
 def plan_low(
     names: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
 ) -> list[LowRankPlan]:
-    """A plan for each weight in ``specs``, with every module that holds or reads it. Adds to
-    ``problems``."""
-    by_identity = names.holders()
+    """A plan for each weight in ``specs``, with every module that holds or reads it. Reasons
+    against a plan are added to ``problems``."""
+    refs_by_id = names.holders()
     plans: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
-        reasons = list(refusals.refusals_of(names, ref, by_identity))
-        problems += reasons
-        entry = (
+        refusals_of_ref = list(refusals.refusals_of(names, ref, refs_by_id))
+        problems += refusals_of_ref
+        weight_plan = (
             None
-            if reasons
-            else _low_plan(names, names.holders_of(ref, by_identity), spec, problems)
+            if refusals_of_ref
+            else _low_rank_plan(names, names.holders_of(ref, refs_by_id), spec, problems)
         )
-        if entry is not None:
-            plans.setdefault(entry.ref, entry)
+        if weight_plan is not None:
+            plans.setdefault(weight_plan.ref, weight_plan)
     return list(plans.values())
 
 
-def _low_plan(
+def _low_rank_plan(
     names: Names, refs: list[ParamRef], spec: TargetSpec, problems: list[str]
 ) -> LowRankPlan | None:
+    """The plan of one weight, which all ``refs`` name. None if it cannot be planned; then the
+    reason is added to ``problems``."""
     path, name = refs[0]
     module = names.modules[path]
     layer, weight = kind_for(module, name), weight_of(module, name)
@@ -404,7 +436,7 @@ def _low_plan(
     dims = layer.dims(module, storage.shape(weight))
     rows = None
     if spec.slices is not None:
-        rows = _rows(spec.slices, dims)
+        rows = _changed_rows(spec.slices, dims)
         if rows is None:
             problem = (
                 f"slices {list(spec.slices)!r} for {description}, which has {dims.out} outputs"
@@ -419,15 +451,15 @@ def _low_plan(
         problems += token_problems
         if token_problems:
             return None
-    largest = min(dims.max_rank, len(rows)) if rows else dims.max_rank
-    rank = min(spec.rank, largest) if spec.clamp else spec.rank
-    if rank > largest:
+    max_rank = min(dims.max_rank, len(rows)) if rows else dims.max_rank
+    rank = min(spec.rank, max_rank) if spec.clamp else spec.rank
+    if rank > max_rank:
         problem = f"rank {rank} for {description}, (groups, out, in) = {tuple(dims)}"
-        do = f"lower the rank, set ranks={{{path!r}: {largest}}} or exclude it"
-        problems.append(sentence(problem, f"at most {largest}, what its weight allows", do))
+        do = f"lower the rank, set ranks={{{path!r}: {max_rank}}} or exclude it"
+        problems.append(sentence(problem, f"at most {max_rank}, what its weight allows", do))
         return None
     readers = (weight_reader for ref in refs for weight_reader in weight_readers(names, *ref))
-    other_readers = () if spec.module_only else tuple(dict.fromkeys(readers))
+    direct_readers = () if spec.module_only else tuple(dict.fromkeys(readers))
     return LowRankPlan(
         path,
         name,
@@ -437,19 +469,24 @@ def _low_plan(
         rank,
         spec.alpha,
         tuple(refs),
-        other_readers,
+        direct_readers,
         rows,
         spec.tokens,
         spec.module_only,
     )
 
 
-def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
-    """The outputs that ``slices`` choose, ascending in each; None if they do not fit the weight."""
-    if all(isinstance(choice, bool) for choice in slices):
-        size, rest = divmod(dims.out, len(slices))
-        ranges = [(size * number, size * (number + 1)) for number, on in enumerate(slices) if on]
-        fits = not rest
+def _changed_rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
+    """The output rows that ``slices`` select, in ascending order within each slice. None if the
+    slices do not fit the weight."""
+    if all(isinstance(is_selected, bool) for is_selected in slices):
+        slice_size, remainder = divmod(dims.out, len(slices))
+        ranges = [
+            (slice_size * index, slice_size * (index + 1))
+            for index, is_selected in enumerate(slices)
+            if is_selected
+        ]
+        fits = not remainder
     else:
         ranges = [tuple(bounds) for bounds in slices]
         fits = all(len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= dims.out for bounds in ranges)

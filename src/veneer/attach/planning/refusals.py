@@ -1,9 +1,9 @@
 """The reasons why a weight cannot be changed, as texts of errors. Nothing here changes the model.
 
-refusals_of     reasons against a low-rank change, for every module that holds or reads the weight
-check_full      reasons against training parameters in full
+refusals_of             reasons against a low-rank change, for every module that holds the weight
+check_full              reasons against training parameters in full
 invocation_problems     reasons against an adapter that acts from its invocation tokens on
-name_problems   reasons against any adapter of a given name
+name_problems           reasons against any adapter of the name
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from veneer.layers._base import can_factor
 
 
 def refusals_of(
-    names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]
+    names: Names, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]
 ) -> Iterator[str]:
-    """The reasons why a weight cannot be changed, one for each module that holds it."""
+    """The reasons why a weight cannot be changed, one for each module that holds the weight."""
     yield from filter(
-        None, (_refusal(names, holder, ref) for holder in names.holders_of(ref, by_identity))
+        None, (_refusal(names, holder, ref) for holder in names.holders_of(ref, refs_by_id))
     )
 
 
 def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
-    """Why the module ``holder`` cannot run on a changed weight of ``target``, which it holds; or
-    None."""
+    """The reason why the module ``holder`` cannot run on a changed weight; else None. ``target`` is
+    the name of the weight in the config, which the module ``holder`` shares."""
     (path, name), module = holder, names.modules[holder[0]]
     kind, weight = kind_for(module, name), weight_of(module, name)
     shared = (
@@ -98,8 +98,8 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
 
 
 def unreadable_problem(path: str, module: nn.Module) -> str | None:
-    """Why a module with quantised weights cannot carry an adapter. None if it can, or if its
-    weights are not quantised."""
+    """The reason why an adapter cannot change a module with quantised weights. None if it can, or
+    if the weights are not quantised."""
     reason_and_fix = unreadable(module)
     if reason_and_fix is None:
         return None
@@ -109,16 +109,17 @@ def unreadable_problem(path: str, module: nn.Module) -> str | None:
 
 
 def _misread_base_problem(model: nn.Module) -> str | None:
-    """Why the base's own outputs are wrong for its weights, whatever is adapted; or None."""
-    packed = [(path, weight_of(module, "weight")) for path, module in walk(model)]
-    packed = [
+    """An error text if the base computes outputs that do not match its weights, with or without an
+    adapter; else None."""
+    packed_weights = [(path, weight_of(module, "weight")) for path, module in walk(model)]
+    packed_weights = [
         (path, weight, storage_of(weight))
-        for path, weight in packed
+        for path, weight in packed_weights
         if hasattr(weight, "quant_state")
     ]
     misread = [
         f"{path!r} {tuple(storage.shape(weight))}"
-        for path, weight, storage in packed
+        for path, weight, storage in packed_weights
         if storage.misread(weight)
     ]
     if not misread:
@@ -135,44 +136,46 @@ def _misread_base_problem(model: nn.Module) -> str | None:
 
 
 def _readers_refuse(names: Names, path: str, name: str) -> str | None:
-    """Why a module above that reads a parameter, directly or on a fast path, would not see a change
-    of it; or None."""
+    """The reason why a module above, which reads a parameter directly or on a fast path, would not
+    use a change of it; else None."""
     for weight_reader in weight_readers(names, path, name):
         if reason := unadaptable(names, weight_reader.path, weight_reader.method):
             reader = repr(weight_reader.path) if weight_reader.path else "the model"
             in_method = "" if weight_reader.method == "forward" else f" in {weight_reader.method!r}"
             return f"{reader}{in_method} reads it, and {reason}"
-    for above in modules_with_fast_path(names, path):
-        if reason := _name_conflict(names.modules[above]):
-            return f"{above!r} reads it, and {reason}"
+    for path_above in modules_with_fast_path(names, path):
+        if reason := _name_conflict(names.modules[path_above]):
+            return f"{path_above!r} reads it, and {reason}"
     return None
 
 
 def unadaptable(names: Names, path: str, method: str = "forward") -> str | None:
-    """Why an adapter at ``path`` would have no effect in a method, or cannot be installed there,
-    whatever the module's weights are; or None."""
+    """The reason why an adapter at ``path`` would have no effect in a method, or cannot be
+    installed there, for any weights of the module; else None."""
     return unreachable(names, path, method) or _name_conflict(names.modules[path])
 
 
 def _name_conflict(module: nn.Module) -> str | None:
+    """An error text if a module has a child with the name of the layer state; else None."""
     child = dict(module._modules.items()).get(STATE)  # a ScriptModule's children are no dict
-    free = child is None or isinstance(child, LayerState)
+    is_free = child is None or isinstance(child, LayerState)
     return (
         None
-        if free
+        if is_free
         else f"it has a child of its own called {STATE!r}, where its adapters would stand"
     )
 
 
 def frozen_on_purpose(names: Names) -> set[int]:
-    """The identities of the base's parameters that are frozen while other base parameters train."""
-    attached = adapters_of(names.model)
-    before = {} if attached is None else attached.required_grad
+    """The ``id`` of each base parameter that is frozen while other base parameters train. If no
+    parameter trains, the result is empty."""
+    model_adapters = adapters_of(names.model)
+    requires_grad_before = {} if model_adapters is None else model_adapters.original_requires_grad
     trains: dict[int, bool] = {}
     for key, refs in names.holders().items():
         (path, name), *_ = refs  # for a tied parameter the first of its names
-        required = names.modules[path]._parameters[name].requires_grad
-        trains[key] = before.get(parameter_path(path, name), required)
+        requires_grad_now = names.modules[path]._parameters[name].requires_grad
+        trains[key] = requires_grad_before.get(parameter_path(path, name), requires_grad_now)
     return (
         {key for key, required in trains.items() if not required} if any(trains.values()) else set()
     )
@@ -180,13 +183,13 @@ def frozen_on_purpose(names: Names) -> set[int]:
 
 def check_full(
     names: Names,
-    full: Mapping[str, tuple[str, ...]],
+    full_params: Mapping[str, tuple[str, ...]],
     problems: list[str],
     frozen: Set[int] = frozenset(),
 ) -> None:
-    """Add the reasons why parameters cannot be trained in full to ``problems``: forward does not
-    reach them, say, or the user froze them (``frozen``: their identities)."""
-    for path, parameters in full.items():
+    """Add the reasons why parameters cannot be trained in full to ``problems``, such as that
+    forward does not reach them, or that the user froze them (``frozen``: their ``id``)."""
+    for path, parameters in full_params.items():
         module = names.modules[path]
         reason = unadaptable(names, path) if parameters else None
         if reason:
@@ -195,7 +198,7 @@ def check_full(
         for name in parameters:
             parameter, full_path = module._parameters.get(name), parameter_path(path, name)
             if parameter is None and name in module._parameters:
-                continue  # a bias for a layer without one
+                continue  # a bias that the adapter adds to a layer without one
             if not reason and (reader_reason := _readers_refuse(names, path, name)):
                 problem = f"{full_path!r} trained in full: {reader_reason}"
                 problems.append(sentence(problem, "a module that takes effect", "leave it out"))
@@ -227,10 +230,10 @@ def check_full(
 
 
 def invocation_problems(
-    names: Names, low: Iterable[Any], full: Mapping[str, Iterable[str]]
+    names: Names, low_rank_plans: Iterable[Any], full_params: Mapping[str, Iterable[str]]
 ) -> Iterator[str]:
-    """Why an adapter with these changes (``LowRankPlan``) cannot act from its invocation tokens
-    on."""
+    """The reasons why an adapter with the low-rank changes ``low_rank_plans`` (``LowRankPlan``)
+    and the parameters ``full_params`` cannot act from its invocation tokens on."""
     cls = base_class(names.model)
     readers = [path for path, module in names.modules.items() if takes_input_ids(module)]
     config = getattr(names.model, "config", None)
@@ -239,36 +242,36 @@ def invocation_problems(
         problem += "which has an encoder" if readers else "whose forward takes no input_ids"
         expected = "a model in whose input_ids they are found"
         yield sentence(problem, expected, "leave invocation_tokens out")
-    for entry in low:
-        for path, weight in entry.holders:
+    for weight_plan in low_rank_plans:
+        for path, weight in weight_plan.holders:
             module, kind = names.modules[path], kind_for(names.modules[path], weight)
-            factored = kind.product and can_factor(
-                kind, module, base_class(module), entry.storage.modules()
+            factored = kind.product and factors(
+                kind, module, base_class(module), weight_plan.storage.modules()
             )
-            if not factored or entry.weight_readers or entry.tokens is not None:
+            if not factored or weight_plan.weight_readers or weight_plan.tokens is not None:
                 problem = f"{path!r}, a {base_class(module).__name__}, with invocation_tokens"
                 expected = "linear layers, of whose tokens some change"
                 yield sentence(problem, expected, "exclude it")
-    for path in (path for path, parameters in full.items() if [*parameters]):
+    for path in (path for path, parameters in full_params.items() if [*parameters]):
         problem = f"{path!r} trained in full, with invocation_tokens"
         expected = "changes that act from the invocation on: low-rank ones alone"
         yield sentence(problem, expected, "leave it out")
 
 
 def name_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """Why no adapter called ``name`` can be added to the model now."""
-    attached = adapters_of(model)
+    """The reasons why no adapter called ``name`` can be added to the model now."""
+    model_adapters = adapters_of(model)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         yield sentence(
             f"adapter name {name!r}", "letters, digits, '_' and '-'", "choose such a name"
         )
-    if attached and name in attached.configs:
+    if model_adapters and name in model_adapters.configs:
         problem = f"adapter name {name!r}, which is taken"
         yield sentence(problem, "a new name", "choose another, or detach that one first")
     if problem := peft_problem(model):
         yield problem
-    if attached and attached.has_unrelated_merges:
-        problem = f"{attached.merged!r} merged into the weights, one over the other"
+    if model_adapters and model_adapters.has_unrelated_merges:
+        problem = f"{model_adapters.merged!r} merged into the weights, one over the other"
         do = (
             "call veneer.unmerge(model), or keep these weights with detach(model, keep_merged=True)"
         )
@@ -281,8 +284,8 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         yield problem
     if problem := foreign_layers_problem(model):
         yield problem
-    # The adapter's parameters would not be sharded, their gradients not averaged, and their values
-    # not the same on every rank.
+    # In a sharded model, the adapter's parameters would not be sharded, their gradients would not
+    # be averaged, and their values would differ between the ranks.
     do = "attach or load the adapter first, then shard the model (fully_shard)"
     if not within_run_on_all() and (
         problem := spread_problem((module for _, module in walk(model)), "an adapter", do)

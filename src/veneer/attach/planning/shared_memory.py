@@ -1,9 +1,9 @@
 """Find distinct parameters that share memory: ``head.weight.data = emb.weight.data``, a transpose,
 a view.
 
-If one of them is adapted, the layer of the other one still computes with W, until a merge, which
-writes the memory, changes both. Views into one buffer that share no byte of it (FSDP's) do not
-overlap, nor do tensors without memory.
+If an adapter changes one of two such parameters, the layer of the other one still computes with W.
+A merge writes the memory, and so changes both. Parameters that are views into one buffer but have
+no byte in common (FSDP's) do not share memory, nor do tensors without memory.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from veneer.bases import weight_of
 from veneer.errors import sentence
 from veneer.layers import ParamRef
 
-#: (device, first address, address after the last byte, number of the parameter in the model's
-#: order)
+#: (device, first address, address after the last byte, index of the parameter in the model's order)
 _Span = tuple[str, int, int, int]
 
 
 def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
-    """A problem for each of these parameters that shares memory with another parameter of the
-    model, or has several elements in the same memory."""
-    chosen = {id(weight_of(names.modules[path], name)) for path, name in refs}
+    """A problem for each of the parameters ``refs`` that shares memory with another parameter of
+    the model, or in which several elements have the same memory."""
+    changed_ids = {id(weight_of(names.modules[path], name)) for path, name in refs}
     parameters: list[tuple[str, Tensor]] = []
     spans: list[_Span] = []
     visited: set[int] = set()
     for ref, parameter in names.parameters():
-        if id(parameter) in visited or (ends := _address_range(parameter)) is None:
+        if id(parameter) in visited or (address_range := _address_range(parameter)) is None:
             continue
         visited.add(id(parameter))
         full_path = ".".join(ref).lstrip(".")
-        if id(parameter) in chosen and _overlaps_itself(parameter):
+        if id(parameter) in changed_ids and _overlaps_itself(parameter):
             problem = (
                 f"{full_path!r}, several elements of which are the same memory (an expanded"
                 " tensor?)"
@@ -45,23 +44,27 @@ def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
                 "a weight whose elements can change one by one",
                 f"set {full_path} to a clone of it",
             )
-        spans.append((str(parameter.device), *ends, len(parameters)))
+        spans.append((str(parameter.device), *address_range, len(parameters)))
         parameters.append((full_path, parameter))
     for pair in _intersecting_pairs(sorted(spans)):
-        (first, first_weight), (second, second_weight) = (
+        (first_path, first_weight), (second_path, second_weight) = (
             parameters[min(pair)],
             parameters[max(pair)],
         )
-        if chosen & {id(first_weight), id(second_weight)} and _share_bytes(
+        if changed_ids & {id(first_weight), id(second_weight)} and _share_bytes(
             first_weight, second_weight
         ):
-            problem = f"{first!r} and {second!r}, two parameters that share memory"
-            do = f"tie them properly (`{second} = {first}`, one parameter), or clone one of them"
+            problem = f"{first_path!r} and {second_path!r}, two parameters that share memory"
+            do = (
+                f"tie them properly (`{second_path} = {first_path}`, one parameter), or clone one"
+                " of them"
+            )
             yield sentence(problem, "one parameter, or two with memory of their own", do)
 
 
 def _address_range(tensor: Tensor) -> tuple[int, int] | None:
-    """(the first address, the one after the last) of a tensor; None if it has no memory."""
+    """(the address of the first byte, the address after the last byte) of a tensor. None if it has
+    no memory."""
     if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided:
         return None
     try:
@@ -76,7 +79,7 @@ def _address_range(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def _extent(tensor: Tensor) -> int:
-    """The number of elements from the first to the last one in memory."""
+    """The number of elements in the memory from the tensor's first element to its last one."""
     if tensor.is_contiguous():
         return tensor.numel()
     return 1 + sum(
@@ -85,29 +88,32 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _intersecting_pairs(spans: list[_Span]) -> Iterator[tuple[int, int]]:
-    """The numbers of each two parameters whose address ranges intersect; ``spans`` are sorted."""
-    open_: list[_Span] = []
+    """Yield (index, index) for each two parameters whose address ranges intersect. ``spans`` are
+    sorted."""
+    open_spans: list[_Span] = []
     for span in spans:
-        device, start, _, number = span
-        open_ = [before for before in open_ if before[0] == device and before[2] > start]
-        for *_, open_number in open_:
-            yield open_number, number
-        open_.append(span)
+        device, start, _, index = span
+        open_spans = [
+            earlier for earlier in open_spans if earlier[0] == device and earlier[2] > start
+        ]
+        for *_, earlier_index in open_spans:
+            yield earlier_index, index
+        open_spans.append(span)
 
 
 def _share_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose address ranges intersect have a byte in common: two columns of one
+    """Whether two tensors whose address ranges intersect have a byte in common. Two columns of one
     matrix have none."""
     if a.is_contiguous() and b.is_contiguous():
         return True
-    first = min(a.data_ptr(), b.data_ptr())
-    size = max(t.data_ptr() + _extent(t) * t.element_size() for t in (a, b)) - first
-    bytes_ = torch.zeros(size, dtype=torch.bool, device="cpu")
+    first_address = min(a.data_ptr(), b.data_ptr())
+    end_address = max(t.data_ptr() + _extent(t) * t.element_size() for t in (a, b))
+    byte_mask = torch.zeros(end_address - first_address, dtype=torch.bool, device="cpu")
     bytes_of_a, bytes_of_b = (
-        bytes_.as_strided(
+        byte_mask.as_strided(
             (*t.shape, t.element_size()),
-            (*(n * t.element_size() for n in t.stride()), 1),
-            t.data_ptr() - first,
+            (*(stride * t.element_size() for stride in t.stride()), 1),
+            t.data_ptr() - first_address,
         )
         for t in (a, b)
     )

@@ -1,9 +1,9 @@
-"""Resolve the targets of a config to weights: patterns over paths, words such as "all-linear", and
-indices of blocks.
+"""Find the weights that the targets of a config mean. Targets are patterns over paths, words such
+as "all-linear", and indices of blocks.
 
 A pattern selects modules. If it matches no module, it selects parameters by their own paths
 ("experts.gate_up_proj"). A module with several names counts once, under its first name, and matches
-under each of them.
+under each of its names.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from veneer.layers import LAYERS, ParamRef, kind_of
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import without_unit_axes
 
-_MEANING = {
+#: the words that ``targets`` may contain in place of a pattern, and their meanings
+_WORD_MEANINGS = {
     "all-linear": "the linear layers outside of an output head",
     "attention": "the linear layers of attention",
     "mlp": "the linear layers of repeated blocks outside of attention",
     "all": "every layer that can be attached to",
     "peft-all-linear": "every nn.Linear and Conv1D but the output embedding",
 }
-WORDS = tuple(_MEANING)
+WORDS = tuple(_WORD_MEANINGS)
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -39,32 +40,36 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]:
     """(the parameters that a config targets, in the model's order; problems)."""
     problems: list[str] = []
-    chosen = _match_targets(names, config.targets, problems)
-    left_out = excluded_refs(names, config, problems)
-    chosen = [ref for ref in chosen if ref not in left_out]
+    selected_refs = _match_targets(names, config.targets, problems)
+    excluded = excluded_refs(names, config, problems)
+    selected_refs = [ref for ref in selected_refs if ref not in excluded]
     if config.layers is not None:
-        count = (
+        block_count = (
             max(
                 (block for name in names.modules if (block := _block(name)) is not None), default=-1
             )
             + 1
         )
-        if bad := [index for index in config.layers if not -count <= index < count]:
-            expected = f"block indices in [{-count}, {count})"
-            problems.append(sentence(f"layers={bad!r}", expected, f"there are {count} blocks"))
+        if bad_indices := [
+            index for index in config.layers if not -block_count <= index < block_count
+        ]:
+            expected = f"block indices in [{-block_count}, {block_count})"
+            problems.append(
+                sentence(f"layers={bad_indices!r}", expected, f"there are {block_count} blocks")
+            )
         else:
-            block_indices = {index % count for index in config.layers}
-            chosen = [ref for ref in chosen if _block(ref[0]) in block_indices]
-    if not chosen and not problems and config.targets != ():  # (): only tokens are trained
+            block_indices = {index % block_count for index in config.layers}
+            selected_refs = [ref for ref in selected_refs if _block(ref[0]) in block_indices]
+    if not selected_refs and not problems and config.targets != ():  # (): only tokens are trained
         problem = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(problem, "at least one target", "exclude less"))
-    return chosen, problems
+    return selected_refs, problems
 
 
 def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
-    """The parameters that ``exclude`` matches: those of modules and all modules below, or by
-    path."""
-    left_out: set[ParamRef] = set()
+    """The parameters that ``exclude`` matches: by their own paths, or all parameters of modules
+    that a pattern matches and of the modules below these."""
+    excluded: set[ParamRef] = set()
     for pattern in config.exclude:
         parameters = (
             []
@@ -72,12 +77,14 @@ def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[
             else names.parameters_matching(pattern)
         )
         if parameters:
-            left_out.update(parameters)
+            excluded.update(parameters)
             continue
         for path in _modules(names, pattern, "exclude", problems):
-            for below in names.children(path):
-                left_out.update((below, name) for name in own_parameters(names.modules[below]))
-    return left_out
+            for path_below in names.children(path):
+                excluded.update(
+                    (path_below, name) for name in own_parameters(names.modules[path_below])
+                )
+    return excluded
 
 
 def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: Any) -> Any:
@@ -89,16 +96,19 @@ def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: A
 
 
 def matches_ref(names: Names, pattern: str, ref: ParamRef) -> bool:
-    """Whether a pattern (no word) matches a module or its parameter."""
-    test, (path, name) = path_test(pattern), ref
-    return any(test(alias) or test(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path])
+    """Whether a pattern, which is no word of ``WORDS``, matches a module or its parameter."""
+    is_match, (path, name) = path_test(pattern), ref
+    return any(
+        is_match(alias) or is_match(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path]
+    )
 
 
 def unmatched_pattern_problems(
-    names: Names, patterns: Iterable[str], field: str, among: list[ParamRef]
+    names: Names, patterns: Iterable[str], field: str, targets: list[ParamRef]
 ) -> list[str]:
-    """A problem for each pattern that matches none of the parameters in ``among``."""
-    paths = dict.fromkeys(path for path, _ in among)
+    """A problem for each pattern that matches none of the parameters ``targets``. ``field`` is the
+    name of the config's field with these patterns."""
+    paths = dict.fromkeys(path for path, _ in targets)
     return [
         sentence(
             f"{field} pattern {pattern!r} matches no target{names.suggest(pattern, paths)}",
@@ -106,31 +116,32 @@ def unmatched_pattern_problems(
             f"name one of {listing(paths)}",
         )
         for pattern in patterns
-        if not any(matches_ref(names, pattern, ref) for ref in among)
+        if not any(matches_ref(names, pattern, ref) for ref in targets)
     ]
 
 
 def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
-    """The modules that patterns of ``train_also`` match, and all modules below them, if they hold
-    parameters of their own."""
+    """The modules that the patterns match, and all modules below them, if they hold parameters
+    themselves. ``field`` is the name of the config's field with these patterns."""
     module_paths: dict[str, None] = {}
     for pattern in patterns:
         matches = _modules(names, pattern, field, problems)
-        below = [
+        paths_below = [
             path
-            for above in matches
-            for path in names.children(above)
+            for path_above in matches
+            for path in names.children(path_above)
             if names.modules[path]._parameters
         ]
-        if matches and not below:
+        if matches and not paths_below:
             problem = f"{field} pattern {pattern!r} matches modules without parameters"
             problems.append(sentence(problem, "something to train", "remove it"))
-        module_paths.update(dict.fromkeys(below))
+        module_paths.update(dict.fromkeys(paths_below))
     return list(module_paths)
 
 
 def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> list[str]:
-    """The modules that a word or a pattern matches; adds a problem if there are none."""
+    """The modules that a word or a pattern matches. If there are none, the reason is added to
+    ``problems``."""
     matches = _word_modules(names, pattern) if pattern in WORDS else names.matching(pattern)
     if not matches:
         examples = listing(
@@ -144,6 +155,8 @@ def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> lis
 
 
 def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
+    """The parameters that ``targets`` of a config selects, in the model's order. Reasons against a
+    pattern are added to ``problems``."""
     if callable(targets):
         paths = [
             name
@@ -151,10 +164,10 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
             if kind_of(module) and targets(name, module)
         ]
         if not paths:
-            do = f"choose among {names.leaves()}"
+            do = f"choose among {names.last_names()}"
             problems.append(sentence("targets callable chose no module", "at least one", do))
         return [ref for path in paths for ref in names.refs(path)]
-    chosen: set[ParamRef] = set()
+    selected_refs: set[ParamRef] = set()
     for pattern in pattern_list(targets):
         matches = _word_modules(names, pattern) if pattern in WORDS else names.matching(pattern)
         refs = [ref for path in matches for ref in names.refs(path)]
@@ -165,7 +178,7 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
             problem = (
                 f"targets pattern {pattern!r} matches {types}, without parameters of their own"
             )
-            do = f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"
+            do = f"name layers such as {names.last_names()}, or use {pattern + '.*'!r}"
             reasons = [reason for path in matches if (reason := unreadable(names.modules[path]))]
             if reasons:
                 reason, fix = reasons[0]
@@ -173,24 +186,28 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
             problems.append(sentence(problem, "modules or parameters", do))
         elif not refs and pattern in WORDS:
             problem = (
-                f"targets {pattern!r} means {_MEANING[pattern]}, of which this model has none, but"
-                f" {_count_types(names)}"
+                f"targets {pattern!r} means {_WORD_MEANINGS[pattern]}, of which this model has"
+                f" none, but {_count_types(names)}"
             )
-            do = f'use targets="all", or name layers such as {names.leaves()}'
+            do = f'use targets="all", or name layers such as {names.last_names()}'
             problems.append(sentence(problem, "at least one such layer", do))
         elif not refs:
             problem = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
-            expected = f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}"
+            expected = f"a word ({', '.join(WORDS)}) or names such as {names.last_names()}"
             problems.append(sentence(problem, expected, "correct it"))
-        chosen.update(refs)
-    order = {path: number for number, path in enumerate(names.modules)}
-    rank = {
-        ref: number
+        selected_refs.update(refs)
+    module_order = {path: index for index, path in enumerate(names.modules)}
+    order_in_module = {
+        ref: index
         for path in names.modules
-        for number, ref in enumerate(names.refs(path))
+        for index, ref in enumerate(names.refs(path))
         if ref[0] == path
     }
-    return sorted(chosen, key=lambda ref: (order[ref[0]], rank.get(ref, len(rank)), ref[1]))
+    last_index = len(order_in_module)
+    return sorted(
+        selected_refs,
+        key=lambda ref: (module_order[ref[0]], order_in_module.get(ref, last_index), ref[1]),
+    )
 
 
 def _count_types(names: Names) -> str:
@@ -205,15 +222,16 @@ def _count_types(names: Names) -> str:
 
 def layers_left_out(names: Names, config: LoraConfig) -> str:
     """The layers with matrices that "all-linear" leaves out and the config does not mention, by
-    type: stacks of experts, convolutions, recurrent layers. Embeddings do not count."""
+    type: stacks of experts, convolutions, recurrent layers. Embeddings do not count. The result is
+    a text such as "2 Conv2d", and empty if the targets are not "all-linear"."""
     if callable(config.targets) or [*pattern_list(config.targets)] != ["all-linear"]:
         return ""
-    linear, excluded_weights = (
+    linear_paths, excluded_weights = (
         {*_word_modules(names, "all-linear")},
         excluded_refs(names, config, []),
     )
     head = _output_head(names)
-    also = {path for pattern in config.train_also for path in names.matching(pattern)}
+    train_also_paths = {path for pattern in config.train_also for path in names.matching(pattern)}
     blocks = {_block(path) for path in names.modules} - {None}
     block_indices = (
         blocks
@@ -223,7 +241,9 @@ def layers_left_out(names: Names, config: LoraConfig) -> str:
     counts: Counter[str] = Counter()
     for path, module in names.modules.items():
         kind: Any = kind_of(module)
-        if kind is None or kind.linear or path in linear or path in also or module is head:
+        if kind is None or kind.linear or module is head:
+            continue
+        if path in linear_paths or path in train_also_paths:
             continue
         if config.layers is not None and _block(path) not in block_indices:
             continue
@@ -235,7 +255,7 @@ def layers_left_out(names: Names, config: LoraConfig) -> str:
 
 
 def _multiplies_inputs(kind: Any, module: nn.Module, name: str) -> bool:
-    """Whether a module multiplies its inputs by a weight. For the general kind: whether the weight
+    """Whether a module multiplies its inputs by a weight. A weight of the general kind counts if it
     is a stack of matrices."""
     if kind.name != GENERAL:
         return kind.drops_input
@@ -254,47 +274,51 @@ def _word_modules(names: Names, word: str) -> list[str]:
             for name in attachable
             if isinstance(names.modules[name], classes) and names.modules[name] is not head
         ]
-    body = _body(names)
-    linear = [name for name, kind in attachable.items() if kind.linear and name in body]
+    body_paths = _body_paths(names)
+    linear_paths = [name for name, kind in attachable.items() if kind.linear and name in body_paths]
     if word == "all-linear":
-        return linear
-    in_attention = [name for name in linear if _ATTENTION.search(name)]
+        return linear_paths
+    attention_paths = [name for name in linear_paths if _ATTENTION.search(name)]
     if word == "attention":
-        return in_attention
-    return [name for name in linear if _block(name) is not None and name not in in_attention]
+        return attention_paths
+    return [
+        name for name in linear_paths if _block(name) is not None and name not in attention_paths
+    ]
 
 
-def _body(names: Names) -> set[str]:
-    """All paths but those of the output head: transformers' output embedding, and the modules
-    outside ``base_model``."""
+def _body_paths(names: Names) -> set[str]:
+    """The paths of all modules except for the output head: transformers' output embeddings, and the
+    modules outside of ``base_model``."""
     prefix = getattr(names.model, "base_model_prefix", "")
-    inner = prefix and isinstance(getattr(names.model, prefix, None), nn.Module)
+    has_base_model = prefix and isinstance(getattr(names.model, prefix, None), nn.Module)
     head = _output_head(names)
     return {
         name
-        for name in (names.children(prefix) if inner else names.modules)
+        for name in (names.children(prefix) if has_base_model else names.modules)
         if names.modules[name] is not head
     }
 
 
 def _output_head(names: Names) -> Any:
+    """The module that a transformers model gives as its output embeddings, or None."""
     get_head: Any = getattr(names.model, "get_output_embeddings", None)
     return get_head() if callable(get_head) else None
 
 
 def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
-    """The parameters in ``fresh`` (held by no checkpoint) of a head or pooler: outside the repeated
-    blocks, and no embedding."""
-    output, body = _output_head(names), _body(names)
+    """The parameters in ``fresh`` that belong to a head or pooler: those outside of the repeated
+    blocks and of embeddings. ``fresh`` are parameters that were not in the checkpoint."""
+    output_head, body_paths = _output_head(names), _body_paths(names)
     return [
         (path, name)
         for path, name in fresh
-        if names.modules[path] is not output
+        if names.modules[path] is not output_head
         and not isinstance(names.modules[path], nn.Embedding)
-        and not (path in body and _block(path) is not None)
+        and not (path in body_paths and _block(path) is not None)
     ]
 
 
 def _block(path: str) -> int | None:
-    """The index of the repeated block of a path: the first number in it."""
+    """The index of the repeated block that holds a module: the first number in its path. None if
+    there is no number."""
     return next((int(name) for name in path.split(".") if name.isdigit()), None)

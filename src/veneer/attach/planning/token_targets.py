@@ -1,5 +1,5 @@
 """The rows of an embedding or head that ``LoraConfig(trainable_tokens=…)`` selects, and the reasons
-why some cannot be trained. ``token_rows.py`` computes with them."""
+why some of them cannot be trained. ``layer/token_rows.py`` computes with the trained rows."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from veneer.distributed import base_class
 from veneer.errors import listing, sentence
 from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 
-#: the layer kinds whose weight is [V, d], with one row per token
+#: the layer kinds whose weight is [V, d], with one row for each token of the vocabulary
 KINDS = ("embedding", "linear")
 
 
 def token_ids_by_weight(
     names: Names, tokens: Any, problems: list[str]
 ) -> dict[ParamRef, tuple[int, ...]]:
-    """The ids of ``LoraConfig.trainable_tokens``, ascending, by the weight whose rows they are (a
-    tied weight by the first of its names)."""
+    """The ids of ``LoraConfig.trainable_tokens``, in ascending order, by the weight that has rows
+    for them. A tied weight is listed under the first of its names. Reasons against ``tokens`` are
+    added to ``problems``."""
     ids_by_weight: dict[ParamRef, tuple[int, ...]] = {}
-    by_identity = names.holders()
+    refs_by_id = names.holders()
     for path, ids in _ids_by_module(names, tokens, problems):
         module = names.modules[path]
         kind = kind_of(module)
@@ -32,7 +33,7 @@ def token_ids_by_weight(
             problem = f"trainable_tokens of {path!r}, a {base_class(module).__name__}"
             problems.append(sentence(problem, "an embedding or a linear head", "name that"))
             continue
-        owner = names.holders_of((path, kind.weight), by_identity)[0]
+        owner = names.holders_of((path, kind.weight), refs_by_id)[0]
         sorted_ids = tuple(sorted(ids))
         if ids_by_weight.setdefault(owner, sorted_ids) != sorted_ids:
             problem = (
@@ -52,6 +53,8 @@ def token_ids_by_weight(
 def _ids_by_module(
     names: Names, tokens: Any, problems: list[str]
 ) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield (path of a module, token ids). Reasons against ``tokens``, the value of
+    ``LoraConfig.trainable_tokens``, are added to ``problems``."""
     if isinstance(tokens, Mapping):
         for pattern, ids in tokens.items():
             matching = names.matching(pattern)
@@ -87,10 +90,10 @@ def _embeddings(names: Names) -> list[str]:
 
 
 def _input_embedding(names: Names) -> str | None:
-    """The path of the input embedding, as ``get_input_embeddings`` gives it, or of the only
-    embedding."""
-    get: Any = getattr(names.model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
+    """The path of the input embedding that ``get_input_embeddings`` returns, or of the model's only
+    embedding. None if there is neither."""
+    get_embedding: Any = getattr(names.model, "get_input_embeddings", None)
+    embedding = get_embedding() if callable(get_embedding) else None
     if embedding is not None:
         return next((path for path, module in names.modules.items() if module is embedding), None)
     paths = _embeddings(names)
@@ -100,16 +103,17 @@ def _input_embedding(names: Names) -> str | None:
 def token_problems(
     names: Names, owner: ParamRef, ids: Sequence[int], refs: Iterable[ParamRef]
 ) -> Iterator[str]:
-    """The reasons why these rows of a weight cannot be trained; the modules of ``refs`` hold it."""
+    """The reasons why the rows ``ids`` of the weight ``owner`` cannot be trained. ``refs`` name the
+    weight in every module that holds it."""
     storage: Any = storage_of(weight_of(names.modules[owner[0]], owner[1]))
     full_path = parameter_path(*owner)
-    rows = storage.shape(weight_of(names.modules[owner[0]], owner[1]))[0]
-    beyond = [id_ for id_ in ids if id_ >= rows]
-    if beyond:
+    row_count = storage.shape(weight_of(names.modules[owner[0]], owner[1]))[0]
+    missing_ids = [token_id for token_id in ids if token_id >= row_count]
+    if missing_ids:
         do = f"grow the model first: model.resize_token_embeddings({max(ids) + 1})"
         yield sentence(
-            f"token ids {listing(map(str, beyond), 4)} of {full_path!r}",
-            f"ids below its {rows} rows",
+            f"token ids {listing(map(str, missing_ids), 4)} of {full_path!r}",
+            f"ids below its {row_count} rows",
             do,
         )
     for path, name in refs:

@@ -1,12 +1,12 @@
 """Tied weights whose names an adapter changes differently.
 
 A tied weight is one parameter with several names. Veneer trains it as one parameter. PEFT adapts
-each module separately and gives each module in ``modules_to_save`` a copy, tied or not. So a PEFT
-file may hold two values for one weight, or a value, a low-rank change or some rows for only one of
-its names. Such files are common, as adapters that add tokens list both embeddings. One weight
-cannot have both values, so the changed name gets a weight of its own until the last adapter is
-detached (``adapter_files/ties.py``). Where untying is not allowed (``untie=False``, a bank), full
-values replace the weight at each name and cannot be merged, and other changes are refused.
+each module separately, and gives each module in ``modules_to_save`` a copy, tied or not. So a PEFT
+file may hold two values for one weight; or a value, a low-rank change or some rows for only one of
+its names. Such files are common, because adapters that add tokens list both embeddings. One weight
+cannot have two values, so the changed name gets a new parameter until the last adapter is detached
+(``adapter_files/ties.py``). If untying is not allowed (``untie=False``, a bank), full values
+replace the weight at each name and cannot be merged, and other changes are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing, sentence
 from veneer.layers import ParamRef, parameter_path
 
+#: how to untie a weight so that it can be merged, for messages
 UNTIE = (
     "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie"
     " the base first (config.tie_word_embeddings = False, and a copy for the head:"
@@ -33,8 +34,8 @@ UNTIE = (
 
 
 def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """A problem for each tied weight to whose names the adapter ``name`` gives different values,
-    which one weight cannot hold after a merge."""
+    """A problem for each tied weight to whose names the adapter ``name`` gives different values.
+    One weight cannot hold them after a merge."""
     trained = {
         path: layer_adapter.full._parameters
         for path, _, layer_adapter in adapters(model, name)
@@ -61,20 +62,20 @@ def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def broken_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """A problem for each weight that was tied when the adapter was attached and is no longer tied:
-    a merge writes it once, and would miss the other one."""
-    first: dict[int, tuple[str, Any]] = {}
+    """A problem for each weight that was tied when the adapter was attached and is no longer tied.
+    A merge would write only one of the weights that the names have now."""
+    first_holders: dict[int, tuple[str, Any]] = {}  # (path, weight) by the ``id`` of a change
     for path, module, layer_state in layer_states(model):
         layer_adapter = layer_state.get(name)
         if layer_adapter is None:
             continue
         trained = (*layer_adapter.changes.items(), *layer_adapter.full._parameters.items())
-        for weight_name, value in trained:
+        for weight_name, change in trained:
             full_path, weight = parameter_path(path, weight_name), weight_of(module, weight_name)
-            first_path, target = first.setdefault(id(value), (full_path, weight))
-            tensors = isinstance(weight, Tensor) and isinstance(target, Tensor)
-            if weight is not target and not (
-                tensors and weight.data_ptr() == target.data_ptr() != 0
+            first_path, first_weight = first_holders.setdefault(id(change), (full_path, weight))
+            are_tensors = isinstance(weight, Tensor) and isinstance(first_weight, Tensor)
+            if weight is not first_weight and not (
+                are_tensors and weight.data_ptr() == first_weight.data_ptr() != 0
             ):
                 do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
                 yield sentence(
@@ -86,49 +87,52 @@ def broken_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Untied:
-    """The names of tied weights that ``untie`` gave weights of their own.
+    """The names of tied weights to which ``untie`` gave new parameters.
 
     Fields:
-        names: (untied name, a name that still has the original weight) for each of them.
-        config: whether ``untie`` set ``tie_word_embeddings`` of the model's config to False.
+        names: (untied name, a name that still has the original parameter) for each of them.
+        changed_config: whether ``untie`` set ``tie_word_embeddings`` of the model's config to
+            False.
     """
 
     names: tuple[tuple[ParamRef, ParamRef], ...]
-    config: bool
+    changed_config: bool
 
 
 def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
-    """Give each of these names of tied weights a parameter of its own with the same values. If
-    ``refs`` holds all names of a weight, the first one keeps it. Raises an AdapterError if a weight
-    is stored packed."""
-    chosen, untied = set(refs), []
-    for tied in names.holders().values():
-        keeper = next((ref for ref in tied if ref not in chosen), tied[0])
-        untied += [(ref, keeper) for ref in tied if ref in chosen and ref != keeper]
-    weights: list[Any] = [names.modules[path]._parameters[name] for (path, name), _ in untied]
-    if packed := [
+    """Give each of these names of tied weights a new parameter with the same values. If ``refs``
+    holds all names of a weight, the first name keeps the original parameter. Raises an AdapterError
+    if a weight is stored packed."""
+    chosen_refs, untied_refs = set(refs), []
+    for tied_refs in names.holders().values():
+        kept_ref = next((ref for ref in tied_refs if ref not in chosen_refs), tied_refs[0])
+        untied_refs += [
+            (ref, kept_ref) for ref in tied_refs if ref in chosen_refs and ref != kept_ref
+        ]
+    weights: list[Any] = [names.modules[path]._parameters[name] for (path, name), _ in untied_refs]
+    if packed_refs := [
         ref
-        for (ref, _), weight in zip(untied, weights, strict=True)
+        for (ref, _), weight in zip(untied_refs, weights, strict=True)
         if type(weight) is not nn.Parameter
     ]:
-        problem = f"{parameter_path(*packed[0])!r}, a tied weight that is stored packed"
+        problem = f"{parameter_path(*packed_refs[0])!r}, a tied weight that is stored packed"
         raise AdapterError(
             problem, "a plain weight to untie", "untie the base before it is quantised"
         )
-    for ((path, name), _), weight in zip(untied, weights, strict=True):
+    for ((path, name), _), weight in zip(untied_refs, weights, strict=True):
         copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         names.modules[path]._parameters[name] = copy
     config = getattr(names.model, "config", None)
-    ties = bool(untied) and getattr(config, "tie_word_embeddings", False) is True
-    if ties:  # else transformers ties them again, and saves only one of them
+    config_ties = bool(untied_refs) and getattr(config, "tie_word_embeddings", False) is True
+    if config_ties:  # else transformers would tie the weights again, and save only one of them
         config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
-    return Untied(tuple(untied), ties)
+    return Untied(tuple(untied_refs), config_ties)
 
 
 def tie_again(model: nn.Module, untied: Untied) -> None:
     """Undo ``untie``."""
-    for (path, name), (keeper_path, keeper_name) in untied.names:
-        weight = model.get_submodule(keeper_path)._parameters[keeper_name]
+    for (path, name), (kept_path, kept_name) in untied.names:
+        weight = model.get_submodule(kept_path)._parameters[kept_name]
         model.get_submodule(path)._parameters[name] = weight
-    if untied.config:
+    if untied.changed_config:
         model.config.tie_word_embeddings = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

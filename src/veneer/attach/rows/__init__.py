@@ -1,6 +1,6 @@
-"""One call in which several adapters take part: each row of a batch its own, or a weighted blend.
+"""One call in which several adapters take part: one for each row of the batch, or a weighted blend.
 
-In: the ``ActiveAdapter`` of each row, or adapters with weights. Out: one ``ActiveAdapter`` for the
-call, whose layers split their inputs by adapter, or sum changes. The result for a row equals that
-of a call with this row and its adapter alone.
+Input: the ``ActiveAdapter`` of each row, or adapters with weights. Output: one ``ActiveAdapter``
+for the call. Its layers split their inputs by adapter, or add up the weighted changes. The output
+for a row equals the output of a call with only this row and its adapter.
 """

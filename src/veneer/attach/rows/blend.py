@@ -8,7 +8,7 @@ in its one weight computes the blend in factors, without forming a weight:
     y = y₀ + Σ wᵢ (gainᵢ ⊙ (y₀ + op(x; ΔWᵢ)) - y₀)        y₀ = op(x; W)
 
 Without a gain, this is one product whose rank is the sum of the adapters' ranks. All other layers
-form the blended weights. ``kernels/batched.py`` computes the rows of a bank.
+form the blended weights. ``kernels/batched.py`` computes blends for the rows of a bank.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from veneer.attach.layer.change import frozen_weight
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.layer_call import (
     LinearCall,
+    add_update,
     is_jagged,
-    on_values,
     run_factored,
-    with_update,
+    run_on_values,
 )
 from veneer.attach.layer.state import ActiveAdapter, ModulePath
 from veneer.attach.layer.views import run_on_view
@@ -40,7 +40,7 @@ from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
-_PLAIN = VARIANTS["lora"]
+_LORA = VARIANTS["lora"]
 
 
 def require_finite_weights(weights: Mapping[Any, Any]) -> None:
@@ -56,34 +56,36 @@ def require_finite_weights(weights: Mapping[Any, Any]) -> None:
             raise SelectionError(problem, "a finite number", "correct the weight")
 
 
-def blend_adapters(uses: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
+def blend_adapters(weighted_adapters: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
     """The ``ActiveAdapter`` of a call that blends these (adapter, weight) pairs."""
-    if len(uses) == 1 and uses[0][1] == 1:
-        return uses[0][0]
-    if invoked := [str(selected.name) for selected, _ in uses if selected.invocation_tokens]:
-        problem = f"a blend with {', '.join(map(repr, invoked))}, which has invocation tokens"
+    if len(weighted_adapters) == 1 and weighted_adapters[0][1] == 1:
+        return weighted_adapters[0][0]
+    if invoked_names := [
+        str(active.name) for active, _ in weighted_adapters if active.invocation_tokens
+    ]:
+        problem = f"a blend with {', '.join(map(repr, invoked_names))}, which has invocation tokens"
         do = "use it alone, or for some rows of the batch"
         raise SelectionError(problem, "adapters that act on every token", do)
-    on = common_base_adapter([selected for selected, _ in uses])
+    base_name = common_base_adapter([active for active, _ in weighted_adapters])
     return ActiveAdapter(
-        " + ".join(f"{weight!r} {selected.name}" for selected, weight in uses),
-        _BlendTable(uses),
-        on,
+        " + ".join(f"{weight!r} {active.name}" for active, weight in weighted_adapters),
+        _BlendTable(weighted_adapters),
+        base_name,
     )
 
 
 def common_base_adapter(selections: Sequence[ActiveAdapter]) -> str | None:
-    """The common ``ActiveAdapter.on`` of adapters that one call uses together.
+    """The common ``ActiveAdapter.merged_at_attach`` of adapters that one call uses together.
 
     Raises:
         SelectionError: the adapters were attached to different weights.
     """
-    bases = {selected.on: selected.name for selected in selections}
-    if len(bases) > 1:
-        (first_base, first), (second_base, second), *_ = bases.items()
+    name_by_base = {active.merged_at_attach: active.name for active in selections}
+    if len(name_by_base) > 1:
+        (first_base, first_name), (second_base, second_name), *_ = name_by_base.items()
         descriptions = [
             f"{name!r} (attached while {base_adapter!r} was merged)" if base_adapter else repr(name)
-            for base_adapter, name in ((first_base, first), (second_base, second))
+            for base_adapter, name in ((first_base, first_name), (second_base, second_name))
         ]
         problem = f"{' and '.join(descriptions)} in one call"
         raise SelectionError(
@@ -91,25 +93,31 @@ def common_base_adapter(selections: Sequence[ActiveAdapter]) -> str | None:
             "adapters of the same weights",
             "use one of them alone, or unmerge before attaching",
         )
-    return next(iter(bases))
+    return next(iter(name_by_base))
 
 
 class _BlendTable(Mapping[Any, Any]):
     """The ``Blend`` of each layer, by the key of the layer's state."""
 
-    def __init__(self, uses: Sequence[tuple[ActiveAdapter, float]]) -> None:
-        self.uses = uses
+    def __init__(self, weighted_adapters: Sequence[tuple[ActiveAdapter, float]]) -> None:
+        self.weighted_adapters = weighted_adapters
 
     def __getitem__(self, key: Any) -> Blend:
         components = [
-            (selected.table[key], weight) for selected, weight in self.uses if key in selected.table
+            (active.usable_layer_adapters[key], weight)
+            for active, weight in self.weighted_adapters
+            if key in active.usable_layer_adapters
         ]
         if not components:
             raise KeyError(key)
         return Blend(components)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(dict.fromkeys(key for selected, _ in self.uses for key in selected.table))
+        return iter(
+            dict.fromkeys(
+                key for active, _ in self.weighted_adapters for key in active.usable_layer_adapters
+            )
+        )
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -137,31 +145,33 @@ class Blend:
         return self.below("forward")
 
     @property
-    def entries(self) -> dict[str, dict[ModulePath, Blend]]:
+    def read_below_by_method(self) -> dict[str, dict[ModulePath, Blend]]:
         return {
             method: self.below(method)
             for layer_adapter, _ in self.components
-            for method in layer_adapter.entries
+            for method in layer_adapter.read_below_by_method
         }
 
     def below(self, method: str) -> dict[ModulePath, Blend]:
-        components: dict[ModulePath, list[tuple[Any, float]]] = {}
+        """As ``LayerAdapter.below``."""
+        components_by_path: dict[ModulePath, list[tuple[Any, float]]] = {}
         for layer_adapter, weight in self.components:
             read_adapters = (
                 layer_adapter.read_below
                 if method == "forward"
-                else layer_adapter.entries.get(method, {})
+                else layer_adapter.read_below_by_method.get(method, {})
             )
             for path, read_adapter in read_adapters.items():
-                components.setdefault(path, []).append((read_adapter, weight))
-        return {path: Blend(read_components) for path, read_components in components.items()}
+                components_by_path.setdefault(path, []).append((read_adapter, weight))
+        return {path: Blend(components) for path, components in components_by_path.items()}
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         for layer_adapter, _ in self.components:
-            if method == "forward" or method in layer_adapter.entries:
+            if method == "forward" or method in layer_adapter.read_below_by_method:
                 yield from layer_adapter.reached_ids(method)
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
+        """As ``LayerAdapter.replacements``: the blended tensors that are trained in full."""
         module_tensors: dict[str, Any] = {**module._buffers, **module._parameters}
         weighted_tensors = [
             (layer_adapter.replacements(module), weight)
@@ -174,19 +184,22 @@ class Blend:
             )
             do = "call eval() on that module, or train one adapter at a time"
             raise SelectionError(problem, "one adapter, whose statistics they are", do)
-        # Another adapter may train in full what one changes at a low rank: ``changed_weights``
+        # One adapter may train in full what another changes at a low rank. ``changed_weights``
         # blends these parameters.
-        low = self.changes
+        low_rank_names = self.changes
         return self._blend_tensors(
             [
-                ({name: value for name, value in tensors.items() if name not in low}, weight)
+                (
+                    {name: value for name, value in tensors.items() if name not in low_rank_names},
+                    weight,
+                )
                 for tensors, weight in weighted_tensors
             ],
             module_tensors,
         )
 
     def run(self, call: Call) -> Any:
-        """As ``LayerAdapter.run``."""
+        """The output of a call with the weighted sum of the adapters' changes."""
         if (
             call.method != "forward"
             or call.context.path == cost_model.MATERIALISED
@@ -194,15 +207,19 @@ class Blend:
         ):
             return run_on_view(self, call)
         if is_jagged(call.x) and call.layer_state.layer.by_position:
-            return on_values(self.run, call)
-        linear_call = LinearCall(call, self.replacements(call.module), bool(self.entries))
+            return run_on_values(self.run, call)
+        adapts_methods = bool(self.read_below_by_method)
+        linear_call = LinearCall(call, self.replacements(call.module), adapts_methods)
         linear_call.refuse_other_dtype(next(iter(self.changes.values())))
         return self._run_factored(linear_call)
 
-    def _can_factor(self, layer_state: Any, inputs: int) -> bool:
-        """Whether a call can be computed in factors: it is linear in the layer's one weight, and
+    def _can_factor(self, layer_state: Any, input_count: int) -> bool:
+        """Whether a call can be computed in factors: the layer is linear in its one weight, and
         every adapter either changes this weight at a low rank or does not change it."""
-        if not (layer_state.factors and self.changes and inputs == 1) or self.read_below:
+        if (
+            not (layer_state.supports_factored and self.changes and input_count == 1)
+            or self.read_below
+        ):
             return False
         weight_name = layer_state.layer.weight
         if not all(
@@ -210,50 +227,55 @@ class Blend:
             and weight_name not in layer_adapter.full._parameters
             for layer_adapter, _ in self.components
         ):
-            return False  # trained in full, or a layer adapter of a bank
-        # A gain rescales rows of ΔW, which a tied layer reads as inputs: there W + ΔW must be
-        # formed.
+            return False  # the weight is trained in full, or the layer adapter is a bank's
+        # A gain scales the rows of ΔW. A tied layer reads these rows as inputs, so that W + ΔW must
+        # be formed.
         return not layer_state.transposed or all(
-            c.variant.resolve is _PLAIN.resolve for c in self.changes.values()
+            change.variant.resolve is _LORA.resolve for change in self.changes.values()
         )
 
     def _run_factored(self, call: LinearCall) -> Tensor:
-        layer_state, x, weight = call.layer_state, call.x, call.weight
-        reader: Any = layer_state.layer
-        uses = [
-            (layer_adapter.changes[reader.weight], share)
-            for layer_adapter, share in self.components
+        """The blend in factored form, from one product with the base weight."""
+        layer_state, x, base_weight = call.layer_state, call.x, call.weight
+        kind: Any = layer_state.layer
+        weighted_changes = [
+            (layer_adapter.changes[kind.weight], weight)
+            for layer_adapter, weight in self.components
             if layer_adapter.changes
         ]
-        changes, shares = zip(*uses, strict=True)
-        lows, gains = zip(*(change.resolve(weight) for change in changes), strict=True)
+        changes, weights = zip(*weighted_changes, strict=True)
+        low_ranks, gains = zip(*(change.resolve(base_weight) for change in changes), strict=True)
         dropouts = [change.dropout if change.training else 0.0 for change in changes]
-        has_gain, first = any(gain is not None for gain in gains), changes[0]
+        has_gain, first_change = any(gain is not None for gain in gains), changes[0]
         if not has_gain and not any(dropouts):
-            low, form = LowRank.sum(lows, shares), False
-            if context.current.path is None and layer_state.product and fused.applies(x, weight):
-                _, out, in_ = first.dims
-                forms_above = cost_model.forms_above(out, in_, low.rank, weight.dtype)
-                form = x.numel() // x.shape[-1] > forms_above
-            return run_factored(call, first, low, None, 0.0, form)
-        y = frozen = call.frozen(first, biased=not has_gain)
-        for low, gain, share, dropout in zip(lows, gains, shares, dropouts, strict=True):
-            low = low.T if layer_state.transposed else low
+            low_rank, may_form = LowRank.sum(low_ranks, weights), False
+            if (
+                context.current.path is None
+                and layer_state.is_plain_product
+                and fused.applies(x, base_weight)
+            ):
+                _, out, in_ = first_change.dims
+                forms_above = cost_model.forms_above(out, in_, low_rank.rank, base_weight.dtype)
+                may_form = x.numel() // x.shape[-1] > forms_above
+            return run_factored(call, first_change, low_rank, None, 0.0, may_form)
+        y = base_y = call.base_output(first_change, with_bias=not has_gain)
+        for low_rank, gain, weight, dropout in zip(
+            low_ranks, gains, weights, dropouts, strict=True
+        ):
+            low_rank = low_rank.T if layer_state.transposed else low_rank
             if gain is None:
-                scaled = LowRank(low.A, low.B, low.scale * share)
-                y = with_update(reader, call.module, x, y, scaled, None, None, dropout)
+                scaled = LowRank(low_rank.A, low_rank.B, low_rank.scale * weight)
+                y = add_update(kind, call.module, x, y, scaled, None, None, dropout)
             else:
-                adapter_output = with_update(
-                    reader, call.module, x, frozen, low, gain, None, dropout
-                )
-                y = y + (adapter_output - frozen) * share
-        bias = call.bias(first) if has_gain else None
-        return y if bias is None else y + reader.per_output(call.module, bias, y).to(y.dtype)
+                adapter_y = add_update(kind, call.module, x, base_y, low_rank, gain, None, dropout)
+                y = y + (adapter_y - base_y) * weight
+        bias = call.bias(first_change) if has_gain else None
+        return y if bias is None else y + kind.per_output(call.module, bias, y).to(y.dtype)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
-        """As ``LayerAdapter.stacks``: the adapters' changes are concatenated into one change whose
-        rank is the sum of theirs."""
-        stacks: dict[str, list[tuple[Any, LowRank, float]]] = {}
+        """As ``LayerAdapter.stacks``. The factors of the adapters' changes are concatenated, so
+        that the rank of each stack's change is the sum of their ranks."""
+        weighted_stacks: dict[str, list[tuple[Any, LowRank, float]]] = {}
         for layer_adapter, weight in self.components:
             layer_stacks = layer_adapter.stacks(module)
             if (
@@ -261,52 +283,59 @@ class Blend:
                 or layer_adapter.replacements(module).keys() & self.changes.keys()
             ):
                 return None
-            for name, (stack, low) in layer_stacks.items():
-                stacks.setdefault(name, []).append((stack, low, weight))
-        sums = {}
-        for name, uses in stacks.items():
-            A = torch.cat([low.A for _, low, _ in uses], 1)
-            B = torch.cat([low.B * (low.scale * weight) for _, low, weight in uses], 2)
-            sums[name] = uses[0][0], LowRank(A, B, 1.0)
-        return sums
+            for name, (stack, low_rank) in layer_stacks.items():
+                weighted_stacks.setdefault(name, []).append((stack, low_rank, weight))
+        blended_stacks = {}
+        for name, terms in weighted_stacks.items():
+            A = torch.cat([low_rank.A for _, low_rank, _ in terms], 1)
+            B = torch.cat(
+                [low_rank.B * (low_rank.scale * weight) for _, low_rank, weight in terms], 2
+            )
+            blended_stacks[name] = terms[0][0], LowRank(A, B, 1.0)
+        return blended_stacks
 
     def changed_weights(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
-        """As ``LayerAdapter.changed_weights``. Without ``wide``, the blend is rounded once."""
-        base_weights, dtypes, values = {}, {}, []
+        """As ``LayerAdapter.changed_weights``. Unless ``wide``, the blend is rounded once to the
+        dtype of the weight."""
+        base_weights, dtypes, weighted_tensors = {}, {}, []
         for name, change in self.changes.items():
             dense = change.storage.dense(frozen_weight(change, module, name))
             base_weights[name], dtypes[name] = dense.to(at_least_float32(dense.dtype)), dense.dtype
         for layer_adapter, weight in self.components:
-            full = {
-                name: value
-                for name, value in layer_adapter.replacements(module).items()
+            replacements = {
+                name: tensor
+                for name, tensor in layer_adapter.replacements(module).items()
                 if name in base_weights
             }
-            values.append(({**full, **layer_adapter.changed_weights(module, wide=True)}, weight))
-        blended = self._blend_tensors(values, base_weights)
-        return (
-            blended if wide else {name: value.to(dtypes[name]) for name, value in blended.items()}
-        )
+            tensors = {**replacements, **layer_adapter.changed_weights(module, wide=True)}
+            weighted_tensors.append((tensors, weight))
+        blended = self._blend_tensors(weighted_tensors, base_weights)
+        if wide:
+            return blended
+        return {name: tensor.to(dtypes[name]) for name, tensor in blended.items()}
 
     def _blend_tensors(
-        self, values: Sequence[tuple[Mapping[str, Tensor], float]], base_tensors: Mapping[str, Any]
+        self,
+        weighted_tensors: Sequence[tuple[Mapping[str, Tensor], float]],
+        base_tensors: Mapping[str, Any],
     ) -> dict[str, Tensor]:
+        """The blend of ({name: tensor}, weight) pairs, by name: base + Σ weight · (tensor −
+        base)."""
         blended: dict[str, Tensor] = {}
-        for name in dict.fromkeys(name for tensors, _ in values for name in tensors):
+        for name in dict.fromkeys(name for tensors, _ in weighted_tensors for name in tensors):
             base = base_tensors[name]
-            if base is None:  # the bias of a layer without one
-                base = torch.zeros_like(
-                    next(tensors[name] for tensors, _ in values if name in tensors)
-                )
+            first_tensor = next(tensors[name] for tensors, _ in weighted_tensors if name in tensors)
+            if base is None:  # the bias of a layer without a bias
+                base = torch.zeros_like(first_tensor)
             if not base.is_floating_point():  # a counter of batches
-                blended[name] = next(tensors[name] for tensors, _ in values if name in tensors)
+                blended[name] = first_tensor
                 continue
-            wide = base.to(at_least_float32(base.dtype))
+            wide_base = base.to(at_least_float32(base.dtype))
             differences = (
-                weight * (tensors[name].to(wide.dtype) - wide)
-                for tensors, weight in values
+                weight * (tensors[name].to(wide_base.dtype) - wide_base)
+                for tensors, weight in weighted_tensors
                 if name in tensors
             )
-            total: Any = sum(differences, wide)
+            total: Any = sum(differences, wide_base)
             blended[name] = total.to(base.dtype)
         return blended

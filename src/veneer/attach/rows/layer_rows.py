@@ -1,5 +1,5 @@
-"""One layer in a batch whose rows use different adapters: split the inputs by adapter, run each
-piece, and put the outputs back in order.
+"""One layer in a batch whose rows use different adapters. The inputs are split by adapter, the
+layer runs on the rows of each adapter, and the outputs are put back in the order of the batch.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 from veneer.attach.layer.adapted_module import base_forward, method_of
 from veneer.attach.layer.call import Call
 from veneer.attach.rows.linear_rows import LinearRows
-from veneer.attach.rows.routed_rows import spread, tokens_a_row
+from veneer.attach.rows.routed_rows import count_tokens_per_row, token_indices
 from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
-#: arguments that hold no rows, and tensors, whose rows can be taken out
+#: types of arguments that hold no rows, and Tensor, whose rows can be taken out
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
 
@@ -29,132 +29,151 @@ class LayerRows:
     """One layer in a batch whose rows select different adapters, with the interface of
     ``LayerAdapter``.
 
-    ``layer_adapters``: for each selection of ``rows``, the object with the interface of
-    ``LayerAdapter`` at this layer, or None if it changes nothing here.
+    ``layer_adapters`` has an entry for each selection of ``row_adapters``: an object with the
+    interface of ``LayerAdapter`` for this layer, or None if the selection does not change it.
     """
 
-    def __init__(self, rows: Any, layer_adapters: Sequence[Any]) -> None:
-        self.rows, self.layer_adapters = rows, layer_adapters
-        self.linear = LinearRows(rows, layer_adapters)
+    def __init__(self, row_adapters: Any, layer_adapters: Sequence[Any]) -> None:
+        self.row_adapters, self.layer_adapters = row_adapters, layer_adapters
+        self.linear = LinearRows(row_adapters, layer_adapters)
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         for layer_adapter in self.layer_adapters:
             yield from () if layer_adapter is None else layer_adapter.reached_ids(method)
 
     def run(self, call: Call) -> Any:
-        """As ``LayerAdapter.run``."""
+        """The output of a call in which each row uses its adapter."""
         if len(self.layer_adapters) == 1:
             return self._run_single(call)
-        one_input = len(call.args) == 1 and not call.kwargs and call.method == "forward"
+        has_one_input = len(call.args) == 1 and not call.kwargs and call.method == "forward"
         seeds: list[int | None] = [None] * len(self.layer_adapters)
-        if one_input and call.context.path is None:
+        if has_one_input and call.context.path is None:
             y, seeds = self.linear.output(call.module, call.layer_state, call.args[0])
             if y is not None:
                 return y
         return self._run_split(call, seeds)
 
     def _run_split(self, call: Call, seeds: Sequence[int | None]) -> Any:
-        """Run the layer once for each selection, on its rows."""
-        module, base, layer_state, args, kwargs, _, method, *_ = call
-        rows, kind = self.rows, _kind_for(layer_state, method)
+        """Run the layer once for each selection, on the rows that use it. ``seeds`` are the dropout
+        seeds of the selections."""
+        module, base_cls, layer_state, args, kwargs, _, method, *_ = call
+        row_adapters, kind = self.row_adapters, _kind_for(layer_state, method)
         is_leaf = _is_leaf(module, layer_state)
-        tokens = tokens_a_row(module, (args, kwargs), rows.count) if kind.name == GENERAL else None
-        if tokens is not None and tokens > 1 and rows.time_first:
-            tokens = None
+        tokens_per_row = (
+            count_tokens_per_row(module, (args, kwargs), row_adapters.count)
+            if kind.name == GENERAL
+            else None
+        )
+        if tokens_per_row is not None and tokens_per_row > 1 and row_adapters.time_first:
+            tokens_per_row = None
         problem = self._division_problem(
-            kind, (args, kwargs), is_leaf, is_routed=tokens is not None
+            kind, (args, kwargs), is_leaf, is_routed=tokens_per_row is not None
         )
         if problem is not None:
             raise _division_error(module, problem)
+        tokens_per_row = tokens_per_row or 1
         outputs = []
-        row_indices, order = rows.indices_for(
+        row_indices, order = row_adapters.indices_for(
             args[0] if args and isinstance(args[0], Tensor) else (args, kwargs)
         )
-        for selected, indices, layer_adapter, seed in zip(
-            rows.selections, row_indices, self.layer_adapters, seeds, strict=True
+        for selection, indices, layer_adapter, seed in zip(
+            row_adapters.selections, row_indices, self.layer_adapters, seeds, strict=True
         ):
             row_args, row_kwargs = self._take(
-                kind, module, args, kwargs, spread(indices, tokens or 1), tokens or 1
+                kind, module, args, kwargs, token_indices(indices, tokens_per_row), tokens_per_row
             )
-            with rows.only(selected, is_leaf):
+            with row_adapters.only(selection, is_leaf):
                 if layer_adapter is None:
-                    outputs.append(method_of(base, method)(module, *row_args, **row_kwargs))
+                    outputs.append(method_of(base_cls, method)(module, *row_args, **row_kwargs))
                 else:
-                    # no name for the call: it would hold these rows while the next are taken
+                    # The new call has no variable, which would hold these rows in memory while the
+                    # next rows are taken.
                     outputs.append(
                         layer_adapter.run(
-                            call._replace(args=row_args, kwargs=row_kwargs, share=False, seed=seed)
+                            call._replace(
+                                args=row_args, kwargs=row_kwargs, may_share=False, seed=seed
+                            )
                         )
                     )
-        return kind.put(module, outputs, spread(order, tokens or 1))
+        return kind.put(module, outputs, token_indices(order, tokens_per_row))
 
     def _run_single(self, call: Call) -> Any:
-        """The output if all rows use the same selection: that of a plain call, once the number of
-        rows is checked."""
-        module, base, layer_state, args, kwargs, _, method, *_ = call
-        rows, (layer_adapter,), (selected,) = self.rows, self.layer_adapters, self.rows.selections
+        """The output if all rows use the same selection: the output of a plain call, after a check
+        of the number of rows."""
+        module, base_cls, layer_state, args, kwargs, _, method, *_ = call
+        (layer_adapter,), (selection,) = self.layer_adapters, self.row_adapters.selections
+        row_count = self.row_adapters.count
         kind = _kind_for(layer_state, method)
         x = args[0] if len(args) == 1 and not kwargs else None
         if not (
             type(kind).take is Layer.take
             and isinstance(x, Tensor)
             and x.ndim
-            and len(x) == rows.count
+            and len(x) == row_count
         ):
-            tokens = (
-                tokens_a_row(module, (args, kwargs), rows.count) if kind.name == GENERAL else None
-            )
-            first_row = spread(rows.row_indices[0][:1], tokens or 1)
-            self._take(kind, module, args, kwargs, first_row, tokens or 1)
-        with rows.only(selected, _is_leaf(module, layer_state)):
+            tokens_per_row = (
+                count_tokens_per_row(module, (args, kwargs), row_count)
+                if kind.name == GENERAL
+                else None
+            ) or 1
+            first_row = token_indices(self.row_adapters.row_indices[0][:1], tokens_per_row)
+            self._take(kind, module, args, kwargs, first_row, tokens_per_row)
+        with self.row_adapters.only(selection, _is_leaf(module, layer_state)):
             if layer_adapter is not None:
                 return layer_adapter.run(call)
             if method == "forward":
-                return base_forward(module, base, *args, **kwargs)
-            return method_of(base, method)(module, *args, **kwargs)
+                return base_forward(module, base_cls, *args, **kwargs)
+            return method_of(base_cls, method)(module, *args, **kwargs)
 
     def _take(
-        self, kind: Layer, module: Any, args: tuple, kwargs: Any, indices: Tensor, tokens: int
+        self,
+        kind: Layer,
+        module: Any,
+        args: tuple,
+        kwargs: Any,
+        indices: Tensor,
+        tokens_per_row: int,
     ) -> Any:
-        """The arguments of a call for these rows; ``tokens``: how many of them each row of the
-        batch has."""
+        """The arguments of a call for the rows ``indices`` only. If the inputs hold tokens instead
+        of rows, ``indices`` are indices of tokens; else ``tokens_per_row`` is 1."""
+        row_count = self.row_adapters.count
         try:
-            return kind.take(module, args, kwargs, indices, self.rows.count * tokens)
+            return kind.take(module, args, kwargs, indices, row_count * tokens_per_row)
         except LookupError:
             raise _division_error(
-                module, f"whose inputs do not hold the {self.rows.count} rows of the batch"
+                module, f"whose inputs do not hold the {row_count} rows of the batch"
             ) from None
 
     def _division_problem(
         self, kind: Layer, inputs: Any, is_leaf: bool, is_routed: bool
     ) -> str | None:
-        """Why the rows of a call cannot be told apart, or None.
+        """The reason why the inputs of a call cannot be divided into rows, or None.
 
         An argument may be an object that cannot be divided, such as a cache. Or two axes of a
-        tensor have as many entries as the batch has rows: in a model with time first, or in a mask
-        [time, time] of a module that calls others.
+        tensor may have as many entries as the batch has rows: in a model whose inputs hold time
+        along the first axis, or in a mask [time, time] of a module that calls other modules.
         """
-        for value in () if is_leaf else _indivisible_values(inputs):
-            return f"given a {type(value).__name__}, which cannot be divided into rows"
+        for argument in () if is_leaf else _indivisible_arguments(inputs):
+            return f"given a {type(argument).__name__}, which cannot be divided into rows"
         if is_routed or type(kind).take is not Layer.take:
             return None
-        square, leaves = (
-            (self.rows.count,) * 2,
+        square_shape, tensors = (
+            (self.row_adapters.count,) * 2,
             [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)],
         )
-        may_have_mask = not is_leaf and len(leaves) > 1
-        ambiguous = any(
+        may_have_mask = not is_leaf and len(tensors) > 1
+        is_ambiguous = any(
             (
                 may_have_mask
                 if x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool)
-                else self.rows.time_first
+                else self.row_adapters.time_first
             )
-            for x in leaves
-            if x.shape[:2] == square
+            for x in tensors
+            if x.shape[:2] == square_shape
         )
         return (
-            f"with {self.rows.count} along two axes, of which either may be the rows"
-            if ambiguous
+            f"with {self.row_adapters.count} along two axes, of which either may be the rows"
+            if is_ambiguous
             else None
         )
 
@@ -165,7 +184,8 @@ def _kind_for(layer_state: Any, method: str) -> Any:
 
 
 def _is_leaf(module: Any, layer_state: Any) -> bool:
-    """Whether no module below this one looks up the selection."""
+    """Whether a module has no children besides its layer state, so that no module below it looks up
+    the selection."""
     return all(child is layer_state for child in module._modules.values())
 
 
@@ -174,13 +194,13 @@ def _division_error(module: nn.Module, reason: str) -> SelectionError:
     return SelectionError(f"a {base_class(module).__name__} {reason}", "one row an adapter", do)
 
 
-def _indivisible_values(value: Any) -> Iterator[Any]:
+def _indivisible_arguments(value: Any) -> Iterator[Any]:
     """The objects in a call's arguments that may hold rows which cannot be taken out, such as a
     cache of keys and values."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if type(value) in (tuple, list):
         for element in value:
-            yield from _indivisible_values(element)
+            yield from _indivisible_arguments(element)
     elif not (value is None or callable(value) or isinstance(value, _DIVISIBLE)):
         yield value

@@ -1,10 +1,10 @@
-"""A linear layer in a batch whose rows use different adapters: one product with its weight for all
-rows, where that is plain and frozen.
+"""A linear layer in a batch whose rows use different adapters. If its weight is plain and frozen,
+one product with the weight computes all rows. There are two fast paths:
 
-- On a CPU, if the rows of each adapter are neighbours (``kernels/spans.py``), with gradients to all
+- On a CPU, if the rows of each adapter are neighbours (``kernels/spans.py``). Gradients reach all
   adapters.
-- On a GPU, where each kernel launch is expensive, for plain changes, which are two products of all
-  rows there (``kernels/batched.py``).
+- On a GPU, where each kernel launch is expensive, if all changes are plain. Two products compute
+  the changes of all rows (``kernels/batched.py``).
 """
 
 from __future__ import annotations
@@ -18,67 +18,76 @@ from torch import Tensor, nn
 
 from veneer.attach.layer.fused_linear import PendingOutputs, identities, seed_of
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.layer_call import with_update
+from veneer.attach.layer.layer_call import add_update
 from veneer.attach.layer.state import STATE
 from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import new_seed
 from veneer.kernels.spans import Span, can_batch, linear, linears
 
 #: outputs of layers that were computed before their own calls
-_READY = PendingOutputs()
+_PENDING_OUTPUTS = PendingOutputs()
 
 
 class LinearRows:
     """The fast paths of one layer for the rows of a batch.
 
     Attributes:
-        layer_adapters: for each selection of ``rows`` what it does at this layer, or None.
-        direct: the names of the layer's parameters (``fused_linear.FusedChange``), if every
-            adapter is one plain change and the rows of each are neighbours; else None.
+        layer_adapters: for each selection of ``row_adapters`` its layer adapter at this layer, or
+            None.
+        fused_change: a ``FusedChange`` with the names of the layer's parameters. None unless every
+            adapter is one plain change and the rows of each adapter are neighbours.
         changes: the plain changes of the selections that change this layer.
-        row_ranges: the first row and the one after the last of each of ``changes``.
-        siblings: the layers that read the same input after this one, if they are the same for
-            every adapter here.
+        row_ranges: for each of ``changes`` its first row, and its last row plus 1.
+        siblings: the layers that read the same input after this one, if these are the same layers
+            for every adapter.
     """
 
-    def __init__(self, rows: Any, layer_adapters: Sequence[Any]) -> None:
-        self.rows, self.layer_adapters = rows, layer_adapters
-        active = [layer_adapter for layer_adapter in layer_adapters if layer_adapter is not None]
-        all_plain = bool(active and rows.row_ranges) and all(
-            isinstance(layer_adapter, LayerAdapter) and layer_adapter.direct is not None
-            for layer_adapter in active
+    def __init__(self, row_adapters: Any, layer_adapters: Sequence[Any]) -> None:
+        self.row_adapters, self.layer_adapters = row_adapters, layer_adapters
+        changing_adapters = [
+            layer_adapter for layer_adapter in layer_adapters if layer_adapter is not None
+        ]
+        are_plain = bool(changing_adapters and row_adapters.row_ranges) and all(
+            isinstance(layer_adapter, LayerAdapter) and layer_adapter.fused_change is not None
+            for layer_adapter in changing_adapters
         )
-        self.direct: Any = active[0].direct if all_plain else None
+        self.fused_change: Any = changing_adapters[0].fused_change if are_plain else None
         self.changes: list[Any] = (
-            [layer_adapter.direct.change for layer_adapter in active] if all_plain else []
+            [layer_adapter.fused_change.change for layer_adapter in changing_adapters]
+            if are_plain
+            else []
         )
         self.row_ranges: list[tuple[int, int]] = [
             row_range
-            for row_range, layer_adapter in zip(rows.row_ranges or (), layer_adapters, strict=False)
+            for row_range, layer_adapter in zip(
+                row_adapters.row_ranges or (), layer_adapters, strict=False
+            )
             if layer_adapter is not None
         ]
         self._cached_spans: tuple[Any, tuple[Span, ...]] = (None, ())
         self.siblings = self._find_siblings() if self.changes else []
 
     def _find_siblings(self) -> list[tuple[nn.Module, LinearRows]]:
-        active = [
+        """The (module, fast paths) pairs of ``siblings``."""
+        changing_adapters = [
             layer_adapter for layer_adapter in self.layer_adapters if layer_adapter is not None
         ]
         groups = [
-            layer_adapter.together.members
-            for layer_adapter in active
-            if layer_adapter.together is not None
+            layer_adapter.shared_input_layers.members
+            for layer_adapter in changing_adapters
+            if layer_adapter.shared_input_layers is not None
         ]
-        if len(groups) < len(active) or any(
+        if len(groups) < len(changing_adapters) or any(
             members[0][1] is not layer_adapter
-            for members, layer_adapter in zip(groups, active, strict=True)
+            for members, layer_adapter in zip(groups, changing_adapters, strict=True)
         ):
             return []
-        modules = [[module for module, _ in members] for members in groups]
-        if any(group_modules != modules[0] for group_modules in modules):
+        group_modules = [[module for module, _ in members] for members in groups]
+        if any(modules != group_modules[0] for modules in group_modules):
             return []
         siblings = [
-            (module, self.rows[module._modules[STATE].key].linear) for module in modules[0][1:]
+            (module, self.row_adapters[module._modules[STATE].key].linear)
+            for module in group_modules[0][1:]
         ]
         return [
             (module, sibling)
@@ -89,8 +98,8 @@ class LinearRows:
     def output(
         self, module: Any, layer_state: Any, x: Any
     ) -> tuple[Tensor | None, list[int | None]]:
-        """(the output of the layer, None if no fast path applies; the dropout seeds that were drawn
-        for the selections)."""
+        """(the output of the layer, or None if no fast path applies; for each selection the dropout
+        seed that was drawn, or None)."""
         seeds: list[int | None] = [None] * len(self.layer_adapters)
         y = self._plain_output(module, x) if self.changes else None
         if y is not None:
@@ -101,19 +110,23 @@ class LinearRows:
         return y, seeds
 
     def _draw_seeds(self, module: Any, x: Any) -> list[int | None]:
-        """The dropout seed of each direct change, drawn as if its rows were computed alone."""
+        """For each selection the dropout seed of its ``FusedChange``, drawn as if its rows were
+        computed alone. None for a selection that needs no seed."""
         seeds: list[int | None] = []
-        for selected, layer_adapter in zip(self.rows.selections, self.layer_adapters, strict=True):
-            direct = layer_adapter.direct if isinstance(layer_adapter, LayerAdapter) else None
-            weight = None if direct is None else module._parameters.get(direct.weight)
+        for selection, layer_adapter in zip(
+            self.row_adapters.selections, self.layer_adapters, strict=True
+        ):
+            is_layer_adapter = isinstance(layer_adapter, LayerAdapter)
+            fused_change = layer_adapter.fused_change if is_layer_adapter else None
+            weight = None if fused_change is None else module._parameters.get(fused_change.weight)
             if (
                 weight is None
-                or not direct.drops
+                or not fused_change.active_dropout
                 or not (fused.applies(x, weight) or device.applies(x, weight))
             ):
                 seeds.append(None)  # only the fused paths take a seed
                 continue
-            with selected.stream or nullcontext():
+            with selection.random_stream or nullcontext():
                 seeds.append(seed_of(module, layer_adapter, x))
         return seeds
 
@@ -123,15 +136,18 @@ class LinearRows:
         """The output of a linear layer with a plain weight, if each adapter only changes that
         weight at a low rank. None if the layer, the input or an adapter does not allow this
         path."""
-        rows, reader = self.rows, layer_state.layer
+        row_adapters, kind = self.row_adapters, layer_state.layer
         if not (
-            rows.row_ranges and layer_state.factors and layer_state.product and rows.are_rows_of(x)
+            row_adapters.row_ranges
+            and layer_state.supports_factored
+            and layer_state.is_plain_product
+            and row_adapters.are_rows_of(x)
         ):
             return None
-        weight = module._parameters.get(reader.weight)
+        weight = module._parameters.get(kind.weight)
         bias = module._parameters.get("bias")
         if bias is None and getattr(module, "bias", None) is not None:
-            return None  # pruned or parametrised since
+            return None  # pruned or parametrised since it was adapted
         if (
             weight is None
             or not fused.applies(x, weight)
@@ -143,88 +159,96 @@ class LinearRows:
             for layer_adapter in self.layer_adapters
         ):
             return None
-        lows = {
-            i: layer_adapter.changes[reader.weight].resolve(weight)
+        low_ranks = {
+            i: layer_adapter.changes[kind.weight].resolve(weight)
             for i, layer_adapter in enumerate(self.layer_adapters)
-            if layer_adapter is not None and layer_adapter.changes and layer_adapter.direct is None
+            if layer_adapter is not None
+            and layer_adapter.changes
+            and layer_adapter.fused_change is None
         }
-        if layer_state.transposed and any(gain is not None for _, gain in lows.values()):
-            return None  # rows of ΔW are rescaled along what this layer reads as inputs
-        spans, A, B, with_gain = self._spans_and_factors(layer_state, x, seeds, lows)
-        matrix = weight.mT if reader.out_axis == 1 else weight
-        y = linear(x, matrix, None if with_gain else bias, spans, A, B)
-        return self._apply_gains(module, reader, x, y, bias, with_gain) if with_gain else y
+        if layer_state.transposed and any(gain is not None for _, gain in low_ranks.values()):
+            return None  # a gain scales rows of ΔW, which this layer reads as inputs
+        spans, A, B, gain_terms = self._spans_and_factors(layer_state, x, seeds, low_ranks)
+        matrix = weight.mT if kind.out_axis == 1 else weight
+        y = linear(x, matrix, None if gain_terms else bias, spans, A, B)
+        return self._apply_gains(module, kind, x, y, bias, gain_terms) if gain_terms else y
 
     def _spans_and_factors(
-        self, layer_state: Any, x: Any, seeds: Sequence[int | None], lows: dict[int, Any]
+        self, layer_state: Any, x: Any, seeds: Sequence[int | None], low_ranks: dict[int, Any]
     ) -> tuple[list[Span], list[Tensor], list[Tensor], dict[int, Any]]:
-        """(spans, A, B) of the changes without a gain, and {selection: (ΔW, gain, dropout)} of
-        those with one, which ``_apply_gains`` adds."""
-        reader: Any = layer_state.layer
-        row_ranges: Any = self.rows.row_ranges
-        tokens = x.shape[1:-1].numel()
-        spans, A, B, with_gain = [], [], [], {}
-        for i, ((first, after), layer_adapter, seed) in enumerate(
+        """(spans, A, B) of the changes without a gain, and {selection: (ΔW, gain, dropout)} of the
+        changes with a gain, which ``_apply_gains`` adds. ``low_ranks``: {selection: (ΔW, gain)} of
+        the changes without a ``FusedChange``. A selection is an index in ``layer_adapters``."""
+        kind: Any = layer_state.layer
+        row_ranges: Any = self.row_adapters.row_ranges
+        tokens_per_row = x.shape[1:-1].numel()
+        spans, A, B, gain_terms = [], [], [], {}
+        for i, ((first_row, row_stop), layer_adapter, seed) in enumerate(
             zip(row_ranges, self.layer_adapters, seeds, strict=True)
         ):
             if layer_adapter is None or not layer_adapter.changes:
                 continue
-            first, after = first * tokens, after * tokens
-            if layer_adapter.direct is not None:  # its factors are what ``resolve`` would return
-                change: Any = layer_adapter.direct.change
+            start, stop = first_row * tokens_per_row, row_stop * tokens_per_row
+            fused_change = layer_adapter.fused_change
+            if fused_change is not None:  # its factors are what ``resolve`` would return
+                change: Any = fused_change.change
                 A.append(change._parameters["A"])
                 B.append(change._parameters["B"])
-                drops = layer_adapter.direct.drops
-                spans.append(Span(first, after, change.rank, change.scale, drops, seed or 0))
+                dropout = fused_change.active_dropout
+                spans.append(Span(start, stop, change.rank, change.scale, dropout, seed or 0))
                 continue
-            low, gain = lows[i]
-            change = layer_adapter.changes[reader.weight]
-            drops = change.dropout if change.training else 0.0
+            low_rank, gain = low_ranks[i]
+            change = layer_adapter.changes[kind.weight]
+            dropout = change.dropout if change.training else 0.0
             if gain is not None:
-                with_gain[i] = low, gain, drops
+                gain_terms[i] = low_rank, gain, dropout
                 continue
-            if drops:
-                with self.rows.selections[i].stream or nullcontext():
+            if dropout:
+                with self.row_adapters.selections[i].random_stream or nullcontext():
                     seed = new_seed()
-            low = low.T if layer_state.transposed else low
-            spans.append(Span(first, after, low.rank, low.scale, drops, seed or 0))
-            A.append(low.A)
-            B.append(low.B)
-        return spans, A, B, with_gain
+            low_rank = low_rank.T if layer_state.transposed else low_rank
+            spans.append(Span(start, stop, low_rank.rank, low_rank.scale, dropout, seed or 0))
+            A.append(low_rank.A)
+            B.append(low_rank.B)
+        return spans, A, B, gain_terms
 
     def _plain_output(self, module: Any, x: Any) -> Tensor | None:
         """The output of a linear layer if every adapter is one plain change without dropout in this
-        call.
+        call; else None.
 
-        Computes the outputs of ``siblings`` too, which wait in ``_READY`` for the calls of those
-        layers (as ``fused_linear.SharedInputLayers`` does for one adapter).
+        The outputs of ``siblings`` are computed too. They wait in ``_PENDING_OUTPUTS`` for the
+        calls of those layers, as in ``fused_linear.SharedInputLayers``.
         """
         spans = self._plain_spans(module, x)
         if spans is None:
             return None
-        ready = _READY.take(x, self)
-        if ready is not None and ready[1:] == (spans, self._versions_read(module)):
-            return ready[0]
+        pending_output = _PENDING_OUTPUTS.take(x, self)
+        if pending_output is not None and pending_output[1:] == (
+            spans,
+            self._tensor_versions(module),
+        ):
+            return pending_output[0]
         layers: list[tuple[Any, LinearRows]] = [(module, self)]
         if self.siblings and torch.is_grad_enabled() and x.grad_fn is not None and can_batch(spans):
             for sibling_module, sibling in self.siblings:
                 if (
-                    sibling.direct.fits(sibling_module, x)
+                    sibling.fused_change.can_compute_early(sibling_module, x)
                     and sibling._plain_spans(sibling_module, x) == spans
                 ):
                     layers.append((sibling_module, sibling))
         A, B = zip(*(layer._factors() for _, layer in layers), strict=True)
         weights, biases = zip(
-            *(layer.direct.frozen(layer_module) for layer_module, layer in layers), strict=True
+            *(layer.fused_change.base_parameters(layer_module) for layer_module, layer in layers),
+            strict=True,
         )
         if len(layers) == 1:
             return linear(x, weights[0], biases[0], spans, A[0], B[0])
         y, *sibling_outputs = linears(x, weights, biases, spans, A, B)
-        _READY.put(
+        _PENDING_OUTPUTS.put(
             x,
             {
-                sibling: (output, spans, sibling._versions_read(sibling_module))
-                for (sibling_module, sibling), output in zip(
+                sibling: (sibling_y, spans, sibling._tensor_versions(sibling_module))
+                for (sibling_module, sibling), sibling_y in zip(
                     layers[1:], sibling_outputs, strict=True
                 )
             },
@@ -232,57 +256,57 @@ class LinearRows:
         return y
 
     def _plain_spans(self, module: Any, x: Any) -> tuple[Span, ...] | None:
-        """The token spans of the changes in x [N, *, in]; None if ``_plain_output`` does not apply
-        to this call."""
-        parameters, direct = module._parameters, self.direct
+        """The token span of each change in x [N, *, in]. None if ``_plain_output`` does not support
+        this call."""
+        parameters, fused_change = module._parameters, self.fused_change
         if (
-            not {direct.weight, direct.bias or direct.weight} <= parameters.keys()
-            or not self.rows.are_rows_of(x)
-            or not fused.applies(x, parameters[direct.weight])
+            not _has_parameters(module, fused_change)
+            or not self.row_adapters.are_rows_of(x)
+            or not fused.applies(x, parameters[fused_change.weight])
         ):
             return None
-        bias = None if direct.bias is None else parameters[direct.bias]
+        bias = None if fused_change.bias is None else parameters[fused_change.bias]
         if bias is not None and bias.requires_grad:
             return None
-        tokens = x.shape[1] if x.ndim == 3 else x.shape[1:-1].numel()
-        settings = [tokens]
+        tokens_per_row = x.shape[1] if x.ndim == 3 else x.shape[1:-1].numel()
+        cache_key = [tokens_per_row]
         for change in self.changes:
             if change.dropout and change.training:
                 return None
-            settings += change.rank, change.scale
-        if self._cached_spans[0] != settings:
+            cache_key += change.rank, change.scale
+        if self._cached_spans[0] != cache_key:
             spans = (
-                Span(first * tokens, after * tokens, change.rank, change.scale)
-                for (first, after), change in zip(self.row_ranges, self.changes, strict=True)
+                Span(start * tokens_per_row, stop * tokens_per_row, change.rank, change.scale)
+                for (start, stop), change in zip(self.row_ranges, self.changes, strict=True)
             )
-            self._cached_spans = settings, tuple(spans)
+            self._cached_spans = cache_key, tuple(spans)
         return self._cached_spans[1]
 
-    def _versions_read(self, module: Any) -> list[tuple[int, int]]:
-        """The identities and versions of all tensors besides x that the output depends on."""
-        parameters, direct, (A, B) = module._parameters, self.direct, self._factors()
-        bias = None if direct.bias is None else parameters[direct.bias]
-        return [*identities((parameters[direct.weight], bias, *A, *B))]
+    def _tensor_versions(self, module: Any) -> list[tuple[int, int]]:
+        """The identity and version of each tensor besides x that the output depends on."""
+        parameters, fused_change, (A, B) = module._parameters, self.fused_change, self._factors()
+        bias = None if fused_change.bias is None else parameters[fused_change.bias]
+        return [*identities((parameters[fused_change.weight], bias, *A, *B))]
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
-        factors = [change._parameters for change in self.changes]
-        return [parameters["A"] for parameters in factors], [
-            parameters["B"] for parameters in factors
-        ]
+        """(the A of each change, the B of each change)."""
+        parameters = [change._parameters for change in self.changes]
+        return [factors["A"] for factors in parameters], [factors["B"] for factors in parameters]
 
     def _apply_gains(
-        self, module: Any, reader: Any, x: Tensor, y: Tensor, bias: Any, with_gain: dict[int, Any]
+        self, module: Any, kind: Any, x: Tensor, y: Tensor, bias: Any, gain_terms: dict[int, Any]
     ) -> Tensor:
         """Add the changes that have a gain to y, which is x Wᵀ in their rows, and the bias to all
-        rows."""
-        row_ranges: Any = self.rows.row_ranges
-        sizes, outputs = [after - first for first, after in row_ranges], []
-        for i, (rows_x, rows_y) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
-            if i in with_gain:
-                low, gain, drops = with_gain[i]
-                with self.rows.selections[i].stream or nullcontext():
+        rows. ``gain_terms`` is a result of ``_spans_and_factors``."""
+        row_ranges: Any = self.row_adapters.row_ranges
+        row_counts, outputs = [stop - start for start, stop in row_ranges], []
+        row_pieces = zip(x.split(row_counts), y.split(row_counts), strict=True)
+        for i, (rows_x, rows_y) in enumerate(row_pieces):
+            if i in gain_terms:
+                low_rank, gain, dropout = gain_terms[i]
+                with self.row_adapters.selections[i].random_stream or nullcontext():
                     outputs.append(
-                        with_update(reader, module, rows_x, rows_y, low, gain, bias, drops)
+                        add_update(kind, module, rows_x, rows_y, low_rank, gain, bias, dropout)
                     )
             else:
                 outputs.append(rows_y if bias is None else rows_y + bias)
@@ -290,36 +314,33 @@ class LinearRows:
 
     def _batched_output(self, module: Any, x: Any) -> Tensor | None:
         """The output of a linear layer on a GPU if every change is plain; else None."""
-        rows = self.rows
-        if not rows.are_rows_of(x) or x.is_cpu:
+        row_adapters = self.row_adapters
+        if not row_adapters.are_rows_of(x) or x.is_cpu:
             return None
-        direct = next(
+        fused_change = next(
             (
-                layer_adapter.direct
+                layer_adapter.fused_change
                 for layer_adapter in self.layer_adapters
                 if isinstance(layer_adapter, LayerAdapter)
             ),
             None,
         )
-        if (
-            direct is None
-            or not {direct.weight, direct.bias or direct.weight} <= module._parameters.keys()
-        ):
+        if fused_change is None or not _has_parameters(module, fused_change):
             return None
-        weight = module._parameters[direct.weight]
+        weight = module._parameters[fused_change.weight]
         if not device.applies_without_cast(x, weight):
             return None
-        bias = None if direct.bias is None else module._parameters[direct.bias]
+        bias = None if fused_change.bias is None else module._parameters[fused_change.bias]
         if bias is not None and torch.is_grad_enabled() and x.itemsize < 4:
             return None  # the general path rounds the sum with the bias once
         factors = [_plain_factors(layer_adapter, x) for layer_adapter in self.layer_adapters]
-        first = next((triple for triple in factors if triple is not None), None)
-        if first is None or any(
+        first_factors = next((triple for triple in factors if triple is not None), None)
+        if first_factors is None or any(
             layer_adapter is not None and triple is None
             for layer_adapter, triple in zip(self.layer_adapters, factors, strict=True)
         ):
             return None
-        A, B, scale = first
+        A, B, scale = first_factors
         if any(
             factor.dtype != A.dtype
             for triple in factors
@@ -329,29 +350,36 @@ class LinearRows:
             return None
         factors = [(A[:0], B[:, :0], scale) if triple is None else triple for triple in factors]
         scales = [triple[2] for triple in factors]
-        downs, ups, _ = zip(*(factors[number] for number in rows.selection_of_row), strict=True)
-        zeros = rows.zeros(max(map(len, downs)) * max(weight.shape), A)
-        scale = scale if len({*scales}) == 1 else rows.scales(scales, x)
-        return batched.linear(
-            x, weight.mT if direct.flipped else weight, bias, downs, ups, scale, zeros
+        row_A, row_B, _ = zip(
+            *(factors[index] for index in row_adapters.selection_of_row), strict=True
         )
+        zeros = row_adapters.zeros(max(map(len, row_A)) * max(weight.shape), A)
+        scale = scale if len({*scales}) == 1 else row_adapters.scales(scales, x)
+        matrix = weight.mT if fused_change.flipped else weight
+        return batched.linear(x, matrix, bias, row_A, row_B, scale, zeros)
+
+
+def _has_parameters(module: nn.Module, fused_change: Any) -> bool:
+    """Whether the weight and the bias that a change reads are still parameters of its module."""
+    bias_name = fused_change.bias or fused_change.weight
+    return {fused_change.weight, bias_name} <= module._parameters.keys()
 
 
 def _plain_factors(layer_adapter: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """(A [r, in], B [out, r], scale) of a plain change on the device of x without dropout in this
-    call; else None."""
+    """(A [r, in], B [out, r], scale) of a plain change. None if the change is not plain, drops
+    inputs in this call, or is on another device than x."""
     if not isinstance(layer_adapter, LayerAdapter):
         return None
-    direct = layer_adapter.direct
-    if direct is None or direct.drops:
+    fused_change = layer_adapter.fused_change
+    if fused_change is None or fused_change.active_dropout:
         return None
-    factors = direct.change.adapter_parameters
-    A, B = factors["A"][0], factors["B"][0]
-    return (A, B, direct.change.scale) if A.device == B.device == x.device else None
+    parameters = fused_change.change.adapter_parameters
+    A, B = parameters["A"][0], parameters["B"][0]
+    return (A, B, fused_change.change.scale) if A.device == B.device == x.device else None
 
 
 def _is_low_rank_only(layer_adapter: Any) -> bool:
-    """Whether an adapter does nothing at its layer but change weights at a low rank."""
+    """Whether an adapter changes nothing at a layer except for weights at a low rank."""
     return (
         isinstance(layer_adapter, LayerAdapter)
         and not layer_adapter.read_below

@@ -1,10 +1,10 @@
 """Rows of one batch that use different adapters: ``with veneer.use(model, ["a", None, "b"]):
 model(x)``.
 
-Every layer takes the rows of each distinct adapter out of its inputs, runs on them alone, and puts
-the outputs back in order (``layer_rows.py``). The modules that it calls in such a run use the same
-adapter. This works for every layer whose inputs hold the rows along an axis that its kind knows
-(``Layer.take``), and is an error for any other. Linear layers have faster paths
+Every layer takes the rows of each distinct adapter out of its inputs, runs on these rows alone, and
+puts the outputs back in order (``layer_rows.py``). The modules that it calls in such a run use the
+same adapter. This works for a layer if its kind knows along which axis the inputs hold the rows
+(``Layer.take``). For any other layer it is an error. Linear layers have faster paths
 (``linear_rows.py``).
 """
 
@@ -31,18 +31,18 @@ class RowAdapters(Mapping[Any, Any]):
     """The adapters of the rows of one batch: a mapping from a layer's key to its ``LayerRows``.
 
     Attributes:
-        selections: what the rows use, each distinct ``ActiveAdapter`` once.
+        selections: each distinct ``ActiveAdapter`` that rows use.
         row_indices: for each selection the indices of the rows that use it, int64 [n].
         count: the number of rows of the batch.
         time_first: whether a module of the model takes inputs that hold the rows along the second
             axis.
-        any_adapter: False if every row uses the base alone; layers then only check the number of
-            rows.
+        any_adapter: whether a row uses an adapter. If all rows use the base, layers only check the
+            number of rows.
         order: the permutation that brings the concatenated outputs of the selections back into the
             order of the batch, int64 [count].
-        row_ranges: for each selection its first row and the one after its last, if its rows are
-            neighbours and the selections are in the order of the rows; else None.
-        selection_of_row: for each row the number of its selection.
+        row_ranges: for each selection the index of its first row and the index after its last row.
+            None unless the rows of each selection are neighbours, in the order of the selections.
+        selection_of_row: for each row the index of its selection.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class RowAdapters(Mapping[Any, Any]):
     ) -> None:
         self.uid, self.count, self.time_first = uid, count, time_first
         self.selections, self.row_indices = selections, row_indices
-        self.any_adapter = any(selected is not BASE for selected in selections)
+        self.any_adapter = any(selection is not BASE for selection in selections)
         self.order = torch.cat(list(row_indices)).argsort()
         self.row_ranges = _contiguous_ranges(row_indices)
         self._indices_on_device: dict[torch.device, tuple[Sequence[Tensor], Tensor]] = {}
         self._constants: dict[Any, Tensor] = {}
         self._layer_rows: dict[Any, LayerRows] = {}
         selection_by_row = {
-            row: number for number, indices in enumerate(row_indices) for row in indices.tolist()
+            row: index for index, indices in enumerate(row_indices) for row in indices.tolist()
         }
         self.selection_of_row = [selection_by_row[row] for row in range(count)]
 
     def __getitem__(self, key: Any) -> Any:
-        # ``table`` raises if an adapter has been detached
-        layer_adapters = [selected.table.get(key) for selected in self.selections]
+        # raises an error if an adapter has been detached
+        layer_adapters = [selection.usable_layer_adapters.get(key) for selection in self.selections]
         layer_rows = self._layer_rows.get(key)
         if layer_rows is None or layer_rows.layer_adapters != layer_adapters:
             if all(layer_adapter is None for layer_adapter in layer_adapters) and self.any_adapter:
@@ -77,16 +77,19 @@ class RowAdapters(Mapping[Any, Any]):
         return layer_rows
 
     def __contains__(self, key: Any) -> bool:
-        return not self.any_adapter or any(key in selected.table for selected in self.selections)
+        return not self.any_adapter or any(
+            key in selection.usable_layer_adapters for selection in self.selections
+        )
 
     def are_rows_of(self, x: Any) -> bool:
-        """Whether the first axis of x holds the rows of the batch, and no other axis may."""
+        """Whether x holds the rows of the batch along its first axis, and along no other axis."""
         if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != self.count:
             return False
         return not (self.time_first and x.ndim > 2 and x.shape[1] == self.count)
 
     def indices_for(self, inputs: Any) -> tuple[Sequence[Tensor], Tensor]:
-        """``row_indices`` and ``order`` on the device of a call's inputs; copied once a device."""
+        """``row_indices`` and ``order`` on the device of a call's inputs. They are copied once for
+        each device."""
         if not isinstance(inputs, Tensor):
             inputs = next(
                 (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)),
@@ -105,7 +108,8 @@ class RowAdapters(Mapping[Any, Any]):
         return self._indices_on_device[device]
 
     def zeros(self, count: int, like: Tensor) -> Tensor:
-        """At least ``count`` zeros, to be read only: factors that change nothing."""
+        """At least ``count`` zeros, which the caller must not write: the factors of rows without a
+        change."""
         key = like.dtype, like.device
         if key not in self._constants or len(self._constants[key]) < count:
             with torch.inference_mode(False):
@@ -113,7 +117,7 @@ class RowAdapters(Mapping[Any, Any]):
         return self._constants[key]
 
     def scales(self, selection_scales: Sequence[float], like: Tensor) -> Tensor:
-        """The scale of each row, [N, 1, 1], from the scales of the selections."""
+        """The scale of each row, [number of rows, 1, 1], from the scale of each selection."""
         key = *selection_scales, like.dtype, like.device
         if key not in self._constants:
             with torch.inference_mode(False):
@@ -125,25 +129,26 @@ class RowAdapters(Mapping[Any, Any]):
         return self._constants[key]
 
     @contextmanager
-    def only(self, selected: ActiveAdapter, is_leaf: bool = False) -> Iterator[None]:
-        """A block in which one of the selections is selected alone, with its own random numbers.
+    def only(self, selection: ActiveAdapter, is_leaf: bool = False) -> Iterator[None]:
+        """A context manager that selects one of the selections alone, with the random stream of its
+        adapter.
 
-        ``is_leaf``: nothing that runs in the block looks the selection up, so that it need not be
-        set.
+        ``is_leaf``: no code that runs inside of it looks up the selection, so that the context is
+        not changed.
         """
-        if selected.stream is None and is_leaf:
+        if selection.random_stream is None and is_leaf:
             yield
             return
         with (
-            context.override({self.uid: selected}),
-            selected.stream or nullcontext(),
+            context.override({self.uid: selection}),
+            selection.random_stream or nullcontext(),
         ):
             yield
 
     def __iter__(self):
         return iter(
             dict.fromkeys(
-                key for selected in self.selections for key in selected.layer_adapters or ()
+                key for selection in self.selections for key in selection.layer_adapters or ()
             )
         )
 
@@ -161,26 +166,31 @@ def _contiguous_ranges(row_indices: Sequence[Tensor]) -> list[tuple[int, int]] |
 
 
 def by_rows(
-    model: nn.Module, attached: ModelAdapters, selections: Sequence[ActiveAdapter]
+    model: nn.Module, model_adapters: ModelAdapters, selections: Sequence[ActiveAdapter]
 ) -> ActiveAdapter:
-    """A selection that uses ``selections[i]`` for row i; rows that use the same adapter hold the
-    same object."""
-    distinct = list(dict.fromkeys(selections))
-    if not distinct:
+    """A selection that uses ``selections[i]`` for row i. Rows that use the same adapter must have
+    the same ``ActiveAdapter`` object."""
+    distinct_selections = list(dict.fromkeys(selections))
+    if not distinct_selections:
         raise SelectionError(
             "no names", "one name or None for each row", "name an adapter for each row"
         )
     row_indices = [
-        torch.tensor([i for i, choice in enumerate(selections) if choice is selected], device="cpu")
-        for selected in distinct
+        torch.tensor(
+            [i for i, selection in enumerate(selections) if selection is selected], device="cpu"
+        )
+        for selected in distinct_selections
     ]
     row_adapters = RowAdapters(
-        attached.uid, distinct, row_indices, len(selections), time_first(model)
+        model_adapters.uid, distinct_selections, row_indices, len(selections), time_first(model)
     )
-    merged = (
-        distinct[0].name if len(distinct) == 1 and distinct[0].name == attached.merged else None
+    first_name = distinct_selections[0].name
+    is_merged_adapter = len(distinct_selections) == 1 and first_name == model_adapters.merged
+    return ActiveAdapter(
+        first_name if is_merged_adapter else None,
+        row_adapters,
+        common_base_adapter(distinct_selections),
     )
-    return ActiveAdapter(merged, row_adapters, common_base_adapter(distinct))
 
 
 def time_first(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
-"""Source analysis of the model's own code: which methods read a weight past its module. Also the
-methods of a model that adapters override.
+"""Source analysis of the model's own code: which methods read a weight without calling the module
+that holds it. Also the methods of a model that adapters override.
 
-In: the class of a module and the path of a weight. Out: the methods that read the weight past its
-module, which then run on a view. No answer is a promise, as code in C or code that is made at run
-time shows nothing: ``veneer.check`` finds the readers that are missed here.
+Input: the class of a module and the path of a weight. Output: the methods that read the weight
+directly, which then run on a view. The analysis cannot see C code or code that is made at run time,
+so it may miss readers: ``veneer.check`` finds these.
 """

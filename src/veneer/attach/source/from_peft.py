@@ -1,16 +1,17 @@
 """Tell users of PEFT which function of Veneer replaces each method of a PEFT model.
 
-    answer_peft_names(model)       merge_and_unload and others are AttributeErrors that name the
-                                   function of Veneer
-    peft_problem(model)            why Veneer cannot attach to a model that PEFT has adapted
+    answer_peft_names(model)       merge_and_unload and other names raise AttributeErrors that name
+                                   the function of Veneer
+    peft_problem(model)            the reason why Veneer cannot attach to a model that PEFT has
+                                   adapted
 
-An attached model has no methods of ``PeftModel``, and the methods that transformers and diffusers
-mix into every model would look for adapters of PEFT. transformers and TRL test for PEFT by
-``hasattr(model, "get_base_model")`` and the like, which must be False. So the model gets a subclass
-of its class that refuses these names. Its forward is that of its class.
+An attached model has no methods of ``PeftModel``. The methods that transformers and diffusers mix
+into every model would look for adapters of PEFT. transformers and TRL test for PEFT by
+``hasattr(model, "get_base_model")`` and the like, which must be False. So the model's class is
+replaced by a subclass that refuses these names. It inherits the forward of the original class.
 
-Rejected: attributes of the model that raise when they are called, because ``hasattr`` is then True.
-And emulating PEFT, because PEFT's methods change what later calls compute.
+Rejected: attributes of the model that raise an error when they are called, because ``hasattr``
+would then be True. Also emulating PEFT, because PEFT's methods change what later calls compute.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from veneer.attach.layer.adapted_module import adapted_class, uncover, walk
+from veneer.attach.layer.adapted_module import adapted_class, stop_answering_peft_names, walk
 from veneer.attach.layer.lookup import unwrap
 from veneer.distributed import base_class
 from veneer.errors import MethodError, sentence
@@ -34,8 +35,8 @@ _USE = (
     "call the model inside `with veneer.use(model, name):`, or name None for the base; "
     "veneer.set_default(model, name) chooses for all other calls"
 )
-#: a method of a PeftModel, or of the mixins of transformers and diffusers -> its counterpart in
-#: Veneer
+#: name of a method of a PeftModel, or of the mixins of transformers and diffusers -> the function
+#: of Veneer that replaces it
 METHODS = {
     "merge_and_unload": _MERGE,
     "merge_adapter": "handle.merge(), or veneer.merge(model, name)",
@@ -67,6 +68,7 @@ METHODS = {
     "print_trainable_parameters": "print(handle.summary())",
     "get_nb_trainable_parameters": "handle.summary(), which has trainable and total",
 }
+#: modules of the mixins that transformers and diffusers add to every model
 _MIXINS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 
 
@@ -78,34 +80,36 @@ class _Absent:
 
 
 def answer_peft_names(model: nn.Module) -> None:
-    """Make the names in ``METHODS`` raise on this model. A method that the model's class defines
-    stays, unless it comes from a mixin that looks for adapters of PEFT."""
+    """Let the names in ``METHODS`` raise an error on this model. If the model's class defines such
+    a method, it stays, unless it comes from a mixin that looks for adapters of PEFT."""
     model = unwrap(model)
-    uncover(model)
+    stop_answering_peft_names(model)
     model.__class__ = _answering_class(type(model))
 
 
 @functools.cache
 def _answering_class(cls: Any) -> Any:
-    """The subclass of a model's class whose instances raise on PEFT's names."""
-    mixed_in = {
+    """The subclass of a model's class whose instances raise an error for PEFT's names."""
+    mixin_names = {
         name
         for name in METHODS
         if getattr(getattr(cls, name, None), "__module__", "").startswith(_MIXINS)
     }
-    refused = frozenset(name for name in METHODS if name in mixed_in or not hasattr(cls, name))
+    refused_names = frozenset(
+        name for name in METHODS if name in mixin_names or not hasattr(cls, name)
+    )
 
     def find_attribute(self: Any, name: str) -> Any:
-        # only called for names that are not found otherwise, such as those of children
+        # Python calls this only for names that it does not find otherwise, such as children's names
         try:
             return cls.__getattr__(self, name)
         except AttributeError:
-            if name in refused:
+            if name in refused_names:
                 raise _method_error(self, name) from None
             raise
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        arguments = base_class(self), getattr(cls, "veneer_entries", None)
+        arguments = base_class(self), getattr(cls, "veneer_methods", None)
         return _rebuild, arguments, self.__getstate__()
 
     attributes: dict[str, Any] = {
@@ -115,13 +119,13 @@ def _answering_class(cls: Any) -> Any:
         "__getattr__": find_attribute,
         "__reduce_ex__": reduce,
         "veneer_base": getattr(cls, "veneer_base", cls),
-        "veneer_covered": cls,
+        "veneer_original_class": cls,
     }
-    return type(cls.__name__, (cls,), {**attributes, **dict.fromkeys(mixed_in, _Absent())})
+    return type(cls.__name__, (cls,), {**attributes, **dict.fromkeys(mixin_names, _Absent())})
 
 
-def _rebuild(base: Any, entries: Iterable[str] | None) -> nn.Module:
-    cls = base if entries is None else adapted_class(base, tuple(entries))
+def _rebuild(base_cls: Any, method_names: Iterable[str] | None) -> nn.Module:
+    cls = base_cls if method_names is None else adapted_class(base_cls, tuple(method_names))
     return object.__new__(_answering_class(cls))
 
 
@@ -135,13 +139,15 @@ def _method_error(model: nn.Module, name: str) -> MethodError:
 
 
 def peft_problem(model: nn.Module) -> str | None:
-    """The problem of a model into which PEFT has put adapters, or None."""
-    wrapper = getattr(sys.modules.get("peft.peft_model"), "PeftModel", None)
-    tuned = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
-    if wrapper is not None and isinstance(model, wrapper):
+    """An error text if PEFT has put adapters into the model; else None."""
+    peft_model_class = getattr(sys.modules.get("peft.peft_model"), "PeftModel", None)
+    layer_class = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    if peft_model_class is not None and isinstance(model, peft_model_class):
         problem = f"a {type(model).__name__}"
-    elif tuned is not None and (
-        path := next((path for path, module in walk(model) if isinstance(module, tuned)), None)
+    elif layer_class is not None and (
+        path := next(
+            (path for path, module in walk(model) if isinstance(module, layer_class)), None
+        )
     ):
         problem = f"a {base_class(model).__name__} into which PEFT has put adapters (at {path!r})"
     else:

@@ -1,4 +1,5 @@
-"""Find the modules and methods that read a weight. They need not be the forward of its own module:
+"""Find the modules and methods that read a weight. It may be read by other code than the forward of
+the module that holds it:
 
     F.linear(x, self.lm_head.weight)          a module reads the weight of a module below it
     nn.TransformerEncoderLayer in eval mode   a fused kernel reads every weight below it
@@ -6,8 +7,8 @@
     model.encode(x)                           a caller uses another method, which reads a weight
 
 ``weight_readers`` finds the methods whose code reads a weight in one of these ways. They run on a
-view in which the weight is changed. For torch's fused fast paths ``SWITCHES`` holds the attributes
-that select the plain path, on which every adapter takes effect.
+view in which the weight is changed. ``SWITCHES`` holds the attributes that turn off torch's fused
+fast paths. On the plain path that runs instead, every adapter takes effect.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.attach.layer.adapted_module import instance_forward, wrapped_forward
+from veneer.attach.layer.adapted_module import has_wrapped_forward, instance_forward
 from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import ModulePath
 from veneer.attach.source.source_analysis import mentions, reads
-from veneer.attach.source.source_reader import Reads, attribute
+from veneer.attach.source.source_reader import Reads, class_attribute
 from veneer.bases import own_parameters
 from veneer.distributed import base_class
 
-#: attributes that turn a fused fast path off, by module class
+#: module class -> the attributes that turn its fused fast path off
 SWITCHES: dict[type[nn.Module], dict[str, Any]] = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
     nn.TransformerEncoder: {"use_nested_tensor": False},
 }
-#: containers that run or return all their children, to which the state of a layer would be added
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+#: containers that run or return all of their children, among which a ``LayerState`` would be
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class WeightReader(NamedTuple):
     """A method of the module at ``path`` that reads a weight. ``below`` is the path from that
-    module to the module that holds the weight."""
+    module to the module that holds the weight; it is () if they are the same."""
 
     path: str
     below: ModulePath
@@ -47,54 +48,62 @@ class WeightReader(NamedTuple):
 
 
 def fast_path_switches(module: nn.Module) -> dict[str, Any]:
-    """The attributes with which a view of ``module`` takes no fused fast path."""
+    """The attributes that turn off the fused fast path of ``module`` on a view of it."""
     return next((attributes for cls, attributes in SWITCHES.items() if isinstance(module, cls)), {})
 
 
 def modules_with_fast_path(names: Names, path: str) -> Iterator[str]:
-    """The module at ``path`` and the modules above it that have a fused fast path to turn off."""
+    """The paths of the module at ``path`` and of the modules above it, if they have a fused fast
+    path to turn off."""
     yield from (
-        above for above, _ in _above(names, path) if fast_path_switches(names.modules[above])
+        path_above
+        for path_above, _ in _modules_above(names, path)
+        if fast_path_switches(names.modules[path_above])
     )
 
 
 def weight_readers(
     names: Names, path: str, weight: str, *, reachable_only: bool = False
 ) -> Iterator[WeightReader]:
-    """The methods that read ``weight`` of the module at ``path``, other than that module's forward.
+    """The methods that read ``weight`` of the module at ``path``, except for the forward of that
+    module.
 
-    ``reachable_only`` leaves out forwards that read it only in branches that the present attributes
-    of their modules rule out.
+    ``reachable_only`` leaves out forwards that read the weight only in branches that the present
+    attributes of their modules rule out.
     """
     if not has_forward(names.modules[path]):
-        for above, below in _above(names, path):
-            if below and has_forward(names.modules[above]):
-                yield WeightReader(above, below)
+        for path_above, path_below in _modules_above(names, path):
+            if path_below and has_forward(names.modules[path_above]):
+                yield WeightReader(path_above, path_below)
                 break
-    for above, below in _above(names, path):
-        module, target = names.modules[above], (*below, weight)
+    for path_above, path_below in _modules_above(names, path):
+        module, weight_path = names.modules[path_above], (*path_below, weight)
         cls = base_class(module)
-        forward = (
-            ("forward", *bound(module).values()) if below and not fast_path_switches(module) else ()
+        forward_methods = (
+            ("forward", *bound_methods(module).values())
+            if path_below and not fast_path_switches(module)
+            else ()
         )
-        readers = [method for method in forward if _reads(module, method, target)]
-        reachable = not reachable_only or any(
-            _reads(module, method, target, _constants(module)) for method in readers
+        readers = [method for method in forward_methods if _reads(module, method, weight_path)]
+        is_reachable = not reachable_only or any(
+            _reads(module, method, weight_path, _constants(module)) for method in readers
         )
-        if readers and reachable:
-            yield WeightReader(above, below)
-        for method in _methods(cls):
+        if readers and is_reachable:
+            yield WeightReader(path_above, path_below)
+        for method in _public_methods(cls):
             words = mentions(cls, method)
-            named = weight in words and (target[0] in words or target[0].isdigit())
-            if named and _reads(module, method, target):
-                yield WeightReader(above, below, method)
+            first_name = weight_path[0]
+            is_named = weight in words and (first_name in words or first_name.isdigit())
+            if is_named and _reads(module, method, weight_path):
+                yield WeightReader(path_above, path_below, method)
 
 
 _Constants = frozenset[tuple[str, Any]]
 
 
 def _constants(module: nn.Module) -> _Constants:
-    """The attributes of a module that are plain values and do not depend on its mode."""
+    """(name, value) of each attribute of a module that is a plain value and does not depend on the
+    module's mode."""
     values = {
         name: value
         for name, value in module.__dict__.items()
@@ -108,6 +117,7 @@ def _constants(module: nn.Module) -> _Constants:
 
 
 def _analyse(module: nn.Module, method: str, constants: _Constants = frozenset()) -> Reads:
+    """The paths that a method of a module reads and writes. ``constants``: ``_constants``."""
     return reads(
         base_class(module),
         method,
@@ -117,33 +127,43 @@ def _analyse(module: nn.Module, method: str, constants: _Constants = frozenset()
 
 
 def _reads(
-    module: nn.Module, method: str, below: ModulePath, constants: _Constants = frozenset()
+    module: nn.Module, method: str, path_below: ModulePath, constants: _Constants = frozenset()
 ) -> bool:
-    """Whether a method reads the parameter at the path ``below``. A method other than forward that
-    also writes it, or one of the same name, does not count: it means the base's own values."""
+    """Whether a method reads the parameter at ``path_below``. A method other than forward does not
+    count if it also writes this parameter, or one with the same name: it means the base's
+    values."""
     accesses = _analyse(module, method, constants)
-    written = method != "forward" and any(
-        _fits(c, below[: len(c)]) or below[-1] in c for c in accesses.written
+    is_written = method != "forward" and any(
+        _begins_with(path, path_below[: len(path)]) or path_below[-1] in path
+        for path in accesses.written
     )
-    return not written and any(_fits(read, below) for read in accesses.read)
+    return not is_written and any(_begins_with(path, path_below) for path in accesses.read)
 
 
 def attributes_read_above(names: Names, path: str) -> Iterator[tuple[str, str]]:
     """(path of a module above, name of an attribute) for each attribute of the module at ``path``,
-    its stride for instance, that the forward of a module above reads."""
-    for above, below in _above(names, path):
-        module = names.modules[above]
-        if below and has_forward(module):
-            longer = [read for read in _analyse(module, "forward").read if len(read) > len(below)]
-            attributes = {read[len(below)] for read in longer if _fits(read, below)}
-            yield from ((above, name) for name in sorted(attributes) if name != "*")
+    such as its stride, that the forward of a module above reads."""
+    for path_above, path_below in _modules_above(names, path):
+        module = names.modules[path_above]
+        if path_below and has_forward(module):
+            longer_paths = [
+                read_path
+                for read_path in _analyse(module, "forward").read
+                if len(read_path) > len(path_below)
+            ]
+            attributes = {
+                read_path[len(path_below)]
+                for read_path in longer_paths
+                if _begins_with(read_path, path_below)
+            }
+            yield from ((path_above, name) for name in sorted(attributes) if name != "*")
 
 
-#: attributes of a class whose use may read a weight
-_READERS = (FunctionType, property, functools.cached_property)
+#: types of class attributes whose use may read a weight
+_READER_TYPES = (FunctionType, property, functools.cached_property)
 #: methods of transformers' models that write files or create weights. They compute nothing with
-#: weights, and their analysis would take long.
-_NO_READERS = {
+#: weights, and analysing them would take long.
+_NON_READERS = {
     "save_pretrained",
     "push_to_hub",
     "post_init",
@@ -154,15 +174,15 @@ _NO_READERS = {
 
 
 @functools.cache
-def _methods(cls: type[nn.Module]) -> tuple[str, ...]:
+def _public_methods(cls: type[nn.Module]) -> tuple[str, ...]:
     """The public methods and properties of a class besides forward and those of ``nn.Module``."""
     names = [
         name
         for name in dir(cls)
-        if not (name.startswith("_") or hasattr(nn.Module, name) or name in _NO_READERS)
+        if not (name.startswith("_") or hasattr(nn.Module, name) or name in _NON_READERS)
     ]
-    attributes = {name: attribute(cls, name) for name in names}
-    return tuple(name for name, value in attributes.items() if isinstance(value, _READERS))
+    attributes = {name: class_attribute(cls, name) for name in names}
+    return tuple(name for name, value in attributes.items() if isinstance(value, _READER_TYPES))
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -171,7 +191,7 @@ def has_forward(module: nn.Module) -> bool:
     return forward is not None and forward is not nn.Module.forward
 
 
-def bound(module: nn.Module) -> dict[str, str]:
+def bound_methods(module: nn.Module) -> dict[str, str]:
     """{attribute: method name} of the attributes that hold a method bound to the module itself
     (``self.impl = self._impl``)."""
     return {
@@ -184,28 +204,29 @@ def bound(module: nn.Module) -> dict[str, str]:
 
 
 def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
-    """Why an adapter at ``path`` would have no effect in a method of the module; or None."""
+    """The reason why an adapter at ``path`` would have no effect in a method of the module; else
+    None."""
     module = names.modules[path]
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript, whose forward cannot be changed"
-    if kind := next((cls.__name__ for cls in _LISTS if isinstance(module, cls)), None):
+    if kind := next((cls.__name__ for cls in _CONTAINERS if isinstance(module, cls)), None):
         return (
             f"it is a {kind}, whose items are its children: its adapters would be one of the items"
         )
-    if isinstance(attribute(base_class(module), method), functools.cached_property):
+    if isinstance(class_attribute(base_class(module), method), functools.cached_property):
         return "that is computed once and kept, whatever is selected"
-    wrapped = method == "forward" and (
-        wrapped_forward(module) or instance_forward(module) is not None
+    is_wrapped = method == "forward" and (
+        has_wrapped_forward(module) or instance_forward(module) is not None
     )
-    if method in module.__dict__ and not wrapped:
-        by = " (by accelerate's hooks?)" if method == "forward" else ""
-        return f"its {method} was replaced on the instance{by}, which would pass the adapter by"
+    if method in module.__dict__ and not is_wrapped:
+        cause = " (by accelerate's hooks?)" if method == "forward" else ""
+        return f"its {method} was replaced on the instance{cause}, which would pass the adapter by"
     return None
 
 
-def _above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
-    """(path of a module, path from there down) for the module itself and those above it, the
-    nearest first, under each of its names."""
+def _modules_above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
+    """Yield (path of a module, path from there to the module at ``path``) for this module and the
+    modules above it, the nearest first, under each of its names."""
     visited: set[tuple[str, ModulePath]] = set()
     for alias in names.aliases[path]:
         components = alias.split(".") if alias else []
@@ -216,8 +237,9 @@ def _above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
                 yield entry
 
 
-def _fits(read: ModulePath, below: ModulePath) -> bool:
-    """Whether a path that was read begins with ``below``; "*" in it matches any name."""
-    return len(read) >= len(below) and all(
-        name in ("*", actual) for name, actual in zip(read, below, strict=False)
+def _begins_with(read_path: ModulePath, path_below: ModulePath) -> bool:
+    """Whether a path that was read begins with ``path_below``. "*" in ``read_path`` matches any
+    name."""
+    return len(read_path) >= len(path_below) and all(
+        name in ("*", actual_name) for name, actual_name in zip(read_path, path_below, strict=False)
     )
