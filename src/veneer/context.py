@@ -34,8 +34,8 @@ class Context:
     """The context of a call.
 
     Fields:
-        selection: the ``ActiveAdapter`` of each model, by the model's ``uid``. A model that is
-            missing here uses its default.
+        selection: the ``ActiveAdapter`` of each model, by the model's ``uid``. A model without an
+            entry uses its default.
         path: "factored" or "materialised" forces this arithmetic; None leaves the choice to each
             layer.
         reached_ids: a set to which each call adds the ``id`` of the layer adapters and changes that
@@ -191,7 +191,7 @@ def _running_generator_frames() -> list[FrameType]:
     frames_on_stack: list[FrameType] = []
     frame = sys._getframe(1) if running_frames else None
     while frame is not None:
-        if frame in running_frames:  # a short list
+        if frame in running_frames:  # ``running_frames`` is short
             frames_on_stack.append(frame)
             if len(frames_on_stack) == len(running_frames):
                 break

@@ -4,7 +4,7 @@
 
 ``g`` is the number of groups of a grouped convolution, or of matrices in a stack; it is 1 for most
 layers. ``r`` is the rank. ``scale`` is stored separately. If it were multiplied into B, a file
-would hold other numbers than those that were trained.
+would hold other values than the trained ones.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """

@@ -237,7 +237,7 @@ def test_vllm_is_told_the_type_since_its_auto_takes_bf16_for_a_base_in_float32(
     lines = []
 
     def start(process):
-        lines.append(process._line)
+        lines.append(process._command_line)
         raise ConfigError("Found: the end of this process.")
 
     monkeypatch.setattr("veneer.serve.vllm.find_program", lambda: "/bin/vllm")

@@ -181,7 +181,7 @@ _LAZY = {
     "adapt_modules": "install",  # give modules their adapted class
     "build_layer_adapters": "install",  # the LayerAdapters of a plan, without installing them
     # weights before and after a merge
-    "bits_before_merge": "merging.stored_weights",  # the old bits of weights that were merged since
+    "bits_before_merge": "merging.stored_weights",  # the bits of weights before later merges
     "fold_change": "merging.fold_weights",  # round(gain ⊙ (W + ΔW)) of one weight
     "output_change_problems": "merging.merge",  # problems of changes that no weight can express
     "require_attached_base": "merging.stored_weights",  # an error if the base of an adapter changed

@@ -306,7 +306,8 @@ def _column_in_call(start: int | None, past_length: int, width: int) -> int:
 
 
 def _require_ids(module: nn.Module, adapter_rows: Sequence[AdapterRows], ids: Any) -> Tensor:
-    """The ``input_ids`` of a call, [rows, columns]. Raises a SelectionError if it has none."""
+    """The ``input_ids`` of a call, [rows, columns]. Raises a SelectionError if the call has no
+    ``input_ids`` of this shape."""
     if isinstance(ids, Tensor) and ids.dim() == 2:
         return ids
     names = ", ".join(repr(active.name) for active, _ in adapter_rows)

@@ -150,8 +150,8 @@ class Reference(nn.Module):
 def reference_of(model: nn.Module) -> Reference:
     """A reference that always computes what ``model`` computes now.
 
-    It is the base alone if the adapter changes nothing yet, as before the first training step. Else
-    the reference has a copy of the adapter's parameters (a few MB) and shares the base.
+    If the adapter changes nothing yet, as before the first training step, the reference is the base
+    alone. Else the reference has a copy of the adapter's parameters (a few MB) and shares the base.
 
     Raises:
         SelectionError: there is no adapter, or there are several and none is selected.

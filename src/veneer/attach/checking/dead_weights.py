@@ -45,8 +45,8 @@ def zero_parameters(model: nn.Module, exclude: Sequence[nn.Parameter]) -> dict[s
 def blocking_weights(
     zeros: dict[str, nn.Parameter], have_gradients: HaveGradients
 ) -> list[tuple[str, ...]]:
-    """For each checked change, the names of the zero weights that block its gradient. Empty if the
-    zeros are not the reason why it has no gradient."""
+    """For each checked change, the names of the zero weights that block its gradient. No names if
+    zero weights are not the reason why the change has no gradient."""
     with _fill_zeros(zeros.values()):
         have_gradients_filled = list(have_gradients())
     if not any(have_gradients_filled):

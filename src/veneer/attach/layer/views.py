@@ -54,7 +54,7 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     }
     narrow_dtype = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
     if read_below or any(child is not layer_state for child in module._modules.values()):
-        narrow_dtype = None  # the modules below run in their own dtype
+        narrow_dtype = None  # the modules below it are not widened
     runs_wide = narrow_dtype is not None
     unformed_weights = (
         None

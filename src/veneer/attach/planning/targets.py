@@ -60,7 +60,7 @@ def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[
         else:
             block_indices = {index % block_count for index in config.layers}
             selected_refs = [ref for ref in selected_refs if _block(ref[0]) in block_indices]
-    if not selected_refs and not problems and config.targets != ():  # (): only tokens are trained
+    if not selected_refs and not problems and config.targets != ():  # targets=() trains only tokens
         problem = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(problem, "at least one target", "exclude less"))
     return selected_refs, problems

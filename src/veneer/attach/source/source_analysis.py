@@ -259,8 +259,7 @@ def _path_below_self(node: ast.AST) -> ModulePath | None:
     return None if holder_path is None else (*holder_path, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-#: code that compares the name of a model's attention implementation with "sdpa", as transformers
-#: calls it
+#: code that compares the name of a model's attention implementation with "sdpa"
 _SDPA_COMPARISON = re.compile(
     r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\s*[(\[{][^)\]}]*["']sdpa)"""
 )
@@ -275,7 +274,8 @@ def compares_attention(model: nn.Module) -> bool:
 
 @functools.cache
 def _compares(module_name: str) -> bool:
-    """Whether a Python module belongs to transformers and has such a comparison in its source."""
+    """Whether a Python module belongs to transformers and its source matches
+    ``_SDPA_COMPARISON``."""
     return (
         module_name.startswith("transformers")
         and _SDPA_COMPARISON.search(inspect.getsource(sys.modules[module_name])) is not None

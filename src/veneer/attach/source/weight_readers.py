@@ -117,7 +117,8 @@ def _constants(module: nn.Module) -> _Constants:
 
 
 def _analyse(module: nn.Module, method: str, constants: _Constants = frozenset()) -> Reads:
-    """The paths that a method of a module reads and writes. ``constants``: ``_constants``."""
+    """The paths that a method of a module reads and writes. ``constants`` are (name, value) pairs
+    of attributes; branches that they rule out are ignored."""
     return reads(
         base_class(module),
         method,
