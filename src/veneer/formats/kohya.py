@@ -130,10 +130,15 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         )
     top_level_names = {weight.partition(".")[0] for weight in base.shapes}
     component_by_prefix = {
-        prefix: next((candidate for candidate in components if candidate in top_level_names), components[0])
+        prefix: next(
+            (candidate for candidate in components if candidate in top_level_names), components[0]
+        )
         for prefix, components in PREFIXES.items()
     }
-    component_by_module = {module_name: component_by_prefix.get(_prefix(module_name) or "", "") for module_name in tensors_by_module}
+    component_by_module = {
+        module_name: component_by_prefix.get(_prefix(module_name) or "", "")
+        for module_name in tensors_by_module
+    }
     expected = f"names that begin with {listing(PREFIXES)}"
     problems = [
         sentence(repr(module_name), expected, "check the file")
@@ -150,7 +155,9 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     for module_name, module_tensors in tensors_by_module.items():
         if component_by_module[module_name] in base_prefixes:
             try:
-                module_path = _find_module(module_name, modules_by_component[component_by_module[module_name]])
+                module_path = _find_module(
+                    module_name, modules_by_component[component_by_module[module_name]]
+                )
                 layers[module_path] = _read_layer(
                     module_name, module_path, module_tensors, base.shapes[f"{module_path}.weight"]
                 )
@@ -158,7 +165,10 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
     return Contents(
-        layers, base_name=base.name, metadata={"header": header} if header else {}, left_out=left_out
+        layers,
+        base_name=base.name,
+        metadata={"header": header} if header else {},
+        left_out=left_out,
     )
 
 
@@ -170,7 +180,10 @@ def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[
         if weight.startswith(prefix) and weight.endswith(".weight") and len(shape) > 1:
             module = weight.removesuffix(".weight")
             path_in_component = module.removeprefix(prefix)
-            for path in {path_in_component, path_before_transformers_5(component, path_in_component)}:
+            for path in {
+                path_in_component,
+                path_before_transformers_5(component, path_in_component),
+            }:
                 modules.setdefault(path.replace(".", "_"), []).append(module)
     return modules
 
@@ -183,14 +196,18 @@ def _find_module(module_name: str, modules: Mapping[str, list[str]]) -> str:
     matches = modules.get(flat_name, [])
     if len(matches) > 1:
         raise AdapterError(
-            f"{module_name!r}, which may mean {listing(matches)}", "one module", "rename one of them"
+            f"{module_name!r}, which may mean {listing(matches)}",
+            "one module",
+            "rename one of them",
         )
     if not matches:
         do = "give the base that it was made for"
         if any(block in flat_name for block in _ORIGINAL_BLOCKS):
             do += ": these are block names of the model as first published, not those of diffusers"
         raise AdapterError(
-            f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}", "one of its modules", do
+            f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}",
+            "one of its modules",
+            do,
         )
     return matches[0]
 
@@ -211,7 +228,9 @@ def _read_layer(
         factors = _read_factors(module_tensors)
         if factors is None:
             raise AdapterError(
-                f"only {listing(sorted(suffixes))} at {module_name!r}", "all factors", "get the whole file"
+                f"only {listing(sorted(suffixes))} at {module_name!r}",
+                "all factors",
+                "get the whole file",
             )
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
             problem = (
@@ -223,11 +242,15 @@ def _read_layer(
     except AdapterError:
         raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        problem = f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})"
+        problem = (
+            f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})"
+        )
         raise AdapterError(problem, "those of one change", "get the whole file again") from error
 
 
-def _read_factors(module_tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
+def _read_factors(
+    module_tensors: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor, float | None] | None:
     """(A, B, alpha) of one module's change; None if one of its factors is missing."""
     suffixes = set(module_tensors)
     alpha = scalar_value(module_tensors["alpha"], "alpha") if "alpha" in module_tensors else None
@@ -252,7 +275,9 @@ def _to_float32(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
-def _loha_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float]:
+def _loha_factors(
+    module_tensors: Mapping[str, Tensor], alpha: float | None
+) -> tuple[Tensor, Tensor, float]:
     rank = module_tensors["hada_w1_b"].shape[0]
     w1_a, w1_b, w2_a, w2_b = (
         factor[None] for factor in _to_float32(*(module_tensors[name] for name in sorted(_LOHA)))
@@ -262,7 +287,9 @@ def _loha_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> 
     return _limit_rank(LowRank(A, B, 1.0 if alpha is None else alpha / rank))
 
 
-def _lokr_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float] | None:
+def _lokr_factors(
+    module_tensors: Mapping[str, Tensor], alpha: float | None
+) -> tuple[Tensor, Tensor, float] | None:
     """(A, B, alpha) of a LoKr; None if a factor is missing.
 
     With w2 = w2_a w2_b and an identity I, w1 [l, m] ⊗ w2 [k, n, …] is both (w1 ⊗ w2_a) (I ⊗ w2_b)
@@ -273,7 +300,14 @@ def _lokr_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> 
         for matrix_suffix, pair_suffixes in alternatives
     ):
         return None
-    rank = next((module_tensors[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in module_tensors), None)
+    rank = next(
+        (
+            module_tensors[key].shape[0]
+            for key in ("lokr_w1_b", "lokr_w2_b")
+            if key in module_tensors
+        ),
+        None,
+    )
     # LyCORIS does not scale if neither w1 nor w2 is decomposed
     scale = 1.0 if rank is None or alpha is None else alpha / rank
     if "lokr_w1" in module_tensors:
@@ -291,7 +325,9 @@ def _lokr_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> 
     eye = torch.eye(min(l, m), dtype=w1.dtype)
     left_factor, right_factor = (w1, eye) if m <= l else (eye, w1)
     return _limit_rank(
-        LowRank(torch.kron(right_factor, w2_b_matrix)[None], torch.kron(left_factor, w2_a)[None], scale)
+        LowRank(
+            torch.kron(right_factor, w2_b_matrix)[None], torch.kron(left_factor, w2_a)[None], scale
+        )
     )
 
 
@@ -304,7 +340,9 @@ def _limit_rank(product: LowRank) -> tuple[Tensor, Tensor, float]:
             torch.promote_types(product.A.dtype, torch.float32)
         )
         eye = torch.eye(min(out, in_), dtype=delta.dtype)[None]
-        product = LowRank(eye, delta, product.scale) if in_ <= out else LowRank(delta, eye, product.scale)
+        product = (
+            LowRank(eye, delta, product.scale) if in_ <= out else LowRank(delta, eye, product.scale)
+        )
     return product.A[0], product.B[0], product.scale * product.rank
 
 
@@ -366,7 +404,9 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-def _modules_unlike_sd3_or_flux(locations: Mapping[str, tuple[str, str]], base: BaseFacts) -> list[str]:
+def _modules_unlike_sd3_or_flux(
+    locations: Mapping[str, tuple[str, str]], base: BaseFacts
+) -> list[str]:
     """The modules of a transformer that neither SD3 nor Flux has, if the adapter changes any module
     of the transformer. ``locations``: (component, path in the component) by changed weight."""
     weights_by_module = {
@@ -376,7 +416,9 @@ def _modules_unlike_sd3_or_flux(locations: Mapping[str, tuple[str, str]], base: 
     }
     if not weights_by_module:
         return []
-    prefix = next(weight.removesuffix(f"{module}.weight") for module, weight in weights_by_module.items())
+    prefix = next(
+        weight.removesuffix(f"{module}.weight") for module, weight in weights_by_module.items()
+    )
     matrix_names = (
         name for name, shape in base.shapes.items() if name.startswith(prefix) and len(shape) > 1
     )
@@ -385,7 +427,11 @@ def _modules_unlike_sd3_or_flux(locations: Mapping[str, tuple[str, str]], base: 
         for name in matrix_names
         if name.endswith(".weight")
     }
-    return sorted(module for module in modules | weights_by_module.keys() if not _SD3_OR_FLUX_MODULE.fullmatch(module))
+    return sorted(
+        module
+        for module in modules | weights_by_module.keys()
+        if not _SD3_OR_FLUX_MODULE.fullmatch(module)
+    )
 
 
 def _omissions_of_diffusers(
@@ -398,7 +444,9 @@ def _omissions_of_diffusers(
         module for component, module in locations.values() if component == "transformer"
     ]
     if any("single_transformer_blocks." in name for name in (*base.shapes, *locations)):
-        if unread_modules := [module for module in transformer_modules if not _DIFFUSERS_FLUX_MODULE.fullmatch(module)]:
+        if unread_modules := [
+            module for module in transformer_modules if not _DIFFUSERS_FLUX_MODULE.fullmatch(module)
+        ]:
             yield (
                 f"or refuses, or takes for others, {len(unread_modules)} layers of Flux outside of"
                 " attention"
@@ -416,10 +464,18 @@ def _omissions_of_diffusers(
         for component, module in locations.values()
         if f".{module}".endswith(projections)
     }
-    if any(len(alphas[component]) > 1 for component, _ in attention_modules if component != "transformer"):
+    if any(
+        len(alphas[component]) > 1
+        for component, _ in attention_modules
+        if component != "transformer"
+    ):
         yield "the alphas of attention's projections, which are not those of all layers here"
-    encoders = {component for component, _ in attention_modules if component.startswith("text_encoder")}
-    if encoders - {component for component, module in attention_modules if module.endswith(".out_proj")}:
+    encoders = {
+        component for component, _ in attention_modules if component.startswith("text_encoder")
+    }
+    if encoders - {
+        component for component, module in attention_modules if module.endswith(".out_proj")
+    }:
         yield "the attention of a text encoder"
 
 

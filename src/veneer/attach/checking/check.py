@@ -315,7 +315,9 @@ def _gradient_problems(
 def _to_float64(tensor: Tensor) -> Tensor:
     """Prepare a tensor of the model, or of its arguments, for a run in float64. Floating-point
     tensors are cast. Other tensors are only moved to the device of that run."""
-    return double(tensor) if tensor.is_floating_point() else tensor.to(compute_device(tensor.device))
+    return (
+        double(tensor) if tensor.is_floating_point() else tensor.to(compute_device(tensor.device))
+    )
 
 
 def _checked_changes(model: nn.Module, name: str) -> list[_CheckedChange]:

@@ -27,7 +27,7 @@ from veneer.attach.layer.change import Change
 from veneer.attach.layer.dtypes import is_float, no_autocast
 from veneer.attach.layer.state import LayerState
 from veneer.attach.layer.unformed import OPERATIONS, Stack, Unformed, make_unformed
-from veneer.kernels import is_eager, fused, grouped, reference
+from veneer.kernels import fused, grouped, is_eager, reference
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 

@@ -25,7 +25,6 @@ from veneer.bases import storage_of, unreadable, weight_of
 from veneer.distributed import base_class, spread_problem, within_run_on_all
 from veneer.errors import listing, sentence
 from veneer.layers import ParamRef, kind_for, parameter_path
-from veneer.layers._base import can_factor
 
 
 def refusals_of(
@@ -245,7 +244,7 @@ def invocation_problems(
     for weight_plan in low_rank_plans:
         for path, weight in weight_plan.holders:
             module, kind = names.modules[path], kind_for(names.modules[path], weight)
-            factored = kind.product and factors(
+            factored = kind.product and can_factor(
                 kind, module, base_class(module), weight_plan.storage.modules()
             )
             if not factored or weight_plan.weight_readers or weight_plan.tokens is not None:

@@ -136,7 +136,9 @@ class FrozenWeights:
             module = self.names.modules[self.names.canonical[module_path]]
             kind = kind_for(module, name)
             peft_kind = LAYERS[GENERAL] if aligned_weight.is_parameter else kind
-            is_transposed = peft_kind.name == GENERAL and is_transposed_stack(module, dense_weight.shape)
+            is_transposed = peft_kind.name == GENERAL and is_transposed_stack(
+                module, dense_weight.shape
+            )
             is_transposed = is_transposed != (peft_kind.out_axis != kind.out_axis)
             weight = kind.unfold(dense_weight, kind.dims(module, dense_weight.shape))
         else:
