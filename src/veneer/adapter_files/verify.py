@@ -144,7 +144,7 @@ class _Verification:
         if config is None or parameters is None or (record is None and has_record):
             return
         if record is None:
-            converted = log.try_step("layers", folder.convert_original_files, *original_files)
+            converted = log.try_step("layers", folder.convert_foreign_files, *original_files)
             if converted is None:
                 return
             config, tensors, ignored_modules = converted

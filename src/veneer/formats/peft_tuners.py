@@ -350,7 +350,7 @@ def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
     }
     lora_config = {name: value for name, value in config.items() if name not in tuner_fields}
     lora_config |= {name: config.get(tuner_name) for name, tuner_name in tuner.fields.items()}
-    alpha = lora_config.get("lora_alpha")
+    alpha: Any = lora_config.get("lora_alpha")
     if tuner.type == "ADALORA" and _is_number(alpha) and alpha <= 0:
         lora_config["lora_alpha"] = lora_config["r"]
     if tuner.type == "VERA":  # VeRA has no alpha: its scale is 1

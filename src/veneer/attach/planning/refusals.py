@@ -25,6 +25,7 @@ from veneer.bases import storage_of, unreadable, weight_of
 from veneer.distributed import base_class, spread_problem, within_run_on_all
 from veneer.errors import listing, sentence
 from veneer.layers import ParamRef, kind_for, parameter_path
+from veneer.layers._base import can_factor
 
 
 def refusals_of(
