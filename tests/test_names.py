@@ -14,7 +14,7 @@ SOURCE = Path(veneer.__file__).parent
 #: words that stood for an idea of the field, and what it is called now
 PRIVATE = {
     "artefact": "AdapterFiles", "filing": "PEFT mapping", "filed": "PeftEntry", "fitting": "match",
-    "fitted": "match", "derive": "write_derived", "hosted": "read_below", "site": "LayerState",
+    "fitted": "match", "derive": "write_derived", "hosted": "submodule_adapters", "site": "LayerState",
     "sites": "LayerState", "wish": "TargetSpec", "lowplan": "LowRankPlan", "evidence": "calibration data",
     "settle": "finalize", "hollow": "meta_model", "skeleton": "linear_stub_model", "prints": "fingerprints",
     "lineup": "BatchAssignment", "spot": "AlignedWeight", "grounds": "BaseWeights", "ground": "BaseWeight",

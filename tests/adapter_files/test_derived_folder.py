@@ -39,7 +39,7 @@ def again(files, path, **more):
         own = layer.low
         if 2 * own.rank <= min(own.A.shape[2], own.B.shape[1]):
             own = LowRank(torch.cat([own.A, own.A], 1), torch.cat([own.B, own.B], 2), own.scale / 2)
-        low[at] = replace(layer.with_low(own), extras=layer.extras)
+        low[at] = replace(layer.with_low_rank(own), extras=layer.extras)
     return read(write_derived(path, [files], low, files.full, **more))
 
 

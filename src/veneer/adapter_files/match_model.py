@@ -330,7 +330,7 @@ class _Match:
         by the rule of the config."""
         is_rslora = self.adapter_files.peft_config.get("use_rslora")
         alpha = product.scale * (math.sqrt(product.rank) if is_rslora else product.rank)
-        return replace(layer.with_low(product), alpha=alpha, extras=layer.extras)
+        return replace(layer.with_low_rank(product), alpha=alpha, extras=layer.extras)
 
     def plan_low_rank(self, cache: MatchCache) -> None:
         """Plan every change by the record, or by the file if there is no record. Then read the

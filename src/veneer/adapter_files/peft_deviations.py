@@ -80,9 +80,9 @@ def deviations(
     tuner: object,
     attention_path: str | None = None,
 ) -> tuple[str | None, str | None]:
-    """Why PEFT's change differs from a change of the weight: (the reason because other modules read
-    the weight, the reason in the module itself). Each is None if there is none. A change that is
-    zero differs for no reader.
+    """The reasons why PEFT would not compute what a change of the weight computes: one that other
+    modules read the weight, and one in the module itself. Each is None if it does not apply. A
+    change that is zero differs for no reader.
 
     Args:
         tuner: the content of a folder of another tuner than LoRA, or None.

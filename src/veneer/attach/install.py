@@ -158,11 +158,11 @@ def build_layer_adapters(
         read_adapter = layer_adapters[read_path]
         layer_adapter = layer_adapters[reader.path]
         if reader.method == "forward":
-            layer_adapter.read_below[reader.below] = read_adapter
+            layer_adapter.submodule_adapters[reader.below] = read_adapter
         else:
-            layer_adapter.read_below_by_method.setdefault(reader.method, {})[reader.below] = (
-                read_adapter
-            )
+            layer_adapter.submodule_adapters_by_method.setdefault(reader.method, {})[
+                reader.below
+            ] = read_adapter
     for path in list(layer_adapters):
         for path_above in modules_with_fast_path(names, path):
             layer_adapters[path_above]  # the defaultdict creates an entry
@@ -283,7 +283,7 @@ def _adapt_modules(
             layer_state.bound_methods = tuple(bound_methods(module))
         layer_state.transposed = layer_state.transposed or path in transposed_paths
         layer_adapter.finalize(module, layer_state)
-        adapt_methods(module, layer_adapter.read_below_by_method)
+        adapt_methods(module, layer_adapter.submodule_adapters_by_method)
         adapters_by_key.update(dict.fromkeys(layer_adapter.keys(layer_state), layer_adapter))
     group_shared_inputs(names, layer_adapters)
     return adapters_by_key

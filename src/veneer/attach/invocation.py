@@ -200,12 +200,12 @@ def _end_call(
         return
     kv_cache = _cache_in(_arguments(module, args, kwargs)) or _cache_of(output)
     if kv_cache is not None:
-        earlier_starts = getattr(kv_cache, _STARTS, {})
-        new_starts = {
+        earlier_invocations = getattr(kv_cache, _STARTS, {})
+        new_invocations = {
             (model_adapters.uid, name): cached_starts
             for name, cached_starts in invoked_call.cached.items()
         }
-        setattr(kv_cache, _STARTS, {**earlier_starts, **new_starts})
+        setattr(kv_cache, _STARTS, {**earlier_invocations, **new_invocations})
 
 
 def _invoked_adapter_rows(model_adapters: ModelAdapters) -> list[AdapterRows]:
@@ -280,7 +280,7 @@ def find_starts(
         cached_starts: the result of the search in these columns.
     """
     row_count = len(ids)
-    earlier_starts: Sequence[int | None] = (
+    earlier_invocations: Sequence[int | None] = (
         [None] * row_count if cached_starts is None else cached_starts.starts
     )
     if cached_starts is not None:
@@ -288,14 +288,14 @@ def find_starts(
         ids = torch.cat((cached_starts.tail.to(ids.device), ids), 1)
     token_count = len(tokens)
     if ids.shape[1] < token_count:
-        return list(earlier_starts)
+        return list(earlier_invocations)
     pattern = torch.tensor(tokens, device=ids.device)
     matches = (ids.unfold(1, token_count, 1) == pattern).all(-1)  # [rows, columns − tokens + 1]
     positions = torch.arange(1, matches.shape[1] + 1, device=ids.device)  # from 1: 0 is no match
     last_positions = (matches * positions).amax(1).tolist()
     return [
         past_length + position - 1 if position else start
-        for position, start in zip(last_positions, earlier_starts, strict=True)
+        for position, start in zip(last_positions, earlier_invocations, strict=True)
     ]
 
 
@@ -480,7 +480,7 @@ def _run_with_invoked_calls(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a forward in a context with these ``InvokedCall``s."""
+    """Run a forward in which the layers find these calls, and so the tokens where adapters act."""
     with context.override(invoked_calls=invoked_calls):
         return forward(*args, **kwargs)
 

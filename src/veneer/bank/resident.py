@@ -76,8 +76,8 @@ class ResolvedLowRank:
     name: str
     dims: Dims
 
-    read_below = {}
-    read_below_by_method = {}
+    submodule_adapters = {}
+    submodule_adapters_by_method = {}
     storage = BASES["plain"]
     # calls without batched products (under autocast, or with gradients) run the layer on W + ΔW
     run = run_on_view
@@ -319,7 +319,10 @@ def _split_adapters(
     nested_ids = {
         id(nested)
         for layer_adapter in layer_adapters.values()
-        for table in (layer_adapter.read_below, *layer_adapter.read_below_by_method.values())
+        for table in (
+            layer_adapter.submodule_adapters,
+            *layer_adapter.submodule_adapters_by_method.values(),
+        )
         for nested in table.values()
     }
     for path, layer_adapter in layer_adapters.items():
@@ -368,8 +371,8 @@ def _resolve_adapter(
     )
     if (
         not is_product
-        or layer_adapter.read_below
-        or layer_adapter.read_below_by_method
+        or layer_adapter.submodule_adapters
+        or layer_adapter.submodule_adapters_by_method
         or layer_adapter.full._buffers
         or layer_adapter.full._parameters.keys() - {"bias"}
     ):

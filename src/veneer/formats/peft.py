@@ -129,7 +129,7 @@ class PeftLayer:
             ) from error
         return LowRank(A, B, self.scale)
 
-    def with_low(self, product: LowRank) -> PeftLayer:
+    def with_low_rank(self, product: LowRank) -> PeftLayer:
         """The layer with another product in the same layout, and with the alpha of plain LoRA,
         ``product.scale · rank``."""
         groups, rank, _ = product.A.shape

@@ -16,7 +16,8 @@ has finished.
 - **Autocast** is applied here, because torch would cast for each product separately: x, W, A and B
   are cast together.
 - **16-bit outputs are rounded once**, including bias and change, if the device has products with
-  float32 output (``_has_wide_products``). With a gain, the output is rounded before and after it.
+  float32 output (``_has_wide_products``). With a gain (DoRA), the output is rounded before and
+  after the multiplication by the gain.
 
 Saved for backward are x (or tensors from which it is recomputed, see ``saved_inputs.py``), A and B
 in the dtype of the products, h = drop(x) Aᵀ if it is small, and the output before the gain if there

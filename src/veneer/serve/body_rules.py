@@ -63,7 +63,7 @@ def _has_no_effect(name: str, value: Any) -> bool:
     )
 
 
-def few_unknown(
+def limit_unknown_fields(
     data: dict[str, Any],
     field_names: Container[str],
     harmless: Callable[[str, Any], bool] = lambda name, value: False,
@@ -98,4 +98,4 @@ class Strict(BaseModel):
             for name, value in data.items()
             if name not in field_names or value is not None
         }
-        return few_unknown(sent_fields, field_names, _has_no_effect)
+        return limit_unknown_fields(sent_fields, field_names, _has_no_effect)

@@ -39,7 +39,7 @@ MESSAGES_ERROR_TYPES = {
 }  # fmt: skip
 RETRY_AFTER = "Retry-After"
 #: the error type, for pydantic, of errors whose message is written here
-CUSTOM_TYPE = "bad_value"
+CUSTOM_ERROR_TYPE = "bad_value"
 #: pydantic's types of errors that only say that a value has another JSON type
 WRONG_JSON_TYPE = {
     "string_type", "list_type", "dict_type", "int_type", "float_type", "bool_type", "model_type",
@@ -142,7 +142,7 @@ def value_error(
     """An error for a pydantic validator to raise. ``param``: the field at fault, if the validator
     checks several fields."""
     return PydanticCustomError(
-        CUSTOM_TYPE, "{words}", {"words": sentence(problem, expected, do), "param": param}
+        CUSTOM_ERROR_TYPE, "{words}", {"words": sentence(problem, expected, do), "param": param}
     )
 
 
@@ -174,7 +174,7 @@ def body_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     )
     field_path = _body_path(first_error["loc"], body)
     param, dotted_path = (field_path[0][:200] if field_path else None), ".".join(field_path)[:200]
-    if first_error["type"] == CUSTOM_TYPE:
+    if first_error["type"] == CUSTOM_ERROR_TYPE:
         message, param = first_error["msg"], first_error.get("ctx", {}).get("param") or param
     elif first_error["type"] == "extra_forbidden":
         message = sentence(

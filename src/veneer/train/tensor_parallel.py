@@ -188,7 +188,7 @@ def _layer_adapters(module: nn.Module) -> Iterator[LayerAdapter]:
 def _unsupported_adapters(path: str, layer: CutLayer) -> Iterator[str]:
     """The problems of a cut layer with adapters that it does not support."""
     for adapter in _layer_adapters(layer.module):
-        if adapter.read_below or adapter.read_below_by_method:
+        if adapter.submodule_adapters or adapter.submodule_adapters_by_method:
             yield f"{path}, of which other methods than forward read adapted weights"
         for name, change in adapter.changes.items():
             unknown_parameters = {*change._parameters, *change._buffers} - {*PARTITION_BY_PARAMETER}

@@ -415,16 +415,18 @@ def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | Non
     state. None if such a weight is in a module that also has a plain weight, or if another module
     reads it."""
     packed_adapters: dict[int, LayerAdapter] = {}
-    read_below: set[int] = set()
+    submodule_adapters: set[int] = set()
     for _, module, layer_adapter in adapters(model, name):
         are_plain = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
         layer_state: Any = module._modules[STATE]
-        read_below.update(id(below) for below in layer_adapter.read_below.values())
+        submodule_adapters.update(
+            id(adapter) for adapter in layer_adapter.submodule_adapters.values()
+        )
         if are_plain == {False}:
             packed_adapters[layer_state.key] = layer_adapter
         elif len(are_plain) == 2:
             return None
-    return None if read_below & set(map(id, packed_adapters.values())) else packed_adapters
+    return None if submodule_adapters & set(map(id, packed_adapters.values())) else packed_adapters
 
 
 @contextmanager

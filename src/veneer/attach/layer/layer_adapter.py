@@ -67,10 +67,10 @@ class LayerAdapter(nn.Module):
         low: a module whose children are the ``changes`` that are registered here. A change of a
             tied weight is registered in one layer adapter only.
         full: a module whose parameters and buffers replace those of the layer in full, by name.
-        read_below: the layer adapters of modules below this one whose weights the forward of this
-            module reads directly, by the path from this module.
-        read_below_by_method: the same for each other method that reads an adapted weight of this
-            module or of a module below, by the name of the method.
+        submodule_adapters: the layer adapters of submodules whose weights this module's forward
+            reads directly, by the path of the submodule from this module.
+        submodule_adapters_by_method: the same for each other method that reads an adapted weight
+            of this module or of a submodule, by the name of the method.
         has_gain: whether an earlier call found that a change of a stack of matrices has a gain.
         fused_change: the change as the fused kernel takes it; None if that kernel cannot compute
             this layer adapter.
@@ -89,8 +89,8 @@ class LayerAdapter(nn.Module):
         self.has_gain = False
         self.fused_change: FusedChange | None = None
         self.shared_input_layers: SharedInputLayers | None = None
-        self.read_below: dict[ModulePath, LayerAdapter] = {}
-        self.read_below_by_method: dict[str, dict[ModulePath, LayerAdapter]] = {}
+        self.submodule_adapters: dict[ModulePath, LayerAdapter] = {}
+        self.submodule_adapters_by_method: dict[str, dict[ModulePath, LayerAdapter]] = {}
 
     def keys(self, layer_state: LayerState) -> Iterator[Any]:
         """The keys under which ``ActiveAdapter.layer_adapters`` holds this layer adapter: the
@@ -98,13 +98,13 @@ class LayerAdapter(nn.Module):
         method."""
         if (
             self.changes
-            or self.read_below
+            or self.submodule_adapters
             or self.full._parameters
             or self.full._buffers
             or layer_state.view_attributes
         ):
             yield layer_state.key
-        for method in self.read_below_by_method:
+        for method in self.submodule_adapters_by_method:
             yield layer_state.key, method
 
     def finalize(self, module: nn.Module, layer_state: LayerState) -> None:
@@ -112,7 +112,7 @@ class LayerAdapter(nn.Module):
         fused kernel can compute. Call this once all changes are set."""
         changes = tuple(self.changes.values())
         is_one_change = len(changes) == 1 and not (
-            self.read_below or self.full._parameters or self.full._buffers
+            self.submodule_adapters or self.full._parameters or self.full._buffers
         )
         if (
             is_one_change
@@ -136,7 +136,11 @@ class LayerAdapter(nn.Module):
 
     def below(self, method: str) -> Mapping[ModulePath, LayerAdapter]:
         """The layer adapters of modules below whose weights a method reads directly, by path."""
-        return self.read_below if method == "forward" else self.read_below_by_method[method]
+        return (
+            self.submodule_adapters
+            if method == "forward"
+            else self.submodule_adapters_by_method[method]
+        )
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of ``full`` that replace parameters and buffers of the module, by name. A
@@ -208,7 +212,7 @@ class LayerAdapter(nn.Module):
         input_count = len(call.args) + len(call.kwargs)
         if (
             not (layer_state.supports_factored and self.changes and input_count == 1)
-            or self.read_below
+            or self.submodule_adapters
         ):
             return run_on_view(self, call)
         kind: Any = layer_state.layer
@@ -217,7 +221,7 @@ class LayerAdapter(nn.Module):
         change = self.changes[kind.weight]
         low_rank, gain = change.resolve(frozen_weight(change, module, kind.weight))
         dropout = change.dropout if change.training else 0.0
-        linear_call = LinearCall(call, replacements, bool(self.read_below_by_method))
+        linear_call = LinearCall(call, replacements, bool(self.submodule_adapters_by_method))
         linear_call.refuse_other_dtype(change)
         # A gain scales the rows of ΔW. A layer that holds the weight transposed reads these rows as
         # inputs, so that it must form W + ΔW.

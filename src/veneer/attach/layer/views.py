@@ -43,7 +43,7 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     module, base_cls, layer_state, args, kwargs, _, method, *_ = call
     if any(change.storage.opaque for change in layer_adapter.changes.values()):
         return _run_opaque(layer_adapter, module, layer_state, args, kwargs)
-    function, read_below, replacements = (
+    function, submodule_adapters, replacements = (
         method_of(base_cls, method),
         layer_adapter.below(method),
         layer_adapter.replacements(module),
@@ -53,12 +53,12 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
         for name, change in layer_adapter.changes.items()
     }
     narrow_dtype = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
-    if read_below or any(child is not layer_state for child in module._modules.values()):
+    if submodule_adapters or any(child is not layer_state for child in module._modules.values()):
         narrow_dtype = None  # the modules below it are not widened
     runs_wide = narrow_dtype is not None
     unformed_weights = (
         None
-        if read_below
+        if submodule_adapters
         else unformed_weights_of(
             layer_adapter, module, layer_state, (args, kwargs), can_form=not runs_wide
         )
@@ -85,7 +85,7 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
             if tensor is not None
         }
     views: list[_View] = []
-    child_views = _children_read_below(module, read_below, views)
+    child_views = _children_read_below(module, submodule_adapters, views)
     view_of_module = _create_view(module, base_cls, values, child_views, layer_state, views)
     if narrow_dtype is None:
         y = function(view_of_module, *args, **kwargs)
@@ -176,8 +176,11 @@ def _view_read_below(
     if layer_state is None:
         raise detached_error("the selected one")
     # The methods of the module run on the view too, so the weights that they read are replaced.
-    for read_below in (layer_adapter.read_below, *layer_adapter.read_below_by_method.values()):
-        layer_adapters = {**read_below, **layer_adapters}
+    for submodule_adapters in (
+        layer_adapter.submodule_adapters,
+        *layer_adapter.submodule_adapters_by_method.values(),
+    ):
+        layer_adapters = {**submodule_adapters, **layer_adapters}
     values = {
         **layer_adapter.replacements(module),
         **layer_adapter.changed_weights(module, wide=False),

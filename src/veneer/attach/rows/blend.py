@@ -141,15 +141,15 @@ class Blend:
         }
 
     @property
-    def read_below(self) -> dict[ModulePath, Blend]:
+    def submodule_adapters(self) -> dict[ModulePath, Blend]:
         return self.below("forward")
 
     @property
-    def read_below_by_method(self) -> dict[str, dict[ModulePath, Blend]]:
+    def submodule_adapters_by_method(self) -> dict[str, dict[ModulePath, Blend]]:
         return {
             method: self.below(method)
             for layer_adapter, _ in self.components
-            for method in layer_adapter.read_below_by_method
+            for method in layer_adapter.submodule_adapters_by_method
         }
 
     def below(self, method: str) -> dict[ModulePath, Blend]:
@@ -157,9 +157,9 @@ class Blend:
         components_by_path: dict[ModulePath, list[tuple[Any, float]]] = {}
         for layer_adapter, weight in self.components:
             read_adapters = (
-                layer_adapter.read_below
+                layer_adapter.submodule_adapters
                 if method == "forward"
-                else layer_adapter.read_below_by_method.get(method, {})
+                else layer_adapter.submodule_adapters_by_method.get(method, {})
             )
             for path, read_adapter in read_adapters.items():
                 components_by_path.setdefault(path, []).append((read_adapter, weight))
@@ -167,7 +167,7 @@ class Blend:
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         for layer_adapter, _ in self.components:
-            if method == "forward" or method in layer_adapter.read_below_by_method:
+            if method == "forward" or method in layer_adapter.submodule_adapters_by_method:
                 yield from layer_adapter.reached_ids(method)
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ class Blend:
             return run_on_view(self, call)
         if is_jagged(call.x) and call.layer_state.layer.by_position:
             return run_on_values(self.run, call)
-        adapts_methods = bool(self.read_below_by_method)
+        adapts_methods = bool(self.submodule_adapters_by_method)
         linear_call = LinearCall(call, self.replacements(call.module), adapts_methods)
         linear_call.refuse_other_dtype(next(iter(self.changes.values())))
         return self._run_factored(linear_call)
@@ -218,7 +218,7 @@ class Blend:
         every adapter either changes this weight at a low rank or does not change it."""
         if (
             not (layer_state.supports_factored and self.changes and input_count == 1)
-            or self.read_below
+            or self.submodule_adapters
         ):
             return False
         weight_name = layer_state.layer.weight

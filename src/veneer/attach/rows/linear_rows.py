@@ -382,6 +382,6 @@ def _is_low_rank_only(layer_adapter: Any) -> bool:
     """Whether an adapter changes nothing at a layer except for weights at a low rank."""
     return (
         isinstance(layer_adapter, LayerAdapter)
-        and not layer_adapter.read_below
+        and not layer_adapter.submodule_adapters
         and not (layer_adapter.full._parameters or layer_adapter.full._buffers)
     )

@@ -29,7 +29,7 @@ from veneer.serve.chat_messages import (
     check_history,
     check_tools,
 )
-from veneer.serve.refusal import CUSTOM_TYPE, value_error
+from veneer.serve.refusal import CUSTOM_ERROR_TYPE, value_error
 from veneer.serve.schemas import Blend, ChatRequest, Stops
 
 
@@ -73,7 +73,9 @@ Block = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ToolUse, Tag("tool_use")]
     | Annotated[ToolResult, Tag("tool_result")],
-    Discriminator(_block_type, custom_error_type=CUSTOM_TYPE, custom_error_message=_UNKNOWN_BLOCK),
+    Discriminator(
+        _block_type, custom_error_type=CUSTOM_ERROR_TYPE, custom_error_message=_UNKNOWN_BLOCK
+    ),
 ]
 
 

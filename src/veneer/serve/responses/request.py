@@ -21,7 +21,7 @@ from veneer.serve.chat_messages import (
     check_history,
     check_tools,
 )
-from veneer.serve.refusal import CUSTOM_TYPE, value_error
+from veneer.serve.refusal import CUSTOM_ERROR_TYPE, value_error
 from veneer.serve.schemas import (
     Blend,
     ChatRequest,
@@ -98,7 +98,9 @@ Item = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputCall, Tag("function_call")]
     | Annotated[InputResult, Tag("function_call_output")],
-    Discriminator(_item_type, custom_error_type=CUSTOM_TYPE, custom_error_message=_UNKNOWN_ITEM),
+    Discriminator(
+        _item_type, custom_error_type=CUSTOM_ERROR_TYPE, custom_error_message=_UNKNOWN_ITEM
+    ),
 ]
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from veneer.serve.body_rules import few_unknown
+from veneer.serve.body_rules import limit_unknown_fields
 from veneer.serve.refusal import value_error
 from veneer.serve.training.run_trainer import Adam
 
@@ -53,7 +53,7 @@ class Body(BaseModel):
             for field_name, field_info in cls.model_fields.items()
             for name in (field_name, *_aliases(field_info))
         }
-        return few_unknown(data, known_names) if isinstance(data, dict) else data
+        return limit_unknown_fields(data, known_names) if isinstance(data, dict) else data
 
 
 class TypedBody(Body):

@@ -356,10 +356,10 @@ def _combine_changes(
         )
         combined_layers[aligned_weight.entry_path] = layer
         for alias in aliases[aligned_weight.model_path]:
-            alias_layer = alias.template.with_low(
+            tied_layer = alias.template.with_low_rank(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
-            combined_layers[alias.entry_path] = alias_layer.with_magnitude(blend.magnitude)
+            combined_layers[alias.entry_path] = tied_layer.with_magnitude(blend.magnitude)
         reports.append(_report_layer(aligned_weight, weights, blend, layer.rank))
     ordered_layers = {
         aligned_weight.entry_path: combined_layers[aligned_weight.entry_path]
@@ -424,7 +424,7 @@ def _combine_change(
         # A single change with weight 1 needs no base. PEFT stores some variants at a higher rank
         # than they need; compact() lowers the rank.
         low_rank = layers[0].low.compact().to(dtype)
-        entry = layers[0].with_low(low_rank).with_magnitude(magnitudes[0])
+        entry = layers[0].with_low_rank(low_rank).with_magnitude(magnitudes[0])
         return Blend(low_rank, magnitudes[0], low_rank.norm(), 0.0), entry
     frozen_weight = None
     if is_dora or any(magnitude is not None for magnitude in magnitudes):
@@ -460,4 +460,4 @@ def _combine_change(
             LowRank.sum([term.low_rank for term in terms], [term.weight for term in terms]), options
         )
     low_rank = (blend.low_rank.T if is_transposed else blend.low_rank).to(dtype)
-    return blend, layers[0].with_low(low_rank).with_magnitude(blend.magnitude)
+    return blend, layers[0].with_low_rank(low_rank).with_magnitude(blend.magnitude)

@@ -215,9 +215,9 @@ def _folder_entry(
         return layers[aligned_weight.model_path]
     first_path, transposed = aligned_weight.alias_of
     low_rank = layers[first_path].low
-    return aligned_weight.template.with_low(low_rank.T if transposed else low_rank).with_magnitude(
-        layers[first_path].extras.get(peft.MAGNITUDE)
-    )
+    return aligned_weight.template.with_low_rank(
+        low_rank.T if transposed else low_rank
+    ).with_magnitude(layers[first_path].extras.get(peft.MAGNITUDE))
 
 
 def _repair_layer(
@@ -233,7 +233,7 @@ def _repair_layer(
         torch.promote_types(layer.A.dtype, torch.float32),
     )
     if not intruders.count or factor == 1:
-        return layer.with_low(layer.low.compact().to(dtype)).with_magnitude(magnitude)
+        return layer.with_low_rank(layer.low.compact().to(dtype)).with_magnitude(magnitude)
     low_rank = (low_rank.T if intruders.is_transposed else low_rank).to(torch.float64)
     repaired_change = LowRank.sum(
         [low_rank, _intruder_change(intruders, low_rank, factor)], [1, 1]
@@ -250,7 +250,7 @@ def _repair_layer(
     repaired_change = LowRank(
         repaired_change.A, repaired_change.B, repaired_change.scale / repeats
     ).to(dtype)
-    return layer.with_low(repaired_change).with_magnitude(magnitude)
+    return layer.with_low_rank(repaired_change).with_magnitude(magnitude)
 
 
 def _intruder_change(intruders: WeightIntruders, low_rank: LowRank, factor: float) -> LowRank:

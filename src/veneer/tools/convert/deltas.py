@@ -80,8 +80,12 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
 def deltas_of_file(
     low_rank_changes: Sequence[LowRankChange], full: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(ΔW by path as in ``deltas_of_model``, but without a model; problems of the changes whose ΔW
-    depends on the base)."""
+    """Compute ΔW without the base's model.
+
+    Returns:
+        ΔW by the path of the weight, and a message for each change whose ΔW depends on the base's
+        weights, and therefore cannot be computed here.
+    """
     deltas: dict[str, Tensor] = {}
     unknown_deltas = []
     for change in low_rank_changes:
