@@ -366,7 +366,9 @@ def test_a_card_of_somebody_else_is_kept(tmp_path):
 
 def test_renewed():
     assert renew_card(f"new\n{NOTES_MARKER}\n", None) == f"new\n{NOTES_MARKER}\n"
-    assert renew_card(f"new\n{NOTES_MARKER}\n", f"old\n{NOTES_MARKER}\n") == f"new\n{NOTES_MARKER}\n"
+    assert (
+        renew_card(f"new\n{NOTES_MARKER}\n", f"old\n{NOTES_MARKER}\n") == f"new\n{NOTES_MARKER}\n"
+    )
     assert (
         renew_card(f"new\n{NOTES_MARKER}\n", f"old\n{NOTES_MARKER}\nnotes {NOTES_MARKER}\n")
         == f"new\n{NOTES_MARKER}\nnotes {NOTES_MARKER}\n"

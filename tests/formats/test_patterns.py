@@ -90,9 +90,7 @@ USED = [
 @pytest.mark.parametrize("source", USED)
 def test_expressions_that_people_use(source):
     for path in PATHS:
-        assert full_matcher(source)(path) == (re.fullmatch(source, path) is not None), (
-            path
-        )
+        assert full_matcher(source)(path) == (re.fullmatch(source, path) is not None), path
 
 
 @given(

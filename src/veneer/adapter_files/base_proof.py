@@ -122,7 +122,7 @@ def fingerprints_of(
     Args:
         bits: the stored tensors of merged weights before the merge, by the ``id`` of the weight
             (``stored_weights.bits_before_merge``).
-        hash_kind: the hash, XXH3 or SHA256. A record can only be compared with fingerprints by its hash.
+        hash_kind: the hash, XXH3 or SHA256: that of the record to compare the fingerprints with.
         as_loaded: see ``WeightValues.dense``.
     """
     with _HASHING_LOCK, _prepare_storages(tensors):
@@ -156,7 +156,9 @@ def earlier_fingerprints(tensors: Sequence[ModuleWeight], hash_kind: str = XXH3)
     """The fingerprints, by name, that earlier releases of Veneer took of packed weights: before the
     first forward call, which may change the values."""
     packed = call_modified_weights(tensors)
-    fingerprints = zip(packed, fingerprints_of(packed, hash_kind=hash_kind, as_loaded=True), strict=True)
+    fingerprints = zip(
+        packed, fingerprints_of(packed, hash_kind=hash_kind, as_loaded=True), strict=True
+    )
     return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
 
 
@@ -176,7 +178,9 @@ def fingerprint_without_rows(
 ) -> str:
     """The fingerprint of a weight without the ``rows`` (ascending) that an adapter replaces."""
     with _HASHING_LOCK, _prepare_storages([tensor]):
-        return hashing.fingerprint_without_rows(_values_of(tensor, bits or {}).dense(), rows, hash_kind)
+        return hashing.fingerprint_without_rows(
+            _values_of(tensor, bits or {}).dense(), rows, hash_kind
+        )
 
 
 def clear_fingerprints() -> None:
@@ -237,7 +241,9 @@ def base_record(
         fingerprints: the fingerprint of each of ``changed_weights`` and then of each of
             ``unchanged_tensors``; None if it is unknown.
     """
-    unchanged_fingerprints = zip(unchanged_tensors, fingerprints[len(changed_weights) :], strict=True)
+    unchanged_fingerprints = zip(
+        unchanged_tensors, fingerprints[len(changed_weights) :], strict=True
+    )
     return {
         "weights": {
             path: digest

@@ -111,7 +111,9 @@ def _file_tensors(
     }
     for path_in_file, parameters in full.items():
         # PEFT's wrapper of an adapted module holds the module as ``base_layer``
-        tensor_path = f"{path_in_file}.base_layer".lstrip(".") if path_in_file in low else path_in_file
+        tensor_path = (
+            f"{path_in_file}.base_layer".lstrip(".") if path_in_file in low else path_in_file
+        )
         for name, tensor in parameters.items():
             tensors[peft.tensor_key(tensor_path, name)] = file_tensor(tensor)
     return tensors
@@ -128,7 +130,9 @@ def _narrow_base(
         for name in tensors
     }
     narrowed_record = dict(base)
-    narrowed_record["weights"] = {weight_path: base["weights"][weight_path] for weight_path in changes}
+    narrowed_record["weights"] = {
+        weight_path: base["weights"][weight_path] for weight_path in changes
+    }
     if "rest" in base:
         narrowed_record["rest"] = {
             name: fingerprint
@@ -196,7 +200,9 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
     return merged_record
 
 
-def _recorded_changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:
+def _recorded_changes(
+    sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]
+) -> dict[str, Any]:
     """The field "changes" for the record of a new adapter, by weight, from its sources' records."""
     layers = {layer.target_path: layer for layer in low.values()}
     changes: dict[str, Any] = {}
@@ -255,13 +261,13 @@ def _peft_config(
         if not peft.targets_parameter(path, layer)
     }
     target_modules = (
-        target_names
-        if target_names and source_targets == set(targets)
-        else sorted(set(targets))
+        target_names if target_names and source_targets == set(targets) else sorted(set(targets))
     )
     peft_types = [str(config.get("peft_type")) for config in configs]
     invocation_tokens = configs[0].get("alora_invocation_tokens")
-    full_modules = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
+    full_modules = sorted(
+        {name for config in configs for name in config.get("modules_to_save") or ()}
+    )
     biases = [config.get("bias") or "none" for config in configs]
     fields = {
         "peft_type": next(

@@ -74,7 +74,10 @@ def stack_experts(adapter_files: AdapterFiles, names: Names, problems: list[str]
     module_layers: dict[str, peft.PeftLayer] = {}
     for path, weight_path in renamed_paths.items():
         module_path, _, name = weight_path.rpartition(".")
-        layer, layer_kind = adapter_files.low[path], kind_for(names.modules[names.canonical[module_path]], name)
+        layer, layer_kind = (
+            adapter_files.low[path],
+            kind_for(names.modules[names.canonical[module_path]], name),
+        )
         if layer_kind is not GENERAL_KIND:
             module_layers[module_path] = replace(layer, target_path=module_path)
         elif layer.extras:
@@ -117,7 +120,11 @@ def _map_renamed_layers(
             and kind_for(names.modules[names.canonical[path]], "weight") is not GENERAL_KIND
         ):
             continue
-        if path not in expert_paths and layer.suffixes == LORA_SUFFIXES and not peft.targets_parameter(path, layer):
+        if (
+            path not in expert_paths
+            and layer.suffixes == LORA_SUFFIXES
+            and not peft.targets_parameter(path, layer)
+        ):
             parameter_paths[path] = f"{path}.weight"
     locations = (
         map_checkpoint_names(names.model, parameter_paths.values()) if parameter_paths else {}
@@ -138,8 +145,7 @@ def _map_renamed_layers(
 def _group_by_stack(
     adapter_files: AdapterFiles, names: Names, expert_matches: Mapping[str, re.Match[str]]
 ) -> tuple[dict[str, list[_ExpertChange]], set[str]]:
-    """(the changes of experts by the path of their stack, the paths of these changes in the file).
-    """
+    """(the changes of experts by the path of their stack, the paths of the changes in the file)."""
     model = names.model
     expert_count = max(
         (len(parameter) for parameter in model.parameters() if parameter.dim() == 3), default=0
@@ -173,7 +179,11 @@ def _group_by_stack(
 
 
 def _stack_changes(
-    weight_path: str, expert_changes: list[_ExpertChange], names: Names, is_rslora: bool, problems: list[str]
+    weight_path: str,
+    expert_changes: list[_ExpertChange],
+    names: Names,
+    is_rslora: bool,
+    problems: list[str],
 ) -> peft.PeftLayer | None:
     """The change of a stack, as PEFT's file would hold it; None, with a problem added, if the
     change of an expert does not fit. ``is_rslora``: whether the scale is alpha / √rank."""
@@ -205,9 +215,7 @@ def _stack_changes(
     for change in expert_changes:
         changes_by_expert.setdefault(change.expert, []).append(change)
     scale = next((change.layer.scale for change in expert_changes if change.layer.scale), 0.0)
-    rank = max(
-        sum(len(change.layer.A) for change in group) for group in changes_by_expert.values()
-    )
+    rank = max(sum(len(change.layer.A) for change in group) for group in changes_by_expert.values())
     A = first_layer.A.new_zeros(expert_count, rank, in_)
     B = first_layer.B.new_zeros(expert_count, out, rank)
     for expert, group in changes_by_expert.items():

@@ -422,9 +422,7 @@ def folder_problems(path: Path) -> list[str]:
     if not path.is_dir():
         return [sentence(f"no folder {path}", "an adapter folder", _fetch_advice(str(path)))]
     problems = [*pickle_problems(path), *location_problems(path, FILES)]
-    missing_files = [
-        name for name in (peft.CONFIG, peft.TENSORS) if not (path / name).is_file()
-    ]
+    missing_files = [name for name in (peft.CONFIG, peft.TENSORS) if not (path / name).is_file()]
     if missing_files and not problems:
         problem = f"no {' and no '.join(missing_files)} in {path}"
         problems.append(

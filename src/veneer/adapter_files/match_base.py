@@ -37,7 +37,9 @@ class PartialChange(UserWarning):
     module's weight directly and so compute without the change."""
 
 
-def must_be_base(names: Names, adapter_files: AdapterFiles, cache: dict[str, dict[str, str]]) -> None:
+def must_be_base(
+    names: Names, adapter_files: AdapterFiles, cache: dict[str, dict[str, str]]
+) -> None:
     """Compare the fingerprint of every tensor of the base that the record lists.
 
     Args:
@@ -62,7 +64,9 @@ def must_be_base(names: Names, adapter_files: AdapterFiles, cache: dict[str, dic
             for tensor in list_weights(names)
             if tensor.is_readable and not uncached_names.isdisjoint(tensor.names)
         ]
-        for tensor, digest in zip(uncached_tensors, fingerprints_of(uncached_tensors, hash_kind=hash_kind), strict=True):
+        for tensor, digest in zip(
+            uncached_tensors, fingerprints_of(uncached_tensors, hash_kind=hash_kind), strict=True
+        ):
             fingerprints.update(dict.fromkeys(tensor.names, digest))
     # a weight that was quantised at loading may match by the fingerprint of its file, too
     file_fingerprints = sources_of(names.model)
@@ -145,7 +149,9 @@ def _warn_unproven(
         warnings.warn(f"{warning_text}you use reads them.", UnverifiedAdapter, stacklevel=6)
 
 
-def _untrained_rows_match(names: Names, adapter_files: AdapterFiles, weight_path: str, expected: str) -> bool:
+def _untrained_rows_match(
+    names: Names, adapter_files: AdapterFiles, weight_path: str, expected: str
+) -> bool:
     """Whether a weight with trained token rows equals the base's weight in all other rows.
     ``expected``: the fingerprint of the base's weight without the trained rows."""
     tensor = next(tensor for tensor in list_weights(names) if weight_path in tensor.names)

@@ -131,7 +131,10 @@ def match(
     cache = MatchCache(Names(model)) if cache is None else cache
     adapter_files = stack_experts(read(path, weights_of(cache.names)), cache.names, problems)
     matching = _Match(
-        adapter_files, cache.names, problems, by_peft_rules=adapter_files.record is None and not of_weights
+        adapter_files,
+        cache.names,
+        problems,
+        by_peft_rules=adapter_files.record is None and not of_weights,
     )
     matching.match_modules()
     matching.plan_low_rank(cache)
@@ -194,18 +197,24 @@ class _Match:
                 self.add_problem(problem, "one", "get the whole file again")
             layer = self.without_bias(ref, self.with_config_scale(ref, file_path, file_layer))
             self.layers[ref] = (
-                layer if self.adapter_files.record is not None else self.as_weight_change(ref, layer)
+                layer
+                if self.adapter_files.record is not None
+                else self.as_weight_change(ref, layer)
             )
         # PEFT skips modules that the model lacks; here the folder of another model is refused
         for path in self.adapter_files.ignored_modules:
             if path not in self.names.modules:
                 self.add_missing_module(path, path)
-        if self.adapter_files.tokens or self.adapter_files.peft_config.get(peft_tokens.INDICES_FIELD):
+        if self.adapter_files.tokens or self.adapter_files.peft_config.get(
+            peft_tokens.INDICES_FIELD
+        ):
             self.tokens = saved_token_rows.match_tokens(
                 self.names, self.adapter_files, self.problems, self.by_peft_rules
             )
 
-    def with_config_scale(self, ref: ParamRef, file_path: str, file_layer: peft.PeftLayer) -> peft.PeftLayer:
+    def with_config_scale(
+        self, ref: ParamRef, file_path: str, file_layer: peft.PeftLayer
+    ) -> peft.PeftLayer:
         """The change with the rank, alpha and scale that the config gives to this weight. It adds a
         problem if PEFT would apply the change in another way than to the weight."""
         names, config = self.names, self.adapter_files.peft_config
@@ -297,7 +306,9 @@ class _Match:
         accepts any rank."""
         if peft_fields.changes_base_at_load(self.adapter_files.peft_config):
             kind_name = kind_for(self.names.modules[ref[0]], ref[1]).name
-            product = without_initial_product(self.names, ref, kind_name, self.adapter_files.peft_config, layer)
+            product = without_initial_product(
+                self.names, ref, kind_name, self.adapter_files.peft_config, layer
+            )
             if isinstance(product, str):
                 self.add_problem(
                     f"{layer.target_path!r}: {product}",
@@ -350,7 +361,9 @@ class _Match:
         if recorded_changes is not None:
             planned_refs = {ref for plan in self.low_rank for ref in plan.holders} | set(specs)
             unrecorded_paths = [parameter_path(*ref) for ref in layers if ref not in planned_refs]
-            unrecorded_paths += sorted(adapter_files.adapter_parameters.keys() - recorded_changes.keys())
+            unrecorded_paths += sorted(
+                adapter_files.adapter_parameters.keys() - recorded_changes.keys()
+            )
             if unrecorded_paths:
                 problem = f"changes that the record does not know: {listing(unrecorded_paths)}"
                 self.add_problem(problem, "the files as they were saved", COPY_ADVICE)
@@ -410,7 +423,9 @@ class _Match:
                         "use the model that it was trained on",
                     )
             if module is not None:
-                self.full_names[path] = tuple(name for name in tensors if name in module._parameters)
+                self.full_names[path] = tuple(
+                    name for name in tensors if name in module._parameters
+                )
         modules_with_buffers = frozenset(
             path
             for path, tensors in self.full.items()
@@ -458,7 +473,9 @@ class _Match:
             (path, weight_names[path])
             for path in peft_paths.expected_paths(config, weight_names) or ()
         }
-        expected_refs = {ref for ref in expected_refs if weight_of(names.modules[ref[0]], ref[1]) is not None}
+        expected_refs = {
+            ref for ref in expected_refs if weight_of(names.modules[ref[0]], ref[1]) is not None
+        }
         expected_refs |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
         missing_paths = sorted(parameter_path(*ref) for ref in expected_refs - self.layers.keys())
         # a tuner that trains its layers in full has no low-rank tensors for them
@@ -470,7 +487,9 @@ class _Match:
             )
         if missing_paths:
             self.add_problem(
-                f"no tensors for {listing(missing_paths)}", "those of every target", "get the whole file"
+                f"no tensors for {listing(missing_paths)}",
+                "those of every target",
+                "get the whole file",
             )
 
     def load_plan(self) -> LoadPlan:

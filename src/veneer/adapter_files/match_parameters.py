@@ -137,12 +137,13 @@ class ParameterReader:
         (path, name), module, layer = ref, self.names.modules[ref[0]], self.layers.get(ref)
         if layer is None:
             problem = (
-                f"a change of {plan.path!r}, whose weight {path!r} shares, without one for"
-                f" {path!r}"
+                f"a change of {plan.path!r}, whose weight {path!r} shares, without one for {path!r}"
             )
             if ref == plan.ref:
                 problem = f"no change of {parameter_path(*ref)!r} in {peft.TENSORS}"
-            self.add_problem(problem, "one change for a tied weight, under every name", UNTIE_ADVICE)
+            self.add_problem(
+                problem, "one change for a tied weight, under every name", UNTIE_ADVICE
+            )
             return None
         layer_kind = kind_for(module, name)
         if means_parameter(self.names, ref, self.adapter_files.peft_config):
@@ -209,10 +210,10 @@ def _disagreement(
                 dims.groups, dims.out, dims.in_, plan.rank, plan.layer.fan_in(plan.dims)
             )
             variant_parameters = {**variant.init(context), **variant_parameters}
-        low, _ = variant.resolve(variant_parameters, variant.scale(plan.alpha, plan.rank), base_weight)
-        low = (
-            low if plan.rows is None else low.expand_rows(torch.tensor(plan.rows), plan.dims.out)
+        low, _ = variant.resolve(
+            variant_parameters, variant.scale(plan.alpha, plan.rank), base_weight
         )
+        low = low if plan.rows is None else low.expand_rows(torch.tensor(plan.rows), plan.dims.out)
         frozen_input = plan.layer.frozen_input(module)
         low = low if frozen_input is None else low.zero_input(frozen_input)
         A, B = (

@@ -129,9 +129,7 @@ class _Card:
         )
         peft_type = str(config.get("peft_type"))
         self.not_peft_reason = (
-            ""
-            if peft_type == "LORA"
-            else peft_type.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
+            "" if peft_type == "LORA" else peft_type.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
         )
 
     def text(self) -> str:
@@ -187,12 +185,16 @@ class _Card:
         if not eval_metrics or not data or not self.is_language_model:
             return []
         dataset = {"name": _display_name(data), "type": _hub_id(data) or "private"}
-        results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": eval_metrics}]
+        results = [
+            {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": eval_metrics}
+        ]
         return [{"name": self.title, "results": results}]
 
     def summary(self) -> str:
         paths = self.record.get("changes", {})
-        module_counts = Counter(".".join(path.split(".")[-2:]).removesuffix(".weight") for path in paths)
+        module_counts = Counter(
+            ".".join(path.split(".")[-2:]).removesuffix(".weight") for path in paths
+        )
         ranks = sorted({self.config["r"], *(self.config.get("rank_pattern") or {}).values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         text = (
@@ -270,12 +272,16 @@ class _Card:
                 f"model = load_base({_quote_string(base_name)}).model",
                 ["from veneer.models import load_base"],
             )
-        yield _python_block(["import veneer", *veneer_import], veneer_code, 'veneer.load(model, ".")  # this folder')
+        yield _python_block(
+            ["import veneer", *veneer_import], veneer_code, 'veneer.load(model, ".")  # this folder'
+        )
         if self.not_peft_reason:
             yield f"PEFT and vLLM cannot load it: {_line(self.not_peft_reason)}."
             return
         peft_import = ["from peft import PeftModel", *transformers_import]
-        yield _python_block(peft_import, transformers_code, 'model = PeftModel.from_pretrained(model, ".")')
+        yield _python_block(
+            peft_import, transformers_code, 'model = PeftModel.from_pretrained(model, ".")'
+        )
         reasons = list(self.vllm_problems())
         if reasons:
             yield f"vLLM cannot serve it: {'; '.join(reasons)}."
@@ -317,7 +323,9 @@ def _yaml_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return (
             "{"
-            + ", ".join(f"{_yaml_value(str(key))}: {_yaml_value(member)}" for key, member in value.items())
+            + ", ".join(
+                f"{_yaml_value(str(key))}: {_yaml_value(member)}" for key, member in value.items()
+            )
             + "}"
         )
     if isinstance(value, (list, tuple)):
@@ -379,14 +387,14 @@ def _abbreviate(words: list[str], limit: int) -> str:
 
 
 def _hub_id(name: Any) -> str | None:
-    """The name if it looks like a repository on the hub, "owner/name", and no file has this path."""
+    """The name if it looks like a repository on the hub, "owner/name", and is no path of a file."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         return None
     return None if name.endswith((*_DATA_FILES, ".gguf")) or Path(name).exists() else name
 
 
 def _display_name(name: Any) -> str:
-    """A hub id unchanged. Of a path, the last segment only, since the others depend on a machine."""
+    """A hub id unchanged. Of a path, the last segment alone: the others belong to one machine."""
     return str(name) if _hub_id(name) else Path(str(name)).name or str(name)
 
 

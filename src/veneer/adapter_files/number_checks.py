@@ -45,11 +45,17 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
     largest_magnitudes = {
         key: max(map(abs, map(float, tensor.aminmax()))) for key, tensor in throttle(floats.items())
     }
-    nonfinite_keys = [key for key, magnitude in largest_magnitudes.items() if not math.isfinite(magnitude)]
+    nonfinite_keys = [
+        key for key, magnitude in largest_magnitudes.items() if not math.isfinite(magnitude)
+    ]
     if nonfinite_keys:
-        yield sentence(f"numbers that are not finite in {listing(nonfinite_keys)}", "finite ones", do)
+        yield sentence(
+            f"numbers that are not finite in {listing(nonfinite_keys)}", "finite ones", do
+        )
     oversized_keys = [
-        f"{key} ({magnitude:.1e})" for key, magnitude in largest_magnitudes.items() if MAX_MAGNITUDE < magnitude < math.inf
+        f"{key} ({magnitude:.1e})"
+        for key, magnitude in largest_magnitudes.items()
+        if MAX_MAGNITUDE < magnitude < math.inf
     ]
     if oversized_keys:
         yield sentence(

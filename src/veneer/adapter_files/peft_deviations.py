@@ -59,7 +59,9 @@ def deviation_reason(
     if is_parameter:
         is_recurrent = isinstance(module, nn.RNNBase)
         return (
-            "its kernel reads a list of weights that PEFT leaves as it was" if is_recurrent else None
+            "its kernel reads a list of weights that PEFT leaves as it was"
+            if is_recurrent
+            else None
         )
     reason = rule(layer_kind.name, module)
     if reason is None and not _is_plain_forward(layer_kind, module, parameter_name):
@@ -130,7 +132,9 @@ def _is_plain_forward(layer_kind: Layer, module: nn.Module, parameter_name: str)
     if not dense.any():  # with the zeros of a meta model, every forward would give the same
         # use values that differ along every axis; as a strided view they take little memory
         strides = range(dense.dim(), 0, -1)
-        last_index = sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
+        last_index = sum(
+            stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True)
+        )
         values = torch.arange(last_index + 1.0, device=dense.device).sin().to(dense.dtype)
         dense = values.as_strided(dense.shape, [*strides])
         replacement = {parameter_name: dense}

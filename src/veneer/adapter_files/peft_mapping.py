@@ -133,7 +133,9 @@ def _wrapper_counts(entries: list[PeftEntry]) -> dict[str, int]:
     return counts
 
 
-def file_tensors(model: nn.Module, adapter_name: str, entries: list[PeftEntry]) -> dict[str, Tensor]:
+def file_tensors(
+    model: nn.Module, adapter_name: str, entries: list[PeftEntry]
+) -> dict[str, Tensor]:
     """The tensors of an adapter for PEFT's file, by key."""
     tensors: dict[str, Tensor] = {}
     for entry in entries:
@@ -145,9 +147,7 @@ def file_tensors(model: nn.Module, adapter_name: str, entries: list[PeftEntry]) 
         ):
             tensors[peft.tensor_key(entry.file_path, suffix)] = file_tensor(tensor)
         for parameter_name, suffix in change.variant.peft_keys.items():
-            magnitude = _full_magnitude(
-                change, weight, change.adapter_parameters[parameter_name]
-            )
+            magnitude = _full_magnitude(change, weight, change.adapter_parameters[parameter_name])
             tensors[peft.tensor_key(entry.file_path, suffix)] = file_tensor(
                 layer_kind.pack_vector(magnitude, shape)
             )
@@ -203,7 +203,11 @@ def file_tensor(tensor: Tensor) -> Tensor:
 
 
 def peft_config(
-    names: Names, adapter_name: str, config: LoraConfig, base_name: str | None, entries: list[PeftEntry]
+    names: Names,
+    adapter_name: str,
+    config: LoraConfig,
+    base_name: str | None,
+    entries: list[PeftEntry],
 ) -> dict[str, Any]:
     """The fields of ``adapter_config.json`` for an adapter. ``base_name``: the name of
     the base, if it is known."""
@@ -280,7 +284,9 @@ def config_fields(
     }
 
 
-def _modules_to_save(names: Names, adapter_name: str, wrapper_counts: Mapping[str, int]) -> list[str]:
+def _modules_to_save(
+    names: Names, adapter_name: str, wrapper_counts: Mapping[str, int]
+) -> list[str]:
     """The modules for ``modules_to_save``, by the ends of their paths: modules that are trained in
     full and that PEFT can replace. PEFT loads trained parameters of other modules into the base."""
     full_parameters = {
@@ -413,7 +419,11 @@ def ref_at(names: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef 
     if parameters:
         return (path, parameters[-1 - depth]) if depth < len(parameters) else None
     layer_kind = kind_of(module)
-    return (path, layer_kind.weight) if layer_kind is not None and layer_kind.weight in layer_kind.weights(module) else None
+    return (
+        (path, layer_kind.weight)
+        if layer_kind is not None and layer_kind.weight in layer_kind.weights(module)
+        else None
+    )
 
 
 def means_parameter(names: Names, ref: ParamRef, config: Mapping[str, Any]) -> bool:

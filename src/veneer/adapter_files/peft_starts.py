@@ -49,12 +49,13 @@ def without_initial_product(
         or weight.is_meta
     ):
         return (
-            f"{init_method} starts from the values of the weight, which is stored packed or is not here"
+            f"{init_method} starts from the values of the weight, which is stored packed or is not"
+            " here"
         )
     if layer.scale <= 0 or layer.low.rank > min(weight.shape):
         return (
-            f"{init_method} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a weight"
-            f" {[*weight.shape]}"
+            f"{init_method} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a"
+            f" weight {[*weight.shape]}"
         )
     matrix = weight.mT if kind_name != "linear" else weight  # [out, in]
     A0, B0 = _initial_factors(init_method, matrix, layer.low.rank, layer.scale)
@@ -65,7 +66,9 @@ def without_initial_product(
 
 
 @torch.no_grad()
-def _initial_factors(init_method: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def _initial_factors(
+    init_method: str, weight: Tensor, rank: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """(A₀ [rank, in], B₀ [out, rank]) for a weight [out, in]. They are float32 and on the CPU, like
     the tensors of the file."""
     W = weight.detach().to("cpu", torch.float32)

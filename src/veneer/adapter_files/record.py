@@ -93,7 +93,9 @@ def _to_json_value(value: Any) -> Any:
         return str(value)
     if isinstance(value, Mapping):
         return {key: _to_json_value(member) for key, member in value.items()}
-    return [_to_json_value(member) for member in value] if isinstance(value, list | tuple) else value
+    return (
+        [_to_json_value(member) for member in value] if isinstance(value, list | tuple) else value
+    )
 
 
 def record_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -204,7 +206,9 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
     if fingerprints.keys() != changes.keys():
         different_paths = listing(sorted(fingerprints.keys() ^ changes.keys()), 3)
         yield sentence(
-            f"changes and fingerprints of other weights ({different_paths})", "the same", "get another copy"
+            f"changes and fingerprints of other weights ({different_paths})",
+            "the same",
+            "get another copy",
         )
     for weight_path, change in changes.items():
         yield from _change_problems(weight_path, change)

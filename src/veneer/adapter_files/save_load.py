@@ -140,9 +140,7 @@ def save_with(
             layer_adapter.full for _, _, layer_adapter in adapters(model, adapter_name)
         ]
         tensors = full_tensors(
-            tensor
-            for module in modules
-            for tensor in (*module.parameters(), *module.buffers())
+            tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
         )
         with with_values(modules, tensors):
             return _content(model, adapter_name, base_name, fingerprints)
@@ -151,7 +149,9 @@ def save_with(
         write_content(collect())
         return
     # compare the shapes of the ranks' adapters before any tensor is gathered
-    ranks.run_on_all(lambda: _describe_adapter(model, only_name(model, name)), hash_json, "an adapter")
+    ranks.run_on_all(
+        lambda: _describe_adapter(model, only_name(model, name)), hash_json, "an adapter"
+    )
     content = ranks.run_on_all(collect, _content_hash, "an adapter, or a base,")
     ranks.run_on_all(
         lambda: write_content(content) if ranks.writes else None, lambda _: "", "a folder"
@@ -163,9 +163,13 @@ def _must_be_gathered(model: nn.Module, adapter_name: str) -> None:
     then lost, or if the names of its wrappers are in the paths."""
     if not has_fsdp1(module for _, module in walk(model)):
         return
-    changed_weights = [weight_of(module, weight) for _, module, weight, _ in changes(model, adapter_name)]
+    changed_weights = [
+        weight_of(module, weight) for _, module, weight, _ in changes(model, adapter_name)
+    ]
     wraps_modules = any("_fsdp_wrapped_module" in path for path, _ in walk(model))
-    if wraps_modules or any(isinstance(weight, nn.Parameter) and weight.dim() == 1 for weight in changed_weights):
+    if wraps_modules or any(
+        isinstance(weight, nn.Parameter) and weight.dim() == 1 for weight in changed_weights
+    ):
         problem = "a model in torch's first FullyShardedDataParallel (FSDP1)"
         problem += (
             ", which wraps modules of it"
@@ -183,13 +187,19 @@ def _must_be_gathered(model: nn.Module, adapter_name: str) -> None:
 
 def _describe_adapter(model: nn.Module, adapter_name: str) -> list[Any]:
     """The name and config of an adapter, and the paths and shapes of its tensors."""
-    states = {path: layer_adapter.state_dict() for path, _, layer_adapter in adapters(model, adapter_name)}
+    states = {
+        path: layer_adapter.state_dict() for path, _, layer_adapter in adapters(model, adapter_name)
+    }
     shapes = [
         (path, key, [*value.shape])
         for path, state in states.items()
         for key, value in state.items()
     ]
-    return [adapter_name, need_adapters(model, adapter_name).configs[adapter_name].to_dict(), shapes]
+    return [
+        adapter_name,
+        need_adapters(model, adapter_name).configs[adapter_name].to_dict(),
+        shapes,
+    ]
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:
@@ -222,7 +232,10 @@ def labels_of(model: nn.Module) -> list[str] | None:
 
 
 def _content(
-    model: nn.Module, adapter_name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
+    model: nn.Module,
+    adapter_name: str,
+    base_name: str | None,
+    fingerprints: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """The keyword arguments for ``folder.write``: the tensors, configs and fingerprints."""
     config = need_adapters(model, adapter_name).configs[adapter_name]
@@ -287,7 +300,9 @@ def _proof(
         for key in (*layer_adapter.full._parameters, *layer_adapter.full._buffers)
     }
     # weights with trained token rows: the adapter holds the rows that no checkpoint has
-    token_weight_ids = {id(weight) for weight, change in weights.values() if change.tokens is not None}
+    token_weight_ids = {
+        id(weight) for weight, change in weights.values() if change.tokens is not None
+    }
     fresh_refs = {
         weight_id: ref
         for weight_id, ref in names.fresh_parameters().items()
@@ -310,9 +325,7 @@ def _proof(
     changed_weights = {path: tensors_by_id[id(weight)] for path, (weight, _) in weights.items()}
     excluded_ids = excluded_ids.union(id(tensor.weight) for tensor in changed_weights.values())
     unchanged_tensors = [
-        tensor
-        for tensor in tensors
-        if id(tensor.weight) not in excluded_ids and tensor.is_readable
+        tensor for tensor in tensors if id(tensor.weight) not in excluded_ids and tensor.is_readable
     ]
     recorded_tensors = [*changed_weights.values(), *unchanged_tensors]
     digests = _find_fingerprints(model, adapter_name, recorded_tensors, fingerprints)

@@ -126,10 +126,7 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     ]
     if unsupported_options:
         values = [f"{option}={options[option]!r}" for option in unsupported_options]
-        problem = (
-            f"{', '.join(values)} for a"
-            " model with an unmerged adapter"
-        )
+        problem = f"{', '.join(values)} for a model with an unmerged adapter"
         do = "leave it out, or merge the adapter to save the whole model"
         raise AdapterError(problem, "what an adapter folder can follow", do)
     state = _passed_state(options)

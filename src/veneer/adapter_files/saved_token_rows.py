@@ -123,7 +123,11 @@ def owner_at(
     such weight."""
     path = names.canonical.get(module_path)
     layer_kind = None if path is None else kind_of(names.modules[path])
-    if path is None or layer_kind is None or weight_of(names.modules[path], layer_kind.weight) is None:
+    if (
+        path is None
+        or layer_kind is None
+        or weight_of(names.modules[path], layer_kind.weight) is None
+    ):
         return None
     return names.holders_of((path, layer_kind.weight), refs_by_id)[0]
 
@@ -154,8 +158,7 @@ def match_tokens(
         size_problem = _size_problem(names, adapter_files, owner, entry)
         earlier_entry = matches.get(owner)
         if earlier_entry is not None and (
-            earlier_entry.ids != entry.ids
-            or not torch.equal(earlier_entry.rows, entry.rows)
+            earlier_entry.ids != entry.ids or not torch.equal(earlier_entry.rows, entry.rows)
         ):
             problem = (
                 f"two sets of trained tokens for {parameter_path(*owner)!r}, whose names share one"
@@ -325,7 +328,9 @@ def grown_size(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
             )
             problems.append(sentence(problem, "rows that the adapter holds", do))
         path, do = owner[0], "save the base as it grew (save_pretrained), and load on that"
-        if getattr(layer, "bias", None) is not None and "bias" not in adapter_files.full.get(path, ()):
+        if getattr(layer, "bias", None) is not None and "bias" not in adapter_files.full.get(
+            path, ()
+        ):
             problem = (
                 f"{parameter_path(path, 'bias')!r}, of which {size - old_size} numbers would be new"
                 " and in no file"

@@ -80,7 +80,8 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
     different changes; in full, if they have different values; in token rows that PEFT gives to one
     of the names only."""
     layers_by_ref = {
-        ref_at(names, path, adapter_files.peft_config): layer for path, layer in adapter_files.low.items()
+        ref_at(names, path, adapter_files.peft_config): layer
+        for path, layer in adapter_files.low.items()
     }
     low_rank_refs: list[ParamRef] = []
     tied_groups = [refs for refs in names.holders().values() if len(refs) > 1]
@@ -96,7 +97,11 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
         module_path = module_at(names, path)
         # PEFT saves the frozen weight of an adapted embedding too
         full.setdefault(module_path, {}).update(
-            {name: value for name, value in tensors.items() if (module_path, name) not in layers_by_ref}
+            {
+                name: value
+                for name, value in tensors.items()
+                if (module_path, name) not in layers_by_ref
+            }
         )
     replaced_refs = [ref for ref in names.split_ties(full) if _has_base_shape(names, ref, full)]
     replaced_refs += _token_refs(names, adapter_files)
@@ -109,7 +114,9 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
     return list(dict.fromkeys([*low_rank_refs, *unpacked_refs]))
 
 
-def _has_base_shape(names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
+def _has_base_shape(
+    names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Tensor]]
+) -> bool:
     return full[ref[0]][ref[1]].shape == weight_of(names.modules[ref[0]], ref[1]).shape
 
 
@@ -131,8 +138,12 @@ def _token_refs(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
             if tied_ref != ref
         ]
         if adapter_files.record is None:
-            differs = saved_token_rows.trains_one_name(names, ref, refs_by_id, {*adapter_files.tokens})
-            tied_entries = [adapter_files.tokens[path] for path, _ in tied_refs if path in adapter_files.tokens]
+            differs = saved_token_rows.trains_one_name(
+                names, ref, refs_by_id, {*adapter_files.tokens}
+            )
+            tied_entries = [
+                adapter_files.tokens[path] for path, _ in tied_refs if path in adapter_files.tokens
+            ]
             entry = adapter_files.tokens[module_path]
             differs |= any(
                 tied_entry.ids != entry.ids or not torch.equal(tied_entry.rows, entry.rows)

@@ -154,9 +154,7 @@ def tuner_folder(
         module_path: (product.rank, product.scale * product.rank)
         for module_path, product in products.items()
     }
-    default_size = next(
-        iter(plain_sizes.values()), (lora_config["r"], lora_config["lora_alpha"])
-    )
+    default_size = next(iter(plain_sizes.values()), (lora_config["r"], lora_config["lora_alpha"]))
     plain_config = {**lora_config, "use_rslora": False}
     plain_config = config_fields(plain_config, plain_sizes, default_size, ())
     tuner_tensors = {

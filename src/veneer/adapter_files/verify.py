@@ -144,7 +144,7 @@ class _Verification:
         if config is None or parameters is None or (record is None and has_record):
             return
         if record is None:
-            converted = log.try_step("layers", folder.convert_original_files, *foreign_files)
+            converted = log.try_step("layers", folder.convert_foreign_files, *original_files)
             if converted is None:
                 return
             config, tensors, ignored_modules = converted
@@ -222,8 +222,8 @@ class _Verification:
             return
         if adapter_files.tuner is not None and adapter_files.tuner.needs_base_shapes:
             message = (
-                f"{len(adapter_files.tuner.paths)} changes of {adapter_files.tuner.tuner.type}, whose"
-                " shapes only the base tells: give it to have them checked"
+                f"{len(adapter_files.tuner.paths)} changes of {adapter_files.tuner.tuner.type},"
+                " whose shapes only the base tells: give it to have them checked"
             )
             self.log.add("warning", "layers", message)
             return
@@ -302,10 +302,15 @@ class _Verification:
             self.log.add("warning", "numbers", problem)
 
     def check_norms(
-        self, adapter_files: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float]
+        self,
+        adapter_files: AdapterFiles,
+        products: Mapping[str, LowRank],
+        norms: Mapping[str, float],
     ) -> None:
         """Warn of changes that are zero, and of changes of which the norm is an outlier."""
-        plain_paths = {layer.target_path for layer in adapter_files.low.values() if not layer.extras}
+        plain_paths = {
+            layer.target_path for layer in adapter_files.low.values() if not layer.extras
+        }
         zero_paths = [path for path, norm in norms.items() if norm == 0 and path in plain_paths]
         if zero_paths and len(zero_paths) == len(norms) and not adapter_files.full:
             problem = "every change is zero: this adapter changes nothing (was it ever trained?)"
@@ -378,7 +383,9 @@ def _outliers(
         if len(shape_norms) < MIN_LAYERS:
             continue
         median = statistics.median(shape_norms.values())
-        median_deviation = statistics.median(abs(log_norm - median) for log_norm in shape_norms.values())
+        median_deviation = statistics.median(
+            abs(log_norm - median) for log_norm in shape_norms.values()
+        )
         for path, log_norm in shape_norms.items():
             if abs(log_norm - median) > max(MAX_DEVIATION * median_deviation, math.log(MIN_FACTOR)):
                 yield path, norms[path], math.exp(median)

@@ -40,10 +40,14 @@ def check_against_base(
     base_record = adapter_files.metadata.get("base", {})
     base_name = base_record.get("name") or adapter_files.peft_config.get("base_model_name_or_path")
     do = "take the base that it was trained on" + (f", {base_name}" if base_name else "")
-    mismatch_count, large_changes = _check_changed_weights(log, adapter_files, products, norms, weights, do)
+    mismatch_count, large_changes = _check_changed_weights(
+        log, adapter_files, products, norms, weights, do
+    )
     recorded_weights = base_record.get("weights", {})
     if recorded_weights:
-        _check_unchanged_tensors(log, base_record, weights, len(recorded_weights) - mismatch_count, do)
+        _check_unchanged_tensors(
+            log, base_record, weights, len(recorded_weights) - mismatch_count, do
+        )
     if large_changes:
         problem = f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large_changes)}"
         log.add("warning", "norms", problem)
@@ -83,7 +87,9 @@ def _check_changed_weights(
             )
         elif (
             recorded_weights
-            and fingerprint_without_rows(weight, adapter_files.token_ids(path), recorded_weights[path])
+            and fingerprint_without_rows(
+                weight, adapter_files.token_ids(path), recorded_weights[path]
+            )
             != recorded_weights[path]
         ):
             different_paths.append(path)
@@ -110,7 +116,11 @@ def _check_changed_weights(
 
 
 def _check_unchanged_tensors(
-    log: FindingLog, base_record: Mapping[str, Any], weights: BaseWeights, proven_count: int, do: str
+    log: FindingLog,
+    base_record: Mapping[str, Any],
+    weights: BaseWeights,
+    proven_count: int,
+    do: str,
 ) -> None:
     """Check the tensors that the model computes with and that the adapter does not change.
 
@@ -125,7 +135,10 @@ def _check_unchanged_tensors(
         )
         log.add("ok", "proof", proof)
         return
-    fingerprints = {name: weights.fingerprint(name, expected_fingerprints[name]) for name in expected_fingerprints}
+    fingerprints = {
+        name: weights.fingerprint(name, expected_fingerprints[name])
+        for name in expected_fingerprints
+    }
     missing_names = [name for name, digest in fingerprints.items() if digest is None]
     different_names = [
         name
@@ -146,10 +159,16 @@ def _check_unchanged_tensors(
         )
         log.add("warning", "base", problem)
     proven_count += len(expected_fingerprints) - len(missing_names) - len(different_names)
-    log.add("ok", "proof", f"{proven_count} of {len(expected_fingerprints) + changed_count} tensors proven")
+    log.add(
+        "ok",
+        "proof",
+        f"{proven_count} of {len(expected_fingerprints) + changed_count} tensors proven",
+    )
 
 
-def _check_full_parameters(log: FindingLog, adapter_files: AdapterFiles, weights: BaseWeights) -> None:
+def _check_full_parameters(
+    log: FindingLog, adapter_files: AdapterFiles, weights: BaseWeights
+) -> None:
     """Compare the tensors that are trained in full with the base's tensors of these names."""
     full_tensors = {
         f"{peft_paths.strip_wrappers(path)[0]}.{name}".lstrip("."): tensor
@@ -186,14 +205,18 @@ def _check_full_parameters(log: FindingLog, adapter_files: AdapterFiles, weights
     _check_tied_values(log, full_tensors, weights)
 
 
-def _check_tied_values(log: FindingLog, full_tensors: Mapping[str, Tensor], weights: BaseWeights) -> None:
+def _check_tied_values(
+    log: FindingLog, full_tensors: Mapping[str, Tensor], weights: BaseWeights
+) -> None:
     """Warn if the adapter has different values for the names of one tied weight of the base."""
     for names in dict.fromkeys(tuple(weights.aliases(path)) for path in full_tensors):
         values = {name: full_tensors[name] for name in names if name in full_tensors}
         first_value, *further_values = values.values()
         if len(names) < 2 or any(value.shape != first_value.shape for value in further_values):
             continue
-        if len(values) < len(names) or not all(equal_values(value, first_value) for value in further_values):
+        if len(values) < len(names) or not all(
+            equal_values(value, first_value) for value in further_values
+        ):
             problem = (
                 f"values of their own for {listing(values)} of {listing(names)}, one weight of the"
                 " base"

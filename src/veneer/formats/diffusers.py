@@ -120,7 +120,10 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
     return Contents(
-        layers, base_name=base.name, metadata={"header": header} if header else {}, left_out=left_out
+        layers,
+        base_name=base.name,
+        metadata={"header": header} if header else {},
+        left_out=left_out,
     )
 
 
@@ -240,9 +243,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             for suffix, tensor in zip(suffixes, (change.layer.A, change.layer.B), strict=True):
                 tensors[f"{module_path}.{suffix}"] = cast(tensor, options.dtype)
             if change.magnitude is not None:
-                tensors[f"{module_path}.{magnitude_suffix}"] = cast(
-                    change.magnitude, options.dtype
-                )
+                tensors[f"{module_path}.{magnitude_suffix}"] = cast(change.magnitude, options.dtype)
         ranks = {locations[change.weight][1]: change.layer.rank for change in changes}
         alphas = {locations[change.weight][1]: plain_lora_alpha(change.layer) for change in changes}
         rank = max(ranks.values(), key=list(ranks.values()).count)

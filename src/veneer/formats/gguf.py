@@ -54,7 +54,7 @@ from veneer.formats import (
     gguf_claims,
     register,
 )
-from veneer.formats._base import EMBEDDING_SUFFIXES, cast, build_peft_layer, require_finite
+from veneer.formats._base import EMBEDDING_SUFFIXES, build_peft_layer, cast, require_finite
 from veneer.formats.kohya import plain_lora_alpha
 from veneer.formats.peft import PeftLayer
 
@@ -163,9 +163,9 @@ class _TensorNames:
         return tuple(f"{name}.weight" for name in names) if all(names) else ()
 
     def row_order(self, weight: str, row_count: int) -> Tensor | None:
-        """The indices that bring the rows of a weight in transformers into llama.cpp's order; None if
-        the order is the same. The rows of a head are (half, pair) in transformers, and in llama.cpp
-        (pair, half)."""
+        """The indices that bring the rows of a weight in transformers into llama.cpp's order; None
+        if the order is the same. The rows of a head are (half, pair) in transformers, and (pair,
+        half) in llama.cpp."""
         head_count = (
             self.head_counts.get(weight.removesuffix(".weight").rpartition(".")[2])
             if self.architecture.permutes_rows
@@ -180,7 +180,9 @@ class _TensorNames:
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     library = _import_gguf()
     names = _TensorNames(library, base)
-    problems = [problem for change in adapter.changes for problem in _refusal_reasons(change, names)]
+    problems = [
+        problem for change in adapter.changes for problem in _refusal_reasons(change, names)
+    ]
     if adapter.full:
         full_paths = listing([module_path or "the model" for module_path in adapter.full], 3)
         problems.append(
@@ -229,7 +231,9 @@ def _refusal_reasons(change: LowRankChange, names: _TensorNames) -> Iterable[str
     if change.magnitude is not None:
         yield sentence(f"{weight!r}, changed by DoRA", "a product alone", _DO_MERGE)
     if change.kind == "stack" and not (names.architecture.stacks_experts and ".experts." in weight):
-        yield sentence(f"{weight!r}, a stack of matrices", f"none in {names.architecture_name}", _DO_MERGE)
+        yield sentence(
+            f"{weight!r}, a stack of matrices", f"none in {names.architecture_name}", _DO_MERGE
+        )
     elif change.kind not in ("linear", "Conv1D", "embedding", "parameter", "stack"):
         yield sentence(
             f"{weight!r}, a change of kind {change.kind}", "linear layers and embeddings", _DO_MERGE
@@ -256,7 +260,11 @@ def _gguf_tensors(
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
     """(name, lora_a, lora_b) of each tensor of a change."""
     layer, product, tensor_names = change.layer, change.layer.low, names.names_of(change.weight)
-    A, B, factor = product.A, product.B, layer.scale * layer.rank / alpha  # A: [g, r, in], B: [g, out, r]
+    A, B, factor = (
+        product.A,
+        product.B,
+        layer.scale * layer.rank / alpha,
+    )  # A: [g, r, in], B: [g, out, r]
     if abs(factor - 1) >= 1e-7:  # more than the rounding error of a float32 alpha
         B = (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
     if change.kind == "embedding":
@@ -290,7 +298,9 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         weight.removesuffix(".weight"): position for position, weight in enumerate(base.shapes)
     }
     layers = dict(sorted(layers.items(), key=lambda entry: positions.get(entry[1].target_path, 0)))
-    metadata = {"header": {key: value for key, value in fields.items() if not key.startswith("GGUF.")}}
+    metadata = {
+        "header": {key: value for key, value in fields.items() if not key.startswith("GGUF.")}
+    }
     is_gpt2 = names.architecture.name == "GPT2"
     return Contents(layers, base_name=base.name, metadata=metadata, transposed=is_gpt2)
 

@@ -93,7 +93,9 @@ def _checked_end(data: mmap.mmap, offset: int, size: int) -> int:
     return offset + size
 
 
-def _skip_value(data: mmap.mmap, offset: int, type_number: int, remaining_count: int) -> tuple[int, int]:
+def _skip_value(
+    data: mmap.mmap, offset: int, type_number: int, remaining_count: int
+) -> tuple[int, int]:
     """(the offset behind a value of this type, the count that remains of the permitted total)."""
     if type_number in TYPE_BYTES:
         return _checked_end(data, offset, TYPE_BYTES[type_number]), remaining_count

@@ -83,14 +83,8 @@ _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b
 _READABLE = _LORA | _LOHA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
 #: the suffixes of Tucker cores
 _TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
-#: the names of blocks in the original releases of SDXL and Flux, which sd-scripts uses
-_ORIGINAL_BLOCKS = (
-    "input_blocks",
-    "middle_block",
-    "output_blocks",
-    "double_blocks",
-    "single_blocks",
-)
+#: the names of blocks in the original releases of SDXL and of Flux, which sd-scripts uses
+_OLD_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
 
 
 #: the modules of SD3 and Flux that ComfyUI reads under diffusers' paths
@@ -130,10 +124,15 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         )
     top_level_names = {weight.partition(".")[0] for weight in base.shapes}
     component_by_prefix = {
-        prefix: next((candidate for candidate in components if candidate in top_level_names), components[0])
+        prefix: next(
+            (candidate for candidate in components if candidate in top_level_names), components[0]
+        )
         for prefix, components in PREFIXES.items()
     }
-    component_by_module = {module_name: component_by_prefix.get(_prefix(module_name) or "", "") for module_name in tensors_by_module}
+    component_by_module = {
+        module_name: component_by_prefix.get(_prefix(module_name) or "", "")
+        for module_name in tensors_by_module
+    }
     expected = f"names that begin with {listing(PREFIXES)}"
     problems = [
         sentence(repr(module_name), expected, "check the file")
@@ -150,16 +149,17 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     for module_name, module_tensors in tensors_by_module.items():
         if component_by_module[module_name] in base_prefixes:
             try:
-                module_path = _find_module(module_name, modules_by_component[component_by_module[module_name]])
+                module_path = _find_module(
+                    module_name, modules_by_component[component_by_module[module_name]]
+                )
                 layers[module_path] = _read_layer(
                     module_name, module_path, module_tensors, base.shapes[f"{module_path}.weight"]
                 )
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    return Contents(
-        layers, base_name=base.name, metadata={"header": header} if header else {}, left_out=left_out
-    )
+    metadata = {"header": header} if header else {}
+    return Contents(layers, base_name=base.name, metadata=metadata, left_out=left_out)
 
 
 def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[str, list[str]]:
@@ -169,9 +169,9 @@ def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[
     for weight, shape in base.shapes.items():
         if weight.startswith(prefix) and weight.endswith(".weight") and len(shape) > 1:
             module = weight.removesuffix(".weight")
-            path_in_component = module.removeprefix(prefix)
-            for path in {path_in_component, path_before_transformers_5(component, path_in_component)}:
-                modules.setdefault(path.replace(".", "_"), []).append(module)
+            path = module.removeprefix(prefix)
+            for alias in {path, path_before_transformers_5(component, path)}:
+                modules.setdefault(alias.replace(".", "_"), []).append(module)
     return modules
 
 
@@ -182,23 +182,21 @@ def _find_module(module_name: str, modules: Mapping[str, list[str]]) -> str:
     flat_name = module_name.removeprefix(f"{_prefix(module_name)}_")
     matches = modules.get(flat_name, [])
     if len(matches) > 1:
-        raise AdapterError(
-            f"{module_name!r}, which may mean {listing(matches)}", "one module", "rename one of them"
-        )
+        problem = f"{module_name!r}, which may mean {listing(matches)}"
+        raise AdapterError(problem, "one module", "rename one of them")
     if not matches:
         do = "give the base that it was made for"
-        if any(block in flat_name for block in _ORIGINAL_BLOCKS):
+        if any(block in flat_name for block in _OLD_BLOCKS):
             do += ": these are block names of the model as first published, not those of diffusers"
-        raise AdapterError(
-            f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}", "one of its modules", do
-        )
+        problem = f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}"
+        raise AdapterError(problem, "one of its modules", do)
     return matches[0]
 
 
 def _read_layer(
-    module_name: str, module_path: str, module_tensors: Mapping[str, Tensor], shape: tuple[int, ...]
+    module_name: str, module_path: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
 ) -> PeftLayer:
-    suffixes, magnitude = set(module_tensors), module_tensors.get("dora_scale")
+    suffixes, magnitude = set(tensors), tensors.get("dora_scale")
     if suffixes & _TUCKER:
         problem = f"{listing(sorted(suffixes & _TUCKER))} at {module_name!r}, a Tucker core"
         raise AdapterError(
@@ -208,11 +206,10 @@ def _read_layer(
         problem = f"{listing(sorted(suffixes - _READABLE))} at {module_name!r}"
         raise AdapterError(problem, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
     try:
-        factors = _read_factors(module_tensors)
+        factors = _read_factors(tensors)
         if factors is None:
-            raise AdapterError(
-                f"only {listing(sorted(suffixes))} at {module_name!r}", "all factors", "get the whole file"
-            )
+            problem = f"only {listing(sorted(suffixes))} at {module_name!r}"
+            raise AdapterError(problem, "all factors", "get the whole file")
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
             problem = (
                 f"dora_scale {tuple(magnitude.shape)} at {module_name!r}, which rescales inputs"
@@ -223,19 +220,23 @@ def _read_layer(
     except AdapterError:
         raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        problem = f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})"
+        problem = (
+            f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})"
+        )
         raise AdapterError(problem, "those of one change", "get the whole file again") from error
 
 
-def _read_factors(module_tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
+def _read_factors(
+    tensors: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor, float | None] | None:
     """(A, B, alpha) of one module's change; None if one of its factors is missing."""
-    suffixes = set(module_tensors)
-    alpha = scalar_value(module_tensors["alpha"], "alpha") if "alpha" in module_tensors else None
+    suffixes = set(tensors)
+    alpha = scalar_value(tensors["alpha"], "alpha") if "alpha" in tensors else None
     alpha = alpha or None  # sd-scripts and LyCORIS treat alpha 0 as no alpha
     if suffixes >= _LORA:
-        A, B = module_tensors["lora_down.weight"], module_tensors["lora_up.weight"]
+        A, B = tensors["lora_down.weight"], tensors["lora_up.weight"]
         if (
-            mid := module_tensors.get("lora_mid.weight")
+            mid := tensors.get("lora_mid.weight")
         ) is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
             dtype = torch.promote_types(A.dtype, torch.float32)
             A = torch.einsum(
@@ -243,8 +244,8 @@ def _read_factors(module_tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor,
             ).to(dtype)
         return A, B, alpha
     if suffixes >= _LOHA:
-        return _loha_factors(module_tensors, alpha)
-    return _lokr_factors(module_tensors, alpha)
+        return _loha_factors(tensors, alpha)
+    return _lokr_factors(tensors, alpha)
 
 
 def _to_float32(*tensors: Tensor) -> list[Tensor]:
@@ -252,46 +253,53 @@ def _to_float32(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
-def _loha_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float]:
-    rank = module_tensors["hada_w1_b"].shape[0]
+def _loha_factors(
+    tensors: Mapping[str, Tensor], alpha: float | None
+) -> tuple[Tensor, Tensor, float]:
+    rank = tensors["hada_w1_b"].shape[0]
     w1_a, w1_b, w2_a, w2_b = (
-        factor[None] for factor in _to_float32(*(module_tensors[name] for name in sorted(_LOHA)))
+        factor[None] for factor in _to_float32(*(tensors[name] for name in sorted(_LOHA)))
     )
     A = (w1_b[:, :, None, :] * w2_b[:, None, :, :]).flatten(1, 2)  # [1, r·r, in·k]
     B = (w1_a[:, :, :, None] * w2_a[:, :, None, :]).flatten(2, 3)  # [1, out, r·r]
     return _limit_rank(LowRank(A, B, 1.0 if alpha is None else alpha / rank))
 
 
-def _lokr_factors(module_tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float] | None:
+def _lokr_factors(
+    tensors: Mapping[str, Tensor], alpha: float | None
+) -> tuple[Tensor, Tensor, float] | None:
     """(A, B, alpha) of a LoKr; None if a factor is missing.
 
     With w2 = w2_a w2_b and an identity I, w1 [l, m] ⊗ w2 [k, n, …] is both (w1 ⊗ w2_a) (I ⊗ w2_b)
     and (I ⊗ w2_a) (w1 ⊗ w2_b). The product of lower rank is used."""
     alternatives = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
     if not all(
-        matrix_suffix <= set(module_tensors) or pair_suffixes <= set(module_tensors)
+        matrix_suffix <= set(tensors) or pair_suffixes <= set(tensors)
         for matrix_suffix, pair_suffixes in alternatives
     ):
         return None
-    rank = next((module_tensors[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in module_tensors), None)
+    up_keys = [key for key in ("lokr_w1_b", "lokr_w2_b") if key in tensors]
+    rank = tensors[up_keys[0]].shape[0] if up_keys else None
     # LyCORIS does not scale if neither w1 nor w2 is decomposed
     scale = 1.0 if rank is None or alpha is None else alpha / rank
-    if "lokr_w1" in module_tensors:
-        (w1,) = _to_float32(module_tensors["lokr_w1"])
+    if "lokr_w1" in tensors:
+        (w1,) = _to_float32(tensors["lokr_w1"])
     else:
-        a, b = _to_float32(module_tensors["lokr_w1_a"], module_tensors["lokr_w1_b"])
+        a, b = _to_float32(tensors["lokr_w1_a"], tensors["lokr_w1_b"])
         w1 = (a.double() @ b.double()).to(a.dtype)
-    if "lokr_w2" in module_tensors:
-        (w2,) = _to_float32(module_tensors["lokr_w2"])
+    if "lokr_w2" in tensors:
+        (w2,) = _to_float32(tensors["lokr_w2"])
         w2_a, w2_b = torch.eye(w2.shape[0], dtype=w2.dtype), w2  # [k, k], [k, n, …]
     else:
-        w2_a, w2_b = _to_float32(module_tensors["lokr_w2_a"], module_tensors["lokr_w2_b"])
+        w2_a, w2_b = _to_float32(tensors["lokr_w2_a"], tensors["lokr_w2_b"])
     (l, m), q = w1.shape, w2_a.shape[1]  # noqa: E741
     w2_b_matrix = w2_b.reshape(q, -1)  # [q, n · kernel size]; n and the kernel vary fastest
     eye = torch.eye(min(l, m), dtype=w1.dtype)
     left_factor, right_factor = (w1, eye) if m <= l else (eye, w1)
     return _limit_rank(
-        LowRank(torch.kron(right_factor, w2_b_matrix)[None], torch.kron(left_factor, w2_a)[None], scale)
+        LowRank(
+            torch.kron(right_factor, w2_b_matrix)[None], torch.kron(left_factor, w2_a)[None], scale
+        )
     )
 
 
@@ -304,7 +312,9 @@ def _limit_rank(product: LowRank) -> tuple[Tensor, Tensor, float]:
             torch.promote_types(product.A.dtype, torch.float32)
         )
         eye = torch.eye(min(out, in_), dtype=delta.dtype)[None]
-        product = LowRank(eye, delta, product.scale) if in_ <= out else LowRank(delta, eye, product.scale)
+        product = (
+            LowRank(eye, delta, product.scale) if in_ <= out else LowRank(delta, eye, product.scale)
+        )
     return product.A[0], product.B[0], product.scale * product.rank
 
 
@@ -366,7 +376,9 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-def _modules_unlike_sd3_or_flux(locations: Mapping[str, tuple[str, str]], base: BaseFacts) -> list[str]:
+def _modules_unlike_sd3_or_flux(
+    locations: Mapping[str, tuple[str, str]], base: BaseFacts
+) -> list[str]:
     """The modules of a transformer that neither SD3 nor Flux has, if the adapter changes any module
     of the transformer. ``locations``: (component, path in the component) by changed weight."""
     weights_by_module = {
@@ -376,7 +388,9 @@ def _modules_unlike_sd3_or_flux(locations: Mapping[str, tuple[str, str]], base: 
     }
     if not weights_by_module:
         return []
-    prefix = next(weight.removesuffix(f"{module}.weight") for module, weight in weights_by_module.items())
+    prefix = next(
+        weight.removesuffix(f"{module}.weight") for module, weight in weights_by_module.items()
+    )
     matrix_names = (
         name for name, shape in base.shapes.items() if name.startswith(prefix) and len(shape) > 1
     )
@@ -385,7 +399,11 @@ def _modules_unlike_sd3_or_flux(locations: Mapping[str, tuple[str, str]], base: 
         for name in matrix_names
         if name.endswith(".weight")
     }
-    return sorted(module for module in modules | weights_by_module.keys() if not _SD3_OR_FLUX_MODULE.fullmatch(module))
+    return sorted(
+        module
+        for module in modules | weights_by_module.keys()
+        if not _SD3_OR_FLUX_MODULE.fullmatch(module)
+    )
 
 
 def _omissions_of_diffusers(
@@ -398,7 +416,9 @@ def _omissions_of_diffusers(
         module for component, module in locations.values() if component == "transformer"
     ]
     if any("single_transformer_blocks." in name for name in (*base.shapes, *locations)):
-        if unread_modules := [module for module in transformer_modules if not _DIFFUSERS_FLUX_MODULE.fullmatch(module)]:
+        if unread_modules := [
+            module for module in transformer_modules if not _DIFFUSERS_FLUX_MODULE.fullmatch(module)
+        ]:
             yield (
                 f"or refuses, or takes for others, {len(unread_modules)} layers of Flux outside of"
                 " attention"
@@ -416,10 +436,18 @@ def _omissions_of_diffusers(
         for component, module in locations.values()
         if f".{module}".endswith(projections)
     }
-    if any(len(alphas[component]) > 1 for component, _ in attention_modules if component != "transformer"):
+    if any(
+        len(alphas[component]) > 1
+        for component, _ in attention_modules
+        if component != "transformer"
+    ):
         yield "the alphas of attention's projections, which are not those of all layers here"
-    encoders = {component for component, _ in attention_modules if component.startswith("text_encoder")}
-    if encoders - {component for component, module in attention_modules if module.endswith(".out_proj")}:
+    encoders = {
+        component for component, _ in attention_modules if component.startswith("text_encoder")
+    }
+    if encoders - {
+        component for component, module in attention_modules if module.endswith(".out_proj")
+    }:
         yield "the attention of a text encoder"
 
 

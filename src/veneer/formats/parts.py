@@ -65,7 +65,9 @@ def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> st
 def refusal_reasons(adapter: Adapter) -> list[str]:
     """The reasons why a file with one A and one B for each module cannot hold an adapter."""
     expected, do = "linear layers and convolutions in one group", "leave it out, or merge"
-    unsupported_changes = [change for change in adapter.changes if change.kind not in ("linear", "conv")]
+    unsupported_changes = [
+        change for change in adapter.changes if change.kind not in ("linear", "conv")
+    ]
     problems = [
         sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do)
         for change in unsupported_changes
@@ -140,7 +142,9 @@ def choose_components(
             "choose one",
         )
     # a language model may have a child "model", which is no pipeline component
-    base_components = {name.partition(".")[0] for name in base.shapes} & (set(layer_counts) - {"model"})
+    base_components = {name.partition(".")[0] for name in base.shapes} & (
+        set(layer_counts) - {"model"}
+    )
     if component is None and len(layer_counts) == 1 and not base_components:
         return dict.fromkeys(layer_counts, ""), ()
     if component is None and (base_components or not base.shapes):
@@ -148,7 +152,9 @@ def choose_components(
         if missing_components:
             problem = f"layers of {listing(sorted(missing_components))}, which this base lacks"
             raise AdapterError(
-                problem, f"those of {listing(sorted(base_components))}", "choose a part, or give both"
+                problem,
+                f"those of {listing(sorted(base_components))}",
+                "choose a part, or give both",
             )
         return {name: f"{name}." for name in layer_counts}, ()
     if component is None:

@@ -167,16 +167,22 @@ class PathEndings:
             else:
                 self._complex_indices.append(index)
         self._expressions = Expressions(
-            (self.sources[index] for index in self._complex_indices), r"(.*\.)?({})$", full_match=False
+            (self.sources[index] for index in self._complex_indices),
+            r"(.*\.)?({})$",
+            full_match=False,
         )
 
     def first_match(self, path: str) -> str | None:
         """The first expression that matches the end of ``path``; None if none does."""
         segments = path.split(".")
         endings = (".".join(segments[start:]) for start in range(len(segments)))
-        indices = [self._indices_by_path[ending] for ending in endings if ending in self._indices_by_path]
+        indices = [
+            self._indices_by_path[ending] for ending in endings if ending in self._indices_by_path
+        ]
         indices += next(([index] for index, match in self._plain_matchers if match(path)), [])
-        indices += next(([self._complex_indices[index]] for index in self._expressions.matching(path)), [])
+        indices += next(
+            ([self._complex_indices[index]] for index in self._expressions.matching(path)), []
+        )
         return self.sources[min(indices)] if indices else None
 
 

@@ -54,7 +54,9 @@ def deviation_reason(kind_name: str, module: Any) -> str | None:
         return None if module.max_norm is None else "PEFT bounds the norm of A's rows too"
     if kind_name == "attention":
         return None if module._qkv_same_embed_dim else "PEFT knows one fused in-projection alone"
-    return None if kind_name in ("linear", "conv1d_transformers") else f"PEFT has no {kind_name} layer"
+    return (
+        None if kind_name in ("linear", "conv1d_transformers") else f"PEFT has no {kind_name} layer"
+    )
 
 
 #: the attributes of a layer that PEFT's wrapper of the layer also has

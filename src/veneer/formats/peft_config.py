@@ -143,12 +143,14 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
     """
     layers, container_names = values.get("layers_to_transform"), values.get("layers_pattern") or ()
     indices = [layers] if isinstance(layers, int) else [*(layers or ())]
-    container_names = (
-        [container_names] if isinstance(container_names, str) else [*container_names]
-    )
+    container_names = [container_names] if isinstance(container_names, str) else [*container_names]
     do = None
     if not indices:
-        do = "leave it out, or set layers_to_transform" if container_names and layers is None else None
+        do = (
+            "leave it out, or set layers_to_transform"
+            if container_names and layers is None
+            else None
+        )
     elif isinstance(values.get("target_modules"), str):
         do = "name the modules in target_modules as a list"
     elif any(type(index) is not int or index < 0 for index in indices):
@@ -220,7 +222,11 @@ def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
     if init_method is not True and variant not in _INIT_VARIANTS:
         do = 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")'
         problems.append(
-            sentence(f"init_lora_weights={init_method!r}", f"True, or one of {', '.join(_INIT_VARIANTS)}", do)
+            sentence(
+                f"init_lora_weights={init_method!r}",
+                f"True, or one of {', '.join(_INIT_VARIANTS)}",
+                do,
+            )
         )
     elif (flags and variant) or (len(flags) > 1 and "qalora" in flags):
         problem = " with ".join(

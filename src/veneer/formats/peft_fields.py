@@ -46,7 +46,11 @@ _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "text",
         "base_model_name_or_path megatron_core peft_type peft_version revision task_type",
     ),
-    (_has_type(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode lora_bias"),
+    (
+        _has_type(bool),
+        "true or false",
+        "ensure_weight_tying fan_in_fan_out inference_mode lora_bias",
+    ),
     (_has_type(bool), "true or false", "use_dora use_qalora use_rslora"),
     (
         _has_type(dict),
@@ -161,7 +165,9 @@ def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
     init_method, expected = config.get("init_lora_weights"), "an adapter of the unchanged base"
     if changes_base_at_load(config):
         if not with_base:
-            problem = f"init_lora_weights={init_method!r}, which changed the base's weights as it started"
+            problem = (
+                f"init_lora_weights={init_method!r}, which changed the base's weights as it started"
+            )
             do = (
                 "load it on its base with veneer.load and save it, or let PEFT convert it when it"
                 " saves"

@@ -142,7 +142,8 @@ def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[
         and not expected_paths({**config, "exclude_modules": None}, [bare_path])
     ):
         parameters = [
-            parameter for module, _, parameter in split_targets
+            parameter
+            for module, _, parameter in split_targets
             if not module or _matches_names([module], bare_path)
         ]
     return [f"{bare_path}.{parameters[-1 - depth]}".lstrip(".")] if depth < len(parameters) else []

@@ -52,7 +52,13 @@ def convert_to_lora(
         module_key.removeprefix(peft.PREFIX): config.get("token_indices")
         for module_key in module_keys
     }
-    dropped_fields = ("peft_type", "token_indices", "target_modules", "init_weights", "exclude_modules")
+    dropped_fields = (
+        "peft_type",
+        "token_indices",
+        "target_modules",
+        "init_weights",
+        "exclude_modules",
+    )
     common_fields = {name: value for name, value in config.items() if name not in dropped_fields}
     lora_config = {
         **common_fields,
@@ -63,7 +69,8 @@ def convert_to_lora(
         INDICES_FIELD: ids_by_path,
     }
     new_keys = {
-        f"{module_key}.{TUNER_ROWS_SUFFIX}": f"{module_key}.{LORA_ROWS_SUFFIX}" for module_key in module_keys
+        f"{module_key}.{TUNER_ROWS_SUFFIX}": f"{module_key}.{LORA_ROWS_SUFFIX}"
+        for module_key in module_keys
     }
     return lora_config, {new_keys.get(key, key): tensor for key, tensor in tensors.items()}
 

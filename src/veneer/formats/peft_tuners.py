@@ -320,7 +320,9 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
         tuner_segments = [name for name in (above, last) if name.startswith(_TUNER_PREFIXES)]
         if tuner is not None:
             is_valid = (
-                "ln_tuning_layers" in (above, last) if not tuner.required_suffixes else last in tuner.suffixes
+                "ln_tuning_layers" in (above, last)
+                if not tuner.required_suffixes
+                else last in tuner.suffixes
             )
             is_valid = is_valid or (type_ == "VERA" and key in PROJECTIONS)
         elif type_ == _TOKENS_TYPE:
@@ -387,9 +389,10 @@ def read_changes(
     for key, tensor in tensors.items():
         bare_key = key.removeprefix(peft.PREFIX)
         path, _, suffix = bare_key.rpartition(".")
-        if tuner.type == "LN_TUNING" and (
-            module_path := path.removesuffix(".ln_tuning_layers")
-        ) != path:
+        if (
+            tuner.type == "LN_TUNING"
+            and (module_path := path.removesuffix(".ln_tuning_layers")) != path
+        ):
             other_tensors[peft.tensor_key(module_path, suffix)] = tensor
         elif bare_key != key and suffix in tuner.suffixes:
             tensors_by_module.setdefault(peft_paths.strip_wrappers(path)[0], {})[suffix] = tensor

@@ -48,9 +48,7 @@ def layer_projections(
         if problem := _drawing_problem(config, tensors):
             problems.append(problem)
             return {}
-        A, B = draw_projections(
-            config["projection_prng_key"], config["r"], largest_out, largest_in
-        )
+        A, B = draw_projections(config["projection_prng_key"], config["r"], largest_out, largest_in)
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] < largest_in or B.shape[0] < largest_out:
         problems.append(
             sentence(
@@ -99,7 +97,9 @@ def _drawing_problem(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     missing_text = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}"
     if config.get("save_projection", True):
         return sentence(
-            f"{missing_text}, and save_projection=True", "both projections", "get the whole file again",
+            f"{missing_text}, and save_projection=True",
+            "both projections",
+            "get the whole file again",
         )
     if type(config.get("projection_prng_key")) is not int:
         return sentence(

@@ -76,7 +76,8 @@ def problems(
         *((True, reason) for reason in (*_scale_problems(config, names), *_name_problems(names))),
         (
             ignored_modules,
-            f"its config leaves out {listing(ignored_modules, 2)}, of which vLLM applies the tensors",
+            f"its config leaves out {listing(ignored_modules, 2)}, of which vLLM applies the"
+            " tensors",
         ),
         (conv_names, f"it changes convolutions ({listing(sorted(conv_names), 2)})"),
     ]
@@ -128,9 +129,7 @@ def _name_problems(names: Iterable[str]) -> list[str]:
     ]
     if refused_names := [name for name in refused_names if not name.endswith(peft.MAGNITUDE)]:
         reasons.append(f"it holds tensors besides the factors ({listing(refused_names, 3)})")
-    modules = {
-        parsed_name[0] for parsed_name in parsed_names.values() if parsed_name is not None
-    }
+    modules = {parsed_name[0] for parsed_name in parsed_names.values() if parsed_name is not None}
     wrapped_modules = sorted(
         module_path
         for module_path in modules

@@ -90,7 +90,12 @@ def _mismatch_problems(
     for model_path, entries in changes.items():
         shapes: dict[tuple, int] = {}
         for number, (path, layer) in entries.items():
-            form = layer.suffixes, peft.targets_parameter(path, layer), layer.dims, layer.A.shape[1:]
+            form = (
+                layer.suffixes,
+                peft.targets_parameter(path, layer),
+                layer.dims,
+                layer.A.shape[1:],
+            )
             shapes.setdefault(form, number)
         if len(shapes) > 1:
             sizes = [(form[2], saved_adapters[number].path) for form, number in shapes.items()]
