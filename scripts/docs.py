@@ -4,6 +4,7 @@ docs/cli.md                     from the commands' --help
 docs/config.md                  the table of variants, from their registry
 docs/serving.md                 the table of fields, from the server's request bodies
 docs/troubleshooting.md         the errors, from their docstrings
+docs/overview.md                the table of files, from their docstrings
 docs/plan.md                    from the planner
 examples/grafana.json           from the table of its panels
 docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md, and blocks of README.md,
@@ -31,6 +32,7 @@ from experiments.page import pages as paper_pages
 import bench_page
 import errors_page
 import fields_page
+import files_index
 import gpu_page
 import grafana_board
 import plan_page
@@ -124,6 +126,7 @@ def pages_with_blocks() -> dict[str, str]:
         "docs/serving.md": {"fields": fields_page.table()},
         "docs/trainers.md": {"trainers": trainers.table()},
         "docs/troubleshooting.md": {"errors": errors_page.errors_section()},
+        "docs/overview.md": {"files": files_index.files_index()},
     }
     filled_pages = {}
     for path, contents in blocks.items():

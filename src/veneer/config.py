@@ -1,4 +1,4 @@
-"""What to attach, where and how large: ``LoraConfig``, a value that validates itself.
+"""``LoraConfig``: what to attach, to which weights and how large; a value that validates itself.
 
 The defaults are those that current results support:
 

@@ -1,5 +1,5 @@
-"""The typer application. The module of a command is imported when the command is called; the list
-of commands in ``veneer --help`` comes from ``COMMANDS``."""
+"""The typer application: the commands by name. The module of a command is imported when the command
+is called; the list of commands in ``veneer --help`` comes from ``COMMANDS``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`veneer serve`: serve a base and its adapters by OpenAI's API; `veneer keygen`: make a key."""
+"""`veneer serve`, with its flags: serve a base and its adapters by OpenAI's API. `veneer keygen`:
+make a key.
+"""
 
 from __future__ import annotations
 

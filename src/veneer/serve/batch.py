@@ -1,4 +1,5 @@
-"""The requests that have a row of the cache: those in prefill, and those that decode.
+"""The requests that have a row of the KV cache. Choose the prompts, and how many tokens of each,
+that a step computes, and the requests that are preempted if memory runs out.
 
 add → filling → (its prompt is computed) → running → remove
              widen: no memory for a next token → the request that started last is preempted

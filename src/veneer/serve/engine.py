@@ -1,4 +1,6 @@
-"""The engine's loop. Requests may start and end at every step (continuous batching).
+"""The engine's loop: in each step, waiting requests get rows, prompts are computed (prefill), and
+each running row gets a token (decode). Requests may start and end at every step (continuous
+batching).
 
     schedule → prefill → decode → sample → deliver
 
@@ -31,7 +33,7 @@ from veneer.models.decode.forward import Forward, context, end_tokens
 from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
 from veneer.serve.grammars import Schemas
-from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
+from veneer.serve.memory import Memory, default_limit, give_back, longest_row
 from veneer.serve.prefill_budget import PrefillBudget
 from veneer.serve.processors import processors_of
 from veneer.serve.prompt_scores import scored_per_call
@@ -95,7 +97,7 @@ class Engine:
         try:
             self._forward.prove(self.length, lambda count: self._select_adapters([None] * count))
             device = self._forward.device
-            self.cache_memory = free_bytes(device) // 2 if cache_memory is None else cache_memory
+            self.cache_memory = default_limit(device) if cache_memory is None else cache_memory
             self.length = longest_row(self._forward.forms, self.cache_memory, self.length)
         except BaseException:
             self._forward.close()

@@ -1,5 +1,5 @@
-"""Memory for keys and values of the engine's requests: rows, cached prefixes, and their common
-budget.
+"""Memory for keys and values of the engine's requests: rows, cached prefixes, their common budget
+and its default.
 
     request → row, which begins with the cached beginning of its tokens → computed blocks are cached
     → row released, or kept for a request that continues it
@@ -250,6 +250,11 @@ def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> i
         length,
     )
     return tokens
+
+
+def default_limit(device: torch.device) -> int:
+    """The bytes for keys and values if ``--cache-memory`` is not set: half of the free memory."""
+    return free_bytes(device) // 2
 
 
 def free_bytes(device: torch.device) -> int:

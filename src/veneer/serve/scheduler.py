@@ -1,5 +1,6 @@
-"""Choose the next request. The API key that was served least comes first; within the key, the
-adapter that was served least; and within the adapter, requests come in the order of arrival.
+"""Choose the next request of the queue, and refuse requests if the queue is full (429). The API key
+that was served least comes first; within the key, the adapter that was served least; and within the
+adapter, requests come in the order of arrival.
 
     key ("alice")  →  adapter ("french")  →  requests by priority, then first come, first served
 

@@ -1,4 +1,5 @@
-"""The schemas of request bodies. They follow the rules of ``body_rules.py``."""
+"""The schemas of the bodies of completions, chats and embeddings: their fields, with types and
+bounds. They follow the rules of ``body_rules.py``."""
 
 from __future__ import annotations
 

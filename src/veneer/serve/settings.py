@@ -1,4 +1,6 @@
-"""The options of `veneer serve`. Importing this file loads no model library."""
+"""The options of `veneer serve` as values; ``cli/serve.py`` defines the flags. Importing this file
+loads no model library.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The modules and parameters of a model by their names, and the patterns that match these."""
+"""The modules and parameters of a model by their names, the patterns that match these, and the
+similar names that errors suggest.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check and plan a merge of adapters into a checkpoint, and merge one tensor.
+"""Check and plan a merge of adapters into a checkpoint, lay out its files, and merge one tensor.
 
     plan_job(base, adapters, …)                ->  MergeJob: the base's files, the plan, the options
     merge_tensor(job, name, tensor, use_numba) ->  the merged tensor, and reports of its weights
