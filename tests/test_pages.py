@@ -214,7 +214,8 @@ def test_every_file_has_its_line_in_the_overview():
 
 
 def test_the_glossary_is_short():
-    glossary = (ROOT / "docs" / "overview.md").read_text().split("## Glossary", 1)[1]
+    overview = (ROOT / "docs" / "overview.md").read_text()
+    glossary = overview.split("## Glossary", 1)[1].split("## Files", 1)[0]
     words = re.findall(r"^\| ([^|]+) \|", glossary, re.MULTILINE)[1:]
     assert 10 < len(words) <= 25
     assert len(set(words)) == len(words)
