@@ -83,14 +83,8 @@ _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b
 _READABLE = _LORA | _LOHA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
 #: the suffixes of Tucker cores
 _TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
-#: the names of blocks in the original releases of SDXL and Flux, which sd-scripts uses
-_ORIGINAL_BLOCKS = (
-    "input_blocks",
-    "middle_block",
-    "output_blocks",
-    "double_blocks",
-    "single_blocks",
-)
+#: the names of blocks in the original releases of SDXL and of Flux, which sd-scripts uses
+_OLD_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
 
 
 #: the modules of SD3 and Flux that ComfyUI reads under diffusers' paths
@@ -164,12 +158,8 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    return Contents(
-        layers,
-        base_name=base.name,
-        metadata={"header": header} if header else {},
-        left_out=left_out,
-    )
+    metadata = {"header": header} if header else {}
+    return Contents(layers, base_name=base.name, metadata=metadata, left_out=left_out)
 
 
 def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[str, list[str]]:
@@ -179,12 +169,9 @@ def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[
     for weight, shape in base.shapes.items():
         if weight.startswith(prefix) and weight.endswith(".weight") and len(shape) > 1:
             module = weight.removesuffix(".weight")
-            path_in_component = module.removeprefix(prefix)
-            for path in {
-                path_in_component,
-                path_before_transformers_5(component, path_in_component),
-            }:
-                modules.setdefault(path.replace(".", "_"), []).append(module)
+            path = module.removeprefix(prefix)
+            for alias in {path, path_before_transformers_5(component, path)}:
+                modules.setdefault(alias.replace(".", "_"), []).append(module)
     return modules
 
 
@@ -195,27 +182,21 @@ def _find_module(module_name: str, modules: Mapping[str, list[str]]) -> str:
     flat_name = module_name.removeprefix(f"{_prefix(module_name)}_")
     matches = modules.get(flat_name, [])
     if len(matches) > 1:
-        raise AdapterError(
-            f"{module_name!r}, which may mean {listing(matches)}",
-            "one module",
-            "rename one of them",
-        )
+        problem = f"{module_name!r}, which may mean {listing(matches)}"
+        raise AdapterError(problem, "one module", "rename one of them")
     if not matches:
         do = "give the base that it was made for"
-        if any(block in flat_name for block in _ORIGINAL_BLOCKS):
+        if any(block in flat_name for block in _OLD_BLOCKS):
             do += ": these are block names of the model as first published, not those of diffusers"
-        raise AdapterError(
-            f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}",
-            "one of its modules",
-            do,
-        )
+        problem = f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}"
+        raise AdapterError(problem, "one of its modules", do)
     return matches[0]
 
 
 def _read_layer(
-    module_name: str, module_path: str, module_tensors: Mapping[str, Tensor], shape: tuple[int, ...]
+    module_name: str, module_path: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
 ) -> PeftLayer:
-    suffixes, magnitude = set(module_tensors), module_tensors.get("dora_scale")
+    suffixes, magnitude = set(tensors), tensors.get("dora_scale")
     if suffixes & _TUCKER:
         problem = f"{listing(sorted(suffixes & _TUCKER))} at {module_name!r}, a Tucker core"
         raise AdapterError(
@@ -225,13 +206,10 @@ def _read_layer(
         problem = f"{listing(sorted(suffixes - _READABLE))} at {module_name!r}"
         raise AdapterError(problem, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
     try:
-        factors = _read_factors(module_tensors)
+        factors = _read_factors(tensors)
         if factors is None:
-            raise AdapterError(
-                f"only {listing(sorted(suffixes))} at {module_name!r}",
-                "all factors",
-                "get the whole file",
-            )
+            problem = f"only {listing(sorted(suffixes))} at {module_name!r}"
+            raise AdapterError(problem, "all factors", "get the whole file")
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
             problem = (
                 f"dora_scale {tuple(magnitude.shape)} at {module_name!r}, which rescales inputs"
@@ -249,16 +227,16 @@ def _read_layer(
 
 
 def _read_factors(
-    module_tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor, float | None] | None:
     """(A, B, alpha) of one module's change; None if one of its factors is missing."""
-    suffixes = set(module_tensors)
-    alpha = scalar_value(module_tensors["alpha"], "alpha") if "alpha" in module_tensors else None
+    suffixes = set(tensors)
+    alpha = scalar_value(tensors["alpha"], "alpha") if "alpha" in tensors else None
     alpha = alpha or None  # sd-scripts and LyCORIS treat alpha 0 as no alpha
     if suffixes >= _LORA:
-        A, B = module_tensors["lora_down.weight"], module_tensors["lora_up.weight"]
+        A, B = tensors["lora_down.weight"], tensors["lora_up.weight"]
         if (
-            mid := module_tensors.get("lora_mid.weight")
+            mid := tensors.get("lora_mid.weight")
         ) is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
             dtype = torch.promote_types(A.dtype, torch.float32)
             A = torch.einsum(
@@ -266,8 +244,8 @@ def _read_factors(
             ).to(dtype)
         return A, B, alpha
     if suffixes >= _LOHA:
-        return _loha_factors(module_tensors, alpha)
-    return _lokr_factors(module_tensors, alpha)
+        return _loha_factors(tensors, alpha)
+    return _lokr_factors(tensors, alpha)
 
 
 def _to_float32(*tensors: Tensor) -> list[Tensor]:
@@ -276,11 +254,11 @@ def _to_float32(*tensors: Tensor) -> list[Tensor]:
 
 
 def _loha_factors(
-    module_tensors: Mapping[str, Tensor], alpha: float | None
+    tensors: Mapping[str, Tensor], alpha: float | None
 ) -> tuple[Tensor, Tensor, float]:
-    rank = module_tensors["hada_w1_b"].shape[0]
+    rank = tensors["hada_w1_b"].shape[0]
     w1_a, w1_b, w2_a, w2_b = (
-        factor[None] for factor in _to_float32(*(module_tensors[name] for name in sorted(_LOHA)))
+        factor[None] for factor in _to_float32(*(tensors[name] for name in sorted(_LOHA)))
     )
     A = (w1_b[:, :, None, :] * w2_b[:, None, :, :]).flatten(1, 2)  # [1, r·r, in·k]
     B = (w1_a[:, :, :, None] * w2_a[:, :, None, :]).flatten(2, 3)  # [1, out, r·r]
@@ -288,7 +266,7 @@ def _loha_factors(
 
 
 def _lokr_factors(
-    module_tensors: Mapping[str, Tensor], alpha: float | None
+    tensors: Mapping[str, Tensor], alpha: float | None
 ) -> tuple[Tensor, Tensor, float] | None:
     """(A, B, alpha) of a LoKr; None if a factor is missing.
 
@@ -296,30 +274,24 @@ def _lokr_factors(
     and (I ⊗ w2_a) (w1 ⊗ w2_b). The product of lower rank is used."""
     alternatives = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
     if not all(
-        matrix_suffix <= set(module_tensors) or pair_suffixes <= set(module_tensors)
+        matrix_suffix <= set(tensors) or pair_suffixes <= set(tensors)
         for matrix_suffix, pair_suffixes in alternatives
     ):
         return None
-    rank = next(
-        (
-            module_tensors[key].shape[0]
-            for key in ("lokr_w1_b", "lokr_w2_b")
-            if key in module_tensors
-        ),
-        None,
-    )
+    up_keys = [key for key in ("lokr_w1_b", "lokr_w2_b") if key in tensors]
+    rank = tensors[up_keys[0]].shape[0] if up_keys else None
     # LyCORIS does not scale if neither w1 nor w2 is decomposed
     scale = 1.0 if rank is None or alpha is None else alpha / rank
-    if "lokr_w1" in module_tensors:
-        (w1,) = _to_float32(module_tensors["lokr_w1"])
+    if "lokr_w1" in tensors:
+        (w1,) = _to_float32(tensors["lokr_w1"])
     else:
-        a, b = _to_float32(module_tensors["lokr_w1_a"], module_tensors["lokr_w1_b"])
+        a, b = _to_float32(tensors["lokr_w1_a"], tensors["lokr_w1_b"])
         w1 = (a.double() @ b.double()).to(a.dtype)
-    if "lokr_w2" in module_tensors:
-        (w2,) = _to_float32(module_tensors["lokr_w2"])
+    if "lokr_w2" in tensors:
+        (w2,) = _to_float32(tensors["lokr_w2"])
         w2_a, w2_b = torch.eye(w2.shape[0], dtype=w2.dtype), w2  # [k, k], [k, n, …]
     else:
-        w2_a, w2_b = _to_float32(module_tensors["lokr_w2_a"], module_tensors["lokr_w2_b"])
+        w2_a, w2_b = _to_float32(tensors["lokr_w2_a"], tensors["lokr_w2_b"])
     (l, m), q = w1.shape, w2_a.shape[1]  # noqa: E741
     w2_b_matrix = w2_b.reshape(q, -1)  # [q, n · kernel size]; n and the kernel vary fastest
     eye = torch.eye(min(l, m), dtype=w1.dtype)

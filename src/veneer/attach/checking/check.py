@@ -2,12 +2,10 @@
 
 There are three checks. Each problem names the layer that fails:
 
-    reached     one pass in eval mode without gradients, which takes fast paths, runs every adapted
-                layer
-    gradient    one pass in the model's present mode gives every change a finite gradient that is
-                not zero, either before training or after all trained parameters were perturbed
-    equal       the gradients equal those of a model without adapters in which all code that reads
-                W reads W + ΔW
+    reached     one pass in eval mode without gradients runs every adapted layer
+    gradient    one pass in the model's mode gives every change a finite gradient that is not zero,
+                either before training or after all trained parameters were perturbed
+    equal       the gradients equal those of a plain model that reads W + ΔW wherever it read W
 
 Rounding errors in a gradient can be large, such as in that of a key projection below a saturated
 softmax in float32. So if a gradient differs and the model can run in float64, it is compared again
@@ -52,10 +50,8 @@ TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
 #: gradient of a key projection's bias.
 NOISE = 1e-4
 #: the expected state and the advice in most problems of ``_CheckedChange.problem``
-DEPENDS, REACH = (
-    "a layer that the output depends on",
-    "exclude it, or give an example that reaches it",
-)
+DEPENDS = "a layer that the output depends on"
+REACH = "exclude it, or give an example that reaches it"
 
 
 @dataclass(frozen=True)
