@@ -46,7 +46,9 @@ def files_index() -> str:
         if not files:
             continue
         path = folder.relative_to(SOURCE.parent).as_posix()
-        lines += [f"### `{path}/`", "", "| file | |", "|---|---|"]
+        package = folder / "__init__.py"
+        purpose = [f"{summary_of(package)}.", ""] if package.exists() else []
+        lines += [f"### `{path}/`", "", *purpose, "| file | |", "|---|---|"]
         lines += [f"| `{file.name}` | {summary_of(file)} |" for file in files]
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -57,7 +57,7 @@ def write_derived(
     raise_all(AdapterError, f"{path} was not written", list(change_problems(low)))
     tensors = _file_tensors(low, full)
     peft_config = _peft_config(sources, low, full, variant)
-    base_record = merged_base(sources)
+    base_record = common_base_record(sources)
     changes = None if base_record is None else _recorded_changes(sources, low)
     first_config = sources[0].config
     ranks = [layer.rank for layer in low.values()] or [first_config.rank]
@@ -144,7 +144,7 @@ def _narrow_base(
     return narrowed_record
 
 
-def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
+def common_base_record(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
     """The field "base" for the record of a new adapter, with the fingerprints of all its sources;
     None if a source has no record. It has "rest" if every source's record has "rest".
 

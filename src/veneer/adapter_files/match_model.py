@@ -301,9 +301,9 @@ class _Match:
             )
 
     def as_weight_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """The change of another library's folder as a change of the unchanged base, with a rank of
-        at most min(out, in). PEFT changes the base for some initialisations as it loads, and
-        accepts any rank."""
+        """A change from a folder of PEFT, as ΔW = scale · B A of the original base weight. For some
+        initialisations, such as PiSSA, PEFT subtracts the start from the base as it loads. PEFT
+        accepts any rank; here it is reduced to at most min(out, in)."""
         if peft_fields.changes_base_at_load(self.adapter_files.peft_config):
             kind_name = kind_for(self.names.modules[ref[0]], ref[1]).name
             product = without_initial_product(
@@ -369,8 +369,8 @@ class _Match:
                 self.add_problem(problem, "the files as they were saved", COPY_ADVICE)
 
     def rows_of(self, plan: LowRankPlan) -> dict[str, Tensor]:
-        """The trained token rows of one planned weight, under the name of their parameter; empty if
-        the weight has none."""
+        """The adapter parameter with the trained token rows of a weight, by the parameter's name
+        (``ROWS``); empty if the folder has no rows for the weight."""
         tokens = self.tokens.get(plan.ref)
         if self.adapter_files.record is not None and saved_token_rows.differs_from_record(
             self.adapter_files, plan.full_path, tokens

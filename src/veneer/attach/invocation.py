@@ -181,9 +181,9 @@ def _begin_call(model_adapters: ModelAdapters, module: nn.Module, args: tuple, k
     it."""
     invoked_calls = context.current.invoked_calls
     if model_adapters.uid not in invoked_calls:
-        adapter_rows = _invoked_adapter_rows(model_adapters)
-        if adapter_rows:
-            invoked_call = _search_call(model_adapters, module, adapter_rows, args, kwargs)
+        rows_by_adapter = _invoked_adapter_rows(model_adapters)
+        if rows_by_adapter:
+            invoked_call = _search_call(model_adapters, module, rows_by_adapter, args, kwargs)
             invoked_calls = {**invoked_calls, model_adapters.uid: invoked_call}
             if torch.is_grad_enabled():
                 _checkpoint_in_calls(module)
@@ -227,21 +227,21 @@ def _invoked_adapter_rows(model_adapters: ModelAdapters) -> list[AdapterRows]:
 def _search_call(
     model_adapters: ModelAdapters,
     module: nn.Module,
-    adapter_rows: Sequence[AdapterRows],
+    rows_by_adapter: Sequence[AdapterRows],
     args: tuple,
     kwargs: Any,
 ) -> InvokedCall:
     """Search the invocation tokens of the adapters in the ``input_ids`` of a call."""
     arguments = _arguments(module, args, kwargs)
-    ids = _require_ids(module, adapter_rows, arguments.get("input_ids"))
+    ids = _require_ids(module, rows_by_adapter, arguments.get("input_ids"))
     row_count, width = ids.shape
-    _refuse_packed(module, adapter_rows, arguments, width)
-    _refuse_other_rows(adapter_rows, row_count)
+    _refuse_packed(module, rows_by_adapter, arguments, width)
+    _refuse_other_rows(rows_by_adapter, row_count)
     kv_cache, prompt = _cache_in(arguments), context.current.prompt_starts.get(model_adapters.uid)
     past_length = _length_of(kv_cache)
     head_columns = _head_columns(arguments.get("logits_to_keep"), width)
     invoked_call = InvokedCall()
-    for active, indices in adapter_rows:
+    for active, indices in rows_by_adapter:
         name, tokens = str(active.name), active.invocation_tokens
         cached_starts = _cached_starts(kv_cache, model_adapters, name)
         cached_starts = (
@@ -305,12 +305,12 @@ def _column_in_call(start: int | None, past_length: int, width: int) -> int:
     return width if start is None else min(max(start - past_length, 0), width)
 
 
-def _require_ids(module: nn.Module, adapter_rows: Sequence[AdapterRows], ids: Any) -> Tensor:
+def _require_ids(module: nn.Module, rows_by_adapter: Sequence[AdapterRows], ids: Any) -> Tensor:
     """The ``input_ids`` of a call, [rows, columns]. Raises a SelectionError if the call has no
     ``input_ids`` of this shape."""
     if isinstance(ids, Tensor) and ids.dim() == 2:
         return ids
-    names = ", ".join(repr(active.name) for active, _ in adapter_rows)
+    names = ", ".join(repr(active.name) for active, _ in rows_by_adapter)
     shape = f"input_ids {list(ids.shape)}" if isinstance(ids, Tensor) else "no input_ids"
     problem = f"a call of {base_class(module).__name__} with {shape}, of adapter {names}"
     expected = "input_ids [rows, tokens], in which its invocation tokens are found"
@@ -320,7 +320,7 @@ def _require_ids(module: nn.Module, adapter_rows: Sequence[AdapterRows], ids: An
 
 def _refuse_packed(
     module: nn.Module,
-    adapter_rows: Sequence[AdapterRows],
+    rows_by_adapter: Sequence[AdapterRows],
     arguments: Mapping[str, Any],
     width: int,
 ) -> None:
@@ -336,15 +336,15 @@ def _refuse_packed(
     )
     if positions_restart or any(arguments.get(name) is not None for name in _PACKING_NAMES):
         problem = f"a call of {base_class(module).__name__} with several sequences in one row"
-        name = adapter_rows[0][0].name
+        name = rows_by_adapter[0][0].name
         expected = f"one sequence a row, for the invocation tokens of {name!r}"
         raise SelectionError(problem, expected, "do not pack the rows")
 
 
-def _refuse_other_rows(adapter_rows: Sequence[AdapterRows], row_count: int) -> None:
+def _refuse_other_rows(rows_by_adapter: Sequence[AdapterRows], row_count: int) -> None:
     """Raise a SelectionError if a selection for each row has more rows than the ids of a call."""
     selected_count = max(
-        (max(indices) + 1 for _, indices in adapter_rows if indices is not None), default=0
+        (max(indices) + 1 for _, indices in rows_by_adapter if indices is not None), default=0
     )
     if selected_count > row_count:
         problem = (
@@ -421,8 +421,8 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         model,
     )
     model_adapters = next(_adapters_of_hooks(model), None)
-    adapter_rows = [] if model_adapters is None else _invoked_adapter_rows(model_adapters)
-    if model_adapters is None or not adapter_rows:
+    rows_by_adapter = [] if model_adapters is None else _invoked_adapter_rows(model_adapters)
+    if model_adapters is None or not rows_by_adapter:
         return method(*args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs")
     ids = kwargs.get("input_ids") if ids is None else ids
@@ -430,13 +430,13 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         ids = None
     if isinstance(ids, Tensor) and ids.dim() == 1:
         ids = ids[None]
-    ids = _require_ids(model, adapter_rows, ids)
+    ids = _require_ids(model, rows_by_adapter, ids)
     kv_cache, mask = _cache_in(kwargs), kwargs.get("attention_mask")
     # If there is a cache, ids are the full sequence, or only the new tokens with a longer mask.
     is_continued = kv_cache is not None and mask is not None
     past_length = max(0, mask.shape[1] - ids.shape[1]) if is_continued else 0
     starts = {}
-    for active, _ in adapter_rows:
+    for active, _ in rows_by_adapter:
         name, tokens = str(active.name), active.invocation_tokens
         cached_starts = _cached_starts(kv_cache, model_adapters, name) if past_length else None
         cached_starts = (

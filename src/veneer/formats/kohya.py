@@ -1,4 +1,5 @@
-"""kohya's safetensors (sd-scripts, ComfyUI, A1111), with LyCORIS' LoHa and LoKr.
+"""kohya's safetensors (sd-scripts, ComfyUI, A1111), with their prefixes of keys and LyCORIS' LoHa
+and LoKr.
 
     lora_unet_<path, each dot as _>.lora_down.weight    A [r, in, *k]
     lora_unet_….lora_up.weight                          B [out, r, *1]

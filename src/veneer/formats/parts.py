@@ -1,4 +1,5 @@
-"""The prefixes of keys that name the components of an image pipeline (its models).
+"""The components of an image pipeline (its models): their names, and which one a path or a file
+means. The table of kohya's prefixes is in ``kohya.py``.
 
     component         paths; keys of diffusers     keys of kohya
     unet              unet.<path>                  lora_unet_<path, each dot as _>

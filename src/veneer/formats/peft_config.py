@@ -138,7 +138,7 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
     blocks ``layers_to_transform``; None if the config does not restrict the blocks.
 
     As in PEFT, the index of a block is the first number that stands behind at least two names in
-    the path. With ``layers_pattern``, it is the first number behind the first of these names that
+    the path; with ``layers_pattern``, the first number behind the first of the pattern's names that
     the path has. A module that the config names by its full path is adapted in any block.
     """
     layers, container_names = values.get("layers_to_transform"), values.get("layers_pattern") or ()

@@ -93,8 +93,8 @@ class Answers:
             charge(self._token_count)
 
 
-class AnswerForm:
-    """How the answers to one HTTP request are written as JSON.
+class AnswerWriter:
+    """Writes the answers to one HTTP request as JSON.
 
     Args:
         echoed_texts: the text before each answer, for ``echo``; empty for no such texts.
@@ -270,51 +270,53 @@ def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bo
     return Refusal(status, message, param=param, code=cause or "engine_error")
 
 
-async def collect_pieces(answers: Answers, form: AnswerForm) -> list[list[Piece]]:
+async def collect_pieces(answers: Answers, writer: AnswerWriter) -> list[list[Piece]]:
     """Wait until all answers have ended; return the pieces of each. ``Refusal``: one failed."""
-    pieces_by_answer: list[list[Piece]] = [[] for _ in range(form.answer_count)]
+    pieces_by_answer: list[list[Piece]] = [[] for _ in range(writer.answer_count)]
     async with aclosing(answers.pieces()) as pieces:
         async for index, piece in pieces:
-            if refusal := failure(piece, form.shows_internal_errors):
+            if refusal := failure(piece, writer.shows_internal_errors):
                 raise refusal
             pieces_by_answer[index].append(piece)
     return pieces_by_answer
 
 
-async def complete_body(answers: Answers, form: AnswerForm) -> dict[str, Any]:
+async def complete_body(answers: Answers, writer: AnswerWriter) -> dict[str, Any]:
     """The response body with all answers, once all have ended. ``Refusal``: an answer failed."""
-    pieces_by_answer = await collect_pieces(answers, form)
+    pieces_by_answer = await collect_pieces(answers, writer)
     generated = sum(
         len(piece.tokens) for answer_pieces in pieces_by_answer for piece in answer_pieces
     )
 
     def build_body() -> dict[str, Any]:
-        choices = [_choice(form, index, pieces) for index, pieces in enumerate(pieces_by_answer)]
+        choices = [_choice(writer, index, pieces) for index, pieces in enumerate(pieces_by_answer)]
         prompt = [token for piece in pieces_by_answer[0] for token in piece.prompt]
         cached = {index: pieces[-1].cached for index, pieces in enumerate(pieces_by_answer)}
-        usage = form.usage_counts(generated, cached)
-        return form.response_object(choices, usage=usage, **form.prompt_fields(prompt))
+        usage = writer.usage_counts(generated, cached)
+        return writer.response_object(choices, usage=usage, **writer.prompt_fields(prompt))
 
     # in a thread: 16 answers of 2,000 tokens with 20 alternatives each take seconds
-    return await asyncio.to_thread(build_body) if form.is_large else build_body()
+    return await asyncio.to_thread(build_body) if writer.is_large else build_body()
 
 
-def _choice(form: AnswerForm, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+def _choice(writer: AnswerWriter, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The choice object of answer ``index``, from all of its pieces."""
-    echoed_text, text = form.echoed_texts[index], "".join(piece.text for piece in pieces)
+    echoed_text, text = writer.echoed_texts[index], "".join(piece.text for piece in pieces)
     tokens = [token for piece in pieces for token in piece.tokens]
     prompt = [token for piece in pieces for token in piece.prompt]
-    echoed_tokens = prompt if form.echoes_logprobs else []
+    echoed_tokens = prompt if writer.echoes_logprobs else []
     start = 0 if echoed_tokens else len(echoed_text)
-    logprobs = _logprobs(form, [*echoed_tokens, *tokens], start)
+    logprobs = _logprobs(writer, [*echoed_tokens, *tokens], start)
     message: dict[str, Any] = {"role": "assistant", "content": echoed_text + text, "refusal": None}
-    if form.parsers:
-        deltas = [delta for piece in pieces for delta in form.deltas(index, piece)]
+    if writer.parsers:
+        deltas = [delta for piece in pieces for delta in writer.deltas(index, piece)]
         message |= _message_fields(echoed_text, join_deltas(deltas))
-    content: dict[str, Any] = {"message": message} if form.is_chat else {"text": echoed_text + text}
-    extra_fields = form.token_id_fields(index, tokens, first=True)
-    extra_fields |= {} if form.is_chat else form.prompt_logprob_fields(prompt)
-    content |= {"logprobs": logprobs, "finish_reason": form.finish_reason(index, pieces[-1])}
+    content: dict[str, Any] = (
+        {"message": message} if writer.is_chat else {"text": echoed_text + text}
+    )
+    extra_fields = writer.token_id_fields(index, tokens, first=True)
+    extra_fields |= {} if writer.is_chat else writer.prompt_logprob_fields(prompt)
+    content |= {"logprobs": logprobs, "finish_reason": writer.finish_reason(index, pieces[-1])}
     return {"index": index, **content, **extra_fields}
 
 
@@ -345,86 +347,86 @@ def _chat_delta(delta: Delta) -> dict[str, Any]:
 
 
 def _tool_events(
-    form: AnswerForm, index: int, piece: Piece, logprobs: Any, usage: Mapping[str, Any] | None
+    writer: AnswerWriter, index: int, piece: Piece, logprobs: Any, usage: Mapping[str, Any] | None
 ) -> Iterator[bytes]:
     """The events of one piece of an answer that may contain tool calls. The first event has the
     piece's token ids, even if its text is not certain yet."""
-    token_ids = form.token_id_fields(index, piece.tokens, first=False)
-    deltas = [_chat_delta(delta) for delta in form.deltas(index, piece)]
+    token_ids = writer.token_id_fields(index, piece.tokens, first=False)
+    deltas = [_chat_delta(delta) for delta in writer.deltas(index, piece)]
     for delta in deltas or [{}] * bool(piece.tokens):
-        yield _event(form, index, {"delta": delta, **token_ids}, logprobs, usage=usage)
+        yield _event(writer, index, {"delta": delta, **token_ids}, logprobs, usage=usage)
         logprobs, token_ids = None, {}
     if piece.finish:
-        finish_reason = form.finish_reason(index, piece)
-        yield _event(form, index, {"delta": {}}, finish_reason=finish_reason, usage=usage)
+        finish_reason = writer.finish_reason(index, piece)
+        yield _event(writer, index, {"delta": {}}, finish_reason=finish_reason, usage=usage)
 
 
-def _logprobs(form: AnswerForm, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
-    if form.alternative_count is None:
+def _logprobs(writer: AnswerWriter, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
+    if writer.alternative_count is None:
         return None
     return (
-        {"content": chat_logprobs(tokens, form.token_name), "refusal": None}
-        if form.is_chat
-        else text_logprobs(tokens, start, form.alternative_count, form.token_name)
+        {"content": chat_logprobs(tokens, writer.token_name), "refusal": None}
+        if writer.is_chat
+        else text_logprobs(tokens, start, writer.alternative_count, writer.token_name)
     )
 
 
 async def events(
-    form: AnswerForm, first: tuple[int, Piece], pieces: Pieces
+    writer: AnswerWriter, first: tuple[int, Piece], pieces: Pieces
 ) -> AsyncIterator[bytes]:
     """Yield the answers as server-sent events. ``first`` was taken from ``pieces`` before, to find
     out whether the first answer fails. An answer that fails ends the stream with an event
     {"error": …} and without [DONE]."""
     generated = 0
-    offsets = [0 if form.echoes_logprobs else len(text) for text in form.echoed_texts]
-    has_prompt_ids = [form.is_chat] * form.answer_count  # whether the prompt's ids were sent
+    offsets = [0 if writer.echoes_logprobs else len(text) for text in writer.echoed_texts]
+    has_prompt_ids = [writer.is_chat] * writer.answer_count  # whether the prompt's ids were sent
     indexed_piece: tuple[int, Piece] | None = first
     cached: dict[int, int] = {}
     async with aclosing(pieces):
-        for index, echoed_text in enumerate(form.echoed_texts):
-            if form.is_chat:
+        for index, echoed_text in enumerate(writer.echoed_texts):
+            if writer.is_chat:
                 delta = {"delta": {"role": "assistant", "content": echoed_text}}
-                yield _event(form, index, delta, **form.prompt_fields())
-            elif echoed_text and not form.echoes_logprobs:
-                content = {"text": echoed_text, **form.token_id_fields(index, (), first=True)}
-                yield _event(form, index, content)
+                yield _event(writer, index, delta, **writer.prompt_fields())
+            elif echoed_text and not writer.echoes_logprobs:
+                content = {"text": echoed_text, **writer.token_id_fields(index, (), first=True)}
+                yield _event(writer, index, content)
                 has_prompt_ids[index] = True
         while indexed_piece is not None:
             index, piece = indexed_piece
-            if refusal := failure(piece, form.shows_internal_errors):
+            if refusal := failure(piece, writer.shows_internal_errors):
                 yield _encode_event(refusal.body())
                 return
             generated += len(piece.tokens)
             cached[index] = piece.cached
             tokens, text = piece.tokens, piece.text
-            if form.echoes_logprobs and piece.prompt:
-                tokens, text = (*piece.prompt, *tokens), form.echoed_texts[index] + text
-            logprobs = _logprobs(form, tokens, offsets[index])
+            if writer.echoes_logprobs and piece.prompt:
+                tokens, text = (*piece.prompt, *tokens), writer.echoed_texts[index] + text
+            logprobs = _logprobs(writer, tokens, offsets[index])
             offsets[index] += sum(len(token.text) for token in tokens)
-            usage = form.usage_counts(generated, cached) if form.continuous_usage else None
-            if form.parsers:
-                for event in _tool_events(form, index, piece, logprobs, usage):
+            usage = writer.usage_counts(generated, cached) if writer.continuous_usage else None
+            if writer.parsers:
+                for event in _tool_events(writer, index, piece, logprobs, usage):
                     yield event
                 indexed_piece = await anext(pieces, None)
                 continue
-            if text or tokens or (piece.finish and not form.is_chat):
-                content = {"delta": {"content": text}} if form.is_chat else {"text": text}
+            if text or tokens or (piece.finish and not writer.is_chat):
+                content = {"delta": {"content": text}} if writer.is_chat else {"text": text}
                 first_chunk = not has_prompt_ids[index]
-                content |= form.token_id_fields(index, piece.tokens, first=first_chunk)
+                content |= writer.token_id_fields(index, piece.tokens, first=first_chunk)
                 has_prompt_ids[index] = True
-                finish_reason = None if form.is_chat else piece.finish
-                yield _event(form, index, content, logprobs, finish_reason, usage)
-            if form.is_chat and piece.finish:
-                yield _event(form, index, {"delta": {}}, None, piece.finish, usage)
+                finish_reason = None if writer.is_chat else piece.finish
+                yield _event(writer, index, content, logprobs, finish_reason, usage)
+            if writer.is_chat and piece.finish:
+                yield _event(writer, index, {"delta": {}}, None, piece.finish, usage)
             indexed_piece = await anext(pieces, None)
-        if form.includes_usage:
-            usage = form.usage_counts(generated, cached)
-            yield _encode_event(form.response_object([], chunk=True, usage=usage))
+        if writer.includes_usage:
+            usage = writer.usage_counts(generated, cached)
+            yield _encode_event(writer.response_object([], chunk=True, usage=usage))
         yield b"data: [DONE]\n\n"
 
 
 def _event(
-    form: AnswerForm,
+    writer: AnswerWriter,
     index: int,
     content: dict[str, Any],
     logprobs: Any = None,
@@ -434,12 +436,12 @@ def _event(
 ) -> bytes:
     """The event of a chunk of answer ``index``."""
     choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-    if form.includes_usage:
-        if form.continuous_usage:
-            fields["usage"] = form.usage_counts(0, {}) if usage is None else usage
+    if writer.includes_usage:
+        if writer.continuous_usage:
+            fields["usage"] = writer.usage_counts(0, {}) if usage is None else usage
         else:
             fields["usage"] = None
-    return _encode_event(form.response_object([choice], chunk=True, **fields))
+    return _encode_event(writer.response_object([choice], chunk=True, **fields))
 
 
 def _encode_event(content: dict[str, Any]) -> bytes:

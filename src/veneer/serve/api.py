@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from veneer.errors import VeneerError, sentence
 from veneer.serve import docs_page, limits, prompts, refusal, score, tokenize
 from veneer.serve.access import Key
-from veneer.serve.answers import AnswerForm, failure
+from veneer.serve.answers import AnswerWriter, failure
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.messages.answer import MessagesView
@@ -211,7 +211,7 @@ async def responses(
     """Answer a chat, as OpenAI's Responses API does."""
     client_names = {"messages": "input", "response_format": "text"}
     return await _answer_chat(
-        request, body.chat(), lambda form: ResponsesView(form, body), client_names=client_names
+        request, body.chat(), lambda writer: ResponsesView(writer, body), client_names=client_names
     )
 
 
@@ -221,7 +221,7 @@ async def messages(
 ) -> Response:
     """Answer a chat, as Anthropic's Messages API does."""
     return await _answer_chat(
-        request, body.chat(), lambda form: MessagesView(form, body), call_prefix="toolu"
+        request, body.chat(), lambda writer: MessagesView(writer, body), call_prefix="toolu"
     )
 
 
@@ -234,7 +234,8 @@ async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict
 
 
 async def _answer_chat(
-    request: Request, body: ChatRequest, view: Callable[[AnswerForm], Any] = lambda form: form,
+    request: Request, body: ChatRequest,
+    view: Callable[[AnswerWriter], Any] = lambda writer: writer,
     call_prefix: str = "call", client_names: Mapping[str, str] | None = None,
 ) -> Response:  # fmt: skip
     """Answer a chat.
@@ -257,9 +258,9 @@ async def _answer_chat(
         prompt = prompts.truncate_prompt(prompt, truncate, token_limit, service.length)
         max_tokens = prompts.answer_token_limit([prompt], token_limit, service.length, is_chat=True)
         echoed_texts = [body.messages[-1].text] * body.n if body.echo else []
-        form = AnswerForm(body, [prompt], echoed_texts, key.admin, reading)
+        writer = AnswerWriter(body, [prompt], echoed_texts, key.admin, reading)
         return await _generate_response(
-            request, body, blend, [prompt], max_tokens, form, view(form)
+            request, body, blend, [prompt], max_tokens, writer, view(writer)
         )
     except Refusal as refused:
         refused.param = (client_names or {}).get(refused.param or "", refused.param)
@@ -343,8 +344,8 @@ async def completions(
     if body.echo:
         echoed_texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts)
     repeated_texts = [text for text in echoed_texts for _ in range(body.n)]
-    form = AnswerForm(body, tokens, repeated_texts, key.admin)
-    return await _generate_response(request, body, blend, tokens, max_tokens, form, form)
+    writer = AnswerWriter(body, tokens, repeated_texts, key.admin)
+    return await _generate_response(request, body, blend, tokens, max_tokens, writer, writer)
 
 
 async def read_texts(
@@ -401,7 +402,7 @@ async def _generate_response(
     blend: dict[str, float],
     tokens: Tokens,
     max_tokens: int,
-    form: AnswerForm,
+    writer: AnswerWriter,
     view: Any,
 ) -> Response:
     """Submit ``body.n`` requests for each prompt and answer with their results, as ``view`` writes
@@ -424,10 +425,10 @@ async def _generate_response(
             blend,
             replace(
                 body.sampling(max_tokens, answer_index, service.sampling, bad_words),
-                **form.sampling,
+                **writer.sampling,
             ),
             service.timeout,
-            f"{form.id}-{answer_index}",
+            f"{writer.id}-{answer_index}",
             key.owner,
             body.cache_salt,
             body.priority,
@@ -442,7 +443,7 @@ async def _generate_response(
             answers.cancel()  # also if ``complete`` was never started
         return (
             await asyncio.to_thread(JSONResponse, content)
-            if form.is_large
+            if writer.is_large
             else JSONResponse(content)
         )
     with ExitStack() as on_failure:
@@ -450,7 +451,7 @@ async def _generate_response(
         pieces = answers.pieces()
         # wait for the first piece: an answer that fails before it starts gets an HTTP error status
         first = await unless_disconnected(request, anext(pieces))
-        if refused := failure(first[1], form.shows_internal_errors):
+        if refused := failure(first[1], writer.shows_internal_errors):
             raise refused
         on_failure.pop_all()
     return EventStream(answers, view.events(first, pieces))

@@ -1,4 +1,5 @@
-"""Convert the dtypes of the inputs and the output of an adapted layer.
+"""Casts around a layer that runs on W + ΔW (materialised, or a view). The factored path casts in
+``layer_call.py``.
 
 A 16-bit layer computes W + ΔW in float32, because a 16-bit sum would lose a ΔW that is small
 against W. The output is then cast to the dtype that it would have without an adapter. Integers

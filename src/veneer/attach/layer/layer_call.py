@@ -1,4 +1,5 @@
-"""The arithmetic of one call of a layer that has one input and is linear in its one weight.
+"""The arithmetic of one call of a layer that has one input and is linear in its one weight: the
+factored and the materialised form, with their dtypes, also under autocast.
 
 run_factored        y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias
 run_materialised    y = op(x; gain ⊙ (W + ΔW)) + bias                  the definition

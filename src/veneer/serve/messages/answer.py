@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any
 
 from veneer.fileio.untrusted import parse
-from veneer.serve.answers import AnswerForm, Answers, Pieces, collect_pieces, failure
+from veneer.serve.answers import AnswerWriter, Answers, Pieces, collect_pieces, failure
 from veneer.serve.messages.request import MessagesRequest
 from veneer.serve.requests import Piece
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, call_id, join_deltas
@@ -26,8 +26,8 @@ Event = dict[str, Any]
 class MessagesView:
     """Writes the answer to one request, from its pieces."""
 
-    def __init__(self, form: AnswerForm, body: MessagesRequest) -> None:
-        self._form, self._model = form, body.model
+    def __init__(self, writer: AnswerWriter, body: MessagesRequest) -> None:
+        self._form, self._model = writer, body.model
         self._id = call_id("msg")
         self._block_type = ""  # of the block that is open; "" without one
         self._block_index = -1

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from veneer.serve.answers import AnswerForm, Answers, Pieces, collect_pieces, failure
+from veneer.serve.answers import AnswerWriter, Answers, Pieces, collect_pieces, failure
 from veneer.serve.requests import Piece
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.tools.deltas import CallDelta, Delta, call_id
@@ -31,8 +31,8 @@ Event = dict[str, Any]
 class ResponsesView:
     """Writes the answer to one request, from its pieces."""
 
-    def __init__(self, form: AnswerForm, body: ResponsesRequest) -> None:
-        self._form, self._body = form, body
+    def __init__(self, writer: AnswerWriter, body: ResponsesRequest) -> None:
+        self._form, self._body = writer, body
         self._id, self._created = call_id("resp"), int(time.time())
         self._output: list[dict[str, Any]] = []
         self._item_is_open = False  # whether more of the last output item may follow

@@ -1,4 +1,4 @@
-"""Calls in Python's form: ``[get_weather(city="Bern", days=3), get_time()]`` (Llama 3.2 and 4,
+"""Calls in Python's writer: ``[get_weather(city="Bern", days=3), get_time()]`` (Llama 3.2 and 4,
 ToolACE).
 
 An answer is such a list of calls, or text. A call is emitted when it is complete. It is parsed as

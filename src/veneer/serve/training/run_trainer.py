@@ -1,5 +1,5 @@
-"""Train several runs on one base at once. This module is the arithmetic of the training service,
-without its clients and queues.
+"""Train several runs on one base at once: passes, optimiser steps, and what happens if a gradient
+is not finite. This is the arithmetic of the training service, without clients and queues.
 
     passes of several runs ─ rows of similar length ─> one forward and backward of the base
                            ─> log-probabilities, gradients

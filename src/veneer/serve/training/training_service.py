@@ -220,8 +220,8 @@ class Training:
         return token
 
     def find_file(self, token: str, name: str) -> Path | None:
-        """The path of a file in the folder of a token; None if the token is invalid or there is no
-        such file."""
+        """The path of a file in the folder that a download token gives access to; None if the token
+        is invalid or there is no such file."""
         entry = self._files.get(token)
         if entry is None or entry[1] < time.monotonic():
             return None

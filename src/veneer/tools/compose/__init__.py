@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapter_files.derived_folder import merged_base, write_derived
+from veneer.adapter_files.derived_folder import common_base_record, write_derived
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.config import path_test
 from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all, sentence
@@ -168,7 +168,7 @@ def compose(
     used_indices = [index for index, weight in enumerate(adapter_weights) if weight]
     source_weights = [adapter_weights[index] for index in used_indices]
     sources = [saved_adapters[index] for index in used_indices]
-    merged_base(sources)  # raises early if the adapters have different bases
+    common_base_record(sources)  # raises early if the adapters have different bases
     notes += _unproven_notes(sources)
     base_weights = FrozenWeights(base, model)
     aligned_weights = align(sources, base_weights.parameter_order)

@@ -125,9 +125,8 @@ class FrozenWeights:
         )
         if dense_weight is None:
             problem = f"no {' or '.join(map(repr, candidate_paths))} in the base"
-            raise AdapterError(
-                problem, "the weight that the adapters change", "pass the base that they are of"
-            )
+            expected, do = "the weight that the adapters change", "pass the base that they are of"
+            raise AdapterError(problem, expected, do)
         if not dense_weight.is_floating_point():
             problem = f"{path!r} of {dense_weight.dtype}"
             raise AdapterError(problem, "a storage that Veneer knows", "load it dense")

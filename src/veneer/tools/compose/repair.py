@@ -209,8 +209,8 @@ def _report_weight(weight_intruders: WeightIntruders, rank: int, factor: float) 
 def _folder_entry(
     aligned_weight: AlignedWeight, layers: Mapping[str, peft.PeftLayer]
 ) -> peft.PeftLayer:
-    """The entry of a weight in the new folder. An alias of a tied weight gets the change of the
-    weight's first name."""
+    """The tensors (A, B, magnitude) that the repaired adapter's folder stores for a weight. An
+    alias of a tied weight gets the change of the weight's first name."""
     if aligned_weight.alias_of is None:
         return layers[aligned_weight.model_path]
     first_path, transposed = aligned_weight.alias_of

@@ -1,4 +1,5 @@
-"""Published figures of devices, and the time that counted work takes on one.
+"""Published figures of devices, the time of counted work on a device, and the time of transfers
+within and between machines.
 
     seconds = Σ calls · max(operations / (PRODUCTS · peak), bytes / (BYTES · bandwidth), LAUNCH)
 

@@ -1,5 +1,5 @@
-"""Plan a training run on 1 … n devices by each strategy: what each device holds, computes and
-sends, and for how long.
+"""Plan a training run on 1 … n devices by each strategy: the bytes that each device holds, and the
+work and transfers of a step, which ``hardware.py`` times.
 
 A step has as many examples on n devices as on one device, as under torchrun.
 

@@ -1,5 +1,6 @@
 """Candidates that train together on one base: each step is one forward and one backward for all
-candidates whose batches have equal shapes (``veneer/engine``).
+candidates whose batches have equal shapes (``veneer/engine``). A candidate whose loss or gradient
+is not finite ends.
 
 A candidate trains exactly as in a separate run of `veneer train`: with the same initial adapter,
 order of rows, optimiser, schedule, clipping and random numbers. Candidates with equal data seeds

@@ -1,4 +1,4 @@
-"""Propose the candidates of a sweep and decide which end early.
+"""Propose the candidates of a sweep, and rank them at each rung to decide which end early.
 
     ask(count)                     propose further candidates: their names and changed settings
     judge(step, losses)            return the candidates that end at this step
