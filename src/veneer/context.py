@@ -73,8 +73,8 @@ class Block:
         suspended_selection: replaces ``selection`` in calls for which it is unknown whether they
             should be inside of the block, because the generator is suspended.
         caller: the thread and task that opened the block.
-        cached_context: (key, context): the last context that ``_apply_blocks`` computed with this
-            block as the innermost one, and what it was computed from.
+        cached_context: the cache of ``_apply_blocks`` for calls in which this block is innermost:
+            (key, context), the values that the context was computed from, and the context.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ the tests compare it with PEFT. ``peft_paths.py`` has the rules for paths and pa
 result differs from a change of the weight.
 
 If PEFT would load a folder and compute another result, Veneer writes the reason into ``peft_type``:
-PEFT fails on an unknown type, and its error shows the text.
+PEFT fails on an unknown ``peft_type``, and its error shows this value, and so the reason.
 """
 
 from __future__ import annotations

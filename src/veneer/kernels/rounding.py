@@ -15,8 +15,8 @@ subnormals, overflow and cancellation without special cases.
                     +  underflow
 
 The second term covers r products and their sums in any order, and the roundings of scale · B and of
-A to float32. The ends are computed as |v| (1 ± 2⁻²²) ± the other terms: the computation rounds
-twice more, by 2⁻²⁴ each, which the factor 1 ± 2⁻²² covers.
+A to float32. The ends of the interval are computed as |v| (1 ± 2⁻²²) ± the second and third
+term. This computation itself rounds twice, by 2⁻²⁴ each, which the factor 1 ± 2⁻²² covers.
 
 If numba is installed, large weights are processed by a compiled loop (``round_nearest.py``), else
 in tiles of ``TILE_SIZE`` elements, whose buffers stay in the cache. Rejected: comparing the low

@@ -162,9 +162,9 @@ def describe_value(value: Any) -> str:
 
 def body_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     """The refusal of a body in which pydantic found errors. It never repeats the body. pydantic
-    lists an error for each type that a field may have (a text; a list of texts; …). For the first
-    invalid field, the error of the type that the value comes closest to is chosen: not "no text",
-    but "a list of 17, at most 16"."""
+    lists an error for each type that a field allows, such as a text or a list of texts. Of the
+    errors for the first invalid field, the one for the closest type is reported: for a list of 17
+    stop strings "at most 16 entries", not "not a text"."""
     first_error = max(
         (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
         key=lambda error: (

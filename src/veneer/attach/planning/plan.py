@@ -373,8 +373,8 @@ def _full_readers(
 
 
 def is_matrix(names: Names, ref: ParamRef) -> bool:
-    """Whether a parameter can take a low-rank change. The kind of its module decides. If the kind
-    does not list the parameter, the parameter must have two axes of more than one entry."""
+    """Whether a parameter can take a low-rank change. The layer kind of its module decides. If the
+    kind does not list the parameter, two of its axes must have more than one entry."""
     path, name = ref
     module = names.modules[path]
     kind = kind_of(module)

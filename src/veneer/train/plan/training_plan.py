@@ -251,7 +251,8 @@ def plan_all(
     strategies: Iterable[str],
     hardware: Hardware | None,
 ) -> tuple[list[RunPlan], list[str]]:
-    """(plans for all numbers of devices and strategies, the reasons why others are impossible)."""
+    """(plans for all numbers of devices and strategies ("ddp", "fsdp", "tp"), the reasons why the
+    other combinations are impossible)."""
     plans, rejections = [], []
     for devices in device_counts:
         for strategy in [*strategies][:1] if devices == 1 else strategies:
