@@ -27,6 +27,18 @@ def summary_of(file: Path) -> str:
     return re.sub(r"``", "`", summary).replace("|", r"\|").removesuffix(":").removesuffix(".")
 
 
+def is_listed(file: Path) -> bool:
+    """Whether a file has a row: all but an ``__init__.py`` without functions of its own."""
+    if file.name != "__init__.py":
+        return True
+    functions = (
+        node.name
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    )
+    return not {*functions} <= {"__getattr__", "__dir__"}
+
+
 def folders() -> list[Path]:
     """The folders with Python files, in the order of the drawing in docs/overview.md."""
     overview = (ROOT / "docs" / "overview.md").read_text(encoding="utf-8")
@@ -42,12 +54,12 @@ def files_index() -> str:
     """A table for each folder: its files, and what each is for."""
     lines: list[str] = []
     for folder in folders():
-        files = [file for file in sorted(folder.glob("*.py")) if file.name != "__init__.py"]
+        files = [file for file in sorted(folder.glob("*.py")) if is_listed(file)]
         if not files:
             continue
         path = folder.relative_to(SOURCE.parent).as_posix()
         package = folder / "__init__.py"
-        purpose = [f"{summary_of(package)}.", ""] if package.exists() else []
+        purpose = [] if is_listed(package) else [f"{summary_of(package)}.", ""]
         lines += [f"### `{path}/`", "", *purpose, "| file | |", "|---|---|"]
         lines += [f"| `{file.name}` | {summary_of(file)} |" for file in files]
         lines.append("")

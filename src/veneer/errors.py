@@ -1,5 +1,5 @@
 """The errors that Veneer raises on purpose, as one tree of classes; its warnings; and functions
-that format their messages.
+that format their messages and rank the names that they suggest.
 
     VeneerError
     ├── ConfigError        ValueError       a field of a config is wrong

@@ -206,8 +206,8 @@ def write(
         OutputExistsError: the path exists and ``overwrite`` is False; it is a file; or it holds a
             complete model other than the base.
         AdapterError: ``read`` would refuse the folder, because a tensor is not finite, a change is
-            absurdly large, a file format forbids the name of a tensor, or the provenance is not JSON or
-            too long.
+            absurdly large, a file format forbids the name of a tensor, or the provenance is not
+            JSON or too long.
     """
     raise_all(
         AdapterError,

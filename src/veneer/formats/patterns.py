@@ -1,4 +1,5 @@
-"""The regular expressions of a PEFT config, evaluated as ``re`` does but with a time limit.
+"""Match paths with the regular expressions of a PEFT config: with the whole path, or with its last
+segments. They are evaluated as ``re`` does, but with a time limit.
 
 Configs are untrusted. A backtracking matcher takes 2ⁿ steps for ``(a|a)*b`` on n letters, and
 ``re`` cannot be interrupted. The package ``regex`` supports a time limit. It accepts more syntax

@@ -1,5 +1,6 @@
 """The paths in PEFT's files and the patterns in its config: which modules ``target_modules``
-matches, which rank and alpha belong to a path, and how PEFT nests the modules that it wraps.
+matches, the rank and alpha of the pattern that ``patterns.py`` finds for a path, and how PEFT nests
+the modules that it wraps.
 
 The rules are those of PEFT 0.21's source; the tests compare them with PEFT.
 """

@@ -1,4 +1,5 @@
-"""The product B A of rank r that is nearest to a matrix D, and its distance from D.
+"""The product B A of rank r that is nearest to a matrix D, its distance from D, and the smallest
+rank for a share of ‖D‖².
 
     D ≈ B A        D: [out, in]   A: [r, in] = √S Vᵀ   B: [out, r] = U √S
     U S Vᵀ: the r largest singular values of D, with their singular vectors

@@ -1,5 +1,5 @@
 """The modules and parameters of a model by their names, the patterns that match these, and the
-similar names that errors suggest.
+candidates for the similar names that errors suggest.
 """
 
 from __future__ import annotations

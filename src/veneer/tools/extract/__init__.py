@@ -1,4 +1,5 @@
-"""Extract an adapter from a full fine-tune: approximate each weight's change by a low-rank product.
+"""Extract an adapter from a full fine-tune: choose a rank for each weight's change, and approximate
+the change by a low-rank product.
 
     ΔW = W_tuned − W_base ≈ B A        for each weight, [g, out, in], truncated to a rank or to a
                                        share of ‖ΔW‖²; g: matrices of a stack, groups of a

@@ -1,4 +1,5 @@
-"""Decide how to write each changed parameter: as a low-rank product, in full, or not at all.
+"""Decide how to write each changed parameter: as a low-rank product (whose rank ``extract``
+chooses), in full, or not at all.
 
 low_rank  ``targets`` matches the parameter, and it has a low-rank change
 full      else, ``keep`` matches it; the default matches every vector
