@@ -1,5 +1,5 @@
-"""Decide how to write each changed parameter: as a low-rank product (whose rank ``extract``
-chooses), in full, or not at all.
+"""Decide how to write each changed parameter: as a low-rank product, in full, or not at all. The
+function ``extract`` chooses the ranks, and writes products that are too large or lossy in full.
 
 low_rank  ``targets`` matches the parameter, and it has a low-rank change
 full      else, ``keep`` matches it; the default matches every vector
