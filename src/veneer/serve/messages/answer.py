@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any
 
 from veneer.fileio.untrusted import parse
-from veneer.serve.answers import AnswerWriter, Answers, Pieces, collect_pieces, failure
+from veneer.serve.answers import Answers, AnswerWriter, Pieces, collect_pieces, failure
 from veneer.serve.messages.request import MessagesRequest
 from veneer.serve.requests import Piece
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, call_id, join_deltas

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from veneer.serve.answers import AnswerWriter, Answers, Pieces, collect_pieces, failure
+from veneer.serve.answers import Answers, AnswerWriter, Pieces, collect_pieces, failure
 from veneer.serve.requests import Piece
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.tools.deltas import CallDelta, Delta, call_id
