@@ -58,16 +58,16 @@ def opened(tokenizer):
 
 
 def clean(engine) -> bool:
-    """Whether the slots hold zeros, but for the rows that are kept of the last requests."""
+    """Whether the slots hold zeros, but for the rows of the requests that finished last."""
     memory = engine._batch.memory
-    kept_rows = [(each.row.size_class, each.row.index) for each in memory.kept]
+    finished_rows = [(each.row.size_class, each.row.index) for each in memory.finished_rows]
     return all(
         not stored[index].any()
         for size_class in memory.slots.classes.values()
         for layer in size_class.layers
         for stored in (layer.keys, layer.values)
         for index in range(len(stored))
-        if (size_class, index) not in kept_rows
+        if (size_class, index) not in finished_rows
     )
 
 

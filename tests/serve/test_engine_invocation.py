@@ -17,6 +17,7 @@ from tests.support.tiny import tiny_model, tiny_tokenizer, write_tiny
 import veneer
 from veneer.errors import ConfigError, SelectionError
 from veneer.models.decode.attention import BLOCK
+from veneer.models.decode.slots import Slots
 from veneer.serve.engine import Engine
 
 #: the adapters, and the tokens that invoke them; none for one that acts on every token
@@ -119,6 +120,19 @@ def test_a_switch_of_adapter_costs_the_tokens_from_its_invocation_on(serving, mo
     client = ask(engine, prompt, "a").wait()
     assert client.pieces[-1].cached == (len(prompt) - 1) // BLOCK * BLOCK
     assert client.tokens == alone(models["a"], prompt, 6)
+
+
+def test_a_switch_continues_the_row_of_the_base(serving, models, monkeypatch):
+    copies, write = [], Slots.write_blocks
+    monkeypatch.setattr(Slots, "write_blocks", lambda *args: copies.append(write(*args)))
+    engine, _ = serving()
+    prompt = invoke(range(20, 90), 60, TOKENS["a"])
+    for name, cached in ((None, 0), ("a", 60 // BLOCK * BLOCK)):
+        client = ask(engine, prompt, name).wait()
+        assert (client.tokens, client.pieces[-1].cached) == (
+            alone(models[name], prompt, 6), cached,
+        )  # fmt: skip
+    assert len(copies) == 1  # of no block, for the base
 
 
 def test_a_later_invocation_begins_anew(serving, models):

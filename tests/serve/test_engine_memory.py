@@ -17,7 +17,7 @@ from veneer.errors import ConfigError
 from veneer.models.decode.attention import BLOCK
 from veneer.models.decode.slots import SMALLEST, Slots
 from veneer.serve.engine import Engine
-from veneer.serve.memory import KEPT_ROWS
+from veneer.serve.memory import MAX_FINISHED_ROWS
 from veneer.serve.prefill_budget import MULTIPLE
 from veneer.serve.requests import RequestError
 from veneer.serve.scheduler import PROMPT
@@ -254,31 +254,31 @@ def test_no_request_continues_the_row_of_another_s_tokens(changes, opened, copie
     request = asked(ids(60), 3)
     first = Client(engine, request)
     work_off(engine, [first])
-    (kept,) = engine._batch.memory.kept
-    assert kept.ids == [*request.prompt, *first.tokens[:-1]]
+    (finished_row,) = engine._batch.memory.finished_rows
+    assert finished_row.ids == [*request.prompt, *first.tokens[:-1]]
     other = replace(request, **changes)
     client = Client(engine, other)
     work_off(engine, [client])
     assert client.tokens == alone(make("llama"), other.prompt, 3)
-    assert len(copied) == len(engine._batch.memory.kept) == 2
+    assert len(copied) == len(engine._batch.memory.finished_rows) == 2
 
 
-def test_rows_of_the_last_requests_are_kept(opened, copied):
-    engine, conversations = opened(rows=4), [ids(60, seed) for seed in range(KEPT_ROWS + 1)]
+def test_rows_of_the_last_requests_stay(opened, copied):
+    engine, conversations = opened(rows=4), [ids(60, seed) for seed in range(MAX_FINISHED_ROWS + 1)]
     running = Client(engine, asked(ids(20, 9), 150, ignore_eos=True))  # beside the others
-    for turn, copies in enumerate((KEPT_ROWS + 2, KEPT_ROWS + 3)):
-        for number in range(KEPT_ROWS + 1)[:: 1 - 2 * turn]:
+    for turn, copies in enumerate((MAX_FINISHED_ROWS + 2, MAX_FINISHED_ROWS + 3)):
+        for number in range(MAX_FINISHED_ROWS + 1)[:: 1 - 2 * turn]:
             client = Client(engine, asked(conversations[number], 3, ignore_eos=True))
             work_off(engine, [client])
             assert client.tokens == alone(make("llama"), conversations[number], 3)
             conversations[number] = (*conversations[number], *client.tokens, 5)
         assert len(copied) == copies  # in the second turn by the first conversation alone
-    assert len(engine._batch.memory.kept) == KEPT_ROWS
+    assert len(engine._batch.memory.finished_rows) == MAX_FINISHED_ROWS
     work_off(engine, [running])
     assert running.tokens == alone(make("llama"), ids(20, 9), 150)
 
 
-def test_kept_rows_give_way_within_the_budget(opened):
+def test_finished_rows_give_way_within_the_budget(opened):
     engine = opened(cache_memory=budget_for(3), length=250)
     for seed, length in enumerate((100, 90, 100, 200, 20)):
         client = Client(engine, asked(ids(length, seed), 30, ignore_eos=True))
@@ -286,17 +286,17 @@ def test_kept_rows_give_way_within_the_budget(opened):
         assert client.tokens == alone(make("llama"), ids(length, seed), 30)
 
 
-def test_a_kept_row_keeps_no_adapter_in_memory(opened):
+def test_a_finished_row_holds_no_adapter_in_memory(opened):
     bank = Recorder()
     engine = opened(bank=bank)
     work_off(engine, [Client(engine, asked(ids(60), 3, blend={"a": 1.0}))])
     adapter = weakref.ref(bank.adapters.pop("a"))
     gc.collect()
-    assert engine._batch.memory.kept
+    assert engine._batch.memory.finished_rows
     assert adapter() is None
     with torch.inference_mode():
         engine.step()
-    assert not engine._batch.memory.kept
+    assert not engine._batch.memory.finished_rows
 
 
 # ----------------------------------------------------------------------------------------------
@@ -418,12 +418,12 @@ def test_memory_goes_back_when_nobody_uses_it(opened, monkeypatch):
     engine = opened(rows=4)
     clients = [Client(engine, asked(ids(number * 40 + 5), 5)) for number in range(4)]
     work_off(engine, clients)
-    kept = engine._batch.memory.kept
+    finished_rows = engine._batch.memory.finished_rows
     in_use = [row for each in engine._batch.memory.slots.classes.values() for row in each.rows]
-    assert {id(row) for row in in_use} == {id(each.row) for each in kept}
+    assert {id(row) for row in in_use} == {id(each.row) for each in finished_rows}
     with torch.inference_mode():
         engine.step()
-    assert len(kept) == 4
+    assert len(finished_rows) == 4
     assert live_bytes(engine) == engine.cache_bytes > 0
     monkeypatch.setattr(module, "PREFIX_IDLE", 0.0)
     with torch.inference_mode():

@@ -149,9 +149,10 @@ def test_blocks_before_an_invocation_are_the_base_s():
 
 def test_equal_tokens_have_equal_keys_up_to_an_invocation():
     first, second = (Namespace([(Adapter(name), 1.0)], "", BLOCK) for name in "ab")
-    assert first.is_same_until(BLOCK, second)
-    assert first.is_same_until(BLOCK, BASE)
-    assert not first.is_same_until(2 * BLOCK, second)
-    assert not first.is_same_until(2 * BLOCK, BASE)
-    assert first.is_same_until(2 * BLOCK, first)
-    assert not first.is_same_until(BLOCK, Namespace([(Adapter("a"), 1.0)], ""))
+    assert first.shared_length(BLOCK, second) == BLOCK
+    assert first.shared_length(BLOCK, BASE) == BLOCK
+    for other in (second, BASE, Namespace([(Adapter("c"), 1.0)], "", 2 * BLOCK)):
+        assert first.shared_length(2 * BLOCK + 1, other) == BLOCK
+        assert other.shared_length(2 * BLOCK + 1, first) == BLOCK
+    assert first.shared_length(2 * BLOCK, first) == 2 * BLOCK
+    assert first.shared_length(BLOCK, Namespace([(Adapter("a"), 1.0)], "")) == 0

@@ -440,7 +440,7 @@ class Engine:
             return
         if state.generated and finish != "error":
             # with the answer, because the next turn of a chat begins with it
-            self._batch.memory.keep(state)
+            self._batch.memory.finish(state)
         self._batch.remove(state)
         self._admission.remove(state)
         self._admission.release(state)

@@ -2,7 +2,7 @@
 and its default.
 
     request → row, which begins with the cached beginning of its tokens → computed blocks are cached
-    → row released, or kept for a request that continues it
+    → row released, or left in place for a request that continues it
 
 A row that needs memory takes unused memory first, then that of cached prefixes. If that does not
 suffice, the engine preempts a request.
@@ -34,15 +34,15 @@ log = logging.getLogger("veneer.serve")
 #: answer tokens that a new row has room for, so that few rows must move soon
 HEADROOM = 32
 
-#: rows of ended requests that are kept. Each may split the attention of running rows into one more
-#: call a layer.
-KEPT_ROWS = 4
+#: most rows of finished requests that stay. Each may split the attention of running rows into one
+#: more call a layer.
+MAX_FINISHED_ROWS = 4
 
 #: memory pages of a system that does not report them: 8 GiB
 UNKNOWN_PAGES = 8 * 2**30 // mmap.PAGESIZE
 
 
-class KeptRow(NamedTuple):
+class FinishedRow(NamedTuple):
     """The row of a request that ended at time ``ended`` (``time.monotonic``). It holds the keys and
     values of tokens ``ids``, which requests of ``namespace`` may reuse."""
 
@@ -57,8 +57,8 @@ class Memory:
     have ``forms``, within ``limit`` bytes. Without ``prefix_cache`` every request is computed from
     its first token on.
 
-    The rows of the last requests that ended are ``kept``, the oldest first. A request that begins
-    with the tokens of one continues it, which copies no block.
+    The rows of the requests that finished last stay in ``finished_rows``, the oldest first. A
+    request that begins with the tokens of one continues that row, which copies no block.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Memory:
         self.budget = Budget(limit)
         self.slots = Slots(rows, length, device, forms, self.budget)
         self.prefixes: Prefixes | None = None
-        self.kept: list[KeptRow] = []
+        self.finished_rows: list[FinishedRow] = []
         if prefix_cache:
             block_bytes = self.slots.block_elements * self.slots.block_dtype.itemsize
             self.prefixes = Prefixes(block_bytes, self.budget)
@@ -89,10 +89,10 @@ class Memory:
         there is no room now."""
         blocks = self._find(state)  # marks them as used, so that others are evicted for the row
         size = len(state.ids) + min(state.limit - state.generated, HEADROOM)
-        if self._continue_kept_row(state, size, len(blocks) * BLOCK):
+        if self._continue_finished_row(state, size, len(blocks) * BLOCK):
             return True
         row = self.slots.allocate(size)
-        if row is None and self._release_kept_rows():
+        if row is None and self._release_finished_rows():
             row = self.slots.allocate(size)
         if row is None:
             return False
@@ -102,48 +102,52 @@ class Memory:
         state.length = len(blocks) * BLOCK
         return True
 
-    def _continue_kept_row(self, state: RequestState, size: int, cached: int) -> bool:
-        """Give a request a kept row that has room for ``size`` tokens, no more than a new one, and
-        holds at least as many of the request's tokens as are ``cached`` in blocks. Returns False if
-        there is none."""
+    def _continue_finished_row(self, state: RequestState, size: int, cached: int) -> bool:
+        """Give a request the row of a finished one that has room for ``size`` tokens, no more than
+        a new row, and holds at least as many of the request's tokens as are ``cached`` in blocks.
+        Returns False if there is none."""
         if state.is_scored:
             return False
         columns = self.slots.columns_for(size)
         shared, number = max(
             (
-                (_shared_tokens(kept, state), number)
-                for number, kept in enumerate(self.kept)
-                if kept.row.columns == columns
+                (_shared_tokens(finished_row, state), number)
+                for number, finished_row in enumerate(self.finished_rows)
+                if finished_row.row.columns == columns
             ),
             default=(0, 0),
         )
         if shared < max(cached, BLOCK):
             return False
-        state.row, state.length = self.kept.pop(number).row, shared
+        state.row, state.length = self.finished_rows.pop(number).row, shared
         return True
 
-    def keep(self, state: RequestState) -> None:
-        """Cache the computed tokens of a request that ends, and keep its row; if too many rows are
-        kept then, release the oldest."""
+    def finish(self, state: RequestState) -> None:
+        """Cache the computed tokens of a request that ends, and let its row stay. If more than
+        ``MAX_FINISHED_ROWS`` would stay, release the oldest."""
         self.save(state)
         if self.prefixes is None or state.row is None:
             return
         ids = state.ids[: state.length]
-        self.kept.append(KeptRow(state.row, ids, _namespace_of(state), time.monotonic()))
+        self.finished_rows.append(
+            FinishedRow(state.row, ids, _namespace_of(state), time.monotonic())
+        )
         state.row = None
-        if len(self.kept) > KEPT_ROWS:
-            self.slots.release(self.kept.pop(0).row)
+        if len(self.finished_rows) > MAX_FINISHED_ROWS:
+            self.slots.release(self.finished_rows.pop(0).row)
 
-    def _release_kept_rows(
-        self, is_released: Callable[[KeptRow], bool] = lambda kept: True
+    def _release_finished_rows(
+        self, is_released: Callable[[FinishedRow], bool] = lambda finished_row: True
     ) -> bool:
-        """Release kept rows, all or those for which ``is_released``; return whether there were
-        any."""
-        released = [kept for kept in self.kept if is_released(kept)]
-        self.kept = [kept for kept in self.kept if kept not in released]
-        for kept in released:
-            self.slots.release(kept.row)
-        return bool(released)
+        """Release the rows of finished requests, all or those for which ``is_released``; return
+        whether there were any."""
+        finished_rows, self.finished_rows = self.finished_rows, []
+        for finished_row in finished_rows:
+            if is_released(finished_row):
+                self.slots.release(finished_row.row)
+            else:
+                self.finished_rows.append(finished_row)
+        return len(self.finished_rows) < len(finished_rows)
 
     def waits_for(self, state: RequestState, filling: Iterable[RequestState]) -> bool:
         """Whether one of the requests that are ``filling`` their rows is about to compute more of
@@ -153,7 +157,7 @@ class Memory:
         namespace, stop = _namespace_of(state), (len(self._find(state)) + 1) * BLOCK
         return stop < len(state.ids) and any(
             each.length < stop <= len(each.ids)
-            and _namespace_of(each).is_same_until(stop, namespace)
+            and _namespace_of(each).shared_length(stop, namespace) == stop
             and each.ids[:stop] == state.ids[:stop]
             for each in filling
         )
@@ -174,7 +178,7 @@ class Memory:
         row, size = state.row, state.length + 1
         if row is None or self.slots.widen(row, size):
             return True
-        return self._release_kept_rows() and self.slots.widen(row, size)
+        return self._release_finished_rows() and self.slots.widen(row, size)
 
     def release(self, state: RequestState) -> None:
         """Free a request's row, if it has one."""
@@ -183,20 +187,19 @@ class Memory:
             self.slots.release(row)
 
     def trim(self, idle: float, prefix_idle: float) -> None:
-        """Free the memory of rows unused for ``idle`` seconds. Before, release kept rows, and free
-        prefixes, that were unused for ``prefix_idle`` seconds or whose adapter left memory."""
-        moment = time.monotonic()
-        self._release_kept_rows(
-            lambda kept: kept.ended <= moment - prefix_idle or kept.namespace.is_gone
-        )
+        """Release rows of requests that finished ``prefix_idle`` seconds ago, or whose adapter left
+        memory. Free memory that no row used for ``idle`` seconds, and prefixes that were unused for
+        ``prefix_idle`` seconds."""
+        latest = time.monotonic() - prefix_idle
+        self._release_finished_rows(lambda row: row.ended <= latest or row.namespace.is_gone)
         self.slots.trim(idle)
         if self.prefixes is not None:
             self.prefixes.expire(prefix_idle)
 
     def expires_in(self, prefix_idle: float) -> float | None:
-        """Seconds until the first prefix or kept row has been unused for ``prefix_idle`` seconds;
-        None if there is neither."""
-        last_uses = [kept.ended for kept in self.kept]
+        """Seconds until the first prefix, or row of a finished request, has been unused for
+        ``prefix_idle`` seconds; None if there is neither."""
+        last_uses = [row.ended for row in self.finished_rows]
         if self.prefixes is not None and self.prefixes.oldest is not None:
             last_uses.append(self.prefixes.oldest)
         return max(0.0, min(last_uses) + prefix_idle - time.monotonic()) if last_uses else None
@@ -218,18 +221,13 @@ def _namespace_of(state: RequestState) -> Namespace:
     return state.namespace
 
 
-def _shared_tokens(kept: KeptRow, state: RequestState) -> int:
-    """The number of a request's tokens, in whole blocks, whose keys and values a kept row holds. It
-    never includes the last token, whose logits must be computed."""
-    namespace, most = _namespace_of(state), min(len(kept.ids), len(state.ids) - 1)
-    pairs = zip(kept.ids[:most], state.ids[:most], strict=True)
+def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
+    """The number of a request's tokens, in whole blocks, whose keys and values the row of a
+    finished one holds. It never includes the last token, whose logits must be computed."""
+    namespace, most = _namespace_of(state), min(len(finished_row.ids), len(state.ids) - 1)
+    pairs = zip(finished_row.ids[:most], state.ids[:most], strict=True)
     equal = next((number for number, (old, new) in enumerate(pairs) if old != new), most)
-    invoked = int(min(equal, namespace.acts_from, kept.namespace.acts_from))
-    for count in (equal, invoked):  # before an invocation both are the base's
-        shared = count // BLOCK * BLOCK
-        if kept.namespace.is_same_until(shared, namespace):
-            return shared
-    return 0
+    return finished_row.namespace.shared_length(equal, namespace) // BLOCK * BLOCK
 
 
 def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> int:

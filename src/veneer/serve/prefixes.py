@@ -61,13 +61,18 @@ class Namespace:
             return tokens
         return tokens, self.uses, max(0, self.acts_from - first)
 
-    def is_same_until(self, stop: int, namespace: Namespace) -> bool:
-        """Whether equal tokens before number ``stop`` have equal keys and values in both."""
-        acting = [
-            (each.uses, each.acts_from) if 0 < each.acts_from < stop else None
+    def shared_length(self, length: int, namespace: Namespace) -> int:
+        """How many of the first ``length`` tokens have equal keys and values in both namespaces, if
+        the tokens are equal."""
+        if self.key != namespace.key:
+            return 0
+        acting, other_acting = (
+            (each.uses, each.acts_from) if 0 < each.acts_from < length else None
             for each in (self, namespace)
-        ]
-        return self.key == namespace.key and acting[0] == acting[1]
+        )
+        if acting == other_acting:
+            return length
+        return int(min(uses[1] for uses in (acting, other_acting) if uses is not None))
 
 
 class Root:
