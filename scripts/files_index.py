@@ -24,7 +24,7 @@ def summary_of(file: Path) -> str:
         if len(summary) + len(sentence) >= SUMMARY_LENGTH:
             break
         summary += f" {sentence}"
-    return re.sub(r"``", "`", summary).replace("|", r"\|").removesuffix(":").removesuffix(".")
+    return summary.replace("``", "`").replace("|", r"\|").removesuffix(":").removesuffix(".")
 
 
 def is_listed(file: Path) -> bool:
