@@ -302,6 +302,8 @@ def _random_states() -> dict[str, Any]:
 def _set_random_states(states: Mapping[str, Any]) -> None:
     """Undo ``_random_states``. GPU states are ignored if the number of GPUs differs."""
     torch.set_rng_state(states["cpu"].cpu())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
 def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = None) -> Path:

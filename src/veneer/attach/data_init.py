@@ -129,10 +129,8 @@ def _has_low_rank(weight_plan: LowRankPlan) -> bool:
 @contextmanager
 def _use_base(model: nn.Module) -> Iterator[None]:
     """A context manager in which the model runs without adapters, in evaluation mode."""
-    model_adapters, modes = (
-        adapters_of(model),
-        {module: module.training for module in model.modules()},
-    )
+    model_adapters = adapters_of(model)
+    modes = {module: module.training for module in model.modules()}
     try:
         with context.override({model_adapters.uid: BASE} if model_adapters else {}):
             model.eval()

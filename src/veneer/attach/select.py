@@ -152,11 +152,8 @@ def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:
         raise SelectionError("a blend of nothing, {}", "at least one adapter", do)
     require_finite_weights(choice)
     if None in choice:
-        problem, expected = (
-            "the weight of None in a blend",
-            "names alone: what is missing to 1 is the base's anyway",
-        )
-        raise SelectionError(problem, expected, "leave it out")
+        expected = "names alone: what is missing to 1 is the base's anyway"
+        raise SelectionError("the weight of None in a blend", expected, "leave it out")
     weighted_adapters = [(active_adapter(model, name), weight) for name, weight in choice.items()]
     weighted_adapters = [(active, weight) for active, weight in weighted_adapters if weight]
     return blend_adapters(weighted_adapters) if weighted_adapters else BASE

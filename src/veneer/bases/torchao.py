@@ -74,10 +74,7 @@ class Torchao(GridStorage):
         tensors = {name: getattr(weight, name) for name in names} | dict(stored)
         if type(weight).__name__ in WRITABLE:
             # so that ``dequantize`` rounds once, to float32
-            attributes = {
-                **attributes,
-                "dtype": torch.float32,
-            }
+            attributes = {**attributes, "dtype": torch.float32}
         dense = type(weight).__tensor_unflatten__(tensors, attributes, None, None).dequantize()
         # a scale of x, which is a scale of the columns of W
         scale = getattr(weight, "act_pre_scale", None)
@@ -199,13 +196,8 @@ def _new_scales(weight: Any, values: Tensor, old: Mapping[str, Tensor]) -> dict[
     if old["qdata"].dtype.is_floating_point:
         within_block = list(range(1, 2 * values.dim(), 2))
         largest = values.abs().reshape(_block_shape(values.shape, blocks)).amax(within_block)
-        return {
-            "scale": (
-                (largest / torch.finfo(old["qdata"].dtype).max)
-                .clamp_min(eps)
-                .to(old["scale"].dtype)
-            )
-        }
+        scale = (largest / torch.finfo(old["qdata"].dtype).max).clamp_min(eps)
+        return {"scale": scale.to(old["scale"].dtype)}
     primitives: Any = sys.modules["torchao.quantization.quant_primitives"]
     zero = old.get("zero_point")
     is_symmetric = zero is None or not zero.any()

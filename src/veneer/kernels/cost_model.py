@@ -65,9 +65,8 @@ def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, traini
     # B h is written, and read when x Wᵀ is added to it
     factored, materialised = thin_cost(in_) + thin_cost(out, 2), forming_cost
     if training:
-        factor_gradients = 2 * thin_cost(out) + thin_cost(
-            in_
-        )  # Bᵀ dyᵀ and the gradients of B and A
+        # Bᵀ dyᵀ and the gradients of B and A
+        factor_gradients = 2 * thin_cost(out) + thin_cost(in_)
         factored += factor_gradients + thin_cost(in_, 2)  # added to the gradient of x
         # forward did not compute h = A x, so backward computes it for the gradient of B
         materialised += factor_gradients + thin_cost(in_) + forming_cost

@@ -358,10 +358,8 @@ def round_slab(
         wide_B, wide_A: the factors in float64, without the scale. A is transposed to [g, in, r],
             because a doubtful element reads a column of A.
     """
-    sums, factors = (
-        np.zeros(3),
-        [factor.contiguous().numpy() for factor in (B, A, bound[:, :, 0], wide_B, wide_A)],
-    )
+    sums = np.zeros(3)
+    factors = [factor.contiguous().numpy() for factor in (B, A, bound[:, :, 0], wide_B, wide_A)]
     _slab(*_memory(old), *_memory(new), *factors, float(scale), sums)
     return torch.from_numpy(sums)
 

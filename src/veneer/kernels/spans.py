@@ -106,8 +106,8 @@ def linears(
         ]
     # joined, the A of all layers need one autograd node, one cast and one gradient; the gradient of
     # each A is a view
-    down_list = itertools.chain(*zip(*A, strict=True))
-    downs = torch.cat(tuple(down_list)).to(x.dtype)  # [spans · layers, r, in]
+    A_by_span = itertools.chain(*zip(*A, strict=True))
+    downs = torch.cat(tuple(A_by_span)).to(x.dtype)  # [spans · layers, r, in]
     ups = [torch.cat(tuple(layer_factors)).to(x.dtype) for layer_factors in B]  # [spans, out, r]
     return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
 

@@ -147,7 +147,7 @@ class Layer(ABC):
     ) -> Tensor | None:
         """``update(drop(x), low, op(x, weight, bias))`` as one function of ``kernels``, or None if
         there is no such function for this call. ``drops`` is the probability of dropout. Called
-        only if ``fused.applies``."""
+        only if ``fused.applies`` or ``device.applies_without_cast``."""
         return None
 
     def factors(self, module: Any) -> bool:

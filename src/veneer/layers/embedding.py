@@ -108,11 +108,8 @@ class EmbeddingBag(_Lookup):
         arguments = (
             dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
         )
-        ids, offsets, weights = (
-            arguments["input"],
-            arguments.get("offsets"),
-            arguments.get("per_sample_weights"),
-        )
+        ids, offsets = arguments["input"], arguments.get("offsets")
+        weights = arguments.get("per_sample_weights")
         if offsets is None:
             return super().take(module, args, kwargs, rows, count)
         if len(offsets) - module.include_last_offset != count:

@@ -191,10 +191,8 @@ class _ChangedWeight(torch.autograd.Function):
                 for factor in (delta, spread_gain)
                 if factor is not None and factor.requires_grad
             ]
-            low_rank, trains_delta = (
-                LowRank(low_rank.A.detach(), low_rank.B.detach(), low_rank.scale),
-                delta.requires_grad,
-            )
+            low_rank = LowRank(low_rank.A.detach(), low_rank.B.detach(), low_rank.scale)
+            trains_delta = delta.requires_grad
             del delta  # so that the gradient can reuse its memory
         wide_gradient, edge_gradients = gradient.to(wide_dtype), []
         if spread_gain is not None and spread_gain.requires_grad:

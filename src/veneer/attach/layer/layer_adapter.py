@@ -128,7 +128,7 @@ class LayerAdapter(nn.Module):
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         """The ``id`` of every layer adapter and change that takes part in a call of this layer, for
-        ``Context.reached``."""
+        ``Context.reached_ids``."""
         yield id(self)
         yield from map(id, self.changes.values())
         for layer_adapter in self.below(method).values():
@@ -236,7 +236,6 @@ class LayerAdapter(nn.Module):
         """(W, ΔW) of every changed weight, by name. None unless each weight is a plain stack of
         matrices and no change has a gain."""
         if self.has_gain:  # cached, because finding the gain again would form W + ΔW
-            return None
             return None
         weights = {
             name: frozen_weight(change, module, name) for name, change in self.changes.items()

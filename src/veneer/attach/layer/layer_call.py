@@ -89,10 +89,8 @@ class LinearCall(NamedTuple):
     def refuse_other_dtype(self, change: Change) -> None:
         """Run the layer without its adapter if its input has another dtype than its weight, so that
         torch raises its own error."""
-        x, weight = (
-            self.x,
-            frozen_weight(change, self.module, cast(Layer, self.layer_state.layer).weight),
-        )
+        x, name = self.x, cast(Layer, self.layer_state.layer).weight
+        weight = frozen_weight(change, self.module, name)
         if change.storage.name != "plain" or not isinstance(x, Tensor) or x.dtype == weight.dtype:
             return
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
@@ -122,17 +120,17 @@ def run_factored(
     low_rank: LowRank,
     gain: Tensor | None,
     dropout: float,
-    may_form: bool = False,
+    form: bool = False,
 ) -> Any:
-    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. If ``may_form`` and there is no dropout, the
-    fused kernel may form W + ΔW."""
+    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. ``form``: whether the fused kernel, if it
+    computes this call without dropout, forms W + ΔW."""
     module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
     kind: Any = layer_state.layer
     bias = call.bias(change)
     if gain is None and layer_state.is_plain_product and fused.applies(x, weight):
         low_rank = low_rank.T if layer_state.transposed else low_rank
         settings = fused.Settings(
-            (low_rank.scale,), dropout, new_seed() if dropout else 0, may_form and not dropout
+            (low_rank.scale,), dropout, new_seed() if dropout else 0, form and not dropout
         )
         matrix = weight.mT if kind.out_axis == 1 else weight
         return fused.linears(settings, x, (matrix,), (bias,), (low_rank.A[0],), (low_rank.B[0],))[0]

@@ -150,7 +150,7 @@ class ModelAdapters:
         merge_order: the names of the merged adapters, in the order of the merges.
         merged: a label for the present weights. None stands for the base's weights. It is the name
             of the last merged adapter if that was attached to the weights before its merge, else
-            all names in ``merge_order``, joined by ``MERGED_OVER``.
+            the label of these weights and the name, joined by ``MERGED_OVER``.
         is_merging: whether a merge has begun and not ended. Then only weights with a backup may
             have been overwritten.
         root: a weak reference to the model. None for a copy until the copied model is used.

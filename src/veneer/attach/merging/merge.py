@@ -209,10 +209,8 @@ def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
     for path, module, layer_adapter in adapters(model, name):
         for parameter_name in layer_adapter.full._parameters:
             if parameter_name in module._parameters and module._parameters[parameter_name] is None:
-                problem, do = (
-                    f"a bias for {path!r}, which has none",
-                    "keep the adapter beside the base",
-                )
+                problem = f"a bias for {path!r}, which has none"
+                do = "keep the adapter beside the base"
                 yield sentence(problem, "a layer with a bias to merge it into", do)
 
 

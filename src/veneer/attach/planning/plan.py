@@ -283,15 +283,12 @@ class _Planner:
     def with_tokens(self, specs: Mapping[ParamRef, TargetSpec]) -> dict[ParamRef, TargetSpec]:
         """``specs`` with the trained tokens. A weight that is no target gets a spec of rank 0 for
         its tokens."""
-        ids_by_owner, refs_by_id = (
-            token_targets.token_ids_by_weight(
-                self.names, self.config.trainable_tokens, self.problems
-            ),
-            None,
+        ids_by_owner = token_targets.token_ids_by_weight(
+            self.names, self.config.trainable_tokens, self.problems
         )
+        refs_by_id = self.names.holders() if ids_by_owner else {}
         specs_with_tokens = dict(specs)
         for ref, spec in specs.items() if ids_by_owner else ():
-            refs_by_id = refs_by_id or self.names.holders()
             owner = self.names.holders_of(ref, refs_by_id)[0]
             specs_with_tokens[ref] = replace(spec, tokens=ids_by_owner.pop(owner, None))
             if specs_with_tokens[ref].tokens and self.config.dropout:

@@ -226,10 +226,8 @@ def layers_left_out(names: Names, config: LoraConfig) -> str:
     a text such as "2 Conv2d", and empty if the targets are not "all-linear"."""
     if callable(config.targets) or [*pattern_list(config.targets)] != ["all-linear"]:
         return ""
-    linear_paths, excluded_weights = (
-        {*_word_modules(names, "all-linear")},
-        excluded_refs(names, config, []),
-    )
+    linear_paths = {*_word_modules(names, "all-linear")}
+    excluded_weights = excluded_refs(names, config, [])
     head = _output_head(names)
     train_also_paths = {path for pattern in config.train_also for path in names.matching(pattern)}
     blocks = {_block(path) for path in names.modules} - {None}

@@ -86,8 +86,7 @@ class LayerRows:
                 if layer_adapter is None:
                     outputs.append(method_of(base_cls, method)(module, *row_args, **row_kwargs))
                 else:
-                    # The new call has no variable, which would hold these rows in memory while the
-                    # next rows are taken.
+                    # no variable for the new call: it would hold these rows while others run
                     outputs.append(
                         layer_adapter.run(
                             call._replace(
@@ -157,10 +156,8 @@ class LayerRows:
             return f"given a {type(argument).__name__}, which cannot be divided into rows"
         if is_routed or type(kind).take is not Layer.take:
             return None
-        square_shape, tensors = (
-            (self.row_adapters.count,) * 2,
-            [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)],
-        )
+        square_shape = (self.row_adapters.count,) * 2
+        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
         may_have_mask = not is_leaf and len(tensors) > 1
         is_ambiguous = any(
             (
