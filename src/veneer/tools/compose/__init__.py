@@ -124,7 +124,7 @@ def compose(
 
     Args:
         adapters: one or several folders, or results of ``veneer.adapter_files.read``.
-        weights: a factor wᵢ for each adapter; None: 1 for each. 0 leaf_names the adapter out.
+        weights: a factor wᵢ for each adapter; None: 1 for each. 0 leaves the adapter out.
         method: one of ``METHODS``; None: "svd" if ``rank`` or ``energy`` is given, else "sum".
         rank: the rank of each combined change, for every method but "sum"; at most min(out, in) of
             the weight. Without ``rank`` and ``energy`` the merge methods use the sum of the
