@@ -203,10 +203,8 @@ def _size_problem(
     rows. None if they fit."""
     weight = weight_of(names.modules[owner[0]], owner[1])
     storage: Any = storage_of(weight)
-    weight_path, shape = (
-        parameter_path(*owner),
-        storage.shape(weight) if storage is not None else (),
-    )
+    weight_path = parameter_path(*owner)
+    shape = storage.shape(weight) if storage is not None else ()
     if len(shape) != 2 or kind_for(names.modules[owner[0]], owner[1]).name not in (
         "embedding",
         "linear",

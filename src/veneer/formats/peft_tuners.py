@@ -123,12 +123,10 @@ def _read_adalora(module: ModuleTensors) -> VariantChange:
     elif rank != (module.rank if module.mask is None else sum(module.mask)):
         raise ValueError(f"rank {rank}, which its config does not give it")
     if not rank:  # AdaLoRA pruned every rank: use one rank with zeros
-        A, B, E, mask = (
-            A.new_zeros(1, A.shape[1]),
-            B.new_zeros(len(B), 1),
-            E.new_zeros(1, 1),
-            mask.new_zeros(1),
-        )
+        A = A.new_zeros(1, A.shape[1])
+        B = B.new_zeros(len(B), 1)
+        E = E.new_zeros(1, 1)
+        mask = mask.new_zeros(1)
     return VariantChange(
         {"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, module.scale
     )

@@ -86,14 +86,10 @@ class ComposeReport:
 
     def __str__(self) -> str:
         ranks_text = rank_range(layer.rank for layer in self.layers)
-        adapter_count, layer_count = (
-            count_noun(len(self.weights), "adapter"),
-            count_noun(len(self.layers), "layer"),
-        )
-        worst_layer, loss_text = (
-            max(self.layers, key=lambda layer: layer.error, default=None),
-            ", nothing left out",
-        )
+        adapter_count = count_noun(len(self.weights), "adapter")
+        layer_count = count_noun(len(self.layers), "layer")
+        worst_layer = max(self.layers, key=lambda layer: layer.error, default=None)
+        loss_text = ", nothing left out"
         if worst_layer is not None and worst_layer.error >= 1e-9:  # more than float64 rounding
             loss_text = (
                 f"; {self.error:.2%} of the change left out, {worst_layer.error:.2%} at worst"

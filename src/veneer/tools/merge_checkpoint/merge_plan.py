@@ -350,10 +350,8 @@ def _coverage_problems(
         else None
     )
     for tensor, param_slice in slices_by_tensor.items():
-        shape, file_shape = (
-            slice_shape(edit.shape, param_slice.index),
-            slice_shape(checkpoint.shape(tensor), param_slice.within),
-        )
+        shape = slice_shape(edit.shape, param_slice.index)
+        file_shape = slice_shape(checkpoint.shape(tensor), param_slice.within)
         if shape.numel() != file_shape.numel() or (not param_slice.index and shape != file_shape):
             yield sentence(
                 f"{tensor!r} of shape {tuple(file_shape)}",
