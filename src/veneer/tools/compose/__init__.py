@@ -241,8 +241,7 @@ def _unproven_notes(sources: Sequence[AdapterFiles]) -> list[str]:
         if peft.not_for_peft(source.peft_config) is not None:
             problem = (
                 f"{source.path}, which holds what PEFT applies otherwise, and"
-                f" {unrecorded_sources[0].path}"
-                " without a record"
+                f" {unrecorded_sources[0].path} without a record"
             )
             do = "load each on its model and save it with veneer.save first"
             raise AdapterError(problem, "adapters of Veneer's, or such as PEFT applies alike", do)

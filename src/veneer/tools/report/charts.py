@@ -53,8 +53,8 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> st
     title = escape(f"{y} by {x}: {', '.join(series)}")
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{title}">{"".join(elements)}</svg><div'
-        f' class="key">{legend if len(series) > 1 else ""}</div>'
+        f' aria-label="{title}">{"".join(elements)}</svg>'
+        f'<div class="key">{legend if len(series) > 1 else ""}</div>'
     )
 
 
@@ -279,8 +279,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells_html = "".join(f"<td{attribute}>{escape(text)}</td>" for text, attribute in cells)
         body += f"<tr>{cells_html}</tr>"
     return (
-        "<div"
-        f' class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody>'
+        f'<div class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
     )
 
