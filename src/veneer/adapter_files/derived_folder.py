@@ -40,8 +40,8 @@ def write_derived(
     Args:
         sources: the adapters that the new one was computed from, at least one. The first source
             gives the config.
-        low: the low-rank changes by path in PEFT's file, as ``PeftLayer.with_low`` makes them, with
-            ``extras`` if ``variant`` needs them.
+        low: the low-rank changes by path in PEFT's file, as ``PeftLayer.with_low_rank`` makes them,
+            with ``extras`` if ``variant`` needs them.
         full: the parameters that are trained in full, by path in PEFT's file and then by name.
         variant: "lora" or "dora".
 

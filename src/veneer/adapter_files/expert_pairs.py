@@ -74,10 +74,8 @@ def stack_experts(adapter_files: AdapterFiles, names: Names, problems: list[str]
     module_layers: dict[str, peft.PeftLayer] = {}
     for path, weight_path in renamed_paths.items():
         module_path, _, name = weight_path.rpartition(".")
-        layer, layer_kind = (
-            adapter_files.low[path],
-            kind_for(names.modules[names.canonical[module_path]], name),
-        )
+        layer = adapter_files.low[path]
+        layer_kind = kind_for(names.modules[names.canonical[module_path]], name)
         if layer_kind is not GENERAL_KIND:
             module_layers[module_path] = replace(layer, target_path=module_path)
         elif layer.extras:

@@ -112,10 +112,8 @@ def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
             if vocabularies[largest].get(token) != id_
         )
         if differences:
-            different_tokens, token_at_id = (
-                listing((f"{token!r} at {id_}" for id_, token in differences), 3),
-                tokens_by_id.get(differences[0][0]),
-            )
+            different_tokens = listing((f"{token!r} at {id_}" for id_, token in differences), 3)
+            token_at_id = tokens_by_id.get(differences[0][0])
             problem = (
                 f"{name!r} has {different_tokens}, where {largest!r} has"
                 f" {'nothing' if token_at_id is None else repr(token_at_id)}"

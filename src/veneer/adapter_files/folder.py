@@ -351,11 +351,9 @@ def assemble(
     tuner = tuner_of(peft_config) if record is None else None
     tuner_files = None if tuner is None else tuner_folder(tuner, peft_config, tensors, weights)
     if tuner_files is not None:
-        peft_config, tensors, parameters = (
-            tuner_files.config,
-            tuner_files.tensors,
-            tuner_files.parameters,
-        )
+        peft_config = tuner_files.config
+        tensors = tuner_files.tensors
+        parameters = tuner_files.parameters
     extra_suffixes = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     extra_suffixes |= {peft.LORA_BIAS} if peft_config.get("lora_bias") is True else set()
     tokens, tensors = peft_tokens.split_rows(tensors, peft_config)

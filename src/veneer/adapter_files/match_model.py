@@ -238,10 +238,8 @@ class _Match:
             elif reader_reason is not None:
                 reason = reader_reason
             if attention_path is not None:
-                alpha, scale = (
-                    peft_behaviour.OUT_PROJ_REPEATS * alpha,
-                    peft_behaviour.OUT_PROJ_REPEATS * scale,
-                )
+                alpha = peft_behaviour.OUT_PROJ_REPEATS * alpha
+                scale = peft_behaviour.OUT_PROJ_REPEATS * scale
                 reason = peft_behaviour.out_proj_problem(config) if reason is None else reason
             if reason is not None:
                 problem = (
@@ -286,10 +284,8 @@ class _Match:
     def add_biases(self) -> None:
         """Add the biases of ``lora_bias`` to the tensors that are trained in full."""
         for path, bias in self.biases.items():
-            module_full, module_bias = (
-                self.full.setdefault(path, {}),
-                self.names.modules[path]._parameters["bias"],
-            )
+            module_full = self.full.setdefault(path, {})
+            module_bias = self.names.modules[path]._parameters["bias"]
             trained_bias = module_full.get("bias", module_bias)
             total = (
                 bias

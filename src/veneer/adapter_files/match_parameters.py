@@ -216,10 +216,8 @@ def _disagreement(
         low = low if plan.rows is None else low.expand_rows(torch.tensor(plan.rows), plan.dims.out)
         frozen_input = plan.layer.frozen_input(module)
         low = low if frozen_input is None else low.zero_input(frozen_input)
-        A, B = (
-            torch.cat([low.A, product.A], 1),
-            torch.cat([low.B * low.scale, -product.B * product.scale], 2),
-        )
+        A = torch.cat([low.A, product.A], 1)
+        B = torch.cat([low.B * low.scale, -product.B * product.scale], 2)
         difference = LowRank(A, B, 1.0).norm()
     except (RuntimeError, IndexError, ValueError) as error:
         return f"shapes that do not fit ({str(error).splitlines()[0]})"

@@ -100,12 +100,10 @@ class _Card:
         record: Mapping[str, Any],
         shapes: Mapping[str, Sequence[int]],
     ) -> None:
-        self.config, self.record, self.shapes, self.provenance = (
-            config,
-            record,
-            shapes,
-            _parse_provenance(record),
-        )
+        self.config = config
+        self.record = record
+        self.shapes = shapes
+        self.provenance = _parse_provenance(record)
         self.base = record.get("base", {})
         config_base = config.get("base_model_name_or_path")
         self.base_name = self.base.get("name") or config_base
@@ -113,10 +111,8 @@ class _Card:
         self.title = self.provenance["title"] or (
             "LoRA adapter" + (f" for {_display_name(config_base)}" if config_base else "")
         )
-        self.data, self.eval_data = (
-            self.provenance["config"].get("data"),
-            self.provenance["config"].get("eval_data"),
-        )
+        run_config = self.provenance["config"]
+        self.data, self.eval_data = run_config.get("data"), run_config.get("eval_data")
         # the class in transformers of a base that reads images, sounds or the input of an encoder
         architecture = str(self.base.get("architecture"))
         self.multimodal_class = (
@@ -268,10 +264,8 @@ class _Card:
         transformers_code = f"model = {load_call if transformers_name else UNKNOWN}"
         veneer_code, veneer_import = transformers_code, transformers_import
         if base_name and not self.multimodal_class:
-            veneer_code, veneer_import = (
-                f"model = load_base({_quote_string(base_name)}).model",
-                ["from veneer.models import load_base"],
-            )
+            veneer_code = f"model = load_base({_quote_string(base_name)}).model"
+            veneer_import = ["from veneer.models import load_base"]
         yield _python_block(
             ["import veneer", *veneer_import], veneer_code, 'veneer.load(model, ".")  # this folder'
         )

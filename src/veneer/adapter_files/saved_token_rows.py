@@ -167,24 +167,17 @@ def match_tokens(
             problems.append(sentence(problem, "one", "untie the weights first"))
         elif size_problem is not None:
             problems += [size_problem] if earlier_entry is None else []
-        elif (
-            by_peft_rules
-            and (
-                reason := deviation_reason(
-                    names, ref_of(names, module_path), refs_by_id, {*adapter_files.tokens}
+        elif by_peft_rules:
+            ref, trained_paths = ref_of(names, module_path), {*adapter_files.tokens}
+            reason = deviation_reason(names, ref, refs_by_id, trained_paths)
+            if reason is not None:
+                problem = (
+                    f"trained tokens of {module_path!r} that PEFT applies in another way: {reason}"
                 )
-            )
-            is not None
-        ):
-            problem = (
-                f"trained tokens of {module_path!r} that PEFT applies in another way: {reason}"
-            )
-            ref = ref_of(names, module_path)
-            leaves_name_unchanged = trains_one_name(names, ref, refs_by_id, {*adapter_files.tokens})
-            do = "use PEFT for it"
-            if leaves_name_unchanged:
-                do = "load it with veneer.load(…, untie=True)"
-            problems.append(sentence(problem, "rows of a weight", do))
+                do = "use PEFT for it"
+                if trains_one_name(names, ref, refs_by_id, trained_paths):
+                    do = "load it with veneer.load(…, untie=True)"
+                problems.append(sentence(problem, "rows of a weight", do))
         matches[owner] = entry
     problems += _missing_rows(names, adapter_files, matches, refs_by_id)
     return matches
@@ -203,10 +196,8 @@ def _size_problem(
     rows. None if they fit."""
     weight = weight_of(names.modules[owner[0]], owner[1])
     storage: Any = storage_of(weight)
-    weight_path, shape = (
-        parameter_path(*owner),
-        storage.shape(weight) if storage is not None else (),
-    )
+    weight_path = parameter_path(*owner)
+    shape = storage.shape(weight) if storage is not None else ()
     if len(shape) != 2 or kind_for(names.modules[owner[0]], owner[1]).name not in (
         "embedding",
         "linear",

@@ -225,10 +225,8 @@ def patch_trl(module: Any) -> None:
     if hasattr(module, "_is_veneer_patched"):
         return
     module._is_veneer_patched = True
-    load_model, original_disable = (
-        module.create_model_from_path,
-        getattr(module, "disable_dropout_in_model", None),
-    )
+    load_model = module.create_model_from_path
+    original_disable = getattr(module, "disable_dropout_in_model", None)
 
     @functools.wraps(load_model)
     def create_model_from_path(*args: Any, **kwargs: Any) -> Any:

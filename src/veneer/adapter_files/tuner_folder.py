@@ -210,10 +210,8 @@ def _plain_product(
     if dense is None:
         return product
     # ΔW and an identity have fewer values than the factors
-    dense, (out, in_) = (
-        dense.to(product.A.dtype),
-        dense.shape[1:],
-    )
+    dense = dense.to(product.A.dtype)
+    out, in_ = dense.shape[1:]
     eye = torch.eye(min(out, in_), dtype=dense.dtype)[None]
     return LowRank(eye, dense, 1.0) if in_ <= out else LowRank(dense, eye, 1.0)
 

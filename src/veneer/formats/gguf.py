@@ -260,11 +260,8 @@ def _gguf_tensors(
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
     """(name, lora_a, lora_b) of each tensor of a change."""
     layer, product, tensor_names = change.layer, change.layer.low, names.names_of(change.weight)
-    A, B, factor = (
-        product.A,
-        product.B,
-        layer.scale * layer.rank / alpha,
-    )  # A: [g, r, in], B: [g, out, r]
+    A, B = product.A, product.B  # [g, r, in], [g, out, r]
+    factor = layer.scale * layer.rank / alpha
     if abs(factor - 1) >= 1e-7:  # more than the rounding error of a float32 alpha
         B = (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
     if change.kind == "embedding":
@@ -343,11 +340,9 @@ def _read_layers(
     layers: dict[str, PeftLayer] = {}
     stacks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for name in sorted({key.removesuffix(".lora_a").removesuffix(".lora_b") for key in tensors}):
-        A, B, weight = (
-            tensors.get(f"{name}.lora_a"),
-            tensors.get(f"{name}.lora_b"),
-            weights.get(name),
-        )
+        A = tensors.get(f"{name}.lora_a")
+        B = tensors.get(f"{name}.lora_b")
+        weight = weights.get(name)
         if A is None or B is None:
             problems.append(
                 sentence(
@@ -385,10 +380,8 @@ def _read_layer(
     """The change of one weight, from A and B as the file has them. ``name``: the name of the tensor
     in llama.cpp."""
     module_path, shape = weight.removesuffix(".weight"), tuple(base.shapes[weight])
-    is_embedding, is_transposed = (
-        name == _EMBEDDING,
-        names.architecture.name == "GPT2" and name not in (_EMBEDDING, _HEAD),
-    )
+    is_embedding = name == _EMBEDDING
+    is_transposed = names.architecture.name == "GPT2" and name not in (_EMBEDDING, _HEAD)
     A_by_rank = A.mT if is_embedding and A.dim() == 2 else A  # [r, in]
     sizes = (*B.shape[:1], *A_by_rank.shape[1:])  # (out, in)
     expected_sizes = shape[::-1] if is_embedding or is_transposed else shape

@@ -86,8 +86,6 @@ _READABLE = _LORA | _LOHA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
 _TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: the names of blocks in the original releases of SDXL and of Flux, which sd-scripts uses
 _OLD_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
-
-
 #: the modules of SD3 and Flux that ComfyUI reads under diffusers' paths
 _SD3_OR_FLUX_MODULE = re.compile(
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -236,9 +234,8 @@ def _read_factors(
     alpha = alpha or None  # sd-scripts and LyCORIS treat alpha 0 as no alpha
     if suffixes >= _LORA:
         A, B = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        if (
-            mid := tensors.get("lora_mid.weight")
-        ) is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
+        mid = tensors.get("lora_mid.weight")
+        if mid is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
             dtype = torch.promote_types(A.dtype, torch.float32)
             A = torch.einsum(
                 "mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()

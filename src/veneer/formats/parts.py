@@ -131,8 +131,8 @@ def choose_components(
         not read).
 
     Raises:
-        AdapterError: the file has several components and the base is a single one, or the file
-            lacks the chosen component.
+        AdapterError: the file has several components and the base is a single one or lacks some of
+            them; or the file lacks the chosen component.
     """
     counts = Counter(layer_components)
     layer_counts = {name: counts[name] for name in PARTS if name in counts}

@@ -119,12 +119,8 @@ def compile_flags(source: str) -> int:
         raise ValueError(f"an expression of {len(source):,} characters, of {MAX_SOURCE:,} at most")
     try:
         return re.compile(source).flags
-    except (
-        re.error,
-        RecursionError,
-        OverflowError,
-        FutureWarning,
-    ) as error:  # ``re`` raises the warning if warnings are errors
+    # ``re`` raises the warning if warnings are errors
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         raise ValueError(f"no regular expression ({error})") from error
 
 

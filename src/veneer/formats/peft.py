@@ -180,15 +180,15 @@ def split_tensors(
     entries: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    for tensor_key, tensor in throttle(tensors.items()):
-        bare_key = tensor_key.removeprefix(PREFIX)
+    for key, tensor in throttle(tensors.items()):
+        bare_key = key.removeprefix(PREFIX)
         suffix = next((end for end in roles if f".{bare_key}".endswith(f".{end}")), None)
         is_unknown = suffix is None and any(
             segment.startswith("lora_") for segment in bare_key.split(".")[-2:]
         )
-        if not tensor_key.startswith(PREFIX) or is_unknown:
-            keys = f"keys {PREFIX}<path>.lora_A.weight and the like"
-            problems.append(sentence(f"tensor {tensor_key!r}", keys, "convert it first"))
+        if not key.startswith(PREFIX) or is_unknown:
+            expected = f"keys {PREFIX}<path>.lora_A.weight and the like"
+            problems.append(sentence(f"tensor {key!r}", expected, "convert it first"))
         elif suffix is not None:
             pair, role = roles[suffix]
             path = bare_key[: -len(suffix)].rstrip(".")

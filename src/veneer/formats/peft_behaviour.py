@@ -33,11 +33,7 @@ def deviation_reason(kind_name: str, module: Any) -> str | None:
     """Why PEFT's change of a module's output differs from a change of the module's weight; None if
     they agree. ``kind_name``: the name of the module's kind (``layers/``)."""
     # PEFT's convolution with A as kernel takes over only the stride and padding of the layer
-    if kind_name.startswith("conv") and kind_name[4:] in (
-        "1d",
-        "2d",
-        "3d",
-    ):
+    if kind_name in ("conv1d", "conv2d", "conv3d"):
         if module.groups != 1:
             return (
                 f"PEFT's change of a convolution in {module.groups} groups is no change of its"

@@ -146,11 +146,8 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
     container_names = [container_names] if isinstance(container_names, str) else [*container_names]
     do = None
     if not indices:
-        do = (
-            "leave it out, or set layers_to_transform"
-            if container_names and layers is None
-            else None
-        )
+        if container_names and layers is None:
+            do = "leave it out, or set layers_to_transform"
     elif isinstance(values.get("target_modules"), str):
         do = "name the modules in target_modules as a list"
     elif any(type(index) is not int or index < 0 for index in indices):
@@ -212,9 +209,8 @@ def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[
 def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
     """The name of the variant that has this ``init_lora_weights`` and these flags. If no variant
     combines them, a problem is added."""
-    flags = [
-        name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")
-    ]  # the variant with both DoRA and rsLoRA is named "dora_rslora"
+    # in this order: the variant with both DoRA and rsLoRA is named "dora_rslora"
+    flags = [name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")]
     init_method = values.get("init_lora_weights", True)
     variant = ""
     if isinstance(init_method, str):

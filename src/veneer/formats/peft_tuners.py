@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing, raise_all, sentence
-from veneer.formats import peft, peft_fields, peft_paths
+from veneer.formats import peft, peft_fields, peft_paths, peft_tokens
 from veneer.formats.vera_projections import PROJECTIONS, Weights, layer_projections
 
 #: PEFT divides AdaLoRA's alpha by the rank plus EPSILON
@@ -123,12 +123,10 @@ def _read_adalora(module: ModuleTensors) -> VariantChange:
     elif rank != (module.rank if module.mask is None else sum(module.mask)):
         raise ValueError(f"rank {rank}, which its config does not give it")
     if not rank:  # AdaLoRA pruned every rank: use one rank with zeros
-        A, B, E, mask = (
-            A.new_zeros(1, A.shape[1]),
-            B.new_zeros(len(B), 1),
-            E.new_zeros(1, 1),
-            mask.new_zeros(1),
-        )
+        A = A.new_zeros(1, A.shape[1])
+        B = B.new_zeros(len(B), 1)
+        E = E.new_zeros(1, 1)
+        mask = mask.new_zeros(1)
     return VariantChange(
         {"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, module.scale
     )
@@ -191,9 +189,10 @@ _LYCORIS_FIELDS = {
     "use_effective_conv2d": _is_flag,
 }
 #: the tests of AdaLoRA's further fields, which schedule its budget of ranks
-_INTEGER_FIELDS = ("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r")
-_BUDGET_FIELDS = dict.fromkeys(_INTEGER_FIELDS, _is_integer)
-_BUDGET_FIELDS |= dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _is_number)
+_BUDGET_FIELDS = {
+    **dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _is_integer),
+    **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _is_number),
+}
 TUNERS = {
     tuner.type: tuner
     for tuner in (
@@ -307,7 +306,6 @@ _TUNER_PREFIXES = (
     "oft_R", "boft_", "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_",
     "c3a_kernel", "delora_", "gralora_", "hira_",
 )  # fmt: skip
-_TOKENS_TYPE = "TRAINABLE_TOKENS"
 
 
 def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
@@ -325,8 +323,8 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
                 else last in tuner.suffixes
             )
             is_valid = is_valid or (type_ == "VERA" and key in PROJECTIONS)
-        elif type_ == _TOKENS_TYPE:
-            is_valid = last == "trainable_tokens_delta"
+        elif type_ == peft_tokens.TOKENS_TYPE:
+            is_valid = last == peft_tokens.TUNER_ROWS_SUFFIX
         else:
             is_lora = all(segment.startswith("lora_") for segment in tuner_segments)
             is_valid = is_lora or above == "token_adapter"

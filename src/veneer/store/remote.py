@@ -231,11 +231,9 @@ def _hub_api() -> Any:
 def _push_hub(path: Path, target: RemoteAddress, message: str, private: bool | None) -> str:
     """Push as one commit, so that no reader sees a mixture of two adapters. ``upload_folder`` could
     make several commits."""
-    hub, api, repository = (
-        _import_package("huggingface_hub"),
-        _hub_api(),
-        target.url.removeprefix(HUB),
-    )
+    hub = _import_package("huggingface_hub")
+    api = _hub_api()
+    repository = target.url.removeprefix(HUB)
     with _hub_errors(target, "write to"):
         api.create_repo(repository, private=private, exist_ok=True)
         # the hub ignores ``private`` for an existing repository
@@ -387,10 +385,8 @@ def _push_store(path: Path, target: RemoteAddress) -> str:
 def _pull_store(source: RemoteAddress, cache_folder: Path) -> Path:
     files_hash = source.revision
     if files_hash is not None and not _HASH.fullmatch(files_hash):
-        problem, do = (
-            f"the revision {files_hash!r} of {source.url}",
-            "give that, or leave it out for the newest",
-        )
+        problem = f"the revision {files_hash!r} of {source.url}"
+        do = "give that, or leave it out for the newest"
         raise RemoteError(problem, "what `push` returned after the '@'", do)
     if files_hash is not None and _is_intact(cache_folder / files_hash, files_hash):
         return cache_folder / files_hash  # needs no network

@@ -304,9 +304,8 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
             else (smaller_basis, larger_basis)
         )
         inner_products = larger_basis.mT @ smaller_basis
-        cosines = torch.linalg.svdvals(inner_products).clamp(
-            max=1
-        )  # descending, so the angles ascend
+        # descending, so the angles ascend
+        cosines = torch.linalg.svdvals(inner_products).clamp(max=1)
         sines = (
             torch.linalg.svdvals(smaller_basis - larger_basis @ inner_products).clamp(max=1).flip(0)
         )

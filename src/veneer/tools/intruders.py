@@ -145,10 +145,8 @@ def _find_in_weight(
     cosines, control_cosines, intruders = [], [], []
     squared_norm = squared_distance = 0.0
     for group in range(weight.shape[0]):
-        W, group_change = (
-            weight[group].double(),
-            LowRank(low_rank.A[group, None], low_rank.B[group, None], low_rank.scale),
-        )
+        W = weight[group].double()
+        group_change = LowRank(low_rank.A[group, None], low_rank.B[group, None], low_rank.scale)
         changed_W = W + group_change.delta()[0]
         changed_W = changed_W if gains is None else gains[group, :, None] * changed_W
         squared_norm += float(W.square().sum())
@@ -227,10 +225,8 @@ def _bidiagonalise(matrix: Tensor, count: int, seed: int) -> Triples | None:
         matrix.shape[1], generator=torch.Generator().manual_seed(seed), dtype=matrix.dtype
     )
     # U and V have one vector in each row
-    U, V = (
-        matrix.new_zeros(max_steps, matrix.shape[0]),
-        matrix.new_zeros(max_steps + 1, matrix.shape[1]),
-    )
+    U = matrix.new_zeros(max_steps, matrix.shape[0])
+    V = matrix.new_zeros(max_steps + 1, matrix.shape[1])
     V[0] = (start_vector / start_vector.norm()).to(matrix.device)
     diagonal, superdiagonal, next_check_step = [], [], 4 * count + 20
     for step in range(max_steps):

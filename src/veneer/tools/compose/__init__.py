@@ -86,14 +86,10 @@ class ComposeReport:
 
     def __str__(self) -> str:
         ranks_text = rank_range(layer.rank for layer in self.layers)
-        adapter_count, layer_count = (
-            count_noun(len(self.weights), "adapter"),
-            count_noun(len(self.layers), "layer"),
-        )
-        worst_layer, loss_text = (
-            max(self.layers, key=lambda layer: layer.error, default=None),
-            ", nothing left out",
-        )
+        adapter_count = count_noun(len(self.weights), "adapter")
+        layer_count = count_noun(len(self.layers), "layer")
+        worst_layer = max(self.layers, key=lambda layer: layer.error, default=None)
+        loss_text = ", nothing left out"
         if worst_layer is not None and worst_layer.error >= 1e-9:  # more than float64 rounding
             loss_text = (
                 f"; {self.error:.2%} of the change left out, {worst_layer.error:.2%} at worst"
@@ -124,7 +120,7 @@ def compose(
 
     Args:
         adapters: one or several folders, or results of ``veneer.adapter_files.read``.
-        weights: a factor wᵢ for each adapter; None: 1 for each. 0 leaf_names the adapter out.
+        weights: a factor wᵢ for each adapter; None: 1 for each. 0 leaves the adapter out.
         method: one of ``METHODS``; None: "svd" if ``rank`` or ``energy`` is given, else "sum".
         rank: the rank of each combined change, for every method but "sum"; at most min(out, in) of
             the weight. Without ``rank`` and ``energy`` the merge methods use the sum of the
@@ -245,8 +241,7 @@ def _unproven_notes(sources: Sequence[AdapterFiles]) -> list[str]:
         if peft.not_for_peft(source.peft_config) is not None:
             problem = (
                 f"{source.path}, which holds what PEFT applies otherwise, and"
-                f" {unrecorded_sources[0].path}"
-                " without a record"
+                f" {unrecorded_sources[0].path} without a record"
             )
             do = "load each on its model and save it with veneer.save first"
             raise AdapterError(problem, "adapters of Veneer's, or such as PEFT applies alike", do)

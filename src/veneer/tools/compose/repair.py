@@ -228,10 +228,8 @@ def _repair_layer(
     base_weights: FrozenWeights,
     saved_adapter: AdapterFiles,
 ) -> peft.PeftLayer:
-    magnitude, dtype = (
-        layer.extras.get(peft.MAGNITUDE),
-        torch.promote_types(layer.A.dtype, torch.float32),
-    )
+    magnitude = layer.extras.get(peft.MAGNITUDE)
+    dtype = torch.promote_types(layer.A.dtype, torch.float32)
     if not intruders.count or factor == 1:
         return layer.with_low_rank(layer.low.compact().to(dtype)).with_magnitude(magnitude)
     low_rank = (low_rank.T if intruders.is_transposed else low_rank).to(torch.float64)

@@ -50,14 +50,12 @@ def require_token_rows(saved_adapter: AdapterFiles, target_format: str, facts: B
     them."""
     if not saved_adapter.tokens:
         return
-    rows_text, size = (
-        listing(f"{len(tokens.ids)} of {path!r}" for path, tokens in saved_adapter.tokens.items()),
-        vocabulary_size(saved_adapter),
+    rows_text = listing(
+        f"{len(tokens.ids)} of {path!r}" for path, tokens in saved_adapter.tokens.items()
     )
-    adapter_description, expected = (
-        f"{saved_adapter.path} with trained tokens ({rows_text})",
-        f"the base with all {size} rows of its vocabulary",
-    )
+    size = vocabulary_size(saved_adapter)
+    adapter_description = f"{saved_adapter.path} with trained tokens ({rows_text})"
+    expected = f"the base with all {size} rows of its vocabulary"
     if not facts.shapes:
         problem = (
             f"{adapter_description}, and no base, from whose rows {target_format!r} stores the"

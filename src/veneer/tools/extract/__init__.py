@@ -214,14 +214,10 @@ def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
     energy_is_invalid = energy is not None and not (
         isinstance(energy, int | float) and 0 < energy < 1
     )
-    least_is_invalid, share = (
-        not (isinstance(least, int | float) and 0 <= least <= 1),
-        "a share between 0 and 1",
-    )
-    rank_and_energy, usual_fix = (
-        f"rank={rank!r} and energy={energy!r}",
-        "give rank=16, or energy=0.95",
-    )
+    least_is_invalid = not (isinstance(least, int | float) and 0 <= least <= 1)
+    share = "a share between 0 and 1"
+    rank_and_energy = f"rank={rank!r} and energy={energy!r}"
+    usual_fix = "give rank=16, or energy=0.95"
     checks = [
         ((rank is None) == (energy is None), rank_and_energy, "one of them", usual_fix),
         (

@@ -176,10 +176,8 @@ def prove(
 def _write_aux_files(job: MergeJob, folder: Path) -> list[str]:
     """Write the files that hold no weights, and the index. Returns the names of files and folders
     of the base that are left out."""
-    checkpoint, left_out = (
-        job.checkpoint,
-        aux_files.write_aux_files(job.checkpoint, job.aux_changes, folder),
-    )
+    checkpoint = job.checkpoint
+    left_out = aux_files.write_aux_files(job.checkpoint, job.aux_changes, folder)
     if checkpoint.index is not None:
         total_bytes = sum(map(job.output_bytes, checkpoint.file_of))
         metadata = checkpoint.index.get("metadata") or {}

@@ -42,10 +42,8 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
         return None
     # BART has a buffer with a column for each token
     if getattr(model, "final_logits_bias", None) is not None:
-        problem, expected = (
-            "'final_logits_bias', which grows with the vocabulary",
-            "an embedding and a head alone",
-        )
+        problem = "'final_logits_bias', which grows with the vocabulary"
+        expected = "an embedding and a head alone"
         do = (
             f"call model.resize_token_embeddings({max(sizes)}), save_pretrained it, and merge into"
             " that"
@@ -189,10 +187,8 @@ def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) 
     dtype = max({*dtypes}, key=dtypes.count, default=torch.float32)
     file = [*checkpoint.files][-1]
     header = checkpoint.files[file]
-    entries, end_offset = (
-        dict(header.tensors),
-        max((entry.stop for entry in header.tensors.values()), default=0),
-    )
+    entries = dict(header.tensors)
+    end_offset = max((entry.stop for entry in header.tensors.values()), default=0)
     for name, shape in tensors.items():
         start, end_offset = end_offset, end_offset + prod(shape) * dtype.itemsize
         entries[name] = Entry(NAMES[dtype], tuple(shape), start, end_offset)

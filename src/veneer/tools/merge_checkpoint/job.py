@@ -33,6 +33,7 @@ from veneer.tools.merge_checkpoint.aux_files import ConfigChanges
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import (
+    FLOAT_DTYPES,
     MergePlan,
     TensorEdit,
     WeightedFolder,
@@ -41,8 +42,6 @@ from veneer.tools.merge_checkpoint.merge_plan import (
 
 #: bytes of memory that numba needs, including its compiler
 NUMBA_BYTES = 128 * 2**20
-#: dtypes that a merge can write
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

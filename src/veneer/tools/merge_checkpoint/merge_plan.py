@@ -43,6 +43,8 @@ from veneer.tools.merge_checkpoint.growth import (
 WeightedFolder = tuple[Path, float]
 #: a tensor that holds a parameter and nothing else
 WHOLE_PARAM = models.ParamSlice("")
+#: dtypes of weights that a merge can change, and that it can write
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -350,10 +352,8 @@ def _coverage_problems(
         else None
     )
     for tensor, param_slice in slices_by_tensor.items():
-        shape, file_shape = (
-            slice_shape(edit.shape, param_slice.index),
-            slice_shape(checkpoint.shape(tensor), param_slice.within),
-        )
+        shape = slice_shape(edit.shape, param_slice.index)
+        file_shape = slice_shape(checkpoint.shape(tensor), param_slice.within)
         if shape.numel() != file_shape.numel() or (not param_slice.index and shape != file_shape):
             yield sentence(
                 f"{tensor!r} of shape {tuple(file_shape)}",
@@ -361,12 +361,7 @@ def _coverage_problems(
                 "name the base of the adapter",
             )
         dtype = checkpoint.dtype(tensor)
-        if edit.changes and dtype not in (
-            torch.float64,
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        ):
+        if edit.changes and dtype not in FLOAT_DTYPES:
             yield sentence(
                 f"{tensor!r} in {dtype}",
                 "a floating-point type of at least 16 bits",

@@ -347,10 +347,8 @@ def _relate_layers(layer: LayerDifference, low_rank: LowRank) -> Shared:
 
 def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
     """Truncations to the powers of two below the largest rank, and to the largest rank."""
-    largest_rank, total_norm = (
-        max(layer.rank for layer in layers),
-        math.hypot(*(layer.norm for layer in layers)),
-    )
+    largest_rank = max(layer.rank for layer in layers)
+    total_norm = math.hypot(*(layer.norm for layer in layers))
     ranks = [2**power for power in range(largest_rank.bit_length()) if 2**power < largest_rank]
     lost_norms = [
         math.hypot(*(sigma for layer in layers for sigma in layer.spectrum[rank:]))

@@ -16,7 +16,6 @@ from html import escape
 from typing import Any
 
 #: a chart of lines, in SVG units: its size, and the margins around the drawing
-
 WIDTH, HEIGHT, LEFT_MARGIN, BOTTOM_MARGIN, TOP_MARGIN, RIGHT_MARGIN = 400, 250, 40, 36, 26, 10
 #: the number of line colours in the style sheet
 COLOURS = 8
@@ -54,8 +53,8 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> st
     title = escape(f"{y} by {x}: {', '.join(series)}")
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{title}">{"".join(elements)}</svg><div'
-        f' class="key">{legend if len(series) > 1 else ""}</div>'
+        f' aria-label="{title}">{"".join(elements)}</svg>'
+        f'<div class="key">{legend if len(series) > 1 else ""}</div>'
     )
 
 
@@ -190,9 +189,8 @@ def _draw_axes(
     )
     for x_value in tick_values:
         tick_x = LEFT_MARGIN + x_scale(x_value) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
-        anchor = (
-            "middle" if tick_x < WIDTH - 3 * RIGHT_MARGIN else "end"
-        )  # keep the last label within the drawing
+        # keep the last label within the drawing
+        anchor = "middle" if tick_x < WIDTH - 3 * RIGHT_MARGIN else "end"
         label_x = tick_x if anchor == "middle" else WIDTH
         elements.append(
             f'<text x="{label_x:.1f}" y="{HEIGHT - BOTTOM_MARGIN + 15}"'
@@ -214,9 +212,8 @@ def _format_tick(value: float) -> str:
 
 def _integer_ticks(low: float, high: float) -> list[float]:
     """At most 9 integers at equal distances from ``low`` to ``high``."""
-    step = max(
-        1, math.ceil((high - low) / (8 if high < 1000 else 4))
-    )  # long labels need more space
+    step_count = 8 if high < 1000 else 4  # long labels need more space
+    step = max(1, math.ceil((high - low) / step_count))
     return [low + step * number for number in range(int((high - low) // step) + 1)]
 
 
@@ -282,8 +279,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells_html = "".join(f"<td{attribute}>{escape(text)}</td>" for text, attribute in cells)
         body += f"<tr>{cells_html}</tr>"
     return (
-        "<div"
-        f' class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody>'
+        f'<div class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
     )
 

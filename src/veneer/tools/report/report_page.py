@@ -34,8 +34,7 @@ def page(facts: Facts) -> str:
     base_name = facts["base"] or adapter_facts["base"] or "an unnamed base"
     introduction = (
         f"{adapter_facts['variant']}, rank {adapter_facts['rank']},"
-        f" alpha {adapter_facts['alpha']:g},"
-        f" {adapter_facts['parameters']:,} numbers, on "
+        f" alpha {adapter_facts['alpha']:g}, {adapter_facts['parameters']:,} numbers, on "
     )
     introduction += f"{base_name}. " + (
         "" if adapter_facts["verified"] else "Written by another library: nothing to verify it by. "
@@ -288,8 +287,8 @@ def _forgetting_section(facts: Facts) -> str:
         else ""
     )
     return (
-        f"<h2>Forgetting</h2><p>{explanation}</p><div"
-        f' class="pair"><figure>{chart}</figure>{intruder_map}</div>{_loss_table(facts)}'
+        f"<h2>Forgetting</h2><p>{explanation}</p>"
+        f'<div class="pair"><figure>{chart}</figure>{intruder_map}</div>{_loss_table(facts)}'
     )
 
 
