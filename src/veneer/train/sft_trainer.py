@@ -118,8 +118,8 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
             loss = loss * self.processes.share_count
         # the balancing loss shall be a mean over the passes of all processes, whose gradients are
         # averaged
-        if result.balancing_loss is not None and not is_weightless:
-            loss = loss + result.balancing_loss * (
+        if result.extra is not None and not is_weightless:
+            loss = loss + result.extra * (
                 self.processes.share_count / self._passes if training else 1
             )
         return loss
