@@ -41,9 +41,9 @@ def attach_adapter(
 ) -> Any:
     """Attach the adapter of the resume point, the adapter that the run trains further, or a new
     adapter. ``trained_token_ids``: ids of the tokens to train. Returns the adapter's handle."""
-    config, ids_by_path = (
-        task.config,
-        vocabulary.add_embedding_rows(model, task.processor, trained_token_ids, task.config.seed),
+    config = task.config
+    ids_by_path = vocabulary.add_embedding_rows(
+        model, task.processor, trained_token_ids, config.seed
     )
     if resume_point is not None:
         return load(model, resume_point[0] / checkpoint.ADAPTER, name=TRAINED, trainable=True)

@@ -114,10 +114,8 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels [b, s] of the examples at `row_indices`, padded on the
     right."""
-    ids, labels = (
-        [examples.input_ids[i] for i in row_indices],
-        [examples.labels[i] for i in row_indices],
-    )
+    ids = [examples.input_ids[i] for i in row_indices]
+    labels = [examples.labels[i] for i in row_indices]
     return move_batch(device, token_batch(ids, labels, 0))
 
 

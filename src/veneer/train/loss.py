@@ -215,9 +215,8 @@ def log_probabilities(
     }
     target = labels[:, 1:]
     has_label = target != IGNORED
-    logits = _labelled_logits(
-        model, model_inputs, labels
-    )  # [n, v], in the order of has_label.nonzero()
+    # [n, v], in the order of has_label.nonzero()
+    logits = _labelled_logits(model, model_inputs, labels)
     target_ids = target[has_label].to(logits.device)
     float_logits = logits.to(at_least_float32(logits.dtype)) / temperature
     log_p = -functional.cross_entropy(float_logits, target_ids, reduction="none")
@@ -285,15 +284,11 @@ def _loss_of_columns(
 def _balancing_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     """The weighted load-balancing loss that a mixture-of-experts model returns if its config has
     `output_router_logits`."""
-    balancing_loss, config = (
-        getattr(outputs, "aux_loss", None),
-        getattr(unwrap(model), "config", None),
-    )
-    return (
-        balancing_loss * float(getattr(config, "router_aux_loss_coef", 0.0))
-        if isinstance(balancing_loss, Tensor)
-        else None
-    )
+    balancing_loss = getattr(outputs, "aux_loss", None)
+    if not isinstance(balancing_loss, Tensor):
+        return None
+    config = getattr(unwrap(model), "config", None)
+    return balancing_loss * float(getattr(config, "router_aux_loss_coef", 0.0))
 
 
 class _ChunkedForward(NamedTuple):
