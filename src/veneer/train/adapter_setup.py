@@ -25,6 +25,7 @@ from veneer.train.further import TRAINED, load_to_train
 from veneer.train.prepare import Prepared
 from veneer.train.run_record import ResumePoint
 from veneer.train.tasks import Task
+from veneer.train.tasks._base import move_batch
 from veneer.train.tokens import IGNORED, Examples
 from veneer.variants import VARIANTS
 
@@ -127,16 +128,7 @@ def calibration_arguments(task: Task, rows: Any, model: Any) -> dict[str, Any]:
             problem, "task sft", "choose a variant that starts from inputs, such as eva"
         )
     first_batches = (task.inputs(task.collate([row])) for row in rows.rows[:CALIBRATION_ROWS])
-    return {
-        "batches": [
-            {name: _move_to(value, model.device) for name, value in batch.items()}
-            for batch in first_batches
-        ]
-    }
-
-
-def _move_to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return {"batches": [move_batch(model.device, batch) for batch in first_batches]}
 
 
 def _calibration_batches(

@@ -16,7 +16,7 @@ from veneer.train.data import TOOLS, Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
-from veneer.train.tasks._base import RECORDED_FIELDS, extract_settings, token_batch
+from veneer.train.tasks._base import RECORDED_FIELDS, extract_settings, move_batch, token_batch
 from veneer.train.tokens import Examples
 
 
@@ -99,14 +99,6 @@ def task_from_record(
     config_fields |= {"task": name, "base": base, "data": data, "output": "."}
     task_config = make_config(config_fields, "what the adapter says of its task")
     return TASKS[name](task_config, extract_settings(record), load_options)
-
-
-def move_batch(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Move the tensors of a batch to a device."""
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 def collate(
