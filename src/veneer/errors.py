@@ -57,6 +57,11 @@ class VeneerError(Exception):
         super().__init__(sentence(*texts) if len(texts) == 3 else "".join(texts))
         self.problem = texts[0] if len(texts) == 3 else str(self)
 
+    @property
+    def found(self) -> str:
+        """The same text as ``problem``, by its earlier name."""
+        return self.problem
+
 
 class ConfigError(VeneerError, ValueError):
     """A field of a config is wrong.

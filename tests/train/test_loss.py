@@ -773,7 +773,7 @@ def test_the_balance_of_the_experts_is_the_models_own() -> None:
     model, inputs = made("mixtral-balance"), batch(0, "scattered")
     wanted = model(**inputs).aux_loss * 0.3
     for chunk in (2, 100):
-        extra = token_loss(model, inputs, chunk=chunk).balancing_loss
+        extra = token_loss(model, inputs, chunk=chunk).extra
         assert extra is not None
         torch.testing.assert_close(extra, wanted, rtol=1e-12, atol=0)
     loss = causal_loss(model, inputs, chunk=2)

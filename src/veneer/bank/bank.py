@@ -107,7 +107,7 @@ class Bank:
         self._batch_states: list[BatchState] = []  # of no running call, for reuse
         self._running_calls, self._last_call_end = 0, -CALL_GAP
         self._use_counter = self._bytes = 0
-        self._resident_uids: set[int] = set()  # ``ResidentAdapter.uid`` of each
+        self._resident_uids: set[int] = set()  # of the adapters in memory
         self._waiting_loads, self._closed = 0, False
 
     def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:

@@ -1,5 +1,5 @@
 """Forward, backward and optimiser steps of several adapters on one base. The caller decides which
-adapters step, such as none with gradients that are not finite.
+adapters step; those whose gradients are not finite should not.
 
     requests by adapter ─ equal shapes ─> one forward of the base ─> a loss for each adapter
                         ─ one backward ─> gradients of each adapter's own parameters ─> its step

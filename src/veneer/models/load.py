@@ -132,7 +132,7 @@ def load_base(
 
 def load_head(
     source: str | Path,
-    auto_class: str,
+    auto: str,
     *,
     precision: Precision = "auto",
     device: str | None = None,
@@ -142,7 +142,7 @@ def load_head(
     spread: Spread | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
-    """A model in eval mode. ``auto_class`` is transformers' class for it, such as
+    """A model in eval mode. ``auto`` is the name of transformers' class for it, such as
     "AutoModelForSequenceClassification". If the files lack a head's weights, they are initialised.
     ``fields``: fields of the model's config, such as num_labels. The other arguments and the errors
     are those of ``load_base``."""
@@ -158,12 +158,12 @@ def load_head(
     location = find_base(name)
     dtype, device = type_and_device(precision, device)
     model: Any = _load_model(
-        name, location, auto_class, dtype, device, attention, quantize, device_map, spread, fields
+        name, location, auto, dtype, device, attention, quantize, device_map, spread, fields
     )
     if not has_device_map and quantize is None and spread is None:
         model = model.to(device)
     # the speed of "products" was measured with causal masks only
-    is_causal = auto_class == "AutoModelForCausalLM"
+    is_causal = auto == "AutoModelForCausalLM"
     uses_sdpa = (
         is_causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
     )

@@ -25,6 +25,7 @@ from veneer.train.further import TRAINED, load_to_train
 from veneer.train.prepare import Prepared
 from veneer.train.run_record import ResumePoint
 from veneer.train.tasks import Task
+from veneer.train.tasks._base import move_batch
 from veneer.train.tokens import IGNORED, Examples
 from veneer.variants import VARIANTS
 
@@ -41,9 +42,9 @@ def attach_adapter(
 ) -> Any:
     """Attach the adapter of the resume point, the adapter that the run trains further, or a new
     adapter. ``trained_token_ids``: ids of the tokens to train. Returns the adapter's handle."""
-    config, ids_by_path = (
-        task.config,
-        vocabulary.add_embedding_rows(model, task.processor, trained_token_ids, task.config.seed),
+    config = task.config
+    ids_by_path = vocabulary.add_embedding_rows(
+        model, task.processor, trained_token_ids, config.seed
     )
     if resume_point is not None:
         return load(model, resume_point[0] / checkpoint.ADAPTER, name=TRAINED, trainable=True)
@@ -127,16 +128,7 @@ def calibration_arguments(task: Task, rows: Any, model: Any) -> dict[str, Any]:
             problem, "task sft", "choose a variant that starts from inputs, such as eva"
         )
     first_batches = (task.inputs(task.collate([row])) for row in rows.rows[:CALIBRATION_ROWS])
-    return {
-        "batches": [
-            {name: _move_to(value, model.device) for name, value in batch.items()}
-            for batch in first_batches
-        ]
-    }
-
-
-def _move_to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return {"batches": [move_batch(model.device, batch) for batch in first_batches]}
 
 
 def _calibration_batches(

@@ -197,10 +197,8 @@ class ProgressBar(TrainerCallback):
             say(self.console, f"step {step:>5}/{state.max_steps}  {text}")
 
     def _format_speed(self, total_steps: int) -> str:
-        (first_time, first_tokens, first_step), (last_time, tokens, step) = (
-            self.recent_steps[0],
-            self.recent_steps[-1],
-        )
+        first_time, first_tokens, first_step = self.recent_steps[0]
+        last_time, tokens, step = self.recent_steps[-1]
         if step == first_step or last_time <= first_time:
             return ""
         remaining_seconds = (total_steps - step) * (last_time - first_time) / (step - first_step)

@@ -28,11 +28,9 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
             [2, ROW_TOKENS] in evaluation mode; then its mode is restored.
         name: the name of the base, for the error.
     """
-    vocabulary_size = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(ROW_TOKENS) * 7 + 3).remainder(vocabulary_size).repeat(2, 1)
-    ids[1, SHARED_TOKENS:] = (ids[1, SHARED_TOKENS:] + vocabulary_size // 2).remainder(
-        vocabulary_size
-    )
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(ROW_TOKENS) * 7 + 3).remainder(vocab_size).repeat(2, 1)
+    ids[1, SHARED_TOKENS:] = (ids[1, SHARED_TOKENS:] + vocab_size // 2).remainder(vocab_size)
     ids, training = ids.to(model.device), model.training
     model.eval()
     try:
@@ -43,9 +41,8 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
         model.train(training)
     first_logits, second_logits = logits.double()
     # In one batch, equal inputs give equal logits, except for the order of sums on a GPU.
-    if (first_logits - second_logits).norm() > max(
-        1e-4, 4 * torch.finfo(logits.dtype).eps
-    ) * first_logits.norm():
+    tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
+    if (first_logits - second_logits).norm() > tolerance * first_logits.norm():
         problem = (
             f"{name}, a {type(model).__name__} whose predictions change with the tokens that come"
             " after them"

@@ -104,7 +104,7 @@ def write(
     target = path_of(output, step)
 
     def fill_folder(folder: Path) -> None:
-        with disk_errors(target):  # not for errors of the communication of processes
+        with disk_errors(target):  # not for errors of communication between processes
             fill(folder)
 
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ from veneer.train.data import TOOLS, Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
-from veneer.train.tasks._base import RECORDED_FIELDS, extract_settings, token_batch
+from veneer.train.tasks._base import RECORDED_FIELDS, extract_settings, move_batch, token_batch
 from veneer.train.tokens import Examples
 
 
@@ -101,23 +101,13 @@ def task_from_record(
     return TASKS[name](task_config, extract_settings(record), load_options)
 
 
-def move_batch(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Move the tensors of a batch to a device."""
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
-
-
 def collate(
     examples: Examples, row_indices: list[int], device: Any = "cpu"
 ) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels [b, s] of the examples at `row_indices`, padded on the
     right."""
-    ids, labels = (
-        [examples.input_ids[i] for i in row_indices],
-        [examples.labels[i] for i in row_indices],
-    )
+    ids = [examples.input_ids[i] for i in row_indices]
+    labels = [examples.labels[i] for i in row_indices]
     return move_batch(device, token_batch(ids, labels, 0))
 
 

@@ -136,10 +136,8 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
     does not measure progress; ``TrainingError``: the first loss is not finite.
     """
     if config.task == "grpo":
-        problem, remedy = (
-            "task grpo, whose loss is zero at every rate",
-            "try a few rates, and watch reward in log.jsonl",
-        )
+        problem = "task grpo, whose loss is zero at every rate"
+        remedy = "try a few rates, and watch reward in log.jsonl"
         raise ConfigError(problem, "a task whose loss falls as it learns", remedy)
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
@@ -148,10 +146,8 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         arguments = arguments_of(config, Path(folder), prepared)
         arguments.max_steps, arguments.warmup_steps = STEPS, 0
         arguments.eval_strategy = arguments.save_strategy = IntervalStrategy.NO
-        arguments.lr_scheduler_type, arguments.load_best_model_at_end = (
-            SchedulerType.CONSTANT,
-            False,
-        )
+        arguments.lr_scheduler_type = SchedulerType.CONSTANT
+        arguments.load_best_model_at_end = False
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
         base, handle, hidden_state_cache = load_model(task, task.load, prepared, token_ids, None)
@@ -176,9 +172,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         with as_reference(base.model, task.initial_adapter, task.needs_reference()):
             trainer.train()
     if not callback.losses:
-        problem, remedy = (
-            "a loss that is not a number at the first step",
-            "train in fp32 (--precision fp32)",
-        )
+        problem = "a loss that is not a number at the first step"
+        remedy = "train in fp32 (--precision fp32)"
         raise TrainingError(problem, "a finite number", remedy)
     return callback.result

@@ -48,10 +48,8 @@ def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
     folder = resolve(adapter)
     files = read(folder)
     if files.tokens:
-        problem, remedy = (
-            f"adapter {adapter}, which trains tokens",
-            "merge it (`veneer merge`), and train on the merged base",
-        )
+        problem = f"adapter {adapter}, which trains tokens"
+        remedy = "merge it (`veneer merge`), and train on the merged base"
         raise ConfigError(problem, "changes of weights alone", remedy)
     task = files.metadata.get("provenance", {}).get("task")
     return InitialAdapter(folder, content_hash(folder), task if isinstance(task, dict) else {})

@@ -80,11 +80,8 @@ class Head:
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
             return None
         flat_rows = hidden.flatten(0, 1)
-        return (
-            flat_rows
-            if self.is_rowwise(flat_rows[positions[:3].to(flat_rows.device)].detach())
-            else None
-        )
+        sample = flat_rows[positions[:3].to(flat_rows.device)].detach()
+        return flat_rows if self.is_rowwise(sample) else None
 
     def is_rowwise(self, rows: Tensor) -> bool:
         """Whether the logits of some rows stay the same in a larger batch and in another order;
@@ -107,16 +104,9 @@ class Head:
         batched_shape = (1, 2 * len(rows), logits.shape[-1])
         is_rowwise = logits.shape[:-1] == (1, len(rows)) and batched.shape == batched_shape
         if is_rowwise:
-            separate_logits, batched_logits = (
-                logits.detach()[0],
-                batched.detach()[0, len(rows) :].flip(0),
-            )
-            tolerance = torch.finfo(separate_logits.dtype).eps ** 0.5 * float(
-                separate_logits.abs().max()
-            )
-            is_rowwise = torch.allclose(
-                separate_logits, batched_logits, rtol=0, atol=tolerance, equal_nan=True
-            )
+            separate, reordered = logits.detach()[0], batched.detach()[0, len(rows) :].flip(0)
+            tolerance = torch.finfo(separate.dtype).eps ** 0.5 * float(separate.abs().max())
+            is_rowwise = torch.allclose(separate, reordered, rtol=0, atol=tolerance, equal_nan=True)
         ROWWISE[self.model], self.memory_in_use = is_rowwise, False
         return is_rowwise
 

@@ -59,13 +59,13 @@ class TokenLoss(NamedTuple):
         total: summed negative log-likelihood in nats, a scalar with gradient.
         items: number of labels in the sum.
         correct: number of labels that are the most likely token; 0 without `accuracy`.
-        balancing_loss: the weighted load-balancing loss of a mixture-of-experts model, or None.
+        extra: the weighted load-balancing loss of a mixture-of-experts model, or None.
     """
 
     total: Tensor
     items: Tensor
     correct: Tensor
-    balancing_loss: Tensor | None
+    extra: Tensor | None
 
 
 class LabelLosses(NamedTuple):
@@ -74,12 +74,12 @@ class LabelLosses(NamedTuple):
     Fields:
         losses: -log p of each of n labels, [n], row after row.
         counts: number of labels in each of b rows, [b].
-        is_correct: whether each label is the most likely token, [n]; None without `accuracy`.
+        right: whether each label is the most likely token, [n]; None without `accuracy`.
     """
 
     losses: Tensor
     counts: Tensor
-    is_correct: Tensor | None
+    right: Tensor | None
 
 
 def token_loss(
@@ -149,7 +149,7 @@ def causal_loss(
     result = token_loss(model, inputs, chunk=chunk)
     items = result.items if num_items_in_batch is None else num_items_in_batch
     loss = result.total / torch.as_tensor(items, device=result.total.device).clamp(min=1)
-    return loss if result.balancing_loss is None else loss + result.balancing_loss.to(loss.device)
+    return loss if result.extra is None else loss + result.extra.to(loss.device)
 
 
 def label_losses(
@@ -215,9 +215,8 @@ def log_probabilities(
     }
     target = labels[:, 1:]
     has_label = target != IGNORED
-    logits = _labelled_logits(
-        model, model_inputs, labels
-    )  # [n, v], in the order of has_label.nonzero()
+    # [n, v], in the order of has_label.nonzero()
+    logits = _labelled_logits(model, model_inputs, labels)
     target_ids = target[has_label].to(logits.device)
     float_logits = logits.to(at_least_float32(logits.dtype)) / temperature
     log_p = -functional.cross_entropy(float_logits, target_ids, reduction="none")
@@ -285,15 +284,11 @@ def _loss_of_columns(
 def _balancing_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     """The weighted load-balancing loss that a mixture-of-experts model returns if its config has
     `output_router_logits`."""
-    balancing_loss, config = (
-        getattr(outputs, "aux_loss", None),
-        getattr(unwrap(model), "config", None),
-    )
-    return (
-        balancing_loss * float(getattr(config, "router_aux_loss_coef", 0.0))
-        if isinstance(balancing_loss, Tensor)
-        else None
-    )
+    balancing_loss = getattr(outputs, "aux_loss", None)
+    if not isinstance(balancing_loss, Tensor):
+        return None
+    config = getattr(unwrap(model), "config", None)
+    return balancing_loss * float(getattr(config, "router_aux_loss_coef", 0.0))
 
 
 class _ChunkedForward(NamedTuple):

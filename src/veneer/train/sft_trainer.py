@@ -80,10 +80,8 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
             )
             passes = torch.full_like(tokens, len(weighted_inputs))
             all_counts = torch.stack([*counts, *self._sum_counts(tokens, passes)]).tolist()
-            counts, (token_total, self._passes, *stop_requests) = (
-                all_counts[: len(counts)],
-                all_counts[len(counts) :],
-            )
+            token_total, self._passes, *stop_requests = all_counts[len(counts) :]
+            counts = all_counts[: len(counts)]
             self._stop_if_requested(stop_requests)
             batches = [
                 {**inputs, LABELS: count} for inputs, count in zip(batches, counts, strict=True)
@@ -118,8 +116,8 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
             loss = loss * self.processes.share_count
         # the balancing loss shall be a mean over the passes of all processes, whose gradients are
         # averaged
-        if result.balancing_loss is not None and not is_weightless:
-            loss = loss + result.balancing_loss * (
+        if result.extra is not None and not is_weightless:
+            loss = loss + result.extra * (
                 self.processes.share_count / self._passes if training else 1
             )
         return loss

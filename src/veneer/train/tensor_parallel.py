@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -351,11 +351,8 @@ def use_local_shards(layer: CutLayer, parallel_group: Any) -> Iterator[None]:
         if layer.partition == ROWS and bias is not None and parallel_group.rank:
             local_values[id(bias)] = None  # only the first process adds it
         stack.enter_context(with_values(modules, local_values))
-        stack.enter_context(
-            _local_seed(parallel_group)
-            if has_dropout and layer.partition == ROWS
-            else nullcontext()
-        )
+        if has_dropout and layer.partition == ROWS:
+            stack.enter_context(_local_seed(parallel_group))
         yield
 
 

@@ -269,7 +269,7 @@ class Trainer:
             else:
                 batches[run] = {"input_ids": ids}, None
                 losses[run] = partial(_loss_of_logits, training_pass, indices)
-        requests = self.runs.build_requests(batches, losses)
+        requests = self.runs.requests(batches, losses)
         backward = next(iter(passes.values())).backward
         run_pass = self.engine.backward if backward else self.engine.forward
         with self._model_lock:

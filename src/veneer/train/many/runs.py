@@ -163,13 +163,13 @@ class Runs(Mapping[str, Handle]):
                 raises gets a note with the run's name.
             SelectionError: the model mixes rows. In all these cases the gradients are unchanged.
         """
-        requests = self.build_requests(batches, loss, weights)
+        requests = self.requests(batches, loss, weights)
         self.failed = {}
         result = self.engine.backward(requests, self.keep_going)
         self.failed = result.failures
         return {name: result.values[name] for name in batches if name in result.values}
 
-    def build_requests(
+    def requests(
         self,
         batches: Mapping[str, Any],
         loss: Loss | LabelLoss | Mapping[str, Loss | LabelLoss],
@@ -261,10 +261,8 @@ def _label_losses(
     joined = label_losses(model, {**inputs, "labels": labels}, accuracy=accuracy)
     counts = joined.counts.split([batch.row_count for batch in batches.values()])
     label_counts = [int(row_counts.sum()) for row_counts in counts]
-    is_correct = (
-        [None] * len(counts) if joined.is_correct is None else joined.is_correct.split(label_counts)
-    )
-    run_values = zip(joined.losses.split(label_counts), counts, is_correct, strict=True)
+    right = [None] * len(counts) if joined.right is None else joined.right.split(label_counts)
+    run_values = zip(joined.losses.split(label_counts), counts, right, strict=True)
     return {name: LabelLosses(*values) for name, values in zip(batches, run_values, strict=True)}
 
 

@@ -465,9 +465,8 @@ def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
             return 2 * left_factor.numel() * right_factor.shape[-1]
         if right_factor.dim() == 3:  # each row times the matrix of its group
             return 2 * left_factor.numel() * right_factor.shape[-1]
-        return (
-            2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]
-        )  # the gradient of a stack of matrices
+        # the gradient of a stack of matrices
+        return 2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]
     flop_formula = flop_registry.get(func._overloadpacket)
     operations = (
         int(flop_formula(*args, **kwargs, out_val=output)) if flop_formula is not None else 0
@@ -481,10 +480,5 @@ def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
 def _call_argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """The argument of a call with this name; None if the function has no such parameter."""
     names = [argument.name for argument in func._schema.arguments]
-    parameter_index = names.index(name) if name in names else None
-    return kwargs.get(
-        name,
-        args[parameter_index]
-        if parameter_index is not None and parameter_index < len(args)
-        else None,
-    )
+    index = names.index(name) if name in names else len(args)
+    return kwargs.get(name, args[index] if index < len(args) else None)

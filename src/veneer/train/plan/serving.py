@@ -62,7 +62,7 @@ class Service:
         base, adapter, row: bytes of the base, of one adapter, and of the keys and values of one row
             of full length.
         rows: number of rows that run at once in a replica; 0 if the base and one row do not fit.
-        in_memory: number of adapters that fit into a replica's memory beside these rows.
+        in_memory: number of the load's adapters that fit into a replica's memory beside these rows.
         step: seconds for one token of each row.
         answered: number of requests a second that a replica can answer.
         replicas: number of replicas for the load.

@@ -161,6 +161,7 @@ class Planner:
             if strategy == "fsdp":
                 blocks = [(group.count, weight_bytes(group.block)[0]) for group in step.blocks]
                 block_total = sum(count * block_bytes for count, block_bytes in blocks)
+                # blocks are gathered in forward and in backward, the other weights once
                 gathered_bytes = ring_share * (block_total + bytes_by_use["base"]) * run.accumulate
                 bytes_by_use = shard_base(bytes_by_use, cost, blocks, devices)
             if strategy == "tp":

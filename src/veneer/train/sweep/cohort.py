@@ -32,13 +32,13 @@ from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint
 from veneer.train.adapter_setup import calibration_arguments, lora_config
 from veneer.train.arguments import arguments_of
-from veneer.train.evaluate import move_batch
 from veneer.train.loss import causal_loss
 from veneer.train.many import Runs
 from veneer.train.order import EpochSampler
 from veneer.train.prepare import Prepared, steps_an_epoch
 from veneer.train.sweep.held_out import OutputAsModel, evaluate_runs
 from veneer.train.tasks import Task
+from veneer.train.tasks._base import move_batch
 
 #: the file of a candidate's optimiser, schedule and random numbers in a checkpoint
 STATE = "state.pt"

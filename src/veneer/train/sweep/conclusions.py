@@ -46,7 +46,7 @@ def find_edges(
 
 
 def _axis_bounds(values: list[Any] | Range) -> tuple[float, float] | None:
-    """The lowest and the highest value of an axis; None if its values are not distinct numbers."""
+    """The lowest and the highest value of an axis; None unless they are numbers that differ."""
     if isinstance(values, Range):
         return values.low, values.high
     numeric_values = {

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from veneer.train.evaluate import move_batch
 from veneer.train.many import Runs
 from veneer.train.tasks import Task
+from veneer.train.tasks._base import move_batch
 
 #: maximal number of tokens of a forward, with padding; enough to use a processor fully
 TOKENS = 2048

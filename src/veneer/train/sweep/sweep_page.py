@@ -119,10 +119,8 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
         for candidate in drawn_candidates
     ]
     training_curves = [_average_steps(candidate["losses"]) for candidate in drawn_candidates]
-    loss_limit, charts = (
-        _loss_axis_limit([candidate["measured"] for candidate in drawn_candidates]),
-        [],
-    )
+    loss_limit = _loss_axis_limit([candidate["measured"] for candidate in drawn_candidates])
+    charts = []
     for y_label, curves in (
         ("loss on the rows held out", held_out_curves),
         ("loss in training", training_curves),
@@ -157,10 +155,8 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
 def _loss_axis_limit(curves: Sequence[Points]) -> float:
     """The upper end of the loss axis. Higher losses are drawn at this limit; else a candidate that
     diverges would flatten the curves of all others."""
-    first_losses, best_loss = (
-        [curve[0][1] for curve in curves],
-        min(curve[-1][1] for curve in curves),
-    )
+    first_losses = [curve[0][1] for curve in curves]
+    best_loss = min(curve[-1][1] for curve in curves)
     return max(sorted(first_losses)[len(first_losses) // 2] * 1.1, best_loss + 0.1)
 
 

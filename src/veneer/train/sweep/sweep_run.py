@@ -120,7 +120,7 @@ def sweep(
 
 class _SweepRun:
     """A sweep in progress. `start_times`: the clocks at the start of this process, as (wall
-    seconds, CPU seconds). `earlier_times`: the same times of earlier processes, summed."""
+    seconds, CPU seconds). `earlier_times`: what earlier processes took before the checkpoint."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ def single_run_config(config: TrainConfig, output: Path, eval_steps: int) -> Tra
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults; a YAML file must list only these."""
+    """The settings that differ from their defaults, which a YAML file must list."""
     default: Mapping[str, Any] = TrainConfig.defaults()
     return {
         name: value

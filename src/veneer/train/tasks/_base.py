@@ -267,10 +267,7 @@ class Task(ABC):
         inputs = self.inputs(
             self.collate([prepared.train.rows[short_row_index(prepared.train.lengths)]])
         )
-        return {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
+        return move_batch(device, inputs)
 
     def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
         """(tokens with padding, tokens that reach the output head) of the batch that needs the most
@@ -330,6 +327,14 @@ def token_batch(
         "input_ids": pad_rows(ids, pad),
         "attention_mask": pad_rows(mask, 0),
         "labels": pad_rows(labels, IGNORED),
+    }
+
+
+def move_batch(device: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the tensors of a batch to a device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
     }
 
 

@@ -150,17 +150,10 @@ def answers_with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if "prompt" in row:
         prompt = row["prompt"]
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        shared_count = 0
-        while (
-            shared_count < min(len(chosen), len(rejected)) - 1
-            and chosen[shared_count] == rejected[shared_count]
-        ):
-            shared_count += 1
-        prompt, chosen, rejected = (
-            chosen[:shared_count],
-            chosen[shared_count:],
-            rejected[shared_count:],
-        )
+        turns = 0  # number of messages that both chats begin with
+        while turns < min(len(chosen), len(rejected)) - 1 and chosen[turns] == rejected[turns]:
+            turns += 1
+        prompt, chosen, rejected = chosen[:turns], chosen[turns:], rejected[turns:]
     else:
         return {"chosen": {"text": chosen}, "rejected": {"text": rejected}}
     return {
