@@ -163,7 +163,7 @@ class Metrics:
             counter.labels(self._label(blend), *labels).inc(amount)
 
     def label(self, blend: Mapping[str, float]) -> str:
-        """The label of the adapter that a blend is charged to."""
+        """The label under which a blend is counted."""
         with self._lock:
             return self._label(blend)
 

@@ -180,8 +180,8 @@ class VllmProcess:
 
 
 class Ticket:
-    """A request that waits for its turn or was sent to vLLM; the scheduler orders it. ``owner`` is
-    the name of its API key, ``flow`` its adapters, which share the key's turns."""
+    """A request that waits for its turn or was sent to vLLM, with the fields that the scheduler
+    reads (``scheduler.Waiting``)."""
 
     def __init__(self, owner: str, flow: str, key: Any, priority: int) -> None:
         self.owner, self.flow, self.key, self.priority = owner, flow, key, priority
