@@ -71,11 +71,8 @@ class VllmProcess:
         wrapper = [sys.executable, "-c", RUN_UNTIL_PARENT_ENDS] if sys.platform == "linux" else []
         self._process = subprocess.Popen(
             [*wrapper, *self._command_line],
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                "VENEER_LIBRARY": "",
-            },  # its plug-in finds no adapters
+            # without a library, its plug-in finds no adapters
+            env={**os.environ, **ENVIRONMENT, "VENEER_LIBRARY": ""},
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
             start_new_session=True,  # Ctrl-C must not reach vLLM: running requests end first
