@@ -5,8 +5,8 @@
                access    slots
                answers   sampling, text
 
-Routes know nothing of tensors, and the engine nothing of HTTP: they meet in ``requests.py``, three
-values.
+Routes know nothing of tensors, and the engine nothing of HTTP: they exchange the data classes of
+``requests.py``.
 """
 
 from veneer.registry import lazy_submodules

@@ -6,6 +6,7 @@ events.
 
 The queue needs no bound, since an answer has at most ``max_tokens`` pieces. When a client
 disconnects, the task that reads the pieces is cancelled or closed, and ``Answers`` cancels the
+requests that still run.
 """
 
 from __future__ import annotations

@@ -118,10 +118,8 @@ class Embedder:
         deadline = submitted_at + timeout
         call = _Call(texts, blend, deadline, submitted_at, owner, token_types, with_head)
         with self._changed:
-            account_count, free_count = (
-                self._waiting_by_account[call.account],
-                self.queue - self.waiting,
-            )
+            account_count = self._waiting_by_account[call.account]
+            free_count = self.queue - self.waiting
             is_crowded = self.waiting and (
                 len(texts) > free_count
                 or (account_count and account_count + len(texts) > SHARE * free_count)

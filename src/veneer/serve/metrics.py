@@ -163,7 +163,7 @@ class Metrics:
             counter.labels(self._label(blend), *labels).inc(amount)
 
     def label(self, blend: Mapping[str, float]) -> str:
-        """The label of the adapter that a blend is charged to."""
+        """The label under which a blend is counted."""
         with self._lock:
             return self._label(blend)
 
@@ -191,10 +191,9 @@ class Metrics:
             self._request_counts[name] += 1
             if name in self._labelled or len(self._labelled) < self._max_labelled:
                 return
-            least_requested = min(self._labelled, key=self._request_counts.__getitem__)
-            if self._request_counts[name] >= TAKEOVER_FACTOR * max(
-                1, self._request_counts[least_requested]
-            ):
+            counts = self._request_counts
+            least_requested = min(self._labelled, key=counts.__getitem__)
+            if counts[name] >= TAKEOVER_FACTOR * max(1, counts[least_requested]):
                 self._remove_series(least_requested)
                 self._labelled.add(name)
 

@@ -70,13 +70,13 @@ def chat_tokens(
     add_special_tokens: bool = False,
 ) -> tuple[int, ...]:
     """The tokens of a chat in the base's chat template. Only the template adds special tokens,
-    unless ``add_special_tokens`` lets the tokenizer add its own. ``length``: the context length in
-    tokens. ``arguments``: what the template gets besides messages and tools.
+    unless ``add_special_tokens`` lets the tokenizer add its own. ``length``: the most tokens, for
+    ``check_fits``. ``arguments``: what the template gets besides messages and tools.
 
     Raises:
         Refusal: the base has no template; its template refuses the chat, leaves out its tools or
-            does not read an argument; the chat does not fit into the context; or the text of a
-            special token in a message cannot be tokenised as ordinary text.
+            does not read an argument; the chat is far too long; or the text of a special token in a
+            message cannot be tokenised as ordinary text.
     """
     if not getattr(tokenizer, "chat_template", None):
         message = sentence(
@@ -283,8 +283,8 @@ def prompt_tokens(
 ) -> tuple[int, ...]:
     """The tokens of a prompt that is a text, or token ids, which are only checked. In a text, the
     written form of a special token becomes that token. ``add_special_tokens``: the tokenizer puts
-    special tokens around a text. ``length``: the most tokens. ``Refusal``: a token id that the base
-    does not have, or a text that has no token or too many."""
+    special tokens around a text. ``length``: the most tokens of a text, for ``check_fits``.
+    ``Refusal``: a token id that the base lacks, or a text that has no tokens or far too many."""
     if isinstance(prompt, str):
         check_fits(tokenizer, prompt, length, param)
         ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]

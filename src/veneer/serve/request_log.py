@@ -170,8 +170,7 @@ class JsonFormatter(logging.Formatter):
         level = record.levelname.lower()
         entry = {"time": _timestamp(record), "level": level, "logger": record.name}
         request_fields = getattr(record, "request", None)
-        message = {"message": record.getMessage()}
-        entry |= message if request_fields is None else request_fields
+        entry |= {"message": record.getMessage()} if request_fields is None else request_fields
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)

@@ -156,7 +156,7 @@ def _process_logits(
     logits: Tensor, rows: Sequence[Sampler]
 ) -> tuple[Tensor, dict[int, SampledToken]]:
     """Apply the masks of grammars and the logits processors. Returns the new logits, and results
-    without a token for the rows whose grammar failed_rows, by row."""
+    without a token for the rows whose grammar failed, by row."""
     grammar_rows = [i for i, row in enumerate(rows) if row.matcher is not None]
     processor_rows = [i for i, row in enumerate(rows) if row.processors]
     failed_rows: dict[int, SampledToken] = {}

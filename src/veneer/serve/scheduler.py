@@ -237,9 +237,8 @@ class Scheduler(Generic[RequestT]):
         by then, at the recent rate."""
         if len(self._start_times) < 2:
             return 1.0
-        seconds_per_start = (self._start_times[-1] - self._start_times[0]) / (
-            len(self._start_times) - 1
-        )
+        duration = self._start_times[-1] - self._start_times[0]
+        seconds_per_start = duration / (len(self._start_times) - 1)
         return min(60.0, max(1.0, seconds_per_start * self.waiting / 2))
 
     def _count_in_queue(self, request: RequestT) -> deque[RequestT]:

@@ -200,21 +200,18 @@ async def _tokenize(
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The token ids and token types of texts, or of pairs of texts. ``Refusal``: one does not fit
     into the context."""
-    limit = None if truncate is None or truncate < 1 else truncate
-    max_tokens = min(limit or service.length, service.length)
+    readable_length = prompts.max_prompt_tokens(service.length, truncate)
+    options: dict[str, Any] = {}
+    if truncate is not None:  # -1: to the context length
+        max_length = service.length if truncate < 1 else min(truncate, service.length)
+        options = {"truncation": True, "max_length": max_length}
     ids: list[tuple[int, ...]] = []
     token_types: list[tuple[int, ...]] = []
 
     def tokenize_group(group: Sequence[tuple[str, ...]]) -> None:
         for texts in group:
             for text in texts:
-                prompts.check_fits(
-                    service.tokenizer,
-                    text,
-                    prompts.max_prompt_tokens(service.length, truncate),
-                    "text_1",
-                )
-            options = {} if truncate is None else {"truncation": True, "max_length": max_tokens}
+                prompts.check_fits(service.tokenizer, text, readable_length, "text_1")
             encoded = service.tokenizer(*texts, return_token_type_ids=True, **options)
             ids.append(tuple(encoded["input_ids"]))
             token_types.append(tuple(encoded["token_type_ids"]))

@@ -101,7 +101,7 @@ def program() -> str:
 
 
 def recommendation() -> str | None:
-    """A message that recommends ``--engine vllm``; None where vLLM would not be faster."""
+    """A message that recommends ``--engine vllm``; None without a GPU or without vLLM."""
     import torch
 
     if not torch.cuda.is_available() or find_program() is None:

@@ -71,11 +71,8 @@ class VllmProcess:
         wrapper = [sys.executable, "-c", RUN_UNTIL_PARENT_ENDS] if sys.platform == "linux" else []
         self._process = subprocess.Popen(
             [*wrapper, *self._command_line],
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                "VENEER_LIBRARY": "",
-            },  # its plug-in finds no adapters
+            # without a library, its plug-in finds no adapters
+            env={**os.environ, **ENVIRONMENT, "VENEER_LIBRARY": ""},
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
             start_new_session=True,  # Ctrl-C must not reach vLLM: running requests end first
@@ -180,8 +177,8 @@ class VllmProcess:
 
 
 class Ticket:
-    """A request that waits for its turn or was sent to vLLM; the scheduler orders it. ``owner`` is
-    the name of its API key, ``flow`` its adapters, which share the key's turns."""
+    """A request that waits for its turn or was sent to vLLM, with the fields that the scheduler
+    reads (``scheduler.Waiting``)."""
 
     def __init__(self, owner: str, flow: str, key: Any, priority: int) -> None:
         self.owner, self.flow, self.key, self.priority = owner, flow, key, priority

@@ -14,7 +14,9 @@ path is that of a copy in a cache of our own, named by its hash: a changed adapt
 and neither `gc` nor a writer of the library changes the copy. (In vLLM 0.32, an adapter whose files
 are gone by then ends the engine, and with it the server.)
 
-by its name alone.
+The base is compared with the fingerprints in the adapter's record; each of its weights is read once
+a process. vLLM names its base by a folder or a hub id. A base whose files are not on this machine
+is compared by its name alone.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class MessagesView:
     """Writes the answer to one request, from its pieces."""
 
     def __init__(self, writer: AnswerWriter, body: MessagesRequest) -> None:
-        self._form, self._model = writer, body.model
+        self._writer, self._model = writer, body.model
         self._id = call_id("msg")
         self._block_type = ""  # of the block that is open; "" without one
         self._block_index = -1
@@ -35,10 +35,10 @@ class MessagesView:
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
         """The response body, once the answer has ended."""
-        (pieces,) = await collect_pieces(answers, self._form)
+        (pieces,) = await collect_pieces(answers, self._writer)
         self._generated_tokens = sum(len(piece.tokens) for piece in pieces)
         self._cached_tokens = pieces[-1].cached
-        deltas = [delta for piece in pieces for delta in self._form.deltas(0, piece)]
+        deltas = [delta for piece in pieces for delta in self._writer.deltas(0, piece)]
         content = [_content_block(text_or_call) for text_or_call in join_deltas(deltas)]
         return {**self._empty_message(), "content": content, **self._end_fields(pieces[-1])}
 
@@ -54,13 +54,13 @@ class MessagesView:
                 indexed_piece = await anext(pieces, None)
 
     def _piece_events(self, piece: Piece) -> Iterator[Event]:
-        refusal = failure(piece, self._form.shows_internal_errors)
+        refusal = failure(piece, self._writer.shows_internal_errors)
         if refusal is not None:
             yield refusal.messages_body()
             return
         self._generated_tokens += len(piece.tokens)
         self._cached_tokens = piece.cached
-        for delta in self._form.deltas(0, piece):
+        for delta in self._writer.deltas(0, piece):
             yield from self._delta_events(delta)
         if piece.finish is None:
             return
@@ -103,14 +103,14 @@ class MessagesView:
 
     def _end_fields(self, piece: Piece) -> dict[str, Any]:
         """The fields of an ended answer: why it ended, by its last piece, and its usage."""
-        finish_reason = self._form.finish_reason(0, piece)
+        finish_reason = self._writer.finish_reason(0, piece)
         reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
         reason = reasons.get(finish_reason or "", "stop_sequence" if piece.stop else "end_turn")
         stop = piece.stop if reason == "stop_sequence" else None
         return {"stop_reason": reason, "stop_sequence": stop, "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
-        counts = self._form.usage_counts(self._generated_tokens, {0: self._cached_tokens})
+        counts = self._writer.usage_counts(self._generated_tokens, {0: self._cached_tokens})
         return {
             "input_tokens": counts["prompt_tokens"] - self._cached_tokens,
             "cache_creation_input_tokens": 0,

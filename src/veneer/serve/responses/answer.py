@@ -32,7 +32,7 @@ class ResponsesView:
     """Writes the answer to one request, from its pieces."""
 
     def __init__(self, writer: AnswerWriter, body: ResponsesRequest) -> None:
-        self._form, self._body = writer, body
+        self._writer, self._body = writer, body
         self._id, self._created = call_id("resp"), int(time.time())
         self._output: list[dict[str, Any]] = []
         self._item_is_open = False  # whether more of the last output item may follow
@@ -40,7 +40,7 @@ class ResponsesView:
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
         """The response body, once the answer has ended."""
-        (pieces,) = await collect_pieces(answers, self._form)
+        (pieces,) = await collect_pieces(answers, self._writer)
         events = [event for piece in pieces for event in self._piece_events(piece)]
         return events[-1]["response"]
 
@@ -57,7 +57,7 @@ class ResponsesView:
 
     def _piece_events(self, piece: Piece) -> Iterator[Event]:
         """Yield the events of one piece of the answer."""
-        refusal = failure(piece, self._form.shows_internal_errors)
+        refusal = failure(piece, self._writer.shows_internal_errors)
         if refusal is not None:
             error = {"code": "server_error", "message": str(refusal)}
             response = self._response("failed", error=error)
@@ -65,7 +65,7 @@ class ResponsesView:
             return
         self._generated_tokens += len(piece.tokens)
         self._cached_tokens = piece.cached
-        for delta in self._form.deltas(0, piece):
+        for delta in self._writer.deltas(0, piece):
             yield from self._delta_events(delta)
         if piece.finish is None:
             return
@@ -161,7 +161,7 @@ class ResponsesView:
         }  # fmt: skip
 
     def _usage(self) -> dict[str, Any]:
-        counts = self._form.usage_counts(self._generated_tokens, {0: self._cached_tokens})
+        counts = self._writer.usage_counts(self._generated_tokens, {0: self._cached_tokens})
         return {
             "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": self._cached_tokens, "cache_write_tokens": 0},

@@ -159,43 +159,37 @@ def partial_tag_length(text: str, tags: Iterable[str]) -> int:
 
 def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
     """Join neighbouring deltas of text, and of the arguments of one call, and drop empty deltas."""
-    merged_deltas: list[Delta] = []
+    merged: list[Delta] = []
     for delta in deltas:
-        last_delta = merged_deltas[-1] if merged_deltas else None
+        last = merged[-1] if merged else None
         if isinstance(delta, TextDelta):
             if not delta.text:
                 continue
-            if isinstance(last_delta, TextDelta):
-                merged_deltas[-1] = TextDelta(last_delta.text + delta.text)
+            if isinstance(last, TextDelta):
+                merged[-1] = TextDelta(last.text + delta.text)
                 continue
         elif delta.name is None:
             if not delta.arguments:
                 continue
-            if (
-                isinstance(last_delta, CallDelta)
-                and last_delta.name is None
-                and last_delta.index == delta.index
-            ):
-                merged_deltas[-1] = replace(
-                    last_delta, arguments=last_delta.arguments + delta.arguments
-                )
+            if isinstance(last, CallDelta) and last.name is None and last.index == delta.index:
+                merged[-1] = replace(last, arguments=last.arguments + delta.arguments)
                 continue
-        merged_deltas.append(delta)
-    return merged_deltas
+        merged.append(delta)
+    return merged
 
 
 def join_deltas(deltas: Iterable[Delta]) -> list[str | Call]:
     """The texts and calls of a complete answer, in the order of the answer."""
     segments: list[str | Call] = []
     for delta in deltas:
-        last_segment = segments[-1] if segments else None
+        last = segments[-1] if segments else None
         if isinstance(delta, TextDelta):
-            if isinstance(last_segment, str):
-                segments[-1] = last_segment + delta.text
+            if isinstance(last, str):
+                segments[-1] = last + delta.text
             else:
                 segments.append(delta.text)
         elif delta.name is not None:
             segments.append(Call(delta.id or "", delta.name, delta.arguments))
-        elif isinstance(last_segment, Call):
-            segments[-1] = replace(last_segment, arguments=last_segment.arguments + delta.arguments)
+        elif isinstance(last, Call):
+            segments[-1] = replace(last, arguments=last.arguments + delta.arguments)
     return segments

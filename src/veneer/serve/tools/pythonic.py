@@ -1,5 +1,5 @@
-"""Calls in Python's writer: ``[get_weather(city="Bern", days=3), get_time()]`` (Llama 3.2 and 4,
-ToolACE).
+"""Calls that are written in Python, such as ``[get_weather(city="Bern", days=3), get_time()]``
+(Llama 3.2 and 4, ToolACE).
 
 An answer is such a list of calls, or text. A call is emitted when it is complete. It is parsed as
 Python and never run. If an argument is not a literal, the call becomes text.

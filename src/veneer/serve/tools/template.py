@@ -109,7 +109,7 @@ def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
 
 
 def template_arguments(text: str) -> Any:
-    """The arguments of a call in the writer that templates expect: a mapping, if ``text`` is a JSON
+    """The arguments of a call in the form that templates expect: a mapping, if ``text`` is a JSON
     object. Another text, which a model may have written, stays a text."""
     try:
         value = parse(text or "{}")

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from veneer.fileio.untrusted import parse
 from veneer.serve.tools.deltas import CallParser
 
-#: the largest number of references in a schema that are followed from one to the next
+#: the number of references in a row at which a schema counts as none
 MAX_REFERENCES = 8
 
 
@@ -149,8 +149,8 @@ def json_types(schema: Any, root: Any = None, visited: set[int] | None = None) -
 
 
 def follow_reference(schema: Any, root: Any) -> Any:
-    """The schema itself, or the schema within ``root`` that its reference points to. None if there
-    are more than ``MAX_REFERENCES`` references in a row."""
+    """The schema itself, or the schema within ``root`` that its reference points to. None if the
+    reference points to nothing, or there are ``MAX_REFERENCES`` or more references in a row."""
     for _ in range(MAX_REFERENCES):
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
         if not isinstance(reference, str) or not reference.startswith("#/"):
