@@ -23,7 +23,7 @@ from typing import Any
 from runner import Arms, Case
 
 FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, a process each", "vllm"
-#: the arm of an earlier commit is called by it
+#: begins the name of the arm of an earlier commit; the commit follows
 EARLIER = "veneer at "
 LENGTH = 1024
 #: the adapter with invocation tokens of the case `prefix`, and these tokens
@@ -158,7 +158,8 @@ def serve_arms(
         return group
 
     groups = {FLOOR: start(FLOOR, 1), OURS: start(OURS, 1), MERGED: start(MERGED, adapters)}
-    for name in (VLLM, *earlier_arms()) if "VLLM" in os.environ else earlier_arms():
+    vllm_arms = [VLLM] if "VLLM" in os.environ else []
+    for name in [*vllm_arms, *earlier_arms()]:
         groups[name] = start(name, 1)
     reference: list[Any] = []
 

@@ -80,7 +80,8 @@ class MutantError(Exception):
 
 
 def mutant(number: int, seed: int, stands: list[Stand], work: Path) -> tuple[Stand, str, Mutant]:
-    """(its seed, the name of the mutation, the mutant) with this number, written to ``work``."""
+    """(the stand of its seed, the name of its mutation, the mutant) with this number. The mutant is
+    written to ``work``."""
     rng = random.Random(f"{seed}:{number}")
     stand, name = rng.choice(stands), rng.choice(list(MUTATIONS))
     folder = work / "adapter"

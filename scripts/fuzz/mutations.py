@@ -131,9 +131,8 @@ def write(file: Path, header: Any, data: bytes) -> None:
 def tensors_in(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(file, framework="pt") as tensor_file:
         names = tensor_file.keys()
-        return {name: tensor_file.get_tensor(name) for name in names}, dict(
-            tensor_file.metadata() or {}
-        )
+        tensors = {name: tensor_file.get_tensor(name) for name in names}
+        return tensors, dict(tensor_file.metadata() or {})
 
 
 def forge(folder: Path) -> bool:

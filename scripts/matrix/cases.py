@@ -225,10 +225,8 @@ def rows_of(kind: Layer, module: nn.Module, args: tuple) -> int | None:
                 row_args, row_kwargs = kind.take(module, args, {}, torch.tensor([row]), count)
                 has_rows = True
                 row_outputs.append(module(*row_args, **row_kwargs))
-            if (
-                error(flat(kind.put(module, row_outputs, torch.arange(count))), batch_output)
-                < 1e-10
-            ):
+            joined_output = flat(kind.put(module, row_outputs, torch.arange(count)))
+            if error(joined_output, batch_output) < 1e-10:
                 return count
         except (LookupError, RuntimeError):  # this axis does not count rows
             continue

@@ -180,6 +180,5 @@ def page(layers: list[Results], storages: list[Results]) -> tuple[str, str]:
     lines += ["", storage_summary, ""]
     lines += [f"[^{number}]: {text}." for text, number in builder.notes.items()]
     meanings = "\n".join(f"| {operation} | {MEANINGS[operation]} |" for operation in OPERATIONS)
-    return f"{INTRO}{meanings}\n{NOTES}\n" + "\n".join(
-        lines
-    ) + "\n", f"{summary}\n{storage_summary}"
+    tables = "\n".join(lines)
+    return f"{INTRO}{meanings}\n{NOTES}\n{tables}\n", f"{summary}\n{storage_summary}"

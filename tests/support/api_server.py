@@ -299,9 +299,8 @@ def main() -> None:
     service = fake_service(folder, "french", words=20, pause=pause)
     socket = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{socket.getsockname()[1]}"
-    make_server(create(service), service.drain, grace, lambda: print(address, flush=True)).run(
-        [socket]
-    )
+    server = make_server(create(service), service.drain, grace, lambda: print(address, flush=True))
+    server.run([socket])
     service.close()
 
 

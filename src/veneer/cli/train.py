@@ -147,8 +147,9 @@ def _check_flags(
         problem += f"with --launcher {launcher}" if launcher else f"in {process_count} processes"
         raise ConfigError(problem, "one process", "run it without a launcher")
     if launcher and process_count > 1:
-        problem = f"--launcher {launcher} in {process_count} processes that another launcher"
-        problem += " started"
+        problem = (
+            f"--launcher {launcher} in {process_count} processes that another launcher started"
+        )
         raise ConfigError(problem, "one launcher", "run it without torchrun")
     if launcher and workers is None:
         raise ConfigError(

@@ -667,7 +667,7 @@ def opened(base, folder, **options):
 
 def crash(service):
     """What a kill leaves: nothing is written any more."""
-    training_of(service).worker.memory.write_state_if_due = lambda line: None
+    training_of(service).worker.memory.write_state_if_due = lambda active_run: None
 
 
 def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkeypatch):
@@ -768,7 +768,7 @@ def test_a_session_that_cannot_be_left_is_said(base, tmp_path, monkeypatch, capl
         client = Client(url)
         client.run(seed=1).pass_(texts(0))
 
-        def full(line):
+        def full(active_run):
             raise OSError("no space left on the device")
 
         monkeypatch.setattr(training.worker.memory, "evict", full)

@@ -102,8 +102,8 @@ class Queue:
 
     ``resident_adapters``: names of the adapters of runs in memory. An ``ActiveRun`` is created from
     the store when its run is first used, and dropped when the run is idle and not in memory, so
-    that idle runs cost nothing. ``wake`` guards all fields; it is notified when a request
-    arrives."""
+    that idle runs cost nothing. ``wake`` guards all fields, and is notified when there is work
+    for the worker."""
 
     def __init__(self, store: Store, resident_adapters: Container[str]) -> None:
         self.store, self._resident_adapters = store, resident_adapters

@@ -1,5 +1,4 @@
-"""Requests that wait, by run: what is kept of runs at rest, and of clients that ask again and
-again."""
+"""Waiting requests of runs: idle runs and clients that poll leave nothing in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from veneer.serve.training.training_service import training_of
 from veneer.serve.training.worker import PASS
 
 
-def test_a_run_at_rest_has_no_line(base, tmp_path):
+def test_an_idle_run_is_not_active(base, tmp_path):
     service = open_service(base, None, train=str(tmp_path), runs=2)
     worker = training_of(service).worker
     with listening(service) as (url, _):
@@ -53,9 +52,7 @@ def test_a_request_whose_turn_does_not_come_costs_no_turn_anything(base, tmp_pat
         assert not worker.queue.busy_runs
 
 
-def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(
-    base, tmp_path, monkeypatch
-):
+def test_a_request_that_comes_while_its_run_is_dropped_is_done(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path))
     worker, store = training_of(service).worker, training_of(service).store
     with listening(service) as (url, _):
