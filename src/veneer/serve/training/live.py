@@ -24,9 +24,10 @@ from veneer.serve.access import Key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import no_such_model
 from veneer.serve.service import Asker, Route
-from veneer.serve.training.accept import check_quota, find_run
+from veneer.serve.training.accept import check_quota
 from veneer.serve.training.checkpoint_source import CURRENT, parse_current_run
-from veneer.serve.training.routes import TrainingDep, find_checkpoint
+from veneer.serve.training.lookups import find_checkpoint, find_run
+from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import Training
 from veneer.serve.training.worker import MAX_PUBLISHED
