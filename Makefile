@@ -26,6 +26,7 @@ help:
 	@echo "make bench      speed and memory beside the peers, into README and docs/benchmarks.md (90 minutes, quiet)"
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, VLLM=/path/to/its/python (22 minutes)"
 	@echo "make bench-tasks  what tasks of veneer train learn, beside PEFT, SNIPS=folder of its files (an hour)"
+	@echo "make bench-earlier  speed beside a checkout of an earlier commit, BEFORE=/path/to/it (10 minutes)"
 	@echo "make bench-plan   veneer plan beside what runs take (25 minutes)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make fuzz-serve hostile bodies for a server: no 5xx, no hang, flat memory (minutes; SEED=1)"
@@ -185,9 +186,14 @@ format: setup
 
 # Each case and its arms: python -m benchmarks --list. The runner itself sets threads and the allocator of its processes.
 BENCH := $(BIN)/python -m benchmarks
-.PHONY: bench-plan bench-serve bench-tasks
+.PHONY: bench-earlier bench-plan bench-serve bench-tasks
 bench: setup
 	$(BENCH); done=$$?; $(BIN)/python scripts/docs.py && exit $$done
+
+# BEFORE=/path/to/a/checkout of the earlier commit
+bench-earlier: setup
+	$(if $(BEFORE),BEFORE=$(BEFORE)) $(BENCH) --group earlier
+	$(BIN)/python scripts/docs.py
 
 bench-plan: setup
 	$(BENCH) --group plan

@@ -2,7 +2,7 @@
 
     python -m benchmarks                 all of the group "bench" (--list has the minutes)
     python -m benchmarks step forward    these
-    python -m benchmarks --group serve   of another group: serve ($VLLM), tasks, plan
+    python -m benchmarks --group serve   of another group: serve ($VLLM), tasks, plan, earlier
     python -m benchmarks --list          the cases, their settings and the time that they take
     python -m benchmarks --smoke         toys, in this process: does it run; records nothing
     python -m benchmarks --again DIR     record into DIR, to hold beside what is recorded
@@ -58,7 +58,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="*", metavar="NAME", help="a case; --list has their names")
-    parser.add_argument("--group", default="bench", choices=("bench", "plan", "serve", "tasks"))
+    parser.add_argument(
+        "--group", default="bench", choices=("bench", "plan", "serve", "tasks", "earlier")
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and their estimates")
     parser.add_argument("--smoke", action="store_true", help="toys: does it run")
     parser.add_argument(

@@ -55,6 +55,7 @@ TITLES = {
     "prefix": "A prompt that was asked before",
     "gap": "Streams beside long prompts",
     "long_row": "A long row among short ones",
+    "earlier": "Beside an earlier commit",
 }
 #: rows of "In short": (title, case, setting of the case, arm of Veneer, name of the number)
 OWN_LOSS_ARM = "veneer, own loss and attention"
@@ -236,8 +237,9 @@ def page() -> str:
         "",
         *_paragraph(
             f"`make bench` records all but serving, tasks and the planner (about {minutes:.0f}"
-            " minutes on two quiet cores), `make bench-serve`, `bench-tasks` and `bench-plan` the"
-            " rest; `make docs` writes this page. `python -m benchmarks --list` names the cases."
+            " minutes on two quiet cores), `make bench-serve`, `bench-tasks`, `bench-plan` and"
+            " `bench-earlier` the rest; `make docs` writes this page. `python -m benchmarks --list`"
+            " names the cases."
         ),
         *_about_runner(),
         "## In short",

@@ -66,6 +66,7 @@ def inside(monkeypatch, base):
     monkeypatch.setattr(runner, "call", call)
     monkeypatch.setattr(runner, "child", lambda *arguments, **_: {"wall": 1.0, "cpu": 1.0})
     monkeypatch.setattr("task_cases.answers.SMOLLM", str(base))
+    monkeypatch.setenv("BEFORE", str(ROOT))
     monkeypatch.setattr(pronounce, "words", functools.cache(pronounce.words))
     return {"base": str(base)}
 
@@ -74,13 +75,14 @@ def inside(monkeypatch, base):
 # benchmarks --smoke
 FEW = {
     "step": 2, "step_one_thread": 2, "step_memory": 1, "forward": 2, "mixed": 2, "merge_fidelity": 1, "plan_errors": 1,
-    "rollouts": 2,
+    "rollouts": 2, "earlier": 1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [
     *(name for name, case in CASES.items() if case.group == "bench"),
     "rollouts",
+    "earlier",
     pytest.param("plan_errors", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_case_runs(name, inside):

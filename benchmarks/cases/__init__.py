@@ -5,7 +5,17 @@ from importlib import import_module
 from runner import Case
 
 #: in the order of the page
-MODULES = ("training", "calls", "files", "runs", "planning", "tasks", "rollouts", "serving")
+MODULES = (
+    "training",
+    "calls",
+    "files",
+    "runs",
+    "planning",
+    "tasks",
+    "rollouts",
+    "serving",
+    "earlier",
+)
 
 
 def all_cases() -> dict[str, Case]:

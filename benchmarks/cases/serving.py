@@ -20,11 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cases.earlier import EARLIER, OURS, earlier_arms
 from runner import Arms, Case
 
-FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, a process each", "vllm"
-#: begins the name of the arm of an earlier commit; the commit follows
-EARLIER = "veneer at "
+FLOOR, MERGED, VLLM = "peft, mixed batches", "merged, a process each", "vllm"
 LENGTH = 1024
 #: the adapter with invocation tokens of the case `prefix`, and these tokens
 INVOKED, INVOCATION = "invoked", (5, 6, 7)
@@ -94,14 +93,6 @@ def command_of(
         ], {"ready": "/health", "env": vllm_environment(python), "seconds": 900}
     peer = str(Path(__file__).parent.parent / "serve_cases" / "peers.py")
     return [sys.executable, peer, str(folder), *limits], {}
-
-
-def earlier_arms() -> list[str]:
-    """The arm of the commit whose tree $BEFORE names, if it names one."""
-    if "BEFORE" not in os.environ:
-        return []
-    command = ["git", "-C", os.environ["BEFORE"], "rev-parse", "--short=12", "HEAD"]
-    return [EARLIER + subprocess.check_output(command, text=True).strip()]
 
 
 def vllm_environment(python: Path) -> dict[str, str]:
@@ -412,7 +403,7 @@ PREFIX = Case(
     shown={"wall": ("to the first token", "ratio")},
     rounds=3,
     group="serve",
-    minutes=18,
+    minutes=25,
     lacks=missing,
 )
 GAP = Case(

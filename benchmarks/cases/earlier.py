@@ -1,0 +1,175 @@
+"""Veneer beside an earlier commit of itself, whose checkout $BEFORE names.
+
+A process imports one of the two trees, prepares the work and waits for its turn."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import runner
+from runner import Arms, Case
+
+OURS = "veneer"
+#: begins the name of the arm of an earlier commit; the commit follows
+EARLIER = "veneer at "
+
+
+def earlier_arms() -> list[str]:
+    """The arm of the commit whose tree $BEFORE names, if it names one."""
+    if "BEFORE" not in os.environ:
+        return []
+    command = ["git", "-C", os.environ["BEFORE"], "rev-parse", "--short=12", "HEAD"]
+    return [EARLIER + subprocess.check_output(command, text=True).strip()]
+
+
+#: the arm of the earlier commit; without $BEFORE nothing runs it
+FLOOR = next(iter(earlier_arms()), "veneer before")
+
+
+def prepare_work(
+    work: str, dtype: str, layers: int, tokens: int, folder: Path, tiny: bool
+) -> Callable[[], object]:
+    """The work, as a call that does it once. Imports what both trees have alone."""
+    import torch
+
+    import veneer
+    from candidates import make, save_random, sharing, step, text
+    from cases.calls import CODE, ROWS, CachedDecoding, frozen_llama, without_gradients
+    from cases.files import write_checkpoint
+
+    torch.manual_seed(0)
+    if work == "import":
+        return lambda: subprocess.run([sys.executable, "-c", CODE["veneer"]], check=True)
+    if work == "merge":
+        from veneer.tools.merge_checkpoint import merge_checkpoint
+
+        write_checkpoint(folder, *((0.002, 128) if tiny else (0.375, 2048)), seed=0)
+
+        def merge() -> None:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            merge_checkpoint(folder / "base", [folder / "a0"], folder / "out", rounding="nearest")
+
+        return merge
+    base = frozen_llama(layers, dtype, tiny)
+    if work == "training step":
+        candidate, batch = make("veneer", base.train(), "llama", 8), text(base, tokens)
+        optimizer = candidate.optimizer()
+        return lambda: step(candidate, optimizer, batch)
+    if work == "forward":
+        ids = torch.randint(0, base.config.vocab_size, (1, tokens))
+        veneer.attach(base, veneer.LoraConfig(rank=8, alpha=16))
+        return without_gradients(lambda: base(ids, logits_to_keep=1))
+    names = save_random(base, folder, 8)
+    bank = veneer.Bank(sharing(base))
+    for name in names:
+        bank.add(folder / name)
+    decode = CachedDecoding(bank.model, tokens)
+
+    def mixed() -> None:
+        with bank.rows([names[row % len(names)] for row in range(ROWS)]):
+            decode()
+
+    return without_gradients(mixed)
+
+
+def answer_turns(setting: str) -> None:
+    """Do the work once for each line of standard input, and answer each with its CPU seconds."""
+    with TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        unit = prepare_work(**json.loads(setting), folder=Path(folder))
+        print(json.dumps("ready"), file=sys.__stdout__, flush=True)
+        for _ in sys.stdin:
+            cpu = runner.measure_unit(lambda: unit() and None, 1)["cpu"]
+            print(json.dumps(cpu), file=sys.__stdout__, flush=True)
+
+
+def earlier_comparison(
+    stack: contextlib.ExitStack,
+    seed: int,
+    work: str,
+    dtype: str = "bfloat16",
+    layers: int = 0,
+    tokens: int = 0,
+    tiny: bool = False,
+) -> Arms:
+    setting = {"work": work, "dtype": dtype, "layers": layers, "tokens": tokens, "tiny": tiny}
+    trees = {FLOOR: Path(os.environ["BEFORE"]), OURS: runner.ROOT}
+
+    def start(tree: Path) -> subprocess.Popen[str]:
+        sources = [tree / "src", runner.ROOT / "benchmarks", runner.ROOT]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cases.earlier", json.dumps(setting)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sources))},
+        )
+        stack.enter_context(process)
+        stack.callback(process.terminate)
+        return process
+
+    def answer(process: subprocess.Popen[str]) -> Any:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line:
+            raise RuntimeError(f"{work}: a process ended with {process.wait()}; see its errors")
+        return json.loads(line)
+
+    def arm(process: subprocess.Popen[str]) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            print("once", file=process.stdin, flush=True)
+            return {"cpu": answer(process)}
+
+        return run
+
+    processes = {name: start(tree) for name, tree in trees.items()}
+    for process in processes.values():
+        answer(process)
+    return {name: arm(process) for name, process in processes.items()}
+
+
+def missing() -> str | None:
+    return None if "BEFORE" in os.environ else "the checkout of an earlier commit in $BEFORE"
+
+
+STEP = {"work": "training step", "layers": 6, "tokens": 1024}
+FORWARD = {"work": "forward", "layers": 6, "tokens": 256}
+MIXED = {"work": "16 rows, 8 adapters", "layers": 6, "tokens": 64}
+
+EARLIER_COMMIT = Case(
+    "earlier",
+    "The same work by this commit and by an earlier one ($BEFORE names its checkout): six layers of "
+    "SmolLM2-135M's shape, a plain loop.",
+    "the same script, libraries, weights and rank 8 on all linear layers; a step of 4 × 256 tokens "
+    "with AdamW (fused), a forward pass of 256 tokens, a token of each of 16 rows that use 8 "
+    "adapters on transformers' cache, merging an adapter into 0.4 GiB on disk, and a fresh "
+    "interpreter that imports what attaching needs",
+    FLOOR,
+    [
+        *(
+            {"threads": "default", "dtype": dtype, **work}
+            for work in (STEP, FORWARD, MIXED)
+            for dtype in ("float32", "bfloat16")
+        ),
+        *({"threads": 1, "dtype": "bfloat16", **work} for work in (STEP, FORWARD, MIXED)),
+        {"threads": "default", "work": "merge"},
+        {"threads": "default", "work": "import"},
+    ],
+    earlier_comparison,
+    {"tiny": True, "layers": 1, "tokens": 4},
+    rounds=3,
+    minutes=10,
+    group="earlier",
+    lacks=missing,
+)
+CASES = (EARLIER_COMMIT,)
+
+if __name__ == "__main__":
+    answer_turns(sys.argv[1])
