@@ -145,8 +145,8 @@ MIXED = {"work": "16 rows, 8 adapters", "layers": 6, "tokens": 64}
 
 EARLIER_COMMIT = Case(
     "earlier",
-    "The same work by this commit and by an earlier one ($BEFORE names its checkout): six layers of "
-    "SmolLM2-135M's shape, a plain loop.",
+    "The same work by this commit and by an earlier one ($BEFORE names its checkout): six layers "
+    "of SmolLM2-135M's shape, a plain loop.",
     "the same script, libraries, weights and rank 8 on all linear layers; a step of 4 × 256 tokens "
     "with AdamW (fused), a forward pass of 256 tokens, a token of each of 16 rows that use 8 "
     "adapters on transformers' cache, merging an adapter into 0.4 GiB on disk, and a fresh "
