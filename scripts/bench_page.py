@@ -324,13 +324,14 @@ def _in_short() -> list[str]:
 def _about_runner() -> list[str]:
     return (
         _paragraph(
-            "All arms of a case and the floor run in one process, each once in a round, in "
-            "an order that is drawn anew for each round. A case has several processes, and "
-            "the range that is shown lies between these. A process whose floor was more "
-            f"than {runner.LIMIT:.0%} away from its median in any round is thrown away for "
-            "all arms and counted. Peaks of memory and whole training runs have a process "
-            "to themselves. A record names its commit and is never changed; the latest is "
-            "shown, whatever it says. Every raw time is in "
+            "All arms of a case run in one process, each once in a round, in an order that is "
+            "drawn anew for each round; the floor runs before and after each. A case has several "
+            "processes, and the range that is shown lies between these. A round is thrown away "
+            "for all arms, counted and repeated where the floor's two times differ by more than "
+            f"{runner.LIMIT:.0%}. (Records that count no rounds threw away a process whose floor "
+            "was that far from its median in any round.) Peaks of memory and whole training runs "
+            "have a process to themselves. A record names its commit and is never changed; the "
+            "latest is shown, whatever it says. Every raw time is in "
             "`benchmarks/results/NAME/COMMIT.json`. What was expected before is in "
             "`benchmarks/predictions.md`, to which lines are only added."
         )
@@ -420,6 +421,15 @@ def _table_by_setting(result: Mapping[str, Any], number: str, shown: Sequence[st
     return [f"{describe(shared)}; {title}{ratio_text}:", "", *table(head, rows)]
 
 
+def _thrown_rounds(processes: Sequence[Mapping[str, Any]]) -> str:
+    """How many rounds were thrown away, where a record says it."""
+    rounds = [process["thrown_away"] for process in processes if "thrown_away" in process]
+    kept_count = sum(len(process["orders"]) for process in processes if "thrown_away" in process)
+    if not rounds:
+        return ""
+    return f"; {kept_count} rounds, {sum(map(len, rounds))} thrown away"
+
+
 def _provenance(result: Mapping[str, Any]) -> str:
     processes = [process for case in result["cases"] for process in case["processes"]]
     discarded_count = sum(not process["kept"] for process in processes)
@@ -428,7 +438,7 @@ def _provenance(result: Mapping[str, Any]) -> str:
         f"On {result['machine']}, {result['cores']} cores, load {result['load']:.1f} at the start;"
         f" allocator {result['allocator']}; {versions}. Commit `{result['commit'][:12]}`, recorded"
         f" {result['recorded'][:10]}; {len(processes) - discarded_count} processes,"
-        f" {discarded_count} thrown away."
+        f" {discarded_count} thrown away{_thrown_rounds(processes)}."
     )
 
 
