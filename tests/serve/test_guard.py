@@ -492,9 +492,11 @@ def test_a_port_that_is_taken():
 
 @contextmanager
 def process(folder, pause, grace):
-    """A server in a process of its own: (the process, its address)."""
-    code = f"import sys; sys.argv[1:] = {[str(folder), str(pause), str(grace)]}; from tests.support import api_server\n"
-    code += "api_server.main()"
+    """A server in a process of its own: (the process, its address). SIGHUP is not ignored, as it
+    would be where ``nohup`` runs the tests."""
+    code = f"import signal, sys; sys.argv[1:] = {[str(folder), str(pause), str(grace)]}\n"
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    code += "from tests.support import api_server; api_server.main()"
     child = Program(code, *LARGE, folder=Path(__file__).parents[2])
     try:
         child.until(lambda: re.search(r"^http://.*\n", child.said, re.MULTILINE) or not child.alive)

@@ -374,10 +374,13 @@ def _serve_on_ray(
     stop = threading.Event()
 
     def announce() -> None:
-        names = ("SIGTERM", "SIGINT", "SIGHUP")
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup
+            numbers.append(hangup)
         # only now, because Ray installs its own signal handlers when it starts
-        for signal_number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-            signal.signal(signal_number, lambda *_: stop.set())
+        for number in numbers:
+            signal.signal(number, lambda *_: stop.set())
         err.print(f"{_address(listener)}/v1: {replicas} replicas of {settings.base}")
 
     key_file = listener.key_file
