@@ -223,8 +223,8 @@ def process_of(
 ) -> dict[str, Any]:
     rounds = {arm: [{"wall": value * times, "cpu": value * times} for value in floors]
               for arm, times in (("floor", 1.0), ("peft", 3.0), ("veneer", factor))}  # fmt: skip
-    return {"seed": 0, "rounds": rounds, "orders": [[]] * len(floors), "repeats": 1, "movement": [], "thrown_away": [], "kept": kept,
-            "threads": 1, "load": 0.0, "tuning": {}}  # fmt: skip
+    return {"seed": 0, "rounds": rounds, "orders": [[]] * len(floors), "repeats": 1, "movement": [],
+            "thrown_away": [], "kept": kept, "threads": 1, "load": 0.0, "tuning": {}}  # fmt: skip
 
 
 def test_rounds_are_interleaved_in_an_order_that_changes_and_can_be_drawn_again(monkeypatch):
