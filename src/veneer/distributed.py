@@ -4,13 +4,13 @@ operation that succeeds on all of them or on none.
     is_sharded(tensor), full_tensor(tensor)   is it a DTensor (FSDP2, TP); all its values
     ranks = meet_ranks("save …", …)           the ranks that hold the model; None if there is one
     ranks = all_ranks("train", patience)      all ranks of torch.distributed; each must call it
-    ranks.run_on_all(work, summary)           work on every rank: all succeed, or all raise an error
+    with ranks.joint_work(subject):           a block on every rank: all succeed, or all raise
     ranks.run_on_first(work)                  work on the first rank; every rank gets its result
     average_gradients(parameters)             gradients of replicated parameters: one all-reduce
 
 Ranks exchange messages through the store of ``torch.distributed``, not through collectives. So if
 one rank fails or never calls, the other ranks raise an error instead of hanging. Gathering a weight
-is a collective; within ``Ranks.run_on_all`` it begins only after every rank has reached it
+is a collective; within ``Ranks.joint_work`` it begins only after every rank has reached it
 (``Ranks.gate``).
 """
 
@@ -21,9 +21,10 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,15 +33,13 @@ from torch import Tensor, nn
 from veneer import errors
 from veneer.errors import AdapterError, VeneerError, listing, sentence
 
-T = TypeVar("T")
-
 #: seconds that a rank waits for the others
 PATIENCE = 300.0
 #: seconds after which the first rank concludes that no other rank saves the model, if no weight is
 #: sharded
 SOLO_PATIENCE = 30.0
 
-#: the ranks whose ``run_on_all`` is running
+#: the ranks whose ``joint_work`` is running
 _CURRENT_RANKS: ContextVar[Ranks | None] = ContextVar("veneer_ranks", default=None)
 #: how many meetings (``meet_ranks``, ``all_ranks``) this process took part in, by the name of the
 #: meeting or the hash of its ranks
@@ -70,8 +69,8 @@ def full_tensor(tensor: Any) -> Any:
     return tensor.full_tensor()
 
 
-def within_run_on_all() -> bool:
-    """Whether the current code runs within ``Ranks.run_on_all``."""
+def within_joint_work() -> bool:
+    """Whether the current code runs within ``Ranks.joint_work``."""
     return _CURRENT_RANKS.get() is not None
 
 
@@ -287,33 +286,38 @@ class Ranks:
         self.writes = self.rank in members[:1]
         self.step = self.gates = 0
 
-    def run_on_all(self, work: Callable[[], T], summary: Callable[[T], str], subject: str) -> T:
-        """Run ``work`` on every rank and return the result of this rank, if ``work`` succeeds on
-        all ranks with results that agree.
+    @contextmanager
+    def joint_work(self, subject: str = "") -> Iterator[Callable[..., None]]:
+        """Run the block on every rank: it succeeds on all ranks, or all raise an error.
+
+        Yields ``compare(summary, *result)``, which the block may call once: ``summary(*result)`` is
+        a short text, which must be the same on every rank.
 
         Args:
-            summary: returns a short text of the result, which must be the same on every rank.
-            subject: the name of the result in errors.
+            subject: the name of what is compared, in errors.
 
         Raises:
-            the error of ``work``, on the rank where it failed; the other ranks raise an error of
+            the error of the block, on the rank where it failed; the other ranks raise an error of
                 the same class.
             AdapterError: the summaries differ, or a rank does not answer.
         """
         self.step, self.gates = self.step + 1, 0
-        result_key = f"{self.key}/{self.step}/{self.rank}"
-        rank_of_key = {f"{self.key}/{self.step}/{r}": r for r in self.members}
+        summaries: list[str] = []
         token = _CURRENT_RANKS.set(self)
         try:
-            result = work()
-            # JSON is never empty: some stores cannot tell an empty value from a missing one
-            summary_text = json.dumps(summary(result))
+            yield lambda summary, *result: summaries.append(summary(*result))
         except BaseException as error:
             self._report_error(error)
             raise
         finally:
             _CURRENT_RANKS.reset(token)
-        self.store.set(result_key, summary_text)
+        self._await_all("".join(summaries), subject)
+
+    def _await_all(self, summary: str, subject: str) -> None:
+        """Wait until every rank has ended the block, and compare the summaries."""
+        rank_of_key = {f"{self.key}/{self.step}/{r}": r for r in self.members}
+        # JSON is never empty: some stores cannot tell an empty value from a missing one
+        self.store.set(f"{self.key}/{self.step}/{self.rank}", json.dumps(summary))
         missing_keys = wait_for_keys(self.store, [*rank_of_key], self.patience, self._failure_key)
         self._raise_reported_error()
         if missing_keys:
@@ -339,17 +343,14 @@ class Ranks:
             )
             error.reported_elsewhere = not self.writes
             raise error
-        return result
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
         """Run ``work`` on the first rank and return its result, a JSON value, on every rank. Raises
-        the errors of ``run_on_all``."""
+        the errors of ``joint_work``."""
         value_key = f"{self.key}/{self.step + 1}/value"
-        self.run_on_all(
-            lambda: self.store.set(value_key, json.dumps(work())) if self.writes else None,
-            lambda _: "",
-            "",
-        )
+        with self.joint_work():
+            if self.writes:
+                self.store.set(value_key, json.dumps(work()))
         return json.loads(self.store.get(value_key))
 
     def _report_error(self, error: BaseException) -> None:
@@ -360,7 +361,7 @@ class Ranks:
         report = {"rank": self.rank, "error": type(error).__name__, "text": str(error)}
         first_report = json.loads(self.store.compare_set(self._failure_key, "", json.dumps(report)))
         if "reported_elsewhere" in vars(error) or not isinstance(error, Exception):
-            return  # a nested ``run_on_all`` has reported it already
+            return  # a nested ``joint_work`` has reported it already
         failed_elsewhere = first_report["rank"] != self.rank
         if failed_elsewhere and not isinstance(error, VeneerError | OSError):
             raise _error_of_rank(first_report) from error

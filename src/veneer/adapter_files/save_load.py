@@ -149,13 +149,14 @@ def save_with(
         write_content(collect())
         return
     # compare the shapes of the ranks' adapters before any tensor is gathered
-    ranks.run_on_all(
-        lambda: _describe_adapter(model, only_name(model, name)), hash_json, "an adapter"
-    )
-    content = ranks.run_on_all(collect, _content_hash, "an adapter, or a base,")
-    ranks.run_on_all(
-        lambda: write_content(content) if ranks.writes else None, lambda _: "", "a folder"
-    )
+    with ranks.joint_work("an adapter") as compare:
+        compare(hash_json, _describe_adapter(model, only_name(model, name)))
+    with ranks.joint_work("an adapter, or a base,") as compare:
+        content = collect()
+        compare(_content_hash, content)
+    with ranks.joint_work():
+        if ranks.writes:
+            write_content(content)
 
 
 def _must_be_gathered(model: nn.Module, adapter_name: str) -> None:

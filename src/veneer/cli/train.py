@@ -93,12 +93,12 @@ def train_command(
       eval_fraction: 0.05
     """
     processes = join()
-
-    def read_settings() -> TrainConfig:
+    with processes.joint_work("settings") as compare:
         _check_flags(processes.count, dry_run, find_rate, launcher, workers, max_restarts)
-        return load_config(config, **{name: _setting(name, value) for name, value in flags.items()})
-
-    settings = processes.run_on_all(read_settings, _content_hash, "settings")
+        settings = load_config(
+            config, **{name: _setting(name, value) for name, value in flags.items()}
+        )
+        compare(_content_hash, settings)
 
     from veneer.cli import console
 

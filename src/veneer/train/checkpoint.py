@@ -103,16 +103,15 @@ def write(
     all raise. A failed write raises `OSError`, whichever library reported it."""
     target = path_of(output, step)
 
-    def fill_folder(folder: Path) -> None:
-        with disk_errors(target):  # not for errors of communication between processes
-            fill(folder)
-
     with ExitStack() as stack:
         writer = new_folder(target, overwrite=True, replaces=[STATE, EVERYTHING])
         folder = Path(processes.run_on_first(lambda: str(stack.enter_context(writer))))
         try:
-            processes.run_on_all(lambda: fill_folder(folder))
-            processes.run_on_all(stack.close)
+            # disk_errors within: errors of communication between processes are none of the disk
+            with processes.joint_work(), disk_errors(target):
+                fill(folder)
+            with processes.joint_work():
+                stack.close()
         except BaseException:
             # the first process removed the folder, but this one may have created it again since
             if not processes.is_first:

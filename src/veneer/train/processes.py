@@ -15,8 +15,9 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from veneer.errors import ConfigError, TrainingError
@@ -24,8 +25,6 @@ from veneer.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from veneer.distributed import Ranks
-
-T = TypeVar("T")
 
 #: seconds that a process waits for other processes, which may read the base from a slower disk
 PATIENCE = 3600.0
@@ -96,12 +95,12 @@ class Processes:
                 "the launcher of this process is gone", "torchrun, until the end", remedy
             )
 
-    def run_on_all(
-        self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", subject: str = ""
-    ) -> T:
-        """Run `work` in every process, as `Ranks.run_on_all` does: it returns in all, or raises in
-        all."""
-        return work() if self.ranks is None else self.ranks.run_on_all(work, summary, subject)
+    def joint_work(self, subject: str = "") -> AbstractContextManager[Callable[..., None]]:
+        """Run the block in every process, as `Ranks.joint_work` does: it succeeds in all, or raises
+        in all. A single process compares nothing."""
+        if self.ranks is None:
+            return nullcontext(lambda summary, *result: None)
+        return self.ranks.joint_work(subject)
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
         """Run `work` in the first process, as `Ranks.run_on_first` does, and return its result,

@@ -146,14 +146,15 @@ def _fit_locked(
     load_base = task.load
     if parallel == "fsdp":
         load_base = partial(sharding.load, task, arguments.device, console)
-    base, handle, hidden_state_cache = processes.run_on_all(
-        lambda: load_model(task, load_base, prepared, token_ids, resume_point),
-        _hash_parameter_counts,
-        "a model",
-    )
+    with processes.joint_work("a model") as compare:
+        base, handle, hidden_state_cache = load_model(
+            task, load_base, prepared, token_ids, resume_point
+        )
+        compare(_hash_parameter_counts, handle)
     print_summary(task, base.model, handle, prepared, hidden_state_cache, console, processes)
     if config.check:
-        processes.run_on_all(lambda: _check_gradients(task, base.model, prepared, handle))
+        with processes.joint_work():
+            _check_gradients(task, base.model, prepared, handle)
     _divide_base(config, parallel, base.model, arguments.device, processes)
     log_lines = processes.run_on_first(lambda: open_output(config, output, prepared, resume_point))
     stop = watch.StopOnSignal(console, single_process=processes.count == 1, stop_order=stop_order)
@@ -179,10 +180,8 @@ def _fit_locked(
         # each process needs its own dropout and answers for its rows; numpy's seeds have 32 bits
         set_seed(sample_seed(config.seed, processes.share_index) % 2**32)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in log_lines), default=0)
-    with _replace_connection_errors():
-        processes.run_on_all(
-            lambda: _run_trainer(trainer, task, resume_point, prepared, stop, bar, output)
-        )
+    with _replace_connection_errors(), processes.joint_work():
+        _run_trainer(trainer, task, resume_point, prepared, stop, bar, output)
     is_interrupted = stop.stopped and trainer.state.global_step < prepared.steps
     results = processes.run_on_first(lambda: read_results(output, interrupted=is_interrupted))
     result = _build_result(results, output, base, handle, interrupted=is_interrupted)
@@ -201,7 +200,8 @@ def _divide_base(
         "tp": cut_model,
     }
     if divide := divide_functions.get(parallel):
-        processes.run_on_all(lambda: divide(model, device))
+        with processes.joint_work():
+            divide(model, device)
 
 
 def _use_one_gpu(config: TrainConfig, arguments: TrainingArguments, console: Console) -> None:
@@ -229,8 +229,11 @@ def prepare_run(
         checkpoint to resume from or None, the trainer's arguments).
     """
     should_resume = processes.run_on_first(lambda: can_resume(config, output))
-    task = processes.run_on_all(lambda: _make_task(config, processes))
-    token_ids, prepared = processes.run_on_all(lambda: prepare_data(task), _hash_data, "data")
+    with processes.joint_work():
+        task = _make_task(config, processes)
+    with processes.joint_work("data") as compare:
+        token_ids, prepared = prepare_data(task)
+        compare(_hash_data, token_ids, prepared)
     resume_point = (
         _as_resume_point(
             processes.run_on_first(lambda: find_resume_point(config, output, prepared, console))
@@ -238,13 +241,9 @@ def prepare_run(
         if should_resume
         else None
     )
-    return (
-        task,
-        token_ids,
-        prepared,
-        resume_point,
-        processes.run_on_all(lambda: arguments_of(task.config, output, prepared)),
-    )
+    with processes.joint_work():
+        arguments = arguments_of(task.config, output, prepared)
+    return task, token_ids, prepared, resume_point, arguments
 
 
 def _make_task(config: TrainConfig, processes: Processes) -> Task:
@@ -272,8 +271,8 @@ def prepare_data(task: Task) -> tuple[tuple[int, ...], Prepared]:
     return token_ids, prepared
 
 
-def _hash_data(data: tuple[tuple[int, ...], Prepared]) -> str:
-    return hash_json([data[0], data[1].steps, data[1].hashes])
+def _hash_data(token_ids: tuple[int, ...], prepared: Prepared) -> str:
+    return hash_json([token_ids, prepared.steps, prepared.hashes])
 
 
 def _as_resume_point(folder_and_step: list[Any] | tuple[str, int] | None) -> ResumePoint:
@@ -295,8 +294,8 @@ def load_model(
     return base, handle, HiddenStateCache(base.model) if task.config.cache_lower else None
 
 
-def _hash_parameter_counts(loaded: tuple[Base, Any, Any]) -> str:
-    summary = loaded[1].summary()
+def _hash_parameter_counts(handle: Any) -> str:
+    summary = handle.summary()
     return hash_json([summary.trainable, summary.total])
 
 
@@ -400,11 +399,10 @@ def _finish_run(
         checkpoint.write_json(result.output / checkpoint.METRICS, metrics)
         write_status(result.output, "finished", config, prepared)
 
-    processes.run_on_all(
-        lambda: result.handle.save(
+    with processes.joint_work():
+        result.handle.save(
             result.adapter, base_name=config.base, provenance=provenance, overwrite=True
         )
-    )
     processes.run_on_first(write_files)
     result.model.eval()
     losses = result.losses

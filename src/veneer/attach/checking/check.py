@@ -36,7 +36,7 @@ from veneer.attach.layer.views import view
 from veneer.attach.rows.blend import Blend
 from veneer.attach.select import active_adapter
 from veneer.bases import is_opaque
-from veneer.distributed import base_class, is_spread, reshard, spread_problem, within_run_on_all
+from veneer.distributed import base_class, is_spread, reshard, spread_problem, within_joint_work
 from veneer.errors import CheckError, listing, raise_all, sentence
 from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of, parameter_path
@@ -129,7 +129,7 @@ def check(
         )
     modules = (module for _, module in walk(model))
     do = "check the model in one process, before it is sharded"
-    if not within_run_on_all() and (problem := spread_problem(modules, "a check", do)):
+    if not within_joint_work() and (problem := spread_problem(modules, "a check", do)):
         raise CheckError(problem)
     if isinstance(example, Mapping):
         call = partial(model, **example)

@@ -22,7 +22,7 @@ from veneer.attach.layer.state import STATE, LayerState
 from veneer.attach.source.from_peft import peft_problem
 from veneer.attach.source.weight_readers import modules_with_fast_path, unreachable, weight_readers
 from veneer.bases import storage_of, unreadable, weight_of
-from veneer.distributed import base_class, spread_problem, within_run_on_all
+from veneer.distributed import base_class, spread_problem, within_joint_work
 from veneer.errors import listing, sentence
 from veneer.layers import ParamRef, kind_for, parameter_path
 from veneer.layers._base import can_factor
@@ -287,7 +287,7 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     # In a sharded model, the adapter's parameters would not be sharded, their gradients would not
     # be averaged, and their values would differ between the ranks.
     do = "attach or load the adapter first, then shard the model (fully_shard)"
-    if not within_run_on_all() and (
+    if not within_joint_work() and (
         problem := spread_problem((module for _, module in walk(model)), "an adapter", do)
     ):
         yield problem
