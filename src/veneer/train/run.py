@@ -33,7 +33,7 @@ from veneer.errors import AdapterError, ConfigError, TrainingError
 from veneer.fileio.hashing import hash_json
 from veneer.kernels.draws import sample_seed
 from veneer.models.load import Base
-from veneer.models.remote_code import with_trust_of_config
+from veneer.models.remote_code import trust_remote_code
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, sharding, vocabulary
 from veneer.train.adapter_setup import attach_adapter, invoked_example
@@ -90,7 +90,6 @@ class Result:
     prompt: str | list[Any] | None = None
 
 
-@with_trust_of_config
 def fit(
     config: TrainConfig,
     *,
@@ -125,7 +124,8 @@ def fit(
         else Console(quiet=True)
     )
     output = config.output.expanduser()
-    with checkpoint.only_writer(output, processes):
+    trusted_base = config.base if config.trust_remote_code else None
+    with trust_remote_code(trusted_base), checkpoint.only_writer(output, processes):
         return _fit_locked(config, output, callbacks, console, stop_order, processes)
 
 
