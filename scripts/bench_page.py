@@ -149,7 +149,8 @@ def compare_repeat(
 
 
 def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) -> str:
-    """The median of a number, and its least and greatest value over the processes."""
+    """The median of a number, and its least and greatest value over the processes; how many of
+    these have it, where some do not."""
     spread = runner.spread(case["processes"], arm, floor, number, form)
     if spread is None:
         return "–"
@@ -158,7 +159,10 @@ def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) 
     )
     middle_text, least_text, greatest_text = (format(value / scale, form) for value in spread)
     range_text = f" ({least_text}–{greatest_text})" if least_text != greatest_text else ""
-    return f"{middle_text}{unit}{range_text}"
+    kept = [process for process in case["processes"] if process["kept"]]
+    has_number = [process["rounds"][arm][0].get(number) is not None for process in kept]
+    count_text = "" if all(has_number) else f", {sum(has_number)} of {len(kept)} runs"
+    return f"{middle_text}{unit}{range_text}{count_text}"
 
 
 # ----------------------------------------------------------------------------------------------

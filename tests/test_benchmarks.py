@@ -103,7 +103,8 @@ def test_a_case_runs(name, inside):
         for units in process["rounds"].values():
             (unit,) = units
             assert unit.keys() >= {"wall", "cpu"}
-            assert all(value is None or value >= 0 for value in unit.values()), unit
+            numbers = [value for name, value in unit.items() if name != "curve"]
+            assert all(value is None or value >= 0 for value in numbers), unit
         for number, (_, form) in case.shown.items():
             assert (
                 any(
@@ -635,4 +636,6 @@ def test_a_range_stands_beside_each_number():
     case = {"processes": processes}
     assert bench_page.cell(case, "veneer", "floor", "wall", "ratio") == "1.20 (1.00–1.50)"
     assert bench_page.cell(case, "nobody", "floor", "wall", "ratio") == "–"
+    processes[0]["rounds"]["veneer"][0]["wall"] = None
+    assert bench_page.cell(case, "veneer", "floor", "wall", ".1f") == "1.4 (1.2–1.5), 2 of 3 runs"
     assert bench_page.sparkline([3.0]) == "▁"

@@ -194,7 +194,8 @@ def target_arms(
             until = {
                 f"{cost} to target": cost_until(curve, target, cost) for cost in ("wall", "cpu")
             }
-            return {**{name: last[name] for name in ("loss", "right", "wall", "cpu")}, **until}
+            numbers = {name: last[name] for name in ("loss", "right", "wall", "cpu")}
+            return {**numbers, **until, "curve": curve}
 
         return run
 
