@@ -110,9 +110,9 @@ def faithful(
         gain: [g, out, 1] or [g, 1, in] in float64. It changes a row of the weight also in a
             direction outside of the span of A's rows. The complete change of the row, V - W, is
             then protected as one more direction.
-        protect: F in float64.
-        grid: the grid of a quantised weight of this shape, whose numbers ``out`` may hold. If None,
-            these are the numbers of its 16-bit dtype.
+        protect: F of the module's docstring, in float64.
+        grid: the grid of a quantised weight of this shape: ``out`` gets numbers of this grid. If
+            None, it gets numbers of its 16-bit dtype.
 
     Returns:
         ⟨ΔW, E⟩, where ΔW is the complete change, including the gain.

@@ -195,7 +195,7 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
         {layer.target_path: layer.extras for layer in saved_adapter.low.values()}
         for saved_adapter in adapters
     ]
-    full_tensors = [_full_tensors(saved_adapter) for saved_adapter in adapters]
+    full_tensors = [_fully_trained_tensors(saved_adapter) for saved_adapter in adapters]
     exclusive_names = [
         tuple(
             name
@@ -318,7 +318,7 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
     return Space(min(1.0, squared_overlap / smaller_rank), tuple(sorted(angles)))
 
 
-def _full_tensors(saved_adapter: AdapterFiles) -> dict[str, Tensor]:
+def _fully_trained_tensors(saved_adapter: AdapterFiles) -> dict[str, Tensor]:
     """The parameters that an adapter trains in full and its trained token rows, by path; a row has
     the path of its weight and the token id, as in "embed.weight[7]"."""
     tensors_by_path = (

@@ -43,10 +43,10 @@ log = logging.getLogger("veneer.data")
 
 @dataclass(frozen=True)
 class Records:
-    """The rows of a data set, all of one shape.
+    """The rows of a data set, which all have the same fields.
 
     Fields:
-        kind: the shape of the rows: "messages" ({"messages": [{"role", "content"}, ...]}), "prompt"
+        kind: the fields of a row: "messages" ({"messages": [{"role", "content"}, ...]}), "prompt"
             ({"prompt", "completion"}, both texts or both message lists), "text" ({"text"}), or
             "columns" (the fields of a task other than sft). A row with a chat may also hold
             "tools".

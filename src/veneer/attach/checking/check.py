@@ -407,9 +407,9 @@ def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter,
 
 
 def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
-    """The layer adapters of weights that cannot be replaced by W + ΔW, by the key of their layer's
-    state. None if such a weight is in a module that also has a plain weight, or if another module
-    reads it."""
+    """The layer adapters of packed weights, which cannot be replaced by W + ΔW. The keys are those
+    of the layers' states. None if such a weight is in a module that also has a plain weight, or if
+    another module reads it."""
     packed_adapters: dict[int, LayerAdapter] = {}
     submodule_adapters: set[int] = set()
     for _, module, layer_adapter in adapters(model, name):

@@ -223,8 +223,8 @@ class LayerAdapter(nn.Module):
         dropout = change.dropout if change.training else 0.0
         linear_call = LinearCall(call, replacements, bool(self.submodule_adapters_by_method))
         linear_call.refuse_other_dtype(change)
-        # A gain scales the rows of ΔW. A layer that holds the weight transposed reads these rows as
-        # inputs, so that it must form W + ΔW.
+        # A gain scales the rows of ΔW. In a layer that stores the weight transposed, these rows
+        # belong to inputs, so the layer's output cannot be scaled instead: W + ΔW is formed.
         if call.context.path == cost_model.MATERIALISED or (
             gain is not None and layer_state.transposed
         ):

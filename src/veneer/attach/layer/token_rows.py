@@ -9,7 +9,7 @@
 R starts as W[ids]. The adapter stores R, not the difference: if the vocabulary is grown again, the
 new rows of W are random, and a token must keep its meaning. Because ΔW is a low-rank product, every
 path of a layer, a merge, a blend and a tied head support it without extra code, and no gradient of
-the embedding's size is formed. The cost is a tensor of n · V elements per call. Rejected: a copy of
+the embedding's size is formed. Each call forms a tensor of n · V elements. Rejected: a copy of
 W with replaced rows in every call (PEFT's index_copy). Autograd would save the full copy, and form
 a dense gradient for it.
 """

@@ -35,8 +35,8 @@ SelectRows = Callable[[int], AbstractContextManager[Any]]
 
 class Forward:
     """Calls of a causal language model of transformers, in eval mode; ``close`` restores the model.
-    ``logits``: their number for a token. ``forms``: the form of each layer's keys and values.
-    ``ConfigError``: an architecture that cannot be called on slots."""
+    ``logits``: the number of logits of one token. ``forms``: the form of each layer's keys and
+    values. ``ConfigError``: an architecture that cannot be called on slots."""
 
     def __init__(self, model: Any) -> None:
         if model.training:

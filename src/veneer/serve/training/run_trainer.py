@@ -211,7 +211,7 @@ class Trainer:
             for training_pass in passes
             if training_pass.backward == passes[0].backward
         ]
-        rows = self._choose_rows(passes)
+        rows = self._choose_data_indices(passes)
         batch_passes = [training_pass for training_pass in passes if training_pass.run in rows]
         if passes[0].backward:
             for training_pass in batch_passes:
@@ -237,7 +237,7 @@ class Trainer:
             for index in rows[training_pass.run]
         )
 
-    def _choose_rows(self, passes: Sequence[Pass]) -> dict[str, list[int]]:
+    def _choose_data_indices(self, passes: Sequence[Pass]) -> dict[str, list[int]]:
         """The indices of the data in the next batch, by run: the longest data of each pass, as
         many as ``batch_tokens`` allows."""
         candidates = [

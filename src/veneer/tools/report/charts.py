@@ -229,7 +229,7 @@ def _value_at(scale: Callable[[float], float], share: float) -> float:
 
 
 def _y_position(share: float) -> float:
-    """The y coordinate in the SVG of a share of the y axis, counted from the bottom."""
+    """The SVG's y coordinate of a point at ``share`` of the y axis; 0 is its lower end."""
     return TOP_MARGIN + (1 - share) * (HEIGHT - BOTTOM_MARGIN - TOP_MARGIN)
 
 

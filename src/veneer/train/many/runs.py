@@ -152,8 +152,8 @@ class Runs(Mapping[str, Handle]):
                 only in the number of rows share a forward.
             loss: ``(output, target) -> scalar`` of a run's rows; one for all runs, or one by run.
                 ``veneer.train.loss.causal_loss`` is the mean loss of the labels of a causal
-                language model. For another loss of such a model pass a ``LabelLoss``.
-            weights: a factor of each run's gradient; by default 1.
+                language model. For another loss of a causal language model pass a ``LabelLoss``.
+            weights: by run, the factor by which its gradient is multiplied; by default 1.
 
         Returns:
             each run's loss, without its weight.
