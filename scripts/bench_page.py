@@ -26,6 +26,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: second records of the same commits, made from a fresh clone: NAME/COMMIT.json
 REPEATS = RESULTS / "again"
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+#: the most settings that are columns of a table
+MAX_COLUMNS = 6
 #: the characters of a sparkline, from low to high
 BARS = "▁▂▃▄▅▆▇█"
 PENDING = "Figures are being recorded; earlier ones were [wrong](docs/benchmarks.md#corrections)."
@@ -422,7 +424,11 @@ def _table_by_setting(result: Mapping[str, Any], number: str, shown: Sequence[st
         [arm, *(cell(case, arm, result["floor"], number, form) for case in cases)] for arm in arms
     ]
     ratio_text = f" as ratio to `{result['floor']}`" if form == "ratio" else ""
-    return [f"{describe(shared)}; {title}{ratio_text}:", "", *table(head, rows)]
+    lead = "; ".join(filter(None, [describe(shared), f"{title}{ratio_text}:"]))
+    lines = [head, *rows]
+    if len(cases) > MAX_COLUMNS:  # settings as rows
+        lines = [[line[column] for line in lines] for column in range(len(head))]
+    return [lead, "", *table(lines[0], lines[1:])]
 
 
 def _thrown_rounds(processes: Sequence[Mapping[str, Any]]) -> str:
