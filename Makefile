@@ -25,7 +25,7 @@ help:
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
 	@echo "make bench      speed and memory beside the peers, into README and docs/benchmarks.md (90 minutes, quiet)"
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, VLLM=/path/to/its/python (22 minutes)"
-	@echo "make bench-tasks  what tasks of veneer train learn, beside PEFT, SNIPS=folder of its files (an hour)"
+	@echo "make bench-tasks  what tasks of veneer train learn, beside PEFT, SNIPS=folder of its files (two hours)"
 	@echo "make bench-earlier  speed beside a checkout of an earlier commit, BEFORE=/path/to/it (10 minutes)"
 	@echo "make bench-plan   veneer plan beside what runs take (25 minutes)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"

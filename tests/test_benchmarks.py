@@ -81,6 +81,8 @@ FEW = {
 
 @pytest.mark.parametrize("name", [
     *(name for name, case in CASES.items() if case.group == "bench"),
+    "time_to_target",
+    "sweep",
     "rollouts",
     "earlier",
     pytest.param("plan_errors", marks=pytest.mark.slow),

@@ -323,7 +323,7 @@ MIXED = Case(
     [{"threads": "default", "dtype": dtype, "layers": 4, "adapters": 8} for dtype in DTYPES],
     mixed_arms,
     {"tiny": True, "layers": 1, "adapters": 2, "length": 4},
-    minutes=1.8,
+    minutes=9,
 )
 EXPERTS = Case(
     "experts",
