@@ -106,7 +106,8 @@ class Case:
 
 
 def measure_unit(arm: Callable[[], Numbers | None], repeats: int) -> dict[str, float]:
-    """Seconds of one unit, and what the arm says of it."""
+    """Seconds of one unit, and what the arm says of it. Garbage is collected before."""
+    gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     numbers = None
     for _ in range(repeats):
@@ -141,11 +142,11 @@ def run_rounds(case: Case, setting: Mapping[str, Any], seed: int, rounds: int) -
             repeats = min(1000, math.ceil(SHORTEST / short))
         others = [name for name in arms if name != case.floor]
         kept_rounds, thrown_away = [], []
-        before = measure_quietly(arms[case.floor], repeats)
+        before = measure_unit(arms[case.floor], repeats)
         for number in range(ATTEMPTS * rounds):
             order = draw_order(others, case.name, seed, number)
-            units = {name: measure_quietly(arms[name], repeats) for name in order}
-            after = measure_quietly(arms[case.floor], repeats)
+            units = {name: measure_unit(arms[name], repeats) for name in order}
+            after = measure_unit(arms[case.floor], repeats)
             moved = movement(before["wall"], after["wall"])
             done = {"order": order, "units": units, "floor": [before, after], "movement": moved}
             (kept_rounds if moved <= LIMIT else thrown_away).append(done)
@@ -170,12 +171,6 @@ def run_rounds(case: Case, setting: Mapping[str, Any], seed: int, rounds: int) -
         "kept": len(kept_rounds) == rounds,
         **state_of(),
     }
-
-
-def measure_quietly(arm: Callable[[], Numbers | None], repeats: int) -> dict[str, float]:
-    """`measure_unit`, with nothing left for the garbage collector to do in it."""
-    gc.collect()
-    return measure_unit(arm, repeats)
 
 
 def mean_unit(first: Numbers, second: Numbers) -> dict[str, Any]:
@@ -360,7 +355,7 @@ def smoke(case: Case, only: int | None = None) -> dict[str, Any]:
             }
         else:
             process = run_rounds(case, toy, 0, 1)
-        cases.append({"setting": dict(setting), "processes": [{**process, "kept": True}]})
+        cases.append({"setting": dict(setting), "processes": [process]})
     state = {"commit": "smoke", "clean": False, "recorded": "", "load": os.getloadavg()[0]}
     return {**describe_case(case), **state, **machine(), "cases": cases}
 

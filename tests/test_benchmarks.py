@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from scripts import bench_page
 import candidates
 import memory
 import runner
-from cases import all_cases, runs
+from cases import all_cases, earlier, runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers warn
 
@@ -115,6 +116,19 @@ def test_a_case_runs(name, inside):
                 )
                 or number == "wall to target"
             ), number
+
+
+def test_cpu_time_beside_an_earlier_commit_counts_children():
+    before = earlier.cpu_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(2_000_000))"], check=True)
+    assert earlier.cpu_seconds() - before > 0.01
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("BEFORE", str(tmp_path))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(SystemExit, match=r"Found: BEFORE=.*Expected: a checkout.*Do: git worktree"):
+        earlier.earlier_arms()
 
 
 @pytest.mark.parametrize("name", ["task_dpo", "task_grpo"])

@@ -423,7 +423,7 @@ GAP = Case(
     },
     rounds=3,
     group="serve",
-    minutes=8,
+    minutes=60,
     lacks=missing,
 )
 LONG_ROW = Case(

@@ -182,7 +182,7 @@ def open_base_and_adapters(
     for folder in folders.values():
         veneer.adapter_files.read(folder)
     tokenizer = _common_tokenizer(folders)
-    with trust_remote_code(base if trusted else None):
+    with trust_remote_code(base, trusted):
         must_be_causal(base)
         loaded_base = load_base(base, **loading_options)
     handles = {

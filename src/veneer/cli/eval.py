@@ -134,7 +134,7 @@ def eval_command(
         "--text-column": text_column,
     }
     measure = _choose_measurement(request, task, options, sft_options, sft_columns, columns, reward)
-    with remote_code.trust_remote_code(base if trust_remote_code else None):
+    with remote_code.trust_remote_code(base, trust_remote_code):
         measure()
 
 

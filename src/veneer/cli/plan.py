@@ -196,7 +196,7 @@ def _make_model(settings: Any) -> Any:
     dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}[
         settings.precision
     ]
-    with trust_remote_code(settings.base if settings.trust_remote_code else None):
+    with trust_remote_code(settings.base, settings.trust_remote_code):
         model = countable_model(settings.base, dtype)
     # a variant whose parameters are initialised from data or weights has the shapes of lora
     variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"

@@ -28,10 +28,11 @@ _TRUSTED: ContextVar[frozenset[str]] = ContextVar("veneer_trusted_bases", defaul
 
 
 @contextmanager
-def trust_remote_code(base: str | Path | None) -> Iterator[None]:
+def trust_remote_code(base: str | Path | None, trusted: bool = True) -> Iterator[None]:
     """A block in which code in the folder of ``base`` may run when the base is loaded by this name.
-    If ``base`` is None, the block changes nothing."""
-    token = _TRUSTED.set(_TRUSTED.get() if base is None else _TRUSTED.get() | {str(base)})
+    If ``base`` is None or not ``trusted``, the block changes nothing."""
+    names = {str(base)} if trusted and base is not None else set()
+    token = _TRUSTED.set(_TRUSTED.get() | names)
     try:
         yield
     finally:
@@ -46,7 +47,7 @@ def with_trust_of_config(
 
     @wraps(function)
     def call(config: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-        with trust_remote_code(config.base if config.trust_remote_code else None):
+        with trust_remote_code(config.base, config.trust_remote_code):
             return function(config, *args, **kwargs)
 
     return call

@@ -43,7 +43,7 @@ log = logging.getLogger("veneer.data")
 
 @dataclass(frozen=True)
 class Records:
-    """The rows of a data set, which all have the same fields.
+    """The rows of a data set, all of one kind.
 
     Fields:
         kind: the fields of a row: "messages" ({"messages": [{"role", "content"}, ...]}), "prompt"

@@ -124,8 +124,8 @@ def fit(
         else Console(quiet=True)
     )
     output = config.output.expanduser()
-    trusted_base = config.base if config.trust_remote_code else None
-    with trust_remote_code(trusted_base), checkpoint.only_writer(output, processes):
+    trust = trust_remote_code(config.base, config.trust_remote_code)
+    with trust, checkpoint.only_writer(output, processes):
         return _fit_locked(config, output, callbacks, console, stop_order, processes)
 
 
