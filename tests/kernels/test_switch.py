@@ -101,11 +101,11 @@ def test_every_name_is_a_file_with_a_line_that_says_what_it_gains():
 def test_values_of_the_variable():
     assert switch.enabled_names("1") == switch.enabled_names("") == {*switch.NAMES}
     assert switch.enabled_names("0") == frozenset()
-    assert switch.enabled_names("round_nearest, saved_inputs") == {*switch.NAMES}
+    assert switch.enabled_names("mixed_rows, round_nearest,saved_inputs") == {*switch.NAMES}
     with pytest.raises(ConfigError, match="unknown: thin"):
         switch.enabled_names("thin,saved_inputs")
-    with pytest.warns(DeprecationWarning, match="bf16_dot, mixed_rows"):
-        assert switch.enabled_names("mixed_rows,bf16_dot,saved_inputs") == {"saved_inputs"}
+    with pytest.warns(DeprecationWarning, match="bf16_dot, thin_matmul"):
+        assert switch.enabled_names("thin_matmul,bf16_dot,saved_inputs") == {"saved_inputs"}
 
 
 CODE = """

@@ -32,8 +32,7 @@ from veneer.precision import at_least_float32
 #: the smallest rounded rank. Ranks are rounded up to powers of two, and adapters of the same
 #: rounded rank share a product.
 MIN_ROUNDED_RANK = 8
-#: how many assignments to cache: a server alternates between the rows that decode and the rows that
-#: prefill
+#: how many assignments to cache: a server alternates between rows that decode and rows that prefill
 MAX_CACHED_ASSIGNMENTS = 2
 #: the most tokens per row for which rows are grouped by adapter
 MAX_GROUPED_TOKENS = 4
@@ -72,6 +71,7 @@ class Layer:
         self.compute_dtype = weight.dtype if self.on_gpu else at_least_float32(weight.dtype)
         self.time_first = batch_state.layout.time_first
         self.factor_dtype = resolved_low.A.dtype
+        self.row_loop: Any = batched.load_row_loop(weight, self.factor_dtype)
         self.empty_factors = (
             resolved_low.A.new_empty(0, self.in_dim),
             resolved_low.B.new_empty(0, self.out_dim),
@@ -97,6 +97,28 @@ class Layer:
             return pad_sequence(A, batch_first=True).to(self.compute_dtype), pad_sequence(
                 B, batch_first=True
             ).to(self.compute_dtype)
+
+    def join_ranks(
+        self, adapters: Sequence[ResidentAdapter]
+    ) -> tuple[Any, Any, tuple[tuple[int, int], ...]]:
+        """For the loop over rows: A [R, in] and B [R, out], the factors of all adapters one after
+        another, and for each adapter its first rank and the rank after its last. The ranks of each
+        are padded with zeros to a multiple of what the loop needs."""
+        changes = [resident.layer_changes.get(self.key) for resident in adapters]
+        ranks = [len(change.A) if type(change) is ResolvedLowRank else 0 for change in changes]
+        multiple = self.row_loop.RANKS_TOGETHER
+        ends = list(itertools.accumulate(rank + -rank % multiple for rank in ranks))
+        bounds = tuple(zip([0, *ends], ends, strict=False))
+        # later calls, which may be outside of inference mode, use these tensors
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            A, B = (
+                torch.zeros(ends[-1], width, dtype=self.factor_dtype)
+                for width in (self.in_dim, self.out_dim)
+            )
+            for change, rank, (first, _) in zip(changes, ranks, bounds, strict=True):
+                if rank:
+                    A[first : first + rank], B[first : first + rank] = change.A, change.B
+        return self.row_loop.to_array(A), self.row_loop.to_array(B), bounds
 
     def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
         """A [n, r, in] and B [n, r, out] of n rows: the factors of all changes of a row, joined
@@ -159,6 +181,9 @@ class Layer:
 
     def multiply_groups(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
         """ΔW x for ``flat`` [N, in], the tokens of all rows: [N, out]."""
+        if self.row_loop is not None and assignment.fits_row_loop(self, tokens):
+            A, B, pairs = assignment.row_pairs(self, tokens)
+            return self.row_loop.multiply_pairs(flat, A, B, pairs)
         inputs = flat if flat.dtype is self.compute_dtype else flat.to(self.compute_dtype)
         delta = None
         for grouping, (A, B) in assignment.groups(self, tokens):
@@ -213,15 +238,20 @@ class BatchAssignment:
                     max(MIN_ROUNDED_RANK, 1 << (resident.rank - 1).bit_length()), []
                 ).append(resident)
         self.groupings: dict[Any, list[Grouping]] = {}
-        siblings = (
+        siblings = [
             sibling
             for sibling in batch_state.assignments.values()
             if sibling.adapters_by_rank == self.adapters_by_rank
-        )
+        ]
         #: stacked factors by layer, shared by all assignments of the same adapters
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
             (sibling.factors for sibling in siblings), {}
         )
+        #: for the loop over rows, shared too: joined factors and the bounds of each adapter
+        self.joined_factors: dict[Any, tuple[Any, Any, tuple[tuple[int, int], ...]]] = next(
+            (sibling.joined_factors for sibling in siblings), {}
+        )
+        self.pair_cache: dict[Any, Any] = {}
         self.run_cache: dict[Any, list[batched.Run]] = {}
         self.row_factor_cache: dict[Any, tuple[list[list[ResolvedLowRank]], Tensor | None]] = {}
         self.gain_and_bias_cache: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
@@ -229,17 +259,7 @@ class BatchAssignment:
             blend: [row for row, row_blend in enumerate(rows) if row_blend == blend]
             for blend in dict.fromkeys(rows)
         }
-        selections = [
-            blend_adapters(
-                [
-                    (ActiveAdapter(resident.path.name, resident.layer_changes), weight)
-                    for resident, weight in blend
-                ]
-            )
-            if blend
-            else BASE
-            for blend in self.rows_by_blend
-        ]
+        selections = [_select(blend) for blend in self.rows_by_blend]
         indices = [
             torch.tensor(row_indices, device="cpu") for row_indices in self.rows_by_blend.values()
         ]
@@ -336,12 +356,12 @@ class BatchAssignment:
         return A, B, weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
-        """For each rounded rank: the grouping of rows of ``tokens`` tokens, and the stacked factors
-        of a layer."""
+        """For each rounded rank: how rows of ``tokens`` tokens are grouped; a layer's factors."""
         key, adapters_by_rank = (tokens, layer.device, layer.compute_dtype), self.adapters_by_rank
         if key not in self.groupings:
             self.groupings[key] = [
-                _grouping(self.rows, adapters, *key) for adapters in adapters_by_rank.values()
+                batched.make_grouping(self.index_adapters(adapters), len(adapters), *key)
+                for adapters in adapters_by_rank.values()
             ]
         if layer.on_gpu:
             return zip(
@@ -354,6 +374,45 @@ class BatchAssignment:
                 layer.stack_factors(adapters) for adapters in adapters_by_rank.values()
             ]
         return zip(self.groupings[key], self.factors[layer.key], strict=True)
+
+    def index_adapters(self, adapters: Sequence[ResidentAdapter]) -> list[list[tuple[int, float]]]:
+        """For each row: the index in ``adapters`` and the weight of each adapter that is there."""
+        index_of = {resident: index for index, resident in enumerate(adapters)}
+        return [
+            [(index_of[resident], weight) for resident, weight in blend if resident in index_of]
+            for blend in self.rows
+        ]
+
+    @property
+    def sorted_adapters(self) -> list[ResidentAdapter]:
+        """The adapters with a rank, in the order of ``adapters_by_rank``."""
+        return [resident for adapters in self.adapters_by_rank.values() for resident in adapters]
+
+    @cached_property
+    def rank_sum(self) -> int:
+        """The sum of the rounded ranks that the rows use."""
+        rounded = {
+            resident: rank
+            for rank, adapters in self.adapters_by_rank.items()
+            for resident in adapters
+        }
+        return sum(rounded.get(resident, 0) for blend in self.rows for resident, _ in blend)
+
+    def fits_row_loop(self, layer: Layer, tokens: int) -> bool:
+        """Whether the loop over rows is faster than batched products."""
+        work = self.rank_sum * tokens * (layer.in_dim + layer.out_dim)
+        return work * torch.get_num_threads() <= batched.LOOP_MAX_WORK
+
+    def row_pairs(self, layer: Layer, tokens: int) -> tuple[Any, Any, Any]:
+        """The joined factors A and B of a layer, and the pairs of rows and adapters, for the loop
+        over rows of ``tokens`` tokens."""
+        if layer.key not in self.joined_factors:
+            self.joined_factors[layer.key] = layer.join_ranks(self.sorted_adapters)
+        A, B, bounds = self.joined_factors[layer.key]
+        if (tokens, bounds) not in self.pair_cache:
+            rows = self.index_adapters(self.sorted_adapters)
+            self.pair_cache[tokens, bounds] = layer.row_loop.make_pairs(rows, bounds, tokens)
+        return A, B, self.pair_cache[tokens, bounds]
 
     def row_gain_and_bias(
         self, layer: Layer, bias: Tensor | None, like: Tensor
@@ -384,63 +443,12 @@ class BatchAssignment:
         return self.gain_and_bias_cache[layer.key]
 
 
-def _grouping(
-    rows: Sequence[WeightedAdapters],
-    adapters: Sequence[ResidentAdapter],
-    tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Grouping:
-    """Group rows by the lanes of their adapters, in the order of ``adapters``. Computed on the CPU,
-    so that nothing waits for an accelerator."""
-    lane_count, lane_of = len(adapters), {resident: lane for lane, resident in enumerate(adapters)}
-    rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in adapters]
-    lanes_of_row: list[list[tuple[int, int]]] = []  # for each row, (lane, index within the lane)
-    for row, blend in enumerate(rows):
-        lanes_of_row.append([])
-        for resident, weight in blend:
-            if (lane := lane_of.get(resident)) is not None:
-                lanes_of_row[row].append((lane, len(rows_of_lane[lane])))
-                rows_of_lane[lane].append((row, weight))
-    lane_size = max(map(len, rows_of_lane))
-    lanes = [lane_rows + [(0, 0.0)] * (lane_size - len(lane_rows)) for lane_rows in rows_of_lane]
-
-    def move_to_device(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    def expand_to_tokens(indices: Sequence[int]) -> Tensor | None:
-        """Indices of rows or lanes, expanded to the indices of their tokens. None if these are 0,
-        1, 2, … in order."""
-        first_tokens = torch.tensor(indices, device="cpu")[:, None] * tokens
-        token_indices = (first_tokens + torch.arange(tokens, device="cpu")).flatten()
-        count = len(token_indices)
-        same_length = count == lane_count * lane_size * tokens == len(rows) * tokens
-        if same_length and torch.equal(token_indices, torch.arange(count, device="cpu")):
-            return None
-        return move_to_device(token_indices)
-
-    order = expand_to_tokens([row for lane_rows in lanes for row, _ in lane_rows])
-    lane_weights = [[weight for _, weight in lane_rows] for lane_rows in lanes]
-    weights = None
-    if not all(weight in (0.0, 1.0) for row_weights in lane_weights for weight in row_weights):
-        weight_tensor = torch.tensor(lane_weights, dtype=dtype, device="cpu")
-        weights = move_to_device(weight_tensor.repeat_interleave(tokens, 1)[:, None])
-    gathers = []
-    for position in range(max(map(len, lanes_of_row))):
-        is_present = [len(row_lanes) > position for row_lanes in lanes_of_row]
-        lane_entries = [
-            row_lanes[position] if present else (0, 0)
-            for row_lanes, present in zip(lanes_of_row, is_present, strict=True)
-        ]
-        lane_indices = [lane * lane_size + index_in_lane for lane, index_in_lane in lane_entries]
-        index = expand_to_tokens(lane_indices)
-        is_absent = None
-        if not all(is_present):
-            is_absent = move_to_device(
-                ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens)[:, None]
-            )
-        gathers.append((index, is_absent))
-    return Grouping(lane_count, order, weights, tuple(gathers))
+def _select(blend: WeightedAdapters) -> Any:
+    """What ``RowAdapters`` takes for rows with these adapters."""
+    selected = [
+        (ActiveAdapter(held.path.name, held.layer_changes), weight) for held, weight in blend
+    ]
+    return blend_adapters(selected) if selected else BASE
 
 
 class BatchState:

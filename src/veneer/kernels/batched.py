@@ -9,7 +9,8 @@ size of the largest, and two batched products compute all groups:
     Δ = hᵀ B            B: [S, r, out]                           Δ: [S, n, out]
 
 On a CPU, A and B are float32 whatever the dtype of the base is, because batched products of thin
-matrices take several times as long in 16 bits. A row that blends k adapters is in k groups.
+matrices take several times as long in 16 bits. A row that blends k adapters is in k groups. Over a
+bfloat16 base, a compiled loop replaces these products where it is faster (``mixed_rows.py``).
 
 **Many tokens** (prompts): each run of neighbouring rows with the same adapters is multiplied with
 the factors of these adapters, one run after the other.
@@ -29,14 +30,43 @@ custom kernel).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from veneer.kernels import device, fused
+from veneer.kernels.switch import is_on
+
+#: the fewest elements of a weight for which ``mixed_rows.py``, and numba with it, is loaded
+LOOP_MIN_WEIGHT = 1 << 16
+#: the most multiply-adds of a layer, times the number of torch's threads, for which that loop,
+#: which has one thread, is faster than batched products
+LOOP_MAX_WORK = 1 << 22
+#: the dtypes of A and B that it takes
+LOOP_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def load_row_loop(weight: Tensor, factor_dtype: torch.dtype) -> ModuleType | None:
+    """The module ``mixed_rows`` if it is enabled and supports a layer, else None. It is imported
+    only here, because it imports numba."""
+    is_supported = weight.is_cpu and weight.dtype is torch.bfloat16 and factor_dtype in LOOP_DTYPES
+    if not is_supported or weight.numel() < LOOP_MIN_WEIGHT or not is_on("mixed_rows"):
+        return None
+    return importlib.import_module("veneer.kernels.mixed_rows")
+
+
+def compile_row_loop(weight: Tensor) -> None:
+    """Load and compile that loop for a base whose largest weight is ``weight``, so that the first
+    mixed batch does not wait for it. Does nothing for a base that the loop does not support."""
+    if (loop := load_row_loop(weight, weight.dtype)) is not None:
+        x = torch.zeros(1, loop.RANKS_TOGETHER, dtype=weight.dtype)
+        factor = loop.to_array(x.T.contiguous())
+        loop.multiply_pairs(x[:, :1], factor, factor, loop.make_pairs([[(0, 1.0)]], [(0, 8)], 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +89,69 @@ class Grouping:
     order: Tensor | None
     weights: Tensor | None
     result_rows: tuple[tuple[Tensor | None, Tensor | None], ...]
+
+
+def make_grouping(
+    rows: Sequence[Sequence[tuple[int, float]]],
+    lane_count: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Grouping:
+    """Group rows by adapter, one lane for each. Computed on the CPU, so that nothing waits for an
+    accelerator.
+
+    Args:
+        rows: for each row, (lane of an adapter, blend weight).
+        tokens: tokens per row.
+        device, dtype: of the tensors of the result.
+    """
+    rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in range(lane_count)]
+    lanes_of_row: list[list[tuple[int, int]]] = []  # for each row, (lane, index within the lane)
+    for row, blend in enumerate(rows):
+        lanes_of_row.append([])
+        for lane, weight in blend:
+            lanes_of_row[row].append((lane, len(rows_of_lane[lane])))
+            rows_of_lane[lane].append((row, weight))
+    lane_size = max(map(len, rows_of_lane))
+    lanes = [lane_rows + [(0, 0.0)] * (lane_size - len(lane_rows)) for lane_rows in rows_of_lane]
+
+    def move_to_device(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    def expand_to_tokens(indices: Sequence[int]) -> Tensor | None:
+        """Indices of rows or lanes, expanded to the indices of their tokens. None if these are 0,
+        1, 2, … in order."""
+        first_tokens = torch.tensor(indices, device="cpu")[:, None] * tokens
+        token_indices = (first_tokens + torch.arange(tokens, device="cpu")).flatten()
+        count = len(token_indices)
+        same_length = count == lane_count * lane_size * tokens == len(rows) * tokens
+        if same_length and torch.equal(token_indices, torch.arange(count, device="cpu")):
+            return None
+        return move_to_device(token_indices)
+
+    order = expand_to_tokens([row for lane_rows in lanes for row, _ in lane_rows])
+    lane_weights = [[weight for _, weight in lane_rows] for lane_rows in lanes]
+    weights = None
+    if not all(weight in (0.0, 1.0) for row_weights in lane_weights for weight in row_weights):
+        weight_tensor = torch.tensor(lane_weights, dtype=dtype, device="cpu")
+        weights = move_to_device(weight_tensor.repeat_interleave(tokens, 1)[:, None])
+    gathers = []
+    for position in range(max(map(len, lanes_of_row))):
+        is_present = [len(row_lanes) > position for row_lanes in lanes_of_row]
+        lane_entries = [
+            row_lanes[position] if present else (0, 0)
+            for row_lanes, present in zip(lanes_of_row, is_present, strict=True)
+        ]
+        lane_indices = [lane * lane_size + index_in_lane for lane, index_in_lane in lane_entries]
+        index = expand_to_tokens(lane_indices)
+        is_absent = None
+        if not all(is_present):
+            is_absent = move_to_device(
+                ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens)[:, None]
+            )
+        gathers.append((index, is_absent))
+    return Grouping(lane_count, order, weights, tuple(gathers))
 
 
 def gather_rows(x: Tensor, grouping: Grouping) -> Tensor:

@@ -10,12 +10,10 @@ after the block.
 The compiler may contract a product and a sum into one operation. This rounds once, and the bound of
 the error allows for two roundings. The compiler must not reorder the sums of v and of the ends of
 its interval, because it would cancel v. Only the sums for the report may be reordered, so that they
-are vectorised (``_reorderable_sum``). Integers are 32-bit words in LLVM's terms, because numba
-widens each integer sum to 64 bits, which halves the width of the vectors.
+are vectorised (``_reorderable_sum``).
 
 Rows are processed in memory order, in blocks of ``BLOCK_COLUMNS`` columns; A stays in the
-second-level cache. Rejected: C, which must be built for every system; torch.compile, which needs a
-C++ compiler at run time.
+second-level cache.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -32,9 +30,15 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-#: the bits of a bfloat16 NaN
-NAN_BITS = np.uint16(0x7FC0)
-INT32 = ir.IntType(32)
+from veneer.kernels.numba_loops import (
+    INT32,
+    NAN_BITS,
+    compile_loop,
+    to_bfloat16_bits,
+    to_float32,
+    upper_half,
+)
+
 #: columns of a block. The work at its beginning and end takes as long as a hundred elements
 BLOCK_COLUMNS = 4096
 #: a mark has 16 bits, so a 64-bit word holds four. This many words are tested together
@@ -45,22 +49,6 @@ MARKS_TOGETHER = 4 * WORDS_TOGETHER
 PRODUCTS_TOGETHER = 8
 #: 4 · 2⁻²⁴: an end of the interval is |v| (1 ± this) ± the bound, as in ``rounding``
 RELATIVE_ERROR = np.float32(2.0**-22)
-
-
-def _compile(loop: Any) -> Any:
-    """``loop``, compiled once for each machine and signature; it runs without the GIL."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(loop)
-    except RuntimeError:  # numba found no folder that it may use as its cache
-        return numba.njit(**options)(loop)
-
-
-def _build_rounding(builder: Any, value: Any) -> Any:
-    """LLVM code that computes ``_to_bfloat16_bits`` of a float32: adds half a step of bfloat16."""
-    bits = builder.bitcast(value, INT32)
-    odd = builder.and_(builder.lshr(bits, INT32(16)), INT32(1))
-    return builder.add(builder.add(bits, INT32(0x7FFF)), odd)
 
 
 @intrinsic
@@ -88,27 +76,6 @@ def _reorderable_sum(context: Any, first: Any, second: Any):
 
 
 @intrinsic
-def _to_float32(context: Any, stored: Any):
-    """A stored number (float32, or the bits of a bfloat16) as float32."""
-
-    def code(_, builder: Any, __, args: Any):
-        if stored == types.float32:
-            return args[0]
-        bits = builder.shl(builder.zext(args[0], INT32), INT32(16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(stored), code
-
-
-@intrinsic
-def _to_bfloat16_bits(context: Any, value: Any):
-    """32 bits of which the upper half is the bfloat16 nearest to a float32, ties to even. The lower
-    half is meaningless."""
-    signature = types.uint32(types.float32)
-    return signature, lambda _, builder, __, args: _build_rounding(builder, args[0])
-
-
-@intrinsic
 def _xor(context: Any, first: Any, second: Any):
     """Bitwise exclusive or."""
     return types.uint32(types.uint32, types.uint32), lambda _, builder, __, args: builder.xor(*args)
@@ -118,16 +85,6 @@ def _xor(context: Any, first: Any, second: Any):
 def _or(context: Any, first: Any, second: Any):
     """Bitwise or."""
     return first(first, first), lambda _, builder, __, args: builder.or_(*args)
-
-
-@intrinsic
-def _upper_half(context: Any, bits: Any):
-    """The upper half of 32 bits."""
-
-    def code(_, builder: Any, __, args: Any):
-        return builder.trunc(builder.lshr(args[0], INT32(16)), ir.IntType(16))
-
-    return types.uint16(types.uint32), code
 
 
 @intrinsic
@@ -203,7 +160,7 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
     all_differences = np.uint32(0)
     realised = moved = base = np.float32(0)
     for j in range(len(old)):
-        W = _to_float32(old[j])
+        W = to_float32(old[j])
         delta = (  # begin with zero, not with the first product, which may be -0
             change[j]
             + b0 * a0[j]
@@ -217,10 +174,10 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
         )
         v = W + delta
         error = np.float32(abs(v) * RELATIVE_ERROR + bound)
-        upper, lower = _to_bfloat16_bits(v + error), _to_bfloat16_bits(v - error)
+        upper, lower = to_bfloat16_bits(v + error), to_bfloat16_bits(v - error)
         difference = _xor(upper, lower)
         all_differences = _or(all_differences, difference)
-        new[j], marks[j] = _upper_half(upper), _upper_half(difference)
+        new[j], marks[j] = upper_half(upper), upper_half(difference)
         step = _upper_as_float(upper) - W
         realised = _reorderable_sum(realised, delta * step)
         moved = _reorderable_sum(moved, step * step)
@@ -232,7 +189,7 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
     if realised != realised or moved != moved:
         marks[: len(old)] = NAN_BITS
         return True
-    return _upper_half(all_differences) != 0
+    return upper_half(all_differences) != 0
 
 
 @numba.njit
@@ -248,7 +205,7 @@ def _nearest(value):
         if abs(np.float64(nearest)) > abs(value):
             bits = np.uint32(bits - np.uint32(1))
         bits = np.uint32(bits | np.uint32(1))
-    return _upper_half(_to_bfloat16_bits(_as_float(bits)))
+    return upper_half(to_bfloat16_bits(_as_float(bits)))
 
 
 @numba.njit
@@ -278,12 +235,12 @@ def _exact(old, B, A, scale, row, first, j, new, sums):
     for k in range(B.shape[1]):
         change += B[row, k] * A[first + j, k]
     change *= scale
-    previous = _to_float32(new[j])
-    new[j] = _nearest(np.float64(_to_float32(old[j])) + change)
-    sums[0] += change * (np.float64(_to_float32(new[j])) - np.float64(previous))
+    previous = to_float32(new[j])
+    new[j] = _nearest(np.float64(to_float32(old[j])) + change)
+    sums[0] += change * (np.float64(to_float32(new[j])) - np.float64(previous))
 
 
-@_compile
+@compile_loop("contract")
 def _slab(
     old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums
 ):

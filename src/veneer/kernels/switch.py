@@ -5,13 +5,17 @@ operations are used in their place.
     VENEER_COMPILED=saved_inputs     this optimisation only
     VENEER_COMPILED=1                all optimisations, the default
 
+mixed_rows       A compiled loop multiplies the tokens of a decoding step with the adapter of each
+                 row, over a bfloat16 base. Its sums are as exact as those of torch's operations,
+                 but not the same bits.
 round_nearest    A compiled loop rounds W + ΔW to bfloat16, with the same bits as torch's
-                 operations, in a quarter of their time. It needs numba (the extra ``fast``), which
-                 takes half a second and 100 MiB to load. Merging the first large weight loads it.
+                 operations, in a quarter of their time.
 saved_inputs     Not compiled. It edits the tensors that autograd's nodes save: a third of the
                  memory that a training step over a frozen Llama saves is then recomputed in
                  backward, with the same bits.
 
+Compiled loops need numba (the extra ``fast``), which takes half a second and 100 MiB to load. The
+first mixed batch over a bfloat16 base, or merging the first large weight, loads it.
 The variable is read once, when veneer is imported.
 """
 
@@ -26,10 +30,10 @@ from veneer.errors import ConfigError, sentence
 
 VARIABLE = "VENEER_COMPILED"
 #: the names of the optimisations that need numba; the names of all optimisations
-LOOPS = ("round_nearest",)
+LOOPS = ("mixed_rows", "round_nearest")
 NAMES = (*LOOPS, "saved_inputs")
 #: names of optimisations of earlier releases, which no longer exist
-REMOVED = ("thin_matmul", "single_adapter_bf16", "mixed_rows", "bf16_dot", "expert_rows")
+REMOVED = ("thin_matmul", "single_adapter_bf16", "bf16_dot", "expert_rows")
 
 
 def enabled_names(setting: str) -> frozenset[str]:

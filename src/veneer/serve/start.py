@@ -7,9 +7,12 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 from veneer import models
 from veneer.bank import Bank
 from veneer.errors import ConfigError, listing, nearest
+from veneer.kernels import batched
 from veneer.models.remote_code import with_trust_of_config
 from veneer.models.sampling_defaults import FILE, sampling_defaults
 from veneer.serve.access import Keyring
@@ -53,6 +56,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
         log.warning("Not applied here, of the base's %s: %s", FILE, ignored_fields)
     base_length = models.context_length(settings.base) if is_causal else loaded_base.length
     length = min(settings.length, base_length or settings.length)
+    batched.compile_row_loop(max(model.parameters(), key=torch.numel))
     bank = Bank(model, settings.memory)
     catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
     metrics = Metrics(catalogue.known)

@@ -1,0 +1,124 @@
+"""The low-rank change of rows that use different adapters, in one loop compiled by numba.
+
+    Δ[row] = Σ_p weight_p · (x[row] A_pᵀ) B_p        p: the pairs (row, adapter) of the row
+    x: [N, in]   A: [R, in]   B: [R, out]            R: the ranks of all adapters, one after another
+
+The loop is for the few tokens of a decoding step. Torch needs ten operations for each layer, and A
+and B in float32; the loop reads 16-bit factors as they are. Rows of the same adapter are computed
+one after another, while its factors are in the cache. Numbers are summed in float32 and rounded
+once. Each row is computed alone, so that a NaN stays in its row.
+
+It runs on one thread: the work of a layer takes about as long as it takes to wake another thread,
+and two pools of threads, torch's and numba's, would slow each other.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.kernels.numba_loops import compile_loop, to_float32, to_stored
+
+#: how many ranks are computed together; the ranks of an adapter are padded with zeros to a multiple
+RANKS_TOGETHER = 8
+
+
+class RowPairs(NamedTuple):
+    """Which ranks each row uses, as arrays of the loop.
+
+    Fields:
+        order: [N], the rows in the order in which they are computed.
+        first_pair: [N + 1], the first pair of each row; the pairs of row n end before
+            ``first_pair[n + 1]``.
+        first_rank, after_rank: the ranks of the adapter of each pair.
+        weights: the blend weight of each pair.
+    """
+
+    order: Any
+    first_pair: Any
+    first_rank: Any
+    after_rank: Any
+    weights: Any
+
+
+def make_pairs(
+    rows: Sequence[Sequence[tuple[int, float]]], bounds: Sequence[tuple[int, int]], tokens: int
+) -> RowPairs:
+    """The pairs of rows of ``tokens`` tokens each.
+
+    Args:
+        rows: for each row, (index of the adapter, blend weight).
+        bounds: for each adapter, its first rank in A and B and the rank after its last.
+    """
+    by_token = [row for row in rows for _ in range(tokens)]
+    pairs = [pair for row in by_token for pair in row]
+    adapters_of_row = [[adapter for adapter, _ in row] for row in by_token]
+    ranks = np.array([bounds[adapter] for adapter, _ in pairs], np.int64).reshape(-1, 2)
+    return RowPairs(
+        np.array(sorted(range(len(by_token)), key=adapters_of_row.__getitem__), np.int64),
+        np.cumsum([0, *map(len, by_token)], dtype=np.int64),
+        np.ascontiguousarray(ranks[:, 0]),
+        np.ascontiguousarray(ranks[:, 1]),
+        np.array([weight for _, weight in pairs], np.float32),
+    )
+
+
+def multiply_pairs(x: Tensor, A: Any, B: Any, pairs: RowPairs) -> Tensor:
+    """Δ [N, out] in the dtype of x, for x [N, in], and A [R, in] and B [R, out] by ``to_array``.
+    x, A and B are bfloat16 or float32, in main memory and without gradients."""
+    delta = x.new_empty(x.shape[0], B.shape[1])
+    _multiply(to_array(x.contiguous()), A, B, *pairs, to_array(delta))
+    return delta
+
+
+def to_array(matrix: Tensor) -> Any:
+    """A bfloat16 or float32 tensor as the loop takes it, over the same memory."""
+    return (matrix if matrix.dtype is torch.float32 else matrix.view(torch.uint16)).numpy()
+
+
+@compile_loop("reassoc", "contract")
+def _multiply(x, A, B, order, first_pair, first_rank, after_rank, weights, delta):
+    x_row, sums = np.empty(x.shape[1], np.float32), np.empty(delta.shape[1], np.float32)
+    for row in order:
+        for j in range(len(x_row)):
+            x_row[j] = to_float32(x[row, j])
+        for j in range(len(sums)):
+            sums[j] = np.float32(0)
+        for pair in range(first_pair[row], first_pair[row + 1]):
+            for k in range(first_rank[pair], after_rank[pair], RANKS_TOGETHER):
+                a0, a1, a2, a3 = A[k], A[k + 1], A[k + 2], A[k + 3]
+                a4, a5, a6, a7 = A[k + 4], A[k + 5], A[k + 6], A[k + 7]
+                h0 = h1 = h2 = h3 = h4 = h5 = h6 = h7 = np.float32(0)
+                for j in range(len(x_row)):
+                    h0 += x_row[j] * to_float32(a0[j])
+                    h1 += x_row[j] * to_float32(a1[j])
+                    h2 += x_row[j] * to_float32(a2[j])
+                    h3 += x_row[j] * to_float32(a3[j])
+                    h4 += x_row[j] * to_float32(a4[j])
+                    h5 += x_row[j] * to_float32(a5[j])
+                    h6 += x_row[j] * to_float32(a6[j])
+                    h7 += x_row[j] * to_float32(a7[j])
+                weight = weights[pair]
+                h0, h1, h2, h3 = h0 * weight, h1 * weight, h2 * weight, h3 * weight
+                h4, h5, h6, h7 = h4 * weight, h5 * weight, h6 * weight, h7 * weight
+                b0, b1, b2, b3 = B[k], B[k + 1], B[k + 2], B[k + 3]
+                b4, b5, b6, b7 = B[k + 4], B[k + 5], B[k + 6], B[k + 7]
+                for j in range(len(sums)):
+                    sums[j] += (
+                        h0 * to_float32(b0[j])
+                        + h1 * to_float32(b1[j])
+                        + h2 * to_float32(b2[j])
+                        + h3 * to_float32(b3[j])
+                        + h4 * to_float32(b4[j])
+                        + h5 * to_float32(b5[j])
+                        + h6 * to_float32(b6[j])
+                        + h7 * to_float32(b7[j])
+                    )
+        for j in range(len(sums)):
+            delta[row, j] = to_stored(delta[row, j], sums[j])
