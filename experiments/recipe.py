@@ -43,8 +43,8 @@ ABOUT = f"""
 `veneer train` and TRL's `SFTTrainer` with PEFT both use AdamW of torch, cosine after 5 % of
 warm-up, no weight decay, gradients clipped to 1, a loss that is a mean over the labelled tokens of
 a batch, and float32 adapters. They differ in the random start for a seed and in the order of the
-rows: TRL takes rows by chance, `veneer train` puts rows of like length into a batch, so that less
-padding is computed.
+rows: TRL takes rows by chance, `veneer train` puts rows of like length into a batch here
+(`group_by_length: true`), so that less padding is computed.
 
 Here both start with the numbers that PEFT draws for the seed (`veneer train` trains that adapter
 further), and `veneer train` runs in both orders. {len(SEEDS)} seeds; rank {RANK}, alpha {ALPHA},
@@ -144,6 +144,7 @@ def train_with_veneer(
         "max_steps": steps,
         "save_every": steps,
         "attention": "eager",
+        "group_by_length": True,
         "seed": seed,
         "precision": "fp32",
     }

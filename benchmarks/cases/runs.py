@@ -210,8 +210,8 @@ def target_arms(
     return {
         "trl + peft": arm(with_trl, tuned=False),
         "trl + peft, tuned": arm(with_trl, tuned=True),
-        "veneer": arm(with_veneer, grouped=True),
-        "veneer, rows by chance": arm(with_veneer, grouped=False),
+        "veneer": arm(with_veneer, grouped=False),
+        "veneer, rows by length": arm(with_veneer, grouped=True),
     }
 
 
@@ -275,8 +275,8 @@ TIME_TO_TARGET = Case(
     f"loss is at {TARGET}.",
     "layers, rank, peak rate, batch, rows and number of steps; the order of rows is each library's "
     "own. `tuned`: bf16 "
-    "weights, plain attention, no gradient checkpointing, Veneer's schedule; `rows by chance`: "
-    "`group_by_length: false`. The target was chosen on seeds "
+    "weights, plain attention, no gradient checkpointing, Veneer's schedule; `rows by length`: "
+    "`group_by_length: true`. The target was chosen on seeds "
     f"{CHOSEN_ON}",
     "trl + peft",
     [{"threads": "default", "steps": 16, "batch": 16}],

@@ -58,6 +58,7 @@ VARIATIONS = {
     "accumulation": {"grad_accum": 2, "batch_size": 3, "epochs": 2},
     "bf16": {"precision": "bf16", "epochs": 1},
     "checkpointing": {"activation_checkpointing": True, "epochs": 1},
+    "grouped": {"group_by_length": True, "epochs": 2},
     "packing": {"packing": True, "max_length": 64, "batch_size": 1, "epochs": 2},
     "rslora-train-also": {"variant": "rslora", "train_also": ["norm"], "epochs": 1},
     "no-shuffle-of-state": {"optimiser": "adafactor", "epochs": 1},
@@ -195,6 +196,19 @@ def test_a_run_that_began_before_a_setting_existed_had_its_default(make: Make, w
         fit(config, quiet=True)
     record.write_text(json.dumps({**run, "config": {**older, "dropout": 0.1}}))
     same(fit(config, quiet=True), whole)
+
+
+def test_a_run_that_began_before_rows_came_by_chance_keeps_its_order(make: Make) -> None:
+    config = make("older", group_by_length=True)
+    with pytest.raises(ZeroDivisionError):
+        fit(config, callbacks=[Crash(7)], quiet=True)
+    record = config.output / "run.json"
+    run = json.loads(record.read_text())
+    del run["config"]["group_by_length"]
+    record.write_text(json.dumps(run))
+    with pytest.raises(ConfigError, match="group_by_length: was True, is False"):
+        fit(make("older"), quiet=True)
+    same(fit(config, quiet=True), fit(make("whole-grouped", group_by_length=True), quiet=True))
 
 
 def test_overwrite_resumes_what_can_be_resumed(make: Make, whole: Any) -> None:

@@ -37,6 +37,9 @@ FREE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
+#: settings that earlier versions lacked, and what these versions did, where that is not the default
+IMPLIED_SETTINGS = {"group_by_length": True}
+
 # Fields that the adapter's files define if `adapter` names an adapter to train further.
 ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant",
@@ -190,9 +193,9 @@ class TrainConfig(BaseModel):
     batch_size: int = _optimiser(8, "Examples in one forward pass.", ge=1)
     grad_accum: int = _optimiser(1, "Forward passes in one step.", ge=1)
     group_by_length: bool = _optimiser(
-        True,
-        "Rows of like length share a batch: less padding; off: rows by chance, which teaches more"
-        " in a step.",
+        False,
+        "Rows of like length share a batch: less padding, but a step teaches less than one of"
+        " rows by chance.",
     )
     optimiser: str = _optimiser(
         "adamw_torch_fused",

@@ -64,7 +64,7 @@ class AdapterTrainerBase(Trainer):
     base_name: str
     processes = Processes()
     stop: StopOnSignal | None = None
-    group_by_length = True
+    group_by_length = False
     #: sums of an evaluation so far: [loss, items, measures …]
     _eval_sums: torch.Tensor | None = None
     measures: tuple[str, ...] = ("accuracy",)
