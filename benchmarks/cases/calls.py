@@ -323,7 +323,8 @@ MIXED = Case(
     [{"threads": "default", "dtype": dtype, "layers": 4, "adapters": 8} for dtype in DTYPES],
     mixed_arms,
     {"tiny": True, "layers": 1, "adapters": 2, "length": 4},
-    minutes=9,
+    rounds=3,
+    minutes=6,
 )
 EXPERTS = Case(
     "experts",

@@ -144,21 +144,20 @@ def rollouts_arms(
 ROLLOUTS = Case(
     "rollouts",
     "The answers of a step of GRPO with SmolLM2-135M: 8 to each of 2 word problems, of up to 48 "
-    "tokens, with two worked examples before each and with none.",
+    "tokens, with two worked examples before each.",
     "the same base, prompts, limits and temperature, rank 8 on all linear layers; transformers' "
     "generate is what Veneer called before, and draws the same answers as the engine in fp32; trl "
     "is the call of its GRPOTrainer, with PEFT",
     "transformers, generate",
     [
-        {"threads": "default", "dtype": dtype, "prompts": 2, "examples": examples, "tokens": 48}
-        for examples in (2, 0)
+        {"threads": "default", "dtype": dtype, "prompts": 2, "examples": 2, "tokens": 48}
         for dtype in DTYPES
     ],
     rollouts_arms,
     {"tiny": True, "tokens": 6},
     shown={"wall": ("wall time", "ratio"), "tokens": ("tokens of an answer", ".1f")},
-    rounds=3,
+    rounds=2,
     group="tasks",
-    minutes=32,
+    minutes=12,
 )
 CASES = (ROLLOUTS,)

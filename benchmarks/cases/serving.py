@@ -413,7 +413,7 @@ GAP = Case(
     "the same base, prompts and threads, 16 rows, prefix caches off; a prompt arrives when the one "
     "before is answered; `vllm` is its CPU build ($VLLM)",
     f"{OURS}, alone",
-    in_both_dtypes(layers=6, streams=8, tokens=64, prompt=1800),
+    in_both_dtypes(layers=6, streams=8, tokens=24, prompt=1800),
     gap_arms,
     {"tiny": True, "streams": 2, "tokens": 8, "prompt": 40},
     shown={
@@ -421,9 +421,9 @@ GAP = Case(
         "gap p50": ("between two, ms, p50", ",.0f"),
         "gap p95": ("between two, ms, p95", ",.0f"),
     },
-    rounds=3,
+    rounds=2,
     group="serve",
-    minutes=60,
+    minutes=30,
     lacks=missing,
 )
 LONG_ROW = Case(

@@ -156,8 +156,8 @@ STEP = Case(
     ],
     step_arms,
     {**TOY, "rows": 2},
-    rounds=3,
-    minutes=31,
+    rounds=2,
+    minutes=22,
 )
 STEP_ONE = Case(
     "step_one_thread",
