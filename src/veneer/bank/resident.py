@@ -155,7 +155,9 @@ def load_resident(
     Args:
         dtype: dtype of the factors; None takes the dtype of each weight.
         cache: results of verifying earlier adapters against this model; new results are added.
-        resolve_plans: plans of earlier adapters of this model; a new plan is added.
+        resolve_plans: how the changes of earlier adapters were resolved to ``ResolvedLowRank``;
+            reused for an adapter that changes the same weights in the same way. A new plan is added
+            if all changes of the adapter are resolved.
 
     Raises:
         AdapterError, BaseMismatchError: errors of ``veneer.load``.

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from veneer.kernels import cost_model, device, dropout, fused, reference
 
-#: the most numbers in x for which two convolutions and a sum are as fast, because they take less
-#: time in Python; measured on a CPU core
+#: the most elements of x for which the fused function is not used: on so small an input, two
+#: convolutions and a sum are as fast, because they make fewer Python calls; measured on a CPU core
 SMALL_INPUT_SIZE = 1 << 17
 #: the channels-last memory format by the number of axes
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -236,7 +236,7 @@ class Together:
         """Store keys and values [n + tokens, kv, 1, d]."""
         self.decode.keep(layer_index, key[: self.count], value[: self.count])
         for piece, batch in self._batches():
-            # [1, kv, tokens, d], the shape that a fill expects
+            # [1, kv, tokens, d], the shape that ``Fill.keep`` expects
             keys, values = (each[batch, :, 0].transpose(0, 1)[None] for each in (key, value))
             piece.keep(layer_index, keys, values)
 

@@ -126,7 +126,7 @@ def plan_merge(
         }
         sizes = dict.fromkeys(sorted(grown_tensors), rows)
         checkpoint = grow_checkpoint(checkpoint, sizes)
-    attached: dict[str, WeightedFolder] = {}
+    adapters_by_name: dict[str, WeightedFolder] = {}
     with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         try:
@@ -139,18 +139,18 @@ def plan_merge(
                     verify_base=False,
                     untie=False,
                 )
-                attached[f"merged{index}"] = adapter
+                adapters_by_name[f"merged{index}"] = adapter
             notes = [
                 *_quantization_notes(adapters, saved_adapters),
                 *(str(warning.message) for warning in caught_warnings),
             ]
             notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
             merge_plan = _plan_from_model(
-                target_model, attached, saved_adapters, param_slices, checkpoint, notes
+                target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
             )
             return replace(merge_plan, sizes=sizes, head=head)
         finally:
-            for name in attached:
+            for name in adapters_by_name:
                 detach(target_model, name)
 
 
@@ -174,19 +174,19 @@ def _quantization_notes(
 
 def _plan_from_model(
     model: nn.Module,
-    attached: Mapping[str, WeightedFolder],
+    adapters_by_name: Mapping[str, WeightedFolder],
     saved_adapters: Sequence[AdapterFiles],
     param_slices: Mapping[str, tuple[models.ParamSlice, ...]],
     checkpoint: Checkpoint,
     notes: Sequence[str],
 ) -> MergePlan:
-    """The plan for a model with the adapters attached. ``attached``: the adapters by their names on
-    the model; ``param_slices``: for each tensor in the files, the slices of the model's parameters
-    that it holds."""
+    """The plan for a model with the adapters attached. ``adapters_by_name``: the adapters by their
+    names on the model; ``param_slices``: for each tensor in the files, the slices of the model's
+    parameters that it holds."""
     path_by_id = {
         id(tensor): path for path, tensor in (*model.named_buffers(), *model.named_parameters())
     }
-    edits = _collect_edits(model, attached, path_by_id)
+    edits = _collect_edits(model, adapters_by_name, path_by_id)
     # for each parameter: the tensors that hold it, and which slice each of them holds
     slices_by_path: dict[str, dict[str, models.ParamSlice]] = {path: {} for path in edits}
     for tensor, tensor_slices in param_slices.items():
@@ -213,7 +213,7 @@ def _plan_from_model(
     for path, edit in edits.items():
         for tensor, param_slice in slices_by_path[path].items():
             edits_by_tensor.setdefault(tensor, []).append(replace(edit, param_slice=param_slice))
-    fingerprints = _expected_fingerprints(model, attached, saved_adapters, path_by_id)
+    fingerprints = _expected_fingerprints(model, adapters_by_name, saved_adapters, path_by_id)
     return MergePlan(
         {tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},
         {
@@ -232,14 +232,14 @@ def _plan_from_model(
 
 def _expected_fingerprints(
     model: nn.Module,
-    attached: Mapping[str, WeightedFolder],
+    adapters_by_name: Mapping[str, WeightedFolder],
     saved_adapters: Sequence[AdapterFiles],
     path_by_id: Mapping[int, str],
 ) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """By path of a parameter and then by adapter: (the fingerprint in the adapter's record, the ids
     of the token rows that it leaves out)."""
     fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-    for (adapter, _), saved_adapter in zip(attached.values(), saved_adapters, strict=True):
+    for (adapter, _), saved_adapter in zip(adapters_by_name.values(), saved_adapters, strict=True):
         recorded_weights = saved_adapter.metadata.get("base", {}).get("weights", {})
         for weight_path, fingerprint in recorded_weights.items():
             path = path_by_id[id(_get_tensor(model, weight_path))]
@@ -280,23 +280,23 @@ def _get_tensor(model: nn.Module, path: str) -> Tensor:
 
 
 def _collect_edits(
-    model: nn.Module, attached: Mapping[str, WeightedFolder], path_by_id: Mapping[int, str]
+    model: nn.Module, adapters_by_name: Mapping[str, WeightedFolder], path_by_id: Mapping[int, str]
 ) -> dict[str, TensorEdit]:
     """The edit of each parameter and running statistic that an adapter changes, by its path.
-    ``attached``: the adapters by their names on the model; ``path_by_id``: the path of each tensor
-    of the model by its id."""
+    ``adapters_by_name``: the adapters by their names on the model; ``path_by_id``: the path of each
+    tensor of the model by its id."""
     edits: dict[str, TensorEdit] = {}
     problems_by_adapter = {
         name: (*split_tie_problems(model, name), *output_change_problems(model, name))
-        for name in attached
+        for name in adapters_by_name
     }
     all_problems = [
-        f"{attached[name][0]}: {problem}"
+        f"{adapters_by_name[name][0]}: {problem}"
         for name, adapter_problems in problems_by_adapter.items()
         for problem in adapter_problems
     ]
     raise_all(MergeError, "Nothing was merged", all_problems)
-    for adapter_name, (_, adapter_weight) in attached.items():
+    for adapter_name, (_, adapter_weight) in adapters_by_name.items():
         for module_path, module, weight, change in changes(model, adapter_name):
             target: Any = module._parameters.get(weight)
             is_rewritten = (
