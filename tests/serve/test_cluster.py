@@ -111,7 +111,7 @@ def test_the_config_file_of_the_docs_is_one_of_ray_serve(tmp_path):
     from veneer.serve.cluster import app
 
     described = schema.ServeDeploySchema.model_validate(
-        yaml.safe_load(fleet.documented_configuration("yml"))
+        yaml.safe_load(fleet.documented_configuration("yml", "applications:"))
     )
     (application,) = described.applications
     assert application.import_path == f"{app.__module__}:app"

@@ -177,10 +177,11 @@ def _behind(front: str, command: list[str], folder: Path, replicas: int) -> Iter
         )
 
 
-def documented_configuration(front: str) -> str:
-    """The configuration that docs/serving.md shows."""
+def documented_configuration(front: str, containing: str = "") -> str:
+    """The configuration that docs/serving.md shows: the block of this language with this text."""
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    (block,) = re.findall(rf"```{front}\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(rf"```{front}\n(.*?)```", text, re.DOTALL)
+    (block,) = [block for block in blocks if containing in block]
     return block
 
 

@@ -436,19 +436,26 @@ linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 def linear_without_graph(
     scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> Tensor:
-    """``linear`` without a graph. The results are bitwise those of ``linear``, except for a few
-    tokens in 16 bits with float32 A and B: there B A x is computed in float32, which is faster."""
+    """``linear`` without a graph. The results are bitwise those of ``linear``, except for one token
+    in float32, where products of a matrix and a vector are faster, and for a few tokens in 16 bits
+    with float32 A and B, where B A x is computed in float32, which is faster."""
     dtype, width = x.dtype, x.shape[-1]
-    uses_float32 = (
-        dtype.itemsize < 4 and A.dtype is torch.float32 and x.numel() <= MOST_FLOAT32_TOKENS * width
-    )
-    if not uses_float32:
+    is_one_token, is_narrow = x.numel() == width, dtype.itemsize < 4
+    has_few_tokens = x.numel() <= MOST_FLOAT32_TOKENS * width if is_narrow else is_one_token
+    uses_float32 = A.dtype is torch.float32 and B.dtype is torch.float32
+    if not (has_few_tokens and uses_float32 and dtype is not torch.float64):
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     tokens = x if x.ndim == 2 else x.reshape(-1, width)
     down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
-    change = (((tokens.float() @ down.mT) * scale) @ up.mT).to(dtype)
-    is_one_row = bias is None and tokens.shape[0] == 1 and dtype is torch.bfloat16
-    if is_one_row and x.is_cpu and weight.stride(1) == 1 and has_amx():
+    wide_tokens = tokens.float() if is_narrow else tokens
+    if is_one_token:
+        h = torch.mv(down, wide_tokens[0])
+        change = torch.addmv(h[:1], up, h, beta=0, alpha=scale)[None]
+    else:
+        change = ((wide_tokens @ down.mT) * scale) @ up.mT
+    change = change.to(dtype) if is_narrow else change
+    is_vector_faster = not is_narrow or (dtype is torch.bfloat16 and has_amx())
+    if is_one_token and bias is None and is_vector_faster and x.is_cpu and weight.stride(1) == 1:
         change[0].addmv_(weight, tokens[0])
     else:
         change = add_product(change, tokens, weight, bias)
