@@ -98,7 +98,7 @@ def test_three_ways_one_adapter(
 ) -> None:
     run = fit(
         make("run", data=str(rows), max_steps=STEPS, batch_size=BATCH, learning_rate=RATE, schedule="constant",
-             warmup=0.0, dropout=0.0, eval_fraction=0.0, optimiser="adamw_torch"),
+             warmup=0.0, dropout=0.0, eval_fraction=0.0, optimiser="adamw_torch", group_by_length=True),
         quiet=True,
     )  # fmt: skip
     ours = numbers(run.handle)
@@ -116,7 +116,7 @@ def test_rows_by_chance_are_those_of_a_plain_loop(
 ) -> None:
     run = fit(
         make("run", data=str(rows), max_steps=STEPS, batch_size=BATCH, learning_rate=RATE, schedule="constant",
-             warmup=0.0, dropout=0.0, eval_fraction=0.0, optimiser="adamw_torch", group_by_length=False),
+             warmup=0.0, dropout=0.0, eval_fraction=0.0, optimiser="adamw_torch"),
         quiet=True,
     )  # fmt: skip
     losses, _ = plain_loop(base, rows, grouped=False)
