@@ -96,7 +96,7 @@ class Case:
     shown: Mapping[str, tuple[str, str]] = field(
         default_factory=lambda: {"wall": ("wall time", "ratio")}
     )
-    rounds: int = 5
+    rounds: int = 3
     processes: int = 5
     seeds: Sequence[int] = ()
     apart: bool = False

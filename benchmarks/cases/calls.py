@@ -310,7 +310,7 @@ FORWARD = Case(
     ],
     forward_arms,
     {"tiny": True, "layers": 1, "tokens": 4},
-    minutes=2.4,
+    minutes=11,
 )
 MIXED = Case(
     "mixed",
@@ -323,8 +323,7 @@ MIXED = Case(
     [{"threads": "default", "dtype": dtype, "layers": 4, "adapters": 8} for dtype in DTYPES],
     mixed_arms,
     {"tiny": True, "layers": 1, "adapters": 2, "length": 4},
-    rounds=3,
-    minutes=6,
+    minutes=12,
 )
 EXPERTS = Case(
     "experts",
