@@ -40,7 +40,7 @@ def curve(result: Mapping[str, Any], arm: str) -> list[dict[str, float]]:
 def picture() -> str:
     result = record()
     curves = {
-        name: [(point["wall"], point["loss"]) for point in curve(result, arm)]
+        name: [(round(point["wall"], 1), point["loss"]) for point in curve(result, arm)]
         for name, arm in ARMS.items()
     }
     return charts.lines_file(curves, x="seconds", y="held-out loss")

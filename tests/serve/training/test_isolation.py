@@ -119,7 +119,9 @@ def test_a_run_that_diverged_can_be_unloaded(base, tmp_path):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_state_that_cannot_be_written_now_costs_time_alone(base, tmp_path, monkeypatch, error):
+def test_a_state_that_cannot_be_written_now_costs_time_alone(
+    base, tmp_path, monkeypatch, caplog, error
+):
     service = open_service(base, None, train=str(tmp_path), runs=1)
     worker = training_of(service).worker
     with listening(service) as (url, _):
@@ -132,6 +134,10 @@ def test_a_state_that_cannot_be_written_now_costs_time_alone(base, tmp_path, mon
         assert run.pass_(texts(1)).loss == pytest.approx(
             local.pass_(texts(1)), rel=1e-3
         )  # out of the journal
+    records = [record for record in caplog.records if "not be written" in record.getMessage()]
+    assert records
+    # a full disk needs no traceback; a fault does
+    assert all(bool(record.exc_info) is isinstance(error, RuntimeError) for record in records)
 
 
 def test_numbers_that_no_state_can_hold_are_their_runs_failure(base, tmp_path, monkeypatch):

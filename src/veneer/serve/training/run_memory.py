@@ -25,6 +25,14 @@ from veneer.serve.training.store import SUCCEEDED, Store
 
 log = logging.getLogger("veneer.serve.training")
 
+
+def log_failure(text: str, error: Exception) -> None:
+    """Log an error after which something is tried again. The traceback is logged too, except for an
+    error of the disk, which happens again and again while the disk is full."""
+    is_disk_error = isinstance(error, (OSError, sqlite3.Error))
+    log.error("%s: %s", text, error, exc_info=None if is_disk_error else error)
+
+
 #: seconds of computing after which a run's state is written; a restart computes no more than this
 #: again
 STATE_SECONDS = 30.0
@@ -173,10 +181,9 @@ class RunMemory:
             self.mark_failed(
                 active_run, sentence(problem, "numbers that an adapter folder can hold", advice)
             )
-        except Exception:
-            log.exception(
-                "%s: its state could not be written; its requests are kept until it can", run_id
-            )
+        except Exception as error:
+            problem = "its state could not be written; its requests are kept until it can"
+            log_failure(f"{run_id}: {problem}", error)
             active_run.unsaved_seconds = 0.0  # try again after ``STATE_SECONDS`` of computing
 
     def write_state(self, active_run: ActiveRun, seq: int | None = None) -> None:

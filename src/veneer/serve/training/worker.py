@@ -30,7 +30,7 @@ from veneer.serve.scheduler import Shares
 from veneer.serve.training.active_runs import ActiveRun, Queue, RunRequest
 from veneer.serve.training.curve import LOSS_METRIC, Batch
 from veneer.serve.training.losses import check_datum, complete_settings
-from veneer.serve.training.run_memory import PASS, REPLAYED_KINDS, Operation, RunMemory
+from veneer.serve.training.run_memory import PASS, REPLAYED_KINDS, Operation, RunMemory, log_failure
 from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
 from veneer.serve.training.store import FAILED, FAILED_STEP_INPUT, SUCCEEDED, Store
 from veneer.serve.training.wire import (
@@ -178,8 +178,8 @@ class Worker:
         for active_run in active_runs:
             try:
                 function(active_run)
-            except Exception:
-                log.exception("%s: a request could not be answered", active_run.run_id)
+            except Exception as error:
+                log_failure(f"{active_run.run_id}: a request could not be answered", error)
                 active_run.retry_time = time.monotonic() + PAUSE_SECONDS
 
     def _run_tasks(self) -> None:
