@@ -93,13 +93,7 @@ def cost_until(curve: Sequence[Mapping[str, float]], target: float, cost: str) -
 
 
 def with_veneer(
-    rows: Path,
-    folder: Path,
-    watch: Any,
-    seed: int,
-    base: str,
-    steps: int,
-    batch: int,
+    rows: Path, folder: Path, watch: Any, seed: int, base: str, steps: int, batch: int
 ) -> None:
     from veneer.train.config import TrainConfig
     from veneer.train.run import fit

@@ -64,9 +64,10 @@ def compile_row_loop(weight: Tensor) -> None:
     """Load and compile that loop for a base whose largest weight is ``weight``, so that the first
     mixed batch does not wait for it. Does nothing for a base that the loop does not support."""
     if (loop := load_row_loop(weight, weight.dtype)) is not None:
-        x = torch.zeros(1, loop.RANKS_TOGETHER, dtype=weight.dtype)
-        factor = loop.to_array(x.T.contiguous())
-        loop.multiply_pairs(x[:, :1], factor, factor, loop.make_pairs([[(0, 1.0)]], [(0, 8)], 1))
+        rank = loop.RANKS_TOGETHER
+        factor = loop.to_array(torch.zeros(rank, 1, dtype=weight.dtype))
+        pairs = loop.make_pairs([[(0, 1.0)]], [(0, rank)], 1)
+        loop.multiply_pairs(torch.zeros(1, 1, dtype=weight.dtype), factor, factor, pairs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import pytest
 from veneer.errors import ConfigError, SelectionError
 from veneer.serve.training.checkpoint_source import CheckpointSource, parse_current_run
 from veneer.serve.training.run_trainer import ADAPTER
+from veneer.serve.training.sqlite_index import Index
 from veneer.serve.training.store import INDEX, Checkpoint, Store
 
 
@@ -138,3 +139,28 @@ def test_a_folder_of_an_earlier_release_without_versions_is_read(store, tmp_path
     again.require_base("tiny", "mark")
     again.close()
     assert not caplog.records
+
+
+def test_a_commit_that_a_full_disk_refuses_leaves_no_transaction_open(tmp_path):
+    index = Index(tmp_path / "index.sqlite")
+    index.create_tables("CREATE TABLE numbers (number INTEGER)")
+    connection = index._writer
+
+    class Full:
+        """The connection, whose commits fail as on a full disk."""
+
+        def __getattr__(self, name):
+            return getattr(connection, name)
+
+        def execute(self, statement, *parameters):
+            if statement == "COMMIT":
+                raise sqlite3.OperationalError("database or disk is full")
+            return connection.execute(statement, *parameters)
+
+    index._writer = Full()
+    with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+        index.execute("INSERT INTO numbers VALUES (?)", 1)
+    index._writer = connection
+    index.execute("INSERT INTO numbers VALUES (?)", 2)
+    assert [row["number"] for row in index.rows("SELECT number FROM numbers")] == [2]
+    index.close()
