@@ -103,16 +103,17 @@ def test_a_switch_of_adapter_costs_the_tokens_from_its_invocation_on(serving, mo
     conversation = invoke(prompts(1, 120, seed=2)[0] * 120, 0, ())[:120]
     answer = tuple(ask(engine, conversation).wait().tokens)
     longer = (*conversation, *answer)
-    before = len(longer) // BLOCK * BLOCK
-    # the second time, "a" finds the block in which its invocation begins too
-    for name, cached in (("a", before), ("b", before), (None, before), ("a", before + BLOCK)):
+    before, whole = len(longer), len(longer) // BLOCK * BLOCK
+    # at first in blocks, as the conversation needs a longer row now; then in the row of the last
+    # turn; then also the block in which the invocation of "a" begins
+    for name, cached in (("a", whole), ("b", before), (None, before), ("a", whole + BLOCK)):
         prompt = (*longer, *TOKENS.get(name, ()), 30, 31)
         client = ask(engine, prompt, name).wait()
         assert client.tokens == alone(models[name], prompt, 6), name
         assert client.pieces[-1].cached == cached, name
     # the base reads nothing of what an adapter computed, nor does an adapter of another's
     prompt = (*longer, *TOKENS["a"], *range(40, 90))
-    for name, expected in (("a", before + BLOCK), (None, before), ("plain", 0)):
+    for name, expected in (("a", before + len(TOKENS["a"])), (None, before), ("plain", 0)):
         client = ask(engine, prompt, name).wait()
         assert (client.pieces[-1].cached, client.tokens) == (
             expected, alone(models[name], prompt, 6),
@@ -127,7 +128,7 @@ def test_a_switch_continues_the_row_of_the_base(serving, models, monkeypatch):
     monkeypatch.setattr(Slots, "write_blocks", lambda *args: copies.append(write(*args)))
     engine, _ = serving()
     prompt = invoke(range(20, 90), 60, TOKENS["a"])
-    for name, cached in ((None, 0), ("a", 60 // BLOCK * BLOCK)):
+    for name, cached in ((None, 0), ("a", 60)):
         client = ask(engine, prompt, name).wait()
         assert (client.tokens, client.pieces[-1].cached) == (
             alone(models[name], prompt, 6), cached,
@@ -147,7 +148,7 @@ def test_a_later_invocation_begins_anew(serving, models):
     third = (*first, 33, 34)
     client = ask(engine, third, "a").wait()
     assert client.tokens == alone(models["a"], third, 6)
-    assert client.pieces[-1].cached == len(first) // BLOCK * BLOCK
+    assert client.pieces[-1].cached == len(first)
 
 
 def test_another_key_s_beginning_is_not_shared(serving):
@@ -157,9 +158,9 @@ def test_another_key_s_beginning_is_not_shared(serving):
     cached = [
         ask(engine, prompt, "a", owner=owner).wait().pieces[-1].cached for owner in ("bob", "alice")
     ]
-    assert cached == [0, 64]
+    assert cached == [0, 70]
     ask(engine, prompt[:70], owner="alice", cache_salt="ours").wait()
-    assert ask(engine, prompt, "b", owner="bob", cache_salt="ours").wait().pieces[-1].cached == 64
+    assert ask(engine, prompt, "b", owner="bob", cache_salt="ours").wait().pieces[-1].cached == 70
 
 
 def test_a_request_waits_for_a_beginning_that_another_computes(serving, models):
@@ -235,7 +236,7 @@ def test_a_server_serves_folders_of_either_library(tmp_path):
         for name, ids in tokens.items():
             _, answer = complete(name, f"{text}<{name}>")
             details = answer["usage"]["prompt_tokens_details"]
-            assert details["cached_tokens"] == len(text) // BLOCK * BLOCK
+            assert details["cached_tokens"] == len(text)
             alone_model = tiny_model()
             veneer.load(alone_model, adapters / name)
             prompt = tokenizer.encode(text) + ids

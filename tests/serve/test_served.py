@@ -110,8 +110,8 @@ def test_the_usage_says_what_was_in_the_cache(it, stream):
         return usage.prompt_tokens_details.cached_tokens
 
     assert cached(prompt, n=2, extra_body={"cache_salt": salt}) == 0  # of the first of them
-    assert cached(prompt, n=2, extra_body={"cache_salt": salt}) == 48
-    assert cached([prompt, [5] * 20, prompt], extra_body={"cache_salt": salt}) == 96
+    assert cached(prompt, n=2, extra_body={"cache_salt": salt}) == len(prompt)
+    assert cached([prompt, [5] * 20, prompt], extra_body={"cache_salt": salt}) == 2 * len(prompt)
     assert cached(prompt, extra_body={"cache_salt": salt + "!"}) == 0
     with pytest.raises(openai.BadRequestError, match="cache_salt"):
         cached(prompt, extra_body={"cache_salt": ""})
@@ -129,7 +129,7 @@ def test_an_adapter_that_is_replaced_takes_what_it_computed_with_it(it, folder):
         body = {"lora_name": "mine", "lora_path": path, "load_inplace": True}
         assert post(it, "load", **body).status_code == 200
         first, second = asked(), asked()
-        assert (first[1], second[1]) == (0, 16)
+        assert (first[1], second[1]) == (0, len(PROMPT))
         assert first[0] == second[0] == ask(it, path, PROMPT, 4).choices[0].text
     assert post(it, "unload", lora_name="mine").status_code == 200
     assert post(it, "load", lora_name="mine", lora_path="two").status_code == 200

@@ -54,10 +54,10 @@ class Batch:
         return min(TOGETHER, 2 * TOGETHER // max(1, len(blends)))
 
     def add(self, state: RequestState) -> bool:
-        """Give a request a row, and return whether there was memory for it."""
+        """Give a request a row, and return whether there was memory for it. The request begins to
+        run if all of its prompt is in the row."""
         if not self.memory.start(state):
             return False
-        self.filling.append(state)
         if state.started is None:
             state.started, state.cached = next(self._starts), state.length
             moment, blend = time.monotonic(), state.request.blend
@@ -66,6 +66,10 @@ class Batch:
             self._notify("looked_up", blend, len(state.ids), state.cached)
             with self._lock:
                 self._scheduler.began(moment)
+        if state.length == len(state.ids):
+            self._run(state)
+        else:
+            self.filling.append(state)
         return True
 
     def remove(self, state: RequestState) -> None:
@@ -115,10 +119,14 @@ class Batch:
             if state.length == len(state.ids):
                 complete.append(number)
                 self.filling.remove(state)
-                self.running.append(state)
-                if not state.generated:
-                    self._notify("tokens", state.request.blend, state.length, 0)
+                self._run(state)
         return complete
+
+    def _run(self, state: RequestState) -> None:
+        """Let a request run whose tokens are all in its row."""
+        self.running.append(state)
+        if not state.generated:
+            self._notify("tokens", state.request.blend, state.length, 0)
 
     def sort_running(self) -> list[RequestState]:
         """The running requests in the order of their rows."""

@@ -297,6 +297,8 @@ class Engine:
                 self._end(state, "error", f"{type(error).__name__}: {error}")
                 continue
             self._admission.remove(state)
+            if state.prompt_logits is not None and state.length == len(state.ids):
+                self._sample([state], state.prompt_logits[None])
 
     def _compute(
         self, states: list[RequestState], call: Callable[[list[RequestState]], Computed]
@@ -317,6 +319,9 @@ class Engine:
 
     def _sample(self, states: list[RequestState], logits: Tensor) -> None:
         """Sample the next tokens of requests from logits [requests, vocabulary]."""
+        for state, row in zip(states, logits, strict=True):
+            if self._prefix_cache and not state.generated:  # for requests with the same prompt
+                state.prompt_logits = row.clone()
         try:
             sampled_tokens = sample(logits, [state.sampler for state in states])
         except Exception as error:

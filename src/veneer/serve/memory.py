@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from veneer.errors import ConfigError
 from veneer.models.decode.attention import BLOCK
@@ -44,12 +45,15 @@ UNKNOWN_PAGES = 8 * 2**30 // mmap.PAGESIZE
 
 class FinishedRow(NamedTuple):
     """The row of a request that ended at time ``ended`` (``time.monotonic``). It holds the keys and
-    values of tokens ``ids``, which requests of ``namespace`` may reuse."""
+    values of tokens ``ids``, which requests of ``namespace`` may reuse. ``prompt_logits`` are those
+    behind its prompt, the first ``prompt_length`` tokens."""
 
     row: Row
     ids: Sequence[int]
     namespace: Namespace
     ended: float
+    prompt_length: int
+    prompt_logits: Tensor | None
 
 
 class Memory:
@@ -58,7 +62,8 @@ class Memory:
     its first token on.
 
     The rows of the requests that finished last stay in ``finished_rows``, the oldest first. A
-    request that begins with the tokens of one continues that row, which copies no block.
+    request that begins with the tokens of one continues that row, which copies no block. If it has
+    the same prompt, nothing of it is computed.
     """
 
     def __init__(
@@ -85,8 +90,9 @@ class Memory:
         return self.budget.rows + self.budget.prefixes
 
     def start(self, state: RequestState) -> bool:
-        """Give a request a row that begins with the cached prefix of its tokens. Returns False if
-        there is no room now."""
+        """Give a request a row that begins with the cached prefix of its tokens. If that is all of
+        them, the request gets the logits behind its prompt, too. Returns False if there is no room
+        now."""
         blocks = self._find(state)  # marks them as used, so that others are evicted for the row
         size = len(state.ids) + min(state.limit - state.generated, HEADROOM)
         if self._continue_finished_row(state, size, len(blocks) * BLOCK):
@@ -119,7 +125,10 @@ class Memory:
         )
         if shared < max(cached, BLOCK):
             return False
-        state.row, state.length = self.finished_rows.pop(number).row, shared
+        finished_row = self.finished_rows.pop(number)
+        state.row, state.length = finished_row.row, shared
+        if shared == len(state.ids):
+            state.prompt_logits = finished_row.prompt_logits
         return True
 
     def finish(self, state: RequestState) -> None:
@@ -128,10 +137,15 @@ class Memory:
         self.save(state)
         if self.prefixes is None or state.row is None:
             return
-        ids = state.ids[: state.length]
-        self.finished_rows.append(
-            FinishedRow(state.row, ids, _namespace_of(state), time.monotonic())
+        finished_row = FinishedRow(
+            state.row,
+            state.ids[: state.length],
+            _namespace_of(state),
+            time.monotonic(),
+            len(state.request.prompt),
+            state.prompt_logits,
         )
+        self.finished_rows.append(finished_row)
         state.row = None
         if len(self.finished_rows) > MAX_FINISHED_ROWS:
             self.slots.release(self.finished_rows.pop(0).row)
@@ -222,12 +236,15 @@ def _namespace_of(state: RequestState) -> Namespace:
 
 
 def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
-    """The number of a request's tokens, in whole blocks, whose keys and values the row of a
-    finished one holds. It never includes the last token, whose logits must be computed."""
-    namespace, most = _namespace_of(state), min(len(finished_row.ids), len(state.ids) - 1)
-    pairs = zip(finished_row.ids[:most], state.ids[:most], strict=True)
-    equal = next((number for number, (old, new) in enumerate(pairs) if old != new), most)
-    return finished_row.namespace.shared_length(equal, namespace) // BLOCK * BLOCK
+    """The number of a request's tokens whose keys and values the row of a finished one holds. It
+    includes the last token only if the logits behind that are known."""
+    length, namespace = len(state.ids), _namespace_of(state)
+    pairs = enumerate(zip(finished_row.ids, state.ids, strict=False))
+    most = min(len(finished_row.ids), length)
+    equal = next((number for number, (old, new) in pairs if old != new), most)
+    shared = finished_row.namespace.shared_length(equal, namespace)
+    is_answered = finished_row.prompt_logits is not None and finished_row.prompt_length == length
+    return shared if is_answered else min(shared, length - 1)
 
 
 def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from veneer.attach import find_starts
 from veneer.models.decode.slots import Row
@@ -65,6 +66,7 @@ class RequestState:
         self.filled = 0  # the same after this step's prefill
         self.generated = 0
         self.cached = 0  # tokens of its prompt that were in the cache
+        self.prompt_logits: Tensor | None = None  # [vocabulary], behind its prompt
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._pending: list[Token] = []
         self._new, self._stopped = (
