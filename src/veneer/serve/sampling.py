@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import sentence
+from veneer.kernels.draws import log_exponentials
 from veneer.serve.grammars import Layout, allowed_tokens, error_of
 from veneer.serve.processors import Processor
 from veneer.serve.requests import Cause, RequestError, Sampling, cause_of
@@ -73,13 +74,12 @@ class Sampler:
         self._generator: torch.Generator | None = None
         self._sampled: list[int] = []
 
-    def draw(self, noise: Tensor) -> None:
-        """Fill ``noise`` [vocabulary] with new exponential random numbers of rate 1."""
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The random generator of the row, which is made at the first call."""
         if self._generator is None:
-            self._generator = torch.Generator(noise.device)
             seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
-            self._generator.manual_seed(seed % 2**63)
-        noise.exponential_(generator=self._generator)
+            self._generator = torch.Generator(device).manual_seed(seed % 2**63)
+        return self._generator
 
     def accept(self, token: int) -> bool:
         """Record the sampled ``token`` and advance the grammar by it. Returns whether the grammar
@@ -209,10 +209,8 @@ class _Draw:
 
     def __init__(self, logits: Tensor, rows: Sequence[Sampler]) -> None:
         self.settings = [row.sampling for row in rows]
-        noise = torch.empty_like(logits)
-        for row, row_noise in zip(rows, noise, strict=True):
-            row.draw(row_noise)
-        self.log_noise = noise.log_()
+        row_generators = [row.generator(logits.device) for row in rows]
+        self.log_noise = log_exponentials(row_generators, logits.shape[-1], logits.device)
         # lower temperatures would let the scaled logits overflow; at 1e-5 the most likely token
         # already has all of the probability
         temperatures = [max(setting.temperature, 1e-5) for setting in self.settings]
