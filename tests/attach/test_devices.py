@@ -109,7 +109,7 @@ def test_a_change_is_measured_without_float64_on_the_device(narrow):
     assert low.core().device == low.svd().U.device == torch.device("cpu")
 
 
-def test_sampling_needs_no_float64_of_the_device():
+def test_sampling_needs_no_float64_of_the_device(monkeypatch):
     from veneer.serve import sampling
     from veneer.serve.requests import Sampling
 
@@ -130,6 +130,7 @@ def test_sampling_needs_no_float64_of_the_device():
         Sampling(4, temperature=1.0, top_k=3, seed=2),
     ]
     rows = [sampling.Sampler(one) for one in settings]
+    monkeypatch.setattr(precision, "has_float64", lambda device: False)
     with Narrow():
         tokens = sampling.sample(torch.randn(2, 50), rows)
     assert len(tokens) == 2
