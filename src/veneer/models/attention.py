@@ -1,7 +1,7 @@
 """Attention as plain matrix products, for models of transformers, in calls for which torch's fused
 kernel is slower.
 
-Products are faster on a CPU with short rows in 16 bits, or with a causal mask (see
+Products are faster on a CPU in training on short rows in bfloat16 (see
 ``kernels/cpu_attention.py``). ``use_products`` registers an attention function with transformers.
 In each call, it uses products if they are faster, and transformers' own "sdpa" otherwise.
 """
@@ -83,23 +83,13 @@ def _attention_function() -> Callable[..., tuple[Any, None]]:
             mask = packing.row_masks(attention_mask)
             output, _ = attend(module, query, key, value, mask, **options)
             return packing.pack(output), None
-        if query.shape[2] > 1 and has_shared_mask:
+        if has_shared_mask and cpu_attention.is_faster(query, key):
             has_causal_mask = bool(
                 getattr(module, "is_causal", True) if is_causal is None else is_causal
             )
-            only_causal = has_causal_mask and attention_mask is None
-            if cpu_attention.is_faster(query, key, only_causal and not dropout):
-                if only_causal and not dropout:
-                    return cpu_attention.causal(query, key, value, scaling).transpose(1, 2), None
-                bias = (
-                    None
-                    if only_causal
-                    else cpu_attention.bias_of(attention_mask, has_causal_mask, query, key)
-                )
-                output = cpu_attention.products(
-                    query, key, value, bias, scaling, dropout, causal=only_causal
-                )
-                return output.transpose(1, 2), None
+            bias = cpu_attention.bias_of(attention_mask, has_causal_mask, query, key)
+            output = cpu_attention.products(query, key, value, bias, scaling, dropout)
+            return output.transpose(1, 2), None
         return sdpa_attention_forward(
             module,
             query,
