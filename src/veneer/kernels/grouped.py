@@ -9,9 +9,10 @@ change in place: 16-bit outputs are rounded once, including the change. Only x i
 backward. An expert without rows costs nothing.
 
 On a CPU, the rows of each expert are a segment, and a few products compute one segment after
-another (torch's grouped product is such a loop there too). On other devices, torch's grouped
-products are used, which need no synchronisation. They cannot add to an existing tensor, so 16-bit
-outputs are rounded twice.
+another (torch's grouped product is such a loop there too). Products with A and B are in float32: in
+16 bits torch compiles a kernel for each shape, and an expert has another number of rows in each
+step. On other devices, torch's grouped products are used, which need no synchronisation. They
+cannot add to an existing tensor, so 16-bit outputs are rounded twice.
 
 Rejected: gathering A and B for each row. In training, these copies take more memory than the rows.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 from veneer.kernels import has_amx, reference
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 from veneer.kernels.switch import is_on
+from veneer.precision import at_least_float32
 
 _C: Any = torch._C
 
@@ -135,13 +137,15 @@ def definition(
 def _forward(
     scale: float, row_segments: Segments | None, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
 ) -> Tensor:
-    y = x.new_empty(x.shape[0], weight.shape[-2])
-    down, up = A.to(x.dtype), B.to(x.dtype)
-    for x_rows, y_rows, (expert_A, expert_B) in _by_expert(row_segments, (x, y), (down, up)):
+    rows, down, up = (tensor.to(at_least_float32(x.dtype)) for tensor in (x, A, B))
+    change = rows.new_empty(x.shape[0], weight.shape[-2])
+    for x_rows, change_rows, (expert_A, expert_B) in _by_expert(
+        row_segments, (rows, change), (down, up)
+    ):
         h = x_rows @ expert_A.mT
         h *= scale
-        torch.mm(h, expert_B.mT, out=y_rows)
-    return _add_product(y, x, weight, row_segments)
+        torch.mm(h, expert_B.mT, out=change_rows)
+    return _add_product(change.to(x.dtype), x, weight, row_segments)
 
 
 def _by_expert(
@@ -268,8 +272,9 @@ def _low_rank_gradients(
     need_factors: bool,
 ) -> Any:
     """(scale · dy B A [S, in], gradient of A, gradient of B)."""
+    dtype, compute_dtype = x.dtype, at_least_float32(x.dtype)
     x = x if index is None else x[index]
-    down, up = A.to(x.dtype), B.to(x.dtype)
+    x, dy, down, up = (tensor.to(compute_dtype) for tensor in (x, dy, A, B))
     dx = torch.empty_like(x)
     new_gradient = torch.zeros_like if need_factors else torch.empty_like
     gradients = new_gradient(down), new_gradient(up)
@@ -283,9 +288,9 @@ def _low_rank_gradients(
         if need_factors:
             h = rows @ expert_A.mT
             h *= scale
-            expert_dA.copy_(u.mT @ rows)
-            expert_dB.copy_(dy_rows.mT @ h)
-    dx = dx if need_x else None
+            torch.mm(u.mT, rows, out=expert_dA)
+            torch.mm(dy_rows.mT, h, out=expert_dB)
+    dx = dx.to(dtype) if need_x else None
     if not need_factors:
         return dx, None, None
     dA, dB = gradients
