@@ -62,9 +62,6 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 
 #: the most tokens for which products with A and B are faster in float32 than in 16 bits
 MOST_FLOAT32_TOKENS = 32
-#: bytes of x that a float32 product with A or B reads at a time on a CPU, so that they stay in the
-#: cache for the next product
-CACHE_BYTES = 3 << 18
 
 
 class Settings(NamedTuple):
@@ -127,36 +124,7 @@ def thin_product(thin_factor: Tensor, x: Tensor, dropped: Tensor | None = None) 
         x = dropout.zero_entries(x, dropped)
     if x.dtype.itemsize < 4:
         return torch.mm(x, thin_factor.t()).t()
-    chunk_size = _chunk_rows(x)
-    if x.shape[0] <= chunk_size or not x.is_cpu:
-        return thin_factor @ x.mT
-    h = x.new_empty(thin_factor.shape[0], x.shape[0])
-    chunks = zip(x.unsafe_split(chunk_size), h.unsafe_split(chunk_size, 1), strict=True)
-    for x_chunk, h_chunk in chunks:
-        torch.mm(thin_factor, x_chunk.mT, out=h_chunk)
-    return h
-
-
-def thin_product_pair(thin_factor: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(u = thin_factor @ dyᵀ [r, T], h @ dy [r, out]) with thin_factor [r, out], dy [T, out] and
-    h [r, T]. In float32, both are computed for a chunk of tokens while it is in the CPU's cache."""
-    chunk_size = _chunk_rows(dy)
-    if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk_size or not dy.is_cpu:
-        return thin_product(thin_factor, dy), torch.mm(h, dy)
-    u, gradient = torch.empty_like(h), None
-    chunks = zip(
-        dy.unsafe_split(chunk_size),
-        u.unsafe_split(chunk_size, 1),
-        h.unsafe_split(chunk_size, 1),
-        strict=True,
-    )
-    for dy_chunk, u_chunk, h_chunk in chunks:
-        torch.mm(thin_factor, dy_chunk.mT, out=u_chunk)
-        if gradient is None:
-            gradient = torch.mm(h_chunk, dy_chunk)
-        else:
-            gradient.addmm_(h_chunk, dy_chunk)
-    return u, cast(Tensor, gradient)
+    return thin_factor @ x.mT
 
 
 def thin_gradients(
@@ -191,11 +159,6 @@ def match_factor(gradient: Tensor, factor: Tensor) -> Tensor:
     if gradient.dtype != factor.dtype:
         gradient = gradient.to(factor.dtype, memory_format=torch.contiguous_format)
     return gradient if factor.ndim == 2 else gradient[None]
-
-
-def _chunk_rows(x: Tensor) -> int:
-    """The number of rows of x that fit into ``CACHE_BYTES`` in float32, as a power of 2."""
-    return 1 << max(CACHE_BYTES // (x.shape[1] * 4), 1).bit_length() - 1
 
 
 def _as_matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -345,14 +308,8 @@ def _output_gradients(
     """(dy B)ᵀ of all layers [R, T], and for each layer h dy [r, out] if its B needs a gradient."""
     u_of_layers, gradients = [], []
     for dy, up, layer_h, need in zip(dys, ups, h, needs, strict=True):
-        if dy is None:
-            u, gradient = torch.zeros_like(layer_h), None
-        elif need:
-            u, gradient = thin_product_pair(up.t(), dy, layer_h)
-        else:
-            u, gradient = thin_product(up.t(), dy), None
-        u_of_layers.append(u)
-        gradients.append(gradient)
+        u_of_layers.append(torch.zeros_like(layer_h) if dy is None else thin_product(up.t(), dy))
+        gradients.append(torch.mm(layer_h, dy) if need and dy is not None else None)
     return _join_layers(u_of_layers), gradients
 
 
@@ -377,8 +334,7 @@ class _Linear(torch.autograd.Function):
             h *= scale
             change = torch.mm(h, up.mT)
         else:
-            is_short = tokens.shape[0] <= MOST_FLOAT32_TOKENS
-            h = torch.mm(down, tokens.mT) if is_short else thin_product(down, tokens)  # [r, T]
+            h = torch.mm(down, tokens.mT)  # [r, T]
             h *= scale
             change = torch.mm(h.mT, up.mT)
         y = add_product(change, tokens, weight, bias)  # [T, out]
@@ -414,10 +370,8 @@ class _Linear(torch.autograd.Function):
             dx = torch.mm(u, down) if need_x else None
         else:
             h = thin_product(down, tokens).mul_(ctx.scale) if h is None else h  # [r, T]
-            if need_B:
-                u, dB = thin_product_pair(up.t(), dy, h)
-            else:
-                u, dB = thin_product(up.t(), dy), None
+            u = thin_product(up.t(), dy)
+            dB = torch.mm(h, dy) if need_B else None
             dx, dA = thin_gradients(u.mul_(ctx.scale), down, tokens, None, need_x, need_A)
         dx = None if dx is None else dx.addmm_(dy, weight).view(ctx.shape)
         db = dy.sum(0) if need_bias else None

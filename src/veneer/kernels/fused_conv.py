@@ -253,10 +253,10 @@ def _up_gradients(
     of y."""
     if settings.channels_last:
         rows, thin_factor = _as_rows(dy), (up * settings.scale).mT
+        dh = _as_images(fused.thin_product(thin_factor, rows).mT.contiguous(), dy)
         if h is None:
-            return _as_images(fused.thin_product(thin_factor, rows).mT.contiguous(), dy), None
-        dh, dB = fused.thin_product_pair(thin_factor, rows, _as_rows(h).mT)
-        return _as_images(dh.mT.contiguous(), dy), dB.mT * settings.scale
+            return dh, None
+        return dh, torch.mm(_as_rows(h).mT, rows).mT * settings.scale
     flat = dy.flatten(2)  # [n, out, p]
     dh = torch.bmm((up * settings.scale).mT.expand(len(dy), -1, -1), flat).view(
         len(dy), -1, *dy.shape[2:]

@@ -285,10 +285,8 @@ class _OneByOne:
             if span_h is None:
                 span_h = fused.thin_product(down, span_tokens, dropped) * span.strength
             if need_B:
-                u, gradient = fused.thin_product_pair(up, span_dy, span_h)
-            else:
-                u, gradient = fused.thin_product(up, span_dy), None
-            dB.append(gradient)
+                dB.append(torch.mm(span_h, span_dy))
+            u = fused.thin_product(up, span_dy)
             u *= span.strength  # s · (dy B)ᵀ, [r, t]
             span_dx, gradient = fused.thin_gradients(u, down, span_tokens, dropped, need_x, need_A)
             dA.append(gradient)
