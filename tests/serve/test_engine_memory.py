@@ -274,6 +274,27 @@ def test_the_same_prompt_again_is_not_computed(name, opened, monkeypatch):
     assert wanted.tokens == first.tokens
 
 
+@torch.inference_mode()
+def test_an_interrupted_answer_keeps_the_logits_behind_its_own_prompt(opened):
+    """Even where another request's prompt was all that it has when it starts again."""
+    engine, prompt = opened(rows=4), ids(40)
+    answer = alone(make("llama"), prompt, 12)
+    others = [Client(engine, asked((*prompt, *answer[:3]), 3)) for _ in range(2)]
+    work_off(engine, others)
+    client = Client(engine, asked(prompt, 12))
+    while len(client.tokens) < 3:
+        engine.step()
+    (state,) = engine._batch.running
+    engine._batch.remove(state)  # as where memory runs out
+    state.length = 0
+    engine._admission.put_back(state)
+    work_off(engine, [client])
+    assert client.tokens == answer
+    again = Client(engine, asked(prompt, 12))
+    work_off(engine, [again])
+    assert (again.tokens, cached_tokens(again)) == (answer, len(prompt))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

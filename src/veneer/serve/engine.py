@@ -320,7 +320,7 @@ class Engine:
     def _sample(self, states: list[RequestState], logits: Tensor) -> None:
         """Sample the next tokens of requests from logits [requests, vocabulary]."""
         for state, row in zip(states, logits, strict=True):
-            if self._prefix_cache and not state.generated:  # for requests with the same prompt
+            if self._prefix_cache and state.prompt_logits is None:  # for the same prompt again
                 state.prompt_logits = row.clone()
         try:
             sampled_tokens = sample(logits, [state.sampler for state in states])

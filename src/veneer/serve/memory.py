@@ -62,8 +62,8 @@ class Memory:
     its first token on.
 
     The rows of the requests that finished last stay in ``finished_rows``, the oldest first. A
-    request that begins with the tokens of one continues that row, which copies no block. If it has
-    the same prompt, nothing of it is computed.
+    request that begins with at least ``BLOCK`` tokens of one continues that row, which copies no
+    block. If it has the same prompt, nothing of it is computed.
     """
 
     def __init__(
@@ -237,14 +237,16 @@ def _namespace_of(state: RequestState) -> Namespace:
 
 def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
     """The number of a request's tokens whose keys and values the row of a finished one holds. It
-    includes the last token only if the logits behind that are known."""
+    includes the last token only if both have the same prompt, and the logits behind it are known.
+    The tokens of a preempted request are its prompt and a part of its answer."""
     length, namespace = len(state.ids), _namespace_of(state)
     pairs = enumerate(zip(finished_row.ids, state.ids, strict=False))
     most = min(len(finished_row.ids), length)
     equal = next((number for number, (old, new) in pairs if old != new), most)
     shared = finished_row.namespace.shared_length(equal, namespace)
-    is_answered = finished_row.prompt_logits is not None and finished_row.prompt_length == length
-    return shared if is_answered else min(shared, length - 1)
+    has_same_prompt = not state.generated and finished_row.prompt_length == length
+    is_known = has_same_prompt and finished_row.prompt_logits is not None
+    return shared if is_known else min(shared, length - 1)
 
 
 def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> int:
