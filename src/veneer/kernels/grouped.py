@@ -137,14 +137,14 @@ def definition(
 def _forward(
     scale: float, row_segments: Segments | None, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
 ) -> Tensor:
-    rows, down, up = (tensor.to(at_least_float32(x.dtype)) for tensor in (x, A, B))
-    change = rows.new_empty(x.shape[0], weight.shape[-2])
+    compute_dtype = at_least_float32(x.dtype)
+    change = x.new_empty(x.shape[0], weight.shape[-2], dtype=compute_dtype)
     for x_rows, change_rows, (expert_A, expert_B) in _by_expert(
-        row_segments, (rows, change), (down, up)
+        row_segments, (x.to(compute_dtype), change), (A, B)
     ):
-        h = x_rows @ expert_A.mT
+        h = x_rows @ expert_A.mT.to(compute_dtype)
         h *= scale
-        torch.mm(h, expert_B.mT, out=change_rows)
+        torch.mm(h, expert_B.mT.to(compute_dtype), out=change_rows)
     return _add_product(change.to(x.dtype), x, weight, row_segments)
 
 
