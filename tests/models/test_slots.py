@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.serving import make
 
+from veneer.kernels import weight_first
 from veneer.models.decode.attention import round_up
 from veneer.models.decode.forward import Forward
 from veneer.models.decode.slots import SMALLEST, Budget, LayerForm, Slots
@@ -299,3 +300,23 @@ def test_nothing_is_reserved_that_the_budget_does_not_hold():
     slots.reserve(100, 8)
     assert slots.nbytes == 0
     assert slots.allocate(100) is not None
+
+
+@torch.inference_mode()
+def test_a_few_rows_of_float32_are_decoded_weight_first(monkeypatch):
+    """The logits are those of the model, and its head is as before after each call."""
+    model = make("llama").eval()
+    forward, calls, linear = Forward(make("llama").eval()), [], weight_first.linear
+    monkeypatch.setattr(
+        weight_first, "linear", lambda x, *rest: calls.append(len(x)) or linear(x, *rest)
+    )
+    slots, prompts = Slots(3, 32, CPU), [[3, 4, 5], [6, 7], [8]]
+    rows: list = [slots.allocate(8) for _ in prompts]
+    forward.fill(slots, rows, prompts)
+    assert not calls
+    logits = forward.decode(slots, rows, [9, 10, 11], [3, 2, 1])
+    for row, prompt, token in zip(logits, prompts, [9, 10, 11], strict=True):
+        assert bool((row - expected_logits(model, [*prompt, token])).abs().max() < 1e-5)
+    assert calls == [3]
+    assert "forward" not in forward.model.lm_head.__dict__
+    forward.close()

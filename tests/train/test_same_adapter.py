@@ -128,8 +128,8 @@ def test_rows_by_chance_are_those_of_a_plain_loop(
 
 
 def test_a_run_learns_and_its_evaluation_is_a_mean_over_tokens(make: Callable[..., Any]) -> None:
-    run = fit(make("run", dropout=0.0, epochs=12, learning_rate=2e-2), quiet=True)
-    assert run.losses[-1] < run.losses[0] - 0.3
+    run = fit(make("run", dropout=0.0, epochs=12, learning_rate=5e-3), quiet=True)
+    assert sum(run.losses[-5:]) / 5 < sum(run.losses[:5]) / 5 - 0.2
     _, held_rows = split(data.read(make("run").data), 0.1, seed=0)
     found = tokens.tokenise(held_rows, run.tokenizer, max_length=256)
     for size in (1, 3):  # whatever the batch size

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import device, dropout, has_amx, reference
+from veneer.kernels import device, dropout, has_amx, reference, weight_first
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
 _C: Any = torch._C
@@ -142,10 +142,11 @@ def thin_gradients(
 
 def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it."""
-    if bias is None:
-        return change.addmm_(x, weight.mT)
-    if change.dtype.itemsize >= 4:
-        change += bias
+    if bias is None or change.dtype.itemsize >= 4:
+        if bias is not None:
+            change += bias
+        if weight_first.STATE.is_used and weight_first.applies(x, weight):
+            return weight_first.add_product(change, x, weight)
         return change.addmm_(x, weight.mT)
     if not change.is_cpu:
         return device.add_frozen_product(change, x, weight, bias)

@@ -95,7 +95,15 @@ class Fill:
             else:
                 visible = mask == 0
             return _soft_capped_attention(query, key, value, visible, scale, cap)
-        grouped = query.shape[1] != key.shape[1]
+        n, h, width, d = query.shape
+        heads = key.shape[1]
+        if mask is not None and heads < h and width <= BLOCK:
+            # as in a decode, so that the keys of a head are read once, not once for each query head
+            query, mask = query.reshape(n, heads, -1, d), mask.repeat(h // heads, 1)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scale
+            )
+            return attended.reshape(n, h, width, -1).transpose(1, 2)
         attended = F.scaled_dot_product_attention(
             query,
             key,
@@ -103,7 +111,7 @@ class Fill:
             attn_mask=mask,
             is_causal=mask is None,
             scale=scale,
-            enable_gqa=grouped,
+            enable_gqa=heads < h,
         )
         return attended.transpose(1, 2)
 

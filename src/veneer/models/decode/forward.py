@@ -9,19 +9,21 @@ call shows whether the architecture gives the same logits so.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.attach import adapters_of, state_of
 from veneer.errors import ConfigError
+from veneer.kernels import weight_first
 from veneer.models.decode.attention import BLOCK, NOW, attend, round_up
 from veneer.models.decode.slots import LayerForm, Row, Slots
 
@@ -49,6 +51,7 @@ class Forward:
             do = "detach it, and give the engine a bank that has its folder"
             raise ConfigError(problem, "a base, or an adapter that acts on every token", do)
         self.model, self.device = model, next(model.parameters()).device
+        self._is_wide = model.dtype.itemsize >= 4
         self.context, self.forms = context(model.config), ()
         self.attention = model.config._attn_implementation
         self._attentions = _attentions_of(model.config, self.attention)
@@ -82,6 +85,7 @@ class Forward:
         head = model.get_output_embeddings()
         self.logits = (head if head is not None else model.get_input_embeddings()).weight.shape[0]
         self._hook = None if head is None else head.register_forward_pre_hook(_last_rows)
+        self._head = head
 
     def _refusal(self, problem: str) -> ConfigError:
         expected = (
@@ -114,8 +118,9 @@ class Forward:
         starts = starts or [0] * len(prompts)
         counts = [len(ids) for ids in prompts]
         width = max(counts)
-        if width > BLOCK or any(starts):
-            # fewer shapes, because the CPU library caches a kernel for each
+        if width > BLOCK or (any(starts) and self._is_wide):
+            # fewer shapes, because the CPU library caches a kernel for each; and in float32 the
+            # same bits, however much of a prompt is cached
             width = round_up(width)
         # pad with the last token, which no other token attends to and which the model knows
         ids = self._to_device([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts])
@@ -137,7 +142,11 @@ class Forward:
         """Logits [rows, vocabulary] after one more token of each of the rows, which are sorted by
         position and hold ``lengths`` tokens."""
         ids, positions = self._to_device([tokens, lengths]).unbind()
-        with slots.decode(rows, lengths, positions):
+        with (
+            slots.decode(rows, lengths, positions),
+            weight_first.use(),
+            _few_rows_fast(self._head),
+        ):
             return self._logits(slots, ids[:, None], positions[:, None], None)
 
     def together(
@@ -285,6 +294,27 @@ def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if last is None or not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(last):
         return None
     return (_last(inputs[0], last), *inputs[1:])
+
+
+@contextmanager
+def _few_rows_fast(head: Any) -> Iterator[None]:
+    """Within this block, a plain linear ``head`` multiplies a few rows weight first. It is
+    overridden during a call alone, because others may attach adapters to it between calls."""
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        yield
+        return
+    head.__dict__["forward"] = functools.partial(_head_forward, head)
+    try:
+        yield
+    finally:
+        del head.__dict__["forward"]
+
+
+def _head_forward(head: nn.Linear, x: Tensor) -> Tensor:
+    rows = x.flatten(0, -2)
+    if not weight_first.applies(rows, head.weight):
+        return nn.Linear.forward(head, x)
+    return weight_first.linear(rows, head.weight, head.bias).view(*x.shape[:-1], -1)
 
 
 def _last(values: Tensor, last: Tensor) -> Tensor:

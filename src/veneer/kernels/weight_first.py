@@ -1,0 +1,66 @@
+"""x Wᵀ of a few tokens, computed as (W xᵀ)ᵀ: as in a decoding step in float32 on a CPU.
+
+    x: [T, in]   W: [out, in]
+
+BLAS then reads W once, at the speed of memory. The sums are as exact as those of x Wᵀ, but not the
+same bits. Only the decoding engine asks for it (``use``): a model that is called otherwise computes
+the bits of its base. One token needs no such help: torch multiplies W with a vector. In 16 bits
+both orders take the same time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.switch import is_on
+
+#: the most tokens for which this is faster. With more, transposing the result costs what the
+#: product gains.
+MOST_TOKENS = 64
+
+
+class _State(threading.local):
+    """Of each thread: whether it is in a block of ``use``."""
+
+    is_used = False
+
+
+STATE = _State()
+
+
+@contextmanager
+def use() -> Iterator[None]:
+    """Within this block, products of this thread are computed so where that is faster."""
+    STATE.is_used = True
+    try:
+        yield
+    finally:
+        STATE.is_used = False
+
+
+def applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether this module computes the product of x [T, in] and W [out, in] in this call."""
+    return (
+        STATE.is_used
+        and 1 < x.shape[0] <= MOST_TOKENS
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_contiguous()
+        and is_on("weight_first")
+    )
+
+
+def add_product(change: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """change [T, out] + x Wᵀ, in place."""
+    return change.add_(torch.mm(weight, x.mT).mT)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias, [T, out]."""
+    y = torch.mm(weight, x.mT).mT.contiguous()
+    return y if bias is None else y.add_(bias)
