@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from veneer.attach import BASE, ActiveAdapter, Call, RowAdapters, blend_adapters
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
-from veneer.kernels import batched, device, fused
+from veneer.kernels import batched, device, fused, weight_first
 from veneer.kernels.batched import Grouping
 from veneer.precision import at_least_float32
 
@@ -174,6 +174,9 @@ class Layer:
                     delta = self.multiply_groups(flat, tokens, assignment)
                 if self.key in assignment.gain_or_bias_keys:
                     y = self.add_gain_and_bias(delta, flat, weight, bias, assignment)
+                elif tokens == 1 and weight_first.suits(flat, weight):
+                    delta = delta if bias is None else delta.add_(bias)
+                    y = weight_first.add_product(delta, flat, weight)
                 else:
                     y = fused.add_product(delta, flat, weight, bias)
                 return y.view(*x.shape[:-1], self.out_dim)

@@ -145,7 +145,7 @@ def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) 
     if bias is None or change.dtype.itemsize >= 4:
         if bias is not None:
             change += bias
-        if weight_first.STATE.is_used and weight_first.applies(x, weight):
+        if weight_first.STATE.is_used and weight_first.suits(x, weight):
             return weight_first.add_product(change, x, weight)
         return change.addmm_(x, weight.mT)
     if not change.is_cpu:

@@ -3,8 +3,8 @@
     x: [T, in]   W: [out, in]
 
 BLAS then reads W once, at the speed of memory. The sums are as exact as those of x Wᵀ, but not the
-same bits. Only the decoding engine asks for it (``use``): a model that is called otherwise computes
-the bits of its base. One token needs no such help: torch multiplies W with a vector. In 16 bits
+same bits. It is used for decoding steps alone, those of the engine (``use``) and of a bank with one
+token a row: a model that is called otherwise computes the bits of its base. One token needs no such help: torch multiplies W with a vector. In 16 bits
 both orders take the same time.
 """
 
@@ -43,16 +43,20 @@ def use() -> Iterator[None]:
         STATE.is_used = False
 
 
-def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether this module computes the product of x [T, in] and W [out, in] in this call."""
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether this module multiplies x [T, in] and W [out, in] faster than torch, and is on."""
     return (
-        STATE.is_used
-        and 1 < x.shape[0] <= MOST_TOKENS
+        1 < x.shape[0] <= MOST_TOKENS
         and x.dtype is torch.float32
         and x.is_cpu
         and weight.is_contiguous()
         and is_on("weight_first")
     )
+
+
+def applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product ``suits`` in a block of ``use``."""
+    return STATE.is_used and suits(x, weight)
 
 
 def add_product(change: Tensor, x: Tensor, weight: Tensor) -> Tensor:
