@@ -174,11 +174,10 @@ class Layer:
                     delta = self.multiply_groups(flat, tokens, assignment)
                 if self.key in assignment.gain_or_bias_keys:
                     y = self.add_gain_and_bias(delta, flat, weight, bias, assignment)
-                elif tokens == 1 and weight_first.suits(flat, weight):
-                    delta = delta if bias is None else delta.add_(bias)
-                    y = weight_first.add_product(delta, flat, weight)
                 else:
-                    y = fused.add_product(delta, flat, weight, bias)
+                    is_few = tokens == 1 and weight_first.suits(flat, weight)
+                    add_product = (weight_first if is_few else fused).add_product
+                    y = add_product(delta, flat, weight, bias)
                 return y.view(*x.shape[:-1], self.out_dim)
         return assignment.unresolved_layers[self.key].run(call)
 

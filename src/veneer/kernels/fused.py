@@ -142,11 +142,12 @@ def thin_gradients(
 
 def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it."""
-    if bias is None or change.dtype.itemsize >= 4:
-        if bias is not None:
-            change += bias
-        if weight_first.STATE.is_used and weight_first.suits(x, weight):
-            return weight_first.add_product(change, x, weight)
+    if weight_first.STATE.is_used and weight_first.suits(x, weight):
+        return weight_first.add_product(change, x, weight, bias)
+    if bias is None:
+        return change.addmm_(x, weight.mT)
+    if change.dtype.itemsize >= 4:
+        change += bias
         return change.addmm_(x, weight.mT)
     if not change.is_cpu:
         return device.add_frozen_product(change, x, weight, bias)

@@ -4,8 +4,8 @@
 
 BLAS then reads W once, at the speed of memory. The sums are as exact as those of x Wᵀ, but not the
 same bits. It is used for decoding steps alone, those of the engine (``use``) and of a bank with one
-token a row: a model that is called otherwise computes the bits of its base. One token needs no such help: torch multiplies W with a vector. In 16 bits
-both orders take the same time.
+token a row: a model that is called otherwise computes the bits of its base. One token needs no such
+help: torch multiplies W with a vector. In 16 bits both orders take the same time.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     return STATE.is_used and suits(x, weight)
 
 
-def add_product(change: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """change [T, out] + x Wᵀ, in place."""
+def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """change [T, out] + x Wᵀ + bias, in place."""
+    if bias is not None:
+        change += bias
     return change.add_(torch.mm(weight, x.mT).mT)
 
 
