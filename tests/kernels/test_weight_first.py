@@ -11,6 +11,13 @@ from hypothesis import strategies as st
 from veneer.kernels import fused, switch, weight_first
 
 
+@pytest.fixture(autouse=True, scope="module")
+def on_amd():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_first, "is_amd", lambda: True)
+        yield
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(2, weight_first.MOST_TOKENS),

@@ -307,6 +307,7 @@ def test_a_few_rows_of_float32_are_decoded_weight_first(monkeypatch):
     """The logits are those of the model, and its head is as before after each call."""
     model = make("llama").eval()
     forward, calls, linear = Forward(make("llama").eval()), [], weight_first.linear
+    monkeypatch.setattr(weight_first, "is_amd", lambda: True)
     monkeypatch.setattr(
         weight_first, "linear", lambda x, *rest: calls.append(len(x)) or linear(x, *rest)
     )

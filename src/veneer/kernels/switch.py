@@ -14,8 +14,8 @@ saved_inputs     Not compiled. It edits the tensors that autograd's nodes save: 
                  memory that a training step over a frozen Llama saves is then recomputed in
                  backward, with the same bits.
 weight_first     Not compiled. For 2 to 64 rows that decode in float32, in the engine or in a bank,
-                 x Wᵀ is computed as (W xᵀ)ᵀ, in 0.4 to 0.9 of the time. Its sums are as exact, but
-                 not the same bits.
+                 x Wᵀ is computed as (W xᵀ)ᵀ on CPUs of AMD, in 0.3 to 0.9 of the time. Its sums are
+                 as exact, but not the same bits.
 
 Compiled loops need numba (the extra ``fast``), which takes half a second and 100 MiB to load. The
 first mixed batch over a bfloat16 base, or merging the first large weight, loads it.

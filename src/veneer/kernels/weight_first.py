@@ -1,8 +1,9 @@
-"""x Wᵀ of a few tokens, computed as (W xᵀ)ᵀ: as in a decoding step in float32 on a CPU.
+"""x Wᵀ of a few tokens, computed as (W xᵀ)ᵀ: as in a decoding step in float32 on a CPU of AMD.
 
     x: [T, in]   W: [out, in]
 
-BLAS then reads W once, at the speed of memory. The sums are as exact as those of x Wᵀ, but not the
+Torch's BLAS (MKL) then reads W once, at the speed of memory. On CPUs of Intel, for which MKL is
+written, x Wᵀ is about as fast. The sums are as exact as those of x Wᵀ, but not the
 same bits. It is used for decoding steps alone, those of the engine (``use``) and of a bank with one
 token a row: a model that is called otherwise computes the bits of its base. One token needs no such
 help: torch multiplies W with a vector. In 16 bits both orders take the same time.
@@ -10,6 +11,7 @@ help: torch multiplies W with a vector. In 16 bits both orders take the same tim
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +45,13 @@ def use() -> Iterator[None]:
         STATE.is_used = False
 
 
+@functools.cache
+def is_amd() -> bool:
+    """Whether the CPU is one of AMD and torch's BLAS is MKL."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "AMD" in str(capabilities.get("cpu_name")) and torch.backends.mkl.is_available()
+
+
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether this module multiplies x [T, in] and W [out, in] faster than torch, and is on."""
     return (
@@ -51,6 +60,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and weight.is_contiguous()
         and is_on("weight_first")
+        and is_amd()
     )
 
 
