@@ -136,14 +136,12 @@ def serve_arms(
     }
 
     def start(name: str, processes: int) -> ServerGroup:
-        running = []
+        contexts = []
         for number in range(processes):
             command, options = command_of(name, folder, adapter_names, rows, dtype, number)
             log, threads = folder / f"{name.partition(',')[0]}.{number}", max(1, cores // processes)
-            running.append(
-                stack.enter_context(servers.serve(command, log, threads=threads, **options))
-            )
-        group = ServerGroup(running, adapter_names)
+            contexts.append(servers.serve(command, log, threads=threads, **options))
+        group = ServerGroup(servers.start_together(stack, contexts), adapter_names)
         asyncio.run(
             client.together(group.url_of, adapter_names, **drive, turns=1, tokens=min(8, tokens))
         )
@@ -204,16 +202,22 @@ class Alone:
         if cached:
             place.add_invoked(folder, INVOKED, INVOCATION)
         self.vocabulary = 96 if tiny else 49152 * layers // 30
-        self.groups: dict[str, ServerGroup] = {}
-        for name in (OURS, *vllm_arms) if "VLLM" in os.environ else (OURS,):
+        names = [OURS, *vllm_arms] if "VLLM" in os.environ else [OURS]
+        contexts, threads = [], len(os.sched_getaffinity(0))
+        for name in names:
             command, options = command_of(
                 name, folder, self.adapters, 16, dtype, 0, length=2048, cached=cached
             )
-            threads = len(os.sched_getaffinity(0))
-            server = servers.serve(command, folder / f"{name}.log", threads=threads, **options)
-            self.groups[name] = ServerGroup([stack.enter_context(server)], self.adapters)
-            self.groups[name].signal(signal.SIGSTOP)
-            stack.callback(self.groups[name].signal, signal.SIGCONT)
+            log = folder / f"{name}.log"
+            contexts.append(servers.serve(command, log, threads=threads, **options))
+        started = servers.start_together(stack, contexts)
+        self.groups = {
+            name: ServerGroup([server], self.adapters)
+            for name, server in zip(names, started, strict=True)
+        }
+        for group in self.groups.values():
+            group.signal(signal.SIGSTOP)
+            stack.callback(group.signal, signal.SIGCONT)
 
     def run(self, name: str, work: Callable[[str], Any]) -> Any:
         """The result of ``work``, a coroutine of the server's address."""
@@ -413,7 +417,7 @@ PREFIX = Case(
     prefix_arms,
     {"tiny": True, "prompt": 40},
     shown={"wall": ("to the first token", "ratio")},
-    rounds=3,
+    rounds=2,
     group="serve",
     minutes=25,
     lacks=missing,
@@ -455,7 +459,7 @@ LONG_ROW = Case(
         "wall": ("wall time", "ratio"),
         "held": ("memory afterwards / before", ".2f"),
     },
-    rounds=3,
+    rounds=2,
     group="serve",
     minutes=4,
     lacks=missing,

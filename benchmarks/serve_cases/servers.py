@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def serve(
         yield server
     finally:
         stop(process)
+
+
+def start_together(
+    stack: contextlib.ExitStack, contexts: Sequence[contextlib.AbstractContextManager[Server]]
+) -> list[Server]:
+    """Start several servers at the same time. ``stack`` stops each, also if another one failed."""
+    with ThreadPoolExecutor(len(contexts)) as pool:
+        starts = [pool.submit(context.__enter__) for context in contexts]
+    for context, start in zip(contexts, starts, strict=True):
+        if start.exception() is None:
+            stack.push(context.__exit__)
+    return [start.result() for start in starts]
 
 
 def wait(server: Server, ready: str = "/ready", seconds: float = 300) -> None:
