@@ -58,6 +58,7 @@ TITLES = {
     "gap": "Streams beside long prompts",
     "long_row": "A long row among short ones",
     "earlier": "Beside an earlier commit",
+    "rollouts_earlier": "Rollouts beside an earlier commit",
 }
 #: rows of "In short": (title, case, setting of the case, arm of Veneer, name of the number)
 OWN_LOSS_ARM = "veneer, own loss and attention"

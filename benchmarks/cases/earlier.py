@@ -5,6 +5,7 @@ A process imports one of the two trees, prepares the work and waits for its turn
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -66,6 +67,8 @@ def prepare_work(
             merge_checkpoint(folder / "base", [folder / "a0"], folder / "out", rounding="nearest")
 
         return merge
+    if work == "rollouts":
+        return prepare_rollouts(dtype, tokens, tiny)
     base = frozen_llama(layers, dtype, tiny)
     if work == "training step":
         candidate, batch = make("veneer", base.train(), "llama", 8), text(base, tokens)
@@ -86,6 +89,25 @@ def prepare_work(
             decode()
 
     return without_gradients(mixed)
+
+
+def prepare_rollouts(dtype: str, tokens: int, tiny: bool) -> Callable[[], object]:
+    """The answers of a step of GRPO, as in the case ``rollouts``, drawn as this tree draws them."""
+    import veneer
+    from candidates import ALPHA
+    from cases.rollouts import ANSWERS, load_policy
+    from veneer.train.generate import continuations
+
+    model, tokenizer, ids = load_policy(0, dtype, 2, 2, tiny)
+    prompts = [prompt for prompt in ids for _ in range(ANSWERS)]
+    veneer.attach(model, veneer.LoraConfig(rank=8, alpha=ALPHA))
+    options = {"max_new_tokens": tokens, "temperature": 1.0, "batch_size": len(prompts)}
+    seeds = itertools.count()
+
+    def draw() -> None:
+        continuations(model.train(), tokenizer, prompts, seed=next(seeds), **options)
+
+    return draw
 
 
 def cpu_seconds() -> float:
@@ -183,7 +205,25 @@ EARLIER_COMMIT = Case(
     group="earlier",
     lacks=missing,
 )
-CASES = (EARLIER_COMMIT,)
+ROLLOUTS_EARLIER = Case(
+    "rollouts_earlier",
+    "The answers of a step of GRPO by this commit and by an earlier one ($BEFORE names its "
+    "checkout), which called transformers' generate.",
+    "the same script, libraries, base (SmolLM2-135M), prompts and seeds: 8 answers to each of 2 "
+    "word problems, of up to 48 tokens; each commit draws them in its own way",
+    FLOOR,
+    [
+        {"threads": "default", "work": "rollouts", "dtype": dtype, "tokens": 48}
+        for dtype in ("float32", "bfloat16")
+    ],
+    earlier_comparison,
+    {"tiny": True, "tokens": 4},
+    rounds=2,
+    minutes=12,
+    group="earlier",
+    lacks=missing,
+)
+CASES = (EARLIER_COMMIT, ROLLOUTS_EARLIER)
 
 if __name__ == "__main__":
     answer_turns(sys.argv[1])
