@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaForSequenceClassification
 
 import veneer
-from veneer.errors import ConfigError, MethodError
+from veneer.errors import ConfigError, MethodError, TargetError
 
 # PEFT asks transformers for an attribute that has another name by now
 pytestmark = pytest.mark.filterwarnings(
@@ -153,6 +153,12 @@ def test_the_layers_are_those_that_peft_adapts(
 def test_blocks_that_peft_would_not_match_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="indices of blocks"):
         veneer.LoraConfig.from_peft(fields)
+
+
+def test_a_string_of_exclusions_is_an_expression_as_in_peft() -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], exclude_modules="all-linear")
+    with pytest.raises(TargetError, match="'re:all-linear' matches no module"):
+        veneer.attach(tiny_model(), veneer.LoraConfig.from_peft(config))
 
 
 def test_a_config_is_read_from_an_object_a_mapping_a_file_and_a_folder(tmp_path: Path) -> None:

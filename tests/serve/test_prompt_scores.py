@@ -244,6 +244,34 @@ def test_a_failure_ends_the_requests_of_its_call_alone(opened, caplog):
     assert good.tokens == alone(model, (5, 6), 3)
 
 
+@pytest.mark.parametrize("limit", [0, 3])
+@pytest.mark.parametrize("position", [1, 20, 39], ids=["first piece", "second", "last"])
+def test_a_prompt_whose_scores_are_no_numbers_ends_with_an_error(
+    position, limit, opened, monkeypatch
+):
+    monkeypatch.setattr(prompt_scores, "LOGIT_BYTES", 4 * 259 * 16)
+    model = make("llama")
+    engine = opened(model)
+    fill = engine._forward.fill
+
+    def damaged_fill(slots, rows, pieces, starts, **options):
+        logits = fill(slots, rows, pieces, starts, **options)
+        for row, piece, start in zip(logits, pieces, starts, strict=True):
+            if 9 in piece and start <= position < start + len(piece):
+                row[position - start] = torch.nan
+        return logits
+
+    engine._forward.fill = damaged_fill
+    bad = Client(engine, asked((9,) * 40, limit, prompt_logprobs=0))
+    good = Client(engine, asked((5, 6), limit, prompt_logprobs=0))
+    assert bad.wait().finish == "error"
+    assert "no finite numbers" in bad.error
+    assert not any(piece.prompt for piece in bad.pieces)
+    assert good.wait().tokens == alone(model, (5, 6), 3)[:limit]
+    check(model, (5, 6), good, alternatives=0)
+    assert engine.running == 0
+
+
 def test_the_observer_counts_a_prompt_once(opened):
     told = []
 

@@ -179,7 +179,7 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
 def _module_patterns(modules: str | Iterable[str]) -> Any:
     """Veneer's patterns for PEFT's list of module names, or for its expression of full paths."""
     if isinstance(modules, str):
-        return "all-linear" if modules.lower() == "all-linear" else f"re:{modules}"
+        return f"re:{modules}"
     return tuple(
         rf"re:(.*\.)?{re.escape(name)}" if _VENEER_PATTERN.fullmatch(name) else name
         for name in _as_list(modules)

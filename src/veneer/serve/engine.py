@@ -39,7 +39,7 @@ from veneer.serve.processors import processors_of
 from veneer.serve.prompt_scores import scored_per_call
 from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
-from veneer.serve.sampling import SampledToken, Sampler, sample
+from veneer.serve.sampling import NOT_FINITE, SampledToken, Sampler, sample
 from veneer.serve.scheduler import Scheduler
 from veneer.serve.text import Detokenizer
 
@@ -381,17 +381,24 @@ class Engine:
         scores = [state.score for state in states if state.score and state.is_scored]
         options = {"of_all_tokens": True} if scores else {}
         logits = self._forward.fill(slots, rows, pieces, starts, **options)
+        finite = torch.isfinite(logits.amax(-1))
         if scores:
             by_row = [row[: len(piece)] for row, piece in zip(logits, pieces, strict=True)]
             for score, start, row in zip(scores, starts, by_row, strict=True):
                 score.take(start, row)
             logits = torch.stack([row[-1] for row in by_row])
-        complete = self._batch.note_filled(states, torch.isfinite(logits.amax(-1)).tolist())
-        for number in complete if scores else ():
-            states[number].send_prompt()
-            if not states[number].limit:  # its prompt was all that was asked for
-                self._end(states[number], "length")
-        complete = [number for number in complete if states[number].limit]
+            rows_finite = zip(finite, pieces, strict=True)
+            finite = torch.stack([row[: len(piece)].all() for row, piece in rows_finite])
+        is_finite = finite.tolist()
+        complete = self._batch.note_filled(states, is_finite)
+        for number, state in enumerate(states if scores else ()):
+            if not is_finite[number]:
+                self._end(state, "error", NOT_FINITE.error, NOT_FINITE.cause)
+            elif number in complete:
+                state.send_prompt()
+                if not state.limit:  # its prompt was all that was asked for
+                    self._end(state, "length")
+        complete = [number for number in complete if not states[number].done]
         if len(complete) < len(states):
             logits = logits[complete] if complete else None
         return [states[number] for number in complete], logits

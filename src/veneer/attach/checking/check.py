@@ -107,10 +107,10 @@ def check(
     Args:
         example: the inputs of a call: a tensor, a tuple of positional arguments or a mapping of
             keyword arguments.
-        name: the adapter; None stands for the only one. Or a blend {name: weight}, as ``use`` takes
-            it. Then the changes of all its adapters are checked in the blend, also of adapters that
-            do not train. Comparing a blend with its definition takes as much memory as the weights
-            that change.
+        name: the adapter; None stands for the default one, or the only one. Or a blend
+            {name: weight}, as ``use`` takes it. Then the changes of all its adapters are checked in
+            the blend, also of adapters that do not train. Comparing a blend with its definition
+            takes as much memory as the weights that change.
 
     Raises:
         CheckError: some changes do not reach the output, or reach it wrongly. The error lists each

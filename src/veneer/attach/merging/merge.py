@@ -65,7 +65,7 @@ def merge(
     libraries that look at a layer's exact class.
 
     Args:
-        name: the adapter; None stands for the only one.
+        name: the adapter; None stands for the default one, or the only one.
         keep: keep a copy of the old weights, which ``unmerge`` needs. It takes as much CPU memory
             as the weights that change. If False, the copies are dropped once all weights are
             written.
