@@ -48,6 +48,7 @@ PEFT_FIELDS = {
     "rank_pattern": "ranks",
     "alpha_pattern": "alphas",
     "layers_to_transform": "layers",
+    "layers_pattern": "targets",
     "modules_to_save": "train_also",
     "trainable_token_indices": "trainable_tokens",
     "alora_invocation_tokens": "invocation_tokens",
@@ -64,7 +65,7 @@ PEFT_FIELDS = {
 #: fields of PEFT's LoraConfig that Veneer does not need
 PEFT_UNNEEDED = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "megatron_config", "megatron_core", "peft_version",
+    "inference_mode", "megatron_config", "megatron_core", "peft_version",
     "revision", "runtime_config", "task_type",
 }  # fmt: skip
 #: fields of PEFT's LoraConfig for features that Veneer does not have
@@ -81,9 +82,10 @@ class LoraConfig:
 
     - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that
       transformers initialised because the checkpoint did not hold it is trained in full),
-      ``"attention"`` and ``"mlp"`` (the linear layers in and outside attention, in the repeated
-      blocks), ``"all"`` (everything that can be attached to), ``"peft-all-linear"`` (PEFT's
-      "all-linear": every ``nn.Linear`` and ``Conv1D`` but the output embedding);
+      ``"attention"`` (the linear layers of the body whose paths name attention), ``"mlp"`` (the
+      other linear layers of the repeated blocks), ``"all"`` (everything that can be attached to),
+      ``"peft-all-linear"`` (PEFT's "all-linear": every ``nn.Linear`` and ``Conv1D`` but the output
+      embedding);
     - a module's full path, or a suffix of it at a dot: ``"q_proj"``, ``"self_attn.q_proj"``;
     - a glob over the full path: ``"model.layers.*.mlp.*"``;
     - ``"re:…"``, a regular expression that matches the full path;

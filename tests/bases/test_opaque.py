@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import sys
 from contextlib import nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -419,6 +419,40 @@ def test_training_below_experts_whose_kernels_have_no_derivative_is_an_error():
     handle.detach()
     assert type(model.experts) is Experts
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "passes"),
+    [("eager", True), ("grouped_mm", True), ("batched_mm", False), ("deepgemm", False)],
+)
+def test_experts_in_fp8_pass_a_gradient_in_some_implementations_alone(implementation, passes):
+    pytest.importorskip("transformers")
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    config = SimpleNamespace(
+        hidden_size=32, num_experts=2, moe_intermediate_size=32, hidden_act="silu",
+        _experts_implementation=implementation,
+    )  # fmt: skip
+
+    class Experts(FP8Experts):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return hidden_states * 2
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.experts = nn.Linear(32, 32), Experts(config)
+
+        def forward(self, x):
+            return self.experts(self.q_proj(x), None, None)
+
+    model, x = Block(), torch.randn(3, 32)
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets="q_proj"))
+    if passes:
+        assert model(x).requires_grad
+    else:
+        with pytest.raises(TargetError, match="FP8 kernels pass no gradient"):
+            model(x)
 
 
 def test_a_library_of_that_name_without_the_class_is_no_matter(monkeypatch):

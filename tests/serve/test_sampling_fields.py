@@ -211,6 +211,7 @@ def test_arguments_of_the_template(it, http, monkeypatch):
     assert ask(enable_thinking=False).status_code == 200  # asks for nothing
     for arguments in (
         {"enable_thinking": True},  # the template does not read it
+        {"enable_thinking": 0},
         {"tokenize": True},
         {"chat_template": "{{ 1 }}"},
         {"messages": []},

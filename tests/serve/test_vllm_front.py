@@ -391,6 +391,14 @@ def test_what_vllm_is_told(base, adapters):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("fields", [{}, {"length": 2048, "rows": 16}])
+def test_vllm_has_its_own_limits_unless_some_are_given(base, adapters, fields):
+    with front(base, adapters, **fields) as it:
+        pairs = dict(pairwise(it.state["line"]))
+    given = [pairs.get("--max-model-len"), pairs.get("--max-num-seqs")]
+    assert given == ([None, None] if not fields else ["2048", "16"])
+
+
 @pytest.mark.slow
 def test_it_ends_with_the_server_that_started_it(base, tmp_path):
     script = (

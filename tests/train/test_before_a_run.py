@@ -61,6 +61,22 @@ def test_a_dry_run_loads_no_weights(make: Make, monkeypatch: pytest.MonkeyPatch)
     assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.bfloat16)}
 
 
+def test_the_least_time_counts_backward_above_the_first_weight_that_trains_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.train.dry_run._measure_speed", lambda *_: 1e6)
+    monkeypatch.setattr("veneer.train.dry_run.format_duration", lambda seconds: f"{seconds:.6f}")
+
+    def least_seconds(**changes: Any) -> float:
+        line = next(line for line in said(dry_run, make(**changes)).splitlines() if "Time" in line)
+        return float(line.split("at least ")[1].split()[0])
+
+    every, upper = least_seconds(layers=[0, 1]), least_seconds(layers=[1])
+    kept = least_seconds(layers=[1], cache_lower=True)
+    assert 0 < kept < upper < every
+    assert upper < 0.9 * every
+
+
 def test_a_dry_run_refuses_what_the_run_would(make: Make, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -65,7 +65,7 @@ def save(
     alone: bool = False,
 ) -> Path:
     """Write the adapter ``name`` as a folder, in one atomic step: after a crash, ``path`` holds the
-    old folder or the new one. None stands for the name of the only adapter.
+    old folder or the new one. None stands for the default adapter, or the only one.
 
     In several processes (``torch.distributed``: DDP, FSDP2), every rank that holds the model must
     call ``save`` with the same path. Sharded weights are gathered one at a time. All ranks compare

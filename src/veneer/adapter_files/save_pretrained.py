@@ -116,7 +116,8 @@ def _save_model(module: nn.Module, options: dict[str, Any]) -> None:
 
 
 def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
-    """Save the selected adapter, or the only adapter, into a folder that may hold other files."""
+    """Save the selected adapter, the default one, or the only one, into a folder that may hold
+    other files."""
     folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE)
     unsupported_options = [
         option for option in ("variant", "distributed_checkpoint") if options.get(option)
@@ -285,8 +286,8 @@ def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
 
 @torch.no_grad()
 def refill(model: nn.Module, folder: str | Path) -> None:
-    """Copy the parameters of an adapter folder into the parameters of the selected adapter, or of
-    the only adapter. The copy is in place, as an optimiser may hold the parameters. If an error is
+    """Copy the parameters of an adapter folder into the parameters of the selected adapter, of
+    the default one, or of the only one. The copy is in place, as an optimiser may hold the parameters. If an error is
     raised, no parameter has changed.
 
     Raises:

@@ -1,7 +1,7 @@
 """Collect the data from which some variants initialise their parameters. The data come from the
 base model without adapters, in evaluation mode:
 
-inputs     Σ xᵀx over the inputs x in all batches, [g, in, in]     EVA
+inputs     Σ xᵀx over the inputs x in all batches, [g, in, in]     EVA, CorDA
 gradient   Σ ∂ loss / ∂W over the batches, [g, out, in]            LoRA-GA
 original   W before it was quantised, [g, out, in]                 LoftQ
 """

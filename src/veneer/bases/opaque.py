@@ -87,11 +87,13 @@ EXPERTS = {
         "the checkpoint that was quantised",
     ),
 }
-#: the stacks of experts whose kernels have no derivative
-EXPERTS_WITHOUT_GRADIENT = (
-    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"),
-    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"),
-)
+#: the implementations of a stack of experts (``set_experts_implementation``) that have a
+#: derivative; the kernels of all others have none
+EXPERTS_WITH_GRADIENT: dict[tuple[str, str], tuple[str, ...]] = {
+    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): (),
+    ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("eager", "grouped_mm"),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"): (),
+}
 #: how many columns of W to read in one call
 COLUMNS = 1 << 10
 
@@ -170,9 +172,12 @@ def is_opaque(module: nn.Module) -> bool:
 
 def without_gradient(module: nn.Module) -> bool:
     """Whether forward passes no gradient to its input, as far as the class or the scheme tells."""
-    classes = (*WITHOUT_GRADIENT, *EXPERTS_WITHOUT_GRADIENT)
-    if any((cls := _class(path)) and isinstance(module, cls) for path in classes):
+    if any((cls := _class(path)) and isinstance(module, cls) for path in WITHOUT_GRADIENT):
         return True
+    for path, implementations in EXPERTS_WITH_GRADIENT.items():
+        if (cls := _class(path)) and isinstance(module, cls):
+            config = getattr(module, "config", None)
+            return getattr(config, "_experts_implementation", "eager") not in implementations
     if is_compressed(module):
         scheme: Any = module.quantization_scheme
         return any(

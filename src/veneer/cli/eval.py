@@ -294,6 +294,7 @@ def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
                     loaded_base.tokenizer,
                     first_rows,
                     max_new_tokens=options["max_new_tokens"],
+                    batch_size=options["batch_size"],
                 )
     if request.as_json:
         echo_json(results)

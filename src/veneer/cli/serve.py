@@ -30,7 +30,15 @@ from veneer.cli.serve_options import (
     PrefixCache,
 )
 from veneer.serve.request_log import formatter_of
-from veneer.serve.settings import Settings, settings_of, used_flags
+from veneer.serve.settings import (
+    LENGTH,
+    QUEUE,
+    ROWS,
+    TEXT_QUEUE,
+    Settings,
+    settings_of,
+    used_flags,
+)
 
 if TYPE_CHECKING:
     from veneer.serve.access import Keyring
@@ -56,14 +64,32 @@ Memory = Annotated[
 Pin = Annotated[
     list[str] | None, Option(help=f"Load this adapter at the start and keep it; {REPEATABLE}.")
 ]
-Rows = Annotated[int, Option(help="Answers that are written at one time.", min=1, max=4096)]
-Length = Annotated[
-    int,
+Rows = Annotated[
+    int | None,
     Option(
-        help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2
+        help=f"Answers that are written at one time; {ROWS}, or vLLM's default.", min=1, max=4096
     ),
 ]
-Queue = Annotated[int, Option(help="Requests that may wait; more get 429.", min=1)]
+Length = Annotated[
+    int | None,
+    Option(
+        help=(
+            "Longest prompt and answer together, in tokens, and at most what the base takes;"
+            f" {LENGTH}, or vLLM's default."
+        ),
+        min=2,
+    ),
+]
+Queue = Annotated[
+    int | None,
+    Option(
+        help=(
+            f"Requests that may wait ({QUEUE}), or texts of an encoder ({TEXT_QUEUE}); more get"
+            " 429."
+        ),
+        min=1,
+    ),
+]
 Timeout = Annotated[float, Option(help="Seconds that an answer may take.", min=0.1)]
 Grace = Annotated[float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)]
 KeyFile = Annotated[Path | None, Option(help="File of API keys (see `veneer keygen`).")]
@@ -129,9 +155,9 @@ def serve_command(
     cache_memory: CacheMemory = None,
     prefix_cache: PrefixCache = True,
     pin: Pin = None,
-    rows: Rows = Settings.rows,
-    length: Length = Settings.length,
-    queue: Queue = Settings.queue,
+    rows: Rows = None,
+    length: Length = None,
+    queue: Queue = None,
     timeout: Timeout = Settings.timeout,
     gap: Gap = None,
     grace: Grace = 30.0,

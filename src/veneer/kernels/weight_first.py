@@ -4,8 +4,9 @@
 
 Torch's BLAS (MKL) then reads W once, at the speed of memory. On CPUs of Intel, for which MKL is
 written, x Wᵀ is about as fast. The sums are as exact as those of x Wᵀ, but not the
-same bits. It is used for decoding steps alone, those of the engine (``use``) and of a bank with one
-token a row: a model that is called otherwise computes the bits of its base. One token needs no such
+same bits. It is used in the engine's decode calls (``use``), and in a bank's calls with one token a
+row, to which the calls of running rows and prompts together belong. A model that is called
+otherwise computes the bits of its base. One token needs no such
 help: torch multiplies W with a vector. In 16 bits both orders take the same time.
 """
 

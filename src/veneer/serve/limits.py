@@ -1,4 +1,5 @@
-"""Bounds on all sizes that a client decides: what it may send, keep in memory, or wait for.
+"""Bounds on sizes that a client decides, in several places: what it may send, keep in memory, or
+wait for. A bound of a single place stands there.
 
 The engine's context length and queue bound what a request costs there (tokens, answers). The bounds
 in this file limit the cost of a request before it reaches the engine.

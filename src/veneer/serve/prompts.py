@@ -137,7 +137,7 @@ def _check_arguments(
         problem, expected = "", "variables of the base's chat template"
         if name in reserved:
             problem = "which is not the template's"
-        elif value not in (None, False) and not re.search(rf"\b{re.escape(name)}\b", template):
+        elif value is not None and value is not False and not re.search(rf"\b{re.escape(name)}\b", template):
             problem = "which the template does not read"
         elif isinstance(value, list | dict):
             problem, expected = "a list or an object", "a text, a number, true or false"

@@ -42,7 +42,7 @@ class Sampling:
     temperature: float = 1.0  # divides the logits; 0 always takes the most likely token
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability, after top_k
     top_k: int = 0  # sample from the k most likely tokens; 0: from all tokens
-    # equal seeds give equal tokens, in float32 in any batch; None: a random seed
+    # equal seeds give equal tokens, if no draw depends on the last digits; None: a random seed
     seed: int | None = None
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     #: number of alternatives returned with each sampled token; None: return no log-probabilities.

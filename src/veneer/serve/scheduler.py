@@ -6,8 +6,8 @@ adapter, requests come in the order of arrival.
 
 This is start-time fair queueing (Goyal, Vin and Cheng 1996), measured in tokens;
 ``docs/decisions/serve.md`` has the rules and the reasons. A server without keys counts as one key.
-The queue is bounded: each adapter and each key may have at most three times as many requests in it
-as there are free places.
+The queue is bounded: each key may have at most three times as many requests in it as there are free
+places, and each adapter of a key three times as many as the key has places left.
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ _PRECISIONS = ("auto", "stored", *_PRECISION_OF_DTYPE.values())
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 
+#: defaults where Veneer computes: rows, tokens of a row, and requests or texts that wait
+ROWS, LENGTH, QUEUE, TEXT_QUEUE = 16, 2048, 256, 1024
+
+
 @dataclass(frozen=True)
 class Settings:
     """The values of the options of `veneer serve` with the same names."""
@@ -41,9 +45,11 @@ class Settings:
     adapters: str | None = None  # a folder, a library, or an address such as s3://bucket/adapters
     memory: int | None = None  # the most bytes of adapters in memory
     pin: tuple[str, ...] = ()  # names of adapters that stay in memory
-    rows: int = 16  # requests that run at one time
-    length: int = 2048  # the most tokens of a prompt and its answer
-    queue: int = 256  # the most requests that wait
+    rows: int | None = None  # requests that run at one time; None: ``ROWS``, or vLLM's default
+    #: the most tokens of a prompt and its answer; None: ``LENGTH``, or vLLM's default
+    length: int | None = None
+    #: the most requests, or texts of an encoder, that wait; None: ``QUEUE``, or ``TEXT_QUEUE``
+    queue: int | None = None
     timeout: float = 600.0  # seconds that an answer may take
     precision: Any = "stored"
     quantize: Any = None

@@ -22,7 +22,15 @@ from veneer.serve.engine import Engine
 from veneer.serve.extension import Plugin
 from veneer.serve.metrics import Metrics
 from veneer.serve.service import Service
-from veneer.serve.settings import Settings, must_have_keys_for_any_origin, used_flags
+from veneer.serve.settings import (
+    LENGTH,
+    QUEUE,
+    ROWS,
+    TEXT_QUEUE,
+    Settings,
+    must_have_keys_for_any_origin,
+    used_flags,
+)
 from veneer.serve.tools.choose import check_parser
 from veneer.serve.tracing import open_tracer
 from veneer.store.remote import is_remote
@@ -55,7 +63,8 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     if ignored_fields := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
         log.warning("Not applied here, of the base's %s: %s", FILE, ignored_fields)
     base_length = models.context_length(settings.base) if is_causal else loaded_base.length
-    length = min(settings.length, base_length or settings.length)
+    asked_length = settings.length or LENGTH
+    length = min(asked_length, base_length or asked_length)
     batched.compile_row_loop(max(model.parameters(), key=torch.numel))
     bank = Bank(model, settings.memory)
     catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
@@ -65,7 +74,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
         bank.pin(adapter)
     catalogue.follow_pins()
     engine = embedder = None
-    rows = settings.rows
+    rows = settings.rows or ROWS
     if is_causal:
         engine = Engine(
             model,
@@ -73,7 +82,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
             bank,
             rows=rows,
             length=length,
-            queue=settings.queue,
+            queue=settings.queue or QUEUE,
             observer=metrics,
             turn=None if plugin is None else plugin.turn,
             cache_memory=settings.cache_memory,
@@ -83,7 +92,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
         engine.start()
         length = engine.length
     else:
-        embedder = _make_embedder(loaded_base, bank, rows, metrics)
+        embedder = _make_embedder(loaded_base, bank, rows, settings.queue or TEXT_QUEUE, metrics)
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
     service = Service(
@@ -125,7 +134,9 @@ def _load_causal(settings: Settings) -> Any:
     )  # fmt: skip
 
 
-def _make_embedder(encoder: Any, bank: Bank, rows: int, metrics: Metrics) -> Embedder:
+def _make_embedder(
+    encoder: Any, bank: Bank, rows: int, queue: int, metrics: Metrics
+) -> Embedder:
     return Embedder(
         encoder.model,
         bank,
@@ -133,6 +144,7 @@ def _make_embedder(encoder: Any, bank: Bank, rows: int, metrics: Metrics) -> Emb
         pooling=encoder.pooling,
         normal=encoder.normal,
         rows=rows,
+        queue=queue,
         observer=metrics,
         label_count=encoder.labels,
     )

@@ -107,6 +107,6 @@ def recommendation() -> str | None:
     if not torch.cuda.is_available() or find_program() is None:
         return None
     return (
-        f"This machine has a GPU ({torch.cuda.get_device_name()}) and vLLM, which computes faster"
-        " on it: --engine vllm serves with it, behind the same keys, adapters and blends."
+        f"This machine has a GPU ({torch.cuda.get_device_name()}) and vLLM, which has kernels"
+        " for it: --engine vllm serves with them, behind the same keys, adapters and blends."
     )

@@ -52,7 +52,7 @@ from veneer.serve.service import (
     requested_adapters,
     unless_disconnected,
 )
-from veneer.serve.settings import Settings, must_have_keys_for_any_origin
+from veneer.serve.settings import QUEUE, Settings, must_have_keys_for_any_origin
 from veneer.serve.tools.choose import check_parser, detect_parser
 from veneer.serve.tracing import open_tracer
 from veneer.serve.vllm_adapters import Lease, VllmAdapters
@@ -350,8 +350,8 @@ def start(
     engine = VllmProcess(
         [program, *command_line[1:]],
         socket,
-        _row_limit(settings) or DEFAULT_ROWS,
-        settings.queue,
+        settings.rows or DEFAULT_ROWS,
+        settings.queue or QUEUE,
         settings.timeout,
         on_exit,
         folder,
@@ -393,11 +393,6 @@ def start(
     )
 
 
-def _row_limit(settings: Settings) -> int | None:
-    """The number of rows for vLLM's command line; None: vLLM's default."""
-    return None if settings.rows == Settings.rows else settings.rows
-
-
 def _command_line(
     settings: Settings, base: str, socket: Path, rank: int, tokenizer: Any
 ) -> list[str]:
@@ -406,8 +401,8 @@ def _command_line(
         socket,
         rank,
         name=settings.name,
-        length=None if settings.length == Settings.length else settings.length,
-        rows=_row_limit(settings),
+        length=settings.length,
+        rows=settings.rows,
         dtype=_dtype(settings, base),
         tool_call_parser=settings.tool_call_parser or detect_parser(tokenizer.chat_template),
         extra_options=["--trust-remote-code"] if settings.trust_remote_code else [],

@@ -77,29 +77,32 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
 def _describe_time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
     """A lower bound of the time of ``steps`` steps, in words: the time of the base's matrix
     products in forward and backward, at this machine's current speed. It leaves out all other
-    operations of a step, and assumes that backward visits every block."""
+    operations of a step. Backward ends at the first weight that trains."""
     config = task.config
     tokens = (
         sum(prepared.train.lengths) / len(prepared.train) * config.batch_size * config.grad_accum
     )
-    embedding = model.get_input_embeddings()
-    embedding_ids = {id(embedding.weight)} if embedding is not None else set()
-    head = model.get_output_embeddings()
-    weight_count = sum(
-        parameter.numel()
-        for parameter in model.parameters()
-        if parameter.dim() > 1
-        and id(parameter) not in embedding_ids
-        and not parameter.requires_grad
-    )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    left_out = {id(module.weight) for module in (embedding, head) if module is not None}
+    experts_of_token = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    below, above = 0.0, 0.0  # frozen numbers that multiply a token, below and above what trains
+    trains = False
+    for parameter in model.parameters():
+        trains = trains or parameter.requires_grad
+        if parameter.dim() < 2 or parameter.requires_grad or id(parameter) in left_out:
+            continue
+        share = 1.0
+        if parameter.dim() == 3 and experts_of_token:  # a stack of experts
+            share = min(1.0, experts_of_token / len(parameter))
+        above += share * parameter.numel() * trains
+        below += share * parameter.numel() * (not trains)
     labelled_share = (
         0 if head is None else prepared.train.trained_tokens / max(sum(prepared.train.lengths), 1)
     )
-    if head is not None and id(head.weight) not in embedding_ids:
-        weight_count -= head.weight.numel()
     head_weight_count = 0 if head is None else head.weight.numel() * labelled_share
     passes = 3 if config.activation_checkpointing else 2
-    operations = 2 * tokens * (passes * weight_count + 2 * head_weight_count)
+    below = 0 if config.cache_lower else below
+    operations = 2 * tokens * (passes * above + below + 2 * head_weight_count)
     device = config.device or best_device()
     speed = _measure_speed(device, model.dtype, round(min(tokens, 1024)) or 1)
     least_time = format_duration(steps * operations / speed)

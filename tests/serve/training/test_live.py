@@ -205,6 +205,15 @@ def test_samples_of_the_base_of_a_run_now_and_of_a_checkpoint(client, it):
         completed(it.url, model).json()["choices"][0]["text"] for model in (now, "tiny")
     )
     assert untrained == base
+    messages = {"messages": [{"role": "user", "content": "a"}]}
+    counts = [
+        httpx.post(
+            f"{it.url}/v1/messages/count_tokens", json={"model": model, **messages}, trust_env=False
+        )
+        for model in (now, "tiny")
+    ]
+    assert counts[0].status_code == counts[1].status_code != 404
+    assert counts[0].json() == counts[1].json()
     run.step(0.5)
     path = run.save("one")
     for _ in range(3):

@@ -164,7 +164,7 @@ class LoadWeights(TypedBody):
     path: Path
     optimizer: bool
     optimizer_config: OptimizerFamily | None = None
-    weights_access_token: Annotated[str, Field(max_length=4096)] | None = None
+    weights_access_token: None = None  # all checkpoints are those of this server
 
 
 class CreateSampler(SessionBody):
@@ -258,10 +258,10 @@ class SetTtl(Body):
 class CopyWeights(Body):
     session_id: Id | None = None
     model_seq_id: RequestNumber | None = None
-    destination_project_id: Id | None = None
+    destination_project_id: None = None  # there are no projects here
     source_path: Path
     ttl_seconds: LifetimeSeconds | None = None
-    weights_access_token: Annotated[str, Field(max_length=4096)] | None = None
+    weights_access_token: None = None  # all checkpoints are those of this server
 
 
 class SearchSessions(Body):
