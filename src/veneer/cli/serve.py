@@ -485,7 +485,10 @@ def keygen_command(
     ] = False,
     train: Annotated[
         bool,
-        Option("--train", help="It may train where the server does, which gives it the base too."),
+        Option(
+            "--train",
+            help="It may train where the server does; untrained, a run answers as the base.",
+        ),
     ] = False,
 ) -> None:
     """Create an API key. The key is printed once, to stderr. Its entry for the file of keys, which

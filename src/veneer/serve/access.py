@@ -6,8 +6,8 @@
     adapters = ["french-*", "chat"]   patterns of the adapters it may use; none by default
     base = true                       may use the base without an adapter; true by default
     admin = false                     may load and unload adapters, read metrics; false by default
-    train = false                     may use the training routes, and the base alone, which is
-                                      what an untrained run answers with; false by default
+    train = false                     may use the training routes; false by default. A run that has
+                                      not trained answers as the base does
     runs = 10                         most adapters in training at one time
     bytes = 1000000000                most bytes of checkpoints
     tokens = 1000000                  most tokens of training and sampling a day (UTC); there is

@@ -4,8 +4,8 @@ within and between machines.
     seconds = Σ calls · max(operations / (PRODUCTS · peak), bytes / (BYTES · bandwidth), LAUNCH)
 
 This is a roofline for each call of an operation. The three shares (``PRODUCTS``, ``BYTES`` and
-``LINKS``) are those of a well-used device, the same for all devices. They are measured, not
-published, so ratios of times are more reliable than times.
+``LINKS``) are assumptions of a well-used device, the same for all devices, so ratios of times are
+more reliable than times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from veneer.errors import ConfigError, nearest
 from veneer.train.plan.count import Work
 
-#: achieved shares of published figures: of the peak rate by large matrix products, of the memory
+#: assumed shares of published figures: of the peak rate by large matrix products, of the memory
 #: bandwidth by operations that only move data, and of the bandwidth of links between devices
 PRODUCTS, BYTES, LINKS = 0.65, 0.8, 0.75
 #: least seconds of a call, which the launch of its kernel takes
