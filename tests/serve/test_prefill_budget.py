@@ -17,7 +17,7 @@ def settle_step(gap, decode, *, running=8, filling=1) -> tuple[int, float]:
     tokens, added = 0, 0.0
     for number in range(40):
         if not number % 8:
-            prefill_budget.note_decode(decode)
+            prefill_budget.note_decode(running, decode)
         tokens = prefill_budget.tokens(running, filling)
         if tokens <= TOGETHER:
             added = tokens * TOKEN
@@ -38,8 +38,27 @@ def test_it_is_measured_first_how_long_rows_take():
     prefill_budget = PrefillBudget(None, 512)
     prefill_budget.note_fill(512, 1.0)
     assert prefill_budget.tokens(1, 1) == 0
-    prefill_budget.note_decode(0.1)
+    prefill_budget.note_decode(1, 0.1)
     assert prefill_budget.tokens(1, 1) > 0
+
+
+def test_the_time_of_further_rows_is_no_time_of_prompts():
+    """Prompts arrive without a pause, and the rows that run become 16."""
+    prefill_budget, row = PrefillBudget(None, 512), 0.01
+    prefill_budget.note_fill(512, CALL + 512 * TOKEN)
+    tokens = 0
+    for step in range(64):
+        rows = 1 + step // 4
+        tokens = prefill_budget.tokens(rows, 1)
+        if tokens:
+            prefill_budget.note_together(tokens, rows * row + tokens * TOKEN)
+        else:
+            prefill_budget.note_decode(rows, rows * row)
+    assert SHARE * 12 * row - 2 * MULTIPLE * TOKEN <= tokens * TOKEN <= SHARE * 16 * row
+    tokens = prefill_budget.tokens(2, 1)  # the others have ended
+    assert tokens == 0
+    prefill_budget.note_decode(2, 2 * row)
+    assert 0 < prefill_budget.tokens(2, 1) * TOKEN <= SHARE * 2 * row + MULTIPLE * TOKEN
 
 
 @pytest.mark.parametrize("gap", [0.08, 0.15, 0.5])
@@ -65,7 +84,7 @@ def test_a_prompt_that_is_scored_has_a_price_of_its_own():
     assert prefill_budget.scored_tokens(0, 1) == 64
     prefill_budget.note_fill(512, 512 * TOKEN)
     assert prefill_budget.scored_tokens(8, 1) == 0  # it is measured first how long rows take
-    prefill_budget.note_decode(0.05)
+    prefill_budget.note_decode(8, 0.05)
     assert prefill_budget.scored_tokens(8, 1) == 64
     prefill_budget.note_fill(64, 64 * 3 * TOKEN, scored=True)
     assert prefill_budget.scored_tokens(8, 1) == 24  # 0.15 s of 0.006 s each
@@ -81,7 +100,7 @@ def test_where_more_wait_than_run_they_take_more():
 def test_a_step_of_many_adapters_computes_few_tokens_together():
     prefill_budget = PrefillBudget(None, 512)
     prefill_budget.note_fill(512, CALL + 512 * TOKEN)
-    prefill_budget.note_decode(0.1)
+    prefill_budget.note_decode(8, 0.1)
     prefill_budget.note_together(
         16, 0.1 + 16 * TOKEN / 8
     )  # which is cheaper than a call of their own

@@ -228,8 +228,8 @@ class Engine:
             self._prefill_budget.note_fill(len(filling) * longest, seconds, scored=scored)
             self._widen_rows()
         if self._batch.running:
-            seconds = self._compute(self._batch.sort_running(), self._decode)
-            self._prefill_budget.note_decode(seconds)
+            running = self._batch.sort_running()
+            self._prefill_budget.note_decode(len(running), self._compute(running, self._decode))
 
     def _run(self) -> None:
         finish: Finish = "error"

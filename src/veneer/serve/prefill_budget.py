@@ -17,6 +17,9 @@ from veneer.models.decode.forward import TOGETHER
 #: the time for prompts as a share of the time of a decode call
 SHARE = 0.7
 
+#: by what factor the rows may be more or fewer than those of the latest decode call
+MOST_ROW_GROWTH = 1.5
+
 #: tokens of a step are a multiple of this, so that many steps have the same number
 MULTIPLE = 8
 
@@ -32,6 +35,7 @@ class PrefillBudget:
         #: seconds of late: of a decode call, and of a prompt's token in a call of its own and in
         #: one together with running rows, and of one that is scored
         self._decode = self._apart = self._together = self._scored = 0.0
+        self._decode_rows = 0  # of the latest decode call
 
     def note_fill(self, tokens: int, seconds: float, *, scored: bool = False) -> None:
         """A call for so many tokens of prompts, padding included, took so long."""
@@ -40,9 +44,10 @@ class PrefillBudget:
         else:
             self._apart = _average(self._apart, seconds / tokens)
 
-    def note_decode(self, seconds: float) -> None:
+    def note_decode(self, rows: int, seconds: float) -> None:
         """Record the duration of a decode call."""
-        self._decode = _average(self._decode, seconds)
+        self._decode = _average(self._decode if self._knows_decode(rows) else 0.0, seconds)
+        self._decode_rows = rows
 
     def note_together(self, tokens: int, seconds: float) -> None:
         """Record the duration of a decode call with ``tokens`` prompt tokens."""
@@ -51,11 +56,11 @@ class PrefillBudget:
 
     def tokens(self, running: int, filling: int, together: int = TOGETHER) -> int:
         """How many tokens the next step computes of ``filling`` prompts, beside ``running`` rows;
-        up to ``together`` are computed in their call. None, where it is not known yet how long the
-        rows take by themselves."""
+        up to ``together`` are computed in their call. None, where it is not known how long so
+        many rows take by themselves."""
         if not running or not self._apart:
             return self.most
-        if not self._decode:
+        if not self._knows_decode(running):
             return 0
         seconds = self._seconds(running, filling)
         count = int(seconds / (self._together or self._apart))
@@ -68,10 +73,17 @@ class PrefillBudget:
         token_seconds = self._scored or self._apart
         if not running or not token_seconds:
             return self.most_scored
-        if not self._decode:
+        if not self._knows_decode(running):
             return 0
         count = int(self._seconds(running, filling) / token_seconds)
         return min(self.most_scored, max(MULTIPLE, count - count % MULTIPLE))
+
+    def _knows_decode(self, rows: int) -> bool:
+        """Whether the latest decode call had about as many rows. While prompts arrive, steps are
+        calls together, and what further rows take would count as the time of the prompts."""
+        return self._decode_rows <= MOST_ROW_GROWTH * rows and rows <= (
+            MOST_ROW_GROWTH * self._decode_rows
+        )
 
     def _seconds(self, running: int, filling: int) -> float:
         """Seconds of a step that prompts may take beside running rows."""
