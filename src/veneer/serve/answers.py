@@ -118,6 +118,7 @@ class AnswerWriter:
         self.alternative_count = body.alternative_count()
         self.prompt_logprobs = body.prompt_logprobs
         self.has_logprobs = self.alternative_count is not None
+        self.allows_one_call = isinstance(body, ChatRequest) and not body.parallel_tool_calls
         # list the log-probabilities of the prompt's tokens before the answer's
         self.echoes_logprobs = body.echo and self.has_logprobs and not self.is_chat
         # building such a body may take seconds
@@ -151,8 +152,10 @@ class AnswerWriter:
         if not self.parsers:
             return [TextDelta(piece.text)] if piece.text else []
         parser = self.parsers[index]
-        deltas = parser.feed(piece.text)
-        return deltas + parser.end() if piece.finish else deltas
+        deltas = parser.feed(piece.text) + (parser.end() if piece.finish else [])
+        if self.allows_one_call:  # as vLLM, which leaves the others out
+            deltas = [delta for delta in deltas if isinstance(delta, TextDelta) or not delta.index]
+        return deltas
 
     def finish_reason(self, index: int, piece: Piece) -> str | None:
         """OpenAI's ``finish_reason`` of an answer, from its last piece."""

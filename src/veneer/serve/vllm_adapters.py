@@ -119,8 +119,13 @@ class VllmAdapters:
         with self._loading:
             old_entry = self._names.get(name)
             pinned = old_entry is not None and old_entry.pinned
-            entry = RegisteredAdapter(Path(path), self._copy(name, Path(path)), pinned)
-            loaded = self._load({name: 1.0}, {name: entry})
+            copy = self._copy(name, Path(path))
+            entry = RegisteredAdapter(Path(path), copy, pinned)
+            try:
+                loaded = self._load({name: 1.0}, {name: entry})
+            except BaseException:
+                shutil.rmtree(copy, ignore_errors=True)
+                raise
             with self._lock:
                 self._names[name] = entry
             self._retire(name, old_entry)
@@ -205,8 +210,8 @@ class VllmAdapters:
             with self._lock:
                 loaded.users -= 1
                 unload = loaded.stale and not loaded.users
-            if unload:
-                self._unload(loaded)
+            if unload:  # vLLM may take a while, and an event loop may call this
+                threading.Thread(target=self._unload, args=(loaded,), daemon=True).start()
 
         return Lease(loaded.name, release)
 
@@ -216,12 +221,12 @@ class VllmAdapters:
         """Load a blend into vLLM. ``weights``, ``entries``: by adapter name."""
         start, key = time.monotonic(), key_of(weights)
         label = next(iter(weights)) if len(weights) == 1 else "blend"
+        is_single, folder = list(weights.values()) == [1.0], None
         try:
             for name, entry in entries.items():
                 if entry.copy is None:
                     entry.copy = self._copy(name, entry.path)
             copies = {name: entry.copy for name, entry in entries.items() if entry.copy}
-            is_single = list(weights.values()) == [1.0]
             folder = next(iter(copies.values())) if is_single else self._compose(weights, copies)
             size = (folder / peft.TENSORS).stat().st_size
             loaded = LoadedBlend(self._next_name(), key, folder, size, is_composed=not is_single)
@@ -231,8 +236,11 @@ class VllmAdapters:
             if status != 200:
                 problem = f"an adapter that vLLM refuses ({text[:500]})"
                 raise AdapterError(sentence(problem, *ADVICE))
-        except (AdapterError, OSError):
-            self.on_event("fail", label, 0.0)
+        except BaseException as error:
+            if folder is not None and not is_single:
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, AdapterError | OSError):
+                self.on_event("fail", label, 0.0)
             raise
         self.on_event("load", label, time.monotonic() - start)
         log.info("Loaded %s into vLLM", dict(weights))
@@ -315,7 +323,10 @@ class VllmAdapters:
             shutil.rmtree(copy, ignore_errors=True)
 
     def _unload(self, loaded: LoadedBlend) -> None:
-        status, text = self._post("/v1/unload_lora_adapter", {"lora_name": loaded.name})
+        try:
+            status, text = self._post("/v1/unload_lora_adapter", {"lora_name": loaded.name})
+        except OSError as error:
+            status, text = 0, str(error)
         if status != 200:
             log.warning("vLLM did not unload an adapter: %s", text[:500])
         if loaded.stale or loaded.is_composed:  # vLLM may load a registered adapter's copy again

@@ -202,19 +202,36 @@ class Call:
         record, arrived_at = CURRENT_RECORD.get(), time.monotonic()
         if record is not None:
             record.ask(self.blend, 0)
-        await engine.gate.enter(ticket)
+        deadline = asyncio.get_running_loop().time() + self.service.timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                await engine.gate.enter(ticket)
+        except TimeoutError as error:
+            observer.finished(self.blend, "timeout", time.monotonic() - arrived_at)
+            raise timeout_refusal() from error
         wait_seconds = time.monotonic() - arrived_at
         observer.started(self.blend, wait_seconds)
         if record is not None:
             record.queue_seconds = wait_seconds
         call_end = CallEnd(self, ticket, arrived_at)
         try:
-            lease = call_end.lease = self.service.bank.find(self.blend) or await self._load_blend()
-            response = await self._send(lease)
+            async with asyncio.timeout_at(deadline):
+                bank = self.service.bank
+                lease = call_end.lease = bank.find(self.blend) or await self._load_blend()
+                response = await self._send(lease)
+                return await self._relay(response, call_end, deadline)
+        except (TimeoutError, httpx.TimeoutException) as error:
+            call_end.end("timeout")
+            raise timeout_refusal() from error
+        except httpx.TransportError as error:
+            call_end.end("error")
+            raise engine_lost_refusal() from error
+        except asyncio.CancelledError:
+            call_end.end("cancelled")
+            raise
         except BaseException:
             call_end.end("error")
             raise
-        return await self._relay(response, call_end)
 
     async def _load_blend(self) -> Lease:
         loading = asyncio.ensure_future(asyncio.to_thread(self.service.bank.acquire, self.blend))
@@ -226,30 +243,19 @@ class Call:
         if record is not None:
             headers[ID_HEADER] = record.request_id
         body = {**self.body, "model": lease.name or self.service.base}
-        try:
-            content = json.dumps(body).encode()
-            return await self.service.engine.send("POST", self.path, content, headers)
-        except httpx.TimeoutException as error:
-            message = sentence("an answer that took too long", "one in time", "ask for less")
-            raise Refusal(504, message, code="timeout") from error
-        except httpx.TransportError as error:
-            raise engine_lost_refusal() from error
+        content = json.dumps(body).encode()
+        return await self.service.engine.send("POST", self.path, content, headers)
 
-    async def _relay(self, response: httpx.Response, call_end: CallEnd) -> Response:
+    async def _relay(
+        self, response: httpx.Response, call_end: CallEnd, deadline: float
+    ) -> Response:
         """Return vLLM's answer to the client, with the client's name of the model."""
         media_type = response.headers.get("content-type", "application/json")
         if media_type.startswith("text/event-stream"):
-            return ForwardedStream(
-                self._forward_events(response, call_end), response, call_end, media_type
-            )
+            events = self._forward_events(response, call_end, deadline)
+            return ForwardedStream(events, response, call_end, media_type)
         try:
             content = self._rename_model(await response.aread(), call_end.lease)
-        except httpx.TransportError as error:
-            call_end.end("error")
-            raise engine_lost_refusal() from error
-        except BaseException:
-            call_end.end("cancelled")
-            raise
         finally:
             await response.aclose()
         call_end.count_usage(content if media_type.startswith("application/json") else b"")
@@ -257,19 +263,33 @@ class Call:
         return Response(content, response.status_code, media_type=media_type)
 
     async def _forward_events(
-        self, response: httpx.Response, call_end: CallEnd
+        self, response: httpx.Response, call_end: CallEnd, deadline: float
     ) -> AsyncIterator[bytes]:
-        outcome = "cancelled"
+        """Yield vLLM's events line by line. Only a line feed ends a line: vLLM writes other
+        separators, such as U+2028, into its JSON as they are."""
+        outcome, refusal, rest = "cancelled", None, b""
+        chunks = response.aiter_bytes()
         try:
-            async for line in response.aiter_lines():
-                call_end.count_event(line)
-                yield self._rename_model(f"{line}\n".encode(), call_end.lease)
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    chunk = await anext(chunks, None)
+                *lines, rest = (rest + (chunk or b"")).split(b"\n")
+                if chunk is None and rest:
+                    lines, rest = [*lines, rest], b""
+                for line in lines:
+                    call_end.count_event(line)
+                    yield self._rename_model(line + b"\n", call_end.lease)
+                if chunk is None:
+                    break
             outcome = "stop"
+        except (TimeoutError, httpx.TimeoutException):
+            outcome, refusal = "timeout", timeout_refusal()
         except httpx.TransportError:
-            outcome = "error"
-            yield b"data: " + json.dumps(engine_lost_refusal().body()).encode() + b"\n\n"
+            outcome, refusal = "error", engine_lost_refusal()
         finally:
             call_end.end(outcome)
+        if refusal is not None:
+            yield b"data: " + json.dumps(refusal.body()).encode() + b"\n\n"
 
     def _rename_model(self, content: bytes, lease: Lease | None) -> bytes:
         """Replace vLLM's name of the model by the client's."""
@@ -296,9 +316,9 @@ class CallEnd:
         self._prompt_tokens = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
         self._generated_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
 
-    def count_event(self, line: str) -> None:
+    def count_event(self, line: bytes) -> None:
         """Count a line of a stream: an event with data is about one token."""
-        if not line.startswith("data: {"):
+        if not line.startswith(b"data: {"):
             return
         record = CURRENT_RECORD.get()
         if not self._generated_tokens:
@@ -323,6 +343,11 @@ class CallEnd:
             record.prompt_tokens = self._prompt_tokens
             record.generated_tokens = self._generated_tokens
             record.end(outcome)
+
+
+def timeout_refusal() -> Refusal:
+    message = sentence("an answer that took too long", "one in time", "ask for less")
+    return Refusal(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
 def engine_lost_refusal() -> Refusal:

@@ -123,6 +123,8 @@ class VllmProcess:
     def post(self, path: str, body: Any) -> tuple[int, str]:
         """Send a POST request of this server itself, from any thread. Returns the status and text
         of the answer. ``OSError``: vLLM does not answer."""
+        if self._sync_client.is_closed:
+            raise OSError("vLLM has been stopped")
         try:
             answer = self._sync_client.post(path, json=body)
         except httpx.HTTPError as error:

@@ -34,7 +34,13 @@ from veneer.serve.access import Keyring, follow_keys, read_keys
 from veneer.serve.cluster import gateway, routing
 from veneer.serve.guard import LOOPBACK
 from veneer.serve.request_log import formatter_of
-from veneer.serve.settings import Settings, must_have_keys_for_any_origin, settings_of
+from veneer.serve.settings import (
+    QUEUE,
+    ROWS,
+    Settings,
+    must_have_keys_for_any_origin,
+    settings_of,
+)
 
 APPLICATION_NAME = "veneer"
 #: seconds between two health checks of a replica
@@ -177,11 +183,12 @@ def application(
     """Make the application with the gateway and the replicas. ``replicas``: their number, or a
     range (``scale``). ``grace``: seconds for running requests at the end. ``replica_resources``:
     CPUs and GPUs of each replica; None: Ray's default."""
+    rows, queue = settings.rows or ROWS, settings.queue or QUEUE
     # read the keys here, so that an invalid file is reported now and not in the log of a process
     must_have_keys_for_any_origin(settings, _keyring(keys).is_open)
     router_config: dict[str, Any] = {
         "request_router_class": AdapterRouter,
-        "request_router_kwargs": {"rows": settings.rows},
+        "request_router_kwargs": {"rows": rows},
     }
     shared_options = {
         "health_check_period_s": HEALTH_CHECK_SECONDS,
@@ -189,9 +196,9 @@ def application(
     }
     replica_deployment = serve.deployment(Replica, name="Replica").options(
         **shared_options,
-        **scale(replicas, settings.rows),
+        **scale(replicas, rows),
         request_router_config=RequestRouterConfig(**router_config),
-        max_ongoing_requests=settings.rows + settings.queue,
+        max_ongoing_requests=rows + queue,
         ray_actor_options=dict(replica_resources or {}),
     )
     gateway_deployment = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
@@ -234,7 +241,7 @@ def run(
     """Serve on the Ray cluster of $RAY_ADDRESS. Without this variable, start a Ray cluster on this
     machine that ends with the server. ``started`` is called when all replicas are ready; the server
     ends when ``until`` returns."""
-    scaling = scale(replicas, settings.rows)  # raises before Ray is started
+    scaling = scale(replicas, settings.rows or ROWS)  # raises before Ray is started
     max_replicas = scaling.get("num_replicas") or scaling["autoscaling_config"]["max_replicas"]
     owns_cluster = "RAY_ADDRESS" not in os.environ
     ray_options: dict[str, Any] = {"include_dashboard": False} if owns_cluster else {}

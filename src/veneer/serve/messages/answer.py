@@ -40,7 +40,11 @@ class MessagesView:
         self._cached_tokens = pieces[-1].cached
         deltas = [delta for piece in pieces for delta in self._writer.deltas(0, piece)]
         content = [_content_block(text_or_call) for text_or_call in join_deltas(deltas)]
-        return {**self._empty_message(), "content": content, **self._end_fields(pieces[-1])}
+        end_fields = self._end_fields(pieces[-1])
+        has_call = any(block["type"] == "tool_use" for block in content)
+        if end_fields["stop_reason"] == "tool_use" and not has_call:
+            end_fields["stop_reason"] = "end_turn"
+        return {**self._empty_message(), "content": content, **end_fields}
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
         """Yield the events. ``first``: the first piece, which was taken from ``pieces`` before."""

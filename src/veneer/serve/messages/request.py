@@ -184,9 +184,10 @@ class Conversation(Strict, ABC):
 
     def chat(self) -> ChatRequest:
         """This request as a chat request, which is not validated again."""
-        choice = self.tool_choice
+        choice, messages = self.tool_choice, self.chat_messages()
+        check_history(messages, "messages")  # sets the names of the tools' results
         return ChatRequest.model_construct(
-            model=self.model, adapters=self.adapters, messages=self.chat_messages(),
+            model=self.model, adapters=self.adapters, messages=messages,
             tools=self._chat_tools(), tool_choice=self._chat_tool_choice(),
             parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
         )  # fmt: skip

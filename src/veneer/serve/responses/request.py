@@ -235,8 +235,10 @@ class ResponsesRequest(Strict):
         if isinstance(answer_format, FlatSchemaFormat):
             schema = JsonSchema.model_construct(schema_=answer_format.schema_)
             answer_format = SchemaFormat.model_construct(type="json_schema", json_schema=schema)
+        messages = self.messages()
+        check_history(messages, "input")  # sets the names of the tools' results
         return ChatRequest.model_construct(
-            model=self.model, adapters=self.adapters, messages=self.messages(),
+            model=self.model, adapters=self.adapters, messages=messages,
             tools=self._chat_tools(),
             tool_choice=self._chat_tool_choice(), parallel_tool_calls=self.parallel_tool_calls,
             response_format=answer_format, temperature=self.temperature, top_p=self.top_p,
