@@ -17,6 +17,7 @@ from veneer.serve.api import create
 from veneer.serve.cluster import gateway, routing
 from veneer.serve.cluster.gateway import Gateway, answer_messages, complete_answer
 from veneer.serve.metrics import merge_pages
+from veneer.serve.settings import settings_of
 
 REPLICAS = ("one", "two", "three")
 ADAPTERS = [f"adapter-{number}" for number in range(3000)]
@@ -24,6 +25,19 @@ ADAPTERS = [f"adapter-{number}" for number in range(3000)]
 
 class LostError(Exception):
     """A replica that died."""
+
+
+@pytest.mark.parametrize("options", [{}, {"rows": 4}, {"queue": 9}])
+def test_replicas_have_the_servers_own_limits_unless_some_are_given(options):
+    pytest.importorskip("ray.serve")
+    from veneer.serve.cluster import on_ray
+
+    settings = settings_of("base", **options)
+    application = on_ray.application(settings, None, None, "1-8", 30.0)
+    (replica,) = application._bound_deployment.init_args[:1]
+    deployment = replica._bound_deployment
+    rows, queue = options.get("rows", 16), options.get("queue", 256)
+    assert deployment._deployment_config.max_ongoing_requests == rows + queue
 
 
 def test_adapters_are_shared_out_and_stay_where_they_are():

@@ -108,6 +108,29 @@ def test_a_call_and_its_result(it):
     assert "<|im_start|>tool\nsunny<|im_end|>\n<|im_start|>user\nThanks.<|im_end|>" in prompt_of(it)
 
 
+def test_a_result_has_the_name_of_its_tool(it, monkeypatch):
+    call = post(it, tools=TOOLS).json()["content"][1]
+    named = TEMPLATE.replace("message.content", "(message.name or '') + message.content")
+    monkeypatch.setattr(it.service.tokenizer, "chat_template", named)
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": "sunny"}
+    turns = [
+        *ASKED,
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result]},
+    ]
+    assert post(it, tools=TOOLS, messages=turns).status_code == 200
+    assert "tool\nget_weathersunny" in prompt_of(it)
+
+
+def test_a_call_without_an_object_of_arguments_is_text_and_no_use_of_a_tool(it, monkeypatch):
+    text = '<tool_call>\n{"name": "get_weather", "arguments": "hello"}\n</tool_call>'
+    script = scripted(it.engine, lambda prompt: text, it.service.tokenizer.decode)
+    monkeypatch.setattr(it.engine, "_write", script)
+    message = post(it, tools=TOOLS).json()
+    assert {block["type"] for block in message["content"]} == {"text"}
+    assert message["stop_reason"] == "end_turn"
+
+
 def test_a_stream_has_anthropics_events_in_order(it):
     events = stream(it, tools=TOOLS)
     assert events[0]["type"] == "message_start"

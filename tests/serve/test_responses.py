@@ -65,6 +65,24 @@ def test_a_text(it, client):
     )
 
 
+def test_a_result_has_the_name_of_its_tool(it, client, monkeypatch):
+    named = TEMPLATE.replace("message.content", "(message.name or '') + message.content")
+    monkeypatch.setattr(it.service.tokenizer, "chat_template", named)
+    arguments = json.dumps({"city": "Bern", "days": 2})
+    conversation = [
+        {"role": "user", "content": "the weather?"},
+        {
+            "type": "function_call",
+            "call_id": "call_1",
+            "name": "get_weather",
+            "arguments": arguments,
+        },
+        {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+    ]
+    client.responses.create(model=BASE, input=conversation, tools=TOOLS)
+    assert "tool\nget_weathersunny" in prompt_of(it)
+
+
 def test_a_call_and_its_result(it, client):
     conversation = [{"role": "user", "content": "the weather?"}]
     answer = client.responses.create(model=BASE, input=conversation, tools=TOOLS)

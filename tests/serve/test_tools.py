@@ -37,6 +37,7 @@ from veneer.serve.requests import Sampling
 from veneer.serve.text import Detokenizer, Text
 
 ASKED = [{"role": "user", "content": "the weather?"}]
+PROMPT_WITH_TOOLS = '<|im_start|>system\n<tools>{"name": "get_weather"}</tools><|im_end|>\n'
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,20 @@ def test_several_choices_have_calls_of_their_own(client):
     answer = ask(client, n=3)
     ids = [choice.message.tool_calls[0].id for choice in answer.choices]
     assert len(set(ids)) == 3
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_client_may_ask_for_one_call_at_most(it, client, parallel, monkeypatch):
+    text = weather_script(PROMPT_WITH_TOOLS)
+    call = text[text.index("<tool_call>") :]
+    script = scripted(it.engine, lambda prompt: f"{text}\n{call}", it.service.tokenizer.decode)
+    monkeypatch.setattr(it.engine, "_write", script)
+    answer = ask(client, parallel_tool_calls=parallel)
+    assert len(answer.choices[0].message.tool_calls) == (2 if parallel else 1)
+    chunks = list(ask(client, parallel_tool_calls=parallel, stream=True))
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
+    assert {delta.index for delta in deltas} == ({0, 1} if parallel else {0})
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 def test_tool_choice_none_shows_no_tool(it, client):

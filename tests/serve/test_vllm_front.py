@@ -204,6 +204,16 @@ def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):
         assert "vllm:num_requests_running" in page
 
 
+def test_a_blend_that_is_refused_leaves_no_folder(base, adapters):
+    with front(base, adapters, memory="1KiB") as it:
+        folder = it.service.engine._socket.parent
+        for _ in range(3):
+            answer = it.post(model="tiny", prompt="hi", adapters={"french": 0.5, "german": 0.5})
+            assert answer.status_code == 503
+        assert not list(folder.glob("blend-*"))
+        assert len(list(folder.glob("copy-*"))) == 2
+
+
 def test_adapters_are_loaded_and_unloaded_by_vllms_routes(it, adapters):
     body = {"lora_name": "fr", "lora_path": "french"}
     assert it.post("/v1/load_lora_adapter", "vnr-a", **body).status_code == 403
@@ -302,6 +312,42 @@ def test_other_routes_go_to_vllm(it, path):
     (asked,) = it.state["asked"]
     assert asked["path"] == path
     assert asked["top_k"] == 7
+
+
+def test_only_a_line_feed_ends_a_line_of_a_stream(it):
+    """vLLM writes U+2028 and the like into its JSON as they are."""
+    prompt = "a\u2028data\u2029b\x85c"
+    with openai.OpenAI(base_url=f"{it.url}/v1", api_key="vnr-b", max_retries=0) as client:
+        chunks = client.completions.create(model="french", prompt=prompt, stream=True)
+        texts = [chunk.choices[0].text for chunk in chunks]
+    assert texts[1] == prompt
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "slow"}, {"prompt": "stall", "stream": True}])
+def test_the_time_limit_holds_for_the_answer_and_for_the_wait(base, adapters, fields):
+    with front(base, adapters, rows=1, timeout=1.0) as it, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(it.post, model="tiny", **fields)
+        until(lambda: it.service.engine.running == 1)
+        second = it.post(model="french", prompt="hi")
+        ended = first.result(20)
+        assert ended.status_code == (200 if "stream" in fields else 504)
+        assert '"code": "timeout"' in ended.text or '"code":"timeout"' in ended.text
+        assert second.status_code in (200, 504)
+        until(lambda: it.service.engine.running == it.service.engine.waiting == 0)
+        assert it.service.ready
+        it.service.engine.post("/go", {})
+        assert it.text() == "tiny:hi:0.0"
+
+
+def test_a_request_that_waits_too_long_ends(base, adapters):
+    with front(base, adapters, rows=1, timeout=1.0) as it, ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(it.post, model="tiny", prompt="stall", stream=True)]
+        until(lambda: it.service.engine.running == 1)
+        it.service.engine.gate.running += 1  # a row that no request frees
+        assert it.post(model="tiny", prompt="hi").status_code == 504
+        it.service.engine.gate.running -= 1
+        assert [stream.result(20).status_code for stream in streams] == [200]
+        until(lambda: it.service.engine.running == it.service.engine.waiting == 0)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@ that Veneer's front needs. It takes vLLM's flags. GET /state returns the request
 
 An answer is "NAME:PROMPT:SUM": the name of the model or adapter in vLLM, the prompt, and the sum of
 the absolute values of the adapter's first tensor, which tells a test which files were loaded. A
-prompt of "slow" is answered after POST /go; "die" ends the program.
+prompt of "slow" is answered after POST /go, and a stream of "stall" goes on after it; "die" ends the
+program.
 """
 
 from __future__ import annotations
@@ -79,13 +80,17 @@ async def answer(request: Request) -> Response:
 
     async def events():
         for piece in text.split(":"):
-            chunk = json.dumps({**common, "choices": [{"index": 0, "text": piece}]})
+            chunk = json.dumps(
+                {**common, "choices": [{"index": 0, "text": piece}]}, ensure_ascii=False
+            )
             # send an event in two parts, because a socket may split it
             yield f"data: {chunk[:20]}"
             await asyncio.sleep(0)
             yield f"{chunk[20:]}\n\n"
             if piece == "cut":
                 os._exit(3)
+            if piece == "stall":
+                await GO.wait()
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream")
