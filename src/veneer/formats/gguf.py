@@ -99,6 +99,8 @@ ARCHITECTURES = {
     "stablelm": Architecture("STABLELM"),
     "seed_oss": Architecture("SEED_OSS"),
 }
+#: the kinds of change that have a tensor in llama.cpp
+_LAYER_KINDS = ("linear", "Conv1D", "linear or Conv1D", "embedding", "parameter", "stack")
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"
 #: advice in errors
@@ -234,7 +236,7 @@ def _refusal_reasons(change: LowRankChange, names: _TensorNames) -> Iterable[str
         yield sentence(
             f"{weight!r}, a stack of matrices", f"none in {names.architecture_name}", _DO_MERGE
         )
-    elif change.kind not in ("linear", "Conv1D", "embedding", "parameter", "stack"):
+    elif change.kind not in _LAYER_KINDS:
         yield sentence(
             f"{weight!r}, a change of kind {change.kind}", "linear layers and embeddings", _DO_MERGE
         )
