@@ -185,6 +185,14 @@ def test_a_base_that_did_not_grow_is_one_clear_error_or_grown(tmp_path):
     assert error(logits(fitting), expected) < 1e-6
 
 
+def test_a_base_that_did_not_grow_is_verified_beside_a_change_of_its_embedding(tmp_path):
+    folder, _ = trained(grown(), tmp_path / "a", SAME)
+    llama(size=40).save_pretrained(tmp_path / "base")
+    assert verify(folder, tmp_path / "base").ok
+    llama(size=40, seed=1).save_pretrained(tmp_path / "other")
+    assert "other numbers" in str(verify(folder, tmp_path / "other"))
+
+
 def test_rows_that_grew_and_were_never_trained_are_told(tmp_path):
     folder, _ = trained(
         grown(),

@@ -65,6 +65,18 @@ def test_targets_and_keep(veneer: Case, base: Path, tuned: Path, tmp_path: Path)
     assert {entry["why"] for entry in facts["lost"]} == {"no target", "excluded"}
 
 
+def test_a_regular_expression_keeps_its_commas(
+    veneer: Case, base: Path, tuned: Path, tmp_path: Path
+) -> None:
+    targets = "re:.*q_proj.{0,7}"
+    found = veneer(
+        "extract", base, tuned, tmp_path / "out", "--rank", 2, "--targets", targets, "--json"
+    )
+    assert found.code == 0, found.err
+    layers = json.loads(found.out)["layers"]
+    assert {layer["path"].split(".")[-2] for layer in layers} == {"q_proj"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -160,6 +160,28 @@ def test_without_an_intruder_the_change_is_made_smaller(
     assert "ΔW × 0.75, evenly" in page.read_text()
 
 
+def test_an_adapter_that_an_invocation_starts_is_measured_itself(
+    veneer: Case, base: Path, general: Path, tmp_path: Path
+) -> None:
+    from tests.support.toys import randomise
+    from transformers import AutoModelForCausalLM
+
+    from veneer import LoraConfig, attach
+
+    handle = attach(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(rank=2, invocation_tokens=[104])
+    )
+    randomise(handle, 0.05)
+    handle.save(tmp_path / "a")
+    page = tmp_path / "look.html"
+    found = veneer("inspect", tmp_path / "a", "--report", page, "--json", "--base", base, "--general", general,
+                   "--precision", "fp32", "--intruders", 0)  # fmt: skip
+    assert found.code == 0, found.err
+    rows = json.loads(found.out)["report"]["losses"]["rows"]
+    assert [row["what"] for row in rows] == ["base", "adapter"]
+    assert "It acts from its invocation tokens on" in page.read_text()
+
+
 def test_the_next_rank_is_the_smallest_that_keeps_the_gain() -> None:
     from veneer.cli.inspect_report import _recommend_rank
 

@@ -172,6 +172,25 @@ def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path, ove
     assert content(tmp_path) == {"notes.txt": "mine", "run/config/mine": "theirs"}
 
 
+@pytest.mark.parametrize("others", [["original"], ["notes.txt", "original"]], ids=len)
+def test_a_file_of_others_is_not_replaced_by_a_folder_of_ours(tmp_path, way, others):
+    path = tmp_path / "run"
+    fill(path, "old", *OURS)
+    fill(path, "theirs", *others)
+    before = content(path)
+    with (
+        pytest.raises(OutputExistsError, match="original is a file"),
+        new_folder(path, overwrite=True, replaces=OURS) as folder,
+    ):
+        fill(folder, "new", "config", "original/config")
+    recover(path)
+    assert content(path) == before
+    with new_folder(path, overwrite=True, replaces=(*OURS, "original")) as folder:
+        fill(folder, "new", "config", "original/config")
+    theirs = dict.fromkeys(set(others) - {"original"}, "theirs")
+    assert content(path) == {"config": "new", "original/config": "new", **theirs}
+
+
 # ----------------------------------------------------------------------------------------------
 # what appears meanwhile
 

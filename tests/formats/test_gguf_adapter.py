@@ -401,6 +401,30 @@ def test_a_model_is_no_adapter(tmp_path):
         )
 
 
+def write_adapter(path, held, alpha=3.0):
+    """An adapter's file with these tensors, and with an alpha of any type."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    add_alpha = {str: writer.add_string, float: writer.add_float32, list: writer.add_array}
+    add_alpha[type(alpha)]("adapter.lora.alpha", alpha)
+    for name, value in held.items():
+        writer.add_tensor(name, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("alpha", ["much", [3.0], float("nan")], ids=str)
+def test_an_alpha_that_is_no_number_is_refused(alpha, tmp_path):
+    held = {f"blk.0.attn_q.weight.lora_{ab}": torch.ones(2, 2) for ab in "ab"}
+    write_adapter(tmp_path / "a", held, alpha)
+    with pytest.raises(AdapterError, match=r"adapter\.lora\.alpha .* Expected: a finite number"):
+        convert(tmp_path / "a", tmp_path / "b", to="peft", base=llama())
+    assert not (tmp_path / "b").exists()
+
+
 def test_experts_that_change_apart_are_joined(tmp_path):
     """gate and up from a tool that gave them factors of their own, or changed one alone."""
     model = mixtral()
@@ -409,16 +433,7 @@ def test_experts_that_change_apart_are_joined(tmp_path):
     held = {name: torch.from_numpy(value.copy()) for name, value in arrays(tmp_path / "b").items()}
     held["blk.0.ffn_up_exps.weight.lora_a"] = torch.randn(4, 2, 32)
     del held["blk.1.ffn_gate_exps.weight.lora_a"], held["blk.1.ffn_gate_exps.weight.lora_b"]
-    writer = gguf.GGUFWriter(tmp_path / "c", "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 3.0)
-    for name, value in held.items():
-        writer.add_tensor(name, value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_adapter(tmp_path / "c", held)
     back = read(convert(tmp_path / "c", tmp_path / "d", to="veneer", base=model))
     for block in (0, 1):
         low = back.layers[f"model.layers.{block}.mlp.experts.gate_up_proj"]

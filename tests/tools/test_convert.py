@@ -23,9 +23,10 @@ from torch import nn
 import veneer
 from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
-from veneer.formats import kohya
+from veneer.formats import BaseFacts, kohya
 from veneer.layers import LAYERS
 from veneer.tools.convert import FORMATS, MisreadElsewhere, conversion, convert, detect
+from veneer.tools.convert.file_contents import list_changes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -554,6 +555,39 @@ def test_a_dense_change_needs_no_base_where_the_file_tells_it(kind, tmp_path):
     assert one.keys() == other.keys()
     assert all(error(other[key], one[key]) < 1e-6 for key in one)
     assert one["layer.weight"].shape == model["layer"].weight.shape
+
+
+@pytest.mark.parametrize(
+    ("beside", "target"),
+    [(nn.Linear(7, 5), "second"), (nn.MultiheadAttention(6, 2), "second.in_proj_weight")],
+    ids=["linear", "attention"],
+)
+def test_a_dense_change_lies_as_the_weight_of_its_own_layer(beside, target, tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleDict({"first": Conv1D(5, 7), "second": beside})
+    first = trained(model, tmp_path / "a", targets=["first", target])
+    convert(first.path, tmp_path / "with", to="dense", base=model)
+    convert(first.path, tmp_path / "without", to="dense")
+    one, other = load_file(tmp_path / "with"), load_file(tmp_path / "without")
+    assert one.keys() == other.keys()
+    assert all(error(other[key], one[key]) < 1e-6 for key in one)
+
+
+@pytest.mark.filterwarnings("ignore:Nobody checked what PEFT makes")
+def test_where_a_flag_alone_tells_of_transposed_weights_the_base_decides(tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleDict({"first": Conv1D(5, 7), "second": nn.Linear(7, 5)})
+    first = trained(model, tmp_path / "a")
+    plain = read(convert(first.path, tmp_path / "plain", to="peft"))
+    assert plain.peft_config["fan_in_fan_out"]
+    with pytest.raises(AdapterError, match=r"'second.weight', which may be stored transposed"):
+        convert(plain.path, tmp_path / "b", to="dense")
+    assert not (tmp_path / "b").exists()
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    kinds = {change.weight: change.kind for change in list_changes(plain, BaseFacts(shapes))}
+    assert kinds == {"first.weight": "Conv1D", "second.weight": "linear"}
 
 
 @pytest.mark.parametrize(

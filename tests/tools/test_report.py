@@ -331,6 +331,18 @@ def test_trained_tokens_are_told_and_not_repaired(tmp_path):
         repair(tmp_path / "a", tmp_path / "b", base=model)
 
 
+def test_a_change_beside_trained_tokens_is_looked_at_on_its_own_base(tmp_path):
+    model = TinyLM()
+    path = trained(model, tmp_path / "a", targets=["embed_tokens"], trainable_tokens=[1, 2])
+    weight = model.model.embed_tokens.weight.detach()
+    weight[1] += 1  # a row that the adapter replaces
+    (one,) = examine(path, base=model).weight_intruders
+    assert one.aligned_weight.weight_path == "model.embed_tokens.weight"
+    weight[3] += 1
+    with pytest.raises(BaseMismatchError, match="another weight"):
+        examine(path, base=model)
+
+
 def test_stacks_of_experts_are_looked_at_one_by_one(tmp_path):
     torch.manual_seed(0)
     model = nn.ModuleDict({"experts": nn.Module()})

@@ -97,6 +97,35 @@ def test_a_merge_into_another_base_is_refused_and_one_that_has_grown_is_not(tmp_
     assert error(merged(IDS).logits, handle.model(IDS).logits) < 1e-6
 
 
+def test_a_merge_grows_the_bias_of_a_head_that_the_adapter_holds(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    model.resize_token_embeddings(43)
+    tokens = [40, 41, 42]
+    handle = veneer.attach(
+        model,
+        veneer.LoraConfig(
+            rank=2,
+            targets=["q_proj"],
+            bias="all",
+            trainable_tokens={"embed_tokens": tokens, "lm_head": tokens},
+        ),
+    )
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    handle.save(tmp_path / "a")
+    merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert merged.lm_head.bias.shape == (43,)
+    handle.merge()
+    handle.detach(keep_merged=True)
+    expected = bits(model)
+    assert all(torch.equal(value, expected[key]) for key, value in bits(merged).items())
+
+
 def with_tokenizer(adapter, folder, *tokens):
     """The adapter with a tokenizer of other new tokens."""
     tokenizer = tiny_tokenizer()

@@ -7,6 +7,7 @@ The weights of the base are read one at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -79,7 +80,9 @@ def _check_changed_weights(
             weight = _read_weight(weights, f"{path}.weight")
         if weight is None:
             missing_paths.append(path)
-        elif product_path is not None and not _fits_shape(products[product_path], weight.shape):
+        elif product_path is not None and not _fits_shape(
+            products[product_path], _grown_shape(adapter_files, path, weight.shape)
+        ):
             product = products[product_path]
             misshapen_paths.append(
                 f"{path} is {tuple(weight.shape)}, and B A there {product.B.shape[-2]} ×"
@@ -230,10 +233,17 @@ def change_dims(low: LowRank) -> tuple[int, int, int]:
     return low.B.shape[0], low.B.shape[1], low.A.shape[2]
 
 
-def _fits_shape(low: LowRank, shape: torch.Size) -> bool:
+def _grown_shape(adapter_files: AdapterFiles, path: str, shape: torch.Size) -> tuple[int, ...]:
+    """The shape of a weight of the base as the adapter changes it: with the rows of new tokens,
+    which the base may lack."""
+    change = adapter_files.metadata.get("changes", {}).get(path, {})
+    return (change["of"], *shape[1:]) if "tokens" in change else tuple(shape)
+
+
+def _fits_shape(low: LowRank, shape: tuple[int, ...]) -> bool:
     """Whether a product has the shape of a weight, or the shape of its transpose."""
     groups, out, in_ = change_dims(low)
-    return groups * out * in_ == shape.numel() and (
+    return groups * out * in_ == prod(shape) and (
         len(shape) != 2 or sorted((groups * out, in_)) == sorted(shape)
     )
 

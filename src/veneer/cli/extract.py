@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from veneer.cli.options import AsJson, BaseModel, Overwrite, split_commas
+from veneer.cli.options import AsJson, BaseModel, Overwrite, split_flag_values
 
 TunedModel = Annotated[str, Argument(help="The same model, fine-tuned in full.")]
 OutputFolder = Annotated[Path, Argument(metavar="OUT", help="New folder for the adapter.")]
@@ -78,9 +78,9 @@ def extract_command(
             output,
             rank=rank,
             energy=energy,
-            targets=_split_all(targets or ["all"]),
-            exclude=_split_all(exclude or []),
-            keep=_split_all(keep or ["auto"]),
+            targets=split_flag_values(targets or ["all"]),
+            exclude=split_flag_values(exclude or []),
+            keep=split_flag_values(keep or ["auto"]),
             least=least,
             base_name=base,
             overwrite=overwrite,
@@ -110,8 +110,3 @@ def _print_report(report: Any, count: int) -> None:
         table.add_row(layer.path, *cells, f"{layer.seconds:.2f}", layer.method)
     out.print(table)
     out.print(str(report), soft_wrap=True)
-
-
-def _split_all(values: list[str]) -> list[str]:
-    """Split the comma-separated values of an option that can be repeated, as one list."""
-    return [entry for option_value in values for entry in split_commas(option_value)]

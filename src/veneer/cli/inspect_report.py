@@ -153,13 +153,8 @@ def _measure_losses(
 
     rows = [measure("base", None, None, partial(veneer.use, loaded_base.model, None))]
     rows.append(measure("adapter", None, None, handle.use))
-    note = None
-    if adapter_files.tokens:
-        note = (
-            "It trains tokens, which no truncation and no repair has a place for, so that none was"
-            " measured."
-        )
-    else:
+    note = _derivation_obstacle(adapter_files)
+    if note is None:
         handle.detach()
         with TemporaryDirectory() as folder:
             for kind, setting, removed_share, path in _write_derived_adapters(
@@ -175,6 +170,18 @@ def _measure_losses(
         for name in examples
     }
     return {"data": None, "general": None, **sources, "note": note, "rows": rows}
+
+
+def _derivation_obstacle(adapter_files: Any) -> str | None:
+    """Why an adapter cannot be truncated, repaired or scaled, as a note for the page; None if it
+    can."""
+    if adapter_files.tokens:
+        reason = "It trains tokens, which no truncation and no repair has a place for"
+    elif adapter_files.config.invocation_tokens:
+        reason = "It acts from its invocation tokens on, which no truncation and no repair keeps"
+    else:
+        return None
+    return f"{reason}, so that none was measured."
 
 
 def _write_derived_adapters(

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
+from veneer.train.comma_lists import split_commas
+
 ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
 #: part of the help of an option that can be repeated
 REPEATABLE = "may be given several times"
@@ -18,20 +20,15 @@ DEFAULT_NEW_TOKENS = 128
 def merge_flag_values(values: Sequence[str] | None) -> str | list[str] | None:
     """Join the values of a flag that takes comma-separated values and can be repeated.
 
-    A single value is returned unchanged. A value that begins with ``re:`` is a regular expression
-    and is not split at its commas."""
+    A single value is returned unchanged."""
     if not values or len(values) == 1:
         return values[0] if values else None
-    return [
-        entry
-        for flag_value in values
-        for entry in ([flag_value] if flag_value.startswith("re:") else split_commas(flag_value))
-    ]
+    return split_flag_values(values)
 
 
-def split_commas(text: str) -> list[str]:
-    """Split a comma-separated text. Drop empty entries, and white space around entries."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
+def split_flag_values(values: Sequence[str]) -> list[str]:
+    """Split the comma-separated values of a flag that can be repeated, as one list."""
+    return [entry for flag_value in values for entry in split_commas(flag_value)]
 
 
 BaseModel = Annotated[str, Argument(help="Base model: folder, .gguf file, package:NAME or hub id.")]

@@ -71,7 +71,8 @@ def new_folder(
 
     Raises:
         OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; or
-            it is a file. Checked before the block and again before the rename.
+            it is a file. Checked before the block and again before the rename. Or a file to keep
+            stands where the block made a folder, or a folder where it made a file.
     """
     path = Path(path).resolve()  # a symbolic link stays; its target is replaced
     recover(path)
@@ -135,7 +136,7 @@ def _move_into_place(
             if error.errno not in _TARGET_TAKEN:
                 raise
     must_not_exist(path, overwrite)
-    new_names = [file.name for file in new.iterdir()]
+    new_names = [file.name for file in new.iterdir() if not _is_folder(file)]
     keeps_nothing = not _files_to_keep(path, new_names, replaces)
     if keeps_nothing and not _contains_working_directory(path) and _exchange(new, path):
         # files that another process wrote to the old folder just before the exchange
@@ -143,11 +144,6 @@ def _move_into_place(
             (new / name).rename(path / name)
         return
     writes = sorted(files_in(new), key=lambda name: (_pattern_index(name, replaces), name))
-    if folder_names := [
-        name for name in writes if (path / name).is_dir() and not (path / name).is_symlink()
-    ]:
-        conflict = f"{path}, in which {listing(folder_names, 3)} is a folder"
-        raise OutputExistsError(conflict, "a file, or nothing, in its place", "choose another path")
     old_names = (
         files_in(path)
         if EVERYTHING in replaces
@@ -158,8 +154,26 @@ def _move_into_place(
         for name in old_names
         if name not in writes and _pattern_index(name, replaces) < len(replaces)
     ]
+    _refuse_conflicts(path, writes, removes)
     write_plan(temporary_folder, writes[0], writes, removes)
     move_files(temporary_folder, path)
+
+
+def _refuse_conflicts(path: Path, writes: Sequence[str], removes: Sequence[str]) -> None:
+    """Raise OutputExistsError if a folder stands where a file is to be written, or a file that is
+    not to be removed where a folder is to be."""
+    parents = {parent.as_posix() for name in writes for parent in Path(name).parents}
+    folders = [name for name in writes if _is_folder(path / name)]
+    files = [
+        name
+        for name in sorted(parents.difference(removes))
+        if os.path.lexists(path / name) and not (path / name).is_dir()
+    ]
+    for names, old_kind, new_kind in ((folders, "folder", "file"), (files, "file", "folder")):
+        if names:
+            conflict = f"{path}, in which {listing(names, 3)} is a {old_kind}"
+            expected = f"a {new_kind}, or nothing, in its place"
+            raise OutputExistsError(conflict, expected, "choose another path")
 
 
 def _pattern_index(name: str, patterns: Sequence[str]) -> int:

@@ -102,7 +102,8 @@ class LowRankChange:
 
     weight: str
     layer: PeftLayer
-    #: linear, conv, grouped conv, embedding, attention, stack (of matrices), parameter or Conv1D
+    #: linear, Conv1D, conv, grouped conv, embedding, attention, stack (of matrices), parameter, or
+    #: "linear or Conv1D" where only the model tells
     kind: str
 
     @property
@@ -170,15 +171,21 @@ def register(format_: Format) -> Format:
 
 
 def kind_of_change(
-    path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None
+    path: str,
+    layer: PeftLayer,
+    weight: str,
+    transposed: bool | None,
+    shape: tuple[int, ...] | None,
 ) -> str:
     """The ``LowRankChange.kind`` of a change in an adapter folder.
 
     Args:
         path: the path of the change in the folder.
         weight: the name of the changed parameter.
-        transposed: whether the base's weights are [in, out].
-        shape: the shape of the parameter; None if no base is known.
+        transposed: whether the parameter is [in, out], as in Conv1D; None if the folder does not
+            tell.
+        shape: the shape of the parameter, which decides unless it is square; None if no base is
+            known.
     """
     groups, out, in_ = layer.dims
     if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
@@ -193,7 +200,11 @@ def kind_of_change(
         return "parameter"
     if shape is not None and sorted(shape) != sorted((out, in_)):
         return f"weight of shape {tuple(shape)}"
-    return "Conv1D" if transposed or shape not in (None, (out, in_)) else "linear"
+    if shape is not None and out != in_:
+        transposed = shape != (out, in_)
+    if transposed is None:
+        return "linear or Conv1D"
+    return "Conv1D" if transposed else "linear"
 
 
 def build_peft_layer(

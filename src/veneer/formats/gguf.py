@@ -35,6 +35,7 @@ its converter: logits agreed within 1e-3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,8 @@ ARCHITECTURES = {
     "stablelm": Architecture("STABLELM"),
     "seed_oss": Architecture("SEED_OSS"),
 }
+#: the kinds of change that have a tensor in llama.cpp
+_LAYER_KINDS = ("linear", "Conv1D", "linear or Conv1D", "embedding", "parameter", "stack")
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"
 #: advice in errors
@@ -234,7 +237,7 @@ def _refusal_reasons(change: LowRankChange, names: _TensorNames) -> Iterable[str
         yield sentence(
             f"{weight!r}, a stack of matrices", f"none in {names.architecture_name}", _DO_MERGE
         )
-    elif change.kind not in ("linear", "Conv1D", "embedding", "parameter", "stack"):
+    elif change.kind not in _LAYER_KINDS:
         yield sentence(
             f"{weight!r}, a change of kind {change.kind}", "linear layers and embeddings", _DO_MERGE
         )
@@ -275,8 +278,6 @@ def _gguf_tensors(
 
 
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
-    import numpy
-
     library = _import_gguf()
     fields, tensors = _read_file(path, library)
     names = _TensorNames(library, base)
@@ -288,9 +289,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             f" {names.architecture_name!r}"
         )
         raise AdapterError(problem, "one architecture", "give the base that it was made for")
-    # the shortest decimal that float32 rounds to this alpha: 0.1, not 0.10000000149
-    alpha = float(str(numpy.float32(fields.get("adapter.lora.alpha") or 0.0)))
-    layers = _read_layers(path, tensors, names, alpha, base)
+    layers = _read_layers(path, tensors, names, _read_alpha(path, fields), base)
     positions = {
         weight.removesuffix(".weight"): position for position, weight in enumerate(base.shapes)
     }
@@ -300,6 +299,18 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     }
     is_gpt2 = names.architecture.name == "GPT2"
     return Contents(layers, base_name=base.name, metadata=metadata, transposed=is_gpt2)
+
+
+def _read_alpha(path: Path, fields: Mapping[str, Any]) -> float:
+    """The alpha of a file; 0 if it has none. ``AdapterError``: it is no finite number."""
+    import numpy
+
+    stored_alpha = fields.get("adapter.lora.alpha", 0.0)
+    if not (isinstance(stored_alpha, int | float) and math.isfinite(stored_alpha)):
+        problem = f"{path} with adapter.lora.alpha {stored_alpha!r}"
+        raise AdapterError(problem, "a finite number", "get the file again")
+    # the shortest decimal that float32 rounds to this alpha: 0.1, not 0.10000000149
+    return float(str(numpy.float32(stored_alpha)))
 
 
 def _read_file(path: Path, library: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

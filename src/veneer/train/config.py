@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from veneer.errors import ConfigError, nearest
+from veneer.train.comma_lists import split_commas
 
 #: torch's name of a dtype -> its short name in the settings
 _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -314,8 +315,8 @@ class TrainConfig(BaseModel):
         list of one element, except for `targets`."""
         if info.field_name == "resume":
             return None if value == "auto" else value
-        if isinstance(value, str) and "," in value and not value.startswith("re:"):
-            value = [element.strip() for element in value.split(",") if element.strip()]
+        if isinstance(value, str) and "," in value:
+            value = split_commas(value)
         if info.field_name == "targets":
             return value[0] if isinstance(value, list) and len(value) == 1 else value
         return [value] if isinstance(value, int | str) else value

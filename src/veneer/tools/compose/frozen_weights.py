@@ -23,7 +23,7 @@ from veneer.adapter_files.peft_mapping import ref_at
 from veneer.attach import Names, adapters_of, unwrap
 from veneer.bases import own_parameters
 from veneer.errors import AdapterError, BaseMismatchError, listing
-from veneer.fileio.hashing import fingerprint
+from veneer.fileio.hashing import fingerprint_without_rows, kind_of
 from veneer.layers import LAYERS, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import is_transposed_stack, without_unit_axes
@@ -162,21 +162,20 @@ class FrozenWeights:
         """``frozen_weight``, checked against the fingerprints in the adapters' records.
         ``BaseMismatchError``: an adapter was trained on another value of the weight."""
         frozen_weight = self.frozen_weight(aligned_weight, sources[0].peft_config)
-        actual_fingerprint = None
+        path = aligned_weight.weight_path
+        if path is None:
+            return frozen_weight
+        # by the ids of the trained rows, which a fingerprint leaves out, and the hash function
+        fingerprints: dict[tuple[tuple[int, ...], str], str] = {}
         for source in sources:
-            expected_fingerprint = (
-                source.metadata.get("base", {}).get("weights", {}).get(aligned_weight.weight_path)
-            )
-            if expected_fingerprint is None:
+            expected = source.metadata.get("base", {}).get("weights", {}).get(path)
+            if expected is None:
                 continue
-            actual_fingerprint = actual_fingerprint or fingerprint(
-                frozen_weight.dense_weight, expected_fingerprint
-            )
-            if actual_fingerprint != expected_fingerprint:
-                problem = (
-                    f"another weight {aligned_weight.weight_path!r} in the base than {source.path}"
-                    " was made for"
-                )
+            key = source.token_ids(path), kind_of(expected)
+            if key not in fingerprints:
+                fingerprints[key] = fingerprint_without_rows(frozen_weight.dense_weight, *key)
+            if fingerprints[key] != expected:
+                problem = f"another weight {path!r} in the base than {source.path} was made for"
                 raise BaseMismatchError(problem, "the base of the adapters", "pass that base")
         return frozen_weight
 

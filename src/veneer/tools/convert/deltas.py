@@ -96,6 +96,8 @@ def deltas_of_file(
             unknown_deltas.append((change.weight, "which PEFT applies more than once"))
         elif kind in ("stack", "parameter"):
             unknown_deltas.append((change.weight, "whose shape the file does not tell"))
+        elif kind == "linear or Conv1D":
+            unknown_deltas.append((change.weight, "which may be stored transposed"))
         else:
             input_shape = (
                 change.layer.A.shape[1:]

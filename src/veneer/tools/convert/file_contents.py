@@ -64,13 +64,20 @@ def build_adapter(
 def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
     """The low-rank changes of a folder, with the path of each changed weight and its kind of
     layer."""
-    recorded_weights = saved_adapter.metadata.get("changes") or {}
+    recorded_changes = saved_adapter.metadata.get("changes") or {}
     attention_paths = (peft.attention_of(path) for path in saved_adapter.low)
     fused_modules = {attention for attention in attention_paths if attention is not None}
-    transposed = bool(saved_adapter.peft_config.get("fan_in_fan_out"))
+    config = saved_adapter.peft_config
+    # fan_in_fan_out is one flag for all layers, and False beside changes of parameters
+    may_be_transposed = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
     changes = []
     for path, layer in saved_adapter.low.items():
-        weight = _weight_name(path, layer, recorded_weights, fused_modules, facts)
+        weight = _weight_name(path, layer, recorded_changes, fused_modules, facts)
+        recorded_kind = recorded_changes.get(weight, {}).get("kind")
+        if recorded_kind is not None:
+            transposed = recorded_kind == "conv1d_transformers"
+        else:
+            transposed = None if may_be_transposed else False
         kind = kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight))
         changes.append(LowRankChange(weight, layer, kind))
     return tuple(changes)

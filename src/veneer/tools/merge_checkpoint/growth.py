@@ -32,7 +32,7 @@ from veneer.models.safetensors_dir import NAMES, Checkpoint
 
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
     """Add the rows that the adapters' new tokens need to the embedding and head of a model without
-    weights. Returns the new number of rows; None if no rows are needed."""
+    weights, and to the head's bias. Returns the new number of rows; None if no rows are needed."""
     sizes = [
         size
         for saved_adapter in saved_adapters
@@ -49,22 +49,38 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
             " that"
         )
         raise MergeError(problem, expected, do)
-    grown_weights: dict[int, nn.Parameter] = {}
-    for side in ("input", "output"):
-        layer = getattr(model, f"get_{side}_embeddings")()
-        if layer is None:
-            continue
-        old_weight = layer.weight
-        if id(old_weight) not in grown_weights:
-            weight = torch.empty(
-                max(sizes), old_weight.shape[1], dtype=old_weight.dtype, device="meta"
-            )
-            grown_weights[id(old_weight)] = nn.Parameter(weight, old_weight.requires_grad)
-        layer.weight = grown_weights[id(old_weight)]
+    grown_parameters = {
+        parameter_id: nn.Parameter(
+            torch.empty(max(sizes), *parameter.shape[1:], dtype=parameter.dtype, device="meta"),
+            parameter.requires_grad,
+        )
+        for parameter_id, parameter in vocabulary_parameters(model).items()
+    }
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = grown_parameters.get(id(parameter), parameter)
+    for layer in _vocabulary_layers(model):
         size_attribute = "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features"
         setattr(layer, size_attribute, max(sizes))
     models.materialize_meta(model)
     return max(sizes)
+
+
+def vocabulary_parameters(model: Any) -> dict[int, nn.Parameter]:
+    """The parameters with a row for each token, by id: the weights of a model's embedding and head,
+    and the head's bias."""
+    parameters = [
+        getattr(layer, name, None)
+        for layer in _vocabulary_layers(model)
+        for name in ("weight", "bias")
+    ]
+    return {id(parameter): parameter for parameter in parameters if parameter is not None}
+
+
+def _vocabulary_layers(model: Any) -> list[Any]:
+    """The embedding and the head of a model, without those that it lacks."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [layer for layer in layers if layer is not None]
 
 
 @dataclass(frozen=True)

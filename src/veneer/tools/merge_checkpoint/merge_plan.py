@@ -37,6 +37,7 @@ from veneer.tools.merge_checkpoint.growth import (
     grow_checkpoint,
     grow_model,
     model_with_head,
+    vocabulary_parameters,
 )
 
 #: (adapter folder, its weight in the merge)
@@ -113,16 +114,12 @@ def plan_merge(
     param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
     is_copy, sizes = model is None or target_model is not model, {}
     if is_copy and (rows := grow_model(target_model, saved_adapters)) is not None:
-        embedding_ids = {
-            id(embedding.weight)
-            for side in ("input", "output")
-            if (embedding := _embeddings(target_model, side)) is not None
-        }
+        grown_ids = vocabulary_parameters(target_model).keys()
         grown_tensors = {
             tensor
             for tensor, tensor_slices in param_slices.items()
             if {id(_get_tensor(target_model, param_slice.path)) for param_slice in tensor_slices}
-            & embedding_ids
+            & grown_ids
         }
         sizes = dict.fromkeys(sorted(grown_tensors), rows)
         checkpoint = grow_checkpoint(checkpoint, sizes)
@@ -152,10 +149,6 @@ def plan_merge(
         finally:
             for name in adapters_by_name:
                 detach(target_model, name)
-
-
-def _embeddings(model: Any, side: str) -> Any:
-    return getattr(model, f"get_{side}_embeddings")()
 
 
 def _quantization_notes(
