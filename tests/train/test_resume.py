@@ -131,6 +131,20 @@ def test_the_best_evaluation_is_saved_between_two_checkpoints(
     must_hold_adapter_of_step(run, 2)
 
 
+def test_a_stopped_run_keeps_the_newest_checkpoint_beside_the_best(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_evaluation_losses(monkeypatch, {2: 1.0, 4: 2.0})
+    config = make(early_stopping=9, eval_every=2, save_every=2, keep_checkpoints=1, epochs=1)
+    stopped = fit(config, callbacks=[StopAfter(5)], quiet=True)
+    assert stopped.interrupted
+    assert stopped.adapter == checkpoint.path_of(config.output, 5) / "adapter"
+    assert {path.name for path in config.output.glob("checkpoint-*")} == {
+        "checkpoint-2",
+        "checkpoint-5",
+    }
+
+
 def test_early_stopping_survives_a_resume_and_keeps_the_best(make: Make) -> None:
     changes = {
         "early_stopping": 2,

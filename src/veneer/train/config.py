@@ -211,7 +211,9 @@ class TrainConfig(BaseModel):
     save_every: int | None = _run(
         None, "Checkpoint every so many steps (default: ten times in a run).", ge=1
     )
-    keep_checkpoints: int = _run(2, "How many checkpoints to keep.", ge=1)
+    keep_checkpoints: int = _run(
+        2, "How many checkpoints to keep (with early_stopping at least 2: best and newest).", ge=1
+    )
     early_stopping: int | None = _run(
         None, "Stop after so many evaluations without a gain; keep the best.", ge=1
     )
