@@ -179,14 +179,30 @@ def test_a_half_written_checkpoint_is_never_resumed(make: Make, whole: Any) -> N
     assert not half.exists()
 
 
+def remove_end(output: Path) -> None:
+    """Leave the files of a run that was killed after its last checkpoint and before its adapter was
+    written."""
+    shutil.rmtree(output / "adapter")
+    run = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({**run, "status": "running"}))
+
+
 def test_the_end_is_not_trained_twice(make: Make, whole: Any) -> None:
-    """Killed after the last checkpoint and before the adapter was written: the rest is done, no
-    step more."""
-    late = fit(make("late"), quiet=True).output
-    shutil.rmtree(late / "adapter")
-    run = json.loads((late / "run.json").read_text())
-    (late / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    remove_end(fit(make("late"), quiet=True).output)
     same(fit(make("late"), quiet=True), whole)
+
+
+@pytest.mark.parametrize("patience", [1, 5])
+def test_a_run_that_was_killed_before_its_end_delivers_the_best(
+    make: Make, monkeypatch: pytest.MonkeyPatch, patience: int
+) -> None:
+    """Also of a run that had stopped early, which trains no further."""
+    set_evaluation_losses(monkeypatch, {3: 1.0, 6: 2.0, 9: 3.0})
+    config = make(early_stopping=patience, eval_every=3, save_every=3, epochs=1)
+    ended = fit(config, quiet=True)
+    remove_end(config.output)
+    same(fit(config, quiet=True), ended)
+    must_hold_adapter_of_step(ended, 3)
 
 
 def test_rotation_keeps_what_it_should(make: Make) -> None:

@@ -245,8 +245,9 @@ class AdapterTrainerBase(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the adapter's parameters from the best checkpoint."""
-        if self.state.best_model_checkpoint is not None:
-            refill(self.adapter.model, Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
+        if best_step := self.state.best_global_step:
+            folder = checkpoint.path_of(self.args.output_dir, best_step)
+            refill(self.adapter.model, folder / checkpoint.ADAPTER)
 
 
 class TaskTrainer(AdapterTrainerBase):
