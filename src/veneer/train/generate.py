@@ -28,6 +28,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, DataError
 from veneer.kernels.draws import generators, perturb, sample_seed
+from veneer.models.load import context_length_of
 from veneer.models.sampling_defaults import changes_greedy_tokens
 
 log = logging.getLogger("veneer.generate")
@@ -323,8 +324,8 @@ def _check_context(model: Any, prompt_length: int, max_new_tokens: int) -> None:
 
 
 def context_tokens(model: Any) -> int | None:
-    """The maximal number of positions in a model's config, or None."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The maximal number of tokens of a row by a model's config, or None."""
+    return context_length_of(model.config)
 
 
 def _stream_options(
