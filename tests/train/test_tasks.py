@@ -290,6 +290,20 @@ def test_a_reward_function_that_is_wrong(
         task.rewards(rows, [[5, 6]] * 8)
 
 
+def test_a_reward_function_gets_the_columns_of_all_rows(folder: Path, tmp_path: Path) -> None:
+    """Also if the first row of a batch lacks one."""
+    (tmp_path / "r.py").write_text(
+        "def given(wanted): return [float(value is not None) for value in wanted]\n"
+    )
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b", "wanted": "b"}])
+    config = config_of(
+        "grpo", folder, data=str(rows), eval_fraction=0.0, reward=[f"{tmp_path}/r.py:given"]
+    )
+    task: Any = TASKS["grpo"](config)
+    task.open_base()
+    assert task.rewards(task.prepare().train.rows, [[5, 6]] * 2).tolist() == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("varies", [True, False])
 def test_rewards_that_do_not_vary_are_told_at_the_first_step(
     varies: bool, folder: Path, tmp_path: Path
