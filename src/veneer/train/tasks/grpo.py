@@ -112,12 +112,10 @@ class Grpo(CausalTask):
             )
         rows = []
         for row, location in zip(records.rows, records.locations, strict=True):
-            prompt = row_shape.check_texts_or_chats(
-                {"prompt": row["prompt"]}, f"{records.source}, {location}"
-            )["prompt"]
-            rows.append(
-                {"ids": encode(prompt, self.processor), "prompt": prompt, "columns": row["columns"]}
-            )
+            location = f"{records.source}, {location}"
+            prompt = row_shape.check_texts_or_chats({"prompt": row["prompt"]}, location)["prompt"]
+            ids = encode(prompt, self.processor, location)
+            rows.append({"ids": ids, "prompt": prompt, "columns": row["columns"]})
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
             records,
