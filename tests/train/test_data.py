@@ -246,6 +246,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         data.read(tmp_path)
     with pytest.raises(DataError, match=r"has no column 'ask'.*\n.*--prompt-column"):
         data.read(tmp_path / "train.jsonl", Columns(prompt="ask"))
+    with pytest.raises(DataError, match="has no column 'ask'.*it has none"):
+        data.read(write_rows(tmp_path / "empty.jsonl", [{}]), Columns(prompt="ask"))
 
 
 def test_an_empty_completion_has_nothing_to_learn(tmp_path: Path) -> None:
@@ -299,6 +301,17 @@ def test_a_prefix_without_a_question_is_not_shown_to_the_template(tmp_path: Path
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
     examples = tokens.tokenise(rows, refusing, max_length=300)
     assert learnt(examples) == "yo<|im_end|>\nbye<|im_end|>\n"
+
+
+def test_a_chat_among_texts_is_named(tmp_path: Path) -> None:
+    lines = [{"prompt": CHAT[:4], "completion": CHAT[4:]}, {"prompt": "a", "completion": "b"}]
+    for rows, message in (
+        (lines, "line 2 holds text, but line 1 holds lists of messages"),
+        (lines[::-1], "line 2 holds lists of messages, but line 1 holds text"),
+    ):
+        records = data.read(write_rows(tmp_path / "a.jsonl", rows))
+        with pytest.raises(DataError, match=message):
+            tokens.tokenise(records, TOKENIZER, max_length=300)
 
 
 def test_calls_of_tools_are_not_compared_as_text(tmp_path: Path) -> None:

@@ -197,6 +197,8 @@ def test_a_reference_is_the_base_and_takes_no_memory(folder: Path) -> None:
 
 
 TURN = [{"role": "user", "content": "b"}]
+CHAT_ANSWER = [*TURN, {"role": "assistant", "content": "c"}]
+MIXED = "line 2 holds lists of messages, but line 1 holds text"
 WRONG: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], str]] = {
     "a column": ("classify", {}, [{"text": "a", "lable": 1}], r"no column 'label' \(nearest: 'lable'\)"),
     "no kind": ("classify", {}, [{"sentence": "a", "label": 1}], r"--columns text=sentence,label=intent"),
@@ -208,6 +210,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], str]] = {
     "a file": ("classify images", {}, [{"image": "no.png", "label": i} for i in (1, 2)], "no image at no.png"),
     "nothing": ("dpo", {}, [{"prompt": "a", "chosen": " b", "rejected": None}], "holds nothing in 'rejected'"),
     "two forms": ("dpo", {}, [{"prompt": "a", "chosen": TURN, "rejected": "c"}], "lists of"),
+    "a chat": ("dpo", {}, [dict.fromkeys(("chosen", "rejected"), x) for x in ("a", CHAT_ANSWER)], MIXED),
+    "a text": (
+        "dpo", {}, [dict.fromkeys(("chosen", "rejected"), x) for x in (CHAT_ANSWER, "a")],
+        "line 2 holds text, but line 1 holds lists of messages",
+    ),
+    "a judged chat": ("kto", {}, [{"prompt": x, "completion": x, "label": True} for x in ("a", TURN)], MIXED),
     "a verdict": ("kto", {}, [{"prompt": "a", "completion": " b", "label": "good"}], "label is 'good'"),
     "alone": ("kto", {"batch_size": 1}, [{"prompt": "a", "completion": " b", "label": True}], "kto with batch_size 1"),
     "a score": ("embed by cosine", {}, [{"anchor": "a", "positive": "b", "label": 3}], "label is 3"),

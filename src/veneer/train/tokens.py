@@ -81,7 +81,8 @@ def tokenise(
 
     Raises:
         DataError: a row is too long and `too_long` is "error", a row has no label, no row is left,
-            or a chat meets a tokenizer without a chat template.
+            some rows are texts and others chats, or a chat meets a tokenizer without a chat
+            template or whose template refuses it.
     """
     encode, labels_all = _make_encoder(rows, tokenizer), rows.kind != "text" and not completion_only
     examples: list[tuple[list[int], list[int], int]] = []
@@ -142,6 +143,7 @@ Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 def _make_encoder(rows: Records, tokenizer: Any) -> Encoder:
     """The encoder for the shape of the rows."""
+    _must_share_form(rows)
     if rows.kind == "text":
         return lambda row, location: _encode_text(row["text"], tokenizer)
     if rows.kind == "prompt" and isinstance(rows.rows[0]["prompt"], str):
@@ -165,6 +167,20 @@ def _make_encoder(rows: Records, tokenizer: Any) -> Encoder:
     return lambda row, location: _encode_turns(
         [], row["messages"], tokenizer, location, row.get(TOOLS)
     )
+
+
+def _must_share_form(rows: Records) -> None:
+    """Raise `DataError` for a row that is a text if the first row is a chat, or the reverse."""
+    forms = [
+        "text" if isinstance(row.get("prompt", row.get("text")), str) else "lists of messages"
+        for row in rows.rows
+    ]
+    for form, location in zip(forms, rows.locations, strict=True):
+        if form != forms[0]:
+            problem = (
+                f"{rows.source}, {location} holds {form}, but {rows.locations[0]} holds {forms[0]}"
+            )
+            raise DataError(problem, "one form in all rows", "bring them into one form")
 
 
 def _must_show_tools(rows: Records, tokenizer: Any) -> None:
