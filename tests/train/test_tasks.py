@@ -262,7 +262,11 @@ def test_a_base_of_another_kind_is_refused(
     [
         ({"task": "grpo", "reward": []}, "needs reward"),
         ({"task": "dpo", "reward": ["a.py:f"]}, "reward needs task grpo"),
-        ({"task": "dpo", "packing": True}, "are for task sft"),
+        ({"task": "dpo", "packing": True}, "packing given for task dpo; expected task sft"),
+        (
+            {"task": "kto", "prompt_column": "question", "completion_only": False},
+            "prompt_column, completion_only given for task kto; expected task sft",
+        ),
         ({"columns": "a"}, "PART=COLUMN"),
         ({"columns": "a=b"}, "columns is for the other tasks"),
     ],
