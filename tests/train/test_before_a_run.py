@@ -21,6 +21,7 @@ from veneer.models.load import meta_base
 from veneer.models.locate import config_of as base_config
 from veneer.train.dry_run import dry_run
 from veneer.train.find_rate import HIGHEST_RATE, LOWEST_RATE, RateSweep, find_rate
+from veneer.train.order import EpochSampler
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS
 
@@ -121,6 +122,24 @@ def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(
     losses = fit(make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0, learning_rate=sweep.suggested_rate),
                  quiet=True).losses  # fmt: skip
     assert sum(losses[-5:]) / 5 < sum(losses[:3]) / 3 - 0.1
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_a_sweep_orders_rows_as_the_run_does(
+    make: Make, monkeypatch: pytest.MonkeyPatch, is_grouped: bool
+) -> None:
+    orders = []
+
+    def make_sampler(*arguments: Any) -> EpochSampler:
+        orders.append(arguments[-1])
+        return EpochSampler(*arguments)
+
+    monkeypatch.setattr("veneer.train.trainer.EpochSampler", make_sampler)
+    monkeypatch.setattr("veneer.train.find_rate.STEPS", 2)
+    find_rate(
+        make(eval_fraction=0.0, group_by_length=is_grouped), console=Console(file=io.StringIO())
+    )
+    assert {*orders} == {is_grouped}
 
 
 def sweep_of(loss: Callable[[float], float]) -> RateSweep:

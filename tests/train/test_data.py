@@ -11,12 +11,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tests.support.tiny import sums, tiny_tokenizer, write_rows
+from tests.support.tiny import CHATML, sums, tiny_tokenizer, write_rows
 
 from veneer.errors import DataError
 from veneer.train import data, tokens
 from veneer.train.data import Columns
 from veneer.train.evaluate import exact_match_rate
+from veneer.train.generate import generate
 from veneer.train.prepare import sample_prompt
 
 TOKENIZER = tiny_tokenizer()
@@ -104,13 +105,16 @@ def test_a_chat_learns_each_assistant_turn_and_its_end(tmp_path: Path) -> None:
     assert learnt(examples) == "yo<|im_end|>\nbye<|im_end|>\n"
 
 
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
 def test_generation_marks_of_a_template_are_used(tmp_path: Path) -> None:
     marked = tiny_tokenizer()
-    marked.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
-        "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    )
+    marked.chat_template = MARKED
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
     assert learnt(tokens.tokenise(rows, marked, max_length=300)) == "yo<|im_end|>bye<|im_end|>"
 
@@ -242,6 +246,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         data.read(tmp_path)
     with pytest.raises(DataError, match=r"has no column 'ask'.*\n.*--prompt-column"):
         data.read(tmp_path / "train.jsonl", Columns(prompt="ask"))
+    with pytest.raises(DataError, match="has no column 'ask'.*it has none"):
+        data.read(write_rows(tmp_path / "empty.jsonl", [{}]), Columns(prompt="ask"))
 
 
 def test_an_empty_completion_has_nothing_to_learn(tmp_path: Path) -> None:
@@ -266,6 +272,46 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
     with pytest.raises(DataError, match="rewrites earlier turns"):
         tokens.tokenise(rows, rewriting, max_length=99)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path, template: str) -> None:
+    refusing = tiny_tokenizer()
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        f"{template}"
+    )
+    refusal = r"a chat that the base's chat template refuses \(no system role\)"
+    for chats in (
+        [{"messages": CHAT[1:]}, {"messages": CHAT}],
+        [{"prompt": CHAT[start:4], "completion": CHAT[4:]} for start in (1, 0)],
+    ):
+        rows = data.read(write_rows(tmp_path / "a.jsonl", chats))
+        with pytest.raises(DataError, match=rf"a\.jsonl, line 2: {refusal}"):
+            tokens.tokenise(rows, refusing, max_length=300)
+    with pytest.raises(DataError, match=f"prompt 2: {refusal}"):
+        generate(None, refusing, [CHAT[1:4], CHAT[:4]])
+
+
+def test_a_prefix_without_a_question_is_not_shown_to_the_template(tmp_path: Path) -> None:
+    refusing = tiny_tokenizer()
+    refusing.chat_template = (
+        "{% if messages | length < 2 %}{{ raise_exception('no user') }}{% endif %}" + CHATML
+    )
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    examples = tokens.tokenise(rows, refusing, max_length=300)
+    assert learnt(examples) == "yo<|im_end|>\nbye<|im_end|>\n"
+
+
+def test_a_chat_among_texts_is_named(tmp_path: Path) -> None:
+    lines = [{"prompt": CHAT[:4], "completion": CHAT[4:]}, {"prompt": "a", "completion": "b"}]
+    for rows, message in (
+        (lines, "line 2 holds text, but line 1 holds lists of messages"),
+        (lines[::-1], "line 2 holds lists of messages, but line 1 holds text"),
+    ):
+        records = data.read(write_rows(tmp_path / "a.jsonl", rows))
+        with pytest.raises(DataError, match=message):
+            tokens.tokenise(records, TOKENIZER, max_length=300)
 
 
 def test_calls_of_tools_are_not_compared_as_text(tmp_path: Path) -> None:

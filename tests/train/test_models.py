@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.tiny import write_tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.support.tiny import tiny_tokenizer, write_tiny
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import veneer
 from veneer import models
@@ -29,6 +29,30 @@ def test_a_folder_in_each_precision(
     assert loaded.tokenizer.decode(loaded.tokenizer("a b")["input_ids"]) == "a b"
     assert loaded.name == str(base)
     assert models.context_length(base) == 256
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "camembert", "data2vec-text", "ibert", "mpnet", "roberta", "roberta-prelayernorm",
+        "xlm-roberta", "xlm-roberta-xl", "bert", "electra",
+    ],
+)  # fmt: skip
+def test_the_context_is_the_longest_row_that_has_positions(model_type: str, tmp_path: Path) -> None:
+    """Also for encoders whose positions begin behind that of the padding token."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=259, intermediate_size=8, max_position_embeddings=20, **sizes
+    )
+    model = AutoModel.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    length = models.context_length(tmp_path)
+    assert length is not None
+    model(torch.full((1, length), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, length + 1), 5))
+    assert models.load_encoder(tmp_path, precision="fp32").length == length
 
 
 def test_a_folder_among_several_gguf_files_wants_a_name(tmp_path: Path) -> None:

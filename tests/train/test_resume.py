@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from veneer.errors import ConfigError, OutputExistsError
 from veneer.train import checkpoint
 from veneer.train.run import fit
+from veneer.train.trainer import AdapterTrainerBase
 
 Make = Callable[..., Any]
 
@@ -99,6 +100,51 @@ def test_a_signal_leaves_a_checkpoint_of_that_very_step(
     same(fit(make("stopped"), quiet=True), whole)
 
 
+def set_evaluation_losses(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
+    """Replace the loss of the evaluation at each step."""
+    evaluation_loop = AdapterTrainerBase.evaluation_loop
+
+    def replace_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = evaluation_loop(self, *args, **kwargs)
+        output.metrics["eval_loss"] = losses[self.state.global_step]
+        return output
+
+    monkeypatch.setattr(AdapterTrainerBase, "evaluation_loop", replace_loss)
+
+
+def must_hold_adapter_of_step(run: Any, step: int) -> None:
+    """Assert that the adapter of a run is that of its checkpoint of `step`."""
+    kept, saved = (
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (checkpoint.path_of(run.output, step), run.output)
+    )
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(kept[key], saved[key]) for key in kept)
+
+
+def test_the_best_evaluation_is_saved_between_two_checkpoints(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_evaluation_losses(monkeypatch, {2: 1.0, 4: 2.0, 6: 3.0})
+    run = fit(make(early_stopping=2, eval_every=2, save_every=4, epochs=1), quiet=True)
+    assert run.steps == 6
+    must_hold_adapter_of_step(run, 2)
+
+
+def test_a_stopped_run_keeps_the_newest_checkpoint_beside_the_best(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_evaluation_losses(monkeypatch, {2: 1.0, 4: 2.0})
+    config = make(early_stopping=9, eval_every=2, save_every=2, keep_checkpoints=1, epochs=1)
+    stopped = fit(config, callbacks=[StopAfter(5)], quiet=True)
+    assert stopped.interrupted
+    assert stopped.adapter == checkpoint.path_of(config.output, 5) / "adapter"
+    assert {path.name for path in config.output.glob("checkpoint-*")} == {
+        "checkpoint-2",
+        "checkpoint-5",
+    }
+
+
 def test_early_stopping_survives_a_resume_and_keeps_the_best(make: Make) -> None:
     changes = {
         "early_stopping": 2,
@@ -117,11 +163,7 @@ def test_early_stopping_survives_a_resume_and_keeps_the_best(make: Make) -> None
     again = fit(config, quiet=True)
     same(again, whole)
     best = min(whole.eval_losses, key=lambda pair: pair[1])[0]
-    kept = load_file(
-        checkpoint.path_of(whole.output, best) / "adapter" / "adapter_model.safetensors"
-    )
-    saved = load_file(whole.adapter / "adapter_model.safetensors")
-    assert all(torch.equal(kept[key], saved[key]) for key in kept)
+    must_hold_adapter_of_step(whole, best)
 
 
 def test_a_half_written_checkpoint_is_never_resumed(make: Make, whole: Any) -> None:
@@ -137,14 +179,30 @@ def test_a_half_written_checkpoint_is_never_resumed(make: Make, whole: Any) -> N
     assert not half.exists()
 
 
+def remove_end(output: Path) -> None:
+    """Leave the files of a run that was killed after its last checkpoint and before its adapter was
+    written."""
+    shutil.rmtree(output / "adapter")
+    run = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({**run, "status": "running"}))
+
+
 def test_the_end_is_not_trained_twice(make: Make, whole: Any) -> None:
-    """Killed after the last checkpoint and before the adapter was written: the rest is done, no
-    step more."""
-    late = fit(make("late"), quiet=True).output
-    shutil.rmtree(late / "adapter")
-    run = json.loads((late / "run.json").read_text())
-    (late / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    remove_end(fit(make("late"), quiet=True).output)
     same(fit(make("late"), quiet=True), whole)
+
+
+@pytest.mark.parametrize("patience", [1, 5])
+def test_a_run_that_was_killed_before_its_end_delivers_the_best(
+    make: Make, monkeypatch: pytest.MonkeyPatch, patience: int
+) -> None:
+    """Also of a run that had stopped early, which trains no further."""
+    set_evaluation_losses(monkeypatch, {3: 1.0, 6: 2.0, 9: 3.0})
+    config = make(early_stopping=patience, eval_every=3, save_every=3, epochs=1)
+    ended = fit(config, quiet=True)
+    remove_end(config.output)
+    same(fit(config, quiet=True), ended)
+    must_hold_adapter_of_step(ended, 3)
 
 
 def test_rotation_keeps_what_it_should(make: Make) -> None:

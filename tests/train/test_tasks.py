@@ -197,6 +197,8 @@ def test_a_reference_is_the_base_and_takes_no_memory(folder: Path) -> None:
 
 
 TURN = [{"role": "user", "content": "b"}]
+CHAT_ANSWER = [*TURN, {"role": "assistant", "content": "c"}]
+MIXED = "line 2 holds lists of messages, but line 1 holds text"
 WRONG: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], str]] = {
     "a column": ("classify", {}, [{"text": "a", "lable": 1}], r"no column 'label' \(nearest: 'lable'\)"),
     "no kind": ("classify", {}, [{"sentence": "a", "label": 1}], r"--columns text=sentence,label=intent"),
@@ -208,6 +210,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], str]] = {
     "a file": ("classify images", {}, [{"image": "no.png", "label": i} for i in (1, 2)], "no image at no.png"),
     "nothing": ("dpo", {}, [{"prompt": "a", "chosen": " b", "rejected": None}], "holds nothing in 'rejected'"),
     "two forms": ("dpo", {}, [{"prompt": "a", "chosen": TURN, "rejected": "c"}], "lists of"),
+    "a chat": ("dpo", {}, [dict.fromkeys(("chosen", "rejected"), x) for x in ("a", CHAT_ANSWER)], MIXED),
+    "a text": (
+        "dpo", {}, [dict.fromkeys(("chosen", "rejected"), x) for x in (CHAT_ANSWER, "a")],
+        "line 2 holds text, but line 1 holds lists of messages",
+    ),
+    "a judged chat": ("kto", {}, [{"prompt": x, "completion": x, "label": True} for x in ("a", TURN)], MIXED),
     "a verdict": ("kto", {}, [{"prompt": "a", "completion": " b", "label": "good"}], "label is 'good'"),
     "alone": ("kto", {"batch_size": 1}, [{"prompt": "a", "completion": " b", "label": True}], "kto with batch_size 1"),
     "a score": ("embed by cosine", {}, [{"anchor": "a", "positive": "b", "label": 3}], "label is 3"),
@@ -254,7 +262,11 @@ def test_a_base_of_another_kind_is_refused(
     [
         ({"task": "grpo", "reward": []}, "needs reward"),
         ({"task": "dpo", "reward": ["a.py:f"]}, "reward needs task grpo"),
-        ({"task": "dpo", "packing": True}, "are for task sft"),
+        ({"task": "dpo", "packing": True}, "packing given for task dpo; expected task sft"),
+        (
+            {"task": "kto", "prompt_column": "question", "completion_only": False},
+            "prompt_column, completion_only given for task kto; expected task sft",
+        ),
         ({"columns": "a"}, "PART=COLUMN"),
         ({"columns": "a=b"}, "columns is for the other tasks"),
     ],
@@ -288,6 +300,20 @@ def test_a_reward_function_that_is_wrong(
     with pytest.raises((ConfigError, DataError), match=message):
         rows = task.prepare().train.rows[:8]
         task.rewards(rows, [[5, 6]] * 8)
+
+
+def test_a_reward_function_gets_the_columns_of_all_rows(folder: Path, tmp_path: Path) -> None:
+    """Also if the first row of a batch lacks one."""
+    (tmp_path / "r.py").write_text(
+        "def given(wanted): return [float(value is not None) for value in wanted]\n"
+    )
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b", "wanted": "b"}])
+    config = config_of(
+        "grpo", folder, data=str(rows), eval_fraction=0.0, reward=[f"{tmp_path}/r.py:given"]
+    )
+    task: Any = TASKS["grpo"](config)
+    task.open_base()
+    assert task.rewards(task.prepare().train.rows, [[5, 6]] * 2).tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("varies", [True, False])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError
 from veneer.fileio.untrusted import parse
-from veneer.models.load import Precision, load_head, tokenizer_at
+from veneer.models.load import Precision, context_length_of, load_head, tokenizer_at
 from veneer.models.locate import config_of, find_base
 from veneer.precision import at_least_float32
 
@@ -136,7 +136,7 @@ def load_encoder(
     tokenizer = tokenizer_at(location, name)
     length_limits = (
         max_length,
-        getattr(model.config, "max_position_embeddings", None),
+        context_length_of(model.config),
         tokenizer.model_max_length,
     )
     length = min(int(limit) for limit in length_limits if limit)

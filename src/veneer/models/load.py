@@ -67,6 +67,16 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 #: patterns of files of weights that torch.save writes
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+#: types of models whose first token has the position ``pad_token_id + 1``, because padding tokens
+#: have the position ``pad_token_id`` (``create_position_ids_from_input_ids`` of transformers)
+PADDED_POSITION_TYPES = frozenset(
+    {
+        "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+        "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+        "xmod",
+    }
+)  # fmt: skip
+
 
 class Base(NamedTuple):
     """A loaded base. ``name`` is the user's name of the base, which is recorded with an adapter."""
@@ -340,10 +350,21 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def context_length(source: str | Path) -> int | None:
-    """The maximum number of positions in the base's config; None if the architecture has no
+    """The maximum number of tokens of a row, by the base's config; None if the architecture has no
     limit."""
-    length = getattr(config_of(source).get_text_config(), "max_position_embeddings", None)
-    return int(length) if length and length > 0 else None  # XLNet's -1 is no limit
+    return context_length_of(config_of(source))
+
+
+def context_length_of(config: Any) -> int | None:
+    """The maximum number of tokens of a row, by a config; None if the architecture has no limit."""
+    config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if not length or length < 0:  # XLNet's -1 is no limit
+        return None
+    has_table = getattr(config, "position_embedding_type", None) != "rotary"  # not ESM-2
+    if config.model_type in PADDED_POSITION_TYPES and has_table:
+        return int(length) - (config.pad_token_id + 1)
+    return int(length)
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:

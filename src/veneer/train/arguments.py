@@ -67,7 +67,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         eval_steps=eval_every,
         prediction_loss_only=True,
         save_steps=save_every,
-        save_total_limit=config.keep_checkpoints,
+        save_total_limit=max(config.keep_checkpoints, 2 if early_stopping else 1),  # best + newest
         load_best_model_at_end=bool(early_stopping),  # the checkpoint with the lowest loss
         restore_callback_states_from_checkpoint=True,
         logging_steps=1,

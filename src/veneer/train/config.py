@@ -46,6 +46,11 @@ ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant",
     "adapter_dtype", "add_tokens", "trainable_tokens", "invocation",
 )  # fmt: skip
+# Fields that only the task sft reads.
+SFT_FIELDS = (
+    "messages_column", "prompt_column", "completion_column", "text_column", "completion_only",
+    "packing", "cache_lower", "offload_activations",
+)  # fmt: skip
 #: tasks whose rows are sequences of a causal language model, in which an invocation can be found
 INVOKED_TASKS = ("sft", "dpo", "orpo", "kto", "grpo")
 
@@ -212,7 +217,9 @@ class TrainConfig(BaseModel):
     save_every: int | None = _run(
         None, "Checkpoint every so many steps (default: ten times in a run).", ge=1
     )
-    keep_checkpoints: int = _run(2, "How many checkpoints to keep.", ge=1)
+    keep_checkpoints: int = _run(
+        2, "How many checkpoints to keep (with early_stopping at least 2: best and newest).", ge=1
+    )
     early_stopping: int | None = _run(
         None, "Stop after so many evaluations without a gain; keep the best.", ge=1
     )
@@ -349,10 +356,10 @@ class TrainConfig(BaseModel):
                 if self.task == "grpo"
                 else "reward needs task grpo"
             )
-        if self.task != "sft" and (self.packing or self.cache_lower or self.offload_activations):
+        if self.task != "sft" and (names := self._list_changed(SFT_FIELDS)):
             raise ValueError(
-                "packing, cache_lower and offload_activations are for task sft; found task"
-                f" {self.task}"
+                f"{names} given for task {self.task}; expected task sft (the columns of other tasks"
+                " are named in columns)"
             )
         if self.invocation is not None and (self.packing or self.task not in INVOKED_TASKS):
             raise ValueError(
@@ -365,12 +372,7 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "early_stopping needs something to evaluate on: give eval_data or eval_fraction"
             )
-        if (
-            self.early_stopping
-            and self.save_every
-            and self.eval_every
-            and self.save_every % self.eval_every
-        ):
+        if self.early_stopping and (self.save_every or 0) % (self.eval_every or 1):
             raise ValueError(
                 f"early_stopping keeps the best checkpoint, so save_every ({self.save_every}) must"
                 f" be a multiple of eval_every ({self.eval_every})"
@@ -381,20 +383,16 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "device and device_map are both given; expected one: a map places all of the model"
             )
-        if self.adapter is not None:
-            conflicts = [
-                name
-                for name in ADAPTER_FIELDS
-                if getattr(self, name) != type(self).model_fields[name].default
-            ]
-            if conflicts:
-                raise ValueError(
-                    f"{', '.join(conflicts)} beside adapter, which has its own: leave one of"
-                    " them out"
-                )
+        if self.adapter is not None and (names := self._list_changed(ADAPTER_FIELDS)):
+            raise ValueError(f"{names} beside adapter, which has its own: leave one of them out")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both given; expected one of them")
         return self
+
+    def _list_changed(self, fields: tuple[str, ...]) -> str:
+        """The names of those of the `fields` that do not have their default values."""
+        defaults = self.defaults()
+        return ", ".join(name for name in fields if getattr(self, name) != defaults[name])
 
     def content(self) -> dict[str, Any]:
         """All fields as JSON values."""

@@ -164,6 +164,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
             base_name=config.base,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.group_by_length = config.group_by_length
         say(
             console,
             f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates"

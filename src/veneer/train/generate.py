@@ -28,7 +28,9 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, DataError
 from veneer.kernels.draws import generators, perturb, sample_seed
+from veneer.models.load import context_length_of
 from veneer.models.sampling_defaults import changes_greedy_tokens
+from veneer.train.tokens import chat_tokens
 
 log = logging.getLogger("veneer.generate")
 
@@ -72,9 +74,12 @@ def generate(
         should_stop: called after each token; generation ends when it returns True.
 
     Raises:
-        DataError: a prompt is empty, or longer than the model's context with `max_new_tokens`.
+        DataError: a prompt is empty, or longer than the model's context with `max_new_tokens`, or
+            the chat template refuses it.
     """
-    prompt_ids = [encode(prompt, tokenizer) for prompt in prompts]
+    prompt_ids = [
+        encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)
+    ]
     answers = continuations(
         model,
         tokenizer,
@@ -323,8 +328,8 @@ def _check_context(model: Any, prompt_length: int, max_new_tokens: int) -> None:
 
 
 def context_tokens(model: Any) -> int | None:
-    """The maximal number of positions in a model's config, or None."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The maximal number of tokens of a row by a model's config, or None."""
+    return context_length_of(model.config)
 
 
 def _stream_options(
@@ -356,9 +361,10 @@ def _stream_options(
     return options
 
 
-def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
+def encode(prompt: Prompt, tokenizer: Any, location: str = "the prompt") -> list[int]:
     """The token ids of a text, or of a chat by the tokenizer's chat template, which ends with the
-    header of the answer. Raises `DataError` for an empty prompt or a chat without a template."""
+    header of the answer. Raises `DataError` for an empty prompt, for a chat without a template, and
+    with ``location`` for a chat that the template refuses."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:
@@ -368,10 +374,7 @@ def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
             "pass the prompt as text",
         )
     else:
-        chat = tokenizer.apply_chat_template(
-            prompt, tokenize=True, return_dict=True, add_generation_prompt=True
-        )
-        ids = list(chat["input_ids"])
+        ids = chat_tokens(prompt, tokenizer, location, header=True)
     if not ids:
         raise DataError("an empty prompt", "at least one token", "write something to continue")
     return ids

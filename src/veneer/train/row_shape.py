@@ -45,7 +45,7 @@ def detect_columns(
             raise DataError(
                 f"{source} has no column {column!r}{nearest(column, names)} (asked for as the"
                 f" {option} column); it has {list_names(names)}.\nDo: name one that exists, for"
-                f" example --{option}-column {names[0]}."
+                f" example --{option}-column {names[0] if names else 'COLUMN'}."
             )
     if not any(vars(columns).values()):
         _refuse_other_tasks(names, first_row, source)

@@ -24,6 +24,7 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -317,8 +318,13 @@ def _run_trainer(
 ) -> None:
     """Train from the resume point to the last step, and explain errors of missing packages and of
     the disk."""
-    if resume_point is not None and resume_point[1] >= prepared.steps:
-        return  # the run was killed between its last checkpoint and its end
+    if resume_point is not None:
+        state = TrainerState.load_from_json(str(resume_point[0] / checkpoint.STATE))
+        if _has_no_steps_left(state, prepared.steps, task.config.early_stopping):
+            # the run was killed between its last checkpoint and its end
+            trainer.state = state
+            trainer._load_best_model()
+            return
     try:
         with stop, as_reference(trainer.model, task.initial_adapter, task.needs_reference()):
             trainer.train(
@@ -339,6 +345,17 @@ def _run_trainer(
         raise
     finally:
         bar.close()
+
+
+def _has_no_steps_left(state: TrainerState, steps: int, early_stopping: int | None) -> bool:
+    """Whether no step follows a checkpoint of this state, because it is the last of `steps`, or
+    because of `early_stopping` evaluations without a gain."""
+    if early_stopping is not None:
+        callback_states: Any = state.stateful_callbacks
+        attributes = callback_states[EarlyStoppingCallback.__name__]["attributes"]
+        if attributes["early_stopping_patience_counter"] >= early_stopping:
+            return True
+    return state.global_step >= steps
 
 
 @contextmanager

@@ -11,13 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from veneer.errors import DataError
+from veneer.models.messages import first_line
 from veneer.train.data import TOOLS, Records
 
 IGNORED = -100  # the label that torch's cross-entropy skips
+
+#: errors of a chat template: that of its `raise_exception`, and those of values that it cannot use
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,15 @@ def tokenise(
 
     Raises:
         DataError: a row is too long and `too_long` is "error", a row has no label, no row is left,
-            or a chat meets a tokenizer without a chat template.
+            some rows are texts and others chats, or a chat meets a tokenizer without a chat
+            template or whose template refuses it.
     """
     encode, labels_all = _make_encoder(rows, tokenizer), rows.kind != "text" and not completion_only
     examples: list[tuple[list[int], list[int], int]] = []
     long_rows: list[tuple[int, int]] = []
     truncated = 0
     for i, row in enumerate(rows.rows):
-        tokens, is_labelled = encode(row, rows.locations[i])
+        tokens, is_labelled = encode(row, f"{rows.source}, {rows.locations[i]}")
         targets = [
             token if flag or labels_all else IGNORED
             for token, flag in zip(tokens, is_labelled, strict=True)
@@ -137,6 +143,7 @@ Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 def _make_encoder(rows: Records, tokenizer: Any) -> Encoder:
     """The encoder for the shape of the rows."""
+    _must_share_form(rows)
     if rows.kind == "text":
         return lambda row, location: _encode_text(row["text"], tokenizer)
     if rows.kind == "prompt" and isinstance(rows.rows[0]["prompt"], str):
@@ -155,11 +162,25 @@ def _make_encoder(rows: Records, tokenizer: Any) -> Encoder:
     template = _training_template(tokenizer)
     if template is not None:
         return lambda row, location: _encode_by_template(
-            row["messages"], tokenizer, template, row.get(TOOLS)
+            row["messages"], tokenizer, template, location, row.get(TOOLS)
         )
     return lambda row, location: _encode_turns(
         [], row["messages"], tokenizer, location, row.get(TOOLS)
     )
+
+
+def _must_share_form(rows: Records) -> None:
+    """Raise `DataError` for a row that is a text if the first row is a chat, or the reverse."""
+    forms = [
+        "text" if isinstance(row.get("prompt", row.get("text")), str) else "lists of messages"
+        for row in rows.rows
+    ]
+    for form, location in zip(forms, rows.locations, strict=True):
+        if form != forms[0]:
+            problem = (
+                f"{rows.source}, {location} holds {form}, but {rows.locations[0]} holds {forms[0]}"
+            )
+            raise DataError(problem, "one form in all rows", "bring them into one form")
 
 
 def _must_show_tools(rows: Records, tokenizer: Any) -> None:
@@ -237,15 +258,15 @@ def _training_template(tokenizer: Any) -> str | None:
 
 
 def _encode_by_template(
-    messages: list[Any], tokenizer: Any, template: str, tools: Any
+    messages: list[Any], tokenizer: Any, template: str, location: str, tools: Any
 ) -> tuple[list[int], list[bool]]:
     """Encode a chat with a template that marks the assistant's turns."""
-    encoded = tokenizer.apply_chat_template(
+    encoded = render_chat(
         messages,
+        tokenizer,
+        location,
         tools=tools,
         chat_template=template,
-        tokenize=True,
-        return_dict=True,
         return_assistant_tokens_mask=True,
     )
     return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
@@ -255,36 +276,49 @@ def _encode_turns(
     prompt: list[Any], completion: list[Any], tokenizer: Any, location: str, tools: Any
 ) -> tuple[list[int], list[bool]]:
     """Encode a chat by prefixes: the tokens of a turn are those by which the chat grows when the
-    turn is added. The assistant's turns in `completion` are labelled. Raises `DataError` for a
-    template that changes earlier turns."""
+    turn is added. The assistant's turns in `completion` are labelled. Only the prefixes around
+    these are rendered, since a template may refuse others, such as a system prompt alone. Raises
+    `DataError` for a template that changes earlier turns."""
     messages = [*prompt, *completion]
-    turn_ends: list[tuple[int, bool]] = [(0, False)]
-    full_tokens = chat_tokens(messages, tokenizer, tools=tools)
-    for turn, message in enumerate(messages):
-        is_trained = turn >= len(prompt) and message["role"] == "assistant"
-        if is_trained:  # generation provides the header ("<|im_start|>assistant"): it is not learnt
-            prefix = chat_tokens(messages[:turn], tokenizer, header=True, tools=tools)
-            turn_ends.append((_prefix_length(prefix, full_tokens, location), False))
-        prefix = chat_tokens(messages[: turn + 1], tokenizer, tools=tools)
-        turn_ends.append((_prefix_length(prefix, full_tokens, location), is_trained))
+    full_tokens = chat_tokens(messages, tokenizer, location, tools=tools)
     is_labelled = [False] * len(full_tokens)
-    for (start, _), (end, is_trained) in pairwise(turn_ends):
-        is_labelled[start:end] = [is_trained] * (end - start)
+    for turn in range(len(prompt), len(messages)):
+        if messages[turn]["role"] != "assistant":
+            continue
+        # generation provides the header ("<|im_start|>assistant"): it is not learnt
+        before = chat_tokens(messages[:turn], tokenizer, location, header=True, tools=tools)
+        through = full_tokens
+        if turn + 1 < len(messages):
+            through = chat_tokens(messages[: turn + 1], tokenizer, location, tools=tools)
+        start, end = (_prefix_length(ids, full_tokens, location) for ids in (before, through))
+        is_labelled[start:end] = [True] * (end - start)
     return full_tokens, is_labelled
 
 
 def chat_tokens(
-    messages: list[Any], tokenizer: Any, *, header: bool = False, tools: Any = None
+    messages: list[Any], tokenizer: Any, location: str, *, header: bool = False, tools: Any = None
 ) -> list[int]:
     """The token ids of a chat by the tokenizer's template; with `header`, including the header of
     the assistant's next turn."""
-    options = {
-        "tools": tools,
-        "tokenize": True,
-        "return_dict": True,
-        "add_generation_prompt": header,
-    }
-    return list(tokenizer.apply_chat_template(messages, **options)["input_ids"]) if messages else []
+    if not messages:
+        return []
+    encoded = render_chat(messages, tokenizer, location, tools=tools, add_generation_prompt=header)
+    return list(encoded["input_ids"])
+
+
+def render_chat(messages: list[Any], tokenizer: Any, location: str, **options: Any) -> Any:
+    """The encoding of a chat by the tokenizer's template. Raises `DataError` with the location of
+    the chat if the template refuses it.
+
+    Args:
+        options: arguments of `apply_chat_template`.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except TEMPLATE_ERRORS as error:
+        problem = f"{location}: a chat that the base's chat template refuses ({first_line(error)})"
+        remedy = "change the messages of this chat, or remove it"
+        raise DataError(problem, "roles, and an order of them, that it takes", remedy) from error
 
 
 def _prefix_length(prefix: list[int], full_tokens: list[int], location: str) -> int:

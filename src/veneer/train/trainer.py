@@ -189,6 +189,14 @@ class AdapterTrainerBase(Trainer):
                     output.metrics[f"{prefix}_{name}"] = value / max(items, 1)
         return output
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether the evaluation is the best so far. The checkpoint of the best one is loaded at
+        the end, so it is written even if the step is no multiple of `save_steps`."""
+        is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write checkpoint-N atomically, with the adapter, the states of the optimiser and of the
         schedule, the random states and the trainer's state."""
@@ -212,10 +220,10 @@ class AdapterTrainerBase(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(
-                    checkpoint.path_of(run_dir, self.state.best_global_step)
-                )
+            if best_step := self.state.best_global_step:
+                best = checkpoint.path_of(run_dir, best_step)
+                if best_step == step or best.is_dir():
+                    self.state.best_model_checkpoint = str(best)
             if is_main_process:
                 for callback in [*self.callback_handler.callbacks, self.control]:
                     if isinstance(callback, ExportableState):
@@ -237,8 +245,9 @@ class AdapterTrainerBase(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the adapter's parameters from the best checkpoint."""
-        if self.state.best_model_checkpoint is not None:
-            refill(self.adapter.model, Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
+        if best_step := self.state.best_global_step:
+            folder = checkpoint.path_of(self.args.output_dir, best_step)
+            refill(self.adapter.model, folder / checkpoint.ADAPTER)
 
 
 class TaskTrainer(AdapterTrainerBase):

@@ -77,7 +77,8 @@ class Grpo(CausalTask):
         return replace(prepared, hashes={**prepared.hashes, **hashes})
 
     def read(self, source: str, split: str) -> data.Records:
-        """Read all columns: the reward functions get all columns except the prompt."""
+        """Read the columns of all rows, with None where a row lacks one: the reward functions get
+        all columns except the prompt."""
         _ = self.reward_functions  # report an invalid file before the base is read
         located_rows, digest = data.raw_rows(source, split)
         records = data.select_fields(
@@ -89,10 +90,11 @@ class Grpo(CausalTask):
             self.config.columns,
         )
         column = self.config.columns.get("prompt", "prompt")
+        names = dict.fromkeys(name for _, row in located_rows for name in row if name != column)
         rows = [
             {
                 "prompt": record["prompt"],
-                "columns": {name: value for name, value in row.items() if name != column},
+                "columns": {name: row.get(name) for name in names},
             }
             for record, (_, row) in zip(records.rows, located_rows, strict=True)
         ]
@@ -110,12 +112,10 @@ class Grpo(CausalTask):
             )
         rows = []
         for row, location in zip(records.rows, records.locations, strict=True):
-            prompt = row_shape.check_texts_or_chats(
-                {"prompt": row["prompt"]}, f"{records.source}, {location}"
-            )["prompt"]
-            rows.append(
-                {"ids": encode(prompt, self.processor), "prompt": prompt, "columns": row["columns"]}
-            )
+            location = f"{records.source}, {location}"
+            prompt = row_shape.check_texts_or_chats({"prompt": row["prompt"]}, location)["prompt"]
+            ids = encode(prompt, self.processor, location)
+            rows.append({"ids": ids, "prompt": prompt, "columns": row["columns"]})
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
             records,
@@ -225,7 +225,7 @@ class Grpo(CausalTask):
         ]
         arguments = {"prompts": prompts, "completions": completions}
         arguments |= {
-            name: [row["columns"].get(name) for row in rows]
+            name: [row["columns"][name] for row in rows]
             for name in rows[0]["columns"]
             if name not in arguments
         }
