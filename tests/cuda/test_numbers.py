@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 import torch
 from tests.cuda import gpu_checks
+from tests.support import moe
 from tests.support.banks import save_adapters
 from tests.support.emulated_device import G0, without_float64
 from tests.support.quantised import IN, libraries  # noqa: F401 (a fixture)
@@ -116,6 +117,21 @@ def test_a_blend_of_a_call(dtype, within, variant):
             y.float().square().mean().backward()
         found.append((y, gradients(model), model.state_dict(), None))
     same(found, within)
+
+
+def test_mixed_rows_reach_the_experts_of_each_token():
+    """The experts get tokens, several of each row."""
+    model, names = moe.build("mixtral", torch.float32), ["a", None]
+    moe.set_way(model, "batched_mm")
+    randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets=moe.TARGETS), "a"))
+    model, ids = model.to(G0), torch.randint(3, 50, (2, 5)).to(G0)
+    with torch.no_grad():
+        with veneer.use(model, names):
+            mixed = model(input_ids=ids, use_cache=False).logits
+        for row, name in enumerate(names):
+            with veneer.use(model, name):
+                alone = model(input_ids=ids[row : row + 1], use_cache=False).logits[0]
+            assert error(mixed[row].cpu(), alone.cpu()) < 1e-5
 
 
 def test_16_bits_are_rounded_once_with_a_bias():
