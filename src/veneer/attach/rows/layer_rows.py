@@ -4,7 +4,7 @@ layer runs on the rows of each adapter, and the outputs are put back in the orde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -84,7 +84,7 @@ class LayerRows:
             )
             with row_adapters.only(selection, is_leaf):
                 if layer_adapter is None:
-                    outputs.append(method_of(base_cls, method)(module, *row_args, **row_kwargs))
+                    outputs.append(_run_base(module, base_cls, method, row_args, row_kwargs))
                 else:
                     # no variable for the new call: it would hold these rows while others run
                     outputs.append(
@@ -120,9 +120,7 @@ class LayerRows:
         with self.row_adapters.only(selection, _is_leaf(module, layer_state)):
             if layer_adapter is not None:
                 return layer_adapter.run(call)
-            if method == "forward":
-                return base_forward(module, base_cls, *args, **kwargs)
-            return method_of(base_cls, method)(module, *args, **kwargs)
+            return _run_base(module, base_cls, method, args, kwargs)
 
     def _take(
         self,
@@ -178,6 +176,15 @@ class LayerRows:
 def _kind_for(layer_state: Any, method: str) -> Any:
     """The layer kind that divides the inputs of a method."""
     return (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
+
+
+def _run_base(
+    module: Any, base_cls: type[nn.Module], method: str, args: tuple, kwargs: Mapping[str, Any]
+) -> Any:
+    """The output of a method of an adapted module without its adapters."""
+    if method == "forward":
+        return base_forward(module, base_cls, *args, **kwargs)
+    return method_of(base_cls, method)(module, *args, **kwargs)
 
 
 def _is_leaf(module: Any, layer_state: Any) -> bool:
