@@ -58,7 +58,7 @@ class LayerRows:
         seeds of the selections."""
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
         row_adapters, kind = self.row_adapters, _kind_for(layer_state, method)
-        is_leaf = _is_leaf(module, layer_state)
+        is_leaf, looks_up = _is_leaf(module, layer_state), _looks_up_selection(module, layer_state)
         tokens_per_row = (
             count_tokens_per_row(module, (args, kwargs), row_adapters.count)
             if kind.name == GENERAL
@@ -82,7 +82,7 @@ class LayerRows:
             row_args, row_kwargs = self._take(
                 kind, module, args, kwargs, token_indices(indices, tokens_per_row), tokens_per_row
             )
-            with row_adapters.only(selection, is_leaf):
+            with row_adapters.only(selection, not looks_up):
                 if layer_adapter is None:
                     outputs.append(_run_base(module, base_cls, method, row_args, row_kwargs))
                 else:
@@ -117,7 +117,7 @@ class LayerRows:
             ) or 1
             first_row = token_indices(self.row_adapters.row_indices[0][:1], tokens_per_row)
             self._take(kind, module, args, kwargs, first_row, tokens_per_row)
-        with self.row_adapters.only(selection, _is_leaf(module, layer_state)):
+        with self.row_adapters.only(selection, not _looks_up_selection(module, layer_state)):
             if layer_adapter is not None:
                 return layer_adapter.run(call)
             return _run_base(module, base_cls, method, args, kwargs)
@@ -188,9 +188,16 @@ def _run_base(
 
 
 def _is_leaf(module: Any, layer_state: Any) -> bool:
-    """Whether a module has no children besides its layer state, so that no module below it looks up
-    the selection."""
+    """Whether a module has no children besides its layer state."""
     return all(child is layer_state for child in module._modules.values())
+
+
+def _looks_up_selection(module: Any, layer_state: Any) -> bool:
+    """Whether code that a call of the module runs may look up the selection: a module below it, or
+    an adapted method of its own."""
+    # none if another thread has detached since the call began
+    methods = getattr(type(module), "veneer_methods", ())
+    return bool(methods) or not _is_leaf(module, layer_state)
 
 
 def _division_error(module: nn.Module, reason: str) -> SelectionError:
