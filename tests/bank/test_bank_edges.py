@@ -14,6 +14,7 @@ import torch
 from tests.support.banks import Linears, alone, save_adapters
 from tests.support.toys import error, randomise
 from torch import nn
+from torch.nn.utils import prune
 
 import veneer
 import veneer.bank.bank
@@ -89,6 +90,20 @@ def test_numbers_wider_than_the_base(tokens, tmp_path):
     with torch.no_grad(), bank.rows(["a", None]):
         y = model(x)
     assert error(y[:1].float(), alone(model, tmp_path, "a", x)[:1].float()) < 2e-2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_bias_that_is_pruned_before_or_after_a_load_is_added(when, tmp_path):
+    model, x = Linears(), torch.randn(2, 1, 12)
+    if when == "before":
+        prune.l1_unstructured(model.last, "bias", amount=3)
+    bank = bank_of(save_adapters(model, tmp_path, "a"), tmp_path, "a")
+    if when == "after":
+        prune.l1_unstructured(model.last, "bias", amount=3)
+    with bank.rows(["a", None]):
+        expected = model(x.clone().requires_grad_())  # by the layer's own forward
+        with torch.no_grad():
+            assert error(model(x), expected) < 1e-6
 
 
 class TimeFirst(nn.Module):

@@ -33,6 +33,7 @@ from veneer.attach.layer.experts import drop_inputs, is_stack
 from veneer.attach.layer.fused_linear import (
     FusedChange,
     SharedInputLayers,
+    bias_is_parameter,
     make_fused_change,
     outputs,
     seed_of,
@@ -122,6 +123,7 @@ class LayerAdapter(nn.Module):
             and changes[0].frozen_input is None
             and layer_state.is_plain_product
             and not layer_state.transposed
+            and bias_is_parameter(module)
         ):
             kind = cast(Layer, layer_state.layer)
             self.fused_change = make_fused_change(changes[0], module, kind)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.fused_linear import PendingOutputs, identities, seed_of
+from veneer.attach.layer.fused_linear import PendingOutputs, bias_is_parameter, identities, seed_of
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.layer_call import add_update
 from veneer.attach.layer.state import STATE
@@ -146,10 +146,9 @@ class LinearRows:
             return None
         weight = module._parameters.get(kind.weight)
         bias = module._parameters.get("bias")
-        if bias is None and getattr(module, "bias", None) is not None:
-            return None  # pruned or parametrised since it was adapted
         if (
             weight is None
+            or not bias_is_parameter(module)
             or not fused.applies(x, weight)
             or (bias is not None and bias.requires_grad)
         ):
