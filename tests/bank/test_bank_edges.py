@@ -20,7 +20,7 @@ import veneer
 import veneer.bank.bank
 from veneer.bank.batch_state import Layer
 from veneer.bases import BASES
-from veneer.errors import SelectionError
+from veneer.errors import BankFullError, SelectionError
 
 DORA = veneer.LoraConfig(rank=2, targets="all", variant="dora")
 
@@ -246,6 +246,20 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(outcomes) == 2
+
+
+def test_an_adapter_that_can_never_fit_evicts_nothing(tmp_path):
+    model = Linears(128)
+    save_adapters(model, tmp_path, "a", "b", config=veneer.LoraConfig(rank=1, targets=["last"]))
+    bank, events = bank_of(model, tmp_path, "a", "b"), []
+    bank.capacity = bank.nbytes
+    bank.on_event = lambda kind, name, _: events.append((kind, name))
+    large = veneer.attach(model, veneer.LoraConfig(rank=8, targets=["one", "two"]), "large")
+    bank.put("large", large.save(tmp_path / "large"), "large")
+    with pytest.raises(BankFullError, match="beside 0 that are pinned"):
+        bank.pin("large")
+    assert events == [("fail", "large")]
+    assert bank.nbytes == bank.capacity
 
 
 def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch):
