@@ -209,6 +209,18 @@ def test_a_blend_through_whole_models(make_model):
         assert error(blend, flat(leaf(other(IDS)))) < 1e-9
 
 
+def test_a_blend_of_two_variants_of_a_tied_weight_forms_it_at_the_head():
+    """There the gain of one of them scales inputs, whichever comes last."""
+    model = TinyLM(tied=True)
+    for name, variant in (("a", "dora"), ("b", "lora")):
+        config = veneer.LoraConfig(rank=2, targets="all", variant=variant)
+        randomise(veneer.attach(model, config, name))
+    with veneer.use(model, MIX, path="materialised"):
+        expected = model(IDS)
+    with veneer.use(model, MIX):
+        assert error(model(IDS), expected) < 1e-5
+
+
 def test_what_one_adapter_changes_thinly_and_another_trains_in_full_is_blended_as_one():
     model = TinyLM().double()
     thin = veneer.LoraConfig(rank=2, targets=["lm_head", "q_proj"])

@@ -251,6 +251,31 @@ def test_a_bias_that_is_pruned_after_attach_stays_pruned(variant, choice, way):
         assert error(model(x), plain(x)) < 1e-5
 
 
+def pruned_bias(layer):
+    prune.l1_unstructured(layer, "bias", amount=1)
+
+
+def parametrised_bias(layer):
+    parametrize.register_parametrization(layer, "bias", nn.Softplus())
+
+
+def buffered_bias(layer):
+    layer.register_buffer("bias", layer._parameters.pop("bias").detach())
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("change", [pruned_bias, parametrised_bias, buffered_bias])
+def test_a_bias_that_is_no_parameter_when_an_adapter_comes_is_added(variant, change):
+    model, x = Square(), torch.randn(2, 4)
+    change(model.second)
+    attach_two(model, variant=variant)
+    for choice in ("a", ["a", "b"], ["b", None], {"a": 0.5, "b": 0.5}):
+        with veneer.use(model, choice, path="materialised"):
+            expected = model(x)
+        with veneer.use(model, choice):
+            assert error(model(x), expected) < 1e-5
+
+
 def test_a_bias_that_is_trained_in_full_and_pruned_is_named(tmp_path):
     model = Square()
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, bias="targets"))

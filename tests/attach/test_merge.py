@@ -600,6 +600,17 @@ def test_inputs_that_would_be_ignored_are_refused():
     handle.merge(rounding="faithful", inputs={"1.weight": torch.eye(8)[None]})
 
 
+@pytest.mark.parametrize("tokens", [9, 8])  # as many as features, too
+def test_inputs_of_an_embedding_are_refused(tokens):
+    model = nn.Sequential(nn.Embedding(tokens, 8)).to(torch.bfloat16)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    randomise(handle)
+    before = bits(model)
+    with pytest.raises(MergeError, match=r"0\.weight: inputs= of an embedding.*leave it out"):
+        handle.merge(rounding="faithful", inputs={"0.weight": torch.eye(tokens)[None]})
+    assert same(bits(model), before)
+
+
 def test_chosen_rows_of_a_fused_weight():
     torch.manual_seed(0)
     model = nn.Sequential(nn.MultiheadAttention(32, 4)).to(torch.bfloat16)

@@ -198,6 +198,30 @@ def test_arguments_of_a_subclass_of_attention_reach_mixed_rows():
     assert error(y[:, 1], selected(module, "b", *args)[0][:, 1]) < 1e-5
 
 
+class Encoder(nn.Module):
+    """One without children, whose forward calls another method that reads the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Parameter(torch.randn(4, 5))
+
+    def encode(self, x):
+        return x @ self.proj
+
+    def forward(self, x):
+        return self.encode(x).relu()
+
+
+def test_mixed_rows_reach_a_method_that_forward_calls():
+    module, x, names = adapt(Encoder(), "a", "b"), torch.randn(3, 4), ["a", None, "b"]
+    with veneer.use(module, names):
+        y, code = module(x), module.encode(x)
+    for row, name in enumerate(names):
+        with veneer.use(module, name):
+            assert error(y[row], module(x)[row]) < 1e-6
+            assert error(code[row], module.encode(x)[row]) < 1e-6
+
+
 class TimeFirst(nn.Module):
     """Says nowhere but in its GRU that its second axis counts the rows."""
 

@@ -3,13 +3,14 @@ does, everywhere."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import peft
 import pytest
 import torch
 import transformers
-from tests.support.toys import error
+from tests.support.toys import error, randomise
 from torch import nn
 
 import veneer
@@ -29,12 +30,12 @@ IDS = torch.arange(12).view(2, 6)
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def llama(tied=True):
+def llama(tied=True, vocab_size=40):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
-            tie_word_embeddings=True,
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=vocab_size, tie_word_embeddings=True,
         )
     ).eval()  # fmt: skip
     return model if tied else untied(model)
@@ -181,16 +182,17 @@ APART = {
 }
 
 
-def changed_by_peft(folder, fields):
+def changed_by_peft(folder, fields, make_model=llama, ids=IDS):
     """(the folder, PEFT's logits) of an adapter with noise in all that it trains."""
     torch.manual_seed(2)
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, **fields))
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder, save_embedding_layers=False)
-    return folder, peft.PeftModel.from_pretrained(llama(), folder).eval()(IDS).logits.detach()
+    loaded = peft.PeftModel.from_pretrained(make_model(), folder).eval()
+    return folder, loaded(ids).logits.detach()
 
 
 @torch.no_grad()
@@ -239,6 +241,30 @@ def test_untie_forces_it_without_a_warning_or_forbids_it(tmp_path, case):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         veneer.load(model, path, untie=True)
     assert error(model(IDS).logits, expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vocabulary", [40, 16])  # as many as features, too
+def test_an_adapter_that_unties_stands_beside_one_of_the_tied_weight(tmp_path, vocabulary):
+    """The head reads the change of the tied weight transposed, and its own as it is."""
+    ids = IDS % vocabulary
+    base = functools.partial(llama, vocab_size=vocabulary)
+    path, expected = changed_by_peft(tmp_path / "theirs", APART["at a low rank"], base, ids)
+    model = base()
+    randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets=["lm_head"]), "tied"))
+    tied = model(ids).logits
+    apart = veneer.load(model, path, name="apart", untie=True)
+    for selection in ("apart", ["apart", "tied"], {"apart": 0.5, "tied": -0.5}):
+        with veneer.use(model, selection, path="materialised"):
+            defined = model(ids).logits
+        with veneer.use(model, selection):
+            assert error(model(ids).logits, defined) < 1e-5
+    for name, logits in (("apart", expected), ("tied", tied)):
+        with veneer.use(model, name):
+            assert error(model(ids).logits, logits) < 1e-5
+    again = base()
+    veneer.load(again, apart.save(tmp_path / "ours"), untie=True)
+    assert error(again(ids).logits, expected) < 1e-5
 
 
 def test_a_tie_that_holds_a_merged_adapter_is_not_untied(tmp_path):

@@ -14,12 +14,13 @@ import torch
 from tests.support.banks import Linears, alone, save_adapters
 from tests.support.toys import error, randomise
 from torch import nn
+from torch.nn.utils import prune
 
 import veneer
 import veneer.bank.bank
 from veneer.bank.batch_state import Layer
 from veneer.bases import BASES
-from veneer.errors import SelectionError
+from veneer.errors import BankFullError, SelectionError
 
 DORA = veneer.LoraConfig(rank=2, targets="all", variant="dora")
 
@@ -89,6 +90,20 @@ def test_numbers_wider_than_the_base(tokens, tmp_path):
     with torch.no_grad(), bank.rows(["a", None]):
         y = model(x)
     assert error(y[:1].float(), alone(model, tmp_path, "a", x)[:1].float()) < 2e-2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_bias_that_is_pruned_before_or_after_a_load_is_added(when, tmp_path):
+    model, x = Linears(), torch.randn(2, 1, 12)
+    if when == "before":
+        prune.l1_unstructured(model.last, "bias", amount=3)
+    bank = bank_of(save_adapters(model, tmp_path, "a"), tmp_path, "a")
+    if when == "after":
+        prune.l1_unstructured(model.last, "bias", amount=3)
+    with bank.rows(["a", None]):
+        expected = model(x.clone().requires_grad_())  # by the layer's own forward
+        with torch.no_grad():
+            assert error(model(x), expected) < 1e-6
 
 
 class TimeFirst(nn.Module):
@@ -231,6 +246,20 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(outcomes) == 2
+
+
+def test_an_adapter_that_can_never_fit_evicts_nothing(tmp_path):
+    model = Linears(128)
+    save_adapters(model, tmp_path, "a", "b", config=veneer.LoraConfig(rank=1, targets=["last"]))
+    bank, events = bank_of(model, tmp_path, "a", "b"), []
+    bank.capacity = bank.nbytes
+    bank.on_event = lambda kind, name, _: events.append((kind, name))
+    large = veneer.attach(model, veneer.LoraConfig(rank=8, targets=["one", "two"]), "large")
+    bank.put("large", large.save(tmp_path / "large"), "large")
+    with pytest.raises(BankFullError, match="beside 0 that are pinned"):
+        bank.pin("large")
+    assert events == [("fail", "large")]
+    assert bank.nbytes == bank.capacity
 
 
 def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch):

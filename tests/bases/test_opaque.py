@@ -256,6 +256,26 @@ def test_blends_and_rows_of_a_batch(kind, real, libraries):  # noqa: F811
             assert error(found[row], x[row].double() @ W.mT + bias_of(module)) <= tolerance
 
 
+def test_rows_without_a_change_run_as_the_base_does(libraries):  # noqa: F811
+    """W8A8 rounds the x of these rows too, and passes their gradient on."""
+    model, x = Net(libraries("w8a8")[0]), torch.randn(2, IN)
+    for name, target in (("a", "layer"), ("b", "first")):
+        randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets=[target]), name), 0.1)
+    with torch.no_grad():
+        with veneer.use(model, None):
+            base = model(x)
+        with veneer.use(model, ["a", None]):
+            assert error(model(x)[1], base[1]) < 1e-6
+    grads = []
+    for names in (["a", "b"], ["b", "b"]):
+        model.zero_grad()
+        with veneer.use(model, names):
+            model(x)[1].square().sum().backward()
+        grads.append([p.grad for p in veneer.Handle(model, "b").parameters()])
+    for mixed, alone in zip(*grads, strict=True):
+        assert error(mixed, alone) < 1e-5
+
+
 @pytest.mark.parametrize(("kind", "real"), variants_of())
 def test_copies_are_adapted_too(kind, real, libraries):  # noqa: F811
     module, _, _, _ = adapted(libraries, kind, real)

@@ -10,13 +10,15 @@ from contextlib import suppress
 import pytest
 import torch
 from tests.cuda import gpu_checks
+from tests.support import moe
 from tests.support.banks import save_adapters
 from tests.support.emulated_device import G0, without_float64
 from tests.support.quantised import IN, libraries  # noqa: F401 (a fixture)
 from tests.support.rows import ROWS
 from tests.support.tiny import tiny_model
-from tests.support.toys import error, example, randomise
+from tests.support.toys import adapt, error, example, randomise, selected
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import veneer
 from gpu_place import Place
@@ -116,6 +118,46 @@ def test_a_blend_of_a_call(dtype, within, variant):
             y.float().square().mean().backward()
         found.append((y, gradients(model), model.state_dict(), None))
     same(found, within)
+
+
+@pytest.mark.parametrize("names", [["a", "a", "a"], ["a", None, "a"]], ids=repr)
+def test_masks_of_attention_follow_the_rows(names):
+    module = adapt(nn.MultiheadAttention(8, 2, batch_first=True), "a").to(G0)
+    x, padding, mask = torch.randn(3, 4, 8), torch.rand(3, 4) > 0.7, torch.rand(6, 4, 4) > 0.7
+    padding[:, 0] = mask[..., 0] = False
+    x, padding, mask = x.to(G0), padding.to(G0), mask.to(G0)
+    mixed, _ = selected(module, names, x, x, x, padding, True, mask)
+    for row, name in enumerate(names):
+        alone, _ = selected(module, name, x, x, x, padding, True, mask)
+        assert error(mixed[row].cpu(), alone[row].cpu()) < 1e-5
+
+
+@pytest.mark.parametrize("names", [["a", "a", "a"], ["a", None, "a"]], ids=repr)
+@pytest.mark.parametrize("lengths", [[4, 2, 1], [1, 4, 2]], ids=repr)
+def test_packed_sequences_of_rows(names, lengths):
+    module = adapt(nn.GRU(5, 4), "a").to(G0)
+    packed = pack_padded_sequence(
+        torch.randn(4, 3, 5), torch.tensor(lengths), enforce_sorted=False
+    ).to(G0)
+    mixed, _ = pad_packed_sequence(selected(module, names, packed)[0])
+    for row, name in enumerate(names):
+        alone, _ = pad_packed_sequence(selected(module, name, packed)[0])
+        assert error(mixed[:, row].cpu(), alone[:, row].cpu()) < 1e-5
+
+
+def test_mixed_rows_reach_the_experts_of_each_token():
+    """The experts get tokens, several of each row."""
+    model, names = moe.build("mixtral", torch.float32), ["a", None]
+    moe.set_way(model, "batched_mm")
+    randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets=moe.TARGETS), "a"))
+    model, ids = model.to(G0), torch.randint(3, 50, (2, 5)).to(G0)
+    with torch.no_grad():
+        with veneer.use(model, names):
+            mixed = model(input_ids=ids, use_cache=False).logits
+        for row, name in enumerate(names):
+            with veneer.use(model, name):
+                alone = model(input_ids=ids[row : row + 1], use_cache=False).logits[0]
+            assert error(mixed[row].cpu(), alone.cpu()) < 1e-5
 
 
 def test_16_bits_are_rounded_once_with_a_bias():

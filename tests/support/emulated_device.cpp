@@ -403,11 +403,13 @@ const std::set<std::string> INDEXED = {"index", "index_put_", "_index_put_impl_"
 const std::set<std::string> WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2",
                                      "unique_dim", "unique_consecutive"};
 
-// The device of all tensors of a call; a CPU tensor without axes is a number, and CUDA takes indices from the processor.
+// The device of all tensors of a call; a CPU tensor without axes is a number, and CUDA takes indices from the processor
+// (but the processor none from CUDA).
 Maybe<Device> place_of(const std::string& name, const std::vector<Tensor>& tensors) {
   Maybe<Device> place;
   for (const Tensor& t : tensors) {
-    if (!t.defined() || (t.is_cpu() && (t.dim() == 0 || INDEXED.count(name)))) continue;
+    bool is_index = INDEXED.count(name) && &t != &tensors[0];
+    if (!t.defined() || (t.is_cpu() && (t.dim() == 0 || is_index))) continue;
     if (!place) place = t.device();
     TORCH_CHECK(*place == t.device(), "Expected all tensors to be on the same device, but found at least two devices, ",
                 *place, " and ", t.device(), "! (", name, ")");

@@ -65,7 +65,7 @@ class PeftEntry:
 def peft_entries(names: Names, adapter_name: str) -> list[PeftEntry]:
     """An entry for every change of an adapter and every module that holds the changed
     weight, because PEFT adapts each module for itself."""
-    adapted_weights: list[tuple[str, nn.Module, str, Change, bool, bool]] = []
+    adapted_weights: list[tuple[str, nn.Module, str, Change, bool]] = []
     parameters = [parameter_path(*ref) for ref in all_refs(names)]
     for path, module, layer_state in layer_states(names.model):
         layer_adapter = layer_state.get(adapter_name)
@@ -75,19 +75,11 @@ def peft_entries(names: Names, adapter_name: str) -> list[PeftEntry]:
                 is_parameter = kind_name == GENERAL_KIND.name or (
                     kind_name == "linear" and peft_behaviour.mistakes_for_experts(path, parameters)
                 )
-                adapted_weights.append(
-                    (
-                        path,
-                        module,
-                        weight,
-                        layer_adapter.changes[weight],
-                        layer_state.transposed,
-                        is_parameter,
-                    )
-                )
+                change = layer_adapter.changes[weight]
+                adapted_weights.append((path, module, weight, change, is_parameter))
     wrapper_counts = Counter(path for path, *_, is_parameter in adapted_weights if is_parameter)
     inner_wrapper_counts, entries = Counter(wrapper_counts), []
-    for path, module, weight, change, transposed, is_parameter in adapted_weights:
+    for path, module, weight, change, is_parameter in adapted_weights:
         file_path, target = peft_paths.add_wrappers(path, wrapper_counts), path
         if is_parameter:  # PEFT nests a wrapper for each parameter of the module
             inner_wrapper_counts[path] -= 1
@@ -100,7 +92,7 @@ def peft_entries(names: Names, adapter_name: str) -> list[PeftEntry]:
         low, _ = change.low_rank(weight_of(module, weight))
         is_complete = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
         alpha = change.alpha if is_complete else low.scale * low.rank
-        low = low.T if transposed else low
+        layer_kind = kind_for(module, weight)
         entry = PeftEntry(
             file_path,
             target,
@@ -109,8 +101,8 @@ def peft_entries(names: Names, adapter_name: str) -> list[PeftEntry]:
             module,
             weight,
             change,
-            low,
-            transposed,
+            change.as_read_by(layer_kind, low),
+            change.is_transposed_in(layer_kind),
             alpha,
             is_complete,
         )

@@ -45,7 +45,7 @@ from veneer.bases import BASES, storage_of, weight_of, without_gradient
 from veneer.config import LoraConfig, trained_dtype
 from veneer.distributed import base_class, full_tensor
 from veneer.errors import SelectionError, TargetError, raise_all
-from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
+from veneer.layers import ParamRef, kind_of, parameter_path
 from veneer.layers._base import can_factor
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext
@@ -266,12 +266,6 @@ def _adapt_modules(
 ) -> dict[Any, LayerAdapter]:
     """``adapt_modules``, given the ``ModelAdapters`` of the model and with the lock held."""
     modules = names.modules
-    transposed_paths = {
-        path
-        for weight_plan in plans.low
-        for path, _ in weight_plan.holders
-        if kind_for(modules[path], weight_plan.weight).out_axis != weight_plan.layer.out_axis
-    }
     adapters_by_key: dict[Any, LayerAdapter] = {}
     for path, layer_adapter in layer_adapters.items():
         module = modules[path]
@@ -281,7 +275,6 @@ def _adapt_modules(
             model_adapters.layer_paths[layer_state.key] = path
             adapt_module(module, layer_state)
             layer_state.bound_methods = tuple(bound_methods(module))
-        layer_state.transposed = layer_state.transposed or path in transposed_paths
         layer_adapter.finalize(module, layer_state)
         adapt_methods(module, layer_adapter.submodule_adapters_by_method)
         adapters_by_key.update(dict.fromkeys(layer_adapter.keys(layer_state), layer_adapter))

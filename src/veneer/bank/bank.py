@@ -176,7 +176,7 @@ class Bank:
         resident = resident_of(self.model, Path(path), adapter, dtype=self.dtype)
         with self._changed:
             self.register(name, path, replace=True)
-            if resident is not None and self._evict(resident.nbytes):
+            if resident is not None and self._evict(resident.nbytes, partly=False):
                 entry = self._entries[name]
                 entry.last_use = self._use_counter = self._use_counter + 1
                 self._store_resident(entry, resident)
@@ -415,37 +415,40 @@ class Bank:
         self._bytes += resident.nbytes
         self._resident_uids.add(resident.uid)
 
-    def _evict(self, byte_count: int) -> bool:
-        """Evict unused adapters until ``byte_count`` bytes fit; return whether they do."""
-        while self.capacity is not None and self._bytes + byte_count > self.capacity:
-            entries = self._entries.values()
-            idle = [e for e in entries if e.resident and not e.users and not e.pinned]
-            if not idle:
-                return False
-            oldest = min(idle, key=lambda entry: entry.last_use)
-            self._unload(oldest)
-            self._notify("evict", oldest.name)
-        return True
+    def _evict(self, byte_count: int, partly: bool) -> bool:
+        """Evict unused adapters until ``byte_count`` bytes fit; return whether they do. If that is
+        not enough room, the unused adapters are evicted only if ``partly``."""
+        if self.capacity is None:
+            return True
+        idle = [e for e in self._entries.values() if e.resident and not e.users and not e.pinned]
+        idle_bytes = sum(entry.resident.nbytes for entry in idle if entry.resident is not None)
+        fits = self._bytes - idle_bytes + byte_count <= self.capacity
+        for entry in sorted(idle, key=lambda entry: entry.last_use) if fits or partly else ():
+            if self._bytes + byte_count > self.capacity:
+                self._unload(entry)
+                self._notify("evict", entry.name)
+        return fits
 
     def _make_room(self, byte_count: int, requested: Sequence[Entry]) -> None:
-        """Evict adapters until ``byte_count`` bytes fit. Wait for leases if that can help."""
+        """Evict adapters until ``byte_count`` bytes fit, none if they never do. Wait for leases."""
         deadline = time.monotonic() + PATIENCE
         with self._changed:
-            while self.capacity is not None and not self._evict(byte_count):
+            while self.capacity is not None:
                 requested_ids = set(map(id, requested))
                 entries = {id(e): e for e in (*self._entries.values(), *requested) if e.resident}
                 unevictable = (e for key, e in entries.items() if e.pinned or key in requested_ids)
                 occupied = sum(e.resident.nbytes for e in unevictable if e.resident is not None)
-                waits = occupied + byte_count <= self.capacity
-                if waits:
-                    self._waiting_loads += 1
-                    try:
-                        was_notified = self._changed.wait(max(0.0, deadline - time.monotonic()))
-                    finally:
-                        self._waiting_loads -= 1
-                    if was_notified or self._bytes + byte_count <= self.capacity:
-                        continue
-                raise full_error(byte_count, occupied, self.capacity, PATIENCE if waits else None)
+                if occupied + byte_count > self.capacity:
+                    raise full_error(byte_count, occupied, self.capacity, None)
+                if self._evict(byte_count, partly=True):
+                    return
+                self._waiting_loads += 1
+                try:
+                    was_notified = self._changed.wait(max(0.0, deadline - time.monotonic()))
+                finally:
+                    self._waiting_loads -= 1
+                if not was_notified and self._bytes + byte_count > self.capacity:
+                    raise full_error(byte_count, occupied, self.capacity, PATIENCE)
 
     def _unload(self, entry: Entry) -> None:
         resident, entry.resident, entry.pinned = entry.resident, None, False

@@ -151,7 +151,7 @@ class Layer:
         # every Python call here costs time in each layer of a decoding step
         assignment = self.batch_state.assignment
         if len(call.args) == 1 and not call.kwargs and call.context.path is None:
-            x, parameters = call.args[0], call.module._parameters
+            x, module, parameters = call.args[0], call.module, call.module._parameters
             weight: Any = parameters[self.name]
             if (
                 (fused.applies(x, weight) or device.applies_without_cast(x, weight))
@@ -161,7 +161,7 @@ class Layer:
                 and not (self.time_first and x.ndim > 2 and x.shape[1] == assignment.row_count)
             ):
                 weight = weight.mT if self.is_transposed else weight
-                bias = parameters["bias"] if "bias" in parameters else None  # noqa: SIM401 (half the time of a call)
+                bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
                 flat = x.view(-1, self.in_dim) if x.is_contiguous() else x.reshape(-1, self.in_dim)
                 tokens = len(flat) // assignment.row_count
                 if assignment.multiplies_by_row(self, tokens):

@@ -265,15 +265,8 @@ ResolvePlans = dict[int, ResolvePlan]
 
 
 def _covers_weight(entry: LowRankPlan, module: nn.Module) -> bool:
-    """Whether a change covers all outputs and inputs of its weight, and the weight has the layout
-    of its layer kind."""
-    layer_state = state_of(module)
-    has_usual_layout = layer_state is not None and not layer_state.transposed
-    return (
-        has_usual_layout
-        and entry.rows is entry.tokens is None
-        and entry.layer.frozen_input(module) is None
-    )
+    """Whether a change covers all outputs and inputs of its weight."""
+    return entry.rows is entry.tokens is None and entry.layer.frozen_input(module) is None
 
 
 def _make_resident(
@@ -384,7 +377,8 @@ def _resolve_adapter(
     if layer_adapter.full._parameters and module._parameters["bias"] is None:
         return None
     low, gain = change.resolve(weight)
-    if (layer_state.transposed and gain is not None) or len(low.A) > 1:
+    kind: Any = layer_state.layer
+    if (change.is_transposed_in(kind) and gain is not None) or len(low.A) > 1:
         return None
     parameters, derived = change.adapter_parameters, change.variant.derived
     parameter_count = sum(value.numel() for key, value in parameters.items() if key not in derived)
@@ -393,7 +387,7 @@ def _resolve_adapter(
     factor_dtype: torch.dtype = weight.dtype if dtype is None else dtype
     bias = layer_adapter.full._parameters.get("bias")
     return [
-        *_flatten_factors(low.T if layer_state.transposed else low, gain, factor_dtype),
+        *_flatten_factors(change.as_read_by(kind, low), gain, factor_dtype),
         None if bias is None else bias.to(factor_dtype),
     ]
 

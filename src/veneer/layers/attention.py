@@ -69,14 +69,16 @@ class Attention(Layer):
             if arguments[name].dim() != 3 or arguments[name].shape[axis] != count:
                 raise LookupError
             arguments[name] = arguments[name].index_select(axis, rows.to(arguments[name].device))
-        if arguments.get("key_padding_mask") is not None:
-            arguments["key_padding_mask"] = arguments["key_padding_mask"].index_select(0, rows)
+        padding_mask = arguments.get("key_padding_mask")
+        if padding_mask is not None:
+            arguments["key_padding_mask"] = padding_mask.index_select(
+                0, rows.to(padding_mask.device)
+            )
         mask = arguments.get("attn_mask")
         if mask is not None and mask.dim() == 3:  # [batch · heads, target, source]
             heads = torch.arange(module.num_heads, device=rows.device)
-            arguments["attn_mask"] = mask.index_select(
-                0, (rows[:, None] * module.num_heads + heads).reshape(-1)
-            )
+            mask_rows = (rows[:, None] * module.num_heads + heads).reshape(-1)
+            arguments["attn_mask"] = mask.index_select(0, mask_rows.to(mask.device))
         return (*(arguments[name] for name in names[: len(args)]), *subclass_args), {
             name: arguments[name] for name in kwargs
         }

@@ -57,7 +57,8 @@ class Recurrent(Layer):
             padded, lengths = pad_packed_sequence(x)  # [time, batch, in]
             if len(lengths) != count:
                 raise LookupError
-            x = _packed(padded.index_select(1, rows.to(padded.device)), lengths[rows])
+            # torch keeps the lengths on the CPU
+            x = _packed(padded.index_select(1, rows.to(padded.device)), lengths[rows.cpu()])
         elif x.dim() != 3 or x.shape[axis] != count:
             raise LookupError
         else:
@@ -79,7 +80,7 @@ class Recurrent(Layer):
             )
             y = _packed(
                 padded_batch.index_select(1, order.to(padded_batch.device)),
-                torch.cat(lengths)[order],
+                torch.cat(lengths)[order.cpu()],
             )
             return y, join_outputs(list(states), order, lambda _: 1)
         return join_outputs(

@@ -190,6 +190,15 @@ class Change(nn.Module):
             low_rank = low_rank.zero_input(self.frozen_input)
         return low_rank, gain
 
+    def is_transposed_in(self, kind: Layer) -> bool:
+        """Whether layers of this kind hold the weight transposed, such as a linear head that is
+        tied to an embedding."""
+        return self.layer.out_axis != kind.out_axis
+
+    def as_read_by(self, kind: Layer, low_rank: LowRank) -> LowRank:
+        """``low_rank``, a result of ``resolve``, as a layer of this kind reads it."""
+        return low_rank.T if self.is_transposed_in(kind) else low_rank
+
     def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
         """``resolve`` in float64, for a merge. In float64, a matrix has the same gain whether it is
         computed alone or in a stack of matrices."""

@@ -103,8 +103,15 @@ class PendingOutputs(threading.local):
         return output
 
 
+def bias_is_parameter(module: nn.Module) -> bool:
+    """Whether the bias of a module, if it has one, is a parameter. The value of any other bias
+    (pruned, parametrised, a buffer) is that of the attribute."""
+    return "bias" in module._parameters or getattr(module, "bias", None) is None
+
+
 def make_fused_change(change: Any, module: nn.Module, layer: Layer) -> FusedChange:
-    """The ``FusedChange`` of a plain change of ``module``, whose kind is ``layer``."""
+    """The ``FusedChange`` of a plain change of ``module``, whose kind is ``layer``. A bias must be
+    a parameter."""
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims

@@ -33,6 +33,7 @@ from veneer.attach.layer.experts import drop_inputs, is_stack
 from veneer.attach.layer.fused_linear import (
     FusedChange,
     SharedInputLayers,
+    bias_is_parameter,
     make_fused_change,
     outputs,
     seed_of,
@@ -110,7 +111,7 @@ class LayerAdapter(nn.Module):
     def finalize(self, module: nn.Module, layer_state: LayerState) -> None:
         """Set ``fused_change`` if this layer adapter is one product B A for all outputs, which the
         fused kernel can compute. Call this once all changes are set."""
-        changes = tuple(self.changes.values())
+        changes, kind = tuple(self.changes.values()), cast(Layer, layer_state.layer)
         is_one_change = len(changes) == 1 and not (
             self.submodule_adapters or self.full._parameters or self.full._buffers
         )
@@ -121,9 +122,9 @@ class LayerAdapter(nn.Module):
             and changes[0].tokens is None
             and changes[0].frozen_input is None
             and layer_state.is_plain_product
-            and not layer_state.transposed
+            and not changes[0].is_transposed_in(kind)
+            and bias_is_parameter(module)
         ):
-            kind = cast(Layer, layer_state.layer)
             self.fused_change = make_fused_change(changes[0], module, kind)
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
@@ -226,10 +227,11 @@ class LayerAdapter(nn.Module):
         # A gain scales the rows of ΔW. In a layer that stores the weight transposed, these rows
         # belong to inputs, so the layer's output cannot be scaled instead: W + ΔW is formed.
         if call.context.path == cost_model.MATERIALISED or (
-            gain is not None and layer_state.transposed
+            gain is not None and change.is_transposed_in(kind)
         ):
             weight, bias = linear_call.weight, linear_call.bias(change)
             return run_materialised(change, kind, module, call.x, weight, bias, low_rank, gain)
+        low_rank = change.as_read_by(kind, low_rank)
         return run_factored(linear_call, change, low_rank, gain, dropout)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:

@@ -122,13 +122,12 @@ def run_factored(
     dropout: float,
     form: bool = False,
 ) -> Any:
-    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. ``form``: whether the fused kernel, if it
-    computes this call without dropout, forms W + ΔW."""
+    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. ``low_rank``: the change as the layer reads it.
+    ``form``: whether the fused kernel, if it computes this call without dropout, forms W + ΔW."""
     module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
     kind: Any = layer_state.layer
     bias = call.bias(change)
     if gain is None and layer_state.is_plain_product and fused.applies(x, weight):
-        low_rank = low_rank.T if layer_state.transposed else low_rank
         settings = fused.Settings(
             (low_rank.scale,), dropout, new_seed() if dropout else 0, form and not dropout
         )
@@ -141,7 +140,7 @@ def run_factored(
     has_fused_path = (
         layer_state.is_stock_class
         and gain is None
-        and not layer_state.transposed
+        and not change.is_transposed_in(kind)
         and not change.storage.opaque
     )
     if has_fused_path and (fused.applies(x, weight) or device.applies_without_cast(x, weight)):
@@ -149,9 +148,7 @@ def run_factored(
         if y is not None:
             return y
     y = call.base_output(change, with_bias=gain is None)
-    return add_update(
-        kind, module, x, y, low_rank.T if layer_state.transposed else low_rank, gain, bias, dropout
-    )
+    return add_update(kind, module, x, y, low_rank, gain, bias, dropout)
 
 
 def _run_on_device(
@@ -182,7 +179,6 @@ def _run_on_device(
         ):
             return None
         matrix = partial(_read_dense, change, weight, kind.out_axis == 1)
-    low_rank = low_rank.T if layer_state.transposed else low_rank
     seed = new_seed() if dropout else 0
     return device.linears(
         (low_rank.scale,),

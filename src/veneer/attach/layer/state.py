@@ -276,8 +276,6 @@ class LayerState(nn.Module):
         is_stock_class: whether the layer's class is one that its kind lists. Determined once, when
             the layer is adapted: torch.compile would recompile a call that determines it again
             after each import.
-        transposed: whether the layer holds the adapted weight transposed, such as a linear head
-            that is tied to an embedding.
         view_attributes: attributes that a view of the module gets in place of the module's, such as
             a switch that turns a fused fast path off.
         bound_methods: the names of attributes of the module that hold its bound methods.
@@ -300,7 +298,6 @@ class LayerState(nn.Module):
         self.model_adapters, self.key = model_adapters, model_adapters.last_layer_key
         self.layer, self.supports_factored = layer, supports_factored
         self.is_plain_product, self.is_stock_class = is_plain_product, False
-        self.transposed = False
         self.view_attributes = dict(view_attributes)
         self.bound_methods: tuple[str, ...] = ()
         self.instance_forward: FunctionType | None = None

@@ -107,6 +107,10 @@ def _fold_low_rank(
         return _encode(
             weight, change.layer.apply_forward_rewrite(weight.module, exact_weight), problems
         )
+    if second_moment is not None and not change.layer.drops_input:
+        problem, expected = f"{path}: inputs= of an embedding", "none: its inputs are indices"
+        problems.append(sentence(problem, expected, "leave it out"))
+        return None
     matrix = change.layer.unfold(dense, change.dims)
     moment_shape = len(matrix), *[matrix.shape[2]] * 2
     if second_moment is not None and (

@@ -230,8 +230,11 @@ class Blend:
             return False  # the weight is trained in full, or the layer adapter is a bank's
         # A gain scales the rows of ΔW. A tied layer reads these rows as inputs, so that W + ΔW must
         # be formed.
-        return not layer_state.transposed or all(
-            change.variant.resolve is _LORA.resolve for change in self.changes.values()
+        return all(
+            change.variant.resolve is _LORA.resolve
+            or not change.is_transposed_in(layer_state.layer)
+            for layer_adapter, _ in self.components
+            for change in layer_adapter.changes.values()
         )
 
     def _run_factored(self, call: LinearCall) -> Tensor:
@@ -244,7 +247,12 @@ class Blend:
             if layer_adapter.changes
         ]
         changes, weights = zip(*weighted_changes, strict=True)
-        low_ranks, gains = zip(*(change.resolve(base_weight) for change in changes), strict=True)
+        resolved = [change.resolve(base_weight) for change in changes]
+        low_ranks = [
+            change.as_read_by(kind, low_rank)
+            for change, (low_rank, _) in zip(changes, resolved, strict=True)
+        ]
+        gains = [gain for _, gain in resolved]
         dropouts = [change.dropout if change.training else 0.0 for change in changes]
         has_gain, first_change = any(gain is not None for gain in gains), changes[0]
         if not has_gain and not any(dropouts):
@@ -262,7 +270,6 @@ class Blend:
         for low_rank, gain, weight, dropout in zip(
             low_ranks, gains, weights, dropouts, strict=True
         ):
-            low_rank = low_rank.T if layer_state.transposed else low_rank
             if gain is None:
                 scaled = LowRank(low_rank.A, low_rank.B, low_rank.scale * weight)
                 y = add_update(kind, call.module, x, y, scaled, None, None, dropout)

@@ -4,7 +4,7 @@ layer runs on the rows of each adapter, and the outputs are put back in the orde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -58,7 +58,7 @@ class LayerRows:
         seeds of the selections."""
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
         row_adapters, kind = self.row_adapters, _kind_for(layer_state, method)
-        is_leaf = _is_leaf(module, layer_state)
+        is_leaf, looks_up = _is_leaf(module, layer_state), _looks_up_selection(module, layer_state)
         tokens_per_row = (
             count_tokens_per_row(module, (args, kwargs), row_adapters.count)
             if kind.name == GENERAL
@@ -82,9 +82,9 @@ class LayerRows:
             row_args, row_kwargs = self._take(
                 kind, module, args, kwargs, token_indices(indices, tokens_per_row), tokens_per_row
             )
-            with row_adapters.only(selection, is_leaf):
+            with row_adapters.only(selection, not looks_up):
                 if layer_adapter is None:
-                    outputs.append(method_of(base_cls, method)(module, *row_args, **row_kwargs))
+                    outputs.append(_run_base(module, base_cls, method, row_args, row_kwargs))
                 else:
                     # no variable for the new call: it would hold these rows while others run
                     outputs.append(
@@ -117,12 +117,10 @@ class LayerRows:
             ) or 1
             first_row = token_indices(self.row_adapters.row_indices[0][:1], tokens_per_row)
             self._take(kind, module, args, kwargs, first_row, tokens_per_row)
-        with self.row_adapters.only(selection, _is_leaf(module, layer_state)):
+        with self.row_adapters.only(selection, not _looks_up_selection(module, layer_state)):
             if layer_adapter is not None:
                 return layer_adapter.run(call)
-            if method == "forward":
-                return base_forward(module, base_cls, *args, **kwargs)
-            return method_of(base_cls, method)(module, *args, **kwargs)
+            return _run_base(module, base_cls, method, args, kwargs)
 
     def _take(
         self,
@@ -180,10 +178,26 @@ def _kind_for(layer_state: Any, method: str) -> Any:
     return (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
 
 
+def _run_base(
+    module: Any, base_cls: type[nn.Module], method: str, args: tuple, kwargs: Mapping[str, Any]
+) -> Any:
+    """The output of a method of an adapted module without its adapters."""
+    if method == "forward":
+        return base_forward(module, base_cls, *args, **kwargs)
+    return method_of(base_cls, method)(module, *args, **kwargs)
+
+
 def _is_leaf(module: Any, layer_state: Any) -> bool:
-    """Whether a module has no children besides its layer state, so that no module below it looks up
-    the selection."""
+    """Whether a module has no children besides its layer state."""
     return all(child is layer_state for child in module._modules.values())
+
+
+def _looks_up_selection(module: Any, layer_state: Any) -> bool:
+    """Whether code that a call of the module runs may look up the selection: a module below it, or
+    an adapted method of its own."""
+    # none if another thread has detached since the call began
+    methods = getattr(type(module), "veneer_methods", ())
+    return bool(methods) or not _is_leaf(module, layer_state)
 
 
 def _division_error(module: nn.Module, reason: str) -> SelectionError:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.fused_linear import PendingOutputs, identities, seed_of
+from veneer.attach.layer.fused_linear import PendingOutputs, bias_is_parameter, identities, seed_of
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.layer_call import add_update
 from veneer.attach.layer.state import STATE
@@ -146,10 +146,9 @@ class LinearRows:
             return None
         weight = module._parameters.get(kind.weight)
         bias = module._parameters.get("bias")
-        if bias is None and getattr(module, "bias", None) is not None:
-            return None  # pruned or parametrised since it was adapted
         if (
             weight is None
+            or not bias_is_parameter(module)
             or not fused.applies(x, weight)
             or (bias is not None and bias.requires_grad)
         ):
@@ -166,7 +165,10 @@ class LinearRows:
             and layer_adapter.changes
             and layer_adapter.fused_change is None
         }
-        if layer_state.transposed and any(gain is not None for _, gain in low_ranks.values()):
+        if any(
+            gain is not None and self.layer_adapters[i].changes[kind.weight].is_transposed_in(kind)
+            for i, (_, gain) in low_ranks.items()
+        ):
             return None  # a gain scales rows of ΔW, which this layer reads as inputs
         spans, A, B, gain_terms = self._spans_and_factors(layer_state, x, seeds, low_ranks)
         matrix = weight.mT if kind.out_axis == 1 else weight
@@ -206,7 +208,7 @@ class LinearRows:
             if dropout:
                 with self.row_adapters.selections[i].random_stream or nullcontext():
                     seed = new_seed()
-            low_rank = low_rank.T if layer_state.transposed else low_rank
+            low_rank = change.as_read_by(kind, low_rank)
             spans.append(Span(start, stop, low_rank.rank, low_rank.scale, dropout, seed or 0))
             A.append(low_rank.A)
             B.append(low_rank.B)

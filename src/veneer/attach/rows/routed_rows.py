@@ -52,4 +52,5 @@ def token_indices(row_indices: Tensor, tokens_per_row: int) -> Tensor:
     """The indices of the tokens of these rows, if each row has ``tokens_per_row`` tokens."""
     if tokens_per_row == 1:
         return row_indices
-    return (row_indices[:, None] * tokens_per_row + torch.arange(tokens_per_row)).flatten()
+    positions = torch.arange(tokens_per_row, device=row_indices.device)
+    return (row_indices[:, None] * tokens_per_row + positions).flatten()
