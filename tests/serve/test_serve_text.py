@@ -41,6 +41,14 @@ def byte_fallback():
 
 FALLBACK = byte_fallback()
 
+#: U+FFFD itself is left out: its bytes cannot be told from those of an incomplete character
+CHARACTERS = st.characters(codec="utf-8", exclude_characters=UNKNOWN)
+
+
+def fallback_ids(text: str) -> list[int]:
+    """Token ids of a text for FALLBACK: a byte each, and a word for each space."""
+    return [258 if byte == 0x20 else byte + 1 for byte in text.encode()]
+
 
 def pieces(words: Detokenizer, prompt, ids, stop=()):
     """The pieces that come out, token by token and at the end; whether a stop string ended it."""
@@ -90,6 +98,34 @@ def test_bytes_of_a_tokenizer_that_falls_back_on_them(ids):
     good = [token for token in ids if not 1 <= token <= 256]
     out, _ = pieces(Detokenizer(FALLBACK), (257,), good)
     assert "a" + "".join(out) == FALLBACK.decode([257, *good], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("a", "\n😀"), ("a", "😀😀"), ("a", "\n叫"), ("a\n", "😀")]
+)
+def test_bytes_do_not_change_the_text_of_bytes_before_them(prompt, text):
+    out, _ = pieces(Detokenizer(FALLBACK), fallback_ids(prompt), fallback_ids(text))
+    assert "".join(out) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(CHARACTERS, max_size=30))
+def test_pieces_of_fallback_bytes_joined_are_the_text(text):
+    ids = fallback_ids(text)
+    out, _ = pieces(Detokenizer(FALLBACK), (257,), ids)
+    assert "a" + "".join(out) == FALLBACK.decode([257, *ids]) == "a" + text
+
+
+def test_broken_fallback_bytes_are_unknown_and_no_others():
+    words, emoji = Detokenizer(FALLBACK), fallback_ids("😀")
+    assert pieces(words, (257,), [*emoji, emoji[0]])[0] == ["", "", "", "😀", "", UNKNOWN]
+    broken = [*fallback_ids("\n"), 0xFF + 1, 257]
+    assert pieces(words, (257,), broken)[0] == ["\n", "", f"{UNKNOWN} a", ""]
+
+
+def test_a_stop_string_of_fallback_bytes_ends_the_answer():
+    ids = fallback_ids("\n😀x")
+    assert pieces(Detokenizer(FALLBACK), (257,), ids, ("😀",)) == (["\n", "", "", "", ""], True)
 
 
 def test_the_space_before_the_first_word_stays():

@@ -90,15 +90,14 @@ class Text:
     def _decode_certain(self, *, is_final: bool) -> str:
         """The text that the current tokens add. An incomplete character at its end is left out,
         unless ``is_final``: then no token follows that could complete it."""
-        full_text, returned = self._detokenizer.decode(self._ids), self._returned_text
-        start = len(returned)
-        if not full_text.startswith(returned):
-            # the new token changed how earlier incomplete bytes are decoded: find the first change
-            start = next(
-                (i for i, (a, b) in enumerate(zip(full_text, returned, strict=False)) if a != b),
-                len(full_text),
-            )
-        new_text = full_text[start:]
+        full_text = self._detokenizer.decode(self._ids)
+        if not full_text.startswith(self._returned_text):
+            # A decoder with byte fallback shows each byte of a run of byte tokens as unknown, also
+            # the bytes of the context, until the run is valid. Decode the new tokens alone.
+            del self._ids[: self._context_count]
+            self._context_count, self._returned_text = 0, ""
+            full_text = self._detokenizer.decode(self._ids)
+        new_text = full_text[len(self._returned_text) :]
         unknown_count = len(new_text) - len(new_text.rstrip(UNKNOWN))
         incomplete = 0 if is_final else min(unknown_count, MAX_INCOMPLETE)
         if new_text and not incomplete:  # these tokens become the context of the next ones
