@@ -109,11 +109,11 @@ def test_bytes_do_not_change_the_text_of_bytes_before_them(prompt, text):
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(CHARACTERS, max_size=30))
-def test_pieces_of_fallback_bytes_joined_are_the_text(text):
-    ids = fallback_ids(text)
-    out, _ = pieces(Detokenizer(FALLBACK), (257,), ids)
-    assert "a" + "".join(out) == FALLBACK.decode([257, *ids]) == "a" + text
+@given(before=st.text(CHARACTERS, max_size=8), text=st.text(CHARACTERS, max_size=30))
+def test_pieces_of_fallback_bytes_joined_are_the_text(before, text):
+    prompt, ids = [257, *fallback_ids(before)], fallback_ids(text)
+    out, _ = pieces(Detokenizer(FALLBACK), prompt, ids)
+    assert f"a{before}" + "".join(out) == FALLBACK.decode([*prompt, *ids]) == f"a{before}{text}"
 
 
 def test_broken_fallback_bytes_are_unknown_and_no_others():
@@ -132,6 +132,8 @@ def test_the_space_before_the_first_word_stays():
     words = Detokenizer(FALLBACK)
     assert pieces(words, (257,), (257, 259))[0] == [" a", "b", ""]
     assert words.decode((257, 259)) == "ab"  # decoding from the start drops it
+    emojis = fallback_ids("😀😀")  # more bytes than the usual context has tokens
+    assert pieces(words, emojis, (257, 259))[0] == [" a", "b", ""]
 
 
 def test_an_emoji_waits_for_its_last_byte():

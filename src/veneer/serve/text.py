@@ -62,14 +62,11 @@ class Text:
         self._markers = markers or {}
         self.stopped_by: str | None = None
         # a few tokens of context, then new tokens: all are decoded again with each new token
-        self._ids = list(prompt[-CONTEXT_TOKENS:])
+        self._ids = _context_of(detokenizer, prompt)
         self._context_count = len(self._ids)
         # the text of ``_ids``, as far as it was returned or precedes the answer
         self._returned_text = detokenizer.decode(self._ids)
         self._held_text = ""  # decoded text that may be the beginning of a stop string
-        # if the prompt ends within a character, the answer must not begin with the end of it
-        if self._returned_text.endswith(UNKNOWN):
-            self._ids, self._context_count, self._returned_text = [], 0, ""
 
     def add(self, token: int, *, watched: bool = True) -> tuple[str, bool]:
         """Add a token. Returns the text that is certain now, and whether a stop string ended it.
@@ -131,3 +128,12 @@ class Text:
         held_length = 0 if is_final else max(lengths)
         self._held_text = text[len(text) - held_length :]
         return text[: len(text) - held_length], False
+
+
+def _context_of(detokenizer: Detokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt. There are a few more than ``CONTEXT_TOKENS`` if the first of
+    them lies within a character, because byte fallback then decodes no byte of its run. There are
+    none if the prompt ends within a character: the answer must not begin with the end of it."""
+    counts = range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_INCOMPLETE + 1)
+    contexts = (list(prompt[-count:]) for count in counts)
+    return next((ids for ids in contexts if not detokenizer.decode(ids).endswith(UNKNOWN)), [])
