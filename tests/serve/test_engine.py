@@ -114,6 +114,15 @@ def test_an_architecture_whose_logits_differ_on_slots_is_refused(tokenizer, monk
         Engine(model, tokenizer)
 
 
+def test_a_window_that_masks_alone_apply_is_refused_where_rows_may_exceed_it(opened, tokenizer):
+    model, ask = make("qwen2_moe"), prompts(1, 60)[0]
+    with pytest.raises(ConfigError, match="masks alone apply a sliding window of 16 tokens"):
+        Engine(model, tokenizer)
+    model.config.sliding_window = model.config.max_position_embeddings
+    wanted = alone(model, ask, 8)
+    assert Client(opened(model), asked(ask, 8)).wait().tokens == wanted
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 @pytest.mark.parametrize("prefill", [1, 5, 16, 512])
 def test_pieces_of_prompts_change_nothing(name, prefill, opened):

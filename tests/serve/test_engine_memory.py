@@ -7,6 +7,7 @@ import gc
 import random
 import weakref
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -428,6 +429,20 @@ def test_the_row_that_started_first_is_never_taken(opened):
 
     work_off(engine, clients, watch)
     assert over == clients
+
+
+@torch.inference_mode()
+def test_a_preempted_request_survives_a_failure_of_the_next_attempt(opened, monkeypatch):
+    engine = opened(rows=2)
+    clients = [Client(engine, asked(ids(20, number), 30)) for number in range(2)]
+    while not all(client.tokens for client in clients):
+        engine.step()
+    outcomes = Mock(side_effect=[False, torch.OutOfMemoryError("on purpose")])
+    monkeypatch.setattr(engine._batch.memory, "widen", outcomes)
+    engine._step_or_restart()
+    work_off(engine, clients)
+    assert clients[0].error == "OutOfMemoryError: on purpose"
+    assert clients[1].tokens == alone(make("llama"), ids(20, 1), 30)
 
 
 def test_a_long_row_costs_short_ones_nothing(opened):

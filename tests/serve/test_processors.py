@@ -136,8 +136,26 @@ def test_a_row_without_a_token_left_says_so_and_no_other_row_ends():
     assert broken[1].cause is None
 
 
+def test_a_processor_that_fails_ends_its_own_row_alone(caplog):
+    def failing(sampled, scores):
+        raise ValueError("out of luck")
+
+    broken = sampler_of()
+    broken.processors = [failing]
+    logits = torch.randn(3, SIZE)
+    found = sample(logits, [sampler_of(), broken, sampler_of(presence_penalty=1.0)])
+    assert (found[1].token, found[1].error) == (None, "ValueError: out of luck")
+    assert None not in (found[0].token, found[2].token)
+    assert "Traceback" in caplog.text
+
+
 @pytest.mark.parametrize(
-    "options", [{"logit_bias": {SIZE: 1.0}}, {"allowed_tokens": frozenset({1, SIZE})}]
+    "options",
+    [
+        {"logit_bias": {SIZE: 1.0}},
+        {"allowed_tokens": frozenset({1, SIZE})},
+        {"bad_words": ((4,), (SIZE, 1))},
+    ],
 )
 def test_a_token_that_the_model_does_not_have_is_refused(options):
     with pytest.raises(RequestError, match=f"token {SIZE} in"):

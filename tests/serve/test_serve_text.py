@@ -41,6 +41,14 @@ def byte_fallback():
 
 FALLBACK = byte_fallback()
 
+#: U+FFFD itself is left out: its bytes cannot be told from those of an incomplete character
+CHARACTERS = st.characters(codec="utf-8", exclude_characters=UNKNOWN)
+
+
+def fallback_ids(text: str) -> list[int]:
+    """Token ids of a text for FALLBACK: a byte each, and a word for each space."""
+    return [258 if byte == 0x20 else byte + 1 for byte in text.encode()]
+
 
 def pieces(words: Detokenizer, prompt, ids, stop=()):
     """The pieces that come out, token by token and at the end; whether a stop string ended it."""
@@ -92,10 +100,40 @@ def test_bytes_of_a_tokenizer_that_falls_back_on_them(ids):
     assert "a" + "".join(out) == FALLBACK.decode([257, *good], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("a", "\n😀"), ("a", "😀😀"), ("a", "\n叫"), ("a\n", "😀")]
+)
+def test_bytes_do_not_change_the_text_of_bytes_before_them(prompt, text):
+    out, _ = pieces(Detokenizer(FALLBACK), fallback_ids(prompt), fallback_ids(text))
+    assert "".join(out) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(before=st.text(CHARACTERS, max_size=8), text=st.text(CHARACTERS, max_size=30))
+def test_pieces_of_fallback_bytes_joined_are_the_text(before, text):
+    prompt, ids = [257, *fallback_ids(before)], fallback_ids(text)
+    out, _ = pieces(Detokenizer(FALLBACK), prompt, ids)
+    assert f"a{before}" + "".join(out) == FALLBACK.decode([*prompt, *ids]) == f"a{before}{text}"
+
+
+def test_broken_fallback_bytes_are_unknown_and_no_others():
+    words, emoji = Detokenizer(FALLBACK), fallback_ids("😀")
+    assert pieces(words, (257,), [*emoji, emoji[0]])[0] == ["", "", "", "😀", "", UNKNOWN]
+    broken = [*fallback_ids("\n"), 0xFF + 1, 257]
+    assert pieces(words, (257,), broken)[0] == ["\n", "", f"{UNKNOWN} a", ""]
+
+
+def test_a_stop_string_of_fallback_bytes_ends_the_answer():
+    ids = fallback_ids("\n😀x")
+    assert pieces(Detokenizer(FALLBACK), (257,), ids, ("😀",)) == (["\n", "", "", "", ""], True)
+
+
 def test_the_space_before_the_first_word_stays():
     words = Detokenizer(FALLBACK)
     assert pieces(words, (257,), (257, 259))[0] == [" a", "b", ""]
     assert words.decode((257, 259)) == "ab"  # decoding from the start drops it
+    emojis = fallback_ids("😀😀")  # more bytes than the usual context has tokens
+    assert pieces(words, emojis, (257, 259))[0] == [" a", "b", ""]
 
 
 def test_an_emoji_waits_for_its_last_byte():

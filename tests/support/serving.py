@@ -22,10 +22,12 @@ SHAPE = {
 }  # fmt: skip
 
 SLIDING = {**SHAPE, "head_dim": 16, "sliding_window": 6}
+#: a window in one of the layers, which is longer than the trial of an engine
+WINDOW = {**SHAPE, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 
 MODELS = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**WINDOW)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(**SLIDING, use_sliding_window=True, max_window_layers=1)
     ),
@@ -46,6 +48,12 @@ MODELS = {
 OTHERS = {
     "gpt_oss": lambda: transformers.GptOssForCausalLM(
         transformers.GptOssConfig(**SLIDING, num_local_experts=2, num_experts_per_tok=1)
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **WINDOW, num_experts=2, num_experts_per_tok=2, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16
+        )
     ),
     "bloom": lambda: transformers.BloomForCausalLM(
         transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=259)

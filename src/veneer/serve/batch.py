@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -133,18 +133,17 @@ class Batch:
         self.running.sort(key=lambda state: state.row.position if state.row else (0, 0))
         return list(self.running)
 
-    def widen(self) -> list[RequestState]:
+    def widen(self) -> Iterator[RequestState]:
         """Make room for the next token of each running row. If memory runs out, preempt the
-        requests that started last, and return them, the latest first."""
-        preempted: list[RequestState] = []
+        requests that started last, the latest first. Each is yielded before the next attempt, which
+        may fail, so that the caller can put it back."""
         for state in sorted(self.running, key=_start_order):
             while not self.memory.widen(state):
                 last = max([*self.filling, *self.running], key=_start_order)
                 self.remove(last)
                 last.length = 0
-                preempted.append(last)
                 self._notify("preempted", last.request.blend)
-        return preempted
+                yield last
 
 
 def _start_order(state: RequestState) -> int:

@@ -103,8 +103,10 @@ def _check_tokens(sampling: Sampling, vocabulary: int) -> None:
     fields = {
         "logit_bias": sampling.logit_bias,
         "allowed_token_ids": sampling.allowed_tokens or (),
+        "bad_words": {token for word in sampling.bad_words for token in word},
     }
     for name, tokens in fields.items():
         if tokens and max(tokens) >= vocabulary:
             expected = f"ids from 0 to {vocabulary - 1}"
-            raise RequestError(f"token {max(tokens)} in {name}", expected, "use its tokenizer")
+            do = "leave that word out" if name == "bad_words" else "use its tokenizer"
+            raise RequestError(f"token {max(tokens)} in {name}", expected, do)

@@ -156,23 +156,26 @@ def _process_logits(
     logits: Tensor, rows: Sequence[Sampler]
 ) -> tuple[Tensor, dict[int, SampledToken]]:
     """Apply the masks of grammars and the logits processors. Returns the new logits, and results
-    without a token for the rows whose grammar failed, by row."""
-    grammar_rows = [i for i, row in enumerate(rows) if row.matcher is not None]
-    processor_rows = [i for i, row in enumerate(rows) if row.processors]
+    without a token for the rows whose grammar or processors failed, by row."""
+    constrained_rows = [
+        i for i, row in enumerate(rows) if row.matcher is not None or row.processors
+    ]
     failed_rows: dict[int, SampledToken] = {}
-    if not grammar_rows and not processor_rows:
+    if not constrained_rows:
         return logits, failed_rows
-    processed_logits = logits.to(torch.float32 if processor_rows else logits.dtype, copy=True)
-    for i in grammar_rows:
+    has_processors = any(row.processors for row in rows)
+    processed_logits = logits.to(torch.float32 if has_processors else logits.dtype, copy=True)
+    for i in constrained_rows:
         try:
-            processed_logits[i].masked_fill_(~rows[i].allowed_tokens(logits), -torch.inf)
+            if rows[i].matcher is not None:
+                processed_logits[i].masked_fill_(~rows[i].allowed_tokens(logits), -torch.inf)
+            if rows[i].processors:
+                processed_logits[i] = rows[i].process(processed_logits[i])
         except RequestError as error:
             failed_rows[i] = SampledToken(None, error=str(error), cause=cause_of(error))
-        except Exception as error:  # a schema that fails ends only its own row
-            log.exception("a schema's mask could not be computed")
+        except Exception as error:  # a grammar or a processor that fails ends only its own row
+            log.exception("a mask or a logits processor failed")
             failed_rows[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
-    for i in processor_rows:
-        processed_logits[i] = rows[i].process(processed_logits[i])
     for i in failed_rows:
         processed_logits[i] = torch.nan
     return processed_logits, failed_rows

@@ -62,14 +62,11 @@ class Text:
         self._markers = markers or {}
         self.stopped_by: str | None = None
         # a few tokens of context, then new tokens: all are decoded again with each new token
-        self._ids = list(prompt[-CONTEXT_TOKENS:])
+        self._ids = _context_of(detokenizer, prompt)
         self._context_count = len(self._ids)
         # the text of ``_ids``, as far as it was returned or precedes the answer
         self._returned_text = detokenizer.decode(self._ids)
         self._held_text = ""  # decoded text that may be the beginning of a stop string
-        # if the prompt ends within a character, the answer must not begin with the end of it
-        if self._returned_text.endswith(UNKNOWN):
-            self._ids, self._context_count, self._returned_text = [], 0, ""
 
     def add(self, token: int, *, watched: bool = True) -> tuple[str, bool]:
         """Add a token. Returns the text that is certain now, and whether a stop string ended it.
@@ -90,15 +87,14 @@ class Text:
     def _decode_certain(self, *, is_final: bool) -> str:
         """The text that the current tokens add. An incomplete character at its end is left out,
         unless ``is_final``: then no token follows that could complete it."""
-        full_text, returned = self._detokenizer.decode(self._ids), self._returned_text
-        start = len(returned)
-        if not full_text.startswith(returned):
-            # the new token changed how earlier incomplete bytes are decoded: find the first change
-            start = next(
-                (i for i, (a, b) in enumerate(zip(full_text, returned, strict=False)) if a != b),
-                len(full_text),
-            )
-        new_text = full_text[start:]
+        full_text = self._detokenizer.decode(self._ids)
+        if not full_text.startswith(self._returned_text):
+            # A decoder with byte fallback shows each byte of a run of byte tokens as unknown, also
+            # the bytes of the context, until the run is valid. Decode the new tokens alone.
+            del self._ids[: self._context_count]
+            self._context_count, self._returned_text = 0, ""
+            full_text = self._detokenizer.decode(self._ids)
+        new_text = full_text[len(self._returned_text) :]
         unknown_count = len(new_text) - len(new_text.rstrip(UNKNOWN))
         incomplete = 0 if is_final else min(unknown_count, MAX_INCOMPLETE)
         if new_text and not incomplete:  # these tokens become the context of the next ones
@@ -132,3 +128,12 @@ class Text:
         held_length = 0 if is_final else max(lengths)
         self._held_text = text[len(text) - held_length :]
         return text[: len(text) - held_length], False
+
+
+def _context_of(detokenizer: Detokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt. There are a few more than ``CONTEXT_TOKENS`` if the first of
+    them lies within a character, because byte fallback then decodes no byte of its run. There are
+    none if the prompt ends within a character: the answer must not begin with the end of it."""
+    counts = range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_INCOMPLETE + 1)
+    contexts = (list(prompt[-count:]) for count in counts)
+    return next((ids for ids in contexts if not detokenizer.decode(ids).endswith(UNKNOWN)), [])

@@ -211,6 +211,7 @@ class Forward:
                 wanted = self.model(
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
+            NOW.windows = windows = {"mask": set(), "attention": set()}
             try:
                 outputs = list(self._trial(ids, rows))
             except (
@@ -223,12 +224,25 @@ class Forward:
                 raise self._refusal(
                     f"which failed in a trial ({type(error).__name__}: {error})"
                 ) from error
+            finally:
+                NOW.windows = None
+        self._check_windows(windows)
         size = wanted.abs().amax().clamp_min(1e-3)
         allowed = 0.05 if wanted.dtype.itemsize == 2 else 1e-3
         for column, logits in outputs:
             off = float((logits - wanted[column]).abs().amax() / size)
             if not off < allowed:
                 raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
+
+    def _check_windows(self, windows: dict[str, set[int]]) -> None:
+        """``ConfigError``: masks alone apply a sliding window that rows may exceed. Calls on slots
+        apply the windows that attention functions are given."""
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None)
+        if kinds and "sliding_attention" not in kinds:
+            return  # some models make masks that none of their layers uses
+        masked = sorted(windows["mask"] - windows["attention"])
+        if masked and (self.context is None or masked[0] < self.context):
+            raise self._refusal(f"whose masks alone apply a sliding window of {masked[0]:,} tokens")
 
     def _trial(self, ids: Sequence[int], select: SelectRows) -> Any:
         """Logits by column: of two rows of different size classes that are filled and decode
@@ -331,6 +345,7 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
         *args: Any, scaling: float | None = None, **further: Any,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         if getattr(NOW, "call", None) is not None:
+            _note_window("attention", further.get("sliding_window"))
             return attend(query, scaling, further), None
         if implementation == "eager":  # defined in the module of each model
             function = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
@@ -348,10 +363,18 @@ def _mask(implementation: str) -> Callable[..., Any]:
 
     def mask(*args: Any, **options: Any) -> Any:
         if getattr(NOW, "call", None) is not None:
+            _note_window("mask", options.get("local_size"))
             return None
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **options)
 
     return mask
+
+
+def _note_window(function: str, window: int | None) -> None:
+    """In a trial: record the sliding window that a mask or attention function is given."""
+    windows = getattr(NOW, "windows", None)
+    if windows is not None and window is not None:
+        windows[function].add(window)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
