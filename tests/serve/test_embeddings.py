@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+import huggingface_hub.constants
 import openai
 import pytest
 import torch
@@ -261,6 +263,34 @@ def test_a_pooling_that_is_not_known(tmp_path):
     )
     with pytest.raises(ConfigError, match="Dense"):
         models.load_encoder(folder)
+
+
+def write_pooling(folder, **config):
+    """The files of sentence-transformers for a transformer and its pooling."""
+    modules = [
+        {"type": "x.Transformer", "path": ""},
+        {"type": "x.Pooling", "path": "1_Pooling"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+
+
+def test_an_encoder_of_the_hub_has_its_pooling(tmp_path, monkeypatch):
+    """Of the hub there is only what its cache holds."""
+    repository, commit = tmp_path / "models--owner--name", "0" * 40
+    folder = write_tiny(repository / "snapshots" / commit)
+    write_pooling(folder, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    loaded = models.load_encoder("owner/name", precision="fp32")
+    assert (loaded.pooling, loaded.normal, loaded.length) == ("cls", False, 64)
+    assert not models.is_causal("owner/name")
+    (folder / "modules.json").unlink()
+    assert models.is_causal("owner/name")
 
 
 @pytest.fixture(scope="module")

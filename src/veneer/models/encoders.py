@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from veneer.errors import ConfigError
 from veneer.fileio.untrusted import parse
 from veneer.models.load import Precision, context_length_of, load_head, tokenizer_at
-from veneer.models.locate import config_of, find_base
+from veneer.models.locate import config_of, find_base, folder_of
+from veneer.models.messages import loading
 from veneer.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -67,9 +68,13 @@ def _describe_non_causal(name: str) -> str | None:
     """A description of a base that is not a causal language model, by its config; None for a causal
     language model."""
     from transformers.models.auto import modeling_auto as auto
+    from transformers.utils.hub import cached_file
 
     # sentence-transformers' list of the modules that follow the model
-    if (Path(find_base(name)) / "modules.json").is_file():
+    location, options = find_base(name), {"_raise_exceptions_for_missing_entries": False}
+    with loading(name):
+        modules_file = cached_file(location, "modules.json", **options)
+    if modules_file is not None:
         return "an encoder of sentence-transformers"
     config = config_of(name)
     class_names = getattr(config, "architectures", None) or ()
@@ -129,7 +134,7 @@ def load_encoder(
     """
     name = str(source)
     location = find_base(name)
-    pooling, normal, max_length = _pooling(Path(location))
+    pooling, normal, max_length = _pooling(folder_of(name))
     has_scorer = with_head and is_scorer(source)
     auto_class = "AutoModelForSequenceClassification" if has_scorer else "AutoModel"
     model: Any = load_head(source, auto_class, precision=precision, device=device, **base_options)
