@@ -277,6 +277,27 @@ def write_pooling(folder, **config):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode": "max", "include_prompt": True}, "max"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}, "mean"),
+        ({"pooling_mode": "lasttoken"}, None),
+        ({"pooling_mode": ["cls", "mean"]}, None),
+        ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, None),
+    ],
+)
+def test_the_pooling_is_read_as_each_version_writes_it(config, pooling, tmp_path):
+    folder = write_tiny(tmp_path / "tiny")
+    write_pooling(folder, embedding_dimension=32, **config)
+    if pooling is None:
+        with pytest.raises(ConfigError, match="Pooling.*with pooling .*one pooling of mean"):
+            models.load_encoder(folder)
+    else:
+        assert models.load_encoder(folder, precision="fp32").pooling == pooling
+
+
 def test_an_encoder_of_the_hub_has_its_pooling(tmp_path, monkeypatch):
     """Of the hub there is only what its cache holds."""
     repository, commit = tmp_path / "models--owner--name", "0" * 40

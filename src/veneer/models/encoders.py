@@ -182,21 +182,22 @@ def _pooling(folder: Path) -> tuple[str, bool, int | None]:
     }
     unknown_types = sorted(path_of_type.keys() - {"Transformer", "Pooling", "Normalize"})
     config = read(path_of_type["Pooling"] / "config.json") if "Pooling" in path_of_type else {}
-    enabled_modes = [
-        name for name, value in config.items() if name.startswith("pooling_mode_") and value is True
-    ]
-    pooling_of_mode = {
+    pooling_of_key = {
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_cls_token": "cls",
         "pooling_mode_max_tokens": "max",
     }
-    if unknown_types or len(enabled_modes) != 1 or enabled_modes[0] not in pooling_of_mode:
-        problem = (
-            f"modules {sorted(path_of_type)} with pooling"
-            f" {enabled_modes or config.get('pooling_mode')} in {folder}"
-        )
+    # sentence-transformers 6 writes the pooling or a list; earlier versions write flags
+    modes = config.get("pooling_mode") or [
+        pooling_of_key.get(key, key)
+        for key, value in config.items()
+        if key.startswith("pooling_mode_") and value is True
+    ]
+    modes = modes if isinstance(modes, list) else [modes]
+    if unknown_types or len(modes) != 1 or modes[0] not in ("mean", "cls", "max"):
+        problem = f"modules {sorted(path_of_type)} with pooling {modes} in {folder}"
         raise ConfigError(
             problem, "a transformer, one pooling of mean, cls or max, and Normalize", "use another"
         )
     max_length = read(folder / "sentence_bert_config.json").get("max_seq_length")
-    return pooling_of_mode[enabled_modes[0]], "Normalize" in path_of_type, max_length
+    return modes[0], "Normalize" in path_of_type, max_length
