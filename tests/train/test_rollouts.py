@@ -16,7 +16,7 @@ import pytest
 import torch
 from tests.support.serving import MODELS, make, prompts
 from tests.support.tasks import config_of
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 import veneer
 from veneer import context
@@ -135,8 +135,14 @@ def test_first_tokens_come_as_often_as_the_model_says():
         torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
 
 
+def without_end_tokens(model: Any) -> Any:
+    """The model, changed in place so that none of its configs names an end token."""
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
 def test_an_answer_ends_with_the_end_token_and_at_its_limit():
-    model = make("llama")
+    model = without_end_tokens(make("llama"))
     free = continuations(model, SimpleNamespace(eos_token_id=None, pad_token_id=0), UNEQUAL,
                          max_new_tokens=12)  # fmt: skip
     assert [len(answer) for answer in free] == [12] * len(UNEQUAL)
@@ -147,6 +153,37 @@ def test_an_answer_ends_with_the_end_token_and_at_its_limit():
     assert by_engine[0][-1] == tokenizer.eos_token_id
     assert both_ways(model, UNEQUAL, max_new_tokens=1)[0] == [answer[:1] for answer in free]
     assert continuations(model, TOKENIZER, [], max_new_tokens=3) == []
+
+
+def test_an_answer_ends_with_each_end_token_of_the_base():
+    """A chat model's generation config names the end of a turn beside the end of a text, and its
+    tokenizer one of both."""
+    model = without_end_tokens(make("llama"))
+    tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=0)
+    (free,) = continuations(model, tokenizer, UNEQUAL[:1], max_new_tokens=12)
+    model.generation_config.eos_token_id = [2, free[3]]
+    expected = free[: free.index(free[3]) + 1]
+    for options in ({}, {"penalties": True}):
+        for tokenizer in (TOKENIZER, SimpleNamespace(eos_token_id=None, pad_token_id=0)):
+            assert both_ways(model, UNEQUAL[:1], tokenizer, **options) == [[expected]] * 2
+
+
+@pytest.mark.parametrize("form", [str, lambda stop: [stop]])
+def test_a_text_ends_before_each_stop_string_of_the_base(form):
+    model, tokenizer = make("llama"), tiny_tokenizer()
+    texts = ["a", "bc", "def"]
+    free = generate.generate(model, tokenizer, texts, max_new_tokens=12)
+    stop = next(letter for letter in "".join(free) if letter.isascii() and letter.isalnum())
+    other = next(
+        letter
+        for letter in reversed("".join(free))
+        if letter.isascii() and letter.isalnum() and letter != stop
+    )
+    model.generation_config.stop_strings = form(stop)
+    cut = [text.split(stop)[0] for text in free]
+    assert generate.generate(model, tokenizer, texts, max_new_tokens=12) == cut != free
+    cut = [text.split(other)[0] for text in cut]
+    assert generate.generate(model, tokenizer, texts, max_new_tokens=12, stop=[other]) == cut
 
 
 # ---- for less work

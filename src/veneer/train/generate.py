@@ -2,8 +2,9 @@
 
     texts = generate(model, tokenizer, ["2 + 2 =", …], max_new_tokens=32)
 
-An answer ends at the end-of-text token, at a stop string, or after `max_new_tokens`. The longest
-prompts run first, so that a lack of memory shows at once. Answers are computed in one of two ways:
+An answer ends at an end token of the base or of its tokenizer, as in the server, at a stop string,
+or after `max_new_tokens`. The longest prompts run first, so that a lack of memory shows at once.
+Answers are computed in one of two ways:
 
     engine      by the server's engine (models/decode/continuations.py): equal prompts are computed
                 once, and the next prompt starts in the slot of an answer that has ended
@@ -57,7 +58,7 @@ def generate(
     should_stop: Callable[[], bool] | None = None,
 ) -> list[str]:
     """The continuation of each prompt, in order, without the prompt and without the stop string.
-    Applies the penalties of the base's generation_config.json.
+    Applies the penalties and the stop strings of the base's generation_config.json.
 
     Args:
         prompts: texts, or chats (lists of {"role", "content"}), which are encoded by the
@@ -66,7 +67,7 @@ def generate(
         top_p: sample from the smallest set of tokens with this total probability.
         top_k: sample from this number of most likely tokens; 0 samples from all.
         batch_size: number of prompts that are computed at a time.
-        stop: strings that end an answer.
+        stop: further strings that end an answer.
         seed: the seed of the sampling. Prompt i draws from ``sample_seed(seed, i)``, whatever its
             batch. None draws a seed from torch's generator; else the global random state does not
             change.
@@ -80,6 +81,7 @@ def generate(
     prompt_ids = [
         encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)
     ]
+    stop = [*stop, *_base_stop_strings(model)]
     answers = continuations(
         model,
         tokenizer,
@@ -119,7 +121,7 @@ def continuations(
     penalties: bool = False,
     rollouts: Rollouts = "engine",
 ) -> list[list[int]]:
-    """The new token ids of each prompt, in order, up to and including the end-of-text token.
+    """The new token ids of each prompt, in order, up to and including an end token.
 
     Args:
         prompt_ids: the token ids of each prompt.
@@ -128,12 +130,15 @@ def continuations(
         rollouts: how the answers are computed.
 
     Other arguments and errors are those of ``generate``."""
+    from veneer.models.decode.forward import end_tokens as find_end_tokens
+
     _check_context(model, max(map(len, prompt_ids), default=0), max_new_tokens)
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))
     sampling = _Sampling(temperature, top_p, top_k, seed)
     needs_streaming = bool(stop) or say is not None or should_stop is not None
     has_penalties = penalties and changes_greedy_tokens(model.generation_config)
+    end_tokens = find_end_tokens(model, tokenizer)
     with _evaluation_mode(model):
         if (
             rollouts == "engine"
@@ -141,13 +146,16 @@ def continuations(
             and max_new_tokens > 0
             and not (needs_streaming or has_penalties)
         ):
-            end_tokens = _end_tokens(model, tokenizer, penalties)
             answers = _answer_by_engine(
                 model, prompt_ids, max_new_tokens, batch_size, sampling, end_tokens
             )
             if answers is not None:
                 return answers
-        options = {"max_new_tokens": max_new_tokens, "stop_strings": list(stop) or None}
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "stop_strings": list(stop) or None,
+            "eos_token_id": sorted(end_tokens) or None,
+        }
         stream_options = _stream_options(say, should_stop, tokenizer)
         return _answer_by_generate(
             model, tokenizer, prompt_ids, options, stream_options, sampling, batch_size, penalties
@@ -164,14 +172,10 @@ def _evaluation_mode(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _end_tokens(model: Any, tokenizer: Any, penalties: bool) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's end-of-text token. If the tokenizer has none, and
-    ``penalties`` is set, the end-of-text tokens of the generation config."""
-    end_token = tokenizer.eos_token_id
-    if end_token is None and penalties:
-        end_token = model.generation_config.eos_token_id
-    ids = end_token if isinstance(end_token, list | tuple) else [end_token]
-    return frozenset(token_id for token_id in ids if token_id is not None)
+def _base_stop_strings(model: Any) -> list[str]:
+    """The stop strings of the base's generation_config.json."""
+    stop_strings = getattr(model.generation_config, "stop_strings", None) or []
+    return [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
 
 
 def _answer_by_engine(
@@ -221,12 +225,11 @@ def _answer_by_generate(
     from transformers import GenerationConfig, LogitsProcessorList
 
     row_order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
-    end_token = tokenizer.eos_token_id
-    pad = end_token if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    end_tokens = limits["eos_token_id"] or ()
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         **limits,
         pad_token_id=pad,
-        eos_token_id=end_token,
         use_cache=True,
         do_sample=False,
         num_beams=1,
@@ -249,9 +252,8 @@ def _answer_by_generate(
                 options["logits_processor"] = LogitsProcessorList(sampling.processors(rows))
             new_tokens = model.generate(**inputs, **options)[:, width:].tolist()
             for row, tokens in zip(rows, new_tokens, strict=True):
-                answers[row] = (
-                    tokens[: tokens.index(end_token) + 1] if end_token in tokens else tokens
-                )
+                lengths = (n for n, token in enumerate(tokens, 1) if token in end_tokens)
+                answers[row] = tokens[: next(lengths, None)]
     finally:
         model.generation_config = base_config
     return answers
