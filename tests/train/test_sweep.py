@@ -45,7 +45,9 @@ GRID = {"rank": [2, 4], "learning_rate": [1e-3, 5e-3]}
 def ran(make: Make, output: str, axes: Any, section: Any = None, **changes: Any) -> Any:
     fields = {"eval_every": 4, "epochs": 1, "check": False, **changes}
     keywords = {
-        name: fields.pop(name) for name in ("keep_going", "on_step", "stop_order") if name in fields
+        name: fields.pop(name)
+        for name in ("keep_going", "on_step", "stop_order", "console")
+        if name in fields
     }
     return sweep(
         make(output, **fields),
@@ -403,6 +405,17 @@ def test_a_candidate_that_cannot_begin_later_ends_none_of_the_others(make: Make)
     with pytest.raises(TargetError, match=r"The sweep cannot begin(.|\n)*galore"):
         ran(make, "none", {"optimiser": ["galore_adamw"]}, keep_going=True)
     assert not make("none").output.exists()
+
+
+def test_a_first_cohort_without_a_candidate_ends_none_of_the_others(make: Make) -> None:
+    """Each alone: the first one has no targets, so its cohort has no memory to print."""
+    shown = io.StringIO()
+    axes = {"targets": ["nothing_like_it", "all-linear"]}
+    options: Any = {"keep_going": True, "max_steps": 2, "console": Console(file=shown, width=200)}
+    found = ran(make, "sweep", axes, {"at_once": 1}, **options)
+    assert [one["status"] for one in found.facts["candidates"]] == ["failed", "finished"]
+    assert "0 numbers train at once" in shown.getvalue()
+    assert "Memory" not in shown.getvalue()
 
 
 def test_a_sweep_may_be_told_later_to_keep_going(make: Make) -> None:

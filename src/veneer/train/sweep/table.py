@@ -121,7 +121,8 @@ def print_overview(
     cohort: Cohort,
     trainable_parameters: int,
 ) -> None:
-    """Print the base, the data, the steps, the number of candidates and the estimated memory.
+    """Print the base, the data, the steps, the number of candidates and the estimated memory, which
+    is left out if no candidate of the cohort trains.
 
     Args:
         trainable_parameters: number of trainable parameters of all candidates of the cohort.
@@ -145,7 +146,7 @@ def print_overview(
     ]
     for line in lines:
         say(console, line)
-    if not console.quiet:  # the estimate counts a step, which takes time
+    if cohort.members and not console.quiet:  # the estimate counts a step, which takes time
         runs = {
             name: memory.ConcurrentRun(member.task.config, member.parameters, member.order_seed)
             for name, member in cohort.members.items()
