@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -63,6 +64,20 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     rows = data.read(WRITERS[name](tmp_path / name))
     assert rows.kind == "prompt"
     assert rows.rows == ROWS  # the completion " 8" stays text
+
+
+def test_the_hash_of_a_hub_data_set_is_that_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of an image is its address, which differs in each process."""
+    image = pytest.importorskip("PIL.Image")
+    images = [image.new("RGB", (2, 3), colour) for colour in ("red", "red", "blue")]
+    images += [image.new("RGB", (3, 2), "red"), image.new("L", (6, 3), "red")]
+    digests = []
+    for one in images:
+        rows = [{"image": one, "label": 1}]
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, rows=rows, **__: rows)
+        digests.append(data.raw_rows("owner/images")[1])
+    assert digests[0] == digests[1]
+    assert len({*digests}) == 4
 
 
 def test_a_text_file_is_one_example_a_line(tmp_path: Path) -> None:

@@ -196,9 +196,18 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
         ) from error
     rows = [(f"row {number}", row) for number, row in enumerate(dataset, 1)]
     digest = hashlib.sha256(
-        json.dumps([row for _, row in rows], sort_keys=True, default=str).encode()
+        json.dumps([row for _, row in rows], sort_keys=True, default=_describe_value).encode()
     ).hexdigest()
     return rows, digest
+
+
+def _describe_value(value: Any) -> Any:
+    """A value that JSON cannot hold, as the hash of a data set takes it: its text, or the form and
+    the bytes of an image or an array, whose text does not tell its contents."""
+    if not hasattr(value, "tobytes"):
+        return str(value)
+    form = [str(getattr(value, name, None)) for name in ("mode", "dtype", "size", "shape")]
+    return [*form, hashlib.sha256(value.tobytes()).hexdigest()]
 
 
 def _build_records(
