@@ -238,6 +238,12 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {
         '{"text": "\xe9"}\n'.encode("latin1"),
         r"not UTF-8 text: byte 10 is 0xe9",
     ),
+    "half a surrogate pair": (
+        "a.jsonl",
+        '{"text": "\\ud83d\\ude00"}\n{"text": "ok \\uD83D"}\n',
+        r"a\.jsonl, line 2, with \\ud83d, one half of a surrogate pair",
+    ),
+    "half a surrogate pair in .json": ("a.json", r'[{"text": "\ude00"}]', r"a\.json, with \\ude00"),
     "not Parquet": ("a.parquet", "PAR1 no", r"not a readable Parquet file"),
     "an object in .json": ("a.json", '{"text": "a"}', r"holds a JSON dict; expected a list"),
     "a broken .json": ("a.json", '[\n{"text": "a"},\n', r"line 3 is not JSON"),

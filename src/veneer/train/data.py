@@ -316,11 +316,21 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse_json(text: str, location: str) -> Any:
     """Parse a JSON text. Raises `JSONDecodeError` for invalid JSON, and `DataError` for valid JSON
-    that Python's parser refuses, with too deep nesting or too long integers."""
+    with too deep nesting, with too long integers, or with lone surrogates, which no tokenizer can
+    encode."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError
+        return value
     except json.JSONDecodeError:
         raise
+    except UnicodeEncodeError as error:
+        surrogate = f"\\u{ord(error.object[error.start]):04x}"
+        problem = f"{location}, with {surrogate}, one half of a surrogate pair"
+        raise DataError(
+            problem, "text that UTF-8 can encode", "write both halves, or remove this one"
+        ) from error
     except RecursionError as error:
         raise DataError(
             f"{location}, which is nested too deep", "rows of text", "fix or remove it"
