@@ -70,6 +70,18 @@ def test_bad_data(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("too_long", ["error", "truncate"])
+def test_a_length_beyond_the_context(
+    veneer: Case, base: Path, data: Path, tmp_path: Path, too_long: str
+) -> None:
+    words = "max_length 257. Expected: at most 256, the context of"
+    flags = ("--max-length", 257, "--too-long", too_long)
+    refused(veneer("eval", base, data, *flags), words)
+    refused(
+        veneer("train", "--base", base, "--data", data, "--output", tmp_path / "o", *flags), words
+    )
+
+
 def test_missing_data(veneer: Case, base: Path, tmp_path: Path, data: Path) -> None:
     refused(
         veneer(

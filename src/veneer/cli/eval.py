@@ -261,6 +261,7 @@ def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
     from veneer.models.load import context_length
     from veneer.train import evaluate as evaluation
     from veneer.train.data import Columns, read
+    from veneer.train.prepare import check_length
     from veneer.train.tokens import tokenise
 
     exact = options["exact"]
@@ -269,7 +270,7 @@ def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
         raise ConfigError(
             "--exact on data without prompts and completions", "both columns", "leave out --exact"
         )
-    length = options["max_length"] or min(context_length(request.base) or 2048, 2048)
+    length = check_length(options["max_length"], context_length(request.base), request.base)
     examples = tokenise(
         rows,
         tokenizer_for(request.base, request.adapter),

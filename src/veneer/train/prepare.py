@@ -45,15 +45,17 @@ class Prepared:
 
 
 def max_length(config: TrainConfig) -> int:
-    """The maximal length of a run's examples in tokens. Raises `ConfigError` if it exceeds the
-    context of the base."""
-    context = models.context_length(config.base)
-    length = config.max_length or min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    """The maximal length of a run's examples in tokens. Errors are those of `check_length`."""
+    return check_length(config.max_length, models.context_length(config.base), config.base)
+
+
+def check_length(length: int | None, context: int | None, base: str) -> int:
+    """The maximal length of an example in tokens: `length`, or by default the context of the base,
+    at most `DEFAULT_MAX_LENGTH`. Raises `ConfigError` if it exceeds the context."""
+    length = length or min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if context is not None and length > context:
         raise ConfigError(
-            f"max_length {length:,}",
-            f"at most {context:,}, the context of {config.base}",
-            "lower it",
+            f"max_length {length:,}", f"at most {context:,}, the context of {base}", "lower it"
         )
     return length
 
