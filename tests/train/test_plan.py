@@ -620,6 +620,27 @@ def test_another_task_is_refused(config: Path, tmp_path: Path, capfd: Any):
     assert "task dpo" in capfd.readouterr().err
 
 
+def test_rows_are_those_of_the_context(tmp_path: Path, capfd: Any):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "max_position_embeddings": 96}))
+    found = json.loads(said("--base", tmp_path / "config.json", "--json"))
+    assert found["plans"][0]["run"]["length"] == 96
+    base = str(tmp_path / "config.json")
+    assert command_line(["plan", "--base", base, "--seq", "97"]) == 2
+    text = " ".join(capfd.readouterr().err.split())
+    assert "max_length 97. Expected: at most 96, the context of" in text
+
+
+@pytest.mark.parametrize("field", ["adapter: a", "add_tokens: [a]", "trainable_tokens: [a]"])
+def test_what_a_plan_does_not_count_is_refused(
+    field: str, config: Path, tmp_path: Path, capfd: Any
+):
+    (tmp_path / "run.yaml").write_text(f"base: {config}\n{field}\n")
+    assert command_line(["plan", str(tmp_path / "run.yaml")]) == 2
+    text = " ".join(capfd.readouterr().err.split())
+    assert f"Found: {field.partition(':')[0]}, for which" in text
+    assert "veneer train --dry-run" in text
+
+
 @pytest.mark.parametrize(
     "fields", [{"model_type": "no-such"}, {}, {"model_type": "llama", "num_hidden_layers": "x"}]
 )

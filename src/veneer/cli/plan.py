@@ -24,7 +24,11 @@ Targets = Annotated[
 Variant = Annotated[str | None, Option(help="Adapter variant (default: lora).")]
 MaxLength = Annotated[
     int | None,
-    Option("--max-length", "--seq", help="Tokens of a row, padding included (default: 2048)."),
+    Option(
+        "--max-length",
+        "--seq",
+        help="Tokens of a row, padding included (default: the base's context, at most 2048).",
+    ),
 ]
 BatchSize = Annotated[
     int | None,
@@ -138,7 +142,7 @@ def _plan_run(
     """Print the memory and time of a training run, for 1 to `devices` devices."""
     from veneer.train.plan.training_plan import STRATEGIES, Planner, plan_all, recommend
 
-    run, planner = _make_run(settings), Planner(model)
+    run, planner = _make_run(settings, model), Planner(model)
     device_counts = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
     if device_counts[-1] != devices:
         device_counts.append(devices)
@@ -180,6 +184,12 @@ def _read_settings(config: Path | None, flags: dict[str, Any]) -> Any:
         raise ConfigError(
             problem, "task sft", "plan an sft run with as many rows (--base, --batch-size)"
         )
+    unplanned_fields = ("adapter", "add_tokens", "trainable_tokens")
+    if names := [name for name in unplanned_fields if getattr(settings, name)]:
+        problem = f"{', '.join(names)}, for which a plan would read an adapter or a tokenizer"
+        raise ConfigError(
+            problem, "a run that starts a new adapter of layers", "run `veneer train --dry-run`"
+        )
     return settings
 
 
@@ -204,12 +214,15 @@ def _make_model(settings: Any) -> Any:
     return model
 
 
-def _make_run(settings: Any) -> Any:
+def _make_run(settings: Any, model: Any) -> Any:
+    """The run to plan. ``ConfigError``: its rows exceed the context of the base."""
+    from veneer.models.load import context_length_of
     from veneer.train.plan.training_plan import Run
+    from veneer.train.prepare import check_length
 
     return Run(
         batch=settings.batch_size,
-        length=settings.max_length or 2048,
+        length=check_length(settings.max_length, context_length_of(model.config), settings.base),
         accumulate=settings.grad_accum,
         optimiser=settings.optimiser,
         checkpointing=settings.activation_checkpointing,
