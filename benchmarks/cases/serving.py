@@ -62,7 +62,8 @@ def command_of(
     if name in (OURS, MERGED):  # rounds repeat their prompts
         limits += [] if cached else ["--no-prefix-cache"]
     if name == OURS or name.startswith(EARLIER):
-        more = ["--adapters", str(folder / "adapters"), "--precision", "stored"]
+        served = folder / ("adapters" if name == OURS else "plain")
+        more = ["--adapters", str(served), "--precision", "stored"]
         tree = {} if name == OURS else {"PYTHONPATH": f"{os.environ['BEFORE']}/src"}
         return [*ours, str(folder / "base"), *more, *limits], {"env": tree}
     if name == MERGED:  # each serves the model that its adapter was merged into
@@ -128,6 +129,8 @@ def serve_arms(
 
     folder = Path(stack.enter_context(TemporaryDirectory()))
     adapter_names = place.make(folder, dtype, adapters, layers=2 if tiny else layers, tiny=tiny)
+    if earlier_arms():
+        place.add_plain(folder, adapter_names)
     cores = len(os.sched_getaffinity(0))
     drive = {
         "clients": clients,

@@ -3,6 +3,7 @@
     PLACE/base                a model of SmolLM2-135M's shape with random weights, and a tokenizer
     PLACE/adapters/a0 … a7    rank 8 on all linear layers, saved by Veneer
     PLACE/merged/a0 … a7      base and adapter as one
+    PLACE/plain/a0 … a7       the adapters without Veneer's records
 
 The tokenizer has one plain word for each token, so that a client that receives text knows how many
 tokens it got: no server has to hold back half a character.
@@ -10,13 +11,16 @@ tokens it got: no server has to hold back half a character.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import veneer
 from candidates import DTYPES, llama
+from veneer.formats import peft
 from veneer.models.messages import quiet
 from veneer.models.meta import meta_model
 from veneer.tools.merge_checkpoint import merge_checkpoint
@@ -71,6 +75,16 @@ def make(
                 model=plain,
             )
     return names
+
+
+def add_plain(folder: Path, names: Sequence[str]) -> None:
+    """Write ``plain/NAME``: the adapters without Veneer's records, whose fields earlier commits may
+    not know."""
+    for name in names:
+        adapter, copy = folder / "adapters" / name, folder / "plain" / name
+        copy.mkdir(parents=True)
+        shutil.copy(adapter / peft.CONFIG, copy)
+        save_file(load_file(adapter / peft.TENSORS), copy / peft.TENSORS)
 
 
 def add_invoked(folder: Path, name: str, invocation: Sequence[int]) -> None:
