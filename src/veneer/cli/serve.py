@@ -66,29 +66,15 @@ Pin = Annotated[
 ]
 Rows = Annotated[
     int | None,
-    Option(
-        help=f"Answers that are written at one time; {ROWS}, or vLLM's default.", min=1, max=4096
-    ),
+    Option(help=f"Answers that are written at once; {ROWS}, or vLLM's default.", min=1, max=4096),
 ]
 Length = Annotated[
     int | None,
-    Option(
-        help=(
-            "Longest prompt and answer together, in tokens, and at most what the base takes;"
-            f" {LENGTH}, or vLLM's default."
-        ),
-        min=2,
-    ),
+    Option(help=f"Longest prompt with answer, in tokens; {LENGTH}, or vLLM's default.", min=2),
 ]
 Queue = Annotated[
     int | None,
-    Option(
-        help=(
-            f"Requests that may wait ({QUEUE}), or texts of an encoder ({TEXT_QUEUE}); more get"
-            " 429."
-        ),
-        min=1,
-    ),
+    Option(help=f"Requests ({QUEUE}), or texts of an encoder ({TEXT_QUEUE}), that wait.", min=1),
 ]
 Timeout = Annotated[float, Option(help="Seconds that an answer may take.", min=0.1)]
 Grace = Annotated[float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)]
