@@ -21,7 +21,7 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.errors import DataError
 from veneer.serve.access import Key, Keyring, hash_of
-from veneer.serve.requests import Busy
+from veneer.serve.requests import Busy, Piece
 from veneer.serve.training import samples as samples_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
@@ -369,6 +369,36 @@ def test_few_of_many_samples_try_for_a_place_at_a_time(monkeypatch):
 
     asyncio.run(main())
     assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.SAMPLES_PER_ROW
+
+
+class FailsFirst:
+    """An engine that fails the first request, and goes on with each other until it is cancelled."""
+
+    length, rows, ready = 200, 8, True
+
+    def __init__(self):
+        self.requests, self.cancelled = [], []
+
+    def submit(self, request, deliver):
+        self.requests.append(request.id)
+        if len(self.requests) == 1:
+            deliver(Piece("", finish="error", error="out of luck"))
+        return SimpleNamespace(cancel=lambda: self.cancelled.append(request.id))
+
+
+def test_a_sample_that_fails_ends_the_others_of_its_call():
+    engine = FailsFirst()
+
+    async def main():
+        samples = Samples(engine, None, WORKER, 10.0)
+        samples.begin("a", "", "", None, asked(3))
+        answer = await samples._calls["a"].task
+        await asyncio.sleep(0.05)
+        return json.loads(answer.body)
+
+    assert "out of luck" in asyncio.run(main())["error"]
+    assert engine.cancelled == engine.requests[1:]
+    assert len(engine.cancelled) == 2
 
 
 def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, client):
