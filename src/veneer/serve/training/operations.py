@@ -22,7 +22,7 @@ from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.active_runs import ActiveRun
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import quota_problem
-from veneer.serve.training.run_trainer import ADAPTER, Trainer
+from veneer.serve.training.run_trainer import ADAPTER, Trainer, widen_config
 from veneer.serve.training.store import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -67,9 +67,9 @@ class Operations:
         path, folder, config = self._weights_source(options)
         row = self.store.run(active_run.run_id)
         assert row is not None
-        run_config = json.loads(row["config"])
-        if active_run.next_seq and config != run_config:
-            expected = f"one of a run like this, of rank {run_config['rank']} and the same targets"
+        run_config = widen_config(LoraConfig.from_dict(json.loads(row["config"])))
+        if active_run.next_seq and widen_config(LoraConfig.from_dict(config)) != run_config:
+            expected = f"one of a run like this, of rank {run_config.rank} and the same targets"
             problem = f"{path}, of rank {config['rank']}"
             raise DataError(problem, expected, "create a training client from that state")
         if active_run not in self.worker.memory:
