@@ -197,7 +197,7 @@ class Trainer:
         """Free the memory of a run."""
         with self._model_lock:
             self.runs.remove(run)
-        del self._products[run]
+        self._products.pop(run, None)  # a load that failed may have added none
 
     def has_pending_gradients(self, run: str) -> bool:
         """Whether a run has gradients that no step has used."""
