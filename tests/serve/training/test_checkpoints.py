@@ -7,11 +7,12 @@ import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from tests.serve.training.test_service import crash, opened, texts, trained_run
+from tests.serve.training.test_service import TEXT, crash, opened, texts, trained_run
 from tests.support.api_server import listening, until
 from tests.support.service import open_service
-from tests.support.training_client import Client, Failed, Run
+from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import parse_checkpoint_path
@@ -174,6 +175,42 @@ def test_a_copy_of_what_is_deleted_meanwhile_is_whole_or_none(base, tmp_path, mo
             "load_weights", session_id=client.session, model_seq_id=9, path=copied, optimizer=True
         )
         assert Run(client, client.result(asked)["model_id"]).pass_(texts(0)).loss > 0
+
+
+@pytest.mark.parametrize("kind", ["weights", "external", "copy"])
+def test_samples_of_a_checkpoint_that_was_replaced_are_of_its_new_weights(client, it, kind):
+    run = trained_run(client, 1)
+
+    def save():
+        if kind == "external":
+            return client.result(run.ask("save_weights_external", path="a"))["path"]
+        path = run.save("a", overwrite=True)
+        copied = {"session_id": client.session, "model_seq_id": 9, "source_path": path}
+        return client.post("copy_weights", **copied)["tinker_path"] if kind == "copy" else path
+
+    path = save()
+    sampler = {"session_id": client.session, "sampling_session_seq_id": 0, "model_path": path}
+    session = client.post("create_sampling_session", **sampler)["sampling_session_id"]
+    client.sample(session, TEXT)
+    assert path in it.training.bank
+    run.pass_(texts(9)), run.step(0.3)
+    if kind != "weights":  # these are replaced only after they have expired
+        it.training.store.change_checkpoint(parse_checkpoint_path(path), expires=1.0)
+    assert save() == path
+    trained = run.pass_([datum(TEXT)], backward=False).logprobs[0]
+    found = client.sample(session, TEXT, number=1, prompt_logprobs=True).prompt
+    np.testing.assert_allclose(found[1:], trained, atol=1e-4)
+
+
+def test_a_checkpoint_that_was_replaced_by_an_encrypted_one_is_not_sampled(client, it):
+    pyrage = pytest.importorskip("pyrage")
+    run, recipient = trained_run(client, 1), str(pyrage.x25519.Identity.generate().to_public())
+    path = client.result(run.ask("save_weights_external", path="a"))["path"]
+    it.training.register_checkpoint(path)
+    it.training.store.change_checkpoint(parse_checkpoint_path(path), expires=1.0)
+    asked = run.ask("save_weights_external", path="a", age_encryption_recipients=[recipient])
+    assert client.result(asked)["path"] == path
+    assert path not in it.training.bank
 
 
 def test_a_server_that_shuts_down_leaves_nobody_waiting_for_a_change(base, tmp_path):
