@@ -14,6 +14,7 @@ from tests.support.api_server import listening, until
 from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, Run, datum
 
+from veneer.serve.training import training_service as training_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import parse_checkpoint_path
 from veneer.serve.training.training_service import training_of
@@ -211,6 +212,24 @@ def test_a_checkpoint_that_was_replaced_by_an_encrypted_one_is_not_sampled(clien
     asked = run.ask("save_weights_external", path="a", age_encryption_recipients=[recipient])
     assert client.result(asked)["path"] == path
     assert path not in it.training.bank
+
+
+def test_weights_without_a_name_are_deleted_while_others_are_sampled(base, tmp_path, monkeypatch):
+    """Also those that make room in the bank for others."""
+    monkeypatch.setattr(training_, "MAX_UNNAMED", 1)
+    monkeypatch.setattr(training_, "UNUSED_SECONDS", 0.0)
+    service = open_service(base, None, train=str(tmp_path), runs=1)
+    training = training_of(service)
+    with listening(service) as (url, _):
+        client = Client(url)
+        run = trained_run(client, 1)
+        sessions = [run.sampler(number) for number in range(3)]
+        for number in range(3):
+            training.clean_up()
+            training.worker.submit(lambda: None).result(20)
+            client.sample(sessions[2], TEXT, number=number)
+        assert len(training.store.hidden_checkpoints()) == 1
+        assert training._last_uses.keys() == {training.store.sampler(sessions[2])["path"]}
 
 
 def test_a_server_that_shuts_down_leaves_nobody_waiting_for_a_change(base, tmp_path):
