@@ -7,12 +7,14 @@ import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from tests.serve.training.test_service import crash, opened, texts, trained_run
+from tests.serve.training.test_service import TEXT, crash, opened, texts, trained_run
 from tests.support.api_server import listening, until
 from tests.support.service import open_service
-from tests.support.training_client import Client, Failed, Run
+from tests.support.training_client import Client, Failed, Run, datum
 
+from veneer.serve.training import training_service as training_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import parse_checkpoint_path
 from veneer.serve.training.training_service import training_of
@@ -174,6 +176,60 @@ def test_a_copy_of_what_is_deleted_meanwhile_is_whole_or_none(base, tmp_path, mo
             "load_weights", session_id=client.session, model_seq_id=9, path=copied, optimizer=True
         )
         assert Run(client, client.result(asked)["model_id"]).pass_(texts(0)).loss > 0
+
+
+@pytest.mark.parametrize("kind", ["weights", "external", "copy"])
+def test_samples_of_a_checkpoint_that_was_replaced_are_of_its_new_weights(client, it, kind):
+    run = trained_run(client, 1)
+
+    def save():
+        if kind == "external":
+            return client.result(run.ask("save_weights_external", path="a"))["path"]
+        path = run.save("a", overwrite=True)
+        copied = {"session_id": client.session, "model_seq_id": 9, "source_path": path}
+        return client.post("copy_weights", **copied)["tinker_path"] if kind == "copy" else path
+
+    path = save()
+    sampler = {"session_id": client.session, "sampling_session_seq_id": 0, "model_path": path}
+    session = client.post("create_sampling_session", **sampler)["sampling_session_id"]
+    client.sample(session, TEXT)
+    assert path in it.training.bank
+    run.pass_(texts(9)), run.step(0.3)
+    if kind != "weights":  # these are replaced only after they have expired
+        it.training.store.change_checkpoint(parse_checkpoint_path(path), expires=1.0)
+    assert save() == path
+    trained = run.pass_([datum(TEXT)], backward=False).logprobs[0]
+    found = client.sample(session, TEXT, number=1, prompt_logprobs=True).prompt
+    np.testing.assert_allclose(found[1:], trained, atol=1e-4)
+
+
+def test_a_checkpoint_that_was_replaced_by_an_encrypted_one_is_not_sampled(client, it):
+    pyrage = pytest.importorskip("pyrage")
+    run, recipient = trained_run(client, 1), str(pyrage.x25519.Identity.generate().to_public())
+    path = client.result(run.ask("save_weights_external", path="a"))["path"]
+    it.training.register_checkpoint(path)
+    it.training.store.change_checkpoint(parse_checkpoint_path(path), expires=1.0)
+    asked = run.ask("save_weights_external", path="a", age_encryption_recipients=[recipient])
+    assert client.result(asked)["path"] == path
+    assert path not in it.training.bank
+
+
+def test_weights_without_a_name_are_deleted_while_others_are_sampled(base, tmp_path, monkeypatch):
+    """Also those that make room in the bank for others."""
+    monkeypatch.setattr(training_, "MAX_UNNAMED", 1)
+    monkeypatch.setattr(training_, "UNUSED_SECONDS", 0.0)
+    service = open_service(base, None, train=str(tmp_path), runs=1)
+    training = training_of(service)
+    with listening(service) as (url, _):
+        client = Client(url)
+        run = trained_run(client, 1)
+        sessions = [run.sampler(number) for number in range(3)]
+        for number in range(3):
+            training.clean_up()
+            training.worker.submit(lambda: None).result(20)
+            client.sample(sessions[2], TEXT, number=number)
+        assert len(training.store.hidden_checkpoints()) == 1
+        assert training._last_uses.keys() == {training.store.sampler(sessions[2])["path"]}
 
 
 def test_a_server_that_shuts_down_leaves_nobody_waiting_for_a_change(base, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.serve.training.conftest import Local
 from tests.serve.training.test_service import TEXT, opened, texts, trained_run
 from tests.support.api_server import listening, until
 from tests.support.service import open_service
@@ -21,7 +22,8 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.errors import DataError
 from veneer.serve.access import Key, Keyring, hash_of
-from veneer.serve.requests import Busy
+from veneer.serve.requests import Busy, Piece
+from veneer.serve.training import run_trainer as run_trainer_
 from veneer.serve.training import samples as samples_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
@@ -93,6 +95,32 @@ def test_a_run_that_cannot_come_back_can_be_unloaded(base, tmp_path, monkeypatch
         with pytest.raises(Failed, match="cannot be read"):
             run.step()
         assert client.result(client.post("unload_model", model_id=run.id))["model_id"] == run.id
+
+
+def test_a_run_whose_optimizer_could_not_be_loaded_is_not_there_in_part(
+    base, tmp_path, monkeypatch
+):
+    real, failures = run_trainer_.load_optimizer_tensors, iter([1])
+
+    def fails(*args):
+        if next(failures, None) is not None:
+            raise RuntimeError("out of luck")
+        real(*args)
+
+    monkeypatch.setattr(run_trainer_, "load_optimizer_tensors", fails)
+    with opened(base, tmp_path, runs=1) as (url, _):
+        client, local = Client(url), Local(seed=1)
+        run = client.run(seed=1)
+        for step in range(2):
+            run.pass_(texts(step)), run.step(0.05)
+            local.pass_(texts(step)), local.step(0.05)
+        client.run(1)  # the first one is let go
+        with pytest.raises(Failed, match="out of luck"):
+            run.pass_(texts(2))
+        run.pass_(texts(2)), run.step(0.05)
+        local.pass_(texts(2)), local.step(0.05)  # with the moments of all three steps
+        found = run.pass_(texts(2), backward=False).loss
+        assert found == pytest.approx(local.pass_(texts(2)), rel=1e-3)
 
 
 class Death(BaseException):
@@ -369,6 +397,36 @@ def test_few_of_many_samples_try_for_a_place_at_a_time(monkeypatch):
 
     asyncio.run(main())
     assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.SAMPLES_PER_ROW
+
+
+class FailsFirst:
+    """An engine that fails the first request, and goes on with each other until it is cancelled."""
+
+    length, rows, ready = 200, 8, True
+
+    def __init__(self):
+        self.requests, self.cancelled = [], []
+
+    def submit(self, request, deliver):
+        self.requests.append(request.id)
+        if len(self.requests) == 1:
+            deliver(Piece("", finish="error", error="out of luck"))
+        return SimpleNamespace(cancel=lambda: self.cancelled.append(request.id))
+
+
+def test_a_sample_that_fails_ends_the_others_of_its_call():
+    engine = FailsFirst()
+
+    async def main():
+        samples = Samples(engine, None, WORKER, 10.0)
+        samples.begin("a", "", "", None, asked(3))
+        answer = await samples._calls["a"].task
+        await asyncio.sleep(0.05)
+        return json.loads(answer.body)
+
+    assert "out of luck" in asyncio.run(main())["error"]
+    assert engine.cancelled == engine.requests[1:]
+    assert len(engine.cancelled) == 2
 
 
 def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, client):

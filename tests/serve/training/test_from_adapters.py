@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.serve.training.conftest import SHAPE
-from tests.serve.training.test_service import TEXT, texts, trained_run
+from tests.serve.training.test_service import TEXT, crash, texts, trained_run
 from tests.support.api_server import listening
 from tests.support.service import open_service
 from tests.support.tiny import tiny_model
@@ -124,6 +124,26 @@ def test_a_run_from_an_adapter_of_the_servers_folder(base, tmp_path, config):
         assert Run(again, run.id, run.number).pass_([datum(TEXT)]).loss == pytest.approx(
             after, rel=1e-4
         )
+
+
+def test_an_adapter_of_16_bits_is_loaded_again_by_a_client_and_after_a_kill(base, tmp_path):
+    adapters, folder = tmp_path / "adapters", str(tmp_path / "runs")
+    adapter_at(adapters / "style", dtype="bfloat16")
+    service = open_service(base, adapters, train=folder)
+    crash(service)  # no state is written: the load itself is computed again
+    with listening(service) as (url, _):
+        client = Client(url)
+        run = begun(client, "style")
+        first = run.pass_([datum(TEXT)]).loss
+        run.step(0.1)
+        after = run.pass_([datum(TEXT)], backward=False).loss
+    with listening(open_service(base, adapters, train=folder)) as (url, _):
+        again = Client(url)
+        again.session = client.session
+        back = Run(again, run.id, run.number)
+        assert back.pass_([datum(TEXT)], backward=False).loss == pytest.approx(after, rel=1e-4)
+        again.result(back.ask("load_weights", path="style", optimizer=False))
+        assert back.pass_([datum(TEXT)], backward=False).loss == pytest.approx(first, rel=1e-4)
 
 
 def test_an_archive_for_a_reader(client, it, tmp_path):

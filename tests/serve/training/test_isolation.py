@@ -15,7 +15,7 @@ from tests.serve.training.conftest import Local
 from tests.serve.training.test_service import TEXT, opened, texts, trained_run
 from tests.support.api_server import listening, until
 from tests.support.service import open_service
-from tests.support.training_client import Client, Failed, Run
+from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.errors import AdapterError
 from veneer.serve.training import training_service as training_
@@ -401,5 +401,37 @@ def test_a_run_that_goes_on_and_on_keeps_no_other_from_its_place(base, tmp_path,
         while worker.queue.ready_runs():
             worker.run_once()
         assert all(worker.queue.promise(endless.id, number).result().binary for number in promises)
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_run_that_goes_on_and_on_keeps_no_other_of_its_key_from_a_batch(
+    base, tmp_path, monkeypatch, backward
+):
+    """Both are in memory, and no batch can hold rows of both."""
+    with opened(base, tmp_path) as (url, _):
+        runs = [trained_run(Client(url), 1) for _ in range(2)]
+    monkeypatch.setattr(Worker, "start", lambda worker: None)  # its turns are made here
+    service = open_service(base, None, train=str(tmp_path))
+    worker = training_of(service).worker
+    monkeypatch.setattr(worker.trainer, "batch_tokens", 16)  # of one row in a batch
+
+    def ask(run, **options):
+        body = run.body([datum(TEXT)], "cross_entropy", **options).SerializeToString()
+        worker.queue.accept(run.id, run.next(), PASS, body)
+        return worker.queue.promise(run.id, run.number)
+
+    try:
+        endless, other = runs
+        promises = [ask(endless) for _ in range(8)]
+        worker.run_once()
+        promise = ask(other, backward=backward)
+        while not promise.done():
+            worker.run_once()
+        assert sum(not one.done() for one in promises) >= 4
+        while worker.queue.ready_runs():
+            worker.run_once()
+        assert all(one.result().binary for one in [promise, *promises])
     finally:
         service.close()

@@ -17,7 +17,7 @@ from tests.support.training_client import Client, datum
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import curve as curve_
 from veneer.serve.training.curve import Curve, TokenRate
-from veneer.serve.training.losses import Datum
+from veneer.serve.training.losses import LOSSES, Datum
 from veneer.serve.training.training_service import training_of
 
 
@@ -86,6 +86,16 @@ def test_a_loss_is_of_the_tokens_that_count():
     curve.add_step()
     assert curve.all_points() == [(1, 3.0), (4, 4.0)]
     assert curve.tokens == 16
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "cross_entropy"])
+def test_a_loss_with_advantages_is_of_the_tokens_that_have_one(loss):
+    inputs = dict.fromkeys(LOSSES[loss].inputs, torch.ones(4))
+    inputs["advantages"] = torch.tensor([-1.0, 1.0, 0.0, 0.0])
+    curve = Curve()
+    curve.add_pass(8.0, loss, [Datum(torch.arange(4), torch.arange(4), inputs)])
+    curve.add_step()
+    assert curve.all_points() == [(1, 4.0)]
 
 
 def test_a_rate_is_of_the_last_seconds():

@@ -76,6 +76,8 @@ def test_what_has_no_number_of_the_keys_own_run_is_refused_as_it_is(base, tmp_pa
         assert client.send(STEP, sharpness=3, seq_id=1).status_code == 400
         foreign = send(Run(other, run.id), STEP, {"sharpness": 3}, 1)
         assert foreign.status_code == 400
+        for id in ("\ud800", f"{run.id}\udc80"):  # halves of surrogate pairs
+            assert send(Run(client, id), STEP, {"sharpness": 3}, 1).status_code == 400
         broken = client.http.post(
             "/optim_step", content=b'{"model_id": ', headers={"content-type": "application/json"}
         )

@@ -146,6 +146,9 @@ def _read_run_and_number(body: bytes) -> tuple[str, int] | None:
     run, number = (
         (fields.get("model_id"), fields.get("seq_id")) if isinstance(fields, dict) else (None, None)
     )
-    if not isinstance(run, str) or not isinstance(number, int) or isinstance(number, bool):
+    # an id is ASCII; a lone surrogate, which ``json`` accepts, cannot be looked up in SQLite
+    if not isinstance(run, str) or not run.isascii():
+        return None
+    if not isinstance(number, int) or isinstance(number, bool):
         return None
     return (run, number) if 0 < number < 2**31 else None  # number 0 creates the run

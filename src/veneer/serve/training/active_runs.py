@@ -68,7 +68,8 @@ class ActiveRun:
         waiting_requests: the accepted requests without an answer, by number.
         current_pass: the pass that is being computed.
         unsaved_seconds: seconds of computing since the run's state was last saved.
-        last_used: time of the last computation for the run (``time.monotonic``).
+        last_used: time of the last computation for the run (``time.monotonic``), or when its
+            current pass began.
         curve: the run's losses; None until they are read.
         rate: tokens of the run that are trained on per second.
         waiting_since: when the next request began to wait for room in memory.

@@ -102,7 +102,8 @@ class Curve:
 def _token_weight(loss_name: str, data: Sequence[Datum]) -> float:
     """The divisor of the mean loss: the sum of the tokens' weights for cross entropy, else the
     number of tokens with an advantage that is not 0."""
-    factor_name, total = LOSSES[loss_name].inputs[-1], 0.0
+    factor_name = "weights" if "weights" in LOSSES[loss_name].inputs else "advantages"
+    total = 0.0
     for datum in data:
         factors = datum.inputs.get(factor_name)
         if factors is None:  # each token has weight 1

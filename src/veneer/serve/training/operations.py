@@ -22,7 +22,7 @@ from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.active_runs import ActiveRun
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import quota_problem
-from veneer.serve.training.run_trainer import ADAPTER, Trainer
+from veneer.serve.training.run_trainer import ADAPTER, Trainer, widen_config
 from veneer.serve.training.store import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -67,9 +67,9 @@ class Operations:
         path, folder, config = self._weights_source(options)
         row = self.store.run(active_run.run_id)
         assert row is not None
-        run_config = json.loads(row["config"])
-        if active_run.next_seq and config != run_config:
-            expected = f"one of a run like this, of rank {run_config['rank']} and the same targets"
+        run_config = widen_config(LoraConfig.from_dict(json.loads(row["config"])))
+        if active_run.next_seq and widen_config(LoraConfig.from_dict(config)) != run_config:
+            expected = f"one of a run like this, of rank {run_config.rank} and the same targets"
             problem = f"{path}, of rank {config['rank']}"
             raise DataError(problem, expected, "create a training client from that state")
         if active_run not in self.worker.memory:
@@ -101,7 +101,7 @@ class Operations:
                 )
             has_optimizer = checkpoint.kind == "weights"
             folder, config = self.store.files_of(checkpoint), json.loads(row["config"])
-            if any((folder / ADAPTER).glob(f"*{SUFFIX}")):
+            if _is_encrypted(folder / ADAPTER):
                 raise DataError(
                     f"{path}, which is encrypted",
                     "weights that are not",
@@ -125,6 +125,7 @@ class Operations:
                 provenance,
                 check,
             )
+            self._update_bank(checkpoint)
             self._record_checkpoint(active_run, checkpoint, options)
         return {"path": checkpoint.path, "type": "save_weights"}
 
@@ -132,6 +133,7 @@ class Operations:
         checkpoint = self._new_checkpoint(active_run, "external_weights", options)
         if not self._was_saved_by_this_request(active_run, checkpoint):
             self._export_checkpoint(active_run, checkpoint, options)
+            self._update_bank(checkpoint)
             self._record_checkpoint(active_run, checkpoint, options)
         return {"path": checkpoint.path, "type": "save_weights_external"}
 
@@ -197,6 +199,16 @@ class Operations:
                 encrypt_files(folder / ADAPTER, recipients)
             self._check_bytes(active_run, checkpoint, options, folder)
 
+    def _update_bank(self, checkpoint: Checkpoint) -> None:
+        """Let the bank read a checkpoint again, if it has the previous files of this path."""
+        folder = self.store.files_of(checkpoint) / ADAPTER
+        if checkpoint.path not in self.bank:
+            return
+        if _is_encrypted(folder):  # it cannot be read
+            self.bank.remove(checkpoint.path)
+        else:
+            self.bank.register(checkpoint.path, folder, replace=True)
+
     def _check_bytes(
         self,
         active_run: ActiveRun,
@@ -249,6 +261,11 @@ class Operations:
             shutil.copytree(
                 self.store.files_of(source), folder, copy_function=_link_or_copy, dirs_exist_ok=True
             )
+        self._update_bank(target)
+
+
+def _is_encrypted(adapter_folder: Path) -> bool:
+    return any(adapter_folder.glob(f"*{SUFFIX}"))
 
 
 def _link_or_copy(source: str, target: str) -> None:

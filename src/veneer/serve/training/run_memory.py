@@ -92,13 +92,13 @@ class RunMemory:
         self.make_room()
         row, started = self._store.run(active_run.run_id), time.monotonic()
         assert row is not None
-        if row["state"] >= 0:
-            folder = state_folder(self._store, active_run.run_id, row["state"])
-            self._trainer.load(active_run.adapter_name, folder, optimizer=True)
-        else:
-            config = LoraConfig.from_dict(json.loads(row["config"]))
-            self._trainer.begin(active_run.adapter_name, config, row["seed"])
         try:
+            if row["state"] >= 0:
+                folder = state_folder(self._store, active_run.run_id, row["state"])
+                self._trainer.load(active_run.adapter_name, folder, optimizer=True)
+            else:
+                config = LoraConfig.from_dict(json.loads(row["config"]))
+                self._trainer.begin(active_run.adapter_name, config, row["seed"])
             for request in self._store.requests_after(active_run.run_id, row["state"]):
                 has_succeeded = (
                     request["done"] == SUCCEEDED and request["seq"] < active_run.next_seq
@@ -108,7 +108,7 @@ class RunMemory:
         except DivergenceError as error:  # an earlier release accepted such a step
             self.mark_failed(active_run, str(error))
             raise
-        except BaseException:  # a partly replayed run must not continue
+        except BaseException:  # a run that is loaded or replayed in part must not continue
             self.drop(active_run)
             raise
         active_run.unsaved_seconds = time.monotonic() - started

@@ -197,7 +197,7 @@ class Trainer:
         """Free the memory of a run."""
         with self._model_lock:
             self.runs.remove(run)
-        del self._products[run]
+        self._products.pop(run, None)  # a load that failed may have added none
 
     def has_pending_gradients(self, run: str) -> bool:
         """Whether a run has gradients that no step has used."""
@@ -452,13 +452,18 @@ def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[
     return loss_sum
 
 
+def widen_config(config: LoraConfig) -> LoraConfig:
+    """The config with which an adapter is trained: in float32 if it was saved in 16 bits, since the
+    usual step of training is lost in 16-bit rounding."""
+    return replace(config, dtype="float32") if config.dtype in ("bfloat16", "float16") else config
+
+
 def _widen_to_float32(handle: Handle) -> None:
-    """Convert an adapter that was saved in 16 bits to float32, since the usual step of training is
-    lost in 16-bit rounding."""
-    if handle.config.dtype not in ("bfloat16", "float16"):
+    """Convert the 16-bit parameters of an adapter with a 16-bit config to float32."""
+    config = widen_config(handle.config)
+    if config == handle.config:
         return
     for parameter in handle.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-    configs = need_adapters(handle.model, handle.name).configs
-    configs[handle.name] = replace(handle.config, dtype="float32")
+    need_adapters(handle.model, handle.name).configs[handle.name] = config

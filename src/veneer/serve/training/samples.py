@@ -166,18 +166,17 @@ class Samples:
                     "use the base's tokenizer",
                 )
             check_prompt(request, len(prompt))
-            sampling = asyncio.gather(
-                *[
-                    self._draw_sample(owner, blend, request, index, usage)
-                    for index in range(request.num_samples)
-                ]
-            )
+            draws = [
+                asyncio.create_task(self._draw_sample(owner, blend, request, index, usage))
+                for index in range(request.num_samples)
+            ]
             usage.tokens = len(prompt)
-            scoring = self._score_prompt(adapter_name, prompt, request)
+            scoring = asyncio.create_task(self._score_prompt(adapter_name, prompt, request))
             try:
-                samples, scores = await asyncio.gather(sampling, scoring)
+                samples, scores = await asyncio.gather(asyncio.gather(*draws), scoring)
             except BaseException:
-                sampling.cancel()
+                for task in (*draws, scoring):  # a gather that has failed cancels none of its tasks
+                    task.cancel()
                 raise
             return Answer(sample_output(samples, request.topk_sample_logprobs, scores), True)
         except VeneerError as error:

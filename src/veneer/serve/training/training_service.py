@@ -95,12 +95,14 @@ class Training:
             lambda run, state_seq, next_seq: read_curve(self.store, run, state_seq)
         )
         self._heartbeats: dict[str, float] = {}  # by session: time of the last heartbeat
-        #: by name in the bank: when the adapter was last sampled from, the least recent first
-        self._last_uses: OrderedDict[str, float] = OrderedDict()
+        #: names in the bank of at most ``max_resident`` sampled adapters, the least recent first
+        self._recent_adapters: OrderedDict[str, None] = OrderedDict()
+        #: by name in the bank: when the adapter was last sampled from
+        self._last_uses: dict[str, float] = {}
         #: by run id: the number of the missing request, and since when it has been missing
         self._missing_requests: dict[str, tuple[int, float]] = {}
         self._files: dict[str, tuple[Path, float]] = {}  # by token: folder, and end of validity
-        self._lock = threading.Lock()  # guards heartbeats, last uses and files
+        self._lock = threading.Lock()  # guards heartbeats, uses of adapters and files
         self._stop = threading.Event()
         self._session_thread = threading.Thread(
             target=self._check_sessions, name="veneer-sessions", daemon=True
@@ -166,9 +168,10 @@ class Training:
         when they are needed."""
         with self._lock:
             self._last_uses[name] = time.monotonic()
-            self._last_uses.move_to_end(name)
-            excess = len(self._last_uses) - self.max_resident
-            least_recent = [self._last_uses.popitem(last=False)[0] for _ in range(excess)]
+            self._recent_adapters[name] = None
+            self._recent_adapters.move_to_end(name)
+            excess = len(self._recent_adapters) - self.max_resident
+            least_recent = [self._recent_adapters.popitem(last=False)[0] for _ in range(excess)]
         for unused in least_recent:
             try:
                 if unused in self.bank:
@@ -286,7 +289,7 @@ class Training:
                 log.exception("%s could not be deleted", checkpoint.path)
             else:
                 with self._lock:
-                    self._last_uses.pop(checkpoint.path, None)
+                    self._recent_adapters.pop(checkpoint.path, None)
 
     def _answer_missing_requests(self, now: float) -> None:
         """Answer requests that have been missing for ``MISSING_SECONDS`` with an error, so that the
@@ -320,21 +323,23 @@ class Training:
 
     def _unused_checkpoints(self, now: float) -> list[Checkpoint]:
         """The unnamed checkpoints that were not used for ``UNUSED_SECONDS``, except the newest
-        ``MAX_UNNAMED`` of each run."""
+        ``MAX_UNNAMED`` of each run. A checkpoint without a recorded use counts as used now."""
         checkpoints_by_run: dict[str, list[Checkpoint]] = {}
         for row in self.store.hidden_checkpoints():  # the newest come first
             checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
             checkpoints_by_run.setdefault(row["run"], []).append(checkpoint)
-        old_checkpoints = [
-            checkpoint
-            for checkpoints in checkpoints_by_run.values()
-            for checkpoint in checkpoints[MAX_UNNAMED:]
-        ]
         with self._lock:
+            # uses of other adapters are dropped here, so that the record is bounded
+            self._last_uses = {
+                checkpoint.path: self._last_uses.get(checkpoint.path, now)
+                for checkpoints in checkpoints_by_run.values()
+                for checkpoint in checkpoints
+            }
             return [
                 checkpoint
-                for checkpoint in old_checkpoints
-                if now - self._last_uses.setdefault(checkpoint.path, now) > UNUSED_SECONDS
+                for checkpoints in checkpoints_by_run.values()
+                for checkpoint in checkpoints[MAX_UNNAMED:]
+                if now - self._last_uses[checkpoint.path] > UNUSED_SECONDS
             ]
 
 

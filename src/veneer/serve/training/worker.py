@@ -397,10 +397,11 @@ class Worker:
             self._begin_passes()
 
     def _ordered_passes(self) -> list[Pass]:
-        """The running passes. The passes of the least served owner come first."""
+        """The running passes. The passes of the least served owner come first, and of these the
+        pass that has waited longest since it began or was last in a batch."""
         passes = [
             active_run.current_pass
-            for active_run in self.queue.ready_runs()
+            for active_run in sorted(self.queue.ready_runs(), key=lambda run: run.last_used)
             if active_run.current_pass is not None
         ]
         if not passes:
@@ -431,6 +432,7 @@ class Worker:
             active_run = runs_by_adapter[training_pass.run]
             rows = set(remaining_before[training_pass.run]) - set(training_pass.remaining)
             row_tokens = sum(len(training_pass.data[row].tokens) for row in rows)
+            active_run.last_used = ended
             active_run.rate.add(started, ended, row_tokens)
             active_run.unsaved_seconds += self._batch_seconds / len(computed_passes)
             self._shares.charge(training_pass.owner, tokens / len(computed_passes))
