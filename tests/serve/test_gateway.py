@@ -265,9 +265,38 @@ def test_a_replica_that_dies_after_the_last_byte_of_an_answer_broke_nothing(more
     async def send(message):
         sent.append(message)
 
-    asyncio.run(gateway.relay(attempt, send, (LostError,)))
+    asyncio.run(gateway.relay(attempt, send, (LostError,), "/v1/completions"))
     assert sent[:2] == [start, body]
     assert [b"replica_lost" in message["body"] for message in sent[2:]] == ([True] if more else [])
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "fields"),
+    [
+        ("/v1/completions", "", {"error": {"type": "server_error", "param": None, "code": "replica_lost"}}),
+        ("/v1/messages", "event: error\n", {"type": "error", "error": {"type": "overloaded_error"}}),
+        ("/v1/responses", "event: error\n",
+         {"type": "error", "code": "server_error", "param": None, "sequence_number": 2}),
+    ],
+)  # fmt: skip
+def test_a_stream_that_breaks_off_ends_in_an_event_of_its_own_api(path, name, fields):
+    sent = []
+
+    async def attempt():
+        yield {"type": "http.response.start", "status": 200, "headers": []}
+        for _ in range(2):
+            body = b'event: x\ndata: {"type":"x"}\n\n'
+            yield {"type": "http.response.body", "body": body, "more_body": True}
+        raise LostError
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(gateway.relay(attempt, send, (LostError,), path))
+    found_name, _, data = sent[-1]["body"].decode().rpartition("data: ")
+    event = json.loads(data)
+    assert "a replica that was lost" in event.get("error", event).pop("message")
+    assert (found_name, event) == (name, fields)
 
 
 def test_pages_that_differ_are_merged():
