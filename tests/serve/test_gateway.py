@@ -12,9 +12,10 @@ import httpx
 import pytest
 from tests.support.api_server import fake_service
 
+from veneer.errors import ConfigError
 from veneer.serve.access import Keyring
 from veneer.serve.api import create
-from veneer.serve.cluster import gateway, routing
+from veneer.serve.cluster import app, gateway, routing
 from veneer.serve.cluster.gateway import Gateway, answer_messages, complete_answer
 from veneer.serve.metrics import merge_pages
 from veneer.serve.settings import settings_of
@@ -38,6 +39,16 @@ def test_replicas_have_the_servers_own_limits_unless_some_are_given(options):
     deployment = replica._bound_deployment
     rows, queue = options.get("rows", 16), options.get("queue", 256)
     assert deployment._deployment_config.max_ongoing_requests == rows + queue
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("grace", "30s"), ("grace", None), ("grace", -1), ("grace", float("nan")), ("rows", "16")],
+)
+def test_a_number_in_rays_config_file_that_is_none_is_named(name, value):
+    pytest.importorskip("ray.serve")
+    with pytest.raises(ConfigError, match=f"{name} {value!r}. Expected: a"):
+        app({"base": "base", name: value})
 
 
 def test_adapters_are_shared_out_and_stay_where_they_are():
