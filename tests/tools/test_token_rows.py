@@ -16,11 +16,12 @@ from tests.support.toys import bits, error
 from transformers import AutoModelForCausalLM
 
 import veneer
+from veneer.adapter_files.file_names import TOKENIZER
 from veneer.errors import AdapterError, BaseMismatchError, MergeError
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.compare import compare
 from veneer.tools.compose import compose
-from veneer.tools.convert import convert
+from veneer.tools.convert import conversion, convert
 from veneer.tools.merge_checkpoint import merge_checkpoint, prove
 from veneer.tools.merge_checkpoint.aux_files import ConfigChanges, write_aux_files
 
@@ -247,6 +248,24 @@ def test_tokens_go_to_peft_and_back_and_are_compared_row_by_row(tmp_path):
     moved = compare(adapter, tmp_path / "moved")
     assert not moved.same_change
     assert [one.path for one in moved.full if one.difference] == ["model.embed_tokens.weight[260]"]
+
+
+def tokenizer_files(folder):
+    return {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).exists()}
+
+
+def test_a_converted_folder_has_the_tokenizer_and_a_file_names_it_as_left_out(tmp_path):
+    adapter, handle = trained(written(tmp_path / "base"), tmp_path / "a")
+    handle.detach()
+    expected = tokenizer_files(adapter)
+    assert "tokenizer.json" in expected
+    convert(adapter, tmp_path / "peft", to="peft")
+    (tmp_path / "peft" / "vocab.txt").write_text("another tokenizer's")
+    convert(adapter, tmp_path / "peft", to="peft", overwrite=True)
+    convert(tmp_path / "peft", tmp_path / "back", to="veneer", base=handle.model)
+    assert tokenizer_files(tmp_path / "peft") == tokenizer_files(tmp_path / "back") == expected
+    done = conversion(adapter, tmp_path / "dense", to="dense", base=handle.model)
+    assert "the tokenizer with the added tokens" in done.left_out
 
 
 def test_a_vocabulary_that_grows_in_a_buffer_too_is_not_grown_on_the_disk(tmp_path):
