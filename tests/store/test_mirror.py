@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
 import veneer
@@ -107,6 +109,47 @@ def test_what_is_damaged_leaves_the_old_one_and_is_said_once(tmp_path, made, cap
     assert caplog.text.count("Not served: french") == 1
     shutil.copyfile(made[1] / peft.TENSORS, tmp_path / "place" / "french" / key / peft.TENSORS)
     assert files(where.sync()["french"]) == files(made[1])
+
+
+@pytest.mark.parametrize("unreadable", ["place", "place/french"])
+def test_what_cannot_be_read_is_not_gone(tmp_path, monkeypatch, made, unreadable):
+    """fsspec's `find` takes a folder that it may not read for an empty one."""
+    where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
+    for name in ("french", "german"):
+        push(made[0], f"file://{tmp_path}/place/{name}")
+    before = where.sync()
+    list_folder = LocalFileSystem.ls
+
+    def refused(system, path, *args, **options):
+        if f"{path}/".startswith(f"{tmp_path}/{unreadable}/"):
+            raise PermissionError("Access Denied")
+        return list_folder(system, path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "ls", refused)
+        with pytest.raises(RemoteError, match="no permission to read"):
+            where.sync()
+        if unreadable == "place":
+            with pytest.raises(RemoteError, match="no permission to read"):
+                Mirror(where.address, tmp_path / "cache").sync()
+    with monkeypatch.context() as patch:  # an error that has passed when the folder is listed again
+        patch.setattr(LocalFileSystem, "find", lambda *_, **__: {})
+        assert where.sync() == before
+    assert where.sync() == before
+
+
+def test_a_local_place_that_is_gone_is_an_error_and_an_empty_bucket_is_not(tmp_path, made):
+    places = f"file://{tmp_path}/place", f"memory://{tmp_path.name}/emptied"
+    local, bucket = (Mirror(place, tmp_path / "cache") for place in places)
+    assert local.sync() == bucket.sync() == {}
+    for place in places:
+        push(made[0], f"{place}/french")
+    assert set(local.sync()) == set(bucket.sync()) == {"french"}
+    shutil.rmtree(tmp_path / "place")
+    with pytest.raises(RemoteError, match="nothing at"):
+        local.sync()
+    fsspec.filesystem("memory").rm(f"/{tmp_path.name}/emptied", recursive=True)
+    assert bucket.sync() == {}
 
 
 def test_a_place_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, made):

@@ -16,17 +16,21 @@ from tests.support.toys import bits, error
 from transformers import AutoModelForCausalLM
 
 import veneer
+from veneer.adapter_files.file_names import TOKENIZER
 from veneer.errors import AdapterError, BaseMismatchError, MergeError
+from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.compare import compare
 from veneer.tools.compose import compose
-from veneer.tools.convert import convert
+from veneer.tools.convert import conversion, convert
 from veneer.tools.merge_checkpoint import merge_checkpoint, prove
+from veneer.tools.merge_checkpoint.aux_files import ConfigChanges, write_aux_files
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
 )  # PEFT's own, and that its adapters carry no fingerprint
 
 BASE, NEW = 259, [259, 260, 261]
+OLD_SIZE, NEW_SIZE = {"vocab_size": 259}, {"vocab_size": 262}
 IDS = torch.tensor([[1, 259, 7, 260, 261, 3], [9, 5, 6, 9, 40, 2]])
 
 
@@ -79,6 +83,23 @@ def test_a_merge_on_the_disk_grows_the_vocabulary_as_a_live_one(tmp_path, dtype,
     assert tokenizer("<b>").input_ids == [260]
     assert prove(base, [adapter], tmp_path / "out") > 0
     assert error(merged(IDS).logits.float(), handle.model(IDS).logits.float()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (OLD_SIZE, NEW_SIZE),
+        ({"text_config": OLD_SIZE}, {"text_config": NEW_SIZE}),
+        ({**OLD_SIZE, "text_config": OLD_SIZE}, {**NEW_SIZE, "text_config": NEW_SIZE}),
+        ({**OLD_SIZE, "text_config": {}}, {**NEW_SIZE, "text_config": NEW_SIZE}),
+    ],
+)
+def test_the_new_size_is_written_wherever_a_config_has_the_old_one(tmp_path, config, expected):
+    base = written(tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    write_aux_files(open_checkpoint(base), ConfigChanges(vocabulary_size=262), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
 
 
 def test_a_merge_into_another_base_is_refused_and_one_that_has_grown_is_not(tmp_path):
@@ -227,6 +248,24 @@ def test_tokens_go_to_peft_and_back_and_are_compared_row_by_row(tmp_path):
     moved = compare(adapter, tmp_path / "moved")
     assert not moved.same_change
     assert [one.path for one in moved.full if one.difference] == ["model.embed_tokens.weight[260]"]
+
+
+def tokenizer_files(folder):
+    return {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).exists()}
+
+
+def test_a_converted_folder_has_the_tokenizer_and_a_file_names_it_as_left_out(tmp_path):
+    adapter, handle = trained(written(tmp_path / "base"), tmp_path / "a")
+    handle.detach()
+    expected = tokenizer_files(adapter)
+    assert "tokenizer.json" in expected
+    convert(adapter, tmp_path / "peft", to="peft")
+    (tmp_path / "peft" / "vocab.txt").write_text("another tokenizer's")
+    convert(adapter, tmp_path / "peft", to="peft", overwrite=True)
+    convert(tmp_path / "peft", tmp_path / "back", to="veneer", base=handle.model)
+    assert tokenizer_files(tmp_path / "peft") == tokenizer_files(tmp_path / "back") == expected
+    done = conversion(adapter, tmp_path / "dense", to="dense", base=handle.model)
+    assert "the tokenizer with the added tokens" in done.left_out
 
 
 def test_a_vocabulary_that_grows_in_a_buffer_too_is_not_grown_on_the_disk(tmp_path):

@@ -80,6 +80,13 @@ def tokenizer_folder(path: Path) -> Path | None:
     )
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of the tokenizer in ``source`` into ``folder``."""
+    for name in TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
 def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
     """The folder of the tokenizer that has the tokens of all these adapters; None if none has a
     tokenizer.

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.adapter_files import model_card
-from veneer.adapter_files.file_names import FILES, must_hold_no_model
+from veneer.adapter_files.file_names import FILES, TOKENIZER, copy_tokenizer, must_hold_no_model
 from veneer.adapter_files.number_checks import change_problems, number_problems, variance_problems
 from veneer.adapter_files.record import (
     PARAMETERS,
@@ -189,6 +189,7 @@ def write(
     provenance: Mapping[str, Any],
     overwrite: bool,
     parameters: Mapping[str, Tensor],
+    tokenizer: Path | None = None,
 ) -> None:
     """Write the files of an adapter as one folder, in one atomic step. If the folder replaces an
     adapter, the notes in the old model card are kept.
@@ -201,6 +202,7 @@ def write(
             no record.
         changes: the rank, alpha and rows of each change, by the path of the changed weight.
         parameters: the tensors of ``veneer.safetensors``. Without any, the file is not written.
+        tokenizer: the folder of a tokenizer with added tokens, whose files are copied.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False; it is a file; or it holds a
@@ -235,7 +237,8 @@ def write(
             json_object(text, file_name, "give less provenance")
     must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
     texts_by_file[model_card.NAME] = _card_text(path, peft_config, record, tensors)
-    with new_folder(path, overwrite=overwrite, replaces=FILES) as folder:
+    replaces = FILES if tokenizer is None else (*FILES, *TOKENIZER)
+    with new_folder(path, overwrite=overwrite, replaces=replaces) as folder:
         for file_name, text in texts_by_file.items():
             (folder / file_name).write_text(text, encoding="utf-8", errors="replace")
         if parameters:
@@ -244,6 +247,8 @@ def write(
             {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
         )
         save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
         with _report_unwritten(path):
             for file_name in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
                 read_header(folder / file_name)

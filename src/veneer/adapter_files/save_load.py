@@ -63,6 +63,7 @@ def save(
     overwrite: bool = False,
     fingerprints: Mapping[str, str] | None = None,
     alone: bool = False,
+    tokenizer: Path | None = None,
 ) -> Path:
     """Write the adapter ``name`` as a folder, in one atomic step: after a crash, ``path`` holds the
     old folder or the new one. None stands for the default adapter, or the only one.
@@ -86,6 +87,8 @@ def save(
             computes them from the model.
         alone: whether this rank saves by itself and waits for no other rank. Under DDP, where each
             rank has the complete model, call it behind ``if rank == 0``.
+        tokenizer: the folder of a tokenizer with added tokens, whose files are copied into the
+            adapter's folder.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False; it is a file; or it holds a
@@ -103,7 +106,9 @@ def save(
     path = Path(path)
 
     def write_content(content: Mapping[str, Any]) -> None:
-        write(path, **content, provenance=provenance or {}, overwrite=overwrite)
+        write(
+            path, **content, provenance=provenance or {}, overwrite=overwrite, tokenizer=tokenizer
+        )
         reason = peft.not_for_peft(content["peft_config"])
         # PEFT supports the variant, but not for one of these layers
         if reason and VARIANTS[content["config"].variant].peft_keys:

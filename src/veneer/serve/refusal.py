@@ -37,6 +37,8 @@ MESSAGES_ERROR_TYPES = {
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
     504: "timeout_error",
 }  # fmt: skip
+#: the route of OpenAI's Responses API
+RESPONSES_PATH = "/v1/responses"
 RETRY_AFTER = "Retry-After"
 #: the error type, for pydantic, of errors whose message is written here
 CUSTOM_ERROR_TYPE = "bad_value"
@@ -95,6 +97,19 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
         """The response to a request for ``path``, in the format of that route's API."""
         body = self.messages_body() if path.startswith(MESSAGES_PATH) else self.body()
         return JSONResponse(body, self.status, self.headers)
+
+    def error_event(self, path: str, number: int) -> bytes:
+        """The event that ends a stream of ``path``, in the format of that route's API. ``number``:
+        how many events came before it."""
+        name, content = "event: error\n", self.messages_body()
+        if path.startswith(RESPONSES_PATH):
+            content = {
+                "type": "error", "code": "server_error", "message": str(self),
+                "param": self.param, "sequence_number": number,
+            }  # fmt: skip
+        elif not path.startswith(MESSAGES_PATH):
+            name, content = "", self.body()
+        return f"{name}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
 def no_such_model(name: str) -> Refusal:

@@ -100,6 +100,11 @@ def settings_of(base: str, **options: Any) -> Settings:
     if options.get("log_format", "text") not in FORMATS:
         problem = f"--log-format {options['log_format']!r}"
         raise ConfigError(problem, f"one of {listing(FORMATS)}", "check the spelling")
+    for name in ("rows", "length", "queue"):
+        count = options.get(name)
+        if count is not None and (type(count) is not int or count < 1):
+            problem = f"--{name} {count!r}"
+            raise ConfigError(problem, "a whole number from 1", "write, for instance, 16")
     return Settings(base, **{**options, "precision": precision})
 
 

@@ -267,7 +267,7 @@ class Call:
     ) -> AsyncIterator[bytes]:
         """Yield vLLM's events line by line. Only a line feed ends a line: vLLM writes other
         separators, such as U+2028, into its JSON as they are."""
-        outcome, refusal, rest = "cancelled", None, b""
+        outcome, refusal, rest, event_count = "cancelled", None, b"", 0
         chunks = response.aiter_bytes()
         try:
             while True:
@@ -278,6 +278,7 @@ class Call:
                     lines, rest = [*lines, rest], b""
                 for line in lines:
                     call_end.count_event(line)
+                    event_count += line.startswith(b"data: ")
                     yield self._rename_model(line + b"\n", call_end.lease)
                 if chunk is None:
                     break
@@ -289,7 +290,7 @@ class Call:
         finally:
             call_end.end(outcome)
         if refusal is not None:
-            yield b"data: " + json.dumps(refusal.body()).encode() + b"\n\n"
+            yield refusal.error_event(self.path, event_count)
 
     def _rename_model(self, content: bytes, lease: Lease | None) -> bytes:
         """Replace vLLM's name of the model by the client's."""

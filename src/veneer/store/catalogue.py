@@ -298,9 +298,7 @@ class Mirror:
             RemoteError: the place cannot be read.
         """
         with store_errors(self._address, "read"):
-            system, root = file_system(self._address)
-            files = system.find(root, detail=True)
-        listing = list_stamps(root, files)
+            listing = self._list_place()
         for name in self._folders.keys() - listing.keys():
             del self._folders[name]
         # files that were not pushed count as complete once two listings show the same stamp
@@ -329,6 +327,24 @@ class Mirror:
             name: stamp for name, stamp in self._fetched_stamps.items() if name in listing
         }
         return dict(self._folders)
+
+    def _list_place(self) -> dict[str, tuple[str, bool]]:
+        """``list_stamps`` of the place. ``find`` of fsspec leaves out folders that it cannot read.
+        So the folders that seem to be gone are listed once more, which raises their errors."""
+        system, root = file_system(self._address)
+        files = system.find(root, detail=True)
+        missing_names = self._folders.keys() - list_stamps(root, files).keys()
+        folders = [*(() if files else (root,)), *(f"{root}/{name}" for name in missing_names)]
+        for folder in folders:
+            try:
+                entries = system.ls(folder, detail=True)
+            except FileNotFoundError:
+                # the disk of a local place may be unmounted; an object store has no empty folders
+                if folder == root and self._folders and getattr(system, "local_file", False):
+                    raise
+                continue
+            files |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
+        return list_stamps(root, files)
 
     def _fetch(self, name: str) -> Path | Exception:
         try:

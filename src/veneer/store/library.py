@@ -12,10 +12,11 @@ by a rename. So after a crash, the index is the old one or the new one, and all 
 complete. Readers take no lock.
 
 The lock is held during the whole change, including the copying. So when a process holds the lock,
-any folder with a temporary name was left by a writer that died. ``gc`` deletes objects without a
-name after a grace period, which begins when the last name is removed (``remove`` sets the folder's
-modification time); a path from ``get`` is valid for at least that long. Renames of folders must be
-atomic: Windows is not supported.
+any temporary folder in objects/ was left by a writer that died. Beside objects/, a server may be
+writing its served.json, under a lock of its own. ``gc`` deletes objects without a name after a
+grace period, which begins when the last name is removed (``remove`` sets the folder's modification
+time); a path from ``get`` is valid for at least that long. Renames of folders must be atomic:
+Windows is not supported.
 """
 
 from __future__ import annotations
@@ -234,10 +235,16 @@ class Library:
                 *objects.glob(".*.tmp"),
                 *objects.glob(".*.replaced"),
             ]
-            freed = sum(map(_size, leftovers))
-            sweep(objects)  # first, because they may hold files of a partly deleted object
+            sizes = {path: _size(path) for path in leftovers}
+            # first, because they may hold files of a partly deleted object; ``sweep`` keeps what a
+            # running process writes
+            sweep(self.folder)
+            sweep(objects)
             for path in leftovers:
-                remove(path)
+                if path.parent == objects or not path.is_dir():
+                    remove(path)
+            deleted = [path for path in leftovers if not os.path.lexists(path)]
+            freed = sum(sizes[path] for path in deleted)
             unused = [
                 path for path in sorted(self._object_folders()) if path.name not in used_hashes
             ]
@@ -248,7 +255,7 @@ class Library:
                 path.rename(renamed)
                 freed += _size(renamed)
                 remove(renamed)
-        return Collected(tuple(path.name for path in expired), len(leftovers), freed)
+        return Collected(tuple(path.name for path in expired), len(deleted), freed)
 
     def rebuild(self) -> Rebuilt:
         """Rebuild a damaged index from its copy and from the objects, which are verified.
@@ -446,12 +453,18 @@ def _check_names(name: str, tags: Iterable[str]) -> None:
 
 
 def _size(path: Path) -> int:
-    """Size in bytes of a file, or of all files of a folder."""
-    return sum(
-        file.stat().st_size
-        for file in (path.rglob("*") if path.is_dir() else (path,))
-        if file.is_file()
+    """Size in bytes of a file, or of all files of a folder. Files that another process removes
+    meanwhile do not count."""
+    files = (
+        [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        if path.is_dir()
+        else [path]
     )
+    size = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
 
 
 def default_folder() -> Path:

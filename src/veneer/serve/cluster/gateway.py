@@ -12,7 +12,6 @@ The gateway also checks keys and the size of bodies, before it forwards a reques
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -95,7 +94,12 @@ class Gateway:
                     if is_large
                     else adapter_of(body, self.base)
                 )
-            await relay(lambda: self._ask_replica(adapter, message, body), send, self._death_errors)
+            await relay(
+                lambda: self._ask_replica(adapter, message, body),
+                send,
+                self._death_errors,
+                scope["path"],
+            )
         except Refusal as refusal:
             await refusal.response(scope["path"])(scope, receive, send)
 
@@ -127,13 +131,15 @@ async def relay(
     request_answer: Callable[[], AsyncGenerator[Message]],
     send: Callable[[Message], Awaitable[None]],
     death_errors: tuple[type[Exception], ...],
+    path: str,
 ) -> None:
     """Forward the answer of the first attempt that succeeds. ``request_answer``: asks a replica and
-    yields the messages of its answer. ``death_errors``: the exceptions of a dead replica.
-    ``Refusal``: all attempts failed."""
+    yields the messages of its answer. ``death_errors``: the exceptions of a dead replica. ``path``:
+    the route, which gives the format of the error event. ``Refusal``: all attempts failed."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         start_message: Message | None = None  # is sent with the first message of the body
         has_begun = has_ended = False
+        event_count = 0  # events of a stream that were forwarded
         try:
             async with aclosing(request_answer()) as messages:
                 async for message in messages:
@@ -150,13 +156,15 @@ async def relay(
                         has_begun = True
                     await send(message)
                     has_ended = not message.get("more_body", False)
+                    event_count += message.get("body", b"").count(b"\n\n")
         except death_errors as error:
             # the client has the complete answer; the connection may be used for its next request
             if has_ended:
                 return
             log.warning("A replica was lost in attempt %d: %s", attempt, type(error).__name__)
             if has_begun:
-                await send({"type": "http.response.body", "body": broken_off()})
+                event = broken_off().error_event(path, event_count)
+                await send({"type": "http.response.body", "body": event})
                 return
             continue
         if not has_begun:
@@ -172,15 +180,14 @@ def no_replica() -> Refusal:
     return Refusal(503, message, code="replica_lost", headers={RETRY_AFTER: "5"})
 
 
-def broken_off() -> bytes:
-    """The last event of a stream whose replica has died."""
+def broken_off() -> Refusal:
+    """The refusal that ends a stream whose replica has died."""
     message = sentence(
         "a replica that was lost in the middle of an answer",
         "one that ends",
         "send the request again",
     )
-    refusal = Refusal(503, message, code="replica_lost")
-    return f"data: {json.dumps(refusal.body(), separators=(',', ':'))}\n\n".encode()
+    return Refusal(503, message, code="replica_lost")
 
 
 def transferable_scope(scope: Message) -> Message:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -158,7 +159,10 @@ class Gateway:
 def application_of(args: Mapping[str, Any]) -> serve.Application:
     """Make the application for the arguments of ``veneer.serve.cluster.app``."""
     options = dict(args)
-    replicas, grace = str(options.pop("replicas", 1)), float(options.pop("grace", 30.0))
+    replicas, grace = str(options.pop("replicas", 1)), options.pop("grace", 30.0)
+    if type(grace) not in (int, float) or not 0 <= grace < math.inf:
+        do = "write, for instance, grace: 30"
+        raise ConfigError(f"grace {grace!r}", "a number of seconds", do)
     keys, open_to_all = options.pop("keys", None), bool(options.pop("allow_open", False))
     field_names = {field.name for field in fields(Settings)}
     if unknown := sorted(options.keys() - field_names):
@@ -169,7 +173,7 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
     if not options.get("base"):
         raise ConfigError("no base", "one", "give args: {base: …}")
     hosts = None if keys is not None or open_to_all else LOOPBACK
-    return application(settings_of(**options), keys, hosts, replicas, grace)
+    return application(settings_of(**options), keys, hosts, replicas, float(grace))
 
 
 def application(

@@ -29,6 +29,7 @@ from torch import nn
 
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.derived_folder import write_derived
+from veneer.adapter_files.file_names import tokenizer_folder
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach import detach
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
@@ -207,6 +208,7 @@ def _write_veneer(
             base_name=saved_adapter.peft_config.get("base_model_name_or_path") or base_facts.name,
             provenance={**provenance, **saved_adapter.metadata.get("provenance", {})},
             overwrite=overwrite,
+            tokenizer=tokenizer_folder(saved_adapter.path),
         )
     # some layers get another rank on the base than in the source, so the ranks are read again
     return list_changes(folder.read(out), base_facts)
@@ -226,6 +228,7 @@ def _write_peft(
         provenance={},
         overwrite=overwrite,
         parameters={},
+        tokenizer=tokenizer_folder(saved_adapter.path),
     )
     return list_changes(saved_adapter, base_facts)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from veneer.adapter_files import UnverifiedAdapter
+from veneer.adapter_files.file_names import tokenizer_folder
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_deviations import deviations
 from veneer.adapter_files.peft_mapping import means_parameter, ref_at
@@ -76,6 +77,7 @@ def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
     hash_text = "hashes" if target_format == "dense" else "fingerprints of the base, hashes"
     variant, dropout = saved_adapter.config.variant, saved_adapter.config.dropout
     is_veneer, is_folder = target_format == "veneer", target_format in ("veneer", "peft")
+    tokenizer = tokenizer_folder(saved_adapter.path)
     losses = [
         (saved_adapter.metadata and not is_veneer, f"the record: {hash_text} and provenance"),
         (
@@ -87,6 +89,7 @@ def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
             "the rows of trained tokens; kept is how they differ from this base's own, so it fits"
             " this base alone",
         ),
+        (tokenizer is not None and not is_folder, "the tokenizer with the added tokens"),
         (dropout and not is_folder, f"dropout {dropout:g}, which counts in training alone"),
     ]
     return [description for is_lost, description in losses if is_lost]

@@ -142,11 +142,13 @@ def _expected_content(source: Path, changes: ConfigChanges, file: Path) -> bytes
 
 
 def _with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The config with this vocabulary size. The size is set in ``text_config`` if there is one and
-    the top level has no size."""
-    if "vocab_size" in config or not isinstance(config.get("text_config"), dict):
-        return {**config, "vocab_size": vocab_size}
-    return {**config, "text_config": {**config["text_config"], "vocab_size": vocab_size}}
+    """The config with this vocabulary size: in ``text_config``, which transformers reads, if there
+    is one, and at the top level if there is none or the top level has a size already."""
+    size, text_config = {"vocab_size": vocab_size}, config.get("text_config")
+    if not isinstance(text_config, dict):
+        return {**config, **size}
+    top_size = size if "vocab_size" in config else {}
+    return {**config, **top_size, "text_config": {**text_config, **size}}
 
 
 def _with_labels(config: dict[str, Any], head: Head) -> dict[str, Any]:
