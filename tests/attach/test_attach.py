@@ -449,6 +449,8 @@ def scripted():
         ({"targets": ["q_proj", "nothing"]}, ["'nothing' matches nothing"]),
         ({"targets": ["self_attn"]}, ["'self_attn' matches Attention"]),
         ({"targets": "re:("}, ["regular expression"]),
+        ({"slices": {"re:(": [True]}}, ["regular expression"]),
+        ({"trainable_tokens": {"re:(": [1]}}, ["regular expression"]),
         ({"targets": lambda path, module: False}, ["callable chose no module"]),
         ({"exclude": ["nothing"]}, ["exclude pattern 'nothing' matches no module"]),
         ({"exclude": ["*"]}, ["no module left"]),
