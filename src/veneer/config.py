@@ -309,7 +309,7 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values. A callable in ``targets`` is not one: ``attach`` replaces it
-        by the paths of the modules that it chose."""
+        by expressions of the paths that it chose."""
         fields = asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value

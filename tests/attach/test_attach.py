@@ -276,6 +276,20 @@ def test_targets(targets, expected):
     assert paths(TinyLM(), targets=targets) == expected
 
 
+@pytest.mark.parametrize("path", ["", "mlp"])
+def test_the_config_after_a_callable_chooses_the_same_layers(path):
+    """The root's path is empty; "mlp" is a word, and the end of another path."""
+
+    def make():
+        linear = nn.Linear(4, 4)
+        below = nn.ModuleDict({"mlp": nn.Linear(4, 4)})
+        return nn.ModuleDict({"other": below, "mlp": linear}) if path else linear
+
+    handle = veneer.attach(make(), veneer.LoraConfig(rank=2, targets=lambda name, _: name == path))
+    again = veneer.attach(make(), veneer.LoraConfig.from_dict(handle.config.to_dict()))
+    assert list(again.layers) == list(handle.layers) == [path]
+
+
 def test_exclude_layers_ranks_and_alphas():
     assert paths(TinyLM(), exclude=["*.mlp.*", "k_proj"]) == blocks(
         ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj"]

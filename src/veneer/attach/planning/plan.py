@@ -6,6 +6,7 @@ plan(model, config, name) -> Plans      changes nothing; collects every problem,
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -129,8 +130,9 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             )
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        target_paths = tuple(dict.fromkeys(path for path, _ in targets))
-        plans = replace(plans, config=replace(config, targets=target_paths))
+        # expressions: a path may be empty, a word of WORDS or the end of another path
+        patterns = tuple(dict.fromkeys(f"re:{re.escape(path)}" for path, _ in targets))
+        plans = replace(plans, config=replace(config, targets=patterns))
     return plans
 
 
