@@ -147,6 +147,15 @@ def test_a_tied_weight_is_one_change_whichever_name_is_the_target():
     assert handle.summary().trainable == 2 * (17 + 8)
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_a_tied_weight_takes_rank_alpha_and_slices_by_any_of_its_names(targets):
+    fields = {"ranks": {"lm_head": 2}, "alphas": {"lm_head": 6}, "slices": {"lm_head": [(0, 4)]}}
+    handle = veneer.attach(TinyLM(tied=True), veneer.LoraConfig(rank=3, targets=targets, **fields))
+    (change,) = handle.changes.values()
+    assert (change.rank, change.scale) == (2, 6 / 2)
+    assert handle.summary().trainable == 2 * (17 + 4)
+
+
 def test_a_module_with_two_names_that_runs_three_times():
     model, x = Shared(), torch.randn(3, 6)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["alias"]))
