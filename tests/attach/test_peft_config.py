@@ -112,6 +112,11 @@ def attention() -> nn.Module:
                 "layers_to_transform": [1],
             },
         ),
+        (
+            tiny_model,
+            {"target_modules": "all-linear", "exclude_modules": ["q_proj", "1.mlp.up_proj"]},
+        ),
+        (tiny_model, {"target_modules": "all-linear", "exclude_modules": r".*\.mlp(\.up_proj)?"}),
         (nested_blocks, {"target_modules": ["q"], "layers_to_transform": [1]}),
         (nested_blocks, {"target_modules": ["body.side.0.q", "q"], "layers_to_transform": 1}),
         (nested_blocks, {"target_modules": ["experts.1.w"], "layers_to_transform": [0]}),
@@ -155,10 +160,21 @@ def test_blocks_that_peft_would_not_match_are_refused(fields: dict[str, Any]) ->
         veneer.LoraConfig.from_peft(fields)
 
 
-def test_a_string_of_exclusions_is_an_expression_as_in_peft() -> None:
-    config = peft.LoraConfig(target_modules=["q_proj"], exclude_modules="all-linear")
-    with pytest.raises(TargetError, match="'re:all-linear' matches no module"):
+@pytest.mark.parametrize("exclusions", ["all-linear", ["mlp"]])
+def test_exclusions_that_leave_out_no_weight_in_peft_are_refused(exclusions: Any) -> None:
+    """A text is an expression to PEFT, and what stands below an excluded module is adapted."""
+    config = peft.LoraConfig(target_modules="all-linear", exclude_modules=exclusions)
+    with pytest.raises(TargetError, match=r"'re:.*weight' matches no module"):
         veneer.attach(tiny_model(), veneer.LoraConfig.from_peft(config))
+
+
+def test_the_bias_of_an_excluded_layer_trains_as_in_peft() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["a", "b"], exclude_modules=["b"], bias="all")
+    models = [nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"}) for _ in range(2)]
+    handle = veneer.attach(models[0], veneer.LoraConfig.from_peft(config))
+    theirs: Any = peft.get_peft_model(models[1], config)
+    numbers = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert handle.summary().trainable == numbers
 
 
 def test_a_config_is_read_from_an_object_a_mapping_a_file_and_a_folder(tmp_path: Path) -> None:
