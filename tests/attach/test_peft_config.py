@@ -12,7 +12,11 @@ import pytest
 import torch
 from tests.support.tiny import tiny_config, tiny_model
 from torch import nn
-from transformers import LlamaForSequenceClassification
+from transformers import (
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import veneer
 from veneer.errors import ConfigError, MethodError, TargetError
@@ -98,6 +102,15 @@ def classifier() -> nn.Module:
     return LlamaForSequenceClassification(tiny_config(num_labels=2, pad_token_id=0))
 
 
+def roberta() -> nn.Module:
+    """A classifier whose head has a layer with a name of the body's layers."""
+    config = RobertaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config)
+
+
 def attention() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
 
@@ -134,6 +147,8 @@ def attention() -> nn.Module:
         ),
         (classifier, {"target_modules": "all-linear"}),
         (classifier, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        (roberta, {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
+        (roberta, {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"]}),
         (attention, {"target_modules": "all-linear"}),
     ],
 )

@@ -95,9 +95,11 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         name: values[peft_name] for peft_name, name in _SAME_VALUE.items() if peft_name in values
     }
     veneer_fields["targets"] = _target_patterns(values, problems)
-    veneer_fields["exclude"] = _weight_patterns(values.get("exclude_modules") or ())
-    saved_modules = values.get("modules_to_save") or ()
-    veneer_fields["train_also"] = _full_module_patterns(saved_modules, task_type)
+    full_modules = _full_module_patterns(values.get("modules_to_save") or (), task_type)
+    veneer_fields["train_also"] = full_modules
+    # PEFT adapts nothing within the modules that it trains in full
+    excluded_weights = _weight_patterns(values.get("exclude_modules") or ())
+    veneer_fields["exclude"] = (*excluded_weights, *full_modules)
     for peft_name, name in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
         patterns = values.get(peft_name) or {}
         veneer_fields[name] = {_layer_pattern(key): value for key, value in patterns.items()}
