@@ -309,7 +309,7 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values. A callable in ``targets`` is not one: ``attach`` replaces it
-        by the paths of the modules that it chose."""
+        by expressions of the paths that it chose."""
         fields = asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -382,7 +382,11 @@ def path_test(pattern: str) -> Callable[[str], bool]:
 def bad_regex(config: LoraConfig) -> list[str]:
     """A problem for each ``re:`` pattern of a config that is not a valid regular expression."""
     targets = () if callable(config.targets) else pattern_list(config.targets)
-    patterns = [*targets, *config.exclude, *config.train_also, *config.ranks, *config.alphas]
+    tokens = config.trainable_tokens if isinstance(config.trainable_tokens, Mapping) else ()
+    patterns = [
+        *targets, *config.exclude, *config.train_also,
+        *config.ranks, *config.alphas, *config.slices, *tokens,
+    ]  # fmt: skip
     problems = []
     for pattern in patterns:
         try:

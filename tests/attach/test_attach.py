@@ -147,6 +147,15 @@ def test_a_tied_weight_is_one_change_whichever_name_is_the_target():
     assert handle.summary().trainable == 2 * (17 + 8)
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_a_tied_weight_takes_rank_alpha_and_slices_by_any_of_its_names(targets):
+    fields = {"ranks": {"lm_head": 2}, "alphas": {"lm_head": 6}, "slices": {"lm_head": [(0, 4)]}}
+    handle = veneer.attach(TinyLM(tied=True), veneer.LoraConfig(rank=3, targets=targets, **fields))
+    (change,) = handle.changes.values()
+    assert (change.rank, change.scale) == (2, 6 / 2)
+    assert handle.summary().trainable == 2 * (17 + 4)
+
+
 def test_a_module_with_two_names_that_runs_three_times():
     model, x = Shared(), torch.randn(3, 6)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["alias"]))
@@ -274,6 +283,20 @@ def test_a_model_on_the_meta_device():
 )
 def test_targets(targets, expected):
     assert paths(TinyLM(), targets=targets) == expected
+
+
+@pytest.mark.parametrize("path", ["", "mlp"])
+def test_the_config_after_a_callable_chooses_the_same_layers(path):
+    """The root's path is empty; "mlp" is a word, and the end of another path."""
+
+    def make():
+        linear = nn.Linear(4, 4)
+        below = nn.ModuleDict({"mlp": nn.Linear(4, 4)})
+        return nn.ModuleDict({"other": below, "mlp": linear}) if path else linear
+
+    handle = veneer.attach(make(), veneer.LoraConfig(rank=2, targets=lambda name, _: name == path))
+    again = veneer.attach(make(), veneer.LoraConfig.from_dict(handle.config.to_dict()))
+    assert list(again.layers) == list(handle.layers) == [path]
 
 
 def test_exclude_layers_ranks_and_alphas():
@@ -449,6 +472,8 @@ def scripted():
         ({"targets": ["q_proj", "nothing"]}, ["'nothing' matches nothing"]),
         ({"targets": ["self_attn"]}, ["'self_attn' matches Attention"]),
         ({"targets": "re:("}, ["regular expression"]),
+        ({"slices": {"re:(": [True]}}, ["regular expression"]),
+        ({"trainable_tokens": {"re:(": [1]}}, ["regular expression"]),
         ({"targets": lambda path, module: False}, ["callable chose no module"]),
         ({"exclude": ["nothing"]}, ["exclude pattern 'nothing' matches no module"]),
         ({"exclude": ["*"]}, ["no module left"]),

@@ -3,13 +3,19 @@ told anything."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_pre_hook,
+)
 
 import veneer
 from veneer.attach import first_step
@@ -170,4 +176,37 @@ def test_the_hook_goes_with_the_first_step_of_the_adapter():
     veneer.attach(mlp(), veneer.LoraConfig(rank=2))  # nobody has it
     gc.collect()
     step(model, optimizer)
+    assert not first_step._HOOKS
+
+
+def test_the_hook_stays_while_another_one_is_registered():
+    """torch iterates over the hooks while it calls them."""
+    model, (optimizer,), _ = made_after_attach(None)
+    steps = []
+    other = register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append(optimizer))
+    try:
+        step(model, optimizer)
+        assert steps == [optimizer]
+    finally:
+        other.remove()
+    assert first_step._HOOKS
+    step(model, optimizer)
+    assert not first_step._HOOKS
+
+
+def test_two_threads_that_step_at_once_check_an_adapter_once(monkeypatch):
+    model, (optimizer,), _ = made_after_attach(None)
+    model(torch.randn(2, 4)).square().sum().backward()
+    live_parameters, both_check = first_step._NewAdapter.live_parameters, threading.Barrier(2)
+
+    def wait_for_the_other(adapter):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_check.wait(0.2)
+        return live_parameters(adapter)
+
+    monkeypatch.setattr(first_step._NewAdapter, "live_parameters", wait_for_the_other)
+    with ThreadPoolExecutor(2) as threads:
+        for check in [threads.submit(first_step._check_step, optimizer, (), {}) for _ in "ab"]:
+            check.result()
+    assert not first_step._NEW_ADAPTERS
     assert not first_step._HOOKS

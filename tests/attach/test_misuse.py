@@ -121,6 +121,7 @@ def test_a_config_of_peft_is_answered_by_the_config_that_means_the_same() -> Non
     assert veneer.LoraConfig.from_peft(theirs) == veneer.LoraConfig(
         rank=4, alpha=8, targets=r"re:.*\.(q|v)_proj", dropout=0.1, bias="targets", variant="dora",
         ranks={"q_proj": 2, r"re:(.*\.)?(layers\.0\..*v_proj)": 3}, train_also=["re:.*norm"],
+        exclude=["re:.*norm"],
     )  # fmt: skip
     with pytest.raises(ConfigError, match="other tuners"):
         veneer.attach(tiny_model(), peft.IA3Config(target_modules=["q_proj"]))  # pyright: ignore[reportArgumentType]

@@ -12,7 +12,11 @@ import pytest
 import torch
 from tests.support.tiny import tiny_config, tiny_model
 from torch import nn
-from transformers import LlamaForSequenceClassification
+from transformers import (
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import veneer
 from veneer.errors import ConfigError, MethodError, TargetError
@@ -98,6 +102,15 @@ def classifier() -> nn.Module:
     return LlamaForSequenceClassification(tiny_config(num_labels=2, pad_token_id=0))
 
 
+def roberta() -> nn.Module:
+    """A classifier whose head has a layer with a name of the body's layers."""
+    config = RobertaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config)
+
+
 def attention() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
 
@@ -112,6 +125,11 @@ def attention() -> nn.Module:
                 "layers_to_transform": [1],
             },
         ),
+        (
+            tiny_model,
+            {"target_modules": "all-linear", "exclude_modules": ["q_proj", "1.mlp.up_proj"]},
+        ),
+        (tiny_model, {"target_modules": "all-linear", "exclude_modules": r".*\.mlp(\.up_proj)?"}),
         (nested_blocks, {"target_modules": ["q"], "layers_to_transform": [1]}),
         (nested_blocks, {"target_modules": ["body.side.0.q", "q"], "layers_to_transform": 1}),
         (nested_blocks, {"target_modules": ["experts.1.w"], "layers_to_transform": [0]}),
@@ -129,6 +147,8 @@ def attention() -> nn.Module:
         ),
         (classifier, {"target_modules": "all-linear"}),
         (classifier, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        (roberta, {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
+        (roberta, {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"]}),
         (attention, {"target_modules": "all-linear"}),
     ],
 )
@@ -155,10 +175,21 @@ def test_blocks_that_peft_would_not_match_are_refused(fields: dict[str, Any]) ->
         veneer.LoraConfig.from_peft(fields)
 
 
-def test_a_string_of_exclusions_is_an_expression_as_in_peft() -> None:
-    config = peft.LoraConfig(target_modules=["q_proj"], exclude_modules="all-linear")
-    with pytest.raises(TargetError, match="'re:all-linear' matches no module"):
+@pytest.mark.parametrize("exclusions", ["all-linear", ["mlp"]])
+def test_exclusions_that_leave_out_no_weight_in_peft_are_refused(exclusions: Any) -> None:
+    """A text is an expression to PEFT, and what stands below an excluded module is adapted."""
+    config = peft.LoraConfig(target_modules="all-linear", exclude_modules=exclusions)
+    with pytest.raises(TargetError, match=r"'re:.*weight' matches no module"):
         veneer.attach(tiny_model(), veneer.LoraConfig.from_peft(config))
+
+
+def test_the_bias_of_an_excluded_layer_trains_as_in_peft() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["a", "b"], exclude_modules=["b"], bias="all")
+    models = [nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"}) for _ in range(2)]
+    handle = veneer.attach(models[0], veneer.LoraConfig.from_peft(config))
+    theirs: Any = peft.get_peft_model(models[1], config)
+    numbers = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert handle.summary().trainable == numbers
 
 
 def test_a_config_is_read_from_an_object_a_mapping_a_file_and_a_folder(tmp_path: Path) -> None:

@@ -425,6 +425,14 @@ def test_an_alpha_that_is_no_number_is_refused(alpha, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_stack_for_a_weight_of_one_axis_is_refused(tmp_path):
+    shapes = {"a": (4, 2, 32), "b": (4, 32, 2)}
+    held = {f"blk.0.attn_norm.weight.lora_{ab}": torch.ones(shape) for ab, shape in shapes.items()}
+    write_adapter(tmp_path / "a", held)
+    with pytest.raises(AdapterError, match=r"input_layernorm.weight' that do not fit .* \(32,\)"):
+        convert(tmp_path / "a", tmp_path / "b", to="peft", base=llama())
+
+
 def test_experts_that_change_apart_are_joined(tmp_path):
     """gate and up from a tool that gave them factors of their own, or changed one alone."""
     model = mixtral()

@@ -53,11 +53,10 @@ def translated(
         return _norms(fields, made), lambda model: {}
     if row.tuner != "lora" and row.tuner not in TUNERS:
         raise UntranslatedError
-    resolved = made.peft_config[
-        "default"
-    ].target_modules  # PEFT's default for a type of model, "all-linear" as names
-    targets = fields.get("target_modules") or resolved
-    targets = _listed(resolved if targets == "all-linear" and _means_more(made) else targets or [])
+    # PEFT's default for a type of model
+    targets = fields.get("target_modules") or made.peft_config["default"].target_modules or []
+    means_more = targets == "all-linear" and _means_more(made)
+    targets = "peft-all-linear" if means_more else _listed(targets)
     parameters = [*fields.get("target_parameters", [])]
     ours: dict[str, Any] = {"targets": targets}
     if parameters:
@@ -71,8 +70,6 @@ def translated(
         ours["layers"] = [layers] if isinstance(layers, int) else list(layers)
     if saved := _saved(made):
         ours["train_also"] = saved
-        if isinstance(targets, list) and row.fields.get("target_modules") == "all-linear":
-            ours["exclude"] = [*ours.get("exclude", []), *saved]  # PEFT adapts nothing inside them
     if tokens := fields.get("trainable_token_indices"):
         ours["trainable_tokens"] = tokens
     if tokens := fields.get("alora_invocation_tokens"):

@@ -752,6 +752,14 @@ def test_several_models_are_one_file(tmp_path):
         ]
 
 
+def test_the_first_of_two_text_encoders_is_te1_where_it_alone_changed(tmp_path):
+    model = Pipeline()
+    first = trained(model, tmp_path / "a", targets=["text_encoder.q_proj"])
+    same(first, there_and_back(first, model, tmp_path, "kohya"))
+    keys = {key.partition(".")[0] for key in load_file(tmp_path / "between-kohya")}
+    assert keys == {"lora_te1_q_proj"}
+
+
 def test_a_name_must_mean_one_module(tmp_path):
     class Names(nn.Module):
         def __init__(self):

@@ -4,12 +4,14 @@ An optimiser that was created before ``attach`` holds only the frozen base, so t
 nothing. Another mistake is an optimiser of an adapter that was loaded without ``trainable=True``:
 it changes nothing either if the loss gets its gradient from other parameters. A hook on all
 optimisers checks each new adapter until a step has shown whether it trains. The hook is removed
-once there is no adapter left to check.
+once there is no adapter left to check and no other hook on all optimisers: torch iterates over
+these hooks while it calls them, in any thread, and a removal would break the iteration.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,25 +42,39 @@ class _NewAdapter:
 #: the adapters that no step has trained yet, and the handle of the hook on all optimisers, if any
 _NEW_ADAPTERS: list[_NewAdapter] = []
 _HOOKS: list[Any] = []
+#: a lock that is held while these lists are read or changed: several threads may step at once
+_LOCK = threading.Lock()
 
 
 def watch_first_step(model: nn.Module, name: str, parameters: Iterable[nn.Parameter]) -> None:
     """Warn (``NotTrained``) in the first step of an optimiser that should train this new adapter
     but does not."""
     references = tuple(map(weakref.ref, parameters))
-    _NEW_ADAPTERS[:] = [adapter for adapter in _NEW_ADAPTERS if adapter.live_parameters()]
-    if references:
-        _NEW_ADAPTERS.append(_NewAdapter(name, weakref.ref(model), references))
-    if _NEW_ADAPTERS and not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(_check_step))
+    with _LOCK:
+        _NEW_ADAPTERS[:] = [adapter for adapter in _NEW_ADAPTERS if adapter.live_parameters()]
+        if references:
+            _NEW_ADAPTERS.append(_NewAdapter(name, weakref.ref(model), references))
+        if _NEW_ADAPTERS and not _HOOKS:
+            _HOOKS.append(register_optimizer_step_pre_hook(_check_step))
 
 
 def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Hook before each step of an optimiser: warn if a new adapter should train but does not."""
     if torch.compiler.is_compiling():
         return
+    with _LOCK:
+        problems = _check_new_adapters(optimizer) if _NEW_ADAPTERS else []
+        if _HOOKS and not _NEW_ADAPTERS and [*_HOOKS[0].hooks_dict_ref()] == [_HOOKS[0].id]:
+            _HOOKS.pop().remove()
+    for problem in problems:
+        warn_caller(problem, NotTrained, within=("veneer", "torch"))
+
+
+def _check_new_adapters(optimizer: Optimizer) -> list[str]:
+    """The problems of the new adapters that a step of ``optimizer`` should train but does not. The
+    adapters of which this step shows whether they train are no longer new."""
     optimizer_parameters = _optimizer_parameters(optimizer)
-    problems = []
+    problems: list[str] = []
     for adapter in tuple(_NEW_ADAPTERS):
         parameters = adapter.live_parameters()
         stepped_parameters = [
@@ -84,11 +100,7 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             )
             do = "make the optimizer after attach, of handle.parameters()"
             problems.append(sentence(problem, "an optimizer that trains the adapter", do))
-    if not _NEW_ADAPTERS:
-        while _HOOKS:
-            _HOOKS.pop().remove()
-    for problem in problems:
-        warn_caller(problem, NotTrained, within=("veneer", "torch"))
+    return problems
 
 
 def _optimizer_parameters(optimizer: Any) -> dict[int, Any]:

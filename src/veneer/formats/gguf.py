@@ -446,7 +446,8 @@ def _join_pairs(
     """Join the changes of gate and up into one change of ``gate_up_proj``. A change that is None is
     zero. The rank stays the same if both have the same A; else it is the sum of their ranks."""
     changed_pairs = [pair for pair in pairs if pair is not None]
-    out, is_fitting = shape[1] // len(pairs), len(shape) == 3
+    is_fitting = len(shape) == 3
+    out = shape[1] // len(pairs) if is_fitting else 0
     for pair_A, B in changed_pairs:  # [E, r, in], [E, out, r] of a stack [E, out, in]
         is_fitting = (
             is_fitting

@@ -325,11 +325,9 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         raise AdapterError(
             problem, expected, 'convert to "diffusers", whose names ComfyUI reads too'
         )
-    encoder_prefix = (
-        "lora_te1"
-        if any(component == "text_encoder_2" for component, _ in locations.values())
-        else "lora_te"
-    )
+    components = {component for component, _ in locations.values()}
+    components |= {name.partition(".")[0] for name in base.shapes}
+    encoder_prefix = "lora_te1" if "text_encoder_2" in components else "lora_te"
     prefixes = {components[0]: prefix for prefix, components in PREFIXES.items()}
     prefixes |= {"text_encoder": encoder_prefix}
     old_paths = {

@@ -95,9 +95,11 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         name: values[peft_name] for peft_name, name in _SAME_VALUE.items() if peft_name in values
     }
     veneer_fields["targets"] = _target_patterns(values, problems)
-    veneer_fields["exclude"] = _module_patterns(values.get("exclude_modules") or ())
-    saved_modules = values.get("modules_to_save") or ()
-    veneer_fields["train_also"] = _full_module_patterns(saved_modules, task_type)
+    full_modules = _full_module_patterns(values.get("modules_to_save") or (), task_type)
+    veneer_fields["train_also"] = full_modules
+    # PEFT adapts nothing within the modules that it trains in full
+    excluded_weights = _weight_patterns(values.get("exclude_modules") or ())
+    veneer_fields["exclude"] = (*excluded_weights, *full_modules)
     for peft_name, name in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
         patterns = values.get(peft_name) or {}
         veneer_fields[name] = {_layer_pattern(key): value for key, value in patterns.items()}
@@ -184,6 +186,17 @@ def _module_patterns(modules: str | Iterable[str]) -> Any:
         rf"re:(.*\.)?{re.escape(name)}" if _VENEER_PATTERN.fullmatch(name) else name
         for name in _as_list(modules)
     )
+
+
+def _weight_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
+    """Patterns of the weights of the modules in ``exclude_modules``. PEFT leaves out neither the
+    modules below these nor their biases; a pattern of modules would leave out both."""
+    paths = (
+        [modules]
+        if isinstance(modules, str)
+        else [rf"(.*\.)?{re.escape(name)}" for name in _as_list(modules)]
+    )
+    return tuple(rf"re:(?:{path})\.[^.]*weight" for path in paths)
 
 
 def _as_list(names: Iterable[str]) -> list[str]:

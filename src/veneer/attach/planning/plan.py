@@ -6,6 +6,7 @@ plan(model, config, name) -> Plans      changes nothing; collects every problem,
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -129,8 +130,9 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             )
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        target_paths = tuple(dict.fromkeys(path for path, _ in targets))
-        plans = replace(plans, config=replace(config, targets=target_paths))
+        # expressions: a path may be empty, a word of WORDS or the end of another path
+        patterns = tuple(dict.fromkeys(f"re:{re.escape(path)}" for path, _ in targets))
+        plans = replace(plans, config=replace(config, targets=patterns))
     return plans
 
 
@@ -262,23 +264,27 @@ class _Planner:
         return [ref for ref in targets if ref not in refused]
 
     def specs(self, targets: Sequence[ParamRef]) -> dict[ParamRef, TargetSpec]:
-        """Rank, alpha and slices of each target that takes a low-rank change."""
+        """Rank, alpha and slices of each target that takes a low-rank change. A tied weight has the
+        same under each of its names."""
         names, config = self.names, self.config
         variant = VARIANTS[config.variant]
         alpha = variant.default_alpha if config.alpha is None else config.alpha
-        return {
-            ref: TargetSpec(
-                int(targeting.value_for(names, ref, config.ranks, config.rank)),
-                targeting.value_for(names, ref, config.alphas, alpha),
-                targeting.value_for(names, ref, config.slices, None),
+        refs_by_id = names.holders()
+        specs: dict[ParamRef, TargetSpec] = {}
+        for ref in targets:
+            if not is_matrix(names, ref):
+                continue
+            holders = names.holders_of(ref, refs_by_id)
+            rank = targeting.value_for(names, holders, config.ranks, None)
+            specs[ref] = TargetSpec(
+                int(config.rank if rank is None else rank),
+                targeting.value_for(names, holders, config.alphas, alpha),
+                targeting.value_for(names, holders, config.slices, None),
                 # "all" lowers the rank to what each layer allows. A rank that the config sets for a
                 # layer by name must fit.
-                clamp="all" in self.words
-                and targeting.value_for(names, ref, config.ranks, None) is None,
+                clamp="all" in self.words and rank is None,
             )
-            for ref in targets
-            if is_matrix(names, ref)
-        }
+        return specs
 
     def with_tokens(self, specs: Mapping[ParamRef, TargetSpec]) -> dict[ParamRef, TargetSpec]:
         """``specs`` with the trained tokens. A weight that is no target gets a spec of rank 0 for

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -87,28 +87,35 @@ def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[
     return excluded
 
 
-def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: Any) -> Any:
-    """The value of the first pattern in ``values`` that matches a name of the module or of the
-    parameter."""
+def value_for(
+    names: Names, refs: Sequence[ParamRef], values: Mapping[str, Any], default: Any
+) -> Any:
+    """The value of the first pattern in ``values`` that matches one of ``refs``, which name one
+    weight in each module that holds it."""
     return next(
-        (value for pattern, value in values.items() if matches_ref(names, pattern, ref)), default
+        (value for pattern, value in values.items() if matches_any(names, pattern, refs)), default
     )
 
 
-def matches_ref(names: Names, pattern: str, ref: ParamRef) -> bool:
-    """Whether a pattern, which is no word of ``WORDS``, matches a module or its parameter."""
-    is_match, (path, name) = path_test(pattern), ref
+def matches_any(names: Names, pattern: str, refs: Iterable[ParamRef]) -> bool:
+    """Whether a pattern, which is no word of ``WORDS``, matches one of ``refs``: a name of the
+    module or of its parameter."""
+    is_match = path_test(pattern)
     return any(
-        is_match(alias) or is_match(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path]
+        is_match(alias) or is_match(f"{alias}.{name}".lstrip("."))
+        for path, name in refs
+        for alias in names.aliases[path]
     )
 
 
 def unmatched_pattern_problems(
     names: Names, patterns: Iterable[str], field: str, targets: list[ParamRef]
 ) -> list[str]:
-    """A problem for each pattern that matches none of the parameters ``targets``. ``field`` is the
-    name of the config's field with these patterns."""
+    """A problem for each pattern that matches none of the parameters ``targets`` under any of their
+    names. ``field`` is the name of the config's field with these patterns."""
     paths = dict.fromkeys(path for path, _ in targets)
+    refs_by_id = names.holders()
+    holders = [holder for ref in targets for holder in names.holders_of(ref, refs_by_id)]
     return [
         sentence(
             f"{field} pattern {pattern!r} matches no target{names.suggest(pattern, paths)}",
@@ -116,7 +123,7 @@ def unmatched_pattern_problems(
             f"name one of {listing(paths)}",
         )
         for pattern in patterns
-        if not any(matches_ref(names, pattern, ref) for ref in targets)
+        if not matches_any(names, pattern, holders)
     ]
 
 
