@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from types import MethodType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,23 +74,30 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
         except CannotFormError:
             always_form_weights(layer_state)
     values = {**replacements, **layer_adapter.changed_weights(module, runs_wide)}
-    if runs_wide:
-        tensors = {**module._buffers, **module._parameters, **values}
-        values = {
-            name: widen(tensor, torch.float32)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
+    wide_copies = _wide_copies(module, values) if runs_wide else {}
     views: list[_View] = []
     child_views = _children_read_below(module, submodule_adapters, views)
-    view_of_module = _create_view(module, base_cls, values, child_views, layer_state, views)
+    view_of_module = _create_view(
+        module, base_cls, values, child_views, layer_state, views, wide_copies
+    )
     if narrow_dtype is None:
         y = function(view_of_module, *args, **kwargs)
     else:
         y = _run_widened(partial(function, view_of_module), args, kwargs, values, narrow_dtype)
-    for view_entry in views:
-        _write_back(*view_entry)
+    for entry in views:
+        _write_back(entry)
     return y
+
+
+def _wide_copies(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in float32 of the narrower tensors that a view has: ``values``, and the module's other
+    parameters and buffers."""
+    tensors: dict[str, Any] = {**module._buffers, **module._parameters, **values}
+    return {
+        name: tensor.to(torch.float32)
+        for name, tensor in tensors.items()
+        if is_float(tensor) and at_least_float32(tensor.dtype) != tensor.dtype
+    }
 
 
 def _run_widened(
@@ -135,9 +142,9 @@ def _run_unformed(
 ) -> Any:
     """``run_on_view`` with weights that are not formed (``Unformed``)."""
     views: list[_View] = []
-    view_of_module = _create_view(module, base_cls, values, {}, layer_state, views)
+    view_of_module = _create_view(module, base_cls, values, {}, layer_state, views, {})
     y = function(view_of_module, *args, **kwargs)
-    _write_back(*views[0])
+    _write_back(views[0])
     return y
 
 
@@ -167,7 +174,7 @@ def _view_read_below(
     layer_adapter, layer_state = layer_adapters.get(()), state_of(module)
     if layer_adapter is None:
         children = _children_read_below(module, layer_adapters, views)
-        return _create_view(module, type(module), {}, children, None, views)
+        return _create_view(module, type(module), {}, children, None, views, {})
     if layer_state is None and STATE in module._modules:
         return module  # already a view, created for a module above
     if layer_state is None:
@@ -183,35 +190,58 @@ def _view_read_below(
         **layer_adapter.changed_weights(module, wide=False),
     }
     children = _children_read_below(module, layer_adapters, views)
-    return _create_view(module, base_class(module), values, children, layer_state, views)
+    return _create_view(module, base_class(module), values, children, layer_state, views, {})
 
 
-#: (a module, its view for one call, the view's attributes before the call, the values that replace
-#: the module's parameters and buffers)
-_View = tuple[nn.Module, nn.Module, Mapping[str, Any], Mapping[str, Tensor]]
+class _View(NamedTuple):
+    """A view of a module for one call.
+
+    Fields:
+        attributes: the view's attributes before the call.
+        values: the tensors that replace parameters and buffers of the module, by name. What forward
+            writes to them is not written back.
+        wide_buffers: copies of other buffers in float32, by name, each with its version before the
+            call (``_version``).
+    """
+
+    module: nn.Module
+    view: nn.Module
+    attributes: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+    wide_buffers: Mapping[str, tuple[Tensor, int | None]]
 
 
-def _write_back(
-    module: nn.Module,
-    view: nn.Module,
-    attributes_before: Mapping[str, Any],
-    values: Mapping[str, Tensor],
-) -> None:
+def _version(tensor: Tensor) -> int | None:
+    """The number of writes to a tensor. None if it is not counted, or not known before the call
+    runs."""
+    is_unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return None if is_unknown else tensor._version
+
+
+def _write_back(entry: _View) -> None:
     """Copy the changes that forward made to a view back to the module: attributes (a cache, a
-    counter) and buffers. ``values`` are the tensors that the view had in place of the module's."""
+    counter) and buffers."""
+    module, view, attributes, values, wide_buffers = entry
     module_attributes, view_attributes = module.__dict__, view.__dict__
     module_attributes.update(
         {
             name: value
             for name, value in view_attributes.items()
-            if name not in attributes_before or attributes_before[name] is not value
+            if name not in attributes or attributes[name] is not value
         }
     )
-    for name in attributes_before.keys() - view_attributes.keys():
+    for name in attributes.keys() - view_attributes.keys():
         module_attributes.pop(name, None)
     for name, buffer in view._buffers.items():
-        if name not in values and module._buffers.get(name) is not buffer:
-            module._buffers[name] = buffer
+        if name in values:
+            continue
+        module_buffer: Any = module._buffers.get(name)
+        wide_copy, version = wide_buffers.get(name, (module_buffer, None))
+        if buffer is not wide_copy:  # forward has assigned another one
+            is_widened = name in wide_buffers and is_float(buffer)
+            module._buffers[name] = buffer.to(module_buffer.dtype) if is_widened else buffer
+        elif name in wide_buffers and (version is None or version != wide_copy._version):
+            module_buffer.copy_(wide_copy)  # the same numbers if nothing was written
 
 
 def _create_view(
@@ -221,16 +251,23 @@ def _create_view(
     children,
     layer_state: LayerState | None,
     views: list[_View],
+    wide_copies: Mapping[str, Tensor],
 ) -> nn.Module:
     """``view``, with the attributes and methods that the layer state lists. Adds an entry for the
-    view to ``views``."""
+    view to ``views``. ``wide_copies``: copies in float32 of tensors of the view, by name."""
     attributes = None if layer_state is None else layer_state.view_attributes
-    module_view = view(module, base_cls, values, children, attributes)
+    tensors = {**values, **wide_copies}
+    module_view = view(module, base_cls, tensors, children, attributes)
     for name in () if layer_state is None else layer_state.bound_methods:
         module_view.__dict__[name] = MethodType(module_view.__dict__[name].__func__, module_view)
     if layer_state is not None and layer_state.layer is not None:
-        layer_state.layer.bind(module_view, values)
-    views.append((module, module_view, dict(module_view.__dict__), values))
+        layer_state.layer.bind(module_view, tensors)
+    wide_buffers = {
+        name: (wide_copy, _version(wide_copy))
+        for name, wide_copy in wide_copies.items()
+        if name in module._buffers and name not in values
+    }
+    views.append(_View(module, module_view, dict(module_view.__dict__), values, wide_buffers))
     return module_view
 
 
