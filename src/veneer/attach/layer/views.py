@@ -9,7 +9,8 @@ cache, a counter), they are written back to the module afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple, cast
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from veneer.attach.layer.adapted_module import (
     ACCELERATE_FORWARD,
@@ -28,13 +31,23 @@ from veneer.attach.layer.adapted_module import (
 )
 from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
-from veneer.attach.layer.dtypes import cast_floats, is_float, no_autocast, output_dtype, widen
+from veneer.attach.layer.dtypes import (
+    cast_floats,
+    cast_outputs,
+    is_float,
+    no_autocast,
+    output_dtype,
+    widen,
+)
 from veneer.attach.layer.experts import always_form_weights, unformed_weights_of
 from veneer.attach.layer.state import STATE, LayerState, ModulePath, detached_error
 from veneer.attach.layer.unformed import CannotFormError
 from veneer.bases import BASES
 from veneer.distributed import base_class
 from veneer.precision import at_least_float32
+
+#: types of arguments that a forward cannot change if it gets copies of the tensors
+ARGUMENT_TYPES = (Tensor, PackedSequence, int, float, str, torch.dtype, torch.device, type(None))
 
 
 def run_on_view(layer_adapter: Any, call: Call) -> Any:
@@ -83,7 +96,8 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     if narrow_dtype is None:
         y = function(view_of_module, *args, **kwargs)
     else:
-        y = _run_widened(partial(function, view_of_module), args, kwargs, values, narrow_dtype)
+        weight = next(iter(values.values()))
+        y = _run_widened(call, partial(function, view_of_module), weight, narrow_dtype)
     for entry in views:
         _write_back(entry)
     return y
@@ -100,21 +114,83 @@ def _wide_copies(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
     }
 
 
-def _run_widened(
-    function: Any,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    values: Mapping[str, Tensor],
-    weight_dtype: torch.dtype,
-) -> Any:
-    """The output of a method that computes in float32. It is cast to the dtype that it would have
-    for weights of ``weight_dtype``."""
-    floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_float(leaf)]
+def _run_widened(call: Call, function: Any, weight: Tensor, weight_dtype: torch.dtype) -> Any:
+    """The output of ``function``, the method of a call, which computes in float32. It is cast to
+    the dtypes that it has for weights of ``weight_dtype``. ``weight``: a weight of the view."""
+    floats = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if is_float(leaf)]
     first_tensor = floats[0].data if floats else None  # ``data`` also of a packed sequence
     y_dtype = weight_dtype if first_tensor is None else output_dtype(first_tensor, weight_dtype)
-    with no_autocast(next(iter(values.values()))):
-        args, kwargs = cast_floats((args, kwargs), torch.float32)
-        return cast_floats(function(*args, **kwargs), y_dtype)
+    dtypes = _base_dtypes(call, weight, weight_dtype, y_dtype)
+    with no_autocast(weight):
+        args, kwargs = cast_floats((call.args, call.kwargs), torch.float32)
+        return cast_outputs(function(*args, **kwargs), dtypes, y_dtype)
+
+
+def _base_dtypes(
+    call: Call, weight: Tensor, weight_dtype: torch.dtype, y_dtype: torch.dtype
+) -> Sequence[torch.dtype | None]:
+    """The dtypes of the leaves of the base's output for a call; None for a leaf that is no float.
+    The base is called once to find them, and the layer state keeps them.
+
+    Empty if they are not known, because the base fails for these arguments or could change one of
+    them. Empty also for the classes of torch, whose outputs all have the dtype ``y_dtype``.
+    """
+    layer_state, leaves = call.layer_state, pytree.tree_leaves((call.args, call.kwargs))
+    if layer_state.is_stock_class or not all(isinstance(leaf, ARGUMENT_TYPES) for leaf in leaves):
+        return ()
+    if torch.compiler.is_compiling():
+        return _call_base(call)  # only the dtypes are used, so the compiler removes this call
+    key = (
+        call.method,
+        call.module.training,
+        weight_dtype,
+        y_dtype,
+        output_dtype(weight, weight_dtype),  # the dtype of autocast
+        *call.kwargs,
+        *map(_signature, leaves),
+    )
+    # all traces of a module must be equal, so none of them uses what another one has found
+    known = {} if torch.jit.is_tracing() else layer_state.base_dtypes
+    if key not in known:
+        devices = [weight.device] if weight.is_cuda else []
+        # a dispatch mode, such as selective checkpointing, must see equal operations in each call
+        has_modes = torch._C._len_torch_dispatch_stack() > 0
+        without_modes = _disable_current_modes() if has_modes else nullcontext()
+        try:
+            with without_modes, torch.random.fork_rng(devices=devices):
+                known[key] = _call_base(call)
+        except Exception:  # the base cannot take these arguments; float32 weights may
+            return ()
+    return known[key]
+
+
+def _signature(leaf: Any) -> Any:
+    """What the dtypes of an output may depend on in an argument: not its numbers."""
+    if isinstance(leaf, Tensor | PackedSequence):
+        return leaf.data.dtype
+    return leaf if isinstance(leaf, bool) or not isinstance(leaf, int | float) else type(leaf)
+
+
+def _call_base(call: Call) -> tuple[torch.dtype | None, ...]:
+    """Call the base without gradients, on copies of what its forward could write to. Return the
+    dtypes of the leaves of its output; None for a leaf that is no float."""
+    module, base_cls, layer_state, args, kwargs, _, method, *_ = call
+    with torch.no_grad():
+        tensors = {**module._buffers, **module._parameters}
+        values = {name: _copy(tensor) for name, tensor in tensors.items()}
+        base_view = _create_view(module, base_cls, values, {}, layer_state, [], {})
+        attributes = base_view.__dict__
+        attributes.update({name: _copy(attribute) for name, attribute in attributes.items()})
+        args, kwargs = pytree.tree_map(_copy, (args, kwargs))
+        y = method_of(base_cls, method)(base_view, *args, **kwargs)
+    return tuple(leaf.data.dtype if is_float(leaf) else None for leaf in pytree.tree_leaves(y))
+
+
+def _copy(value: Any) -> Any:
+    """A copy of a tensor, list, dict or set; any other value itself."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)(value) if type(value) in (dict, list, set) else value
 
 
 def _run_opaque(
