@@ -144,6 +144,19 @@ def test_rows_of_a_tensor_are_saved_as_that_tensor():
         assert error(own, gradient) < 1e-5
 
 
+@needs_loop("saved_inputs")
+def test_rows_that_are_written_to_without_a_graph_are_saved_themselves():
+    (x, A, B), W, where, _ = made(([4, 4], 0, 5, 6, 2), torch.float32, torch.float32, False)
+    source = x[:3] * 1
+    rows = source[torch.tensor([0, 0, 1, -1, 2, 1, -3, 1])]
+    with torch.no_grad():
+        rows.clamp_(-0.1, 0.1)
+    found = torch.autograd.grad(grouped.linear(rows, W, A, B, 0.5, where, source).sum(), (A, B))
+    wanted = torch.autograd.grad(grouped.definition(rows, W, A, B, 0.5, where).sum(), (A, B))
+    for own, gradient in zip(found, wanted, strict=True):
+        assert error(own, gradient) < 1e-5
+
+
 def test_ranks_are_filled_up_for_the_grouped_products_of_a_gpu():
     """On a processor torch's grouped products are a loop, so that what other devices get can be
     tested here."""

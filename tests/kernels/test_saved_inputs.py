@@ -180,6 +180,19 @@ def test_a_product_whose_factors_are_freed_or_written_to_is_kept(monkeypatch):
         assert all(map(torch.equal, plain, found))
 
 
+def test_a_product_that_is_written_to_without_a_graph_is_kept(monkeypatch):
+    """Its node still shows the factors, which give the product as it was before."""
+    monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
+    layer, handle = adapted(nn.Linear(6, 4))
+    gate, up = (torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for product in (F.silu(gate) * up, gate * up):
+        with torch.no_grad():
+            product.clamp_(-0.1, 0.1)
+        plain = torch.autograd.grad(layer(product.detach()).sum(), handle.parameters())
+        found = torch.autograd.grad(layer(product).sum(), handle.parameters())
+        assert all(map(torch.equal, plain, found))
+
+
 def test_what_is_written_to_afterwards_is_refused_by_autograd(monkeypatch):
     monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     model, _ = adapted(Gated())

@@ -15,7 +15,7 @@ from tests.support.toys import calibration
 from torch import nn
 
 import veneer
-from veneer.errors import TargetError
+from veneer.errors import ConfigError, TargetError
 from veneer.lowrank import LowRank
 from veneer.variants import CALIBRATION, VARIANTS, InitContext
 from veneer.variants import _parts as parts
@@ -672,6 +672,33 @@ def test_an_original_that_is_not_finite_is_named():
         path: torch.full_like(value, float("inf")) for path, value in model.state_dict().items()
     }
     with pytest.raises(TargetError, match=r"the original of '0\.weight'"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, variant="loftq"), original=state)
+
+
+@pytest.mark.parametrize("as_state", [False, True], ids=["model", "state dict"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_an_original_conv1d_is_transposed_where_its_quantised_layer_is(width, as_state):
+    """transformers makes a Conv1D [in, out] a quantised linear layer [out, in]."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    original = nn.Sequential(conv1d(width, 64))
+    base = nn.Sequential(bitsandbytes.nn.Linear4bit(64, width, quant_type="nf4"))
+    base[0].weight.data.copy_(original[0].weight.detach().T)
+    base[0].source_cls = conv1d
+    base = base.to("cpu")
+    state = original.state_dict() if as_state else original
+    config = veneer.LoraConfig(rank=2, variant="loftq")
+    (change,) = veneer.attach(base, config, original=state).changes.values()
+    lost = original[0].weight.detach().T - change.storage.dense(base[0].weight)
+    delta = change.resolve(None)[0].delta()[0]
+    torch.testing.assert_close(delta, _truncated(lost, 2), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (32,), (4, 4)])
+def test_an_original_of_another_shape_is_refused(shape):
+    model = nn.Sequential(nn.Linear(4, 8))
+    state = {"0.weight": torch.randn(shape)}
+    with pytest.raises(ConfigError, match=r"'0\.weight'.* shape .* in original.*\(8, 4\)"):
         veneer.attach(model, veneer.LoraConfig(rank=2, variant="loftq"), original=state)
 
 

@@ -62,7 +62,7 @@ def collect_calibration_data(
     if batches is not None and "gradient" in variant.needs:
         data["gradient"] = _loss_gradients(model, plans, modules, batches, loss or _model_loss)
     if original is not None:
-        data["original"] = _original_weights(plans, original)
+        data["original"] = _original_weights(plans, modules, original)
     if not data:
         return None
     return lambda weight_plan: {
@@ -241,10 +241,13 @@ def _loss_gradients(
 
 
 def _original_weights(
-    plans: Plans, original: nn.Module | Mapping[str, Tensor]
+    plans: Plans, modules: Mapping[str, nn.Module], original: nn.Module | Mapping[str, Tensor]
 ) -> dict[ParamRef, Tensor]:
     """The weights from before the base was quantised, [g, out, in], by the planned weight."""
-    state = original.state_dict() if isinstance(original, nn.Module) else original
+    is_module = isinstance(original, nn.Module)
+    state = original.state_dict() if is_module else original
+    # a state dict has no classes: the quantised modules record them
+    sources = dict(original.named_modules(remove_duplicate=False)) if is_module else modules
     problems, weights = [], {}
     for weight_plan in filter(_has_low_rank, plans.low):
         path = weight_plan.full_path
@@ -257,16 +260,32 @@ def _original_weights(
                     "pass the unquantised model",
                 )
             )
-        elif (
-            not weight.is_floating_point() or weight.numel() != torch.Size(weight_plan.dims).numel()
-        ):
-            problem = f"{path!r} of {weight.dtype} and shape {tuple(weight.shape)} in original"
-            expected = f"the weight of {tuple(weight_plan.dims)}"
-            problems.append(sentence(problem, expected, "pass the model before it was quantised"))
+            continue
+        base_weight = weight_of(modules[weight_plan.path], weight_plan.weight)
+        shape = weight_plan.storage.shape(base_weight)
+        is_transposed = not weight_plan.layer.out_axis and _was_conv1d(
+            sources.get(weight_plan.path)
+        )
+        if weight.is_floating_point() and weight.shape == (shape[::-1] if is_transposed else shape):
+            weight = weight.detach().float()
+            weights[weight_plan.ref] = _planned_rows(
+                weight_plan, weight.T if is_transposed else weight
+            )
         else:
-            weights[weight_plan.ref] = _planned_rows(weight_plan, weight.detach().float())
+            problem = f"{path!r} of {weight.dtype} and shape {tuple(weight.shape)} in original"
+            expected = f"a floating-point weight of shape {tuple(shape)}"
+            if is_transposed:
+                expected = f"a floating-point weight of a Conv1D, of shape {tuple(shape[::-1])}"
+            problems.append(sentence(problem, expected, "pass the model before it was quantised"))
     raise_all(ConfigError, "The original weights cannot be used", problems)
     return weights
+
+
+def _was_conv1d(module: nn.Module | None) -> bool:
+    """Whether a module is a Conv1D of transformers, whose weight is [in, out], or a quantised layer
+    that transformers made from one. It records the class, and transposes the weight."""
+    cls = getattr(module, "source_cls", type(module))
+    return issubclass(cls, LAYERS["conv1d_transformers"].types())
 
 
 def _planned_rows(weight_plan: LowRankPlan, dense: Tensor) -> Tensor:

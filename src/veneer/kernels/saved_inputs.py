@@ -11,7 +11,7 @@ if autograd saves these anyway.
 Backward recomputes x bit by bit, in one or two passes over memory. In the second case, act(g) is
 also removed from the product's node, which later gets the recomputed act(g). The cases are
 recognised by the nodes of the autograd graph, not by the names of the model's modules. A small x is
-saved itself.
+saved itself, and so is an x that was written to after its product: the factors no longer give it.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def input_to_save(x: Tensor, is_slice: bool = False) -> SavedInput:
     node: Any = x.grad_fn
     if (
         node is None
+        or x._version  # written to since; under no_grad its node stays that of the product
         or not (is_slice or x.numel() > SMALL_INPUT_SIZE)
         or not is_on("saved_inputs")
         or node.name() != "MulBackward0"

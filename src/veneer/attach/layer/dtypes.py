@@ -2,12 +2,14 @@
 ``layer_call.py``.
 
 A 16-bit layer computes W + ΔW in float32, because a 16-bit sum would lose a ΔW that is small
-against W. The output is then cast to the dtype that it would have without an adapter. Integers
-(token ids, masks) pass through unchanged.
+against W. The output is then cast to the dtype that it would have without an adapter, each
+tensor of it to its own: a router returns float32 scores beside bfloat16 logits. Integers (token
+ids, masks) pass through unchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,19 @@ def widen(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map(lambda leaf: leaf.to(dtype) if is_float(leaf) else leaf, tree)
+
+
+def cast_outputs(tree: Any, dtypes: Sequence[torch.dtype | None], default: torch.dtype) -> Any:
+    """Cast each floating-point leaf of an output to its dtype in ``dtypes``, or to ``default`` if
+    that is None, or if ``dtypes`` are not as many as the leaves."""
+    leaves, spec = pytree.tree_flatten(tree)
+    if len(dtypes) != len(leaves):
+        dtypes = [default] * len(leaves)
+    cast_leaves = [
+        leaf.to(dtype or default) if is_float(leaf) else leaf
+        for leaf, dtype in zip(leaves, dtypes, strict=True)
+    ]
+    return pytree.tree_unflatten(cast_leaves, spec)
 
 
 def no_autocast(tensor: Tensor) -> Any:

@@ -283,6 +283,8 @@ class LayerState(nn.Module):
             class's forward. None if there is none.
         opaque_storage: the storage of a module that is its own weight, whose forward passes
             gradients on. None for every other module.
+        base_dtypes: the dtypes of the leaves of the base's output, by the method, the dtypes of its
+            arguments and what else they depend on. ``views.py`` fills it, call by call.
     """
 
     def __init__(
@@ -302,6 +304,7 @@ class LayerState(nn.Module):
         self.bound_methods: tuple[str, ...] = ()
         self.instance_forward: FunctionType | None = None
         self.opaque_storage: Any = None
+        self.base_dtypes: dict[Any, tuple[Any, ...]] = {}
 
     def selection_error(self, active: ActiveAdapter) -> SelectionError:
         """The error of a call whose selection cannot run: it selects no adapter where there are

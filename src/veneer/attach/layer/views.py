@@ -9,15 +9,18 @@ cache, a counter), they are written back to the module afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from veneer.attach.layer.adapted_module import (
     ACCELERATE_FORWARD,
@@ -28,13 +31,23 @@ from veneer.attach.layer.adapted_module import (
 )
 from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
-from veneer.attach.layer.dtypes import cast_floats, is_float, no_autocast, output_dtype, widen
+from veneer.attach.layer.dtypes import (
+    cast_floats,
+    cast_outputs,
+    is_float,
+    no_autocast,
+    output_dtype,
+    widen,
+)
 from veneer.attach.layer.experts import always_form_weights, unformed_weights_of
 from veneer.attach.layer.state import STATE, LayerState, ModulePath, detached_error
 from veneer.attach.layer.unformed import CannotFormError
 from veneer.bases import BASES
 from veneer.distributed import base_class
 from veneer.precision import at_least_float32
+
+#: types of arguments that a forward cannot change if it gets copies of the tensors
+ARGUMENT_TYPES = (Tensor, PackedSequence, int, float, str, torch.dtype, torch.device, type(None))
 
 
 def run_on_view(layer_adapter: Any, call: Call) -> Any:
@@ -74,40 +87,110 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
         except CannotFormError:
             always_form_weights(layer_state)
     values = {**replacements, **layer_adapter.changed_weights(module, runs_wide)}
-    if runs_wide:
-        tensors = {**module._buffers, **module._parameters, **values}
-        values = {
-            name: widen(tensor, torch.float32)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
+    wide_copies = _wide_copies(module, values) if runs_wide else {}
     views: list[_View] = []
     child_views = _children_read_below(module, submodule_adapters, views)
-    view_of_module = _create_view(module, base_cls, values, child_views, layer_state, views)
+    view_of_module = _create_view(
+        module, base_cls, values, child_views, layer_state, views, wide_copies
+    )
     if narrow_dtype is None:
         y = function(view_of_module, *args, **kwargs)
     else:
-        y = _run_widened(partial(function, view_of_module), args, kwargs, values, narrow_dtype)
-    for view_entry in views:
-        _write_back(*view_entry)
+        weight = next(iter(values.values()))
+        y = _run_widened(call, partial(function, view_of_module), weight, narrow_dtype)
+    for entry in views:
+        _write_back(entry)
     return y
 
 
-def _run_widened(
-    function: Any,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    values: Mapping[str, Tensor],
-    weight_dtype: torch.dtype,
-) -> Any:
-    """The output of a method that computes in float32. It is cast to the dtype that it would have
-    for weights of ``weight_dtype``."""
-    floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_float(leaf)]
+def _wide_copies(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in float32 of the narrower tensors that a view has: ``values``, and the module's other
+    parameters and buffers."""
+    tensors: dict[str, Any] = {**module._buffers, **module._parameters, **values}
+    return {
+        name: tensor.to(torch.float32)
+        for name, tensor in tensors.items()
+        if is_float(tensor) and at_least_float32(tensor.dtype) != tensor.dtype
+    }
+
+
+def _run_widened(call: Call, function: Any, weight: Tensor, weight_dtype: torch.dtype) -> Any:
+    """The output of ``function``, the method of a call, which computes in float32. It is cast to
+    the dtypes that it has for weights of ``weight_dtype``. ``weight``: a weight of the view."""
+    floats = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if is_float(leaf)]
     first_tensor = floats[0].data if floats else None  # ``data`` also of a packed sequence
     y_dtype = weight_dtype if first_tensor is None else output_dtype(first_tensor, weight_dtype)
-    with no_autocast(next(iter(values.values()))):
-        args, kwargs = cast_floats((args, kwargs), torch.float32)
-        return cast_floats(function(*args, **kwargs), y_dtype)
+    dtypes = _base_dtypes(call, weight, weight_dtype, y_dtype)
+    with no_autocast(weight):
+        args, kwargs = cast_floats((call.args, call.kwargs), torch.float32)
+        return cast_outputs(function(*args, **kwargs), dtypes, y_dtype)
+
+
+def _base_dtypes(
+    call: Call, weight: Tensor, weight_dtype: torch.dtype, y_dtype: torch.dtype
+) -> Sequence[torch.dtype | None]:
+    """The dtypes of the leaves of the base's output for a call; None for a leaf that is no float.
+    The base is called once to find them, and the layer state keeps them.
+
+    Empty if they are not known, because the base fails for these arguments or could change one of
+    them. Empty also for the classes of torch, whose outputs all have the dtype ``y_dtype``.
+    """
+    layer_state, leaves = call.layer_state, pytree.tree_leaves((call.args, call.kwargs))
+    if layer_state.is_stock_class or not all(isinstance(leaf, ARGUMENT_TYPES) for leaf in leaves):
+        return ()
+    if torch.compiler.is_compiling():
+        return _call_base(call)  # only the dtypes are used, so the compiler removes this call
+    key = (
+        call.method,
+        call.module.training,
+        weight_dtype,
+        y_dtype,
+        output_dtype(weight, weight_dtype),  # the dtype of autocast
+        *call.kwargs,
+        *map(_signature, leaves),
+    )
+    # all traces of a module must be equal, so none of them uses what another one has found
+    known = {} if torch.jit.is_tracing() else layer_state.base_dtypes
+    if key not in known:
+        devices = [weight.device] if weight.is_cuda else []
+        # a dispatch mode, such as selective checkpointing, must see equal operations in each call
+        has_modes = torch._C._len_torch_dispatch_stack() > 0
+        without_modes = _disable_current_modes() if has_modes else nullcontext()
+        try:
+            with without_modes, torch.random.fork_rng(devices=devices):
+                known[key] = _call_base(call)
+        except Exception:  # the base cannot take these arguments; float32 weights may
+            return ()
+    return known[key]
+
+
+def _signature(leaf: Any) -> Any:
+    """What the dtypes of an output may depend on in an argument: not its numbers."""
+    if isinstance(leaf, Tensor | PackedSequence):
+        return leaf.data.dtype
+    return leaf if isinstance(leaf, bool) or not isinstance(leaf, int | float) else type(leaf)
+
+
+def _call_base(call: Call) -> tuple[torch.dtype | None, ...]:
+    """Call the base without gradients, on copies of what its forward could write to. Return the
+    dtypes of the leaves of its output; None for a leaf that is no float."""
+    module, base_cls, layer_state, args, kwargs, _, method, *_ = call
+    with torch.no_grad():
+        tensors = {**module._buffers, **module._parameters}
+        values = {name: _copy(tensor) for name, tensor in tensors.items()}
+        base_view = _create_view(module, base_cls, values, {}, layer_state, [], {})
+        attributes = base_view.__dict__
+        attributes.update({name: _copy(attribute) for name, attribute in attributes.items()})
+        args, kwargs = pytree.tree_map(_copy, (args, kwargs))
+        y = method_of(base_cls, method)(base_view, *args, **kwargs)
+    return tuple(leaf.data.dtype if is_float(leaf) else None for leaf in pytree.tree_leaves(y))
+
+
+def _copy(value: Any) -> Any:
+    """A copy of a tensor, list, dict or set; any other value itself."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)(value) if type(value) in (dict, list, set) else value
 
 
 def _run_opaque(
@@ -135,9 +218,9 @@ def _run_unformed(
 ) -> Any:
     """``run_on_view`` with weights that are not formed (``Unformed``)."""
     views: list[_View] = []
-    view_of_module = _create_view(module, base_cls, values, {}, layer_state, views)
+    view_of_module = _create_view(module, base_cls, values, {}, layer_state, views, {})
     y = function(view_of_module, *args, **kwargs)
-    _write_back(*views[0])
+    _write_back(views[0])
     return y
 
 
@@ -167,7 +250,7 @@ def _view_read_below(
     layer_adapter, layer_state = layer_adapters.get(()), state_of(module)
     if layer_adapter is None:
         children = _children_read_below(module, layer_adapters, views)
-        return _create_view(module, type(module), {}, children, None, views)
+        return _create_view(module, type(module), {}, children, None, views, {})
     if layer_state is None and STATE in module._modules:
         return module  # already a view, created for a module above
     if layer_state is None:
@@ -183,35 +266,58 @@ def _view_read_below(
         **layer_adapter.changed_weights(module, wide=False),
     }
     children = _children_read_below(module, layer_adapters, views)
-    return _create_view(module, base_class(module), values, children, layer_state, views)
+    return _create_view(module, base_class(module), values, children, layer_state, views, {})
 
 
-#: (a module, its view for one call, the view's attributes before the call, the values that replace
-#: the module's parameters and buffers)
-_View = tuple[nn.Module, nn.Module, Mapping[str, Any], Mapping[str, Tensor]]
+class _View(NamedTuple):
+    """A view of a module for one call.
+
+    Fields:
+        attributes: the view's attributes before the call.
+        values: the tensors that replace parameters and buffers of the module, by name. What forward
+            writes to them is not written back.
+        wide_buffers: copies of other buffers in float32, by name, each with its version before the
+            call (``_version``).
+    """
+
+    module: nn.Module
+    view: nn.Module
+    attributes: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+    wide_buffers: Mapping[str, tuple[Tensor, int | None]]
 
 
-def _write_back(
-    module: nn.Module,
-    view: nn.Module,
-    attributes_before: Mapping[str, Any],
-    values: Mapping[str, Tensor],
-) -> None:
+def _version(tensor: Tensor) -> int | None:
+    """The number of writes to a tensor. None if it is not counted, or not known before the call
+    runs."""
+    is_unknown = torch.compiler.is_compiling() or tensor.is_inference()
+    return None if is_unknown else tensor._version
+
+
+def _write_back(entry: _View) -> None:
     """Copy the changes that forward made to a view back to the module: attributes (a cache, a
-    counter) and buffers. ``values`` are the tensors that the view had in place of the module's."""
+    counter) and buffers."""
+    module, view, attributes, values, wide_buffers = entry
     module_attributes, view_attributes = module.__dict__, view.__dict__
     module_attributes.update(
         {
             name: value
             for name, value in view_attributes.items()
-            if name not in attributes_before or attributes_before[name] is not value
+            if name not in attributes or attributes[name] is not value
         }
     )
-    for name in attributes_before.keys() - view_attributes.keys():
+    for name in attributes.keys() - view_attributes.keys():
         module_attributes.pop(name, None)
     for name, buffer in view._buffers.items():
-        if name not in values and module._buffers.get(name) is not buffer:
-            module._buffers[name] = buffer
+        if name in values:
+            continue
+        module_buffer: Any = module._buffers.get(name)
+        wide_copy, version = wide_buffers.get(name, (module_buffer, None))
+        if buffer is not wide_copy:  # forward has assigned another one
+            is_widened = name in wide_buffers and is_float(buffer)
+            module._buffers[name] = buffer.to(module_buffer.dtype) if is_widened else buffer
+        elif name in wide_buffers and (version is None or version != wide_copy._version):
+            module_buffer.copy_(wide_copy)  # the same numbers if nothing was written
 
 
 def _create_view(
@@ -221,16 +327,23 @@ def _create_view(
     children,
     layer_state: LayerState | None,
     views: list[_View],
+    wide_copies: Mapping[str, Tensor],
 ) -> nn.Module:
     """``view``, with the attributes and methods that the layer state lists. Adds an entry for the
-    view to ``views``."""
+    view to ``views``. ``wide_copies``: copies in float32 of tensors of the view, by name."""
     attributes = None if layer_state is None else layer_state.view_attributes
-    module_view = view(module, base_cls, values, children, attributes)
+    tensors = {**values, **wide_copies}
+    module_view = view(module, base_cls, tensors, children, attributes)
     for name in () if layer_state is None else layer_state.bound_methods:
         module_view.__dict__[name] = MethodType(module_view.__dict__[name].__func__, module_view)
     if layer_state is not None and layer_state.layer is not None:
-        layer_state.layer.bind(module_view, values)
-    views.append((module, module_view, dict(module_view.__dict__), values))
+        layer_state.layer.bind(module_view, tensors)
+    wide_buffers = {
+        name: (wide_copy, _version(wide_copy))
+        for name, wide_copy in wide_copies.items()
+        if name in module._buffers and name not in values
+    }
+    views.append(_View(module, module_view, dict(module_view.__dict__), values, wide_buffers))
     return module_view
 
 
