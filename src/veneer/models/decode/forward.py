@@ -9,11 +9,10 @@ call shows whether the architecture gives the same logits so.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -84,8 +83,14 @@ class Forward:
             raise self._refusal("an attention of its own")
         head = model.get_output_embeddings()
         self.logits = (head if head is not None else model.get_input_embeddings()).weight.shape[0]
-        self._hook = None if head is None else head.register_forward_pre_hook(_last_rows)
-        self._head = head
+        self._hooks: list[Any] = []
+        if head is not None:
+            self._hooks = [
+                head.register_forward_pre_hook(_last_rows),
+                head.register_forward_pre_hook(_take_few_rows),
+                head.register_forward_hook(_multiply_taken_rows),
+            ]
+        self._is_closed = False
 
     def _refusal(self, problem: str) -> ConfigError:
         expected = (
@@ -98,9 +103,10 @@ class Forward:
 
     def close(self) -> None:
         """Restore the model's own attention."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        if not self._is_closed:
+            self._is_closed = True
+            for hook in self._hooks:
+                hook.remove()
             self.model.set_attn_implementation(self._attentions)
 
     def fill(
@@ -145,7 +151,6 @@ class Forward:
         with (
             slots.decode(rows, lengths, positions),
             weight_first.use(),
-            _few_rows_fast(self._head),
         ):
             return self._logits(slots, ids[:, None], positions[:, None], None)
 
@@ -310,25 +315,27 @@ def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return (_last(inputs[0], last), *inputs[1:])
 
 
-@contextmanager
-def _few_rows_fast(head: Any) -> Iterator[None]:
-    """Within this block, a plain linear ``head`` multiplies a few rows weight first. It is
-    overridden during a call alone, because others may attach adapters to it between calls."""
-    if type(head) is not nn.Linear or "forward" in head.__dict__:
-        yield
-        return
-    head.__dict__["forward"] = functools.partial(_head_forward, head)
-    try:
-        yield
-    finally:
-        del head.__dict__["forward"]
+def _take_few_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """In a decode call: keep the few rows that a plain linear head multiplies, and give it none.
+    ``_multiply_taken_rows`` then multiplies them weight first. The head is not changed for this, as
+    another thread may attach an adapter to it during the call."""
+    NOW.head_rows = None
+    if type(head) is not nn.Linear or "forward" in head.__dict__ or len(head._forward_hooks) > 1:
+        return None
+    x = inputs[0]
+    if not weight_first.applies(x.flatten(0, -2), head.weight):
+        return None
+    NOW.head_rows = x
+    return (x[:0],)
 
 
-def _head_forward(head: nn.Linear, x: Tensor) -> Tensor:
-    rows = x.flatten(0, -2)
-    if not weight_first.applies(rows, head.weight):
-        return nn.Linear.forward(head, x)
-    return weight_first.linear(rows, head.weight, head.bias).view(*x.shape[:-1], -1)
+def _multiply_taken_rows(head: Any, inputs: Any, output: Tensor) -> Tensor | None:
+    """The output of the head for the rows of ``_take_few_rows``; None if there are none."""
+    x = getattr(NOW, "head_rows", None)
+    if x is None:
+        return None
+    NOW.head_rows = None
+    return weight_first.linear(x.flatten(0, -2), head.weight, head.bias).view(*x.shape[:-1], -1)
 
 
 def _last(values: Tensor, last: Tensor) -> Tensor:
