@@ -18,6 +18,10 @@ from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
 from veneer.serve.request_state import RequestState
 from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 
+#: tokens up to which a request waits for the prompts that arrived with it (its first ones, as not
+#: all arrive at the very same time), and seconds for which it waits at most
+BURST_TOKENS, BURST_SECONDS = 4, 3.0
+
 
 class Batch:
     """Requests with rows in ``memory``: ``filling`` (prefill) and ``running`` (decode). Only the
@@ -87,7 +91,10 @@ class Batch:
             return []
         with self._lock:
             order = self._scheduler.by_service(self.filling)
-        scored, rows, budget = order[0].is_scored, len(self.running), self._prefill_budget
+        rows, budget = len(self.running), self._prefill_budget
+        if self.is_burst():  # all are computed before a next token; similar lengths need no padding
+            rows, order = 0, sorted(order, key=lambda state: len(state.ids) - state.length)
+        scored = order[0].is_scored
         tokens = (
             budget.scored_tokens(rows, len(order))
             if scored
@@ -104,6 +111,21 @@ class Batch:
         unchosen = [state for state in self.filling if state not in states]
         self.filling = [*unchosen, *states]
         return states
+
+    def is_burst(self) -> bool:
+        """Whether the prompts come before the next tokens of the running rows: none of these has
+        more than its first tokens, so the requests arrived together, and all of them end sooner if
+        their rows then run in the same calls. Not beside prompts that take several calls."""
+        latest, budget = time.monotonic() - BURST_SECONDS, self._prefill_budget
+        return (
+            bool(self.filling)
+            and budget.gap is None
+            and all(
+                len(s.ids) - s.length <= (budget.most_scored if s.is_scored else budget.most)
+                for s in self.filling
+            )
+            and all(s.generated <= BURST_TOKENS and s.sampled_at > latest for s in self.running)
+        )
 
     def note_filled(self, states: Sequence[RequestState], finite: Sequence[bool]) -> list[int]:
         """Record that tokens of these prompts were computed. Requests whose prompts are complete

@@ -218,16 +218,16 @@ class Engine:
         self._widen_rows()
         filling = self._batch.next_fill()
         tokens = sum(state.filled - state.length for state in filling)
-        scored = bool(filling) and filling[0].is_scored
-        together = self._batch.running and 0 < tokens <= self._batch.together and not scored
-        if together and self._compute_together(filling, tokens):
+        scored, burst = bool(filling) and filling[0].is_scored, self._batch.is_burst()
+        together = self._batch.running and 0 < tokens <= self._batch.together
+        if together and not (scored or burst) and self._compute_together(filling, tokens):
             return
         if filling:
             longest = max(state.filled - state.length for state in filling)
             seconds = self._compute(filling, self._fill)
             self._prefill_budget.note_fill(len(filling) * longest, seconds, scored=scored)
             self._widen_rows()
-        if self._batch.running:
+        if self._batch.running and not self._batch.is_burst():
             running = self._batch.sort_running()
             self._prefill_budget.note_decode(len(running), self._compute(running, self._decode))
 

@@ -6,8 +6,9 @@ A few tokens are computed in the call of the running rows, and cost what they ad
 are read in any case. More of them are a call of their own. Without a ``gap`` prompts may take
 ``SHARE`` of the time that the running rows take by themselves, so that the time between two tokens
 stays below twice that, measurements being late. Where more prompts wait than half as many rows run,
-they may take more, by as much: with 4 rows and 24 prompts 12 times. A burst of requests is served
-sooner by that, and few rows are kept waiting for it.
+they may take more, by as much: with 4 rows and 24 prompts 12 times. Few rows are kept waiting for
+them by that. Requests that arrive together have all of their prompts computed first
+(``Batch.is_burst``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from veneer.models.decode.forward import TOGETHER
 SHARE = 0.7
 
 #: by what factor the rows may be more or fewer than those of the latest decode call
-MOST_ROW_GROWTH = 1.5
+MOST_ROW_GROWTH = 1.25
 
 #: tokens of a step are a multiple of this, so that many steps have the same number
 MULTIPLE = 8
@@ -56,7 +57,7 @@ class PrefillBudget:
 
     def tokens(self, running: int, filling: int, together: int = TOGETHER) -> int:
         """How many tokens the next step computes of ``filling`` prompts, beside ``running`` rows;
-        up to ``together`` are computed in their call. None, where it is not known how long so
+        up to ``together`` are computed in their call. 0 where it is not known how long so
         many rows take by themselves."""
         if not running or not self._apart:
             return self.most
