@@ -55,6 +55,7 @@ def test_a_copy_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path,
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (flushed.add(os.fstat(file).st_ino), fsync(file)))
     store = SimpleNamespace(checkpoint=lambda place: True, files_of=lambda place: place)
-    Operations.copy(SimpleNamespace(store=store), source, target)  # type: ignore[arg-type]
+    operations = SimpleNamespace(store=store, _update_bank=lambda target: None)
+    Operations.copy(operations, source, target)  # type: ignore[arg-type]
     assert (target / "adapter" / "tensors").read_text() == "numbers"
     assert {path.stat().st_ino for path in (target.parent, target, *target.rglob("*"))} <= flushed

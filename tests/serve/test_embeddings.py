@@ -292,7 +292,7 @@ def test_the_pooling_is_read_as_each_version_writes_it(config, pooling, tmp_path
     folder = write_tiny(tmp_path / "tiny")
     write_pooling(folder, embedding_dimension=32, **config)
     if pooling is None:
-        with pytest.raises(ConfigError, match="Pooling.*with pooling .*one pooling of mean"):
+        with pytest.raises(ConfigError, match=r"Pooling.*with pooling .*one pooling of mean"):
             models.load_encoder(folder)
     else:
         assert models.load_encoder(folder, precision="fp32").pooling == pooling

@@ -3,8 +3,8 @@ that Veneer's front needs. It takes vLLM's flags. GET /state returns the request
 
 An answer is "NAME:PROMPT:SUM": the name of the model or adapter in vLLM, the prompt, and the sum of
 the absolute values of the adapter's first tensor, which tells a test which files were loaded. A
-prompt of "slow" is answered after POST /go, and a stream of "stall" goes on after it; "die" ends the
-program.
+prompt of "slow" is answered after POST /go, and a stream of "stall" goes on after it; "die" ends
+the program.
 """
 
 from __future__ import annotations

@@ -51,8 +51,11 @@ OTHERS = {
     ),
     "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
         transformers.Qwen2MoeConfig(
-            **WINDOW, num_experts=2, num_experts_per_tok=2, moe_intermediate_size=16,
-            shared_expert_intermediate_size=16
+            **WINDOW,
+            num_experts=2,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
         )
     ),
     "bloom": lambda: transformers.BloomForCausalLM(

@@ -120,8 +120,15 @@ def test_a_merge_into_another_base_is_refused_and_one_that_has_grown_is_not(tmp_
 
 def test_a_merge_grows_the_bias_of_a_head_that_the_adapter_holds(tmp_path):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "base")
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=40, **sizes)).save_pretrained(
+        tmp_path / "base"
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     model.resize_token_embeddings(43)
     tokens = [40, 41, 42]

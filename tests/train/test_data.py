@@ -267,7 +267,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         data.read(tmp_path)
     with pytest.raises(DataError, match=r"has no column 'ask'.*\n.*--prompt-column"):
         data.read(tmp_path / "train.jsonl", Columns(prompt="ask"))
-    with pytest.raises(DataError, match="has no column 'ask'.*it has none"):
+    with pytest.raises(DataError, match=r"has no column 'ask'.*it has none"):
         data.read(write_rows(tmp_path / "empty.jsonl", [{}]), Columns(prompt="ask"))
 
 

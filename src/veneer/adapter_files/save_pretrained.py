@@ -287,8 +287,8 @@ def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
 @torch.no_grad()
 def refill(model: nn.Module, folder: str | Path) -> None:
     """Copy the parameters of an adapter folder into the parameters of the selected adapter, of
-    the default one, or of the only one. The copy is in place, as an optimiser may hold the parameters. If an error is
-    raised, no parameter has changed.
+    the default one, or of the only one. The copy is in place, as an optimiser may hold the
+    parameters. If an error is raised, no parameter has changed.
 
     Raises:
         AdapterError: the folder is damaged or does not fit the model, or its adapter changes other

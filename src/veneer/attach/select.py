@@ -37,8 +37,8 @@ class use:
     ``name`` is None.
 
     A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight and for each
-    parameter that is trained in full. The adapters may differ in layers, variants and ranks. Gradients
-    reach each of them. A weight of 0 leaves an adapter out.
+    parameter that is trained in full. The adapters may differ in layers, variants and ranks.
+    Gradients reach each of them. A weight of 0 leaves an adapter out.
 
     A sequence of such choices selects one of them for each row of the batch: ``with
     veneer.use(model, ["a", None, {"a": 0.7, "b": 0.3}]):``. Every layer then runs once for each

@@ -171,13 +171,12 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def without_gradient(module: nn.Module) -> bool:
-    """Whether forward passes no gradient to its input, as far as the class or the scheme tells."""
+    """Whether forward may pass no gradient to its input, as far as the class or the scheme tells.
+    Such a module is adapted, and ``Opaque.call`` looks at each call."""
     if any((cls := _class(path)) and isinstance(module, cls) for path in WITHOUT_GRADIENT):
         return True
-    for path, implementations in EXPERTS_WITH_GRADIENT.items():
-        if (cls := _class(path)) and isinstance(module, cls):
-            config = getattr(module, "config", None)
-            return getattr(config, "_experts_implementation", "eager") not in implementations
+    if any((cls := _class(path)) and isinstance(module, cls) for path in EXPERTS_WITH_GRADIENT):
+        return True  # at least in some implementations, which may change between calls
     if is_compressed(module):
         scheme: Any = module.quantization_scheme
         return any(
@@ -185,6 +184,17 @@ def without_gradient(module: nn.Module) -> bool:
         )
     # ``SUPPORTS_TRAINING`` is an attribute of gptqmodel's layers
     return is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False
+
+
+def _experts_pass_gradient(module: nn.Module) -> bool:
+    """Whether a stack of experts has a derivative in the implementation that is set now."""
+    config = getattr(module, "config", None)
+    implementation = getattr(config, "_experts_implementation", None) or "eager"
+    return any(
+        implementation in implementations
+        for path, implementations in EXPERTS_WITH_GRADIENT.items()
+        if (cls := _class(path)) and isinstance(module, cls)
+    )
 
 
 def unreadable(module: nn.Module) -> tuple[str, str] | None:
@@ -346,6 +356,8 @@ class Opaque(Storage):
         if x is None or not (torch.is_grad_enabled() and x.requires_grad):
             return forward(*args, **kwargs)
         if not is_opaque(module):
+            if _experts_pass_gradient(module):
+                return forward(*args, **kwargs)
             format_name, advice = next(
                 description
                 for path, description in EXPERTS.items()

@@ -143,7 +143,8 @@ def move_files(temporary_folder: Path, path: Path) -> None:
             (path / entry).unlink(missing_ok=True)
             flush_folder(path)
             for name in removes:
-                (path / name).unlink(missing_ok=True)
+                if (path / name).is_symlink() or not (path / name).is_dir():  # made before a crash
+                    (path / name).unlink(missing_ok=True)
             for name in writes:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
                 if name != entry and (new / name).exists():

@@ -305,12 +305,13 @@ def _read_alpha(path: Path, fields: Mapping[str, Any]) -> float:
     """The alpha of a file; 0 if it has none. ``AdapterError``: it is no finite number."""
     import numpy
 
-    stored_alpha = fields.get("adapter.lora.alpha", 0.0)
-    if not (isinstance(stored_alpha, int | float) and math.isfinite(stored_alpha)):
-        problem = f"{path} with adapter.lora.alpha {stored_alpha!r}"
-        raise AdapterError(problem, "a finite number", "get the file again")
+    stored = fields.get("adapter.lora.alpha", 0.0)
     # the shortest decimal that float32 rounds to this alpha: 0.1, not 0.10000000149
-    return float(str(numpy.float32(stored_alpha)))
+    alpha = float(str(numpy.float32(stored))) if isinstance(stored, int | float) else math.nan
+    if math.isfinite(alpha):
+        return alpha
+    problem = f"{path} with adapter.lora.alpha {stored!r}"
+    raise AdapterError(problem, "a finite number", "get the file again")
 
 
 def _read_file(path: Path, library: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -188,15 +188,20 @@ def _module_patterns(modules: str | Iterable[str]) -> Any:
     )
 
 
+#: what follows the path of a module in that of its weight, such as "weight" or "weight_ih_l0"
+_WEIGHT = r"\.[^.]*weight[^.]*"
+#: "$" and "\Z" in an expression; the group takes other escapes, and sets of characters
+_TEXT_END = re.compile(r"(\\[^Z]|\[\^?\]?[^\]]*\])|\$|\\Z")
+
+
 def _weight_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
     """Patterns of the weights of the modules in ``exclude_modules``. PEFT leaves out neither the
     modules below these nor their biases; a pattern of modules would leave out both."""
-    paths = (
-        [modules]
-        if isinstance(modules, str)
-        else [rf"(.*\.)?{re.escape(name)}" for name in _as_list(modules)]
-    )
-    return tuple(rf"re:(?:{path})\.[^.]*weight" for path in paths)
+    if isinstance(modules, str):  # an end of the text is the end of the module's path
+        paths = [_TEXT_END.sub(lambda match: match[1] or rf"(?={_WEIGHT}$)", modules)]
+    else:
+        paths = [rf"(.*\.)?{re.escape(name)}" for name in _as_list(modules)]
+    return tuple(f"re:(?:{path}){_WEIGHT}" for path in paths)
 
 
 def _as_list(names: Iterable[str]) -> list[str]:

@@ -363,7 +363,7 @@ def context_length_of(config: Any) -> int | None:
         return None
     has_table = getattr(config, "position_embedding_type", None) != "rotary"  # not ESM-2
     if config.model_type in PADDED_POSITION_TYPES and has_table:
-        return int(length) - (config.pad_token_id + 1)
+        return int(length) - ((config.pad_token_id or 0) + 1)
     return int(length)
 
 

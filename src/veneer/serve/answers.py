@@ -128,18 +128,14 @@ class AnswerWriter:
         self.continuous_usage = options is not None and options.continuous_usage_stats
         self.ids_as_tokens = body.return_tokens_as_token_ids
         # the prompt's token ids for each answer; None if the client does not ask for them
-        self.prompt_ids = (
-            [list(prompt) for prompt in prompts for _ in range(body.n)]
-            if body.return_token_ids
-            else None
-        )
+        self.prompt_ids: list[list[int]] | None = None
+        if body.return_token_ids:
+            self.prompt_ids = [list(prompt) for prompt in prompts for _ in range(body.n)]
         #: fields of ``Sampling`` that answers with tool calls need
         self.sampling: dict[str, Any] = {} if reading is None else {"markers": reading.markers}
         if reading is not None and reading.grammar is not None:
             self.sampling["grammar"] = reading.grammar
-        self.parsers = (
-            [] if reading is None else [reading.new_parser() for _ in range(self.answer_count)]
-        )
+        self.parsers = [reading.new_parser() for _ in range(self.answer_count)] if reading else []
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
         return await complete_body(answers, self)

@@ -53,6 +53,7 @@ from veneer.serve.service import (
     Serving,
     in_text_thread,
     requested_adapters,
+    resolve_blend,
     unless_disconnected,
 )
 from veneer.serve.submission import EventStream, submit
@@ -228,7 +229,7 @@ async def messages(
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict[str, int]:
     """The number of tokens of a prompt, as Anthropic's API counts them."""
-    await _resolve_blend(service, key, body.model, body.adapters)
+    await resolve_blend(service, key, body.model, body.adapters)
     prompt, _ = await _read_chat(service, body.chat())
     return {"input_tokens": len(prompt)}
 
@@ -382,7 +383,7 @@ async def _authorized_blend(
 ) -> dict[str, float]:
     """The adapters that a generation request names, with their weights. ``Refusal``: the key may
     not use them, the base generates no text, or the requested grammar is too large."""
-    blend = await _resolve_blend(service, key, body.model, body.adapters)
+    blend = await resolve_blend(service, key, body.model, body.adapters)
     if service.engine is None:
         message = sentence(
             "an encoder", "a causal language model", "use /v1/embeddings, or serve another base"
@@ -390,17 +391,6 @@ async def _authorized_blend(
         raise Refusal(400, message, param="model", code="not_generative")
     prompts.check_grammar(body.schema_of_answer(), body.grammar_of_answer())
     return blend
-
-
-async def _resolve_blend(
-    service: Service, key: Key, model: str, adapters: Mapping[str, float] | None
-) -> dict[str, float]:
-    """The adapters with their weights, of an extension of the server if ``model`` is one of its
-    names. ``Refusal``: there are none, or the key may not use them."""
-    extension = service.extension_of(model) if adapters is None else None
-    if extension is not None:
-        return await extension.resolve_model(key, model)
-    return await requested_adapters(service, key, model, adapters)
 
 
 async def _generate_response(

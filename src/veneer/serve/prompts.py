@@ -135,9 +135,10 @@ def _check_arguments(
     template = str(tokenizer.chat_template)
     for name, value in client_arguments.items():
         problem, expected = "", "variables of the base's chat template"
+        is_off = value is None or value is False
         if name in reserved:
             problem = "which is not the template's"
-        elif value is not None and value is not False and not re.search(rf"\b{re.escape(name)}\b", template):
+        elif not is_off and not re.search(rf"\b{re.escape(name)}\b", template):
             problem = "which the template does not read"
         elif isinstance(value, list | dict):
             problem, expected = "a list or an object", "a text, a number, true or false"

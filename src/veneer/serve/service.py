@@ -273,6 +273,17 @@ async def requested_adapters(
     return blend
 
 
+async def resolve_blend(
+    service: Service, key: Key, model: str, adapters: dict[str, float] | None
+) -> dict[str, float]:
+    """The adapters with their weights, of an extension of the server if ``model`` is one of its
+    names. ``Refusal``: there are none, or the key may not use them."""
+    extension = service.extension_of(model) if adapters is None else None
+    if extension is not None:
+        return await extension.resolve_model(key, model)
+    return await requested_adapters(service, key, model, adapters)
+
+
 def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
     """Run ``work``, which uses the tokenizer, in the one thread for such work: tokenizers of
     transformers have state between calls. ``size``: the characters of its texts. The number of

@@ -134,9 +134,7 @@ def _load_causal(settings: Settings) -> Any:
     )  # fmt: skip
 
 
-def _make_embedder(
-    encoder: Any, bank: Bank, rows: int, queue: int, metrics: Metrics
-) -> Embedder:
+def _make_embedder(encoder: Any, bank: Bank, rows: int, queue: int, metrics: Metrics) -> Embedder:
     return Embedder(
         encoder.model,
         bank,

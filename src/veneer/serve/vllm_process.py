@@ -123,11 +123,9 @@ class VllmProcess:
     def post(self, path: str, body: Any) -> tuple[int, str]:
         """Send a POST request of this server itself, from any thread. Returns the status and text
         of the answer. ``OSError``: vLLM does not answer."""
-        if self._sync_client.is_closed:
-            raise OSError("vLLM has been stopped")
         try:
             answer = self._sync_client.post(path, json=body)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, RuntimeError) as error:  # the client may have been closed
             raise OSError(f"vLLM does not answer ({type(error).__name__})") from error
         return answer.status_code, answer.text
 

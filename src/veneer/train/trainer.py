@@ -246,7 +246,7 @@ class AdapterTrainerBase(Trainer):
     def _load_best_model(self) -> None:
         """Load the adapter's parameters from the best checkpoint."""
         if best_step := self.state.best_global_step:
-            folder = checkpoint.path_of(self.args.output_dir, best_step)
+            folder = checkpoint.path_of(str(self.args.output_dir), best_step)
             refill(self.adapter.model, folder / checkpoint.ADAPTER)
 
 

@@ -133,13 +133,16 @@ def _base_dtypes(
     The base is called once to find them, and the layer state keeps them.
 
     Empty if they are not known, because the base fails for these arguments or could change one of
-    them. Empty also for the classes of torch, whose outputs all have the dtype ``y_dtype``.
+    them. Empty also for the classes of ``torch.nn``, whose outputs all have the dtype ``y_dtype``.
     """
     layer_state, leaves = call.layer_state, pytree.tree_leaves((call.args, call.kwargs))
-    if layer_state.is_stock_class or not all(isinstance(leaf, ARGUMENT_TYPES) for leaf in leaves):
+    is_torch_class = layer_state.is_stock_class or call.base_cls.__module__.startswith("torch.nn.")
+    if is_torch_class or not all(isinstance(leaf, ARGUMENT_TYPES) for leaf in leaves):
         return ()
     if torch.compiler.is_compiling():
-        return _call_base(call)  # only the dtypes are used, so the compiler removes this call
+        # only the dtypes are used, so the compiler removes this call
+        is_taken = all(leaf.data.dtype == weight_dtype for leaf in leaves if is_float(leaf))
+        return _call_base(call) if is_taken else ()
     key = (
         call.method,
         call.module.training,
@@ -150,7 +153,7 @@ def _base_dtypes(
         *map(_signature, leaves),
     )
     # all traces of a module must be equal, so none of them uses what another one has found
-    known = {} if torch.jit.is_tracing() else layer_state.base_dtypes
+    known = {} if torch._C._get_tracing_state() is not None else layer_state.base_dtypes
     if key not in known:
         devices = [weight.device] if weight.is_cuda else []
         # a dispatch mode, such as selective checkpointing, must see equal operations in each call
@@ -316,7 +319,9 @@ def _write_back(entry: _View) -> None:
         if buffer is not wide_copy:  # forward has assigned another one
             is_widened = name in wide_buffers and is_float(buffer)
             module._buffers[name] = buffer.to(module_buffer.dtype) if is_widened else buffer
-        elif name in wide_buffers and (version is None or version != wide_copy._version):
+        elif name in wide_buffers and (
+            0 not in module_buffer.stride() if version is None else version != wide_copy._version
+        ):
             module_buffer.copy_(wide_copy)  # the same numbers if nothing was written
 
 

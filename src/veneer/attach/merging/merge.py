@@ -74,9 +74,9 @@ def merge(
             one of its two neighbours, so that the errors cancel in the directions that the adapter
             reads. It takes several times as long: a few seconds for 100 million 16-bit weights.
             "auto" uses "faithful" for each weight where "nearest" would realise less than 99 % of
-            the change (or more than 101 %) or err by much of its size. Weights of more than 16 bits, weights that are trained
-            in full and embeddings of bounded norm are always rounded to nearest. GGUF weights are
-            rounded by the rule of their storage.
+            the change (or more than 101 %), or err by much of its size. Weights of more than 16
+            bits, weights that are trained in full and embeddings of bounded norm are always rounded
+            to nearest. GGUF weights are rounded by the rule of their storage.
         inputs: Σ xᵀx over the inputs x of a weight, [g, in, in], up to a common factor, by the path
             of the weight. Faithful rounding then also keeps the outputs right in the directions in
             which the inputs vary most.

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 BLOCK = 16
 
 #: of this thread: ``call`` is the running call; ``last`` the index of the token of each row that
-#: the head reads; ``windows``, in a trial, the sliding windows that "mask" and "attention" functions
-#: are given
+#: the head reads; ``windows``, in a trial, the sliding windows that "mask" and "attention"
+#: functions are given
 NOW = threading.local()
 
 #: arguments of attention functions that are ignored here
