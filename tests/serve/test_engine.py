@@ -156,6 +156,50 @@ def test_padding_stays_within_the_positions_that_a_model_has(opened):
     assert Client(opened(model), asked(ask, 5)).wait().tokens == alone(model, ask, 1)
 
 
+def test_a_longer_prompt_does_not_starve_behind_shorter_ones(opened):
+    engine = opened(start=False, rows=4, prefill=24)
+    clients = []
+
+    def submit():
+        clients.append(Client(engine, asked((len(clients) + 5,) * 10, 1)))
+
+    for _ in range(3):
+        submit()
+    long = Client(engine, asked((5,) * 20, 1))
+    steps = 0
+    with torch.inference_mode():
+        while not long.over.is_set() and steps < 20:
+            engine.step()
+            steps += 1
+            while sum(not client.over.is_set() for client in clients) < 3:
+                submit()
+    assert long.over.is_set()
+    assert steps <= 4
+    for client in clients:
+        client.ticket.cancel()
+    with torch.inference_mode():
+        engine.step()
+
+
+def test_a_row_waits_for_no_prompts_that_do_not_run_with_it(opened):
+    """Prompts that arrive later, or whose answers are one token, are no part of a burst."""
+    engine = opened(start=False, rows=4, prefill=24)
+    with torch.inference_mode():
+        first = Client(engine, asked((5,) * 20, 12, ignore_eos=True))
+        engine.step()
+        others = [Client(engine, asked((token,) * 20, 1)) for token in (6, 7, 8)]
+        engine._batch.running[0].started_at -= 2
+        late = Client(engine, asked((9,) * 20, 12, ignore_eos=True))
+        engine.step()
+        assert not engine._batch.is_burst()
+        generated = engine._batch.running[0].generated
+        engine.step()
+        assert engine._batch.running[0].generated > generated
+    engine.start()
+    for client in (first, *others, late):
+        client.wait()
+
+
 @pytest.mark.parametrize("gap", [None, 0.001])
 def test_requests_that_arrive_together_run_together(gap, opened):
     """A row of theirs waits for the prompts of the others; rows that have begun before do not."""

@@ -8,6 +8,7 @@ add → filling → (its prompt is computed) → running → remove
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,9 +19,11 @@ from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
 from veneer.serve.request_state import RequestState
 from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 
-#: tokens up to which a request waits for the prompts that arrived with it (its first ones, as not
-#: all arrive at the very same time), and seconds for which it waits at most
-BURST_TOKENS, BURST_SECONDS = 4, 3.0
+#: tokens up to which a request waits for the prompts that arrived with it: its first ones, as not
+#: all arrive at the very same time
+BURST_TOKENS = 4
+#: seconds after its start for which it waits at most, and within which others arrive with it
+BURST_SECONDS, ARRIVAL_SECONDS = 5.0, 1.0
 
 
 class Batch:
@@ -92,8 +95,9 @@ class Batch:
         with self._lock:
             order = self._scheduler.by_service(self.filling)
         rows, budget = len(self.running), self._prefill_budget
-        if self.is_burst():  # all are computed before a next token; similar lengths need no padding
-            rows, order = 0, sorted(order, key=lambda state: len(state.ids) - state.length)
+        if self.is_burst():  # those of similar length need no padding beside the least served one
+            size = len(order[0].ids) - order[0].length
+            rows, order = 0, sorted(order, key=lambda s: abs(len(s.ids) - s.length - size))
         scored = order[0].is_scored
         tokens = (
             budget.scored_tokens(rows, len(order))
@@ -114,17 +118,20 @@ class Batch:
 
     def is_burst(self) -> bool:
         """Whether the prompts come before the next tokens of the running rows: none of these has
-        more than its first tokens, so the requests arrived together, and all of them end sooner if
-        their rows then run in the same calls. Not beside prompts that take several calls."""
+        more than its first tokens, and some of the prompts arrived with them, so all of them end
+        sooner if their rows then run in the same calls. Not beside prompts of several calls."""
         latest, budget = time.monotonic() - BURST_SECONDS, self._prefill_budget
+        started = [state.started_at or 0.0 for state in self.running]
+        arrival = min(started, default=math.inf) + ARRIVAL_SECONDS
         return (
-            bool(self.filling)
-            and budget.gap is None
+            budget.gap is None
+            and any(s.submitted <= arrival and s.limit > 1 for s in self.filling)
             and all(
                 len(s.ids) - s.length <= (budget.most_scored if s.is_scored else budget.most)
                 for s in self.filling
             )
-            and all(s.generated <= BURST_TOKENS and s.sampled_at > latest for s in self.running)
+            and all(state.generated <= BURST_TOKENS for state in self.running)
+            and all(moment > latest for moment in started)
         )
 
     def note_filled(self, states: Sequence[RequestState], finite: Sequence[bool]) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -320,10 +321,17 @@ def _take_few_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None
     ``_multiply_taken_rows`` then multiplies them weight first. The head is not changed for this, as
     another thread may attach an adapter to it during the call."""
     NOW.head_rows = None
-    if type(head) is not nn.Linear or "forward" in head.__dict__ or len(head._forward_hooks) > 1:
-        return None
+    if not inputs or inputs[0].dim() < 2 or not weight_first.STATE.is_used:
+        return None  # no decode call
     x = inputs[0]
-    if not weight_first.applies(x.flatten(0, -2), head.weight):
+    if (
+        type(head) is not nn.Linear
+        or "forward" in head.__dict__
+        or len(head._forward_hooks) > 1
+        or torch_module._global_forward_hooks
+        or next(reversed(head._forward_pre_hooks.values())) is not _take_few_rows
+        or not weight_first.applies(x.flatten(0, -2), head.weight)
+    ):
         return None
     NOW.head_rows = x
     return (x[:0],)
