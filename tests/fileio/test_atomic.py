@@ -3,7 +3,9 @@ else, and what a killed writer left is settled."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 from functools import partial
 from pathlib import Path
@@ -338,3 +340,35 @@ def test_two_writers_of_one_folder_take_turns(tmp_path, monkeypatch):
         fill(folder, "new", "config")
     assert content(path) == {"config": "new", "notes.txt": "theirs"}
     assert sorted(one.name for one in path.iterdir()) == ["config", "notes.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTEMPTY])
+def test_two_processes_may_remove_a_folder_at_the_same_time(number, tmp_path, monkeypatch):
+    folder, removals, rmtree = tmp_path / "folder", [], shutil.rmtree
+    (folder / "new").mkdir(parents=True)
+
+    def interrupted(path):
+        removals.append(path)
+        if len(removals) == 1 or number == errno.ENOENT:
+            if number == errno.ENOENT:
+                rmtree(path)  # by the other process
+            raise OSError(number, os.strerror(number), str(path))
+        rmtree(path)
+
+    monkeypatch.setattr(temporary.shutil, "rmtree", interrupted)
+    temporary.remove(folder)
+    assert not folder.exists()
+    assert len(removals) == (1 if number == errno.ENOENT else 2)
+
+
+def test_a_leftover_that_goes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    leftover = tmp_path / ".adapter.abc.tmp"
+    leftover.mkdir()
+
+    def gone(path):
+        leftover.rmdir()
+        raise FileNotFoundError(errno.ENOENT, "gone", str(path))
+
+    monkeypatch.setattr(temporary, "acquire", gone)
+    temporary.recover(tmp_path / "adapter")
+    assert not leftover.exists()

@@ -39,6 +39,10 @@ _SIBLING, WITHIN = re.compile(r"\.(.+)\.[^.]+\.tmp"), re.compile(r"\.veneer-[^.]
 _MOVED_ASIDE = re.compile(r"\.(.+)\.replaced")
 
 
+#: attempts to remove a folder that another process changes at the same time
+REMOVALS = 20
+
+
 @contextmanager
 def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
     """Create a locked temporary folder beside ``path``, or with ``within`` inside of it. The
@@ -85,9 +89,9 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
     try:
         lock = acquire(temporary_folder / LOCK)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise
-        return  # the folder belongs to another user, or is on a read-only disk
+        return  # the folder is another user's, on a read-only disk, or has gone meanwhile
     if lock is None:
         return
     try:
@@ -179,11 +183,20 @@ def files_in(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or a file, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """Remove a folder or a file, if it exists. Another process may remove it at the same time, or
+    create a lock file in it, to find out whether it is a leftover."""
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    for attempt in range(REMOVALS):
+        try:
+            shutil.rmtree(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == REMOVALS - 1:
+                raise
+            if not path.exists():
+                return
 
 
 def flush_folder(folder: Path) -> None:
