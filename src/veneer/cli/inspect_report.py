@@ -96,9 +96,10 @@ def _tokenise_sources(base: str, adapter: Path, rows: dict[str, Any]) -> dict[st
     tokens."""
     from veneer.cli.console import tokenizer_for
     from veneer.models.load import context_length
+    from veneer.train.prepare import check_length
     from veneer.train.tokens import tokenise
 
-    length = min(context_length(base) or 2048, 2048)
+    length = check_length(None, context_length(base), base)
     tokenizer = tokenizer_for(base, str(adapter)) if rows else None
     return {
         name: tokenise(

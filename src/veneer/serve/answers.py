@@ -22,7 +22,7 @@ from itertools import accumulate
 from typing import Any
 
 from veneer.errors import sentence
-from veneer.serve.refusal import RETRY_AFTER, Refusal
+from veneer.serve.refusal import RETRY_AFTER, Refusal, timeout_refusal
 from veneer.serve.request_log import CURRENT_RECORD
 from veneer.serve.requests import Cause, Piece, Request, Token
 from veneer.serve.schemas import ChatRequest, GenerationRequest
@@ -227,10 +227,7 @@ def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
     """The error response of an answer that failed, by its last piece; None if it did not fail."""
     match piece.finish:
         case "timeout":
-            message = sentence(
-                "an answer that took too long", "one within the time limit", "ask for fewer tokens"
-            )
-            return Refusal(504, message, code="timeout", headers={"x-should-retry": "false"})
+            return timeout_refusal()
         case "cancelled":
             message = sentence(
                 "an answer that was cancelled", "one that ends", "send the request again"

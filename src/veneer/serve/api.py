@@ -51,6 +51,7 @@ from veneer.serve.service import (
     Route,
     Service,
     Serving,
+    check_model,
     in_text_thread,
     requested_adapters,
     resolve_blend,
@@ -229,7 +230,7 @@ async def messages(
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict[str, int]:
     """The number of tokens of a prompt, as Anthropic's API counts them."""
-    await resolve_blend(service, key, body.model, body.adapters)
+    await check_model(service, key, body.model, body.adapters)
     prompt, _ = await _read_chat(service, body.chat())
     return {"input_tokens": len(prompt)}
 

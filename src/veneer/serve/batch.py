@@ -120,12 +120,14 @@ class Batch:
         """Whether the prompts come before the next tokens of the running rows: none of these has
         more than its first tokens, and some of the prompts arrived with them, so all of them end
         sooner if their rows then run in the same calls. Not beside prompts of several calls."""
-        latest, budget = time.monotonic() - BURST_SECONDS, self._prefill_budget
+        budget = self._prefill_budget
+        if not self.filling or budget.gap is not None:
+            return False
+        latest = time.monotonic() - BURST_SECONDS
         started = [state.started_at or 0.0 for state in self.running]
         arrival = min(started, default=math.inf) + ARRIVAL_SECONDS
         return (
-            budget.gap is None
-            and any(s.submitted <= arrival and s.limit > 1 for s in self.filling)
+            any(s.submitted <= arrival and s.limit > 1 for s in self.filling)
             and all(
                 len(s.ids) - s.length <= (budget.most_scored if s.is_scored else budget.most)
                 for s in self.filling

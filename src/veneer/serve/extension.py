@@ -46,6 +46,10 @@ class Extension(ABC):
         ``Refusal``: there is no such model, or the key may not use it."""
 
     @abstractmethod
+    def check_model(self, key: Key, model: str) -> None:
+        """``Refusal``: there is no such model, or the key may not use it."""
+
+    @abstractmethod
     async def reserve_tokens(self, key: Key, count: int) -> Callable[[int], None]:
         """Reserve ``count`` tokens of the key's quota, the most that a completion can use. The
         caller calls the returned function with the number that was used. ``Refusal``: the quota

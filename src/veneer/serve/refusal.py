@@ -112,6 +112,14 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
         return f"{name}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
+def timeout_refusal() -> Refusal:
+    """The refusal of an answer that did not end in time."""
+    message = sentence(
+        "an answer that took too long", "one within the time limit", "ask for fewer tokens"
+    )
+    return Refusal(504, message, code="timeout", headers={"x-should-retry": "false"})
+
+
 def no_such_model(name: str) -> Refusal:
     """The refusal of a model that does not exist, and of one that the key may not use: a client
     cannot tell them apart."""

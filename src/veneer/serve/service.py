@@ -284,6 +284,17 @@ async def resolve_blend(
     return await requested_adapters(service, key, model, adapters)
 
 
+async def check_model(
+    service: Service, key: Key, model: str, adapters: dict[str, float] | None = None
+) -> None:
+    """``Refusal``: there are no such adapters, or the key may not use them. Loads none of them."""
+    extension = service.extension_of(model) if adapters is None else None
+    if extension is not None:
+        extension.check_model(key, model)
+    else:
+        await requested_adapters(service, key, model, adapters)
+
+
 def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
     """Run ``work``, which uses the tokenizer, in the one thread for such work: tokenizers of
     transformers have state between calls. ``size``: the characters of its texts. The number of

@@ -26,8 +26,8 @@ from veneer.serve.service import (
     Route,
     Service,
     Serving,
+    check_model,
     in_text_thread,
-    requested_adapters,
 )
 
 router = APIRouter(route_class=Route)
@@ -138,4 +138,4 @@ async def _check_model(service: Service, key: Key, model: str | None) -> None:
     """``Refusal``: the key may not use the model. The tokens are the same for all models, since
     adapters have the base's tokenizer."""
     if model is not None:
-        await requested_adapters(service, key, model, None)
+        await check_model(service, key, model)

@@ -37,7 +37,7 @@ from veneer.serve import api, vllm
 from veneer.serve.access import Keyring
 from veneer.serve.catalogue import Catalogue, served_folders
 from veneer.serve.metrics import Metrics
-from veneer.serve.refusal import RETRY_AFTER, Refusal, body_refusal
+from veneer.serve.refusal import RETRY_AFTER, Refusal, body_refusal, timeout_refusal
 from veneer.serve.request_log import CURRENT_RECORD, ID_HEADER
 from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.schemas import Blend
@@ -344,11 +344,6 @@ class CallEnd:
             record.prompt_tokens = self._prompt_tokens
             record.generated_tokens = self._generated_tokens
             record.end(outcome)
-
-
-def timeout_refusal() -> Refusal:
-    message = sentence("an answer that took too long", "one in time", "ask for less")
-    return Refusal(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
 def engine_lost_refusal() -> Refusal:

@@ -333,7 +333,8 @@ class Mirror:
         So the folders that seem to be gone are listed once more, which raises their errors."""
         system, root = file_system(self._address)
         files = system.find(root, detail=True)
-        missing_names = self._folders.keys() - list_stamps(root, files).keys()
+        stamps = list_stamps(root, files)
+        missing_names = self._folders.keys() - stamps.keys()
         folders = [*(() if files else (root,)), *(f"{root}/{name}" for name in missing_names)]
         for folder in folders:
             try:
@@ -344,7 +345,7 @@ class Mirror:
                     raise
                 continue
             files |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
-        return list_stamps(root, files)
+        return list_stamps(root, files) if folders else stamps
 
     def _fetch(self, name: str) -> Path | Exception:
         try:

@@ -224,6 +224,10 @@ def test_samples_of_the_base_of_a_run_now_and_of_a_checkpoint(client, it):
     ]
     assert counts[0].status_code == counts[1].status_code != 404
     assert counts[0].json() == counts[1].json()
+    body = {"model": now, "prompt": "ab"}
+    assert httpx.post(f"{it.url}/tokenize", json=body, trust_env=False).status_code == 200
+    body["model"] = "tinker://none/now"
+    assert httpx.post(f"{it.url}/tokenize", json=body, trust_env=False).status_code == 404
     run.step(0.5)
     path = run.save("one")
     for _ in range(3):

@@ -88,7 +88,12 @@ class Fill:
         cap: float | None,
     ) -> Tensor:
         """The attention of the tokens from column ``start`` on over the first columns of a row."""
-        mask = self._mask(start, key.shape[2], window, query)
+        n, h, width, d = query.shape
+        heads = key.shape[1]
+        # as in a decode, so that the keys of a head are read once, not once for each query head
+        is_grouped = cap is None and heads < h and width <= BLOCK
+        copies = h // heads if is_grouped else 1
+        mask = self._mask(start, key.shape[2], window, query, copies)
         if cap is not None:
             if mask is None:
                 square = (query.shape[2], key.shape[2])
@@ -96,11 +101,8 @@ class Fill:
             else:
                 visible = mask == 0
             return _soft_capped_attention(query, key, value, visible, scale, cap)
-        n, h, width, d = query.shape
-        heads = key.shape[1]
-        if mask is not None and heads < h and width <= BLOCK:
-            # as in a decode, so that the keys of a head are read once, not once for each query head
-            query, mask = query.reshape(n, heads, -1, d), mask.repeat(h // heads, 1)
+        if mask is not None and is_grouped:
+            query = query.reshape(n, heads, -1, d)
             attended = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, scale=scale
             )
@@ -116,20 +118,22 @@ class Fill:
         )
         return attended.transpose(1, 2)
 
-    def _mask(self, start: int, columns: int, window: int | None, query: Tensor) -> Tensor | None:
-        """The additive mask of the scores, [width, columns]; None is "causal". Torch would convert
-        a boolean mask again in each layer."""
+    def _mask(
+        self, start: int, columns: int, window: int | None, query: Tensor, copies: int
+    ) -> Tensor | None:
+        """The additive mask of the scores, [copies · width, columns]; None is "causal". Torch would
+        convert a boolean mask again in each layer."""
         if window is not None and start + self.width <= window:
             window = None
         if not start and window is None:
             return None
-        form = start, columns, window, query.dtype, query.device
+        form = start, columns, window, copies, query.dtype, query.device
         if form not in self.masks:
             tokens = torch.arange(start, start + self.width, device=query.device)
             behind = tokens[:, None] - torch.arange(columns, device=query.device)
             unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
             zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
-            self.masks[form] = zeros.masked_fill_(unseen, -torch.inf)
+            self.masks[form] = zeros.masked_fill_(unseen, -torch.inf).repeat(copies, 1)
         return self.masks[form]
 
 

@@ -141,21 +141,29 @@ def _short_metadata(metadata_json: str | None) -> dict[str, str]:
 # samples
 
 
-async def blend_of_model(training: Training, key: Key, model: str) -> dict[str, float]:
-    """The adapter of a model name tinker://…, as {name in the bank: weight}. ``Refusal``: the key
-    may not read the adapter, or has no tokens left today."""
+def check_model(training: Training, key: Key, model: str) -> None:
+    """``Refusal``: the key may not read the adapter of a model name tinker://…"""
     if not key.train:
         raise no_such_model(model)
     run = parse_current_run(model)
+    if run is None:
+        find_checkpoint(training, key, model)
+    else:
+        find_run(training, key, run)
+
+
+async def blend_of_model(training: Training, key: Key, model: str) -> dict[str, float]:
+    """The adapter of a model name tinker://…, as {name in the bank: weight}. ``Refusal``: the key
+    may not read the adapter, or has no tokens left today."""
+    check_model(training, key, model)
+    check_quota(training, key, "tokens")
+    run = parse_current_run(model)
     if run is not None:
         id = find_run(training, key, run)["id"]
-        check_quota(training, key, "tokens")
         publication = training.worker.submit(partial(publish, training, id), id)
         name = await asyncio.shield(asyncio.wrap_future(publication))
         await training.write(training.record_use, name)
     else:
-        find_checkpoint(training, key, model)
-        check_quota(training, key, "tokens")
         name = await training.write(training.register_checkpoint, model)
     return {name: 1.0}
 

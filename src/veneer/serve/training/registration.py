@@ -40,6 +40,9 @@ class TrainingExtension(Extension):
     async def resolve_model(self, key: Key, model: str) -> dict[str, float]:
         return await live.blend_of_model(self.training, key, model)
 
+    def check_model(self, key: Key, model: str) -> None:
+        live.check_model(self.training, key, model)
+
     async def reserve_tokens(self, key: Key, count: int) -> Callable[[int], None]:
         return await self.training.reserve_tokens(key, count)
 
