@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import veneer
 from veneer.adapter_files.file_names import TOKENIZER
+from veneer.adapter_files.verify import verify
 from veneer.errors import AdapterError, BaseMismatchError, MergeError
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.compare import compare
@@ -148,6 +149,8 @@ def test_a_merge_grows_the_bias_of_a_head_that_the_adapter_holds(tmp_path):
     merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert merged.lm_head.bias.shape == (43,)
+    report = verify(tmp_path / "a", tmp_path / "base")
+    assert report.ok, report
     handle.merge()
     handle.detach(keep_merged=True)
     expected = bits(model)

@@ -184,7 +184,11 @@ def _check_full_parameters(
         weight = _read_weight(weights, weight_path)
         if weight is None:
             new_paths.append(weight_path)
-        elif weight.shape != tensor.shape:
+        elif tuple(tensor.shape) not in (
+            tuple(weight.shape),
+            # the bias of a head grows with its weight
+            _grown_shape(adapter_files, f"{module_path}.weight", weight.shape),
+        ):
             misshapen_paths.append(
                 f"{weight_path} {tuple(tensor.shape)}, in the base {tuple(weight.shape)}"
             )

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from veneer.attach import BASE, ActiveAdapter, Call, RowAdapters, blend_adapters
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
-from veneer.kernels import batched, device, fused, weight_first
+from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
 from veneer.precision import at_least_float32
 
@@ -175,9 +175,7 @@ class Layer:
                 if self.key in assignment.gain_or_bias_keys:
                     y = self.add_gain_and_bias(delta, flat, weight, bias, assignment)
                 else:
-                    is_few = tokens == 1 and weight_first.suits(flat, weight)
-                    add_product = (weight_first if is_few else fused).add_product
-                    y = add_product(delta, flat, weight, bias)
+                    y = fused.add_product(delta, flat, weight, bias, tokens == 1)
                 return y.view(*x.shape[:-1], self.out_dim)
         return assignment.unresolved_layers[self.key].run(call)
 

@@ -87,12 +87,10 @@ EXPERTS = {
         "the checkpoint that was quantised",
     ),
 }
-#: the implementations of a stack of experts (``set_experts_implementation``) that have a
+#: the implementations of stacks of ``EXPERTS`` (``set_experts_implementation``) that have a
 #: derivative; the kernels of all others have none
 EXPERTS_WITH_GRADIENT: dict[tuple[str, str], tuple[str, ...]] = {
-    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): (),
     ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("eager", "grouped_mm"),
-    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"): (),
 }
 #: how many columns of W to read in one call
 COLUMNS = 1 << 10
@@ -102,6 +100,18 @@ def _class(path: tuple[str, str]) -> Any:
     """The class (module, name) if its module has been imported, else None. Without an import, there
     can be no instance."""
     return getattr(sys.modules.get(path[0]), path[1], None)
+
+
+def _entry(module: nn.Module, table: Mapping[tuple[str, str], Any]) -> Any:
+    """The first value of a table whose key is a class of the module; None if there is none."""
+    return next(
+        (
+            value
+            for path, value in table.items()
+            if (cls := _class(path)) and isinstance(module, cls)
+        ),
+        None,
+    )
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:
@@ -117,14 +127,7 @@ def _format_of(module: nn.Module) -> tuple[str, str] | None:
     quantised by compressed-tensors; else None."""
     if is_compressed(module):
         return COMPRESSED
-    return next(
-        (
-            description
-            for path, description in LIBRARIES.items()
-            if (cls := _class(path)) and isinstance(module, cls)
-        ),
-        None,
-    )
+    return _entry(module, LIBRARIES)
 
 
 def is_compressed(module: nn.Module) -> bool:
@@ -173,10 +176,9 @@ def is_opaque(module: nn.Module) -> bool:
 def without_gradient(module: nn.Module) -> bool:
     """Whether forward may pass no gradient to its input, as far as the class or the scheme tells.
     Such a module is adapted, and ``Opaque.call`` looks at each call."""
-    if any((cls := _class(path)) and isinstance(module, cls) for path in WITHOUT_GRADIENT):
+    classes = (*WITHOUT_GRADIENT, *EXPERTS)  # of experts some implementations, which may change
+    if any((cls := _class(path)) and isinstance(module, cls) for path in classes):
         return True
-    if any((cls := _class(path)) and isinstance(module, cls) for path in EXPERTS_WITH_GRADIENT):
-        return True  # at least in some implementations, which may change between calls
     if is_compressed(module):
         scheme: Any = module.quantization_scheme
         return any(
@@ -190,24 +192,13 @@ def _experts_pass_gradient(module: nn.Module) -> bool:
     """Whether a stack of experts has a derivative in the implementation that is set now."""
     config = getattr(module, "config", None)
     implementation = getattr(config, "_experts_implementation", None) or "eager"
-    return any(
-        implementation in implementations
-        for path, implementations in EXPERTS_WITH_GRADIENT.items()
-        if (cls := _class(path)) and isinstance(module, cls)
-    )
+    return implementation in (_entry(module, EXPERTS_WITH_GRADIENT) or ())
 
 
 def unreadable(module: nn.Module) -> tuple[str, str] | None:
     """(description, advice) if a module has quantised weights and cannot carry an adapter, for an
     error message; else None."""
-    description = next(
-        (
-            description
-            for path, description in EXPERTS.items()
-            if (cls := _class(path)) and isinstance(module, cls)
-        ),
-        None,
-    )
+    description = _entry(module, EXPERTS)
     if (
         description is None
         and getattr(module, "quantization_scheme", None) is not None
@@ -358,11 +349,7 @@ class Opaque(Storage):
         if not is_opaque(module):
             if _experts_pass_gradient(module):
                 return forward(*args, **kwargs)
-            format_name, advice = next(
-                description
-                for path, description in EXPERTS.items()
-                if (cls := _class(path)) and isinstance(module, cls)
-            )
+            format_name, advice = _entry(module, EXPERTS)
             problem = (
                 f"{base_class(module).__name__}, whose {format_name} kernels pass no gradient on "
                 "to the layers below, which train"

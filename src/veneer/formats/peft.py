@@ -150,6 +150,12 @@ def not_for_peft(config: Mapping[str, Any]) -> str | None:
     return type_.removeprefix(NOT_FOR_PEFT).strip(": ") if type_.startswith(NOT_FOR_PEFT) else None
 
 
+def may_be_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether a folder may have changes of [in, out] weights. ``fan_in_fan_out`` is one flag for
+    all layers, and False beside changes of parameters (see peft_mapping.py)."""
+    return bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
+
+
 def tensor_key(path: str, suffix: str) -> str:
     """The key of a tensor in PEFT's file."""
     return f"{PREFIX}{path}.{suffix}" if path else f"{PREFIX}{suffix}"

@@ -140,9 +140,12 @@ def thin_gradients(
     return dx, torch.mm(U, x) if need_A else None
 
 
-def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it."""
-    if weight_first.STATE.is_used and weight_first.suits(x, weight):
+def add_product(
+    change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, decodes: bool = False
+) -> Tensor:
+    """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it. ``decodes``:
+    whether x may be multiplied weight first, as in a block of ``weight_first.use``."""
+    if (decodes or weight_first.STATE.is_used) and weight_first.suits(x, weight):
         return weight_first.add_product(change, x, weight, bias)
     if bias is None:
         return change.addmm_(x, weight.mT)

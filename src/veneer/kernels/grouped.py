@@ -218,12 +218,12 @@ _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 
 def _source_rows(x: Tensor, source: Tensor | None, any_size: bool) -> Tensor | None:
     """The indices of the rows of ``source`` that x consists of, if the node of x in the autograd
-    graph is such an indexing. Else None, and also if x was written to since, or if ``source`` has
-    no fewer rows than x, unless ``any_size``."""
+    graph is such an indexing. Else None, and also if x or ``source`` was written to, or if
+    ``source`` has no fewer rows than x, unless ``any_size``."""
     node: Any = x.grad_fn
     if node is None or source is None or source.grad_fn is None or not is_on("saved_inputs"):
         return None
-    if x._version or node.name() != "IndexBackward0":
+    if x._version or source._version or node.name() != "IndexBackward0":
         return None
     if node.next_functions[0][0] is not source.grad_fn:
         return None

@@ -117,27 +117,34 @@ def _wide_copies(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
 def _run_widened(call: Call, function: Any, weight: Tensor, weight_dtype: torch.dtype) -> Any:
     """The output of ``function``, the method of a call, which computes in float32. It is cast to
     the dtypes that it has for weights of ``weight_dtype``. ``weight``: a weight of the view."""
-    floats = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if is_float(leaf)]
-    first_tensor = floats[0].data if floats else None  # ``data`` also of a packed sequence
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    # ``data`` also of a packed sequence
+    first_tensor = next((leaf.data for leaf in leaves if is_float(leaf)), None)
     y_dtype = weight_dtype if first_tensor is None else output_dtype(first_tensor, weight_dtype)
-    dtypes = _base_dtypes(call, weight, weight_dtype, y_dtype)
+    dtypes = _base_dtypes(call, leaves, weight, weight_dtype, y_dtype)
     with no_autocast(weight):
         args, kwargs = cast_floats((call.args, call.kwargs), torch.float32)
         return cast_outputs(function(*args, **kwargs), dtypes, y_dtype)
 
 
 def _base_dtypes(
-    call: Call, weight: Tensor, weight_dtype: torch.dtype, y_dtype: torch.dtype
+    call: Call,
+    leaves: Sequence[Any],
+    weight: Tensor,
+    weight_dtype: torch.dtype,
+    y_dtype: torch.dtype,
 ) -> Sequence[torch.dtype | None]:
-    """The dtypes of the leaves of the base's output for a call; None for a leaf that is no float.
-    The base is called once to find them, and the layer state keeps them.
+    """The dtypes of the leaves of the base's output for a call whose arguments have these
+    ``leaves``; None for a leaf that is no float. The base is called once to find them, and the
+    layer state keeps them.
 
     Empty if they are not known, because the base fails for these arguments or could change one of
     them. Empty also for the classes of ``torch.nn``, whose outputs all have the dtype ``y_dtype``.
     """
-    layer_state, leaves = call.layer_state, pytree.tree_leaves((call.args, call.kwargs))
-    is_torch_class = layer_state.is_stock_class or call.base_cls.__module__.startswith("torch.nn.")
-    if is_torch_class or not all(isinstance(leaf, ARGUMENT_TYPES) for leaf in leaves):
+    layer_state = call.layer_state
+    if layer_state.is_stock_class or call.base_cls.__module__.startswith("torch.nn."):
+        return ()
+    if not all(isinstance(leaf, ARGUMENT_TYPES) for leaf in leaves):
         return ()
     if torch.compiler.is_compiling():
         # only the dtypes are used, so the compiler removes this call

@@ -113,6 +113,9 @@ def unmatched_pattern_problems(
 ) -> list[str]:
     """A problem for each pattern that matches none of the parameters ``targets`` under any of their
     names. ``field`` is the name of the config's field with these patterns."""
+    patterns = tuple(patterns)
+    if not patterns:
+        return []
     paths = dict.fromkeys(path for path, _ in targets)
     refs_by_id = names.holders()
     holders = [holder for ref in targets for holder in names.holders_of(ref, refs_by_id)]

@@ -24,6 +24,7 @@ from veneer.attach import Names, adapters_of, unwrap
 from veneer.bases import own_parameters
 from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import fingerprint_without_rows, kind_of
+from veneer.formats import peft
 from veneer.layers import LAYERS, kind_for, parameter_path
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import is_transposed_stack, without_unit_axes
@@ -141,13 +142,8 @@ class FrozenWeights:
             is_transposed = is_transposed != (peft_kind.out_axis != kind.out_axis)
             weight = kind.unfold(dense_weight, kind.dims(module, dense_weight.shape))
         else:
-            # A folder with changes of parameters may have transposed layers without
-            # "fan_in_fan_out" in its config (see peft_mapping.py).
-            may_be_transposed = bool(
-                config.get("fan_in_fan_out") or config.get("target_parameters")
-            )
             weight, is_transposed = _weight_by_shape(
-                path, dense_weight, aligned_weight, may_be_transposed
+                path, dense_weight, aligned_weight, peft.may_be_transposed(config)
             )
         groups, out, in_ = aligned_weight.template.dims
         if weight.shape != ((groups, in_, out) if is_transposed else (groups, out, in_)):

@@ -29,7 +29,7 @@ from torch import nn
 
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.derived_folder import write_derived
-from veneer.adapter_files.file_names import copy_tokenizer, tokenizer_folder
+from veneer.adapter_files.file_names import tokenizer_folder
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach import detach
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
@@ -149,7 +149,10 @@ def conversion(
         left_out = [*contents.left_out, *list_losses(saved_adapter, to)]
         require_supported(saved_adapter, source_format, target, base_info)
         if saved_adapter.tuner is not None and to == "peft":
-            saved_adapter = _write_lora(saved_adapter, Path(scratch) / "plain")
+            lora_folder = write_derived(
+                Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+            )
+            saved_adapter = folder.read(lora_folder)
         weights_only = not FORMATS[source_format].peft
         adapted_base = partial(_adapted_base, base_info, saved_adapter, verify_base, weights_only)
         if to == "veneer":
@@ -209,15 +212,6 @@ def _write_veneer(
         )
     # some layers get another rank on the base than in the source, so the ranks are read again
     return list_changes(folder.read(out), base_facts)
-
-
-def _write_lora(saved_adapter: AdapterFiles, path: Path) -> AdapterFiles:
-    """Write an adapter of another tuner as one of plain LoRA, and read it."""
-    tokenizer = tokenizer_folder(saved_adapter.path)
-    lora_folder = write_derived(path, [saved_adapter], saved_adapter.low, saved_adapter.full)
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, lora_folder)
-    return folder.read(lora_folder)
 
 
 def _write_peft(

@@ -68,8 +68,7 @@ def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRank
     attention_paths = (peft.attention_of(path) for path in saved_adapter.low)
     fused_modules = {attention for attention in attention_paths if attention is not None}
     config = saved_adapter.peft_config
-    # fan_in_fan_out is one flag for all layers, and False beside changes of parameters
-    may_be_transposed = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
+    may_be_transposed = peft.may_be_transposed(config)
     changes = []
     for path, layer in saved_adapter.low.items():
         weight = _weight_name(path, layer, recorded_changes, fused_modules, facts)
