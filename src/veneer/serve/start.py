@@ -37,12 +37,17 @@ from veneer.store.remote import is_remote
 
 log = logging.getLogger("veneer.serve")
 
+#: kernels of oneDNN that are cached: those of three to six numbers of tokens
+KERNELS = "48"
+
 
 def prepare_process() -> None:
     """Set up the process in which a model will run."""
-    # oneDNN caches a kernel for each shape of a 16-bit matrix product. Its default of 1,024 kernels
-    # takes hundreds of MiB
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    # oneDNN caches a kernel for each shape of a 16-bit matrix product, and torch the description of
+    # one, 250 KiB or more each, 1,024 of each by default. A step has other numbers of tokens than
+    # the one before, so that they would fill up
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
+    os.environ.setdefault("LRU_CACHE_CAPACITY", KERNELS)
     # threads that load adapters or answer HTTP give the GIL to the engine's thread after 0.1 ms,
     # not after Python's default of 5 ms
     sys.setswitchinterval(1e-4)
