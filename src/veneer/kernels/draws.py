@@ -36,13 +36,19 @@ def log_exponentials(
     that tokens less likely than that would never be drawn: they are float64 where the device has
     it."""
     dtype = torch.float64 if precision.has_float64(device) else torch.float32
-    uniforms = torch.empty(len(row_generators), count, dtype=dtype, device=device)
-    for row, generator in zip(uniforms, row_generators, strict=True):
-        row.uniform_(generator=generator)
-    return uniforms.log_().neg_().float().log_()
+    logs = torch.empty(len(row_generators), count, device=device)
+    # one row at a time stays in the cache of a CPU; a GPU needs few calls
+    size = 1 if device.type == "cpu" else len(row_generators)
+    uniforms = torch.empty(size, count, dtype=dtype, device=device)
+    for first in range(0, len(row_generators), max(1, size)):
+        for row, generator in zip(uniforms, row_generators[first : first + size], strict=True):
+            row.uniform_(generator=generator)
+        logs[first : first + size] = uniforms.log_().neg_()
+    return logs.log_()
 
 
 def perturb(scores: Tensor, row_generators: Sequence[torch.Generator]) -> Tensor:
     """Add random noise to log-probabilities [rows, vocabulary], so that the argmax of a row is a
     sample from its distribution. Each row uses its own generator."""
-    return scores.float() - log_exponentials(row_generators, scores.shape[-1], scores.device)
+    logs = log_exponentials(row_generators, scores.shape[-1], scores.device)
+    return torch.sub(scores, logs, out=logs)

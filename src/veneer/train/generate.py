@@ -282,7 +282,8 @@ class _Sampling:
         self.temperature, self._seed = temperature, seed
         self._warpers: list[Any] = []
         if temperature > 0:
-            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+            if temperature != 1:
+                self._warpers.append(TemperatureLogitsWarper(float(temperature)))
             self._warpers += [TopKLogitsWarper(top_k)] if top_k else []
             self._warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         self._generators: dict[int, torch.Generator] = {}
@@ -290,7 +291,7 @@ class _Sampling:
     def sample(self, logits: Tensor, answer_indices: Sequence[int]) -> list[int]:
         """The next token of each of n answers, from logits [n, vocabulary]. ``answer_indices``: the
         indices of the answers among all answers."""
-        scores = logits.float()
+        scores = logits.float() if self._warpers else logits
         for warper in self._warpers:
             scores = warper(None, scores)
         if self.temperature > 0:
