@@ -10,7 +10,8 @@ size of the largest, and two batched products compute all groups:
 
 On a CPU, A and B are float32 whatever the dtype of the base is, because batched products of thin
 matrices take several times as long in 16 bits. A row that blends k adapters is in k groups. Over a
-bfloat16 base, a compiled loop replaces these products where it is faster (``mixed_rows.py``).
+base in bfloat16 or float32, a compiled loop replaces these products where it is faster
+(``mixed_rows.py``).
 
 **Many tokens** (prompts): each run of neighbouring rows with the same adapters is multiplied with
 the factors of these adapters, one run after the other.
@@ -47,14 +48,14 @@ LOOP_MIN_WEIGHT = 1 << 16
 #: the most multiply-adds of a layer, times the number of torch's threads, for which that loop,
 #: which has one thread, is faster than batched products
 LOOP_MAX_WORK = 1 << 22
-#: the dtypes of A and B that it takes
-LOOP_DTYPES = (torch.bfloat16, torch.float32)
+#: the dtypes of W, A and B that it takes
+LOOP_DTYPES = {torch.bfloat16, torch.float32}
 
 
 def load_row_loop(weight: Tensor, factor_dtype: torch.dtype) -> ModuleType | None:
     """The module ``mixed_rows`` if it is enabled and supports a layer, else None. It is imported
     only here, because it imports numba."""
-    is_supported = weight.is_cpu and weight.dtype is torch.bfloat16 and factor_dtype in LOOP_DTYPES
+    is_supported = weight.is_cpu and {weight.dtype, factor_dtype} <= LOOP_DTYPES
     if not is_supported or weight.numel() < LOOP_MIN_WEIGHT or not is_on("mixed_rows"):
         return None
     return importlib.import_module("veneer.kernels.mixed_rows")

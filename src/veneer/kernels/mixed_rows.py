@@ -3,10 +3,10 @@
     Δ[row] = Σ_p weight_p · (x[row] A_pᵀ) B_p        p: the pairs (row, adapter) of the row
     x: [N, in]   A: [R, in]   B: [R, out]            R: the ranks of all adapters, one after another
 
-The loop is for the few tokens of a decoding step. Torch needs ten operations for each layer, and A
-and B in float32; the loop reads 16-bit factors as they are. Rows of the same adapter are computed
-one after another, while its factors are in the cache. Numbers are summed in float32 and rounded
-once. Each row is computed alone, so that a NaN stays in its row.
+The loop is for the few tokens of a decoding step. Torch needs several operations for each layer,
+each of which wakes its threads, and A and B in float32; the loop reads 16-bit factors as they are.
+Rows of the same adapter are computed one after another, while its factors are in the cache. Numbers
+are summed in float32 and rounded once. Each row is computed alone, so that a NaN stays in its row.
 
 It runs on one thread: the work of a layer takes about as long as it takes to wake another thread,
 and two pools of threads, torch's and numba's, would slow each other.

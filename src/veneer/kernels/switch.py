@@ -6,8 +6,8 @@ operations are used in their place.
     VENEER_COMPILED=1                all optimisations, the default
 
 mixed_rows       A compiled loop multiplies the tokens of a decoding step with the adapter of each
-                 row, over a bfloat16 base. Its sums are as exact as those of torch's operations,
-                 but not the same bits.
+                 row, over a base in bfloat16 or float32. Its sums are as exact as those of torch's
+                 operations, but not the same bits.
 round_nearest    A compiled loop rounds W + ΔW to bfloat16, with the same bits as torch's
                  operations, in a quarter of their time.
 saved_inputs     Not compiled. It edits the tensors that autograd's nodes save: a third of the
@@ -18,7 +18,7 @@ weight_first     Not compiled. For 2 to 64 rows that decode in float32, in the e
                  as exact, but not the same bits.
 
 Compiled loops need numba (the extra ``fast``), which takes half a second and 100 MiB to load. The
-first mixed batch over a bfloat16 base, or merging the first large weight, loads it.
+first mixed batch over such a base, or merging the first large weight, loads it.
 The variable is read once, when veneer is imported.
 """
 
