@@ -23,7 +23,7 @@ from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 #: all arrive at the very same time
 BURST_TOKENS = 4
 #: seconds after its start for which it waits at most, and within which others arrive with it
-BURST_SECONDS, ARRIVAL_SECONDS = 5.0, 1.0
+BURST_SECONDS, ARRIVAL_SECONDS = 15.0, 1.0
 
 
 class Batch:
