@@ -67,6 +67,7 @@ def sweep_command(
     train_config, settings = load_sweep(config, **overrides)
 
     from veneer.cli import console
+    from veneer.kernels import onednn
     from veneer.train.callbacks import say
     from veneer.train.processes import join
     from veneer.train.sweep.sweep_run import sweep
@@ -75,6 +76,7 @@ def sweep_command(
     if join().count > 1:
         raise ConfigError("a sweep in several processes", "one process", "run it without torchrun")
     console.setup_logging()
+    onednn.limit_kernel_caches(onednn.TRAINING)
     with Progress(console.err) as progress:
         outcome = sweep(
             train_config, settings, keep_going=keep_going, console=console.err, on_step=progress

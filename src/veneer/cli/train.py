@@ -168,10 +168,12 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
     from rich.console import Console
 
     from veneer.cli import console
+    from veneer.kernels import onednn
     from veneer.train.callbacks import say
     from veneer.train.run import fit
 
     console.setup_logging()  # again, because a Ray worker process begins here
+    onednn.limit_kernel_caches(onednn.TRAINING)
     processes = join()
     err = console.err if processes.is_first else Console(quiet=True)
     if not processes.is_first:  # only the first process prints messages

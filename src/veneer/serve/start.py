@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from veneer import models
 from veneer.bank import Bank
 from veneer.errors import ConfigError, listing, nearest
-from veneer.kernels import batched
+from veneer.kernels import batched, onednn
 from veneer.models.remote_code import with_trust_of_config
 from veneer.models.sampling_defaults import FILE, sampling_defaults
 from veneer.serve.access import Keyring
@@ -37,17 +36,10 @@ from veneer.store.remote import is_remote
 
 log = logging.getLogger("veneer.serve")
 
-#: kernels of oneDNN that are cached: those of three to six numbers of tokens
-KERNELS = "48"
-
 
 def prepare_process() -> None:
     """Set up the process in which a model will run."""
-    # oneDNN caches a kernel for each shape of a 16-bit matrix product, and torch the description of
-    # one, 250 KiB or more each, 1,024 of each by default. A step has other numbers of tokens than
-    # the one before, so that they would fill up
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
-    os.environ.setdefault("LRU_CACHE_CAPACITY", KERNELS)
+    onednn.limit_kernel_caches(onednn.SERVING)
     # threads that load adapters or answer HTTP give the GIL to the engine's thread after 0.1 ms,
     # not after Python's default of 5 ms
     sys.setswitchinterval(1e-4)
