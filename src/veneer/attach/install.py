@@ -26,7 +26,6 @@ from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
 from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import (
     ADAPTERS,
-    CHANGING,
     ActiveAdapter,
     LayerState,
     ModelAdapters,
@@ -85,7 +84,7 @@ def install_adapter(
     )
     model_adapters = _ensure_adapters(model)
     invocation_tokens = tuple(plans.config.invocation_tokens)
-    adapters_by_key: Any = _adapt_modules(model_adapters, names, plans, layer_adapters)
+    adapters_by_key: Any = adapt_modules(names, layer_adapters)
     if invocation_tokens:
         adapters_by_key = with_invocation(adapters_by_key, name)
     active = ActiveAdapter(
@@ -249,23 +248,13 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
     return model_adapters
 
 
+@one_thread_at_a_time
 def adapt_modules(
-    names: Names, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
+    names: Names, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
     """Give the modules their adapted class. Returns the layer adapters by the keys of
     ``ActiveAdapter.layer_adapters``. They are not added to the layer states."""
-    with CHANGING:
-        return _adapt_modules(_ensure_adapters(names.model), names, plans, layer_adapters)
-
-
-def _adapt_modules(
-    model_adapters: ModelAdapters,
-    names: Names,
-    plans: Plans,
-    layer_adapters: Mapping[str, LayerAdapter],
-) -> dict[Any, LayerAdapter]:
-    """``adapt_modules``, given the ``ModelAdapters`` of the model and with the lock held."""
-    modules = names.modules
+    model_adapters, modules = _ensure_adapters(names.model), names.modules
     adapters_by_key: dict[Any, LayerAdapter] = {}
     for path, layer_adapter in layer_adapters.items():
         module = modules[path]

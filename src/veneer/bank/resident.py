@@ -178,7 +178,7 @@ def load_resident(
         names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
     )
     load_plan.fill(layer_adapters)
-    table = adapt_modules(names, load_plan.plans, layer_adapters)
+    table = adapt_modules(names, layer_adapters)
     resolved_low, unresolved = _split_adapters(names, layer_adapters, dtype)
     layer_changes = {
         key: resolved_low.get(id(layer_adapter), layer_adapter)
