@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from veneer.attach.layer.adapted_module import base_forward, method_of
 from veneer.attach.layer.call import Call
 from veneer.attach.rows.linear_rows import LinearRows
-from veneer.attach.rows.routed_rows import count_tokens_per_row, token_indices
 from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
@@ -59,11 +58,7 @@ class LayerRows:
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
         row_adapters, kind = self.row_adapters, _kind_for(layer_state, method)
         is_leaf, looks_up = _is_leaf(module, layer_state), _looks_up_selection(module, layer_state)
-        tokens_per_row = (
-            count_tokens_per_row(module, (args, kwargs), row_adapters.count)
-            if kind.name == GENERAL
-            else None
-        )
+        tokens_per_row = _count_tokens_per_row(kind, module, (args, kwargs), row_adapters.count)
         if tokens_per_row is not None and tokens_per_row > 1 and row_adapters.time_first:
             tokens_per_row = None
         problem = self._division_problem(
@@ -80,7 +75,7 @@ class LayerRows:
             row_adapters.selections, row_indices, self.layer_adapters, seeds, strict=True
         ):
             row_args, row_kwargs = self._take(
-                kind, module, args, kwargs, token_indices(indices, tokens_per_row), tokens_per_row
+                kind, module, args, kwargs, _token_indices(indices, tokens_per_row), tokens_per_row
             )
             with row_adapters.only(selection, not looks_up):
                 if layer_adapter is None:
@@ -94,7 +89,7 @@ class LayerRows:
                             )
                         )
                     )
-        return kind.put(module, outputs, token_indices(order, tokens_per_row))
+        return kind.put(module, outputs, _token_indices(order, tokens_per_row))
 
     def _run_single(self, call: Call) -> Any:
         """The output if all rows use the same selection: the output of a plain call, after a check
@@ -110,12 +105,8 @@ class LayerRows:
             and x.ndim
             and len(x) == row_count
         ):
-            tokens_per_row = (
-                count_tokens_per_row(module, (args, kwargs), row_count)
-                if kind.name == GENERAL
-                else None
-            ) or 1
-            first_row = token_indices(self.row_adapters.row_indices[0][:1], tokens_per_row)
+            tokens_per_row = _count_tokens_per_row(kind, module, (args, kwargs), row_count) or 1
+            first_row = _token_indices(self.row_adapters.row_indices[0][:1], tokens_per_row)
             self._take(kind, module, args, kwargs, first_row, tokens_per_row)
         with self.row_adapters.only(selection, not _looks_up_selection(module, layer_state)):
             if layer_adapter is not None:
@@ -171,6 +162,55 @@ class LayerRows:
             if is_ambiguous
             else None
         )
+
+
+def _count_tokens_per_row(
+    kind: Layer, module: nn.Module, inputs: Any, row_count: int
+) -> int | None:
+    """The number of tokens in each of ``row_count`` rows, if the inputs of a module of experts hold
+    rows and time as one axis; None if the inputs do not show this.
+
+        hidden [rows, time, n] --block--> [rows · time, n]    n: the width of a token's hidden state
+                                          [rows · time, k]    the k experts of each token
+
+    A mixture-of-experts block flattens its input before it routes the tokens, so the module of
+    experts below it gets tokens instead of rows. The inputs show it if the module holds a stack of
+    matrices and they are routed tokens: floats [tokens, n], integers that choose a matrix of the
+    stack for each token, and no tensor of another length. If the floats are a view of a tensor with
+    more axes, the first axis of that tensor must be the rows.
+    """
+    if kind.name != GENERAL:
+        return None
+    has_stack = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    hidden = next((leaf for leaf in tensors if leaf.is_floating_point()), None)
+    has_routes = any(
+        leaf.dim() == 2 and leaf.dtype in (torch.int64, torch.int32) for leaf in tensors
+    )
+    if not has_stack or hidden is None or not has_routes or hidden.dim() != 2:
+        return None
+    token_count = len(hidden)
+    if token_count % row_count or any(
+        leaf.dim() == 0 or len(leaf) != token_count for leaf in tensors
+    ):
+        return None
+    viewed_tensor = hidden._base
+    if (
+        viewed_tensor is not None
+        and viewed_tensor.dim() > 2
+        and viewed_tensor.numel() == hidden.numel()
+        and viewed_tensor.shape[0] != row_count
+    ):
+        return None
+    return token_count // row_count
+
+
+def _token_indices(row_indices: Tensor, tokens_per_row: int) -> Tensor:
+    """The indices of the tokens of these rows, if each row has ``tokens_per_row`` tokens."""
+    if tokens_per_row == 1:
+        return row_indices
+    positions = torch.arange(tokens_per_row, device=row_indices.device)
+    return (row_indices[:, None] * tokens_per_row + positions).flatten()
 
 
 def _kind_for(layer_state: Any, method: str) -> Any:
