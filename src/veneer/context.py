@@ -47,8 +47,8 @@ class Context:
         applied_blocks: the blocks that ``selection`` already contains.
         invoked_calls: the ``InvokedCall`` of each model whose forward runs now, by the model's
             ``uid``, for adapters with invocation tokens (``attach/invocation.py``).
-        prompt_starts: the ``PromptStarts`` of each model whose ``generate`` runs now, by the
-            model's ``uid``.
+        prompt_starts: for each model whose ``generate`` runs now, by the model's ``uid``: for each
+            row of the prompt the column from which an adapter acts, or None, by the adapter's name.
     """
 
     selection: Mapping[str, Any] = field(default_factory=dict)

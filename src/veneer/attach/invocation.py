@@ -25,7 +25,7 @@ pass it would silently compute the base's output.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -77,23 +77,6 @@ class CachedStarts:
         ]
         tail = self.tail.repeat_interleave(row_count // len(self.starts), 0)
         return CachedStarts(starts, length, tail if length == self.length else tail[:, :0])
-
-
-@dataclass(frozen=True)
-class PromptStarts:
-    """The invocations in the prompt of ``generate``.
-
-    Fields:
-        starts: for each row of the prompt the column from which an adapter acts, or None; by the
-            adapter's name.
-    """
-
-    starts: Mapping[str, Sequence[int | None]]
-
-    def of_rows(self, name: str, row_count: int) -> list[int | None]:
-        """The starts of an adapter in a call of ``row_count`` rows. If these are beams or samples,
-        each row of the prompt has several of them."""
-        return _repeat(self.starts[name], row_count, "a prompt")
 
 
 def _repeat(starts: Sequence[int | None], row_count: int, source: str) -> list[int | None]:
@@ -237,20 +220,16 @@ def _search_call(
     row_count, width = ids.shape
     _refuse_packed(module, rows_by_adapter, arguments, width)
     _refuse_other_rows(rows_by_adapter, row_count)
-    kv_cache, prompt = _cache_in(arguments), context.current.prompt_starts.get(model_adapters.uid)
+    kv_cache = _cache_in(arguments)
+    prompt_starts = context.current.prompt_starts.get(model_adapters.uid, {})
     past_length = _length_of(kv_cache)
     head_columns = _head_columns(arguments.get("logits_to_keep"), width)
     invoked_call = InvokedCall()
     for active, indices in rows_by_adapter:
         name, tokens = str(active.name), active.invocation_tokens
-        cached_starts = _cached_starts(kv_cache, model_adapters, name)
-        cached_starts = (
-            None
-            if cached_starts is None
-            else cached_starts.resized(past_length, row_count, len(tokens))
-        )
-        if prompt is not None and name in prompt.starts:
-            starts = prompt.of_rows(name, row_count)
+        cached_starts = _cached_starts(kv_cache, model_adapters, active, past_length, row_count)
+        if name in prompt_starts:  # a row of the prompt has several rows of beams or samples
+            starts = _repeat(prompt_starts[name], row_count, "a prompt")
         else:
             starts = find_starts(ids, tokens, past_length, cached_starts)
         call_starts = [
@@ -391,9 +370,14 @@ def _cache_of(output: Any) -> Any:
     )
 
 
-def _cached_starts(kv_cache: Any, model_adapters: ModelAdapters, name: str) -> CachedStarts | None:
-    """What a cache holds about the invocation of an adapter, or None."""
-    return getattr(kv_cache, _STARTS, {}).get((model_adapters.uid, name))
+def _cached_starts(
+    kv_cache: Any, model_adapters: ModelAdapters, active: ActiveAdapter, length: int, row_count: int
+) -> CachedStarts | None:
+    """The invocation of an adapter in a cache that now holds ``length`` columns of ``row_count``
+    rows. None if the cache holds nothing about it."""
+    cached_starts = getattr(kv_cache, _STARTS, {}).get((model_adapters.uid, active.name))
+    token_count = len(active.invocation_tokens)
+    return None if cached_starts is None else cached_starts.resized(length, row_count, token_count)
 
 
 def _length_of(kv_cache: Any) -> int:
@@ -420,9 +404,13 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         type(model).generate,  # pyright: ignore[reportAttributeAccessIssue]
         model,
     )
-    model_adapters = next(_adapters_of_hooks(model), None)
+    hooks = model._forward_pre_hooks.values()
+    model_adapters: Any = next(
+        (hook.args[0] for hook in hooks if isinstance(hook, partial) and hook.func is _begin_call),
+        None,
+    )
     rows_by_adapter = [] if model_adapters is None else _invoked_adapter_rows(model_adapters)
-    if model_adapters is None or not rows_by_adapter:
+    if not rows_by_adapter:
         return method(*args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs")
     ids = kwargs.get("input_ids") if ids is None else ids
@@ -437,24 +425,17 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     past_length = max(0, mask.shape[1] - ids.shape[1]) if is_continued else 0
     starts = {}
     for active, _ in rows_by_adapter:
-        name, tokens = str(active.name), active.invocation_tokens
-        cached_starts = _cached_starts(kv_cache, model_adapters, name) if past_length else None
         cached_starts = (
-            None
-            if cached_starts is None
-            else cached_starts.resized(past_length, len(ids), len(tokens))
+            _cached_starts(kv_cache, model_adapters, active, past_length, len(ids))
+            if past_length
+            else None
         )
-        starts[name] = find_starts(ids, tokens, past_length, cached_starts)
-    prompt_starts = {**context.current.prompt_starts, model_adapters.uid: PromptStarts(starts)}
+        starts[str(active.name)] = find_starts(
+            ids, active.invocation_tokens, past_length, cached_starts
+        )
+    prompt_starts = {**context.current.prompt_starts, model_adapters.uid: starts}
     with context.override(prompt_starts=prompt_starts):
         return method(*args, **kwargs)
-
-
-def _adapters_of_hooks(module: nn.Module) -> Iterator[ModelAdapters]:
-    """The ``ModelAdapters`` of each hook ``_begin_call`` of a module."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, partial) and hook.func is _begin_call:
-            yield hook.args[0]
 
 
 # ---- activation checkpointing --------------------------------------------------------------------
