@@ -43,7 +43,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     model_adapters = need_adapters(model, name)
     names = list(model_adapters.configs) if name is None else [name]
     _require_detachable(model_adapters, names, keep_merged)
-    if any(map(names.__contains__, model_adapters.last_merged_first())):
+    if not set(names).isdisjoint(model_adapters.merge_order):
         model_adapters.untied = ()  # weights that were untied for the merge stay untied
     answered_peft_names = stop_answering_peft_names(model)
     for adapter in names:
@@ -75,7 +75,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 
 def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_merged: bool) -> None:
     """Raise a MergeError if some of these adapters cannot be detached now."""
-    merged_names = model_adapters.last_merged_first()
+    merged_names = model_adapters.merge_order[::-1]  # the last merged one first
     for index, name in enumerate(merged_names):
         if name not in names:
             continue

@@ -10,7 +10,7 @@ of such a call raises an error, because it does not know the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,22 +80,11 @@ class InvokedTokens:
 
 class InvokedAdapter:
     """The ``LayerAdapter`` of one linear layer, run on the tokens from the invocation of the
-    adapter ``name`` on. It has the interface of a ``LayerAdapter``."""
+    adapter ``name`` on. It has the members of a ``LayerAdapter`` that a selection needs."""
 
     def __init__(self, layer_adapter: LayerAdapter, name: str) -> None:
         self.layer_adapter, self.name = layer_adapter, name
-
-    @property
-    def changes(self) -> Mapping[str, Any]:
-        return self.layer_adapter.changes
-
-    @property
-    def low(self) -> nn.Module:
-        return self.layer_adapter.low
-
-    @property
-    def full(self) -> nn.Module:
-        return self.layer_adapter.full
+        self.low, self.full = layer_adapter.low, layer_adapter.full
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         return self.layer_adapter.reached_ids(method)

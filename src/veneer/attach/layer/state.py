@@ -227,10 +227,6 @@ class ModelAdapters:
         merges."""
         return self.selections[name].merged_at_attach in (None, *self._labels(self.merge_order))
 
-    def last_merged_first(self) -> list[str]:
-        """The names of the merged adapters, the last merged one first."""
-        return [*reversed(self.merge_order)]
-
     def claim(self, root: nn.Module) -> None:
         """Record that these are the adapters of the model ``root``."""
         if self.root is None:

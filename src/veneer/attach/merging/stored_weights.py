@@ -147,7 +147,7 @@ def _merged_since(model: nn.Module, name: str) -> dict[int, StoredWeight]:
     """The weights into which another adapter was merged after ``name`` was attached, by their
     ``id``. Each is described by the first such merge, whose backup is the oldest."""
     model_adapters = need_adapters(model, name)
-    merged_names = model_adapters.last_merged_first()
+    merged_names = model_adapters.merge_order[::-1]  # the last merged one first
     base_name = model_adapters.selections[name].merged_at_attach
     if base_name is not None and base_name not in merged_names:
         require_attached_base(model_adapters, name, "the base of")
