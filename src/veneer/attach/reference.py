@@ -161,22 +161,14 @@ def reference_of(model: nn.Module) -> Reference:
     name = selected_name(model)
     if _changes_nothing(model, name):
         return Reference(model)
-    adapter_tensors = [
-        tensor
-        for holder in _holders(model, name)
-        for tensor in (*_tensors(holder._parameters), *_tensors(holder._buffers))
-    ]
     frozen_copies: dict[int, Tensor] = {}
-    for tensor in adapter_tensors:
-        copied = tensor.detach().clone()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        frozen_copy = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
-        frozen_copies.setdefault(id(tensor), frozen_copy)
+    for holder in _holders(model, name):
+        for tensor in (*holder.parameters(recurse=False), *holder.buffers(recurse=False)):
+            copied = tensor.detach().clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            frozen_copy = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+            frozen_copies.setdefault(id(tensor), frozen_copy)
     return Reference(model, name)._set(model, name, frozen_copies, model)
-
-
-def _tensors(table: Mapping[str, Tensor | None]) -> list[Tensor]:
-    return [value for value in table.values() if value is not None]
 
 
 def _holders(model: nn.Module, name: str | None) -> list[nn.Module]:

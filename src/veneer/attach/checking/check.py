@@ -15,7 +15,7 @@ in float64.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -155,12 +155,9 @@ def check(
     return CheckReport(str(active.name), tuple(change.path for change in checked), compared)
 
 
-@contextmanager
-def _use_selection(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]:
+def _use_selection(model: nn.Module, selection: ActiveAdapter) -> AbstractContextManager[None]:
     """A context manager in which calls of the model use this selection."""
-    uid = need_adapters(model).uid
-    with context.override({uid: selection}):
-        yield
+    return context.override({need_adapters(model).uid: selection})
 
 
 def _prove_changes(

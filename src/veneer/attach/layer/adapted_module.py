@@ -289,12 +289,11 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while stack:
         path, module = stack.pop()
         yield path, module
-        hidden_names = (STATE, "parametrizations") if is_parametrized(module) else (STATE,)
         children = [
             (f"{path}.{name}" if path else name, child)
             for name, child in list(module._modules.items())  # another thread may attach
-            if child is not None
-            and not (name in hidden_names and (name != STATE or isinstance(child, LayerState)))
+            if not (child is None or isinstance(child, LayerState))
+            and not (name == "parametrizations" and is_parametrized(module))
         ]
         stack += reversed(children)
 

@@ -280,30 +280,29 @@ class _UnformedNode(torch.autograd.Function):
 _apply = cast(Any, super(torch.autograd.Function, _UnformedNode)).apply
 
 
-def _getters(*names: str) -> set[Any]:
-    return {getattr(Tensor, name).__get__ for name in names}
-
-
 #: functions and attributes that an ``Unformed`` supports without forming W + ΔW
 METADATA: frozenset[Any] = frozenset(
     {
-        *_getters(
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "layout",
-            "requires_grad",
-            "is_leaf",
-            "grad_fn",
-            "is_cuda",
-            "is_cpu",
-            "is_sparse",
-            "is_quantized",
-            "is_meta",
-            "is_nested",
-            "itemsize",
-            "nbytes",
+        *(
+            getattr(Tensor, name).__get__
+            for name in (
+                "shape",
+                "dtype",
+                "device",
+                "ndim",
+                "layout",
+                "requires_grad",
+                "is_leaf",
+                "grad_fn",
+                "is_cuda",
+                "is_cpu",
+                "is_sparse",
+                "is_quantized",
+                "is_meta",
+                "is_nested",
+                "itemsize",
+                "nbytes",
+            )
         ),
         Tensor.size,
         Tensor.dim,

@@ -80,8 +80,6 @@ def _address_range(tensor: Tensor) -> tuple[int, int] | None:
 
 def _extent(tensor: Tensor) -> int:
     """The number of elements in the memory from the tensor's first element to its last one."""
-    if tensor.is_contiguous():
-        return tensor.numel()
     return 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
