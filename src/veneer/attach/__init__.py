@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     )
     from veneer.attach.invocation import find_starts
     from veneer.attach.layer.adapted_module import layer_states, state_of, walk, with_values
-    from veneer.attach.layer.call import Call
     from veneer.attach.layer.change import Change
     from veneer.attach.layer.invoked_adapter import InvokedAdapter
     from veneer.attach.layer.layer_adapter import LayerAdapter
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
         BASE,
         STATE,
         ActiveAdapter,
+        Call,
         LayerState,
         ModelAdapters,
         ModulePath,
@@ -131,7 +131,7 @@ _LAZY = {
     "unwrap": "layer.lookup",  # the model inside of the wrappers of DDP and torch.compile
     # an adapted layer
     "Change": "layer.change",  # the change of one weight: its parameters, and how ΔW is computed
-    "Call": "layer.call",  # one call of an adapted module
+    "Call": "layer.state",  # one call of an adapted module
     "find_starts": "invocation",  # where the last invocation begins in each row of ids
     "InvokedAdapter": "layer.invoked_adapter",  # a LayerAdapter for the tokens of an invocation
     "LayerAdapter": "layer.layer_adapter",  # the changes of one adapter at one layer

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from veneer import context
-from veneer.attach.layer.call import Call
 from veneer.attach.layer.qconfig import Qconfig
-from veneer.attach.layer.state import STATE, LayerState
+from veneer.attach.layer.state import STATE, Call, LayerState
 from veneer.bases import is_opaque
 from veneer.distributed import base_class
 

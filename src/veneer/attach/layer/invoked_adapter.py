@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.layer.adapted_module import base_forward
-from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.layer_call import LinearCall
+from veneer.attach.layer.state import Call
 from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.kernels.dropout import dropout as drop

@@ -27,7 +27,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import Change, changed_storage_error, frozen_weight
 from veneer.attach.layer.experts import drop_inputs, is_stack
 from veneer.attach.layer.fused_linear import (
@@ -45,7 +44,7 @@ from veneer.attach.layer.layer_call import (
     run_materialised,
     run_on_values,
 )
-from veneer.attach.layer.state import LayerState, ModulePath
+from veneer.attach.layer.state import Call, LayerState, ModulePath
 from veneer.attach.layer.views import run_on_view
 from veneer.kernels import cost_model, device, fused
 from veneer.layers import Layer
@@ -140,7 +139,7 @@ class LayerAdapter(nn.Module):
         return (
             self.submodule_adapters
             if method == "forward"
-            else self.submodule_adapters_by_method[method]
+            else self.submodule_adapters_by_method.get(method, {})
         )
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:

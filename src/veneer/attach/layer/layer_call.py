@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.attach.layer.adapted_module import base_forward
-from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import PIECE_COUNT, Change, frozen_weight
 from veneer.attach.layer.dtypes import no_autocast, output_dtype, widen
-from veneer.attach.layer.state import LayerState
+from veneer.attach.layer.state import Call, LayerState
 from veneer.attach.layer.views import view
 from veneer.bases import weight_of
 from veneer.kernels import device, fused

@@ -6,6 +6,7 @@
                     the layer uses its weights
     ActiveAdapter   the selection of one call: what the adapter does at each layer, by the layer's
                     key
+    Call            one call of an adapted module, as a value
 
 A call looks up its ``ActiveAdapter`` in the current context (``context.py``), by the model's
 ``uid``. If the context has no entry for the model, the call uses the model's default.
@@ -22,11 +23,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import nn
 
 from veneer.config import LoraConfig
+from veneer.context import Context
 from veneer.errors import SelectionError
 from veneer.layers import Layer
 
@@ -335,3 +337,34 @@ class LayerState(nn.Module):
         """The ``LayerAdapter`` of the adapter ``name`` at this layer; None if it changes nothing
         here."""
         return self._modules.get(name)
+
+
+class Call(NamedTuple):
+    """A call of the forward of an adapted module, or of another method that reads adapted weights.
+
+    An ``ActiveAdapter`` maps the key of a layer to an object, such as a ``LayerAdapter``, whose
+    ``run(call)`` computes the output of the call.
+
+    Fields:
+        base_cls: the class of the module before it was adapted.
+        args, kwargs: the arguments of the call, without ``self``.
+        context: the context of the call.
+        method: the name of the called method.
+        may_share: whether layers that read the same input may be computed together.
+        seed: the dropout seed. If it is None, a seed is drawn.
+    """
+
+    module: Any
+    base_cls: Any
+    layer_state: LayerState
+    args: tuple
+    kwargs: Mapping[str, Any]
+    context: Context
+    method: str = "forward"
+    may_share: bool = True
+    seed: int | None = None
+
+    @property
+    def x(self) -> Any:
+        """The first argument of the call."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))

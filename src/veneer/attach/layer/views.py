@@ -29,7 +29,6 @@ from veneer.attach.layer.adapted_module import (
     method_of,
     state_of,
 )
-from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
 from veneer.attach.layer.dtypes import (
     cast_floats,
@@ -40,7 +39,7 @@ from veneer.attach.layer.dtypes import (
     widen,
 )
 from veneer.attach.layer.experts import always_form_weights, unformed_weights_of
-from veneer.attach.layer.state import STATE, LayerState, ModulePath, detached_error
+from veneer.attach.layer.state import STATE, Call, LayerState, ModulePath, detached_error
 from veneer.attach.layer.unformed import CannotFormError
 from veneer.bases import BASES
 from veneer.distributed import base_class

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.layer.call import Call
 from veneer.attach.layer.change import frozen_weight
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.layer_call import (
@@ -31,7 +30,7 @@ from veneer.attach.layer.layer_call import (
     run_factored,
     run_on_values,
 )
-from veneer.attach.layer.state import ActiveAdapter, ModulePath
+from veneer.attach.layer.state import ActiveAdapter, Call, ModulePath
 from veneer.attach.layer.views import run_on_view
 from veneer.distributed import base_class
 from veneer.errors import SelectionError
@@ -156,12 +155,7 @@ class Blend:
         """As ``LayerAdapter.below``."""
         components_by_path: dict[ModulePath, list[tuple[Any, float]]] = {}
         for layer_adapter, weight in self.components:
-            read_adapters = (
-                layer_adapter.submodule_adapters
-                if method == "forward"
-                else layer_adapter.submodule_adapters_by_method.get(method, {})
-            )
-            for path, read_adapter in read_adapters.items():
+            for path, read_adapter in layer_adapter.below(method).items():
                 components_by_path.setdefault(path, []).append((read_adapter, weight))
         return {path: Blend(components) for path, components in components_by_path.items()}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer.attach.layer.adapted_module import base_forward, method_of
-from veneer.attach.layer.call import Call
+from veneer.attach.layer.state import Call
 from veneer.attach.rows.linear_rows import LinearRows
 from veneer.distributed import base_class
 from veneer.errors import SelectionError
