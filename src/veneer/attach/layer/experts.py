@@ -35,7 +35,7 @@ _C: Any = torch._C
 
 #: layers whose forward uses an operation that ``Unformed`` does not support. Their W + ΔW is formed
 #: in every call.
-_LAYERS_THAT_FORM: weakref.WeakSet[LayerState] = weakref.WeakSet()
+LAYERS_THAT_FORM: weakref.WeakSet[LayerState] = weakref.WeakSet()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def unformed_weights_of(
     """
     if not is_eager() or _C._get_tracing_state() is not None:
         return None
-    if layer_state in _LAYERS_THAT_FORM or context.current.path == "materialised":
+    if layer_state in LAYERS_THAT_FORM or context.current.path == "materialised":
         return None
     leaves = _tensor_arguments(*inputs)
     if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):
@@ -78,12 +78,6 @@ def _tensor_arguments(args: tuple, kwargs: dict) -> list[Tensor]:
     if not all(leaf is None or isinstance(leaf, Tensor | int | float) for leaf in leaves):
         leaves = pytree.tree_leaves(leaves)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def always_form_weights(layer_state: LayerState) -> None:
-    """Form W + ΔW in all later calls of this layer. Its forward uses an operation that
-    ``Unformed`` does not support."""
-    _LAYERS_THAT_FORM.add(layer_state)
 
 
 def is_stack(change: Change, weight: Any) -> bool:
@@ -233,24 +227,20 @@ def _data_ptr(_: Any, weight: Unformed) -> Any:
 
 
 @_operation(torch.chunk, Tensor.chunk)
-def _chunk(_: Any, weight: Unformed, chunks: int, dim: int = 0) -> Any:
-    size = weight.shape[dim]
-    return _split_matrices(weight, -(-size // chunks), dim)
+def _chunk(func: Any, weight: Unformed, chunks: int, dim: int = 0) -> Any:
+    return _split(func, weight, -(-weight.shape[dim] // chunks), dim)
 
 
 @_operation(torch.split, Tensor.split)
 def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
-    return _split_matrices(weight, split_size, dim)
-
-
-def _split_matrices(weight: Unformed, sizes: Any, dim: int) -> Any:
     """Split all matrices along their outputs or inputs."""
     dim %= weight.ndim
     if dim < weight.ndim - 2 or isinstance(weight.index, Tensor):
         return NotImplemented
     length = weight.shape[dim]
-    if isinstance(sizes, int):
-        sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
+    sizes = split_size
+    if isinstance(split_size, int):
+        sizes = [min(split_size, length - start) for start in range(0, length, split_size)]
     axis = dim - weight.ndim + 3  # the axis of the stack [E, out, in]
     axis = 3 - axis if weight.flipped else axis
     slices, start = [], 0

@@ -38,7 +38,7 @@ from veneer.attach.layer.dtypes import (
     output_dtype,
     widen,
 )
-from veneer.attach.layer.experts import always_form_weights, unformed_weights_of
+from veneer.attach.layer.experts import LAYERS_THAT_FORM, unformed_weights_of
 from veneer.attach.layer.state import STATE, Call, LayerState, ModulePath, detached_error
 from veneer.attach.layer.unformed import CannotFormError
 from veneer.bases import BASES
@@ -84,7 +84,7 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
                 kwargs,
             )
         except CannotFormError:
-            always_form_weights(layer_state)
+            LAYERS_THAT_FORM.add(layer_state)
     values = {**replacements, **layer_adapter.changed_weights(module, runs_wide)}
     wide_copies = _wide_copies(module, values) if runs_wide else {}
     views: list[_View] = []
