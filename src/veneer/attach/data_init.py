@@ -102,9 +102,8 @@ def _problems(
             )
             yield sentence(problem, f"one of {expected}", "exclude it, or use another variant")
         elif "inputs" in variant.needs and weight_plan.dims.in_ > MAX_INPUTS:
-            problem = f"{path} with {weight_plan.dims.in_} inputs"
             yield sentence(
-                problem,
+                f"{path} with {weight_plan.dims.in_} inputs",
                 f"at most {MAX_INPUTS}, whose second moment fits into memory",
                 "exclude it",
             )
@@ -112,9 +111,8 @@ def _problems(
         if "gradient" in variant.needs and not (
             isinstance(weight, nn.Parameter) and weight_plan.storage.name == "plain"
         ):
-            problem = f"{path}, stored as {weight_plan.storage.name}, which has no gradient"
             yield sentence(
-                problem,
+                f"{path}, stored as {weight_plan.storage.name}, which has no gradient",
                 "a plain parameter",
                 "exclude it, or load the base in a floating-point dtype",
             )

@@ -440,12 +440,12 @@ def _variant_parameters(
             } | parameters
         # The numbers are finite, but too large for a decomposition.
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            problem = (
+            raise _InitializationError(
                 f"{weight_plan.full_path!r}, from which variant {variant.name!r} cannot start"
-                f" ({error})"
-            )
-            do = "exclude the layer, or use a variant that does not start from it, such as lora"
-            raise _InitializationError(problem, "numbers that have a decomposition", do) from error
+                f" ({error})",
+                "numbers that have a decomposition",
+                "exclude the layer, or use a variant that does not start from it, such as lora",
+            ) from error
     dtype = trained_dtype(config, weight_plan.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
         parameters[name] = parameters[name].to(

@@ -93,12 +93,12 @@ class use:
 
     def __exit__(self, *_: object) -> None:
         if not context.leave(self):
-            problem = (
+            raise SelectionError(
                 f"`veneer.use(…, {self._name!r})` left out of order, "
-                "or in another thread or task than it was entered"
+                "or in another thread or task than it was entered",
+                "the block that was entered last here",
+                "leave blocks where they were entered, the last one first, as `with` does",
             )
-            do = "leave blocks where they were entered, the last one first, as `with` does"
-            raise SelectionError(problem, "the block that was entered last here", do)
 
     def _outside(self) -> OutsideGenerator:
         """The selection of calls between two steps of a generator that has entered this block."""

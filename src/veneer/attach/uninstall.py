@@ -89,20 +89,19 @@ def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_me
             )
             raise MergeError(f"{name!r} is merged into the weights", "an unmerged model", do)
         if remaining_below is not None:
-            problem = f"{name!r} merged on top of {remaining_below!r}, which stays"
-            do = (
+            raise MergeError(
+                f"{name!r} merged on top of {remaining_below!r}, which stays",
+                "the adapter that was merged first",
                 f"detach {remaining_below!r} with keep_merged=True first, or call"
-                " veneer.unmerge(model)"
+                " veneer.unmerge(model)",
             )
-            raise MergeError(problem, "the adapter that was merged first", do)
     for adapter, active in model_adapters.selections.items():
         base_name = active.merged_at_attach
         if base_name in names and base_name not in merged_names and adapter not in names:
-            problem = (
-                f"{adapter!r}, attached while {base_name!r} was merged, which is to be detached"
-            )
             raise MergeError(
-                problem, f"{base_name!r} merged, or {adapter!r} detached", "detach that one first"
+                f"{adapter!r}, attached while {base_name!r} was merged, which is to be detached",
+                f"{base_name!r} merged, or {adapter!r} detached",
+                "detach that one first",
             )
 
 

@@ -90,12 +90,11 @@ class Bitsandbytes8bit(GridStorage):
 
     def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         if weight.SCB is None:
-            problem = (
-                "an 8-bit weight of bitsandbytes without its scale, which the first call moves "
-                "into its module"
-            )
             raise TargetError(
-                problem, "weight.SCB", "call BASES['bitsandbytes_8bit'].prepare(module) first"
+                "an 8-bit weight of bitsandbytes without its scale, which the first call moves "
+                "into its module",
+                "weight.SCB",
+                "call BASES['bitsandbytes_8bit'].prepare(module) first",
             )
         return {"values": weight.data, "scale": weight.SCB}
 

@@ -71,13 +71,12 @@ class Gguf(Storage):
             with numpy.errstate(all="ignore"):
                 quantised = gguf.quants.quantize(values.float().cpu().numpy(), kind)
         except NotImplementedError as error:
-            problem = f"a weight of GGUF type {kind.name}, which gguf can read but not write"
-            advice = (
+            raise MergeError(
+                f"a weight of GGUF type {kind.name}, which gguf can read but not write",
+                "a type that it writes, such as Q8_0 or Q4_0",
                 "keep the adapter unmerged, or merge it into the model from which the file was "
-                "quantised"
-            )
-            expected = "a type that it writes, such as Q8_0 or Q4_0"
-            raise MergeError(problem, expected, advice) from error
+                "quantised",
+            ) from error
         new = {"blocks": torch.from_numpy(quantised).to(old["blocks"].device)}
         old_error, new_error = (
             (self.decode(weight, stored) - values).square().view(-1, block).sum(1)

@@ -286,14 +286,11 @@ class Opaque(Storage):
         """The error message that says why nothing can be merged into this weight."""
         unknown_format = ("quantised", "the checkpoint that was quantised")
         format_name, advice = _format_of(weight) or unknown_format
-        advice = (
-            f"load the base in a floating-point dtype ({advice}), load the adapter on it and merge "
-            "there, or keep the adapter unmerged"
-        )
         return sentence(
             f"a weight stored as {format_name}, which only its own library writes",
             "numbers to write",
-            advice,
+            f"load the base in a floating-point dtype ({advice}), load the adapter on it and merge "
+            "there, or keep the adapter unmerged",
         )
 
     def examples(self) -> Iterator[nn.Module]:
@@ -350,14 +347,12 @@ class Opaque(Storage):
             if _experts_pass_gradient(module):
                 return forward(*args, **kwargs)
             format_name, advice = _entry(module, EXPERTS)
-            problem = (
+            raise TargetError(
                 f"{base_class(module).__name__}, whose {format_name} kernels pass no gradient on "
-                "to the layers below, which train"
+                "to the layers below, which train",
+                "layers that do, above one that trains",
+                f"load the base with {advice} and train on it, or call it under torch.no_grad()",
             )
-            advice = (
-                f"load the base with {advice} and train on it, or call it under torch.no_grad()"
-            )
-            raise TargetError(problem, "layers that do, above one that trains", advice)
         if without_gradient(module):
             return _Product.apply(x, forward, module)  # pyright: ignore[reportReturnType]
         y = forward(*args, **kwargs)

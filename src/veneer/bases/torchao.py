@@ -83,12 +83,12 @@ class Torchao(GridStorage):
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         type_name = type(weight).__name__
         if type_name not in WRITABLE:
-            problem = f"a weight of torchao's type {type_name}, whose layout Veneer cannot write"
-            advice = (
+            raise MergeError(
+                f"a weight of torchao's type {type_name}, whose layout Veneer cannot write",
+                f"one of {', '.join(WRITABLE)}",
                 "keep the adapter unmerged, or merge it into the model before quantize_ and "
-                "quantise that"
+                "quantise that",
             )
-            raise MergeError(problem, f"one of {', '.join(WRITABLE)}", advice)
         old = self.stored_tensors(weight)
         unscaled = _divide_by_input_scale(weight, values)
         candidates = [

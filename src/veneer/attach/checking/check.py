@@ -120,12 +120,11 @@ def check(
     model_adapters = need_adapters(model)
     active = active_adapter(model, name if isinstance(name, Mapping) else only_name(model, name))
     if model_adapters.merged != active.merged_at_attach:
-        problem = (
-            f"{model_adapters.merged!r} merged into the weights, on which {active.name!r} does not"
-            " run"
-        )
         raise CheckError(
-            problem, "the weights that it was attached to", "call veneer.unmerge(model) first"
+            f"{model_adapters.merged!r} merged into the weights, on which {active.name!r} does not"
+            " run",
+            "the weights that it was attached to",
+            "call veneer.unmerge(model) first",
         )
     modules = (module for _, module in walk(model))
     do = "check the model in one process, before it is sharded"
@@ -246,15 +245,13 @@ def _missing_gradient_problems(
         )
     for change, has_gradient, names in zip(checked, are_nonzero, blocking_names, strict=True):
         if names and not has_gradient:
-            problem = (
+            yield change.problem(
                 "receives no gradient: every path from it to the output goes through weights that"
-                f" are exactly zero and do not train: {listing(map(repr, names))}"
-            )
-            do = (
+                f" are exactly zero and do not train: {listing(map(repr, names))}",
+                "a path that is not multiplied by zero",
                 "load the weights that belong there, train them too (targets=, train_also=), or"
-                " leave this layer out"
+                " leave this layer out",
             )
-            yield change.problem(problem, "a path that is not multiplied by zero", do)
         elif not has_gradient:
             yield change.problem("receives no gradient")
 

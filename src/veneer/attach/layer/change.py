@@ -39,15 +39,13 @@ def changed_storage_error(module: nn.Module, name: str) -> SelectionError:
         None if layer_state is None else layer_state.model_adapters.layer_paths.get(layer_state.key)
     )
     weight_path = name if path in (None, "") else f"{path}.{name}"
-    problem = (
+    return SelectionError(
         f"{weight_path!r} ({base_class(module).__name__}), pruned or parametrised (or no longer"
-        " so) after attach"
-    )
-    do = (
+        " so) after attach",
+        "the parameter that the adapter was attached to",
         "undo it (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or detach the"
-        " adapter, change the model, and attach or load it again"
+        " adapter, change the model, and attach or load it again",
     )
-    return SelectionError(problem, "the parameter that the adapter was attached to", do)
 
 
 def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:

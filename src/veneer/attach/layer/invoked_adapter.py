@@ -54,11 +54,11 @@ class InvokedTokens:
             mask = self._mask_of(x.shape[:-1])
             if mask is None:
                 rows = f"{len(self.starts)} rows of {self.width} tokens"
-                problem = f"inputs {list(x.shape)} of a {base_class(module).__name__}"
-                expected = (
-                    f"those of {rows}, of which an adapter changes those from its invocation on"
+                raise SelectionError(
+                    f"inputs {list(x.shape)} of a {base_class(module).__name__}",
+                    f"those of {rows}, of which an adapter changes those from its invocation on",
+                    "exclude that layer",
                 )
-                raise SelectionError(problem, expected, "exclude that layer")
             indices = None if bool(mask.all()) else mask.flatten().nonzero()[:, 0]
             self._indices_by_shape[key] = None if indices is None else indices.to(x.device)
         return self._indices_by_shape[key]
@@ -121,13 +121,10 @@ class InvokedAdapter:
         return y.reshape(-1, y.shape[-1]).index_add(0, indices, update.to(y.dtype)).view(y.shape)
 
     def _unknown_tokens_error(self, module: nn.Module) -> SelectionError:
-        problem = (
+        return SelectionError(
             f"a {base_class(module).__name__} of adapter {self.name!r}, which has invocation"
-            " tokens, outside of a call of its model"
-        )
-        expected = "a call that finds these tokens in its input_ids"
-        do = (
+            " tokens, outside of a call of its model",
+            "a call that finds these tokens in its input_ids",
             "call the model with input_ids; recompute layers in backward with the model's own"
-            " gradient_checkpointing_enable()"
+            " gradient_checkpointing_enable()",
         )
-        return SelectionError(problem, expected, do)

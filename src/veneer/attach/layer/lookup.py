@@ -180,12 +180,12 @@ def _require_layers_present(
     ]
     if missing_keys:
         paths = [repr(model_adapters.layer_paths.get(key, f"layer {key}")) for key in missing_keys]
-        problem = (
+        raise SelectionError(
             f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it"
-            " was attached"
+            " was attached",
+            "every layer that the adapter changes",
+            "put the layers back, or detach, change the model, and attach or load again",
         )
-        do = "put the layers back, or detach, change the model, and attach or load again"
-        raise SelectionError(problem, "every layer that the adapter changes", do)
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:

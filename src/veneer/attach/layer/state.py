@@ -312,20 +312,19 @@ class LayerState(nn.Module):
             return active.selection_error()
         if active.layer_adapters is None:
             configs = self.model_adapters.configs
-            problem = f"{len(configs)} adapters ({', '.join(configs)}) and none selected"
-            do = (
+            return SelectionError(
+                f"{len(configs)} adapters ({', '.join(configs)}) and none selected",
+                "one selected adapter, or None for the base",
                 "call the model inside `with veneer.use(model, name):`, or"
-                " veneer.set_default(model, name) once"
+                " veneer.set_default(model, name) once",
             )
-            return SelectionError(problem, "one selected adapter, or None for the base", do)
         if merged is None:
             base_name = active.merged_at_attach
-            problem = (
-                f"a call that selects {active.name!r}, attached while {base_name!r} was merged, "
-                "which it no longer is"
-            )
             return SelectionError(
-                problem, "the weights that it was attached to", f"merge {base_name!r} again"
+                f"a call that selects {active.name!r}, attached while {base_name!r} was merged, "
+                "which it no longer is",
+                "the weights that it was attached to",
+                f"merge {base_name!r} again",
             )
         problem = f"a call that selects {active.name!r} while {merged!r} is merged into the weights"
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"

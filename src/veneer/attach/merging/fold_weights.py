@@ -58,19 +58,19 @@ def _write_problem(weight: StoredWeight) -> str | None:
     target, storage = weight.target, weight.storage
     is_tensor = isinstance(target, Tensor)
     if is_tensor and target.is_meta and "_hf_hook" in weight.module.__dict__:
-        do = (
+        return sentence(
+            f"{weight.full_path}, whose numbers are elsewhere (offloaded?)",
+            "a weight in memory",
             "bring it back (accelerate.hooks.remove_hook_from_module), or merge the files (veneer"
-            " merge)"
+            " merge)",
         )
-        problem = f"{weight.full_path}, whose numbers are elsewhere (offloaded?)"
-        return sentence(problem, "a weight in memory", do)
     if is_tensor and target.is_inference() and not torch.is_inference_mode_enabled():
-        problem = (
+        return sentence(
             f"{weight.full_path}, made under torch.inference_mode, which torch lets nobody write"
-            " outside it"
+            " outside it",
+            "a weight that can be written",
+            "merge under torch.inference_mode too",
         )
-        do = "merge under torch.inference_mode too"
-        return sentence(problem, "a weight that can be written", do)
     if storage.dense_name is None and not has_float64(device := storage.device(target)):
         problem = (
             f"{weight.full_path}, a weight that is stored packed, on {device}, which has no float64"

@@ -196,15 +196,13 @@ def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
     that has none."""
     for path, _, weight, change in changes(model, name):
         if change.module_only:
-            problem = (
+            yield sentence(
                 f"a change of what {path!r} gives, whose {weight!r} others read past it, unchanged"
-                " as in PEFT"
-            )
-            do = (
+                " as in PEFT",
+                "a change of the weight",
                 "keep the adapter beside the base, or train one with Veneer, which every reader"
-                " sees"
+                " sees",
             )
-            yield sentence(problem, "a change of the weight", do)
 
     for path, module, layer_adapter in adapters(model, name):
         for parameter_name in layer_adapter.full._parameters:

@@ -110,19 +110,18 @@ def require_attached_base(model_adapters: ModelAdapters, name: str, action: str)
             "call veneer.unmerge(model) first",
         )
     if merged is None:
-        problem = (
-            f"{action} {name!r}, attached while {base_name!r} was merged, which it no longer is"
-        )
         raise MergeError(
-            problem, "the weights that it was attached to", f"merge {base_name!r} again"
+            f"{action} {name!r}, attached while {base_name!r} was merged, which it no longer is",
+            "the weights that it was attached to",
+            f"merge {base_name!r} again",
         )
     merged_then = "nothing" if base_name is None else repr(base_name)
-    problem = (
+    raise MergeError(
         f"{action} {name!r}, attached while {merged_then} was merged, and {merged!r}, merged"
-        " already"
+        " already",
+        "the weights that it was attached to",
+        "call veneer.unmerge(model) first; `veneer compose` makes one adapter of several",
     )
-    do = "call veneer.unmerge(model) first; `veneer compose` makes one adapter of several"
-    raise MergeError(problem, "the weights that it was attached to", do)
 
 
 def bits_before_merge(model: nn.Module, name: str) -> dict[int, dict[str, Tensor]]:

@@ -80,12 +80,12 @@ def _require_unedited(weights: Iterable[StoredWeight]) -> list[StoredWeight]:
             )
             (merged_weights if is_half_restored else edited_weights).append(weight)
     if edited_weights:
-        problem = (
+        raise MergeError(
             "weights edited since the merge (also by .to(dtype)):"
-            f" {listing(weight.full_path for weight in edited_weights)}"
+            f" {listing(weight.full_path for weight in edited_weights)}",
+            "the merged weights",
+            "undo the edit, or detach(model, keep_merged=True) to keep it",
         )
-        do = "undo the edit, or detach(model, keep_merged=True) to keep it"
-        raise MergeError(problem, "the merged weights", do)
     return merged_weights
 
 

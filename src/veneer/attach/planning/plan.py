@@ -441,12 +441,12 @@ def _low_rank_plan(
     if spec.slices is not None:
         rows = _changed_rows(spec.slices, dims)
         if rows is None:
-            problem = (
-                f"slices {list(spec.slices)!r} for {description}, which has {dims.out} outputs"
-            )
-            expected = "a bool for each of its equal parts, or (start, stop) ranges of its outputs"
             problems.append(
-                sentence(problem, expected, "correct them, for instance [True, False, True]")
+                sentence(
+                    f"slices {list(spec.slices)!r} for {description}, which has {dims.out} outputs",
+                    "a bool for each of its equal parts, or (start, stop) ranges of its outputs",
+                    "correct them, for instance [True, False, True]",
+                )
             )
             return None
     if spec.tokens is not None:

@@ -49,20 +49,18 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
     if problem := unreadable_problem(path, module):
         return problem
     if weight is None:
-        problem = f"{description}, whose {name!r} is no parameter (computed by a hook?)"
         return sentence(
-            problem,
+            f"{description}, whose {name!r} is no parameter (computed by a hook?)",
             "a parameter, or a parametrization of torch.nn.utils.parametrize",
             "leave it out",
         )
     stem, _, ending = name.rpartition("_")
     if ending in ("v", "g", "orig") and isinstance(module.__dict__.get(stem), Tensor):
-        problem = (
-            f"{description}, of whose {name!r} a hook computes {stem!r} before any adapter is seen"
-            " (weight_norm, prune?)"
-        )
         return sentence(
-            problem, "a parametrization of torch.nn.utils.parametrize", "leave it out, or use that"
+            f"{description}, of whose {name!r} a hook computes {stem!r} before any adapter is seen"
+            " (weight_norm, prune?)",
+            "a parametrization of torch.nn.utils.parametrize",
+            "leave it out, or use that",
         )
     if (
         getattr(weight, "is_meta", False)
@@ -80,12 +78,9 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
             "run it on an example",
         )
     if storage_of(weight) is None:
-        problem = (
-            f"{description}, whose weight is stored as {type(weight).__name__} of"
-            f" {getattr(weight, 'dtype', 'no dtype')}"
-        )
         return sentence(
-            problem,
+            f"{description}, whose weight is stored as {type(weight).__name__} of"
+            f" {getattr(weight, 'dtype', 'no dtype')}",
             "a floating-point parameter",
             "load the base in a floating-point dtype, or leave it out",
         )
@@ -218,13 +213,12 @@ def check_full(
                     sentence(f"{full_path} on the meta device", "numbers", "load it first")
                 )
             elif id(parameter) in frozen:
-                problem = (
-                    f"{full_path} trained in full, which you froze (requires_grad=False) among"
-                    " parameters that train"
-                )
                 problems.append(
                     sentence(
-                        problem, "one that may be trained", "leave it out, or unfreeze it first"
+                        f"{full_path} trained in full, which you froze (requires_grad=False) among"
+                        " parameters that train",
+                        "one that may be trained",
+                        "leave it out, or unfreeze it first",
                     )
                 )
 

@@ -35,12 +35,9 @@ def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
         visited.add(id(parameter))
         full_path = ".".join(ref).lstrip(".")
         if id(parameter) in changed_ids and _overlaps_itself(parameter):
-            problem = (
-                f"{full_path!r}, several elements of which are the same memory (an expanded"
-                " tensor?)"
-            )
             yield sentence(
-                problem,
+                f"{full_path!r}, several elements of which are the same memory (an expanded"
+                " tensor?)",
                 "a weight whose elements can change one by one",
                 f"set {full_path} to a clone of it",
             )
@@ -54,12 +51,12 @@ def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
         if changed_ids & {id(first_weight), id(second_weight)} and _share_bytes(
             first_weight, second_weight
         ):
-            problem = f"{first_path!r} and {second_path!r}, two parameters that share memory"
-            do = (
+            yield sentence(
+                f"{first_path!r} and {second_path!r}, two parameters that share memory",
+                "one parameter, or two with memory of their own",
                 f"tie them properly (`{second_path} = {first_path}`, one parameter), or clone one"
-                " of them"
+                " of them",
             )
-            yield sentence(problem, "one parameter, or two with memory of their own", do)
 
 
 def _address_range(tensor: Tensor) -> tuple[int, int] | None:

@@ -59,13 +59,10 @@ def _ids_by_module(
         for pattern, ids in tokens.items():
             matching = names.matching(pattern)
             if not matching:
-                problem = (
-                    f"trainable_tokens of {pattern!r}, which matches no"
-                    f" module{names.suggest(pattern)}"
-                )
                 problems.append(
                     sentence(
-                        problem,
+                        f"trainable_tokens of {pattern!r}, which matches no"
+                        f" module{names.suggest(pattern)}",
                         "an embedding or a head",
                         f"name one of {listing(_embeddings(names))}",
                     )
@@ -110,20 +107,18 @@ def token_problems(
     row_count = storage.shape(weight_of(names.modules[owner[0]], owner[1]))[0]
     missing_ids = [token_id for token_id in ids if token_id >= row_count]
     if missing_ids:
-        do = f"grow the model first: model.resize_token_embeddings({max(ids) + 1})"
         yield sentence(
             f"token ids {listing(map(str, missing_ids), 4)} of {full_path!r}",
             f"ids below its {row_count} rows",
-            do,
+            f"grow the model first: model.resize_token_embeddings({max(ids) + 1})",
         )
     for path, name in refs:
         module = names.modules[path]
         kind = kind_for(module, name)
         if kind.name not in KINDS:
-            problem = (
-                f"trainable_tokens of {full_path!r}, which {path!r} ({base_class(module).__name__})"
-                " reads in another way"
-            )
             yield sentence(
-                problem, "embeddings and linear heads", "untie it, or leave these tokens out"
+                f"trainable_tokens of {full_path!r}, which {path!r} ({base_class(module).__name__})"
+                " reads in another way",
+                "embeddings and linear heads",
+                "untie it, or leave these tokens out",
             )

@@ -77,11 +77,10 @@ def broken_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
             if weight is not first_weight and not (
                 are_tensors and weight.data_ptr() == first_weight.data_ptr() != 0
             ):
-                do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
                 yield sentence(
                     f"{full_path!r} and {first_path!r}, one weight when attached, untied since",
                     "one weight",
-                    do,
+                    "tie them again (`to_empty`, and loading with `assign=True`, untie)",
                 )
 
 

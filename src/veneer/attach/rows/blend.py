@@ -86,9 +86,8 @@ def common_base_adapter(selections: Sequence[ActiveAdapter]) -> str | None:
             f"{name!r} (attached while {base_adapter!r} was merged)" if base_adapter else repr(name)
             for base_adapter, name in ((first_base, first_name), (second_base, second_name))
         ]
-        problem = f"{' and '.join(descriptions)} in one call"
         raise SelectionError(
-            problem,
+            f"{' and '.join(descriptions)} in one call",
             "adapters of the same weights",
             "use one of them alone, or unmerge before attaching",
         )
@@ -172,12 +171,12 @@ class Blend:
             for layer_adapter, weight in self.components
         ]
         if module.training and any("running_mean" in tensors for tensors, _ in weighted_tensors):
-            problem = (
+            raise SelectionError(
                 f"a blend at a {base_class(module).__name__} in training mode, which moves its"
-                " running statistics"
+                " running statistics",
+                "one adapter, whose statistics they are",
+                "call eval() on that module, or train one adapter at a time",
             )
-            do = "call eval() on that module, or train one adapter at a time"
-            raise SelectionError(problem, "one adapter, whose statistics they are", do)
         # One adapter may train in full what another changes at a low rank. ``changed_weights``
         # blends these parameters.
         low_rank_names = self.changes

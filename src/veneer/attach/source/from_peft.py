@@ -130,12 +130,12 @@ def _rebuild(base_cls: Any, method_names: Iterable[str] | None) -> nn.Module:
 
 
 def _method_error(model: nn.Module, name: str) -> MethodError:
-    problem = (
+    return MethodError(
         f"{name}, a method of PEFT's models, of a {base_class(model).__name__} with adapters of"
-        " Veneer"
+        " Veneer",
+        "functions of Veneer, because an attached model is no PeftModel",
+        METHODS[name],
     )
-    expected = "functions of Veneer, because an attached model is no PeftModel"
-    return MethodError(problem, expected, METHODS[name])
 
 
 def peft_problem(model: nn.Module) -> str | None:
