@@ -28,17 +28,15 @@ HaveGradients = Callable[[], Sequence[bool]]
 def zero_parameters(model: nn.Module, exclude: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
     """The parameters whose elements are all zero, by path. A tied parameter is listed once."""
     excluded_ids = set(map(id, exclude))
-    candidates = {
+    return {
         name: parameter
         for name, parameter in model.named_parameters()
         if id(parameter) not in excluded_ids
         and type(parameter) is nn.Parameter
         and parameter.is_floating_point()
-    }
-    return {
-        name: parameter
-        for name, parameter in candidates.items()
-        if parameter.numel() and not parameter.is_meta and not bool(parameter.any())
+        and parameter.numel()
+        and not parameter.is_meta
+        and not bool(parameter.any())
     }
 
 

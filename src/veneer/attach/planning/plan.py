@@ -450,7 +450,9 @@ def _low_rank_plan(
             )
             return None
     if spec.tokens is not None:
-        token_problems = list(token_targets.token_problems(names, refs[0], spec.tokens, refs))
+        token_problems = list(
+            token_targets.token_problems(names, refs, spec.tokens, storage.shape(weight)[0])
+        )
         problems += token_problems
         if token_problems:
             return None

@@ -236,22 +236,15 @@ def layers_left_out(names: Names, config: LoraConfig) -> str:
     a text such as "2 Conv2d", and empty if the targets are not "all-linear"."""
     if callable(config.targets) or [*pattern_list(config.targets)] != ["all-linear"]:
         return ""
-    linear_paths = {*_word_modules(names, "all-linear")}
     excluded_weights = excluded_refs(names, config, [])
     head = _output_head(names)
     train_also_paths = {path for pattern in config.train_also for path in names.matching(pattern)}
     blocks = {_block(path) for path in names.modules} - {None}
-    block_indices = (
-        blocks
-        if config.layers is None
-        else {index % len(blocks) for index in config.layers if blocks}
-    )
+    block_indices = {index % len(blocks) for index in config.layers or () if blocks}
     counts: Counter[str] = Counter()
     for path, module in names.modules.items():
         kind: Any = kind_of(module)
-        if kind is None or kind.linear or module is head:
-            continue
-        if path in linear_paths or path in train_also_paths:
+        if kind is None or kind.linear or module is head or path in train_also_paths:
             continue
         if config.layers is not None and _block(path) not in block_indices:
             continue

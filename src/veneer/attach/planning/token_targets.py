@@ -3,13 +3,12 @@ why some of them cannot be trained. ``layer/token_rows.py`` computes with the tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from veneer.attach.layer.names import Names
-from veneer.bases import storage_of, weight_of
 from veneer.distributed import base_class
 from veneer.errors import listing, sentence
 from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
@@ -98,13 +97,11 @@ def _input_embedding(names: Names) -> str | None:
 
 
 def token_problems(
-    names: Names, owner: ParamRef, ids: Sequence[int], refs: Iterable[ParamRef]
+    names: Names, refs: Sequence[ParamRef], ids: Sequence[int], row_count: int
 ) -> Iterator[str]:
-    """The reasons why the rows ``ids`` of the weight ``owner`` cannot be trained. ``refs`` name the
-    weight in every module that holds it."""
-    storage: Any = storage_of(weight_of(names.modules[owner[0]], owner[1]))
-    full_path = parameter_path(*owner)
-    row_count = storage.shape(weight_of(names.modules[owner[0]], owner[1]))[0]
+    """The reasons why the rows ``ids`` of a weight with ``row_count`` rows cannot be trained.
+    ``refs`` name the weight in every module that holds it."""
+    full_path = parameter_path(*refs[0])
     missing_ids = [token_id for token_id in ids if token_id >= row_count]
     if missing_ids:
         yield sentence(

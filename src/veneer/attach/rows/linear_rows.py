@@ -65,13 +65,13 @@ class LinearRows:
             if layer_adapter is not None
         ]
         self._cached_spans: tuple[Any, tuple[Span, ...]] = (None, ())
-        self.siblings = self._find_siblings() if self.changes else []
+        self.siblings = self._find_siblings(changing_adapters) if self.changes else []
 
-    def _find_siblings(self) -> list[tuple[nn.Module, LinearRows]]:
-        """The (module, fast paths) pairs of ``siblings``."""
-        changing_adapters = [
-            layer_adapter for layer_adapter in self.layer_adapters if layer_adapter is not None
-        ]
+    def _find_siblings(
+        self, changing_adapters: Sequence[LayerAdapter]
+    ) -> list[tuple[nn.Module, LinearRows]]:
+        """The (module, fast paths) pairs of ``siblings``. ``changing_adapters`` are the
+        ``layer_adapters`` that are not None."""
         groups = [
             layer_adapter.shared_input_layers.members
             for layer_adapter in changing_adapters

@@ -104,15 +104,11 @@ _Constants = frozenset[tuple[str, Any]]
 def _constants(module: nn.Module) -> _Constants:
     """(name, value) of each attribute of a module that is a plain value and does not depend on the
     module's mode."""
-    values = {
-        name: value
-        for name, value in module.__dict__.items()
-        if type(value) in (bool, int, float, str, type(None))
-    }
     return frozenset(
         (name, value)
-        for name, value in values.items()
+        for name, value in module.__dict__.items()
         if name not in ("training", "gradient_checkpointing")
+        and type(value) in (bool, int, float, str, type(None))
     )
 
 
@@ -147,15 +143,10 @@ def attributes_read_above(names: Names, path: str) -> Iterator[tuple[str, str]]:
     for path_above, path_below in _modules_above(names, path):
         module = names.modules[path_above]
         if path_below and has_forward(module):
-            longer_paths = [
-                read_path
-                for read_path in _analyse(module, "forward").read
-                if len(read_path) > len(path_below)
-            ]
             attributes = {
                 read_path[len(path_below)]
-                for read_path in longer_paths
-                if _begins_with(read_path, path_below)
+                for read_path in _analyse(module, "forward").read
+                if len(read_path) > len(path_below) and _begins_with(read_path, path_below)
             }
             yield from ((path_above, name) for name in sorted(attributes) if name != "*")
 
@@ -177,13 +168,12 @@ _NON_READERS = {
 @functools.cache
 def _public_methods(cls: type[nn.Module]) -> tuple[str, ...]:
     """The public methods and properties of a class besides forward and those of ``nn.Module``."""
-    names = [
+    return tuple(
         name
         for name in dir(cls)
         if not (name.startswith("_") or hasattr(nn.Module, name) or name in _NON_READERS)
-    ]
-    attributes = {name: class_attribute(cls, name) for name in names}
-    return tuple(name for name, value in attributes.items() if isinstance(value, _READER_TYPES))
+        and isinstance(class_attribute(cls, name), _READER_TYPES)
+    )
 
 
 def has_forward(module: nn.Module) -> bool:
