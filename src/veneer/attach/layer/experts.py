@@ -28,7 +28,7 @@ from veneer.attach.layer.dtypes import is_float, no_autocast
 from veneer.attach.layer.state import LayerState
 from veneer.attach.layer.unformed import OPERATIONS, Stack, Unformed, make_unformed
 from veneer.kernels import fused, grouped, is_eager, reference
-from veneer.layers._base import GENERAL
+from veneer.layers import GENERAL_KIND
 from veneer.lowrank import LowRank
 
 _C: Any = torch._C
@@ -87,7 +87,7 @@ def is_stack(change: Change, weight: Any) -> bool:
         and weight.dim() == 3
         and not weight.requires_grad
         and weight.layout is torch.strided
-        and change.layer.name == GENERAL
+        and change.layer is GENERAL_KIND
         and change.storage.name == "plain"
         and tuple(change.dims) == tuple(weight.shape)
     )

@@ -137,7 +137,8 @@ def _merge_all(
         *split_tie_problems(model, name),
         *output_change_problems(model, name),
     ]
-    problems += _missing_origin_problems(model, model_adapters, name, weights)
+    if is_over_others:
+        problems += _missing_origin_problems(model, name, weights)
     order_before = model_adapters.merge_order
     try:
         drop_backups(weights)  # left over if an unmerge was interrupted at its end
@@ -213,12 +214,10 @@ def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def _missing_origin_problems(
-    model: nn.Module, model_adapters: ModelAdapters, name: str, weights: Iterable[StoredWeight]
+    model: nn.Module, name: str, weights: Iterable[StoredWeight]
 ) -> Iterator[str]:
     """A problem for each weight that cannot be merged over other adapters. Either the bits that
     this adapter was attached to were not kept, or two adapters replace the same statistics."""
-    if model_adapters.selections[name].merged_at_attach == model_adapters.merged:
-        return
     ids_without_backup = without_backup(model, name)
     for weight in weights:
         needs_origin = weight.values is not None or weight.keeper.tokens is not None

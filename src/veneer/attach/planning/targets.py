@@ -20,8 +20,7 @@ from veneer.bases import own_parameters, unreadable
 from veneer.config import LoraConfig, Targets, path_test, pattern_list
 from veneer.distributed import base_class
 from veneer.errors import listing, sentence
-from veneer.layers import LAYERS, ParamRef, kind_of
-from veneer.layers._base import GENERAL
+from veneer.layers import GENERAL_KIND, LAYERS, ParamRef, kind_of
 from veneer.layers.parameter import without_unit_axes
 
 #: the words that ``targets`` may contain in place of a pattern, and their meanings
@@ -258,7 +257,7 @@ def layers_left_out(names: Names, config: LoraConfig) -> str:
 def _multiplies_inputs(kind: Any, module: nn.Module, name: str) -> bool:
     """Whether a module multiplies its inputs by a weight. A weight of the general kind counts if it
     is a stack of matrices."""
-    if kind.name != GENERAL:
+    if kind is not GENERAL_KIND:
         return kind.drops_input
     return len(without_unit_axes(module._parameters[name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
 

@@ -17,8 +17,7 @@ from veneer.attach.layer.state import Call
 from veneer.attach.rows.linear_rows import LinearRows
 from veneer.distributed import base_class
 from veneer.errors import SelectionError
-from veneer.layers import LAYERS, Layer
-from veneer.layers._base import GENERAL
+from veneer.layers import GENERAL_KIND, Layer
 
 #: types of arguments that hold no rows, and Tensor, whose rows can be taken out
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
@@ -179,7 +178,7 @@ def _count_tokens_per_row(
     stack for each token, and no tensor of another length. If the floats are a view of a tensor with
     more axes, the first axis of that tensor must be the rows.
     """
-    if kind.name != GENERAL:
+    if kind is not GENERAL_KIND:
         return None
     has_stack = any(p is not None and p.dim() == 3 for p in module._parameters.values())
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -215,7 +214,7 @@ def _token_indices(row_indices: Tensor, tokens_per_row: int) -> Tensor:
 
 def _kind_for(layer_state: Any, method: str) -> Any:
     """The layer kind that divides the inputs of a method."""
-    return (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
+    return (layer_state.layer if method == "forward" else None) or GENERAL_KIND
 
 
 def _run_base(
