@@ -387,15 +387,19 @@ def weight_of(module: nn.Module, name: str) -> Any:
     weight = parameters[name] if name in parameters else None  # noqa: SIM401
     if weight is None and (parametrizations := module._modules.get("parametrizations")) is not None:
         return parametrizations._modules.get(name)
-    if name == "weight" and _is_opaque_like(module, weight) and is_opaque(module):
+    # a cheap test first, which all opaque layers pass and few others: there is no such parameter, it
+    # has one byte per element, or compressed-tensors has quantised the module
+    if (
+        name == "weight"
+        and (
+            weight is None
+            or weight.dtype.itemsize == 1
+            or "quantization_scheme" in module.__dict__
+        )
+        and is_opaque(module)
+    ):
         return module
     return weight
-
-
-def _is_opaque_like(module: nn.Module, weight: Any) -> bool:
-    """A cheap test that all opaque layers pass, and few others: the module has no such parameter,
-    the parameter has one byte per element, or compressed-tensors has quantised the module."""
-    return weight is None or weight.dtype.itemsize == 1 or "quantization_scheme" in module.__dict__
 
 
 def own_parameters(module: nn.Module) -> list[str]:

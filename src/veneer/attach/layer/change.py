@@ -207,7 +207,13 @@ class Change(nn.Module):
         ``pieces``, a function that yields W in blocks of rows."""
 
         def read_weight() -> Tensor:
-            return self._unfolded_weight(weight, dtype)
+            """The rows of W that change, [g, out, in], in the dtype of W. If ``dtype`` is not None,
+            the tensor is on a device that supports arithmetic in it."""
+            dense = self.storage.dense(weight)
+            if dtype is not None:
+                dense = dense.to(precision.compute_device(dense.device, dtype))
+            dense = self.layer.unfold(dense, self.dims)
+            return dense if self.rows is None else dense[:, self._indices_on(dense.device, "rows")]
 
         has_row_blocks = self.layer.product and not self.layer.out_axis and self.rows is None
         if has_row_blocks and dtype is None and self.storage.dense_name is None:
@@ -215,14 +221,6 @@ class Change(nn.Module):
                 piece[None] for piece in self.storage.pieces(weight, PIECE_COUNT)
             )
         return read_weight
-
-    def _unfolded_weight(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
-        """The rows of W that change, [g, out, in], in the dtype of W. If ``dtype`` is not None, the
-        tensor is on a device that supports arithmetic in it."""
-        dense = self.storage.dense(weight)
-        dense = dense if dtype is None else dense.to(precision.compute_device(dense.device, dtype))
-        dense = self.layer.unfold(dense, self.dims)
-        return dense if self.rows is None else dense[:, self._indices_on(dense.device, "rows")]
 
     def _indices_on(self, device: torch.device, attribute: str) -> Tensor:
         """The indices in ``rows`` or ``tokens``, on a device. Copies are cached."""

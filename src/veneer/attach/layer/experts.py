@@ -370,7 +370,13 @@ def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
     """The batched product [S, t, out] of x [S, t, in] and the transposes of matrices [S, out, in];
     or, if ``transposed``, of x and matrices [S, in, out]."""
     stack = weight.stack
-    if isinstance(weight.index, Tensor) and _can_group_rows(x, weight):
+    if (
+        isinstance(weight.index, Tensor)
+        and x.is_cpu
+        and x.shape[1] == 1  # each row of x has its own matrix
+        and x.dtype == weight.dtype
+        and not _has_autocast(x)
+    ):
         order, inverse, segments = _group_rows(stack, weight.index)
         W, A, B = stack.factors(None, weight.flipped != transposed)
         rows = x[:, 0] if order is None else x[:, 0].index_select(0, order)
@@ -382,11 +388,6 @@ def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
     h = torch.bmm(x, A.mT) * stack.scale
     update = torch.bmm(h, B.mT)
     return torch.bmm(x, W.mT) + update if _has_autocast(x) else torch.baddbmm(update, x, W.mT)
-
-
-def _can_group_rows(x: Tensor, weight: Unformed) -> bool:
-    """Whether the rows of x, each of which has its own matrix, can be grouped by matrix."""
-    return x.is_cpu and x.shape[1] == 1 and x.dtype == weight.dtype and not _has_autocast(x)
 
 
 def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None, grouped.Segments]:

@@ -94,7 +94,7 @@ class LinearCall(NamedTuple):
             return
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             with torch.no_grad():
-                _run_base(self.call, self.module)
+                base_forward(self.module, self.call.base_cls, *self.call.args, **self.call.kwargs)
 
     def base_output(self, change: Change, with_bias: bool) -> Tensor:
         """op(x; W), with the bias if ``with_bias``."""
@@ -102,15 +102,12 @@ class LinearCall(NamedTuple):
         if with_bias and not self.replacements and not change.storage.computed:
             # If other methods are adapted too, run on a view, whose methods are the base class's.
             base_module = view(module, self.call.base_cls, {}) if self.adapts_methods else module
-            return _run_base(self.call, base_module)
+            return base_forward(
+                base_module, self.call.base_cls, *self.call.args, **self.call.kwargs
+            )
         dense = change.storage.dense(self.weight)
         dense = dense.to(x.dtype) if x.is_floating_point() else dense
         return kind.op(module, x, dense, self.bias(change) if with_bias else None)
-
-
-def _run_base(call: Call, module: Any) -> Any:
-    """The output that ``module`` computes for a call without adapters."""
-    return base_forward(module, call.base_cls, *call.args, **call.kwargs)
 
 
 def run_factored(
