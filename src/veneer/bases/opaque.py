@@ -387,8 +387,8 @@ def weight_of(module: nn.Module, name: str) -> Any:
     weight = parameters[name] if name in parameters else None  # noqa: SIM401
     if weight is None and (parametrizations := module._modules.get("parametrizations")) is not None:
         return parametrizations._modules.get(name)
-    # a cheap test first, which all opaque layers pass and few others: there is no such parameter, it
-    # has one byte per element, or compressed-tensors has quantised the module
+    # First a cheap test that all opaque layers pass and few others: there is no such parameter, it
+    # has one byte per element, or compressed-tensors has quantised the module.
     if (
         name == "weight"
         and (

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from veneer import context
 from veneer.attach.checking import dead_weights
-from veneer.attach.checking.recompute import ComputedParameters, Recomputed
+from veneer.attach.checking.recompute import ComputedParameters, ParametersComputedOnce, Recomputed
 from veneer.attach.layer.adapted_module import layer_states, walk
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.layer_adapter import LayerAdapter
@@ -464,7 +464,7 @@ def _use_definition(
             kind = kind_of(module)
             if kind is not None and (replacements or readers):
                 attributes_before = dict(module.__dict__)
-                kind.bind(module, parameters.computed_once())
+                kind.bind(module, ParametersComputedOnce(parameters))
                 undo.extend(
                     (module.__dict__, name, attributes_before[name])
                     for name in attributes_before

@@ -122,9 +122,6 @@ class ComputedParameters(dict[str, Any]):
     def items(self) -> Any:
         return ((name, self[name]) for name in self)
 
-    def computed_once(self) -> ParametersComputedOnce:
-        return ParametersComputedOnce(self)
-
 
 class ParametersComputedOnce:
     """The parameters of a ``ComputedParameters`` for a module that stores the tensors that it reads

@@ -159,7 +159,7 @@ def complete_plans(
     problems += overlaps(names, _changed_refs(low_rank_plans, full_params))
     if config.invocation_tokens:
         problems += refusals.invocation_problems(names, low_rank_plans, full_params)
-    readers = () if problems else _full_readers(names, full_params)
+    readers = () if problems else _direct_readers(names, _changed_refs((), full_params))
     return Plans(config, tuple(low_rank_plans), full_params, full_modules, readers, split_ties)
 
 
@@ -362,12 +362,9 @@ def with_ties(names: Names, full_params: Mapping[str, Sequence[str]]) -> dict[st
     return {path: tuple(parameters) for path, parameters in tied.items()}
 
 
-def _full_readers(
-    names: Names, full_params: Mapping[str, Sequence[str]]
-) -> tuple[WeightReader, ...]:
-    """The methods that read parameters of ``full_params`` directly, without a call of the modules
-    that hold them."""
-    refs = _changed_refs((), full_params)
+def _direct_readers(names: Names, refs: Sequence[ParamRef]) -> tuple[WeightReader, ...]:
+    """The methods that read some of these parameters directly, without a call of the modules that
+    hold them."""
     return tuple(
         dict.fromkeys(
             weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)
@@ -463,8 +460,7 @@ def _low_rank_plan(
         do = f"lower the rank, set ranks={{{path!r}: {max_rank}}} or exclude it"
         problems.append(sentence(problem, f"at most {max_rank}, what its weight allows", do))
         return None
-    readers = (weight_reader for ref in refs for weight_reader in weight_readers(names, *ref))
-    direct_readers = () if spec.module_only else tuple(dict.fromkeys(readers))
+    direct_readers = () if spec.module_only else _direct_readers(names, refs)
     return LowRankPlan(
         path,
         name,
