@@ -790,6 +790,12 @@ class ByGetattr(Reads):
         )
 
 
+class ByStarred(Reads):
+    def direct(self, h):
+        pair = (self, "unread")
+        return F.linear(h, self.emb.weight) + getattr(*pair, 0)
+
+
 class ByHelper(Reads):
     def direct(self, h):
         return project(h, self.ls[0]) + of_model(self, h)
@@ -840,7 +846,7 @@ READS = [
     ByComprehension,
     ByNames,
 ]
-READS += [ByUnpacking, ByGetattr, ByHelper, ByLambda, ByBound, Below]
+READS += [ByUnpacking, ByGetattr, ByStarred, ByHelper, ByLambda, ByBound, Below]
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])

@@ -189,6 +189,9 @@ def test_an_adapter_of_the_models_own_stands_beside_a_bank(tmp_path):
     veneer.detach(model)
     with bank.rows(rows), torch.no_grad():
         assert torch.equal(flat(model(IDS)), banked)
+    for call in (veneer.merge, veneer.summarise, veneer.save):
+        with pytest.raises(SelectionError, match="no adapters but those of a bank"):
+            call(model, *([tmp_path / "out"] if call is veneer.save else []))
     bank.close()
 
 

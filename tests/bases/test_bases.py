@@ -586,6 +586,10 @@ def test_what_bitsandbytes_has_not_quantised_is_refused():
         Linear4bit(64, 32),
     ):
         assert storage_of(module.weight) is None
+    model = nn.Sequential(Linear4bit(64, 32), nn.Linear(32, 8))
+    with pytest.raises(TargetError, match="'0', a Linear4bit"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["1"]))
 
 
 # ----------------------------------------------------------------------------------------------

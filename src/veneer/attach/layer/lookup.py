@@ -108,10 +108,17 @@ def only_name(model: nn.Module, name: str | None) -> str:
     """``name``, or the name of the model's default adapter or of its only adapter.
 
     Raises:
-        SelectionError: ``name`` is None, and the model has several adapters and no default.
+        SelectionError: ``name`` is None, and the model has several adapters and no default, or has
+            no adapters but those of a bank.
     """
     model_adapters = need_adapters(model, name)
     name = model_adapters.default_name if name is None else name
+    if name is None and not model_adapters.configs:
+        raise SelectionError(
+            f"a {type(model).__name__} that has no adapters but those of a bank",
+            "an attached adapter",
+            "call veneer.attach or load first",
+        )
     if name is None and len(model_adapters.configs) > 1:
         names = ", ".join(model_adapters.configs)
         problem = f"{len(model_adapters.configs)} adapters ({names}) and no name"

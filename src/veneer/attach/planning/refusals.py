@@ -106,11 +106,12 @@ def unreadable_problem(path: str, module: nn.Module) -> str | None:
 def _misread_base_problem(model: nn.Module) -> str | None:
     """An error text if the base computes outputs that do not match its weights, with or without an
     adapter; else None."""
-    packed_weights = [(path, weight_of(module, "weight")) for path, module in walk(model)]
+    weights = [(path, weight_of(module, "weight")) for path, module in walk(model)]
+    # the storage is None until `.to(device)` has quantised the weight
     packed_weights = [
-        (path, weight, storage_of(weight))
-        for path, weight in packed_weights
-        if hasattr(weight, "quant_state")
+        (path, weight, storage)
+        for path, weight in weights
+        if hasattr(weight, "quant_state") and (storage := storage_of(weight)) is not None
     ]
     misread = [
         f"{path!r} {tuple(storage.shape(weight))}"

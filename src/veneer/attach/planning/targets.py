@@ -43,12 +43,7 @@ def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[
     excluded = excluded_refs(names, config, problems)
     selected_refs = [ref for ref in selected_refs if ref not in excluded]
     if config.layers is not None:
-        block_count = (
-            max(
-                (block for name in names.modules if (block := _block(name)) is not None), default=-1
-            )
-            + 1
-        )
+        block_count = _block_count(names)
         if bad_indices := [
             index for index in config.layers if not -block_count <= index < block_count
         ]:
@@ -238,8 +233,8 @@ def layers_left_out(names: Names, config: LoraConfig) -> str:
     excluded_weights = excluded_refs(names, config, [])
     head = _output_head(names)
     train_also_paths = {path for pattern in config.train_also for path in names.matching(pattern)}
-    blocks = {_block(path) for path in names.modules} - {None}
-    block_indices = {index % len(blocks) for index in config.layers or () if blocks}
+    block_count = _block_count(names)
+    block_indices = {index % block_count for index in config.layers or () if block_count}
     counts: Counter[str] = Counter()
     for path, module in names.modules.items():
         kind: Any = kind_of(module)
@@ -316,6 +311,12 @@ def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
         and not isinstance(names.modules[path], nn.Embedding)
         and not (path in body_paths and _block(path) is not None)
     ]
+
+
+def _block_count(names: Names) -> int:
+    """One more than the largest index of a repeated block."""
+    indices = [index for path in names.modules if (index := _block(path)) is not None]
+    return max(indices, default=-1) + 1
 
 
 def _block(path: str) -> int | None:

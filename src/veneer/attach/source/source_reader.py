@@ -212,7 +212,7 @@ class Reader(ast.NodeVisitor):
         match called:
             case ast.Name(id="next"):
                 return self.attribute_paths(first_argument, "*")
-            case ast.Name(id="getattr"):
+            case ast.Name(id="getattr") if len(node.args) > 1:
                 name = _string_constant(node.args[1])
                 return self.attribute_paths(first_argument, name) if name else set()
             case ast.Name() if called.id in _ELEMENT_FUNCTIONS:
@@ -363,7 +363,7 @@ class Reader(ast.NodeVisitor):
             holder = node.func.value if isinstance(node.func, ast.Attribute) else None
             is_module_function = holder is None or isinstance(self.global_value(holder), ModuleType)
             self.record_write(node.args[0] if is_module_function and node.args else holder)
-        elif name == "setattr":
+        elif name == "setattr" and len(node.args) > 1:
             written_name = _string_constant(node.args[1]) or "*"
             self.reads.written.update(_append_name(self.paths_of(node.args[0]), written_name))
         self.reads.read.update(path for path in self.call_paths(node) if path)
