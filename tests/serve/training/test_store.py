@@ -34,7 +34,8 @@ def reads(store, session, run):
 
 def test_a_read_waits_for_no_writer(store):
     session = store.new_session("", None, None)
-    run = store.new_run("r", session, "", {}, 0, None)["id"]
+    run = "r"
+    store.new_run(run, session, "", {}, 0, None)
     store.add_request(run, 0, "create", b"{}")
     expected = [session, run, 0, 0, 1, 0, 0, None]
     assert reads(store, session, run) == expected
