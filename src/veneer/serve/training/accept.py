@@ -37,14 +37,6 @@ SAVE_KINDS = ("save", "external", "sampler")
 FINAL_STATUSES = (400, 403, 404, 409, 413, 415, 422)
 
 
-def check_quota(training: Training, key: Key, resource: str, amount: int = 1) -> None:
-    """Check a quota. ``Refusal``: ``amount`` more of a resource ("runs", "bytes" or "tokens") would
-    exceed the key's quota."""
-    problem = quota_problem(training.store, key.owner, resource, getattr(key, resource), amount)
-    if problem is not None:
-        raise Refusal(403, problem, code="quota")
-
-
 async def accept_request(
     training: Training, run: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
 ) -> dict[str, str]:

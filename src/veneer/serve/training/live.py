@@ -24,9 +24,9 @@ from veneer.serve.access import Key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import no_such_model
 from veneer.serve.service import Asker, Route
-from veneer.serve.training.accept import check_quota
 from veneer.serve.training.checkpoint_source import CURRENT, parse_current_run
 from veneer.serve.training.lookups import find_checkpoint, find_run
+from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import Training
@@ -156,7 +156,7 @@ async def blend_of_model(training: Training, key: Key, model: str) -> dict[str, 
     """The adapter of a model name tinker://…, as {name in the bank: weight}. ``Refusal``: the key
     may not read the adapter, or has no tokens left today."""
     check_model(training, key, model)
-    check_quota(training, key, "tokens")
+    check_quota(training.store, key, "tokens")
     run = parse_current_run(model)
     if run is not None:
         id = find_run(training, key, run)["id"]

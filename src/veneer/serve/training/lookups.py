@@ -26,29 +26,27 @@ def owns(key: Key, row: Any) -> bool:
     return row is not None and row["owner"] == key.owner
 
 
+def require_owner(key: Key, row: Any, resource: str, id: str) -> Any:
+    """The row, if it exists and belongs to the key. ``Refusal``: it does not."""
+    if not owns(key, row):
+        raise not_found(resource, id)
+    return row
+
+
 def find_run(training: Training, key: Key, id: str) -> Any:
     """The row of a run in the store. ``Refusal``: the key has no such run."""
-    row = training.store.run(id)
-    if not owns(key, row):
-        raise not_found("the training run", id)
-    return row
+    return require_owner(key, training.store.run(id), "the training run", id)
 
 
 def find_session(training: Training, key: Key, id: str) -> Any:
     """The row of a session in the store. ``Refusal``: the key has no such session."""
-    row = training.store.session(id)
-    if not owns(key, row):
-        raise not_found("the session", id)
-    return row
+    return require_owner(key, training.store.session(id), "the session", id)
 
 
 def find_sampler(training: Training, key: Key, id: str) -> Any:
     """The row of a sampling session in the store. ``Refusal``: the key has no such sampling
     session."""
-    row = training.store.sampler(id)
-    if not owns(key, row):
-        raise not_found("the sampling session", id)
-    return row
+    return require_owner(key, training.store.sampler(id), "the sampling session", id)
 
 
 def find_checkpoint(training: Training, key: Key, path: str) -> tuple[Checkpoint, Any]:

@@ -27,12 +27,7 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving, beside_loop
 from veneer.serve.training import bodies
-from veneer.serve.training.accept import (
-    NumberedRoute,
-    accept_request,
-    check_quota,
-    queue_request,
-)
+from veneer.serve.training.accept import NumberedRoute, accept_request, queue_request
 from veneer.serve.training.lookups import (
     find_checkpoint,
     find_run,
@@ -42,6 +37,7 @@ from veneer.serve.training.lookups import (
     owns,
 )
 from veneer.serve.training.operations import lora_config
+from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.training_service import Training, training_of
 from veneer.serve.training.wire import read_header
 from veneer.serve.training.worker import PASS, Answer
@@ -89,8 +85,9 @@ async def _training(service: Serving, key: Asker) -> Training:
 TrainingDep = Annotated[Training, Depends(_training)]
 
 
-def _find_active_session(training: Training, key: Key, id: str) -> Any:
-    """The row of a session that has not finished. Counts as a heartbeat of the session."""
+def _check_session_is_active(training: Training, key: Key, id: str) -> None:
+    """``Refusal``: the key has no such session, or it has finished. Counts as a heartbeat of the
+    session."""
     row = find_session(training, key, id)
     if row["finished"]:
         raise Refusal(
@@ -100,7 +97,6 @@ def _find_active_session(training: Training, key: Key, id: str) -> Any:
             "begin a new one",
         )
     training.record_heartbeat(id)
-    return row
 
 
 def _check_base(training: Training, name: str | None) -> None:
@@ -153,10 +149,9 @@ async def telemetry(key: Asker) -> dict[str, str]:
 @router.get("/get_server_capabilities")
 async def capabilities(training: TrainingDep, key: Asker) -> dict[str, Any]:
     """The bases that can be trained here."""
-    length = training.worker.context_length
     model = {
         "model_name": training.base,
-        "max_context_length": length,
+        "max_context_length": training.worker.context_length,
         "trainable": True,
         "sampleable": True,
     }
@@ -186,7 +181,7 @@ async def create_session(
 @router.post("/session_heartbeat")
 async def heartbeat(body: bodies.SessionBody, training: TrainingDep, key: Asker) -> dict[str, str]:
     """Report that the client of a session is still running."""
-    _find_active_session(training, key, body.session_id)
+    _check_session_is_active(training, key, body.session_id)
     return {"type": "session_heartbeat"}
 
 
@@ -219,7 +214,7 @@ def _new_run(
             "choose another model_seq_id",
         )
     if training.store.run(run) is None:
-        check_quota(training, key, "runs")
+        check_quota(training.store, key, "runs")
         training.store.new_run(run, session, key.owner, config, seed, metadata)
     return run
 
@@ -227,7 +222,7 @@ def _new_run(
 @router.post("/create_model")
 async def create_model(body: bodies.CreateModel, training: TrainingDep, key: Asker) -> Any:
     """Begin a run: an adapter that is trained."""
-    _find_active_session(training, key, body.session_id)
+    _check_session_is_active(training, key, body.session_id)
     _check_base(training, body.base_model)
     _check_optimizer(body.optimizer_config)
     lora = body.lora_config or bodies.Lora(rank=32)
@@ -276,7 +271,7 @@ async def load_weights(
         if "folder" not in options:
             find_checkpoint(training, key, body.path)
         return await queue_request(training, key, body.model_id, body.seq_id, "load", options)
-    _find_active_session(training, key, body.session_id)
+    _check_session_is_active(training, key, body.session_id)
     config = options.get("config") or json.loads(
         find_checkpoint(training, key, body.path)[1]["config"]
     )
@@ -346,8 +341,9 @@ async def optim_step(body: bodies.OptimStep, training: TrainingDep, key: Asker) 
         "beta1": adam_params.beta1,
         "beta2": adam_params.beta2,
         "eps": adam_params.eps,
+        "decay": adam_params.weight_decay,
+        "clip": max(adam_params.grad_clip_norm, 0.0),
     }
-    adam |= {"decay": adam_params.weight_decay, "clip": max(adam_params.grad_clip_norm, 0.0)}
     return await queue_request(training, key, body.model_id, body.seq_id, "step", adam)
 
 
@@ -389,7 +385,7 @@ async def create_sampler(
     body: bodies.CreateSampler, training: TrainingDep, key: Asker
 ) -> dict[str, str]:
     """Begin a sampling session, which draws samples from the base or from a checkpoint."""
-    _find_active_session(training, key, body.session_id)
+    _check_session_is_active(training, key, body.session_id)
     _check_base(training, body.base_model)
     if body.model_path is not None:
         find_checkpoint(training, key, body.model_path)
@@ -424,7 +420,7 @@ async def asample(body: bodies.Sample, training: TrainingDep, key: Asker) -> dic
     if body.sampling_session_id is not None:
         row = find_sampler(training, key, body.sampling_session_id)
         session, path = row["session"], row["path"]
-        _find_active_session(training, key, session)
+        _check_session_is_active(training, key, session)
         call_number = secrets.token_hex(8) if body.seq_id is None else body.seq_id
         id = f"{body.sampling_session_id}:{call_number}"
     else:

@@ -31,7 +31,7 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.training.checkpoint_source import CheckpointSource
 from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, has_tied_head
-from veneer.serve.training.quotas import quota_problem
+from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.run_trainer import FairLock, Trainer
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Checkpoint, Store
@@ -209,9 +209,7 @@ class Training:
         return charge
 
     def _reserve(self, key: Key, max_tokens: int) -> None:
-        problem = quota_problem(self.store, key.owner, "tokens", key.tokens, max_tokens)
-        if problem is not None:
-            raise Refusal(403, problem, code="quota")
+        check_quota(self.store, key, "tokens", max_tokens)
         self.store.reserve_tokens(key.owner, max_tokens)
 
     def new_file_token(self, folder: Path) -> str:
