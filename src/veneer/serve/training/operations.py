@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, SelectionError
 from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.active_runs import ActiveRun
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
@@ -31,6 +31,9 @@ from veneer.serve.training.store import (
     parse_checkpoint_path,
 )
 from veneer.serve.training.worker import Worker
+
+#: the last path component in the name of a run's current weights, tinker://RUN/now
+CURRENT = "now"
 
 
 @dataclass
@@ -262,6 +265,30 @@ class Operations:
                 self.store.files_of(source), folder, copy_function=_link_or_copy, dirs_exist_ok=True
             )
         self._update_bank(target)
+
+
+def parse_current_run(name: str) -> str | None:
+    """The run id in a name tinker://RUN/now; None for any other name, even for the name of a
+    checkpoint called "now"."""
+    run, _, last_component = name.removeprefix("tinker://").rpartition("/")
+    return run if last_component == CURRENT and run and "/" not in run else None
+
+
+def adapter_folder(store: Store, name: str) -> Path:
+    """The folder of an adapter by its name in the bank: tinker://RUN/KIND/NAME, a checkpoint, or
+    tinker://RUN/now, the run's weights at the time when samples were last requested.
+
+    Raises:
+        DataError: the name has another form.
+        SelectionError: there is no such checkpoint.
+    """
+    run = parse_current_run(name)
+    if run is not None:
+        return store.folder_of(run) / CURRENT / ADAPTER
+    checkpoint = parse_checkpoint_path(name)
+    if store.checkpoint(checkpoint) is None:
+        raise SelectionError(name, "a checkpoint that is there", "list the run's checkpoints")
+    return store.files_of(checkpoint) / ADAPTER
 
 
 def _is_encrypted(adapter_folder: Path) -> bool:

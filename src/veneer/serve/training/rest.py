@@ -133,7 +133,7 @@ def checkpoints(
     return {"checkpoints": [_describe_checkpoint(row) for row in rows], "cursor": cursor}
 
 
-def _own_checkpoint(
+def _find_owned_checkpoint(
     run: str, kind: str, name: str, training: TrainingDep, key: Asker
 ) -> Checkpoint:
     """The checkpoint in a route's path, which belongs to the key. ``Refusal``: the key has no such
@@ -143,29 +143,29 @@ def _own_checkpoint(
     return checkpoint
 
 
-OwnCheckpoint = Annotated[Checkpoint, Depends(_own_checkpoint)]
+OwnedCheckpoint = Annotated[Checkpoint, Depends(_find_owned_checkpoint)]
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
-async def delete_checkpoint(checkpoint: OwnCheckpoint, training: TrainingDep) -> None:
+async def delete_checkpoint(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
     """Delete a checkpoint."""
     await training.change_checkpoints(partial(training.operations.delete, checkpoint))
 
 
 @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-def publish(checkpoint: OwnCheckpoint, training: TrainingDep) -> None:
+def publish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
     """Allow every key of this server to read a checkpoint."""
     training.store.change_checkpoint(checkpoint, public=1)
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-def unpublish(checkpoint: OwnCheckpoint, training: TrainingDep) -> None:
+def unpublish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
     """Let the owner's key alone read a checkpoint."""
     training.store.change_checkpoint(checkpoint, public=0)
 
 
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
-def set_ttl(checkpoint: OwnCheckpoint, body: bodies.SetTtl, training: TrainingDep) -> None:
+def set_ttl(checkpoint: OwnedCheckpoint, body: bodies.SetTtl, training: TrainingDep) -> None:
     """Change when a checkpoint expires."""
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     training.store.change_checkpoint(checkpoint, expires=expires)

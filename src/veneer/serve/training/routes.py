@@ -36,7 +36,7 @@ from veneer.serve.training.lookups import (
     not_found,
     owns,
 )
-from veneer.serve.training.operations import lora_config
+from veneer.serve.training.operations import has_tied_head, lora_config
 from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.training_service import Training, training_of
 from veneer.serve.training.wire import read_header
@@ -169,7 +169,7 @@ async def create_session(
     training.record_heartbeat(session)
     answer = {"type": "create_session", "session_id": session}
     warnings = []
-    if training.has_tied_head:
+    if has_tied_head(training.model):
         warnings.append(
             "The base ties its output head to its embedding: train_unembed trains nothing here."
         )

@@ -19,18 +19,16 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, SelectionError, VeneerError, sentence
+from veneer.errors import SelectionError, VeneerError, sentence
 from veneer.fileio.hashing import digest
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
-from veneer.serve.training.checkpoint_source import CheckpointSource
 from veneer.serve.training.curve import Curve, read_curve
-from veneer.serve.training.operations import Operations, has_tied_head
+from veneer.serve.training.operations import Operations, adapter_folder
 from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.run_trainer import FairLock, Trainer
 from veneer.serve.training.samples import Samples
@@ -53,45 +51,41 @@ FILE_URL_SECONDS = 3600.0
 CACHED_CURVES = 512
 
 
-@dataclass(eq=False)
 class Training:
-    """A training service. ``start`` starts its threads; ``close`` ends them."""
+    """The training service of a running ``service``. ``start`` starts its threads; ``close`` ends
+    them. ``tokenizer``: the folder or hub id from which clients load the tokenizer;
+    ``max_resident``: the largest number of runs in memory."""
 
-    base: str  # the name of the base for clients
-    tokenizer: str | None  # the folder or hub id from which clients load the tokenizer
-    model: Any
-    bank: Any
-    engine: Any
-    model_lock: FairLock
-    store: Store
-    timeout: float = 600.0
-    max_resident: int = 50
-    worker: Worker = field(init=False)
-    operations: Operations = field(init=False)
-    samples: Samples = field(init=False)
-    checkpoints: CheckpointSource = field(init=False)
-    #: a thread that writes to the index, because the event loop must not wait for the disk
-    index_thread: ThreadPoolExecutor = field(init=False)
-    #: cached curves of runs that are not active: (run id, number of the last request in the saved
-    #: state, number of the next request) -> curve
-    cached_curve: Callable[[str, int, int], Curve] = field(init=False)
-
-    def __post_init__(self) -> None:
-        embedding = self.model.get_input_embeddings().weight
-        self.store.require_base(self.base, digest(embedding.detach()))
-        trainer = Trainer(self.model, self.bank, self.model_lock)
+    def __init__(
+        self,
+        service: Any,
+        model: Any,
+        model_lock: FairLock,
+        store: Store,
+        *,
+        tokenizer: str | None,
+        max_resident: int,
+    ) -> None:
+        self.base, self.bank, self.engine = service.base, service.bank, service.engine
+        self.model, self.tokenizer, self.store = model, tokenizer, store
+        self.max_resident = max_resident
+        embedding = model.get_input_embeddings().weight
+        store.require_base(self.base, digest(embedding.detach()))
+        trainer = Trainer(model, self.bank, model_lock)
         self.worker = Worker(
             trainer,
-            self.store,
+            store,
             context_length=self.engine.length,
             vocabulary_size=embedding.shape[0],
-            max_resident=self.max_resident,
+            max_resident=max_resident,
         )
-        self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
-        self.checkpoints = CheckpointSource(self.store)
-        self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
+        self.operations = Operations(self.worker, trainer, store, self.bank, self.base)
+        self.samples = Samples(self.engine, self.bank, self.worker, service.timeout)
+        #: a thread that writes to the index, because the event loop must not wait for the disk
         self.index_thread = ThreadPoolExecutor(1, "veneer-journal")
-        self.cached_curve = lru_cache(CACHED_CURVES)(
+        #: cached curves of runs that are not active: (run id, number of the last request in the
+        #: saved state, number of the next request) -> curve
+        self.cached_curve: Callable[[str, int, int], Curve] = lru_cache(CACHED_CURVES)(
             lambda run, state_seq, next_seq: read_curve(self.store, run, state_seq)
         )
         self._heartbeats: dict[str, float] = {}  # by session: time of the last heartbeat
@@ -107,10 +101,6 @@ class Training:
         self._session_thread = threading.Thread(
             target=self._check_sessions, name="veneer-sessions", daemon=True
         )
-
-    @property
-    def has_tied_head(self) -> bool:
-        return has_tied_head(self.model)
 
     def start(self) -> None:
         self.worker.start()
@@ -156,7 +146,7 @@ class Training:
 
     def register_checkpoint(self, path: str) -> str:
         """Register a checkpoint with the bank unless this is done; return its name in the bank."""
-        folder = self.checkpoints.resolve(path).path
+        folder = self.folder_of(path)
         if path not in self.bank:
             self.bank.register(path, folder)
         self.record_use(path)
@@ -182,9 +172,8 @@ class Training:
                     self.bank.remove(unused)
 
     def folder_of(self, name: str) -> Path:
-        """The adapter folder of a name tinker://…, which names a checkpoint or a run's current
-        weights."""
-        return self.checkpoints.resolve(name).path
+        """The adapter folder of a name tinker://…, as ``adapter_folder`` finds it."""
+        return adapter_folder(self.store, name)
 
     async def reserve_tokens(self, key: Key, max_tokens: int) -> Callable[[int], None]:
         """Count the largest number of tokens that a call for samples can use. The returned function
@@ -353,40 +342,3 @@ def training_of(service: Any) -> Training:
         for extension in service.extensions
         if isinstance(getattr(extension, "training", None), Training)
     )
-
-
-def open_training(
-    folder: str | Path,
-    service: Any,
-    model: Any,
-    model_lock: FairLock,
-    *,
-    tokenizer: str | None,
-    max_resident: int = 50,
-) -> Training:
-    """Create and start the training service of a running ``service``. ``folder`` holds its runs.
-    ``ConfigError``: the model is an encoder, or the folder cannot be used."""
-    if service.engine is None:
-        raise ConfigError(
-            "an encoder to train",
-            "a causal language model",
-            "serve another base, or leave out --train",
-        )
-    store = Store(folder)
-    try:
-        training = Training(
-            service.base,
-            tokenizer,
-            model,
-            service.bank,
-            service.engine,
-            model_lock,
-            store,
-            service.timeout,
-            max_resident,
-        )
-    except BaseException:
-        store.close()
-        raise
-    training.start()
-    return training
