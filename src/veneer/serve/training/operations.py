@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,28 +116,20 @@ class Operations:
         return path, folder, config
 
     def save(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
-        checkpoint = self._new_checkpoint(active_run, "weights", options)
-        if not self._was_saved_by_this_request(active_run, checkpoint):
-            check = partial(self._check_bytes, active_run, checkpoint, options)
-            provenance = {"run": active_run.run_id, "request": active_run.next_seq}
-            self.trainer.save(
-                active_run.adapter_name,
-                self.store.files_of(checkpoint),
-                self.base,
-                provenance,
-                check,
-            )
-            self._update_bank(checkpoint)
-            self._record_checkpoint(active_run, checkpoint, options)
-        return {"path": checkpoint.path, "type": "save_weights"}
+        return {"path": self._save_once(active_run, "weights", options), "type": "save_weights"}
 
     def save_external(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
-        checkpoint = self._new_checkpoint(active_run, "external_weights", options)
+        path = self._save_once(active_run, "external_weights", options)
+        return {"path": path, "type": "save_weights_external"}
+
+    def _save_once(self, active_run: ActiveRun, kind: str, options: Mapping[str, Any]) -> str:
+        """Save a checkpoint, unless this request has saved it before; return its path."""
+        checkpoint = self._new_checkpoint(active_run, kind, options)
         if not self._was_saved_by_this_request(active_run, checkpoint):
-            self._export_checkpoint(active_run, checkpoint, options)
+            self._write_checkpoint(active_run, checkpoint, options)
             self._update_bank(checkpoint)
             self._record_checkpoint(active_run, checkpoint, options)
-        return {"path": checkpoint.path, "type": "save_weights_external"}
+        return checkpoint.path
 
     def save_for_sampler(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
         # the id of a sampling session to create, which samples from a checkpoint without a name
@@ -149,7 +140,7 @@ class Operations:
         checkpoint = self._new_checkpoint(
             active_run, "sampler_weights", {**options, "name": name, "overwrite": True}
         )
-        self._export_checkpoint(active_run, checkpoint, options)
+        self._write_checkpoint(active_run, checkpoint, options)
         folder = self.store.files_of(checkpoint) / ADAPTER
         self.bank.put(checkpoint.path, folder, active_run.adapter_name)
         self._record_checkpoint(active_run, checkpoint, options, hidden=sampler is not None)
@@ -188,16 +179,19 @@ class Operations:
         row = self.store.checkpoint(checkpoint)
         return row is not None and row["request"] == active_run.next_seq
 
-    def _export_checkpoint(
+    def _write_checkpoint(
         self, active_run: ActiveRun, checkpoint: Checkpoint, options: Mapping[str, Any]
     ) -> None:
-        """Write a checkpoint without an optimizer, encrypted if the request names recipients."""
+        """Write a checkpoint: with the optimizer's state if it is of the kind "weights", encrypted
+        if the request names recipients."""
         provenance = {"run": active_run.run_id, "request": active_run.next_seq}
         recipients = read_recipients(options.get("age_encryption_recipients") or ())
         with new_folder(
             self.store.files_of(checkpoint), overwrite=True, replaces=[EVERYTHING]
         ) as folder:
             self.trainer.export(active_run.adapter_name, folder / ADAPTER, self.base, provenance)
+            if checkpoint.kind == "weights":
+                self.trainer.save_optimizer(active_run.adapter_name, folder)
             if recipients:
                 encrypt_files(folder / ADAPTER, recipients)
             self._check_bytes(active_run, checkpoint, options, folder)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -353,23 +353,12 @@ class Trainer:
                 "run",
             )
 
-    def save(
-        self,
-        run: str,
-        folder: Path,
-        base: str | None,
-        provenance: Mapping[str, Any] | None = None,
-        check_folder: Callable[[Path], None] = lambda folder: None,
-    ) -> None:
+    def save(self, run: str, folder: Path, base: str | None) -> None:
         """Write a run's adapter and its optimizer's state into one folder, which is replaced if it
-        exists. If ``check_folder`` raises an error for the new folder, nothing is replaced."""
-        names = [name for name, _ in self.runs[run].named_parameters()]
-        tensors = optimizer_tensors(_adamw(self.engine.adapters[run]), names)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        exists."""
         with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as new_checkpoint:
-            self.runs[run].save(new_checkpoint / ADAPTER, base_name=base, provenance=provenance)
-            save_file(tensors, new_checkpoint / OPTIMIZER)
-            check_folder(new_checkpoint)
+            self.export(run, new_checkpoint / ADAPTER, base)
+            self.save_optimizer(run, new_checkpoint)
 
     def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
         """Replace a run by a saved run. ``optimizer``: whether to load the optimizer's state too;
@@ -393,8 +382,12 @@ class Trainer:
         self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None
     ) -> None:
         """Write a run's adapter without the optimizer's state. An existing folder is replaced."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
         self.runs[run].save(folder, base_name=base, provenance=provenance, overwrite=True)
+
+    def save_optimizer(self, run: str, folder: Path) -> None:
+        """Write the state of a run's optimizer into a folder."""
+        names = [name for name, _ in self.runs[run].named_parameters()]
+        save_file(optimizer_tensors(_adamw(self.engine.adapters[run]), names), folder / OPTIMIZER)
 
     @contextmanager
     def sampling(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
