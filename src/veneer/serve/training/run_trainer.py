@@ -203,9 +203,9 @@ class Trainer:
         """Whether a run has gradients that no step has used."""
         return self.engine.adapters[run].has_gradients
 
-    def compute(self, passes: Sequence[Pass]) -> int:
+    def compute(self, passes: Sequence[Pass]) -> dict[str, int]:
         """Compute one batch: as many rows of the passes as fit, at least one row of the first pass.
-        The passes are of different runs. Returns the number of tokens in the batch."""
+        The passes are of different runs. Returns the number of tokens of each run in the batch."""
         passes = [
             training_pass
             for training_pass in passes
@@ -231,11 +231,10 @@ class Trainer:
             ]
             if training_pass.is_over:
                 self._finish_pass(training_pass)
-        return sum(
-            len(training_pass.data[index].tokens)
-            for training_pass in batch_passes
-            for index in rows[training_pass.run]
-        )
+        return {
+            run: sum(len(training_pass.data[index].tokens) for index in rows[run])
+            for run, training_pass in passes_by_run.items()
+        }
 
     def _choose_data_indices(self, passes: Sequence[Pass]) -> dict[str, list[int]]:
         """The indices of the data in the next batch, by run: the longest data of each pass, as

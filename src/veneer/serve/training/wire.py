@@ -9,6 +9,7 @@ provenance) are ignored, or refused by name.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
@@ -117,15 +118,8 @@ def _message_classes() -> dict[str, Any]:
                 new_field.type_name = f".veneer.training.{type_name}"
             else:
                 new_field.type = getattr(field_proto, f"TYPE_{type_name.upper()}")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    descriptors = {
-        name: pool.FindMessageTypeByName(f"veneer.training.{name}") for name in _MESSAGES
-    }
-    return {
-        name: message_factory.GetMessageClass(descriptor)
-        for name, descriptor in descriptors.items()
-    }
+    classes = message_factory.GetMessages([file])
+    return {name: classes[f"veneer.training.{name}"] for name in _MESSAGES}
 
 
 MESSAGES = _message_classes()
@@ -174,10 +168,6 @@ def read_header(body: bytes) -> PassHeader:
     chunks = (chunk for datum in message.data for chunk in datum.model_input)
     tokens = sum(len(chunk.encoded_text.tokens) // 4 for chunk in chunks)
     return PassHeader(message.model_id, message.seq_id, not message.forward_only, tokens)
-
-
-def has_backward(body: bytes) -> bool:
-    return not _parse_request(body).forward_only
 
 
 def read_pass(body: bytes) -> PassRequest:
@@ -249,15 +239,10 @@ def _read_numbers(raw: bytes, dtype: int, label: str) -> np.ndarray:
 def _read_tensor(message: Any, label: str, rows: int) -> Tensor:
     """Read a dense or sparse tensor of ``rows`` rows as a dense tensor. ``label``: its name in
     error messages."""
-    values, shape = (
-        _read_numbers(
-            message.sparse_csr.values if message.HasField("sparse_csr") else message.dense,
-            message.dtype,
-            label,
-        ),
-        list(message.shape),
-    )
-    if not message.HasField("sparse_csr"):
+    is_sparse, shape = message.HasField("sparse_csr"), list(message.shape)
+    raw = message.sparse_csr.values if is_sparse else message.dense
+    values = _read_numbers(raw, message.dtype, label)
+    if not is_sparse:
         shape = shape or [len(values)]
         if len(shape) > 2 or min(shape, default=0) < 0 or math.prod(shape) != len(values):
             problem = f"{len(values)} numbers of shape {shape[:4]} in {label}"
@@ -270,12 +255,13 @@ def _read_tensor(message: Any, label: str, rows: int) -> Tensor:
         and shape[0] == rows
         and 0 < shape[1] <= MAX_TARGETS
         and len(crow) == rows + 1
+        and len(col) == len(values)
+        and crow[0] == 0
+        and crow[-1] == len(col)
+        and (crow[1:] >= crow[:-1]).all()  # not subtracted: a difference may overflow
+        and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))
     )
-    is_valid = is_valid and len(col) == len(values) and crow[0] == 0 and crow[-1] == len(col)
-    is_valid = (
-        is_valid and crow.max() == len(col) and (crow[1:] >= crow[:-1]).all()
-    )  # compared, not subtracted: a difference may overflow
-    if not (is_valid and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))):
+    if not is_valid:
         expected = f"{rows} rows of at most {MAX_TARGETS}, in CSR"
         raise DataError(f"a sparse tensor {shape} in {label}", expected, "check the client")
     dense = np.zeros(shape, values.dtype)
@@ -289,19 +275,15 @@ def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> byt
     output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="TorchLossReturn")
     for name, value in metrics.items():
         output.metrics.add(key=name, value=value)
-    start = 0
-    while start < len(logprobs):  # one record for neighbouring data with equal trailing shapes
-        end = start
-        while end < len(logprobs) and logprobs[end].shape[1:] == logprobs[start].shape[1:]:
-            end += 1
-        rows = [row.contiguous().numpy().astype("<f4") for row in logprobs[start:end]]
+    # one record for neighbouring data with equal trailing shapes
+    for trailing_shape, group in itertools.groupby(logprobs, key=lambda row: row.shape[1:]):
+        rows = [row.contiguous().numpy().astype("<f4") for row in group]
         record = output.loss_fn_outputs.add(num_datums=len(rows))
         field = record.fields.add(key="logprobs").value
         field.data = b"".join(row.tobytes() for row in rows)
         field.offsets = np.cumsum([0, *[row.nbytes for row in rows]]).astype("<i8").tobytes()
         field.dtype = _FLOAT32
-        field.trailing_shape.extend(logprobs[start].shape[1:])
-        start = end
+        field.trailing_shape.extend(trailing_shape)
     return output.SerializeToString()
 
 

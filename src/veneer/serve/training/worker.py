@@ -33,14 +33,7 @@ from veneer.serve.training.losses import check_datum, complete_settings
 from veneer.serve.training.run_memory import PASS, REPLAYED_KINDS, Operation, RunMemory, log_failure
 from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
 from veneer.serve.training.store import FAILED, FAILED_STEP_INPUT, SUCCEEDED, Store
-from veneer.serve.training.wire import (
-    Answer,
-    failure,
-    has_backward,
-    pass_output,
-    read_header,
-    read_pass,
-)
+from veneer.serve.training.wire import Answer, failure, pass_output, read_header, read_pass
 
 log = logging.getLogger("veneer.serve.training")
 
@@ -66,7 +59,7 @@ MAX_PUBLISHED = 512
 def _affects_step(request: RunRequest) -> bool:
     """Whether the next step is not what the client intended if this request fails."""
     return request.kind in (REFUSED_PASS, MISSING) or (
-        request.kind == PASS and has_backward(request.body)
+        request.kind == PASS and read_header(request.body).backward
     )
 
 
@@ -413,29 +406,17 @@ class Worker:
     def _compute_batch(self, passes: list[Pass]) -> None:
         """Compute one batch, and charge its time and tokens to the runs and owners in it."""
         started = time.monotonic()
-        remaining_before = {training_pass.run: training_pass.remaining for training_pass in passes}
-        tokens = self.trainer.compute(passes)
+        tokens_by_adapter = self.trainer.compute(passes)
         ended = time.monotonic()
         self._batch_seconds = ended - started
-        computed_passes = [
-            training_pass
-            for training_pass in passes
-            if len(training_pass.remaining) != len(remaining_before[training_pass.run])
-            or training_pass.error
-        ]
-        runs_by_adapter = self.queue.runs_by_adapter
-        run_ids = tuple(
-            runs_by_adapter[training_pass.run].run_id for training_pass in computed_passes
-        )
-        self.batch = Batch(run_ids, ended)
-        for training_pass in computed_passes:
-            active_run = runs_by_adapter[training_pass.run]
-            rows = set(remaining_before[training_pass.run]) - set(training_pass.remaining)
-            row_tokens = sum(len(training_pass.data[row].tokens) for row in rows)
+        active_runs = [self.queue.runs_by_adapter[name] for name in tokens_by_adapter]
+        self.batch = Batch(tuple(active_run.run_id for active_run in active_runs), ended)
+        token_count = sum(tokens_by_adapter.values())
+        for active_run in active_runs:
             active_run.last_used = ended
-            active_run.rate.add(started, ended, row_tokens)
-            active_run.unsaved_seconds += self._batch_seconds / len(computed_passes)
-            self._shares.charge(training_pass.owner, tokens / len(computed_passes))
+            active_run.rate.add(started, ended, tokens_by_adapter[active_run.adapter_name])
+            active_run.unsaved_seconds += self._batch_seconds / len(active_runs)
+            self._shares.charge(active_run.owner, token_count / len(active_runs))
         self._end_passes()
 
     def _end_passes(self) -> None:
