@@ -14,7 +14,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,15 @@ from torch import Tensor
 from veneer.errors import DataError, VeneerError, sentence
 from veneer.kernels.draws import sample_seed
 from veneer.serve.requests import Busy, Piece, Request, RequestError, Sampling
+from veneer.serve.service import await_or_undo
 from veneer.serve.training.bodies import Sample, TargetTokens
-from veneer.serve.training.wire import NO_LOGPROB, NO_TOKEN, SampledSequence, sample_output
+from veneer.serve.training.wire import (
+    MAX_TARGETS,
+    NO_LOGPROB,
+    NO_TOKEN,
+    SampledSequence,
+    sample_output,
+)
 from veneer.serve.training.worker import Answer, Worker, failure
 
 log = logging.getLogger("veneer.serve.training")
@@ -263,12 +269,8 @@ class Samples:
         if adapter_name is None:
             return await self._score_on_worker(None, prompt, request)
         # take the lease before the model lock: see the order of locks (__init__.py)
-        leasing = self._bank.acquire({adapter_name: 1.0})
-        try:
-            lease = await asyncio.shield(asyncio.wrap_future(leasing))
-        except asyncio.CancelledError:
-            leasing.add_done_callback(_release)
-            raise
+        leasing = asyncio.wrap_future(self._bank.acquire({adapter_name: 1.0}))
+        lease = await await_or_undo(leasing, lambda lease: lease.release())
         return await self._score_on_worker(lease, prompt, request)
 
     async def _score_on_worker(
@@ -278,11 +280,6 @@ class Samples:
         if lease is not None:
             scores.add_done_callback(lambda _: lease.release())
         return await asyncio.shield(asyncio.wrap_future(scores))
-
-
-def _release(leasing: Future[Any]) -> None:
-    if leasing.exception() is None:
-        leasing.result().release()
 
 
 def check_prompt(request: Sample, prompt_length: int) -> None:
@@ -300,23 +297,22 @@ def check_prompt(request: Sample, prompt_length: int) -> None:
         return
     rows, width = targets.shape
     crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
-    is_valid = rows == prompt_length - 1 and 0 < width <= 256
     if crow is None or col is None:
-        is_valid = is_valid and crow is col is None and len(targets.data) == rows * width
+        is_valid = crow is col is None and len(targets.data) == rows * width
     else:
-        is_valid = is_valid and len(crow) == rows + 1 and len(col) == len(targets.data)
         is_valid = (
-            is_valid
+            len(crow) == rows + 1
+            and len(col) == len(targets.data)
             and crow[0] == 0
             and crow[-1] == len(col)
             and sorted(crow) == crow
             and all(0 <= index < width for index in col)
         )
-    if not is_valid:
+    if not (is_valid and rows == prompt_length - 1 and 0 < width <= MAX_TARGETS):
         problem = f"target_prompt_logprobs {targets.shape} for a prompt of {prompt_length} tokens"
         raise DataError(
             problem,
-            f"[{prompt_length - 1}, at most 256], dense or in CSR",
+            f"[{prompt_length - 1}, at most {MAX_TARGETS}], dense or in CSR",
             "send a row for each token but the first",
         )
 
@@ -360,7 +356,7 @@ def prompt_scorer(
 def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[str, Any]:
     """The requested scores of a prompt of n tokens. ``logits`` [n - 1, vocabulary] predict its
     tokens 1 to n - 1, ``next_ids`` [n - 1]. Each score has n rows. Row 0 is empty, because no
-    token precedes token 0."""
+    token precedes token 0, and so are the rows that ``prompt_logprobs_last_n`` leaves out."""
     scores: dict[str, Any] = {}
     log_sums = logits.logsumexp(-1, keepdim=True)  # [n - 1, 1]
     prompt_length = len(next_ids) + 1
@@ -368,16 +364,14 @@ def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[st
     if request.prompt_logprobs:
         logprobs = np.full(prompt_length, np.nan, np.float32)
         next_logprobs = (logits.gather(-1, next_ids[:, None]) - log_sums)[:, 0]
-        logprobs[1:] = next_logprobs.float().cpu().numpy()
-        logprobs[:first_row] = np.nan
+        logprobs[first_row:] = next_logprobs.float().cpu().numpy()[first_row - 1 :]
         scores["prompt_logprobs"] = logprobs
     if k := min(request.topk_prompt_logprobs, logits.shape[-1]):
         top = (logits - log_sums).topk(k)
         top_ids = np.full((prompt_length, k), NO_TOKEN, np.int32)
         top_logprobs = np.full((prompt_length, k), NO_LOGPROB, np.float32)
-        top_ids[1:] = top.indices.cpu().numpy()
-        top_logprobs[1:] = top.values.float().cpu().numpy()
-        top_ids[:first_row], top_logprobs[:first_row] = NO_TOKEN, NO_LOGPROB
+        top_ids[first_row:] = top.indices.cpu().numpy()[first_row - 1 :]
+        top_logprobs[first_row:] = top.values.float().cpu().numpy()[first_row - 1 :]
         scores["topk_prompt_logprobs"] = top_ids, top_logprobs
     if request.target_prompt_logprobs is not None:
         scores |= _target_scores(logits, log_sums, request.target_prompt_logprobs)
@@ -403,18 +397,14 @@ def _target_scores(logits: Tensor, log_sums: Tensor, targets: TargetTokens) -> d
             "a token of target_prompt_logprobs", f"ids below {logits.shape[-1]}, or -1", "change it"
         )
     crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
-    if crow is None or col is None:
-        row_indices = torch.arange(rows, device=logits.device).repeat_interleave(width)
-    else:
-        row_indices = torch.arange(rows, device=logits.device).repeat_interleave(
-            torch.tensor(crow, device=logits.device).diff()
-        )
+    targets_per_row = width if crow is None else torch.tensor(crow, device=logits.device).diff()
+    row_indices = torch.arange(rows, device=logits.device).repeat_interleave(targets_per_row)
     logprobs = (
         torch.where(ids < 0, 0.0, logits[row_indices, ids.clamp(0)] - log_sums[row_indices, 0])
         .float()
         .cpu()
         .numpy()
     )
-    if crow is None or col is None:
+    if crow is None:
         return {"target_prompt_logprobs": logprobs.reshape(rows, width)}
     return {"target_prompt_logprobs": logprobs, "csr": (crow, col, targets.shape)}
