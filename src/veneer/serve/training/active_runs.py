@@ -8,6 +8,7 @@ accepted request → written to the store → waiting requests of its run
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -70,6 +71,7 @@ class ActiveRun:
         unsaved_seconds: seconds of computing since the run's state was last saved.
         last_used: time of the last computation for the run (``time.monotonic``), or when its
             current pass began.
+        last_pass_ended: when the run's last pass ended.
         curve: the run's losses; None until they are read.
         rate: tokens of the run that are trained on per second.
         waiting_since: when the next request began to wait for room in memory.
@@ -86,6 +88,7 @@ class ActiveRun:
     current_pass: Pass | None = None
     unsaved_seconds: float = 0.0
     last_used: float = 0.0
+    last_pass_ended: float = -math.inf
     curve: Curve | None = None
     rate: TokenRate = field(default_factory=TokenRate)
     waiting_since: float | None = None

@@ -186,11 +186,9 @@ class RunMemory:
             log_failure(f"{run_id}: {problem}", error)
             active_run.unsaved_seconds = 0.0  # try again after ``STATE_SECONDS`` of computing
 
-    def write_state(self, active_run: ActiveRun, seq: int | None = None) -> None:
-        """Write the state of a run after its request number ``seq``. None: after its last answered
-        request."""
-        seq = active_run.next_seq - 1 if seq is None else seq
-        previous_seq = active_run.state_seq
+    def write_state(self, active_run: ActiveRun) -> None:
+        """Write the state of a run after its last answered request."""
+        seq, previous_seq = active_run.next_seq - 1, active_run.state_seq
         folder = state_folder(self._store, active_run.run_id, seq)
         self._trainer.save(active_run.adapter_name, folder, None)
         self.curve(active_run).write(folder)

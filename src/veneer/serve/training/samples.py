@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,22 +46,17 @@ SAMPLES_PER_ROW, RETRY_SECONDS = 4, 0.05
 
 
 @dataclass(eq=False)
-class TokenUsage:
-    """The number of tokens that a call has computed: of its prompt, once, and of its answers."""
-
-    tokens: int = 0
-
-
-@dataclass(eq=False)
 class SampleCall:
     """A call for ``count`` samples. ``owner``: the name of the API key; ``ended``: when the answer
-    was complete (``time.monotonic``), or None."""
+    was complete (``time.monotonic``), or None; ``tokens``: the number of tokens that are computed,
+    of the prompt, once, and of the answers."""
 
     owner: str
     session: str
     count: int
-    task: asyncio.Task[Answer]
+    task: asyncio.Task[Answer] = field(init=False)
     ended: float | None = None
+    tokens: int = 0
 
 
 class Samples:
@@ -115,16 +110,15 @@ class Samples:
                 1.0,
             )
         self._loop = asyncio.get_running_loop()
-        usage = TokenUsage()
-        task = self._loop.create_task(self._compute_answer(owner, adapter_name, request, usage))
-        call = self._calls[id] = SampleCall(owner, session, request.num_samples, task)
+        call = self._calls[id] = SampleCall(owner, session, request.num_samples)
+        call.task = self._loop.create_task(self._compute_answer(call, adapter_name, request))
 
         def finish(_: Any) -> None:
             call.ended = time.monotonic()
-            charge(usage.tokens)
+            charge(call.tokens)
             self._delete_old_calls()
 
-        task.add_done_callback(finish)
+        call.task.add_done_callback(finish)
 
     def find(self, id: str, owner: str) -> asyncio.Task[Answer] | None:
         call = self._calls.get(id)
@@ -154,7 +148,7 @@ class Samples:
             del self._calls[id]
 
     async def _compute_answer(
-        self, owner: str, adapter_name: str | None, request: Sample, usage: TokenUsage
+        self, call: SampleCall, adapter_name: str | None, request: Sample
     ) -> Answer:
         try:
             prompt = request.prompt.tokens
@@ -173,10 +167,10 @@ class Samples:
                 )
             check_prompt(request, len(prompt))
             draws = [
-                asyncio.create_task(self._draw_sample(owner, blend, request, index, usage))
+                asyncio.create_task(self._draw_sample(call, blend, request, index))
                 for index in range(request.num_samples)
             ]
-            usage.tokens = len(prompt)
+            call.tokens = len(prompt)
             scoring = asyncio.create_task(self._score_prompt(adapter_name, prompt, request))
             try:
                 samples, scores = await asyncio.gather(asyncio.gather(*draws), scoring)
@@ -192,7 +186,7 @@ class Samples:
             return failure(error, is_bug=True)
 
     async def _draw_sample(
-        self, owner: str, blend: Mapping[str, float], body: Sample, index: int, usage: TokenUsage
+        self, call: SampleCall, blend: Mapping[str, float], body: Sample, index: int
     ) -> SampledSequence:
         """Draw sample number ``index`` of a call. Cancelling this stops the engine's request."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
@@ -202,16 +196,16 @@ class Samples:
             _sampling(body, index, self._engine.length),
             self._timeout,
             f"sample-{next(self._request_numbers)}",
-            owner,
+            call.owner,
         )
 
         def deliver(piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         async with self._semaphores.setdefault(
-            owner, asyncio.Semaphore(SAMPLES_PER_ROW * self._engine.rows)
+            call.owner, asyncio.Semaphore(SAMPLES_PER_ROW * self._engine.rows)
         ):
-            tokens, last_piece = await self._collect_tokens(request, deliver, pieces, usage)
+            tokens, last_piece = await self._collect_tokens(call, request, deliver, pieces)
         if last_piece.finish not in ("stop", "length"):
             raise RequestError(
                 last_piece.error or f"a sample that ended by {last_piece.finish}",
@@ -228,10 +222,10 @@ class Samples:
 
     async def _collect_tokens(
         self,
+        call: SampleCall,
         request: Request,
         deliver: Callable[[Piece], None],
         pieces: asyncio.Queue[Piece],
-        usage: TokenUsage,
     ) -> tuple[list[Any], Piece]:
         """Submit a request to the engine; return the tokens of its answer, and the last piece of
         the answer, which says why the answer ended."""
@@ -248,7 +242,7 @@ class Samples:
             while True:
                 piece = await pieces.get()
                 tokens += piece.tokens
-                usage.tokens += len(piece.tokens)
+                call.tokens += len(piece.tokens)
                 if piece.finish is not None:
                     return tokens, piece
         except asyncio.CancelledError:

@@ -100,7 +100,6 @@ class Worker:
         #: (function, future of its result, id of the run that must have room in memory or None)
         self._tasks: deque[tuple[Callable[[], Any], Future[Any], str | None]] = deque()
         self._shares = Shares()  # tokens that were computed for each key
-        self._last_pass_times: dict[str, float] = {}  # by run id: when the run's last pass ended
         self._batch_seconds = 0.0  # duration of the last batch
         self._closing = False
         #: runs whose first waiting request may have killed the previous server
@@ -378,12 +377,13 @@ class Worker:
         deadline = time.monotonic() + wait_seconds
         while (remaining_seconds := deadline - time.monotonic()) > 0:
             with self._wake:
-                ready_ids = {active_run.run_id for active_run in self.queue.ready_runs()}
                 cutoff = time.monotonic() - 2 * self._batch_seconds - MAX_WAIT_SECONDS
-                recent_ids = {
-                    run_id for run_id, ended in self._last_pass_times.items() if ended > cutoff
+                recent_runs = {
+                    active_run
+                    for active_run in self.active_runs.values()
+                    if active_run.last_pass_ended > cutoff
                 }
-                if self._closing or recent_ids <= ready_ids:
+                if self._closing or recent_runs.issubset(self.queue.ready_runs()):
                     break
                 self._wake.wait(remaining_seconds)
             self._run_operations()
@@ -439,9 +439,7 @@ class Worker:
             is_bug = not isinstance(error, VeneerError | MemoryError)
             answer, status = failure(error, is_bug), FAILED
         self._shares.leave(active_run.owner)
-        self._last_pass_times[active_run.run_id] = time.monotonic()
-        if len(self._last_pass_times) > 256:
-            self._last_pass_times = dict(list(self._last_pass_times.items())[-128:])
+        active_run.last_pass_ended = time.monotonic()
         active_run.current_pass = None
         self._store_answer(active_run, seq, answer, status)
         if status == SUCCEEDED and training_pass.backward:
