@@ -161,8 +161,9 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
     options = dict(args)
     replicas, grace = str(options.pop("replicas", 1)), options.pop("grace", 30.0)
     if type(grace) not in (int, float) or not 0 <= grace < math.inf:
-        do = "write, for instance, grace: 30"
-        raise ConfigError(f"grace {grace!r}", "a number of seconds", do)
+        raise ConfigError(
+            f"grace {grace!r}", "a number of seconds", "write, for instance, grace: 30"
+        )
     keys, open_to_all = options.pop("keys", None), bool(options.pop("allow_open", False))
     field_names = {field.name for field in fields(Settings)}
     if unknown := sorted(options.keys() - field_names):
@@ -221,13 +222,14 @@ def scale(replicas: str, rows: int) -> dict[str, Any]:
         raise ConfigError(f"--replicas {replicas!r}", "a number, or two such as 1-8", "change it")
     if min_replicas == max_replicas:
         return {"num_replicas": min_replicas}
-    policy = {
-        "min_replicas": min_replicas,
-        "max_replicas": max_replicas,
-        "initial_replicas": min_replicas,
-        "target_ongoing_requests": rows,
+    return {
+        "autoscaling_config": {
+            "min_replicas": min_replicas,
+            "max_replicas": max_replicas,
+            "initial_replicas": min_replicas,
+            "target_ongoing_requests": rows,
+        }
     }
-    return {"autoscaling_config": policy}
 
 
 def run(

@@ -67,8 +67,12 @@ async def queue_request(
     row = find_run(training, key, run)
     training.record_heartbeat(row["session"])
     if row["unloaded"] and training.worker.queue.promise(run, -1 if seq is None else seq) is None:
-        problem = f"the run {run}, which was unloaded or did not begin"
-        raise Refusal(410, problem, "one that goes on", "create one, perhaps from a checkpoint")
+        raise Refusal(
+            410,
+            f"the run {run}, which was unloaded or did not begin",
+            "one that goes on",
+            "create one, perhaps from a checkpoint",
+        )
     if kind in SAVE_KINDS and key.bytes is not None and not isinstance(body, bytes):
         body = {**body, "most_bytes": key.bytes}  # checked when the checkpoint is written
     if header is None or not key.owner:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from veneer.errors import DataError, sentence
+from veneer.errors import DataError
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.training.store import Checkpoint, parse_checkpoint_path
@@ -17,8 +17,13 @@ from veneer.serve.training.training_service import Training
 
 def not_found(resource: str, id: str) -> Refusal:
     """The refusal for an id that is unknown or belongs to another key."""
-    message = sentence(f"{resource} {id[:200]!r}", "one of yours that is there", "list yours")
-    return Refusal(404, message, code="not_found")
+    return Refusal(
+        404,
+        f"{resource} {id[:200]!r}",
+        "one of yours that is there",
+        "list yours",
+        code="not_found",
+    )
 
 
 def owns(key: Key, row: Any) -> bool:

@@ -71,9 +71,11 @@ class Operations:
         assert row is not None
         run_config = widen_config(LoraConfig.from_dict(json.loads(row["config"])))
         if active_run.next_seq and widen_config(LoraConfig.from_dict(config)) != run_config:
-            expected = f"one of a run like this, of rank {run_config.rank} and the same targets"
-            problem = f"{path}, of rank {config['rank']}"
-            raise DataError(problem, expected, "create a training client from that state")
+            raise DataError(
+                f"{path}, of rank {config['rank']}",
+                f"one of a run like this, of rank {run_config.rank} and the same targets",
+                "create a training client from that state",
+            )
         if active_run not in self.worker.memory:
             self.worker.memory.make_room()
         adapter = "" if "folder" in options else ADAPTER
@@ -110,9 +112,11 @@ class Operations:
                     "load the checkpoint from which they were saved",
                 )
         if options["optimizer"] and not has_optimizer:
-            problem = f"{path}, which holds no optimizer"
-            advice = "load the weights alone: create_training_client_from_state"
-            raise DataError(problem, "a checkpoint of save_state", advice)
+            raise DataError(
+                f"{path}, which holds no optimizer",
+                "a checkpoint of save_state",
+                "load the weights alone: create_training_client_from_state",
+            )
         return path, folder, config
 
     def save(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,8 +164,11 @@ class Operations:
         """The path of a new checkpoint. ``DataError``: the name is invalid or already used."""
         name = options.get("name") or f"step-{active_run.next_seq}"
         if not CHECKPOINT_NAME.fullmatch(name):
-            expected = "1 to 128 letters, digits and '._-', beginning with a letter or digit"
-            raise DataError(f"the name {name[:200]!r}", expected, "choose another")
+            raise DataError(
+                f"the name {name[:200]!r}",
+                "1 to 128 letters, digits and '._-', beginning with a letter or digit",
+                "choose another",
+            )
         checkpoint = Checkpoint(active_run.run_id, kind, name)
         exists = self.store.checkpoint(checkpoint) is not None
         is_taken = exists and not self._was_saved_by_this_request(active_run, checkpoint)
@@ -309,8 +316,11 @@ def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool
         *([head_path] if head_path else ()),
     ]
     if not targets:
-        advice = "set train_attn or train_mlp; a head that is tied to the embedding is not trained"
-        raise ConfigError("nothing to train", "at least one kind of layers", advice)
+        raise ConfigError(
+            "nothing to train",
+            "at least one kind of layers",
+            "set train_attn or train_mlp; a head that is tied to the embedding is not trained",
+        )
     return LoraConfig(rank=rank, targets=targets)
 
 

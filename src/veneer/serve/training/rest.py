@@ -285,8 +285,12 @@ def search_sessions(
         or body.statuses
         or body.owner.get("type") not in ("own", "accessible")
     ):
-        problem = "a search by cursor, project, status or owner"
-        raise Refusal(400, problem, "one by id, name or metadata among your own", "leave it out")
+        raise Refusal(
+            400,
+            "a search by cursor, project, status or owner",
+            "one by id, name or metadata among your own",
+            "leave it out",
+        )
     matches = []
     for row in training.store.sessions(key.owner):
         title, metadata = row["title"] or "", _parse_metadata(row["metadata"]) or {}
@@ -356,7 +360,9 @@ def sampler(sampler: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
 @router.post("/auth/token")
 def not_here(request: Request, key: Asker) -> None:
     """Refuse a route of the hosted service that this server does not have."""
-    problem = f"{request.method} {request.url.path[:200]}, of the hosted service"
     raise Refusal(
-        400, problem, "what trains, samples and keeps checkpoints", "see docs/training-service.md"
+        400,
+        f"{request.method} {request.url.path[:200]}, of the hosted service",
+        "what trains, samples and keeps checkpoints",
+        "see docs/training-service.md",
     )

@@ -22,7 +22,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from veneer.adapter_files.folder import read
-from veneer.errors import DataError, sentence
+from veneer.errors import DataError
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving, beside_loop
@@ -75,10 +75,13 @@ async def _training(service: Serving, key: Asker) -> Training:
     """The training service. ``Refusal``: the key may not train. (A key that may train can also use
     the base, because an untrained run computes what the base does.)"""
     if not key.train:
-        message = sentence(
-            f"key {key.name!r}, which may not train", "one with train = true", "ask for another"
+        raise Refusal(
+            403,
+            f"key {key.name!r}, which may not train",
+            "one with train = true",
+            "ask for another",
+            code="training_only",
         )
-        raise Refusal(403, message, code="training_only")
     return training_of(service)
 
 
@@ -101,10 +104,9 @@ def _check_session_is_active(training: Training, key: Key, id: str) -> None:
 
 def _check_base(training: Training, name: str | None) -> None:
     if name is not None and name != training.base:
-        problem = f"the base model {name[:200]!r}"
         raise Refusal(
             400,
-            problem,
+            f"the base model {name[:200]!r}",
             f"{training.base!r}, which this server has",
             "name that one",
             param="base_model",
@@ -465,9 +467,12 @@ async def retrieve_future(
     the request is unknown or was deleted, send it again."""
     future = _find_future(training, key, body.request_id)
     if future is None:
-        problem = f"the request {body.request_id[:200]!r}"
         raise Refusal(
-            410, problem, "one that waits or was answered of late", "send it anew", code="gone"
+            410,
+            f"the request {body.request_id[:200]!r}",
+            "one that waits or was answered of late",
+            "send it anew",
+            code="gone",
         )
     await asyncio.wait([future], timeout=POLL_SECONDS)
     if not future.done():

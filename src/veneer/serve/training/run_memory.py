@@ -133,8 +133,11 @@ class RunMemory:
                 return
             idle_runs = [resident for resident in residents if resident.current_pass is None]
             if not idle_runs:
-                problem = f"{len(residents)} runs that are computed now"
-                raise BankFullError(problem, f"at most {self.capacity} in memory", "try again")
+                raise BankFullError(
+                    f"{len(residents)} runs that are computed now",
+                    f"at most {self.capacity} in memory",
+                    "try again",
+                )
             self.evict(min(idle_runs, key=lambda idle_run: idle_run.last_used))
 
     def evict(self, active_run: ActiveRun) -> None:
@@ -176,11 +179,12 @@ class RunMemory:
             self.write_state(active_run)
         except AdapterError:
             log.exception("%s: its state cannot be written", run_id)
-            advice = "load a checkpoint into it, or begin a new run"
-            problem = "a run whose numbers cannot be kept"
-            self.mark_failed(
-                active_run, sentence(problem, "numbers that an adapter folder can hold", advice)
+            reason = sentence(
+                "a run whose numbers cannot be kept",
+                "numbers that an adapter folder can hold",
+                "load a checkpoint into it, or begin a new run",
             )
+            self.mark_failed(active_run, reason)
         except Exception as error:
             problem = "its state could not be written; its requests are kept until it can"
             log_failure(f"{run_id}: {problem}", error)

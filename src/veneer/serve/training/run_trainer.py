@@ -437,9 +437,10 @@ def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[
         loss_sum = datum_loss if loss_sum is None else loss_sum + datum_loss
     assert loss_sum is not None
     if not torch.isfinite(loss_sum):
-        advice = "look at the data and the learning rate, and go on from a checkpoint"
         raise TrainingError(
-            f"a {training_pass.loss} loss of {float(loss_sum.detach())}", "a finite number", advice
+            f"a {training_pass.loss} loss of {float(loss_sum.detach())}",
+            "a finite number",
+            "look at the data and the learning rate, and go on from a checkpoint",
         )
     return loss_sum
 

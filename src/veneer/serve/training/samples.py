@@ -285,8 +285,11 @@ def check_prompt(request: Sample, prompt_length: int) -> None:
             "record_stability_info", "none: there is no stable_reinforce here", "leave it out"
         )
     if last_n is not None and not (request.prompt_logprobs and last_n < prompt_length):
-        problem = f"prompt_logprobs_last_n {last_n} for a prompt of {prompt_length} tokens"
-        raise DataError(problem, f"1 to {prompt_length - 1}, with prompt_logprobs", "change it")
+        raise DataError(
+            f"prompt_logprobs_last_n {last_n} for a prompt of {prompt_length} tokens",
+            f"1 to {prompt_length - 1}, with prompt_logprobs",
+            "change it",
+        )
     if targets is None:
         return
     rows, width = targets.shape
@@ -303,9 +306,8 @@ def check_prompt(request: Sample, prompt_length: int) -> None:
             and all(0 <= index < width for index in col)
         )
     if not (is_valid and rows == prompt_length - 1 and 0 < width <= MAX_TARGETS):
-        problem = f"target_prompt_logprobs {targets.shape} for a prompt of {prompt_length} tokens"
         raise DataError(
-            problem,
+            f"target_prompt_logprobs {targets.shape} for a prompt of {prompt_length} tokens",
             f"[{prompt_length - 1}, at most {MAX_TARGETS}], dense or in CSR",
             "send a row for each token but the first",
         )

@@ -123,9 +123,10 @@ class Store:
             self._index.create_tables(_TABLES)
         except sqlite3.DatabaseError as error:
             self.close()
-            problem = f"{folder}, whose {INDEX} cannot be read ({error})"
             raise ConfigError(
-                problem, "an index of a training service", "restore it, or give another folder"
+                f"{folder}, whose {INDEX} cannot be read ({error})",
+                "an index of a training service",
+                "restore it, or give another folder",
             ) from error
 
     def close(self) -> None:

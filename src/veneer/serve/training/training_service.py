@@ -131,10 +131,9 @@ class Training:
         try:
             return await writing
         except (sqlite3.Error, OSError) as error:
-            problem = f"a folder that cannot be written ({error})"
             raise Refusal(
                 503,
-                problem,
+                f"a folder that cannot be written ({error})",
                 "one that can",
                 "try again, or tell whoever runs the server",
                 code="disk",
@@ -301,8 +300,11 @@ class Training:
                 first_waiting - 1,
             )
             for number in range(first_missing, first_waiting):
-                problem = f"no request {number} for {MISSING_SECONDS:g} s, though later ones came"
-                error = sentence(problem, "each number once", "send it again, with the next number")
+                error = sentence(
+                    f"no request {number} for {MISSING_SECONDS:g} s, though later ones came",
+                    "each number once",
+                    "send it again, with the next number",
+                )
                 self.worker.queue.accept(
                     run_id, number, MISSING, json.dumps({"error": error}).encode()
                 )

@@ -188,9 +188,10 @@ def _parse_request(body: bytes) -> Any:
     try:
         return MESSAGES["ForwardBackwardRequest"].FromString(body)
     except DecodeError as error:
-        problem = f"a body that is no ForwardBackwardRequest ({error})"
         raise DataError(
-            problem, "one of the tinker SDK, in protobuf", "use tinker 0.38 or near it"
+            f"a body that is no ForwardBackwardRequest ({error})",
+            "one of the tinker SDK, in protobuf",
+            "use tinker 0.38 or near it",
         ) from error
 
 
@@ -198,8 +199,11 @@ def _read_datum(message: Any, index: int) -> Datum:
     label, chunk_tokens = f"datum {index}", []
     for chunk in message.model_input:
         if not chunk.HasField("encoded_text"):
-            problem = f"an input of {label} that is an image, a sound or unknown"
-            raise DataError(problem, "text", "leave it out: this server trains on tokens")
+            raise DataError(
+                f"an input of {label} that is an image, a sound or unknown",
+                "text",
+                "leave it out: this server trains on tokens",
+            )
         token_bytes = chunk.encoded_text.tokens
         if len(token_bytes) % 4:
             raise DataError(
@@ -225,8 +229,9 @@ def _read_datum(message: Any, index: int) -> Datum:
 
 def _read_numbers(raw: bytes, dtype: int, label: str) -> np.ndarray:
     if dtype not in _NUMPY_DTYPES:
-        problem = f"element type {dtype} in {label}"
-        raise DataError(problem, "float32 or int64", "convert the tensor")
+        raise DataError(
+            f"element type {dtype} in {label}", "float32 or int64", "convert the tensor"
+        )
     if len(raw) % _NUMPY_DTYPES[dtype].itemsize:
         raise DataError(
             f"{len(raw)} bytes in {label}",
@@ -245,8 +250,11 @@ def _read_tensor(message: Any, label: str, rows: int) -> Tensor:
     if not is_sparse:
         shape = shape or [len(values)]
         if len(shape) > 2 or min(shape, default=0) < 0 or math.prod(shape) != len(values):
-            problem = f"{len(values)} numbers of shape {shape[:4]} in {label}"
-            raise DataError(problem, f"[{rows}] or [{rows}, k]", "check the client")
+            raise DataError(
+                f"{len(values)} numbers of shape {shape[:4]} in {label}",
+                f"[{rows}] or [{rows}, k]",
+                "check the client",
+            )
         return torch.from_numpy(values.copy()).view(shape)
     crow = _read_numbers(message.sparse_csr.crow_indices, _INT64, label)
     col = _read_numbers(message.sparse_csr.col_indices, _INT64, label)
@@ -262,8 +270,11 @@ def _read_tensor(message: Any, label: str, rows: int) -> Tensor:
         and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))
     )
     if not is_valid:
-        expected = f"{rows} rows of at most {MAX_TARGETS}, in CSR"
-        raise DataError(f"a sparse tensor {shape} in {label}", expected, "check the client")
+        raise DataError(
+            f"a sparse tensor {shape} in {label}",
+            f"{rows} rows of at most {MAX_TARGETS}, in CSR",
+            "check the client",
+        )
     dense = np.zeros(shape, values.dtype)
     dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
     return torch.from_numpy(dense)
