@@ -250,8 +250,11 @@ def run(
     scaling = scale(replicas, settings.rows or ROWS)  # raises before Ray is started
     max_replicas = scaling.get("num_replicas") or scaling["autoscaling_config"]["max_replicas"]
     owns_cluster = "RAY_ADDRESS" not in os.environ
-    ray_options: dict[str, Any] = {"include_dashboard": False} if owns_cluster else {}
-    ray.init(**ray_options, log_to_driver=True, logging_level=logging.WARNING)
+    ray.init(
+        include_dashboard=False if owns_cluster else None,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
     try:
         resources = resource_share(ray.cluster_resources(), max_replicas, settings.device)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})

@@ -61,11 +61,7 @@ def find_checkpoint(training: Training, key: Key, path: str) -> tuple[Checkpoint
         checkpoint = parse_checkpoint_path(path)
     except DataError as error:
         raise Refusal(400, str(error)) from error
-    row = (
-        None
-        if training.store.run(checkpoint.run) is None
-        else training.store.checkpoint(checkpoint)
-    )
+    row = training.store.checkpoint(checkpoint)
     if row is None or not (row["public"] or owns(key, row)):
         raise not_found("the checkpoint", path)
     return checkpoint, row

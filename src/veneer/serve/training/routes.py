@@ -27,7 +27,7 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving, beside_loop
 from veneer.serve.training import bodies
-from veneer.serve.training.accept import NumberedRoute, accept_request, queue_request
+from veneer.serve.training.accept import NumberedRoute, queue_in_store, queue_request
 from veneer.serve.training.lookups import (
     find_checkpoint,
     find_run,
@@ -241,7 +241,7 @@ async def create_model(body: bodies.CreateModel, training: TrainingDep, key: Ask
         seed,
         body.user_metadata,
     )
-    return await accept_request(training, run, 0, "create", {})
+    return await training.write(queue_in_store, training, run, 0, "create", {})
 
 
 async def _served_adapter(service: Serving, key: Key, name: str) -> dict[str, Any]:
@@ -280,7 +280,7 @@ async def load_weights(
     run = await training.write(
         _new_run, training, key, body.session_id, body.model_seq_id, config, 0, body.user_metadata
     )
-    return await accept_request(training, run, 0, "load", options)
+    return await training.write(queue_in_store, training, run, 0, "load", options)
 
 
 @router.post("/get_info")

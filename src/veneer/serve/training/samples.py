@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from veneer.kernels.draws import sample_seed
 from veneer.serve.requests import Busy, Piece, Request, RequestError, Sampling
 from veneer.serve.service import await_or_undo
 from veneer.serve.training.bodies import Sample, TargetTokens
+from veneer.serve.training.run_trainer import Trainer
 from veneer.serve.training.wire import (
     MAX_TARGETS,
     NO_LOGPROB,
@@ -260,17 +262,13 @@ class Samples:
         )
         if not needs_scores:
             return {}
-        if adapter_name is None:
-            return await self._score_on_worker(None, prompt, request)
-        # take the lease before the model lock: see the order of locks (__init__.py)
-        leasing = asyncio.wrap_future(self._bank.acquire({adapter_name: 1.0}))
-        lease = await await_or_undo(leasing, lambda lease: lease.release())
-        return await self._score_on_worker(lease, prompt, request)
-
-    async def _score_on_worker(
-        self, lease: Any, prompt: tuple[int, ...], request: Sample
-    ) -> dict[str, Any]:
-        scores = self._worker.submit(prompt_scorer(self._worker, lease, prompt, request))
+        lease = None
+        if adapter_name is not None:
+            # take the lease before the model lock: see the order of locks (__init__.py)
+            leasing = asyncio.wrap_future(self._bank.acquire({adapter_name: 1.0}))
+            lease = await await_or_undo(leasing, lambda lease: lease.release())
+        score = partial(score_prompt, self._worker.trainer, lease, prompt, request)
+        scores = self._worker.submit(score)
         if lease is not None:
             scores.add_done_callback(lambda _: lease.release())
         return await asyncio.shield(asyncio.wrap_future(scores))
@@ -332,21 +330,17 @@ def _sampling(request: Sample, index: int, max_tokens: int) -> Sampling:
     )
 
 
-def prompt_scorer(
-    worker: Worker, lease: Any, prompt: tuple[int, ...], request: Sample
-) -> Callable[[], dict[str, Any]]:
-    """The function that the training thread calls to score a prompt. ``lease``: the bank's lease on
-    the adapter, or None for the base."""
-
-    def score() -> dict[str, Any]:
-        ids = torch.tensor([prompt], device=worker.trainer.device)
-        with worker.trainer.sampling([lease]) as model:
-            output = model(input_ids=ids, use_cache=False)
-            logits = output.logits[0, :-1]  # [n - 1, vocabulary], of the tokens 1 to n - 1
-            wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return _prompt_scores(wide_logits, ids[0, 1:], request)
-
-    return score
+def score_prompt(
+    trainer: Trainer, lease: Any, prompt: tuple[int, ...], request: Sample
+) -> dict[str, Any]:
+    """The requested scores of a prompt. Called in the training thread. ``lease``: the bank's lease
+    on the adapter, or None for the base."""
+    ids = torch.tensor([prompt], device=trainer.device)
+    with trainer.sampling([lease]) as model:
+        output = model(input_ids=ids, use_cache=False)
+        logits = output.logits[0, :-1]  # [n - 1, vocabulary], of the tokens 1 to n - 1
+        wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _prompt_scores(wide_logits, ids[0, 1:], request)
 
 
 def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[str, Any]:
