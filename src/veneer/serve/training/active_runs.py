@@ -175,8 +175,7 @@ class Queue:
         """The ``ActiveRun`` of a run id, created from the store if the run is not active yet."""
         with self.wake:
             if run not in self.active_runs:
-                row = self.store.run(run)
-                assert row is not None
+                row = self.store.existing_run(run)
                 adapter_name, next_seq = f"run{row['number']}", self.store.next_seq(run)
                 failure = self.store.failure_of(run)
                 active_run = ActiveRun(

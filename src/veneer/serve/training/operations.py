@@ -58,8 +58,7 @@ class Operations:
         }
 
     def create(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
-        row = self.store.run(active_run.run_id)
-        assert row is not None
+        row = self.store.existing_run(active_run.run_id)
         self.worker.memory.make_room()
         config = LoraConfig.from_dict(json.loads(row["config"]))
         self.trainer.begin(active_run.adapter_name, config, row["seed"])
@@ -67,8 +66,7 @@ class Operations:
 
     def load(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
         path, folder, config = self._weights_source(options)
-        row = self.store.run(active_run.run_id)
-        assert row is not None
+        row = self.store.existing_run(active_run.run_id)
         run_config = widen_config(LoraConfig.from_dict(json.loads(row["config"])))
         if active_run.next_seq and widen_config(LoraConfig.from_dict(config)) != run_config:
             raise DataError(
@@ -236,12 +234,10 @@ class Operations:
         options: Mapping[str, Any],
         hidden: bool = False,
     ) -> None:
-        row = self.store.run(active_run.run_id)
-        assert row is not None
         self.store.add_checkpoint(
             checkpoint,
             active_run.owner,
-            row["config"],
+            self.store.existing_run(active_run.run_id)["config"],
             metadata=options.get("user_metadata"),
             lifetime_seconds=options.get("ttl_seconds"),
             hidden=hidden,

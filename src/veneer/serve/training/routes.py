@@ -287,14 +287,13 @@ async def load_weights(
 async def get_info(body: bodies.RunBody, training: TrainingDep, key: Asker) -> dict[str, Any]:
     """The base and the rank of a run."""
     row = find_run(training, key, body.model_id)
-    model_data = {
-        "arch": type(training.model).__name__,
-        "model_name": training.base,
-        "tokenizer_id": training.tokenizer,
-    }
     return {
         "type": "get_info",
-        "model_data": model_data,
+        "model_data": {
+            "arch": type(training.model).__name__,
+            "model_name": training.base,
+            "tokenizer_id": training.tokenizer,
+        },
         "model_id": row["id"],
         "is_lora": True,
         "lora_rank": json.loads(row["config"])["rank"],

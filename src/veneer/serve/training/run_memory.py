@@ -90,8 +90,7 @@ class RunMemory:
         if active_run in self:
             return
         self.make_room()
-        row, started = self._store.run(active_run.run_id), time.monotonic()
-        assert row is not None
+        row, started = self._store.existing_run(active_run.run_id), time.monotonic()
         try:
             if row["state"] >= 0:
                 folder = state_folder(self._store, active_run.run_id, row["state"])

@@ -80,16 +80,6 @@ class FairLock:
 
 
 @dataclass(frozen=True)
-class Product:
-    """The product scale · B @ A of a weight's change. ``A_index``, ``B_index``: the positions of A
-    and B in the list of the run's parameters."""
-
-    A_index: int
-    B_index: int
-    scale: float
-
-
-@dataclass(frozen=True)
 class Adam:
     """The settings of one step of torch's AdamW. ``rate``: the learning rate; ``decay``: the weight
     decay; ``clip``: the largest norm of the gradient, or 0 for no limit."""
@@ -175,7 +165,9 @@ class Trainer:
         self.engine = self.runs.engine
         self.device = next(model.parameters()).device
         self.batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
-        self._products: dict[str, list[Product]] = {}
+        #: by run, for each product scale · B @ A that changes a weight: the positions of A and B in
+        #: the list of the run's parameters, and the scale
+        self._products: dict[str, list[tuple[int, int, float]]] = {}
 
     def begin(self, run: str, config: LoraConfig, seed: int) -> None:
         """Create a run. ``TargetError``: the config does not fit the base."""
@@ -191,7 +183,7 @@ class Trainer:
             factors = map(change.adapter_parameters.get, "AB")
             A_index, B_index = (indices.get(id(factor)) for factor in factors)
             if A_index is not None and B_index is not None:
-                self._products[run].append(Product(A_index, B_index, change.scale))
+                self._products[run].append((A_index, B_index, change.scale))
 
     def end(self, run: str) -> None:
         """Free the memory of a run."""
@@ -336,8 +328,8 @@ class Trainer:
         parameters = self._parameters(run)
         norms = wide_norms(parameters)
         magnitudes = [
-            abs(product.scale) * norms[product.A_index] * norms[product.B_index]
-            for product in self._products[run]
+            abs(scale) * norms[A_index] * norms[B_index]
+            for A_index, B_index, scale in self._products[run]
         ]
         # no entry exceeds the norm of its tensor, so entries are rarely compared one by one
         all_within = all(norm <= MAX_MAGNITUDE for norm in norms)

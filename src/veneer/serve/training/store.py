@@ -216,6 +216,12 @@ class Store:
     def run(self, id: str) -> sqlite3.Row | None:
         return self._index.row("SELECT * FROM runs WHERE id = ?", id)
 
+    def existing_run(self, id: str) -> sqlite3.Row:
+        """The row of a run that is known to exist: runs are never deleted."""
+        row = self.run(id)
+        assert row is not None
+        return row
+
     def runs(self, owner: str | None, session: str | None = None) -> list[sqlite3.Row]:
         condition = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR session = ?2)"
         return self._index.rows(
@@ -412,9 +418,7 @@ class Store:
         return 0 if row is None else row["size"] or 0
 
     def folder_of(self, run: str) -> Path:
-        row = self.run(run)
-        assert row is not None
-        return self.folder / "runs" / str(row["number"])
+        return self.folder / "runs" / str(self.existing_run(run)["number"])
 
     def files_of(self, checkpoint: Checkpoint) -> Path:
         return self.folder_of(checkpoint.run) / checkpoint.kind / checkpoint.name

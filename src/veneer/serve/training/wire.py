@@ -142,11 +142,8 @@ def failure(error: BaseException, is_bug: bool = False) -> Answer:
 
 class PassRequest(NamedTuple):
     """A request for a forward pass of a run, followed by a backward pass if ``backward`` is true.
-    ``seq``: its number among the run's requests; ``loss``: the name of the loss; ``settings``: of
-    the loss."""
+    ``loss``: the name of the loss; ``settings``: of the loss."""
 
-    run: str
-    seq: int
     data: list[Datum]
     loss: str
     settings: dict[str, Any]
@@ -154,7 +151,8 @@ class PassRequest(NamedTuple):
 
 
 class PassHeader(NamedTuple):
-    """The fields of a ``PassRequest`` except its data. ``tokens``: the number of input tokens."""
+    """What a request for a pass says beside its data. ``seq``: its number among the run's requests;
+    ``tokens``: the number of input tokens."""
 
     run: str
     seq: int
@@ -179,9 +177,7 @@ def read_pass(body: bytes) -> PassRequest:
     if not message.data:
         raise DataError("no data", "at least one datum", "send some")
     data = [_read_datum(entry, index) for index, entry in enumerate(message.data)]
-    return PassRequest(
-        message.model_id, message.seq_id, data, message.loss_fn, settings, not message.forward_only
-    )
+    return PassRequest(data, message.loss_fn, settings, not message.forward_only)
 
 
 def _parse_request(body: bytes) -> Any:
