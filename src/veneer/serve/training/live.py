@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -170,15 +169,17 @@ class TrainingMetrics:
     def __init__(self, training: Training) -> None:
         self.training = training
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> list[Metric]:
         worker, store = self.training.worker, self.training.store
-        for name, description, number in (
-            ("veneer_training_runs", "Runs that take requests.", store.count_runs(None)),
-            ("veneer_training_resident_runs", "Runs in memory.", len(worker.trainer.runs)),
-        ):
-            yield GaugeMetricFamily(name, description, number)
-        for name, description, number in (
-            ("veneer_training_steps", "Steps of optimisers.", worker.steps),
-            ("veneer_training_tokens", "Tokens that were trained on.", worker.tokens),
-        ):
-            yield CounterMetricFamily(name, description, number)
+        return [
+            GaugeMetricFamily(
+                "veneer_training_runs", "Runs that take requests.", store.count_runs(None)
+            ),
+            GaugeMetricFamily(
+                "veneer_training_resident_runs", "Runs in memory.", len(worker.trainer.runs)
+            ),
+            CounterMetricFamily("veneer_training_steps", "Steps of optimisers.", worker.steps),
+            CounterMetricFamily(
+                "veneer_training_tokens", "Tokens that were trained on.", worker.tokens
+            ),
+        ]

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.active_runs import ActiveRun
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import quota_problem
-from veneer.serve.training.run_trainer import ADAPTER, Trainer, widen_config
+from veneer.serve.training.run_trainer import ADAPTER, widen_config
 from veneer.serve.training.store import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -35,20 +34,15 @@ from veneer.serve.training.worker import Worker
 CURRENT = "now"
 
 
-@dataclass
 class Operations:
     """Answers requests of runs other than passes and optimizer steps, in the thread of ``worker``.
 
     ``options``, a parameter of each operation: the fields of the request."""
 
-    worker: Worker
-    trainer: Trainer
-    store: Store
-    bank: Any
-    base: str
-
-    def __post_init__(self) -> None:
-        self.worker.operations |= {
+    def __init__(self, worker: Worker, bank: Any, base: str) -> None:
+        self.worker, self.trainer, self.store = worker, worker.trainer, worker.store
+        self.bank, self.base = bank, base
+        worker.operations |= {
             "create": self.create,
             "load": self.load,
             "save": self.save,

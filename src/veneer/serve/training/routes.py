@@ -151,13 +151,16 @@ async def telemetry(key: Asker) -> dict[str, str]:
 @router.get("/get_server_capabilities")
 async def capabilities(training: TrainingDep, key: Asker) -> dict[str, Any]:
     """The bases that can be trained here."""
-    model = {
-        "model_name": training.base,
-        "max_context_length": training.worker.context_length,
-        "trainable": True,
-        "sampleable": True,
+    return {
+        "supported_models": [
+            {
+                "model_name": training.base,
+                "max_context_length": training.worker.context_length,
+                "trainable": True,
+                "sampleable": True,
+            }
+        ]
     }
-    return {"supported_models": [model]}
 
 
 @router.post("/create_session")

@@ -71,15 +71,14 @@ class Training:
         self.max_resident = max_resident
         embedding = model.get_input_embeddings().weight
         store.require_base(self.base, digest(embedding.detach()))
-        trainer = Trainer(model, self.bank, model_lock)
         self.worker = Worker(
-            trainer,
+            Trainer(model, self.bank, model_lock),
             store,
             context_length=self.engine.length,
             vocabulary_size=embedding.shape[0],
             max_resident=max_resident,
         )
-        self.operations = Operations(self.worker, trainer, store, self.bank, self.base)
+        self.operations = Operations(self.worker, self.bank, self.base)
         self.samples = Samples(self.engine, self.bank, self.worker, service.timeout)
         #: a thread that writes to the index, because the event loop must not wait for the disk
         self.index_thread = ThreadPoolExecutor(1, "veneer-journal")

@@ -82,7 +82,7 @@ class Worker:
         *,
         context_length: int,
         vocabulary_size: int,
-        max_resident: int = 50,
+        max_resident: int,
     ) -> None:
         self.trainer, self.store = trainer, store
         self.context_length, self.vocabulary_size = context_length, vocabulary_size
