@@ -74,7 +74,7 @@ class ActiveRun:
         last_pass_ended: when the run's last pass ended.
         curve: the run's losses; None until they are read.
         rate: tokens of the run that are trained on per second.
-        waiting_since: when the next request began to wait for room in memory.
+        waiting_since: when the next request began to wait for room in memory, or infinity.
         retry_time: when to try again after an answer could not be written.
     """
 
@@ -91,7 +91,7 @@ class ActiveRun:
     last_pass_ended: float = -math.inf
     curve: Curve | None = None
     rate: TokenRate = field(default_factory=TokenRate)
-    waiting_since: float | None = None
+    waiting_since: float = math.inf
     retry_time: float = 0.0
 
     @property

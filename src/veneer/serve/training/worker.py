@@ -63,11 +63,6 @@ def _affects_step(request: RunRequest) -> bool:
     )
 
 
-def _waiting_order(active_run: ActiveRun) -> float:
-    """Sort key: runs that wait for room in memory come first, by how long they have waited."""
-    return active_run.waiting_since or math.inf
-
-
 class Worker:
     """One thread, the only one that calls the trainer.
 
@@ -234,9 +229,7 @@ class Worker:
                 body=json.dumps({"error": message}).encode(),
             )
         if request.kind != PASS:
-            self._answer_request(
-                active_run, request, lambda: self._run_operation(active_run, request)
-            )
+            self._answer_request(active_run, request)
             return
         self._begin_pass(active_run)
         while active_run.current_pass is not None and not self._closing:
@@ -259,13 +252,12 @@ class Worker:
             active_run.failure = None
         return answer
 
-    def _answer_request(
-        self, active_run: ActiveRun, request: RunRequest, compute: Callable[[], Answer]
-    ) -> None:
-        """Compute the answer to a request, write it, and go on to the run's next request."""
+    def _answer_request(self, active_run: ActiveRun, request: RunRequest) -> None:
+        """Compute the answer to a request that is no pass, write it, and go on to the run's next
+        request."""
         status = SUCCEEDED
         try:
-            answer = compute()
+            answer = self._run_operation(active_run, request)
         except DivergenceError as error:
             self.memory.mark_failed(active_run, str(error))
             answer, status = failure(error), FAILED
@@ -313,18 +305,18 @@ class Worker:
                 and request.kind != PASS
                 and self._has_room(active_run, request.kind)
             ):
-                self._answer_request(
-                    active_run, request, lambda: self._run_operation(active_run, request)
-                )
+                self._answer_request(active_run, request)
 
-        by_waiting = sorted(self.queue.ready_runs(), key=_waiting_order)
-        residents_first = sorted(by_waiting, key=lambda active_run: active_run not in self.memory)
-        self._call_for_each(residents_first, run_if_ready)
+        ordered_runs = sorted(
+            self.queue.ready_runs(), key=lambda run: (run not in self.memory, run.waiting_since)
+        )
+        self._call_for_each(ordered_runs, run_if_ready)
 
     def _begin_passes(self) -> None:
         """Begin the passes that are next in their runs. Runs that have waited longest for room in
         memory come first."""
-        self._call_for_each(sorted(self.queue.ready_runs(), key=_waiting_order), self._begin_pass)
+        ordered_runs = sorted(self.queue.ready_runs(), key=lambda run: run.waiting_since)
+        self._call_for_each(ordered_runs, self._begin_pass)
 
     def _begin_pass(self, active_run: ActiveRun) -> None:
         request = active_run.next_request
@@ -459,9 +451,9 @@ class Worker:
             active_run.failure is None or request_kind == "load"
         )
         if needs_room and not self.memory.has_room(active_run):
-            active_run.waiting_since = active_run.waiting_since or time.monotonic()
+            active_run.waiting_since = min(active_run.waiting_since, time.monotonic())
             return False
-        active_run.waiting_since = None
+        active_run.waiting_since = math.inf
         return True
 
 
