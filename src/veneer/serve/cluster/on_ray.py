@@ -119,7 +119,6 @@ class Gateway:
         self, replicas: Any, settings: Settings, keys: str | None, hosts: tuple[str, ...] | None
     ) -> None:
         _log_to_stderr(settings.log_format)
-        death_errors = (RayActorError, DeploymentUnavailableError)
         self._replicas = replicas
         self.gateway = gateway.Gateway(
             settings.name,
@@ -127,7 +126,7 @@ class Gateway:
             hosts,
             self._ask_replica,
             self._ask_all_replicas,
-            death_errors,
+            (RayActorError, DeploymentUnavailableError),
             settings.cors,
         )
         if keys is not None:

@@ -146,10 +146,6 @@ class Pass:
         return not self.remaining or self.error is not None
 
 
-#: by adapter name, the indices of a run's data in a batch
-RowIndices = Mapping[str, Sequence[int]]
-
-
 class Trainer:
     """The runs in memory, by the names of their adapters. Only one thread may call it.
 
@@ -245,9 +241,10 @@ class Trainer:
         return rows
 
     def _run_passes(
-        self, rows: RowIndices, passes: Mapping[str, Pass], keep_going: bool
+        self, rows: Mapping[str, Sequence[int]], passes: Mapping[str, Pass], keep_going: bool
     ) -> PassResult:
-        """Compute one forward of rows of these passes, and one backward if they have one."""
+        """Compute one forward of rows of these passes, and one backward if they have one. ``rows``:
+        by adapter name, the indices of a run's data."""
         batches: dict[str, Any] = {}
         losses: dict[str, Any] = {}
         width = max(len(passes[run].data[index].tokens) for run in passes for index in rows[run])

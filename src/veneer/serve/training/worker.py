@@ -355,12 +355,11 @@ class Worker:
     def _wait_for_recent_runs(self) -> None:
         """Wait a little for passes of the runs that were in the last batch. Otherwise a run whose
         requests come slightly later would be computed alone each time."""
-        with self._wake:
-            passes = [
-                active_run.current_pass
-                for active_run in self.queue.ready_runs()
-                if active_run.current_pass
-            ]
+        passes = [
+            active_run.current_pass
+            for active_run in self.queue.ready_runs()
+            if active_run.current_pass
+        ]
         if not passes or any(
             len(training_pass.remaining) < len(training_pass.data) for training_pass in passes
         ):
