@@ -20,7 +20,6 @@ from veneer.serve.training.operations import CURRENT
 from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import Training
-from veneer.serve.training.worker import MAX_PUBLISHED
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
@@ -150,10 +149,7 @@ def publish(training: Training, run: str) -> str:
     provenance = {"run": run, "request": active_run.next_seq}
     worker.trainer.export(active_run.adapter_name, folder, training.base, provenance)
     bank.put(name, folder, active_run.adapter_name)
-    worker.published.pop(run, None)
     worker.published[run] = active_run.next_seq
-    if len(worker.published) > MAX_PUBLISHED:
-        del worker.published[next(iter(worker.published))]
     if not was_resident:
         worker.memory.evict(active_run)
     return name

@@ -119,9 +119,11 @@ class Operations:
         return {"path": path, "type": "save_weights_external"}
 
     def _save_once(self, active_run: ActiveRun, kind: str, options: Mapping[str, Any]) -> str:
-        """Save a checkpoint, unless this request has saved it before; return its path."""
+        """Save a checkpoint, unless this request has saved it before, but was not answered because
+        the server ended or its disk was full. Return its path."""
         checkpoint = self._new_checkpoint(active_run, kind, options)
-        if not self._was_saved_by_this_request(active_run, checkpoint):
+        row = self.store.checkpoint(checkpoint)
+        if row is None or row["request"] != active_run.next_seq:
             self._write_checkpoint(active_run, checkpoint, options)
             self._update_bank(checkpoint)
             self._record_checkpoint(active_run, checkpoint, options)
@@ -153,7 +155,8 @@ class Operations:
     def _new_checkpoint(
         self, active_run: ActiveRun, kind: str, options: Mapping[str, Any]
     ) -> Checkpoint:
-        """The path of a new checkpoint. ``DataError``: the name is invalid or already used."""
+        """The path of a new checkpoint. ``DataError``: the name is invalid, or another request has
+        used it."""
         name = options.get("name") or f"step-{active_run.next_seq}"
         if not CHECKPOINT_NAME.fullmatch(name):
             raise DataError(
@@ -162,8 +165,8 @@ class Operations:
                 "choose another",
             )
         checkpoint = Checkpoint(active_run.run_id, kind, name)
-        exists = self.store.checkpoint(checkpoint) is not None
-        is_taken = exists and not self._was_saved_by_this_request(active_run, checkpoint)
+        row = self.store.checkpoint(checkpoint)
+        is_taken = row is not None and row["request"] != active_run.next_seq
         if is_taken and not options.get("overwrite"):
             raise DataError(
                 f"{checkpoint.path}, which exists",
@@ -171,12 +174,6 @@ class Operations:
                 "choose another, or say overwrite=True",
             )
         return checkpoint
-
-    def _was_saved_by_this_request(self, active_run: ActiveRun, checkpoint: Checkpoint) -> bool:
-        """Whether the run's current request has saved the checkpoint before, but was not answered
-        because the server ended or its disk was full."""
-        row = self.store.checkpoint(checkpoint)
-        return row is not None and row["request"] == active_run.next_seq
 
     def _write_checkpoint(
         self, active_run: ActiveRun, checkpoint: Checkpoint, options: Mapping[str, Any]

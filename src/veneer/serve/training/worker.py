@@ -52,8 +52,6 @@ REFUSED, REFUSED_PASS, MISSING = "refused", "refused_pass", "missing"
 KINDS_WITHOUT_ROOM = ("unload", REFUSED, REFUSED_PASS, MISSING)
 #: kinds of requests for which the run need not be loaded first
 KINDS_WITHOUT_RUN = ("load", "create", *KINDS_WITHOUT_ROOM)
-#: for how many runs to remember which request preceded their last publication
-MAX_PUBLISHED = 512
 
 
 def _affects_step(request: RunRequest) -> bool:
