@@ -197,7 +197,6 @@ async def finish(
     """End a session."""
     find_session(training, key, session)
     await training.write(training.store.finish_session, session, body.reason.type)
-    training.samples.cancel_session(session)
     training.evict_session(session)
     return Response(status_code=204)
 

@@ -63,7 +63,7 @@ class SampleCall:
 
 class Samples:
     """Calls for samples, by their ids. Only the event loop may call the methods, except
-    ``cancel_session_soon``."""
+    ``cancel_session``."""
 
     def __init__(self, engine: Any, bank: Any, worker: Worker, timeout: float) -> None:
         self._engine, self._bank, self._worker, self._timeout = engine, bank, worker, timeout
@@ -130,13 +130,12 @@ class Samples:
         if (task := self.find(id, owner)) is not None:
             task.cancel()
 
-    def cancel_session_soon(self, session: str) -> None:
-        """Call ``cancel_session`` in the event loop. Any thread may call this."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.cancel_session, session)
-
     def cancel_session(self, session: str) -> None:
-        """Cancel the calls of a session whose client has left."""
+        """Cancel the calls of a session whose client has left. Any thread may call this."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel_calls, session)
+
+    def _cancel_calls(self, session: str) -> None:
         for call in self._calls.values():
             if call.session == session:
                 call.task.cancel()

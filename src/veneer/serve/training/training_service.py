@@ -219,7 +219,9 @@ class Training:
         return files_by_name.get(name)
 
     def evict_session(self, session: str) -> None:
-        """Move the runs of a session to the disk, because its client has left."""
+        """Cancel the samples of a session and move its runs to the disk, because its client has
+        left. Any thread may call this."""
+        self.samples.cancel_session(session)
         runs = {row["id"] for row in self.store.runs(None, session)}
 
         def evict_idle_runs() -> None:
@@ -257,7 +259,6 @@ class Training:
             for session in silent_sessions:
                 del self._heartbeats[session]
         for session in silent_sessions:
-            self.samples.cancel_session_soon(session)
             self.evict_session(session)
         self.worker.submit(self._delete_old_checkpoints).add_done_callback(
             partial(_log_failure, "old checkpoints are still there")
