@@ -3,14 +3,13 @@
     FolderSource(DIR)        DIR/french/adapter_config.json is the adapter "french"
     LibrarySource(library)   the names of a library
     RemoteSource(PLACE)      PLACE/french, pulled into the cache
-    any other ``Source``     such as a training service's checkpoints
 
     source.list()            {name: Location} at this moment
     source.resolve(name)     the Location of one name
     Catalogue.refresh()      names that were added, removed or changed since the last call
 
-The server, vLLM's resolver, the training service and `veneer chat` find adapters here. A ``Bank``
-gets the folders that a catalogue names; the bank itself records which adapters are in memory.
+The server, vLLM's resolver and `veneer chat` find adapters here. A ``Bank`` gets the folders that a
+catalogue names; the bank itself records which adapters are in memory.
 """
 
 from __future__ import annotations

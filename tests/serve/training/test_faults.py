@@ -218,7 +218,7 @@ def test_a_server_that_is_closed_in_a_pass_does_not_give_it_up(base, tmp_path, m
 
     def closing(worker):
         worker._closing = True  # as another thread says it, after the first of many batches
-        return 0
+        return {}
 
     for number in range(6):
         service = open_service(base, None, train=str(tmp_path))

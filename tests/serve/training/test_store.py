@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from veneer.errors import ConfigError, SelectionError
-from veneer.serve.training.checkpoint_source import CheckpointSource, parse_current_run
+from veneer.serve.training.operations import adapter_folder, parse_current_run
 from veneer.serve.training.run_trainer import ADAPTER
 from veneer.serve.training.sqlite_index import Index
 from veneer.serve.training.store import INDEX, Checkpoint, Store
@@ -34,7 +34,8 @@ def reads(store, session, run):
 
 def test_a_read_waits_for_no_writer(store):
     session = store.new_session("", None, None)
-    run = store.new_run("r", session, "", {}, 0, None)["id"]
+    run = "r"
+    store.new_run(run, session, "", {}, 0, None)
     store.add_request(run, 0, "create", b"{}")
     expected = [session, run, 0, 0, 1, 0, 0, None]
     assert reads(store, session, run) == expected
@@ -57,19 +58,18 @@ def test_a_read_waits_for_no_writer(store):
     assert store.request(run, 0)["done"] == 1  # what a call has written, the next one reads
 
 
-def test_checkpoints_are_a_source_of_adapters_by_name(store):
+def test_checkpoints_are_adapters_by_name(store):
     """One that is called "now" is not taken for its run as it is at that moment."""
-    run = store.new_run("s:train:0", store.new_session("", None, None), "", {}, 0, None)
-    place = Checkpoint(run["id"], "weights", "now")
-    source = CheckpointSource(store)
+    run = "s:train:0"
+    store.new_run(run, store.new_session("", None, None), "", {}, 0, None)
+    place = Checkpoint(run, "weights", "now")
     with pytest.raises(SelectionError, match="a checkpoint that is there"):
-        source.resolve(place.path)
-    store.add_checkpoint(place, "", run["config"])
-    folder = store.folder_of(run["id"])
-    assert source.resolve(place.path).path == folder / "weights" / "now" / ADAPTER
-    assert source.list() == {place.path: source.resolve(place.path)}
-    assert source.resolve(f"tinker://{run['id']}/now").path == folder / "now" / ADAPTER
-    assert parse_current_run(f"tinker://{run['id']}/now") == run["id"]
+        adapter_folder(store, place.path)
+    store.add_checkpoint(place, "", "{}")
+    folder = store.folder_of(run)
+    assert adapter_folder(store, place.path) == folder / "weights" / "now" / ADAPTER
+    assert adapter_folder(store, f"tinker://{run}/now") == folder / "now" / ADAPTER
+    assert parse_current_run(f"tinker://{run}/now") == run
     assert parse_current_run(place.path) is None
 
 

@@ -18,7 +18,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.errors import sentence
 from veneer.serve import limits
 from veneer.serve.access import Keyring
 from veneer.serve.cluster.routing import NO_MODEL_KEY, adapter_of
@@ -176,18 +175,25 @@ async def relay(
 
 
 def no_replica() -> Refusal:
-    message = sentence("no replica that answers", "one", "try again later")
-    return Refusal(503, message, code="replica_lost", headers={RETRY_AFTER: "5"})
+    return Refusal(
+        503,
+        "no replica that answers",
+        "one",
+        "try again later",
+        code="replica_lost",
+        headers={RETRY_AFTER: "5"},
+    )
 
 
 def broken_off() -> Refusal:
     """The refusal that ends a stream whose replica has died."""
-    message = sentence(
+    return Refusal(
+        503,
         "a replica that was lost in the middle of an answer",
         "one that ends",
         "send the request again",
+        code="replica_lost",
     )
-    return Refusal(503, message, code="replica_lost")
 
 
 def transferable_scope(scope: Message) -> Message:

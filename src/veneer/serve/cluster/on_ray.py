@@ -119,7 +119,6 @@ class Gateway:
         self, replicas: Any, settings: Settings, keys: str | None, hosts: tuple[str, ...] | None
     ) -> None:
         _log_to_stderr(settings.log_format)
-        death_errors = (RayActorError, DeploymentUnavailableError)
         self._replicas = replicas
         self.gateway = gateway.Gateway(
             settings.name,
@@ -127,7 +126,7 @@ class Gateway:
             hosts,
             self._ask_replica,
             self._ask_all_replicas,
-            death_errors,
+            (RayActorError, DeploymentUnavailableError),
             settings.cors,
         )
         if keys is not None:
@@ -161,8 +160,9 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
     options = dict(args)
     replicas, grace = str(options.pop("replicas", 1)), options.pop("grace", 30.0)
     if type(grace) not in (int, float) or not 0 <= grace < math.inf:
-        do = "write, for instance, grace: 30"
-        raise ConfigError(f"grace {grace!r}", "a number of seconds", do)
+        raise ConfigError(
+            f"grace {grace!r}", "a number of seconds", "write, for instance, grace: 30"
+        )
     keys, open_to_all = options.pop("keys", None), bool(options.pop("allow_open", False))
     field_names = {field.name for field in fields(Settings)}
     if unknown := sorted(options.keys() - field_names):
@@ -221,13 +221,14 @@ def scale(replicas: str, rows: int) -> dict[str, Any]:
         raise ConfigError(f"--replicas {replicas!r}", "a number, or two such as 1-8", "change it")
     if min_replicas == max_replicas:
         return {"num_replicas": min_replicas}
-    policy = {
-        "min_replicas": min_replicas,
-        "max_replicas": max_replicas,
-        "initial_replicas": min_replicas,
-        "target_ongoing_requests": rows,
+    return {
+        "autoscaling_config": {
+            "min_replicas": min_replicas,
+            "max_replicas": max_replicas,
+            "initial_replicas": min_replicas,
+            "target_ongoing_requests": rows,
+        }
     }
-    return {"autoscaling_config": policy}
 
 
 def run(
@@ -248,8 +249,11 @@ def run(
     scaling = scale(replicas, settings.rows or ROWS)  # raises before Ray is started
     max_replicas = scaling.get("num_replicas") or scaling["autoscaling_config"]["max_replicas"]
     owns_cluster = "RAY_ADDRESS" not in os.environ
-    ray_options: dict[str, Any] = {"include_dashboard": False} if owns_cluster else {}
-    ray.init(**ray_options, log_to_driver=True, logging_level=logging.WARNING)
+    ray.init(
+        include_dashboard=False if owns_cluster else None,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
     try:
         resources = resource_share(ray.cluster_resources(), max_replicas, settings.device)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})

@@ -37,25 +37,12 @@ SAVE_KINDS = ("save", "external", "sampler")
 FINAL_STATUSES = (400, 403, 404, 409, 413, 415, 422)
 
 
-def check_quota(training: Training, key: Key, resource: str, amount: int = 1) -> None:
-    """Check a quota. ``Refusal``: ``amount`` more of a resource ("runs", "bytes" or "tokens") would
-    exceed the key's quota."""
-    problem = quota_problem(training.store, key.owner, resource, getattr(key, resource), amount)
-    if problem is not None:
-        raise Refusal(403, problem, code="quota")
-
-
-async def accept_request(
+def queue_in_store(
     training: Training, run: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
 ) -> dict[str, str]:
     """Write a request to the store, and return the ids with which the client asks for its answer.
-    ``seq``: the request's number in the run; None: the number after all others."""
-    return await training.write(_queue_in_store, training, run, seq, kind, body)
-
-
-def _queue_in_store(
-    training: Training, run: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
-) -> dict[str, str]:
+    ``seq``: the request's number in the run; None: the number after all others. Called in the
+    index's thread (``Training.write``)."""
     body_bytes = body if isinstance(body, bytes) else json.dumps(body).encode()
     number = training.worker.queue.accept(run, seq, kind, body_bytes)
     return {"request_id": f"{run}:{number}", "model_id": run}
@@ -75,12 +62,16 @@ async def queue_request(
     row = find_run(training, key, run)
     training.record_heartbeat(row["session"])
     if row["unloaded"] and training.worker.queue.promise(run, -1 if seq is None else seq) is None:
-        problem = f"the run {run}, which was unloaded or did not begin"
-        raise Refusal(410, problem, "one that goes on", "create one, perhaps from a checkpoint")
+        raise Refusal(
+            410,
+            f"the run {run}, which was unloaded or did not begin",
+            "one that goes on",
+            "create one, perhaps from a checkpoint",
+        )
     if kind in SAVE_KINDS and key.bytes is not None and not isinstance(body, bytes):
         body = {**body, "most_bytes": key.bytes}  # checked when the checkpoint is written
     if header is None or not key.owner:
-        return await accept_request(training, run, seq, kind, body)
+        return await training.write(queue_in_store, training, run, seq, kind, body)
     return await training.write(_accept_pass, training, key, header, body)
 
 
@@ -89,12 +80,12 @@ def _accept_pass(training: Training, key: Key, header: PassHeader, body: bytes) 
     that fails."""
     is_repeated = header.seq and training.worker.queue.promise(header.run, header.seq) is not None
     if is_repeated:
-        return _queue_in_store(training, header.run, header.seq, PASS, body)
+        return queue_in_store(training, header.run, header.seq, PASS, body)
     problem = quota_problem(training.store, key.owner, "tokens", key.tokens, header.tokens)
     if problem is not None:
         kind = REFUSED_PASS if header.backward else REFUSED
-        return _queue_in_store(training, header.run, header.seq or None, kind, {"error": problem})
-    request_ids = _queue_in_store(training, header.run, header.seq or None, PASS, body)
+        return queue_in_store(training, header.run, header.seq or None, kind, {"error": problem})
+    request_ids = queue_in_store(training, header.run, header.seq or None, PASS, body)
     training.store.count_tokens(key.owner, header.tokens)
     return request_ids
 

@@ -8,6 +8,7 @@ accepted request → written to the store → waiting requests of its run
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -70,9 +71,10 @@ class ActiveRun:
         unsaved_seconds: seconds of computing since the run's state was last saved.
         last_used: time of the last computation for the run (``time.monotonic``), or when its
             current pass began.
+        last_pass_ended: when the run's last pass ended.
         curve: the run's losses; None until they are read.
         rate: tokens of the run that are trained on per second.
-        waiting_since: when the next request began to wait for room in memory.
+        waiting_since: when the next request began to wait for room in memory, or infinity.
         retry_time: when to try again after an answer could not be written.
     """
 
@@ -86,9 +88,10 @@ class ActiveRun:
     current_pass: Pass | None = None
     unsaved_seconds: float = 0.0
     last_used: float = 0.0
+    last_pass_ended: float = -math.inf
     curve: Curve | None = None
     rate: TokenRate = field(default_factory=TokenRate)
-    waiting_since: float | None = None
+    waiting_since: float = math.inf
     retry_time: float = 0.0
 
     @property
@@ -172,8 +175,7 @@ class Queue:
         """The ``ActiveRun`` of a run id, created from the store if the run is not active yet."""
         with self.wake:
             if run not in self.active_runs:
-                row = self.store.run(run)
-                assert row is not None
+                row = self.store.existing_run(run)
                 adapter_name, next_seq = f"run{row['number']}", self.store.next_seq(run)
                 failure = self.store.failure_of(run)
                 active_run = ActiveRun(

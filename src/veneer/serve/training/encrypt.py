@@ -20,9 +20,10 @@ def read_recipients(public_keys: Sequence[str]) -> list[Any]:
     try:
         pyrage = _import_pyrage()
     except ModuleNotFoundError as error:
-        problem = "age_encryption_recipients on a server without pyrage"
         raise DataError(
-            problem, "pyrage", "pip install 'veneer[tinker]', or encrypt what was downloaded"
+            "age_encryption_recipients on a server without pyrage",
+            "pyrage",
+            "pip install 'veneer[tinker]', or encrypt what was downloaded",
         ) from error
     recipients = []
     for public_key in public_keys:
@@ -30,9 +31,10 @@ def read_recipients(public_keys: Sequence[str]) -> list[Any]:
         try:
             recipients.append(key_type.Recipient.from_str(public_key))
         except pyrage.RecipientError as error:
-            expected = "a public key of age or SSH (age1…, ssh-ed25519 …, ssh-rsa …)"
             raise DataError(
-                f"the recipient {public_key[:80]!r} ({error})", expected, "check it"
+                f"the recipient {public_key[:80]!r} ({error})",
+                "a public key of age or SSH (age1…, ssh-ed25519 …, ssh-rsa …)",
+                "check it",
             ) from error
     return recipients
 

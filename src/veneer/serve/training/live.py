@@ -1,18 +1,12 @@
-"""The list of runs on the page at /, runs as models of completions and chats, and metrics of runs.
+"""The list of runs on the page at /, the current weights of a run for samples, and metrics of runs.
 
-GET  live                                  a key's runs: losses, tokens per second, the last batch,
-                                           checkpoints
-model tinker://RUN/KIND/NAME               a checkpoint, in /v1/completions and /v1/chat/completions
-      tinker://RUN/now                     the run's current weights
+GET  live    a key's runs: losses, tokens per second, the last batch, checkpoints
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import Iterator
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -21,16 +15,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from veneer.errors import SelectionError
 from veneer.serve.access import Key
-from veneer.serve.metrics import Metrics
-from veneer.serve.refusal import no_such_model
 from veneer.serve.service import Asker, Route
-from veneer.serve.training.accept import check_quota
-from veneer.serve.training.checkpoint_source import CURRENT, parse_current_run
-from veneer.serve.training.lookups import find_checkpoint, find_run
+from veneer.serve.training.operations import CURRENT
 from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import Training
-from veneer.serve.training.worker import MAX_PUBLISHED
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
@@ -141,33 +130,6 @@ def _short_metadata(metadata_json: str | None) -> dict[str, str]:
 # samples
 
 
-def check_model(training: Training, key: Key, model: str) -> None:
-    """``Refusal``: the key may not read the adapter of a model name tinker://…"""
-    if not key.train:
-        raise no_such_model(model)
-    run = parse_current_run(model)
-    if run is None:
-        find_checkpoint(training, key, model)
-    else:
-        find_run(training, key, run)
-
-
-async def blend_of_model(training: Training, key: Key, model: str) -> dict[str, float]:
-    """The adapter of a model name tinker://…, as {name in the bank: weight}. ``Refusal``: the key
-    may not read the adapter, or has no tokens left today."""
-    check_model(training, key, model)
-    check_quota(training, key, "tokens")
-    run = parse_current_run(model)
-    if run is not None:
-        id = find_run(training, key, run)["id"]
-        publication = training.worker.submit(partial(publish, training, id), id)
-        name = await asyncio.shield(asyncio.wrap_future(publication))
-        await training.write(training.record_use, name)
-    else:
-        name = await training.write(training.register_checkpoint, model)
-    return {name: 1.0}
-
-
 def publish(training: Training, run: str) -> str:
     """Put a run's current weights into the bank; return their name in the bank. Only the training
     thread may call it. A run that was not in memory is evicted again. ``SelectionError``: the run
@@ -187,10 +149,7 @@ def publish(training: Training, run: str) -> str:
     provenance = {"run": run, "request": active_run.next_seq}
     worker.trainer.export(active_run.adapter_name, folder, training.base, provenance)
     bank.put(name, folder, active_run.adapter_name)
-    worker.published.pop(run, None)
     worker.published[run] = active_run.next_seq
-    if len(worker.published) > MAX_PUBLISHED:
-        del worker.published[next(iter(worker.published))]
     if not was_resident:
         worker.memory.evict(active_run)
     return name
@@ -200,25 +159,23 @@ def publish(training: Training, run: str) -> str:
 # metrics
 
 
-class _TrainingMetrics:
+class TrainingMetrics:
     """A collector of Prometheus, which is called when /metrics is requested."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> list[Metric]:
         worker, store = self.training.worker, self.training.store
-        for name, description, number in (
-            ("veneer_training_runs", "Runs that take requests.", store.count_runs(None)),
-            ("veneer_training_resident_runs", "Runs in memory.", len(worker.trainer.runs)),
-        ):
-            yield GaugeMetricFamily(name, description, number)
-        for name, description, number in (
-            ("veneer_training_steps", "Steps of optimisers.", worker.steps),
-            ("veneer_training_tokens", "Tokens that were trained on.", worker.tokens),
-        ):
-            yield CounterMetricFamily(name, description, number)
-
-
-def register_metrics(metrics: Metrics, training: Training) -> None:
-    metrics.registry.register(_TrainingMetrics(training))  # pyright: ignore[reportArgumentType]
+        return [
+            GaugeMetricFamily(
+                "veneer_training_runs", "Runs that take requests.", store.count_runs(None)
+            ),
+            GaugeMetricFamily(
+                "veneer_training_resident_runs", "Runs in memory.", len(worker.trainer.runs)
+            ),
+            CounterMetricFamily("veneer_training_steps", "Steps of optimisers.", worker.steps),
+            CounterMetricFamily(
+                "veneer_training_tokens", "Tokens that were trained on.", worker.tokens
+            ),
+        ]

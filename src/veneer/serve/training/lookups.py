@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from veneer.errors import DataError, sentence
+from veneer.errors import DataError
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.training.store import Checkpoint, parse_checkpoint_path
@@ -17,8 +17,13 @@ from veneer.serve.training.training_service import Training
 
 def not_found(resource: str, id: str) -> Refusal:
     """The refusal for an id that is unknown or belongs to another key."""
-    message = sentence(f"{resource} {id[:200]!r}", "one of yours that is there", "list yours")
-    return Refusal(404, message, code="not_found")
+    return Refusal(
+        404,
+        f"{resource} {id[:200]!r}",
+        "one of yours that is there",
+        "list yours",
+        code="not_found",
+    )
 
 
 def owns(key: Key, row: Any) -> bool:
@@ -26,29 +31,27 @@ def owns(key: Key, row: Any) -> bool:
     return row is not None and row["owner"] == key.owner
 
 
+def require_owner(key: Key, row: Any, resource: str, id: str) -> Any:
+    """The row, if it exists and belongs to the key. ``Refusal``: it does not."""
+    if not owns(key, row):
+        raise not_found(resource, id)
+    return row
+
+
 def find_run(training: Training, key: Key, id: str) -> Any:
     """The row of a run in the store. ``Refusal``: the key has no such run."""
-    row = training.store.run(id)
-    if not owns(key, row):
-        raise not_found("the training run", id)
-    return row
+    return require_owner(key, training.store.run(id), "the training run", id)
 
 
 def find_session(training: Training, key: Key, id: str) -> Any:
     """The row of a session in the store. ``Refusal``: the key has no such session."""
-    row = training.store.session(id)
-    if not owns(key, row):
-        raise not_found("the session", id)
-    return row
+    return require_owner(key, training.store.session(id), "the session", id)
 
 
 def find_sampler(training: Training, key: Key, id: str) -> Any:
     """The row of a sampling session in the store. ``Refusal``: the key has no such sampling
     session."""
-    row = training.store.sampler(id)
-    if not owns(key, row):
-        raise not_found("the sampling session", id)
-    return row
+    return require_owner(key, training.store.sampler(id), "the sampling session", id)
 
 
 def find_checkpoint(training: Training, key: Key, path: str) -> tuple[Checkpoint, Any]:
@@ -58,11 +61,7 @@ def find_checkpoint(training: Training, key: Key, path: str) -> tuple[Checkpoint
         checkpoint = parse_checkpoint_path(path)
     except DataError as error:
         raise Refusal(400, str(error)) from error
-    row = (
-        None
-        if training.store.run(checkpoint.run) is None
-        else training.store.checkpoint(checkpoint)
-    )
+    row = training.store.checkpoint(checkpoint)
     if row is None or not (row["public"] or owns(key, row)):
         raise not_found("the checkpoint", path)
     return checkpoint, row

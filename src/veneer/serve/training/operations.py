@@ -11,18 +11,16 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, SelectionError
 from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.active_runs import ActiveRun
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import quota_problem
-from veneer.serve.training.run_trainer import ADAPTER, Trainer, widen_config
+from veneer.serve.training.run_trainer import ADAPTER, widen_config
 from veneer.serve.training.store import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -32,21 +30,19 @@ from veneer.serve.training.store import (
 )
 from veneer.serve.training.worker import Worker
 
+#: the last path component in the name of a run's current weights, tinker://RUN/now
+CURRENT = "now"
 
-@dataclass
+
 class Operations:
     """Answers requests of runs other than passes and optimizer steps, in the thread of ``worker``.
 
     ``options``, a parameter of each operation: the fields of the request."""
 
-    worker: Worker
-    trainer: Trainer
-    store: Store
-    bank: Any
-    base: str
-
-    def __post_init__(self) -> None:
-        self.worker.operations |= {
+    def __init__(self, worker: Worker, bank: Any, base: str) -> None:
+        self.worker, self.trainer, self.store = worker, worker.trainer, worker.store
+        self.bank, self.base = bank, base
+        worker.operations |= {
             "create": self.create,
             "load": self.load,
             "save": self.save,
@@ -56,8 +52,7 @@ class Operations:
         }
 
     def create(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
-        row = self.store.run(active_run.run_id)
-        assert row is not None
+        row = self.store.existing_run(active_run.run_id)
         self.worker.memory.make_room()
         config = LoraConfig.from_dict(json.loads(row["config"]))
         self.trainer.begin(active_run.adapter_name, config, row["seed"])
@@ -65,13 +60,14 @@ class Operations:
 
     def load(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
         path, folder, config = self._weights_source(options)
-        row = self.store.run(active_run.run_id)
-        assert row is not None
+        row = self.store.existing_run(active_run.run_id)
         run_config = widen_config(LoraConfig.from_dict(json.loads(row["config"])))
         if active_run.next_seq and widen_config(LoraConfig.from_dict(config)) != run_config:
-            expected = f"one of a run like this, of rank {run_config.rank} and the same targets"
-            problem = f"{path}, of rank {config['rank']}"
-            raise DataError(problem, expected, "create a training client from that state")
+            raise DataError(
+                f"{path}, of rank {config['rank']}",
+                f"one of a run like this, of rank {run_config.rank} and the same targets",
+                "create a training client from that state",
+            )
         if active_run not in self.worker.memory:
             self.worker.memory.make_room()
         adapter = "" if "folder" in options else ADAPTER
@@ -108,34 +104,30 @@ class Operations:
                     "load the checkpoint from which they were saved",
                 )
         if options["optimizer"] and not has_optimizer:
-            problem = f"{path}, which holds no optimizer"
-            advice = "load the weights alone: create_training_client_from_state"
-            raise DataError(problem, "a checkpoint of save_state", advice)
+            raise DataError(
+                f"{path}, which holds no optimizer",
+                "a checkpoint of save_state",
+                "load the weights alone: create_training_client_from_state",
+            )
         return path, folder, config
 
     def save(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
-        checkpoint = self._new_checkpoint(active_run, "weights", options)
-        if not self._was_saved_by_this_request(active_run, checkpoint):
-            check = partial(self._check_bytes, active_run, checkpoint, options)
-            provenance = {"run": active_run.run_id, "request": active_run.next_seq}
-            self.trainer.save(
-                active_run.adapter_name,
-                self.store.files_of(checkpoint),
-                self.base,
-                provenance,
-                check,
-            )
-            self._update_bank(checkpoint)
-            self._record_checkpoint(active_run, checkpoint, options)
-        return {"path": checkpoint.path, "type": "save_weights"}
+        return {"path": self._save_once(active_run, "weights", options), "type": "save_weights"}
 
     def save_external(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
-        checkpoint = self._new_checkpoint(active_run, "external_weights", options)
-        if not self._was_saved_by_this_request(active_run, checkpoint):
-            self._export_checkpoint(active_run, checkpoint, options)
+        path = self._save_once(active_run, "external_weights", options)
+        return {"path": path, "type": "save_weights_external"}
+
+    def _save_once(self, active_run: ActiveRun, kind: str, options: Mapping[str, Any]) -> str:
+        """Save a checkpoint, unless this request has saved it before, but was not answered because
+        the server ended or its disk was full. Return its path."""
+        checkpoint = self._new_checkpoint(active_run, kind, options)
+        row = self.store.checkpoint(checkpoint)
+        if row is None or row["request"] != active_run.next_seq:
+            self._write_checkpoint(active_run, checkpoint, options)
             self._update_bank(checkpoint)
             self._record_checkpoint(active_run, checkpoint, options)
-        return {"path": checkpoint.path, "type": "save_weights_external"}
+        return checkpoint.path
 
     def save_for_sampler(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
         # the id of a sampling session to create, which samples from a checkpoint without a name
@@ -146,7 +138,7 @@ class Operations:
         checkpoint = self._new_checkpoint(
             active_run, "sampler_weights", {**options, "name": name, "overwrite": True}
         )
-        self._export_checkpoint(active_run, checkpoint, options)
+        self._write_checkpoint(active_run, checkpoint, options)
         folder = self.store.files_of(checkpoint) / ADAPTER
         self.bank.put(checkpoint.path, folder, active_run.adapter_name)
         self._record_checkpoint(active_run, checkpoint, options, hidden=sampler is not None)
@@ -163,14 +155,18 @@ class Operations:
     def _new_checkpoint(
         self, active_run: ActiveRun, kind: str, options: Mapping[str, Any]
     ) -> Checkpoint:
-        """The path of a new checkpoint. ``DataError``: the name is invalid or already used."""
+        """The path of a new checkpoint. ``DataError``: the name is invalid, or another request has
+        used it."""
         name = options.get("name") or f"step-{active_run.next_seq}"
         if not CHECKPOINT_NAME.fullmatch(name):
-            expected = "1 to 128 letters, digits and '._-', beginning with a letter or digit"
-            raise DataError(f"the name {name[:200]!r}", expected, "choose another")
+            raise DataError(
+                f"the name {name[:200]!r}",
+                "1 to 128 letters, digits and '._-', beginning with a letter or digit",
+                "choose another",
+            )
         checkpoint = Checkpoint(active_run.run_id, kind, name)
-        exists = self.store.checkpoint(checkpoint) is not None
-        is_taken = exists and not self._was_saved_by_this_request(active_run, checkpoint)
+        row = self.store.checkpoint(checkpoint)
+        is_taken = row is not None and row["request"] != active_run.next_seq
         if is_taken and not options.get("overwrite"):
             raise DataError(
                 f"{checkpoint.path}, which exists",
@@ -179,22 +175,19 @@ class Operations:
             )
         return checkpoint
 
-    def _was_saved_by_this_request(self, active_run: ActiveRun, checkpoint: Checkpoint) -> bool:
-        """Whether the run's current request has saved the checkpoint before, but was not answered
-        because the server ended or its disk was full."""
-        row = self.store.checkpoint(checkpoint)
-        return row is not None and row["request"] == active_run.next_seq
-
-    def _export_checkpoint(
+    def _write_checkpoint(
         self, active_run: ActiveRun, checkpoint: Checkpoint, options: Mapping[str, Any]
     ) -> None:
-        """Write a checkpoint without an optimizer, encrypted if the request names recipients."""
+        """Write a checkpoint: with the optimizer's state if it is of the kind "weights", encrypted
+        if the request names recipients."""
         provenance = {"run": active_run.run_id, "request": active_run.next_seq}
         recipients = read_recipients(options.get("age_encryption_recipients") or ())
         with new_folder(
             self.store.files_of(checkpoint), overwrite=True, replaces=[EVERYTHING]
         ) as folder:
             self.trainer.export(active_run.adapter_name, folder / ADAPTER, self.base, provenance)
+            if checkpoint.kind == "weights":
+                self.trainer.save_optimizer(active_run.adapter_name, folder)
             if recipients:
                 encrypt_files(folder / ADAPTER, recipients)
             self._check_bytes(active_run, checkpoint, options, folder)
@@ -232,12 +225,10 @@ class Operations:
         options: Mapping[str, Any],
         hidden: bool = False,
     ) -> None:
-        row = self.store.run(active_run.run_id)
-        assert row is not None
         self.store.add_checkpoint(
             checkpoint,
             active_run.owner,
-            row["config"],
+            self.store.existing_run(active_run.run_id)["config"],
             metadata=options.get("user_metadata"),
             lifetime_seconds=options.get("ttl_seconds"),
             hidden=hidden,
@@ -264,6 +255,30 @@ class Operations:
         self._update_bank(target)
 
 
+def parse_current_run(name: str) -> str | None:
+    """The run id in a name tinker://RUN/now; None for any other name, even for the name of a
+    checkpoint called "now"."""
+    run, _, last_component = name.removeprefix("tinker://").rpartition("/")
+    return run if last_component == CURRENT and run and "/" not in run else None
+
+
+def adapter_folder(store: Store, name: str) -> Path:
+    """The folder of an adapter by its name in the bank: tinker://RUN/KIND/NAME, a checkpoint, or
+    tinker://RUN/now, the run's weights at the time when samples were last requested.
+
+    Raises:
+        DataError: the name has another form.
+        SelectionError: there is no such checkpoint.
+    """
+    run = parse_current_run(name)
+    if run is not None:
+        return store.folder_of(run) / CURRENT / ADAPTER
+    checkpoint = parse_checkpoint_path(name)
+    if store.checkpoint(checkpoint) is None:
+        raise SelectionError(name, "a checkpoint that is there", "list the run's checkpoints")
+    return store.files_of(checkpoint) / ADAPTER
+
+
 def _is_encrypted(adapter_folder: Path) -> bool:
     return any(adapter_folder.glob(f"*{SUFFIX}"))
 
@@ -288,8 +303,11 @@ def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool
         *([head_path] if head_path else ()),
     ]
     if not targets:
-        advice = "set train_attn or train_mlp; a head that is tied to the embedding is not trained"
-        raise ConfigError("nothing to train", "at least one kind of layers", advice)
+        raise ConfigError(
+            "nothing to train",
+            "at least one kind of layers",
+            "set train_attn or train_mlp; a head that is tied to the embedding is not trained",
+        )
     return LoraConfig(rank=rank, targets=targets)
 
 

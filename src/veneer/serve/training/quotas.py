@@ -6,6 +6,8 @@ request exceeds a quota."""
 from __future__ import annotations
 
 from veneer.errors import sentence
+from veneer.serve.access import Key
+from veneer.serve.refusal import Refusal
 from veneer.serve.training.store import Checkpoint, Store
 
 _ADVICE = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on tomorrow (UTC)"}
@@ -36,3 +38,11 @@ def quota_problem(
         return None
     problem = f"{used:,} {resource} of key {owner!r} and {amount:,} more"
     return sentence(problem, f"at most {limit:,}", f"{_ADVICE[resource]}, or ask for more")
+
+
+def check_quota(store: Store, key: Key, resource: str, amount: int = 1) -> None:
+    """Check a quota. ``Refusal``: ``amount`` more of a resource ("runs", "bytes" or "tokens") would
+    exceed the key's quota."""
+    problem = quota_problem(store, key.owner, resource, getattr(key, resource), amount)
+    if problem is not None:
+        raise Refusal(403, problem, code="quota")

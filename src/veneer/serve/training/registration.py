@@ -1,18 +1,30 @@
 """Add the training service to the server, for `veneer serve --train`: routes, names of models,
-permissions, metrics and shutdown (``serve/extension.py``)."""
+permissions, metrics and shutdown (``serve/extension.py``).
+
+model tinker://RUN/KIND/NAME    a checkpoint, in completions, chats, responses and messages
+      tinker://RUN/now          the run's current weights
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from veneer import models
+from veneer.errors import ConfigError
 from veneer.serve.access import Key
 from veneer.serve.extension import Extension
+from veneer.serve.refusal import no_such_model
 from veneer.serve.training import live, rest, routes
+from veneer.serve.training.lookups import find_checkpoint, find_run
+from veneer.serve.training.operations import parse_current_run
+from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.run_trainer import FairLock
-from veneer.serve.training.training_service import Training, open_training
+from veneer.serve.training.store import Store
+from veneer.serve.training.training_service import Training
 
 #: the largest size of a request body with training data, in bytes. Clients are configured to send
 #: less than a third of it (``routes.CLIENT_SETTINGS``).
@@ -38,10 +50,29 @@ class TrainingExtension(Extension):
         return self.training.worker.ready
 
     async def resolve_model(self, key: Key, model: str) -> dict[str, float]:
-        return await live.blend_of_model(self.training, key, model)
+        """The adapter of a model name tinker://…, as {name in the bank: weight}. ``Refusal``: the
+        key may not read the adapter, or has no tokens left today."""
+        training = self.training
+        self.check_model(key, model)
+        check_quota(training.store, key, "tokens")
+        run = parse_current_run(model)
+        if run is not None:
+            publication = training.worker.submit(partial(live.publish, training, run), run)
+            name = await asyncio.shield(asyncio.wrap_future(publication))
+            await training.write(training.record_use, name)
+        else:
+            name = await training.write(training.register_checkpoint, model)
+        return {name: 1.0}
 
     def check_model(self, key: Key, model: str) -> None:
-        live.check_model(self.training, key, model)
+        """``Refusal``: the key may not read the adapter of a model name tinker://…"""
+        if not key.train:
+            raise no_such_model(model)
+        run = parse_current_run(model)
+        if run is None:
+            find_checkpoint(self.training, key, model)
+        else:
+            find_run(self.training, key, run)
 
     async def reserve_tokens(self, key: Key, count: int) -> Callable[[int], None]:
         return await self.training.reserve_tokens(key, count)
@@ -61,15 +92,29 @@ class TrainingPlugin:
         self.folder, self.max_resident, self.turn = folder, max_resident, FairLock()
 
     def extend(self, service: Any, model: Any) -> TrainingExtension:
+        """Create and start the training service. ``ConfigError``: the model is an encoder, or the
+        folder cannot be used."""
+        if service.engine is None:
+            raise ConfigError(
+                "an encoder to train",
+                "a causal language model",
+                "serve another base, or leave out --train",
+            )
         base = service.source
         tokenizer = str(models.folder_of(base)) if base.startswith("package:") else base
-        training = open_training(
-            self.folder,
-            service,
-            model,
-            self.turn,
-            tokenizer=tokenizer,
-            max_resident=self.max_resident,
-        )
-        live.register_metrics(service.metrics, training)
+        store = Store(self.folder)
+        try:
+            training = Training(
+                service,
+                model,
+                self.turn,
+                store,
+                tokenizer=tokenizer,
+                max_resident=self.max_resident,
+            )
+        except BaseException:
+            store.close()
+            raise
+        training.start()
+        service.metrics.registry.register(live.TrainingMetrics(training))
         return TrainingExtension(training)

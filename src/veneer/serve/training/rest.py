@@ -20,22 +20,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving
 from veneer.serve.training import bodies
-from veneer.serve.training.accept import check_quota
 from veneer.serve.training.lookups import (
     find_checkpoint,
     find_run,
     find_sampler,
     find_session,
-    not_found,
-    owns,
+    require_owner,
 )
+from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.run_trainer import ADAPTER
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
@@ -135,46 +133,40 @@ def checkpoints(
     return {"checkpoints": [_describe_checkpoint(row) for row in rows], "cursor": cursor}
 
 
-def _owner_checkpoint(
-    training: Training, key: Key, run: str, kind: str, name: str
-) -> tuple[Checkpoint, Any]:
-    """A checkpoint that belongs to the key, and its row in the store. ``Refusal``: the key has no
-    such checkpoint."""
+def _find_owned_checkpoint(
+    run: str, kind: str, name: str, training: TrainingDep, key: Asker
+) -> Checkpoint:
+    """The checkpoint in a route's path, which belongs to the key. ``Refusal``: the key has no such
+    checkpoint."""
     checkpoint, row = find_checkpoint(training, key, f"tinker://{run}/{kind}/{name}")
-    if not owns(key, row):
-        raise not_found("the checkpoint", checkpoint.path)
-    return checkpoint, row
+    require_owner(key, row, "the checkpoint", checkpoint.path)
+    return checkpoint
+
+
+OwnedCheckpoint = Annotated[Checkpoint, Depends(_find_owned_checkpoint)]
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
-async def delete_checkpoint(
-    run: str, kind: str, name: str, training: TrainingDep, key: Asker
-) -> None:
+async def delete_checkpoint(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
     """Delete a checkpoint."""
-    checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     await training.change_checkpoints(partial(training.operations.delete, checkpoint))
 
 
 @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-def publish(run: str, kind: str, name: str, training: TrainingDep, key: Asker) -> None:
+def publish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
     """Allow every key of this server to read a checkpoint."""
-    checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     training.store.change_checkpoint(checkpoint, public=1)
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-def unpublish(run: str, kind: str, name: str, training: TrainingDep, key: Asker) -> None:
+def unpublish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
     """Let the owner's key alone read a checkpoint."""
-    checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     training.store.change_checkpoint(checkpoint, public=0)
 
 
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
-def set_ttl(
-    run: str, kind: str, name: str, body: bodies.SetTtl, training: TrainingDep, key: Asker
-) -> None:
+def set_ttl(checkpoint: OwnedCheckpoint, body: bodies.SetTtl, training: TrainingDep) -> None:
     """Change when a checkpoint expires."""
-    checkpoint, _ = _owner_checkpoint(training, key, run, kind, name)
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     training.store.change_checkpoint(checkpoint, expires=expires)
 
@@ -254,13 +246,12 @@ async def copy_weights(
                 "a new one",
                 "choose another model_seq_id",
             )
-        if target_run is None or training.store.checkpoint(checkpoint) is None:
-            check_quota(training, key, "bytes", row["bytes"])
-        if training.store.run(run) is None:
+        if target_run is not None and training.store.checkpoint(checkpoint) is not None:
+            return checkpoint.path  # a repeated request
+        check_quota(training.store, key, "bytes", row["bytes"])
+        if target_run is None:
             training.store.new_run(run, session, key.owner, json.loads(row["config"]), 0, None)
             training.store.mark_unloaded(run)
-        elif training.store.checkpoint(checkpoint) is not None:  # a repeated request
-            return checkpoint.path
         training.operations.copy(source, checkpoint)
         training.store.add_checkpoint(
             checkpoint, key.owner, row["config"], lifetime_seconds=body.ttl_seconds
@@ -294,8 +285,12 @@ def search_sessions(
         or body.statuses
         or body.owner.get("type") not in ("own", "accessible")
     ):
-        problem = "a search by cursor, project, status or owner"
-        raise Refusal(400, problem, "one by id, name or metadata among your own", "leave it out")
+        raise Refusal(
+            400,
+            "a search by cursor, project, status or owner",
+            "one by id, name or metadata among your own",
+            "leave it out",
+        )
     matches = []
     for row in training.store.sessions(key.owner):
         title, metadata = row["title"] or "", _parse_metadata(row["metadata"]) or {}
@@ -365,7 +360,9 @@ def sampler(sampler: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
 @router.post("/auth/token")
 def not_here(request: Request, key: Asker) -> None:
     """Refuse a route of the hosted service that this server does not have."""
-    problem = f"{request.method} {request.url.path[:200]}, of the hosted service"
     raise Refusal(
-        400, problem, "what trains, samples and keeps checkpoints", "see docs/training-service.md"
+        400,
+        f"{request.method} {request.url.path[:200]}, of the hosted service",
+        "what trains, samples and keeps checkpoints",
+        "see docs/training-service.md",
     )

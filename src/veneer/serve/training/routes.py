@@ -22,17 +22,12 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from veneer.adapter_files.folder import read
-from veneer.errors import DataError, sentence
+from veneer.errors import DataError
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving, beside_loop
 from veneer.serve.training import bodies
-from veneer.serve.training.accept import (
-    NumberedRoute,
-    accept_request,
-    check_quota,
-    queue_request,
-)
+from veneer.serve.training.accept import NumberedRoute, queue_in_store, queue_request
 from veneer.serve.training.lookups import (
     find_checkpoint,
     find_run,
@@ -41,7 +36,8 @@ from veneer.serve.training.lookups import (
     not_found,
     owns,
 )
-from veneer.serve.training.operations import lora_config
+from veneer.serve.training.operations import has_tied_head, lora_config
+from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.training_service import Training, training_of
 from veneer.serve.training.wire import read_header
 from veneer.serve.training.worker import PASS, Answer
@@ -79,18 +75,22 @@ async def _training(service: Serving, key: Asker) -> Training:
     """The training service. ``Refusal``: the key may not train. (A key that may train can also use
     the base, because an untrained run computes what the base does.)"""
     if not key.train:
-        message = sentence(
-            f"key {key.name!r}, which may not train", "one with train = true", "ask for another"
+        raise Refusal(
+            403,
+            f"key {key.name!r}, which may not train",
+            "one with train = true",
+            "ask for another",
+            code="training_only",
         )
-        raise Refusal(403, message, code="training_only")
     return training_of(service)
 
 
 TrainingDep = Annotated[Training, Depends(_training)]
 
 
-def _find_active_session(training: Training, key: Key, id: str) -> Any:
-    """The row of a session that has not finished. Counts as a heartbeat of the session."""
+def _check_session_is_active(training: Training, key: Key, id: str) -> None:
+    """``Refusal``: the key has no such session, or it has finished. Counts as a heartbeat of the
+    session."""
     row = find_session(training, key, id)
     if row["finished"]:
         raise Refusal(
@@ -100,15 +100,13 @@ def _find_active_session(training: Training, key: Key, id: str) -> Any:
             "begin a new one",
         )
     training.record_heartbeat(id)
-    return row
 
 
 def _check_base(training: Training, name: str | None) -> None:
     if name is not None and name != training.base:
-        problem = f"the base model {name[:200]!r}"
         raise Refusal(
             400,
-            problem,
+            f"the base model {name[:200]!r}",
             f"{training.base!r}, which this server has",
             "name that one",
             param="base_model",
@@ -153,14 +151,16 @@ async def telemetry(key: Asker) -> dict[str, str]:
 @router.get("/get_server_capabilities")
 async def capabilities(training: TrainingDep, key: Asker) -> dict[str, Any]:
     """The bases that can be trained here."""
-    length = training.worker.context_length
-    model = {
-        "model_name": training.base,
-        "max_context_length": length,
-        "trainable": True,
-        "sampleable": True,
+    return {
+        "supported_models": [
+            {
+                "model_name": training.base,
+                "max_context_length": training.worker.context_length,
+                "trainable": True,
+                "sampleable": True,
+            }
+        ]
     }
-    return {"supported_models": [model]}
 
 
 @router.post("/create_session")
@@ -174,7 +174,7 @@ async def create_session(
     training.record_heartbeat(session)
     answer = {"type": "create_session", "session_id": session}
     warnings = []
-    if training.has_tied_head:
+    if has_tied_head(training.model):
         warnings.append(
             "The base ties its output head to its embedding: train_unembed trains nothing here."
         )
@@ -186,7 +186,7 @@ async def create_session(
 @router.post("/session_heartbeat")
 async def heartbeat(body: bodies.SessionBody, training: TrainingDep, key: Asker) -> dict[str, str]:
     """Report that the client of a session is still running."""
-    _find_active_session(training, key, body.session_id)
+    _check_session_is_active(training, key, body.session_id)
     return {"type": "session_heartbeat"}
 
 
@@ -197,7 +197,6 @@ async def finish(
     """End a session."""
     find_session(training, key, session)
     await training.write(training.store.finish_session, session, body.reason.type)
-    training.samples.cancel_session(session)
     training.evict_session(session)
     return Response(status_code=204)
 
@@ -219,7 +218,7 @@ def _new_run(
             "choose another model_seq_id",
         )
     if training.store.run(run) is None:
-        check_quota(training, key, "runs")
+        check_quota(training.store, key, "runs")
         training.store.new_run(run, session, key.owner, config, seed, metadata)
     return run
 
@@ -227,7 +226,7 @@ def _new_run(
 @router.post("/create_model")
 async def create_model(body: bodies.CreateModel, training: TrainingDep, key: Asker) -> Any:
     """Begin a run: an adapter that is trained."""
-    _find_active_session(training, key, body.session_id)
+    _check_session_is_active(training, key, body.session_id)
     _check_base(training, body.base_model)
     _check_optimizer(body.optimizer_config)
     lora = body.lora_config or bodies.Lora(rank=32)
@@ -244,7 +243,7 @@ async def create_model(body: bodies.CreateModel, training: TrainingDep, key: Ask
         seed,
         body.user_metadata,
     )
-    return await accept_request(training, run, 0, "create", {})
+    return await training.write(queue_in_store, training, run, 0, "create", {})
 
 
 async def _served_adapter(service: Serving, key: Key, name: str) -> dict[str, Any]:
@@ -276,28 +275,27 @@ async def load_weights(
         if "folder" not in options:
             find_checkpoint(training, key, body.path)
         return await queue_request(training, key, body.model_id, body.seq_id, "load", options)
-    _find_active_session(training, key, body.session_id)
+    _check_session_is_active(training, key, body.session_id)
     config = options.get("config") or json.loads(
         find_checkpoint(training, key, body.path)[1]["config"]
     )
     run = await training.write(
         _new_run, training, key, body.session_id, body.model_seq_id, config, 0, body.user_metadata
     )
-    return await accept_request(training, run, 0, "load", options)
+    return await training.write(queue_in_store, training, run, 0, "load", options)
 
 
 @router.post("/get_info")
 async def get_info(body: bodies.RunBody, training: TrainingDep, key: Asker) -> dict[str, Any]:
     """The base and the rank of a run."""
     row = find_run(training, key, body.model_id)
-    model_data = {
-        "arch": type(training.model).__name__,
-        "model_name": training.base,
-        "tokenizer_id": training.tokenizer,
-    }
     return {
         "type": "get_info",
-        "model_data": model_data,
+        "model_data": {
+            "arch": type(training.model).__name__,
+            "model_name": training.base,
+            "tokenizer_id": training.tokenizer,
+        },
         "model_id": row["id"],
         "is_lora": True,
         "lora_rank": json.loads(row["config"])["rank"],
@@ -346,8 +344,9 @@ async def optim_step(body: bodies.OptimStep, training: TrainingDep, key: Asker) 
         "beta1": adam_params.beta1,
         "beta2": adam_params.beta2,
         "eps": adam_params.eps,
+        "decay": adam_params.weight_decay,
+        "clip": max(adam_params.grad_clip_norm, 0.0),
     }
-    adam |= {"decay": adam_params.weight_decay, "clip": max(adam_params.grad_clip_norm, 0.0)}
     return await queue_request(training, key, body.model_id, body.seq_id, "step", adam)
 
 
@@ -389,7 +388,7 @@ async def create_sampler(
     body: bodies.CreateSampler, training: TrainingDep, key: Asker
 ) -> dict[str, str]:
     """Begin a sampling session, which draws samples from the base or from a checkpoint."""
-    _find_active_session(training, key, body.session_id)
+    _check_session_is_active(training, key, body.session_id)
     _check_base(training, body.base_model)
     if body.model_path is not None:
         find_checkpoint(training, key, body.model_path)
@@ -424,7 +423,7 @@ async def asample(body: bodies.Sample, training: TrainingDep, key: Asker) -> dic
     if body.sampling_session_id is not None:
         row = find_sampler(training, key, body.sampling_session_id)
         session, path = row["session"], row["path"]
-        _find_active_session(training, key, session)
+        _check_session_is_active(training, key, session)
         call_number = secrets.token_hex(8) if body.seq_id is None else body.seq_id
         id = f"{body.sampling_session_id}:{call_number}"
     else:
@@ -469,9 +468,12 @@ async def retrieve_future(
     the request is unknown or was deleted, send it again."""
     future = _find_future(training, key, body.request_id)
     if future is None:
-        problem = f"the request {body.request_id[:200]!r}"
         raise Refusal(
-            410, problem, "one that waits or was answered of late", "send it anew", code="gone"
+            410,
+            f"the request {body.request_id[:200]!r}",
+            "one that waits or was answered of late",
+            "send it anew",
+            code="gone",
         )
     await asyncio.wait([future], timeout=POLL_SECONDS)
     if not future.done():

@@ -90,8 +90,7 @@ class RunMemory:
         if active_run in self:
             return
         self.make_room()
-        row, started = self._store.run(active_run.run_id), time.monotonic()
-        assert row is not None
+        row, started = self._store.existing_run(active_run.run_id), time.monotonic()
         try:
             if row["state"] >= 0:
                 folder = state_folder(self._store, active_run.run_id, row["state"])
@@ -133,8 +132,11 @@ class RunMemory:
                 return
             idle_runs = [resident for resident in residents if resident.current_pass is None]
             if not idle_runs:
-                problem = f"{len(residents)} runs that are computed now"
-                raise BankFullError(problem, f"at most {self.capacity} in memory", "try again")
+                raise BankFullError(
+                    f"{len(residents)} runs that are computed now",
+                    f"at most {self.capacity} in memory",
+                    "try again",
+                )
             self.evict(min(idle_runs, key=lambda idle_run: idle_run.last_used))
 
     def evict(self, active_run: ActiveRun) -> None:
@@ -176,21 +178,20 @@ class RunMemory:
             self.write_state(active_run)
         except AdapterError:
             log.exception("%s: its state cannot be written", run_id)
-            advice = "load a checkpoint into it, or begin a new run"
-            problem = "a run whose numbers cannot be kept"
-            self.mark_failed(
-                active_run, sentence(problem, "numbers that an adapter folder can hold", advice)
+            reason = sentence(
+                "a run whose numbers cannot be kept",
+                "numbers that an adapter folder can hold",
+                "load a checkpoint into it, or begin a new run",
             )
+            self.mark_failed(active_run, reason)
         except Exception as error:
             problem = "its state could not be written; its requests are kept until it can"
             log_failure(f"{run_id}: {problem}", error)
             active_run.unsaved_seconds = 0.0  # try again after ``STATE_SECONDS`` of computing
 
-    def write_state(self, active_run: ActiveRun, seq: int | None = None) -> None:
-        """Write the state of a run after its request number ``seq``. None: after its last answered
-        request."""
-        seq = active_run.next_seq - 1 if seq is None else seq
-        previous_seq = active_run.state_seq
+    def write_state(self, active_run: ActiveRun) -> None:
+        """Write the state of a run after its last answered request."""
+        seq, previous_seq = active_run.next_seq - 1, active_run.state_seq
         folder = state_folder(self._store, active_run.run_id, seq)
         self._trainer.save(active_run.adapter_name, folder, None)
         self.curve(active_run).write(folder)

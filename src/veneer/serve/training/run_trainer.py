@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,16 +77,6 @@ class FairLock:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-
-@dataclass(frozen=True)
-class Product:
-    """The product scale · B @ A of a weight's change. ``A_index``, ``B_index``: the positions of A
-    and B in the list of the run's parameters."""
-
-    A_index: int
-    B_index: int
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -156,10 +146,6 @@ class Pass:
         return not self.remaining or self.error is not None
 
 
-#: by adapter name, the indices of a run's data in a batch
-RowIndices = Mapping[str, Sequence[int]]
-
-
 class Trainer:
     """The runs in memory, by the names of their adapters. Only one thread may call it.
 
@@ -175,7 +161,9 @@ class Trainer:
         self.engine = self.runs.engine
         self.device = next(model.parameters()).device
         self.batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
-        self._products: dict[str, list[Product]] = {}
+        #: by run, for each product scale · B @ A that changes a weight: the positions of A and B in
+        #: the list of the run's parameters, and the scale
+        self._products: dict[str, list[tuple[int, int, float]]] = {}
 
     def begin(self, run: str, config: LoraConfig, seed: int) -> None:
         """Create a run. ``TargetError``: the config does not fit the base."""
@@ -191,7 +179,7 @@ class Trainer:
             factors = map(change.adapter_parameters.get, "AB")
             A_index, B_index = (indices.get(id(factor)) for factor in factors)
             if A_index is not None and B_index is not None:
-                self._products[run].append(Product(A_index, B_index, change.scale))
+                self._products[run].append((A_index, B_index, change.scale))
 
     def end(self, run: str) -> None:
         """Free the memory of a run."""
@@ -203,9 +191,9 @@ class Trainer:
         """Whether a run has gradients that no step has used."""
         return self.engine.adapters[run].has_gradients
 
-    def compute(self, passes: Sequence[Pass]) -> int:
+    def compute(self, passes: Sequence[Pass]) -> dict[str, int]:
         """Compute one batch: as many rows of the passes as fit, at least one row of the first pass.
-        The passes are of different runs. Returns the number of tokens in the batch."""
+        The passes are of different runs. Returns the number of tokens of each run in the batch."""
         passes = [
             training_pass
             for training_pass in passes
@@ -231,11 +219,10 @@ class Trainer:
             ]
             if training_pass.is_over:
                 self._finish_pass(training_pass)
-        return sum(
-            len(training_pass.data[index].tokens)
-            for training_pass in batch_passes
-            for index in rows[training_pass.run]
-        )
+        return {
+            run: sum(len(training_pass.data[index].tokens) for index in rows[run])
+            for run, training_pass in passes_by_run.items()
+        }
 
     def _choose_data_indices(self, passes: Sequence[Pass]) -> dict[str, list[int]]:
         """The indices of the data in the next batch, by run: the longest data of each pass, as
@@ -254,9 +241,10 @@ class Trainer:
         return rows
 
     def _run_passes(
-        self, rows: RowIndices, passes: Mapping[str, Pass], keep_going: bool
+        self, rows: Mapping[str, Sequence[int]], passes: Mapping[str, Pass], keep_going: bool
     ) -> PassResult:
-        """Compute one forward of rows of these passes, and one backward if they have one."""
+        """Compute one forward of rows of these passes, and one backward if they have one. ``rows``:
+        by adapter name, the indices of a run's data."""
         batches: dict[str, Any] = {}
         losses: dict[str, Any] = {}
         width = max(len(passes[run].data[index].tokens) for run in passes for index in rows[run])
@@ -337,8 +325,8 @@ class Trainer:
         parameters = self._parameters(run)
         norms = wide_norms(parameters)
         magnitudes = [
-            abs(product.scale) * norms[product.A_index] * norms[product.B_index]
-            for product in self._products[run]
+            abs(scale) * norms[A_index] * norms[B_index]
+            for A_index, B_index, scale in self._products[run]
         ]
         # no entry exceeds the norm of its tensor, so entries are rarely compared one by one
         all_within = all(norm <= MAX_MAGNITUDE for norm in norms)
@@ -353,23 +341,12 @@ class Trainer:
                 "run",
             )
 
-    def save(
-        self,
-        run: str,
-        folder: Path,
-        base: str | None,
-        provenance: Mapping[str, Any] | None = None,
-        check_folder: Callable[[Path], None] = lambda folder: None,
-    ) -> None:
+    def save(self, run: str, folder: Path, base: str | None) -> None:
         """Write a run's adapter and its optimizer's state into one folder, which is replaced if it
-        exists. If ``check_folder`` raises an error for the new folder, nothing is replaced."""
-        names = [name for name, _ in self.runs[run].named_parameters()]
-        tensors = optimizer_tensors(_adamw(self.engine.adapters[run]), names)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        exists."""
         with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as new_checkpoint:
-            self.runs[run].save(new_checkpoint / ADAPTER, base_name=base, provenance=provenance)
-            save_file(tensors, new_checkpoint / OPTIMIZER)
-            check_folder(new_checkpoint)
+            self.export(run, new_checkpoint / ADAPTER, base)
+            self.save_optimizer(run, new_checkpoint)
 
     def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
         """Replace a run by a saved run. ``optimizer``: whether to load the optimizer's state too;
@@ -393,8 +370,12 @@ class Trainer:
         self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None
     ) -> None:
         """Write a run's adapter without the optimizer's state. An existing folder is replaced."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
         self.runs[run].save(folder, base_name=base, provenance=provenance, overwrite=True)
+
+    def save_optimizer(self, run: str, folder: Path) -> None:
+        """Write the state of a run's optimizer into a folder."""
+        names = [name for name, _ in self.runs[run].named_parameters()]
+        save_file(optimizer_tensors(_adamw(self.engine.adapters[run]), names), folder / OPTIMIZER)
 
     @contextmanager
     def sampling(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
@@ -445,9 +426,10 @@ def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[
         loss_sum = datum_loss if loss_sum is None else loss_sum + datum_loss
     assert loss_sum is not None
     if not torch.isfinite(loss_sum):
-        advice = "look at the data and the learning rate, and go on from a checkpoint"
         raise TrainingError(
-            f"a {training_pass.loss} loss of {float(loss_sum.detach())}", "a finite number", advice
+            f"a {training_pass.loss} loss of {float(loss_sum.detach())}",
+            "a finite number",
+            "look at the data and the learning rate, and go on from a checkpoint",
         )
     return loss_sum
 

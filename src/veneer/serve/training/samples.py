@@ -14,8 +14,8 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,16 @@ from torch import Tensor
 from veneer.errors import DataError, VeneerError, sentence
 from veneer.kernels.draws import sample_seed
 from veneer.serve.requests import Busy, Piece, Request, RequestError, Sampling
+from veneer.serve.service import await_or_undo
 from veneer.serve.training.bodies import Sample, TargetTokens
-from veneer.serve.training.wire import NO_LOGPROB, NO_TOKEN, SampledSequence, sample_output
+from veneer.serve.training.run_trainer import Trainer
+from veneer.serve.training.wire import (
+    MAX_TARGETS,
+    NO_LOGPROB,
+    NO_TOKEN,
+    SampledSequence,
+    sample_output,
+)
 from veneer.serve.training.worker import Answer, Worker, failure
 
 log = logging.getLogger("veneer.serve.training")
@@ -40,27 +48,22 @@ SAMPLES_PER_ROW, RETRY_SECONDS = 4, 0.05
 
 
 @dataclass(eq=False)
-class TokenUsage:
-    """The number of tokens that a call has computed: of its prompt, once, and of its answers."""
-
-    tokens: int = 0
-
-
-@dataclass(eq=False)
 class SampleCall:
     """A call for ``count`` samples. ``owner``: the name of the API key; ``ended``: when the answer
-    was complete (``time.monotonic``), or None."""
+    was complete (``time.monotonic``), or None; ``tokens``: the number of tokens that are computed,
+    of the prompt, once, and of the answers."""
 
     owner: str
     session: str
     count: int
-    task: asyncio.Task[Answer]
+    task: asyncio.Task[Answer] = field(init=False)
     ended: float | None = None
+    tokens: int = 0
 
 
 class Samples:
     """Calls for samples, by their ids. Only the event loop may call the methods, except
-    ``cancel_session_soon``."""
+    ``cancel_session``."""
 
     def __init__(self, engine: Any, bank: Any, worker: Worker, timeout: float) -> None:
         self._engine, self._bank, self._worker, self._timeout = engine, bank, worker, timeout
@@ -109,16 +112,15 @@ class Samples:
                 1.0,
             )
         self._loop = asyncio.get_running_loop()
-        usage = TokenUsage()
-        task = self._loop.create_task(self._compute_answer(owner, adapter_name, request, usage))
-        call = self._calls[id] = SampleCall(owner, session, request.num_samples, task)
+        call = self._calls[id] = SampleCall(owner, session, request.num_samples)
+        call.task = self._loop.create_task(self._compute_answer(call, adapter_name, request))
 
         def finish(_: Any) -> None:
             call.ended = time.monotonic()
-            charge(usage.tokens)
+            charge(call.tokens)
             self._delete_old_calls()
 
-        task.add_done_callback(finish)
+        call.task.add_done_callback(finish)
 
     def find(self, id: str, owner: str) -> asyncio.Task[Answer] | None:
         call = self._calls.get(id)
@@ -128,13 +130,12 @@ class Samples:
         if (task := self.find(id, owner)) is not None:
             task.cancel()
 
-    def cancel_session_soon(self, session: str) -> None:
-        """Call ``cancel_session`` in the event loop. Any thread may call this."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.cancel_session, session)
-
     def cancel_session(self, session: str) -> None:
-        """Cancel the calls of a session whose client has left."""
+        """Cancel the calls of a session whose client has left. Any thread may call this."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel_calls, session)
+
+    def _cancel_calls(self, session: str) -> None:
         for call in self._calls.values():
             if call.session == session:
                 call.task.cancel()
@@ -148,7 +149,7 @@ class Samples:
             del self._calls[id]
 
     async def _compute_answer(
-        self, owner: str, adapter_name: str | None, request: Sample, usage: TokenUsage
+        self, call: SampleCall, adapter_name: str | None, request: Sample
     ) -> Answer:
         try:
             prompt = request.prompt.tokens
@@ -167,10 +168,10 @@ class Samples:
                 )
             check_prompt(request, len(prompt))
             draws = [
-                asyncio.create_task(self._draw_sample(owner, blend, request, index, usage))
+                asyncio.create_task(self._draw_sample(call, blend, request, index))
                 for index in range(request.num_samples)
             ]
-            usage.tokens = len(prompt)
+            call.tokens = len(prompt)
             scoring = asyncio.create_task(self._score_prompt(adapter_name, prompt, request))
             try:
                 samples, scores = await asyncio.gather(asyncio.gather(*draws), scoring)
@@ -186,7 +187,7 @@ class Samples:
             return failure(error, is_bug=True)
 
     async def _draw_sample(
-        self, owner: str, blend: Mapping[str, float], body: Sample, index: int, usage: TokenUsage
+        self, call: SampleCall, blend: Mapping[str, float], body: Sample, index: int
     ) -> SampledSequence:
         """Draw sample number ``index`` of a call. Cancelling this stops the engine's request."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
@@ -196,16 +197,16 @@ class Samples:
             _sampling(body, index, self._engine.length),
             self._timeout,
             f"sample-{next(self._request_numbers)}",
-            owner,
+            call.owner,
         )
 
         def deliver(piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         async with self._semaphores.setdefault(
-            owner, asyncio.Semaphore(SAMPLES_PER_ROW * self._engine.rows)
+            call.owner, asyncio.Semaphore(SAMPLES_PER_ROW * self._engine.rows)
         ):
-            tokens, last_piece = await self._collect_tokens(request, deliver, pieces, usage)
+            tokens, last_piece = await self._collect_tokens(call, request, deliver, pieces)
         if last_piece.finish not in ("stop", "length"):
             raise RequestError(
                 last_piece.error or f"a sample that ended by {last_piece.finish}",
@@ -222,10 +223,10 @@ class Samples:
 
     async def _collect_tokens(
         self,
+        call: SampleCall,
         request: Request,
         deliver: Callable[[Piece], None],
         pieces: asyncio.Queue[Piece],
-        usage: TokenUsage,
     ) -> tuple[list[Any], Piece]:
         """Submit a request to the engine; return the tokens of its answer, and the last piece of
         the answer, which says why the answer ended."""
@@ -242,7 +243,7 @@ class Samples:
             while True:
                 piece = await pieces.get()
                 tokens += piece.tokens
-                usage.tokens += len(piece.tokens)
+                call.tokens += len(piece.tokens)
                 if piece.finish is not None:
                     return tokens, piece
         except asyncio.CancelledError:
@@ -260,29 +261,16 @@ class Samples:
         )
         if not needs_scores:
             return {}
-        if adapter_name is None:
-            return await self._score_on_worker(None, prompt, request)
-        # take the lease before the model lock: see the order of locks (__init__.py)
-        leasing = self._bank.acquire({adapter_name: 1.0})
-        try:
-            lease = await asyncio.shield(asyncio.wrap_future(leasing))
-        except asyncio.CancelledError:
-            leasing.add_done_callback(_release)
-            raise
-        return await self._score_on_worker(lease, prompt, request)
-
-    async def _score_on_worker(
-        self, lease: Any, prompt: tuple[int, ...], request: Sample
-    ) -> dict[str, Any]:
-        scores = self._worker.submit(prompt_scorer(self._worker, lease, prompt, request))
+        lease = None
+        if adapter_name is not None:
+            # take the lease before the model lock: see the order of locks (__init__.py)
+            leasing = asyncio.wrap_future(self._bank.acquire({adapter_name: 1.0}))
+            lease = await await_or_undo(leasing, lambda lease: lease.release())
+        score = partial(score_prompt, self._worker.trainer, lease, prompt, request)
+        scores = self._worker.submit(score)
         if lease is not None:
             scores.add_done_callback(lambda _: lease.release())
         return await asyncio.shield(asyncio.wrap_future(scores))
-
-
-def _release(leasing: Future[Any]) -> None:
-    if leasing.exception() is None:
-        leasing.result().release()
 
 
 def check_prompt(request: Sample, prompt_length: int) -> None:
@@ -294,29 +282,30 @@ def check_prompt(request: Sample, prompt_length: int) -> None:
             "record_stability_info", "none: there is no stable_reinforce here", "leave it out"
         )
     if last_n is not None and not (request.prompt_logprobs and last_n < prompt_length):
-        problem = f"prompt_logprobs_last_n {last_n} for a prompt of {prompt_length} tokens"
-        raise DataError(problem, f"1 to {prompt_length - 1}, with prompt_logprobs", "change it")
+        raise DataError(
+            f"prompt_logprobs_last_n {last_n} for a prompt of {prompt_length} tokens",
+            f"1 to {prompt_length - 1}, with prompt_logprobs",
+            "change it",
+        )
     if targets is None:
         return
     rows, width = targets.shape
     crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
-    is_valid = rows == prompt_length - 1 and 0 < width <= 256
     if crow is None or col is None:
-        is_valid = is_valid and crow is col is None and len(targets.data) == rows * width
+        is_valid = crow is col is None and len(targets.data) == rows * width
     else:
-        is_valid = is_valid and len(crow) == rows + 1 and len(col) == len(targets.data)
         is_valid = (
-            is_valid
+            len(crow) == rows + 1
+            and len(col) == len(targets.data)
             and crow[0] == 0
             and crow[-1] == len(col)
             and sorted(crow) == crow
             and all(0 <= index < width for index in col)
         )
-    if not is_valid:
-        problem = f"target_prompt_logprobs {targets.shape} for a prompt of {prompt_length} tokens"
+    if not (is_valid and rows == prompt_length - 1 and 0 < width <= MAX_TARGETS):
         raise DataError(
-            problem,
-            f"[{prompt_length - 1}, at most 256], dense or in CSR",
+            f"target_prompt_logprobs {targets.shape} for a prompt of {prompt_length} tokens",
+            f"[{prompt_length - 1}, at most {MAX_TARGETS}], dense or in CSR",
             "send a row for each token but the first",
         )
 
@@ -340,27 +329,23 @@ def _sampling(request: Sample, index: int, max_tokens: int) -> Sampling:
     )
 
 
-def prompt_scorer(
-    worker: Worker, lease: Any, prompt: tuple[int, ...], request: Sample
-) -> Callable[[], dict[str, Any]]:
-    """The function that the training thread calls to score a prompt. ``lease``: the bank's lease on
-    the adapter, or None for the base."""
-
-    def score() -> dict[str, Any]:
-        ids = torch.tensor([prompt], device=worker.trainer.device)
-        with worker.trainer.sampling([lease]) as model:
-            output = model(input_ids=ids, use_cache=False)
-            logits = output.logits[0, :-1]  # [n - 1, vocabulary], of the tokens 1 to n - 1
-            wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return _prompt_scores(wide_logits, ids[0, 1:], request)
-
-    return score
+def score_prompt(
+    trainer: Trainer, lease: Any, prompt: tuple[int, ...], request: Sample
+) -> dict[str, Any]:
+    """The requested scores of a prompt. Called in the training thread. ``lease``: the bank's lease
+    on the adapter, or None for the base."""
+    ids = torch.tensor([prompt], device=trainer.device)
+    with trainer.sampling([lease]) as model:
+        output = model(input_ids=ids, use_cache=False)
+        logits = output.logits[0, :-1]  # [n - 1, vocabulary], of the tokens 1 to n - 1
+        wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _prompt_scores(wide_logits, ids[0, 1:], request)
 
 
 def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[str, Any]:
     """The requested scores of a prompt of n tokens. ``logits`` [n - 1, vocabulary] predict its
     tokens 1 to n - 1, ``next_ids`` [n - 1]. Each score has n rows. Row 0 is empty, because no
-    token precedes token 0."""
+    token precedes token 0, and so are the rows that ``prompt_logprobs_last_n`` leaves out."""
     scores: dict[str, Any] = {}
     log_sums = logits.logsumexp(-1, keepdim=True)  # [n - 1, 1]
     prompt_length = len(next_ids) + 1
@@ -368,16 +353,14 @@ def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[st
     if request.prompt_logprobs:
         logprobs = np.full(prompt_length, np.nan, np.float32)
         next_logprobs = (logits.gather(-1, next_ids[:, None]) - log_sums)[:, 0]
-        logprobs[1:] = next_logprobs.float().cpu().numpy()
-        logprobs[:first_row] = np.nan
+        logprobs[first_row:] = next_logprobs.float().cpu().numpy()[first_row - 1 :]
         scores["prompt_logprobs"] = logprobs
     if k := min(request.topk_prompt_logprobs, logits.shape[-1]):
         top = (logits - log_sums).topk(k)
         top_ids = np.full((prompt_length, k), NO_TOKEN, np.int32)
         top_logprobs = np.full((prompt_length, k), NO_LOGPROB, np.float32)
-        top_ids[1:] = top.indices.cpu().numpy()
-        top_logprobs[1:] = top.values.float().cpu().numpy()
-        top_ids[:first_row], top_logprobs[:first_row] = NO_TOKEN, NO_LOGPROB
+        top_ids[first_row:] = top.indices.cpu().numpy()[first_row - 1 :]
+        top_logprobs[first_row:] = top.values.float().cpu().numpy()[first_row - 1 :]
         scores["topk_prompt_logprobs"] = top_ids, top_logprobs
     if request.target_prompt_logprobs is not None:
         scores |= _target_scores(logits, log_sums, request.target_prompt_logprobs)
@@ -403,18 +386,14 @@ def _target_scores(logits: Tensor, log_sums: Tensor, targets: TargetTokens) -> d
             "a token of target_prompt_logprobs", f"ids below {logits.shape[-1]}, or -1", "change it"
         )
     crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
-    if crow is None or col is None:
-        row_indices = torch.arange(rows, device=logits.device).repeat_interleave(width)
-    else:
-        row_indices = torch.arange(rows, device=logits.device).repeat_interleave(
-            torch.tensor(crow, device=logits.device).diff()
-        )
+    targets_per_row = width if crow is None else torch.tensor(crow, device=logits.device).diff()
+    row_indices = torch.arange(rows, device=logits.device).repeat_interleave(targets_per_row)
     logprobs = (
         torch.where(ids < 0, 0.0, logits[row_indices, ids.clamp(0)] - log_sums[row_indices, 0])
         .float()
         .cpu()
         .numpy()
     )
-    if crow is None or col is None:
+    if crow is None:
         return {"target_prompt_logprobs": logprobs.reshape(rows, width)}
     return {"target_prompt_logprobs": logprobs, "csr": (crow, col, targets.shape)}

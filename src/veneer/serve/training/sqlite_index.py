@@ -51,10 +51,10 @@ class Index:
                     self._writer.execute("ROLLBACK")
                 raise
 
-    def execute(self, statement: str, *parameters: Any) -> int:
-        """Run a statement as a transaction; return the number of rows that it changed."""
+    def execute(self, statement: str, *parameters: Any) -> None:
+        """Run a statement as a transaction."""
         with self.transaction() as writer:
-            return writer.execute(statement, parameters).rowcount
+            writer.execute(statement, parameters)
 
     def rows(self, query: str, *parameters: Any) -> list[sqlite3.Row]:
         if self._is_closed:

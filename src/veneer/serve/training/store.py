@@ -121,14 +121,12 @@ class Store:
         self._index = Index(self.folder / INDEX)
         try:
             self._index.create_tables(_TABLES)
-            columns = [row["name"] for row in self._index.rows("PRAGMA table_info(checkpoints)")]
-            if "request" not in columns:  # an index of an earlier release
-                self._index.execute("ALTER TABLE checkpoints ADD COLUMN request INTEGER")
         except sqlite3.DatabaseError as error:
             self.close()
-            problem = f"{folder}, whose {INDEX} cannot be read ({error})"
             raise ConfigError(
-                problem, "an index of a training service", "restore it, or give another folder"
+                f"{folder}, whose {INDEX} cannot be read ({error})",
+                "an index of a training service",
+                "restore it, or give another folder",
             ) from error
 
     def close(self) -> None:
@@ -143,18 +141,17 @@ class Store:
         with self._index.transaction() as writer:
             facts = {row["name"]: row["value"] for row in writer.execute("SELECT * FROM facts")}
             if facts and facts.get("format") != versions["format"]:
-                veneer_version = f"veneer {facts.get('veneer', 'of an unknown version')}"
-                problem = f"{self.folder}, of format {facts.get('format')!r}, as"
-                problem += f" {veneer_version} writes it"
                 raise ConfigError(
-                    problem,
+                    f"{self.folder}, of format {facts.get('format')!r}, as veneer"
+                    f" {facts.get('veneer', 'of an unknown version')} writes it",
                     f"format {FORMAT}",
                     "serve it with that version, or give another folder",
                 )
             if facts and facts.get("mark") != fingerprint:
-                problem = f"{self.folder}, whose runs are of {facts.get('base')}"
                 raise ConfigError(
-                    problem, f"runs of this base, {name}", "serve that base, or give another folder"
+                    f"{self.folder}, whose runs are of {facts.get('base')}",
+                    f"runs of this base, {name}",
+                    "serve that base, or give another folder",
                 )
             changes = [
                 f"{key} {facts[key]} (now {versions[key]})"
@@ -174,15 +171,14 @@ class Store:
     # sessions
 
     def new_session(self, owner: str, metadata: Mapping[str, Any] | None, title: str | None) -> str:
-        session, created = secrets.token_hex(16), time.time()
+        session = secrets.token_hex(16)
         self._index.execute(
-            "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, NULL)",
+            "INSERT INTO sessions VALUES (?1, ?2, ?3, ?4, ?5, ?5, NULL)",
             session,
             owner,
             _to_json(metadata),
             title,
-            created,
-            created,
+            time.time(),
         )
         return session
 
@@ -204,20 +200,27 @@ class Store:
 
     def new_run(
         self, id: str, session: str, owner: str, config: Mapping[str, Any], seed: int, metadata: Any
-    ) -> sqlite3.Row:
-        created = time.time()
-        columns = "(id, session, owner, config, seed, metadata, created, used, state)"
-        json_fields = _to_json(config), seed, _to_json(metadata)
-        values = (id, session, owner, *json_fields, created, created, -1)
+    ) -> None:
         self._index.execute(
-            f"INSERT INTO runs {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values
+            "INSERT INTO runs (id, session, owner, config, seed, metadata, created, used, state)"
+            " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7, -1)",
+            id,
+            session,
+            owner,
+            _to_json(config),
+            seed,
+            _to_json(metadata),
+            time.time(),
         )
-        row = self.run(id)
-        assert row is not None
-        return row
 
     def run(self, id: str) -> sqlite3.Row | None:
         return self._index.row("SELECT * FROM runs WHERE id = ?", id)
+
+    def existing_run(self, id: str) -> sqlite3.Row:
+        """The row of a run that is known to exist: runs are never deleted."""
+        row = self.run(id)
+        assert row is not None
+        return row
 
     def runs(self, owner: str | None, session: str | None = None) -> list[sqlite3.Row]:
         condition = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR session = ?2)"
@@ -254,9 +257,9 @@ class Store:
     def add_request(self, run: str, seq: int, kind: str, body: bytes) -> bool:
         """Add a request; return whether it is new."""
         with self._index.transaction() as writer:
-            columns = "(run, seq, kind, body) VALUES (?, ?, ?, ?)"
             inserted_count = writer.execute(
-                f"INSERT OR IGNORE INTO requests {columns}", (run, seq, kind, body)
+                "INSERT OR IGNORE INTO requests (run, seq, kind, body) VALUES (?, ?, ?, ?)",
+                (run, seq, kind, body),
             ).rowcount
             writer.execute("UPDATE runs SET used = ? WHERE id = ?", (time.time(), run))
             return bool(inserted_count)
@@ -268,9 +271,8 @@ class Store:
         """Store the answer to a request. ``status``: ``SUCCEEDED``, ``FAILED`` or
         ``FAILED_STEP_INPUT``; ``binary``: the answer is protobuf, not JSON."""
         with self._index.transaction() as writer:
-            values = "done = ?, binary = ?, answer = ?"
             writer.execute(
-                f"UPDATE requests SET {values} WHERE run = ? AND seq = ?",
+                "UPDATE requests SET done = ?, binary = ?, answer = ? WHERE run = ? AND seq = ?",
                 (status, int(binary), answer, run, seq),
             )
             writer.execute("DELETE FROM begun WHERE run = ? AND seq = ?", (run, seq))
@@ -296,11 +298,12 @@ class Store:
 
     def count_attempt(self, run: str, seq: int) -> int:
         """Count an attempt to compute a request; return the number of attempts so far."""
-        query = "INSERT INTO begun VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET times = times + 1"
         with self._index.transaction() as writer:
-            writer.execute(query, (run, seq))
-            row = writer.execute("SELECT times FROM begun WHERE run = ? AND seq = ?", (run, seq))
-            return row.fetchone()["times"]
+            return writer.execute(
+                "INSERT INTO begun VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET times = times + 1"
+                " RETURNING times",
+                (run, seq),
+            ).fetchone()["times"]
 
     def uncount_attempt(self, run: str, seq: int) -> None:
         """Take back the count of an attempt during which the process did not die."""
@@ -315,10 +318,13 @@ class Store:
 
     def next_seq(self, run: str) -> int:
         """The number of a run's next request: 1 + the number of its last answered request."""
-        row = self._index.row("SELECT MAX(seq) AS last FROM requests WHERE run = ? AND done", run)
-        state = self._index.row("SELECT state FROM runs WHERE id = ?", run)
-        last = -1 if row is None or row["last"] is None else row["last"]
-        return max(last, -1 if state is None else state["state"]) + 1
+        (row,) = self._index.rows(
+            "SELECT 1 + MAX("
+            "COALESCE((SELECT MAX(seq) FROM requests WHERE run = ?1 AND done), -1),"
+            " COALESCE((SELECT state FROM runs WHERE id = ?1), -1)) AS next",
+            run,
+        )
+        return row["next"]
 
     def waiting_runs(self) -> list[str]:
         return [
@@ -353,10 +359,10 @@ class Store:
         created = time.time()
         size = folder_bytes(self.files_of(checkpoint))
         expires = None if lifetime_seconds is None else created + lifetime_seconds
-        columns = (
-            "(run, kind, name, owner, created, bytes, metadata, expires, hidden, config, request)"
-        )
-        values = (
+        self._index.execute(
+            "INSERT OR REPLACE INTO checkpoints"
+            " (run, kind, name, owner, created, bytes, metadata, expires, hidden, config, request)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *checkpoint,
             owner,
             created,
@@ -366,11 +372,6 @@ class Store:
             int(hidden),
             config,
             request,
-        )
-        self._index.execute(
-            f"INSERT OR REPLACE INTO checkpoints {columns}"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *values,
         )
 
     def checkpoint(self, checkpoint: Checkpoint) -> sqlite3.Row | None:
@@ -417,9 +418,7 @@ class Store:
         return 0 if row is None else row["size"] or 0
 
     def folder_of(self, run: str) -> Path:
-        row = self.run(run)
-        assert row is not None
-        return self.folder / "runs" / str(row["number"])
+        return self.folder / "runs" / str(self.existing_run(run)["number"])
 
     def files_of(self, checkpoint: Checkpoint) -> Path:
         return self.folder_of(checkpoint.run) / checkpoint.kind / checkpoint.name
@@ -480,9 +479,9 @@ class Store:
     def add_sampler_client(self, sampler: str) -> int:
         """Count one more client of a sampling session; return the client's number."""
         with self._index.transaction() as writer:
-            writer.execute("UPDATE samplers SET clients = clients + 1 WHERE id = ?", (sampler,))
             return writer.execute(
-                "SELECT clients FROM samplers WHERE id = ?", (sampler,)
+                "UPDATE samplers SET clients = clients + 1 WHERE id = ? RETURNING clients",
+                (sampler,),
             ).fetchone()["clients"]
 
 

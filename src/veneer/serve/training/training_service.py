@@ -19,19 +19,17 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, SelectionError, VeneerError, sentence
+from veneer.errors import SelectionError, VeneerError, sentence
 from veneer.fileio.hashing import digest
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
-from veneer.serve.training.checkpoint_source import CheckpointSource
 from veneer.serve.training.curve import Curve, read_curve
-from veneer.serve.training.operations import Operations, has_tied_head
-from veneer.serve.training.quotas import quota_problem
+from veneer.serve.training.operations import Operations, adapter_folder
+from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.run_trainer import FairLock, Trainer
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Checkpoint, Store
@@ -53,45 +51,40 @@ FILE_URL_SECONDS = 3600.0
 CACHED_CURVES = 512
 
 
-@dataclass(eq=False)
 class Training:
-    """A training service. ``start`` starts its threads; ``close`` ends them."""
+    """The training service of a running ``service``. ``start`` starts its threads; ``close`` ends
+    them. ``tokenizer``: the folder or hub id from which clients load the tokenizer;
+    ``max_resident``: the largest number of runs in memory."""
 
-    base: str  # the name of the base for clients
-    tokenizer: str | None  # the folder or hub id from which clients load the tokenizer
-    model: Any
-    bank: Any
-    engine: Any
-    model_lock: FairLock
-    store: Store
-    timeout: float = 600.0
-    max_resident: int = 50
-    worker: Worker = field(init=False)
-    operations: Operations = field(init=False)
-    samples: Samples = field(init=False)
-    checkpoints: CheckpointSource = field(init=False)
-    #: a thread that writes to the index, because the event loop must not wait for the disk
-    index_thread: ThreadPoolExecutor = field(init=False)
-    #: cached curves of runs that are not active: (run id, number of the last request in the saved
-    #: state, number of the next request) -> curve
-    cached_curve: Callable[[str, int, int], Curve] = field(init=False)
-
-    def __post_init__(self) -> None:
-        embedding = self.model.get_input_embeddings().weight
-        self.store.require_base(self.base, digest(embedding.detach()))
-        trainer = Trainer(self.model, self.bank, self.model_lock)
+    def __init__(
+        self,
+        service: Any,
+        model: Any,
+        model_lock: FairLock,
+        store: Store,
+        *,
+        tokenizer: str | None,
+        max_resident: int,
+    ) -> None:
+        self.base, self.bank, self.engine = service.base, service.bank, service.engine
+        self.model, self.tokenizer, self.store = model, tokenizer, store
+        self.max_resident = max_resident
+        embedding = model.get_input_embeddings().weight
+        store.require_base(self.base, digest(embedding.detach()))
         self.worker = Worker(
-            trainer,
-            self.store,
+            Trainer(model, self.bank, model_lock),
+            store,
             context_length=self.engine.length,
             vocabulary_size=embedding.shape[0],
-            max_resident=self.max_resident,
+            max_resident=max_resident,
         )
-        self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
-        self.checkpoints = CheckpointSource(self.store)
-        self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
+        self.operations = Operations(self.worker, self.bank, self.base)
+        self.samples = Samples(self.engine, self.bank, self.worker, service.timeout)
+        #: a thread that writes to the index, because the event loop must not wait for the disk
         self.index_thread = ThreadPoolExecutor(1, "veneer-journal")
-        self.cached_curve = lru_cache(CACHED_CURVES)(
+        #: cached curves of runs that are not active: (run id, number of the last request in the
+        #: saved state, number of the next request) -> curve
+        self.cached_curve: Callable[[str, int, int], Curve] = lru_cache(CACHED_CURVES)(
             lambda run, state_seq, next_seq: read_curve(self.store, run, state_seq)
         )
         self._heartbeats: dict[str, float] = {}  # by session: time of the last heartbeat
@@ -107,10 +100,6 @@ class Training:
         self._session_thread = threading.Thread(
             target=self._check_sessions, name="veneer-sessions", daemon=True
         )
-
-    @property
-    def has_tied_head(self) -> bool:
-        return has_tied_head(self.model)
 
     def start(self) -> None:
         self.worker.start()
@@ -141,10 +130,9 @@ class Training:
         try:
             return await writing
         except (sqlite3.Error, OSError) as error:
-            problem = f"a folder that cannot be written ({error})"
             raise Refusal(
                 503,
-                problem,
+                f"a folder that cannot be written ({error})",
                 "one that can",
                 "try again, or tell whoever runs the server",
                 code="disk",
@@ -156,7 +144,7 @@ class Training:
 
     def register_checkpoint(self, path: str) -> str:
         """Register a checkpoint with the bank unless this is done; return its name in the bank."""
-        folder = self.checkpoints.resolve(path).path
+        folder = self.folder_of(path)
         if path not in self.bank:
             self.bank.register(path, folder)
         self.record_use(path)
@@ -182,9 +170,8 @@ class Training:
                     self.bank.remove(unused)
 
     def folder_of(self, name: str) -> Path:
-        """The adapter folder of a name tinker://…, which names a checkpoint or a run's current
-        weights."""
-        return self.checkpoints.resolve(name).path
+        """The adapter folder of a name tinker://…, as ``adapter_folder`` finds it."""
+        return adapter_folder(self.store, name)
 
     async def reserve_tokens(self, key: Key, max_tokens: int) -> Callable[[int], None]:
         """Count the largest number of tokens that a call for samples can use. The returned function
@@ -209,9 +196,7 @@ class Training:
         return charge
 
     def _reserve(self, key: Key, max_tokens: int) -> None:
-        problem = quota_problem(self.store, key.owner, "tokens", key.tokens, max_tokens)
-        if problem is not None:
-            raise Refusal(403, problem, code="quota")
+        check_quota(self.store, key, "tokens", max_tokens)
         self.store.reserve_tokens(key.owner, max_tokens)
 
     def new_file_token(self, folder: Path) -> str:
@@ -234,7 +219,9 @@ class Training:
         return files_by_name.get(name)
 
     def evict_session(self, session: str) -> None:
-        """Move the runs of a session to the disk, because its client has left."""
+        """Cancel the samples of a session and move its runs to the disk, because its client has
+        left. Any thread may call this."""
+        self.samples.cancel_session(session)
         runs = {row["id"] for row in self.store.runs(None, session)}
 
         def evict_idle_runs() -> None:
@@ -272,7 +259,6 @@ class Training:
             for session in silent_sessions:
                 del self._heartbeats[session]
         for session in silent_sessions:
-            self.samples.cancel_session_soon(session)
             self.evict_session(session)
         self.worker.submit(self._delete_old_checkpoints).add_done_callback(
             partial(_log_failure, "old checkpoints are still there")
@@ -314,8 +300,11 @@ class Training:
                 first_waiting - 1,
             )
             for number in range(first_missing, first_waiting):
-                problem = f"no request {number} for {MISSING_SECONDS:g} s, though later ones came"
-                error = sentence(problem, "each number once", "send it again, with the next number")
+                error = sentence(
+                    f"no request {number} for {MISSING_SECONDS:g} s, though later ones came",
+                    "each number once",
+                    "send it again, with the next number",
+                )
                 self.worker.queue.accept(
                     run_id, number, MISSING, json.dumps({"error": error}).encode()
                 )
@@ -355,40 +344,3 @@ def training_of(service: Any) -> Training:
         for extension in service.extensions
         if isinstance(getattr(extension, "training", None), Training)
     )
-
-
-def open_training(
-    folder: str | Path,
-    service: Any,
-    model: Any,
-    model_lock: FairLock,
-    *,
-    tokenizer: str | None,
-    max_resident: int = 50,
-) -> Training:
-    """Create and start the training service of a running ``service``. ``folder`` holds its runs.
-    ``ConfigError``: the model is an encoder, or the folder cannot be used."""
-    if service.engine is None:
-        raise ConfigError(
-            "an encoder to train",
-            "a causal language model",
-            "serve another base, or leave out --train",
-        )
-    store = Store(folder)
-    try:
-        training = Training(
-            service.base,
-            tokenizer,
-            model,
-            service.bank,
-            service.engine,
-            model_lock,
-            store,
-            service.timeout,
-            max_resident,
-        )
-    except BaseException:
-        store.close()
-        raise
-    training.start()
-    return training

@@ -9,6 +9,7 @@ provenance) are ignored, or refused by name.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
@@ -117,15 +118,8 @@ def _message_classes() -> dict[str, Any]:
                 new_field.type_name = f".veneer.training.{type_name}"
             else:
                 new_field.type = getattr(field_proto, f"TYPE_{type_name.upper()}")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    descriptors = {
-        name: pool.FindMessageTypeByName(f"veneer.training.{name}") for name in _MESSAGES
-    }
-    return {
-        name: message_factory.GetMessageClass(descriptor)
-        for name, descriptor in descriptors.items()
-    }
+    classes = message_factory.GetMessages([file])
+    return {name: classes[f"veneer.training.{name}"] for name in _MESSAGES}
 
 
 MESSAGES = _message_classes()
@@ -148,11 +142,8 @@ def failure(error: BaseException, is_bug: bool = False) -> Answer:
 
 class PassRequest(NamedTuple):
     """A request for a forward pass of a run, followed by a backward pass if ``backward`` is true.
-    ``seq``: its number among the run's requests; ``loss``: the name of the loss; ``settings``: of
-    the loss."""
+    ``loss``: the name of the loss; ``settings``: of the loss."""
 
-    run: str
-    seq: int
     data: list[Datum]
     loss: str
     settings: dict[str, Any]
@@ -160,7 +151,8 @@ class PassRequest(NamedTuple):
 
 
 class PassHeader(NamedTuple):
-    """The fields of a ``PassRequest`` except its data. ``tokens``: the number of input tokens."""
+    """What a request for a pass says beside its data. ``seq``: its number among the run's requests;
+    ``tokens``: the number of input tokens."""
 
     run: str
     seq: int
@@ -176,10 +168,6 @@ def read_header(body: bytes) -> PassHeader:
     return PassHeader(message.model_id, message.seq_id, not message.forward_only, tokens)
 
 
-def has_backward(body: bytes) -> bool:
-    return not _parse_request(body).forward_only
-
-
 def read_pass(body: bytes) -> PassRequest:
     """Read a pass with its data. ``DataError``: a field is invalid; the message names the field."""
     message = _parse_request(body)
@@ -189,18 +177,17 @@ def read_pass(body: bytes) -> PassRequest:
     if not message.data:
         raise DataError("no data", "at least one datum", "send some")
     data = [_read_datum(entry, index) for index, entry in enumerate(message.data)]
-    return PassRequest(
-        message.model_id, message.seq_id, data, message.loss_fn, settings, not message.forward_only
-    )
+    return PassRequest(data, message.loss_fn, settings, not message.forward_only)
 
 
 def _parse_request(body: bytes) -> Any:
     try:
         return MESSAGES["ForwardBackwardRequest"].FromString(body)
     except DecodeError as error:
-        problem = f"a body that is no ForwardBackwardRequest ({error})"
         raise DataError(
-            problem, "one of the tinker SDK, in protobuf", "use tinker 0.38 or near it"
+            f"a body that is no ForwardBackwardRequest ({error})",
+            "one of the tinker SDK, in protobuf",
+            "use tinker 0.38 or near it",
         ) from error
 
 
@@ -208,8 +195,11 @@ def _read_datum(message: Any, index: int) -> Datum:
     label, chunk_tokens = f"datum {index}", []
     for chunk in message.model_input:
         if not chunk.HasField("encoded_text"):
-            problem = f"an input of {label} that is an image, a sound or unknown"
-            raise DataError(problem, "text", "leave it out: this server trains on tokens")
+            raise DataError(
+                f"an input of {label} that is an image, a sound or unknown",
+                "text",
+                "leave it out: this server trains on tokens",
+            )
         token_bytes = chunk.encoded_text.tokens
         if len(token_bytes) % 4:
             raise DataError(
@@ -235,8 +225,9 @@ def _read_datum(message: Any, index: int) -> Datum:
 
 def _read_numbers(raw: bytes, dtype: int, label: str) -> np.ndarray:
     if dtype not in _NUMPY_DTYPES:
-        problem = f"element type {dtype} in {label}"
-        raise DataError(problem, "float32 or int64", "convert the tensor")
+        raise DataError(
+            f"element type {dtype} in {label}", "float32 or int64", "convert the tensor"
+        )
     if len(raw) % _NUMPY_DTYPES[dtype].itemsize:
         raise DataError(
             f"{len(raw)} bytes in {label}",
@@ -249,19 +240,17 @@ def _read_numbers(raw: bytes, dtype: int, label: str) -> np.ndarray:
 def _read_tensor(message: Any, label: str, rows: int) -> Tensor:
     """Read a dense or sparse tensor of ``rows`` rows as a dense tensor. ``label``: its name in
     error messages."""
-    values, shape = (
-        _read_numbers(
-            message.sparse_csr.values if message.HasField("sparse_csr") else message.dense,
-            message.dtype,
-            label,
-        ),
-        list(message.shape),
-    )
-    if not message.HasField("sparse_csr"):
+    is_sparse, shape = message.HasField("sparse_csr"), list(message.shape)
+    raw = message.sparse_csr.values if is_sparse else message.dense
+    values = _read_numbers(raw, message.dtype, label)
+    if not is_sparse:
         shape = shape or [len(values)]
         if len(shape) > 2 or min(shape, default=0) < 0 or math.prod(shape) != len(values):
-            problem = f"{len(values)} numbers of shape {shape[:4]} in {label}"
-            raise DataError(problem, f"[{rows}] or [{rows}, k]", "check the client")
+            raise DataError(
+                f"{len(values)} numbers of shape {shape[:4]} in {label}",
+                f"[{rows}] or [{rows}, k]",
+                "check the client",
+            )
         return torch.from_numpy(values.copy()).view(shape)
     crow = _read_numbers(message.sparse_csr.crow_indices, _INT64, label)
     col = _read_numbers(message.sparse_csr.col_indices, _INT64, label)
@@ -270,14 +259,18 @@ def _read_tensor(message: Any, label: str, rows: int) -> Tensor:
         and shape[0] == rows
         and 0 < shape[1] <= MAX_TARGETS
         and len(crow) == rows + 1
+        and len(col) == len(values)
+        and crow[0] == 0
+        and crow[-1] == len(col)
+        and (crow[1:] >= crow[:-1]).all()  # not subtracted: a difference may overflow
+        and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))
     )
-    is_valid = is_valid and len(col) == len(values) and crow[0] == 0 and crow[-1] == len(col)
-    is_valid = (
-        is_valid and crow.max() == len(col) and (crow[1:] >= crow[:-1]).all()
-    )  # compared, not subtracted: a difference may overflow
-    if not (is_valid and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))):
-        expected = f"{rows} rows of at most {MAX_TARGETS}, in CSR"
-        raise DataError(f"a sparse tensor {shape} in {label}", expected, "check the client")
+    if not is_valid:
+        raise DataError(
+            f"a sparse tensor {shape} in {label}",
+            f"{rows} rows of at most {MAX_TARGETS}, in CSR",
+            "check the client",
+        )
     dense = np.zeros(shape, values.dtype)
     dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
     return torch.from_numpy(dense)
@@ -289,19 +282,15 @@ def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> byt
     output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="TorchLossReturn")
     for name, value in metrics.items():
         output.metrics.add(key=name, value=value)
-    start = 0
-    while start < len(logprobs):  # one record for neighbouring data with equal trailing shapes
-        end = start
-        while end < len(logprobs) and logprobs[end].shape[1:] == logprobs[start].shape[1:]:
-            end += 1
-        rows = [row.contiguous().numpy().astype("<f4") for row in logprobs[start:end]]
+    # one record for neighbouring data with equal trailing shapes
+    for trailing_shape, group in itertools.groupby(logprobs, key=lambda row: row.shape[1:]):
+        rows = [row.contiguous().numpy().astype("<f4") for row in group]
         record = output.loss_fn_outputs.add(num_datums=len(rows))
         field = record.fields.add(key="logprobs").value
         field.data = b"".join(row.tobytes() for row in rows)
         field.offsets = np.cumsum([0, *[row.nbytes for row in rows]]).astype("<i8").tobytes()
         field.dtype = _FLOAT32
-        field.trailing_shape.extend(logprobs[start].shape[1:])
-        start = end
+        field.trailing_shape.extend(trailing_shape)
     return output.SerializeToString()
 
 

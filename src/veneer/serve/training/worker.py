@@ -33,14 +33,7 @@ from veneer.serve.training.losses import check_datum, complete_settings
 from veneer.serve.training.run_memory import PASS, REPLAYED_KINDS, Operation, RunMemory, log_failure
 from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
 from veneer.serve.training.store import FAILED, FAILED_STEP_INPUT, SUCCEEDED, Store
-from veneer.serve.training.wire import (
-    Answer,
-    failure,
-    has_backward,
-    pass_output,
-    read_header,
-    read_pass,
-)
+from veneer.serve.training.wire import Answer, failure, pass_output, read_header, read_pass
 
 log = logging.getLogger("veneer.serve.training")
 
@@ -59,20 +52,13 @@ REFUSED, REFUSED_PASS, MISSING = "refused", "refused_pass", "missing"
 KINDS_WITHOUT_ROOM = ("unload", REFUSED, REFUSED_PASS, MISSING)
 #: kinds of requests for which the run need not be loaded first
 KINDS_WITHOUT_RUN = ("load", "create", *KINDS_WITHOUT_ROOM)
-#: for how many runs to remember which request preceded their last publication
-MAX_PUBLISHED = 512
 
 
 def _affects_step(request: RunRequest) -> bool:
     """Whether the next step is not what the client intended if this request fails."""
     return request.kind in (REFUSED_PASS, MISSING) or (
-        request.kind == PASS and has_backward(request.body)
+        request.kind == PASS and read_header(request.body).backward
     )
-
-
-def _waiting_order(active_run: ActiveRun) -> float:
-    """Sort key: runs that wait for room in memory come first, by how long they have waited."""
-    return active_run.waiting_since or math.inf
 
 
 class Worker:
@@ -89,7 +75,7 @@ class Worker:
         *,
         context_length: int,
         vocabulary_size: int,
-        max_resident: int = 50,
+        max_resident: int,
     ) -> None:
         self.trainer, self.store = trainer, store
         self.context_length, self.vocabulary_size = context_length, vocabulary_size
@@ -107,7 +93,6 @@ class Worker:
         #: (function, future of its result, id of the run that must have room in memory or None)
         self._tasks: deque[tuple[Callable[[], Any], Future[Any], str | None]] = deque()
         self._shares = Shares()  # tokens that were computed for each key
-        self._last_pass_times: dict[str, float] = {}  # by run id: when the run's last pass ended
         self._batch_seconds = 0.0  # duration of the last batch
         self._closing = False
         #: runs whose first waiting request may have killed the previous server
@@ -242,9 +227,7 @@ class Worker:
                 body=json.dumps({"error": message}).encode(),
             )
         if request.kind != PASS:
-            self._answer_request(
-                active_run, request, lambda: self._run_operation(active_run, request)
-            )
+            self._answer_request(active_run, request)
             return
         self._begin_pass(active_run)
         while active_run.current_pass is not None and not self._closing:
@@ -267,13 +250,12 @@ class Worker:
             active_run.failure = None
         return answer
 
-    def _answer_request(
-        self, active_run: ActiveRun, request: RunRequest, compute: Callable[[], Answer]
-    ) -> None:
-        """Compute the answer to a request, write it, and go on to the run's next request."""
+    def _answer_request(self, active_run: ActiveRun, request: RunRequest) -> None:
+        """Compute the answer to a request that is no pass, write it, and go on to the run's next
+        request."""
         status = SUCCEEDED
         try:
-            answer = compute()
+            answer = self._run_operation(active_run, request)
         except DivergenceError as error:
             self.memory.mark_failed(active_run, str(error))
             answer, status = failure(error), FAILED
@@ -321,18 +303,18 @@ class Worker:
                 and request.kind != PASS
                 and self._has_room(active_run, request.kind)
             ):
-                self._answer_request(
-                    active_run, request, lambda: self._run_operation(active_run, request)
-                )
+                self._answer_request(active_run, request)
 
-        by_waiting = sorted(self.queue.ready_runs(), key=_waiting_order)
-        residents_first = sorted(by_waiting, key=lambda active_run: active_run not in self.memory)
-        self._call_for_each(residents_first, run_if_ready)
+        ordered_runs = sorted(
+            self.queue.ready_runs(), key=lambda run: (run not in self.memory, run.waiting_since)
+        )
+        self._call_for_each(ordered_runs, run_if_ready)
 
     def _begin_passes(self) -> None:
         """Begin the passes that are next in their runs. Runs that have waited longest for room in
         memory come first."""
-        self._call_for_each(sorted(self.queue.ready_runs(), key=_waiting_order), self._begin_pass)
+        ordered_runs = sorted(self.queue.ready_runs(), key=lambda run: run.waiting_since)
+        self._call_for_each(ordered_runs, self._begin_pass)
 
     def _begin_pass(self, active_run: ActiveRun) -> None:
         request = active_run.next_request
@@ -371,12 +353,11 @@ class Worker:
     def _wait_for_recent_runs(self) -> None:
         """Wait a little for passes of the runs that were in the last batch. Otherwise a run whose
         requests come slightly later would be computed alone each time."""
-        with self._wake:
-            passes = [
-                active_run.current_pass
-                for active_run in self.queue.ready_runs()
-                if active_run.current_pass
-            ]
+        passes = [
+            active_run.current_pass
+            for active_run in self.queue.ready_runs()
+            if active_run.current_pass
+        ]
         if not passes or any(
             len(training_pass.remaining) < len(training_pass.data) for training_pass in passes
         ):
@@ -385,12 +366,13 @@ class Worker:
         deadline = time.monotonic() + wait_seconds
         while (remaining_seconds := deadline - time.monotonic()) > 0:
             with self._wake:
-                ready_ids = {active_run.run_id for active_run in self.queue.ready_runs()}
                 cutoff = time.monotonic() - 2 * self._batch_seconds - MAX_WAIT_SECONDS
-                recent_ids = {
-                    run_id for run_id, ended in self._last_pass_times.items() if ended > cutoff
+                recent_runs = {
+                    active_run
+                    for active_run in self.active_runs.values()
+                    if active_run.last_pass_ended > cutoff
                 }
-                if self._closing or recent_ids <= ready_ids:
+                if self._closing or recent_runs.issubset(self.queue.ready_runs()):
                     break
                 self._wake.wait(remaining_seconds)
             self._run_operations()
@@ -413,29 +395,17 @@ class Worker:
     def _compute_batch(self, passes: list[Pass]) -> None:
         """Compute one batch, and charge its time and tokens to the runs and owners in it."""
         started = time.monotonic()
-        remaining_before = {training_pass.run: training_pass.remaining for training_pass in passes}
-        tokens = self.trainer.compute(passes)
+        tokens_by_adapter = self.trainer.compute(passes)
         ended = time.monotonic()
         self._batch_seconds = ended - started
-        computed_passes = [
-            training_pass
-            for training_pass in passes
-            if len(training_pass.remaining) != len(remaining_before[training_pass.run])
-            or training_pass.error
-        ]
-        runs_by_adapter = self.queue.runs_by_adapter
-        run_ids = tuple(
-            runs_by_adapter[training_pass.run].run_id for training_pass in computed_passes
-        )
-        self.batch = Batch(run_ids, ended)
-        for training_pass in computed_passes:
-            active_run = runs_by_adapter[training_pass.run]
-            rows = set(remaining_before[training_pass.run]) - set(training_pass.remaining)
-            row_tokens = sum(len(training_pass.data[row].tokens) for row in rows)
+        active_runs = [self.queue.runs_by_adapter[name] for name in tokens_by_adapter]
+        self.batch = Batch(tuple(active_run.run_id for active_run in active_runs), ended)
+        token_count = sum(tokens_by_adapter.values())
+        for active_run in active_runs:
             active_run.last_used = ended
-            active_run.rate.add(started, ended, row_tokens)
-            active_run.unsaved_seconds += self._batch_seconds / len(computed_passes)
-            self._shares.charge(training_pass.owner, tokens / len(computed_passes))
+            active_run.rate.add(started, ended, tokens_by_adapter[active_run.adapter_name])
+            active_run.unsaved_seconds += self._batch_seconds / len(active_runs)
+            self._shares.charge(active_run.owner, token_count / len(active_runs))
         self._end_passes()
 
     def _end_passes(self) -> None:
@@ -458,9 +428,7 @@ class Worker:
             is_bug = not isinstance(error, VeneerError | MemoryError)
             answer, status = failure(error, is_bug), FAILED
         self._shares.leave(active_run.owner)
-        self._last_pass_times[active_run.run_id] = time.monotonic()
-        if len(self._last_pass_times) > 256:
-            self._last_pass_times = dict(list(self._last_pass_times.items())[-128:])
+        active_run.last_pass_ended = time.monotonic()
         active_run.current_pass = None
         self._store_answer(active_run, seq, answer, status)
         if status == SUCCEEDED and training_pass.backward:
@@ -480,9 +448,9 @@ class Worker:
             active_run.failure is None or request_kind == "load"
         )
         if needs_room and not self.memory.has_room(active_run):
-            active_run.waiting_since = active_run.waiting_since or time.monotonic()
+            active_run.waiting_since = min(active_run.waiting_since, time.monotonic())
             return False
-        active_run.waiting_since = None
+        active_run.waiting_since = math.inf
         return True
 
 
