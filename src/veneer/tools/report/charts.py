@@ -63,7 +63,7 @@ def lines_file(series: Mapping[str, Points], *, x: str, y: str, **options: Any) 
     elements = _line_elements(series, x=x, y=y, **options)
     if not elements:
         raise ValueError(
-            f"Found: no point above 0 in {', '.join(series)}. Expected: one. Do: leave log_y out."
+            f"Found: no point in {', '.join(series)}. Expected: one. Do: leave the chart out."
         )
     legend = [*series] if len(series) > 1 else []
     for number, name in enumerate(legend):
@@ -88,7 +88,6 @@ def _line_elements(
     *,
     x: str,
     y: str,
-    log_y: bool = False,
     top: float | None = None,
     mark: float | None = None,
     bottom: float | None = 0.0,
@@ -100,35 +99,28 @@ def _line_elements(
     Args:
         series: points (x, y) of each line, by its name in the legend.
         x, y: labels of the axes.
-        log_y: use a logarithmic y axis; points with y = 0 are dropped.
         bottom, top: limits of the y axis; None: the extremes of the values. Values below
             ``bottom`` extend the axis.
         mark: the x value of a dashed vertical line; None draws none.
         faint: the points of lines in the background, which have no legend.
         dots: draw points instead of lines.
     """
-    series = {
-        name: [point for point in points if not log_y or point[1] > 0]
-        for name, points in series.items()
-    }
     points = [point for line_points in (*series.values(), *faint) for point in line_points]
     if not points:
         return []
     x_limits = min(point[0] for point in points), max(point[0] for point in points)
     y_min, y_max = min(point[1] for point in points), max(point[1] for point in points)
-    y_min = y_min if log_y or bottom is None else min(bottom, y_min)
-    y_max = y_max if log_y or top is None else top
+    y_min = y_min if bottom is None else min(bottom, y_min)
+    y_max = y_max if top is None else top
     if y_min == y_max and bottom is None:  # centre a single value
         y_min, y_max = y_min - (abs(y_min) / 20 or 1), y_max + (abs(y_max) / 20 or 1)
-    y_scale = _scale(math.log10(y_min), math.log10(y_max)) if log_y else _scale(y_min, y_max)
+    x_scale, y_scale = _scale(*x_limits), _scale(y_min, y_max)
 
     def svg_point(point: tuple[float, float]) -> str:
-        y_value = math.log10(point[1]) if log_y else point[1]
         x = LEFT_MARGIN + x_scale(point[0]) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
-        return f"{x:.1f},{_y_position(y_scale(y_value)):.1f}"
+        return f"{x:.1f},{_y_position(y_scale(point[1])):.1f}"
 
-    x_scale = _scale(*x_limits)
-    elements = [_draw_axes(y_scale, log_y, x_limits, x_scale, x, y)]
+    elements = [_draw_axes(y_scale, x_limits, x_scale, x, y)]
     if mark is not None and x_limits[0] <= mark <= x_limits[1]:
         mark_x = LEFT_MARGIN + x_scale(mark) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
         elements.append(
@@ -155,7 +147,6 @@ def _circles(css_class: str, svg_points: Iterable[str]) -> list[str]:
 
 def _draw_axes(
     y_scale: Callable[[float], float],
-    log_y: bool,
     x_limits: tuple[float, float],
     x_scale: Callable[[float], float],
     x: str,
@@ -170,15 +161,13 @@ def _draw_axes(
         or len({f"{_value_at(y_scale, share):.{count}g}" for share in axis_shares}) == 5
     )
     for share in axis_shares:
-        y_value = _value_at(y_scale, share)
-        label = f"{10**y_value:.1g}" if log_y else f"{y_value:.{digit_count}g}"
         elements.append(
             f'<line class="axis" x1="{LEFT_MARGIN}" x2="{WIDTH - RIGHT_MARGIN}"'
             f' y1="{_y_position(share):.1f}" y2="{_y_position(share):.1f}"/>'
         )
         elements.append(
             f'<text x="{LEFT_MARGIN - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">'
-            f"{label}</text>"
+            f"{_value_at(y_scale, share):.{digit_count}g}</text>"
         )
     # axes of integers, such as ranks and indices of singular values, get integer ticks
     is_integer_axis = all(float(value).is_integer() for value in x_limits) and x_limits[0] >= 1
