@@ -43,14 +43,9 @@ class Load:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        count_fields = ("prompt", "answer", "adapters", "rows", "devices")
-        invalid = [name for name in count_fields if getattr(self, name) < 1] + ["requests"] * (
-            self.requests <= 0
-        )
-        if invalid:
-            problem = ", ".join(f"{name}={getattr(self, name)!r}" for name in invalid)
+        if self.requests <= 0:
             raise ConfigError(
-                problem, "counts of at least 1, and more than 0 requests a second", "correct it"
+                f"requests={self.requests!r}", "more than 0 requests a second", "correct it"
             )
 
 

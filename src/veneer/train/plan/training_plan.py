@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from veneer.errors import ConfigError, nearest, sentence
+from veneer.errors import ConfigError, sentence
 from veneer.train.plan.count import Cost, Step, Work, count_step
 from veneer.train.plan.hardware import SLACK, Hardware
 from veneer.train.plan.memory import memory_breakdown, packed_linears, shard_base, weight_bytes
@@ -53,19 +53,6 @@ class Run:
     checkpointing: bool = False
     offload: bool = False
     quantize: str | None = None
-
-    def __post_init__(self) -> None:
-        invalid = [name for name in ("batch", "length", "accumulate") if getattr(self, name) < 1]
-        if invalid or not 0 < self.labelled <= 1:
-            problem = (
-                ", ".join(f"{name}={getattr(self, name)!r}" for name in invalid)
-                or f"labelled={self.labelled!r}"
-            )
-            raise ConfigError(problem, "counts of at least 1, and a share in (0, 1]", "correct it")
-        if self.quantize not in (None, "nf4", "fp4", "int8"):
-            raise ConfigError(
-                f"quantize={self.quantize!r}", "nf4, fp4 or int8", "choose one, or leave it out"
-            )
 
 
 @dataclass(frozen=True)
@@ -131,11 +118,11 @@ class Planner:
         """Plan one run.
 
         Raises:
-            ConfigError: the strategy is unknown or impossible. Impossible are rows that cannot be
-                divided, packed weights that would be sharded, and tp for a model without a plan in
-                transformers or on a number of devices that does not divide the heads.
+            ConfigError: the strategy is impossible: rows that cannot be divided, packed weights
+                that would be sharded, or tp for a model without a plan in transformers or on a
+                number of devices that does not divide the heads.
         """
-        _check_strategy(run, strategy, devices)
+        _check_packed_weights(run, strategy, devices)
         tokens = run.batch * run.length * run.accumulate
         if strategy != "tp":
             batch, passes = split_step(run.batch, run.accumulate, devices)
@@ -232,12 +219,8 @@ class Planner:
         return work
 
 
-def _check_strategy(run: Run, strategy: str, devices: int) -> None:
-    """Raise ``ConfigError`` for an unknown strategy, or one that does not support packed
-    weights."""
-    if strategy not in STRATEGIES or devices < 1:
-        problem = f"{devices} devices, strategy {strategy!r}{nearest(strategy, STRATEGIES)}"
-        raise ConfigError(problem, f"at least 1, and {', '.join(STRATEGIES)}", "choose one")
+def _check_packed_weights(run: Run, strategy: str, devices: int) -> None:
+    """Raise ``ConfigError`` if the strategy would shard packed weights."""
     if run.quantize is not None and devices > 1 and strategy != "ddp":
         problem = (
             f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread"
