@@ -86,39 +86,49 @@ class Sweep(BaseModel):
         for component in (self.sampler, self.pruner):
             if isinstance(component, dict) and not isinstance(component.get("name"), str):
                 raise ValueError(f"{component}; expected a name, and options of Optuna's")
-        if self.sampler == "grid" and (ranges or self.candidates):
-            conflict = (
-                f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
-            )
-            raise ValueError(
-                f"sampler grid and {conflict}; expected lists of values alone, all of which are"
-                " tried"
-            )
-        if self.sampler_name != "grid" and self.candidates is None:
-            raise ValueError(
-                "no `candidates:`; expected how many to draw, since not every combination is tried"
-            )
-        if self.sampler_name == "random" and not ranges and (self.candidates or 0) > combinations:
-            problem = (
+        by_training = self.judged_by == "training"
+        grid_conflict = (
+            f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
+        )
+        problems: list[tuple[Any, str]] = [
+            (
+                self.sampler == "grid" and (ranges or self.candidates),
+                f"sampler grid and {grid_conflict}; expected lists of values alone, all of which"
+                " are tried",
+            ),
+            (
+                self.sampler_name != "grid" and self.candidates is None,
+                "no `candidates:`; expected how many to draw, since not every combination is tried",
+            ),
+            (
+                self.sampler_name == "random"
+                and not ranges
+                and (self.candidates or 0) > combinations,
                 f"candidates: {self.candidates}, and {combinations} combinations of the axes'"
-                " values"
-            )
-            raise ValueError(f"{problem}; expected no more, since each is tried once")
-        if self.pruner is not None and self.rungs is not None:
-            raise ValueError("pruner and rungs; expected one of them")
-        if self.judged_by == "training" and (self.pruner is not None or self.rungs == []):
-            raise ValueError(
+                " values; expected no more, since each is tried once",
+            ),
+            (
+                self.pruner is not None and self.rungs is not None,
+                "pruner and rungs; expected one of them",
+            ),
+            (
+                by_training and (self.pruner is not None or self.rungs == []),
                 "judged_by training and no rungs, where alone it counts; expected rungs, or"
-                " held_out"
-            )
-        if self.judged_by == "training" and "dropout" in self.axes:
-            problem = (
+                " held_out",
+            ),
+            (
+                by_training and "dropout" in self.axes,
                 "judged_by training and axis 'dropout', which raises the loss in training of those"
-                " that have more"
-            )
-            raise ValueError(f"{problem}; expected judged_by held_out")
-        if any(rung <= 0 for rung in self.rungs or ()):
-            raise ValueError(f"rungs {self.rungs}; expected steps, or shares of a run")
+                " that have more; expected judged_by held_out",
+            ),
+            (
+                any(rung <= 0 for rung in self.rungs or ()),
+                f"rungs {self.rungs}; expected steps, or shares of a run",
+            ),
+        ]
+        for applies, problem in problems:
+            if applies:
+                raise ValueError(problem)
         return self
 
     @property
