@@ -52,10 +52,6 @@ class CohortMember:
     adapter: TrainedAdapter
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return self.adapter.parameters
-
-    @property
     def order_seed(self) -> int:
         """The seed of the order of the candidate's rows."""
         config = self.task.config
@@ -199,14 +195,10 @@ class Cohort:
             for i in range(0, len(passes), config.grad_accum):
                 yield passes[i : i + config.grad_accum]
 
-    @property
-    def steps_an_epoch(self) -> int:
-        return steps_an_epoch(self._first_task.config, len(self.prepared.train))
-
     def step(self) -> dict[str, float]:
         """Train one step. Returns each candidate's loss. Candidates whose loss or gradient is not
         finite are dropped and listed in `failed`."""
-        if self._step % self.steps_an_epoch == 0:
+        if self._step % steps_an_epoch(self._first_task.config, len(self.prepared.train)) == 0:
             self.draw_loader_seed()
         passes_by_seed = {
             order_seed: self._collate(next(rows)) for order_seed, rows in self._step_rows.items()

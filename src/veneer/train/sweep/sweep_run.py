@@ -59,7 +59,6 @@ from veneer.train.sweep.sweep_record import (
     State,
     format_changes,
     remove_checkpoints,
-    write_checkpoint,
 )
 from veneer.train.sweep.sweep_settings import Sweep, check_sweep_support
 from veneer.train.sweep.table import print_overview
@@ -390,7 +389,9 @@ class _SweepRun:
             )
             state.write(folder / STATE)
 
-        write_checkpoint(self.output, state.cohort * self.steps + state.step, fill)
+        total_steps = state.cohort * self.steps + state.step
+        checkpoint.write(self.output, total_steps, fill, Processes())
+        remove_checkpoints(self.output, except_for=checkpoint.path_of(self.output, total_steps))
 
     def _finish_cohort(self, cohort: Cohort) -> None:
         """Mark the remaining candidates of a cohort as finished. If one of them is the best so far,
@@ -410,10 +411,9 @@ class _SweepRun:
     def _single_run_config(self, candidate: Candidate) -> TrainConfig:
         return single_run_config(self.tasks[candidate.name].config, self.output, self.eval_steps)
 
-    def facts(self) -> dict[str, Any]:
-        """The contents of `sweep.json`."""
+    def _build_result(self, interrupted: bool) -> SweepResult:
         config, state_facts = self.config, self.state.facts()
-        facts = {
+        facts: dict[str, Any] = {
             "base": config.base,
             "data": config.data,
             "task": config.task,
@@ -427,18 +427,17 @@ class _SweepRun:
             "command": None,
             "config": None,
         }
-        if state_facts["best"] is not None:
+        best_folder = None
+        if self.state.best is not None:
             best_folder = self.output / BEST
-            facts["folder"] = str(best_folder)
-            facts["command"] = ["veneer", "train", str(best_folder / TRAIN)]
-            winner_config = self._single_run_config(self.state[state_facts["best"]])
-            facts["config"] = changed_settings(winner_config)
-        return {**facts, **self.winner_facts, **state_facts}
-
-    def _build_result(self, interrupted: bool) -> SweepResult:
-        facts = self.facts()
-        best = facts["folder"] and Path(facts["folder"])
-        return SweepResult(self.output, best, interrupted, facts)
+            winner_config = self._single_run_config(self.state[self.state.best])
+            facts |= {
+                "folder": str(best_folder),
+                "command": ["veneer", "train", str(best_folder / TRAIN)],
+                "config": changed_settings(winner_config),
+            }
+        facts |= {**self.winner_facts, **state_facts}
+        return SweepResult(self.output, best_folder, interrupted, facts)
 
     def _finish_sweep(self) -> SweepResult:
         if self.state.best is None:
