@@ -1,5 +1,12 @@
-"""``train_many`` and ``Runs``: adapters by name, with batches and losses in the caller's form, on
-the step engine (``veneer/engine``).
+"""Train several adapters at once on one base: rows of one batch belong to different runs.
+
+    runs = veneer.train_many(model, {"a": LoraConfig(rank=8), "b": LoraConfig(variant="dora")})
+    losses = runs.backward({"a": (x, y), "b": (u, v)}, loss)    # the base is computed once for all
+
+The caller passes a model, configs, and batches of each run, and gets the gradients of each run's
+parameters, as a separate loop would compute them. The caller also provides each run's optimiser,
+schedule, clipping, accumulation and order of the data. The step engine (``veneer/engine``) computes
+the passes.
 
 A causal language model has a separate forward here, which computes −log p of the labels without all
 logits, so that runs share its output head too.
@@ -32,6 +39,9 @@ class LabelLoss(NamedTuple):
     the order of the rows. ``function`` maps these values to a scalar."""
 
     function: Callable[[Tensor], Tensor]
+
+    def __call__(self, losses: Tensor, target: Any) -> Tensor:
+        return self.function(losses)
 
 
 def train_many(
@@ -186,7 +196,7 @@ class Runs(Mapping[str, Handle]):
             name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches
         }
         for name, function in losses.items():
-            if not (callable(function) or isinstance(function, LabelLoss)):
+            if not callable(function):
                 problem = f"no loss for adapter {name!r}"
                 raise ConfigError(
                     problem,
@@ -195,18 +205,16 @@ class Runs(Mapping[str, Handle]):
                 )
         mean_loss_names = {name for name, function in losses.items() if function is causal_loss}
         forward = partial(_causal_forward, mean_loss_names)
-        requests = {}
-        for name, batch in batches.items():
-            adapter_batch, weight = self.engine.read_batch(name, batch), weights.get(name, 1.0)
-            function = losses[name]
-            if isinstance(function, LabelLoss):
-                label_loss = partial(_apply_label_loss, function)
-                requests[name] = PassRequest(adapter_batch, label_loss, forward, weight)
-            elif function is causal_loss:
-                requests[name] = PassRequest(adapter_batch, _mean, forward, weight)
-            else:
-                requests[name] = PassRequest(adapter_batch, function, None, weight)
-        return requests
+        label_loss_names = {name for name in losses if isinstance(losses[name], LabelLoss)}
+        return {
+            name: PassRequest(
+                self.engine.read_batch(name, batch),
+                loss=_mean if name in mean_loss_names else losses[name],
+                forward=forward if name in mean_loss_names | label_loss_names else None,
+                weight=weights.get(name, 1.0),
+            )
+            for name, batch in batches.items()
+        }
 
     def label_losses(
         self, batches: Mapping[str, Any], *, accuracy: bool = False
@@ -275,10 +283,6 @@ def _keyword_inputs(name: str, batch: AdapterBatch) -> dict[str, Any]:
             problem, "keyword arguments of the model, with labels", "pass input_ids and labels"
         )
     return batch.kwargs
-
-
-def _apply_label_loss(loss: LabelLoss, losses: Tensor, target: Any) -> Tensor:
-    return loss.function(losses)
 
 
 def _mean(losses: Tensor, target: Any) -> Tensor:
