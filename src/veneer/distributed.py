@@ -95,8 +95,6 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def is_spread(modules: Iterable[nn.Module]) -> bool:
     """Whether weights of these modules are sharded over processes. True also while FSDP2 has
     gathered the weights."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
     modules = list(modules)
     return any(
         is_sharded(parameter) for module in modules for parameter in module._parameters.values()

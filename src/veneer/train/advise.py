@@ -51,6 +51,29 @@ class Advice(NamedTuple):
     source: str
 
 
+#: the settings that depend neither on the data nor on the base
+FIXED_ADVICE = (
+    Advice(
+        "alpha",
+        32.0,
+        "alpha / r: the best rate is then nearly the same for every rank",
+        f"{LORA_PAPER}; {LORA_WITHOUT_REGRET}",
+    ),
+    Advice(
+        "targets",
+        "all-linear",
+        "attention alone learns less, at as many numbers too",
+        f"{LORA_WITHOUT_REGRET}; {QLORA_PAPER}",
+    ),
+    Advice(
+        "batch_size",
+        8,
+        "adapters lose more by a large batch than full training does",
+        LORA_WITHOUT_REGRET,
+    ),
+)
+
+
 @with_trust_of_config
 def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     """Return (advice for the data and base of `config`, the prepared data). Reads no weights.
@@ -69,7 +92,7 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     advice = [
         _advise_rank(trained_tokens, rank_parameters),
         _advise_rate(width, model_type, prepared.steps),
-        *_fixed_advice(),
+        *FIXED_ADVICE,
     ]
     return advice, prepared
 
@@ -106,30 +129,6 @@ def _advise_rate(width: int, model_type: str, steps: int) -> Advice:
             source = f"{source}; {LORA_WITHOUT_REGRET}"
         reason += f"; half as much again for a run of {steps} steps, since B begins at 0"
     return Advice("learning_rate", float(f"{rate:.2g}"), reason, source)
-
-
-def _fixed_advice() -> list[Advice]:
-    """The settings that depend neither on the data nor on the base."""
-    return [
-        Advice(
-            "alpha",
-            32.0,
-            "alpha / r: the best rate is then nearly the same for every rank",
-            f"{LORA_PAPER}; {LORA_WITHOUT_REGRET}",
-        ),
-        Advice(
-            "targets",
-            "all-linear",
-            "attention alone learns less, at as many numbers too",
-            f"{LORA_WITHOUT_REGRET}; {QLORA_PAPER}",
-        ),
-        Advice(
-            "batch_size",
-            8,
-            "adapters lose more by a large batch than full training does",
-            LORA_WITHOUT_REGRET,
-        ),
-    ]
 
 
 def _read_base_sizes(config: TrainConfig) -> tuple[int, int, str]:
