@@ -58,18 +58,13 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class Processes:
     """The processes of one run. `ranks`: None for a run in one process. `same_rows`: whether each
     process computes all rows with a shard of the base (tensor parallelism), instead of computing
-    its share of the rows with the full base."""
+    its share of the rows with the full base. `is_first`: whether this process writes and prints."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks, self.same_rows, self.parent_pid = ranks, False, os.getppid()
-
-    @property
-    def count(self) -> int:
-        return 1 if self.ranks is None else len(self.ranks.members)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.ranks is None else self.ranks.rank
+        self.count = 1 if ranks is None else len(ranks.members)
+        self.rank = 0 if ranks is None else ranks.rank
+        self.is_first = ranks is None or ranks.writes
 
     @property
     def share_count(self) -> int:
@@ -80,11 +75,6 @@ class Processes:
     def share_index(self) -> int:
         """The index of this process's share."""
         return 0 if self.same_rows else self.rank
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes and prints."""
-        return self.ranks is None or self.ranks.writes
 
     def must_have_parent(self) -> None:
         """Raise `TrainingError` if the launcher of this process is gone. Else a new launcher could
