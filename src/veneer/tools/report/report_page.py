@@ -253,7 +253,7 @@ def _similarity_section(facts: Facts) -> str:
 
 
 def _forgetting_section(facts: Facts) -> str:
-    layers = [layer for layer in facts["layers"] if layer["intruders"] is not None]
+    layers = facts["layers"]
     vector_count = sum(len(layer["cosines"]) for layer in layers)
     intruders, control = (sum(layer["intruders"][index] for layer in layers) for index in (0, 1))
     series = {
@@ -277,14 +277,13 @@ def _forgetting_section(facts: Facts) -> str:
         f" singular values, {control}. The base's leading directions outlive a change that is small"
         " beside them."
     )
-    explanation += (
-        ""
-        if intruders > control
-        else " It has no more intruders than chance makes: they do not tell what was forgotten."
-    )
-    caption, intruder_facts = "Intruders by block and kind", {"layers": layers}
+    if intruders <= control:
+        explanation += (
+            " It has no more intruders than chance makes: they do not tell what was forgotten."
+        )
+    caption = "Intruders by block and kind"
     intruder_map = (
-        _layer_heat_map(intruder_facts, lambda layer: layer["intruders"][0], caption, "{:.3g}")
+        _layer_heat_map(facts, lambda layer: layer["intruders"][0], caption, "{:.3g}")
         if intruders
         else ""
     )
