@@ -166,17 +166,19 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
     if len(member_ranks) < 2 or (alone and not meshes):
         return None
     if alone:
-        problem = "alone=True of a model whose weights are spread over processes"
         raise AdapterError(
-            problem, "a call on every rank", "call save on every rank, without alone"
+            "alone=True of a model whose weights are spread over processes",
+            "a call on every rank",
+            "call save on every rank, without alone",
         )
     store = dist.distributed_c10d._get_default_store()
     if store is None and meshes:
-        problem = (
+        raise AdapterError(
             f"a process group of {dist.get_backend()} without a store, and weights that are spread"
-            " over it"
+            " over it",
+            "gloo or nccl",
+            "initialise torch.distributed with one of them",
         )
-        raise AdapterError(problem, "gloo or nccl", "initialise torch.distributed with one of them")
     if store is None:  # MPI has no store
         return None
     return _arrive(store, member_ranks, path, sharded=bool(meshes))
@@ -320,9 +322,10 @@ class Ranks:
         self._raise_reported_error()
         if missing_keys:
             missing_ranks = listing(str(rank_of_key[key]) for key in missing_keys)
-            problem = f"no answer from rank {missing_ranks} within {self.patience:g} s"
             raise AdapterError(
-                problem, "one from every rank", "see what that rank printed; it may be gone"
+                f"no answer from rank {missing_ranks} within {self.patience:g} s",
+                "one from every rank",
+                "see what that rank printed; it may be gone",
             )
         ranks_by_summary: dict[str, list[int]] = {}
         for key, rank in rank_of_key.items():
@@ -382,12 +385,11 @@ class Ranks:
         while arrived_count < len(self.members):
             self._raise_reported_error()
             if time.monotonic() > deadline:
-                problem = (
-                    f"{arrived_count} of {len(self.members)} ranks at the gathering of a weight"
-                    f" after {self.patience:g} s"
-                )
                 raise AdapterError(
-                    problem, "all of them", "see what the others printed; one may be gone"
+                    f"{arrived_count} of {len(self.members)} ranks at the gathering of a weight"
+                    f" after {self.patience:g} s",
+                    "all of them",
+                    "see what the others printed; one may be gone",
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.1)

@@ -79,9 +79,10 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     """Return (advice for the data and base of `config`, the prepared data). Reads no weights.
     Raises the errors that `fit` raises for the data or the base."""
     if config.task != "sft":
-        problem = f"task {config.task}, of whose rows nobody knows how much they teach"
         raise ConfigError(
-            problem, "task sft", "start from the defaults, and try a few rates with `veneer sweep`"
+            f"task {config.task}, of whose rows nobody knows how much they teach",
+            "task sft",
+            "start from the defaults, and try a few rates with `veneer sweep`",
         )
     task = TASKS["sft"](config)
     task.read_data()

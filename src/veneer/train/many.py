@@ -66,9 +66,8 @@ def train_many(
         TargetError: the problems of all configs. The model is unchanged.
     """
     if unwrap(model) is not model:
-        problem = f"a {type(model).__name__} around a {type(unwrap(model)).__name__}"
         raise ConfigError(
-            problem,
+            f"a {type(model).__name__} around a {type(unwrap(model)).__name__}",
             "the model itself: what wraps it sees one call of all runs",
             "pass the model inside",
         )
@@ -190,16 +189,18 @@ class Runs(Mapping[str, Handle]):
         weights = weights or {}
         unknown = [name for name in (*batches, *weights) if name not in self]
         if unknown:
-            problem = f"a batch or weight for {unknown[0]!r}"
-            raise DataError(problem, f"one of {', '.join(self) or 'no run'}", "add the run first")
+            raise DataError(
+                f"a batch or weight for {unknown[0]!r}",
+                f"one of {', '.join(self) or 'no run'}",
+                "add the run first",
+            )
         losses: dict[str, Any] = {
             name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches
         }
         for name, function in losses.items():
             if not callable(function):
-                problem = f"no loss for adapter {name!r}"
                 raise ConfigError(
-                    problem,
+                    f"no loss for adapter {name!r}",
                     "(output, target) -> scalar for each batch",
                     "pass one for all, or one by name",
                 )
@@ -278,9 +279,10 @@ def _keyword_inputs(name: str, batch: AdapterBatch) -> dict[str, Any]:
     """The keyword arguments of a language model's batch. Raises ``DataError`` for positional
     arguments or missing labels."""
     if batch.args or not isinstance(batch.target, Tensor) or len(batch.target) != batch.row_count:
-        problem = f"a batch of {name!r} without labels [{batch.row_count}, tokens]"
         raise DataError(
-            problem, "keyword arguments of the model, with labels", "pass input_ids and labels"
+            f"a batch of {name!r} without labels [{batch.row_count}, tokens]",
+            "keyword arguments of the model, with labels",
+            "pass input_ids and labels",
         )
     return batch.kwargs
 

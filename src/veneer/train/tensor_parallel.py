@@ -152,13 +152,11 @@ def cut_layers(model: Any, process_count: int, rank: int) -> list[CutLayer]:
     if not problems and not any(layer.weights for layer in layers):
         problems.append("no plan of transformers that cuts matrices")
     if problems:
-        problem = (
-            f"parallel tp over {process_count} processes of {type(model).__name__}, with"
-            f" {listing(problems)}"
-        )
-        remedy = "set parallel to fsdp or ddp"
         raise ConfigError(
-            problem, "a model that transformers' plan cuts evenly, and adapters A, B", remedy
+            f"parallel tp over {process_count} processes of {type(model).__name__}, with"
+            f" {listing(problems)}",
+            "a model that transformers' plan cuts evenly, and adapters A, B",
+            "set parallel to fsdp or ddp",
         )
     return layers
 

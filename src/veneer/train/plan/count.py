@@ -265,11 +265,10 @@ def _count_distinct_blocks(
                     )
                 )
     except Exception as error:  # the model's own code may fail on tensors without data
-        problem = (
-            f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})"
-        )
         raise ConfigError(
-            problem, "a model whose shapes do not depend on its data", "plan a like one"
+            f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})",
+            "a model whose shapes do not depend on its data",
+            "plan a like one",
         ) from error
     finally:
         _set_block_list(model, path, block_list)
@@ -369,8 +368,11 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         return max(
             module_lists, key=lambda entry: sum(weight.numel() for weight in entry[1].parameters())
         )
-    problem = f"{type(model).__name__}, which has no list of blocks"
-    raise ConfigError(problem, "a transformer of transformers, whose blocks repeat", "plan one")
+    raise ConfigError(
+        f"{type(model).__name__}, which has no list of blocks",
+        "a transformer of transformers, whose blocks repeat",
+        "plan one",
+    )
 
 
 def _set_block_list(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:

@@ -202,8 +202,8 @@ def _format_lower_bound(bytes_by_use: Mapping[str, int], error: ConfigError) -> 
 
 
 class ConcurrentRun(NamedTuple):
-    """One of several runs that train at once (``train/many.py``). Runs with equal ``rows_key`` train
-    on the same rows in each step, and share forwards."""
+    """One of several runs that train at once (``train/many.py``). Runs with equal ``rows_key``
+    train on the same rows in each step, and share forwards."""
 
     config: Any
     parameters: Sequence[nn.Parameter]

@@ -198,15 +198,17 @@ class Planner:
             ):
                 sharded_bytes += parameter.nbytes
         if not sharded_bytes:
-            problem = (
-                f"strategy tp for {type(self.model).__name__}, for which transformers has no plan"
+            raise ConfigError(
+                f"strategy tp for {type(self.model).__name__}, for which transformers has no plan",
+                "ddp or fsdp",
+                "choose one of them",
             )
-            raise ConfigError(problem, "ddp or fsdp", "choose one of them")
         heads = getattr(self.model.config.get_text_config(), "num_key_value_heads", None)
         if heads is not None and heads % devices:
-            problem = f"strategy tp on {devices} devices, and {heads} heads of keys and values"
             raise ConfigError(
-                problem, "a number of devices that divides them", "take fewer devices"
+                f"strategy tp on {devices} devices, and {heads} heads of keys and values",
+                "a number of devices that divides them",
+                "take fewer devices",
             )
         return sharded_bytes
 
@@ -222,10 +224,11 @@ class Planner:
 def _check_packed_weights(run: Run, strategy: str, devices: int) -> None:
     """Raise ``ConfigError`` if the strategy would shard packed weights."""
     if run.quantize is not None and devices > 1 and strategy != "ddp":
-        problem = (
-            f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread"
+        raise ConfigError(
+            f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread",
+            "ddp",
+            "choose it, or leave out quantize",
         )
-        raise ConfigError(problem, "ddp", "choose it, or leave out quantize")
 
 
 def plan_all(

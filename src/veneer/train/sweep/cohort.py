@@ -324,6 +324,9 @@ def _create_optimizer(
     if not (
         isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
     ) or options.keys() & {"params", "model"}:
-        problem = f"optimiser {arguments.optim}, which looks at the whole model"
-        raise ConfigError(problem, "one that takes parameters", "choose for example adamw")
+        raise ConfigError(
+            f"optimiser {arguments.optim}, which looks at the whole model",
+            "one that takes parameters",
+            "choose for example adamw",
+        )
     return optimizer_class(groups, **options)

@@ -157,12 +157,12 @@ class _SweepRun:
         epoch_steps = steps_an_epoch(self.config, len(self.prepared.train))
         last_rung = max(self.search.rungs, default=0)
         if self.settings.judged_by == "training" and last_rung > epoch_steps:
-            problem = (
+            raise ConfigError(
                 f"judged_by training, a rung at step {last_rung} and an epoch of {epoch_steps},"
-                " after which rows come again"
+                " after which rows come again",
+                "rungs within the first epoch",
+                "name earlier ones, or set judged_by: held_out",
             )
-            remedy = "name earlier ones, or set judged_by: held_out"
-            raise ConfigError(problem, "rungs within the first epoch", remedy)
 
     # ---- candidates
 
@@ -244,11 +244,12 @@ class _SweepRun:
         set_seed(self.config.seed)
         self.model = self.task.load().model
         if "seed" in self.settings.axes and Names(self.model).fresh_parameters():
-            problem = (
+            raise ConfigError(
                 "axis 'seed', and a head that no checkpoint of the base held, whose start hangs on"
-                " the seed"
+                " the seed",
+                "one base for all candidates",
+                "take the axis data_seed",
             )
-            raise ConfigError(problem, "one base for all candidates", "take the axis data_seed")
         resume_from, folder_exists = self.resume_from, False
         if resume_from is not None:
             self._replay()
@@ -446,9 +447,10 @@ class _SweepRun:
                 for candidate in self.state.candidates
                 if candidate.note
             )
-            remedy = "lower the learning rates, or train in fp32 (--precision fp32)"
             raise TrainingError(
-                f"no candidate that ran to its end ({notes})", "one at least", remedy
+                f"no candidate that ran to its end ({notes})",
+                "one at least",
+                "lower the learning rates, or train in fp32 (--precision fp32)",
             )
         best = self.state[self.state.best]
         self.model = None  # frees memory: the repetition loads the base again

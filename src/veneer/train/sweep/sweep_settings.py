@@ -147,9 +147,11 @@ class Sweep(BaseModel):
         """The steps after which the weaker candidates end. Raises `ConfigError` for a rung beyond
         the end of the run."""
         if late_rungs := [rung for rung in self.rungs or () if rung >= max(steps, 1)]:
-            problem = f"rung {late_rungs[0]:g} in a run of {steps} steps"
-            remedy = "name an earlier step, or a share such as 0.3"
-            raise ConfigError(problem, f"less than {steps}", remedy)
+            raise ConfigError(
+                f"rung {late_rungs[0]:g} in a run of {steps} steps",
+                f"less than {steps}",
+                "name an earlier step, or a share such as 0.3",
+            )
         rungs = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
         steps_of_rungs = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in rungs}
         return sorted(step for step in steps_of_rungs if step < steps)
@@ -167,12 +169,13 @@ def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
     }
     section = fields.pop("sweep", None)
     if not isinstance(section, dict):
-        problem = (
+        raise ConfigError(
             f"{path}"
             f" {'without a section' if section is None else f'with a {type(section).__name__} as'}"
-            " `sweep:`"
+            " `sweep:`",
+            "what to try, as in `sweep: {axes: {rank: [4, 16]}}`",
+            "add it",
         )
-        raise ConfigError(problem, "what to try, as in `sweep: {axes: {rank: [4, 16]}}`", "add it")
     return make_config(fields, str(path)), make_sweep(section, str(path))
 
 
@@ -214,5 +217,8 @@ def check_sweep_support(config: TrainConfig) -> None:
                 f"{name} in a sweep", "candidates that share each pass of the base", "leave it out"
             )
     if config.eval_data is None and not config.eval_fraction:
-        problem, expected = "nothing to evaluate on", "rows by which candidates are compared"
-        raise ConfigError(problem, expected, "give eval_data, or eval_fraction: 0.05")
+        raise ConfigError(
+            "nothing to evaluate on",
+            "rows by which candidates are compared",
+            "give eval_data, or eval_fraction: 0.05",
+        )
