@@ -190,12 +190,13 @@ def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool
     this_rank = dist.get_rank()
 
     def warn(problem: str) -> None:
-        expected = "a call on every rank, which compares them"
-        do = (
+        message = sentence(
+            problem,
+            "a call on every rank, which compares them",
             "call save on every rank at about the same time, or on one with alone=True, which does"
-            " not wait"
+            " not wait",
         )
-        warnings.warn(sentence(problem, expected, do), SavedAlone, stacklevel=5)
+        warnings.warn(message, SavedAlone, stacklevel=5)
 
     meeting_key, arrival_keys, earlier_paths = _next_meeting(store, member_ranks, path)
     if earlier_paths and not sharded:
@@ -335,12 +336,11 @@ class Ranks:
                 f"{summary_of_rank[:12]} on rank {listing(map(str, ranks))}"
                 for summary_of_rank, ranks in ranks_by_summary.items()
             )
-            do = (
-                "look for what differs by rank: a seed, gradients that are not averaged, a base"
-                " that was loaded anew"
-            )
             error = AdapterError(
-                f"{subject} that differs by rank ({differences})", "one on all ranks", do
+                f"{subject} that differs by rank ({differences})",
+                "one on all ranks",
+                "look for what differs by rank: a seed, gradients that are not averaged, a base"
+                " that was loaded anew",
             )
             error.reported_elsewhere = not self.writes
             raise error

@@ -236,11 +236,9 @@ def share_config(config: TrainConfig, processes: int, *, compares_rows: bool) ->
     batch_size, passes = split_step(config.batch_size, config.grad_accum, processes)
     if compares_rows and batch_size != config.batch_size:
         step = _describe_step(config.batch_size, config.grad_accum, processes)
-        problem = (
-            f"{step}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
-        )
         raise ConfigError(
-            f"{problem} compares",
+            f"{step}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
+            " compares",
             f"{config.batch_size} in a forward pass",
             _division_advice(processes),
         )
@@ -300,11 +298,10 @@ def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, i
 
 
 def _describe_step(batch_size: int, grad_accum: int, processes: int) -> str:
-    examples = (
+    return (
         f"batch_size {batch_size} × grad_accum {grad_accum} = {batch_size * grad_accum} examples a"
-        " step"
+        f" step, over {processes} processes"
     )
-    return f"{examples}, over {processes} processes"
 
 
 def _division_advice(processes: int) -> str:

@@ -112,9 +112,8 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
     try:
         uses_gpus = _use_gpus(workers, say, gpus)
         driver_node = ray.get_runtime_context().get_node_id()
-        driver_affinity = NodeAffinitySchedulingStrategy(driver_node, soft=False)
-        actor_class = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=driver_affinity)
-        channel = actor_class.remote()
+        on_driver = NodeAffinitySchedulingStrategy(driver_node, soft=False)
+        channel = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=on_driver).remote()
         with tempfile.TemporaryDirectory() as folder:
             trainer = TorchTrainer(
                 _worker,

@@ -80,9 +80,8 @@ def line_elements(
         mark_x = LEFT_MARGIN + x_scale(mark) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
         elements.append(
             f'<line class="s4" stroke="currentColor" stroke-dasharray="4 4" x1="{mark_x:.1f}"'
-            f' x2="{mark_x:.1f}" '
+            f' x2="{mark_x:.1f}" y1="{TOP_MARGIN}" y2="{HEIGHT - BOTTOM_MARGIN}"/>'
         )
-        elements.append(f'y1="{TOP_MARGIN}" y2="{HEIGHT - BOTTOM_MARGIN}"/>')
     elements += [_polyline("axis", map(svg_point, line_points)) for line_points in faint]
     for number, line_points in enumerate(series.values()):
         svg_points = [svg_point(point) for point in line_points]

@@ -463,12 +463,9 @@ def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
     name = func._schema.name.removeprefix("aten::").rstrip("_")
     if name in ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm"):
         left_factor, right_factor = (args[1], args[2]) if "add" in name else (args[0], args[1])
-        if name != "_grouped_mm":
-            return 2 * left_factor.numel() * right_factor.shape[-1]
-        if right_factor.dim() == 3:  # each row times the matrix of its group
-            return 2 * left_factor.numel() * right_factor.shape[-1]
-        # the gradient of a stack of matrices
-        return 2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]
+        # also for grouped products: of rows with the matrix of their group, or (the gradient of a
+        # stack of matrices) of two matrices
+        return 2 * left_factor.numel() * right_factor.shape[-1]
     flop_formula = flop_registry.get(func._overloadpacket)
     operations = (
         int(flop_formula(*args, **kwargs, out_val=output)) if flop_formula is not None else 0

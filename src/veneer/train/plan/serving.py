@@ -131,10 +131,11 @@ def _expected_weight_bytes(model: Any, base_bytes: int, rows: int) -> float:
     """Expected bytes of the weights that one step reads. Of a stack of experts, a step reads the
     experts to which it routes at least one row."""
     config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(
-        config, "n_routed_experts", None
+    experts = (
+        getattr(config, "num_local_experts", None)
+        or getattr(config, "n_routed_experts", None)
+        or getattr(config, "num_experts", None)
     )
-    experts = experts or getattr(config, "num_experts", None)
     experts_per_token = getattr(config, "num_experts_per_tok", None)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()

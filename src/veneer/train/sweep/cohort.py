@@ -160,8 +160,7 @@ class Cohort:
             num_training_steps=steps,
         )
         if resumed_from is not None:
-            state_dict = torch.load(resumed_from / name / STATE, weights_only=True)
-            adapter.load_state_dict(state_dict)
+            adapter.load_state_dict(torch.load(resumed_from / name / STATE, weights_only=True))
         else:  # transformers' Trainer also seeds after the adapter is attached
             adapter.stream.restart(task.config.seed)
         self.members[name] = CohortMember(task, adapter)
