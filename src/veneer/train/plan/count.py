@@ -212,14 +212,13 @@ def count_forward(model: Any, length: int) -> tuple[int, int]:
         with torch.no_grad(), count_on_meta(), _OperationCounter(model, 0) as counter:
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             cache: Any = next(value for value in output.values() if hasattr(value, "layers"))
-        tensors = [
-            value
+        # integer tensors of a cache are counters, not keys or values
+        cache_bytes = sum(
+            value.nbytes
             for layer in cache.layers
             for value in vars(layer).values()
-            if isinstance(value, Tensor)
-        ]
-        # integer tensors of a cache are counters, not keys or values
-        cache_bytes = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
+            if isinstance(value, Tensor) and value.is_floating_point()
+        )
         return Cost(saved_bytes=cache_bytes, forward_work=counter.work)
 
     total, _ = _count_distinct_blocks(model, run)
@@ -405,10 +404,10 @@ class _OperationCounter(TorchDispatchMode):
         self.work: Work = Counter()
         self.hidden_size, self.live_bytes, self.peak_bytes = hidden_size, 0, 0
         self.storages: dict[int, tuple[Any, int, bool]] = {}
-        tensors = [*model.parameters(), *model.buffers()]
-        self.model_storages = {tensor.untyped_storage()._cdata for tensor in tensors}
-        self.model_storages |= {
-            p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self.model_storages = {
+            tensor.untyped_storage()._cdata
+            for tensor in (*model.parameters(), *model.buffers(), *gradients)
         }
 
     def measure_live_bytes(self) -> tuple[int, int]:

@@ -294,10 +294,9 @@ def recommend(
         plan_all(planner, variations[-1][1], device_counts, strategies, hardware)[0],
         key=lambda plan: plan.total,
     )
-    smallest_need = f"{smallest.total / 2**30:.1f} GiB at the least"
-    problem = f"nothing fits: {smallest_need}, on {smallest.devices} devices by {smallest.strategy}"
     return sentence(
-        problem,
+        f"nothing fits: {smallest.total / 2**30:.1f} GiB at the least, on {smallest.devices}"
+        f" devices by {smallest.strategy}",
         f"{hardware.usable_memory / 2**30:.1f} GiB of {hardware.name}",
         "take more or larger devices",
     )

@@ -181,9 +181,11 @@ class Cohort:
         """The row indices of each step, as a list of forward passes, for candidates with this
         order of rows."""
         config = self._first_task.config
-        lengths = self.prepared.train.lengths
         sampler = EpochSampler(
-            [*lengths], config.batch_size * config.grad_accum, order_seed, config.group_by_length
+            [*self.prepared.train.lengths],
+            config.batch_size * config.grad_accum,
+            order_seed,
+            config.group_by_length,
         )
         for epoch in range(self.prepared.steps):
             sampler.set_epoch(epoch)

@@ -109,9 +109,8 @@ class State:
 
     def finished_candidates(self) -> list[Candidate]:
         """Candidates that ran to their end, the best first."""
-        finished = [candidate for candidate in self.candidates if candidate.status == FINISHED]
         return sorted(
-            finished,
+            (candidate for candidate in self.candidates if candidate.status == FINISHED),
             key=lambda candidate: float("inf") if candidate.loss is None else candidate.loss,
         )
 
