@@ -172,15 +172,6 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
             "call save on every rank, without alone",
         )
     store = dist.distributed_c10d._get_default_store()
-    if store is None and meshes:
-        raise AdapterError(
-            f"a process group of {dist.get_backend()} without a store, and weights that are spread"
-            " over it",
-            "gloo or nccl",
-            "initialise torch.distributed with one of them",
-        )
-    if store is None:  # MPI has no store
-        return None
     return _arrive(store, member_ranks, path, sharded=bool(meshes))
 
 
