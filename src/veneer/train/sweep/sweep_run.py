@@ -166,12 +166,11 @@ class _SweepRun:
 
     # ---- candidates
 
-    def _next_candidates(self) -> list[Candidate]:
-        """The next candidates: those of one cohort if the sampler needs the results of earlier
-        candidates, else all."""
+    def _next_candidates(self, existing_count: int) -> list[Candidate]:
+        """The candidates after the first `existing_count`: those of one cohort if the sampler needs
+        the results of earlier candidates, else all."""
         count = self.settings.at_once if self.search.adaptive else self.search.count
         changes_by_name = self.search.ask(count)
-        existing_count = len(self.state.candidates)
         return [
             Candidate(name, (existing_count + index) // self.settings.at_once, changes)
             for index, (name, changes) in enumerate(changes_by_name.items())
@@ -205,7 +204,7 @@ class _SweepRun:
         replayed: dict[str, dict[str, Any]] = {}
         for cohort in range(self.state.cohort + 1):
             if not replayed or self.search.adaptive:
-                candidates = self._repeat_next_candidates(len(replayed))
+                candidates = self._next_candidates(len(replayed))
                 replayed |= {candidate.name: candidate.changes for candidate in candidates}
             for step, losses in self.state.losses_by_step(cohort):
                 if step < self.steps:
@@ -223,14 +222,6 @@ class _SweepRun:
             can_continue = candidate.status in (WAITING, RUNNING, FINISHED)
             if can_continue and (problem := self._make_task(candidate)):
                 raise ConfigError(f"Found: {problem}")
-
-    def _repeat_next_candidates(self, count: int) -> list[Candidate]:
-        """Call `_next_candidates` as when the sweep had `count` candidates."""
-        all_candidates, self.state.candidates = self.state.candidates, self.state.candidates[:count]
-        try:
-            return self._next_candidates()
-        finally:
-            self.state.candidates = all_candidates
 
     def _report_ends(self, cohort: int) -> None:
         """Report the last losses of a cohort to the search."""
@@ -254,7 +245,7 @@ class _SweepRun:
         if resume_from is not None:
             self._replay()
         else:
-            self._add_candidates(self._next_candidates())
+            self._add_candidates(self._next_candidates(0))
         while self.state.in_cohort(self.state.cohort):
             cohort = self._attach_cohort(resume_from)
             if not folder_exists:
@@ -269,8 +260,8 @@ class _SweepRun:
                 cohort.close()
             self._report_ends(self.state.cohort)
             self.state.cohort, self.state.step = self.state.cohort + 1, 0
-            if not self.state.in_cohort(self.state.cohort) and (added := self._next_candidates()):
-                self._add_candidates(added)
+            if not self.state.in_cohort(self.state.cohort):
+                self._add_candidates(self._next_candidates(len(self.state.candidates)))
         return self._finish_sweep()
 
     def _open_output(self, cohort: Cohort) -> None:
@@ -294,25 +285,22 @@ class _SweepRun:
 
     def _attach_cohort(self, resume_from: Path | None) -> Cohort:
         """Attach the candidates of the current cohort that have not ended."""
-        candidates = {
-            candidate.name: candidate for candidate in self.state.in_cohort(self.state.cohort)
-        }
-        active_names = [
-            name
-            for name, candidate in candidates.items()
+        candidates = self.state.in_cohort(self.state.cohort)
+        active_candidates = [
+            candidate
+            for candidate in candidates
             if candidate.status in (WAITING, RUNNING, FINISHED)
         ]
-        tasks = {name: self.tasks[name] for name in active_names}
+        tasks = {candidate.name: self.tasks[candidate.name] for candidate in active_candidates}
         cohort = Cohort(self.model, tasks, self.prepared, self.output, resume_from, self.keep_going)
-        for name in active_names:
-            candidate = candidates[name]
-            if name in cohort.failed:
-                candidate.status, candidate.note = FAILED, cohort.failed[name]
+        for candidate in active_candidates:
+            if candidate.name in cohort.failed:
+                candidate.status, candidate.note = FAILED, cohort.failed[candidate.name]
             else:
                 candidate.status = RUNNING
-                candidate.parameters = cohort.runs[name].summary().trainable
+                candidate.parameters = cohort.runs[candidate.name].summary().trainable
         if all(candidate.status == FAILED for candidate in self.state.candidates):
-            problems = [f"candidate {name}: {failed.note}" for name, failed in candidates.items()]
+            problems = [f"candidate {candidate.name}: {candidate.note}" for candidate in candidates]
             raise_all(TargetError, "The sweep cannot begin", problems)
         cohort.begin(self.state.step)
         return cohort
