@@ -188,12 +188,15 @@ def try_out(
     return [
         (
             Advice(
-                setting, best["changes"][setting], f"{reason}; advised was {value:g}", str(folder)
+                entry.setting,
+                best["changes"][entry.setting],
+                f"{reason}; advised was {entry.value:g}",
+                str(folder),
             )
-            if setting in best["changes"]
-            else Advice(setting, value, previous_reason, source)
+            if entry.setting in best["changes"]
+            else entry
         )
-        for setting, value, previous_reason, source in advice
+        for entry in advice
     ]
 
 

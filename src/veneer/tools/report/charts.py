@@ -216,11 +216,14 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<th{attribute}>{escape(heading.removeprefix('>'))}</th>"
         for heading, attribute in zip(headings, cell_attributes, strict=True)
     )
-    body = ""
-    for row in rows:
-        cells = zip(row, cell_attributes, strict=True)
-        cells_html = "".join(f"<td{attribute}>{escape(text)}</td>" for text, attribute in cells)
-        body += f"<tr>{cells_html}</tr>"
+    row_cells = [
+        "".join(
+            f"<td{attribute}>{escape(text)}</td>"
+            for text, attribute in zip(row, cell_attributes, strict=True)
+        )
+        for row in rows
+    ]
+    body = "".join(f"<tr>{cells}</tr>" for cells in row_cells)
     return (
         f'<div class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
