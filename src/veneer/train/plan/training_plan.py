@@ -18,6 +18,7 @@ that are summed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,19 +99,16 @@ class Planner:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in self.trained)
         self.total = sum(parameter.numel() for parameter in model.parameters()) - self.trainable
-        self._steps: dict[Any, Step] = {}
+        self._count_step = functools.cache(functools.partial(count_step, model))
 
     def step(self, run: Run, chunked_loss: bool = True) -> Step:
-        key = run.batch, run.length, run.labelled, run.quantize is None, chunked_loss
-        if key not in self._steps:
-            self._steps[key] = count_step(
-                self.model,
-                *key[:2],
-                labelled_share=run.labelled,
-                is_plain=key[3],
-                chunked_loss=chunked_loss,
-            )
-        return self._steps[key]
+        return self._count_step(
+            run.batch,
+            run.length,
+            labelled_share=run.labelled,
+            is_plain=run.quantize is None,
+            chunked_loss=chunked_loss,
+        )
 
     def plan(
         self, run: Run, strategy: str = "ddp", devices: int = 1, hardware: Hardware | None = None
